@@ -1,0 +1,97 @@
+"""``CheckpointConfig``: every option of checkpointing, with torchtitan's names, defaults and meanings.
+
+The spellings that torchtitan's documentation uses (``load_step = -1``, both ``data_loader`` and ``dataloader``,
+``export_dtype = "float32"`` for "as trained") are kept here, at the border, and nowhere below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from milepost.errors import ConfigError
+
+AsyncMode = Literal["disabled", "async", "async_with_pinned_mem"]
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+"""The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
+
+_PART_ALIASES = {"data_loader": "dataloader", "optimizers": "optimizer", "lr_schedulers": "lr_scheduler"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Options of a :class:`milepost.CheckpointManager`.
+
+    Raises:
+        ConfigError: at construction, with every problem at once.
+    """
+
+    enable: bool = False
+    """Whether to save and resume. A manager with ``enable = False`` does neither."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, below the run's dump folder."""
+    interval: int = 500
+    """Save every so many steps."""
+    initial_load_path: str = ""
+    """A checkpoint to start from when the run's own folder holds no step. Empty: start from fresh weights."""
+    initial_load_model_only: bool = True
+    """From ``initial_load_path`` take only the model, not the optimizer and the rest."""
+    initial_load_in_hf: bool = False
+    """``initial_load_path`` (or the model's ``hf_assets_path``) holds Hugging Face safetensors."""
+    last_save_model_only: bool = True
+    """The save at the last step holds the model alone."""
+    last_save_in_hf: bool = False
+    """The save at the last step is written as Hugging Face safetensors."""
+    export_dtype: ExportDtype = "float32"
+    """Dtype of the model in a model-only last save. ``float32`` leaves every tensor in the dtype it has."""
+    async_mode: AsyncMode = "disabled"
+    """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
+    keep_latest_k: int = 10
+    """Keep so many of the newest committed steps; 0 keeps all."""
+    load_step: int = -1
+    """Resume from this step; -1 means the newest committed one."""
+    exclude_from_loading: tuple[str, ...] = field(default=())
+    """Parts to leave as freshly built: model, optimizer, lr_scheduler, dataloader (or data_loader), train_state, rng."""
+    enable_first_step_checkpoint: bool = False
+    """Also save after the first step: shows early that saving works."""
+    create_seed_checkpoint: bool = False
+    """Initialise the model on one process, save it as step 0 and exit."""
+    load_only: bool = False
+    """Load, but never save."""
+
+    def __post_init__(self) -> None:
+        parts = tuple(_PART_ALIASES.get(name, name) for name in self.exclude_from_loading)
+        object.__setattr__(self, "exclude_from_loading", parts)
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> list[str]:
+        found = []
+        if self.interval < 1:
+            found.append(f"checkpoint.interval must be at least 1, not {self.interval}")
+        if self.keep_latest_k < 0:
+            found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
+        if self.load_step < -1:
+            found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
+        if not self.folder:
+            found.append("checkpoint.folder must not be empty")
+        for name in self.exclude_from_loading:
+            if name not in PARTS:
+                found.append(
+                    f"checkpoint.exclude_from_loading: there is no part '{name}'; parts are {', '.join(PARTS)}"
+                )
+        if self.load_only and self.create_seed_checkpoint:
+            found.append("checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other")
+        if self.create_seed_checkpoint and not self.enable:
+            found.append("checkpoint.create_seed_checkpoint needs checkpoint.enable")
+        if self.export_dtype != "float32" and not self.last_save_model_only:
+            found.append(
+                f"checkpoint.export_dtype = {self.export_dtype} needs checkpoint.last_save_model_only: "
+                "a full checkpoint must keep its dtypes to be resumed from"
+            )
+        if self.last_save_in_hf and not self.last_save_model_only:
+            found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold weights only")
+        return found

@@ -1,0 +1,157 @@
+"""Every error that Milepost raises on purpose.
+
+::
+
+    MilepostError                      exit status 1
+    ├── ConfigError                    2  an option, a flag or an argument is wrong; nothing was touched
+    ├── CheckpointNotFoundError        3  no such step, or no checkpoint there
+    ├── StateMismatchError             4  checkpoint and program differ in keys, shapes or dtypes
+    ├── CheckpointDamagedError         5  what is stored is not what was written
+    │   ├── DigestMismatchError           a CRC-32 differs: bytes changed
+    │   └── FormatError                   a file is malformed, truncated or hostile
+    ├── SaveError                      6  a save failed on some rank; the previous checkpoints are untouched
+    │   └── PlanError                     the ranks' shards leave a gap or overlap
+    ├── StorageError                   7  the operating system or the network refused an operation
+    └── ConversionError                8  source, rules and target of a conversion do not fit
+
+Attributes hold what a program may want (``path``, ``key``, ``rank``, ...); the message holds what a person
+needs: what, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CheckpointDamagedError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "ConversionError",
+    "DigestMismatchError",
+    "FormatError",
+    "MilepostError",
+    "PlanError",
+    "SaveError",
+    "StateMismatchError",
+    "StorageError",
+]
+
+
+class MilepostError(Exception):
+    """Base of all errors of this package. ``exit_status`` is what the command line exits with."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, path: str | None = None, key: str | None = None, rank: int | None = None):
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.key = key
+        self.rank = rank
+
+
+class ConfigError(MilepostError):
+    """The configuration is wrong. All problems are collected: ``problems`` holds one line for each."""
+
+    exit_status = 2
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            message = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(message)
+
+
+class CheckpointNotFoundError(MilepostError):
+    """There is no such checkpoint. ``available`` lists the steps that do exist, oldest first."""
+
+    exit_status = 3
+
+    def __init__(self, message: str, *, path: str | None = None, available: Sequence[int] = ()):
+        super().__init__(message, path=path)
+        self.available = tuple(available)
+
+
+class StateMismatchError(MilepostError):
+    """The checkpoint does not fit the state to load into. Raised before a byte of data is read."""
+
+    exit_status = 4
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ):
+        super().__init__(message, path=path)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+
+
+class CheckpointDamagedError(MilepostError):
+    """What is stored is not what was written. The step must not be used; others may be sound."""
+
+    exit_status = 5
+
+
+class DigestMismatchError(CheckpointDamagedError):
+    """A CRC-32 over stored bytes differs from the recorded one.
+
+    ``byte_range`` is the half-open range ``[start, stop)`` of file ``path`` in which the damage lies.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str,
+        key: str | None = None,
+        byte_range: tuple[int, int],
+        expected: int,
+        found: int,
+    ):
+        super().__init__(message, path=path, key=key)
+        self.byte_range = byte_range
+        self.expected = expected
+        self.found = found
+
+
+class FormatError(CheckpointDamagedError):
+    """A file is not of the form it must have: truncated, malformed, or made to do harm."""
+
+
+class SaveError(MilepostError):
+    """A save failed, on every rank, because of ``rank``. Nothing that was committed before is touched."""
+
+    exit_status = 6
+
+
+class PlanError(SaveError):
+    """The shards that the ranks hold do not cover a tensor exactly once. ``key`` names it."""
+
+
+class StorageError(MilepostError):
+    """A storage operation failed. ``operation`` is its name, ``errno`` the system's number for the cause."""
+
+    exit_status = 7
+
+    def __init__(self, message: str, *, operation: str, path: str, errno: int | None = None, rank: int | None = None):
+        super().__init__(message, path=path, rank=rank)
+        self.operation = operation
+        self.errno = errno
+
+
+class ConversionError(MilepostError):
+    """A conversion can't be made: unmatched keys, wrong sizes, an unsuitable target. Nothing was written."""
+
+    exit_status = 8
+
+    def __init__(self, message: str, *, path: str | None = None, problems: Sequence[str] = ()):
+        super().__init__(message, path=path)
+        self.problems = tuple(problems)

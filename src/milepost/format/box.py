@@ -1,0 +1,151 @@
+"""N-dimensional regions of a tensor, and the proof that a set of them covers it exactly once.
+
+A *box* is what is left of a DTensor, an FSDP shard or a pipeline stage below ``checkpoint/layout.py``: offsets and
+sizes in the coordinates of the global tensor. A 0-d tensor is one box with empty offsets and sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """The half-open region ``[offsets, offsets + sizes)`` of a global tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box that is all of a tensor of ``shape``."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a 0-d box, 0 if any size is 0."""
+        return math.prod(self.sizes)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Exclusive upper corner."""
+        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common region in global coordinates, or None if there is none (or it holds no element)."""
+        offsets = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
+        stops = tuple(min(a, b) for a, b in zip(self.stops, other.stops, strict=True))
+        if any(stop <= start for start, stop in zip(offsets, stops, strict=True)):
+            return None
+        return Box(offsets, tuple(stop - start for start, stop in zip(offsets, stops, strict=True)))
+
+    def relative_to(self, outer: Box) -> Box:
+        """The same region in the coordinates of ``outer``, which must contain it."""
+        return Box(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
+
+    def inside(self, shape: Sequence[int]) -> bool:
+        """Whether the box lies within a tensor of ``shape``."""
+        return len(shape) == len(self.sizes) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+        )
+
+    def __str__(self) -> str:
+        if not self.sizes:
+            return "[]"
+        return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=True)) + "]"
+
+
+def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The runs of ``inner`` in a row-major tensor of ``shape``, as half-open element ranges, ascending.
+
+    ``inner`` is in the coordinates of that tensor. Trailing dims that are taken whole are merged, so a run is as
+    long as it can be.
+    """
+    if inner.numel == 0:
+        return
+    # Merge trailing dims that are taken whole: below `split`, a run is contiguous.
+    split = len(shape)
+    run = 1
+    while split > 0:
+        split -= 1
+        run *= inner.sizes[split]
+        if inner.sizes[split] != shape[split]:
+            break
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    base = sum(o * st for o, st in zip(inner.offsets, strides, strict=True))
+    outer = inner.sizes[:split]
+    index = [0] * split
+    while True:
+        start = base + sum(i * st for i, st in zip(index, strides, strict=False))
+        yield start, start + run
+        dim = split - 1
+        while dim >= 0:
+            index[dim] += 1
+            if index[dim] < outer[dim]:
+                break
+            index[dim] = 0
+            dim -= 1
+        if dim < 0:
+            return
+
+
+def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
+    """What keeps ``boxes`` from covering a tensor of ``shape`` exactly once; empty if nothing does.
+
+    Boxes without elements are allowed anywhere inside. The proof: every box lies inside, no two overlap, and the
+    elements add up to the tensor's. Overlaps are found by a sweep along the dim with the most distinct offsets,
+    so the usual case (shards along one dim) is linear after sorting.
+    """
+    faults = [f"box {box} does not lie inside shape {list(shape)}" for box in boxes if not box.inside(shape)]
+    if faults:
+        return faults
+    filled = [box for box in boxes if box.numel > 0]
+    numel = math.prod(shape)
+    if not shape:
+        return [] if len(filled) == 1 else [f"a 0-d tensor is stored {len(filled)} times"]
+    axis = max(range(len(shape)), key=lambda d: len({b.offsets[d] for b in filled}), default=0)
+    filled.sort(key=lambda b: b.offsets[axis])
+    active: list[Box] = []
+    for box in filled:
+        start = box.offsets[axis]
+        active = [a for a in active if a.offsets[axis] + a.sizes[axis] > start]
+        for other in active:
+            common = box.intersect(other)
+            if common is not None:
+                faults.append(f"region {common} is stored more than once")
+                if len(faults) >= 8:
+                    return faults
+        active.append(box)
+    covered = sum(box.numel for box in filled)
+    if not faults and covered != numel:
+        gap = first_gap(shape, filled)
+        faults.append(f"{numel - covered} of {numel} elements are in no shard (the first gap is {gap})")
+    return faults
+
+
+def first_gap(shape: Sequence[int], boxes: Sequence[Box]) -> Box | None:
+    """A region of a tensor of ``shape`` that none of ``boxes`` holds, or None. For error messages: not fast."""
+    rest = [Box.whole(shape)] if math.prod(shape) else []
+    for box in boxes:
+        rest = [piece for r in rest for piece in _subtract(r, box)]
+    return min(rest, default=None)
+
+
+def _subtract(box: Box, hole: Box) -> list[Box]:
+    common = box.intersect(hole)
+    if common is None:
+        return [box]
+    pieces: list[Box] = []
+    low, high = list(box.offsets), list(box.stops)
+    for dim in range(len(low)):
+        for start, stop in ((low[dim], common.offsets[dim]), (common.stops[dim], high[dim])):
+            if start < stop:
+                offsets = (*low[:dim], start, *low[dim + 1 :])
+                stops = (*high[:dim], stop, *high[dim + 1 :])
+                pieces.append(Box(offsets, tuple(b - a for a, b in zip(offsets, stops, strict=True))))
+        low[dim], high[dim] = common.offsets[dim], common.stops[dim]
+    return pieces

@@ -1,0 +1,89 @@
+"""``milepost.json``: the commit record of a checkpoint, and the vocabulary of everything that reads one.
+
+The manifest names every item that is stored (a shard of a tensor, or a small object) with its place and its CRC-32,
+so that listing, verifying, planning and converting need neither pickle nor torch. A checkpoint written by stock DCP
+has none; ``catalog`` then builds the same objects from ``.metadata``, with ``None`` where nothing is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from milepost.format.box import Box
+
+MANIFEST_NAME = "milepost.json"
+DIGESTS_NAME = "milepost.digests"
+METADATA_NAME = ".metadata"
+FORMAT_VERSION = 1
+BLOCK_NBYTES = 4 << 20
+"""Raw tensor data is digested in blocks of this size, counted from the start of each item's data."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One stored box of a tensor: a ``torch.save`` record in a file.
+
+    ``record_offset``/``record_nbytes`` frame the whole zip record in ``file``; ``data_offset`` is where the raw
+    row-major bytes of the box begin, counted from the start of the file (None until a foreign record was looked at).
+    """
+
+    box: Box
+    file: str
+    record_offset: int
+    record_nbytes: int
+    data_offset: int | None
+    data_nbytes: int
+    crc32: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A stored tensor. ``dtype`` is torch's name without the prefix (``bfloat16``); ``shards`` cover ``shape`` once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectEntry:
+    """A stored value that is not a tensor: one ``torch.save`` record. ``crc32`` is of the whole record."""
+
+    file: str
+    record_offset: int
+    record_nbytes: int
+    crc32: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of the checkpoint. ``crc32`` is given for the small ones (``.metadata``, ``milepost.digests``)."""
+
+    nbytes: int
+    crc32: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint holds. See ``docs/format.md`` for the JSON form."""
+
+    step: int | None
+    save_id: str
+    created_s: float
+    """Seconds since the epoch when the checkpoint was committed."""
+    kind: str
+    """``full`` (can be resumed from), ``model`` (weights alone) or ``state`` (a plain state dict)."""
+    world_size: int
+    layout: Mapping[str, int]
+    """Degrees of parallelism it was saved under, by the trainer's names; may be empty."""
+    producer: Mapping[str, str]
+    """Name and version of the software that wrote it."""
+    tensors: Mapping[str, TensorEntry]
+    objects: Mapping[str, ObjectEntry]
+    files: Mapping[str, FileEntry]
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    """Where each key stood in the nested state dict, as stock DCP records it in ``planner_data``."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """JSON that the saver wished to keep beside it (``CheckpointManager`` stores the data fingerprint here)."""
