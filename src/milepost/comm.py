@@ -1,0 +1,102 @@
+"""The few exchanges between ranks that a checkpoint needs, and what stands in when there is one process.
+
+Only this module calls a collective, and only on the training thread. Background writers agree through storage alone.
+Exchanges carry small Python objects between trusted ranks of one job; nothing read from a checkpoint passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Comm(Protocol):
+    """What the engine asks of a group of ranks. All methods but the properties are collective."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def gather(self, value: T) -> list[T] | None:
+        """Every rank's value on rank 0, in rank order; None elsewhere."""
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        """Rank 0 gives one value for each rank; each gets its own."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+
+class SingleProcess:
+    """A group of one."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, value: T) -> list[T] | None:
+        return [value]
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        assert values is not None
+        return values[0]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def barrier(self) -> None:
+        return None
+
+
+class ProcessGroupComm:
+    """Ranks of a ``torch.distributed`` process group that can move CPU objects.
+
+    The group must not be used by another thread while a save or load runs (gloo would mix the two streams up), so the
+    manager makes one of its own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        # Objects are exchanged with the rank that is 0 in this group.
+        self._root = 0 if group is None else dist.get_global_rank(group, 0)
+
+    def gather(self, value: T) -> list[T] | None:
+        out: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, out, dst=self._root, group=self._group)
+        return out
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        out: list[Any] = [None]
+        dist.scatter_object_list(out, None if values is None else list(values), src=self._root, group=self._group)
+        return out[0]
+
+    def broadcast(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, src=self._root, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(self._group)
+
+
+def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
+    """The ranks of ``group`` or of the default process group; one process when none is initialised.
+
+    On a default group without a CPU backend (NCCL alone) objects would travel through the GPU: a gloo group is made
+    for them. Making a group is collective, so call this on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return SingleProcess()
+    if group is None and "gloo" not in str(dist.get_backend_config()):
+        group = dist.new_group(backend="gloo")
+    return ProcessGroupComm(group)
