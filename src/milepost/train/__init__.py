@@ -1,1 +1,17 @@
+"""A compact trainer for Llama 3 and Qwen 3 on any mix of parallelisms; it exercises every part of Milepost.
 
+Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in the order in which a run meets them::
+
+    launch     torchrun with quiet ends: one message and an exit status instead of a stack of tracebacks
+    __main__   one rank, from its command line to its exit status
+    options    TOML file and flags -> config; checks: what can't work is refused, all of it at once
+    tokenizer  text -> token ids
+    corpus     text files -> one array of token ids on disk
+    data       global sample index -> sequence of tokens; what a data-parallel rank reads at each step
+    models     the architectures; parallel: how they are spread over the ranks
+    optim      optimizers and the course of the learning rate
+    metrics    the log line and TensorBoard
+    loop       the training loop
+"""
+
+from __future__ import annotations
