@@ -17,6 +17,18 @@ from typing import Self
 Bytes = bytes | bytearray | memoryview | mmap.mmap
 
 
+def format_nbytes(nbytes: int) -> str:
+    """A size for people: ``17 bytes``, ``8.0 MiB``."""
+    if nbytes < 1024:
+        return "1 byte" if nbytes == 1 else f"{nbytes} bytes"
+    value = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1023.95:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} PiB"
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch."""

@@ -1,1 +1,1 @@
-"""Tools to test with, shipped for projects that build on Milepost: a fork launcher, faulty storage, a conformance suite."""
+"""To test with, shipped for projects that build on Milepost: a fork launcher, faulty storage, a conformance suite."""

@@ -1,0 +1,377 @@
+"""``LocalStorage``: a folder of a POSIX file system, on a disk, on NFS or in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat as stat_modes
+import threading
+from collections.abc import Iterator, Sequence
+
+from milepost.errors import StorageError
+from milepost.storage import syscalls
+from milepost.storage.base import Bytes, Entry, ReadHandle, Storage, WriteHandle, format_nbytes
+
+PAGE_NBYTES = 4096
+"""O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
+DIRECT_MIN_NBYTES = 4 << 20
+"""Files below this size are written through the page cache: a second descriptor would cost more than it gains."""
+_MAX_CALL_NBYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
+_MAX_CALL_BUFFERS = 1024  # IOV_MAX
+
+_ADVICE = {
+    errno.ENOSPC: "free space or change checkpoint.folder",
+    errno.EDQUOT: "free some of the quota or change checkpoint.folder",
+    errno.EACCES: "check the owner and the mode of the folder",
+    errno.EPERM: "check the owner and the mode of the folder",
+    errno.EROFS: "mount it writable or change checkpoint.folder",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the device is failing: see the kernel's log, and do not trust this disk",
+    errno.ESTALE: "the file server has lost the file; mount it again",
+}
+
+
+def storage_error(error: OSError, operation: str, path: str, doing: str) -> StorageError:
+    """The StorageError for a system error: cause, what was going on, where, and what to do about it."""
+    cause = (error.strerror or "unknown error").lower()
+    advice = _ADVICE.get(error.errno or 0)
+    message = f"{cause} while {doing}" + (f"; {advice}" if advice else "")
+    return StorageError(message, operation=operation, path=path, errno=error.errno)
+
+
+@contextlib.contextmanager
+def _explained(operation: str, path: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, operation, path, doing) from error
+
+
+def _byte_views(buffers: Sequence[Bytes]) -> list[memoryview]:
+    views = (memoryview(buffer) for buffer in buffers)
+    return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes]
+
+
+def _head(views: Sequence[memoryview]) -> list[memoryview]:
+    """As much from the front as one call may move."""
+    batch: list[memoryview] = []
+    room = _MAX_CALL_NBYTES
+    for view in views[:_MAX_CALL_BUFFERS]:
+        if room == 0:
+            break
+        batch.append(view[:room])
+        room -= len(batch[-1])
+    return batch
+
+
+def _tail(views: list[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left after the first ``nbytes``."""
+    for index, view in enumerate(views):
+        if nbytes < len(view):
+            return [view[nbytes:], *views[index + 1 :]]
+        nbytes -= len(view)
+    return []
+
+
+class _LocalRead(ReadHandle):
+    def __init__(self, path: str):
+        self.path = path
+        # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing for a regular file.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with _explained("open", path, f"opening {path}"):
+            try:
+                self._fd = os.open(path, flags)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise StorageError(
+                        f"{path} is a symbolic link; a checkpoint has none, so it is not followed",
+                        operation="open",
+                        path=path,
+                        errno=errno.ELOOP,
+                    ) from error
+                raise
+            found = os.fstat(self._fd)
+        if not stat_modes.S_ISREG(found.st_mode):
+            self.close()
+            raise StorageError(f"{path} is not a regular file", operation="open", path=path, errno=errno.EINVAL)
+        self.nbytes = found.st_size
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        views = _byte_views(buffers)
+        wanted = sum(map(len, views))
+        start = offset
+        while views:
+            with _explained("read", self.path, f"reading {format_nbytes(wanted)} at offset {start} of {self.path}"):
+                count = os.preadv(self._fd, _head(views), offset)
+            if count == 0:
+                raise StorageError(
+                    f"{self.path} ends at byte {offset}, but bytes {start} to {start + wanted} are wanted; "
+                    "it was cut off",
+                    operation="read",
+                    path=self.path,
+                )
+            offset += count
+            views = _tail(views, count)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _LocalWrite(WriteHandle):
+    """Two descriptors of one file: one past the page cache for what is aligned, one through it for the rest.
+
+    On the disks that were measured, O_DIRECT from reused, aligned memory was the fastest way to write, and it leaves
+    the page cache to the training. The file system keeps the two views of the file coherent.
+    """
+
+    def __init__(self, path: str, nbytes: int):
+        self.path = path
+        self._lock = threading.Lock()
+        self._end = 0
+        self._direct_fd = -1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        with _explained("create", path, f"creating {path}"):
+            self._fd = os.open(path, flags, 0o666)
+        self._reserved = 0
+        try:
+            with _explained("reserve", path, f"reserving {format_nbytes(nbytes)} for {path}"):
+                if nbytes > 0 and syscalls.reserve(self._fd, nbytes):
+                    self._reserved = nbytes
+        except StorageError:
+            os.close(self._fd)
+            os.unlink(path)
+            raise
+        if nbytes >= DIRECT_MIN_NBYTES:
+            self._open_direct()
+
+    def _open_direct(self) -> None:
+        if syscalls.lives_in_memory(self._fd):
+            return
+        # A refusal is no fault: everything then goes through the page cache.
+        with contextlib.suppress(OSError):
+            self._direct_fd = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.alignment = PAGE_NBYTES
+
+    def write(self, offset: int, buffers: Sequence[Bytes]) -> None:
+        views = _byte_views(buffers)
+        nbytes = sum(map(len, views))
+        with _explained("write", self.path, f"writing {format_nbytes(nbytes)} at offset {offset} of {self.path}"):
+            while views:
+                count = self._write_some(offset, views)
+                if count <= 0:
+                    raise OSError(errno.EIO, "the system wrote nothing")
+                offset += count
+                views = _tail(views, count)
+        with self._lock:
+            self._end = max(self._end, offset)
+
+    def _write_some(self, offset: int, views: list[memoryview]) -> int:
+        if self.alignment > 1:
+            aligned = _aligned_head(offset, views)
+            if aligned:
+                try:
+                    return os.pwritev(self._direct_fd, _head(aligned), offset)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    # Opened with O_DIRECT, but this range is refused: a device that wants more than a page.
+                    self.alignment = 1
+        return os.pwritev(self._fd, _head(views), offset)
+
+    def sync(self) -> None:
+        with _explained("sync", self.path, f"syncing {self.path}"):
+            if self._end < self._reserved:
+                os.ftruncate(self._fd, self._end)
+                self._reserved = self._end
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        fds = (self._direct_fd, self._fd)
+        self._direct_fd = self._fd = -1
+        with _explained("close", self.path, f"closing {self.path}"), contextlib.ExitStack() as stack:
+            for fd in fds:
+                if fd >= 0:
+                    stack.callback(os.close, fd)
+
+
+def _aligned_head(offset: int, views: Sequence[memoryview]) -> list[memoryview]:
+    """The part from the front that O_DIRECT accepts: whole pages in the file, in memory and in length."""
+    head: list[memoryview] = []
+    if offset % PAGE_NBYTES:
+        return head
+    for view in views:
+        address = syscalls.address_of(view)
+        whole = len(view) // PAGE_NBYTES * PAGE_NBYTES
+        if address is None or address % PAGE_NBYTES or whole == 0:
+            break
+        head.append(view[:whole])
+        if whole < len(view):
+            break
+    return head
+
+
+class LocalStorage(Storage):
+    """The folder ``root``, which need not exist yet, and all below it."""
+
+    can_rename = True
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = os.path.abspath(os.fspath(root))
+
+    def _full(self, path: str) -> str:
+        if path == "":
+            return self.root
+        if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+            raise StorageError(
+                f"{path!r} is not a name below {self.root}: names are relative, without '..' and empty parts",
+                operation="resolve",
+                path=path,
+                errno=errno.EINVAL,
+            )
+        return os.path.join(self.root, path)
+
+    def list(self, path: str) -> list[Entry]:
+        full = self._full(path)
+        entries = []
+        with _explained("list", full, f"listing {full}"):
+            try:
+                with os.scandir(full) as found:
+                    for item in found:
+                        with contextlib.suppress(FileNotFoundError):  # deleted while we looked
+                            entries.append(_entry(item.name, item.stat(follow_symlinks=False)))
+            except FileNotFoundError:
+                return []
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def stat(self, path: str) -> Entry | None:
+        full = self._full(path)
+        with _explained("stat", full, f"looking at {full}"):
+            try:
+                return _entry(os.path.basename(full), os.lstat(full))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def open_read(self, path: str) -> ReadHandle:
+        return _LocalRead(self._full(path))
+
+    def open_write(self, path: str, nbytes: int) -> WriteHandle:
+        return _LocalWrite(self._full(path), nbytes)
+
+    def read(self, path: str, limit: int = 1 << 30) -> bytes:
+        with self.open_read(path) as handle:
+            if handle.nbytes > limit:
+                raise StorageError(
+                    f"{handle.path} is {format_nbytes(handle.nbytes)} long; at most {format_nbytes(limit)} are "
+                    "expected there",
+                    operation="read",
+                    path=handle.path,
+                    errno=errno.EFBIG,
+                )
+            data = bytearray(handle.nbytes)
+            handle.read_into(0, [memoryview(data)])
+        return bytes(data)
+
+    def write(self, path: str, data: Bytes) -> None:
+        handle = _LocalWrite(self._full(path), 0)
+        try:
+            with handle:
+                handle.write(0, [data])
+                handle.sync()
+        except StorageError:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                os.unlink(handle.path)
+            raise
+
+    def make_folder(self, path: str) -> None:
+        full = self._full(path)
+        with _explained("make folder", full, f"creating the folder {full}"):
+            missing = []
+            while not os.path.isdir(full):
+                missing.append(full)
+                full = os.path.dirname(full)
+            for folder in reversed(missing):
+                try:
+                    os.mkdir(folder)
+                except FileExistsError:
+                    if not os.path.isdir(folder):  # another process may have been quicker, but not with a file
+                        raise
+                _sync_folder(os.path.dirname(folder))
+
+    def sync_folder(self, path: str) -> None:
+        full = self._full(path)
+        with _explained("sync folder", full, f"syncing the folder {full}"):
+            _sync_folder(full)
+
+    def rename(self, src: str, dst: str) -> None:
+        full_src, full_dst = self._full(src), self._full(dst)
+        with _explained("rename", full_dst, f"renaming {full_src} to {full_dst}"):
+            syscalls.rename_new(full_src, full_dst)
+
+    def exchange(self, one: str, other: str) -> bool:
+        full_one, full_other = self._full(one), self._full(other)
+        with _explained("exchange", full_other, f"exchanging {full_one} and {full_other}"):
+            return syscalls.exchange(full_one, full_other)
+
+    def remove(self, path: str) -> None:
+        full = self._full(path)
+        with _explained("remove", full, f"removing {full}"):
+            _unlink(full)
+
+    def remove_tree(self, path: str) -> None:
+        full = self._full(path)
+        with _explained("remove", full, f"removing {full}"):
+            _remove_tree(full)
+
+
+def _entry(name: str, found: os.stat_result) -> Entry:
+    is_folder = stat_modes.S_ISDIR(found.st_mode)
+    return Entry(
+        name=name,
+        is_folder=is_folder,
+        nbytes=0 if is_folder else found.st_size,
+        mtime_s=found.st_mtime,
+        is_link=stat_modes.S_ISLNK(found.st_mode),
+    )
+
+
+def _sync_folder(full: str) -> None:
+    fd = os.open(full, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems can't, and order names by themselves
+            raise
+    finally:
+        os.close(fd)
+
+
+def _remove_tree(full: str) -> None:
+    """Depth first, by descriptors, so that no link is followed. Another process may be deleting the same tree."""
+
+    def unlisted(error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise error
+
+    if os.path.islink(full) or os.path.isfile(full):
+        _unlink(full)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        for _, folders, files, folder_fd in os.fwalk(full, topdown=False, onerror=unlisted, follow_symlinks=False):
+            for name in files:
+                _unlink(name, folder_fd)
+            for name in folders:
+                try:
+                    os.rmdir(name, dir_fd=folder_fd)
+                except FileNotFoundError:
+                    continue
+                except NotADirectoryError:  # a link to a folder
+                    _unlink(name, folder_fd)
+        os.rmdir(full)
+
+
+def _unlink(name: str, folder_fd: int | None = None) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder_fd)

@@ -1,0 +1,285 @@
+"""``LocalStorage``: the common suite on a disk and in memory, and what only a file system can do wrong."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from milepost.errors import ConfigError, StorageError
+from milepost.storage import LocalStorage, open_storage, syscalls
+from milepost.storage.base import ReadHandle, format_nbytes
+from milepost.testing.storage_suite import StorageSuite
+
+
+class TestOnDisk(StorageSuite):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> LocalStorage:
+        return LocalStorage(tmp_path / "root")
+
+
+class TestInMemory(StorageSuite):
+    @pytest.fixture
+    def storage(self, tmp_path_factory: pytest.TempPathFactory):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield LocalStorage(Path(folder) / "root")
+
+
+class TestWithoutModernSystemCalls(StorageSuite):
+    """A file system that knows neither renameat2 nor fallocate nor O_DIRECT (an old kernel, NFS)."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+        monkeypatch.setattr(syscalls, "_renameat2", lambda src, dst, flags: False)
+        monkeypatch.setattr(syscalls, "reserve", lambda fd, nbytes: False)
+        monkeypatch.setattr(syscalls, "lives_in_memory", lambda fd: True)
+        return LocalStorage(tmp_path)
+
+
+class TestWithATimidDirectWrite(StorageSuite):
+    """O_DIRECT is accepted at opening, and then refuses every range."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+        real = os.pwritev
+
+        def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+        return LocalStorage(tmp_path)
+
+
+class TestWithShortCalls(StorageSuite):
+    """A system that moves only a part of what it is asked to: both loops must go on."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+        pwritev, preadv = os.pwritev, os.preadv
+
+        def short(buffers: list[memoryview]) -> list[memoryview]:
+            return [buffers[0][: max(1, len(buffers[0]) * 2 // 3)]]
+
+        monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: pwritev(fd, short(buffers), offset))
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, short(buffers), offset))
+        return LocalStorage(tmp_path)
+
+
+def test_big_files_on_disk_ask_for_pages_and_small_ones_for_nothing(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    probe = os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT)
+    os.close(probe)
+    with storage.open_write("big", 64 << 20) as big, storage.open_write("small", 1000) as small:
+        assert big.alignment == 4096
+        assert small.alignment == 1
+
+
+def test_a_system_that_writes_nothing_is_an_error_not_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: 0)
+    with LocalStorage(tmp_path).open_write("x", 10) as handle, pytest.raises(StorageError, match="wrote nothing"):
+        handle.write(0, [b"abc"])
+
+
+def test_a_full_disk_says_what_where_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, buffers: object, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    storage = LocalStorage(tmp_path)
+    with storage.open_write("x", 10) as handle:
+        monkeypatch.setattr(os, "pwritev", full)
+        with pytest.raises(StorageError) as caught:
+            handle.write(16, [bytearray(8 << 20)])
+    error = caught.value
+    assert str(error) == (
+        f"no space left on device while writing 8.0 MiB at offset 16 of {tmp_path}/x; "
+        "free space or change checkpoint.folder"
+    )
+    assert (error.operation, error.path, error.errno) == ("write", f"{tmp_path}/x", errno.ENOSPC)
+
+
+def test_space_that_is_not_there_is_found_before_the_first_write() -> None:
+    """A file larger than all of memory can't be reserved on a tmpfs; nothing is left behind."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        storage = LocalStorage(folder)
+        free = os.statvfs(folder)
+        with pytest.raises(StorageError) as caught:
+            storage.open_write("huge", 2 * free.f_blocks * free.f_frsize)
+        assert caught.value.errno == errno.ENOSPC
+        assert "reserving" in str(caught.value)
+        assert storage.list("") == []
+
+
+def test_a_file_size_limit_surfaces_and_leaves_no_torn_small_file(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes a real short write, then EFBIG: what a quota does on a live system."""
+    code = f"""
+import resource, signal
+from milepost.storage import LocalStorage
+from milepost.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+storage = LocalStorage({str(tmp_path)!r})
+try:
+    storage.write("note", bytes(3000))
+except StorageError as error:
+    print(error.operation, error.errno, [e.name for e in storage.list("")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split(" ", 1)[0] == "write", done.stderr
+    assert done.stdout.strip() == f"write {errno.EFBIG} []"
+
+
+def test_links_are_not_read_through(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "link").symlink_to("secret")
+    storage = LocalStorage(tmp_path)
+    with pytest.raises(StorageError, match="symbolic link"):
+        storage.read("link")
+    found = storage.stat("link")
+    assert found is not None
+    assert found.is_link
+    assert [(e.name, e.is_link) for e in storage.list("")] == [("link", True), ("secret", False)]
+
+
+def test_links_are_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    storage = LocalStorage(tmp_path)
+    for name in ("link", "dangling"):
+        with pytest.raises(StorageError):
+            storage.write(name, b"x")
+    assert (tmp_path / "target").read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_is_no_regular_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    storage = LocalStorage(tmp_path)
+    for name in ("pipe", "folder"):
+        with pytest.raises(StorageError, match="not a regular file"):
+            storage.open_read(name)
+
+
+def test_remove_tree_removes_links_but_not_what_they_point_to(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    tree = tmp_path / "run" / "sub"
+    tree.mkdir(parents=True)
+    (tree / "to_folder").symlink_to(outside)
+    (tree / "to_file").symlink_to(outside / "precious")
+    storage = LocalStorage(tmp_path)
+    storage.remove_tree("run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").symlink_to(outside)
+    storage.remove_tree("run")
+    assert not (tmp_path / "run").is_symlink()
+    assert (outside / "precious").read_text() == "x"
+
+
+def test_every_new_folder_is_synced_into_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    LocalStorage(tmp_path / "a").make_folder("b/c")
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+
+
+def test_a_failed_sync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    storage = LocalStorage(tmp_path)
+    with storage.open_write("x", 10) as handle, pytest.raises(StorageError, match="do not trust this disk"):
+        handle.sync()
+    with pytest.raises(StorageError):
+        storage.sync_folder("")
+
+
+def test_too_many_open_files_says_how_to_raise_the_limit(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("x", b"1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    handles: list[ReadHandle] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+        with pytest.raises(StorageError, match="ulimit -n"):
+            handles.extend(storage.open_read("x") for _ in range(highest + 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for handle in handles:
+            handle.close()
+
+
+def test_pages_go_around_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aligned memory is written by the direct descriptor, the tail by the other one."""
+    calls: list[tuple[bool, int, int]] = []
+    real = os.pwritev
+
+    def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = real(fd, buffers, offset)
+        calls.append((bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT), offset, count))
+        return count
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    size = (6 << 20) + 100
+    with (
+        mmap.mmap(-1, size) as arena,
+        memoryview(arena) as view,
+        LocalStorage(tmp_path).open_write("x", size) as handle,
+    ):
+        handle.write(0, [view])
+        handle.write(0, [view[100:4196]])
+    assert calls == [(True, 0, 6 << 20), (False, 6 << 20, 100), (False, 0, 4096)]
+
+
+def test_open_storage_roots_at_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage, name = open_storage("outputs/step-5/")
+    assert (storage.root, name) == (str(tmp_path / "outputs"), "step-5")
+    storage, name = open_storage(".")
+    assert (storage.root, name) == (str(tmp_path.parent), tmp_path.name)
+    storage, name = open_storage(f"file://{tmp_path}/run")
+    assert (storage.root, name) == (str(tmp_path), "run")
+
+
+def test_open_storage_follows_a_link_at_the_path(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "step-5").mkdir()
+    (tmp_path / "latest").symlink_to("real/step-5")
+    storage, name = open_storage(tmp_path / "latest")
+    assert (storage.root, name) == (str(tmp_path / "real"), "step-5")
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/run", "gs://bucket/run", ""])
+def test_open_storage_refuses_what_it_does_not_know(path: str) -> None:
+    with pytest.raises(ConfigError):
+        open_storage(path)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (8 << 20, "8.0 MiB"),
+        (1 << 50, "1.0 PiB"),
+    ],
+)
+def test_sizes_for_people(nbytes: int, text: str) -> None:
+    assert format_nbytes(nbytes) == text
