@@ -1,1 +1,31 @@
+"""The models: ``flavors`` (sizes, torch-free), one file per model, and the parts they share.
 
+Importing this package does not import torch; building a model does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from milepost.train.models.flavors import MODEL_NAMES, ModelArgs, model_args, model_flavors
+
+if TYPE_CHECKING:
+    from milepost.train.models.decoder import Decoder
+
+__all__ = ["MODEL_NAMES", "ModelArgs", "build_model", "model_args", "model_flavors"]
+
+
+def build_model(name: str, flavor: str, *, vocab_size: int | None, seq_len: int) -> Decoder:
+    """Model ``name`` in size ``flavor``, on torch's current default device (``meta`` costs nothing).
+
+    ``vocab_size`` None is the flavor's own; ``seq_len`` is the longest sequence the model will see.
+
+    Raises:
+        ConfigError: no such model or flavor.
+    """
+    from milepost.train.models.llama3 import Llama3
+    from milepost.train.models.qwen3 import Qwen3
+
+    args = model_args(name, flavor, vocab_size=vocab_size)
+    classes: dict[str, type[Decoder]] = {"llama3": Llama3, "qwen3": Qwen3}
+    return classes[name](args, seq_len)

@@ -1,0 +1,155 @@
+"""The decoder-only transformer that Llama 3 and Qwen 3 share: attention, SwiGLU, blocks, and the stack.
+
+Shapes: B batch, T (local) sequence, C model width, H heads, D head width, V vocabulary. Under a parallelism each
+rank sees its own part of T, H or V; nothing in here knows of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from milepost.train.models.flavors import ModelArgs
+from milepost.train.models.rope import rope_table
+
+__all__ = ["Attention", "Block", "CausalAttention", "Decoder", "FeedForward", "TiedOutput"]
+
+Rotation = Callable[[Tensor, Tensor], Tensor]
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention of each query over the keys up to its own position. Context parallelism replaces it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q`` (B, H, T, D), ``k`` and ``v`` (B, H_kv, T, D); returns (B, H, T, D)."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; with ``qk_norm``, queries and keys are RMS-normed per head."""
+
+    def __init__(self, args: ModelArgs, rotate: Rotation, *, qk_norm: bool):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.rotate = rotate
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if qk_norm else None
+        self.core = CausalAttention()
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        # The head count is read off the projections: under tensor parallelism a rank holds only some heads.
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, H, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = rope[: q.shape[1]]
+        q, k = self.rotate(q, rope), self.rotate(k, rope)
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, D)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then the feed-forward or, in its place, the mixture of experts."""
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        attention: Attention,
+        *,
+        feed_forward: FeedForward | None = None,
+        moe: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.moe = moe
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.recompute = False
+        """Keep only the block's input for the backward pass and compute the rest again (activation checkpointing)."""
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """``x`` (B, T, C); ``rope`` holds the angles of its positions and may hold those of later ones."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, rope, use_reentrant=False)
+        return self._forward(x, rope)
+
+    def _forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope)
+        ffn = self.moe if self.feed_forward is None else self.feed_forward
+        return x + ffn(self.ffn_norm(x))
+
+
+class TiedOutput(nn.Module):
+    """The output projection by the embedding matrix: a module without weights, so that the matrix is stored once."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+class Decoder(nn.Module):
+    """Tokens (B, T) to logits (B, T, V); or, after `keep_stage`, the stretch of it that one pipeline stage computes."""
+
+    def __init__(self, args: ModelArgs, seq_len: int, make_block: Callable[[ModelArgs], Block]):
+        super().__init__()
+        self.args = args
+        self.seq_len = seq_len
+        self.first_position = 0
+        """The global position of the first token that this rank sees; context parallelism sets it."""
+        self.embeds = True
+        self.projects = True
+        self.tok_embeddings: nn.Embedding | None = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): make_block(args) for i in range(args.n_layers)})
+        self.norm: nn.RMSNorm | None = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output: nn.Module | None = (
+            TiedOutput() if args.tied_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        )
+        # Not in the state dict: it follows from the configuration. `reset_buffers` fills it after a stay on meta.
+        self.register_buffer("rope", rope_table(args, seq_len), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` is tokens (B, T) where the embedding is held, else hidden states (B, T, C) of the stage before."""
+        rope = self.rope[self.first_position :]
+        h = self.tok_embeddings(x) if self.embeds else x  # (B, T, C)
+        for block in self.layers.values():
+            h = block(h, rope)
+        if not self.projects:
+            return h
+        h = self.norm(h)
+        return self.output(h, self.tok_embeddings.weight) if self.args.tied_embeddings else self.output(h)  # (B, T, V)
+
+    def keep_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> None:
+        """Drops all but ``layers``, the embedding unless ``first``, norm and output unless ``last``.
+
+        What stays keeps its name. With tied embeddings the last stage keeps the embedding matrix too, to project by.
+        """
+        self.layers = nn.ModuleDict({name: block for name, block in self.layers.items() if int(name) in set(layers)})
+        self.embeds, self.projects = first, last
+        if not first and not (last and self.args.tied_embeddings):
+            self.tok_embeddings = None
+        if not last:
+            self.norm = self.output = None
+
+    def reset_buffers(self) -> None:
+        """Computes the buffers afresh on the device they are on, in float32 whatever the weights' dtype is."""
+        self.rope = rope_table(self.args, self.seq_len, self.rope.device)

@@ -1,0 +1,58 @@
+"""Data parallelism: FSDP2 over the data mesh. Plain replication is the case of one shard, HSDP that of both.
+
+Gradients are *summed* over ranks, never averaged: the loss is already divided by the tokens of the whole batch, so
+one rule holds for every product of parallelisms. Summing needs two calls on FSDP: a divide factor of one, and sum
+reduction forced, since gloo has no pre-multiplied sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from milepost.train.models.decoder import Decoder
+from milepost.train.parallel.meshes import Meshes
+
+__all__ = ["apply_data_parallel"]
+
+
+def apply_data_parallel(part: Decoder, meshes: Meshes, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
+    """Shards ``part`` over the data mesh, layer by layer, the experts over their own."""
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        # A pipeline stage runs many microbatches between two steps: gathering its weights once is enough.
+        "reshard_after_forward": meshes.degrees.pipeline_parallel_degree == 1,
+    }
+    for block in part.layers.values():
+        if block.moe is not None:
+            experts = block.moe.experts
+            placement = _expert_placement(experts, meshes)
+            fully_shard(experts, mesh=meshes.expert_data, shard_placement_fn=placement, **options)
+        fully_shard(block, mesh=meshes.data, **options)
+    if part.tok_embeddings is not None and not part.args.tied_embeddings:
+        fully_shard(part.tok_embeddings, mesh=meshes.data, **options)
+    if part.output is not None and not part.args.tied_embeddings:
+        # Its backward comes right after its forward.
+        fully_shard(part.output, mesh=meshes.data, **{**options, "reshard_after_forward": False})
+    fully_shard(part, mesh=meshes.data, **options)
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_placement(experts: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Shard | None]:
+    """By expert, or by an expert's rows where there are more ranks than experts to deal out."""
+    num_ranks = meshes.expert_data.size(-1)
+
+    def placement(weight: nn.Parameter) -> Shard | None:
+        num_local_experts = weight.shape[0] // meshes.degrees.expert_parallel_degree
+        by_rows = num_ranks > num_local_experts and weight.shape[1] % num_ranks == 0
+        return Shard(1) if by_rows else None
+
+    return placement

@@ -1,0 +1,111 @@
+"""The device meshes of a run: one root mesh for the dense weights, a second view of the same ranks for the experts.
+
+Ranks are laid out pipeline-outermost, tensor-innermost, so that tensor parallelism, which talks most, stays inside
+a node. FSDP and tensor parallelism must come from one root mesh (DTensor refuses to combine two); context parallelism
+holds no weights of its own, so its ranks shard the weights together with FSDP's.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from milepost.train.degrees import Degrees
+
+__all__ = ["Meshes"]
+
+
+class Meshes:
+    """Where this rank stands in every degree, and the process groups to talk in. Build it on all ranks together."""
+
+    def __init__(self, degrees: Degrees, dense: DeviceMesh):
+        self.degrees = degrees
+        self.dense = dense
+        """Axes ``pp``, ``dp_replicate``, ``fsdp`` (= data shard x context), ``tp``."""
+
+    @classmethod
+    def build(cls, degrees: Degrees, device_type: str) -> Meshes:
+        """The meshes over all ranks of the default process group (collective)."""
+        shape = (
+            degrees.pipeline_parallel_degree,
+            degrees.data_parallel_replicate_degree,
+            degrees.data_parallel_shard_degree * degrees.context_parallel_degree,
+            degrees.tensor_parallel_degree,
+        )
+        return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")))
+
+    @property
+    def device_type(self) -> str:
+        return self.dense.device_type
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.device_type, torch.accelerator.current_device_index())
+
+    @property
+    def dp_degree(self) -> int:
+        """How many ranks read different samples of one batch."""
+        return self.degrees.data_parallel_degree
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the ``dp_degree`` shares of a batch this rank reads; equal on ranks that work on the same samples."""
+        replica = self.dense.get_local_rank("dp_replicate")
+        shard = self.dense.get_local_rank("fsdp") // self.degrees.context_parallel_degree
+        return replica * self.degrees.data_parallel_shard_degree + shard
+
+    @property
+    def cp_rank(self) -> int:
+        """Which part of every sequence this rank holds."""
+        return self.dense.get_local_rank("fsdp") % self.degrees.context_parallel_degree
+
+    @property
+    def pp_rank(self) -> int:
+        return self.dense.get_local_rank("pp")
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.degrees.pipeline_parallel_degree - 1
+
+    @property
+    def data(self) -> DeviceMesh:
+        """What FSDP shards the dense weights over: 1-D, or 2-D (replicas, shards) where there are replicas."""
+        return self._with_replicas(self.dense, "fsdp")
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        return self.dense["tp"]
+
+    @cached_property
+    def _experts(self) -> DeviceMesh:
+        pp, replicas = self.degrees.pipeline_parallel_degree, self.degrees.data_parallel_replicate_degree
+        ep = self.degrees.expert_parallel_degree
+        shape = (pp, replicas, self.degrees.num_expert_ranks // ep, ep)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+
+    @property
+    def expert(self) -> DeviceMesh:
+        """The mesh the experts are dealt out over (collective at first use)."""
+        return self._experts["ep"]
+
+    @property
+    def expert_data(self) -> DeviceMesh:
+        """What FSDP shards the experts over: all ranks with other tokens but the same experts (collective at first use)."""
+        return self._with_replicas(self._experts, "efsdp")
+
+    @cached_property
+    def context_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the parts of one sequence (collective at first use)."""
+        cp, tp = self.degrees.context_parallel_degree, self.degrees.tensor_parallel_degree
+        shape = (self.dense.size() // (cp * tp), cp, tp)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("rest", "cp", "tp")).get_group("cp")
+
+    def _with_replicas(self, mesh: DeviceMesh, axis: str) -> DeviceMesh:
+        return mesh["dp_replicate", axis] if self.degrees.data_parallel_replicate_degree > 1 else mesh[axis]
