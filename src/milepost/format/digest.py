@@ -1,0 +1,137 @@
+"""CRC-32 of what is stored: of each item as a whole, and of each block of an item's raw data.
+
+The CRC is that of zip and zlib (polynomial 0xEDB88320), computed by ISA-L, which runs near memory speed and releases
+the GIL. ``milepost.digests`` holds the blocks' CRCs; its form is specified in ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from milepost.errors import FormatError
+from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
+
+MAGIC = b"MILEDIG\x01"
+_HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
+_MAX_SAVE_ID_NBYTES = 256
+
+Crcs = npt.NDArray[np.uint32]
+"""CRC-32s of consecutive blocks, little-endian on disk."""
+
+
+def crc32(data: Any, value: int = 0) -> int:
+    """CRC-32 of a bytes-like object, continuing from ``value``."""
+    return isal_zlib.crc32(data, value)
+
+
+def combine(crc_a: int, crc_b: int, nbytes_b: int) -> int:
+    """CRC-32 of two stretches of bytes one after the other, from the CRC of each and the second one's length."""
+    return isal_zlib.crc32_combine(crc_a, crc_b, nbytes_b)
+
+
+def num_blocks(data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
+    """How many blocks raw data of ``data_nbytes`` has; the last may be short, empty data has none."""
+    return -(-data_nbytes // block_nbytes)
+
+
+def block_crcs(data: Any, block_nbytes: int = BLOCK_NBYTES) -> Crcs:
+    """The CRC-32 of each block of a bytes-like object that is one item's raw data from its start."""
+    view = memoryview(data).cast("B")
+    starts = range(0, view.nbytes, block_nbytes)
+    return np.array([isal_zlib.crc32(view[start : start + block_nbytes]) for start in starts], dtype="<u4")
+
+
+def combine_blocks(crcs: Sequence[int] | Crcs, data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
+    """CRC-32 of a whole item, from its blocks' CRCs. ``crcs`` must be all of them, in order."""
+    if len(crcs) != num_blocks(data_nbytes, block_nbytes):
+        raise ValueError(f"{len(crcs)} CRCs for {num_blocks(data_nbytes, block_nbytes)} blocks")
+    if not len(crcs):
+        return 0
+    whole = [int(crc) for crc in crcs[:-1]]
+    value = reduce(lambda so_far, crc: combine(so_far, crc, block_nbytes), whole, 0)
+    return combine(value, int(crcs[-1]), data_nbytes - len(whole) * block_nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockDigests:
+    """The parsed ``milepost.digests`` of one checkpoint.
+
+    ``crcs`` is a read-only view of the file's bytes; ``starts[key][i]`` is where the CRCs of shard ``i`` of ``key``
+    begin in it, with one more entry at the end, so that no Python object exists per block.
+    """
+
+    save_id: str
+    block_nbytes: int
+    crcs: Crcs
+    starts: Mapping[str, tuple[int, ...]]
+
+    def of_shard(self, key: str, shard: int) -> Crcs:
+        """CRC-32s of the blocks of one shard's raw data (``shard`` as in the manifest's ``TensorEntry.shards``)."""
+        bounds = self.starts[key]
+        return self.crcs[bounds[shard] : bounds[shard + 1]]
+
+
+def dump_digests(save_id: str, crcs: Iterable[Sequence[int] | Crcs], block_nbytes: int = BLOCK_NBYTES) -> bytes:
+    """The bytes of ``milepost.digests``.
+
+    ``crcs`` yields the block CRCs of each shard, in the manifest's order: keys sorted, then shards as they stand.
+    """
+    name = save_id.encode()
+    if len(name) > _MAX_SAVE_ID_NBYTES:
+        raise ValueError(f"a save id of {len(name)} bytes: at most {_MAX_SAVE_ID_NBYTES} are allowed")
+    arrays = [np.asarray(shard, dtype="<u4") for shard in crcs]
+    values = np.concatenate(arrays) if arrays else np.empty(0, dtype="<u4")
+    body = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values)) + name + values.tobytes()
+    return body + struct.pack("<I", crc32(body))
+
+
+def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> BlockDigests:
+    """Read ``milepost.digests`` and tie it to the manifest that it belongs to.
+
+    Raises FormatError if it is damaged, of another save, or has another number of blocks than the manifest's shards.
+    """
+
+    def fault(what: str) -> FormatError:
+        return FormatError(f"{path}: {what}; the checkpoint is damaged, use another step", path=path)
+
+    if len(data) < _HEAD.size + 4:
+        raise fault(f"{len(data)} bytes are too few for a digests file")
+    magic, name_nbytes, block_nbytes, count = _HEAD.unpack_from(data)
+    if magic[:7] == MAGIC[:7] and magic != MAGIC:
+        raise FormatError(f"{path} was written by a newer Milepost (version {magic[7]}): upgrade to read it", path=path)
+    if magic != MAGIC:
+        raise fault("it does not begin as a digests file does")
+    if name_nbytes > _MAX_SAVE_ID_NBYTES or len(data) != _HEAD.size + name_nbytes + 4 * count + 4:
+        raise fault(f"its length of {len(data)} bytes is not what its header says")
+    if crc32(memoryview(data)[:-4]) != struct.unpack_from("<I", data, len(data) - 4)[0]:
+        raise fault("its own CRC-32 does not match")
+    if not 1 <= block_nbytes <= 1 << 30:
+        raise fault(f"a block size of {block_nbytes} bytes is not allowed")
+    save_id = data[_HEAD.size : _HEAD.size + name_nbytes].decode("utf-8", "replace")
+    if save_id != manifest.save_id:
+        raise fault(f"it belongs to save {save_id!r}, the manifest to save {manifest.save_id!r}")
+    starts, total = _block_starts(manifest, block_nbytes)
+    if total != count:
+        raise fault(f"it holds {count} block CRCs, the manifest's shards have {total} blocks")
+    crcs = np.frombuffer(data, dtype="<u4", count=count, offset=_HEAD.size + name_nbytes)
+    return BlockDigests(save_id, block_nbytes, crcs, starts)
+
+
+def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
+    starts: dict[str, tuple[int, ...]] = {}
+    position = 0
+    for key in sorted(manifest.tensors):
+        bounds = [position]
+        for shard in manifest.tensors[key].shards:
+            position += num_blocks(shard.data_nbytes, block_nbytes)
+            bounds.append(position)
+        starts[key] = tuple(bounds)
+    return starts, position

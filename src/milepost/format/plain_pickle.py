@@ -1,0 +1,185 @@
+"""Plain Python values to and from pickle, without pickle: what a JSON-able leaf of a state dict is stored as.
+
+Plain are None, bool, int, float, str, bytes, list, tuple, dict and OrderedDict, dicts with str or int keys. They are
+written in protocol 2 with the opcodes that ``torch.load(weights_only=True)`` accepts, and read back by
+``pickle_reader``, which runs nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+
+from milepost.errors import FormatError
+from milepost.format.pickle_reader import Global, read_pickle
+
+MAX_DEPTH = 100
+MAX_NODES = 10_000_000
+_MAX_INT_NBYTES = 255  # what LONG1 can say; weights_only knows no longer form
+
+PROTO_2 = b"\x80\x02"
+STOP = b"."
+_EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def dump_plain(value: object) -> bytes:
+    """A protocol 2 pickle of a plain value.
+
+    Raises TypeError for any other value, a subclass of a plain type included (it would come back as another type),
+    and for what is nested deeper than 100 levels or contains itself.
+    """
+    out = [PROTO_2]
+    _emit(value, out.append, 0)
+    out.append(STOP)
+    return b"".join(out)
+
+
+def int_opcodes(value: int) -> bytes:
+    """The opcodes that push an int, as CPython's pickler chooses them."""
+    if 0 <= value < 256:
+        return b"K%c" % value
+    if 0 <= value < 65536:
+        return b"M" + value.to_bytes(2, "little")
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    nbytes = (value.bit_length() >> 3) + 1
+    if nbytes > _MAX_INT_NBYTES:
+        raise TypeError(f"an int of {value.bit_length()} bits is too large to store as a plain value")
+    return b"\x8a%c" % nbytes + value.to_bytes(nbytes, "little", signed=True)
+
+
+def str_opcodes(value: str) -> bytes:
+    """The opcodes that push a str."""
+    text = value.encode("utf-8", "surrogatepass")
+    return b"X" + len(text).to_bytes(4, "little") + text
+
+
+def _emit(value: object, put: Callable[[bytes], object], depth: int) -> None:
+    emit = _EMITTERS.get(type(value))
+    if emit is None:
+        raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__} is not a plain value")
+    if depth > MAX_DEPTH:
+        raise TypeError(f"a value nested deeper than {MAX_DEPTH} levels is not plain (does it contain itself?)")
+    emit(value, put, depth + 1)
+
+
+def _emit_bytes(value: bytes, put: Callable[[bytes], object], depth: int) -> None:
+    # Protocol 2 has no bytes; this call is how CPython's pickler spells them, and what weights_only accepts.
+    put(b"c_codecs\nencode\n" + str_opcodes(value.decode("latin-1")) + b"X\x06\x00\x00\x00latin1\x86R")
+
+
+def _emit_list(value: list[object], put: Callable[[bytes], object], depth: int) -> None:
+    put(b"](")
+    for item in value:
+        _emit(item, put, depth)
+    put(b"e")
+
+
+def _emit_tuple(value: tuple[object, ...], put: Callable[[bytes], object], depth: int) -> None:
+    put(b"(")
+    for item in value:
+        _emit(item, put, depth)
+    put(b"t")
+
+
+def _emit_items(value: dict[object, object], put: Callable[[bytes], object], depth: int) -> None:
+    put(b"(")
+    for key, item in value.items():
+        if type(key) is not str and type(key) is not int:
+            raise TypeError(f"a dict with a key of type {type(key).__qualname__} is not a plain value")
+        _emit(key, put, depth)
+        _emit(item, put, depth)
+    put(b"u")
+
+
+def _emit_dict(value: dict[object, object], put: Callable[[bytes], object], depth: int) -> None:
+    put(b"}")
+    _emit_items(value, put, depth)
+
+
+def _emit_ordered_dict(value: OrderedDict[object, object], put: Callable[[bytes], object], depth: int) -> None:
+    put(_EMPTY_ORDERED_DICT)
+    _emit_items(value, put, depth)
+
+
+_EMITTERS: dict[type, Callable[..., None]] = {
+    type(None): lambda value, put, depth: put(b"N"),
+    bool: lambda value, put, depth: put(b"\x88" if value else b"\x89"),
+    int: lambda value, put, depth: put(int_opcodes(value)),
+    float: lambda value, put, depth: put(b"G" + struct.pack(">d", value)),
+    str: lambda value, put, depth: put(str_opcodes(value)),
+    bytes: _emit_bytes,
+    list: _emit_list,
+    tuple: _emit_tuple,
+    dict: _emit_dict,
+    OrderedDict: _emit_ordered_dict,
+}
+
+
+def encode_latin1(*args: object) -> bytes:
+    """What ``_codecs.encode`` stands for in a pickle of bytes: text whose code points are the bytes."""
+    if not (len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1")):
+        raise FormatError("_codecs.encode is used for something else than bytes")
+    return args[0].encode("latin-1")
+
+
+def ordered_dict(*args: object) -> OrderedDict[object, object]:
+    """What ``collections.OrderedDict`` stands for: always made empty, its items follow."""
+    if args:
+        raise FormatError("collections.OrderedDict is called with arguments")
+    return OrderedDict()
+
+
+def empty_bytes(*args: object) -> bytes:
+    """What ``bytes`` stands for in protocol 2: CPython's pickler writes ``b""`` as a call without arguments."""
+    if args:
+        raise FormatError("bytes is called with arguments")
+    return b""
+
+
+PLAIN_GLOBALS = {
+    "_codecs.encode": Global("_codecs.encode", call=encode_latin1),
+    "collections.OrderedDict": Global("collections.OrderedDict", call=ordered_dict),
+    "__builtin__.bytes": Global("__builtin__.bytes", call=empty_bytes),
+    "builtins.bytes": Global("builtins.bytes", call=empty_bytes),
+}
+
+
+def load_plain(data: bytes) -> object:
+    """The plain value in a pickle. Raises FormatError for any other content; nothing of it is run.
+
+    A value that would unfold to more than ten million parts (by naming one part again and again) is refused too.
+    """
+    value = read_pickle(data, PLAIN_GLOBALS)
+    _check_plain(value)
+    return value
+
+
+def _check_plain(value: object) -> None:
+    """Refuse what is not plain, holds itself, is nested too deep or unfolds to too much."""
+    sizes: dict[int, int] = {}  # id of a finished container -> number of its parts, all unfolded
+    open_ids: set[int] = set()
+
+    def measure(node: object, depth: int) -> int:
+        if not isinstance(node, list | tuple | dict):
+            if node is not None and not isinstance(node, bool | int | float | str | bytes):
+                raise FormatError(f"a {type(node).__name__} stands where a plain value must be")
+            return 1
+        known = sizes.get(id(node))
+        if known is not None:
+            return known
+        if id(node) in open_ids or depth > MAX_DEPTH:
+            raise FormatError(f"a value contains itself or is nested deeper than {MAX_DEPTH} levels")
+        open_ids.add(id(node))
+        parts = node.values() if isinstance(node, dict) else node
+        if isinstance(node, dict) and not all(isinstance(key, str | int) for key in node):
+            raise FormatError("a dict key is neither text nor a number")
+        total = 1 + sum(measure(part, depth + 1) for part in parts)
+        if total > MAX_NODES:
+            raise FormatError(f"a value unfolds to more than {MAX_NODES} parts")
+        open_ids.remove(id(node))
+        sizes[id(node)] = total
+        return total
+
+    measure(value, 0)

@@ -1,0 +1,404 @@
+"""The ``torch.save`` zip record, written and read byte for byte without torch.
+
+An item of a ``.distcp`` file is one such record. For a tensor all but the raw data and its CRC-32 follows from dtype
+and sizes: :func:`tensor_record` gives the header that goes before the data and :func:`record_footer` what goes after
+it, so that data can be streamed from wherever it is while its CRC is being computed. ``docs/format.md`` specifies the
+bytes; ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` of PyTorch are what they agree with.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+
+from milepost.errors import FormatError
+from milepost.format.digest import crc32
+from milepost.format.dtype import DTYPES, from_storage_class, itemsize, lookup
+from milepost.format.pickle_reader import Global, read_pickle
+from milepost.format.plain_pickle import PROTO_2, STOP, dump_plain, int_opcodes, load_plain, ordered_dict, str_opcodes
+from milepost.format.zip_directory import (
+    CENTRAL_HEADER,
+    CENTRAL_MAGIC,
+    DESCRIPTOR_MAGIC,
+    END,
+    END64,
+    END64_LOCATOR,
+    END64_LOCATOR_MAGIC,
+    END64_MAGIC,
+    END_MAGIC,
+    LOCAL_HEADER,
+    LOCAL_MAGIC,
+    SATURATED,
+    ZIP64_EXTRA_ID,
+    ZipDirectory,
+    ZipEntry,
+)
+
+DATA_ALIGNMENT = 64
+"""Raw data begins at a multiple of this, counted from the start of its record."""
+
+MAX_DIMS = 64
+MAX_NBYTES = 1 << 62
+_ZIP64_FROM = SATURATED - (1 << 16)  # leaves room for what surrounds the data: one decision for all fields
+_FLAG_UTF8, _FLAG_DESCRIPTOR = 0x0800, 0x0008
+_DOS_DATE = 0x0021  # 1980-01-01: records must not depend on the time
+_VERSION, _VERSION_ZIP64 = 20, 45
+_PADDING_EXTRA_ID = b"FB"  # the extra field that torch pads with
+_MAX_TENSOR_PICKLE_NBYTES = 64 << 10
+_MAX_OBJECT_PICKLE_NBYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """A tensor's record but for its raw data: ``header``, then ``data_nbytes`` of row-major data, then the footer.
+
+    ``footer_template`` is the footer with zeros at ``crc_positions``, where the data's CRC-32 goes.
+    """
+
+    header: bytes
+    data_nbytes: int
+    footer_template: bytes
+    crc_positions: tuple[int, int]
+
+    @property
+    def data_offset(self) -> int:
+        """Where the raw data begins, from the start of the record; a multiple of ``DATA_ALIGNMENT``."""
+        return len(self.header)
+
+    @property
+    def footer_nbytes(self) -> int:
+        """Bytes after the raw data."""
+        return len(self.footer_template)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole record."""
+        return len(self.header) + self.data_nbytes + len(self.footer_template)
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedTensor:
+    """Where the elements of a stored tensor are, as its record says.
+
+    ``data_offset`` (from the start of the record) and ``data_nbytes`` frame the storage; ``strides`` and
+    ``storage_offset`` are in elements within it. ``crc32`` is of the storage's bytes, None if the writer left CRCs out.
+    """
+
+    dtype: str
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage_offset: int
+    data_offset: int
+    data_nbytes: int
+    crc32: int | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the storage is the tensor's elements in row-major order and nothing else."""
+        numel = math.prod(self.sizes)
+        row_major = all(
+            n == 1 or s == r for n, s, r in zip(self.sizes, self.strides, strides_of(self.sizes), strict=True)
+        )
+        exact = self.storage_offset == 0 and self.data_nbytes == numel * itemsize(self.dtype)
+        return exact and (row_major or numel == 0)
+
+
+def strides_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a row-major tensor, as torch gives them (a dim of size 0 counts as 1)."""
+    strides = [1] * len(sizes)
+    for dim in range(len(sizes) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * max(sizes[dim + 1], 1)
+    return tuple(strides)
+
+
+# ---- writing ----
+
+
+@lru_cache(maxsize=16384)
+def tensor_record(dtype: str, sizes: tuple[int, ...]) -> RecordLayout:
+    """The record of a contiguous tensor. Raises FormatError for an unknown dtype or sizes that cannot be."""
+    numel = math.prod(sizes)
+    data_nbytes = numel * itemsize(dtype)
+    if len(sizes) > MAX_DIMS or any(size < 0 for size in sizes) or data_nbytes > MAX_NBYTES:
+        raise FormatError(f"sizes {list(sizes)!r:.200} of {dtype} cannot be stored")
+    small, directory = _small_entries(_tensor_pickle(dtype, sizes, numel))
+    local, central, descriptor = _data_entry(len(small), data_nbytes)
+    header = small + local
+    start = len(header) + data_nbytes + len(descriptor)
+    end = _directory_end(4, start, len(directory) + len(central), zip64=data_nbytes >= _ZIP64_FROM)
+    footer = descriptor + directory + central + end
+    return RecordLayout(header, data_nbytes, footer, (4, len(descriptor) + len(directory) + 16))
+
+
+def record_footer(layout: RecordLayout, crc32: int) -> bytes:
+    """What follows the raw data whose CRC-32 is given: exactly ``layout.footer_nbytes`` bytes."""
+    template, crc = layout.footer_template, struct.pack("<I", crc32)
+    first, second = layout.crc_positions
+    return b"".join((template[:first], crc, template[first + 4 : second], crc, template[second + 4 :]))
+
+
+def object_record(value: object) -> bytes:
+    """A whole ``torch.save`` stream of a plain value, readable by ``torch.load(weights_only=True)``.
+
+    Plain are None, bool, int, float, str, bytes, list, tuple, dict (keys str or int) and OrderedDict, nested.
+    Raises TypeError for any other value; ``torch.save`` is then the way.
+    """
+    small, directory = _small_entries(dump_plain(value))
+    return small + directory + _directory_end(3, len(small), len(directory), zip64=False)
+
+
+def _tensor_pickle(dtype: str, sizes: tuple[int, ...], numel: int) -> bytes:
+    """``data.pkl`` of a contiguous tensor: the very bytes that ``torch.save`` writes."""
+    entry = lookup(dtype)
+    typed = entry.storage_class is not None
+    storage = f"torch\n{entry.storage_class}" if typed else "torch.storage\nUntypedStorage"
+    count = numel if typed else numel * entry.itemsize
+    out = [PROTO_2, b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % (2 if typed else 3)]
+    out += [str_opcodes("storage"), b"q\x01c", storage.encode(), b"\nq\x02"]
+    out += [str_opcodes("0"), b"q\x03", str_opcodes("cpu"), b"q\x04", int_opcodes(count), b"tq\x05QK\x00"]
+    memo = 6
+    for values in (sizes, strides_of(sizes)):
+        out.append(_tuple_opcodes(values))
+        if values:  # the empty tuple is one opcode and never memoized
+            out.append(b"q%c" % memo)
+            memo += 1
+    out.append(b"\x89ccollections\nOrderedDict\nq%c)Rq%c" % (memo, memo + 1))
+    memo += 2
+    if not typed:
+        out.append(b"ctorch\n%b\nq%c" % (dtype.encode(), memo))
+        memo += 1
+    out += [b"tq%cRq%c" % (memo, memo + 1), STOP]
+    return b"".join(out)
+
+
+def _tuple_opcodes(values: tuple[int, ...]) -> bytes:
+    items = b"".join(map(int_opcodes, values))
+    if len(values) > 3:
+        return b"(" + items + b"t"
+    return items + (b")", b"\x85", b"\x86", b"\x87")[len(values)]
+
+
+def _small_entries(pickled: bytes) -> tuple[bytes, bytes]:
+    """The entries that every record begins with, and their part of the directory."""
+    local, central = b"", b""
+    for name, content in ((b"data.pkl", pickled), (b"byteorder", b"little"), (b"version", b"3\n")):
+        name = b"archive/" + name
+        crc, size, header_offset = crc32(content), len(content), len(local)
+        if size >= SATURATED:
+            raise TypeError(f"a value of {size} bytes is too large to store as a plain value")
+        fields = (_FLAG_UTF8, 0, 0, _DOS_DATE, crc, size, size, len(name), 0)
+        local += LOCAL_HEADER.pack(LOCAL_MAGIC, _VERSION, *fields) + name + content
+        central += CENTRAL_HEADER.pack(CENTRAL_MAGIC, _VERSION, _VERSION, *fields, 0, 0, 0, 0, header_offset) + name
+    return local, central
+
+
+def _data_entry(header_offset: int, nbytes: int) -> tuple[bytes, bytes, bytes]:
+    """Local header (padded so that data is aligned), directory entry and descriptor of ``archive/data/0``, CRC zero.
+
+    The CRC is not known when the header is written, so bit 3 defers CRC and sizes to a descriptor after the data.
+    """
+    name = b"archive/data/0"
+    zip64 = nbytes >= _ZIP64_FROM
+    version = _VERSION_ZIP64 if zip64 else _VERSION
+    extra = struct.pack("<2H2Q", ZIP64_EXTRA_ID, 16, nbytes, nbytes) if zip64 else b""
+    unpadded = header_offset + LOCAL_HEADER.size + len(name) + len(extra) + 4
+    padding = -unpadded % DATA_ALIGNMENT
+    padded = extra + _PADDING_EXTRA_ID + struct.pack("<H", padding) + b"Z" * padding
+    common = (_FLAG_UTF8 | _FLAG_DESCRIPTOR, 0, 0, _DOS_DATE, 0)
+    deferred = SATURATED if zip64 else 0
+    local = LOCAL_HEADER.pack(LOCAL_MAGIC, version, *common, deferred, deferred, len(name), len(padded)) + name + padded
+    known = SATURATED if zip64 else nbytes
+    central = CENTRAL_HEADER.pack(
+        CENTRAL_MAGIC, version, version, *common, known, known, len(name), len(extra), 0, 0, 0, 0, header_offset
+    )
+    descriptor = DESCRIPTOR_MAGIC + struct.pack("<I2Q" if zip64 else "<3I", 0, nbytes, nbytes)
+    return local, central + name + extra, descriptor
+
+
+def _directory_end(count: int, offset: int, nbytes: int, *, zip64: bool) -> bytes:
+    if not zip64:
+        return END.pack(END_MAGIC, 0, 0, count, count, nbytes, offset, 0)
+    end64 = END64.pack(END64_MAGIC, END64.size - 12, _VERSION_ZIP64, _VERSION_ZIP64, 0, 0, count, count, nbytes, offset)
+    locator = END64_LOCATOR.pack(END64_LOCATOR_MAGIC, 0, offset + nbytes, 1)
+    return end64 + locator + END.pack(END_MAGIC, 0, 0, count, count, nbytes, SATURATED, 0)
+
+
+# ---- reading ----
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Storage:
+    """A reference to ``data/<key>``. ``dtype`` is None for untyped storage."""
+
+    key: str
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rebuild:
+    """The arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3`` that matter."""
+
+    storage: _Storage
+    storage_offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+def read_object(record: bytes) -> object:
+    """The plain value that a ``torch.save`` stream holds. Raises FormatError for any other content; runs nothing."""
+    archive = ZipDirectory(lambda offset, nbytes: record[offset : offset + nbytes], len(record))
+    pickled, _ = _read_pickle_entry(archive, _MAX_OBJECT_PICKLE_NBYTES)
+    return load_plain(pickled)
+
+
+def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> LocatedTensor:
+    """Find a tensor's elements in a record written by any torch since 1.6 (or by Milepost).
+
+    ``read_at(offset, nbytes)`` gives bytes of the record, offsets counted from its start; it is called two to four
+    times for a few KiB each, whatever the tensor's size. Raises FormatError unless the record is one dense tensor in
+    little-endian order whose elements all lie inside it.
+    """
+    archive = ZipDirectory(read_at, record_nbytes)
+    pickled, prefix = _read_pickle_entry(archive, _MAX_TENSOR_PICKLE_NBYTES)
+    tensor = read_pickle(pickled, TENSOR_GLOBALS, _persistent_storage)
+    if not isinstance(tensor, _Rebuild):
+        raise FormatError(f"a record holds a {type(tensor).__name__} where a tensor is expected")
+    entry = _entry(archive, f"{prefix}/data/{tensor.storage.key}")
+    offset = archive.data_offset(entry)
+    _check_extent(tensor, entry)
+    has_crcs = _entry(archive, f"{prefix}/data.pkl").crc32 != 0
+    return LocatedTensor(
+        dtype=tensor.dtype,
+        sizes=tensor.sizes,
+        strides=tensor.strides,
+        storage_offset=tensor.storage_offset,
+        data_offset=offset,
+        data_nbytes=entry.nbytes,
+        crc32=entry.crc32 if has_crcs else None,
+    )
+
+
+def _entry(archive: ZipDirectory, name: str) -> ZipEntry:
+    entry = archive.entries.get(name)
+    if entry is None:
+        raise FormatError(f"a record lacks its zip entry {name!r:.100}")
+    return entry
+
+
+def _read_pickle_entry(archive: ZipDirectory, limit: int) -> tuple[bytes, str]:
+    """``data.pkl`` and the archive's name, byte order and CRCs checked."""
+    names = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(names) != 1:
+        raise FormatError("a record has no data.pkl (or several): it is no torch.save record")
+    prefix = names[0].removesuffix("/data.pkl")
+    pickled = _checked_content(archive, archive.entries[names[0]], limit)
+    order = archive.entries.get(f"{prefix}/byteorder")  # torch before 2.1 wrote none, and was little-endian
+    if order is not None and _checked_content(archive, order, 16) != b"little":
+        raise FormatError("a record was written on a big-endian machine, which is not supported: re-save it with torch")
+    return pickled, prefix
+
+
+def _checked_content(archive: ZipDirectory, entry: ZipEntry, limit: int) -> bytes:
+    content = archive.content(entry, limit)
+    # torch.serialization.set_crc32_options(False) leaves zero in place of every CRC.
+    if entry.crc32 not in (0, crc32(content)):
+        raise FormatError(f"zip entry {entry.name!r} does not match its CRC-32: the record is damaged")
+    return content
+
+
+def _check_extent(tensor: _Rebuild, entry: ZipEntry) -> None:
+    size = itemsize(tensor.dtype)
+    span = 0
+    if math.prod(tensor.sizes):
+        span = tensor.storage_offset + 1 + sum((n - 1) * s for n, s in zip(tensor.sizes, tensor.strides, strict=True))
+    if span * size > entry.nbytes:
+        raise FormatError(f"a tensor of {span} {tensor.dtype} elements does not fit its {entry.nbytes} stored bytes")
+
+
+def _persistent_storage(pid: object) -> _Storage:
+    if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Global)):
+        raise FormatError("a record refers to something else than a storage")
+    _, cls, key, *_ = pid
+    if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20):
+        raise FormatError("a record refers to a storage by a strange name")
+    if cls.value is not None and not isinstance(cls.value, _StorageClass):
+        raise FormatError(f"a record's storage is of class {cls.name!r}")
+    return _Storage(key, cls.value.dtype if cls.value else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StorageClass:
+    dtype: str | None
+
+
+def _ints(value: object) -> tuple[int, ...]:
+    if not (isinstance(value, tuple) and len(value) <= MAX_DIMS and all(type(v) is int for v in value)):
+        raise FormatError("a tensor's sizes or strides are not whole numbers")
+    if any(not 0 <= v <= MAX_NBYTES for v in value):
+        raise FormatError(f"a tensor's sizes or strides {value!r:.200} are impossible")
+    return value
+
+
+def _rebuild(args: tuple[object, ...], dtype: str | None) -> _Rebuild:
+    storage, offset, sizes, strides = args[0], args[1], _ints(args[2]), _ints(args[3])
+    if not isinstance(storage, _Storage):
+        raise FormatError("a tensor is rebuilt from something else than a storage")
+    (storage_offset,) = _ints((offset,))
+    if len(sizes) != len(strides) or math.prod(sizes) > MAX_NBYTES:
+        raise FormatError(f"a tensor's sizes {list(sizes)!r:.200} do not fit its strides, or are impossible")
+    dtype = dtype or storage.dtype
+    if dtype is None:
+        raise FormatError("a tensor's dtype is not given")
+    return _Rebuild(storage, storage_offset, sizes, strides, dtype)
+
+
+def _refuse_math_bits(metadata: object) -> None:
+    if metadata:
+        raise FormatError(
+            "a tensor is stored lazily conjugated or negated; re-save it after resolve_conj()/resolve_neg()"
+        )
+
+
+def _rebuild_v2(*args: object) -> _Rebuild:
+    if len(args) not in (6, 7):
+        raise FormatError(f"_rebuild_tensor_v2 with {len(args)} arguments")
+    _refuse_math_bits(args[6] if len(args) == 7 else None)
+    return _rebuild(args, None)
+
+
+def _rebuild_v3(*args: object) -> _Rebuild:
+    if len(args) not in (7, 8) or not (isinstance(args[6], Global) and isinstance(args[6].value, str)):
+        raise FormatError("_rebuild_tensor_v3 with unknown arguments")
+    _refuse_math_bits(args[7] if len(args) == 8 else None)
+    return _rebuild(args, args[6].value)
+
+
+def _rebuild_parameter(*args: object) -> _Rebuild:
+    if len(args) != 3 or not isinstance(args[0], _Rebuild):
+        raise FormatError("_rebuild_parameter with unknown arguments")
+    return args[0]
+
+
+def _tensor_globals() -> dict[str, Global]:
+    table = [
+        Global("torch._utils._rebuild_tensor_v2", call=_rebuild_v2),
+        Global("torch._utils._rebuild_tensor_v3", call=_rebuild_v3),
+        Global("torch._utils._rebuild_parameter", call=_rebuild_parameter),
+        Global("collections.OrderedDict", call=ordered_dict),
+        Global("torch.storage.UntypedStorage", value=_StorageClass(None)),
+    ]
+    for entry in DTYPES.values():
+        table.append(Global(f"torch.{entry.name}", value=entry.name))
+        if entry.storage_class is not None:
+            dtype = from_storage_class(entry.storage_class)
+            table.append(Global(f"torch.{entry.storage_class}", value=_StorageClass(dtype)))
+    return {entry.name: entry for entry in table}
+
+
+TENSOR_GLOBALS: Mapping[str, Global] = MappingProxyType(_tensor_globals())
+"""What the pickle of a tensor's record may name."""
