@@ -9,6 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
+
+_MAX_FAULTS = 8
+_MAX_CORNERS = 1 << 23
+_MAX_LOOKS = 1 << 18
+_MAX_GAP_BOXES = 500
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -96,35 +102,78 @@ def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int
 def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     """What keeps ``boxes`` from covering a tensor of ``shape`` exactly once; empty if nothing does.
 
-    Boxes without elements are allowed anywhere inside. The proof: every box lies inside, no two overlap, and the
-    elements add up to the tensor's. Overlaps are found by a sweep along the dim with the most distinct offsets,
-    so the usual case (shards along one dim) is linear after sorting.
+    Boxes without elements are allowed anywhere inside. At most 8 faults are listed. The time is linear in the number
+    of boxes (but for sorting), whatever they are: they may come from a hostile file.
     """
+    if len(boxes) == 1 and boxes[0] == Box.whole(shape):
+        return []
     faults = [f"box {box} does not lie inside shape {list(shape)}" for box in boxes if not box.inside(shape)]
     if faults:
-        return faults
+        return faults[:_MAX_FAULTS]
     filled = [box for box in boxes if box.numel > 0]
-    numel = math.prod(shape)
-    if not shape:
-        return [] if len(filled) == 1 else [f"a 0-d tensor is stored {len(filled)} times"]
-    axis = max(range(len(shape)), key=lambda d: len({b.offsets[d] for b in filled}), default=0)
-    filled.sort(key=lambda b: b.offsets[axis])
+    if not filled:
+        return [] if math.prod(shape) == 0 else ["no shard holds any of its elements"]
+    split = [
+        dim
+        for dim, size in enumerate(shape)
+        if any(box.sizes[dim] != size for box in filled)  # a box of full size begins at 0, being inside
+    ]
+    if len(filled) << len(split) > _MAX_CORNERS:
+        return [f"{len(filled)} shards cut along {len(split)} dims are too many to check"]
+    if _is_tiling(shape, filled, split):
+        return []
+    if not split:
+        return [f"the whole of it is stored {len(filled)} times"]
+    return _explain(shape, filled, split)
+
+
+def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], split: Sequence[int]) -> bool:
+    """Whether boxes inside ``shape`` cover each element exactly once. All dims outside ``split`` are taken whole.
+
+    A sum of boxes' indicator functions is determined by its signed corners (its mixed difference, +1 at a box's lower
+    corner and alternating in sign along each edge). So the boxes tile the tensor if and only if all their corners
+    cancel, but for those of the whole tensor.
+    """
+    if len(split) == 1:
+        position = 0
+        for start, size in sorted((box.offsets[split[0]], box.sizes[split[0]]) for box in boxes):
+            if start != position:
+                return False
+            position += size
+        return position == shape[split[0]]
+    excess: dict[tuple[int, ...], int] = {}
+    signs = [math.prod(corner) for corner in product((1, -1), repeat=len(split))]
+    for box, weight in chain(((box, 1) for box in boxes), ((Box.whole(shape), -1),)):
+        edges = [(box.offsets[dim], box.offsets[dim] + box.sizes[dim]) for dim in split]
+        for corner, sign in zip(product(*edges), signs, strict=True):
+            excess[corner] = excess.get(corner, 0) + weight * sign
+    return not any(excess.values())
+
+
+def _explain(shape: Sequence[int], boxes: list[Box], split: Sequence[int]) -> list[str]:
+    """Faults of boxes that are no tiling: overlaps found by a sweep along one dim, else a gap."""
+    axis = max(split, key=lambda dim: len({box.offsets[dim] for box in boxes}))
+    faults: list[str] = []
     active: list[Box] = []
-    for box in filled:
+    looks = 0
+    for box in sorted(boxes, key=lambda box: box.offsets[axis]):
         start = box.offsets[axis]
-        active = [a for a in active if a.offsets[axis] + a.sizes[axis] > start]
+        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > start]
+        looks += len(active)
+        if looks > _MAX_LOOKS:
+            return faults or ["its shards do not cover it exactly once"]
         for other in active:
             common = box.intersect(other)
             if common is not None:
                 faults.append(f"region {common} is stored more than once")
-                if len(faults) >= 8:
+                if len(faults) == _MAX_FAULTS:
                     return faults
         active.append(box)
-    covered = sum(box.numel for box in filled)
-    if not faults and covered != numel:
-        gap = first_gap(shape, filled)
-        faults.append(f"{numel - covered} of {numel} elements are in no shard (the first gap is {gap})")
-    return faults
+    if faults:
+        return faults
+    numel, covered = math.prod(shape), sum(box.numel for box in boxes)
+    where = f" (the first gap is {first_gap(shape, boxes)})" if len(boxes) <= _MAX_GAP_BOXES else ""
+    return [f"{numel - covered} of {numel} elements are in no shard{where}"]
 
 
 def first_gap(shape: Sequence[int], boxes: Sequence[Box]) -> Box | None:
