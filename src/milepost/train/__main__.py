@@ -1,0 +1,32 @@
+"""One rank of a training job: ``torchrun --nproc_per_node 2 -m milepost.train --job.config_file configs/...``.
+
+The configuration is read before torch is imported, so that a mistake in it is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from milepost.errors import MilepostError
+from milepost.train.options import load_config
+from milepost.train.process import leave, leave_on_signals, leave_with
+
+
+def main() -> None:
+    leave_on_signals()
+    try:
+        config = load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    except MilepostError as error:
+        leave_with(error)
+    try:
+        from milepost.train.loop import train
+
+        train(config)
+    except Exception as error:  # noqa: BLE001 - the top of a process: everything is told and ends it
+        leave_with(error)
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

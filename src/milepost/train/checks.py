@@ -1,0 +1,153 @@
+"""What can't work, found before a process group, a model or a file exists. Torch-free and complete.
+
+A problem is one sentence that names its options as ``section.key``; ``options.Settings.locate`` puts the file and line
+or the flag in front of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import ConfigError
+from milepost.train.config import NOT_SUPPORTED_YET, TrainConfig
+from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
+from milepost.train.degrees import ALL_DEGREES, Degrees
+from milepost.train.layout_check import layout_problems
+from milepost.train.models.flavors import ModelArgs, model_args
+
+
+def find_problems(config: TrainConfig, world_size: int | None) -> list[str]:
+    """Every reason why ``config`` can't run on ``world_size`` ranks (None: not known yet)."""
+    degrees, problems = _resolved(config, world_size)
+    args, model_problems = _model_args(config)
+    problems += model_problems
+    problems += _value_problems(config)
+    problems += _data_problems(config)
+    problems += _unsupported(config)
+    if degrees is not None:
+        problems += _batch_problems(config, degrees)
+    if degrees is not None and args is not None:
+        problems += layout_problems(
+            args,
+            degrees,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size,
+            schedule=config.parallelism.pipeline_parallel_schedule,
+            microbatch_size=config.parallelism.pipeline_parallel_microbatch_size,
+        )
+    return problems
+
+
+def _resolved(config: TrainConfig, world_size: int | None) -> tuple[Degrees | None, list[str]]:
+    if config.checkpoint.create_seed_checkpoint:
+        return None, list(_seed_problems(config, world_size))
+    if world_size is None:
+        return None, []
+    try:
+        return Degrees.resolve(config.parallelism, world_size), []
+    except ConfigError as error:
+        return None, list(error.problems)
+
+
+def _seed_problems(config: TrainConfig, world_size: int | None) -> Iterator[str]:
+    above = [name for name in ALL_DEGREES if getattr(config.parallelism, name) > 1]
+    num_ranks = world_size or 1
+    if above or num_ranks > 1:
+        reasons = [f"parallelism.{name} is {getattr(config.parallelism, name)}" for name in above]
+        reasons += [f"there are {num_ranks} ranks (start it with NGPU=1)"] if num_ranks > 1 else []
+        yield f"checkpoint.create_seed_checkpoint initialises on one process, but {' and '.join(reasons)}"
+
+
+def _model_args(config: TrainConfig) -> tuple[ModelArgs | None, list[str]]:
+    try:
+        return model_args(config.model.name, config.model.flavor), []
+    except ConfigError as error:
+        return None, list(error.problems)
+
+
+_AT_LEAST: dict[str, float] = {
+    "training.local_batch_size": 1,
+    "training.seq_len": 1,
+    "training.steps": 1,
+    "training.max_norm": 0,
+    "training.seed": 0,
+    "parallelism.pipeline_parallel_microbatch_size": 1,
+    "optimizer.lr": 0,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
+    "lr_scheduler.warmup_steps": 0,
+    "metrics.log_freq": 1,
+}
+
+_FROM_0_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
+
+_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
+
+
+def _value_problems(config: TrainConfig) -> Iterator[str]:
+    for option, least in _AT_LEAST.items():
+        value = _value(config, option)
+        if not least <= value < float("inf"):
+            yield f"{option} must be at least {least}, not {value}"
+    for option in _FROM_0_TO_1:
+        value = _value(config, option)
+        if value is not None and not 0 <= value <= 1:
+            yield f"{option} must be from 0 to 1, not {value}"
+    for option in _FROM_0_BELOW_1:
+        value = _value(config, option)
+        if not 0 <= value < 1:
+            yield f"{option} must be at least 0 and less than 1, not {value}"
+    if config.metrics.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "metrics.enable_tensorboard needs the package tensorboard: pip install 'milepost[train]'"
+    if not config.job.dump_folder:
+        yield "job.dump_folder must not be empty"
+
+
+def _data_problems(config: TrainConfig) -> Iterator[str]:
+    if config.training.dataset_path:
+        path = Path(config.training.dataset_path)
+        if not path.exists():
+            yield f"training.dataset_path {path}: there is no such file or folder"
+        elif not find_files(path):
+            kind = "this folder holds no" if path.is_dir() else "this is not a"
+            yield f"training.dataset_path {path}: {kind} {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
+    elif config.training.dataset not in BUILT_IN:
+        yield (
+            f"training.dataset: there is no data set '{config.training.dataset}'; built in: {', '.join(BUILT_IN)}; "
+            "your own files go to training.dataset_path"
+        )
+    assets = config.model.hf_assets_path
+    if assets and not Path(assets).is_dir():
+        yield f"model.hf_assets_path {assets}: there is no such folder"
+
+
+def _unsupported(config: TrainConfig) -> Iterator[str]:
+    defaults = TrainConfig()
+    for option in NOT_SUPPORTED_YET:
+        value = _value(config, option)
+        if value != _value(defaults, option):
+            default = _value(defaults, option)
+            yield f"{option} = {_spelled(value)} is not supported yet; leave it at {_spelled(default)}"
+
+
+def _batch_problems(config: TrainConfig, degrees: Degrees) -> Iterator[str]:
+    training = config.training
+    at_once = training.local_batch_size * degrees.data_parallel_degree
+    if training.global_batch_size != -1 and (training.global_batch_size < 1 or training.global_batch_size % at_once):
+        yield (
+            f"training.global_batch_size must be -1 or a multiple of {at_once} (training.local_batch_size "
+            f"{training.local_batch_size} x {degrees.data_parallel_degree} data-parallel ranks), "
+            f"not {training.global_batch_size}"
+        )
+
+
+def _value(config: TrainConfig, option: str) -> Any:
+    section, key = option.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,190 @@
+"""Text files to one array of token ids on disk, which every rank maps into memory.
+
+Encoding happens once: the array is kept under a name made of what it depends on (the files' names, sizes and times,
+and the tokenizer), so that a restart or another rank maps it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from milepost.errors import ConfigError
+from milepost.train.tokenizer import TokenIds, Tokenizer
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+"""The text files that can be read."""
+
+_PIECES_AT_ONCE = 256
+_TEXT_PIECE = 1 << 20
+
+
+class Piece(NamedTuple):
+    """A document or a part of one. Long files come in parts, so that they need not fit in memory."""
+
+    text: str
+    begins: bool = True
+    ends: bool = True
+
+
+def _python_docs() -> Iterator[Piece]:
+    from pydoc_data import topics  # 0.5 MB, and only for this data set
+
+    for name in sorted(topics.topics):
+        yield Piece(topics.topics[name])
+
+
+BUILT_IN: dict[str, Callable[[], Iterator[Piece]]] = {"python_docs": _python_docs}
+"""Data sets that need no files: name -> its documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """An array of token ids. ``digest`` is of the ids themselves: it stays when files are moved or touched."""
+
+    tokens: TokenIds
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What is written beside the token file, and proves that it is whole."""
+
+    dtype: str
+    num_tokens: int
+    digest: str
+
+
+def find_files(path: Path) -> list[Path]:
+    """``path`` itself if it is a text file, or all text files below it, in the order of their names."""
+    if path.is_file():
+        return [path] if path.suffix in SUFFIXES else []
+    return sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+
+
+def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_folder: Path) -> Corpus:
+    """The tokens of the files at ``dataset_path``, or of the built-in ``dataset`` where that is empty.
+
+    Several processes may call this at once: each result is put in place as a whole.
+
+    Raises:
+        ConfigError: a file can't be read as what its name says.
+    """
+    if dataset_path:
+        files = find_files(Path(dataset_path))
+        name = Path(dataset_path).name
+        pieces: Iterator[Piece] = itertools.chain.from_iterable(map(_read_file, files))
+        source = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+    else:
+        name = dataset
+        source = [dataset, sys.version]
+        pieces = BUILT_IN[dataset]()
+    key = hashlib.sha256(json.dumps([source, tokenizer.fingerprint]).encode()).hexdigest()[:16]
+    entry_path = cache_folder / f"{name}-{key}.json"
+    if not _is_whole(entry_path):
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        _encode(pieces, tokenizer, entry_path)
+    entry = _read_entry(entry_path)
+    if entry.num_tokens == 0:
+        raise ConfigError(f"training.dataset_path {dataset_path}: there is no text in it")
+    tokens = np.memmap(_data_path(entry_path), dtype=entry.dtype, mode="r", shape=(entry.num_tokens,))
+    return Corpus(tokens, name, entry.digest)
+
+
+def _read_entry(entry_path: Path) -> _Entry:
+    return _Entry(**json.loads(entry_path.read_text()))
+
+
+def _is_whole(entry_path: Path) -> bool:
+    if not (entry_path.is_file() and _data_path(entry_path).is_file()):
+        return False
+    entry = _read_entry(entry_path)
+    return _data_path(entry_path).stat().st_size == entry.num_tokens * np.dtype(entry.dtype).itemsize
+
+
+def _data_path(entry_path: Path) -> Path:
+    return entry_path.with_suffix(".tokens")
+
+
+def _encode(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> None:
+    """Write the token file, then its entry, each to a name of this process and then in place."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    data_path = _data_path(entry_path)
+    draft_path = data_path.with_suffix(f".{os.getpid()}.draft")
+    digest, num_bytes = hashlib.sha256(), 0
+    try:
+        with draft_path.open("wb") as draft:
+            for batch in _batched(pieces):
+                for piece, ids in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
+                    begin = tokenizer.begin if piece.begins else ()
+                    end = tokenizer.end if piece.ends else ()
+                    data = np.concatenate([begin, ids, end]).astype(dtype).tobytes()
+                    digest.update(data)
+                    num_bytes += draft.write(data)
+        draft_path.replace(data_path)
+    finally:
+        draft_path.unlink(missing_ok=True)
+    entry = _Entry(dtype.name, num_bytes // dtype.itemsize, digest.hexdigest()[:32])
+    draft_path.write_text(json.dumps(asdict(entry)))
+    draft_path.replace(entry_path)
+
+
+def _batched(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        yield batch
+
+
+def _read_file(path: Path) -> Iterator[Piece]:
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        yield from readers[path.suffix](path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"training.dataset_path: {path} can't be read: {error}") from error
+
+
+def _read_text(path: Path) -> Iterator[Piece]:
+    def part() -> str:
+        return file.read(_TEXT_PIECE) + file.readline()  # to the end of a line, so that no word is split
+
+    with path.open(encoding="utf-8") as file:
+        text, begins = part(), True
+        while text:
+            following = part()
+            yield Piece(text, begins, ends=not following)
+            text, begins = following, False
+
+
+def _read_jsonl(path: Path) -> Iterator[Piece]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ConfigError(f"training.dataset_path: {path}:{number} is not a JSON object with text in `text`")
+            if text:
+                yield Piece(text)
+
+
+def _read_parquet(path: Path) -> Iterator[Piece]:
+    from pyarrow import ArrowInvalid, parquet  # only with such a file: it is an extra dependency
+
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ConfigError(f"training.dataset_path: {path} can't be read: {error}") from error
+    if "text" not in file.schema_arrow.names:
+        raise ConfigError(f"training.dataset_path: {path} has no column `text`, only {file.schema_arrow.names}")
+    for batch in file.iter_batches(columns=["text"], batch_size=_PIECES_AT_ONCE):
+        yield from (Piece(text) for text in batch.column(0).to_pylist() if text)

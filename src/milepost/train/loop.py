@@ -1,0 +1,258 @@
+"""The training loop, to be read from top to bottom: set up, resume, then step after step."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from milepost import CheckpointManager
+from milepost.comm import default_comm, failure_on, raise_together
+from milepost.errors import ConfigError, MilepostError
+from milepost.train.config import TrainConfig
+from milepost.train.corpus import Corpus, load_corpus
+from milepost.train.data import DataLoader
+from milepost.train.degrees import Degrees
+from milepost.train.metrics import Meter, StepFigures
+from milepost.train.models import build_model, model_args
+from milepost.train.optim import LRSchedule, build_optimizers
+from milepost.train.options import to_toml
+from milepost.train.parallel import Meshes, ParallelModel, parallelize
+from milepost.train.process import say
+from milepost.train.tokenizer import Tokenizer, build_tokenizer
+
+
+def train(config: TrainConfig) -> None:
+    """Run the whole job on this rank: join the process group, train, leave it."""
+    device_type = "cuda" if torch.cuda.is_available() and not config.checkpoint.create_seed_checkpoint else "cpu"
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    join_process_group(device_type)
+    Trainer(config, device_type).run()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def join_process_group(device_type: str) -> None:
+    """Make the default process group of the ranks that torchrun started; of this process alone without torchrun."""
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+@dataclass
+class TrainState:
+    """How far the run is. Part of every full checkpoint."""
+
+    step: int = 0
+    ntokens_seen: int = 0
+    loss: float = float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["step"])
+        self.ntokens_seen = int(state["ntokens_seen"])
+        self.loss = float(state["loss"])
+
+
+class Trainer:
+    """A training run on this rank. The default process group must be there."""
+
+    def __init__(self, config: TrainConfig, device_type: str = "cpu"):
+        self.config = config
+        if config.job.print_config:
+            say(to_toml(config))
+        self._seed_random_numbers()
+        degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
+        meshes = Meshes.build(degrees, device_type)
+        self.device = meshes.device
+
+        tokenizer = build_tokenizer(config.model.hf_assets_path)
+        self.data = self._build_data(tokenizer, meshes)
+        self.model = self._build_model(tokenizer, meshes)
+        self.optimizers = build_optimizers(self.model.parts, config.optimizer)
+        self.lr_schedule = LRSchedule(
+            self.optimizers, lr=config.optimizer.lr, num_steps=config.training.steps, config=config.lr_scheduler
+        )
+        self.state = TrainState()
+
+        dump_folder = Path(config.job.dump_folder)
+        self.checkpoint_folder = dump_folder / config.checkpoint.folder
+        self.checkpoints = CheckpointManager(
+            str(self.checkpoint_folder),
+            config.checkpoint,
+            model=self.model.parts,
+            optimizer=self.optimizers,
+            lr_scheduler=self.lr_schedule,
+            dataloader=self.data,
+            train_state=self.state,
+            layout=degrees.as_dict(),
+        )
+        self.tokens_per_step = self.data.global_batch_size * config.training.seq_len
+        self.meter = Meter(
+            config.metrics,
+            tb_folder=dump_folder / config.metrics.save_tb_folder,
+            tokens_per_step=self.tokens_per_step,
+            num_steps=config.training.steps,
+            writes_tensorboard=dist.get_rank() == 0,
+        )
+
+    def run(self) -> None:
+        """Train from where the newest checkpoint is to the last step; or only write the seed checkpoint."""
+        if self.config.checkpoint.create_seed_checkpoint:
+            self._save_seed()
+        elif not self._is_finished():
+            self._resume()
+            self._train()
+        self.checkpoints.close()
+        self.meter.close()
+
+    def _train(self) -> None:
+        num_steps = self.config.training.steps
+        self.model.train()
+        self.meter.start(step=self.state.step, blocked_s=self.checkpoints.blocked_s)
+        while self.state.step < num_steps:
+            figures = self.train_step()
+            if figures is not None:
+                self.meter.log(figures, blocked_s=self.checkpoints.blocked_s)
+            self.checkpoints.save(self.state.step, last_step=self.state.step == num_steps)
+
+    def train_step(self) -> StepFigures | None:
+        """One optimizer step over one global batch. Its figures, if this step is one that is told."""
+        loss_share = torch.zeros((), device=self.device)
+        for tokens, labels in self.data.next_batch():  # (local_batch, seq) each
+            loss_share += self.model.forward_backward(
+                torch.from_numpy(tokens), torch.from_numpy(labels), self.tokens_per_step
+            )
+        grad_norm = self.model.clip_grad_norm(self.config.training.max_norm)
+        lr = self.lr_schedule.lr
+        self.checkpoints.maybe_wait_for_staging()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.lr_schedule.step()
+        self.state.step += 1
+        self.state.ntokens_seen += self.tokens_per_step
+        if not self._is_told(self.state.step):
+            return None
+        self.state.loss = self.model.reduce_loss(loss_share)
+        return StepFigures(step=self.state.step, loss=self.state.loss, grad_norm=grad_norm.item(), lr=lr)
+
+    def _is_told(self, step: int) -> bool:
+        """Whether the loss of ``step`` is asked for, by a log line or a checkpoint. On a GPU asking costs a wait."""
+        checkpoint = self.config.checkpoint
+        return self.meter.is_due(step) or (checkpoint.enable and step % checkpoint.interval == 0)
+
+    # Resuming, and what stands in its place.
+
+    def _resume(self) -> None:
+        report = self.checkpoints.load()
+        if report is not None:
+            say(f"resumed from {report.path} ({report.kind}): {self.state.step} steps are done")
+            for note in report.notes:
+                say(f"  {note}")
+        elif self.config.parallelism.pipeline_parallel_degree > 1:
+            say(
+                "warning: there is no checkpoint to start from, so each pipeline rank draws its stage's weights by itself: "
+                "slow for a large model. --checkpoint.create_seed_checkpoint draws them once, for any layout to start from"
+            )
+
+    def _is_finished(self) -> bool:
+        """Whether an earlier start has already made the last step; says so."""
+        latest, num_steps = self.checkpoints.latest_step, self.config.training.steps
+        if self.config.checkpoint.load_step != -1 or latest is None or latest < num_steps:
+            return False
+        say(
+            f"this run is finished: {self.checkpoint_folder}/step-{latest} is there and training.steps is {num_steps}. "
+            "To train on, raise training.steps; to train anew, choose another job.dump_folder"
+        )
+        return True
+
+    def _save_seed(self) -> None:
+        if self.checkpoints.latest_step is not None:
+            raise ConfigError(
+                f"checkpoint.create_seed_checkpoint: {self.checkpoint_folder} already holds "
+                f"step-{self.checkpoints.latest_step}; a seed is for a run that has not begun. Choose another folder"
+            )
+        self.checkpoints.save(0, last_step=True)
+        say(f"wrote the seed checkpoint {self.checkpoint_folder}/step-0")
+
+    # Setting up.
+
+    def _seed_random_numbers(self) -> None:
+        """Every rank has its own stream of random numbers; weights and data don't use these (see DESIGN, section 8)."""
+        training = self.config.training
+        seed = int(np.random.SeedSequence([training.seed, dist.get_rank()]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        if training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def _build_data(self, tokenizer: Tokenizer, meshes: Meshes) -> DataLoader:
+        training = self.config.training
+        corpus = self._load_corpus(tokenizer)
+        at_once = training.local_batch_size * meshes.dp_degree
+        data = DataLoader(
+            corpus,
+            tokenizer=tokenizer.fingerprint,
+            seq_len=training.seq_len,
+            seed=training.seed,
+            local_batch_size=training.local_batch_size,
+            global_batch_size=at_once if training.global_batch_size == -1 else training.global_batch_size,
+            dp_rank=meshes.dp_rank,
+            dp_degree=meshes.dp_degree,
+        )
+        say(
+            f"data: {corpus.name}, {len(corpus.tokens):,} tokens ({tokenizer.name}), {data.order.num_samples:,} "
+            f"samples of {training.seq_len}, {data.global_batch_size} a step"
+        )
+        return data
+
+    def _load_corpus(self, tokenizer: Tokenizer) -> Corpus:
+        """One process a node encodes the text; the others then find it done."""
+        training = self.config.training
+        cache_folder = Path(self.config.job.dump_folder) / "tokens"
+        load = partial(load_corpus, training.dataset, training.dataset_path, tokenizer, cache_folder)
+        failure = None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            try:
+                load()
+            except MilepostError as error:
+                failure = failure_on(dist.get_rank(), error)
+        raise_together(default_comm(), failure)
+        return load()
+
+    def _build_model(self, tokenizer: Tokenizer, meshes: Meshes) -> ParallelModel:
+        """The model with its initial weights, spread over the ranks. It begins on the meta device, never whole."""
+        config = self.config
+        published = model_args(config.model.name, config.model.flavor).vocab_size
+        # A published size has room for more tokens than its tokenizer has; bytes need 256 whatever the model.
+        vocab_size = tokenizer.vocab_size if tokenizer.name == "bytes" else max(published, tokenizer.vocab_size)
+        with torch.device("meta"):
+            whole = build_model(
+                config.model.name, config.model.flavor, vocab_size=vocab_size, seq_len=config.training.seq_len
+            )
+        num_parameters = sum(p.numel() for p in whole.parameters())
+        model = parallelize(whole, meshes, config.training, config.parallelism, config.activation_checkpoint)
+        model.init_weights(config.training.seed)
+        spread = [f"{name.removesuffix('_degree')} {n}" for name, n in meshes.degrees.as_dict().items() if n > 1]
+        say(
+            f"model: {config.model.name} {config.model.flavor}, {num_parameters:,} parameters, "
+            f"on {dist.get_world_size()} x {self.device.type} ({', '.join(spread) or 'one rank'})"
+        )
+        return model

@@ -1,0 +1,91 @@
+"""What a run tells: one log line every so many steps, and the same figures for TensorBoard."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milepost.train.config import MetricsConfig
+from milepost.train.process import say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFigures:
+    """What a step knows of itself."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class Meter:
+    """Logs figures; between two lines it measures tokens a second and the time taken by checkpoints.
+
+    ``tokens_per_step`` are those of the whole job. Only the process with ``writes_tensorboard`` writes files.
+    """
+
+    def __init__(
+        self, config: MetricsConfig, *, tb_folder: Path, tokens_per_step: int, num_steps: int, writes_tensorboard: bool
+    ):
+        self._config = config
+        self._tb_folder = tb_folder
+        self._tokens_per_step = tokens_per_step
+        self._num_steps = num_steps
+        self._writes_tensorboard = config.enable_tensorboard and writes_tensorboard
+        self._writer: Any = None
+        self.start(step=0, blocked_s=0.0)
+
+    def start(self, *, step: int, blocked_s: float) -> None:
+        """Measure from here: ``step`` steps are done, and checkpoints have taken ``blocked_s`` seconds so far."""
+        self._since_step, self._since_s, self._since_blocked_s = step, time.perf_counter(), blocked_s
+        if self._writes_tensorboard and self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra dependency
+
+            # What an earlier run wrote after the step resumed from did not happen in this one.
+            self._writer = SummaryWriter(str(self._tb_folder), purge_step=step + 1)
+
+    def is_due(self, step: int) -> bool:
+        return step == 1 or step == self._num_steps or step % self._config.log_freq == 0
+
+    def log(self, figures: StepFigures, *, blocked_s: float) -> None:
+        """Log the figures of a step. ``blocked_s`` is the running total of seconds taken by checkpoints."""
+        elapsed_s = time.perf_counter() - self._since_s
+        blocked_since_s = blocked_s - self._since_blocked_s
+        training_s = max(elapsed_s - blocked_since_s, 1e-9)
+        tokens_per_s = (figures.step - self._since_step) * self._tokens_per_step / training_s
+        memory_gib = peak_memory_bytes() / 2**30
+        say(
+            f"step {figures.step}/{self._num_steps}  loss {figures.loss:.4f}  grad_norm {figures.grad_norm:.3f}  "
+            f"lr {figures.lr:.2e}  tokens/s {tokens_per_s:,.0f}  memory {memory_gib:.2f} GiB  "
+            f"blocked by checkpoints {blocked_since_s:.2f} s"
+        )
+        if self._writer is not None:
+            values = {
+                "loss": figures.loss,
+                "grad_norm": figures.grad_norm,
+                "lr": figures.lr,
+                "tokens_per_s": tokens_per_s,
+                "memory_gib": memory_gib,
+                "blocked_by_checkpoints_s": blocked_since_s,
+            }
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, figures.step)
+            self._writer.flush()
+        self.start(step=figures.step, blocked_s=blocked_s)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use at a time so far: reserved on this rank's GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

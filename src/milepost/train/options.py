@@ -1,0 +1,271 @@
+"""From a TOML file and command-line flags to a ``TrainConfig``, or to one error with every mistake in it.
+
+tyro renders ``--help``. The reading itself is done here, because tyro stops at the first wrong value, knows no file
+and line, and would apply other rules to a flag than to the same option in TOML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union
+
+from milepost.errors import ConfigError
+from milepost.train.checks import find_problems
+from milepost.train.config import TrainConfig
+
+SECTIONS: dict[str, Any] = typing.get_type_hints(TrainConfig)
+"""Section name -> its dataclass."""
+
+OPTIONS: dict[str, Any] = {
+    f"{section}.{name}": hint for section, cls in SECTIONS.items() for name, hint in typing.get_type_hints(cls).items()
+}
+"""Dotted option name -> type."""
+
+
+@dataclass
+class Settings:
+    """What a file and flags set: values by dotted option name, and where each was set (``file:line`` or the flag)."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    """Options whose value was refused: checks that depend on them would only confuse."""
+
+    def set(self, option: str, value: object, origin: str, *, read: Callable[[Any, Any], object]) -> None:
+        """Set ``option`` to what ``read`` (``from_flag`` or ``from_toml``) makes of ``value``, or note the problem."""
+        self.origins[option] = origin
+        try:
+            self.values[option] = read(value, OPTIONS[option])
+        except ValueError as error:
+            self.refused.add(option)
+            self.problems.append(f"{origin}: {option} must be {error}, not {_toml_value(value)}")
+
+    def update(self, other: Settings) -> None:
+        """Put the settings of ``other`` over these."""
+        self.values |= other.values
+        self.origins |= other.origins
+        self.problems += other.problems
+        self.refused |= other.refused
+
+    def locate(self, problem: str) -> str | None:
+        """``problem`` with the place of the option it names first; None if it rests on a refused value."""
+        named = [word for word in re.findall(r"\w+\.\w+", problem) if word in OPTIONS]
+        section = problem.partition(":")[0]
+        if section in SECTIONS:
+            named += [option for option in self.origins if option.startswith(f"{section}.")]
+        if self.refused.intersection(named):
+            return None
+        places = [self.origins[option] for option in named if option in self.origins]
+        return f"{places[0]}: {problem}" if places else problem
+
+
+def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
+    """The configuration that the command line ``argv`` asks for, checked for a job of ``world_size`` ranks.
+
+    With ``world_size`` None, all is checked that doesn't depend on it.
+
+    Raises:
+        ConfigError: with every problem of file, flags and their combination.
+        SystemExit: after ``--help`` was printed.
+    """
+    flags = read_flags([arg for arg in argv if arg not in ("-h", "--help")])
+    path = flags.values.get("job.config_file")
+    settings = read_toml(Path(str(path))) if path else Settings()
+    settings.update(flags)
+    config, problems = build(settings.values)
+    if "-h" in argv or "--help" in argv:
+        print_help(config)
+    located = [settings.locate(problem) for problem in (*problems, *find_problems(config, world_size))]
+    settings.problems += [problem for problem in located if problem is not None]
+    if settings.problems:
+        raise ConfigError(list(dict.fromkeys(settings.problems)))
+    return config
+
+
+def build(values: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
+    """A config of ``values`` (by dotted name) over the defaults; a section that refuses its values keeps these."""
+    sections: dict[str, Any] = {}
+    problems: list[str] = []
+    for section, cls in SECTIONS.items():
+        chosen = {f.name: values[f"{section}.{f.name}"] for f in fields(cls) if f"{section}.{f.name}" in values}
+        try:
+            sections[section] = cls(**chosen)
+        except ConfigError as error:
+            problems += error.problems
+    return replace(TrainConfig(), **sections), problems
+
+
+def read_flags(argv: Sequence[str]) -> Settings:
+    """Read ``--section.key value``, ``--section.key=value``, ``--section.flag`` and ``--section.no_flag``.
+
+    Hyphens and underscores are the same in a name. The last setting of an option counts.
+    """
+    settings = Settings()
+    args = list(argv)
+    while args:
+        flag, equals, text = args.pop(0).partition("=")
+        option = flag.removeprefix("--").replace("-", "_")
+        negated = option.replace(".no_", ".", 1)
+        has_value = bool(equals) or (bool(args) and not args[0].startswith("--"))
+        if not flag.startswith("--"):
+            settings.problems.append(f"{flag}: an option's name begins with --, as in --training.steps 100")
+        elif OPTIONS.get(option) is bool:
+            settings.set(option, text if equals else "true", flag, read=from_flag)
+        elif OPTIONS.get(negated) is bool and not equals:
+            settings.set(negated, "false", flag, read=from_flag)
+        elif option not in OPTIONS:
+            settings.problems.append(f"{flag}: there is no such option{_did_you_mean(option, '--')}")
+            if has_value and not equals:
+                args.pop(0)
+        elif has_value:
+            settings.set(option, text if equals else args.pop(0), flag, read=from_flag)
+        else:
+            settings.refused.add(option)
+            settings.problems.append(f"{flag}: needs a value, {describe(OPTIONS[option])}")
+    return settings
+
+
+def read_toml(path: Path) -> Settings:
+    """Read a TOML file of ``[section]`` tables."""
+    settings = Settings()
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        settings.problems.append(f"--job.config_file {path}: {error.strerror or error}{hint}")
+        return settings
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        settings.problems.append(f"{path}: this is not TOML: {error}")
+        return settings
+    lines = _line_numbers(text)
+    for section, table in tables.items():
+        origin = f"{path}:{lines.get(section, 1)}"
+        if section not in SECTIONS:
+            near = difflib.get_close_matches(section, SECTIONS, n=1)
+            settings.problems.append(
+                f"{origin}: there is no section [{section}]"
+                + (f"; did you mean [{near[0]}]?" if near else f"; sections are {', '.join(SECTIONS)}")
+            )
+        elif not isinstance(table, dict):
+            settings.problems.append(f"{origin}: {section} is a section and must be a table, [{section}]")
+        else:
+            for key, value in table.items():
+                _set_from_toml(settings, f"{section}.{key}", value, f"{path}:{lines.get(f'{section}.{key}', 1)}")
+    return settings
+
+
+def _set_from_toml(settings: Settings, option: str, value: object, origin: str) -> None:
+    if option in OPTIONS:
+        settings.set(option, value, origin, read=from_toml)
+    else:
+        settings.problems.append(f"{origin}: there is no option {option}{_did_you_mean(option, '')}")
+
+
+def _line_numbers(text: str) -> dict[str, int]:
+    """Line of the first mention of each ``section`` and ``section.key``. For messages: tomllib doesn't tell."""
+    lines: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[\s*([\w.\"'-]+)\s*\]", line):
+            section = header[1].strip("\"'")
+            lines.setdefault(section, number)
+        elif key := re.match(r"\s*([\w.\"'-]+)\s*=", line):
+            name = key[1].replace('"', "").replace("'", "")
+            lines.setdefault(f"{section}.{name}" if section else name, number)
+            lines.setdefault(section or name.partition(".")[0], number)
+    return lines
+
+
+def _did_you_mean(option: str, prefix: str) -> str:
+    key = option.rpartition(".")[2]
+    elsewhere = [name for name in OPTIONS if name.rpartition(".")[2] == key]
+    near = elsewhere or difflib.get_close_matches(option, OPTIONS, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists all"
+
+
+def from_flag(text: str, hint: Any) -> object:
+    """The value that ``text`` spells in the type ``hint``. Raises ValueError saying what it must be."""
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if typing.get_origin(hint) is Literal and text in typing.get_args(hint):
+        return text
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if hint in (int, float, str):
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    raise ValueError(describe(hint))
+
+
+def from_toml(value: object, hint: Any) -> object:
+    """``value`` in the type ``hint``: a whole number does for a float, and text with commas for a list."""
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+        if isinstance(value, str):
+            return from_flag(value, hint)
+    elif typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(describe(hint))
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def describe(hint: Any) -> str:
+    """What a value of this type is, for a message."""
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of names"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+
+
+def print_help(config: TrainConfig) -> NoReturn:
+    """Print every option with what it has in ``config``, and exit with 0."""
+    import tyro  # only here: it is of no use to a rank
+
+    tyro.cli(TrainConfig, default=config, args=["--help"], prog="run_train.sh", use_underscores=True)
+    raise SystemExit(0)
+
+
+def to_toml(config: TrainConfig) -> str:
+    """``config`` as the TOML file that gives it."""
+    blocks = []
+    for section, cls in SECTIONS.items():
+        values = {f.name: getattr(getattr(config, section), f.name) for f in fields(cls)}
+        lines = [f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None]
+        blocks.append("\n".join([f"[{section}]", *lines]))
+    return "\n\n".join(blocks)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(part) for part in value) + "]"
+    if isinstance(value, str | bool):
+        return json.dumps(value, ensure_ascii=False)  # the escapes of JSON are valid in TOML
+    return str(value)

@@ -1,0 +1,90 @@
+"""One rank as a process: who speaks, how signals and errors end it. Torch-free.
+
+Every way to end goes through ``leave``: it exits without finalising Python, during which a thread of gloo may abort
+the process (after all work is done, and torchrun would report a failure).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+from milepost.errors import MilepostError
+
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Broken pipe|Socket closed|remote process exited", re.I
+)
+
+
+def speaks() -> bool:
+    """Whether this rank prints: the local ranks in LOG_RANK do (comma-separated, default 0), and a process alone."""
+    return "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] in os.environ.get("LOG_RANK", "0").split(",")
+
+
+def say(text: str) -> None:
+    """Print a line, if this rank speaks."""
+    if speaks():
+        print(text, flush=True)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with ``status``, at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_on_signals() -> None:
+    """From now on SIGINT and SIGTERM end the process with 128 + their number and one line, without a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave_on_signal)
+
+
+def _leave_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    ignore_signals()
+    if speaks():
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """Go on through SIGINT and SIGTERM: the process is about to end by itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_with(error: Exception) -> NoReturn:
+    """End the process because of ``error``: one message for what Milepost raises on purpose, a traceback for the rest.
+
+    torchrun ends all ranks when the first one does, and shows that one as the cause. So a rank that only follows from
+    another's failure waits a little, and so does one that has the same error as the rank that speaks.
+    """
+    ignore_signals()
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, MilepostError):
+        text, status, wait_s = f"error: {error}", error.exit_status, 0.0 if speaks() else 1.0
+    elif _LOST_PEER.search(str(error)):
+        text, status, wait_s = f"rank {rank} has lost another rank: {str(error).splitlines()[0]}", 1, 2.0
+    else:
+        text, status, wait_s = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1, 0.0
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(wait_s)
+    _record(text)
+    leave(status)
+
+
+def _record(text: str) -> None:
+    """Leave ``text`` where torchrun looks for the reason of a failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
