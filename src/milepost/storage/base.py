@@ -29,6 +29,17 @@ def format_nbytes(nbytes: int) -> str:
     return f"{value / 1024:.1f} PiB"
 
 
+def join(folder: str, name: str) -> str:
+    """The storage name of ``name`` in ``folder``, which may be the root (``""``)."""
+    return f"{folder}/{name}" if folder else name
+
+
+def split(path: str) -> tuple[str, str]:
+    """The folder of a storage name, and its last part: what ``join`` takes."""
+    folder, _, name = path.rpartition("/")
+    return folder, name
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch."""

@@ -1,0 +1,368 @@
+"""The one place that says what a folder holds: which steps are committed, partial, damaged or foreign.
+
+Resume, retention, ``milepost ls`` and ``milepost prune`` all ask here. Only metadata is read: a commit record, and the
+sizes of the files that it names. Whether their bytes are sound is for ``milepost.verification`` to say; a loader that
+finds they are not leaves a mark here.
+
+Names in a run's folder:
+
+===============================  =========================================================================
+``step-<N>``                     a step; N in decimal without leading zeros
+``.attempt-<save id>``           a save that is not committed; never a checkpoint
+``.replaced-<save id>-step-<N>`` the old step N, for the moment in which its replacement takes its name
+``.deleting-<id>``               being deleted; never a checkpoint
+``.pinned-step-<N>``             an empty file: never prune that step
+``.damaged-step-<N>.json``       a loader found bytes of that step changed
+===============================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
+from milepost.format import dcp_metadata, record
+from milepost.format.digest import crc32
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
+from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.storage.base import Entry, ReadHandle, Storage, join, split
+
+State = Literal["committed", "partial", "damaged", "foreign"]
+
+ATTEMPT_PREFIX = ".attempt-"
+REPLACED_PREFIX = ".replaced-"
+DELETING_PREFIX = ".deleting-"
+PINNED_PREFIX = ".pinned-"
+DAMAGED_PREFIX = ".damaged-"
+
+MAX_FAULTS = 8
+"""So many faults of one checkpoint are told one by one."""
+MAX_MARK_NBYTES = 1 << 20
+MAX_LISTINGS = 8
+"""A folder that changes all the time is listed at most so often."""
+
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"[0-9a-f]+-(step-.+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What a folder is, as far as its metadata tells.
+
+    ``reason`` says why it is not simply committed. ``kind`` is the manifest's, empty when
+    unknown. ``record_id`` identifies the commit record, so that a mark of damage is not taken
+    for one of a later save at the same place.
+    """
+
+    path: str
+    state: State
+    reason: str = ""
+    kind: str = ""
+    nbytes: int = 0
+    created_s: float = 0.0
+    save_id: str = ""
+    world_size: int = 0
+    record_id: str = ""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be loaded, as far as metadata tells."""
+        return self.state in ("committed", "foreign")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEntry(CheckpointInfo):
+    """A step of a run. ``is_link``: the step is a link to a folder elsewhere, which is not the run's to delete."""
+
+    step: int
+    pinned: bool = False
+    is_link: bool = False
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name stands for, or None: ``step-007`` and ``step-7_old`` are not steps."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step}"
+
+
+def scan(storage: Storage, folder: str) -> list[StepEntry]:
+    """The steps in a run's folder, oldest first; empty if there is no such folder.
+
+    Raises:
+        StorageError: the storage can't be read. What is merely broken is listed as damaged.
+    """
+    names = _list_steady(storage, folder)
+    entries = []
+    for step, name in sorted(_steps(names).items()):
+        info = examine(storage, join(folder, name), marks=names)
+        if info is not None:  # deleted while we looked
+            entries.append(
+                StepEntry(
+                    **{field: getattr(info, field) for field in CheckpointInfo.__slots__},
+                    step=step,
+                    pinned=PINNED_PREFIX + step_name(step) in names,
+                    is_link=names[name].is_link,
+                )
+            )
+    return entries
+
+
+def _list_steady(storage: Storage, folder: str) -> dict[str, Entry]:
+    """A listing in which no step is between two names: listing a folder is not atomic, a rename meanwhile may hide."""
+    names = {entry.name: entry for entry in storage.list(folder)}
+    for _ in range(MAX_LISTINGS):
+        if not any(name.startswith((ATTEMPT_PREFIX, REPLACED_PREFIX)) for name in names):
+            break
+        before, names = names, {entry.name: entry for entry in storage.list(folder)}
+        if before.keys() == names.keys():
+            break
+    return names
+
+
+def _steps(names: dict[str, Entry]) -> dict[int, str]:
+    """For each step, the name under which it now stands."""
+    steps = {}
+    for name, entry in names.items():
+        step = step_of(name)
+        if step is not None and (entry.is_folder or entry.is_link):
+            steps[step] = name
+    for name in names:
+        match = _REPLACED_NAME.fullmatch(name)
+        step = step_of(match[1]) if match else None
+        if step is not None:
+            steps.setdefault(step, name)
+    return steps
+
+
+def examine(storage: Storage, path: str, *, marks: Collection[str] | None = None) -> CheckpointInfo | None:
+    """What the folder at ``path`` is; None if there is no folder.
+
+    ``marks`` are the names beside it, if they are known already.
+    """
+    info = _look(storage, path)
+    if info is not None and info.state == "damaged":
+        info = _look(storage, path)  # it may have been replaced by a new save between two of our reads
+    if info is None or not info.is_usable:
+        return info
+    return _with_mark(storage, info, marks)
+
+
+def _look(storage: Storage, path: str) -> CheckpointInfo | None:
+    files = _files(storage, path)
+    nbytes = sum(entry.nbytes for entry in files.values())
+    name = _record_name(files)
+    if name is None:
+        if not files and storage.stat(path) is None:
+            return None
+        reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
+        return CheckpointInfo(path=path, state="partial", reason=reason, nbytes=nbytes)
+    record_id = ""
+    try:
+        data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+        record_id = _record_id(data)
+        manifest, faults = _parse(data, name, path, files)
+    except (FormatError, StorageError) as error:
+        return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes, record_id=record_id)
+    return CheckpointInfo(
+        path=path,
+        state="damaged" if faults else "committed" if name == MANIFEST_NAME else "foreign",
+        reason="; ".join(faults),
+        kind=manifest.kind,
+        nbytes=nbytes,
+        created_s=manifest.created_s,
+        save_id=manifest.save_id,
+        world_size=manifest.world_size,
+        record_id=record_id,
+    )
+
+
+def _files(storage: Storage, path: str) -> dict[str, Entry]:
+    return {entry.name: entry for entry in storage.list(path) if not entry.is_folder}
+
+
+def _record_name(files: Collection[str]) -> str | None:
+    return next((name for name in (MANIFEST_NAME, METADATA_NAME) if name in files), None)
+
+
+def _record_id(data: bytes) -> str:
+    return f"{len(data)}-{crc32(data):08x}"
+
+
+def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[str]]:
+    """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
+    where = join(path, name)
+    if name == MANIFEST_NAME:
+        manifest = from_json(data, where)
+        return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
+    metadata = dcp_metadata.parse_metadata(data, where)
+    faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
+    if faults:
+        raise FormatError("; ".join(faults), path=where)
+    sizes = {name: entry.nbytes for name, entry in files.items() if not entry.is_link}
+    step = step_of(split(path)[1])
+    created_s = files[name].mtime_s
+    return dcp_metadata.manifest_from_metadata(metadata, sizes, step=step, created_s=created_s, path=where), []
+
+
+def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[str]:
+    """``wanted`` maps names to sizes, None for any."""
+    faults = []
+    for name, nbytes in sorted(wanted.items()):
+        found = files.get(name)
+        if found is None:
+            faults.append(f"{name} is missing")
+        elif found.is_link:
+            faults.append(f"{name} is a link")
+        elif nbytes is not None and found.nbytes != nbytes:
+            faults.append(f"{name} has {found.nbytes} bytes instead of {nbytes}")
+    if len(faults) > MAX_FAULTS:
+        faults[MAX_FAULTS:] = [f"and {len(faults) - MAX_FAULTS} more files"]
+    return faults
+
+
+def read_manifest(storage: Storage, path: str) -> Manifest:
+    """The manifest of the checkpoint at ``path``; for a foreign one built from ``.metadata``.
+
+    Raises:
+        CheckpointNotFoundError: there is no commit record.
+        CheckpointDamagedError: it is malformed, or files that it names are missing or have other sizes.
+    """
+    try:
+        return _read_manifest(storage, path)
+    except CheckpointDamagedError:
+        return _read_manifest(storage, path)  # see `examine`
+
+
+def _read_manifest(storage: Storage, path: str) -> Manifest:
+    files = _files(storage, path)
+    name = _record_name(files)
+    if name is None:
+        raise CheckpointNotFoundError(
+            f"{storage.root}/{path} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there",
+            path=path,
+        )
+    manifest, faults = _parse(storage.read(join(path, name), MAX_MANIFEST_NBYTES), name, path, files)
+    if faults:
+        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {'; '.join(faults)}", path=path)
+    return manifest
+
+
+def locate_foreign(storage: Storage, path: str, manifest: Manifest) -> Manifest:
+    """Fill in where the raw data of each shard lies, by reading the head and the tail of each record.
+
+    Shards whose record is no plain row-major tensor keep ``data_offset`` None: they can only be read whole.
+
+    Raises:
+        FormatError: a record is malformed, or holds another dtype or shape than the commit record says.
+    """
+    tensors = {}
+    with contextlib.ExitStack() as stack:
+        handles: dict[str, ReadHandle] = {}
+        for key, entry in manifest.tensors.items():
+            shards = []
+            for shard in entry.shards:
+                if shard.file not in handles:
+                    handles[shard.file] = stack.enter_context(storage.open_read(join(path, shard.file)))
+                shards.append(_locate(handles[shard.file], key, entry, shard))
+            tensors[key] = replace(entry, shards=tuple(shards))
+    return replace(manifest, tensors=tensors)
+
+
+def _locate(handle: ReadHandle, key: str, entry: TensorEntry, shard: ShardEntry) -> ShardEntry:
+    if shard.data_offset is not None:
+        return shard
+
+    def read_at(offset: int, nbytes: int) -> bytes:
+        buffer = bytearray(nbytes)
+        handle.read_into(shard.record_offset + offset, [memoryview(buffer)])
+        return bytes(buffer)
+
+    try:
+        found = record.locate_tensor(read_at, shard.record_nbytes)
+    except FormatError as error:
+        message = f"{handle.path}: the record of '{key}' at byte {shard.record_offset}: {error.message}"
+        raise FormatError(message, path=handle.path, key=key) from error
+    if (found.dtype, found.sizes) != (entry.dtype, shard.box.sizes):
+        raise FormatError(
+            f"{handle.path}: '{key}' is stored as {found.dtype} {list(found.sizes)} at byte {shard.record_offset}, "
+            f"but the checkpoint's metadata says {entry.dtype} {list(shard.box.sizes)}",
+            path=handle.path,
+            key=key,
+        )
+    if not found.is_plain:
+        return shard
+    return replace(
+        shard, data_offset=shard.record_offset + found.data_offset, data_nbytes=found.data_nbytes, crc32=found.crc32
+    )
+
+
+def newest(entries: Iterable[StepEntry], kinds: Collection[str] = ("full",)) -> StepEntry | None:
+    """The step to resume from: the newest that can be loaded and is of one of ``kinds``; None if there is none."""
+    fitting = [entry for entry in entries if entry.is_usable and entry.kind in kinds]
+    return max(fitting, key=lambda entry: entry.step, default=None)
+
+
+def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> None:
+    """Leave word beside the checkpoint at ``path`` that its bytes are not sound: scans then list it as damaged.
+
+    The mark holds for the save that is there now, not for a later one at the same place. ``now`` is in seconds since
+    the epoch. Does nothing when the checkpoint is gone.
+    """
+    name = _record_name(_files(storage, path))
+    if name is None:
+        return
+    mark = {
+        "record_id": _record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)),
+        "reason": reason,
+        "created_s": now,
+    }
+    final = damage_mark(path)
+    draft = f"{final}.{uuid.uuid4().hex}.part"
+    storage.write(draft, json.dumps(mark, indent=1).encode())
+    storage.remove(final)
+    storage.rename(draft, final)
+    storage.sync_folder(split(path)[0])
+
+
+def damage_mark(path: str) -> str:
+    """Where the mark of damage of the checkpoint at ``path`` is."""
+    folder, name = split(path)
+    return join(folder, f"{DAMAGED_PREFIX}{name}.json")
+
+
+def _with_mark(storage: Storage, info: CheckpointInfo, marks: Collection[str] | None) -> CheckpointInfo:
+    mark = damage_mark(info.path)
+    if (split(mark)[1] not in marks) if marks is not None else (storage.stat(mark) is None):
+        return info
+    try:
+        said = json.loads(storage.read(mark, MAX_MARK_NBYTES))
+        if said["record_id"] == info.record_id:
+            return replace(info, state="damaged", reason=str(said["reason"]))
+    except (ValueError, KeyError, TypeError, StorageError):
+        pass  # a mark that says nothing: not one of ours
+    return info
+
+
+def pin(storage: Storage, folder: str, step: int) -> None:
+    """Keep a step from ever being pruned. No error if it is pinned already."""
+    mark = join(folder, PINNED_PREFIX + step_name(step))
+    if storage.stat(mark) is None:
+        storage.write(mark, b"")
+        storage.sync_folder(folder)
+
+
+def unpin(storage: Storage, folder: str, step: int) -> None:
+    """Take the pin away. No error if there is none."""
+    storage.remove(join(folder, PINNED_PREFIX + step_name(step)))
+    storage.sync_folder(folder)

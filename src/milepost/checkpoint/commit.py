@@ -1,0 +1,266 @@
+"""The commit protocol: the only code that makes a checkpoint visible, replaces one, or takes one away.
+
+::
+
+    .attempt-<save id>/          begin_attempt        no reader takes it for a checkpoint
+        owner-<id>.json          begin_attempt, adopt the processes that may still finish it
+        data/                    <- each rank's files
+        sign-off-<rank>          signoff.sign_off     one for each rank, when its files are durable
+        failed                   fail_attempt         why there will be no commit
+    step-<N>/                    publish              data/ renamed: the one atomic act
+
+No collective and no torch: any process that sees the storage can take part. The invariant: after a crash at any
+point, a scan shows the state before the save or the state after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from milepost import catalog
+from milepost.catalog import ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
+from milepost.checkpoint.assemble import SaveInfo, assemble
+from milepost.checkpoint.owner import this_process
+from milepost.checkpoint.signoff import SignOff
+from milepost.errors import CheckpointNotFoundError, ConfigError, SaveError, StorageError
+from milepost.format.dcp_writer import dump_metadata
+from milepost.format.digest import crc32, dump_digests
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
+from milepost.format.manifest_json import to_json
+from milepost.storage.base import Storage, join, split
+
+_log = logging.getLogger(__name__)
+
+OWNER_PREFIX = "owner-"
+_FAILED_NAME = "failed"
+_CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
+_SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
+_HEAD_NBYTES = 4096
+_MAX_FAULTS = 20
+
+
+def new_save_id() -> str:
+    """32 hex digits that no other save has."""
+    return uuid.uuid4().hex
+
+
+def data_folder(attempt: str) -> str:
+    """Where the ranks write their files: the folder that becomes the checkpoint."""
+    return f"{attempt}/data"
+
+
+def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
+    """Make the fresh place for a save of ``target``, beside it, and give its name. Called by one rank.
+
+    Raises:
+        ConfigError: ``target`` exists and is something else than a checkpoint, so it must not be replaced.
+        StorageError: the folder can't be made.
+    """
+    fault = _why_not_replace(storage, target)
+    if fault:
+        raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
+    attempt = join(split(target)[0], ATTEMPT_PREFIX + save_id)
+    storage.make_folder(data_folder(attempt))
+    adopt_attempt(storage, attempt)
+    return attempt
+
+
+def adopt_attempt(storage: Storage, attempt: str) -> None:
+    """Declare that the calling process works on the attempt too: while it lives, nobody sweeps it.
+
+    A writer process calls this, since it goes on when the training process dies.
+    """
+    storage.write(f"{attempt}/{OWNER_PREFIX}{uuid.uuid4().hex[:8]}.json", this_process(time.time()).dump())
+    storage.sync_folder(attempt)
+
+
+def _why_not_replace(storage: Storage, target: str) -> str:
+    found = storage.stat(target)
+    if found is None:
+        return ""
+    if not found.is_folder:
+        return "is not a folder"
+    names = storage.list(target)
+    if any(entry.is_folder for entry in names):
+        return "holds other folders, so it is no checkpoint"
+    if {MANIFEST_NAME, METADATA_NAME}.isdisjoint(entry.name for entry in names):
+        others = [entry.name for entry in names if not _CHECKPOINT_FILE.fullmatch(entry.name)]
+        if others:
+            return f"is no checkpoint (it holds {others[0]!r})"
+    return ""
+
+
+def publish(
+    storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo, *, now: float
+) -> Manifest:
+    """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
+
+    ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``now`` is in seconds since the epoch. What
+    was at ``target`` before is there, whole, until the new checkpoint is.
+
+    Raises:
+        PlanError: the stored boxes leave a gap or overlap.
+        SaveError: sign-offs contradict each other or the storage.
+        StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
+    """
+    manifest, crcs = assemble(signed, info, now=now)
+    data = data_folder(attempt)
+    _check_sizes(storage, data, manifest)
+    manifest = _write_records(storage, data, manifest, crcs)
+    aside = _put_in_place(storage, data, target, manifest.save_id)
+    # The save is done. What is left over now is swept again later, so it can't fail the save.
+    for leftover in filter(None, (attempt, aside)):
+        discard_quietly(storage, leftover)
+    return manifest
+
+
+def _check_sizes(storage: Storage, data: str, manifest: Manifest) -> None:
+    """What the ranks signed for must be what the storage holds: no file missing, none too short, none unknown."""
+    found = {entry.name: entry.nbytes for entry in storage.list(data)}
+    faults = [
+        f"{name} has {found.get(name, 'no')} bytes in storage, but its rank signed for {entry.nbytes}"
+        for name, entry in sorted(manifest.files.items())
+        if found.get(name) != entry.nbytes
+    ]
+    faults += [f"nobody signed for {name}" for name in sorted(found.keys() - manifest.files.keys())]
+    if faults:
+        raise SaveError(f"the save is not whole, nothing was committed: {'; '.join(faults[:_MAX_FAULTS])}", path=data)
+
+
+def _write_records(storage: Storage, data: str, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:
+    """Write and sync the digests, ``.metadata`` and, last, the manifest, which then names the other two."""
+    files = dict(manifest.files)
+    for name, content in (
+        (DIGESTS_NAME, dump_digests(manifest.save_id, crcs)),
+        (METADATA_NAME, dump_metadata(manifest)),
+    ):
+        storage.write(f"{data}/{name}", content)
+        files[name] = FileEntry(len(content), crc32(content))
+    manifest = replace(manifest, files=files)
+    storage.write(f"{data}/{MANIFEST_NAME}", to_json(manifest))
+    storage.sync_folder(data)
+    return manifest
+
+
+def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str | None:
+    """Give the folder ``data`` the name ``target``. What had that name goes to ``data``, or to the name returned."""
+    folder, name = split(target)
+    aside = None
+    if storage.stat(target) is None:
+        storage.rename(data, target)
+    elif not storage.exchange(data, target):
+        # Two renames. Between them the catalog knows the old one by its other name.
+        aside = join(folder, f"{REPLACED_PREFIX}{save_id}-{name}")
+        storage.rename(target, aside)
+        storage.sync_folder(folder)
+        try:
+            storage.rename(data, target)
+        except StorageError:
+            storage.rename(aside, target)
+            raise
+    storage.sync_folder(folder)
+    storage.sync_folder(split(data)[0])
+    return aside
+
+
+def fail_attempt(storage: Storage, attempt: str, message: str) -> None:
+    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, and why.
+
+    The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away.
+    """
+    storage.write(f"{attempt}/{_FAILED_NAME}.part", message.encode())
+    storage.rename(f"{attempt}/{_FAILED_NAME}.part", f"{attempt}/{_FAILED_NAME}")
+
+
+def wait_for_outcome(
+    storage: Storage,
+    attempt: str,
+    target: str,
+    save_id: str,
+    *,
+    timeout_s: float,
+    poll_s: float = 0.002,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once the save is committed; for the ranks that do not publish themselves.
+
+    Raises:
+        SaveError: the save failed, or there was no outcome within ``timeout_s``.
+    """
+    deadline = clock() + timeout_s
+    while True:
+        names = {entry.name for entry in storage.list(attempt)}
+        if _FAILED_NAME in names:
+            raise SaveError(storage.read(f"{attempt}/{_FAILED_NAME}").decode("utf-8", "replace"), path=target)
+        if not names:
+            if _save_id_at(storage, target) == save_id:
+                return
+            raise SaveError(f"the save of {storage.root}/{target} was given up before it was committed", path=target)
+        if clock() >= deadline:
+            raise SaveError(
+                f"the rank that commits {storage.root}/{target} did not within {timeout_s:g} s: see its log",
+                path=target,
+                rank=0,
+            )
+        sleep(poll_s)
+        poll_s = min(poll_s * 1.5, 0.5)
+
+
+def _save_id_at(storage: Storage, target: str) -> str:
+    """The save id of the checkpoint at ``target``, from the head of its manifest: a thousand ranks may ask at once."""
+    with storage.open_read(join(target, MANIFEST_NAME)) as handle:
+        head = bytearray(min(handle.nbytes, _HEAD_NBYTES))
+        handle.read_into(0, [memoryview(head)])
+    found = _SAVE_ID.search(head)
+    return found[1].decode() if found else ""
+
+
+def abort_attempt(storage: Storage, attempt: str) -> None:
+    """Take an attempt away. Never fails: what can't be removed now is swept by a later run."""
+    discard_quietly(storage, attempt)
+
+
+def delete_checkpoint(storage: Storage, path: str) -> None:
+    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link goes.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at ``path``.
+        StorageError: it can't be deleted; it is whole, or it is no longer there for any reader.
+    """
+    found = storage.stat(path)
+    if found is None:
+        raise CheckpointNotFoundError(f"there is nothing to delete at {storage.root}/{path}", path=path)
+    if found.is_link:
+        storage.remove(path)
+        storage.sync_folder(split(path)[0])
+    else:
+        discard(storage, path)
+    storage.remove(catalog.damage_mark(path))
+
+
+def discard(storage: Storage, path: str) -> None:
+    """Remove a folder, if there: first out of every reader's sight, in one atomic act, then for good."""
+    folder, name = split(path)
+    if storage.stat(path) is None:
+        return
+    if not name.startswith(DELETING_PREFIX):
+        path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
+        storage.rename(shown, path)
+        storage.sync_folder(folder)
+    storage.remove_tree(path)
+
+
+def discard_quietly(storage: Storage, path: str) -> bool:
+    """Whether ``discard`` succeeded. A failure is logged, not raised: the next sweep tries again."""
+    try:
+        discard(storage, path)
+    except StorageError as error:
+        _log.warning("%s/%s is left over and could not be removed yet: %s", storage.root, path, error)
+        return False
+    return True

@@ -1,0 +1,100 @@
+"""Who is behind an attempt to save, and whether that process still lives.
+
+A record names the host, its boot, the pid namespace, the process and the moment that process began, so that neither
+a reused pid nor a container with the same host name is taken for the owner. Where nothing can be known (the owner is
+on another machine), only age decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from milepost.errors import FormatError
+
+FOREIGN_LIFETIME_S = 24 * 3600.0
+"""An attempt from another machine is taken for dead after this time: no save takes a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, named so that it can be recognised later. Empty fields are what the system would not tell."""
+
+    host: str
+    machine_id: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    started: str
+    """When the process began, in clock ticks since the boot, as in ``/proc/<pid>/stat``."""
+    created_s: float
+    """When this record was made, in seconds since the epoch."""
+
+    def dump(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def this_process(now: float) -> Owner:
+    """The record of the calling process. ``now`` is in seconds since the epoch."""
+    pid = os.getpid()
+    return Owner(
+        host=socket.gethostname(),
+        machine_id=_read("/etc/machine-id"),
+        boot_id=_read("/proc/sys/kernel/random/boot_id"),
+        pid_namespace=_pid_namespace(),
+        pid=pid,
+        started=_started(pid),
+        created_s=now,
+    )
+
+
+def parse_owner(data: bytes, path: str) -> Owner:
+    """Read what ``Owner.dump`` wrote. Raises FormatError if it is torn or something else."""
+    try:
+        fields = json.loads(data)
+        owner = Owner(**fields)
+        valid = isinstance(owner.pid, int) and isinstance(owner.created_s, float)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{path} does not name a process: {error}", path=path) from error
+    if not valid:
+        raise FormatError(f"{path} does not name a process", path=path)
+    return owner
+
+
+def is_alive(owner: Owner, now: float) -> bool:
+    """Whether the process may still be at work. True when in doubt, for a day."""
+    here = this_process(now)
+    if (owner.host, owner.machine_id) == (here.host, here.machine_id):
+        if owner.boot_id != here.boot_id:
+            return False
+        if owner.pid_namespace == here.pid_namespace:
+            return owner.started == _started(owner.pid)
+    return now - owner.created_s < FOREIGN_LIFETIME_S
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """Start time of a process; empty if there is none, or it is dead and only waits to be reaped."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
+    if len(fields) < 20 or fields[0] in "ZXx":
+        return ""
+    return fields[19]

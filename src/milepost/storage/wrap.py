@@ -1,0 +1,226 @@
+"""Storages around a storage: one that logs each operation, one that tries again when a network hiccups.
+
+A wrapper sees each operation as one :class:`Operation` and decides in :meth:`WrappedStorage.around` what to do.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from milepost.errors import StorageError
+from milepost.storage.base import Bytes, Entry, ReadHandle, Storage, WriteHandle
+
+T = TypeVar("T")
+
+READS = frozenset({"list", "stat", "open_read", "read", "read_into"})
+"""Operations that change nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of a storage or of one of its handles.
+
+    ``name`` is the method's; those of handles are ``read_into``, ``write_at``, ``sync`` and ``close``. ``nbytes`` is
+    what a read or write moves, ``other`` the second path of a rename or exchange.
+    """
+
+    name: str
+    path: str
+    offset: int = 0
+    nbytes: int = 0
+    other: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the operation may change what is stored."""
+        return self.name not in READS
+
+    def __str__(self) -> str:
+        parts = [self.name, self.path or "."]
+        if self.other:
+            parts.append(self.other)
+        if self.name in ("read_into", "write_at"):
+            parts.append(f"{self.offset}+{self.nbytes}")
+        elif self.nbytes:
+            parts.append(str(self.nbytes))
+        return " ".join(parts)
+
+
+class WrappedStorage(Storage):
+    """Hands every operation on to ``inner``, through :meth:`around`."""
+
+    def __init__(self, inner: Storage):
+        self.inner = inner
+        self.root = inner.root
+
+    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
+        """Perform ``operation`` by calling ``act``. Called from several threads when handles are.
+
+        For a write, ``half`` does the first half of it, as a crash in the middle would.
+        """
+        return act()
+
+    @property
+    def can_rename(self) -> bool:
+        return self.inner.can_rename
+
+    def list(self, path: str) -> builtins.list[Entry]:
+        return self.around(Operation("list", path), lambda: self.inner.list(path))
+
+    def stat(self, path: str) -> Entry | None:
+        return self.around(Operation("stat", path), lambda: self.inner.stat(path))
+
+    def open_read(self, path: str) -> ReadHandle:
+        return self.around(Operation("open_read", path), lambda: _WrappedRead(self, path, self.inner.open_read(path)))
+
+    def open_write(self, path: str, nbytes: int) -> WriteHandle:
+        operation = Operation("open_write", path, nbytes=nbytes)
+        return self.around(operation, lambda: _WrappedWrite(self, path, self.inner.open_write(path, nbytes)))
+
+    def read(self, path: str, limit: int = 1 << 30) -> bytes:
+        return self.around(Operation("read", path), lambda: self.inner.read(path, limit))
+
+    def write(self, path: str, data: Bytes) -> None:
+        view = memoryview(data).cast("B")
+        self.around(
+            Operation("write", path, nbytes=len(view)),
+            lambda: self.inner.write(path, view),
+            lambda: self.inner.write(path, view[: len(view) // 2]),
+        )
+
+    def make_folder(self, path: str) -> None:
+        self.around(Operation("make_folder", path), lambda: self.inner.make_folder(path))
+
+    def sync_folder(self, path: str) -> None:
+        self.around(Operation("sync_folder", path), lambda: self.inner.sync_folder(path))
+
+    def rename(self, src: str, dst: str) -> None:
+        self.around(Operation("rename", src, other=dst), lambda: self.inner.rename(src, dst))
+
+    def exchange(self, one: str, other: str) -> bool:
+        return self.around(Operation("exchange", one, other=other), lambda: self.inner.exchange(one, other))
+
+    def remove(self, path: str) -> None:
+        self.around(Operation("remove", path), lambda: self.inner.remove(path))
+
+    def remove_tree(self, path: str) -> None:
+        self.around(Operation("remove_tree", path), lambda: self.inner.remove_tree(path))
+
+
+class _WrappedRead(ReadHandle):
+    def __init__(self, owner: WrappedStorage, name: str, inner: ReadHandle):
+        self._owner, self._name, self._inner = owner, name, inner
+        self.path, self.nbytes = inner.path, inner.nbytes
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        operation = Operation("read_into", self._name, offset, sum(buffer.nbytes for buffer in buffers))
+        self._owner.around(operation, lambda: self._inner.read_into(offset, buffers))
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _WrappedWrite(WriteHandle):
+    def __init__(self, owner: WrappedStorage, name: str, inner: WriteHandle):
+        self._owner, self._name, self._inner = owner, name, inner
+        self.path, self.alignment = inner.path, inner.alignment
+
+    def write(self, offset: int, buffers: Sequence[Bytes]) -> None:
+        nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+
+        def half() -> None:
+            whole = b"".join(memoryview(buffer).cast("B") for buffer in buffers)
+            self._inner.write(offset, [whole[: nbytes // 2]])
+
+        operation = Operation("write_at", self._name, offset, nbytes)
+        self._owner.around(operation, lambda: self._inner.write(offset, buffers), half)
+
+    def sync(self) -> None:
+        self._owner.around(Operation("sync", self._name), self._inner.sync)
+
+    def close(self) -> None:
+        self._owner.around(Operation("close", self._name), self._inner.close)
+
+
+class TraceStorage(WrappedStorage):
+    """Keeps every operation, in the order in which they began, in ``operations``."""
+
+    def __init__(self, inner: Storage):
+        super().__init__(inner)
+        self.operations: builtins.list[Operation] = []
+        self._lock = threading.Lock()
+
+    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
+        with self._lock:
+            self.operations.append(operation)
+        return act()
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that all operations of a name moved together, for instance ``read_into``."""
+        with self._lock:
+            return sum(operation.nbytes for operation in self.operations if operation.name == name)
+
+
+TRANSIENT = frozenset(
+    {
+        errno.EINTR,
+        errno.EAGAIN,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.EREMOTEIO,
+    }
+)
+"""Errors of a network file system that may be gone a moment later. ENOSPC, EIO and the like never are."""
+
+REPEATABLE = READS | {"write_at", "make_folder", "remove", "remove_tree"}
+"""Operations that may be done twice.
+
+Not ``sync`` and ``sync_folder``: after a failed fsync the kernel may have dropped what was not written, and a second
+one succeeds without it (see "PostgreSQL's fsync() surprise", LWN 2018). Not ``rename``, ``exchange``, ``write`` and
+``open_write``: the first try may have happened although its answer got lost.
+"""
+
+
+class RetryStorage(WrappedStorage):
+    """Repeats what failed with a transient error, up to ``num_tries`` times, waiting twice as long each time."""
+
+    def __init__(
+        self,
+        inner: Storage,
+        *,
+        num_tries: int = 5,
+        first_wait_s: float = 0.1,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        super().__init__(inner)
+        self._num_tries = num_tries
+        self._first_wait_s = first_wait_s
+        self._sleep = sleep
+
+    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
+        if operation.name not in REPEATABLE:
+            return act()
+        wait_s = self._first_wait_s
+        for _ in range(self._num_tries - 1):
+            try:
+                return act()
+            except StorageError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+            self._sleep(wait_s)
+            wait_s *= 2
+        return act()

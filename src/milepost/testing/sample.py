@@ -1,0 +1,77 @@
+"""Real checkpoints without torch and without processes: for tests of everything that reads, lists or deletes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from milepost.checkpoint.assemble import SaveInfo
+from milepost.checkpoint.commit import begin_attempt, data_folder, new_save_id, publish
+from milepost.checkpoint.plan import LocalLayout, TensorSpec, WriteItem, plan_save
+from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
+from milepost.checkpoint.writer import write_file
+from milepost.format import record
+from milepost.format.box import Box
+from milepost.format.manifest import BLOCK_NBYTES, Manifest
+from milepost.storage.base import Storage
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    arrays: Mapping[str, Array]
+
+    def blocks(self, item: WriteItem) -> Iterator[memoryview]:
+        region = tuple(slice(start, stop) for start, stop in zip(item.box.offsets, item.box.stops, strict=True))
+        data = memoryview(np.ascontiguousarray(self.arrays[item.key][region]).reshape(-1).view(np.uint8))
+        for start in range(0, len(data), BLOCK_NBYTES):
+            yield data[start : start + BLOCK_NBYTES]
+
+
+def save_arrays(
+    storage: Storage,
+    path: str,
+    arrays: Mapping[str, Array],
+    *,
+    objects: Mapping[str, object] | None = None,
+    step: int | None = None,
+    kind: str = "full",
+    num_ranks: int = 1,
+    now: float = 0.0,
+) -> Manifest:
+    """Save ``arrays`` as ``num_ranks`` ranks would that shard them along their first dim, through the whole protocol.
+
+    ``objects`` are plain values (see ``record.object_record``); rank 0 writes them.
+    """
+    stored = {key: record.object_record(value) for key, value in (objects or {}).items()}
+    layouts = [
+        LocalLayout(
+            tensors=tuple(_spec(key, array, rank, num_ranks) for key, array in arrays.items()),
+            objects=tuple(stored) if rank == 0 else (),
+        )
+        for rank in range(num_ranks)
+    ]
+    save_id = new_save_id()
+    attempt = begin_attempt(storage, path, save_id)
+    for rank, plan in enumerate(plan_save(layouts)):
+        files = ()
+        if not plan.is_empty:
+            files = (write_file(storage, data_folder(attempt), plan, _Arrays(arrays), stored, num_threads=1),)
+        storage.sync_folder(data_folder(attempt))
+        sign_off(storage, attempt, SignOff(rank, save_id, files))
+    signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
+    return publish(storage, attempt, path, signed, SaveInfo(step=step, kind=kind), now=now)
+
+
+def _spec(key: str, array: Array, rank: int, num_ranks: int) -> TensorSpec:
+    shape = array.shape
+    if not shape:
+        return TensorSpec(key, array.dtype.name, shape, (Box.whole(shape),) if rank == 0 else ())
+    share = -(-shape[0] // num_ranks)
+    start, stop = min(rank * share, shape[0]), min((rank + 1) * share, shape[0])
+    box = Box((start, *(0,) * (len(shape) - 1)), (stop - start, *shape[1:]))
+    return TensorSpec(key, array.dtype.name, shape, (box,))
