@@ -71,6 +71,11 @@ class CheckpointInfo:
     record_id: str = ""
 
     @property
+    def name(self) -> str:
+        """The name of the folder itself."""
+        return split(self.path)[1]
+
+    @property
     def is_usable(self) -> bool:
         """Whether it can be loaded, as far as metadata tells."""
         return self.state in ("committed", "foreign")

@@ -25,20 +25,24 @@ from dataclasses import replace
 from milepost import catalog
 from milepost.catalog import ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
 from milepost.checkpoint.assemble import SaveInfo, assemble
-from milepost.checkpoint.owner import this_process
+from milepost.checkpoint.owner import is_alive, parse_owner, this_process
 from milepost.checkpoint.signoff import SignOff
-from milepost.errors import CheckpointNotFoundError, ConfigError, SaveError, StorageError
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
-from milepost.storage.base import Storage, join, split
+from milepost.storage.base import Entry, Storage, join, split
 
 _log = logging.getLogger(__name__)
 
 OWNER_PREFIX = "owner-"
+OWNERLESS_LIFETIME_S = 3600.0
+"""An attempt without an owner's record was cut short while being made, or is being made right now."""
+
 _FAILED_NAME = "failed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
+_REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
 _MAX_FAULTS = 20
@@ -264,3 +268,57 @@ def discard_quietly(storage: Storage, path: str) -> bool:
         _log.warning("%s/%s is left over and could not be removed yet: %s", storage.root, path, error)
         return False
     return True
+
+
+def sweep_leftovers(storage: Storage, folder: str, *, now: float) -> list[str]:
+    """Remove from a run's folder what dead processes left there; the names of what was dealt with.
+
+    An attempt whose owner may still live is left alone, with all that belongs to it. A replacement that was cut short
+    is undone: the old checkpoint gets its name back. ``now`` is in seconds since the epoch.
+    """
+    entries = {entry.name: entry for entry in storage.list(folder)}
+    alive = {
+        name
+        for name, entry in entries.items()
+        if name.startswith(ATTEMPT_PREFIX) and _attempt_lives(storage, folder, entry, now)
+    }
+    swept = []
+    for name in entries:
+        replaced = _REPLACED_NAME.fullmatch(name)
+        if replaced is not None:
+            if ATTEMPT_PREFIX + replaced[1] not in alive and _settle(storage, folder, name, replaced[2]):
+                swept.append(name)
+        elif name not in alive and name.startswith((ATTEMPT_PREFIX, DELETING_PREFIX)):
+            swept += [name] if discard_quietly(storage, join(folder, name)) else []
+    return swept
+
+
+def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:
+    path = join(folder, attempt.name)
+    owners = []
+    for entry in storage.list(path):
+        if entry.name.startswith(OWNER_PREFIX):
+            try:
+                owners.append(parse_owner(storage.read(join(path, entry.name), 1 << 16), entry.name))
+            except FormatError:
+                continue  # torn by a crash
+            except StorageError:
+                return True  # in doubt: the owner may be removing it this moment
+    if not owners:
+        return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
+    return any(is_alive(owner, now) for owner in owners)
+
+
+def _settle(storage: Storage, folder: str, replaced: str, name: str) -> bool:
+    """Whether a replacement that stopped half-way is now undone, or its remains removed."""
+    old, target = join(folder, replaced), join(folder, name)
+    if storage.stat(target) is None:
+        try:
+            storage.rename(old, target)
+            storage.sync_folder(folder)
+        except StorageError as error:
+            _log.warning("%s could not get its name back: %s", target, error)
+            return False
+        return True
+    info = catalog.examine(storage, target)
+    return info is not None and info.is_usable and discard_quietly(storage, old)

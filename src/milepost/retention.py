@@ -1,0 +1,115 @@
+"""Which steps to keep: pure rules over what the catalog found, each decision with its reason.
+
+Only committed steps of Milepost's own are ever deleted. Kept in any case are: the newest committed step and the
+newest that can be resumed from, pinned and protected steps, links, and all that is foreign, partial or damaged, since
+nobody can say what those are worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from milepost.catalog import StepEntry
+from milepost.checkpoint.commit import delete_checkpoint
+from milepost.errors import StorageError
+from milepost.storage.base import Storage, join
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether one step stays. ``name`` is its folder's, in the run's folder; ``nbytes`` is what deleting it frees."""
+
+    step: int
+    name: str
+    keep: bool
+    reason: str
+    nbytes: int
+
+
+def plan(
+    entries: Sequence[StepEntry],
+    *,
+    keep_latest_k: int,
+    keep_every_n: int = 0,
+    keep_within_s: float = 0.0,
+    protected: Mapping[int, str],
+    now: float,
+) -> list[Decision]:
+    """A decision for each step, oldest first. Rules add up: a step goes only if none keeps it.
+
+    Args:
+        entries: what ``catalog.scan`` found.
+        keep_latest_k: keep so many of the newest committed steps; 0 keeps all.
+        keep_every_n: keep the steps that are multiples of this; 0 is no such rule.
+        keep_within_s: keep what was committed in the last so many seconds before ``now``; 0 is no such rule.
+        protected: steps that the caller needs, with the reason.
+        now: seconds since the epoch.
+    """
+    own = sorted((entry for entry in entries if entry.state == "committed" and not entry.is_link), key=_step)
+    latest = {entry.step for entry in own[-keep_latest_k:]} if keep_latest_k else {entry.step for entry in own}
+    newest = {entry.step: "it is the newest committed step" for entry in own[-1:]}
+    resumable = [entry for entry in own if entry.kind != "model"]
+    newest |= {entry.step: "it is the newest step to resume from" for entry in resumable[-1:] if entry not in own[-1:]}
+
+    def why_keep(entry: StepEntry) -> str:
+        if entry.state != "committed":
+            return f"it is {entry.state}" + (f": {entry.reason}" if entry.reason else ", written by another program")
+        if entry.is_link:
+            return "it is a link to a folder elsewhere"
+        if entry.pinned:
+            return "it is pinned"
+        if entry.step in protected:
+            return protected[entry.step]
+        if entry.step in newest:
+            return newest[entry.step]
+        if entry.step in latest:
+            return f"it is one of the {keep_latest_k} newest" if keep_latest_k else "all are kept (keep_latest_k = 0)"
+        if keep_every_n and entry.step % keep_every_n == 0:
+            return f"it is a multiple of {keep_every_n}"
+        if keep_within_s and now - entry.created_s <= keep_within_s:
+            return f"it was committed in the last {format_duration(keep_within_s)}"
+        return ""
+
+    decisions = []
+    for entry in sorted(entries, key=_step):
+        reason = why_keep(entry)
+        decisions.append(Decision(entry.step, entry.name, bool(reason), reason or "no rule keeps it", entry.nbytes))
+    return decisions
+
+
+def _step(entry: StepEntry) -> int:
+    return entry.step
+
+
+def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:
+    """Delete from the run's ``folder`` what is not to be kept, oldest first; the names of what was deleted.
+
+    Raises:
+        StorageError: a step could not be deleted. The others were tried all the same.
+    """
+    deleted = []
+    failure: StorageError | None = None
+    for decision in decisions:
+        if decision.keep:
+            continue
+        try:
+            delete_checkpoint(storage, join(folder, decision.name))
+        except StorageError as error:
+            failure = failure or error
+        else:
+            deleted.append(decision.name)
+    if failure is not None:
+        raise failure
+    return deleted
+
+
+def format_duration(seconds: float) -> str:
+    """A time span for people, to two units: ``45 s``, ``3 h 20 min``, ``2 d``."""
+    left = round(seconds)
+    parts = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
