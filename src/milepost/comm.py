@@ -7,9 +7,11 @@ Exchanges carry small Python objects between trusted ranks of one job; nothing r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
+
+from milepost.errors import MilepostError, SaveError
 
 T = TypeVar("T")
 
@@ -78,12 +80,12 @@ class ProcessGroupComm:
     def scatter(self, values: Sequence[T] | None) -> T:
         out: list[Any] = [None]
         dist.scatter_object_list(out, None if values is None else list(values), src=self._root, group=self._group)
-        return out[0]
+        return cast("T", out[0])
 
     def broadcast(self, value: T) -> T:
         box = [value]
         dist.broadcast_object_list(box, src=self._root, group=self._group)
-        return box[0]
+        return cast("T", box[0])
 
     def barrier(self) -> None:
         dist.barrier(self._group)
@@ -100,3 +102,48 @@ def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
     if group is None and "gloo" not in str(dist.get_backend_config()):
         group = dist.new_group(backend="gloo")
     return ProcessGroupComm(group)
+
+
+def failure_on(rank: int, error: Exception) -> MilepostError:
+    """``error`` as one that can be told to the other ranks: it names ``rank`` and pickles."""
+    if not isinstance(error, MilepostError):
+        told: MilepostError = SaveError(f"{type(error).__name__}: {error}", rank=rank)
+        told.__cause__ = error
+        return told
+    if error.rank is None:
+        error.rank = rank
+    return error
+
+
+def raise_together(comm: Comm, error: MilepostError | None) -> None:
+    """Raise on every rank if any rank brings an error: the lowest rank's, saying how many more there are. Collective.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+    """
+    brought = comm.gather(error)
+    verdict = merge_failures(brought) if brought is not None else None
+    verdict = comm.broadcast(verdict)
+    if verdict is None:
+        return
+    if error is not None and str(error) in str(verdict):
+        raise verdict from error
+    raise verdict
+
+
+def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | None:
+    """One error out of what the ranks brought (by rank), or None.
+
+    An error that a rank brings of its own goes before one that only tells of another rank's.
+    """
+    failures = [error for error in brought if error is not None]
+    if not failures:
+        return None
+    chosen = next(
+        (error for rank, error in enumerate(brought) if error is not None and error.rank == rank), failures[0]
+    )
+    if len(failures) < len(brought):
+        others = len({error.rank for error in failures} - {chosen.rank})
+        more = f" ({others} more {'rank' if others == 1 else 'ranks'} failed)" if others else ""
+        chosen.message = f"rank {chosen.rank}: {chosen.message}{more}"
+        chosen.args = (chosen.message, *chosen.args[1:])
+    return chosen

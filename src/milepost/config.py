@@ -53,7 +53,7 @@ class CheckpointConfig:
     load_step: int = -1
     """Resume from this step; -1 means the newest committed one."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """Parts to leave as freshly built: model, optimizer, lr_scheduler, dataloader (or data_loader), train_state, rng."""
+    """Parts to leave as freshly built, of model, optimizer, lr_scheduler, dataloader (or data_loader), train_state, rng."""
     enable_first_step_checkpoint: bool = False
     """Also save after the first step: shows early that saving works."""
     create_seed_checkpoint: bool = False
@@ -93,5 +93,5 @@ class CheckpointConfig:
                 "a full checkpoint must keep its dtypes to be resumed from"
             )
         if self.last_save_in_hf and not self.last_save_model_only:
-            found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold weights only")
+            found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
         return found

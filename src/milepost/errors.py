@@ -21,6 +21,7 @@ needs: what, where, and what to do next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "CheckpointDamagedError",
@@ -48,6 +49,17 @@ class MilepostError(Exception):
         self.path = path
         self.key = key
         self.rank = rank
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors travel between ranks; their constructors take keywords, which the default protocol can't replay.
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+def _rebuild(kind: type[MilepostError], args: tuple[Any, ...], attributes: dict[str, Any]) -> MilepostError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(MilepostError):

@@ -1,0 +1,270 @@
+"""Who writes what where, and who reads what from where: pure functions of frozen values.
+
+Nothing here knows of tensors, processes or files. A plan can be printed, compared and tested by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from milepost.errors import PlanError
+from milepost.format import dtype as dtypes
+from milepost.format import record
+from milepost.format.box import Box, cover_faults
+from milepost.format.manifest import Manifest, ShardEntry
+
+SMALL_ALIGNMENT = 64
+"""Every record starts at a multiple of this, and so does its raw data."""
+LARGE_ALIGNMENT = 4096
+"""Records with much data start at a multiple of this, so that a file is written in whole disk blocks."""
+LARGE_RECORD_NBYTES = 64 << 10
+
+
+def align(offset: int, alignment: int) -> int:
+    """The next multiple of ``alignment`` at or after ``offset``."""
+    return -(-offset // alignment) * alignment
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """The boxes of one tensor that a rank holds. ``dtype`` is torch's name without the prefix."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLayout:
+    """All that one rank brings to a save: its tensors' boxes and the keys of its other values."""
+
+    tensors: tuple[TensorSpec, ...]
+    objects: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Equal for two layouts exactly when they are equal: what a cached plan is valid for."""
+        digest = hashlib.blake2b(digest_size=16)
+        for spec in self.tensors:
+            boxes = [(box.offsets, box.sizes) for box in spec.boxes]
+            digest.update(repr((spec.key, spec.dtype, spec.shape, boxes)).encode())
+        digest.update(repr(self.objects).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class WriteItem:
+    """One box of a tensor and the place of its record in the rank's file. Offsets count from the start of the file."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    record_offset: int
+    record_nbytes: int
+    data_offset: int
+    data_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """The one file of a rank. Objects are appended after the tensors, since their sizes change from save to save."""
+
+    rank: int
+    file: str
+    items: tuple[WriteItem, ...]
+    objects: tuple[str, ...]
+    objects_offset: int
+    """Where the first object's record starts: a multiple of ``LARGE_ALIGNMENT``."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this rank writes nothing: every tensor and object of its is written by another."""
+        return not self.items and not self.objects
+
+
+def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
+    """One plan for each rank such that every element of every tensor is stored exactly once.
+
+    A box that several ranks hold is written by the one of them that has the least to write so far; other values by
+    the lowest rank that has them.
+
+    Raises:
+        PlanError: ranks disagree on a tensor's dtype or shape, or their boxes leave a gap or overlap. All faults at
+            once, each with its key and region.
+    """
+    holders, specs = _holders_of_boxes(layouts)
+    _check_cover(holders, specs)
+    assigned = _assign(holders, specs, len(layouts))
+    object_rank: dict[str, int] = {}
+    for rank, layout in enumerate(layouts):
+        for key in layout.objects:
+            object_rank.setdefault(key, rank)
+    clash = sorted(set(object_rank) & set(specs))
+    if clash:
+        raise PlanError(f"{clash[0]} is a tensor on one rank and another kind of value on another", key=clash[0])
+    return tuple(
+        _lay_out_file(
+            rank,
+            assigned[rank],
+            specs,
+            tuple(key for key in layout.objects if object_rank[key] == rank),
+        )
+        for rank, layout in enumerate(layouts)
+    )
+
+
+def _holders_of_boxes(
+    layouts: Sequence[LocalLayout],
+) -> tuple[dict[tuple[str, Box], list[int]], dict[str, TensorSpec]]:
+    holders: dict[tuple[str, Box], list[int]] = defaultdict(list)
+    specs: dict[str, TensorSpec] = {}
+    first_rank: dict[str, int] = {}
+    faults: list[tuple[str, str]] = []
+    for rank, layout in enumerate(layouts):
+        for spec in layout.tensors:
+            known = specs.setdefault(spec.key, spec)
+            first_rank.setdefault(spec.key, rank)
+            if (known.dtype, known.shape) != (spec.dtype, spec.shape):
+                faults.append(
+                    (
+                        spec.key,
+                        f"{known.dtype} {list(known.shape)} on rank {first_rank[spec.key]}, "
+                        f"but {spec.dtype} {list(spec.shape)} on rank {rank}",
+                    )
+                )
+                continue
+            for box in spec.boxes:
+                ranks = holders[spec.key, box]
+                if not ranks or ranks[-1] != rank:
+                    ranks.append(rank)
+    _raise_faults(faults)
+    return holders, specs
+
+
+def _check_cover(holders: Iterable[tuple[str, Box]], specs: Mapping[str, TensorSpec]) -> None:
+    boxes: dict[str, list[Box]] = {key: [] for key in specs}
+    for key, box in holders:
+        boxes[key].append(box)
+    _raise_faults([(key, fault) for key, found in boxes.items() for fault in cover_faults(specs[key].shape, found)])
+
+
+def _raise_faults(faults: Sequence[tuple[str, str]], limit: int = 20) -> None:
+    if not faults:
+        return
+    lines = [f"{key}: {text}" for key, text in faults[:limit]]
+    if len(faults) > limit:
+        lines.append(f"... and {len(faults) - limit} more")
+    message = "the ranks' shards do not make up whole tensors, nothing was saved:\n  " + "\n  ".join(lines)
+    raise PlanError(message, key=faults[0][0])
+
+
+def _assign(
+    holders: Mapping[tuple[str, Box], Sequence[int]], specs: Mapping[str, TensorSpec], world_size: int
+) -> list[list[tuple[str, Box]]]:
+    load = [0] * world_size
+    assigned: list[list[tuple[str, Box]]] = [[] for _ in range(world_size)]
+    shared = []
+    for (key, box), ranks in holders.items():
+        if box.numel == 0 and math.prod(specs[key].shape) != 0:
+            continue  # an empty shard of a tensor that others hold
+        nbytes = box.numel * dtypes.lookup(specs[key].dtype).itemsize
+        if len(ranks) == 1:
+            assigned[ranks[0]].append((key, box))
+            load[ranks[0]] += nbytes
+        else:
+            shared.append((nbytes, key, box, ranks))
+    # Largest first, each to the least loaded of its holders: the classic greedy balance.
+    for nbytes, key, box, ranks in sorted(shared, key=lambda item: (-item[0], item[1], item[2])):
+        writer = min(ranks, key=lambda rank: (load[rank], rank))
+        assigned[writer].append((key, box))
+        load[writer] += nbytes
+    return assigned
+
+
+def _lay_out_file(
+    rank: int, chosen: Sequence[tuple[str, Box]], specs: Mapping[str, TensorSpec], objects: tuple[str, ...]
+) -> WritePlan:
+    items = []
+    offset = 0
+    for key, box in sorted(chosen):
+        spec = specs[key]
+        layout = record.tensor_record(spec.dtype, box.sizes)
+        large = layout.data_nbytes >= LARGE_RECORD_NBYTES
+        offset = align(offset, LARGE_ALIGNMENT if large else SMALL_ALIGNMENT)
+        items.append(
+            WriteItem(
+                key=key,
+                dtype=spec.dtype,
+                shape=spec.shape,
+                box=box,
+                record_offset=offset,
+                record_nbytes=layout.nbytes,
+                data_offset=offset + layout.data_offset,
+                data_nbytes=layout.data_nbytes,
+            )
+        )
+        offset += layout.nbytes
+    return WritePlan(rank, f"__{rank}_0.distcp", tuple(items), objects, align(offset, LARGE_ALIGNMENT))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadItem:
+    """A region that a stored shard and a wanted box have in common.
+
+    ``src`` is in the coordinates of the shard's box, ``dst`` in those of box number ``piece`` of the wanted tensor.
+    """
+
+    key: str
+    dtype: str
+    shard: ShardEntry
+    shard_index: int
+    src: Box
+    piece: int
+    dst: Box
+
+    @property
+    def is_whole_shard(self) -> bool:
+        """Whether the region is all of the stored shard."""
+        return self.src.sizes == self.shard.box.sizes
+
+
+def plan_load(manifest: Manifest, wanted: Iterable[TensorSpec]) -> tuple[ReadItem, ...]:
+    """What to read so that every wanted box is filled exactly once, in the order of files and offsets.
+
+    ``wanted`` must have been checked against the manifest for keys and shapes; dtypes may differ (the stored one is
+    in the items).
+
+    Raises:
+        PlanError: the stored shards leave a part of a wanted box out.
+    """
+    items = []
+    for spec in wanted:
+        entry = manifest.tensors[spec.key]
+        for piece, box in enumerate(spec.boxes):
+            found = 0
+            for index, shard in enumerate(entry.shards):
+                common = box.intersect(shard.box)
+                if common is None:
+                    continue
+                found += common.numel
+                items.append(
+                    ReadItem(
+                        key=spec.key,
+                        dtype=entry.dtype,
+                        shard=shard,
+                        shard_index=index,
+                        src=common.relative_to(shard.box),
+                        piece=piece,
+                        dst=common.relative_to(box),
+                    )
+                )
+            if found != box.numel:
+                raise PlanError(
+                    f"{spec.key}: the checkpoint stores {found} of the {box.numel} elements of {box}", key=spec.key
+                )
+    return tuple(sorted(items, key=lambda item: (item.shard.file, item.shard.record_offset, item.src)))

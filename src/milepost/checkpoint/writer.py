@@ -1,0 +1,256 @@
+"""One rank's file, written at the speed of the disk: headers, raw data and footers in one pass, digests on the way.
+
+The whole layout is known before the first byte (``plan``), and a record's CRC stands behind its data, so data is
+touched once: digested block by block, then written while it is still in the cache. Where the storage asks for aligned
+writes (O_DIRECT), bytes go through one aligned buffer per thread; elsewhere straight from the caller's memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from milepost.checkpoint.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
+from milepost.format import digest, record
+from milepost.storage.base import Bytes, Storage, WriteHandle
+
+GROUP_NBYTES = 16 << 20
+"""Threads take the file in groups of records of about this size."""
+BUFFER_NBYTES = 8 << 20
+"""Aligned buffer of each thread, used where the storage asks for aligned writes."""
+
+
+class BlockSource(Protocol):
+    """Where the bytes of planned items come from. Called from several threads, for different items."""
+
+    def blocks(self, item: WriteItem) -> Iterator[memoryview]:
+        """The item's raw row-major bytes in blocks of ``BLOCK_NBYTES`` (the last may be shorter).
+
+        A block is valid until the next one is asked for.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """An item that was written, with its digests. ``block_crcs`` has one CRC-32 for each 4 MiB of raw data."""
+
+    item: WriteItem
+    crc32: int
+    block_crcs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenObject:
+    """A value that was written. ``crc32`` is of the whole record."""
+
+    key: str
+    record_offset: int
+    record_nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What one rank wrote. ``nbytes`` is the exact size of the file."""
+
+    file: str
+    nbytes: int
+    tensors: tuple[WrittenTensor, ...]
+    objects: tuple[WrittenObject, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    start: int
+    items: tuple[WriteItem, ...]
+
+
+def write_file(
+    storage: Storage,
+    folder: str,
+    plan: WritePlan,
+    source: BlockSource,
+    objects: Mapping[str, bytes],
+    *,
+    num_threads: int = 2,
+) -> WrittenFile:
+    """Write and sync the file of ``plan`` in ``folder``; the folder's own sync is the caller's.
+
+    Memory beside the source: ``BUFFER_NBYTES`` a thread.
+
+    Raises:
+        StorageError: the first failure on any thread. The file is left as it is, for the caller to sweep.
+    """
+    placed, end = _place_objects(plan, objects)
+    nbytes = align(end, LARGE_ALIGNMENT)
+    groups = _groups(plan.items)
+    with storage.open_write(f"{folder}/{plan.file}", nbytes) as handle:
+        tensors = _write_groups(handle, groups, source, num_threads)
+        stream = _open_stream(handle, plan.objects_offset, _aligned_buffer(handle))
+        for written in placed:
+            stream.skip_to(written.record_offset)
+            stream.put(objects[written.key])
+        stream.finish()
+        handle.sync()
+    return WrittenFile(plan.file, nbytes, tensors, placed)
+
+
+def _place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[WrittenObject, ...], int]:
+    """Where each object's record goes, and where the last one ends."""
+    placed = []
+    offset = plan.objects_offset
+    for key in plan.objects:
+        data = objects[key]
+        offset = align(offset, SMALL_ALIGNMENT)
+        placed.append(WrittenObject(key, offset, len(data), digest.crc32(data)))
+        offset += len(data)
+    return tuple(placed), offset
+
+
+def _groups(items: Sequence[WriteItem]) -> list[_Group]:
+    """Cut the file where a record starts on a disk block, every ``GROUP_NBYTES`` or so."""
+    groups: list[_Group] = []
+    current: list[WriteItem] = []
+    for item in items:
+        at_block = item.record_offset % LARGE_ALIGNMENT == 0
+        if current and at_block and item.record_offset - current[0].record_offset >= GROUP_NBYTES:
+            groups.append(_Group(current[0].record_offset, tuple(current)))
+            current = []
+        current.append(item)
+    if current:
+        groups.append(_Group(current[0].record_offset, tuple(current)))
+    return groups
+
+
+def _write_groups(
+    handle: WriteHandle, groups: Sequence[_Group], source: BlockSource, num_threads: int
+) -> tuple[WrittenTensor, ...]:
+    failed = threading.Event()
+    local = threading.local()
+
+    def work(group: _Group) -> list[WrittenTensor]:
+        if failed.is_set():
+            return []
+        if not hasattr(local, "buffer"):
+            local.buffer = _aligned_buffer(handle)
+        try:
+            return _write_group(handle, group, source, local.buffer)
+        except BaseException:
+            failed.set()
+            raise
+
+    if num_threads <= 1 or len(groups) <= 1:
+        return tuple(written for group in groups for written in work(group))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-write") as pool:
+        # `map` gives the results in order and raises the first error; the others stop at their next group.
+        return tuple(written for batch in pool.map(work, groups) for written in batch)
+
+
+def _write_group(
+    handle: WriteHandle, group: _Group, source: BlockSource, buffer: mmap.mmap | None
+) -> list[WrittenTensor]:
+    stream = _open_stream(handle, group.start, buffer)
+    written = []
+    for item in group.items:
+        layout = record.tensor_record(item.dtype, item.box.sizes)
+        stream.skip_to(item.record_offset)
+        stream.put(layout.header)
+        crc = 0
+        block_crcs: list[int] = []
+        for block in source.blocks(item):
+            block_crc = digest.crc32(block)
+            crc = digest.combine(crc, block_crc, block.nbytes) if block_crcs else block_crc
+            block_crcs.append(block_crc)
+            stream.put(block)
+        stream.put(record.record_footer(layout, crc))
+        written.append(WrittenTensor(item, crc, tuple(block_crcs)))
+    stream.finish()
+    return written
+
+
+def _aligned_buffer(handle: WriteHandle) -> mmap.mmap | None:
+    return mmap.mmap(-1, BUFFER_NBYTES) if handle.alignment > 1 else None
+
+
+def _open_stream(handle: WriteHandle, offset: int, buffer: mmap.mmap | None) -> _PlainStream | _AlignedStream:
+    if buffer is None:
+        return _PlainStream(handle, offset)
+    return _AlignedStream(handle, offset, buffer)
+
+
+class _PlainStream:
+    """Consecutive writes from the caller's memory: small pieces are held back and go out with the next large one."""
+
+    HOLD_NBYTES = 256 << 10
+
+    def __init__(self, handle: WriteHandle, offset: int):
+        self._handle = handle
+        self._offset = offset  # where the first held piece goes
+        self._held: list[Bytes] = []
+        self._held_nbytes = 0
+
+    def put(self, data: Bytes) -> None:
+        self._held.append(data)
+        self._held_nbytes += len(data)
+        # A block of the source is only valid now, so anything large is written at once.
+        if isinstance(data, memoryview) or self._held_nbytes > self.HOLD_NBYTES:
+            self._flush()
+
+    def skip_to(self, offset: int) -> None:
+        gap = offset - self._offset - self._held_nbytes
+        if gap:
+            self.put(bytes(gap))
+
+    def finish(self) -> None:
+        self.skip_to(align(self._offset + self._held_nbytes, LARGE_ALIGNMENT))
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._handle.write(self._offset, self._held)
+            self._offset += self._held_nbytes
+            self._held, self._held_nbytes = [], 0
+
+
+class _AlignedStream:
+    """Consecutive writes through one aligned buffer, so that every one is whole disk blocks."""
+
+    def __init__(self, handle: WriteHandle, offset: int, buffer: mmap.mmap):
+        self._handle = handle
+        self._offset = offset  # of the start of the buffer
+        self._memory = memoryview(buffer)
+        self._array = np.frombuffer(buffer, dtype=np.uint8)
+        self._fill = 0
+
+    def put(self, data: Bytes) -> None:
+        src = np.frombuffer(data, dtype=np.uint8)
+        taken = 0
+        while taken < len(src):
+            count = min(len(src) - taken, len(self._array) - self._fill)
+            # numpy copies without the GIL; slice assignment of a memoryview would hold it.
+            np.copyto(self._array[self._fill : self._fill + count], src[taken : taken + count])
+            self._fill += count
+            taken += count
+            if self._fill == len(self._array):
+                self._flush()
+
+    def skip_to(self, offset: int) -> None:
+        gap = offset - self._offset - self._fill
+        if gap:
+            self.put(bytes(gap))
+
+    def finish(self) -> None:
+        self.skip_to(align(self._offset + self._fill, LARGE_ALIGNMENT))
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._fill:
+            self._handle.write(self._offset, [self._memory[: self._fill]])
+            self._offset += self._fill
+            self._fill = 0
