@@ -1,0 +1,190 @@
+"""The safetensors file: its header read with suspicion, its layout computed before any data is there.
+
+A file is ``u64 length | JSON header | data``. The header maps each name to dtype, shape and the half-open byte range
+of its data, counted from the end of the header. The ranges, put in order, must tile the data: no gap, no overlap, no
+byte left over. Source: the format section of https://github.com/huggingface/safetensors (the 100 MB header limit is
+the reference implementation's).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from milepost.errors import FormatError
+from milepost.format import dtype as dtypes
+from milepost.storage.base import ReadHandle
+
+MAX_HEADER_NBYTES = 100_000_000
+METADATA_KEY = "__metadata__"
+_MAX_DIM = 1 << 62
+_MAX_NDIM = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file. ``offset`` is where its row-major bytes begin, counted from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """What a file holds, in the order of the data. ``nbytes`` is the whole file's size."""
+
+    tensors: Mapping[str, StoredTensor]
+    nbytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsLayout:
+    """A file to be written: the bytes that begin it, and where each tensor's bytes go."""
+
+    prefix: bytes
+    tensors: Mapping[str, StoredTensor]
+    nbytes: int
+
+
+def read_header(handle: ReadHandle) -> SafetensorsHeader:
+    """The checked header of an open file.
+
+    Raises:
+        FormatError: the file is truncated, has bytes that no tensor owns, or its header is malformed or hostile.
+    """
+    path = handle.path
+    if handle.nbytes < 8:
+        raise FormatError(
+            f"{path} is no safetensors file: it has {handle.nbytes} bytes, the header alone needs 8", path=path
+        )
+    raw_length = bytearray(8)
+    handle.read_into(0, [memoryview(raw_length)])
+    (length,) = struct.unpack("<Q", raw_length)
+    if length > MAX_HEADER_NBYTES or length + 8 > handle.nbytes:
+        raise FormatError(
+            f"{path} claims a header of {length:,} bytes, but the file has {handle.nbytes:,} and a header may have at "
+            f"most {MAX_HEADER_NBYTES:,}: it is truncated, or no safetensors file",
+            path=path,
+        )
+    raw = bytearray(length)
+    handle.read_into(8, [memoryview(raw)])
+    return parse_header(bytes(raw), file_nbytes=handle.nbytes, path=path)
+
+
+def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeader:
+    """The checked content of the JSON header ``raw`` of a file of ``file_nbytes``; ``path`` is for messages.
+
+    Raises:
+        FormatError: as :func:`read_header`.
+    """
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError("it does not begin with '{'")
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+        metadata = _checked_metadata(header.pop(METADATA_KEY, {}))
+        base = 8 + len(raw)
+        found = {name: _checked_entry(name, entry, base) for name, entry in header.items()}
+        end = _checked_tiling(found, base)
+    except (ValueError, RecursionError, FormatError) as error:
+        raise FormatError(f"the safetensors header of {path} is malformed: {error}", path=path) from error
+    if end != file_nbytes:
+        kind = "truncated" if end > file_nbytes else "followed by bytes that belong to no tensor"
+        raise FormatError(
+            f"{path} is {kind}: its header describes {end:,} bytes, the file has {file_nbytes:,}", path=path
+        )
+    return SafetensorsHeader(dict(sorted(found.items(), key=lambda item: item[1].offset)), end, metadata)
+
+
+def plan_layout(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> SafetensorsLayout:
+    """Where everything of a new file goes, from name: (dtype, shape) alone.
+
+    Wider dtypes come first, so that every tensor is aligned to its element size; within a dtype the given order
+    stays. ``metadata`` defaults to ``{"format": "pt"}``, without which transformers refuses the file.
+
+    Raises:
+        ValueError: a dtype that safetensors does not have, or a name that it reserves.
+    """
+    entries: dict[str, Any] = {METADATA_KEY: dict(metadata) if metadata is not None else {"format": "pt"}}
+    relative: dict[str, StoredTensor] = {}
+    offset = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -dtypes.itemsize(item[1][0])):
+        code = _code(name, dtype)
+        nbytes = math.prod(shape) * dtypes.itemsize(dtype)
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        relative[name] = StoredTensor(dtype, tuple(shape), offset, nbytes)
+        offset += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begins 8-byte aligned
+    base = 8 + len(text)
+    placed = {name: StoredTensor(t.dtype, t.shape, base + t.offset, t.nbytes) for name, t in relative.items()}
+    return SafetensorsLayout(struct.pack("<Q", len(text)) + text, placed, base + offset)
+
+
+def _code(name: str, dtype: str) -> str:
+    code = dtypes.lookup(dtype).safetensors_name
+    if name == METADATA_KEY:
+        raise ValueError(f"a tensor can't be named {METADATA_KEY}: safetensors keeps that name for itself")
+    if code is None:
+        raise ValueError(f"tensor '{name}': safetensors has no dtype {dtype}")
+    return code
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name '{twice}' occurs twice")
+    return found
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{METADATA_KEY} is not a map of strings")
+    return metadata
+
+
+def _checked_entry(name: str, entry: Any, base: int) -> StoredTensor:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"tensor '{name}' lacks dtype, shape or data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str):
+        raise ValueError(f"tensor '{name}' has the dtype {entry['dtype']!r}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor '{name}' has shape {shape!r} and data_offsets {offsets!r}")
+    dtype = dtypes.from_safetensors(entry["dtype"])
+    nbytes = math.prod(shape) * dtypes.itemsize(dtype)
+    if offsets[1] - offsets[0] != nbytes:
+        raise ValueError(
+            f"tensor '{name}' of shape {shape} needs {nbytes} bytes, its data_offsets {offsets} span others"
+        )
+    return StoredTensor(dtype, tuple(shape), base + offsets[0], nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_NDIM
+        and all(type(size) is int and 0 <= size < _MAX_DIM for size in value)
+    )
+
+
+def _checked_tiling(tensors: Mapping[str, StoredTensor], base: int) -> int:
+    """The end of the data, which must be tiled from ``base`` on."""
+    end = base
+    # A tensor without elements shares its offset with its neighbour: it goes first.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            kind = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
+            raise ValueError(f"tensor '{name}' {kind}")
+        end += tensor.nbytes
+    return end
