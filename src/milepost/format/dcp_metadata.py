@@ -1,0 +1,334 @@
+"""``.metadata``, the index of a folder written by ``torch.distributed.checkpoint`` (DCP), read without running pickle.
+
+Accepted is what stock DCP of torch 2.0 and later writes: the classes of ``torch.distributed.checkpoint.metadata`` and
+``.filesystem``, sizes, dtypes and paths. Any other global is refused by name. The way back is ``dcp_writer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from milepost.errors import FormatError
+from milepost.format.box import Box
+from milepost.format.dtype import DTYPES, itemsize
+from milepost.format.manifest import METADATA_NAME, FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
+from milepost.format.manifest_check import MAX_COUNT, MAX_DIMS, manifest_faults
+from milepost.format.pickle_reader import Global, Instance, read_pickle
+from milepost.format.plain_pickle import PLAIN_GLOBALS
+
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"
+_SHARDED_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # where torch up to 2.2 kept TensorProperties
+_MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
+_MAX_TEXT = 1 << 16
+
+PathParts = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DcpTensor:
+    """A tensor of the state dict: its chunks are the boxes in which it was saved."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DcpLocation:
+    """Where an item's record is. ``transforms`` names stream extensions (compression, encryption), normally none."""
+
+    path: str
+    offset: int
+    nbytes: int
+    transforms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DcpMetadata:
+    """What ``.metadata`` says.
+
+    ``storage`` is keyed by (key, offsets of the chunk), offsets being None for an object. ``paths`` tells where each
+    key stood in the nested state dict; it is empty when the planner kept no record of that in the usual form.
+    """
+
+    tensors: Mapping[str, DcpTensor]
+    objects: tuple[str, ...]
+    storage: Mapping[tuple[str, tuple[int, ...] | None], DcpLocation]
+    paths: Mapping[str, PathParts]
+    save_id: str | None
+    checkpoint_id: str | None
+    version: str | None
+
+
+# ---- what the pickle may name ----
+
+
+def _size(*args: object) -> tuple[int, ...]:
+    if len(args) != 1 or not isinstance(args[0], tuple | list):
+        raise FormatError("torch.Size is called with something else than one sequence")
+    return _sizes(tuple(args[0]))
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or len(value) > MAX_DIMS:
+        raise FormatError("sizes or offsets are no tuple of at most 64 numbers")
+    for number in value:
+        if type(number) is not int or not 0 <= number <= MAX_COUNT:
+            raise FormatError("sizes or offsets hold something else than whole numbers from 0 to 2**62")
+    return value
+
+
+def _layout(*args: object) -> str:
+    if args != ("torch.strided",):
+        raise FormatError("a tensor's layout is not torch.strided: sparse tensors are not supported")
+    return "torch.strided"
+
+
+def _memory_format(*args: object) -> str:
+    if len(args) != 1 or type(args[0]) is not int or not 0 <= args[0] < len(_MEMORY_FORMATS):
+        raise FormatError("a memory format is unknown")
+    return _MEMORY_FORMATS[args[0]]
+
+
+def _getattr(*args: object) -> str:
+    """Python 3.11.0 to 3.11.3 pickled an enum's member as ``getattr(class, name)``; here it is a look-up in a tuple."""
+    is_enum = len(args) == 2 and isinstance(args[0], Global) and args[0].call is _memory_format
+    if not is_enum or args[1] not in _MEMORY_FORMATS:
+        raise FormatError("getattr is used for something else than a memory format")
+    return str(args[1])
+
+
+def _path(*args: object) -> str:
+    if not all(isinstance(part, str) for part in args):
+        raise FormatError("a path is made of something else than text")
+    head, *rest = [str(part) for part in args] or ["."]
+    return "/".join([head.rstrip("/"), *rest]) or "/"
+
+
+def _metadata_globals() -> dict[str, Global]:
+    instances = [
+        f"{METADATA_MODULE}.{name}"
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+        )
+    ]
+    instances += [f"{_SHARDED_MODULE}.TensorProperties", f"{FILESYSTEM_MODULE}._StorageInfo"]
+    table = [Global(name, new=True) for name in instances]
+    table += [Global(f"torch.{name}", value=name) for name in DTYPES]
+    table += [
+        Global("torch.Size", call=_size),
+        Global("torch.serialization._get_layout", call=_layout),
+        Global(f"{METADATA_MODULE}._MEM_FORMAT_ENCODING", call=_memory_format),
+        Global(f"{_SHARDED_MODULE}.MEM_FORMAT_ENCODING", call=_memory_format),
+        Global("builtins.getattr", call=_getattr),
+        Global("__builtin__.getattr", call=_getattr),
+    ]
+    for module in ("pathlib", "pathlib._local"):
+        for flavour in ("Posix", "Windows", "PurePosix", "PureWindows"):
+            table.append(Global(f"{module}.{flavour}Path", call=_path))
+    return {entry.name: entry for entry in table} | PLAIN_GLOBALS
+
+
+METADATA_GLOBALS: Mapping[str, Global] = MappingProxyType(_metadata_globals())
+"""All that a ``.metadata`` pickle may name."""
+
+
+# ---- from the pickle's data to DcpMetadata ----
+
+
+def parse_metadata(data: bytes, path: str = METADATA_NAME) -> DcpMetadata:
+    """Read the bytes of a ``.metadata`` file. ``path`` is how errors name it.
+
+    Nothing in it is run and no module is imported. Raises FormatError if it is malformed, names a class that DCP does
+    not use, or asks for memory out of proportion (more than 16 MiB + 32 times its size).
+    """
+    try:
+        return _metadata(read_pickle(data, METADATA_GLOBALS))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error.message}", path=path, key=error.key) from None
+
+
+def _fields(value: object, name: str) -> dict[str, Any]:
+    """The attributes of an instance of the class called ``name``."""
+    if not isinstance(value, Instance) or not value.name.endswith(f".{name}") or not isinstance(value.state, dict):
+        found = value.name if isinstance(value, Instance) else type(value).__name__
+        raise FormatError(f"a {found} stands where a {name} must be, or it is incomplete")
+    return value.state
+
+
+def _metadata(value: object) -> DcpMetadata:
+    fields = _fields(value, "Metadata")
+    entries, places = fields.get("state_dict_metadata"), fields.get("storage_data")
+    if not isinstance(entries, dict) or not isinstance(places, dict):
+        raise FormatError("the index of keys or of places is missing")
+    tensors: dict[str, DcpTensor] = {}
+    objects: list[str] = []
+    for key, entry in entries.items():
+        if type(key) is not str:
+            raise FormatError("a key is not text")
+        if isinstance(entry, Instance) and entry.name.endswith(".BytesStorageMetadata"):
+            objects.append(key)
+        else:
+            tensors[key] = _tensor(key, entry)
+    storage = {_index(index): _location(place) for index, place in places.items()}
+    meta = fields.get("storage_meta")
+    identity = {} if meta is None else _fields(meta, "StorageMeta")
+    return DcpMetadata(
+        tensors=tensors,
+        objects=tuple(objects),
+        storage=storage,
+        paths=_paths(fields.get("planner_data")),
+        save_id=_text_or_none(identity.get("save_id"), "save_id"),
+        checkpoint_id=_text_or_none(identity.get("checkpoint_id"), "checkpoint_id"),
+        version=_text_or_none(fields.get("version"), "version"),
+    )
+
+
+def _tensor(key: str, value: object) -> DcpTensor:
+    fields = _fields(value, "TensorStorageMetadata")
+    properties, chunks = fields.get("properties"), fields.get("chunks")
+    if not isinstance(properties, Instance) or not properties.name.endswith(".TensorProperties"):
+        raise FormatError(f"tensor {key!r:.200} has no properties", key=key)
+    state = properties.state
+    dtype = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    if not (isinstance(dtype, Global) and isinstance(dtype.value, str)):
+        raise FormatError(f"tensor {key!r:.200} has no dtype", key=key)
+    if not isinstance(chunks, list):
+        raise FormatError(f"tensor {key!r:.200} has no list of chunks", key=key)
+    boxes = []
+    for chunk in chunks:
+        corner = _fields(chunk, "ChunkStorageMetadata")
+        boxes.append(Box(_sizes(corner.get("offsets")), _sizes(corner.get("sizes"))))
+    return DcpTensor(dtype.value, _sizes(fields.get("size")), tuple(boxes))
+
+
+def _index(value: object) -> tuple[str, tuple[int, ...] | None]:
+    fields = _fields(value, "MetadataIndex")
+    key, offset = fields.get("fqn"), fields.get("offset")
+    if type(key) is not str:
+        raise FormatError("an index of a place has no key")
+    return key, None if offset is None else _sizes(offset)
+
+
+def _location(value: object) -> DcpLocation:
+    fields = _fields(value, "_StorageInfo")
+    path, offset, nbytes = fields.get("relative_path"), fields.get("offset"), fields.get("length")
+    transforms = fields.get("transform_descriptors") or ()
+    if type(path) is not str or len(path) > _MAX_TEXT:
+        raise FormatError("a place has no relative path")
+    offset, nbytes = _sizes((offset, nbytes))
+    if not isinstance(transforms, list | tuple) or not all(type(name) is str for name in transforms):
+        raise FormatError("a place has transforms that are not names")
+    return DcpLocation(path, offset, nbytes, tuple(transforms))
+
+
+def _paths(planner_data: object) -> dict[str, PathParts]:
+    """Paths of the default planner. Another planner may keep anything there; then keys stand for themselves."""
+    if not isinstance(planner_data, dict):
+        return {}
+    return {key: path for key, path in planner_data.items() if type(key) is str and _is_path(path)}
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, tuple) and 0 < len(value) <= 100 and all(type(part) in (str, int) for part in value)
+
+
+def _text_or_none(value: object, name: str) -> str | None:
+    if value is not None and (type(value) is not str or len(value) > _MAX_TEXT):
+        raise FormatError(f"{name} is not text")
+    return value
+
+
+# ---- to a manifest ----
+
+
+def manifest_from_metadata(
+    metadata: DcpMetadata,
+    file_sizes: Mapping[str, int],
+    *,
+    step: int | None = None,
+    created_s: float = 0.0,
+    path: str = METADATA_NAME,
+) -> Manifest:
+    """The manifest of a folder that has none, from its ``.metadata`` and the sizes in bytes of the files in it.
+
+    Where the raw data begins and its digest are None: ``record.locate_tensor`` finds them. ``kind`` is ``full`` if
+    there is any key under ``optimizer.`` or ``train_state.``, else ``state``. ``world_size`` is 1: it isn't recorded.
+    Raises FormatError for items that were transformed (compressed, encrypted) by a DCP extension, and for all that
+    ``manifest_faults`` finds: names that leave the folder, files that are absent or too short, overlaps and gaps.
+    """
+    problems: list[str] = []
+    tensors = {key: _tensor_entry(key, tensor, metadata, problems) for key, tensor in metadata.tensors.items()}
+    objects: dict[str, ObjectEntry] = {}
+    for key in metadata.objects:
+        place = _place(key, None, metadata, problems)
+        if place is not None:
+            objects[key] = ObjectEntry(place.path, place.offset, place.nbytes, None)
+    keys = metadata.tensors.keys() | set(metadata.objects)
+    is_full = any(key.startswith(("optimizer.", "train_state.")) for key in keys)
+    used = {item.file for item in _items(tensors, objects)}
+    manifest = Manifest(
+        step=step,
+        save_id=metadata.save_id or "",
+        created_s=created_s,
+        kind="full" if is_full else "state",
+        world_size=1,
+        layout={},
+        producer={"torch.distributed.checkpoint": metadata.version or "unknown"},
+        tensors=tensors,
+        objects=objects,
+        files={name: FileEntry(nbytes) for name, nbytes in file_sizes.items() if name in used},
+        paths={key: parts for key, parts in metadata.paths.items() if key in keys},
+    )
+    problems += [fault.text for fault in manifest_faults(manifest)] if not problems else []
+    if problems:
+        raise FormatError(f"{path}: " + "; ".join(problems[:8]), path=path)
+    return manifest
+
+
+def _items(
+    tensors: Mapping[str, TensorEntry], objects: Mapping[str, ObjectEntry]
+) -> Iterator[ShardEntry | ObjectEntry]:
+    for tensor in tensors.values():
+        yield from tensor.shards
+    yield from objects.values()
+
+
+def _tensor_entry(key: str, tensor: DcpTensor, metadata: DcpMetadata, problems: list[str]) -> TensorEntry:
+    shards = []
+    size = itemsize(tensor.dtype)
+    for box in _distinct(tensor.chunks):
+        place = _place(key, box.offsets, metadata, problems)
+        if place is not None:
+            shards.append(ShardEntry(box, place.path, place.offset, place.nbytes, None, box.numel * size, None))
+    return TensorEntry(tensor.dtype, tensor.shape, tuple(shards))
+
+
+def _distinct(chunks: tuple[Box, ...]) -> Iterator[Box]:
+    """Chunks without those that hold nothing or are listed again.
+
+    DCP keeps one place per (key, offsets), so that of several ranks' empty shards at the tensor's end only one has a
+    place. Chunks of a tensor without any elements are all dropped but the first.
+    """
+    filled = list(dict.fromkeys(box for box in chunks if box.numel > 0))
+    yield from filled or chunks[:1]
+
+
+def _place(key: str, offsets: tuple[int, ...] | None, metadata: DcpMetadata, problems: list[str]) -> DcpLocation | None:
+    place = metadata.storage.get((key, offsets))
+    if place is None:
+        problems.append(f"no place is given for {key!r:.200} at {offsets}")
+    elif place.transforms:
+        problems.append(f"{key!r:.200} was transformed by {', '.join(place.transforms)!r:.100}, which can't be undone")
+        return None
+    return place
