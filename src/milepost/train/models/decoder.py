@@ -6,18 +6,30 @@ rank sees its own part of T, H or V; nothing in here knows of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from milepost.train.models.flavors import ModelArgs
+from milepost.train.models.moe import MoE
 from milepost.train.models.rope import rope_table
 
-__all__ = ["Attention", "Block", "CausalAttention", "Decoder", "FeedForward", "TiedOutput"]
+__all__ = ["Attention", "Block", "CausalAttention", "Decoder", "FeedForward", "Plan", "TiedOutput"]
 
+Plan = dict[str, ParallelStyle]
 Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -42,7 +54,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if qk_norm else None
-        self.core = CausalAttention()
+        self.core: nn.Module = CausalAttention()
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         # The head count is read off the projections: under tensor parallelism a rank holds only some heads.
@@ -71,18 +83,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: attention, then the feed-forward or, in its place, the mixture of experts."""
 
-    def __init__(
-        self,
-        args: ModelArgs,
-        attention: Attention,
-        *,
-        feed_forward: FeedForward | None = None,
-        moe: nn.Module | None = None,
-    ):
+    def __init__(self, args: ModelArgs, attention: Attention, ffn: FeedForward | MoE):
         super().__init__()
         self.attention = attention
-        self.feed_forward = feed_forward
-        self.moe = moe
+        # Which of the two it is shows in the weights' names.
+        self.feed_forward = ffn if isinstance(ffn, FeedForward) else None
+        self.moe = ffn if isinstance(ffn, MoE) else None
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.recompute = False
@@ -96,7 +102,8 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor, rope: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope)
-        ffn = self.moe if self.feed_forward is None else self.feed_forward
+        ffn = self.feed_forward if self.moe is None else self.moe
+        assert ffn is not None
         return x + ffn(self.ffn_norm(x))
 
 
@@ -107,10 +114,12 @@ class TiedOutput(nn.Module):
         return F.linear(x, weight)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Tokens (B, T) to logits (B, T, V); or, after `keep_stage`, the stretch of it that one pipeline stage computes."""
 
-    def __init__(self, args: ModelArgs, seq_len: int, make_block: Callable[[ModelArgs], Block]):
+    rope: Tensor
+
+    def __init__(self, args: ModelArgs, seq_len: int):
         super().__init__()
         self.args = args
         self.seq_len = seq_len
@@ -119,7 +128,7 @@ class Decoder(nn.Module):
         self.embeds = True
         self.projects = True
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleDict({str(i): make_block(args) for i in range(args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): self.make_block(args) for i in range(args.n_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output: nn.Module | None = (
             TiedOutput() if args.tied_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -127,23 +136,69 @@ class Decoder(nn.Module):
         # Not in the state dict: it follows from the configuration. `reset_buffers` fills it after a stay on meta.
         self.register_buffer("rope", rope_table(args, seq_len), persistent=False)
 
+    @staticmethod
+    @abstractmethod
+    def make_block(args: ModelArgs) -> Block:
+        """One layer of the model."""
+
+    @staticmethod
+    @abstractmethod
+    def block_plan(args: ModelArgs) -> Plan:
+        """How the modules of one layer are split over a tensor-parallel mesh, by name within the layer."""
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is tokens (B, T) where the embedding is held, else hidden states (B, T, C) of the stage before."""
         rope = self.rope[self.first_position :]
-        h = self.tok_embeddings(x) if self.embeds else x  # (B, T, C)
-        for block in self.layers.values():
+        h = self._embed(x) if self.embeds else x  # (B, T, C)
+        for block in self.blocks():
             h = block(h, rope)
-        if not self.projects:
-            return h
-        h = self.norm(h)
-        return self.output(h, self.tok_embeddings.weight) if self.args.tied_embeddings else self.output(h)  # (B, T, V)
+        return self._project(h) if self.projects else h
 
-    def keep_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> None:
+    def _embed(self, tokens: Tensor) -> Tensor:
+        assert self.tok_embeddings is not None, "keep_stage leaves it wherever `embeds`"
+        return self.tok_embeddings(tokens)
+
+    def _project(self, h: Tensor) -> Tensor:
+        assert self.norm is not None, "keep_stage leaves it wherever `projects`"
+        assert self.output is not None, "keep_stage leaves it wherever `projects`"
+        h = self.norm(h)
+        if not self.args.tied_embeddings:
+            return self.output(h)  # (B, T, V)
+        assert self.tok_embeddings is not None, "keep_stage leaves it on the last stage if tied"
+        return self.output(h, self.tok_embeddings.weight)  # (B, T, V)
+
+    def blocks(self) -> list[Block]:
+        """The layers held here, in order."""
+        return [cast(Block, block) for block in self.layers.values()]
+
+    def mixtures(self) -> list[MoE]:
+        """Their mixtures of experts."""
+        return [block.moe for block in self.blocks() if block.moe is not None]
+
+    def tensor_parallel_plan(self) -> Plan:
+        """How every module is split over a tensor-parallel mesh, by name; of the whole model, whatever is held."""
+        plan: Plan = {
+            "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+            "norm": SequenceParallel(),
+            "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1)),
+        }
+        if self.args.tied_embeddings:
+            plan["output"] = PrepareModuleInputOutput(
+                input_layouts=(Shard(1), None),
+                desired_input_layouts=(Replicate(), None),
+                output_layouts=Shard(-1),
+                desired_output_layouts=Shard(-1),
+            )
+        for name in self.layers:
+            plan |= {f"layers.{name}.{module}": style for module, style in self.block_plan(self.args).items()}
+        return plan
+
+    def keep_stage(self, layers: Container[int], *, first: bool, last: bool) -> None:
         """Drops all but ``layers``, the embedding unless ``first``, norm and output unless ``last``.
 
         What stays keeps its name. With tied embeddings the last stage keeps the embedding matrix too, to project by.
         """
-        self.layers = nn.ModuleDict({name: block for name, block in self.layers.items() if int(name) in set(layers)})
+        self.layers = nn.ModuleDict({name: block for name, block in self.layers.items() if int(name) in layers})
         self.embeds, self.projects = first, last
         if not first and not (last and self.args.tied_embeddings):
             self.tok_embeddings = None

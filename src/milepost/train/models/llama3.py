@@ -1,24 +1,45 @@
-"""Llama 3, 3.1 and 3.2: the decoder with interleaved rotary pairs, and how it is split over a tensor-parallel mesh.
+"""Llama 3, 3.1 and 3.2: the decoder with interleaved rotary pairs, and how a layer is split over a tensor mesh.
 
 Parameter names and the order of the rotary pairs are Meta's, so the same weights run in torchtitan and torchtune.
 """
 
 from __future__ import annotations
 
-from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel
+
+from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, Plan
 from milepost.train.models.flavors import ModelArgs
 from milepost.train.models.rope import rotate_interleaved
 
-__all__ = ["Llama3"]
+__all__ = ["Llama3", "dense_plan"]
 
 
 class Llama3(Decoder):
     """Tokens (B, T) to logits (B, T, V)."""
 
-    def __init__(self, args: ModelArgs, seq_len: int):
-        super().__init__(args, seq_len, _block)
+    @staticmethod
+    def make_block(args: ModelArgs) -> Block:
+        attention = Attention(args, rotate_interleaved, qk_norm=False)
+        return Block(args, attention, FeedForward(args.dim, args.hidden_dim))
+
+    @staticmethod
+    def block_plan(args: ModelArgs) -> Plan:
+        return dense_plan()
 
 
-def _block(args: ModelArgs) -> Block:
-    attention = Attention(args, rotate_interleaved, qk_norm=False)
-    return Block(args, attention, feed_forward=FeedForward(args.dim, args.hidden_dim))
+def dense_plan() -> Plan:
+    """Heads and hidden width are split; norms and the residual stream hold 1/tp of the positions, ``Shard(1)``."""
+    return {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+        "feed_forward.w3": ColwiseParallel(),
+    }

@@ -7,6 +7,7 @@ reduction forced, since gloo has no pre-multiplied sum.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,16 +24,16 @@ __all__ = ["apply_data_parallel"]
 
 def apply_data_parallel(part: Decoder, meshes: Meshes, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
     """Shards ``part`` over the data mesh, layer by layer, the experts over their own."""
+    # FSDP warns of module outputs that are views, in case they are changed in place. The decoder changes none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         # A pipeline stage runs many microbatches between two steps: gathering its weights once is enough.
         "reshard_after_forward": meshes.degrees.pipeline_parallel_degree == 1,
     }
-    for block in part.layers.values():
-        if block.moe is not None:
-            experts = block.moe.experts
-            placement = _expert_placement(experts, meshes)
-            fully_shard(experts, mesh=meshes.expert_data, shard_placement_fn=placement, **options)
+    for moe in part.mixtures():
+        fully_shard(moe.experts, mesh=meshes.expert_data, shard_placement_fn=_expert_placement(meshes), **options)
+    for block in part.blocks():
         fully_shard(block, mesh=meshes.data, **options)
     if part.tok_embeddings is not None and not part.args.tied_embeddings:
         fully_shard(part.tok_embeddings, mesh=meshes.data, **options)
@@ -46,7 +47,7 @@ def apply_data_parallel(part: Decoder, meshes: Meshes, param_dtype: torch.dtype,
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _expert_placement(experts: nn.Module, meshes: Meshes) -> Callable[[nn.Parameter], Shard | None]:
+def _expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard | None]:
     """By expert, or by an expert's rows where there are more ranks than experts to deal out."""
     num_ranks = meshes.expert_data.size(-1)
 

@@ -46,9 +46,7 @@ def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int) -> Te
 
 def copy_local_part(target: nn.Parameter, whole: Tensor) -> None:
     """Copies into ``target`` the part of ``whole`` that this rank holds of it, without communication."""
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
+    assert isinstance(target, DTensor), "fully_shard makes every parameter a DTensor"
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
         whole = whole.narrow(dim, min(start, whole.shape[dim]), length)

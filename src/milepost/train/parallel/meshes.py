@@ -55,7 +55,7 @@ class Meshes:
 
     @property
     def dp_rank(self) -> int:
-        """Which of the ``dp_degree`` shares of a batch this rank reads; equal on ranks that work on the same samples."""
+        """Which of the ``dp_degree`` shares of a batch this rank reads; ranks that work on the same samples agree."""
         replica = self.dense.get_local_rank("dp_replicate")
         shard = self.dense.get_local_rank("fsdp") // self.degrees.context_parallel_degree
         return replica * self.degrees.data_parallel_shard_degree + shard
@@ -97,7 +97,7 @@ class Meshes:
 
     @property
     def expert_data(self) -> DeviceMesh:
-        """What FSDP shards the experts over: all ranks with other tokens but the same experts (collective at first use)."""
+        """What FSDP shards the experts over: the ranks with the same experts (collective at first use)."""
         return self._with_replicas(self._experts, "efsdp")
 
     @cached_property

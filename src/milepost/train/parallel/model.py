@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+from torch.distributed.tensor.parallel import loss_parallel
 
+from milepost.errors import ConfigError
+from milepost.train.layout_check import layout_problems
 from milepost.train.models.decoder import Decoder
+from milepost.train.parallel.context import apply_context_parallel, local_stretch
 from milepost.train.parallel.data import apply_data_parallel
+from milepost.train.parallel.expert import apply_expert_parallel
 from milepost.train.parallel.gradients import clip_gradients, squared_norm_share
 from milepost.train.parallel.initial import init_weights
 from milepost.train.parallel.meshes import Meshes
+from milepost.train.parallel.pipeline import Microbatches, Pipeline, split_into_stages
+from milepost.train.parallel.tensor import apply_tensor_parallel, token_loss
 
 __all__ = ["ParallelModel", "parallelize"]
 
@@ -58,27 +65,59 @@ def parallelize(
     parallelism: PipelineOptions,
     activation_checkpoint: ActivationCheckpointOptions,
 ) -> ParallelModel:
-    """Spreads ``model`` (on the meta device; consumed) over the meshes. Collective; the weights are not yet set."""
+    """Spreads ``model`` (on the meta device; consumed) over the meshes. Collective; the weights are not yet set.
+
+    Raises:
+        ConfigError: the model can't be spread so; all reasons at once.
+    """
+    problems = layout_problems(
+        model.args,
+        meshes.degrees,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        schedule=parallelism.pipeline_parallel_schedule,
+        microbatch_size=parallelism.pipeline_parallel_microbatch_size,
+    )
+    if problems:
+        raise ConfigError(problems)
+    param_dtype = DTYPES[training.mixed_precision_param]
+    reduce_dtype = DTYPES[training.mixed_precision_reduce]
     model.to(DTYPES[training.dtype])
-    parts = [model]
+    if meshes.degrees.pipeline_parallel_degree == 1:
+        parts = [model]
+    else:
+        parts = split_into_stages(model, meshes, parallelism.pipeline_parallel_schedule)
     for part in parts:
-        for block in part.layers.values():
+        for block in part.blocks():
             block.recompute = activation_checkpoint.mode == "full"
-        apply_data_parallel(
-            part, meshes, DTYPES[training.mixed_precision_param], DTYPES[training.mixed_precision_reduce]
-        )
+        if meshes.degrees.tensor_parallel_degree > 1:
+            apply_tensor_parallel(part, meshes)
+        if meshes.degrees.context_parallel_degree > 1:
+            apply_context_parallel(part, meshes)
+        if part.args.moe is not None:
+            apply_expert_parallel(part, meshes)
+        apply_data_parallel(part, meshes, param_dtype, reduce_dtype)
         part.to_empty(device=meshes.device)
         part.reset_buffers()
-    return ParallelModel(parts, meshes)
+    if meshes.degrees.pipeline_parallel_degree == 1:
+        return ParallelModel(parts, meshes, None)
+    microbatches = Microbatches(
+        number=training.local_batch_size // parallelism.pipeline_parallel_microbatch_size,
+        size=parallelism.pipeline_parallel_microbatch_size,
+        seq_len=training.seq_len,
+        dtype=param_dtype,
+    )
+    return ParallelModel(parts, meshes, Pipeline(parts, meshes, parallelism.pipeline_parallel_schedule, microbatches))
 
 
 class ParallelModel:
     """The parts of the model that this rank computes, trained as one model with those of all other ranks."""
 
-    def __init__(self, parts: list[Decoder], meshes: Meshes):
-        self.parts: list[Decoder] = parts
+    def __init__(self, parts: list[Decoder], meshes: Meshes, pipeline: Pipeline | None):
+        self.parts = parts
         """One module a pipeline stage held here; without pipeline parallelism, the whole model."""
         self.meshes = meshes
+        self.pipeline = pipeline
 
     def init_weights(self, seed: int) -> None:
         """Sets every parameter to its initial value, which depends on ``seed`` alone, not on the layout."""
@@ -93,14 +132,41 @@ class ParallelModel:
         """Adds the gradients of these samples' part of the loss; returns this rank's share of it.
 
         ``tokens`` and ``labels``: int64 (local batch, seq_len), the same on all ranks of one ``meshes.dp_rank``.
-        The loss is the cross-entropy summed over tokens, divided by ``num_global_tokens``, those of the whole step.
+        The loss is the cross-entropy summed over tokens, divided by ``num_global_tokens``, those of the whole step;
+        for a mixture of experts, plus the weighted mean of the sequences' load-balancing losses.
         The share is a detached 0-d tensor; `reduce_loss` makes the whole of it.
         """
-        device = self.meshes.device
-        tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        loss = token_loss(self.parts[0](tokens), labels) / num_global_tokens
+        tokens, labels = (local_stretch(x.to(self.meshes.device), self.meshes) for x in (tokens, labels))
+        self._set_balance_scale(num_global_tokens)
+        # The ranks of the tensor mesh compute one and the same loss: each counts a part of it.
+        with loss_parallel() if self.meshes.tensor.size() > 1 else nullcontext():
+            if self.pipeline is not None:
+                loss = self.pipeline.forward_backward(tokens, labels, num_global_tokens)
+            else:
+                loss = self._forward_backward(tokens, labels, num_global_tokens)
+        return loss / self.meshes.tensor.size() + self._taken_balance_loss()
+
+    def _forward_backward(self, tokens: Tensor, labels: Tensor, num_global_tokens: int) -> Tensor:
+        (model,) = self.parts
+        loss = token_loss(model(tokens), labels, self.meshes.tensor, model.args.vocab_size) / num_global_tokens
         loss.backward()
         return loss.detach()
+
+    def _set_balance_scale(self, num_global_tokens: int) -> None:
+        """Makes the balancing losses of all sequences of the step add up to their weighted mean."""
+        for part in self.parts:
+            for moe in part.mixtures():
+                moe.balance_scale = moe.args.balance_loss_weight * part.seq_len / num_global_tokens
+
+    def _taken_balance_loss(self) -> Tensor:
+        """This rank's part of the load-balancing loss of the backward passes since the last call."""
+        total = torch.zeros((), device=self.meshes.device)
+        for part in self.parts:
+            for moe in part.mixtures():
+                if moe.balance_loss is not None:
+                    total += moe.balance_loss
+                    moe.balance_loss = None
+        return total
 
     def reduce_loss(self, share: Tensor) -> float:
         """The loss of the whole step, on every rank, from all ranks' (summed) shares. Collective."""
@@ -114,14 +180,10 @@ class ParallelModel:
         ``max_norm`` 0 leaves the gradients as they are.
         """
         parameters = [p for part in self.parts for p in part.parameters()]
-        squared = squared_norm_share(parameters, self.meshes.device)
+        tied = self.pipeline.tied_embedding() if self.pipeline is not None else None
+        squared = squared_norm_share(parameters, tied, self.meshes.device)
         dist.all_reduce(squared)
         norm = squared.sqrt()
         if max_norm > 0:
             clip_gradients(parameters, norm, max_norm)
         return norm
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in float32, summed over all tokens with a label (-100 is none). Logits (B, T, V), labels (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
