@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from milepost.checkpoint import commit
+from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.checkpoint.writer import BlockSource, write_file
+from milepost.checkpoint.writer import BlockSource, WrittenFile, write_file
 from milepost.storage.base import Storage
 
 
@@ -27,7 +28,7 @@ class SaveJob:
     rank: int
     world_size: int
     plan: WritePlan
-    info: commit.SaveInfo | None
+    info: SaveInfo | None
     """What the manifest says beside the items; on rank 0 only, which publishes."""
     timeout_s: float
     """How long rank 0 waits for the other ranks' records."""
@@ -53,6 +54,22 @@ def run_job(storage: Storage, job: SaveJob, source: BlockSource, objects: Mappin
         StorageError: an operation on the storage failed on this rank.
     """
     started = time.monotonic()
+    written = write_and_sign_off(storage, job, source, objects)
+    wrote = time.monotonic()
+    if job.info is not None:
+        signed = wait_for_sign_offs(storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s)
+        commit.publish(storage, job.attempt, job.target, signed, job.info, now=time.time())
+    return JobTimes(wrote - started, time.monotonic() - wrote, sum(file.nbytes for file in written))
+
+
+def write_and_sign_off(
+    storage: Storage, job: SaveJob, source: BlockSource, objects: Mapping[str, bytes]
+) -> tuple[WrittenFile, ...]:
+    """Write this rank's file, if it has one, and leave its sign-off, or word of its failure.
+
+    Raises:
+        StorageError: an operation on the storage failed.
+    """
     folder = commit.data_folder(job.attempt)
     try:
         written = () if job.plan.is_empty else (write_file(storage, folder, job.plan, source, objects),)
@@ -61,9 +78,4 @@ def run_job(storage: Storage, job: SaveJob, source: BlockSource, objects: Mappin
         sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, error=f"{type(error).__name__}: {error}"))
         raise
     sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, written))
-    wrote = time.monotonic()
-    if job.info is not None:
-        signed = wait_for_sign_offs(storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s)
-        commit.publish(storage, job.attempt, job.target, signed, job.info, now=time.time())
-    nbytes = sum(file.nbytes for file in written)
-    return JobTimes(wrote - started, time.monotonic() - wrote, nbytes)
+    return written

@@ -24,7 +24,7 @@ from milepost.errors import StateMismatchError
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.storage import open_storage
-from milepost.storage.base import Storage
+from milepost.storage.base import Storage, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
 
 def _read(storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fit: Fit, started: float) -> LoadReport:
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
-    digests = _digests(storage, folder, manifest)
+    digests = read_digests(storage, folder, manifest)
     if digests is None:
         manifest = catalog.locate_foreign(
             storage, folder, replace(manifest, tensors={spec.key: manifest.tensors[spec.key] for spec in wanted})
@@ -156,10 +156,11 @@ def _read(storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fi
     )
 
 
-def _digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
+def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
+    """The block digests of a checkpoint, or None for one that has none."""
     if DIGESTS_NAME not in manifest.files:
         return None  # stock DCP keeps none
-    name = catalog.join(folder, DIGESTS_NAME)
+    name = join(folder, DIGESTS_NAME)
     return parse_digests(storage.read(name), manifest, name)
 
 

@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from milepost import catalog, retention
-from milepost.catalog import join
-from milepost.checkpoint import commit
-from milepost.checkpoint.commit import SaveInfo
+from milepost.checkpoint.assemble import SaveInfo
+from milepost.checkpoint.commit import sweep_leftovers
 from milepost.checkpoint.load import LoadReport, load_from
 from milepost.checkpoint.resume import Choice, choose
 from milepost.checkpoint.save import Saver, SaveReport
@@ -30,6 +29,7 @@ from milepost.config import CheckpointConfig
 from milepost.errors import CheckpointDamagedError, StorageError
 from milepost.format.manifest import Manifest
 from milepost.storage import open_storage
+from milepost.storage.base import join
 
 log = logging.getLogger("milepost")
 
@@ -92,7 +92,7 @@ class CheckpointManager:
         self._protected: dict[int, str] = {}
         self._blocked_s = 0.0
         if self._config.enable and not self._config.load_only:
-            self._on_rank_0(lambda: commit.sweep_leftovers(self._storage, self._folder, now=time.time()))
+            self._on_rank_0(lambda: sweep_leftovers(self._storage, self._folder, now=time.time()))
 
     @property
     def blocked_s(self) -> float:
@@ -222,8 +222,11 @@ class CheckpointManager:
         decisions = retention.plan(
             self._scan(), keep_latest_k=self._config.keep_latest_k, protected=self._protected, now=time.time()
         )
-        for name in retention.apply(self._storage, self._folder, decisions):
-            log.info("deleted %s: keep_latest_k = %d", name, self._config.keep_latest_k)
+        try:
+            for name in retention.apply(self._storage, self._folder, decisions):
+                log.info("deleted %s: keep_latest_k = %d", name, self._config.keep_latest_k)
+        except StorageError as error:  # the save is committed; an old step that stays is no reason to stop training
+            log.warning("an old step could not be deleted: %s", error)
 
     def _log_save(self, step: int, reason: str, report: SaveReport, seconds: float) -> None:
         if self._comm.rank == 0:

@@ -108,11 +108,10 @@ def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     if clash:
         raise PlanError(f"{clash[0]} is a tensor on one rank and another kind of value on another", key=clash[0])
     return tuple(
-        _lay_out_file(
+        lay_out_file(
             rank,
-            assigned[rank],
-            specs,
-            tuple(key for key in layout.objects if object_rank[key] == rank),
+            [(specs[key], box) for key, box in sorted(assigned[rank])],
+            [key for key in layout.objects if object_rank[key] == rank],
         )
         for rank, layout in enumerate(layouts)
     )
@@ -186,19 +185,17 @@ def _assign(
     return assigned
 
 
-def _lay_out_file(
-    rank: int, chosen: Sequence[tuple[str, Box]], specs: Mapping[str, TensorSpec], objects: tuple[str, ...]
-) -> WritePlan:
+def lay_out_file(rank: int, boxes: Iterable[tuple[TensorSpec, Box]], objects: Iterable[str]) -> WritePlan:
+    """The place of each box's record in the file of ``rank``, in the order given. All sizes follow from the specs."""
     items = []
     offset = 0
-    for key, box in sorted(chosen):
-        spec = specs[key]
+    for spec, box in boxes:
         layout = record.tensor_record(spec.dtype, box.sizes)
         large = layout.data_nbytes >= LARGE_RECORD_NBYTES
         offset = align(offset, LARGE_ALIGNMENT if large else SMALL_ALIGNMENT)
         items.append(
             WriteItem(
-                key=key,
+                key=spec.key,
                 dtype=spec.dtype,
                 shape=spec.shape,
                 box=box,
@@ -209,7 +206,7 @@ def _lay_out_file(
             )
         )
         offset += layout.nbytes
-    return WritePlan(rank, f"__{rank}_0.distcp", tuple(items), objects, align(offset, LARGE_ALIGNMENT))
+    return WritePlan(rank, f"__{rank}_0.distcp", tuple(items), tuple(objects), align(offset, LARGE_ALIGNMENT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +223,8 @@ class ReadItem:
     src: Box
     piece: int
     dst: Box
+    leaf: str
+    """Key of the tensor to fill; the same as ``key`` but where one stored tensor fills several."""
 
     @property
     def is_whole_shard(self) -> bool:
@@ -261,6 +260,7 @@ def plan_load(manifest: Manifest, wanted: Iterable[TensorSpec]) -> tuple[ReadIte
                         src=common.relative_to(shard.box),
                         piece=piece,
                         dst=common.relative_to(box),
+                        leaf=spec.key,
                     )
                 )
             if found != box.numel:

@@ -85,10 +85,10 @@ def read_tensors(
         tasks = [
             task
             for item in items
-            for task in _tasks(item, handles[item.shard.file], leaves[item.key], digests, session)
+            for task in _tasks(item, handles[item.shard.file], leaves[item.leaf], digests, session)
         ]
         _run(tasks, num_threads)
-    wanted = sum(item.src.numel * leaves[item.key].local.element_size() for item in items)
+    wanted = sum(item.src.numel * leaves[item.leaf].local.element_size() for item in items)
     return ReadStats(wanted, session.read_nbytes)
 
 

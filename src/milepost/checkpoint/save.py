@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from milepost.catalog import step_of
 from milepost.checkpoint import commit
-from milepost.checkpoint.commit import SaveInfo
+from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.job import JobTimes, SaveJob, run_job
 from milepost.checkpoint.layout import stored_as
 from milepost.checkpoint.plan import LocalLayout, WritePlan, plan_save
@@ -61,7 +62,7 @@ def save(
     """
     storage, target = open_storage(fspath(path))
     saver = Saver(storage, comm if comm is not None else default_comm())
-    return saver.save(target, lambda: state_dict, SaveInfo(step=step, kind="state"))
+    return saver.save(target, lambda: state_dict, SaveInfo(step=step if step is not None else step_of(target), kind="state"))
 
 
 @dataclass(frozen=True, slots=True)

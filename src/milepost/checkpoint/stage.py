@@ -72,15 +72,19 @@ class TensorBlocks:
 
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
         leaf = self._leaves[item.key]
-        view = leaf.view([piece.box for piece in leaf.pieces].index(item.box))
-        if item.data_nbytes == 0:
-            return
-        if view.device.type == "cpu" and view.is_contiguous() and view.dtype == leaf.dtype:
-            memory = tensor_bytes(view)
-            for start in range(0, item.data_nbytes, BLOCK_NBYTES):
-                yield memory[start : start + BLOCK_NBYTES]
-        else:
-            yield from _copied_blocks(view, leaf.dtype)
+        return tensor_blocks(leaf.view([piece.box for piece in leaf.pieces].index(item.box)), leaf.dtype)
+
+
+def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The row-major bytes of a tensor as ``dtype``, in blocks of ``BLOCK_NBYTES``; each valid until the next."""
+    if tensor.numel() == 0:
+        return
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype != dtype:
+        yield from _copied_blocks(tensor, dtype)
+        return
+    memory = tensor_bytes(tensor)
+    for start in range(0, len(memory), BLOCK_NBYTES):
+        yield memory[start : start + BLOCK_NBYTES]
 
 
 def _copied_blocks(view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
