@@ -344,6 +344,8 @@ class _Machine:
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
+        if type(target) is OrderedDict and type(state) is dict:
+            return  # ``module.state_dict()`` hangs its modules' versions on the dict: no content of it
         if type(target) is not Instance or target.state is not None or type(state) not in (dict, tuple):
             raise FormatError(f"a pickle sets the state of a {type(target).__name__}, which is not allowed")
         target.state = state

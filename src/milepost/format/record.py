@@ -125,11 +125,11 @@ def tensor_record(dtype: str, sizes: tuple[int, ...]) -> RecordLayout:
     data_nbytes = numel * itemsize(dtype)
     if len(sizes) > MAX_DIMS or any(size < 0 for size in sizes) or data_nbytes > MAX_NBYTES:
         raise FormatError(f"sizes {list(sizes)!r:.200} of {dtype} cannot be stored")
-    small, directory = _small_entries(_tensor_pickle(dtype, sizes, numel))
+    small, directory = small_entries(_tensor_pickle(dtype, sizes, numel))
     local, central, descriptor = _data_entry(len(small), data_nbytes)
     header = small + local
     start = len(header) + data_nbytes + len(descriptor)
-    end = _directory_end(4, start, len(directory) + len(central), zip64=data_nbytes >= _ZIP64_FROM)
+    end = directory_end(4, start, len(directory) + len(central), zip64=data_nbytes >= _ZIP64_FROM)
     footer = descriptor + directory + central + end
     return RecordLayout(header, data_nbytes, footer, (4, len(descriptor) + len(directory) + 16))
 
@@ -147,19 +147,24 @@ def object_record(value: object) -> bytes:
     Plain are None, bool, int, float, str, bytes, list, tuple, dict (keys str or int) and OrderedDict, nested.
     Raises TypeError for any other value; ``torch.save`` is then the way.
     """
-    small, directory = _small_entries(dump_plain(value))
-    return small + directory + _directory_end(3, len(small), len(directory), zip64=False)
+    small, directory = small_entries(dump_plain(value))
+    return small + directory + directory_end(3, len(small), len(directory), zip64=False)
 
 
 def _tensor_pickle(dtype: str, sizes: tuple[int, ...], numel: int) -> bytes:
     """``data.pkl`` of a contiguous tensor: the very bytes that ``torch.save`` writes."""
+    return PROTO_2 + tensor_opcodes(dtype, sizes, numel) + STOP
+
+
+def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str = "0") -> bytes:
+    """The opcodes that push a contiguous tensor whose bytes are the record ``data/<storage>``."""
     entry = lookup(dtype)
     typed = entry.storage_class is not None
-    storage = f"torch\n{entry.storage_class}" if typed else "torch.storage\nUntypedStorage"
+    storage_class = f"torch\n{entry.storage_class}" if typed else "torch.storage\nUntypedStorage"
     count = numel if typed else numel * entry.itemsize
-    out = [PROTO_2, b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % (2 if typed else 3)]
-    out += [str_opcodes("storage"), b"q\x01c", storage.encode(), b"\nq\x02"]
-    out += [str_opcodes("0"), b"q\x03", str_opcodes("cpu"), b"q\x04", int_opcodes(count), b"tq\x05QK\x00"]
+    out = [b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % (2 if typed else 3)]
+    out += [str_opcodes("storage"), b"q\x01c", storage_class.encode(), b"\nq\x02"]
+    out += [str_opcodes(storage), b"q\x03", str_opcodes("cpu"), b"q\x04", int_opcodes(count), b"tq\x05QK\x00"]
     memo = 6
     for values in (sizes, strides_of(sizes)):
         out.append(_tuple_opcodes(values))
@@ -171,7 +176,7 @@ def _tensor_pickle(dtype: str, sizes: tuple[int, ...], numel: int) -> bytes:
     if not typed:
         out.append(b"ctorch\n%b\nq%c" % (dtype.encode(), memo))
         memo += 1
-    out += [b"tq%cRq%c" % (memo, memo + 1), STOP]
+    out.append(b"tq%cRq%c" % (memo, memo + 1))
     return b"".join(out)
 
 
@@ -182,8 +187,8 @@ def _tuple_opcodes(values: tuple[int, ...]) -> bytes:
     return items + (b")", b"\x85", b"\x86", b"\x87")[len(values)]
 
 
-def _small_entries(pickled: bytes) -> tuple[bytes, bytes]:
-    """The entries that every record begins with, and their part of the directory."""
+def small_entries(pickled: bytes) -> tuple[bytes, bytes]:
+    """The three entries that every record begins with, and their part of the directory."""
     local, central = b"", b""
     for name, content in ((b"data.pkl", pickled), (b"byteorder", b"little"), (b"version", b"3\n")):
         name = b"archive/" + name
@@ -219,12 +224,14 @@ def _data_entry(header_offset: int, nbytes: int) -> tuple[bytes, bytes, bytes]:
     return local, central + name + extra, descriptor
 
 
-def _directory_end(count: int, offset: int, nbytes: int, *, zip64: bool) -> bytes:
+def directory_end(count: int, offset: int, nbytes: int, *, zip64: bool) -> bytes:
+    """What follows a directory of ``count`` entries that takes ``nbytes`` at ``offset``."""
     if not zip64:
         return END.pack(END_MAGIC, 0, 0, count, count, nbytes, offset, 0)
+    short = min(count, 0xFFFF)
     end64 = END64.pack(END64_MAGIC, END64.size - 12, _VERSION_ZIP64, _VERSION_ZIP64, 0, 0, count, count, nbytes, offset)
     locator = END64_LOCATOR.pack(END64_LOCATOR_MAGIC, 0, offset + nbytes, 1)
-    return end64 + locator + END.pack(END_MAGIC, 0, 0, count, count, nbytes, SATURATED, 0)
+    return end64 + locator + END.pack(END_MAGIC, 0, 0, short, short, nbytes, SATURATED, 0)
 
 
 # ---- reading ----
@@ -239,8 +246,8 @@ class _Storage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rebuild:
-    """The arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3`` that matter."""
+class Rebuild:
+    """What a pickle says of a tensor: the arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3`` that matter."""
 
     storage: _Storage
     storage_offset: int
@@ -252,7 +259,7 @@ class _Rebuild:
 def read_object(record: bytes) -> object:
     """The plain value that a ``torch.save`` stream holds. Raises FormatError for any other content; runs nothing."""
     archive = ZipDirectory(lambda offset, nbytes: record[offset : offset + nbytes], len(record))
-    pickled, _ = _read_pickle_entry(archive, _MAX_OBJECT_PICKLE_NBYTES)
+    pickled, _ = read_pickle_entry(archive, _MAX_OBJECT_PICKLE_NBYTES)
     return load_plain(pickled)
 
 
@@ -264,10 +271,18 @@ def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> L
     little-endian order whose elements all lie inside it.
     """
     archive = ZipDirectory(read_at, record_nbytes)
-    pickled, prefix = _read_pickle_entry(archive, _MAX_TENSOR_PICKLE_NBYTES)
-    tensor = read_pickle(pickled, TENSOR_GLOBALS, _persistent_storage)
-    if not isinstance(tensor, _Rebuild):
+    pickled, prefix = read_pickle_entry(archive, _MAX_TENSOR_PICKLE_NBYTES)
+    tensor = read_pickle(pickled, TENSOR_GLOBALS, persistent_storage)
+    if not isinstance(tensor, Rebuild):
         raise FormatError(f"a record holds a {type(tensor).__name__} where a tensor is expected")
+    return located(archive, prefix, tensor)
+
+
+def located(archive: ZipDirectory, prefix: str, tensor: Rebuild) -> LocatedTensor:
+    """Where in an archive the elements of one of its tensors are; ``prefix`` is the archive's name.
+
+    Raises FormatError if its storage is missing or too small.
+    """
     entry = _entry(archive, f"{prefix}/data/{tensor.storage.key}")
     offset = archive.data_offset(entry)
     _check_extent(tensor, entry)
@@ -290,7 +305,7 @@ def _entry(archive: ZipDirectory, name: str) -> ZipEntry:
     return entry
 
 
-def _read_pickle_entry(archive: ZipDirectory, limit: int) -> tuple[bytes, str]:
+def read_pickle_entry(archive: ZipDirectory, limit: int) -> tuple[bytes, str]:
     """``data.pkl`` and the archive's name, byte order and CRCs checked."""
     names = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != 1:
@@ -311,7 +326,7 @@ def _checked_content(archive: ZipDirectory, entry: ZipEntry, limit: int) -> byte
     return content
 
 
-def _check_extent(tensor: _Rebuild, entry: ZipEntry) -> None:
+def _check_extent(tensor: Rebuild, entry: ZipEntry) -> None:
     size = itemsize(tensor.dtype)
     span = 0
     if math.prod(tensor.sizes):
@@ -320,7 +335,7 @@ def _check_extent(tensor: _Rebuild, entry: ZipEntry) -> None:
         raise FormatError(f"a tensor of {span} {tensor.dtype} elements does not fit its {entry.nbytes} stored bytes")
 
 
-def _persistent_storage(pid: object) -> _Storage:
+def persistent_storage(pid: object) -> _Storage:
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Global)):
         raise FormatError("a record refers to something else than a storage")
     _, cls, key, *_ = pid
@@ -344,7 +359,7 @@ def _ints(value: object) -> tuple[int, ...]:
     return value
 
 
-def _rebuild(args: tuple[object, ...], dtype: str | None) -> _Rebuild:
+def _rebuild(args: tuple[object, ...], dtype: str | None) -> Rebuild:
     storage, offset, sizes, strides = args[0], args[1], _ints(args[2]), _ints(args[3])
     if not isinstance(storage, _Storage):
         raise FormatError("a tensor is rebuilt from something else than a storage")
@@ -354,7 +369,7 @@ def _rebuild(args: tuple[object, ...], dtype: str | None) -> _Rebuild:
     dtype = dtype or storage.dtype
     if dtype is None:
         raise FormatError("a tensor's dtype is not given")
-    return _Rebuild(storage, storage_offset, sizes, strides, dtype)
+    return Rebuild(storage, storage_offset, sizes, strides, dtype)
 
 
 def _refuse_math_bits(metadata: object) -> None:
@@ -364,22 +379,22 @@ def _refuse_math_bits(metadata: object) -> None:
         )
 
 
-def _rebuild_v2(*args: object) -> _Rebuild:
+def _rebuild_v2(*args: object) -> Rebuild:
     if len(args) not in (6, 7):
         raise FormatError(f"_rebuild_tensor_v2 with {len(args)} arguments")
     _refuse_math_bits(args[6] if len(args) == 7 else None)
     return _rebuild(args, None)
 
 
-def _rebuild_v3(*args: object) -> _Rebuild:
+def _rebuild_v3(*args: object) -> Rebuild:
     if len(args) not in (7, 8) or not (isinstance(args[6], Global) and isinstance(args[6].value, str)):
         raise FormatError("_rebuild_tensor_v3 with unknown arguments")
     _refuse_math_bits(args[7] if len(args) == 8 else None)
     return _rebuild(args, args[6].value)
 
 
-def _rebuild_parameter(*args: object) -> _Rebuild:
-    if len(args) != 3 or not isinstance(args[0], _Rebuild):
+def _rebuild_parameter(*args: object) -> Rebuild:
+    if len(args) != 3 or not isinstance(args[0], Rebuild):
         raise FormatError("_rebuild_parameter with unknown arguments")
     return args[0]
 

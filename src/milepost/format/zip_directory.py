@@ -25,8 +25,9 @@ SATURATED = 0xFFFFFFFF
 
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _MAX_ENTRIES = 1024
-_MAX_DIRECTORY_NBYTES = 1 << 20
+_NBYTES_PER_ENTRY = 1024
 _WINDOW_NBYTES = 4096
+_MAX_WINDOWS = 8
 
 ReadAt = Callable[[int, int], bytes]
 """``read_at(offset, nbytes)``: exactly those bytes of the archive, whose first byte is at 0."""
@@ -43,10 +44,14 @@ class ZipEntry:
 
 
 class ZipDirectory:
-    """The entries of an archive of ``nbytes``, by name. Raises FormatError for anything but plain stored entries."""
+    """The entries of an archive of ``nbytes``, by name. Raises FormatError for anything but plain stored entries.
 
-    def __init__(self, read_at: ReadAt, nbytes: int):
+    More than ``max_entries`` entries are refused.
+    """
+
+    def __init__(self, read_at: ReadAt, nbytes: int, *, max_entries: int = _MAX_ENTRIES):
         self._read_at = read_at
+        self._max_entries = max_entries
         self._nbytes = nbytes
         self._windows: list[tuple[int, bytes]] = []
         self.entries: dict[str, ZipEntry] = {}
@@ -87,7 +92,7 @@ class ZipDirectory:
         window = self._read_at(offset, nbytes)
         if len(window) != nbytes:
             raise FormatError(f"a record ends at {offset + len(window)} of {self._nbytes} bytes")
-        self._windows.append((offset, window))
+        self._windows[:] = [*self._windows[1 - _MAX_WINDOWS :], (offset, window)]
         return window
 
     def _find_directory(self) -> tuple[int, int, int]:
@@ -102,7 +107,7 @@ class ZipDirectory:
             magic, _, _, _, _, _, here, count, length, offset = END64.unpack(self.read(end64_at, END64.size))
             if magic != END64_MAGIC:
                 raise FormatError("a record's zip64 directory is not where it is said to be")
-        if here != count or count > _MAX_ENTRIES or length > _MAX_DIRECTORY_NBYTES:
+        if here != count or count > self._max_entries or length > self._max_entries * _NBYTES_PER_ENTRY:
             raise FormatError(f"a record's zip directory of {count} entries and {length} bytes is not torch.save's")
         return count, offset, length
 
