@@ -166,8 +166,8 @@ class Trainer:
                 say(f"  {note}")
         elif self.config.parallelism.pipeline_parallel_degree > 1:
             say(
-                "warning: there is no checkpoint to start from, so each pipeline rank draws its stage's weights by itself: "
-                "slow for a large model. --checkpoint.create_seed_checkpoint draws them once, for any layout to start from"
+                "warning: there is no checkpoint to start from, so every pipeline rank draws its own stage's weights, "
+                "slowly for a large model. --checkpoint.create_seed_checkpoint draws them once, for any layout"
             )
 
     def _is_finished(self) -> bool:

@@ -43,7 +43,7 @@ def lr_factor(step: int, num_steps: int, config: LRSchedulerConfig) -> float:
     stable_until = num_steps - decay_steps
     if step <= stable_until:
         return 1.0
-    progress = min(1.0, (step - stable_until) / decay_steps)
+    progress = (step - stable_until) / decay_steps if step < num_steps else 1.0
     shape = {
         "linear": 1 - progress,
         "sqrt": 1 - math.sqrt(progress),

@@ -1,0 +1,48 @@
+# make setup   a virtual environment in .venv with everything installed
+# make train   train the debug model on the CPU (two minutes on two cores)
+# make test    the test suite            make test-slow   the tests that take minutes each
+# make lint    formatting, lint, types and the import contracts; make format puts the first in order
+#
+# Each sets up first where that is needed. PYTHON chooses the Python (3.11 or newer) that .venv is made with.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+NGPU ?= 2
+CONFIG_FILE ?= ./configs/debug_cpu.toml
+
+.PHONY: help setup train test test-slow lint format clean
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	timeout 3000 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	NGPU=$(NGPU) CONFIG_FILE=$(CONFIG_FILE) timeout 3000 ./run_train.sh
+
+test: $(STAMP)
+	timeout 1500 $(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	timeout 3000 $(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	timeout 120 $(BIN)/ruff format --check .
+	timeout 120 $(BIN)/ruff check .
+	timeout 600 $(BIN)/mypy
+	timeout 120 $(BIN)/lint-imports
+
+format: $(STAMP)
+	timeout 120 $(BIN)/ruff format .
+	timeout 120 $(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
