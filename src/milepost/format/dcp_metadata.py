@@ -24,6 +24,7 @@ FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"
 _SHARDED_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # where torch up to 2.2 kept TensorProperties
 _MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 _MAX_TEXT = 1 << 16
+_MAX_PROBLEMS = 8
 
 PathParts = tuple[str | int, ...]
 
@@ -290,9 +291,9 @@ def manifest_from_metadata(
         files={name: FileEntry(nbytes) for name, nbytes in file_sizes.items() if name in used},
         paths={key: parts for key, parts in metadata.paths.items() if key in keys},
     )
-    problems += [fault.text for fault in manifest_faults(manifest)] if not problems else []
+    problems = problems or [fault.text for fault in manifest_faults(manifest, _MAX_PROBLEMS)]
     if problems:
-        raise FormatError(f"{path}: " + "; ".join(problems[:8]), path=path)
+        raise FormatError(f"{path}: " + "; ".join(problems), path=path)
     return manifest
 
 
@@ -327,8 +328,11 @@ def _distinct(chunks: tuple[Box, ...]) -> Iterator[Box]:
 def _place(key: str, offsets: tuple[int, ...] | None, metadata: DcpMetadata, problems: list[str]) -> DcpLocation | None:
     place = metadata.storage.get((key, offsets))
     if place is None:
-        problems.append(f"no place is given for {key!r:.200} at {offsets}")
+        problem = f"no place is given for {key!r:.200} at {offsets}"
     elif place.transforms:
-        problems.append(f"{key!r:.200} was transformed by {', '.join(place.transforms)!r:.100}, which can't be undone")
-        return None
-    return place
+        problem = f"{key!r:.200} was transformed by {', '.join(place.transforms)!r:.100}, which can't be undone"
+    else:
+        return place
+    if len(problems) < _MAX_PROBLEMS:
+        problems.append(problem)
+    return None

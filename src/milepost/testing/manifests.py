@@ -1,0 +1,83 @@
+"""A checkpoint folder's bytes made in memory from arrays' bytes, without torch, storage or ranks: for format tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from milepost.format import record
+from milepost.format.box import Box
+from milepost.format.digest import Crcs, block_crcs, combine_blocks
+from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One shard to store: ``data`` are the row-major bytes of ``box``."""
+
+    box: Box
+    data: bytes
+    file: str = "__0_0.distcp"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A manifest, the data files it describes, and the block CRCs of all shards in the manifest's order."""
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    crcs: Sequence[Crcs]
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[Piece]]],
+    objects: Mapping[str, object] | None = None,
+    *,
+    paths: Mapping[str, tuple[str | int, ...]] | None = None,
+    save_id: str = "0123456789abcdef",
+    step: int | None = 500,
+) -> Layout:
+    """Store ``{key: (dtype, shape, pieces)}`` and plain values as records, one after the other in their files."""
+    files: dict[str, bytearray] = {}
+    crcs: list[Crcs] = []
+    entries = {
+        key: _store(dtype, shape, pieces, files, crcs) for key, (dtype, shape, pieces) in sorted(tensors.items())
+    }
+    stored = {key: _store_object(value, files) for key, value in sorted((objects or {}).items())}
+    manifest = Manifest(
+        step=step,
+        save_id=save_id,
+        created_s=1_700_000_000.0,
+        kind="full",
+        world_size=1,
+        layout={"dp_shard": 1},
+        producer={"milepost": "0.1.0"},
+        tensors=entries,
+        objects=stored,
+        files={name: FileEntry(len(content)) for name, content in files.items()},
+        paths={key: (key,) for key in (*entries, *stored)} | dict(paths or {}),
+    )
+    return Layout(manifest, {name: bytes(content) for name, content in files.items()}, crcs)
+
+
+def _store(
+    dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], files: dict[str, bytearray], crcs: list[Crcs]
+) -> TensorEntry:
+    shards = []
+    for piece in pieces:
+        layout = record.tensor_record(dtype, piece.box.sizes)
+        crcs.append(block_crcs(piece.data))
+        crc = combine_blocks(crcs[-1], len(piece.data))
+        content = files.setdefault(piece.file, bytearray())
+        start = len(content)
+        content += layout.header + piece.data + record.record_footer(layout, crc)
+        data_offset = start + layout.data_offset
+        shards.append(ShardEntry(piece.box, piece.file, start, layout.nbytes, data_offset, layout.data_nbytes, crc))
+    return TensorEntry(dtype, shape, tuple(shards))
+
+
+def _store_object(value: object, files: dict[str, bytearray]) -> ObjectEntry:
+    content = files.setdefault("__0_0.distcp", bytearray())
+    start, stored = len(content), record.object_record(value)
+    content += stored
+    return ObjectEntry("__0_0.distcp", start, len(stored), record.crc32(stored))
