@@ -62,7 +62,7 @@ class Degrees:
             rest = _product({**degrees, "data_parallel_shard_degree": 1})
             if world_size % rest:
                 raise ConfigError(
-                    f"parallelism.data_parallel_shard_degree = -1 takes the ranks that the other degrees leave, but "
+                    f"parallelism: data_parallel_shard_degree = -1 takes the ranks that the other degrees leave, but "
                     f"{world_size} ranks can't be divided by {rest} ({_spelled(degrees)})"
                 )
             degrees["data_parallel_shard_degree"] = world_size // rest
@@ -74,8 +74,9 @@ class Degrees:
         resolved = cls(**degrees)
         if resolved.num_expert_ranks % resolved.expert_parallel_degree:
             raise ConfigError(
-                f"parallelism.expert_parallel_degree = {resolved.expert_parallel_degree} must divide data_parallel_shard"
-                f" x context_parallel x tensor_parallel = {resolved.num_expert_ranks} ranks: experts are spread over them"
+                f"parallelism.expert_parallel_degree = {resolved.expert_parallel_degree} must divide the "
+                f"{resolved.num_expert_ranks} ranks of data_parallel_shard x context_parallel x tensor_parallel, over "
+                "which experts are spread"
             )
         return resolved
 

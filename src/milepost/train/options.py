@@ -166,7 +166,9 @@ def read_toml(path: Path) -> Settings:
 
 
 def _set_from_toml(settings: Settings, option: str, value: object, origin: str) -> None:
-    if option in OPTIONS:
+    if option == "job.config_file":
+        settings.problems.append(f"{origin}: {option} is a flag; a file can't name another")
+    elif option in OPTIONS:
         settings.set(option, value, origin, read=from_toml)
     else:
         settings.problems.append(f"{origin}: there is no option {option}{_did_you_mean(option, '')}")
@@ -254,10 +256,11 @@ def print_help(config: TrainConfig) -> NoReturn:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """``config`` as the TOML file that gives it."""
+    """``config`` as the TOML file that gives it (but for ``job.config_file``, which is a flag)."""
     blocks = []
     for section, cls in SECTIONS.items():
         values = {f.name: getattr(getattr(config, section), f.name) for f in fields(cls)}
+        values.pop("config_file", None)
         lines = [f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None]
         blocks.append("\n".join([f"[{section}]", *lines]))
     return "\n\n".join(blocks)

@@ -1,0 +1,303 @@
+"""What a user gets for a configuration: the options it stands for, or every mistake in it at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from milepost.config import CheckpointConfig
+from milepost.errors import ConfigError
+from milepost.train.config import TrainConfig
+from milepost.train.options import SECTIONS, load_config, to_toml
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+DOCUMENTED_CHECKPOINT_TABLE = """
+[checkpoint]
+enable = true
+folder = "checkpoint"
+interval = 500
+initial_load_path = ""
+initial_load_model_only = true
+initial_load_in_hf = false
+last_save_model_only = true
+last_save_in_hf = false
+export_dtype = "float32"
+async_mode = "disabled"
+keep_latest_k = 10
+load_step = -1
+exclude_from_loading = []
+enable_first_step_checkpoint = false
+create_seed_checkpoint = false
+load_only = false
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(toml: str, *flags: str, world_size: int | None = 1) -> TrainConfig:
+    Path("run.toml").write_text(toml)
+    return load_config(["--job.config_file", "run.toml", *flags], world_size)
+
+
+def problems(toml: str, *flags: str, world_size: int | None = 1) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(toml, *flags, world_size=world_size)
+    return caught.value.problems
+
+
+def test_flags_go_over_the_file_and_the_file_over_the_defaults():
+    config = load("[training]\nsteps = 7\nseq_len = 64\n", "--training.steps", "9", "--training.seed=3")
+    assert (config.training.steps, config.training.seq_len, config.training.seed) == (9, 64, 3)
+    assert config.optimizer == TrainConfig().optimizer
+
+
+def test_booleans_are_switches_and_hyphens_are_underscores():
+    config = load(
+        "[checkpoint]\nenable = true\n",
+        "--checkpoint.no-enable",
+        "--checkpoint.load_only",
+        "--training.seq-len",
+        "32",
+        "--metrics.enable-tensorboard=true",
+    )
+    assert (config.checkpoint.enable, config.checkpoint.load_only) == (False, True)
+    assert (config.training.seq_len, config.metrics.enable_tensorboard) == (32, True)
+
+
+@pytest.mark.parametrize(
+    ("toml", "flags"),
+    [
+        ("", ["--checkpoint.exclude_from_loading", "data_loader,lr_scheduler"]),
+        ('[checkpoint]\nexclude_from_loading = ["dataloader", "lr_scheduler"]', []),
+        ('[checkpoint]\nexclude_from_loading = "data_loader, lr_scheduler"', []),
+    ],
+)
+def test_lists_have_commas_and_the_data_loader_has_two_spellings(toml: str, flags: list[str]):
+    assert load(toml, *flags).checkpoint.exclude_from_loading == ("dataloader", "lr_scheduler")
+
+
+def test_the_documented_checkpoint_table_names_every_option_and_parses_as_it_is():
+    assert load(DOCUMENTED_CHECKPOINT_TABLE).checkpoint == CheckpointConfig(enable=True)
+    for field in fields(CheckpointConfig):
+        assert f"\n{field.name} = " in DOCUMENTED_CHECKPOINT_TABLE
+
+
+def test_a_printed_config_gives_the_same_config():
+    config = load(
+        '[lr_scheduler]\ndecay_ratio = 0.5\n[job]\ndescription = "a \\"b\\" \\\\ c"\n[checkpoint]\n'
+        'exclude_from_loading = ["rng"]'
+    )
+    Path("printed.toml").write_text(to_toml(config))
+    again = load_config(["--job.config_file", "printed.toml"], 1)
+    assert to_toml(again) == to_toml(config)
+    assert again.job.description == 'a "b" \\ c'
+    assert again.lr_scheduler.decay_ratio == 0.5
+    assert again.checkpoint == config.checkpoint
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_of_the_repository_are_right_once_the_users_files_are_there(path: Path):
+    argv = ["--job.config_file", str(path)]
+    if "hf_assets_path" in path.read_text():
+        Path("assets").mkdir()
+        Path("data.txt").touch()
+        argv += ["--model.hf_assets_path", "assets", "--training.dataset_path", "data.txt"]
+    assert load_config(argv, 64).checkpoint.enable
+
+
+WRONG = [
+    # keys and sections
+    ("[training]\nstepz = 3", [], "run.toml:2: there is no option training.stepz; did you mean training.steps?"),
+    ("[training]\n\nlr = 3", [], "run.toml:3: there is no option training.lr; did you mean optimizer.lr?"),
+    ("[job]\n[trainning]\nsteps = 4", [], "run.toml:2: there is no section [trainning]; did you mean [training]?"),
+    (
+        "[quantize]",
+        [],
+        "run.toml:1: there is no section [quantize]; sections are job, model, training, parallelism, optimizer, "
+        "lr_scheduler, activation_checkpoint, metrics, checkpoint",
+    ),
+    ("training = 4", [], "run.toml:1: training is a section and must be a table, [training]"),
+    ("", ["--checkpoint.enabl"], "--checkpoint.enabl: there is no such option; did you mean --checkpoint.enable?"),
+    ("", ["--lr", "3"], "--lr: there is no such option; did you mean --optimizer.lr?"),
+    ("", ["--zzz=1"], "--zzz: there is no such option; --help lists all"),
+    ("", ["steps"], "steps: an option's name begins with --, as in --training.steps 100"),
+    ('[job]\nconfig_file = "a"', [], "run.toml:2: job.config_file is a flag; a file can't name another"),
+    # types
+    ('[training]\nsteps = "60"', [], 'run.toml:2: training.steps must be a whole number, not "60"'),
+    ("[training]\nsteps = 60.5", [], "run.toml:2: training.steps must be a whole number, not 60.5"),
+    ("[training]\nsteps = true", [], "run.toml:2: training.steps must be a whole number, not true"),
+    ("[job]\ndescription = 5", [], "run.toml:2: job.description must be text, not 5"),
+    ("[checkpoint]\nenable = 1", [], "run.toml:2: checkpoint.enable must be true or false, not 1"),
+    (
+        "[checkpoint]\nexclude_from_loading = [1]",
+        [],
+        "run.toml:2: checkpoint.exclude_from_loading must be a list of names, not [1]",
+    ),
+    (
+        '[checkpoint]\nasync_mode = "asink"',
+        [],
+        'run.toml:2: checkpoint.async_mode must be one of disabled, async, async_with_pinned_mem, not "asink"',
+    ),
+    ("", ["--optimizer.lr", "fast"], '--optimizer.lr: optimizer.lr must be a number, not "fast"'),
+    (
+        "",
+        ["--checkpoint.enable=maybe"],
+        '--checkpoint.enable: checkpoint.enable must be true or false, not "maybe"',
+    ),
+    ("", ["--training.steps"], "--training.steps: needs a value, a whole number"),
+    ("", ["--training.steps", "--checkpoint.enable"], "--training.steps: needs a value, a whole number"),
+    # ranges
+    ("[training]\nsteps = 0", [], "run.toml:2: training.steps must be at least 1, not 0"),
+    ("[checkpoint]\ninterval = 0", [], "run.toml:2: checkpoint.interval must be at least 1, not 0"),
+    ("", ["--optimizer.lr", "nan"], "--optimizer.lr: optimizer.lr must be at least 0, not nan"),
+    ("[optimizer]\nbeta1 = 1", [], "run.toml:2: optimizer.beta1 must be at least 0 and less than 1, not 1.0"),
+    ("[lr_scheduler]\ndecay_ratio = 2", [], "run.toml:2: lr_scheduler.decay_ratio must be from 0 to 1, not 2.0"),
+    ('[job]\ndump_folder = ""', [], "run.toml:2: job.dump_folder must not be empty"),
+    (
+        "[parallelism]\ntensor_parallel_degree = 0",
+        [],
+        "run.toml:2: parallelism.tensor_parallel_degree must be at least 1, not 0",
+    ),
+    # names of things
+    (
+        '[model]\nname = "lama3"',
+        [],
+        "run.toml:2: model.name = 'lama3': there is no such model; did you mean 'llama3'? choices: llama3, qwen3",
+    ),
+    (
+        '[training]\ndataset = "c4"',
+        [],
+        "run.toml:2: training.dataset: there is no data set 'c4'; built in: python_docs; your own files go to "
+        "training.dataset_path",
+    ),
+    (
+        "",
+        ["--training.dataset_path", "no"],
+        "--training.dataset_path: training.dataset_path no: there is no such file or folder",
+    ),
+    (
+        "",
+        ["--training.dataset_path", "run.toml"],
+        "--training.dataset_path: training.dataset_path run.toml: this is not a .txt, .jsonl or .parquet file",
+    ),
+    (
+        "",
+        ["--training.dataset_path", "."],
+        "--training.dataset_path: training.dataset_path .: this folder holds no .txt, .jsonl or .parquet file",
+    ),
+    ("", ["--model.hf_assets_path", "no"], "--model.hf_assets_path: model.hf_assets_path no: there is no such folder"),
+    (
+        "",
+        ["--checkpoint.exclude_from_loading", "optimiser"],
+        "--checkpoint.exclude_from_loading: checkpoint.exclude_from_loading: there is no part 'optimiser'; parts are "
+        "model, optimizer, lr_scheduler, dataloader, train_state, rng",
+    ),
+    # combinations
+    (
+        "[training]\nlocal_batch_size = 8\nglobal_batch_size = 12",
+        [],
+        "run.toml:3: training.global_batch_size must be -1 or a multiple of 8 (training.local_batch_size 8 x "
+        "1 data-parallel ranks), not 12",
+    ),
+    (
+        "[checkpoint]\nenable = true\nload_only = true\ncreate_seed_checkpoint = true",
+        [],
+        "run.toml:3: checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other",
+    ),
+]
+
+
+@pytest.mark.parametrize(("toml", "flags", "message"), WRONG, ids=[message[:60] for *_, message in WRONG])
+def test_a_mistake_is_told_with_its_place_and_what_would_be_right(toml: str, flags: list[str], message: str):
+    assert problems(toml, *flags) == (message,)
+
+
+def test_all_mistakes_are_told_at_once():
+    toml = "[training]\nstepz = 3\nseq_len = 0\n[optimizer]\nlr = true\n[checkpoint]\nkeep_latest_k = -1\n"
+    assert len(problems(toml, "--lr", "4", "--model.flavor", "8b", "--training.steps", "x")) == 7
+
+
+def test_a_refused_value_is_not_judged_a_second_time():
+    toml = "[training]\nlocal_batch_size = 4\nglobal_batch_size = 12"
+    assert problems(toml, "--training.local_batch_size", "five") == (
+        '--training.local_batch_size: training.local_batch_size must be a whole number, not "five"',
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "default"),
+    [
+        ("async_mode", "async", "disabled"),
+        ("initial_load_in_hf", "true", "false"),
+        ("last_save_in_hf", "true", "false"),
+    ],
+)
+def test_an_option_that_is_not_built_yet_is_refused(option: str, value: str, default: str):
+    assert problems("[checkpoint]\nenable = true", f"--checkpoint.{option}={value}") == (
+        f"--checkpoint.{option}: checkpoint.{option} = {value} is not supported yet; leave it at {default}",
+    )
+
+
+def test_a_missing_file_is_told_with_the_nearest_name():
+    Path("debug.toml").touch()
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--job.config_file", "debgu.toml"], 1)
+    assert caught.value.problems == (
+        "--job.config_file debgu.toml: No such file or directory; did you mean debug.toml?",
+    )
+
+
+def test_what_is_not_toml_is_told_with_its_line():
+    assert problems("[training]\nsteps 4\n") == (
+        "run.toml: this is not TOML: Expected '=' after a key in a key/value pair (at line 2, column 7)",
+    )
+
+
+def test_degrees_that_do_not_multiply_to_the_world_are_told_with_the_numbers():
+    toml = "[parallelism]\ndata_parallel_shard_degree = 2\ntensor_parallel_degree = 2\n"
+    assert problems(toml, world_size=2) == (
+        "run.toml:2: parallelism: the degrees multiply to 4 but the world has 2 ranks (data_parallel_replicate 1 x "
+        "data_parallel_shard 2 x tensor_parallel 2 x pipeline_parallel 1 x context_parallel 1)",
+    )
+    assert load(toml, world_size=None).parallelism.tensor_parallel_degree == 2
+
+
+def test_a_shard_degree_that_can_not_be_filled_in_is_told_with_the_numbers():
+    assert problems("", "--parallelism.tensor_parallel_degree", "2", world_size=3) == (
+        "--parallelism.tensor_parallel_degree: parallelism: data_parallel_shard_degree = -1 takes the ranks that the "
+        "other degrees leave, but 3 ranks can't be divided by 2 (data_parallel_replicate 1 x data_parallel_shard -1 x "
+        "tensor_parallel 2 x pipeline_parallel 1 x context_parallel 1)",
+    )
+
+
+def test_a_seed_checkpoint_names_every_degree_that_is_in_its_way():
+    toml = "[checkpoint]\nenable = true\n[parallelism]\npipeline_parallel_degree = 2\ntensor_parallel_degree = 2\n"
+    assert problems(toml, "--checkpoint.create_seed_checkpoint", world_size=4) == (
+        "--checkpoint.create_seed_checkpoint: checkpoint.create_seed_checkpoint initialises on one process, but "
+        "parallelism.tensor_parallel_degree is 2 and parallelism.pipeline_parallel_degree is 2 and there are 4 ranks "
+        "(start it with NGPU=1)",
+    )
+
+
+def test_the_command_line_is_judged_without_torch_and_helped_with_the_values_of_the_file():
+    """One process for three promises: no torch, exit status 0, every option with its value."""
+    Path("run.toml").write_text("[training]\nsteps = 1234\n")
+    code = (
+        "import sys\nfrom milepost.train.options import load_config\n"
+        "try:\n    load_config(['--job.config_file', 'run.toml', '--help'], 1)\n"
+        "except SystemExit as end:\n    assert end.code == 0\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.rstrip().endswith("False")
+    assert "1234" in done.stdout
+    for section, cls in SECTIONS.items():
+        for field in fields(cls):
+            assert f"--{section}.{field.name}" in done.stdout
