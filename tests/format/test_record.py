@@ -223,8 +223,8 @@ def test_strides_are_those_of_torch(sizes: tuple[int, ...]):
 
 PLAIN = [
     None, True, False, 0, 255, 256, 65535, 65536, -1, -(2**31), 2**31, 2**63, -(2**100), 1.5, float("inf"),
-    "", "é\ud800", b"", b"\x00\xff" * 3, [], [1, [2, []]], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, {"a": 1, 2: (3,)},
-    OrderedDict(b=1, a=2), {"betas": (0.9, 0.95), "lr": 3e-4, "foreach": None, "name": "adamw"},
+    "", "é\ud800", b"", b"\x00\xff" * 3, [], [1, [2, []]], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4),
+    {}, {"a": 1, 2: (3,)}, OrderedDict(b=1, a=2), {"betas": (0.9, 0.95), "lr": 3e-4, "foreach": None, "name": "adamw"},
 ]  # fmt: skip
 
 

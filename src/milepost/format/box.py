@@ -53,13 +53,13 @@ class Box:
 
     def inside(self, shape: Sequence[int]) -> bool:
         """Whether the box lies within a tensor of ``shape``."""
-        return len(shape) == len(self.sizes) and all(
+        return len(shape) == len(self.sizes) == len(self.offsets) and all(
             o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
     def __str__(self) -> str:
-        if not self.sizes:
-            return "[]"
+        if len(self.offsets) != len(self.sizes):  # only in a message about a malformed file
+            return f"[offsets {self.offsets}, sizes {self.sizes}]"
         return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=True)) + "]"
 
 

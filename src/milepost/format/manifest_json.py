@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from milepost.errors import FormatError
 from milepost.format.box import Box
 from milepost.format.digest import crc32
-from milepost.format.dtype import itemsize
+from milepost.format.dtype import DTYPES
 from milepost.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -200,7 +200,7 @@ class _Reader:
         dtype = self.text(value.get("dtype"), f"dtype of {key!r}")
         shape = self.sizes(value.get("shape"), key)
         whole = Box.whole(shape)
-        nbytes = itemsize(dtype)
+        nbytes = DTYPES[dtype].itemsize if dtype in DTYPES else 0  # manifest_faults names an unknown one
         return TensorEntry(dtype, shape, tuple(self.shard(key, s, names, whole, nbytes) for s in value["shards"]))
 
     def shard(self, key: str, value: Any, names: list[str], whole: Box, element_nbytes: int) -> ShardEntry:
