@@ -19,18 +19,20 @@ Names in a run's folder:
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
-from milepost.format import dcp_metadata, record
+from milepost.format import dcp_metadata
 from milepost.format.digest import crc32
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.format.record import locate_tensor
 from milepost.storage.base import Entry, ReadHandle, Storage, join, split
 
 State = Literal["committed", "partial", "damaged", "foreign"]
@@ -47,6 +49,7 @@ MAX_MARK_NBYTES = 1 << 20
 MAX_LISTINGS = 8
 """A folder that changes all the time is listed at most so often."""
 
+_UNFIT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG}  # gone, a link, no regular file, absurdly large
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"[0-9a-f]+-(step-.+)")
 
@@ -90,6 +93,31 @@ class StepEntry(CheckpointInfo):
     is_link: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class FileFault:
+    """A file of a checkpoint that is not as its commit record says. ``text`` goes on after the file's name."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """What makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for a foreign one."""
+
+    name: str
+    record_id: str
+    manifest: Manifest
+    files: Mapping[str, Entry]
+    """What is in the folder."""
+    faults: tuple[FileFault, ...]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether Milepost wrote it, so that there are digests."""
+        return self.name == MANIFEST_NAME
+
+
 def step_of(name: str) -> int | None:
     """The step that a folder's name stands for, or None: ``step-007`` and ``step-7_old`` are not steps."""
     match = _STEP_NAME.fullmatch(name)
@@ -99,6 +127,14 @@ def step_of(name: str) -> int | None:
 def step_name(step: int) -> str:
     """The name of a step's folder."""
     return f"step-{step}"
+
+
+def find_run(storage: Storage, path: str) -> str | None:
+    """The folder with a run's steps: ``path``, or ``checkpoint`` in it where the trainer puts them; else None."""
+    for folder in (path, join(path, "checkpoint")):
+        if _steps({entry.name: entry for entry in storage.list(folder)}):
+            return folder
+    return None
 
 
 def scan(storage: Storage, folder: str) -> list[StepEntry]:
@@ -160,7 +196,10 @@ def examine(storage: Storage, path: str, *, marks: Collection[str] | None = None
         info = _look(storage, path)  # it may have been replaced by a new save between two of our reads
     if info is None or not info.is_usable:
         return info
-    return _with_mark(storage, info, marks)
+    if marks is not None and split(damage_mark(path))[1] not in marks:
+        return info
+    said = read_mark(storage, path, info.record_id)
+    return replace(info, state="damaged", reason=said) if said is not None else info
 
 
 def _look(storage: Storage, path: str) -> CheckpointInfo | None:
@@ -177,12 +216,16 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
         data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
         record_id = _record_id(data)
         manifest, faults = _parse(data, name, path, files)
-    except (FormatError, StorageError) as error:
+    except FormatError as error:
         return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes, record_id=record_id)
+    except StorageError as error:
+        if error.errno not in _UNFIT:
+            raise  # a server that is down, too many open files: nothing is known about the step then
+        return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
     return CheckpointInfo(
         path=path,
         state="damaged" if faults else "committed" if name == MANIFEST_NAME else "foreign",
-        reason="; ".join(faults),
+        reason=faults_text(faults),
         kind=manifest.kind,
         nbytes=nbytes,
         created_s=manifest.created_s,
@@ -204,7 +247,7 @@ def _record_id(data: bytes) -> str:
     return f"{len(data)}-{crc32(data):08x}"
 
 
-def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[str]]:
+def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[FileFault]]:
     """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
     where = join(path, name)
     if name == MANIFEST_NAME:
@@ -213,27 +256,51 @@ def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tup
     metadata = dcp_metadata.parse_metadata(data, where)
     faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
     if faults:
-        raise FormatError("; ".join(faults), path=where)
+        raise FormatError(faults_text(faults), path=where)
     sizes = {name: entry.nbytes for name, entry in files.items() if not entry.is_link}
     step = step_of(split(path)[1])
     created_s = files[name].mtime_s
     return dcp_metadata.manifest_from_metadata(metadata, sizes, step=step, created_s=created_s, path=where), []
 
 
-def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[str]:
+def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[FileFault]:
     """``wanted`` maps names to sizes, None for any."""
     faults = []
     for name, nbytes in sorted(wanted.items()):
         found = files.get(name)
         if found is None:
-            faults.append(f"{name} is missing")
+            faults.append(FileFault(name, "is missing"))
         elif found.is_link:
-            faults.append(f"{name} is a link")
+            faults.append(FileFault(name, "is a link"))
         elif nbytes is not None and found.nbytes != nbytes:
-            faults.append(f"{name} has {found.nbytes} bytes instead of {nbytes}")
-    if len(faults) > MAX_FAULTS:
-        faults[MAX_FAULTS:] = [f"and {len(faults) - MAX_FAULTS} more files"]
+            faults.append(FileFault(name, f"has {found.nbytes} bytes instead of {nbytes}"))
     return faults
+
+
+def faults_text(faults: Sequence[FileFault]) -> str:
+    """The first faults, in one line."""
+    told = [f"{fault.file} {fault.text}" for fault in faults[:MAX_FAULTS]]
+    more = [f"and {len(faults) - MAX_FAULTS} more files"] if len(faults) > MAX_FAULTS else []
+    return "; ".join(told + more)
+
+
+def read_record(storage: Storage, path: str) -> CommitRecord:
+    """The commit record of the checkpoint at ``path``, and how the files that are there fit it.
+
+    Raises:
+        CheckpointNotFoundError: there is no commit record.
+        FormatError: it is malformed; or foreign, and files that it names are missing or too short.
+    """
+    files = _files(storage, path)
+    name = _record_name(files)
+    if name is None:
+        raise CheckpointNotFoundError(
+            f"{storage.root}/{path} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there",
+            path=path,
+        )
+    data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+    manifest, faults = _parse(data, name, path, files)
+    return CommitRecord(name, _record_id(data), manifest, files, tuple(faults))
 
 
 def read_manifest(storage: Storage, path: str) -> Manifest:
@@ -244,23 +311,15 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
         CheckpointDamagedError: it is malformed, or files that it names are missing or have other sizes.
     """
     try:
-        return _read_manifest(storage, path)
-    except CheckpointDamagedError:
-        return _read_manifest(storage, path)  # see `examine`
-
-
-def _read_manifest(storage: Storage, path: str) -> Manifest:
-    files = _files(storage, path)
-    name = _record_name(files)
-    if name is None:
-        raise CheckpointNotFoundError(
-            f"{storage.root}/{path} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there",
-            path=path,
-        )
-    manifest, faults = _parse(storage.read(join(path, name), MAX_MANIFEST_NBYTES), name, path, files)
-    if faults:
-        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {'; '.join(faults)}", path=path)
-    return manifest
+        record = read_record(storage, path)
+        if not record.faults:
+            return record.manifest
+    except FormatError:
+        pass  # see `examine`: look once more, then say so
+    record = read_record(storage, path)
+    if record.faults:
+        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults_text(record.faults)}", path=path)
+    return record.manifest
 
 
 def locate_foreign(storage: Storage, path: str, manifest: Manifest) -> Manifest:
@@ -294,7 +353,7 @@ def _locate(handle: ReadHandle, key: str, entry: TensorEntry, shard: ShardEntry)
         return bytes(buffer)
 
     try:
-        found = record.locate_tensor(read_at, shard.record_nbytes)
+        found = locate_tensor(read_at, shard.record_nbytes)
     except FormatError as error:
         message = f"{handle.path}: the record of '{key}' at byte {shard.record_offset}: {error.message}"
         raise FormatError(message, path=handle.path, key=key) from error
@@ -346,17 +405,20 @@ def damage_mark(path: str) -> str:
     return join(folder, f"{DAMAGED_PREFIX}{name}.json")
 
 
-def _with_mark(storage: Storage, info: CheckpointInfo, marks: Collection[str] | None) -> CheckpointInfo:
-    mark = damage_mark(info.path)
-    if (split(mark)[1] not in marks) if marks is not None else (storage.stat(mark) is None):
-        return info
+def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
+    """What a loader found wrong with the checkpoint whose commit record is ``record_id``; None if nothing."""
+    mark = damage_mark(path)
+    if storage.stat(mark) is None:
+        return None
     try:
         said = json.loads(storage.read(mark, MAX_MARK_NBYTES))
-        if said["record_id"] == info.record_id:
-            return replace(info, state="damaged", reason=str(said["reason"]))
-    except (ValueError, KeyError, TypeError, StorageError):
-        pass  # a mark that says nothing: not one of ours
-    return info
+        return str(said["reason"]) if said["record_id"] == record_id else None
+    except (ValueError, KeyError, TypeError):
+        return None  # not one of ours
+    except StorageError as error:
+        if error.errno not in _UNFIT:
+            raise
+        return None
 
 
 def pin(storage: Storage, folder: str, step: int) -> None:

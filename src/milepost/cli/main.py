@@ -1,0 +1,102 @@
+"""Entry point of the ``milepost`` command: choose the command, run it, turn errors into messages and exit statuses.
+
+Only the chosen command's module is imported, and none of them imports torch, so that every command starts at once on
+a login node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from milepost import __version__
+from milepost.errors import MilepostError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command's module, which has ``add_arguments`` and ``run``, and its line in the list of commands."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run: state, age, size"),
+    "verify": Command("milepost.cli.verify_cmd", "check that checkpoints are what was saved"),
+    "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and the leftovers of dead saves"),
+}
+
+EXIT_STATUSES = """\
+exit status:
+  0    done, and nothing is wrong
+  1    an unforeseen error
+  2    wrong usage
+  3    there is no such checkpoint
+  5    a checkpoint is damaged
+  7    the operating system refused an operation
+  130  interrupted with Ctrl-C
+"""
+
+
+class CommandModule(Protocol):
+    """What the module of a command must offer."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's options, its description and its examples."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it, print the result, and give the exit status."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (that of the process by default). Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    module = None
+    if name in COMMANDS:
+        module = cast("CommandModule", importlib.import_module(COMMANDS[name].module))
+    try:
+        args = build_parser(name, module).parse_args(arguments)
+        assert module is not None  # the parser ends the program for any other name
+        status = module.run(args)
+        sys.stdout.flush()
+        return status
+    except MilepostError as error:
+        print(f"milepost: error: {error.message}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("milepost: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`head`, `less`) has gone. Python must not meet the closed pipe again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as if ended by SIGPIPE
+
+
+def build_parser(name: str = "", module: CommandModule | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line; of the commands only ``name`` has its options."""
+    parser = argparse.ArgumentParser(
+        prog="milepost",
+        description="Look after the checkpoints of PyTorch training runs.",
+        epilog=EXIT_STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"milepost {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for known, command in COMMANDS.items():
+        sub = commands.add_parser(
+            known, help=command.summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        if known == name and module is not None:
+            module.add_arguments(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

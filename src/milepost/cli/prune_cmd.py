@@ -1,0 +1,99 @@
+"""``milepost prune``: delete old checkpoints by the rules that the trainer uses too."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import time
+
+from milepost import catalog, retention
+from milepost.checkpoint.commit import sweep_leftovers
+from milepost.cli.render import console, print_json, print_table
+from milepost.errors import CheckpointNotFoundError, ConfigError
+from milepost.storage import open_storage
+from milepost.storage.base import format_nbytes
+
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")
+_UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost prune``."""
+    parser.description = (
+        "Delete the committed steps of a run that no rule keeps, and the leftovers of saves that died.\n"
+        "Whatever the rules say, these stay: the newest committed step, the newest one to resume from, pinned\n"
+        "steps, links, and what is foreign, partial or damaged."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  milepost prune outputs/checkpoint --keep-latest 3 --dry-run\n"
+        "  milepost prune outputs/checkpoint --keep-latest 3 --keep-every 10000 --keep-within 2d\n\n"
+        "exit status: 0, 3 there are no checkpoints, 2 wrong usage, 7 something can't be deleted\n"
+    )
+    parser.add_argument("path", metavar="FOLDER", help="the folder of a run")
+    parser.add_argument(
+        "--keep-latest", type=int, required=True, metavar="K", help="keep the K newest committed steps (at least 1)"
+    )
+    parser.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep steps that are multiples of N")
+    parser.add_argument(
+        "--keep-within", default="0s", metavar="TIME", help="keep what was committed within TIME: 90min, 12h, 2d, 1w"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
+    parser.add_argument("--json", action="store_true", help="print the decisions as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decide, print each decision with its rule, delete."""
+    keep_within_s = _checked(args)
+    storage, name = open_storage(args.path)
+    folder = catalog.find_run(storage, name)
+    if folder is None:
+        raise CheckpointNotFoundError(
+            f"{args.path} holds no step-<N> folder: there is nothing to prune", path=args.path
+        )
+    now = time.time()
+    decisions = retention.plan(
+        catalog.scan(storage, folder),
+        keep_latest_k=args.keep_latest,
+        keep_every_n=args.keep_every,
+        keep_within_s=keep_within_s,
+        protected={},
+        now=now,
+    )
+    if not args.json:
+        print_table(
+            ("STEP", "SIZE", "DECISION", "REASON"),
+            [(str(d.step), format_nbytes(d.nbytes), "keep" if d.keep else "delete", d.reason) for d in decisions],
+            numeric=("STEP", "SIZE"),
+        )
+    swept: list[str] = []
+    if not args.dry_run:
+        retention.apply(storage, folder, decisions)
+        swept = sweep_leftovers(storage, folder, now=now)
+    gone = [decision for decision in decisions if not decision.keep]
+    freed = sum(decision.nbytes for decision in gone)
+    if args.json:
+        listed = [dataclasses.asdict(decision) for decision in decisions]
+        print_json({"dry_run": args.dry_run, "freed_nbytes": freed, "steps": listed, "swept": swept})
+    else:
+        verb = "would delete" if args.dry_run else "deleted"
+        steps = "1 step" if len(gone) == 1 else f"{len(gone)} steps"
+        extra = f"; swept {len(swept)} leftovers of dead saves" if swept else ""
+        console().print(f"{verb} {steps} of {len(decisions)}, {format_nbytes(freed)}{extra}")
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> float:
+    """The span of ``--keep-within`` in seconds, once all options are found to be possible."""
+    problems = []
+    if args.keep_latest < 1:
+        problems.append(f"--keep-latest must be at least 1, not {args.keep_latest}")
+    if args.keep_every < 0:
+        problems.append(f"--keep-every must be 0 (no such rule) or more, not {args.keep_every}")
+    span = _DURATION.fullmatch(args.keep_within)
+    if span is None:
+        problems.append(f"--keep-within {args.keep_within} is no time span: write 90min, 12h, 2d or 1w")
+    if problems or span is None:
+        raise ConfigError(problems)
+    return float(span[1]) * _UNIT_S[span[2]]
