@@ -96,7 +96,7 @@ def _memory_format(*args: object) -> str:
 
 
 def _getattr(*args: object) -> str:
-    """Python 3.11.0 to 3.11.3 pickled an enum's member as ``getattr(class, name)``; here it is a look-up in a tuple."""
+    """Early Python 3.11 pickled an enum's member as ``getattr(class, name)``; here it is a look-up in a tuple."""
     is_enum = len(args) == 2 and isinstance(args[0], Global) and args[0].call is _memory_format
     if not is_enum or args[1] not in _MEMORY_FORMATS:
         raise FormatError("getattr is used for something else than a memory format")
