@@ -24,7 +24,7 @@ from milepost.train.parallel.tensor import apply_tensor_parallel, token_loss
 
 __all__ = ["ParallelModel", "parallelize"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TrainingOptions(Protocol):
@@ -80,34 +80,32 @@ def parallelize(
     )
     if problems:
         raise ConfigError(problems)
-    param_dtype = DTYPES[training.mixed_precision_param]
-    reduce_dtype = DTYPES[training.mixed_precision_reduce]
     model.to(DTYPES[training.dtype])
+    for block in model.blocks():
+        block.recompute = activation_checkpoint.mode == "full"
     if meshes.degrees.pipeline_parallel_degree == 1:
-        parts = [model]
-    else:
-        parts = split_into_stages(model, meshes, parallelism.pipeline_parallel_schedule)
+        _spread(model, meshes, training)
+        return ParallelModel([model], meshes, None)
+    schedule, size = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_microbatch_size
+    parts = split_into_stages(model, meshes, schedule)
     for part in parts:
-        for block in part.blocks():
-            block.recompute = activation_checkpoint.mode == "full"
-        if meshes.degrees.tensor_parallel_degree > 1:
-            apply_tensor_parallel(part, meshes)
-        if meshes.degrees.context_parallel_degree > 1:
-            apply_context_parallel(part, meshes)
-        if part.args.moe is not None:
-            apply_expert_parallel(part, meshes)
-        apply_data_parallel(part, meshes, param_dtype, reduce_dtype)
-        part.to_empty(device=meshes.device)
-        part.reset_buffers()
-    if meshes.degrees.pipeline_parallel_degree == 1:
-        return ParallelModel(parts, meshes, None)
-    microbatches = Microbatches(
-        number=training.local_batch_size // parallelism.pipeline_parallel_microbatch_size,
-        size=parallelism.pipeline_parallel_microbatch_size,
-        seq_len=training.seq_len,
-        dtype=param_dtype,
-    )
-    return ParallelModel(parts, meshes, Pipeline(parts, meshes, parallelism.pipeline_parallel_schedule, microbatches))
+        _spread(part, meshes, training)
+    number, dtype = training.local_batch_size // size, DTYPES[training.mixed_precision_param]
+    microbatches = Microbatches(number=number, size=size, seq_len=training.seq_len, dtype=dtype)
+    return ParallelModel(parts, meshes, Pipeline(parts, meshes, schedule, microbatches))
+
+
+def _spread(part: Decoder, meshes: Meshes, training: TrainingOptions) -> None:
+    """Applies every parallelism but the pipeline's to ``part``, innermost first, and gives it memory."""
+    if meshes.degrees.tensor_parallel_degree > 1:
+        apply_tensor_parallel(part, meshes)
+    if meshes.degrees.context_parallel_degree > 1:
+        apply_context_parallel(part, meshes)
+    if part.args.moe is not None:
+        apply_expert_parallel(part, meshes)
+    apply_data_parallel(part, meshes, DTYPES[training.mixed_precision_param], DTYPES[training.mixed_precision_reduce])
+    part.to_empty(device=meshes.device)
+    part.reset_buffers()
 
 
 class ParallelModel:
