@@ -85,7 +85,7 @@ class ProcessGroupComm:
     def broadcast(self, value: T) -> T:
         box = [value]
         dist.broadcast_object_list(box, src=self._root, group=self._group)
-        return cast("T", box[0])
+        return box[0]
 
     def barrier(self) -> None:
         dist.barrier(self._group)

@@ -17,6 +17,13 @@ ExportDtype = Literal["float32", "bfloat16", "float16"]
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
 
+
+def part_of(key: str) -> str:
+    """The part that a key of a checkpoint belongs to; ``model`` for all that has no part's prefix."""
+    head = key.split(".", 1)[0]
+    return head if head in PARTS[1:] else "model"
+
+
 _PART_ALIASES = {"data_loader": "dataloader", "optimizers": "optimizer", "lr_schedulers": "lr_scheduler"}
 
 

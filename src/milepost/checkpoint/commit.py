@@ -188,6 +188,7 @@ def wait_for_outcome(
     save_id: str,
     *,
     timeout_s: float,
+    give_up: Callable[[], str | None] = lambda: None,
     poll_s: float = 0.002,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -206,9 +207,11 @@ def wait_for_outcome(
             if _save_id_at(storage, target) == save_id:
                 return
             raise SaveError(f"the save of {storage.root}/{target} was given up before it was committed", path=target)
-        if clock() >= deadline:
+        reason = give_up()
+        if reason is not None or clock() >= deadline:
             raise SaveError(
-                f"the rank that commits {storage.root}/{target} did not within {timeout_s:g} s: see its log",
+                f"the rank that commits {storage.root}/{target} did not {reason or f'within {timeout_s:g} s'}: "
+                "see its log",
                 path=target,
                 rank=0,
             )

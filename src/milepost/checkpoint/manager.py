@@ -23,9 +23,9 @@ from milepost.checkpoint.load import LoadReport, load_from
 from milepost.checkpoint.resume import Choice, choose
 from milepost.checkpoint.save import Saver, SaveReport
 from milepost.checkpoint.schedule import reason_to_save
-from milepost.checkpoint.training_state import TrainingState, part_of
+from milepost.checkpoint.training_state import TrainingState
 from milepost.comm import Comm, default_comm, failure_on, raise_together
-from milepost.config import CheckpointConfig
+from milepost.config import CheckpointConfig, part_of
 from milepost.errors import CheckpointDamagedError, StorageError
 from milepost.format.manifest import Manifest
 from milepost.storage import open_storage

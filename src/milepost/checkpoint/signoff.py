@@ -129,6 +129,7 @@ def wait_for_sign_offs(
     save_id: str,
     *,
     timeout_s: float,
+    give_up: Callable[[], str | None] = lambda: None,
     poll_s: float = 0.002,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -155,10 +156,12 @@ def wait_for_sign_offs(
         _raise_failures(signed, save_id, attempt)
         if len(signed) == world_size:
             return tuple(signed[rank] for rank in range(world_size))
-        if clock() >= deadline:
+        reason = give_up()
+        if reason is not None or clock() >= deadline:
             missing = [rank for rank in range(world_size) if rank not in signed]
             raise SaveError(
-                f"{rank_list(missing)} of {world_size} did not finish writing within {timeout_s:g} s; nothing was "
+                f"{rank_list(missing)} of {world_size} did not finish writing "
+                f"{reason or f'within {timeout_s:g} s'}; nothing was "
                 "committed. Look at their logs: a rank that died or a storage that hangs are the usual causes",
                 path=attempt,
                 rank=missing[0],

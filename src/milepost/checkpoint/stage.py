@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
 
 from milepost.checkpoint.layout import TensorLeaf
-from milepost.checkpoint.plan import WriteItem
+from milepost.checkpoint.plan import WriteItem, WritePlan
+from milepost.errors import SaveError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
 
@@ -105,3 +107,87 @@ def _copied_blocks(view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvie
                 fill = 0
     if fill:
         yield memoryview(block)[:fill]
+
+
+class Staging:
+    """Copies the planned boxes of a save into its file image.
+
+    Made on the training thread at the moment of the save; :meth:`run` may be called from another thread. In between,
+    and until it returns, the tensors must not change: that is checked by their version counters.
+    """
+
+    def __init__(self, leaves: Mapping[str, TensorLeaf], plan: WritePlan, image: memoryview):
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._watched: list[tuple[str, torch.Tensor, int]] = []
+        # An image of zero bytes has no memory that torch could take; then nothing is planned either.
+        memory = torch.frombuffer(image, dtype=torch.uint8) if plan.items else torch.empty(0, dtype=torch.uint8)
+        for item in plan.items:
+            leaf = leaves[item.key]
+            src = leaf.view([piece.box for piece in leaf.pieces].index(item.box))
+            raw = memory[item.data_offset : item.data_offset + item.data_nbytes]
+            self._copies.append((raw.view(leaf.dtype).view(src.shape), src))
+            if not leaf.local.is_inference():
+                self._watched.append((item.key, leaf.local, leaf.local._version))
+        self.nbytes = sum(item.data_nbytes for item in plan.items)
+        self._devices = {src.device for _, src in self._copies if src.device.type == "cuda"}
+        self._ready = [torch.cuda.current_stream(device).record_event() for device in self._devices]
+
+    def run(self, *, num_threads: int = 2) -> None:
+        """Copy everything; when this returns, training may change the tensors again.
+
+        From a GPU, copies go over a stream of their own that starts behind the work that was queued when this object
+        was made, so the training stream is not held up. (Source: the side-stream staging of torch's
+        ``distributed.checkpoint.staging`` and of torchsnapshot.)
+
+        Raises:
+            SaveError: a tensor was changed in place meanwhile, so what was copied may be torn.
+        """
+        if self._devices:
+            self._copy_from_cuda()
+        on_cpu = [pair for pair in self._copies if pair[1].device.type != "cuda"]
+        if len(on_cpu) > 1 and num_threads > 1:
+            # `copy_` releases the GIL; biggest first, so that the threads end together.
+            on_cpu.sort(key=lambda pair: -pair[0].nbytes)
+            with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-stage") as pool:
+                list(pool.map(lambda pair: pair[0].copy_(pair[1]), on_cpu))
+        else:
+            for dst, src in on_cpu:
+                dst.copy_(src)
+        self._check_versions()
+
+    def _copy_from_cuda(self) -> None:
+        done = []
+        for device, ready in zip(self._devices, self._ready, strict=True):
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                for dst, src in self._copies:
+                    if src.device == device:
+                        dst.copy_(src, non_blocking=True)
+            done.append(stream.record_event())
+        for event in done:
+            event.synchronize()
+
+    def _check_versions(self) -> None:
+        changed = [key for key, tensor, version in self._watched if tensor._version != version]
+        if changed:
+            raise SaveError(
+                f"{len(changed)} tensors were changed while they were staged, first '{changed[0]}': what was copied is "
+                "torn and was thrown away. Call maybe_wait_for_staging() before optimizer.step()",
+                key=changed[0],
+            )
+
+
+def pin(image: memoryview) -> bool:
+    """Pin host memory for asynchronous copies from the GPU; False (and nothing done) without CUDA."""
+    if not torch.cuda.is_available():
+        return False
+    memory = torch.frombuffer(image, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    return True
+
+
+def unpin(image: memoryview) -> None:
+    """Undo :func:`pin`, before the memory is unmapped."""
+    memory = torch.frombuffer(image, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

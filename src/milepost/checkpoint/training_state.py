@@ -11,15 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from milepost.checkpoint import parts
-from milepost.config import PARTS
+from milepost.config import PARTS, part_of
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.format.manifest import Manifest
-
-
-def part_of(key: str) -> str:
-    """The part that a key of a checkpoint belongs to; ``model`` for all that has no part's prefix."""
-    head = key.split(".", 1)[0]
-    return head if head in PARTS[1:] else "model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

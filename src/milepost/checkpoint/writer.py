@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +18,7 @@ import numpy as np
 
 from milepost.checkpoint.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
 from milepost.format import digest, record
+from milepost.format.manifest import BLOCK_NBYTES
 from milepost.storage.base import Bytes, Storage, WriteHandle
 
 GROUP_NBYTES = 16 << 20
@@ -34,6 +35,16 @@ class BlockSource(Protocol):
 
         A block is valid until the next one is asked for.
         """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileImage:
+    """A whole file in memory: the raw data of every planned item stands at its offset. The rest is filled in here.
+
+    ``memory`` is page-aligned and at least ``plan.objects_offset`` long.
+    """
+
+    memory: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +81,25 @@ class _Group:
     start: int
     items: tuple[WriteItem, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return self.items[-1].record_offset + self.items[-1].record_nbytes - self.start
+
 
 def write_file(
     storage: Storage,
     folder: str,
     plan: WritePlan,
-    source: BlockSource,
+    source: BlockSource | FileImage,
     objects: Mapping[str, bytes],
     *,
     num_threads: int = 2,
+    on_progress: Callable[[int], None] | None = None,
 ) -> WrittenFile:
     """Write and sync the file of ``plan`` in ``folder``; the folder's own sync is the caller's.
 
-    Memory beside the source: ``BUFFER_NBYTES`` a thread.
+    Memory beside the source: ``BUFFER_NBYTES`` a thread. ``on_progress`` is told the bytes of each group that is
+    written, from any thread.
 
     Raises:
         StorageError: the first failure on any thread. The file is left as it is, for the caller to sweep.
@@ -91,7 +108,7 @@ def write_file(
     nbytes = align(end, LARGE_ALIGNMENT)
     groups = _groups(plan.items)
     with storage.open_write(f"{folder}/{plan.file}", nbytes) as handle:
-        tensors = _write_groups(handle, groups, source, num_threads)
+        tensors = _write_groups(handle, groups, source, num_threads, on_progress)
         stream = _open_stream(handle, plan.objects_offset, _aligned_buffer(handle))
         for written in placed:
             stream.skip_to(written.record_offset)
@@ -129,7 +146,11 @@ def _groups(items: Sequence[WriteItem]) -> list[_Group]:
 
 
 def _write_groups(
-    handle: WriteHandle, groups: Sequence[_Group], source: BlockSource, num_threads: int
+    handle: WriteHandle,
+    groups: Sequence[_Group],
+    source: BlockSource | FileImage,
+    num_threads: int,
+    on_progress: Callable[[int], None] | None,
 ) -> tuple[WrittenTensor, ...]:
     failed = threading.Event()
     local = threading.local()
@@ -137,13 +158,19 @@ def _write_groups(
     def work(group: _Group) -> list[WrittenTensor]:
         if failed.is_set():
             return []
-        if not hasattr(local, "buffer"):
-            local.buffer = _aligned_buffer(handle)
         try:
-            return _write_group(handle, group, source, local.buffer)
+            if isinstance(source, FileImage):
+                written = _write_image(handle, group, source.memory)
+            else:
+                if not hasattr(local, "buffer"):
+                    local.buffer = _aligned_buffer(handle)
+                written = _write_group(handle, group, source, local.buffer)
         except BaseException:
             failed.set()
             raise
+        if on_progress is not None:
+            on_progress(group.nbytes)
+        return written
 
     if num_threads <= 1 or len(groups) <= 1:
         return tuple(written for group in groups for written in work(group))
@@ -171,6 +198,30 @@ def _write_group(
         stream.put(record.record_footer(layout, crc))
         written.append(WrittenTensor(item, crc, tuple(block_crcs)))
     stream.finish()
+    return written
+
+
+def _write_image(handle: WriteHandle, group: _Group, image: memoryview) -> list[WrittenTensor]:
+    """Put headers, footers and zeros around the data that is in place, and write the group as it stands."""
+    written = []
+    position = group.start
+    for item in group.items:
+        layout = record.tensor_record(item.dtype, item.box.sizes)
+        image[position : item.record_offset] = bytes(item.record_offset - position)
+        image[item.record_offset : item.data_offset] = layout.header
+        end = item.data_offset + item.data_nbytes
+        crc, block_crcs = 0, []
+        for start in range(item.data_offset, end, BLOCK_NBYTES):
+            block = image[start : min(start + BLOCK_NBYTES, end)]
+            block_crcs.append(digest.crc32(block))
+            crc = digest.combine(crc, block_crcs[-1], block.nbytes) if start > item.data_offset else block_crcs[-1]
+        position = item.record_offset + item.record_nbytes
+        image[end:position] = record.record_footer(layout, crc)
+        written.append(WrittenTensor(item, crc, tuple(block_crcs)))
+    stop = align(position, LARGE_ALIGNMENT)
+    image[position:stop] = bytes(stop - position)
+    for start in range(group.start, stop, BUFFER_NBYTES):
+        handle.write(start, [image[start : min(start + BUFFER_NBYTES, stop)]])
     return written
 
 

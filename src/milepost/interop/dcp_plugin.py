@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -120,6 +120,7 @@ class StorageWriter(DcpStorageWriter):
             world_size=attempt.world_size,
             plan=_write_plan(attempt.rank, plan.items, tuple(objects)),
             info=None,
+            keep=None,
             timeout_s=TIMEOUT_S,
         )
         written = write_and_sign_off(self._storage, job, _PlannerBlocks(planner, resolved), objects)
@@ -169,7 +170,7 @@ def _item_key(item: WriteItem) -> tuple[str, Box | None]:
 
 def _checked_object(item: WriteItem, planner: SavePlanner) -> bytes:
     """A value as DCP's planner pickled it, refused if it would need code to load."""
-    data: bytes = planner.resolve_data(item).getvalue()
+    data = cast("io.BytesIO", planner.resolve_data(item)).getvalue()
     try:
         decode_object(item.index.fqn, data, "the value to save")
     except Exception as error:
@@ -199,7 +200,7 @@ class _PlannerBlocks:
         self._items = items
 
     def blocks(self, item: plan.WriteItem) -> Iterator[memoryview]:
-        tensor = self._planner.resolve_data(self._items[item.key, item.box])
+        tensor = cast("torch.Tensor", self._planner.resolve_data(self._items[item.key, item.box]))
         return tensor_blocks(tensor.detach(), tensor.dtype)
 
 

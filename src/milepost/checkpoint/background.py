@@ -1,0 +1,170 @@
+"""Who runs a job while training goes on: a thread of the trainer, or a process of its own.
+
+A writer process is started once, never imports torch, maps the arena by its file descriptor and talks over a pipe: no
+ports, no re-import of the user's main module. It lives in a session of its own, so it outlives a killed trainer and
+finishes what was staged; then it leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from milepost.checkpoint.arena import Arena
+from milepost.checkpoint.job import JobResult, SaveJob, run_job
+from milepost.checkpoint.plan import WritePlan
+from milepost.checkpoint.writer import FileImage
+from milepost.errors import MilepostError, SaveError
+from milepost.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A job for the writer process. ``plan`` of the job is left out when it is the one sent before."""
+
+    root: str
+    job: SaveJob
+    plan_is_known: bool
+    arena_nbytes: int
+    objects: Mapping[str, bytes]
+
+
+NO_PLAN = WritePlan(0, "", (), (), 0)
+"""Stands in a request for the plan that the writer process has already."""
+
+
+class InThread:
+    """Runs jobs in the calling thread, which is a background thread of the trainer."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+
+    def run(
+        self, job: SaveJob, arena: Arena, objects: Mapping[str, bytes], on_progress: Callable[[int], None]
+    ) -> JobResult:
+        return run_job(self._storage, job, FileImage(arena.memory), objects, detached=True, on_progress=on_progress)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class InProcess:
+    """Runs jobs in a writer process, started now and again when it has died."""
+
+    def __init__(self, storage: Storage, arena: Arena):
+        self._root = storage.root
+        self._arena = arena
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._sent_plan: WritePlan | None = None
+        self._start()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the writer process; None when there is none."""
+        return self._process.pid if self._process is not None else None
+
+    def run(
+        self, job: SaveJob, arena: Arena, objects: Mapping[str, bytes], on_progress: Callable[[int], None]
+    ) -> JobResult:
+        """Hand a job over and return its result.
+
+        Raises:
+            MilepostError: as the job raised it.
+            SaveError: the writer process died.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        connection = self._connection
+        assert connection is not None
+        known = self._sent_plan == job.plan
+        sent = replace(job, plan=NO_PLAN) if known else job
+        try:
+            connection.send(Request(self._root, sent, known, arena.nbytes, objects))
+            self._sent_plan = job.plan
+            while True:
+                answer = connection.recv()
+                if isinstance(answer, int):
+                    on_progress(answer)
+                elif isinstance(answer, MilepostError):
+                    raise answer
+                else:
+                    return _checked(answer)
+        except (EOFError, OSError) as error:
+            raise self._died(job) from error
+
+    def close(self) -> None:
+        """Let the writer process go; it exits at the end of its work."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.wait(timeout=60)
+            self._process = None
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        fds = (theirs.fileno(), self._arena.fd)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "milepost.checkpoint.writer_process", *map(str, fds)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=fds,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        theirs.close()
+        self._connection = ours
+        self._sent_plan = None
+
+    def _died(self, job: SaveJob) -> SaveError:
+        assert self._process is not None
+        status = self._process.wait(timeout=60)
+        if self._connection is not None:
+            self._connection.close()
+        self._process, self._connection = None, None
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return SaveError(
+            f"the writer process of rank {job.rank} died ({how}) while it wrote {job.target}: this save is lost, the "
+            "ones before are untouched, and the next one starts a new writer",
+            path=job.target,
+            rank=job.rank,
+        )
+
+
+def _checked(answer: object) -> JobResult:
+    if not isinstance(answer, JobResult):
+        raise SaveError(f"the writer process answered with a {type(answer).__name__}")
+    return answer
+
+
+class OrphanWatch:
+    """Whether the process at the other end of a connection is gone. Asked while a job waits for other ranks.
+
+    An orphaned writer still gives the other ranks' writers ``grace_s`` seconds, then no longer waits for ranks whose
+    trainers died before they had staged.
+    """
+
+    def __init__(self, connection: Connection, clock: Callable[[], float], grace_s: float = 30.0):
+        self._connection = connection
+        self._clock = clock
+        self._grace_s = grace_s
+        self._since: float | None = None
+        self._lock = threading.Lock()
+
+    def give_up(self) -> str | None:
+        """Why to stop waiting, or None."""
+        with self._lock:
+            # The trainer sends nothing while a job runs, so anything to read is the end of the stream.
+            if self._since is None and self._connection.poll(0):
+                self._since = self._clock()
+            if self._since is not None and self._clock() - self._since > self._grace_s:
+                return f"within {self._grace_s:g} s after the training process died"
+        return None
