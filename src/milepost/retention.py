@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from milepost.catalog import StepEntry
 from milepost.checkpoint.commit import delete_checkpoint
 from milepost.errors import StorageError
-from milepost.storage.base import Storage, join
+from milepost.storage.base import Storage, format_duration, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,3 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
     if failure is not None:
         raise failure
     return deleted
-
-
-def format_duration(seconds: float) -> str:
-    """A time span for people, to two units: ``45 s``, ``3 h 20 min``, ``2 d``."""
-    left = round(seconds)
-    parts = []
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"

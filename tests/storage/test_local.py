@@ -28,20 +28,19 @@ class TestOnDisk(StorageSuite):
 
 class TestInMemory(StorageSuite):
     @pytest.fixture
-    def storage(self, tmp_path_factory: pytest.TempPathFactory):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield LocalStorage(Path(folder) / "root")
+    def storage(self, memory_path: Path) -> LocalStorage:
+        return LocalStorage(memory_path / "root")
 
 
 class TestWithoutModernSystemCalls(StorageSuite):
     """A file system that knows neither renameat2 nor fallocate nor O_DIRECT (an old kernel, NFS)."""
 
     @pytest.fixture
-    def storage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    def storage(self, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
         monkeypatch.setattr(syscalls, "_renameat2", lambda src, dst, flags: False)
         monkeypatch.setattr(syscalls, "reserve", lambda fd, nbytes: False)
         monkeypatch.setattr(syscalls, "lives_in_memory", lambda fd: True)
-        return LocalStorage(tmp_path)
+        return LocalStorage(memory_path)
 
 
 class TestWithATimidDirectWrite(StorageSuite):
@@ -64,7 +63,7 @@ class TestWithShortCalls(StorageSuite):
     """A system that moves only a part of what it is asked to: both loops must go on."""
 
     @pytest.fixture
-    def storage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    def storage(self, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
         pwritev, preadv = os.pwritev, os.preadv
 
         def short(buffers: list[memoryview]) -> list[memoryview]:
@@ -72,7 +71,7 @@ class TestWithShortCalls(StorageSuite):
 
         monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: pwritev(fd, short(buffers), offset))
         monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, short(buffers), offset))
-        return LocalStorage(tmp_path)
+        return LocalStorage(memory_path)
 
 
 def test_big_files_on_disk_ask_for_pages_and_small_ones_for_nothing(tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ from milepost import catalog
 from milepost.catalog import StepEntry
 from milepost.cli.render import print_json, print_table, state_text
 from milepost.errors import CheckpointNotFoundError
-from milepost.retention import format_duration
 from milepost.storage import open_storage
-from milepost.storage.base import format_nbytes
+from milepost.storage.base import format_duration, format_nbytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

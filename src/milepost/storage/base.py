@@ -29,6 +29,17 @@ def format_nbytes(nbytes: int) -> str:
     return f"{value / 1024:.1f} PiB"
 
 
+def format_duration(seconds: float) -> str:
+    """A time span for people, to two units: ``45 s``, ``3 h 20 min``, ``2 d``."""
+    left = round(seconds)
+    parts = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
 def join(folder: str, name: str) -> str:
     """The storage name of ``name`` in ``folder``, which may be the root (``""``)."""
     return f"{folder}/{name}" if folder else name
