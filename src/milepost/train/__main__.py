@@ -10,11 +10,12 @@ import sys
 
 from milepost.errors import MilepostError
 from milepost.train.options import load_config
-from milepost.train.process import leave, leave_on_signals, leave_with
+from milepost.train.process import leave, leave_on_signals, leave_with, show_log
 
 
 def main() -> None:
     leave_on_signals()
+    show_log()
     try:
         config = load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
     except MilepostError as error:

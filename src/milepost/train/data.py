@@ -131,7 +131,7 @@ class DataLoader:
         Raises:
             StateMismatchError: data set, tokenizer, sequence length or seed differ; the message says which.
         """
-        saved, present = dict(state["fingerprint"]), asdict(self.fingerprint)
+        saved, present = dict(state.get("fingerprint", {})), asdict(self.fingerprint)
         changed = [
             f"{name} was {saved.get(name)!r} and is {present[name]!r}"
             for name in present

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Mapping
@@ -27,8 +28,9 @@ from milepost.train.models import build_model, model_args
 from milepost.train.optim import LRSchedule, build_optimizers
 from milepost.train.options import to_toml
 from milepost.train.parallel import Meshes, ParallelModel, parallelize
-from milepost.train.process import say
 from milepost.train.tokenizer import Tokenizer, build_tokenizer
+
+log = logging.getLogger("milepost.train")
 
 
 def train(config: TrainConfig) -> None:
@@ -65,7 +67,7 @@ class TrainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = int(state["step"])
         self.ntokens_seen = int(state["ntokens_seen"])
-        self.loss = float(state["loss"])
+        self.loss = float(state.get("loss", "nan"))  # torchtitan's checkpoints have none
 
 
 class Trainer:
@@ -74,7 +76,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, device_type: str = "cpu"):
         self.config = config
         if config.job.print_config:
-            say(to_toml(config))
+            log.info(to_toml(config))
         self._seed_random_numbers()
         degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
         meshes = Meshes.build(degrees, device_type)
@@ -160,13 +162,14 @@ class Trainer:
 
     def _resume(self) -> None:
         report = self.checkpoints.load()
+        self.lr_schedule.apply()  # over the learning rate that the optimizer was loaded with
         if report is not None:
-            say(f"resumed from {report.path} ({report.kind}): {self.state.step} steps are done")
+            log.info(f"resumed from {report.path} ({report.kind}): {self.state.step} steps are done")
             for note in report.notes:
-                say(f"  {note}")
+                log.info(f"  {note}")
         elif self.config.parallelism.pipeline_parallel_degree > 1:
-            say(
-                "warning: there is no checkpoint to start from, so every pipeline rank draws its own stage's weights, "
+            log.warning(
+                "there is no checkpoint to start from, so every pipeline rank draws its own stage's weights, "
                 "slowly for a large model. --checkpoint.create_seed_checkpoint draws them once, for any layout"
             )
 
@@ -175,20 +178,21 @@ class Trainer:
         latest, num_steps = self.checkpoints.latest_step, self.config.training.steps
         if self.config.checkpoint.load_step != -1 or latest is None or latest < num_steps:
             return False
-        say(
+        log.info(
             f"this run is finished: {self.checkpoint_folder}/step-{latest} is there and training.steps is {num_steps}. "
             "To train on, raise training.steps; to train anew, choose another job.dump_folder"
         )
         return True
 
     def _save_seed(self) -> None:
-        if self.checkpoints.latest_step is not None:
+        latest = self.checkpoints.latest_step
+        if latest is not None:
             raise ConfigError(
-                f"checkpoint.create_seed_checkpoint: {self.checkpoint_folder} already holds "
-                f"step-{self.checkpoints.latest_step}; a seed is for a run that has not begun. Choose another folder"
+                f"checkpoint.create_seed_checkpoint: {self.checkpoint_folder} already holds step-{latest}; "
+                "a seed is for a run that has not begun. Choose another folder"
             )
         self.checkpoints.save(0, last_step=True)
-        say(f"wrote the seed checkpoint {self.checkpoint_folder}/step-0")
+        log.info(f"wrote the seed checkpoint {self.checkpoint_folder}/step-0")
 
     # Setting up.
 
@@ -217,7 +221,7 @@ class Trainer:
             dp_rank=meshes.dp_rank,
             dp_degree=meshes.dp_degree,
         )
-        say(
+        log.info(
             f"data: {corpus.name}, {len(corpus.tokens):,} tokens ({tokenizer.name}), {data.order.num_samples:,} "
             f"samples of {training.seq_len}, {data.global_batch_size} a step"
         )
@@ -251,7 +255,7 @@ class Trainer:
         model = parallelize(whole, meshes, config.training, config.parallelism, config.activation_checkpoint)
         model.init_weights(config.training.seed)
         spread = [f"{name.removesuffix('_degree')} {n}" for name, n in meshes.degrees.as_dict().items() if n > 1]
-        say(
+        log.info(
             f"model: {config.model.name} {config.model.flavor}, {num_parameters:,} parameters, "
             f"on {dist.get_world_size()} x {self.device.type} ({', '.join(spread) or 'one rank'})"
         )

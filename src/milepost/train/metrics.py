@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 
 from milepost.train.config import MetricsConfig
-from milepost.train.process import say
+
+log = logging.getLogger("milepost.train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Meter:
         training_s = max(elapsed_s - blocked_since_s, 1e-9)
         tokens_per_s = (figures.step - self._since_step) * self._tokens_per_step / training_s
         memory_gib = peak_memory_bytes() / 2**30
-        say(
+        log.info(
             f"step {figures.step}/{self._num_steps}  loss {figures.loss:.4f}  grad_norm {figures.grad_norm:.3f}  "
             f"lr {figures.lr:.2e}  tokens/s {tokens_per_s:,.0f}  memory {memory_gib:.2f} GiB  "
             f"blocked by checkpoints {blocked_since_s:.2f} s"

@@ -63,7 +63,7 @@ class LRSchedule:
         self._num_steps = num_steps
         self._config = config
         self.last_epoch = 0  # torch's name for the number of steps done; checkpoints of others have it too
-        self._apply()
+        self.apply()
 
     @property
     def lr(self) -> float:
@@ -73,9 +73,10 @@ class LRSchedule:
     def step(self) -> None:
         """Note that an optimizer step was made."""
         self.last_epoch += 1
-        self._apply()
+        self.apply()
 
-    def _apply(self) -> None:
+    def apply(self) -> None:
+        """Set the learning rate of the step that comes."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -86,4 +87,4 @@ class LRSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after ``last_epoch`` steps, on the course that the present options give."""
         self.last_epoch = int(state["last_epoch"])
-        self._apply()
+        self.apply()

@@ -7,6 +7,7 @@ the process (after all work is done, and torchrun would report a failure).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -28,10 +29,14 @@ def speaks() -> bool:
     return "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] in os.environ.get("LOG_RANK", "0").split(",")
 
 
-def say(text: str) -> None:
-    """Print a line, if this rank speaks."""
-    if speaks():
-        print(text, flush=True)
+def show_log() -> None:
+    """Print what Milepost logs, with the time of day, if this rank speaks; else nothing."""
+    log = logging.getLogger("milepost")
+    handler = logging.StreamHandler(sys.stdout) if speaks() else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def leave(status: int) -> NoReturn:

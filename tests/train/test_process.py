@@ -1,0 +1,94 @@
+"""How a rank ends: one message from the one that speaks, and a status that says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from milepost.errors import CheckpointNotFoundError
+from milepost.train.process import leave_on_signals, leave_with
+
+
+def ended(act: Callable[[], object], **environment: str) -> tuple[int, float]:
+    """Run ``act`` in a fork with more environment variables; its exit status and how long it took."""
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(environment)
+        act()
+        os._exit(99)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - started
+
+
+def rank(number: int, folder: Path) -> dict[str, str]:
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_ERROR_FILE": str(folder / f"{number}.json"),
+    }
+
+
+def not_found() -> None:
+    leave_with(CheckpointNotFoundError("step 7 does not exist"))
+
+
+def lost_peer() -> None:
+    leave_with(RuntimeError("[tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:14711\nmore"))
+
+
+def bug() -> None:
+    leave_with(ZeroDivisionError("division by zero"))
+
+
+def test_an_error_is_one_message_with_its_own_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    status, seconds = ended(not_found, **rank(0, tmp_path))
+    assert status == CheckpointNotFoundError.exit_status
+    assert capfd.readouterr().err == "error: step 7 does not exist\n"
+    assert json.loads((tmp_path / "0.json").read_text())["message"] == "error: step 7 does not exist"
+    assert seconds < 0.9
+
+
+def test_a_rank_that_does_not_speak_lets_the_one_that_does_go_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    status, seconds = ended(not_found, **rank(1, tmp_path))
+    assert status == CheckpointNotFoundError.exit_status
+    assert capfd.readouterr().err == ""
+    assert json.loads((tmp_path / "1.json").read_text())["message"] == "error: step 7 does not exist"
+    assert seconds >= 1
+
+
+def test_a_rank_that_lost_another_says_so_in_a_line_and_leaves_the_cause_to_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    status, seconds = ended(lost_peer, **rank(0, tmp_path))
+    assert status == 1
+    err = capfd.readouterr().err
+    assert err.startswith("rank 0 has lost another rank: ")
+    assert err.count("\n") == 1
+    assert seconds >= 2
+
+
+def test_a_bug_shows_its_traceback(capfd: pytest.CaptureFixture[str]):
+    status, _ = ended(bug)
+    assert status == 1
+    assert "ZeroDivisionError: division by zero" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_with_a_line_and_its_number(number: signal.Signals, capfd: pytest.CaptureFixture[str]):
+    def stopped() -> None:
+        leave_on_signals()
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    status, seconds = ended(stopped)
+    assert status == 128 + number
+    assert capfd.readouterr().err == f"stopped by {number.name}\n"
+    assert seconds < 5
