@@ -321,9 +321,14 @@ def array_dtype(name: str) -> np.dtype[Any]:
     return found
 
 
+def as_bytes(array: Array) -> npt.NDArray[np.uint8]:
+    """The memory of a C-contiguous array as a flat array of bytes."""
+    return array.reshape(-1).view(np.uint8)
+
+
 def raw_bytes(array: Array) -> memoryview:
     """The memory of a C-contiguous array."""
-    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return memoryview(as_bytes(array))  # type: ignore[arg-type]
 
 
 def _region(array: Array, box: Box) -> Array:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from milepost.errors import ConversionError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.interop.source import Array, PassedBytes, Readable, array_dtype, raw_bytes
+from milepost.interop.source import Array, PassedBytes, Readable, array_dtype, as_bytes, raw_bytes
 from milepost.storage.base import WriteHandle
 
 DEFAULT_BUDGET_NBYTES = 256 << 20
@@ -29,6 +30,8 @@ _PAGE_NBYTES = 4096
 _SLABS_PER_THREAD = 3
 """The slab itself, and at most two copies on the way into it (rows being reordered, elements being cast)."""
 _MAX_THREADS = 4
+
+T = TypeVar("T")
 
 Progress = Callable[[int], None]
 """Told how many further bytes have been produced; called from several threads, one at a time."""
@@ -122,7 +125,7 @@ class ContentBlocks:
         carry = np.empty(BLOCK_NBYTES, np.uint8)
         fill = 0
         for slab in self._reader.slabs(item.key):
-            data: Array = self._reader.read(item.key, slab).reshape(-1).view(np.uint8)
+            data = as_bytes(self._reader.read(item.key, slab))
             taken = 0
             while taken < len(data):
                 if fill == 0 and len(data) - taken >= BLOCK_NBYTES:
@@ -160,30 +163,43 @@ def write_image(
         StorageError: the first failure on any thread.
     """
     passed = {placed.key: PassedBytes() for placed in tensors} if digests else {}
-    failed = threading.Event()
     local = threading.local()
 
     def work(task: list[tuple[Placed, Slab]]) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = mmap.mmap(-1, _BUFFER_NBYTES)
+        stream = _ImageStream(handle, task[0][0].offset + task[0][1].start, local.buffer)
+        for placed, slab in task:
+            data = raw_bytes(reader.read(placed.key, slab))
+            if digests:
+                passed[placed.key].add(slab.start, data)
+            stream.put_at(placed.offset + slab.start, data)
+        stream.flush()
+
+    run_threads(work, _tasks(tensors, reader), reader.num_threads)
+    return {key: found.crc32() for key, found in passed.items()}
+
+
+def run_threads(work: Callable[[T], None], tasks: Iterable[T], num_threads: int) -> None:
+    """Do ``work`` on each task in a few threads. After the first failure no further task is begun, and it is raised."""
+    failed = threading.Event()
+
+    def guarded(task: T) -> None:
         if failed.is_set():
             return
-        if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, _BUFFER_NBYTES + _PAGE_NBYTES)
         try:
-            stream = _ImageStream(handle, task[0][0].offset + task[0][1].start, local.buffer)
-            for placed, slab in task:
-                data = raw_bytes(reader.read(placed.key, slab))
-                if digests:
-                    passed[placed.key].add(slab.start, data)
-                stream.put_at(placed.offset + slab.start, data)
-            stream.flush()
+            work(task)
         except BaseException:
             failed.set()
             raise
 
-    with ThreadPoolExecutor(reader.num_threads, thread_name_prefix="milepost-convert") as pool:
-        for _ in pool.map(work, _tasks(tensors, reader)):
-            pass
-    return {key: found.crc32() for key, found in passed.items()}
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-convert") as pool:
+        try:
+            for _ in pool.map(guarded, tasks):
+                pass
+        except BaseException:  # an interrupt reaches only this thread
+            failed.set()
+            raise
 
 
 def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple[Placed, Slab]]]:

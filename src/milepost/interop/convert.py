@@ -1,0 +1,316 @@
+"""``convert``: weights from one program's files to another's, streaming, checked, and visible only when whole.
+
+::
+
+    source --names of the source -> ours--> our tensors --ours -> names of the target--> sink
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from milepost.errors import ConfigError, ConversionError
+from milepost.format.manifest import Manifest
+from milepost.interop.families import META, OWN, family_of
+from milepost.interop.hf.config import config_faults, make_config, with_dtype
+from milepost.interop.match import Match, match, repeated, tied_fault
+from milepost.interop.model_sizes import ModelArgs, model_args
+from milepost.interop.rules import Correspondence, Family, Recipe, correspond
+from milepost.interop.sinks import DEFAULT_SHARD_NBYTES, DcpSink, HfExtras, HfSink, Sink, TorchFileSink, assets_of
+from milepost.interop.source import Assembled, Readable, Source, as_bytes, total_nbytes
+from milepost.interop.sources import CONFIG_NAME, INDEX_NAME, open_weights, read_json, read_weight_map
+from milepost.interop.stream import DEFAULT_BUDGET_NBYTES, Slab, SlabReader, run_threads
+
+Target = Literal["dcp", "hf", "pt"]
+DTYPES = ("float32", "bfloat16", "float16")
+NAMES = ("milepost", "torchtitan-0.2", "torchtitan-0.3")
+"""The schemes of names that a DCP checkpoint can be written in."""
+
+
+class Progress(Protocol):
+    """Told of what goes on. ``advance`` is called from several threads, one at a time."""
+
+    def start(self, doing: str, total_nbytes: int) -> None:
+        """A stage begins."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many further bytes of the stage are done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What to make of the source.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+
+    to: Target
+    model: str | None = None
+    """``llama3`` or ``qwen3``; None: what the checkpoint says of itself."""
+    flavor: str | None = None
+    sizes: ModelArgs | None = None
+    """Sizes of a ``model`` that is none of the known flavors, in place of ``flavor``."""
+    dtype: str | None = None
+    """Cast every tensor to this; None keeps each one's."""
+    names: str = OWN
+    """Of a DCP target: ours, or those of a release of torchtitan."""
+    hf_assets: Path | None = None
+    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index."""
+    max_shard_nbytes: int | None = None
+    """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
+    verify: bool = False
+    """Read everything back, convert it the other way and compare, before it becomes visible."""
+    budget_nbytes: int = DEFAULT_BUDGET_NBYTES
+    """At most so many bytes of buffers."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.dtype is not None and self.dtype not in DTYPES:
+            problems.append(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        if self.names not in NAMES:
+            problems.append(f"--names {self.names}: choose one of {', '.join(NAMES)}")
+        if self.names != OWN and self.to != "dcp":
+            problems.append(f"--names {self.names} is for --to dcp only")
+        if self.to != "hf" and (self.hf_assets is not None or self.max_shard_nbytes is not None):
+            problems.append("--hf-assets and --max-shard-size are for --to hf only")
+        if self.hf_assets is not None and not self.hf_assets.is_dir():
+            problems.append(f"--hf-assets {self.hf_assets} is no folder")
+        if (self.model is None) != (self.flavor is None and self.sizes is None):
+            problems.append("--model and --flavor go together")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertReport:
+    """What a conversion did. ``checked_nbytes`` of the source were compared with recorded digests."""
+
+    path: str
+    model: str
+    flavor: str
+    source_kind: str
+    source_names: str
+    num_tensors: int
+    written_nbytes: int
+    checked_nbytes: int
+    verified: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    options: ConvertOptions,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert the weights at ``src`` to ``dst``, which must not exist yet, and appears only when it is whole.
+
+    Raises:
+        ConversionError: source, sizes and target do not fit; all faults at once, and nothing was written.
+        DigestMismatchError: bytes of the source are damaged; ``dst`` does not appear.
+        CheckpointDamagedError: files of the source are missing, truncated or malformed.
+        StorageError: reading or writing failed; ``dst`` does not appear.
+    """
+    started = time.monotonic()
+    weights = open_weights(src)
+    with weights.source as source:
+        name, flavor, args = _model(options, weights.manifest, source.path)
+        family = family_of(name, args)
+        notes = _check_config(source, weights.config, family, args)
+        found = match(source, family, args, source.path)
+        _check_vocabulary(weights.config, found, source.path)
+        plan = _plan(found, family, options)
+        sink = _make_sink(dst, options, plan, family, found.args, {"name": name, "flavor": flavor})
+        checked = _run(source, found, plan, sink, options, progress)
+    return ConvertReport(
+        path=sink.path,
+        model=name,
+        flavor=flavor,
+        source_kind=source.kind,
+        source_names=found.found.scheme.name,
+        num_tensors=len(plan.recipes),
+        written_nbytes=plan.written_nbytes,
+        checked_nbytes=checked,
+        verified=options.verify,
+        seconds=time.monotonic() - started,
+        notes=(*notes, *found.notes),
+    )
+
+
+def _model(options: ConvertOptions, manifest: Manifest | None, path: str) -> tuple[str, str, ModelArgs]:
+    """Name, flavor and sizes, from the options or from what the checkpoint says of itself."""
+    name, flavor = options.model, options.flavor
+    if name is not None and options.sizes is not None:
+        return name, flavor or "custom", options.sizes
+    if name is None or flavor is None:
+        said = manifest.extra.get("model") if manifest is not None else None
+        if not isinstance(said, Mapping) or not {"name", "flavor"} <= said.keys():
+            raise ConfigError(f"{path} does not say which model it is: give --model and --flavor")
+        name, flavor = str(said["name"]), str(said["flavor"])
+    return name, flavor, model_args(name, flavor)
+
+
+def _check_config(source: Source, config: Mapping[str, Any] | None, family: Family, args: ModelArgs) -> tuple[str, ...]:
+    """Refuse a Hugging Face source of another model, from its config alone; a note when there is none."""
+    if source.kind != "hf":
+        return ()
+    if config is None:
+        return (f"{source.path} has no {CONFIG_NAME}: RoPE and norm settings could not be checked",)
+    _raise_config_faults(config, family, args, f"{source.path}/{CONFIG_NAME}")
+    return ()
+
+
+def _raise_config_faults(config: Mapping[str, Any], family: Family, args: ModelArgs, path: str) -> None:
+    vocabulary = config.get("vocab_size")
+    if isinstance(vocabulary, int):
+        args = replace(args, vocab_size=vocabulary)  # checked against the weights, not against the flavor
+    faults = config_faults(config, family.name, args)
+    if faults:
+        raise ConversionError(
+            f"{path} is of another model than the flavor given:\n  " + "\n  ".join(faults), path=path, problems=faults
+        )
+
+
+def _check_vocabulary(config: Mapping[str, Any] | None, found: Match, path: str) -> None:
+    if config is not None and config.get("vocab_size") != found.args.vocab_size:
+        raise ConversionError(
+            f"{path}: {CONFIG_NAME} says vocab_size {config.get('vocab_size')}, the embedding has "
+            f"{found.args.vocab_size} rows",
+            path=path,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What will be written: ``content`` reads it, ``recipes`` say how, ``shared`` keys repeat others."""
+
+    target: Correspondence
+    content: Readable
+    recipes: Mapping[str, Recipe]
+    shared: Mapping[str, str]
+    written_nbytes: int
+
+
+def _plan(found: Match, family: Family, options: ConvertOptions) -> _Plan:
+    scheme = options.names
+    if options.to == "hf":
+        scheme = "hf"
+    elif options.to == "pt" and any(known.name == META for known in family.schemes):
+        scheme = META
+    target = correspond(family, family.scheme(scheme), found.args)
+    ours = Assembled(found.tensors, found.found.into_ours())
+    recipes = target.into_theirs()
+    content = Assembled(ours, recipes, options.dtype)
+    shared = repeated(recipes)
+    stored = [info for key, info in content.tensors.items() if options.to != "pt" or key not in shared]
+    return _Plan(target, content, recipes, shared, total_nbytes(stored))
+
+
+def _make_sink(
+    dst: str | os.PathLike[str],
+    options: ConvertOptions,
+    plan: _Plan,
+    family: Family,
+    args: ModelArgs,
+    model: Mapping[str, str],
+) -> Sink:
+    if options.to == "dcp":
+        return DcpSink(dst, {"model": dict(model)})
+    if options.to == "pt":
+        return TorchFileSink(dst)
+    dtype = _main_dtype(plan.content)
+    assets = options.hf_assets
+    config = read_json(assets / CONFIG_NAME) if assets is not None else None
+    if config is None:
+        config = make_config(family.name, args, dtype)
+    else:
+        _raise_config_faults(config, family, args, str(assets and assets / CONFIG_NAME))
+        config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
+    weight_map = {}
+    if assets is not None and options.max_shard_nbytes is None and (assets / INDEX_NAME).exists():
+        weight_map = read_weight_map(assets)
+    return HfSink(
+        dst,
+        HfExtras(
+            config=config,
+            files=assets_of(assets) if assets is not None else (),
+            weight_map=weight_map,
+            max_shard_nbytes=options.max_shard_nbytes or DEFAULT_SHARD_NBYTES,
+        ),
+    )
+
+
+def _main_dtype(content: Readable) -> str:
+    """The dtype that most of the bytes have."""
+    nbytes: dict[str, int] = {}
+    for info in content.tensors.values():
+        nbytes[info.dtype] = nbytes.get(info.dtype, 0) + total_nbytes([info])
+    return max(nbytes, key=lambda dtype: nbytes[dtype])
+
+
+def _run(
+    source: Source, found: Match, plan: _Plan, sink: Sink, options: ConvertOptions, progress: Progress | None
+) -> int:
+    """Write, check, verify, publish; on any failure take away what was written. Returns the bytes checked."""
+    advance = _stage(progress, "converting", plan.written_nbytes)
+    reader = SlabReader(plan.content, options.budget_nbytes, advance)
+    try:
+        fault = tied_fault(found)
+        if fault is not None:
+            raise ConversionError(f"{source.path}: {fault}", path=source.path)
+        sink.begin()
+        sink.write(reader, plan.shared)
+        checked = source.check_digests()
+        if options.verify:
+            with sink.reopen() as written:
+                verify(found, plan.target, written, options, progress)
+        sink.publish()
+    except BaseException:
+        sink.abort()
+        raise
+    return checked
+
+
+def _stage(progress: Progress | None, doing: str, total_nbytes: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    progress.start(doing, total_nbytes)
+    return progress.advance
+
+
+def verify(
+    found: Match, target: Correspondence, written: Source, options: ConvertOptions, progress: Progress | None = None
+) -> None:
+    """Convert ``written`` back to the names of the source and compare every byte, in the dtype that was written.
+
+    Raises:
+        ConversionError: naming the first tensor that differs.
+        DigestMismatchError: what was read back differs from what was written.
+    """
+    ours = Assembled(written, target.into_ours())
+    wanted = {key: recipe for key, recipe in found.found.into_theirs().items() if key in found.found.theirs}
+    back = Assembled(ours, wanted)
+    reader = SlabReader(back, options.budget_nbytes, _stage(progress, "verifying", total_nbytes(back.tensors.values())))
+
+    def compare(task: tuple[str, Slab]) -> None:
+        key, slab = task
+        values = reader.read(key, slab)
+        original = np.empty_like(values)
+        found.tensors.read_into(key, slab.box, original)
+        if not np.array_equal(as_bytes(values), as_bytes(original)):
+            raise ConversionError(
+                f"verification failed: {slab.box} of '{key}' in {written.path} does not convert back to the source",
+                path=written.path,
+            )
+
+    run_threads(compare, ((key, slab) for key in back.tensors for slab in reader.slabs(key)), reader.num_threads)
+    written.check_digests()
