@@ -129,24 +129,47 @@ def shard_pieces(
 ) -> tuple[Piece, ...]:
     """The pieces of a tensor of ``shape`` at ``coordinate`` of a mesh, for DTensor ``placements``.
 
-    Follows ``DTensor``'s order: mesh dims are applied from left to right, each to what the previous ones left
-    (``torch.chunk`` semantics: the last shards may be smaller or empty); a ``_StridedShard`` splits first by its
-    ``split_factor`` and then takes this rank's chunk of each part.
+    Each mesh dim cuts what the ones before it left (``torch.chunk`` semantics: the last shards may be smaller or
+    empty). The order is from left to right, but for a ``_StridedShard`` (FSDP over TP), whose ``split_factor`` says
+    that mesh dims to its right go first. This is how ``fully_shard`` cuts and ``full_tensor()`` puts together, for
+    uneven sizes too. A ``split_factor`` that no order explains splits, and takes this rank's chunk of each part.
     """
     intervals: list[list[Interval]] = [[(0, size)] for size in shape]
-    for num_chunks, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
-        if isinstance(placement, _StridedShard):
-            taken: list[Interval] = []
-            whole = intervals[placement.dim]
-            for part in range(split_factor := int(placement.split_factor)):
-                split = _chunk(whole, split_factor, part)
-                taken += _chunk(split, num_chunks, index)
-            intervals[placement.dim] = _merge(taken)
-        elif isinstance(placement, Shard):
-            intervals[placement.dim] = _chunk(intervals[placement.dim], num_chunks, index)
-        elif not isinstance(placement, Replicate):
-            raise TypeError(f"placement {placement!r} does not place a stored tensor")
+    for mesh_dim, dim, split_factor in _cuts(mesh_shape, placements):
+        whole = intervals[dim]
+        taken: list[Interval] = []
+        for part in range(split_factor):
+            taken += _chunk(_chunk(whole, split_factor, part), mesh_shape[mesh_dim], coordinate[mesh_dim])
+        intervals[dim] = _merge(taken)
     return tuple(_product(intervals))
+
+
+def _cuts(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> Iterator[tuple[int, int, int]]:
+    """The cuts in the order of their making: the mesh dim, the tensor's dim, and into how many parts it is split first.
+
+    The order is decoded as in ``DTensorSpec._maybe_convert_StridedShard_to_shard_order``: the mesh dims to the right
+    that go before a ``_StridedShard`` are those whose sizes multiply to its ``split_factor``.
+    """
+    orders: dict[int, list[int]] = {}
+    factors: dict[int, int] = {}
+    decoded = True
+    for mesh_dim in reversed(range(len(placements))):
+        placement = placements[mesh_dim]
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, (Shard, _StridedShard)):
+            raise TypeError(f"placement {placement!r} does not place a stored tensor")
+        factors[mesh_dim] = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        order = orders.setdefault(placement.dim, [])
+        product, position = 1, 0
+        while product != factors[mesh_dim] and position < len(order):
+            product *= mesh_shape[order[position]]
+            position += 1
+        decoded = decoded and product == factors[mesh_dim]
+        order.insert(position, mesh_dim)
+    for dim, order in sorted(orders.items()):
+        for mesh_dim in order if decoded else sorted(order):
+            yield mesh_dim, dim, 1 if decoded else factors[mesh_dim]
 
 
 def _chunk(intervals: Sequence[Interval], num_chunks: int, index: int) -> list[Interval]:
