@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from milepost.errors import MilepostError, SaveError
@@ -34,6 +35,9 @@ class Comm(Protocol):
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""
 
+    def union(self, flags: int) -> int:
+        """The bits that any rank has set in ``flags``, on every rank. Cheap enough for every training step."""
+
     def barrier(self) -> None:
         """Return when every rank has come here."""
 
@@ -53,6 +57,9 @@ class SingleProcess:
 
     def broadcast(self, value: T) -> T:
         return value
+
+    def union(self, flags: int) -> int:
+        return flags
 
     def barrier(self) -> None:
         return None
@@ -86,6 +93,11 @@ class ProcessGroupComm:
         box = [value]
         dist.broadcast_object_list(box, src=self._root, group=self._group)
         return box[0]
+
+    def union(self, flags: int) -> int:
+        bits = torch.tensor([flags], dtype=torch.int64)
+        dist.all_reduce(bits, op=dist.ReduceOp.BOR, group=self._group)
+        return int(bits.item())
 
     def barrier(self) -> None:
         dist.barrier(self._group)

@@ -39,8 +39,12 @@ class CheckpointConfig:
     """Whether to save and resume. A manager with ``enable = False`` does neither."""
     folder: str = "checkpoint"
     """Folder of the checkpoints, below the run's dump folder."""
-    interval: int = 500
-    """Save every so many steps."""
+    interval: int | Literal["auto"] = 500
+    """Save every so many steps; ``auto`` picks the time between saves from what one costs and ``mtbf_hours``."""
+    interval_seconds: float = 0.0
+    """Save also when so many seconds have passed since the last save; 0 is no such rule."""
+    mtbf_hours: float = 24.0
+    """Mean time between failures of the whole job, in hours, for ``interval = "auto"``."""
     initial_load_path: str = ""
     """A checkpoint to start from when the run's own folder holds no step. Empty: start from fresh weights."""
     initial_load_model_only: bool = True
@@ -77,8 +81,12 @@ class CheckpointConfig:
 
     def _problems(self) -> list[str]:
         found = []
-        if self.interval < 1:
-            found.append(f"checkpoint.interval must be at least 1, not {self.interval}")
+        if self.interval != "auto" and self.interval < 1:
+            found.append(f"checkpoint.interval must be at least 1, or auto, not {self.interval}")
+        if self.interval_seconds < 0:
+            found.append(f"checkpoint.interval_seconds must be 0 (no such rule) or more, not {self.interval_seconds:g}")
+        if self.mtbf_hours <= 0:
+            found.append(f"checkpoint.mtbf_hours must be above 0, not {self.mtbf_hours:g}")
         if self.keep_latest_k < 0:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
         if self.load_step < -1:

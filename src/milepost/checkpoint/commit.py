@@ -15,6 +15,7 @@ point, a scan shows the state before the save or the state after it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -25,7 +26,7 @@ from dataclasses import replace
 from milepost import catalog
 from milepost.catalog import ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
 from milepost.checkpoint.assemble import SaveInfo, assemble
-from milepost.checkpoint.owner import is_alive, parse_owner, this_process
+from milepost.checkpoint.owner import Owner, is_alive, parse_owner, this_process
 from milepost.checkpoint.signoff import SignOff
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError
 from milepost.format.dcp_writer import dump_metadata
@@ -296,20 +297,33 @@ def sweep_leftovers(storage: Storage, folder: str, *, now: float) -> list[str]:
     return swept
 
 
+def live_owners(storage: Storage, folder: str, *, now: float) -> list[Owner]:
+    """The processes that still work on saves in a run's folder, as far as their records tell."""
+    found = []
+    for entry in storage.list(folder):
+        if entry.name.startswith(ATTEMPT_PREFIX):
+            with contextlib.suppress(StorageError):  # the owner is removing it this moment
+                found += [owner for owner in _owners(storage, join(folder, entry.name)) if is_alive(owner, now)]
+    return found
+
+
 def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:
-    path = join(folder, attempt.name)
-    owners = []
-    for entry in storage.list(path):
-        if entry.name.startswith(OWNER_PREFIX):
-            try:
-                owners.append(parse_owner(storage.read(join(path, entry.name), 1 << 16), entry.name))
-            except FormatError:
-                continue  # torn by a crash
-            except StorageError:
-                return True  # in doubt: the owner may be removing it this moment
+    try:
+        owners = _owners(storage, join(folder, attempt.name))
+    except StorageError:
+        return True  # in doubt: the owner may be removing it this moment
     if not owners:
         return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
     return any(is_alive(owner, now) for owner in owners)
+
+
+def _owners(storage: Storage, attempt: str) -> list[Owner]:
+    owners = []
+    for entry in storage.list(attempt):
+        if entry.name.startswith(OWNER_PREFIX):
+            with contextlib.suppress(FormatError):  # torn by a crash
+                owners.append(parse_owner(storage.read(join(attempt, entry.name), 1 << 16), entry.name))
+    return owners
 
 
 def _settle(storage: Storage, folder: str, replaced: str, name: str) -> bool:

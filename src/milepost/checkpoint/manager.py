@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from typing import Any, TypeVar, cast
@@ -16,17 +17,21 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from milepost import catalog, retention
+from milepost import catalog
 from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.commit import sweep_leftovers
+from milepost.checkpoint.async_save import AsyncSaver, SaveHandle, log_wait
+from milepost.checkpoint.commit import live_owners, sweep_leftovers
+from milepost.checkpoint.events import EVENTS_NAME, SaveEvent, suspicion
+from milepost.checkpoint.job import Keep
 from milepost.checkpoint.load import LoadReport, load_from
 from milepost.checkpoint.resume import Choice, choose
 from milepost.checkpoint.save import Saver, SaveReport
-from milepost.checkpoint.schedule import reason_to_save
+from milepost.checkpoint.schedule import needs_clock, reason_by_clock, reason_to_save
+from milepost.checkpoint.signals import DUE, SAVE, STOP, SignalFlags
 from milepost.checkpoint.training_state import TrainingState
 from milepost.comm import Comm, default_comm, failure_on, raise_together
 from milepost.config import CheckpointConfig, part_of
-from milepost.errors import CheckpointDamagedError, StorageError
+from milepost.errors import CheckpointDamagedError, MilepostError, StorageError
 from milepost.format.manifest import Manifest
 from milepost.storage import open_storage
 from milepost.storage.base import join
@@ -34,6 +39,9 @@ from milepost.storage.base import join
 log = logging.getLogger("milepost")
 
 T = TypeVar("T")
+
+WRITERS_TIMEOUT_S = 120.0
+"""How long a run that starts waits for the writer processes of a run that died."""
 
 
 class CheckpointManager:
@@ -88,11 +96,24 @@ class CheckpointManager:
             rank=self._comm.rank,
         )
         self._layout = dict(layout or {})
-        self._saver = Saver(self._storage, self._comm)
+        self._saver = self._make_saver()
+        self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
+        self._contents: Mapping[str, str] = {}
+        self._events: list[SaveEvent] = []
+        self._signals = SignalFlags()
         self._blocked_s = 0.0
-        if self._config.enable and not self._config.load_only:
-            self._on_rank_0(lambda: sweep_leftovers(self._storage, self._folder, now=time.time()))
+        self._stall_s: float | None = None
+        self._last_save = time.monotonic()
+        if self._saver is not None:
+            self._on_rank_0(self._clear_leftovers)
+
+    def _make_saver(self) -> Saver | AsyncSaver | None:
+        if not self._config.enable or self._config.load_only:
+            return None
+        if self._config.async_mode == "disabled":
+            return Saver(self._storage, self._comm)
+        return AsyncSaver(self._storage, self._comm, self._config.async_mode)
 
     @property
     def blocked_s(self) -> float:
@@ -139,35 +160,141 @@ class CheckpointManager:
                 return report
 
     def save(self, step: int, *, last_step: bool = False) -> bool:
-        """Save if a checkpoint is due after ``step``; returns whether one was made.
+        """Save if a checkpoint is due after ``step``; returns whether one was begun.
 
-        The state of the previous step is untouched until the new one is committed; then ``keep_latest_k`` is applied.
+        It is due by ``interval``, by the clock (``interval_seconds``, ``interval = "auto"``), at the last step, or
+        because a rank got a signal (:meth:`listen_to_signals`). The steps before are untouched until the new one is
+        committed; then ``keep_latest_k`` is applied. When this returns, it is committed (``async_mode = "disabled"``),
+        or staged (``"async"``), or being staged (``"async_with_pinned_mem"``: see :meth:`maybe_wait_for_staging`).
+
+        Raises:
+            SaveError: this save failed, or the one before did in the background; on every rank.
         """
-        reason = reason_to_save(self._config, step, is_last=last_step)
+        if self._saver is None:
+            return False
+        reason = reason_to_save(self._config, step, is_last=last_step) or self._reason_to_save_now()
         if reason is None:
             return False
-        with self._blocked():
-            started = time.monotonic()
-            report = self._save(step, last_step=last_step)
-            self._on_rank_0(self._prune)
-            self._log_save(step, reason, report, time.monotonic() - started)
+        with self._blocked() as blocked:
+            pending = self._begin(step, reason, last_step=last_step)
+        self._stall_s = pending.stall_s = blocked.seconds
+        self._last_save = time.monotonic()
+        self._pending = pending
+        if pending.report is not None or self.stop_requested:
+            self._settle()
         return True
 
     def maybe_wait_for_staging(self) -> None:
-        """Return when the weights may be changed again. To be called before ``optimizer.step()``."""
+        """Return when the weights may be changed again. To be called before ``optimizer.step()``.
+
+        If staging failed, the save is lost and its error is raised, on every rank, by the next :meth:`save` or
+        :meth:`close`.
+        """
+        pending = self._pending
+        if pending is None or pending.handle is None or pending.is_staged:
+            return
+        with self._blocked() as blocked, contextlib.suppress(MilepostError):
+            pending.handle.staged()
+        pending.is_staged = True
+        pending.stall_s += blocked.seconds
+        self._stall_s = pending.stall_s
 
     def close(self) -> None:
-        """Finish what runs in the background, and raise its error if nothing else did."""
+        """Wait until the last save is committed (rank 0 logs how far it is), and let go of memory and processes.
 
-    def _save(self, step: int, *, last_step: bool) -> SaveReport:
-        model_only = self._config.create_seed_checkpoint or (last_step and self._config.last_save_model_only)
-        dtype = None
-        if model_only and not self._config.create_seed_checkpoint and self._config.export_dtype != "float32":
-            dtype = getattr(torch, self._config.export_dtype)
+        Raises:
+            SaveError: on every rank, if that save failed and nothing raised it before.
+        """
+        if self._saver is None:
+            return
+        with self._blocked():
+            if isinstance(self._saver, AsyncSaver):
+                self._saver.close()
+            self._settle()
+        self._saver = None
+        self._signals.restore()
+
+    def listen_to_signals(self) -> None:
+        """From now on SIGUSR1 on any rank saves at the next :meth:`save`, and SIGTERM does so and asks to stop.
+
+        Call it on the main thread of every rank. Ranks then exchange a number at every call of :meth:`save`.
+        """
+        if self._saver is not None:
+            self._signals.listen()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a rank got SIGTERM, as of the last :meth:`save`; then that save is committed already."""
+        return bool(self._signals.agreed & STOP)
+
+    def take_events(self) -> list[SaveEvent]:
+        """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
+        events, self._events = self._events, []
+        return events
+
+    def _reason_to_save_now(self) -> str | None:
+        """By the clock of rank 0, or a signal on any rank. Collective if any of these is in use."""
+        if not self._signals.listening and not needs_clock(self._config):
+            return None
+        by_clock = None
+        flags = self._signals.take()
+        if self._comm.rank == 0:
+            since = time.monotonic() - self._last_save
+            by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
+            flags |= DUE if by_clock is not None else 0
+        self._signals.agreed = agreed = self._comm.union(flags)
+        if agreed & STOP:
+            return "SIGTERM"
+        if agreed & SAVE:
+            return "SIGUSR1"
+        return (by_clock or "by the clock of rank 0") if agreed & DUE else None
+
+    def _begin(self, step: int, reason: str, *, last_step: bool) -> _Pending:
+        config = self._config
+        model_only = config.create_seed_checkpoint or (last_step and config.last_save_model_only)
+        is_export = model_only and not config.create_seed_checkpoint and config.export_dtype != "float32"
+        dtype = getattr(torch, config.export_dtype) if is_export else None
         wanted = ("model",) if model_only else self._state.present()
-        info = SaveInfo(step=step, kind="model" if model_only else "full", layout=self._layout)
+        kind = "model" if model_only else "full"
+        info = SaveInfo(step=step, kind=kind, layout=self._layout)
         target = join(self._folder, catalog.step_name(step))
-        return self._saver.save(target, lambda: self._state.state_dict(wanted), info, dtype=dtype)
+        keep = Keep(self._folder, config.keep_latest_k, dict(self._protected))
+        make_state = partial(self._state.state_dict, wanted)
+        if isinstance(self._saver, AsyncSaver):
+            try:
+                handle = self._saver.save(target, make_state, info, dtype=dtype, keep=keep)
+            finally:
+                self._settle()  # the save before has ended
+            return _Pending(step, reason, kind, handle=handle)
+        assert self._saver is not None
+        report = self._saver.save(target, make_state, info, dtype=dtype, keep=keep)
+        return _Pending(step, reason, kind, report=report)
+
+    def _settle(self) -> None:
+        """Wait for the pending save and tell of it on rank 0. Its error is the saver's to raise."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        report = pending.report
+        if pending.handle is not None:
+            log_wait(pending.handle, self._comm.rank)
+            with contextlib.suppress(MilepostError):
+                report = pending.handle.result()
+        if report is None or self._comm.rank != 0:
+            return
+        event = SaveEvent.of(
+            report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
+        )
+        self._events.append(event)
+        log.info("%s", event)
+        odd = suspicion(self._contents, report.contents)
+        if odd is not None:
+            log.warning("step %d: %s", pending.step, odd)
+        self._contents = report.contents
+        try:
+            self._storage.append(join(self._folder, EVENTS_NAME), event.line())
+        except StorageError as error:  # the checkpoint itself is safe
+            log.warning("the event could not be noted: %s", error)
 
     def _load(self, choice: Choice) -> LoadReport:
         if choice.step is None:
@@ -218,36 +345,34 @@ class CheckpointManager:
         except StorageError as error:  # it is passed over in this run all the same
             log.warning("the mark could not be left: %s", error)
 
-    def _prune(self) -> None:
-        decisions = retention.plan(
-            self._scan(), keep_latest_k=self._config.keep_latest_k, protected=self._protected, now=time.time()
-        )
-        try:
-            for name in retention.apply(self._storage, self._folder, decisions):
-                log.info("deleted %s: keep_latest_k = %d", name, self._config.keep_latest_k)
-        except StorageError as error:  # the save is committed; an old step that stays is no reason to stop training
-            log.warning("an old step could not be deleted: %s", error)
-
-    def _log_save(self, step: int, reason: str, report: SaveReport, seconds: float) -> None:
-        if self._comm.rank == 0:
-            log.info(
-                "saved step %d (%s) in %.2f s: plan %.2f, write %.2f, commit %.2f; rank 0 wrote %.1f MB",
-                step,
-                reason,
-                seconds,
-                report.plan_s,
-                report.write_s,
-                report.commit_s,
-                report.nbytes / 1e6,
-            )
+    def _clear_leftovers(self) -> None:
+        """Let the writers of a run that died finish what it had staged, then sweep what nobody will finish."""
+        deadline = time.monotonic() + WRITERS_TIMEOUT_S
+        told = False
+        while owners := live_owners(self._storage, self._folder, now=time.time()):
+            if not told:
+                told = True
+                log.info(
+                    "waiting up to %.0f s for %s to commit what an earlier run had staged",
+                    WRITERS_TIMEOUT_S,
+                    ", ".join(map(str, owners)),
+                )
+            if time.monotonic() > deadline:
+                log.warning("going on without it: %s still runs", owners[0])
+                break
+            time.sleep(0.05)
+        for name in sweep_leftovers(self._storage, self._folder, now=time.time()):
+            log.info("swept %s, left over by a run that died", name)
 
     @contextmanager
-    def _blocked(self) -> Iterator[None]:
+    def _blocked(self) -> Iterator[_Stopwatch]:
+        watch = _Stopwatch()
         started = time.monotonic()
         try:
-            yield
+            yield watch
         finally:
-            self._blocked_s += time.monotonic() - started
+            watch.seconds = time.monotonic() - started
+            self._blocked_s += watch.seconds
 
     def _on_rank_0(self, act: Callable[[], T]) -> T:
         """Do something on rank 0 alone and give its result, or its error, to every rank."""
@@ -261,3 +386,20 @@ class CheckpointManager:
         if failure is not None:
             raise failure
         return cast("T", result)
+
+
+class _Stopwatch:
+    seconds = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A save that was begun and not told of yet: with its report (written already) or its handle."""
+
+    step: int
+    reason: str
+    kind: str
+    report: SaveReport | None = None
+    handle: SaveHandle | None = None
+    is_staged: bool = False
+    stall_s: float = 0.0

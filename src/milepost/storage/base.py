@@ -148,6 +148,10 @@ class Storage(ABC):
         """Create a small file (it must not exist) with ``data``, synced."""
 
     @abstractmethod
+    def append(self, path: str, data: Bytes) -> None:
+        """Add to the end of a small file, made if absent; not synced. For logs, not for what a checkpoint needs."""
+
+    @abstractmethod
     def make_folder(self, path: str) -> None:
         """Create a folder and its parents, each synced into its parent; no error if it exists."""
 

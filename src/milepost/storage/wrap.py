@@ -94,6 +94,10 @@ class WrappedStorage(Storage):
             lambda: self.inner.write(path, view[: len(view) // 2]),
         )
 
+    def append(self, path: str, data: Bytes) -> None:
+        operation = Operation("append", path, nbytes=memoryview(data).nbytes)
+        self.around(operation, lambda: self.inner.append(path, data))
+
     def make_folder(self, path: str) -> None:
         self.around(Operation("make_folder", path), lambda: self.inner.make_folder(path))
 
