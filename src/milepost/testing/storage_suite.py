@@ -12,6 +12,7 @@ In the manner of zarr-python's ``zarr.testing.store``: one suite, a few lines fo
 
 from __future__ import annotations
 
+import array
 import itertools
 import mmap
 import threading
@@ -26,8 +27,7 @@ _MIB = 1 << 20
 
 def _pattern(nbytes: int) -> bytes:
     """Bytes that differ at every place where a wrong offset would be seen."""
-    block = b"".join(i.to_bytes(4, "little") for i in range(nbytes // 4 + 1))
-    return block[:nbytes]
+    return array.array("I", range(nbytes // 4 + 1)).tobytes()[:nbytes]
 
 
 class StorageSuite:
