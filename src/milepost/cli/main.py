@@ -29,6 +29,8 @@ class Command:
 COMMANDS = {
     "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run: state, age, size"),
     "verify": Command("milepost.cli.verify_cmd", "check that checkpoints are what was saved"),
+    "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
+    "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),
     "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and the leftovers of dead saves"),
 }
 
@@ -40,6 +42,7 @@ exit status:
   3    there is no such checkpoint
   5    a checkpoint is damaged
   7    the operating system refused an operation
+  8    a conversion can't be made: source, sizes and target do not fit
   130  interrupted with Ctrl-C
 """
 

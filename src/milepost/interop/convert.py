@@ -11,99 +11,25 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.manifest import Manifest
-from milepost.interop.families import META, OWN, family_of
+from milepost.interop.families import META, family_of
 from milepost.interop.hf.config import config_faults, make_config, with_dtype
 from milepost.interop.match import Match, match, repeated, tied_fault
 from milepost.interop.model_sizes import ModelArgs, model_args
+from milepost.interop.options import DEFAULT_SHARD_NBYTES, ConvertOptions, ConvertReport
 from milepost.interop.rules import Correspondence, Family, Recipe, correspond
-from milepost.interop.sinks import DEFAULT_SHARD_NBYTES, DcpSink, HfExtras, HfSink, Sink, TorchFileSink, assets_of
+from milepost.interop.sinks import DcpSink, HfExtras, HfSink, Sink, TorchFileSink, assets_of
 from milepost.interop.source import Assembled, Readable, Source, as_bytes, total_nbytes
 from milepost.interop.sources import CONFIG_NAME, INDEX_NAME, open_weights, read_json, read_weight_map
-from milepost.interop.stream import DEFAULT_BUDGET_NBYTES, Slab, SlabReader, run_threads
+from milepost.interop.stream import Slab, SlabReader, run_threads
 
-Target = Literal["dcp", "hf", "pt"]
-DTYPES = ("float32", "bfloat16", "float16")
-NAMES = ("milepost", "torchtitan-0.2", "torchtitan-0.3")
-"""The schemes of names that a DCP checkpoint can be written in."""
-
-
-class Progress(Protocol):
-    """Told of what goes on. ``advance`` is called from several threads, one at a time."""
-
-    def start(self, doing: str, total_nbytes: int) -> None:
-        """A stage begins."""
-
-    def advance(self, nbytes: int) -> None:
-        """So many further bytes of the stage are done."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertOptions:
-    """What to make of the source.
-
-    Raises:
-        ConfigError: options that contradict each other.
-    """
-
-    to: Target
-    model: str | None = None
-    """``llama3`` or ``qwen3``; None: what the checkpoint says of itself."""
-    flavor: str | None = None
-    sizes: ModelArgs | None = None
-    """Sizes of a ``model`` that is none of the known flavors, in place of ``flavor``."""
-    dtype: str | None = None
-    """Cast every tensor to this; None keeps each one's."""
-    names: str = OWN
-    """Of a DCP target: ours, or those of a release of torchtitan."""
-    hf_assets: Path | None = None
-    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index."""
-    max_shard_nbytes: int | None = None
-    """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
-    verify: bool = False
-    """Read everything back, convert it the other way and compare, before it becomes visible."""
-    budget_nbytes: int = DEFAULT_BUDGET_NBYTES
-    """At most so many bytes of buffers."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.dtype is not None and self.dtype not in DTYPES:
-            problems.append(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
-        if self.names not in NAMES:
-            problems.append(f"--names {self.names}: choose one of {', '.join(NAMES)}")
-        if self.names != OWN and self.to != "dcp":
-            problems.append(f"--names {self.names} is for --to dcp only")
-        if self.to != "hf" and (self.hf_assets is not None or self.max_shard_nbytes is not None):
-            problems.append("--hf-assets and --max-shard-size are for --to hf only")
-        if self.hf_assets is not None and not self.hf_assets.is_dir():
-            problems.append(f"--hf-assets {self.hf_assets} is no folder")
-        if (self.model is None) != (self.flavor is None and self.sizes is None):
-            problems.append("--model and --flavor go together")
-        if problems:
-            raise ConfigError(problems)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertReport:
-    """What a conversion did. ``checked_nbytes`` of the source were compared with recorded digests."""
-
-    path: str
-    model: str
-    flavor: str
-    source_kind: str
-    source_names: str
-    num_tensors: int
-    written_nbytes: int
-    checked_nbytes: int
-    verified: bool
-    seconds: float
-    notes: tuple[str, ...]
+Progress = Callable[[str, int, int], None]
+"""Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""
 
 
 def convert(
@@ -281,10 +207,17 @@ def _run(
 
 
 def _stage(progress: Progress | None, doing: str, total_nbytes: int) -> Callable[[int], None] | None:
+    """What a ``SlabReader`` tells of each slab, turned into progress. A reader calls it from one thread at a time."""
     if progress is None:
         return None
-    progress.start(doing, total_nbytes)
-    return progress.advance
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(doing, done, total_nbytes)
+
+    return advance
 
 
 def verify(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from milepost.interop.hf import llama3, qwen3, qwen3_moe
 from milepost.interop.model_sizes import ModelArgs
+from milepost.interop.options import OWN
 from milepost.interop.rules import Family
 from milepost.interop.torchtitan import own_scheme, torchtitan_schemes
 
-OWN = "milepost"
-"""The scheme of our own names."""
 META = "meta"
 """Our names as Meta's own files have them: the output projection is there even when it is tied."""
 

@@ -27,6 +27,7 @@ from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.torch_file import plan_torch_file
+from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.source import Source, TensorInfo, total_nbytes
 from milepost.interop.sources import (
     CONFIG_NAME,
@@ -41,7 +42,6 @@ from milepost.interop.stream import ContentBlocks, Placed, SlabReader, write_ima
 from milepost.storage import open_storage
 from milepost.storage.base import split
 
-DEFAULT_SHARD_NBYTES = 5_000_000_000
 _LARGE_NBYTES = 128 << 20
 _ASSETS = re.compile(
     r"(tokenizer.*|vocab.*|merges.*|special_tokens_map|added_tokens|chat_template.*|generation_config"

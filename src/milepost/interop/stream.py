@@ -22,7 +22,6 @@ from milepost.format.manifest import BLOCK_NBYTES
 from milepost.interop.source import Array, PassedBytes, Readable, array_dtype, as_bytes, raw_bytes
 from milepost.storage.base import WriteHandle
 
-DEFAULT_BUDGET_NBYTES = 256 << 20
 SLAB_NBYTES = 8 << 20
 TASK_NBYTES = 32 << 20
 _BUFFER_NBYTES = 8 << 20

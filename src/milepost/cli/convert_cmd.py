@@ -1,0 +1,140 @@
+"""``milepost convert``: weights between checkpoints, Hugging Face folders and ``.pt`` files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from milepost.cli.render import console, print_json, progress_bar
+from milepost.errors import ConfigError
+from milepost.interop.options import DTYPES, NAMES, ConvertOptions, ConvertReport
+from milepost.storage.base import format_nbytes
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost convert``."""
+    parser.description = (
+        "Convert weights. The source is recognised: a checkpoint folder of Milepost, torchtitan or stock DCP (of a\n"
+        "training checkpoint the model), a Hugging Face folder, a .pt/.pth or a .safetensors file. The destination\n"
+        "appears only when it is whole."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  milepost convert Llama-3.2-1B seed/step-0 --to dcp --model llama3 --flavor 1B\n"
+        "  milepost convert outputs/checkpoint/step-500 export --to hf --model llama3 --flavor 1B \\\n"
+        "      --hf-assets Llama-3.2-1B --dtype bfloat16 --verify\n"
+        "  milepost convert outputs/checkpoint/step-500 model.pt --to pt --model qwen3 --flavor 0.6B\n\n"
+        "exit status: 0, 2 wrong usage, 3 no such source, 5 the source is damaged, 7 no space and the like,\n"
+        "8 source, sizes and target do not fit\n"
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, a Hugging Face folder or a file")
+    parser.add_argument("destination", metavar="DST", help="a new folder, for --to pt a new file")
+    parser.add_argument("--to", choices=("dcp", "hf", "pt"), required=True, help="what to write")
+    add_conversion_arguments(parser)
+
+
+def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``convert`` and ``export`` have in common."""
+    parser.add_argument("--model", help="llama3 or qwen3; not needed if the checkpoint says so itself")
+    parser.add_argument("--flavor", help="the model's size, for instance 8B")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast to this dtype (default: leave every tensor's)")
+    parser.add_argument(
+        "--hf-assets",
+        type=Path,
+        metavar="DIR",
+        help="with --to hf: a Hugging Face folder that lends config, tokenizer files and the split into files",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="with --to hf: size of the files, such as 5GB (the default) or 512MiB"
+    )
+    parser.add_argument(
+        "--names", choices=NAMES, default=NAMES[0], help="with --to dcp: whose parameter names to write"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read the result back, convert it the other way and compare every tensor"
+    )
+    parser.add_argument(
+        "--memory", default="256MiB", metavar="SIZE", help="memory for buffers, whatever the model's size (256MiB)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print what was done."""
+    return run_conversion(args, args.source)
+
+
+def run_conversion(args: argparse.Namespace, source: str) -> int:
+    """Convert ``source`` as the options say and print the report."""
+    options = ConvertOptions(
+        to=args.to,
+        model=args.model,
+        flavor=args.flavor,
+        dtype=args.dtype,
+        names=args.names,
+        hf_assets=args.hf_assets,
+        max_shard_nbytes=parse_size("--max-shard-size", args.max_shard_size) if args.max_shard_size else None,
+        verify=args.verify,
+        budget_nbytes=parse_size("--memory", args.memory),
+    )
+    from milepost.interop.convert import convert  # with numpy and the engine, which --help can do without
+
+    with _bars() as progress:
+        report = convert(source, args.destination, options, progress)
+    if args.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        _print(report)
+    return 0
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of a size such as ``5GB``. Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip())
+    nbytes = int(float(match[1]) * _UNITS[(match[2] or "b").lower()]) if match else 0
+    if nbytes <= 0:
+        raise ConfigError(f"{option} {text}: give a size such as 5GB or 512MiB")
+    return nbytes
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """One progress bar for each stage."""
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Callable[[int, int], None]] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                stack.close()  # the bar of the stage before
+                shown[stage] = stack.enter_context(progress_bar(stage))
+            shown[stage](done, total)
+
+        yield progress
+
+
+def _print(report: ConvertReport) -> None:
+    out = console()
+    rate = f", {format_nbytes(int(report.written_nbytes / report.seconds))}/s" if report.seconds > 0.1 else ""
+    out.print(
+        f"{report.path}: {report.model} {report.flavor}, {report.num_tensors} tensors, "
+        f"{format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s{rate}",
+        markup=False,
+    )
+    if report.checked_nbytes:
+        out.print(f"  {format_nbytes(report.checked_nbytes)} of the source matched their digests")
+    if report.verified:
+        out.print("  verified: converted back, every tensor equals the source")
+    for note in report.notes:
+        out.print(f"  note: {note}", markup=False)

@@ -1,0 +1,83 @@
+"""What a conversion is asked for and what it reports. Light to import: command lines need it before they know more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from milepost.errors import ConfigError
+from milepost.interop.model_sizes import ModelArgs
+
+Target = Literal["dcp", "hf", "pt"]
+DTYPES = ("float32", "bfloat16", "float16")
+OWN = "milepost"
+"""The scheme of our own names."""
+NAMES = (OWN, "torchtitan-0.2", "torchtitan-0.3")
+"""The schemes of names that a DCP checkpoint can be written in."""
+
+
+DEFAULT_BUDGET_NBYTES = 256 << 20
+DEFAULT_SHARD_NBYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What to make of the source.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+
+    to: Target
+    model: str | None = None
+    """``llama3`` or ``qwen3``; None: what the checkpoint says of itself."""
+    flavor: str | None = None
+    sizes: ModelArgs | None = None
+    """Sizes of a ``model`` that is none of the known flavors, in place of ``flavor``."""
+    dtype: str | None = None
+    """Cast every tensor to this; None keeps each one's."""
+    names: str = OWN
+    """Of a DCP target: ours, or those of a release of torchtitan."""
+    hf_assets: Path | None = None
+    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index."""
+    max_shard_nbytes: int | None = None
+    """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
+    verify: bool = False
+    """Read everything back, convert it the other way and compare, before it becomes visible."""
+    budget_nbytes: int = DEFAULT_BUDGET_NBYTES
+    """At most so many bytes of buffers."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.dtype is not None and self.dtype not in DTYPES:
+            problems.append(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        if self.names not in NAMES:
+            problems.append(f"--names {self.names}: choose one of {', '.join(NAMES)}")
+        if self.names != OWN and self.to != "dcp":
+            problems.append(f"--names {self.names} is for --to dcp only")
+        if self.to != "hf" and (self.hf_assets is not None or self.max_shard_nbytes is not None):
+            problems.append("--hf-assets and --max-shard-size are for --to hf only")
+        if self.hf_assets is not None and not self.hf_assets.is_dir():
+            problems.append(f"--hf-assets {self.hf_assets} is no folder")
+        if (self.model is None) != (self.flavor is None and self.sizes is None):
+            problems.append("--model and --flavor go together")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertReport:
+    """What a conversion did. ``checked_nbytes`` of the source were compared with recorded digests."""
+
+    path: str
+    model: str
+    flavor: str
+    source_kind: str
+    source_names: str
+    num_tensors: int
+    written_nbytes: int
+    checked_nbytes: int
+    verified: bool
+    seconds: float
+    notes: tuple[str, ...]
