@@ -40,7 +40,7 @@ from milepost.format.zip_directory import (
 MAX_ENTRIES = 1 << 18
 _MAX_PICKLE_NBYTES = 256 << 20
 _MAX_DEPTH = 20
-_MAX_NODES = 1 << 20
+_MAX_NODES = 1 << 17
 _SMALL_COUNT = 3  # entries that `small_entries` makes
 _UTF8 = 0x0800
 _DOS_DATE = 0x0021  # 1980-01-01: files must not depend on the time
@@ -74,7 +74,7 @@ def _tensors_in(state: object) -> Iterator[tuple[str, Rebuild]]:
         path, node, depth = pending.pop()
         num_nodes += 1
         # One part may be named again and again: what it unfolds to is bounded, not only the pickle.
-        if num_nodes > _MAX_NODES or depth > _MAX_DEPTH:
+        if num_nodes + len(pending) > _MAX_NODES or depth > _MAX_DEPTH:
             raise FormatError(f"a state dict of more than {_MAX_NODES} parts or {_MAX_DEPTH} levels is not read")
         if isinstance(node, Rebuild):
             yield path, node
