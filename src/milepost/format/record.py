@@ -160,11 +160,8 @@ def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str 
     """The opcodes that push a contiguous tensor whose bytes are the record ``data/<storage>``."""
     entry = lookup(dtype)
     typed = entry.storage_class is not None
-    storage_class = f"torch\n{entry.storage_class}" if typed else "torch.storage\nUntypedStorage"
     count = numel if typed else numel * entry.itemsize
-    out = [b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % (2 if typed else 3)]
-    out += [str_opcodes("storage"), b"q\x01c", storage_class.encode(), b"\nq\x02"]
-    out += [str_opcodes(storage), b"q\x03", str_opcodes("cpu"), b"q\x04", int_opcodes(count), b"tq\x05QK\x00"]
+    out = [_storage_opcodes(entry.storage_class, storage), int_opcodes(count), b"tq\x05QK\x00"]
     memo = 6
     for values in (sizes, strides_of(sizes)):
         out.append(_tuple_opcodes(values))
@@ -180,6 +177,14 @@ def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str 
     return b"".join(out)
 
 
+@lru_cache(maxsize=256)
+def _storage_opcodes(storage_class: str | None, storage: str) -> bytes:
+    """What ``tensor_opcodes`` begins with, up to the storage's number of elements."""
+    version, named = (2, f"torch\n{storage_class}") if storage_class else (3, "torch.storage\nUntypedStorage")
+    out = [b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % version, str_opcodes("storage"), b"q\x01c", named.encode()]
+    return b"".join([*out, b"\nq\x02", str_opcodes(storage), b"q\x03", str_opcodes("cpu"), b"q\x04"])
+
+
 def _tuple_opcodes(values: tuple[int, ...]) -> bytes:
     items = b"".join(map(int_opcodes, values))
     if len(values) > 3:
@@ -187,17 +192,26 @@ def _tuple_opcodes(values: tuple[int, ...]) -> bytes:
     return items + (b")", b"\x85", b"\x86", b"\x87")[len(values)]
 
 
+def _small_entry(name: bytes, content: bytes) -> tuple[bytes, bytes, bytes]:
+    """Local header and content of an entry, its directory entry up to the offset that ends it, and its name."""
+    crc, size = crc32(content), len(content)
+    if size >= SATURATED:
+        raise TypeError(f"a value of {size} bytes is too large to store as a plain value")
+    fields = (_FLAG_UTF8, 0, 0, _DOS_DATE, crc, size, size, len(name), 0)
+    local = LOCAL_HEADER.pack(LOCAL_MAGIC, _VERSION, *fields) + name + content
+    central = CENTRAL_HEADER.pack(CENTRAL_MAGIC, _VERSION, _VERSION, *fields, 0, 0, 0, 0, 0)
+    return local, central[:-4], name
+
+
+_FIXED_ENTRIES = (_small_entry(b"archive/byteorder", b"little"), _small_entry(b"archive/version", b"3\n"))
+
+
 def small_entries(pickled: bytes) -> tuple[bytes, bytes]:
     """The three entries that every record begins with, and their part of the directory."""
     local, central = b"", b""
-    for name, content in ((b"data.pkl", pickled), (b"byteorder", b"little"), (b"version", b"3\n")):
-        name = b"archive/" + name
-        crc, size, header_offset = crc32(content), len(content), len(local)
-        if size >= SATURATED:
-            raise TypeError(f"a value of {size} bytes is too large to store as a plain value")
-        fields = (_FLAG_UTF8, 0, 0, _DOS_DATE, crc, size, size, len(name), 0)
-        local += LOCAL_HEADER.pack(LOCAL_MAGIC, _VERSION, *fields) + name + content
-        central += CENTRAL_HEADER.pack(CENTRAL_MAGIC, _VERSION, _VERSION, *fields, 0, 0, 0, 0, header_offset) + name
+    for entry, listed, name in (_small_entry(b"archive/data.pkl", pickled), *_FIXED_ENTRIES):
+        central += listed + len(local).to_bytes(4, "little") + name
+        local += entry
     return local, central
 
 

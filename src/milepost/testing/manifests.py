@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from milepost.format import record
 from milepost.format.box import Box
-from milepost.format.digest import Crcs, block_crcs, combine_blocks
+from milepost.format.digest import Crcs, block_crcs, combine_blocks, crc32
 from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
 
 
@@ -80,4 +80,4 @@ def _store_object(value: object, files: dict[str, bytearray]) -> ObjectEntry:
     content = files.setdefault("__0_0.distcp", bytearray())
     start, stored = len(content), record.object_record(value)
     content += stored
-    return ObjectEntry("__0_0.distcp", start, len(stored), record.crc32(stored))
+    return ObjectEntry("__0_0.distcp", start, len(stored), crc32(stored))
