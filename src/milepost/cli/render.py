@@ -25,10 +25,16 @@ PLAIN_PROGRESS_S = 10.0
 STATE_STYLES = {"committed": "green", "foreign": "cyan", "partial": "yellow", "damaged": "bold red"}
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to ``main``; rich would end the program with status 1."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output. Lines are not wrapped or cut when it is not a terminal."""
-    plain = Console(highlight=False, soft_wrap=True)
-    return plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=10_000)
+    out = _Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else _Console(highlight=False, soft_wrap=True, width=10_000)
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,282 @@
+"""The command line as a user meets it: what it prints, how it exits, and that it never shows a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from milepost import catalog
+from milepost.cli.main import COMMANDS, main
+from milepost.storage import LocalStorage
+from milepost.storage.base import format_nbytes
+from milepost.testing.sample import save_arrays
+
+NOW = 1_700_000_000.0
+
+
+@pytest.fixture
+def run(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    """A run with a step of each kind, in the working directory."""
+    monkeypatch.chdir(memory_path)
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    storage = LocalStorage(memory_path)
+    arrays = {"w": np.arange(3000, dtype="float32"), "b": np.zeros(10, "int8")}
+    for step, kind in ((100, "full"), (200, "full"), (300, "full"), (400, "model")):
+        save_arrays(
+            storage, f"run/step-{step}", arrays, kind=kind, num_ranks=2, now=NOW - 3600 * (500 - step) / 100, step=step
+        )
+    catalog.pin(storage, "run", 100)
+    return storage
+
+
+def size_of(storage: LocalStorage, step: int) -> str:
+    return format_nbytes(sum(entry.nbytes for entry in storage.list(f"run/step-{step}")))
+
+
+def spoil(storage: LocalStorage, path: str, offset: int) -> None:
+    with Path(storage.root, path).open("r+b") as handle:
+        handle.seek(offset)
+        byte = handle.read(1)[0]
+        handle.seek(offset)
+        handle.write(bytes([byte ^ 1]))
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+# ---- ls ----
+
+
+def test_ls_shows_each_step_with_its_state(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    run.remove("run/step-200/milepost.json")
+    run.remove("run/step-300/__0_0.distcp")
+    run.make_folder("run/step-500")
+    os.utime(f"{run.root}/run/step-200/.metadata", (NOW - 90, NOW - 90))
+    sizes = {step: size_of(run, step).rjust(8) for step in (100, 200, 300, 400)}
+    status, out, err = output(capsys, "ls", "run")
+    assert (status, err) == (0, "")
+    assert out == (
+        "STEP  STATE      HOLDS         AGE      SIZE  RANKS  NOTES\n"
+        f" 100  committed  full          4 h  {sizes[100]}      2  pinned\n"
+        f" 200  foreign    state  1 min 30 s  {sizes[200]}      -\n"
+        f" 300  damaged    full          2 h  {sizes[300]}      -  __0_0.distcp is missing\n"
+        f" 400  committed  model         1 h  {sizes[400]}      2\n"
+        " 500  partial    -               -   0 bytes      -  it was never committed: neither milepost.json nor "
+        ".metadata is there\n"
+    )
+
+
+def test_ls_finds_the_checkpoints_from_the_dump_folder_and_from_inside(
+    run: LocalStorage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = output(capsys, "ls", "run")[1]
+    run.make_folder("outputs")
+    run.rename("run", "outputs/checkpoint")
+    assert output(capsys, "ls", "outputs")[1] == expected
+    monkeypatch.chdir(f"{run.root}/outputs/checkpoint")
+    assert output(capsys, "ls")[1] == expected
+
+
+def test_ls_speaks_json(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = output(capsys, "ls", "run", "--json")
+    assert status == 0
+    listed = json.loads(out)
+    assert [(e["step"], e["state"], e["kind"], e["pinned"], e["world_size"]) for e in listed] == [
+        (100, "committed", "full", True, 2),
+        (200, "committed", "full", False, 2),
+        (300, "committed", "full", False, 2),
+        (400, "committed", "model", False, 2),
+    ]
+    assert listed[0]["created_s"] == NOW - 4 * 3600
+
+
+def test_ls_of_a_folder_without_steps_says_where_it_looked(
+    run: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = output(capsys, "ls", "nowhere")
+    assert (status, out) == (3, "")
+    assert err == "milepost: error: nowhere holds no step-<N> folder, and neither does nowhere/checkpoint\n"
+
+
+# ---- verify ----
+
+
+def test_verify_of_a_sound_checkpoint(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = output(capsys, "verify", "run/step-200")
+    assert status == 0
+    size = size_of(run, 200)
+    assert out.startswith(f"{run.root}/run/step-200: sound (level full, 4 items, {size} read in ")
+
+
+def test_verify_of_a_damaged_one_names_file_range_and_key(
+    run: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (_, shard) = catalog.read_manifest(run, "run/step-200").tensors["w"].shards
+    assert shard.data_offset is not None
+    spoil(run, "run/step-200/__1_0.distcp", shard.data_offset + 1000)
+    status, out, _ = output(capsys, "verify", "run/step-200")
+    assert status == 5
+    first, second = out.splitlines()
+    assert first.startswith(f"{run.root}/run/step-200: damaged: 1 problem (level full, 4 items")
+    where = f"{shard.data_offset}-{shard.data_offset + 6000}"
+    assert second == f"  __1_0.distcp bytes {where} (w): data changed after it was written"
+
+
+def test_verify_of_a_run_checks_every_step(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(run, "run/step-300/.metadata", 100)
+    status, out, _ = output(capsys, "verify", "run", "--level", "metadata", "--json")
+    assert status == 5
+    result = json.loads(out)
+    assert result["sound"] is False
+    assert [(r["path"].rpartition("/")[2], r["sound"]) for r in result["checkpoints"]] == [
+        ("step-100", True),
+        ("step-200", True),
+        ("step-300", False),
+        ("step-400", True),
+    ]
+    (problem,) = result["checkpoints"][2]["problems"]
+    assert (problem["file"], problem["key"]) == (".metadata", None)
+
+
+def test_verify_of_nothing(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = output(capsys, "verify", "run/step-999")
+    assert (status, out) == (3, "")
+    assert err == f"milepost: error: {run.root}/run/step-999 is no checkpoint: there is no such folder\n"
+
+
+# ---- prune ----
+
+
+def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    run.make_folder("run/.deleting-1")
+    rules = ("prune", "run", "--keep-latest", "1")
+    before = [entry.name for entry in run.list("run")]
+    status, dry, _ = output(capsys, *rules, "--dry-run")
+    assert status == 0
+    size = size_of(run, 200)
+    assert dry == (
+        "STEP      SIZE  DECISION  REASON\n"
+        f" 100  {size}  keep      it is pinned\n"
+        f" 200  {size}  delete    no rule keeps it\n"
+        f" 300  {size}  keep      it is the newest step to resume from\n"
+        f" 400  {size}  keep      it is the newest committed step\n"
+        f"would delete 1 step of 4, {size}\n"
+    )
+    assert [entry.name for entry in run.list("run")] == before
+    status, wet, _ = output(capsys, *rules)
+    assert status == 0
+    assert wet.splitlines()[:-1] == dry.splitlines()[:-1]
+    assert wet.splitlines()[-1] == f"deleted 1 step of 4, {size}; swept 1 leftovers of dead saves"
+    assert [entry.name for entry in run.list("run")] == [".pinned-step-100", "step-100", "step-300", "step-400"]
+
+
+def test_prune_by_multiples_and_age(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = output(capsys, "prune", "run", "--keep-latest", "1", "--keep-within", "3h", "--json")
+    result = json.loads(out)
+    assert [(s["step"], s["keep"]) for s in result["steps"]] == [(100, True), (200, True), (300, True), (400, True)]
+    _, out, _ = output(capsys, "prune", "run", "--keep-latest", "1", "--keep-every", "150", "--json")
+    result = json.loads(out)
+    assert [(s["step"], s["keep"]) for s in result["steps"]] == [(100, True), (200, False), (300, True), (400, True)]
+    assert result["freed_nbytes"] > 12_000
+
+
+def test_prune_tells_all_that_is_wrong_with_its_options_at_once(
+    run: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("prune", "run", "--keep-latest", "0", "--keep-every", "-1", "--keep-within", "2 days")
+    status, out, err = output(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err == (
+        "milepost: error: 3 problems:\n"
+        "  - --keep-latest must be at least 1, not 0\n"
+        "  - --keep-every must be 0 (no such rule) or more, not -1\n"
+        "  - --keep-within 2 days is no time span: write 90min, 12h, 2d or 1w\n"
+    )
+
+
+# ---- the program as a whole ----
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_examples_and_exit_statuses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"milepost {command}" in out.partition("examples:")[2]
+    assert "exit status:" in out
+
+
+def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert name in out
+        assert command.summary.split(":")[0] in out
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["ls", "--no-such-option"], ["verify"], ["prune", "x"]])
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: milepost" in capsys.readouterr().err
+
+
+def test_an_address_that_is_not_supported_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = output(capsys, "verify", "s3://bucket/run")
+    assert status == 2
+    assert "s3:// is not supported yet" in err
+
+
+def test_ctrl_c_exits_with_130(
+    run: LocalStorage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalog, "scan", interrupted)
+    assert output(capsys, "ls", "run") == (130, "", "milepost: interrupted\n")
+
+
+def test_a_reader_that_goes_away_is_no_crash(run: LocalStorage) -> None:
+    """``milepost ls | head -0``."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "milepost.cli.main", "ls", "run"],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_output_that_is_not_for_a_terminal_has_no_colours_and_whole_lines(run: LocalStorage) -> None:
+    long = run.root + "/" + "x" * 150
+    os.rename(f"{run.root}/run", long)
+    done = subprocess.run(
+        [sys.executable, "-m", "milepost.cli.main", "verify", f"{long}/step-200"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "40"},
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert len(done.stdout.splitlines()) == 1
