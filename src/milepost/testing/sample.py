@@ -12,7 +12,7 @@ from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.commit import begin_attempt, data_folder, new_save_id, publish
 from milepost.checkpoint.plan import LocalLayout, TensorSpec, WriteItem, plan_save
 from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.checkpoint.writer import write_file
+from milepost.checkpoint.writer import WrittenFile, write_file
 from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Manifest
@@ -27,7 +27,8 @@ class _Arrays:
 
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
         region = tuple(slice(start, stop) for start, stop in zip(item.box.offsets, item.box.stops, strict=True))
-        data = memoryview(np.ascontiguousarray(self.arrays[item.key][region]).reshape(-1).view(np.uint8))
+        flat = np.ascontiguousarray(self.arrays[item.key][region]).reshape(-1).view(np.uint8)
+        data = memoryview(flat.data)
         for start in range(0, len(data), BLOCK_NBYTES):
             yield data[start : start + BLOCK_NBYTES]
 
@@ -58,7 +59,7 @@ def save_arrays(
     save_id = new_save_id()
     attempt = begin_attempt(storage, path, save_id)
     for rank, plan in enumerate(plan_save(layouts)):
-        files = ()
+        files: tuple[WrittenFile, ...] = ()
         if not plan.is_empty:
             files = (write_file(storage, data_folder(attempt), plan, _Arrays(arrays), stored, num_threads=1),)
         storage.sync_folder(data_folder(attempt))
