@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from milepost.checkpoint.async_save import SaveHandle, async_save
     from milepost.checkpoint.load import LoadReport, load
     from milepost.checkpoint.manager import CheckpointManager
     from milepost.checkpoint.save import SaveReport, save
@@ -36,6 +37,8 @@ _HOMES = {
     "CheckpointConfig": "milepost.config",
     "CheckpointManager": "milepost.checkpoint.manager",
     "LoadReport": "milepost.checkpoint.load",
+    "SaveHandle": "milepost.checkpoint.async_save",
+    "async_save": "milepost.checkpoint.async_save",
     "SaveReport": "milepost.checkpoint.save",
     "StorageReader": "milepost.interop.dcp_plugin",
     "StorageWriter": "milepost.interop.dcp_plugin",
@@ -61,6 +64,8 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "CheckpointConfig",
     "save",
     "SaveReport",
+    "async_save",
+    "SaveHandle",
     "load",
     "LoadReport",
     "verify",

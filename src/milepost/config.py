@@ -64,7 +64,7 @@ class CheckpointConfig:
     load_step: int = -1
     """Resume from this step; -1 means the newest committed one."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """Parts to leave as freshly built, of model, optimizer, lr_scheduler, dataloader (or data_loader), train_state, rng."""
+    """Parts to leave as freshly built: of model, optimizer, lr_scheduler, dataloader, train_state, rng."""
     enable_first_step_checkpoint: bool = False
     """Also save after the first step: shows early that saving works."""
     create_seed_checkpoint: bool = False

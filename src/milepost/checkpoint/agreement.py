@@ -13,7 +13,7 @@ from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.job import Keep, SaveJob
 from milepost.checkpoint.layout import stored_as
 from milepost.checkpoint.plan import LocalLayout, WritePlan, plan_save
-from milepost.checkpoint.state import FlatState, Path, encode_object, flatten, unwrap_stateful
+from milepost.checkpoint.state import EMPTY_MAPPINGS, FlatState, Path, encode_object, flatten, unwrap_stateful
 from milepost.comm import Comm, failure_on, merge_failures
 from milepost.errors import MilepostError
 from milepost.storage.base import Storage
@@ -94,7 +94,7 @@ class Agreement:
             SaveError, PlanError, ConfigError, StorageError: on every rank, if any rank brought or met an error.
         """
         layout = prepared.flat.layout()
-        fingerprint = layout.fingerprint()
+        fingerprint = layout.fingerprint(prepared.flat.paths)
         known = self._plan is not None and fingerprint == self._fingerprint
         if known or prepared.error is not None:
             offer = _Offer(None, None, prepared.error)
@@ -117,7 +117,7 @@ class Agreement:
             rank=self._comm.rank,
             world_size=self._comm.world_size,
             plan=self._plan,
-            info=self._with_paths(info) if is_first else None,
+            info=self._with_structure(info, prepared.flat) if is_first else None,
             keep=keep if is_first else None,
             timeout_s=self._timeout_s,
         )
@@ -150,8 +150,10 @@ class Agreement:
                 self._layouts[rank] = offer.layout
                 self._paths[rank] = offer.paths
 
-    def _with_paths(self, info: SaveInfo) -> SaveInfo:
+    def _with_structure(self, info: SaveInfo, flat: FlatState) -> SaveInfo:
         paths: dict[str, Path] = {}
         for found in self._paths:
             paths.update(found)
-        return replace(info, paths=paths, producer={"torch": torch.__version__})
+        # `str`: a TorchVersion would make the writer process import torch to unpickle it.
+        extra = {**info.extra, EMPTY_MAPPINGS: flat.empty} if flat.empty else info.extra
+        return replace(info, paths=paths, extra=extra, producer={"torch": str(torch.__version__)})

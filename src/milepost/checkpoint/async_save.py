@@ -24,9 +24,9 @@ from milepost.checkpoint.background import InProcess, InThread
 from milepost.checkpoint.job import Keep, SaveJob, sign_off_failure
 from milepost.checkpoint.layout import TensorLeaf
 from milepost.checkpoint.plan import WritePlan
-from milepost.checkpoint.save import TIMEOUT_S, SaveReport
+from milepost.checkpoint.save import TIMEOUT_S, SaveReport, save_failure
 from milepost.checkpoint.stage import Staging, pin, unpin
-from milepost.comm import Comm, default_comm, failure_on, raise_together
+from milepost.comm import Comm, default_comm, raise_together
 from milepost.errors import MilepostError, StorageError
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
@@ -139,9 +139,10 @@ class AsyncSaver:
         task = _Task(self._storage, self._runner, self._arena, job, prepared.objects, handle)
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
         task.attach(prepared.flat.tensors, self._fit_arena)
+        plan_s = time.monotonic() - started
         if self._mode == "async":
             task.stage()
-        self._thread.submit(task.run, plan_s=time.monotonic() - started, reused=reused)
+        self._thread.submit(task.run, plan_s=plan_s, reused=reused)
         return handle
 
     def _fit_arena(self, plan: WritePlan) -> memoryview:
@@ -182,9 +183,7 @@ class AsyncSaver:
         if not self._current.done():
             log_wait(self._current, self._comm.rank)
         error = self._current._committed.exception()
-        if error is None:
-            return None
-        return failure_on(self._comm.rank, error) if isinstance(error, Exception) else None
+        return save_failure(self._comm.rank, error) if error is not None else None
 
     def _forget_failed(self) -> None:
         """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
@@ -260,7 +259,7 @@ class _Task:
         )
 
     def _fail(self, error: Exception) -> None:
-        told = failure_on(self._job.rank, error)
+        told = save_failure(self._job.rank, error)
         self._tell_others(told)
         if not self._handle._staged.done():
             self._handle._staged.set_exception(told)

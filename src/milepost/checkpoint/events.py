@@ -56,7 +56,8 @@ class SaveEvent:
         rate = self.nbytes / self.write_s / 1e6 if self.write_s else 0.0
         return (
             f"saved step {self.step} ({self.reason}, {self.kind}): training stood {self.stall_s:.3f} s; "
-            f"plan {self.plan_s:.3f}, stage {self.stage_s:.3f}, write {self.write_s:.3f}, commit {self.commit_s:.3f} s; "
+            f"plan {self.plan_s:.3f}, stage {self.stage_s:.3f}, write {self.write_s:.3f}, commit "
+            f"{self.commit_s:.3f} s; "
             f"rank 0 wrote {self.nbytes / 1e6:.1f} MB ({rate:.0f} MB/s)"
         )
 

@@ -21,8 +21,8 @@ from milepost.checkpoint.agreement import Agreement
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.job import JobResult, Keep, SaveJob, run_job
 from milepost.checkpoint.stage import TensorBlocks
-from milepost.comm import Comm, default_comm, failure_on, raise_together
-from milepost.errors import MilepostError
+from milepost.comm import Comm, default_comm, raise_together
+from milepost.errors import MilepostError, SaveError
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
 
@@ -72,6 +72,19 @@ def save(
     )
 
 
+def save_failure(rank: int, cause: BaseException) -> SaveError:
+    """Whatever made a save fail on ``rank``, as the SaveError that is raised on every rank."""
+    if isinstance(cause, SaveError):
+        failure = cause
+    else:
+        text = cause.message if isinstance(cause, MilepostError) else f"{type(cause).__name__}: {cause}"
+        failure = SaveError(text, path=getattr(cause, "path", None), key=getattr(cause, "key", None))
+        failure.__cause__ = cause
+    if failure.rank is None:
+        failure.rank = rank
+    return failure
+
+
 class Saver:
     """Saves state dicts again and again, each written before :meth:`save` returns."""
 
@@ -115,7 +128,7 @@ class Saver:
         try:
             result = run_job(self._storage, job, source, objects)
         except Exception as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
-            failure = failure_on(self._comm.rank, cause)
+            failure = save_failure(self._comm.rank, cause)
         try:
             raise_together(self._comm, failure)
         except MilepostError:

@@ -98,8 +98,7 @@ class StorageWriter(DcpStorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        if self._attempt is not None:  # the previous save failed on some rank
-            commit.abort_attempt(self._storage, self._attempt.path)
+        self._give_up()  # if the previous save failed on some rank
         save_id = commit.new_save_id()
         path = commit.begin_attempt(self._storage, self._target, save_id)
         attempts = [_Attempt(path, save_id, rank, len(plans)) for rank in range(len(plans))]
@@ -107,6 +106,12 @@ class StorageWriter(DcpStorageWriter):
         return [replace(plan, storage_data=attempt) for plan, attempt in zip(plans, attempts, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if getattr(planner, "_enable_plan_caching", False):
+            self._give_up()
+            raise SaveError(
+                "milepost.StorageWriter needs a planner without enable_plan_caching=True: a cached plan leads to the "
+                "folder of an older save"
+            )
         attempt: _Attempt = plan.storage_data
         resolved = {_item_key(item): item for item in plan.items if item.type != WriteItemType.BYTE_IO}
         objects = {
@@ -147,11 +152,16 @@ class StorageWriter(DcpStorageWriter):
         info = SaveInfo(
             step=catalog.step_of(self._target),
             kind="state",
-            producer={"torch": torch.__version__},
+            producer={"torch": str(torch.__version__)},
             paths=metadata.planner_data or {},
         )
         commit.publish(self._storage, attempt.path, self._target, signed, info, now=time.time())
         self._attempt = None
+
+    def _give_up(self) -> None:
+        if self._attempt is not None:
+            commit.abort_attempt(self._storage, self._attempt.path)
+            self._attempt = None
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
