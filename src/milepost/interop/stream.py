@@ -46,7 +46,7 @@ class Slab:
 
 
 def cut_into_slabs(shape: Sequence[int], element_nbytes: int, unit_rows: int = 1) -> Iterator[Slab]:
-    """Cut a tensor into slabs of at most ``SLAB_NBYTES``, in order.
+    """Cut a tensor into slabs of at most ``SLAB_NBYTES``, in order; none is larger than the first.
 
     ``unit_rows`` rows (of the last dim but one) are never separated, even where they are more than that.
     """
@@ -97,7 +97,8 @@ class SlabReader:
         return cut_into_slabs(info.shape, itemsize(info.dtype), self.content.unit_rows(key))
 
     def _largest(self, key: str) -> int:
-        return max((slab.nbytes for slab in self.slabs(key)), default=0)
+        first = next(self.slabs(key), None)
+        return 0 if first is None else first.nbytes
 
     def read(self, key: str, slab: Slab) -> Array:
         """The elements of a slab, contiguous; valid until this thread reads the next one."""
