@@ -139,6 +139,14 @@ def test_resumed_on_any_number_of_ranks_it_sees_the_same_samples_and_losses(runs
             assert loss == pytest.approx(runs.whole[0].losses[step], abs=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_saving_in_the_background_changes_nothing(runs: Runs, mode: str, tmp_path: Path):
+    records = run_world(train_rank, 2, configure(tmp_path, 2, "--checkpoint.async_mode", mode))
+    assert [r.losses for r in records] == [r.losses for r in runs.whole]
+    assert [r.state_digest for r in records] == [r.state_digest for r in runs.whole]
+    assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*")) == ["step-10", "step-5"]
+
+
 def test_training_learns(runs: Runs):
     losses = runs.whole[0].losses
     assert losses[1] > 5.4

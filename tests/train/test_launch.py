@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def stop_at(run: subprocess.Popen[str], line_part: str, number: signal.Signals) 
 
 
 def test_stopped_by_hand_and_by_the_system_it_ends_cleanly_and_goes_on(tmp_path: Path):
-    """Ctrl-C, the same command again, then what a cluster sends before it takes the machine away."""
+    """Ctrl-C, the same command again, then what a cluster sends before it takes the machine."""
     run = start(tmp_path, *SMALL)
     out = stop_at(run, "step 4/", signal.SIGINT)
     assert run.returncode == 130, out
@@ -62,7 +63,8 @@ def test_stopped_by_hand_and_by_the_system_it_ends_cleanly_and_goes_on(tmp_path:
     assert "resumed from" in out
     assert "3 steps are done" in out
     assert "step 3/" not in out
-    assert out.count("stopped by SIGTERM") == 1
+    assert out.count("stopped by SIGTERM after step") == 1
+    assert re.search(r"saved step \d+ \(SIGTERM", out)
     assert "Traceback" not in out
 
 

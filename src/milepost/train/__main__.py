@@ -23,10 +23,10 @@ def main() -> None:
     try:
         from milepost.train.loop import train
 
-        train(config)
+        status = train(config)
     except Exception as error:  # noqa: BLE001 - the top of a process: everything is told and ends it
         leave_with(error)
-    leave(0)
+    leave(status)
 
 
 if __name__ == "__main__":

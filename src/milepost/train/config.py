@@ -161,5 +161,5 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-NOT_SUPPORTED_YET = ("checkpoint.async_mode", "checkpoint.initial_load_in_hf", "checkpoint.last_save_in_hf")
+NOT_SUPPORTED_YET = ("checkpoint.initial_load_in_hf", "checkpoint.last_save_in_hf")
 """Options that are known but not built: any value but the default is refused."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,15 +34,16 @@ from milepost.train.tokenizer import Tokenizer, build_tokenizer
 log = logging.getLogger("milepost.train")
 
 
-def train(config: TrainConfig) -> None:
-    """Run the whole job on this rank: join the process group, train, leave it."""
+def train(config: TrainConfig) -> int:
+    """Run the whole job on this rank: join the process group, train, leave it. Returns the exit status."""
     device_type = "cuda" if torch.cuda.is_available() and not config.checkpoint.create_seed_checkpoint else "cpu"
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     join_process_group(device_type)
-    Trainer(config, device_type).run()
+    status = Trainer(config, device_type).run()
     dist.barrier()
     dist.destroy_process_group()
+    return status
 
 
 def join_process_group(device_type: str) -> None:
@@ -112,28 +114,37 @@ class Trainer:
             writes_tensorboard=dist.get_rank() == 0,
         )
 
-    def run(self) -> None:
-        """Train from where the newest checkpoint is to the last step; or only write the seed checkpoint."""
+    def run(self) -> int:
+        """Train from where the newest checkpoint is to the last step; or only write the seed checkpoint.
+
+        Returns the exit status: 0, or 143 if SIGTERM came before the last step (the state is saved then).
+        """
         if self.config.checkpoint.create_seed_checkpoint:
             self._save_seed()
         elif not self._is_finished():
             self._resume()
             self._train()
         self.checkpoints.close()
+        self.meter.log_saves(self.checkpoints.take_events())
         self.meter.close()
+        if self.checkpoints.stop_requested and self.state.step < self.config.training.steps:
+            log.info(f"stopped by SIGTERM after step {self.state.step}; the same command goes on from there")
+            return 128 + signal.SIGTERM
+        return 0
 
     def _train(self) -> None:
         num_steps = self.config.training.steps
         self.model.train()
         self.meter.start(step=self.state.step, blocked_s=self.checkpoints.blocked_s)
-        while self.state.step < num_steps:
+        self.checkpoints.listen_to_signals()
+        while self.state.step < num_steps and not self.checkpoints.stop_requested:
             figures = self.train_step()
-            if figures is not None:
-                self.meter.log(figures, blocked_s=self.checkpoints.blocked_s)
+            self.meter.log(figures, blocked_s=self.checkpoints.blocked_s)
             self.checkpoints.save(self.state.step, last_step=self.state.step == num_steps)
+            self.meter.log_saves(self.checkpoints.take_events())
 
-    def train_step(self) -> StepFigures | None:
-        """One optimizer step over one global batch. Its figures, if this step is one that is told."""
+    def train_step(self) -> StepFigures:
+        """One optimizer step over one global batch."""
         loss_share = torch.zeros((), device=self.device)
         for tokens, labels in self.data.next_batch():  # (local_batch, seq) each
             loss_share += self.model.forward_backward(
@@ -148,15 +159,8 @@ class Trainer:
         self.lr_schedule.step()
         self.state.step += 1
         self.state.ntokens_seen += self.tokens_per_step
-        if not self._is_told(self.state.step):
-            return None
         self.state.loss = self.model.reduce_loss(loss_share)
         return StepFigures(step=self.state.step, loss=self.state.loss, grad_norm=grad_norm.item(), lr=lr)
-
-    def _is_told(self, step: int) -> bool:
-        """Whether the loss of ``step`` is asked for, by a log line or a checkpoint. On a GPU asking costs a wait."""
-        checkpoint = self.config.checkpoint
-        return self.meter.is_due(step) or (checkpoint.enable and step % checkpoint.interval == 0)
 
     # Resuming, and what stands in its place.
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from milepost.checkpoint.events import SaveEvent
 from milepost.train.config import MetricsConfig
 
 log = logging.getLogger("milepost.train")
+
+_SAVE_SECONDS = ("stall_s", "plan_s", "stage_s", "write_s", "commit_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,34 +56,49 @@ class Meter:
             # What an earlier run wrote after the step resumed from did not happen in this one.
             self._writer = SummaryWriter(str(self._tb_folder), purge_step=step + 1)
 
-    def is_due(self, step: int) -> bool:
-        return step == 1 or step == self._num_steps or step % self._config.log_freq == 0
-
     def log(self, figures: StepFigures, *, blocked_s: float) -> None:
-        """Log the figures of a step. ``blocked_s`` is the running total of seconds taken by checkpoints."""
+        """Log the figures of a step, if it is one to be told.
+
+        ``blocked_s`` is the running total of seconds taken by checkpoints.
+        """
+        step = figures.step
+        if not (step == 1 or step == self._num_steps or step % self._config.log_freq == 0):
+            return
         elapsed_s = time.perf_counter() - self._since_s
         blocked_since_s = blocked_s - self._since_blocked_s
         training_s = max(elapsed_s - blocked_since_s, 1e-9)
-        tokens_per_s = (figures.step - self._since_step) * self._tokens_per_step / training_s
+        tokens_per_s = (step - self._since_step) * self._tokens_per_step / training_s
         memory_gib = peak_memory_bytes() / 2**30
         log.info(
-            f"step {figures.step}/{self._num_steps}  loss {figures.loss:.4f}  grad_norm {figures.grad_norm:.3f}  "
+            f"step {step}/{self._num_steps}  loss {figures.loss:.4f}  grad_norm {figures.grad_norm:.3f}  "
             f"lr {figures.lr:.2e}  tokens/s {tokens_per_s:,.0f}  memory {memory_gib:.2f} GiB  "
             f"blocked by checkpoints {blocked_since_s:.2f} s"
         )
-        if self._writer is not None:
-            values = {
+        self._write(
+            step,
+            {
                 "loss": figures.loss,
                 "grad_norm": figures.grad_norm,
                 "lr": figures.lr,
                 "tokens_per_s": tokens_per_s,
                 "memory_gib": memory_gib,
-                "blocked_by_checkpoints_s": blocked_since_s,
-            }
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, figures.step)
-            self._writer.flush()
-        self.start(step=figures.step, blocked_s=blocked_s)
+                "checkpoint/blocked_s": blocked_since_s,
+            },
+        )
+        self.start(step=step, blocked_s=blocked_s)
+
+    def log_saves(self, events: Sequence[SaveEvent]) -> None:
+        """Write what committed saves took for TensorBoard. The manager has logged it already."""
+        for event in events:
+            seconds = {f"checkpoint/{name}": getattr(event, name) for name in _SAVE_SECONDS}
+            self._write(event.step, {**seconds, "checkpoint/nbytes": event.nbytes})
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:

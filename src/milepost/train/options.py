@@ -6,6 +6,7 @@ and line, and would apply other rules to a flag than to the same option in TOML.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -15,7 +16,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn, Union, cast
 
 from milepost.errors import ConfigError
 from milepost.train.checks import find_problems
@@ -198,53 +199,52 @@ def _did_you_mean(option: str, prefix: str) -> str:
 
 def from_flag(text: str, hint: Any) -> object:
     """The value that ``text`` spells in the type ``hint``. Raises ValueError saying what it must be."""
-    hint = _without_none(hint)
-    if typing.get_origin(hint) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if typing.get_origin(hint) is Literal and text in typing.get_args(hint):
-        return text
-    if hint is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if hint in (int, float, str):
-        try:
-            return hint(text)
-        except ValueError:
-            pass
+    for choice in _choices(hint):
+        if isinstance(choice, str) and text == choice:
+            return text
+        if typing.get_origin(choice) is tuple:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        if choice is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if choice in (int, float, str):
+            with contextlib.suppress(ValueError):
+                return cast(Any, choice)(text)
     raise ValueError(describe(hint))
 
 
 def from_toml(value: object, hint: Any) -> object:
     """``value`` in the type ``hint``: a whole number does for a float, and text with commas for a list."""
-    hint = _without_none(hint)
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        if isinstance(value, str):
-            return from_flag(value, hint)
-    elif typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
+    for choice in _choices(hint):
+        if isinstance(choice, str) and value == choice:
             return value
-    elif hint is float and type(value) is int:
-        return float(value)
-    elif type(value) is hint:
-        return value
+        if typing.get_origin(choice) is tuple:
+            if isinstance(value, list) and all(isinstance(part, str) for part in value):
+                return tuple(value)
+            if isinstance(value, str):
+                return from_flag(value, hint)
+        if choice is float and type(value) is int:
+            return float(value)
+        if type(value) is choice:
+            return value
     raise ValueError(describe(hint))
 
 
-def _without_none(hint: Any) -> Any:
+def _choices(hint: Any) -> list[Any]:
+    """What a value may be: types, and the words of a Literal. None stands for an option that is not given."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
+        return [choice for arg in typing.get_args(hint) for choice in _choices(arg) if choice is not type(None)]
+    return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else [hint]
 
 
 def describe(hint: Any) -> str:
     """What a value of this type is, for a message."""
-    hint = _without_none(hint)
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return "a list of names"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    choices = _choices(hint)
+    words = [choice for choice in choices if isinstance(choice, str)]
+    kinds = [names.get(choice, "a list of names") for choice in choices if not isinstance(choice, str)]
+    if words and not kinds:
+        return "one of " + ", ".join(words)
+    return " or ".join([*kinds, *words])
 
 
 def print_help(config: TrainConfig) -> NoReturn:
