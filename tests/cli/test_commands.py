@@ -154,6 +154,30 @@ def test_verify_of_nothing(run: LocalStorage, capsys: pytest.CaptureFixture[str]
     assert err == f"milepost: error: {run.root}/run/step-999 is no checkpoint: there is no such folder\n"
 
 
+def test_a_hostile_key_cannot_speak_to_the_terminal(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    save_arrays(run, "run/[red]step", {"w\x1b]0;owned\x07[bold]": np.ones(5, "float32")})
+    spoil(run, "run/[red]step/__0_0.distcp", 0)
+    status, out, _ = output(capsys, "verify", "run/[red]step")
+    assert status == 5
+    assert "\x1b" not in out
+    assert "(w\\x1b]0;owned\\x07[bold])" in out
+    assert "run/[red]step: damaged" in out
+
+
+def test_verify_with_no_threads_is_a_users_mistake(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert output(capsys, "verify", "run", "--threads", "0") == (
+        2,
+        "",
+        "milepost: error: --threads must be at least 1, not 0\n",
+    )
+
+
+def test_a_file_in_place_of_a_folder_is_told_plainly(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = output(capsys, "verify", "run/step-100/milepost.json")
+    assert (status, out) == (7, "")
+    assert "not a directory" in err
+
+
 # ---- prune ----
 
 

@@ -221,8 +221,11 @@ def wait_for_outcome(
 
 
 def _save_id_at(storage: Storage, target: str) -> str:
-    """The save id of the checkpoint at ``target``, from the head of its manifest: a thousand ranks may ask at once."""
-    with storage.open_read(join(target, MANIFEST_NAME)) as handle:
+    """The save id at ``target``, or empty. From the head of the manifest alone, since a thousand ranks may ask."""
+    path = join(target, MANIFEST_NAME)
+    if storage.stat(path) is None:
+        return ""
+    with storage.open_read(path) as handle:
         head = bytearray(min(handle.nbytes, _HEAD_NBYTES))
         handle.read_into(0, [memoryview(head)])
     found = _SAVE_ID.search(head)

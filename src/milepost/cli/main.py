@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except MilepostError as error:
-        print(f"milepost: error: {error.message}", file=sys.stderr)
+        from milepost.cli.render import printable
+
+        print(f"milepost: error: {printable(error.message)}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("milepost: interrupted", file=sys.stderr)

@@ -37,6 +37,11 @@ def console() -> Console:
     return out if out.is_terminal else _Console(highlight=False, soft_wrap=True, width=10_000)
 
 
+def printable(text: str) -> str:
+    """``text`` as a terminal may show it: keys and names come from files that anybody may have written."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_json(value: Any) -> None:
     """A result for programs: one JSON document."""
     print(json.dumps(value, indent=2))
@@ -48,7 +53,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
     for header in headers:
         table.add_column(header, justify="right" if header in numeric else "left", no_wrap=header != headers[-1])
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     out = console()
     if out.is_terminal:
         out.print(table, soft_wrap=False)

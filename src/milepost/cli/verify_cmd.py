@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from rich.markup import escape
+
 from milepost import catalog
-from milepost.cli.render import console, print_json, progress_bar
-from milepost.errors import CheckpointDamagedError
+from milepost.cli.render import console, print_json, printable, progress_bar
+from milepost.errors import CheckpointDamagedError, ConfigError
 from milepost.storage import open_storage
 from milepost.storage.base import format_nbytes
 from milepost.verification import LEVELS, VerifyReport, verify_in, verify_run
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify, print a report for each checkpoint; 5 if any is damaged."""
+    if args.threads < 1:
+        raise ConfigError(f"--threads must be at least 1, not {args.threads}")
     storage, name = open_storage(args.path)
     info = catalog.examine(storage, name)
     folder = catalog.find_run(storage, name)
@@ -73,9 +77,10 @@ def _print(report: VerifyReport) -> None:
     rate = f", {format_nbytes(int(report.read_nbytes / report.seconds))}/s" if report.seconds > 0.1 else ""
     read = f"{format_nbytes(report.read_nbytes)} read in {report.seconds:.1f} s{rate}"
     verdict = "[green]sound[/]" if report.is_sound else f"[bold red]damaged[/]: {_count(report.num_problems)}"
-    out.print(f"{report.path}: {verdict} (level {report.level}, {report.num_items} items, {read})")
+    path = escape(printable(report.path))
+    out.print(f"{path}: {verdict} (level {report.level}, {report.num_items} items, {read})")
     for problem in report.problems[:MAX_LINES]:
-        out.print(f"  {problem}", markup=False)
+        out.print(f"  {printable(str(problem))}", markup=False)
     if report.num_problems > MAX_LINES:
         out.print(f"  ... and {report.num_problems - MAX_LINES} more; --json lists them")
     if report.unchecked_nbytes:
@@ -83,7 +88,7 @@ def _print(report: VerifyReport) -> None:
             f"  {format_nbytes(report.unchecked_nbytes)} can't be checked: another program wrote them without digests"
         )
     for note in report.notes:
-        out.print(f"  note: {note}", markup=False)
+        out.print(f"  note: {printable(note)}", markup=False)
 
 
 def _count(problems: int) -> str:
