@@ -116,10 +116,13 @@ def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
     return ProcessGroupComm(group)
 
 
-def failure_on(rank: int, error: Exception) -> MilepostError:
-    """``error`` as one that can be told to the other ranks: it names ``rank`` and pickles."""
+def failure_on(rank: int, error: Exception, kind: type[MilepostError] = SaveError) -> MilepostError:
+    """``error`` as one that can be told to the other ranks: it names ``rank`` and pickles.
+
+    One that is none of Milepost's own becomes one of ``kind``.
+    """
     if not isinstance(error, MilepostError):
-        told: MilepostError = SaveError(f"{type(error).__name__}: {error}", rank=rank)
+        told = kind(f"{type(error).__name__}: {error}", rank=rank)
         told.__cause__ = error
         return told
     if error.rank is None:
@@ -150,11 +153,11 @@ def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | N
     failures = [error for error in brought if error is not None]
     if not failures:
         return None
-    chosen = next(
-        (error for rank, error in enumerate(brought) if error is not None and error.rank == rank), failures[0]
-    )
-    if len(failures) < len(brought):
-        others = len({error.rank for error in failures} - {chosen.rank})
+    own = [error for rank, error in enumerate(brought) if error is not None and error.rank == rank]
+    chosen = next(iter(own), failures[0])
+    failed_ranks = {error.rank for error in failures}
+    if own and len(failed_ranks) < len(brought):
+        others = len(failed_ranks) - 1
         more = f" ({others} more {'rank' if others == 1 else 'ranks'} failed)" if others else ""
         chosen.message = f"rank {chosen.rank}: {chosen.message}{more}"
         chosen.args = (chosen.message, *chosen.args[1:])

@@ -20,7 +20,7 @@ from milepost.checkpoint.plan import plan_load
 from milepost.checkpoint.reader import read_objects, read_tensors
 from milepost.checkpoint.state import FlatState, flatten, restore_stateful, unwrap_stateful
 from milepost.comm import Comm, default_comm, failure_on, raise_together
-from milepost.errors import StateMismatchError
+from milepost.errors import MilepostError, StateMismatchError
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.storage import open_storage
@@ -68,6 +68,7 @@ def load(
             ``strict = False`` lets missing keys pass.
         DigestMismatchError, FormatError: stored bytes are damaged. Some tensors may have been filled already.
         CheckpointNotFoundError: there is no checkpoint at ``path``.
+        MilepostError: something else went wrong, in a ``load_state_dict()`` of the caller's for instance.
         All are raised on every rank when one rank meets them.
     """
     storage, folder = open_storage(fspath(path))
@@ -79,7 +80,12 @@ def load(
         return unwrapped
 
     report = load_from(storage, folder, target, strict=strict, comm=comm)
-    restore_stateful(into, unwrapped)
+    failure = None
+    try:
+        restore_stateful(into, unwrapped)
+    except Exception as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
+        failure = failure_on(comm.rank, cause, MilepostError)
+    raise_together(comm, failure)
     return report
 
 
@@ -106,13 +112,13 @@ def load_from(
         unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
         fit.check(f"{storage.root}/{folder}", strict=strict)
     except Exception as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
-        failure = failure_on(comm.rank, cause)
+        failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
     try:
         report = _read(storage, folder, manifest, flat, fit, started)
     except Exception as cause:  # noqa: BLE001 - as above
-        failure = failure_on(comm.rank, cause)
+        failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     assert report is not None
     return report
@@ -220,6 +226,8 @@ def compare(manifest: Manifest, flat: FlatState) -> Fit:
 
 def _numeric_kind(dtype: str) -> str:
     """Dtypes of one kind are cast on the way; between kinds meaning would be lost."""
+    if dtype == "float4_e2m1fn_x2":  # two numbers to an element
+        return dtype
     for kind in ("float", "complex", "int", "uint"):
         if dtype.removeprefix("b").startswith(kind):
             return kind

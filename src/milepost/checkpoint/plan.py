@@ -46,13 +46,16 @@ class LocalLayout:
     tensors: tuple[TensorSpec, ...]
     objects: tuple[str, ...]
 
-    def fingerprint(self) -> str:
-        """Equal for two layouts exactly when they are equal: what a cached plan is valid for."""
+    def fingerprint(self, paths: Mapping[str, tuple[str | int, ...]]) -> str:
+        """Equal for two layouts (and ``paths``, where their keys stood) exactly when they are equal.
+
+        It says for what a cached plan is valid.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for spec in self.tensors:
             boxes = [(box.offsets, box.sizes) for box in spec.boxes]
             digest.update(repr((spec.key, spec.dtype, spec.shape, boxes)).encode())
-        digest.update(repr(self.objects).encode())
+        digest.update(repr((self.objects, list(paths.items()))).encode())
         return digest.hexdigest()
 
 

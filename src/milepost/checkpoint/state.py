@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from milepost.errors import FormatError, SaveError
 from milepost.format import record
 
 Path = tuple[str | int, ...]
+
+EMPTY_MAPPINGS = "empty_mappings"
+"""Under this name the manifest's ``extra`` lists the paths of mappings without items, which have no keys."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +46,8 @@ class FlatState:
     paths: dict[str, Path]
     """Where each key stood in the nested dict, as stock DCP's ``planner_data`` has it."""
     slots: dict[str, Slot]
+    empty: list[Path] = field(default_factory=list)
+    """Where mappings without items stood. A key for them would keep stock DCP from finding the others."""
 
     def layout(self) -> LocalLayout:
         return LocalLayout(tuple(leaf.spec for leaf in self.tensors.values()), tuple(self.objects))
@@ -57,13 +62,16 @@ def unwrap_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(state_dict: Mapping[str, Any]) -> FlatState:
-    """Flatten nested mappings and lists. Empty mappings leave no trace, as in stock DCP.
+    """Flatten nested mappings and lists. Empty mappings get no key, only a place in ``empty``.
 
     Raises:
         SaveError: two values would get the same key, or a tensor of a kind that can't be stored.
     """
     flat = FlatState({}, {}, {}, {})
     for path, value, slot in _walk(state_dict, ()):
+        if isinstance(value, Mapping):
+            flat.empty.append(path)
+            continue
         key = ".".join(map(str, path))
         if key in flat.paths:
             raise SaveError(
@@ -79,13 +87,14 @@ def flatten(state_dict: Mapping[str, Any]) -> FlatState:
 
 
 def _walk(container: Any, path: Path) -> Iterator[tuple[Path, Any, Slot]]:
+    """The leaves and the empty mappings."""
     if isinstance(container, Mapping):
         items: Iterator[tuple[Any, Any]] = iter(container.items())
     else:
         items = iter(enumerate(container))
     for index, value in items:
         here: Path = (*path, index if isinstance(container, list) else str(index))
-        if isinstance(value, Mapping) or (isinstance(value, list) and not _is_terminal(value)):
+        if (isinstance(value, Mapping) and value) or (isinstance(value, list) and not _is_terminal(value)):
             yield from _walk(value, here)
         else:
             yield here, value, Slot(container, index)

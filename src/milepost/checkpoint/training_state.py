@@ -11,9 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from milepost.checkpoint import parts
+from milepost.checkpoint.state import EMPTY_MAPPINGS, Path
 from milepost.config import PARTS, part_of
-from milepost.errors import ConfigError, StateMismatchError
+from milepost.errors import ConfigError, FormatError, StateMismatchError
 from milepost.format.manifest import Manifest
+
+MAX_LIST = 1 << 20
+"""No list in a part of a training state has more elements that are stored one by one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +89,7 @@ class TrainingState:
             StateMismatchError: the checkpoint lacks a whole part that is wanted.
         """
         stored = {part_of(key) for key in (*manifest.tensors, *manifest.objects)}
+        stored |= {part_of(str(path[0])) for path in _empty_mappings(manifest)}
         lacking = [part for part in wanted if part not in stored and part != "rng"]
         if lacking:
             raise StateMismatchError(
@@ -139,12 +144,24 @@ def _several(value: Any) -> tuple[Any, ...]:
 
 
 def _blank(manifest: Manifest, prefix: str) -> dict[str, Any]:
-    """A nested dict of the shape that was saved, with empty tensors and None, for the keys that start so."""
+    """A nested dict of the shape that was saved, with empty tensors and None, for the keys that start so.
+
+    Raises:
+        FormatError: the paths of the checkpoint make no sense together.
+    """
     root: dict[str, Any] = {}
+    for path in _empty_mappings(manifest):
+        if ".".join(map(str, (*path, ""))).startswith(prefix):
+            _put(root, path, {})
     for key, value in _blank_leaves(manifest, prefix):
-        path = manifest.paths.get(key, tuple(key.split(".")))
-        _put(root, path, value)
+        _put(root, manifest.paths.get(key, tuple(key.split("."))), value)
     return root
+
+
+def _empty_mappings(manifest: Manifest) -> list[Path]:
+    found = manifest.extra.get(EMPTY_MAPPINGS, [])
+    paths = [tuple(path) for path in found if isinstance(path, list) and path] if isinstance(found, list) else []
+    return [path for path in paths if all(type(part) in (str, int) for part in path)]
 
 
 def _blank_leaves(manifest: Manifest, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -156,9 +173,12 @@ def _blank_leaves(manifest: Manifest, prefix: str) -> Iterator[tuple[str, Any]]:
             yield key, None
 
 
-def _put(root: Any, path: Sequence[str | int], value: Any) -> None:
+def _put(root: Any, path: Path, value: Any) -> None:
     """Set ``root[path[0]][path[1]]...``; a number as path element makes a list."""
     for element, following in zip(path, [*path[1:], None], strict=True):
+        fits = isinstance(root, list) and 0 <= element < MAX_LIST if isinstance(element, int) else type(root) is dict
+        if not fits:
+            raise FormatError(f"the checkpoint gives the path {path}, which contradicts its other paths or is absurd")
         if isinstance(element, int):
             root.extend([None] * (element + 1 - len(root)))
         here = root[element] if isinstance(element, int) else root.get(element)
