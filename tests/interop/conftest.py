@@ -1,67 +1,12 @@
-"""Tiny models of every architecture, as ``transformers`` makes and saves them."""
+"""Tiny models as ``transformers`` saves them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-
-from milepost.interop.families import family_of
-from milepost.interop.hf.config import make_config
-from milepost.interop.model_sizes import ModelArgs, MoEArgs, RopeScaling
-from milepost.interop.options import ConvertOptions, Target
-
-_LLAMA = ModelArgs(
-    dim=64,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    hidden_dim=96,
-    vocab_size=128,
-    max_seq_len=512,
-    rope_theta=500_000.0,
-    norm_eps=1e-5,
-)
-_QWEN = replace(_LLAMA, head_dim=32, rope_theta=1_000_000.0, norm_eps=1e-6)
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A tiny model: its name among ours, its sizes, and the options that convert it."""
-
-    model: str
-    args: ModelArgs
-
-    def options(self, to: Target, **more: object) -> ConvertOptions:
-        """Options of a conversion to ``to``."""
-        return ConvertOptions(to=to, model=self.model, sizes=self.args, **more)  # type: ignore[arg-type]
-
-
-KINDS = {
-    "llama": Kind("llama3", _LLAMA),
-    "llama-multi-head": Kind("llama3", replace(_LLAMA, n_kv_heads=4)),
-    "llama-tied": Kind("llama3", replace(_LLAMA, tied_embeddings=True)),
-    "llama-3.1": Kind("llama3", replace(_LLAMA, rope_scaling=RopeScaling(factor=8.0, original_seq_len=16))),
-    "qwen3": Kind("qwen3", _QWEN),
-    "qwen3-tied": Kind("qwen3", replace(_QWEN, tied_embeddings=True)),
-    "qwen3-moe": Kind("qwen3", replace(_QWEN, moe=MoEArgs(num_experts=4, top_k=2, hidden_dim=48))),
-}
-
-
-def hf_model(kind: Kind) -> transformers.PreTrainedModel:
-    """The model as ``transformers`` builds it from our config, with random weights in float32."""
-    family = family_of(kind.model, kind.args).name
-    config = transformers.AutoConfig.for_model(**make_config(family, kind.args, "float32"))
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.1, std=0.1)
-    return model
+from tiny_models import KINDS, hf_model
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from milepost.errors import ConfigError
-from milepost.interop.model_sizes import ModelArgs
+from milepost.interop.model_sizes import ModelArgs, model_args
 
 Target = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,6 +62,11 @@ class ConvertOptions:
             problems.append(f"--hf-assets {self.hf_assets} is no folder")
         if (self.model is None) != (self.flavor is None and self.sizes is None):
             problems.append("--model and --flavor go together")
+        elif self.model is not None and self.flavor is not None and self.sizes is None:
+            try:
+                model_args(self.model, self.flavor)
+            except ConfigError as error:
+                problems += error.problems
         if problems:
             raise ConfigError(problems)
 
