@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import transformers
+from torch import nn
 
 from milepost.interop.families import family_of
 from milepost.interop.hf.config import make_config
@@ -50,12 +51,21 @@ KINDS = {
 }
 
 
+def randomize(model: nn.Module) -> None:
+    """Weights of a size that lets attention choose and logits differ."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            else:
+                parameter.copy_(1 + torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
 def hf_model(kind: Kind) -> transformers.PreTrainedModel:
     """The model as ``transformers`` builds it from our config, with random weights in float32."""
     family = family_of(kind.model, kind.args).name
     config = transformers.AutoConfig.for_model(**make_config(family, kind.args, "float32"))
-    torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.1, std=0.1)
+    randomize(model)
     return model
