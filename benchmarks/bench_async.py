@@ -1,0 +1,190 @@
+"""Saving without stopping training, against one plain copy, a synchronous save and stock ``dcp.async_save``.
+
+Run: ``python benchmarks/bench_async.py [--rounds 5] [--folder DIR]``. One process, one torch thread, 96 fp32 tensors of
+2048 x 2048 (1.6 GB). The training thread does matrix products all the while. Figures are of the second save on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+import milepost
+from milepost.checkpoint.assemble import SaveInfo
+from milepost.checkpoint.async_save import AsyncSaver
+from milepost.comm import SingleProcess
+from milepost.storage import open_storage
+
+SIDE = 2048
+INFO = SaveInfo(step=None, kind="state")
+
+
+@dataclass
+class Figures:
+    """Seconds, one entry a round."""
+
+    blocked: list[float] = field(default_factory=list)
+    commit: list[float] = field(default_factory=list)
+    """From the call to the end of the save."""
+    step: list[float] = field(default_factory=list)
+    """Median time of a training step while the save was written."""
+
+
+class Training:
+    """Steps of matrix products on the training thread."""
+
+    def __init__(self) -> None:
+        self.a, self.b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+    def step(self) -> float:
+        started = time.perf_counter()
+        for _ in range(2):
+            self.a = torch.mm(self.a, self.b).div_(32.0)
+        return time.perf_counter() - started
+
+    def run(self, until: Callable[[], bool], at_least_s: float = 0.0) -> list[float]:
+        times: list[float] = []
+        started = time.perf_counter()
+        while not until() or time.perf_counter() - started < at_least_s:
+            times.append(self.step())
+        return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensors", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.NamedTemporaryFile() as rendezvous:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous.name}", rank=0, world_size=1)
+        state = {f"layers.{i}.weight": torch.randn(SIDE, SIDE) for i in range(args.tensors)}
+        args.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            measure(state, args.folder, args.rounds)
+        finally:
+            shutil.rmtree(args.folder, ignore_errors=True)
+    logging.shutdown()
+    os._exit(0)
+
+
+def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
+    training = Training()
+    nbytes = sum(t.nbytes for t in state.values())
+    print(f"{len(state)} fp32 tensors of {SIDE} x {SIDE}: {nbytes / 1e9:.2f} GB, {rounds} rounds after a first one")
+    storage, _ = open_storage(folder / "x")
+    savers = {mode: AsyncSaver(storage, SingleProcess(), mode) for mode in ("async", "async_with_pinned_mem")}
+    contenders: dict[str, Callable[[Figures], None]] = {
+        "milepost async": lambda f: ours(savers["async"], state, training, f),
+        "milepost async_with_pinned_mem": lambda f: ours(savers["async_with_pinned_mem"], state, training, f),
+        "stock async_save, thread": lambda f: stock(AsyncCheckpointerType.THREAD, state, folder, training, f),
+        "stock async_save, process": lambda f: stock(AsyncCheckpointerType.PROCESS, state, folder, training, f),
+        "milepost.save (synchronous)": lambda f: synchronous(state, folder, f),
+    }
+    figures = {name: Figures() for name in contenders}
+    copies: list[float] = []
+    quiet: list[float] = []
+    spare = {key: torch.zeros_like(value) for key, value in state.items()}
+    for round_number in range(rounds + 1):
+        if round_number == 1:  # the first round allocates, starts processes and touches memory
+            figures = {name: Figures() for name in contenders}
+            copies, quiet = [], []
+        quiet.append(statistics.median(training.run(lambda: True, at_least_s=1.5)))
+        started = time.perf_counter()
+        for key, value in state.items():
+            spare[key].copy_(value)
+        copies.append(time.perf_counter() - started)
+        for name, act in contenders.items():
+            os.sync()
+            act(figures[name])
+    report(figures, copies, quiet)
+    for mode, saver in savers.items():
+        print(f"{mode}: arena {saver.arena_nbytes / 1e6:.1f} MB for {nbytes / 1e6:.1f} MB of state")
+        saver.close()
+    print(
+        f"peak RSS of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB (state, a copy "
+        "of it for comparison, both arenas and what stock keeps)"
+    )
+
+
+def ours(saver: AsyncSaver, state: dict[str, torch.Tensor], training: Training, figures: Figures) -> None:
+    started = time.perf_counter()
+    handle = saver.save("milepost", lambda: state, INFO)
+    blocked = time.perf_counter() - started
+    # Forward and backward: longer than the copy. Then the optimizer's turn.
+    steps = training.run(handle._staged.done)
+    wait = time.perf_counter()
+    handle.staged()
+    blocked += time.perf_counter() - wait
+    steps += training.run(handle.done)
+    figures.blocked.append(blocked)
+    figures.commit.append(time.perf_counter() - started)
+    figures.step.append(statistics.median(steps))
+    handle.result()
+
+
+def stock(
+    kind: AsyncCheckpointerType, state: dict[str, torch.Tensor], folder: Path, training: Training, figures: Figures
+) -> None:
+    path = folder / "stock"
+    shutil.rmtree(path, ignore_errors=True)
+    started = time.perf_counter()
+    future = dcp.async_save(state, checkpoint_id=str(path), async_checkpointer_type=kind)
+    figures.blocked.append(time.perf_counter() - started)
+    steps = training.run(future.done)
+    figures.commit.append(time.perf_counter() - started)
+    figures.step.append(statistics.median(steps))
+    future.result()
+
+
+def synchronous(state: dict[str, torch.Tensor], folder: Path, figures: Figures) -> None:
+    started = time.perf_counter()
+    milepost.save(folder / "synchronous", state, comm=SingleProcess())
+    seconds = time.perf_counter() - started
+    figures.blocked.append(seconds)
+    figures.commit.append(seconds)
+
+
+def report(figures: dict[str, Figures], copies: list[float], quiet: list[float]) -> None:
+    copy, step = statistics.median(copies), statistics.median(quiet)
+    sync = statistics.median(figures["milepost.save (synchronous)"].commit)
+    table = Table(title="medians (minima)", title_justify="left")
+    for column in ("", "blocked s", "in plain copies", "to commit s", "in sync saves", "training slower by"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, found in figures.items():
+        blocked, commit = statistics.median(found.blocked), statistics.median(found.commit)
+        slower = f"{100 * (statistics.median(found.step) / step - 1):.0f} %" if found.step else ""
+        table.add_row(
+            name,
+            f"{blocked:.3f} ({min(found.blocked):.3f})",
+            f"{blocked / copy:.2f}x",
+            f"{commit:.2f} ({min(found.commit):.2f})",
+            f"{commit / sync:.2f}x",
+            slower,
+        )
+    Console(width=120).print(table)
+    print(f"one plain copy: {copy:.3f} ({min(copies):.3f}) s; a training step without a save: {1e3 * step:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
