@@ -104,6 +104,7 @@ class CheckpointManager:
         self._signals = SignalFlags()
         self._blocked_s = 0.0
         self._stall_s: float | None = None
+        self._reading = ""  # save id of the step that is being loaded
         self._last_save = time.monotonic()
         if self._saver is not None:
             self._on_rank_0(self._clear_leftovers)
@@ -152,8 +153,9 @@ class CheckpointManager:
                 except CheckpointDamagedError as error:
                     if not choice.may_fall_back or choice.step is None:
                         raise
+                    if not self._on_rank_0(partial(self._mark_damaged, choice.path, error.message)):
+                        continue  # it was replaced while it was read: look again
                     rejected[choice.step] = error.message
-                    self._on_rank_0(partial(self._mark_damaged, choice.path, error.message))
                     continue
                 if choice.step is not None:
                     self._protected[choice.step] = "this run resumed from it"
@@ -310,6 +312,7 @@ class CheckpointManager:
             nonlocal same_layout, target
             same = manifest.world_size == self._comm.world_size and dict(manifest.layout) == self._layout
             same_layout = same
+            self._reading = manifest.save_id
             target = self._state.target(wanted, manifest, same_layout=same)
             return target
 
@@ -336,14 +339,19 @@ class CheckpointManager:
     def _scan(self) -> list[catalog.StepEntry]:
         return catalog.scan(self._storage, self._folder)
 
-    def _mark_damaged(self, path: str, reason: str) -> None:
+    def _mark_damaged(self, path: str, reason: str) -> bool:
+        """Mark the step that was being read; False if another save has taken its place meanwhile."""
+        found = catalog.examine(self._storage, path)
+        if found is not None and found.is_usable and found.save_id != self._reading:
+            return False
         log.warning("%s\nFalling back to an older step; the damaged one is left where it is, marked.", reason)
         if self._config.load_only:
-            return
+            return True
         try:
             catalog.mark_damaged(self._storage, path, reason, now=time.time())
         except StorageError as error:  # it is passed over in this run all the same
             log.warning("the mark could not be left: %s", error)
+        return True
 
     def _clear_leftovers(self) -> None:
         """Let the writers of a run that died finish what it had staged, then sweep what nobody will finish."""
