@@ -59,6 +59,12 @@ class StorageSuite:
             storage.open_write("note", 10)
         assert storage.read("note") == b"first"
 
+    def test_append_makes_a_file_and_adds_to_its_end(self, storage: Storage) -> None:
+        storage.make_folder("")
+        for line in (b"one\n", b"", b"two\n"):
+            storage.append("log", line)
+        assert storage.read("log") == b"one\ntwo\n"
+
     def test_a_read_beyond_its_limit_is_refused(self, storage: Storage) -> None:
         storage.make_folder("")
         storage.write("note", b"12345")
