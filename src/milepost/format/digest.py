@@ -10,20 +10,22 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from isal import isal_zlib
 
 from milepost.errors import FormatError
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 
+if TYPE_CHECKING:  # numpy takes 100 ms, which commands that only list have no use for
+    import numpy as np
+    import numpy.typing as npt
+
 MAGIC = b"MILEDIG\x01"
 _HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
 _MAX_SAVE_ID_NBYTES = 256
 
-Crcs = npt.NDArray[np.uint32]
+Crcs: TypeAlias = "npt.NDArray[np.uint32]"
 """CRC-32s of consecutive blocks, little-endian on disk."""
 
 
@@ -44,6 +46,8 @@ def num_blocks(data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
 
 def block_crcs(data: Any, block_nbytes: int = BLOCK_NBYTES) -> Crcs:
     """The CRC-32 of each block of a bytes-like object that is one item's raw data from its start."""
+    import numpy as np
+
     view = memoryview(data).cast("B")
     starts = range(0, view.nbytes, block_nbytes)
     return np.array([isal_zlib.crc32(view[start : start + block_nbytes]) for start in starts], dtype="<u4")
@@ -84,6 +88,8 @@ def dump_digests(save_id: str, crcs: Iterable[Sequence[int] | Crcs], block_nbyte
 
     ``crcs`` yields the block CRCs of each shard, in the manifest's order: keys sorted, then shards as they stand.
     """
+    import numpy as np
+
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
         raise ValueError(f"a save id of {len(name)} bytes: at most {_MAX_SAVE_ID_NBYTES} are allowed")
@@ -98,6 +104,8 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
 
     Raises FormatError if it is damaged, of another save, or has another number of blocks than the manifest's shards.
     """
+
+    import numpy as np
 
     def fault(what: str) -> FormatError:
         return FormatError(f"{path}: {what}; the checkpoint is damaged, use another step", path=path)

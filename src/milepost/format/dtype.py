@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from milepost.errors import FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ def numpy_dtype(name: str) -> np.dtype[np.generic] | None:
     numpy_name = lookup(name).numpy_name
     if numpy_name is None:
         return None
+    import numpy as np  # 100 ms that listing and planning can do without
+
     if hasattr(np, numpy_name):
         return np.dtype(numpy_name)
     import ml_dtypes  # 20 ms that only conversions of these dtypes need
