@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch._dynamo  # else every rank imports it, at its first DTensor operation: a second each
 import torch.distributed as dist
 
 
