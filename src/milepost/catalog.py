@@ -24,7 +24,7 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
@@ -34,6 +34,7 @@ from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest, Sha
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
 from milepost.format.record import locate_tensor
 from milepost.storage.base import Entry, ReadHandle, Storage, join, split
+from milepost.summary import model_total
 
 State = Literal["committed", "partial", "damaged", "foreign"]
 
@@ -58,9 +59,9 @@ _REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"[0-9a-f]+-(step-.+)")
 class CheckpointInfo:
     """What a folder is, as far as its metadata tells.
 
-    ``reason`` says why it is not simply committed. ``kind`` is the manifest's, empty when
-    unknown. ``record_id`` identifies the commit record, so that a mark of damage is not taken
-    for one of a later save at the same place.
+    ``reason`` says why it is not simply committed. ``kind`` and ``layout`` are the manifest's, empty when unknown;
+    ``dtype`` is the one that most of the model has. ``record_id`` identifies the commit record, so that a mark of
+    damage is not taken for one of a later save at the same place.
     """
 
     path: str
@@ -72,6 +73,9 @@ class CheckpointInfo:
     save_id: str = ""
     world_size: int = 0
     record_id: str = ""
+    dtype: str = ""
+    num_parameters: int = 0
+    layout: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -222,6 +226,7 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
         if error.errno not in _UNFIT:
             raise  # a server that is down, too many open files: nothing is known about the step then
         return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
+    model = model_total(manifest)
     return CheckpointInfo(
         path=path,
         state="damaged" if faults else "committed" if name == MANIFEST_NAME else "foreign",
@@ -232,6 +237,9 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
         save_id=manifest.save_id,
         world_size=manifest.world_size,
         record_id=record_id,
+        dtype=model.dtypes[0] if model.dtypes else "",
+        num_parameters=model.num_elements,
+        layout=manifest.layout,
     )
 
 

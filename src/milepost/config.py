@@ -61,6 +61,8 @@ class CheckpointConfig:
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     keep_latest_k: int = 10
     """Keep so many of the newest committed steps; 0 keeps all."""
+    keep_every_n_steps: int = 0
+    """Of older steps, keep those that are multiples of this; 0 is no such rule."""
     load_step: int = -1
     """Resume from this step; -1 means the newest committed one."""
     exclude_from_loading: tuple[str, ...] = field(default=())
@@ -89,6 +91,10 @@ class CheckpointConfig:
             found.append(f"checkpoint.mtbf_hours must be above 0, not {self.mtbf_hours:g}")
         if self.keep_latest_k < 0:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
+        if self.keep_every_n_steps < 0:
+            found.append(
+                f"checkpoint.keep_every_n_steps must be 0 (no such rule) or more, not {self.keep_every_n_steps}"
+            )
         if self.load_step < -1:
             found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
         if not self.folder:

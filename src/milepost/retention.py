@@ -7,7 +7,7 @@ nobody can say what those are worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from milepost.catalog import StepEntry
@@ -33,6 +33,8 @@ def plan(
     keep_latest_k: int,
     keep_every_n: int = 0,
     keep_within_s: float = 0.0,
+    keep_hourly: int = 0,
+    keep_daily: int = 0,
     protected: Mapping[int, str],
     now: float,
 ) -> list[Decision]:
@@ -43,6 +45,8 @@ def plan(
         keep_latest_k: keep so many of the newest committed steps; 0 keeps all.
         keep_every_n: keep the steps that are multiples of this; 0 is no such rule.
         keep_within_s: keep what was committed in the last so many seconds before ``now``; 0 is no such rule.
+        keep_hourly: keep the newest step of each of the last so many hours that have one; 0 is no such rule.
+        keep_daily: the same for days, which begin at midnight UTC.
         protected: steps that the caller needs, with the reason.
         now: seconds since the epoch.
     """
@@ -51,6 +55,8 @@ def plan(
     newest = {entry.step: "it is the newest committed step" for entry in own[-1:]}
     resumable = [entry for entry in own if entry.kind != "model"]
     newest |= {entry.step: "it is the newest step to resume from" for entry in resumable[-1:] if entry not in own[-1:]}
+    hourly = set(_newest_of_each(own, 3600, keep_hourly))
+    daily = set(_newest_of_each(own, 86400, keep_daily))
 
     def why_keep(entry: StepEntry) -> str:
         if entry.state != "committed":
@@ -69,6 +75,10 @@ def plan(
             return f"it is a multiple of {keep_every_n}"
         if keep_within_s and now - entry.created_s <= keep_within_s:
             return f"it was committed in the last {format_duration(keep_within_s)}"
+        if entry.step in hourly:
+            return "it is the newest of its hour"
+        if entry.step in daily:
+            return "it is the newest of its day"
         return ""
 
     decisions = []
@@ -80,6 +90,16 @@ def plan(
 
 def _step(entry: StepEntry) -> int:
     return entry.step
+
+
+def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> Iterator[int]:
+    """The newest step of each of the latest ``count`` spans of time in which any of ``entries`` was committed.
+
+    (As restic's and borg's rules of these names count: spans without a step do not use up the count.)
+    """
+    newest = {int(entry.created_s // span_s): entry.step for entry in sorted(entries, key=_step)}
+    for span in sorted(newest, reverse=True)[:count]:
+        yield newest[span]
 
 
 def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:

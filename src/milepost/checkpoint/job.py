@@ -29,6 +29,7 @@ class Keep:
 
     folder: str
     latest_k: int
+    every_n: int = 0
     protected: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -148,6 +149,7 @@ def prune(storage: Storage, keep: Keep) -> None:
         decisions = retention.plan(
             catalog.scan(storage, keep.folder),
             keep_latest_k=keep.latest_k,
+            keep_every_n=keep.every_n,
             protected=keep.protected,
             now=time.time(),
         )

@@ -260,7 +260,7 @@ class CheckpointManager:
         kind = "model" if model_only else "full"
         info = SaveInfo(step=step, kind=kind, layout=self._layout)
         target = join(self._folder, catalog.step_name(step))
-        keep = Keep(self._folder, config.keep_latest_k, dict(self._protected))
+        keep = Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected))
         make_state = partial(self._state.state_dict, wanted)
         if isinstance(self._saver, AsyncSaver):
             try:

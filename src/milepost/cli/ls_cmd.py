@@ -9,10 +9,10 @@ from typing import Any
 
 from milepost import catalog
 from milepost.catalog import StepEntry
+from milepost.cli.paths import open_run
 from milepost.cli.render import print_json, print_table, state_text
-from milepost.errors import CheckpointNotFoundError
-from milepost.storage import open_storage
 from milepost.storage.base import format_duration, format_nbytes
+from milepost.summary import format_count, layout_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  foreign    whole, written by torchtitan or torch.distributed.checkpoint\n"
         "  partial    never finished: no reader uses it\n"
         "  damaged    finished once, and no longer what it was\n\n"
+        "PARAMS counts the model's elements, DTYPE is what most of them are. LAYOUT is how many ranks saved, and the\n"
+        "degrees of parallelism above 1.\n\n"
         "examples:\n"
         "  milepost ls outputs/checkpoint\n"
         "  milepost ls outputs --json\n\n"
@@ -37,20 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the steps."""
-    storage, name = open_storage(args.path)
-    folder = catalog.find_run(storage, name)
-    if folder is None:
-        raise CheckpointNotFoundError(
-            f"{args.path} holds no step-<N> folder, and neither does {args.path}/checkpoint", path=args.path
-        )
+    storage, folder = open_run(args.path)
     entries = catalog.scan(storage, folder)
     if args.json:
         print_json([_json(entry) for entry in entries])
     else:
+        now = time.time()
         print_table(
-            ("STEP", "STATE", "HOLDS", "AGE", "SIZE", "RANKS", "NOTES"),
-            [_row(entry, time.time()) for entry in entries],
-            numeric=("STEP", "AGE", "SIZE", "RANKS"),
+            ("STEP", "STATE", "HOLDS", "AGE", "SIZE", "PARAMS", "DTYPE", "LAYOUT", "NOTES"),
+            [_row(entry, now) for entry in entries],
+            numeric=("STEP", "AGE", "SIZE", "PARAMS"),
         )
     return 0
 
@@ -68,6 +66,17 @@ def _row(entry: StepEntry, now: float) -> tuple[Any, ...]:
         entry.kind or "-",
         format_duration(max(0.0, now - entry.created_s)) if entry.created_s else "-",
         format_nbytes(entry.nbytes),
-        str(entry.world_size) if entry.state == "committed" else "-",
+        format_count(entry.num_parameters) if entry.num_parameters else "-",
+        entry.dtype or "-",
+        _layout(entry),
         "; ".join(notes),
     )
+
+
+def _layout(entry: StepEntry) -> str:
+    """``4 ranks: fsdp 2, tp 2``; a foreign checkpoint does not say."""
+    if entry.state == "foreign" or not entry.world_size:
+        return "-"
+    ranks = "1 rank" if entry.world_size == 1 else f"{entry.world_size} ranks"
+    degrees = layout_text(entry.layout)
+    return f"{ranks}: {degrees}" if degrees and entry.world_size > 1 else ranks

@@ -28,6 +28,9 @@ class Command:
 
 COMMANDS = {
     "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run: state, age, size"),
+    "inspect": Command("milepost.cli.inspect_cmd", "show what a checkpoint holds, and where it is stored"),
+    "pin": Command("milepost.cli.pin_cmd", "keep steps from ever being pruned"),
+    "unpin": Command("milepost.cli.unpin_cmd", "let the rules decide about steps again"),
     "verify": Command("milepost.cli.verify_cmd", "check that checkpoints are what was saved"),
     "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
     "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),

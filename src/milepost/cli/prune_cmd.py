@@ -9,9 +9,9 @@ import time
 
 from milepost import catalog, retention
 from milepost.checkpoint.commit import sweep_leftovers
+from milepost.cli.paths import open_run
 from milepost.cli.render import console, print_json, print_table
-from milepost.errors import CheckpointNotFoundError, ConfigError
-from milepost.storage import open_storage
+from milepost.errors import ConfigError
 from milepost.storage.base import format_nbytes
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")
@@ -23,19 +23,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Delete the committed steps of a run that no rule keeps, and the leftovers of saves that died.\n"
         "Whatever the rules say, these stay: the newest committed step, the newest one to resume from, pinned\n"
-        "steps, links, and what is foreign, partial or damaged."
+        "steps, links, and what is foreign, partial or damaged. Rules add up: a step goes only if none keeps it.\n"
+        "Hours and days without a step are not counted."
     )
     parser.epilog = (
         "examples:\n"
         "  milepost prune outputs/checkpoint --keep-latest 3 --dry-run\n"
-        "  milepost prune outputs/checkpoint --keep-latest 3 --keep-every 10000 --keep-within 2d\n\n"
+        "  milepost prune outputs/checkpoint --keep-latest 3 --keep-every 10000 --keep-within 2d\n"
+        "  milepost prune outputs/checkpoint --keep-hourly 24 --keep-daily 7\n\n"
         "exit status: 0, 3 there are no checkpoints, 2 wrong usage, 7 something can't be deleted\n"
     )
     parser.add_argument("path", metavar="FOLDER", help="the folder of a run")
     parser.add_argument(
-        "--keep-latest", type=int, required=True, metavar="K", help="keep the K newest committed steps (at least 1)"
+        "--keep-latest", type=int, metavar="K", help="keep the K newest committed steps, as checkpoint.keep_latest_k"
     )
-    parser.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep steps that are multiples of N")
+    parser.add_argument(
+        "--keep-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep steps that are multiples of N, as checkpoint.keep_every_n_steps",
+    )
+    parser.add_argument(
+        "--keep-hourly", type=int, default=0, metavar="N", help="keep the newest step of each of the last N hours"
+    )
+    parser.add_argument(
+        "--keep-daily", type=int, default=0, metavar="N", help="keep the newest step of each of the last N days (UTC)"
+    )
     parser.add_argument(
         "--keep-within", default="0s", metavar="TIME", help="keep what was committed within TIME: 90min, 12h, 2d, 1w"
     )
@@ -46,18 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Decide, print each decision with its rule, delete."""
     keep_within_s = _checked(args)
-    storage, name = open_storage(args.path)
-    folder = catalog.find_run(storage, name)
-    if folder is None:
-        raise CheckpointNotFoundError(
-            f"{args.path} holds no step-<N> folder: there is nothing to prune", path=args.path
-        )
+    storage, folder = open_run(args.path)
     now = time.time()
     decisions = retention.plan(
         catalog.scan(storage, folder),
-        keep_latest_k=args.keep_latest,
+        keep_latest_k=args.keep_latest or 1,  # the newest stays in any case
         keep_every_n=args.keep_every,
         keep_within_s=keep_within_s,
+        keep_hourly=args.keep_hourly,
+        keep_daily=args.keep_daily,
         protected={},
         now=now,
     )
@@ -87,13 +98,18 @@ def run(args: argparse.Namespace) -> int:
 def _checked(args: argparse.Namespace) -> float:
     """The span of ``--keep-within`` in seconds, once all options are found to be possible."""
     problems = []
-    if args.keep_latest < 1:
+    if args.keep_latest is not None and args.keep_latest < 1:
         problems.append(f"--keep-latest must be at least 1, not {args.keep_latest}")
-    if args.keep_every < 0:
-        problems.append(f"--keep-every must be 0 (no such rule) or more, not {args.keep_every}")
+    for option in ("keep_every", "keep_hourly", "keep_daily"):
+        number = getattr(args, option)
+        if number < 0:
+            problems.append(f"--{option.replace('_', '-')} must be 0 (no such rule) or more, not {number}")
     span = _DURATION.fullmatch(args.keep_within)
     if span is None:
         problems.append(f"--keep-within {args.keep_within} is no time span: write 90min, 12h, 2d or 1w")
+    rules = (args.keep_latest, args.keep_every, args.keep_hourly, args.keep_daily, span and float(span[1]))
+    if not problems and not any(rules):
+        problems.append("give at least one rule that says what to keep, for instance --keep-latest 3")
     if problems or span is None:
         raise ConfigError(problems)
     return float(span[1]) * _UNIT_S[span[2]]

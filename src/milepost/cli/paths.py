@@ -1,0 +1,73 @@
+"""What the paths on the command line stand for: a run's folder, one of its steps, any checkpoint."""
+
+from __future__ import annotations
+
+from milepost import catalog
+from milepost.catalog import CheckpointInfo, StepEntry
+from milepost.errors import CheckpointNotFoundError, ConfigError
+from milepost.format.manifest import Manifest
+from milepost.storage import open_storage
+from milepost.storage.base import Storage, split
+
+
+def open_run(path: str) -> tuple[Storage, str]:
+    """The storage of the run at ``path``, and its folder in it.
+
+    Raises:
+        CheckpointNotFoundError: there are no steps.
+    """
+    storage, name = open_storage(path)
+    folder = catalog.find_run(storage, name)
+    if folder is None:
+        raise CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)
+    return storage, folder
+
+
+def open_step(path: str) -> tuple[Storage, str, int]:
+    """The storage, the run's folder and the number of the step that ``path`` ends with. It need not exist.
+
+    Raises:
+        ConfigError: the path does not end with ``step-<N>``.
+    """
+    storage, name = open_storage(path)
+    step = catalog.step_of(name)
+    if step is None:
+        raise ConfigError(f"{path} is not a step of a run: give a path that ends with step-<N>")
+    # `open_storage` is rooted at the parent: the run's folder is the root, ''.
+    return storage, split(name)[0], step
+
+
+def find_step(storage: Storage, folder: str, step: int, path: str) -> StepEntry:
+    """The entry of ``step``. Raises CheckpointNotFoundError, with the steps that are there."""
+    entries = catalog.scan(storage, folder)
+    for entry in entries:
+        if entry.step == step:
+            return entry
+    steps = [entry.step for entry in entries]
+    listed = f"; steps that do: {', '.join(map(str, steps))}" if steps else ""
+    raise CheckpointNotFoundError(f"{path} does not exist{listed}", path=path, available=steps)
+
+
+def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInfo | None) -> CheckpointNotFoundError:
+    """The error for a path at which no committed checkpoint is; of a run it names the newest step."""
+    folder = catalog.find_run(storage, name)
+    if folder is not None:
+        newest = catalog.scan(storage, folder)[-1]
+        message = f"{path} is a run, not a checkpoint: give one of its steps, such as {storage.root}/{newest.path}"
+    else:
+        message = f"{path} is no checkpoint: {info.reason if info is not None else 'there is no such folder'}"
+    return CheckpointNotFoundError(message, path=path)
+
+
+def read_manifest(path: str) -> Manifest:
+    """The manifest of the checkpoint at ``path``.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed checkpoint.
+        CheckpointDamagedError: its metadata is damaged, or files are missing.
+    """
+    storage, name = open_storage(path)
+    info = catalog.examine(storage, name)
+    if info is None or info.state == "partial":
+        raise not_a_checkpoint(storage, name, path, info)
+    return catalog.read_manifest(storage, name)

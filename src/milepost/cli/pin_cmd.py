@@ -1,0 +1,37 @@
+"""``milepost pin``: keep steps from ever being pruned."""
+
+from __future__ import annotations
+
+import argparse
+
+from milepost import catalog
+from milepost.cli.paths import find_step, open_step
+from milepost.cli.render import console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost pin``."""
+    parser.description = (
+        "Pin steps: neither the trainer nor `milepost prune` deletes them, until `milepost unpin`. A pin is an empty\n"
+        "file .pinned-step-<N> beside the step."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  milepost pin outputs/checkpoint/step-500\n"
+        "  milepost pin outputs/checkpoint/step-500 outputs/checkpoint/step-1000\n\n"
+        "exit status: 0, 3 there is no such step, 2 wrong usage, 7 the folder can't be written\n"
+    )
+    parser.add_argument("steps", metavar="STEP", nargs="+", help="the folder of a step")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pin each step, once all are known to be there."""
+    found = []
+    for path in args.steps:
+        storage, folder, step = open_step(path)
+        found.append((path, storage, find_step(storage, folder, step, path), folder))
+    for path, storage, entry, folder in found:
+        catalog.pin(storage, folder, entry.step)
+        was = " already" if entry.pinned else ""
+        console().print(f"{path} is{was} pinned: nothing prunes it", markup=False)
+    return 0

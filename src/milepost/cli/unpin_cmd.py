@@ -1,0 +1,37 @@
+"""``milepost unpin``: let the rules decide about steps again."""
+
+from __future__ import annotations
+
+import argparse
+
+from milepost import catalog
+from milepost.catalog import PINNED_PREFIX, step_name
+from milepost.cli.paths import open_step
+from milepost.cli.render import console
+from milepost.errors import CheckpointNotFoundError
+from milepost.storage.base import join
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost unpin``."""
+    parser.description = "Take the pins of steps away: the next pruning may delete them."
+    parser.epilog = (
+        "examples:\n"
+        "  milepost unpin outputs/checkpoint/step-500\n\n"
+        "exit status: 0, 3 a step is not pinned, 2 wrong usage, 7 the folder can't be written\n"
+    )
+    parser.add_argument("steps", metavar="STEP", nargs="+", help="the folder of a pinned step")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Unpin each step, once all are known to be pinned."""
+    found = []
+    for path in args.steps:
+        storage, folder, step = open_step(path)
+        if storage.stat(join(folder, PINNED_PREFIX + step_name(step))) is None:
+            raise CheckpointNotFoundError(f"{path} is not pinned; `milepost ls` shows which steps are", path=path)
+        found.append((path, storage, folder, step))
+    for path, storage, folder, step in found:
+        catalog.unpin(storage, folder, step)
+        console().print(f"{path} is no longer pinned", markup=False)
+    return 0

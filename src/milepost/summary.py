@@ -1,0 +1,94 @@
+"""What a checkpoint holds, in a few totals: for listings and reports. Torch-free, from the manifest alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from milepost.config import PARTS, part_of
+from milepost.format.box import Box
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import Manifest, TensorEntry
+
+SHORT_DEGREES = {
+    "data_parallel_replicate_degree": "replicate",
+    "data_parallel_shard_degree": "fsdp",
+    "tensor_parallel_degree": "tp",
+    "pipeline_parallel_degree": "pp",
+    "context_parallel_degree": "cp",
+    "expert_parallel_degree": "ep",
+}
+"""The degrees of parallelism by the trainer's option names, and what they are called for short."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartTotal:
+    """All that a checkpoint holds of one part of the training state (``model``, ``optimizer``, ...)."""
+
+    part: str
+    num_tensors: int
+    num_elements: int
+    nbytes: int
+    """Of the tensors, without their records' headers."""
+    num_objects: int
+    dtypes: tuple[str, ...]
+    """Most bytes first."""
+
+
+def totals_by_part(manifest: Manifest) -> list[PartTotal]:
+    """One total for each part that is there, the model first."""
+    totals = []
+    for part in PARTS:
+        tensors = [entry for key, entry in manifest.tensors.items() if part_of(key) == part]
+        num_objects = sum(part_of(key) == part for key in manifest.objects)
+        if tensors or num_objects:
+            nbytes = _nbytes_by_dtype(tensors)
+            num_elements = sum(Box.whole(entry.shape).numel for entry in tensors)
+            dtypes = tuple(dtype for dtype, _ in nbytes.most_common())
+            totals.append(PartTotal(part, len(tensors), num_elements, nbytes.total(), num_objects, dtypes))
+    return totals
+
+
+def model_total(manifest: Manifest) -> PartTotal:
+    """The total of the part ``model``; of zeros if there is none."""
+    found = totals_by_part(manifest)
+    return found[0] if found and found[0].part == "model" else PartTotal("model", 0, 0, 0, 0, ())
+
+
+def layout_text(layout: Mapping[str, int]) -> str:
+    """The degrees above 1, such as ``fsdp 2, tp 2``; ``one rank`` if there are none, empty if nothing is known."""
+    degrees = [f"{SHORT_DEGREES.get(name, name)} {degree}" for name, degree in layout.items() if degree != 1]
+    return ", ".join(degrees) or ("one rank" if layout else "")
+
+
+def cuts_of(entry: TensorEntry) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """For each dim, the half-open intervals between all the places where a stored shard begins or ends."""
+    filled = [shard.box for shard in entry.shards if shard.box.numel] or [Box.whole(entry.shape)]
+    cuts = []
+    for dim in range(len(entry.shape)):
+        edges = sorted({edge for box in filled for edge in (box.offsets[dim], box.stops[dim])})
+        cuts.append(tuple(itertools.pairwise(edges)))
+    return tuple(cuts)
+
+
+def placement_text(entry: TensorEntry) -> str:
+    """How a tensor is stored: ``whole``, or into how many shards each dim is cut, such as ``dim 0 / 2, dim 1 / 4``."""
+    parts = [f"dim {dim} / {len(cuts)}" for dim, cuts in enumerate(cuts_of(entry)) if len(cuts) > 1]
+    return ", ".join(parts) or "whole"
+
+
+def format_count(count: int) -> str:
+    """A number of elements for people: ``950``, ``5.25 M``, ``8.03 B``."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _nbytes_by_dtype(tensors: Iterable[TensorEntry]) -> Counter[str]:
+    nbytes: Counter[str] = Counter()
+    for entry in tensors:
+        nbytes[entry.dtype] += Box.whole(entry.shape).numel * itemsize(entry.dtype)
+    return nbytes
