@@ -15,13 +15,14 @@ from milepost.train.options import load_config
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
-LOOP_OF_SOMEBODY = """
+SOMEBODYS_CODE = """
+import os, sys
 import torch
 
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
-num_steps, crash_at = 30, int(sys.argv[1])
+num_steps = 30
 steps_made = []
 
 def train_one_step(model, optimizer):
@@ -39,25 +40,26 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run_loop(folder: Path, *, crash_at: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the README's loop in ``folder``. It prints its first and last step and a sum of the weights."""
-    folder.mkdir(exist_ok=True)
-    (loop,) = [block for block in code_blocks("python") if "CheckpointManager" in block]
-    told = "\nprint(steps_made[0], steps_made[-1], model.weight.sum().item())"
-    command = [sys.executable, "-c", f"import os, sys\n{LOOP_OF_SOMEBODY}\n{loop}{told}", str(crash_at)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-
-
 def test_the_loop_of_the_readme_saves_and_resumes_as_if_nothing_had_happened(tmp_path: Path):
-    whole = run_loop(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    first, last, weights = whole.stdout.split()
-    assert (first, last) == ("1", "30")
-
-    assert run_loop(tmp_path / "crashed", crash_at=25).returncode == 1
-    resumed = run_loop(tmp_path / "crashed")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.split() == ["21", "30", weights]
+    """Three runs, each in a fork of one process that has imported torch: whole, crashed at step 25, resumed."""
+    (loop,) = [block for block in code_blocks("python") if "CheckpointManager" in block]
+    runs = tmp_path / "runs.py"
+    runs.write_text(
+        "import os, torch._dynamo, milepost; milepost.CheckpointManager\n"  # all that a run imports by and by
+        f"code = {SOMEBODYS_CODE + loop + 'print(steps_made[0], steps_made[-1], model.weight.sum().item())'!r}\n"
+        "for folder, crash_at in (('whole', 0), ('stopped', 25), ('stopped', 0)):\n"
+        "    os.makedirs(folder, exist_ok=True)\n"
+        "    if (pid := os.fork()) == 0:\n"
+        "        os.chdir(folder)\n"
+        "        exec(code)\n"
+        "        raise SystemExit\n"
+        "    os.waitpid(pid, 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-u", runs], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = done.stdout.splitlines()
+    assert whole.split()[:2] == ["1", "30"]
+    assert resumed.split() == ["21", "30", whole.split()[2]]
 
 
 def commands() -> list[str]:
