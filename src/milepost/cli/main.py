@@ -32,6 +32,7 @@ COMMANDS = {
     "pin": Command("milepost.cli.pin_cmd", "keep steps from ever being pruned"),
     "unpin": Command("milepost.cli.unpin_cmd", "let the rules decide about steps again"),
     "verify": Command("milepost.cli.verify_cmd", "check that checkpoints are what was saved"),
+    "diff": Command("milepost.cli.diff_cmd", "compare two checkpoints, or weights across formats"),
     "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
     "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),
     "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and the leftovers of dead saves"),
@@ -46,6 +47,7 @@ exit status:
   5    a checkpoint is damaged
   7    the operating system refused an operation
   8    a conversion can't be made: source, sizes and target do not fit
+  9    what was compared differs
   130  interrupted with Ctrl-C
 """
 
