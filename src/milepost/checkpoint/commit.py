@@ -20,7 +20,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from milepost import catalog
@@ -117,11 +117,35 @@ def publish(
     data = data_folder(attempt)
     _check_sizes(storage, data, manifest)
     manifest = _write_records(storage, data, manifest, crcs)
-    aside = _put_in_place(storage, data, target, manifest.save_id)
+    _put_in_place_and_sweep(storage, attempt, target, manifest.save_id)
+    return manifest
+
+
+def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[str, int], record: Manifest) -> Manifest:
+    """As :func:`publish`, for an attempt whose files are of another format (Hugging Face's): it has no ``.metadata``.
+
+    ``sizes`` are the files that must be there, with their bytes; smaller ones beside them are taken along. ``record``
+    becomes the commit record, with all files named.
+
+    Raises:
+        SaveError: a file is missing or has another size.
+        StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
+    """
+    data = data_folder(attempt)
+    found = {entry.name: FileEntry(entry.nbytes) for entry in storage.list(data)}
+    record = replace(record, files=found | {name: FileEntry(nbytes) for name, nbytes in sizes.items()})
+    _check_sizes(storage, data, record)
+    storage.write(f"{data}/{MANIFEST_NAME}", to_json(record))
+    storage.sync_folder(data)
+    _put_in_place_and_sweep(storage, attempt, target, record.save_id)
+    return record
+
+
+def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id: str) -> None:
+    aside = _put_in_place(storage, data_folder(attempt), target, save_id)
     # The save is done. What is left over now is swept again later, so it can't fail the save.
     for leftover in filter(None, (attempt, aside)):
         discard_quietly(storage, leftover)
-    return manifest
 
 
 def _check_sizes(storage: Storage, data: str, manifest: Manifest) -> None:

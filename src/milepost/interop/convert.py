@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,13 @@ import numpy as np
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.manifest import Manifest
 from milepost.interop.families import META, family_of
-from milepost.interop.hf.config import config_faults, make_config, with_dtype
 from milepost.interop.match import Match, match, repeated, tied_fault
 from milepost.interop.model_sizes import ModelArgs, model_args
-from milepost.interop.options import DEFAULT_SHARD_NBYTES, ConvertOptions, ConvertReport
+from milepost.interop.options import ConvertOptions, ConvertReport
 from milepost.interop.rules import Correspondence, Family, Recipe, correspond
-from milepost.interop.sinks import DcpSink, HfExtras, HfSink, Sink, TorchFileSink, assets_of
+from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink, check_config, hf_extras
 from milepost.interop.source import Assembled, Readable, Source, as_bytes, total_nbytes
-from milepost.interop.sources import CONFIG_NAME, INDEX_NAME, open_weights, read_json, read_weight_map
+from milepost.interop.sources import CONFIG_NAME, open_weights
 from milepost.interop.stream import Slab, SlabReader, run_threads
 
 Progress = Callable[[str, int, int], None]
@@ -91,19 +90,8 @@ def _check_config(source: Source, config: Mapping[str, Any] | None, family: Fami
         return ()
     if config is None:
         return (f"{source.path} has no {CONFIG_NAME}: RoPE and norm settings could not be checked",)
-    _raise_config_faults(config, family, args, f"{source.path}/{CONFIG_NAME}")
+    check_config(config, family.name, args, f"{source.path}/{CONFIG_NAME}")
     return ()
-
-
-def _raise_config_faults(config: Mapping[str, Any], family: Family, args: ModelArgs, path: str) -> None:
-    vocabulary = config.get("vocab_size")
-    if isinstance(vocabulary, int):
-        args = replace(args, vocab_size=vocabulary)  # checked against the weights, not against the flavor
-    faults = config_faults(config, family.name, args)
-    if faults:
-        raise ConversionError(
-            f"{path} is of another model than the flavor given:\n  " + "\n  ".join(faults), path=path, problems=faults
-        )
 
 
 def _check_vocabulary(config: Mapping[str, Any] | None, found: Match, path: str) -> None:
@@ -153,34 +141,8 @@ def _make_sink(
         return DcpSink(dst, {"model": dict(model)})
     if options.to == "pt":
         return TorchFileSink(dst)
-    dtype = _main_dtype(plan.content)
-    assets = options.hf_assets
-    config = read_json(assets / CONFIG_NAME) if assets is not None else None
-    if config is None:
-        config = make_config(family.name, args, dtype)
-    else:
-        _raise_config_faults(config, family, args, str(assets and assets / CONFIG_NAME))
-        config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
-    weight_map = {}
-    if assets is not None and options.max_shard_nbytes is None and (assets / INDEX_NAME).exists():
-        weight_map = read_weight_map(assets)
-    return HfSink(
-        dst,
-        HfExtras(
-            config=config,
-            files=assets_of(assets) if assets is not None else (),
-            weight_map=weight_map,
-            max_shard_nbytes=options.max_shard_nbytes or DEFAULT_SHARD_NBYTES,
-        ),
-    )
-
-
-def _main_dtype(content: Readable) -> str:
-    """The dtype that most of the bytes have."""
-    nbytes: dict[str, int] = {}
-    for info in content.tensors.values():
-        nbytes[info.dtype] = nbytes.get(info.dtype, 0) + total_nbytes([info])
-    return max(nbytes, key=lambda dtype: nbytes[dtype])
+    extras = hf_extras(family.name, args, plan.content.tensors, options.hf_assets, options.max_shard_nbytes)
+    return HfSink(dst, extras)
 
 
 def _run(

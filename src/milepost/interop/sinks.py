@@ -11,8 +11,8 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.torch_file import plan_torch_file
+from milepost.interop.hf.config import config_faults, make_config, with_dtype
+from milepost.interop.model_sizes import ModelArgs
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.source import Source, TensorInfo, total_nbytes
 from milepost.interop.sources import (
@@ -36,6 +38,8 @@ from milepost.interop.sources import (
     manifest_source,
     open_linked,
     open_weights,
+    read_json,
+    read_weight_map,
     shard_file_name,
 )
 from milepost.interop.stream import ContentBlocks, Placed, SlabReader, write_image
@@ -181,14 +185,8 @@ class HfSink(Sink):
         for name, keys in files.items():
             layout = plan_layout({key: (tensors[key].dtype, tensors[key].shape) for key in keys})
             self._write_file(f"{self.data}/{name}", layout, reader)
-        if len(files) > 1 or self._extras.weight_map:
-            self._write_json(INDEX_NAME, _index(files, tensors))
-        self._write_json(CONFIG_NAME, self._extras.config)
-        for path in self._extras.files:
-            with open_linked(path) as handle:
-                data = bytearray(handle.nbytes)
-                handle.read_into(0, [memoryview(data)])
-            self.storage.write(f"{self.data}/{path.name}", data)
+        for name, data in extras_files(self._extras, files, tensors):
+            self.storage.write(f"{self.data}/{name}", data)
 
     def _write_file(self, name: str, layout: SafetensorsLayout, reader: SlabReader) -> None:
         placed = [Placed(key, tensor.offset) for key, tensor in layout.tensors.items()]
@@ -197,15 +195,83 @@ class HfSink(Sink):
             handle.write(0, [layout.prefix])
             handle.sync()
 
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        self.storage.write(f"{self.data}/{name}", text.encode())
-
     def reopen(self) -> Source:
         return open_weights(f"{self.storage.root}/{self.data}").source
 
     def publish(self) -> None:
         self._publish_by_rename(self.data)
+
+
+def hf_extras(
+    family: str,
+    args: ModelArgs,
+    tensors: Mapping[str, TensorInfo],
+    assets: Path | None,
+    max_shard_nbytes: int | None,
+) -> HfExtras:
+    """What goes beside ``tensors``: from the folder ``assets``, or made. A size given overrules its index.
+
+    Raises:
+        ConversionError: the config in ``assets`` is of another model.
+    """
+    dtype = _main_dtype(tensors)
+    config = read_json(assets / CONFIG_NAME) if assets is not None else None
+    if config is None:
+        config = make_config(family, args, dtype)
+    else:
+        check_config(config, family, args, f"{assets}/{CONFIG_NAME}")
+        config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
+    weight_map = {}
+    if assets is not None and max_shard_nbytes is None and (assets / INDEX_NAME).exists():
+        weight_map = read_weight_map(assets)
+    return HfExtras(
+        config=config,
+        files=assets_of(assets) if assets is not None else (),
+        weight_map=weight_map,
+        max_shard_nbytes=max_shard_nbytes or DEFAULT_SHARD_NBYTES,
+    )
+
+
+def check_config(config: Mapping[str, Any], family: str, args: ModelArgs, path: str) -> None:
+    """Refuse a ``config.json`` of another model. The size of the vocabulary is left to the weights to tell.
+
+    Raises:
+        ConversionError: with every difference.
+    """
+    vocabulary = config.get("vocab_size")
+    if isinstance(vocabulary, int):
+        args = replace(args, vocab_size=vocabulary)
+    faults = config_faults(config, family, args)
+    if faults:
+        raise ConversionError(
+            f"{path} is of another model than the flavor given:\n  " + "\n  ".join(faults), path=path, problems=faults
+        )
+
+
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype that most of the bytes have."""
+    nbytes: dict[str, int] = {}
+    for info in tensors.values():
+        nbytes[info.dtype] = nbytes.get(info.dtype, 0) + total_nbytes([info])
+    return max(nbytes, key=lambda dtype: nbytes[dtype])
+
+
+def extras_files(
+    extras: HfExtras, files: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file beside those of the tensors; ``files`` are those and the keys in them."""
+    if len(files) > 1 or extras.weight_map:
+        yield INDEX_NAME, _json(_index(files, tensors))
+    yield CONFIG_NAME, _json(extras.config)
+    for path in extras.files:
+        with open_linked(path) as handle:
+            data = bytearray(handle.nbytes)
+            handle.read_into(0, [memoryview(data)])
+        yield path.name, bytes(data)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def split_into_files(

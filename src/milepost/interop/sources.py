@@ -58,10 +58,12 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     if not full.is_dir():
         raise CheckpointNotFoundError(f"there is nothing at {full}", path=str(full))
     names = {entry.name for entry in os.scandir(full)}
-    if names & {MANIFEST_NAME, METADATA_NAME}:
+    is_hf = INDEX_NAME in names or SINGLE_NAME in names
+    # A last save in Hugging Face's format has our commit record too.
+    if names & {MANIFEST_NAME, METADATA_NAME} and not is_hf:
         storage, folder = open_storage(full)
         return _open_dcp(storage, folder)
-    if INDEX_NAME in names or any(name.endswith(".safetensors") for name in names):
+    if is_hf or any(name.endswith(".safetensors") for name in names):
         return _open_hf(full, names)
     raise CheckpointNotFoundError(_not_weights(full, names), path=str(full))
 

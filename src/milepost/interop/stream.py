@@ -24,7 +24,7 @@ from milepost.storage.base import WriteHandle
 
 SLAB_NBYTES = 8 << 20
 TASK_NBYTES = 32 << 20
-_BUFFER_NBYTES = 8 << 20
+BUFFER_NBYTES = 8 << 20
 _PAGE_NBYTES = 4096
 _SLABS_PER_THREAD = 3
 """The slab itself, and at most two copies on the way into it (rows being reordered, elements being cast)."""
@@ -82,7 +82,7 @@ class SlabReader:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._slab_nbytes = max((self._largest(key) for key in content.tensors), default=0)
-        per_thread = _BUFFER_NBYTES + BLOCK_NBYTES + _SLABS_PER_THREAD * self._slab_nbytes
+        per_thread = BUFFER_NBYTES + BLOCK_NBYTES + _SLABS_PER_THREAD * self._slab_nbytes
         if per_thread > budget_nbytes:
             raise ConversionError(
                 f"a memory budget of {budget_nbytes:,} bytes is too small: this model needs {per_thread:,}"
@@ -167,8 +167,8 @@ def write_image(
 
     def work(task: list[tuple[Placed, Slab]]) -> None:
         if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, _BUFFER_NBYTES)
-        stream = _ImageStream(handle, task[0][0].offset + task[0][1].start, local.buffer)
+            local.buffer = mmap.mmap(-1, BUFFER_NBYTES)
+        stream = ImageStream(handle, task[0][0].offset + task[0][1].start, local.buffer, fill_gaps=True)
         for placed, slab in task:
             data = raw_bytes(reader.read(placed.key, slab))
             if digests:
@@ -217,11 +217,15 @@ def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple
         yield task
 
 
-class _ImageStream:
-    """Writes of ascending ranges of a file, gathered so that all but the edges are whole, aligned pages."""
+class ImageStream:
+    """Writes of ranges of a file, gathered so that all but the edges are whole, aligned pages.
 
-    def __init__(self, handle: WriteHandle, offset: int, buffer: mmap.mmap):
+    ``buffer`` has ``BUFFER_NBYTES``. With ``fill_gaps``, short gaps between ranges are filled with zeros.
+    """
+
+    def __init__(self, handle: WriteHandle, offset: int, buffer: mmap.mmap, *, fill_gaps: bool = False):
         self._handle = handle
+        self._fill_gaps = fill_gaps
         self._array = np.frombuffer(buffer, dtype=np.uint8)
         self._memory = memoryview(buffer)
         self._restart(offset)
@@ -232,9 +236,9 @@ class _ImageStream:
         self._begin = self._end = offset - self._base
 
     def put_at(self, offset: int, data: memoryview) -> None:
-        """Store ``data`` at ``offset``. A short gap before it is filled with zeros, a longer one is left alone."""
+        """Store ``data`` at ``offset``."""
         gap = offset - self._base - self._end
-        if 0 < gap <= min(_PAGE_NBYTES, _BUFFER_NBYTES - self._end):
+        if self._fill_gaps and 0 < gap <= min(_PAGE_NBYTES, BUFFER_NBYTES - self._end):
             self._array[self._end : self._end + gap] = 0
             self._end += gap
         elif gap:
@@ -243,11 +247,11 @@ class _ImageStream:
         source = np.frombuffer(data, dtype=np.uint8)
         taken = 0
         while taken < len(source):
-            count = min(len(source) - taken, _BUFFER_NBYTES - self._end)
+            count = min(len(source) - taken, BUFFER_NBYTES - self._end)
             np.copyto(self._array[self._end : self._end + count], source[taken : taken + count])
             taken += count
             self._end += count
-            if self._end == _BUFFER_NBYTES:
+            if self._end == BUFFER_NBYTES:
                 self.flush()
 
     def flush(self) -> None:

@@ -136,8 +136,12 @@ class Storage(ABC):
         """Open a regular file. Refuses links: a checkpoint has none, so one is an attack or an accident."""
 
     @abstractmethod
-    def open_write(self, path: str, nbytes: int) -> WriteHandle:
-        """Create a file (it must not exist) of about ``nbytes``, reserving the space where that is possible."""
+    def open_write(self, path: str, nbytes: int, *, shared: bool = False) -> WriteHandle:
+        """Create a file (it must not exist) of about ``nbytes``, reserving the space where that is possible.
+
+        ``shared``: the file may exist, and is of exactly ``nbytes`` from now on. Several processes may open it so and
+        each write ranges of its own; every one must sync.
+        """
 
     @abstractmethod
     def read(self, path: str, limit: int = 1 << 30) -> bytes:

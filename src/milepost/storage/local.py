@@ -127,22 +127,26 @@ class _LocalWrite(WriteHandle):
     the page cache to the training. The file system keeps the two views of the file coherent.
     """
 
-    def __init__(self, path: str, nbytes: int):
+    def __init__(self, path: str, nbytes: int, *, shared: bool = False):
         self.path = path
         self._lock = threading.Lock()
         self._end = 0
         self._direct_fd = -1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if shared else os.O_EXCL)
         with _explained("create", path, f"creating {path}"):
             self._fd = os.open(path, flags, 0o666)
         self._reserved = 0
         try:
             with _explained("reserve", path, f"reserving {format_nbytes(nbytes)} for {path}"):
-                if nbytes > 0 and syscalls.reserve(self._fd, nbytes):
+                reserved = nbytes > 0 and syscalls.reserve(self._fd, nbytes)
+                if shared:
+                    os.ftruncate(self._fd, nbytes)  # the same for all who open it, so no writer is cut off
+                elif reserved:
                     self._reserved = nbytes
         except StorageError:
             os.close(self._fd)
-            os.unlink(path)
+            if not shared:
+                os.unlink(path)
             raise
         if nbytes >= DIRECT_MIN_NBYTES:
             self._open_direct()
@@ -257,8 +261,8 @@ class LocalStorage(Storage):
     def open_read(self, path: str) -> ReadHandle:
         return _LocalRead(self._full(path))
 
-    def open_write(self, path: str, nbytes: int) -> WriteHandle:
-        return _LocalWrite(self._full(path), nbytes)
+    def open_write(self, path: str, nbytes: int, *, shared: bool = False) -> WriteHandle:
+        return _LocalWrite(self._full(path), nbytes, shared=shared)
 
     def read(self, path: str, limit: int = 1 << 30) -> bytes:
         with self.open_read(path) as handle:

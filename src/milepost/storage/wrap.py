@@ -79,9 +79,11 @@ class WrappedStorage(Storage):
     def open_read(self, path: str) -> ReadHandle:
         return self.around(Operation("open_read", path), lambda: _WrappedRead(self, path, self.inner.open_read(path)))
 
-    def open_write(self, path: str, nbytes: int) -> WriteHandle:
+    def open_write(self, path: str, nbytes: int, *, shared: bool = False) -> WriteHandle:
         operation = Operation("open_write", path, nbytes=nbytes)
-        return self.around(operation, lambda: _WrappedWrite(self, path, self.inner.open_write(path, nbytes)))
+        return self.around(
+            operation, lambda: _WrappedWrite(self, path, self.inner.open_write(path, nbytes, shared=shared))
+        )
 
     def read(self, path: str, limit: int = 1 << 30) -> bytes:
         return self.around(Operation("read", path), lambda: self.inner.read(path, limit))

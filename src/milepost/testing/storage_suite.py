@@ -155,6 +155,25 @@ class StorageSuite:
             handle.sync()
         assert storage.read("short") == b"abc"
 
+    def test_a_shared_file_takes_ranges_from_several_handles(self, storage: Storage) -> None:
+        storage.make_folder("")
+        nbytes = 5 * _MIB + 3
+        data = _pattern(nbytes)
+        cut = 2 * _MIB + 17
+        with (
+            storage.open_write("shared", nbytes, shared=True) as one,
+            storage.open_write("shared", nbytes, shared=True) as other,
+        ):
+            other.write(cut, [data[cut:]])
+            other.sync()
+            one.write(0, [data[:cut]])
+            one.sync()
+        assert storage.read("shared") == data
+        with storage.open_write("sparse", nbytes, shared=True) as handle:
+            handle.write(0, [b"abc"])
+            handle.sync()
+        assert storage.read("sparse") == b"abc" + bytes(nbytes - 3)
+
     def test_threads_may_write_and_read_one_file(self, storage: Storage) -> None:
         storage.make_folder("")
         piece = 300_001
