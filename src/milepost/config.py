@@ -59,6 +59,8 @@ class CheckpointConfig:
     """Dtype of the model in a model-only last save. ``float32`` leaves every tensor in the dtype it has."""
     async_mode: AsyncMode = "disabled"
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """When a save fails: ``stop`` raises; ``warn`` logs it and trains on, but raises after 3 failed saves in a row."""
     keep_latest_k: int = 10
     """Keep so many of the newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0

@@ -12,7 +12,8 @@
     ├── SaveError                      6  a save failed on some rank; the previous checkpoints are untouched
     │   └── PlanError                     the ranks' shards leave a gap or overlap
     ├── StorageError                   7  the operating system or the network refused an operation
-    └── ConversionError                8  source, rules and target of a conversion do not fit
+    ├── ConversionError                8  source, rules and target of a conversion do not fit
+    └── RunLockedError                 10 another run writes to the same folder
 
 Attributes hold what a program may want (``path``, ``key``, ``rank``, ...); the message holds what a person
 needs: what, where, and what to do next.
@@ -32,6 +33,7 @@ __all__ = [
     "FormatError",
     "MilepostError",
     "PlanError",
+    "RunLockedError",
     "SaveError",
     "StateMismatchError",
     "StorageError",
@@ -167,3 +169,9 @@ class ConversionError(MilepostError):
     def __init__(self, message: str, *, path: str | None = None, problems: Sequence[str] = ()):
         super().__init__(message, path=path)
         self.problems = tuple(problems)
+
+
+class RunLockedError(MilepostError):
+    """Another run that still lives writes to the same folder. Nothing was touched."""
+
+    exit_status = 10

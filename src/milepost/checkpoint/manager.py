@@ -24,6 +24,7 @@ from milepost.checkpoint.commit import live_owners, sweep_leftovers
 from milepost.checkpoint.events import EVENTS_NAME, SaveEvent, suspicion
 from milepost.checkpoint.job import Keep
 from milepost.checkpoint.load import LoadReport, load_from
+from milepost.checkpoint.lock import RunLock
 from milepost.checkpoint.resume import Choice, choose
 from milepost.checkpoint.save import Saver, SaveReport
 from milepost.checkpoint.schedule import needs_clock, reason_by_clock, reason_to_save
@@ -31,7 +32,7 @@ from milepost.checkpoint.signals import DUE, SAVE, STOP, SignalFlags
 from milepost.checkpoint.training_state import TrainingState
 from milepost.comm import Comm, default_comm, failure_on, raise_together
 from milepost.config import CheckpointConfig, part_of
-from milepost.errors import CheckpointDamagedError, MilepostError, StorageError
+from milepost.errors import CheckpointDamagedError, MilepostError, SaveError, StorageError
 from milepost.format.manifest import Manifest
 from milepost.storage import open_storage
 from milepost.storage.base import join
@@ -40,6 +41,8 @@ log = logging.getLogger("milepost")
 
 T = TypeVar("T")
 
+MAX_FAILURES = 3
+"""So many failed saves in a row stop a run that was told to go on after one."""
 WRITERS_TIMEOUT_S = 120.0
 """How long a run that starts waits for the writer processes of a run that died."""
 
@@ -97,6 +100,7 @@ class CheckpointManager:
         )
         self._layout = dict(layout or {})
         self._saver = self._make_saver()
+        self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
         self._contents: Mapping[str, str] = {}
@@ -104,6 +108,7 @@ class CheckpointManager:
         self._signals = SignalFlags()
         self._blocked_s = 0.0
         self._stall_s: float | None = None
+        self._num_failures = 0  # in a row
         self._reading = ""  # save id of the step that is being loaded
         self._last_save = time.monotonic()
         if self._saver is not None:
@@ -178,7 +183,9 @@ class CheckpointManager:
         if reason is None:
             return False
         with self._blocked() as blocked:
-            pending = self._begin(step, reason, last_step=last_step)
+            pending = self._begin_or_warn(step, reason, last_step=last_step)
+        if pending is None:
+            return False
         self._stall_s = pending.stall_s = blocked.seconds
         self._last_save = time.monotonic()
         self._pending = pending
@@ -209,12 +216,16 @@ class CheckpointManager:
         """
         if self._saver is None:
             return
-        with self._blocked():
-            if isinstance(self._saver, AsyncSaver):
-                self._saver.close()
-            self._settle()
-        self._saver = None
+        saver, self._saver = self._saver, None
         self._signals.restore()
+        try:
+            with self._blocked():
+                if isinstance(saver, AsyncSaver):
+                    saver.close()
+        finally:
+            self._settle()
+            if self._lock is not None:
+                self._lock.release()
 
     def listen_to_signals(self) -> None:
         """From now on SIGUSR1 on any rank saves at the next :meth:`save`, and SIGTERM does so and asks to stop.
@@ -251,6 +262,25 @@ class CheckpointManager:
             return "SIGUSR1"
         return (by_clock or "by the clock of rank 0") if agreed & DUE else None
 
+    def _begin_or_warn(self, step: int, reason: str, *, last_step: bool) -> _Pending | None:
+        """Begin a save; with ``on_save_error = "warn"`` None when it failed. Failures are the same on every rank."""
+        while True:
+            try:
+                return self._begin(step, reason, last_step=last_step)
+            except SaveError as error:
+                self._num_failures += 1
+                if self._config.on_save_error == "stop":
+                    raise
+                if self._num_failures >= MAX_FAILURES:
+                    raise SaveError(
+                        f"{self._num_failures} saves in a row have failed; the last: {error.message}", rank=error.rank
+                    ) from error
+                if self._comm.rank == 0:
+                    log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
+                if not isinstance(self._saver, AsyncSaver):
+                    return None
+                # It was the save before that failed, in the background: this one has not been tried yet.
+
     def _begin(self, step: int, reason: str, *, last_step: bool) -> _Pending:
         config = self._config
         model_only = config.create_seed_checkpoint or (last_step and config.last_save_model_only)
@@ -282,7 +312,10 @@ class CheckpointManager:
             log_wait(pending.handle, self._comm.rank)
             with contextlib.suppress(MilepostError):
                 report = pending.handle.result()
-        if report is None or self._comm.rank != 0:
+        if report is None:
+            return
+        self._num_failures = 0
+        if self._comm.rank != 0:
             return
         event = SaveEvent.of(
             report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
@@ -354,7 +387,8 @@ class CheckpointManager:
         return True
 
     def _clear_leftovers(self) -> None:
-        """Let the writers of a run that died finish what it had staged, then sweep what nobody will finish."""
+        """Take the folder for this run, let the writers of one that died finish, and sweep what nobody will."""
+        self._lock = RunLock(self._storage, self._folder)
         deadline = time.monotonic() + WRITERS_TIMEOUT_S
         told = False
         while owners := live_owners(self._storage, self._folder, now=time.time()):

@@ -67,14 +67,18 @@ def parse_owner(data: bytes, path: str) -> Owner:
     return owner
 
 
+def is_here(owner: Owner) -> bool:
+    """Whether it can be known from here if the process lives: it is of this machine, and not in another container."""
+    here = this_process(0.0)
+    if (owner.host, owner.machine_id) != (here.host, here.machine_id):
+        return False
+    return owner.boot_id != here.boot_id or owner.pid_namespace == here.pid_namespace
+
+
 def is_alive(owner: Owner, now: float) -> bool:
     """Whether the process may still be at work. True when in doubt, for a day."""
-    here = this_process(now)
-    if (owner.host, owner.machine_id) == (here.host, here.machine_id):
-        if owner.boot_id != here.boot_id:
-            return False
-        if owner.pid_namespace == here.pid_namespace:
-            return owner.started == _started(owner.pid)
+    if is_here(owner):
+        return owner.boot_id == this_process(now).boot_id and owner.started == _started(owner.pid)
     return now - owner.created_s < FOREIGN_LIFETIME_S
 
 

@@ -1,0 +1,66 @@
+"""What a run does when saves fail: stop at once, or warn and go on for a while."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from milepost import CheckpointConfig, CheckpointManager, SaveError
+from milepost.errors import StorageError
+
+
+def manager_for(folder: Path, mode: str, on_save_error: str) -> CheckpointManager:
+    config = CheckpointConfig(enable=True, interval=1, async_mode=mode, on_save_error=on_save_error)  # type: ignore[arg-type]
+    return CheckpointManager(folder, config, model=torch.nn.Linear(64, 64))
+
+
+def save_twice(manager: CheckpointManager) -> None:
+    """The third failure shows at the second call here in the background modes, at the first otherwise."""
+    for step in (8, 9):
+        manager.save(step)
+
+
+def disk_full(path: str, nbytes: int) -> Any:
+    raise StorageError(f"no space left on device: {path}", operation="open_write", path=path, errno=28)
+
+
+def test_stop_raises_at_once_and_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    manager = manager_for(tmp_path / "run", "disabled", "stop")
+    manager.save(1)
+    monkeypatch.setattr(manager._storage, "open_write", disk_full)
+    with pytest.raises(SaveError, match="no space left"):
+        manager.save(2)
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["step-1"]
+    manager.close()
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_warn_goes_on_and_stops_after_three_failures_in_a_row(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, logger="milepost")
+    manager = manager_for(tmp_path / "run", mode, "warn")
+    manager.save(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(manager._storage, "open_write", disk_full)
+        manager.save(2)
+        manager.save(3)  # in the background modes: tells of step 2
+        if mode == "async":
+            manager._saver.current._committed.exception(60)
+    assert "no space left" in caplog.text
+    manager.save(4)
+    manager.save(5)  # both went well: the count begins anew
+    with monkeypatch.context() as broken:
+        if mode == "async":
+            manager._saver.current.committed(60)
+        broken.setattr(manager._storage, "open_write", disk_full)
+        manager.save(6)
+        manager.save(7)
+        with pytest.raises(SaveError, match=r"3 saves in a row have failed; the last: .*no space left"):
+            save_twice(manager)
+    steps = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir() and p.name.startswith("step-")}
+    assert steps == {"step-1", "step-4", "step-5"}
