@@ -31,7 +31,7 @@ from milepost.interop.rules import Correspondence, Link, Op, correspond
 from milepost.interop.sinks import extras_files, hf_extras, split_into_files
 from milepost.interop.source import Array, TensorInfo, array_dtype, raw_bytes
 from milepost.interop.stream import BUFFER_NBYTES, ImageStream, Slab, cut_into_slabs, run_threads
-from milepost.storage.base import Storage, WriteHandle
+from milepost.storage.base import Storage, WriteHandle, join
 
 FORMAT = "huggingface"
 """What the ``extra`` of a manifest says under ``format`` when its folder holds safetensors in place of records."""
@@ -139,13 +139,13 @@ def write_frame(storage: Storage, folder: str, image: HfImage) -> None:
         for key, stored in layout.tensors.items()
     }
     for name, layout in image.files.items():
-        with storage.open_write(f"{folder}/{name}", layout.nbytes, shared=True) as handle:
+        with storage.open_write(join(folder, name), layout.nbytes, shared=True) as handle:
             handle.write(0, [layout.prefix])
             handle.sync()
     extras = hf_extras(family.name, image.target.args, tensors, _folder(image.target.assets), None)
     keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
     for name, data in extras_files(extras, keys, tensors):
-        storage.write(f"{folder}/{name}", data)
+        storage.write(join(folder, name), data)
 
 
 def write_part(
@@ -168,7 +168,7 @@ def write_part(
     names = {image.places[link.theirs_key].file for item in items for link in image.links[item.key]}
     with ExitStack() as stack:
         handles = {
-            name: stack.enter_context(storage.open_write(f"{folder}/{name}", image.files[name].nbytes, shared=True))
+            name: stack.enter_context(storage.open_write(join(folder, name), image.files[name].nbytes, shared=True))
             for name in sorted(names)
         }
         local = threading.local()
