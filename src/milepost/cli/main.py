@@ -35,6 +35,8 @@ COMMANDS = {
     "diff": Command("milepost.cli.diff_cmd", "compare two checkpoints, or weights across formats"),
     "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
     "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),
+    "plan-resume": Command("milepost.cli.plan_resume_cmd", "say what a resume on a layout would read, rank by rank"),
+    "resume-test": Command("milepost.cli.resume_test_cmd", "kill a training run, resume it, compare bit for bit"),
     "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and the leftovers of dead saves"),
 }
 
@@ -44,6 +46,7 @@ exit status:
   1    an unforeseen error
   2    wrong usage
   3    there is no such checkpoint
+  4    a checkpoint does not fit what it would be loaded into
   5    a checkpoint is damaged
   7    the operating system refused an operation
   8    a conversion can't be made: source, sizes and target do not fit

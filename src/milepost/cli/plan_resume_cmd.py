@@ -1,0 +1,158 @@
+"""``milepost plan-resume``: what a resume on another layout would read, before any GPU is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from milepost.cli.paths import read_manifest
+from milepost.cli.render import console, print_json, print_table, printable
+from milepost.errors import ConfigError, StateMismatchError
+from milepost.storage.base import format_nbytes
+from milepost.summary import SHORT_DEGREES, layout_text
+
+if TYPE_CHECKING:
+    from milepost.resume_plan import RankPlan, ResumePlan
+
+MAX_RANKS = 16
+MAX_KEYS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost plan-resume``."""
+    parser.description = (
+        "Say what a resume would read on each rank of a layout, which keys would be missing or unexpected, and the\n"
+        "memory at the load's peak. Only metadata is read. Parameters are taken to be spread as milepost.train and\n"
+        "torchtitan spread Llama and Qwen; those of other names by FSDP alone."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  milepost plan-resume outputs/checkpoint/step-500 --world-size 4\n"
+        "  milepost plan-resume outputs/checkpoint/step-500 --world-size 16 --degrees tp=2,pp=2,fsdp=4\n"
+        "  milepost plan-resume outputs/checkpoint/step-500 --world-size 8 --model llama3 --flavor 8B\n\n"
+        "exit status: 0 it fits, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 it is damaged,\n"
+        "2 wrong usage, 7 it can't be read\n"
+    )
+    parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of the run that resumes")
+    parser.add_argument(
+        "--degrees",
+        default="",
+        metavar="NAME=N,...",
+        help=f"degrees of parallelism, of {', '.join(SHORT_DEGREES.values())}; those not given are 1, and fsdp takes "
+        "the ranks that the others leave",
+    )
+    parser.add_argument(
+        "--stages-per-rank",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline stages on each rank: 2 for Interleaved1F1B (default 1)",
+    )
+    parser.add_argument("--model", help="llama3 or qwen3: hold the keys against those of this model")
+    parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print; 4 if the resume would be refused."""
+    degrees = parse_degrees(args.degrees)
+    manifest = read_manifest(args.path)
+    from milepost.placement import Layout
+    from milepost.resume_plan import plan_resume  # with the tables of models, which --help can do without
+
+    layout = Layout.of(degrees, args.world_size, args.stages_per_rank)
+    plan = plan_resume(manifest, layout, model=args.model, flavor=args.flavor)
+    if args.json:
+        print_json({"fits": plan.fits} | _json(plan))
+    else:
+        saved = layout_text(manifest.layout)
+        title = f"{args.path}: {manifest.kind}, saved by {manifest.world_size} ranks" + (f" ({saved})" if saved else "")
+        now = layout_text(layout.as_degrees())
+        console().print(printable(f"{title}; to be resumed by {layout.world_size} ({now})"), markup=False)
+        _print(plan)
+    return 0 if plan.fits else StateMismatchError.exit_status
+
+
+def parse_degrees(text: str) -> dict[str, int]:
+    """``tp=2,fsdp=4`` by short name; the trainer's option names do too. Raises ConfigError with all problems."""
+    degrees: dict[str, int] = {}
+    problems = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.partition("=")
+        name = SHORT_DEGREES.get(name, SHORT_DEGREES.get(f"{name}_degree", name))
+        if name not in SHORT_DEGREES.values():
+            problems.append(f"there is no degree '{name}'; degrees are {', '.join(SHORT_DEGREES.values())}")
+        elif not number.isdecimal():
+            problems.append(f"{part}: write {name}=N with a whole number")
+        elif name in degrees:
+            problems.append(f"{name} is given twice")
+        else:
+            degrees[name] = int(number)
+    if problems:
+        raise ConfigError([f"--degrees: {problem}" for problem in problems])
+    return degrees
+
+
+def _json(plan: ResumePlan) -> dict[str, Any]:
+    described = dataclasses.asdict(plan)
+    described["ranks"] = [dataclasses.asdict(rank) | {"memory_nbytes": rank.memory_nbytes} for rank in plan.ranks]
+    return described
+
+
+def _print(plan: ResumePlan) -> None:
+    out = console()
+    out.print()
+    shown = plan.ranks if len(plan.ranks) <= MAX_RANKS else plan.ranks[: MAX_RANKS - 1]
+    print_table(
+        ("RANK", "PP", "REPLICA", "SHARD", "TP", "TENSORS", "WANTED", "READ", "FILES", "MEMORY"),
+        [_row(rank) for rank in shown],
+        numeric=("RANK", "PP", "REPLICA", "SHARD", "TP", "TENSORS", "WANTED", "READ", "FILES", "MEMORY"),
+    )
+    if len(shown) < len(plan.ranks):
+        out.print(f"  ... and {len(plan.ranks) - len(shown)} more ranks; --json lists them")
+    reads = [rank.read_nbytes for rank in plan.ranks]
+    memory = max(rank.memory_nbytes for rank in plan.ranks)
+    out.print(
+        f"\nin all {format_nbytes(sum(reads))} are read, at most {format_nbytes(max(reads))} by a rank; "
+        f"memory at the load's peak: at most {format_nbytes(memory)} a rank"
+    )
+    for note in plan.notes:
+        out.print(f"note: {note}", markup=False)
+    for title, keys in (
+        ("missing from the checkpoint", plan.missing),
+        ("of the checkpoint have no place in the run", plan.unexpected),
+        ("of another shape", plan.misshapen),
+        ("not read on this layout", plan.left_out),
+    ):
+        _print_keys(title, keys)
+    out.print("it fits" if plan.fits else "[bold red]it does not fit[/]: a resume would be refused")
+
+
+def _print_keys(title: str, keys: Sequence[str]) -> None:
+    if not keys:
+        return
+    out = console()
+    out.print(f"{title} ({len(keys)}):")
+    for key in keys[:MAX_KEYS]:
+        out.print(f"  {printable(key)}", markup=False)
+    if len(keys) > MAX_KEYS:
+        out.print(f"  ... and {len(keys) - MAX_KEYS} more; --json lists them")
+
+
+def _row(rank: RankPlan) -> tuple[str, ...]:
+    place = rank.place
+    return (
+        str(rank.rank),
+        str(place.pp),
+        str(place.replica),
+        str(place.shard),
+        str(place.tp),
+        str(rank.num_tensors),
+        format_nbytes(rank.wanted_nbytes),
+        format_nbytes(rank.read_nbytes),
+        str(rank.num_files),
+        format_nbytes(rank.memory_nbytes),
+    )
