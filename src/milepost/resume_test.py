@@ -1,4 +1,4 @@
-"""``resume_test``: proof, for one's own model and configuration, that a run that is killed goes on as if it had not been.
+"""``resume_test``: proof, for one's own configuration, that a run that is killed goes on as if it had not been.
 
 The trainer runs as its users start it, as processes under torchrun: once to the end, once until it is killed with
 SIGKILL, and once from there for each layout. What is compared is what was saved at the last step.
@@ -31,12 +31,13 @@ from milepost.verification import verify
 TRAINER = (sys.executable, "-m", "milepost.train.launch")
 TAIL_LINES = 30
 _STEP_LINE = re.compile(r"\bstep (\d+)/\d+ +loss (\S+)")
+_SAVED_LINE = re.compile(r"\bsaved step \d+")
 _DEGREE = re.compile(r"([a-z]+)(\d+)")
 _OPTION = {short: name for name, short in SHORT_DEGREES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class TestLayout:
+class LayoutChoice:
     """A layout to train on: ``degrees`` by short name; empty for what the configuration says, on ``num_ranks``."""
 
     name: str
@@ -59,7 +60,7 @@ class Settings:
     """What to test. ``extra`` are more flags for the trainer."""
 
     config_file: str
-    layouts: tuple[TestLayout, ...]
+    layouts: tuple[LayoutChoice, ...]
     """The first one trains and is killed; the run is resumed on each of them."""
     num_steps: int
     kill_at: int
@@ -104,7 +105,7 @@ class ResumeTestReport:
         return all(one.passed for one in self.resumed)
 
 
-def parse_layouts(text: str, num_ranks: int) -> tuple[TestLayout, ...]:
+def parse_layouts(text: str, num_ranks: int) -> tuple[LayoutChoice, ...]:
     """``fsdp2,fsdp1xtp2,4``: layouts by degrees, or by a number of ranks for the degrees that the file says.
 
     Raises:
@@ -114,7 +115,7 @@ def parse_layouts(text: str, num_ranks: int) -> tuple[TestLayout, ...]:
     problems = []
     for name in (part.strip() for part in text.split(",") if part.strip()):
         if name.isdecimal() and int(name) > 0:
-            layouts.append(TestLayout(name, int(name), {}))
+            layouts.append(LayoutChoice(name, int(name), {}))
             continue
         matches = [_DEGREE.fullmatch(part) for part in name.split("x")]
         degrees = {match[1]: int(match[2]) for match in matches if match is not None}
@@ -125,10 +126,10 @@ def parse_layouts(text: str, num_ranks: int) -> tuple[TestLayout, ...]:
             )
             continue
         num_ranks_of = math.prod(degree for short, degree in degrees.items() if short != "ep")
-        layouts.append(TestLayout(name, num_ranks_of, degrees))
+        layouts.append(LayoutChoice(name, num_ranks_of, degrees))
     if problems:
         raise ConfigError(problems)
-    return tuple(layouts) or (TestLayout(str(num_ranks), num_ranks, {}),)
+    return tuple(layouts) or (LayoutChoice(str(num_ranks), num_ranks, {}),)
 
 
 def resume_test(settings: Settings, folder: Path, tell: Callable[[str], None] = lambda text: None) -> ResumeTestReport:
@@ -179,8 +180,8 @@ def _committed_step(folder: Path) -> int:
 def _compare(
     folder: Path,
     place: Path,
-    layout: TestLayout,
-    first: TestLayout,
+    layout: LayoutChoice,
+    first: LayoutChoice,
     whole: Mapping[int, float],
     losses: Mapping[int, float],
     committed: int,
@@ -207,8 +208,8 @@ def _compare(
 
 
 def _different_keys(found: DiffReport) -> tuple[str, ...]:
-    held = (*found.only_a, *found.only_b, *found.kinds, *found.values)
-    return tuple(sorted({*(one.key for one in held), *found.other_bytes}))
+    keys = {held.key for held in (*found.only_a, *found.only_b)} | {change.key for change in found.kinds}
+    return tuple(sorted(keys | {change.key for change in found.values} | set(found.other_bytes)))
 
 
 def _relative(a: float, b: float) -> float:
@@ -226,8 +227,11 @@ class _Runs:
         self._log = folder / "trainer.log"
         self._batch = _global_batch_size(settings)
 
-    def train(self, place: Path, layout: TestLayout, *, kill_at: int = 0) -> dict[int, float]:
-        """Train in the folder ``place`` and return the losses logged, by step. ``kill_at``: kill it after that step."""
+    def train(self, place: Path, layout: LayoutChoice, *, kill_at: int = 0) -> dict[int, float]:
+        """Train in the folder ``place`` and return the losses logged, by step.
+
+        ``kill_at``: kill it as soon as that step was logged and a step saved (which may end later, in the background).
+        """
         settings = self._settings
         command = [*settings.trainer, "--nproc_per_node", str(layout.num_ranks)]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local-ranks-filter", "0", "--"]
@@ -238,17 +242,19 @@ class _Runs:
         command += ["--checkpoint.interval", str(max(1, settings.kill_at - 1)), "--checkpoint.keep_latest_k", "0"]
         command += ["--checkpoint.no_last_save_model_only", "--metrics.log_freq", "1"]
         losses: dict[int, float] = {}
+        has_saved = False
         tail: deque[str] = deque(maxlen=TAIL_LINES)
         with _running(command) as process, self._log.open("a") as log:
             assert process.stdout is not None
             for line in process.stdout:
                 log.write(line)
                 tail.append(line)
+                has_saved = has_saved or _SAVED_LINE.search(line) is not None
                 if match := _STEP_LINE.search(line):
                     losses[int(match[1])] = float(match[2])
-                    if int(match[1]) == kill_at:
-                        kill_tree(process.pid)
-                        return losses
+                if kill_at and has_saved and kill_at in losses:
+                    kill_tree(process.pid)
+                    return losses
             status = process.wait()
         if status or kill_at or settings.num_steps not in losses:
             self._fail(status, kill_at, "".join(tail))

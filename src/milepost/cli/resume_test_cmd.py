@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost resume-test``."""
     parser.description = (
         "Prove for a model and a configuration that a killed run goes on as if it had not been killed. The trainer\n"
-        "runs to the end; runs again and gets SIGKILL on every rank; and is resumed on each layout. On the layout that\n"
-        "saved, the last checkpoint must be the same bit for bit; on others, the losses must be, up to the order of\n"
+        "runs to the end; runs again and gets SIGKILL on every rank; and is resumed on each layout. On the layout\n"
+        "that saved, the last checkpoint must be the same bit for bit; on others, the losses must be, up to the order of\n"
         "sums. Needs torch and the time of three short runs. Flags after -- go to the trainer."
     )
     parser.epilog = (
