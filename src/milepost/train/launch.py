@@ -51,6 +51,9 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # PyTorch 2.13 keeps one store for all restarts of a job, where a restarted rank finds the addresses of dead ones.
+    # This makes a new one for each, hosted by rank 0.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         torchrun.run(torchrun.parse_args(argv))
     except SignalException as stop:

@@ -75,8 +75,8 @@ def leave_with(error: Exception) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if isinstance(error, MilepostError):
         text, status, wait_s = f"error: {error}", error.exit_status, 0.0 if speaks() else 1.0
-    elif _LOST_PEER.search(str(error)):
-        text, status, wait_s = f"rank {rank} has lost another rank: {str(error).splitlines()[0]}", 1, 2.0
+    elif lost := _LOST_PEER.search(str(error)):
+        text, status, wait_s = f"rank {rank} has lost another rank ({lost[0]})", 1, 2.0
     else:
         text, status, wait_s = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1, 0.0
     if speaks():
