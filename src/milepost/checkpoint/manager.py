@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,17 +23,16 @@ from milepost.checkpoint.async_save import AsyncSaver, SaveHandle, log_wait
 from milepost.checkpoint.commit import live_owners, sweep_leftovers
 from milepost.checkpoint.events import EVENTS_NAME, SaveEvent, suspicion
 from milepost.checkpoint.job import Keep
-from milepost.checkpoint.load import LoadReport, load_from
+from milepost.checkpoint.load import LoadReport
 from milepost.checkpoint.lock import RunLock
-from milepost.checkpoint.resume import Choice, choose
 from milepost.checkpoint.save import Saver, SaveReport
 from milepost.checkpoint.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.checkpoint.signals import DUE, SAVE, STOP, SignalFlags
 from milepost.checkpoint.training_state import TrainingState
 from milepost.comm import Comm, default_comm, failure_on, raise_together
-from milepost.config import CheckpointConfig, part_of
-from milepost.errors import CheckpointDamagedError, MilepostError, SaveError, StorageError
-from milepost.format.manifest import Manifest
+from milepost.config import CheckpointConfig
+from milepost.errors import ConfigError, MilepostError, SaveError, StorageError
+from milepost.interop.hf_form import HfModel
 from milepost.storage import open_storage
 from milepost.storage.base import join
 
@@ -68,6 +67,7 @@ class CheckpointManager:
         lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
         layout: degrees of parallelism by name. Recorded; random generators are restored only under the same one.
+        hf: which model this is, for ``initial_load_in_hf`` and ``last_save_in_hf``.
         comm: how ranks exchange; by default the default process group, or one process.
 
     Raises (from every method, on every rank): subclasses of :class:`milepost.MilepostError`.
@@ -84,22 +84,33 @@ class CheckpointManager:
         dataloader: Stateful | None = None,
         train_state: Stateful | None = None,
         layout: Mapping[str, int] | None = None,
+        hf: HfModel | None = None,
         comm: Comm | None = None,
     ):
         self._config = config if config is not None else CheckpointConfig(enable=True)
         self._comm = comm if comm is not None else default_comm()
         parent, name = open_storage(fspath(folder))
         self._storage, self._folder = parent, name
-        self._state = TrainingState.of(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dataloader=dataloader,
-            train_state=train_state,
-            rank=self._comm.rank,
-        )
         self._layout = dict(layout or {})
-        self._saver = self._make_saver()
+        self._hf = hf
+        if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf):
+            raise ConfigError(
+                "initial_load_in_hf and last_save_in_hf need to know the model: give CheckpointManager `hf`"
+            )
+        failure = None
+        try:
+            self._state = TrainingState.of(
+                model=model,
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dataloader=dataloader,
+                train_state=train_state,
+                rank=self._comm.rank,
+            )
+            self._saver = self._make_saver()
+        except Exception as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
+            failure = failure_on(self._comm.rank, cause, MilepostError)
+        raise_together(self._comm, failure)
         self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
@@ -109,10 +120,10 @@ class CheckpointManager:
         self._blocked_s = 0.0
         self._stall_s: float | None = None
         self._num_failures = 0  # in a row
-        self._reading = ""  # save id of the step that is being loaded
+        self._loader = Loader(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf)
         self._last_save = time.monotonic()
         if self._saver is not None:
-            self._on_rank_0(self._clear_leftovers)
+            on_rank_0(self._comm, self._clear_leftovers)
 
     def _make_saver(self) -> Saver | AsyncSaver | None:
         if not self._config.enable or self._config.load_only:
@@ -136,7 +147,7 @@ class CheckpointManager:
         """The newest step that can be loaded, of whatever kind; None if there is none. Collective."""
         if not self._config.enable:
             return None
-        steps = [entry.step for entry in self._on_rank_0(self._scan) if entry.is_usable]
+        steps = [entry.step for entry in on_rank_0(self._comm, self._loader.scan) if entry.is_usable]
         return max(steps, default=None)
 
     def load(self) -> LoadReport | None:
@@ -148,23 +159,10 @@ class CheckpointManager:
         if not self._config.enable:
             return None
         with self._blocked():
-            rejected: dict[int, str] = {}
-            while True:
-                choice = self._on_rank_0(lambda: choose(self._scan(), self._config, rejected, self.folder))
-                if choice is None:
-                    return None
-                try:
-                    report = self._load(choice)
-                except CheckpointDamagedError as error:
-                    if not choice.may_fall_back or choice.step is None:
-                        raise
-                    if not self._on_rank_0(partial(self._mark_damaged, choice.path, error.message)):
-                        continue  # it was replaced while it was read: look again
-                    rejected[choice.step] = error.message
-                    continue
-                if choice.step is not None:
-                    self._protected[choice.step] = "this run resumed from it"
-                return report
+            report = self._loader.load()
+        if report is not None and report.resumed_step is not None:
+            self._protected[report.resumed_step] = "this run resumed from it"
+        return report
 
     def save(self, step: int, *, last_step: bool = False) -> bool:
         """Save if a checkpoint is due after ``step``; returns whether one was begun.
@@ -292,14 +290,17 @@ class CheckpointManager:
         target = join(self._folder, catalog.step_name(step))
         keep = Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected))
         make_state = partial(self._state.state_dict, wanted)
+        form = None
+        if self._hf is not None and model_only and last_step and config.last_save_in_hf:
+            form = hf_form(self._comm, self._hf, self._state, dtype)
         if isinstance(self._saver, AsyncSaver):
             try:
-                handle = self._saver.save(target, make_state, info, dtype=dtype, keep=keep)
+                handle = self._saver.save(target, make_state, info, dtype=dtype, keep=keep, form=form)
             finally:
                 self._settle()  # the save before has ended
             return _Pending(step, reason, kind, handle=handle)
         assert self._saver is not None
-        report = self._saver.save(target, make_state, info, dtype=dtype, keep=keep)
+        report = self._saver.save(target, make_state, info, dtype=dtype, keep=keep, form=form)
         return _Pending(step, reason, kind, report=report)
 
     def _settle(self) -> None:
@@ -331,61 +332,6 @@ class CheckpointManager:
         except StorageError as error:  # the checkpoint itself is safe
             log.warning("the event could not be noted: %s", error)
 
-    def _load(self, choice: Choice) -> LoadReport:
-        if choice.step is None:
-            storage, path = open_storage(choice.path)
-        else:
-            storage, path = self._storage, choice.path
-        wanted = ("model",) if choice.model_only else self._state.present()
-        wanted = tuple(part for part in wanted if part not in self._config.exclude_from_loading)
-        same_layout = False
-        target: dict[str, Any] = {}
-
-        def make_target(manifest: Manifest) -> dict[str, Any]:
-            nonlocal same_layout, target
-            same = manifest.world_size == self._comm.world_size and dict(manifest.layout) == self._layout
-            same_layout = same
-            self._reading = manifest.save_id
-            target = self._state.target(wanted, manifest, same_layout=same)
-            return target
-
-        complete = {part for part in ("model", "optimizer") if part in wanted}
-        report = load_from(
-            storage,
-            path,
-            make_target,
-            strict=True,
-            comm=self._comm,
-            must_be_wanted=lambda key: part_of(key) in complete,
-        )
-        failure, notes = None, [*choice.notes]
-        try:
-            remark = self._state.restore(wanted, target, same_layout=same_layout)
-            notes += [remark] if remark else []
-        except Exception as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
-            failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
-        if self._config.exclude_from_loading:
-            notes.append(f"left as freshly built: {', '.join(self._config.exclude_from_loading)}")
-        return replace(report, notes=tuple(notes))
-
-    def _scan(self) -> list[catalog.StepEntry]:
-        return catalog.scan(self._storage, self._folder)
-
-    def _mark_damaged(self, path: str, reason: str) -> bool:
-        """Mark the step that was being read; False if another save has taken its place meanwhile."""
-        found = catalog.examine(self._storage, path)
-        if found is not None and found.is_usable and found.save_id != self._reading:
-            return False
-        log.warning("%s\nFalling back to an older step; the damaged one is left where it is, marked.", reason)
-        if self._config.load_only:
-            return True
-        try:
-            catalog.mark_damaged(self._storage, path, reason, now=time.time())
-        except StorageError as error:  # it is passed over in this run all the same
-            log.warning("the mark could not be left: %s", error)
-        return True
-
     def _clear_leftovers(self) -> None:
         """Take the folder for this run, let the writers of one that died finish, and sweep what nobody will."""
         self._lock = RunLock(self._storage, self._folder)
@@ -415,19 +361,6 @@ class CheckpointManager:
         finally:
             watch.seconds = time.monotonic() - started
             self._blocked_s += watch.seconds
-
-    def _on_rank_0(self, act: Callable[[], T]) -> T:
-        """Do something on rank 0 alone and give its result, or its error, to every rank."""
-        result, failure = None, None
-        if self._comm.rank == 0:
-            try:
-                result = act()
-            except Exception as cause:  # noqa: BLE001 - the other ranks wait for the outcome
-                failure = failure_on(0, cause)
-        result, failure = self._comm.broadcast((result, failure))
-        if failure is not None:
-            raise failure
-        return cast("T", result)
 
 
 class _Stopwatch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,9 +110,7 @@ def load_optimizer_options(
     for optimizer, group, parameter in _grouped(optimizers):
         name = names[parameter]
         state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if not isinstance(value, (torch.Tensor, Mapping)):
-                state[key] = flat[f"state.{name}.{key}"]
+        _put_values_back(state, f"state.{name}", flat)
         for option in [k for k in group if k != "params"]:
             value = flat[f"param_groups.{name}.{option}"]
             if parameter is not group["params"][0] and _differs(value, group[option]):
@@ -123,13 +121,38 @@ def load_optimizer_options(
             group[option] = value
 
 
+def _put_values_back(state: MutableMapping[Any, Any], prefix: str, flat: Mapping[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, MutableMapping):
+            _put_values_back(value, f"{prefix}.{key}", flat)
+        elif not isinstance(value, torch.Tensor):
+            state[key] = flat[f"{prefix}.{key}"]
+
+
+def forget_unsaved_state(
+    optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str], keys: Iterable[str]
+) -> None:
+    """Drop the state of parameters that had none when ``keys`` (of a flattened optimizer) were saved.
+
+    A parameter without gradients so far, of an expert that nothing was sent to for instance, has none.
+    """
+    with_state = set()
+    for key in keys:
+        while "." in key:  # the name of a parameter is some part of the key from its start
+            key = key.rpartition(".")[0]
+            with_state.add(key)
+    for optimizer, _, parameter in _grouped(optimizers):
+        if f"state.{names.get(parameter)}" not in with_state:
+            optimizer.state.pop(parameter, None)
+
+
 def materialise_optimizer_state(optimizer: Optimizer) -> None:
     """Make a fresh optimizer allocate its state, to have something to load into; parameters stay as they are.
 
     Does what stock PyTorch does for ``set_optimizer_state_dict``: one step with zero gradients and zero learning
     rate. An optimizer that has state already is left alone.
     """
-    if optimizer.state:
+    if any(optimizer.state.values()):  # merely asking for a parameter's state leaves an empty one behind
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     gradients = [p.grad for p in parameters]

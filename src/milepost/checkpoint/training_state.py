@@ -101,6 +101,8 @@ class TrainingState:
         if "optimizer" in wanted:
             for optimizer in self.optimizers:
                 parts.materialise_optimizer_state(optimizer)
+            keys = [key.removeprefix("optimizer.") for key in (*manifest.tensors, *manifest.objects)]
+            parts.forget_unsaved_state(self.optimizers, parts.parameter_names(self.models), keys)
         target = self.state_dict([part for part in wanted if part in ("model", "optimizer")])
         for part in ("lr_scheduler", "dataloader", "train_state"):
             if part in wanted:
