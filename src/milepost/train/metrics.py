@@ -45,16 +45,19 @@ class Meter:
         self._num_steps = num_steps
         self._writes_tensorboard = config.enable_tensorboard and writes_tensorboard
         self._writer: Any = None
-        self.start(step=0, blocked_s=0.0)
+        self._measure_from(0, 0.0)
 
     def start(self, *, step: int, blocked_s: float) -> None:
-        """Measure from here: ``step`` steps are done, and checkpoints have taken ``blocked_s`` seconds so far."""
-        self._since_step, self._since_s, self._since_blocked_s = step, time.perf_counter(), blocked_s
-        if self._writes_tensorboard and self._writer is None:
+        """Training begins: ``step`` steps are done, and checkpoints have taken ``blocked_s`` seconds so far."""
+        self._measure_from(step, blocked_s)
+        if self._writes_tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra dependency
 
             # What an earlier run wrote after the step resumed from did not happen in this one.
             self._writer = SummaryWriter(str(self._tb_folder), purge_step=step + 1)
+
+    def _measure_from(self, step: int, blocked_s: float) -> None:
+        self._since_step, self._since_s, self._since_blocked_s = step, time.perf_counter(), blocked_s
 
     def log(self, figures: StepFigures, *, blocked_s: float) -> None:
         """Log the figures of a step, if it is one to be told.
@@ -85,7 +88,7 @@ class Meter:
                 "checkpoint/blocked_s": blocked_since_s,
             },
         )
-        self.start(step=step, blocked_s=blocked_s)
+        self._measure_from(step, blocked_s)
 
     def log_saves(self, events: Sequence[SaveEvent]) -> None:
         """Write what committed saves took for TensorBoard. The manager has logged it already."""
