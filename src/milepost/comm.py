@@ -6,7 +6,7 @@ Exchanges carry small Python objects between trusted ranks of one job; nothing r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -162,3 +162,17 @@ def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | N
         chosen.message = f"rank {chosen.rank}: {chosen.message}{more}"
         chosen.args = (chosen.message, *chosen.args[1:])
     return chosen
+
+
+def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
+    """Do something on rank 0 alone, and give its result, or its error, to every rank. Collective."""
+    result, failure = None, None
+    if comm.rank == 0:
+        try:
+            result = act()
+        except Exception as cause:  # noqa: BLE001 - the other ranks wait for the outcome
+            failure = failure_on(0, cause)
+    result, failure = comm.broadcast((result, failure))
+    if failure is not None:
+        raise failure
+    return cast("T", result)

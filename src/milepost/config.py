@@ -115,6 +115,10 @@ class CheckpointConfig:
                 f"checkpoint.export_dtype = {self.export_dtype} needs checkpoint.last_save_model_only: "
                 "a full checkpoint must keep its dtypes to be resumed from"
             )
+        if self.initial_load_in_hf and not self.initial_load_model_only:
+            found.append(
+                "checkpoint.initial_load_in_hf needs checkpoint.initial_load_model_only: safetensors hold the model"
+            )
         if self.last_save_in_hf and not self.last_save_model_only:
             found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
         return found

@@ -10,7 +10,7 @@ import torch
 
 from milepost.checkpoint import commit
 from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.job import Keep, SaveJob
+from milepost.checkpoint.job import Form, Keep, SaveJob
 from milepost.checkpoint.layout import stored_as
 from milepost.checkpoint.plan import LocalLayout, WritePlan, plan_save
 from milepost.checkpoint.state import EMPTY_MAPPINGS, FlatState, Path, encode_object, flatten, unwrap_stateful
@@ -85,7 +85,9 @@ class Agreement:
             return Prepared(nothing, {}, failure_on(self._comm.rank, cause))
         return Prepared(flat, objects)
 
-    def agree(self, target: str, prepared: Prepared, info: SaveInfo, keep: Keep | None) -> tuple[SaveJob, bool]:
+    def agree(
+        self, target: str, prepared: Prepared, info: SaveInfo, keep: Keep | None, form: Form | None = None
+    ) -> tuple[SaveJob, bool]:
         """This rank's job, and whether the previous plan was reused. Collective.
 
         Rank 0 plans for all, opens the attempt, and tells each rank its part.
@@ -120,6 +122,7 @@ class Agreement:
             info=self._with_structure(info, prepared.flat) if is_first else None,
             keep=keep if is_first else None,
             timeout_s=self._timeout_s,
+            form=form,
         )
         return job, answer.plan is None
 

@@ -21,7 +21,7 @@ from milepost.checkpoint.agreement import Agreement
 from milepost.checkpoint.arena import Arena
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.background import InProcess, InThread
-from milepost.checkpoint.job import Keep, SaveJob, sign_off_failure
+from milepost.checkpoint.job import Form, Keep, SaveJob, sign_off_failure
 from milepost.checkpoint.layout import TensorLeaf
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.save import TIMEOUT_S, SaveReport, save_failure
@@ -120,6 +120,7 @@ class AsyncSaver:
         *,
         dtype: torch.dtype | None = None,
         keep: Keep | None = None,
+        form: Form | None = None,
     ) -> SaveHandle:
         """Begin to save what ``make_state`` returns to ``target``; arguments as for ``Saver.save``. Collective.
 
@@ -130,7 +131,7 @@ class AsyncSaver:
         started = time.monotonic()
         prepared = self._agreement.prepare(make_state, dtype, previous)
         try:
-            job, reused = self._agreement.agree(target, prepared, info, keep)
+            job, reused = self._agreement.agree(target, prepared, info, keep, form)
         except MilepostError:
             self._forget_failed()
             raise

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from milepost import catalog, retention
 from milepost.checkpoint import commit
@@ -33,6 +34,27 @@ class Keep:
     protected: Mapping[int, str] = field(default_factory=dict)
 
 
+class Form(Protocol):
+    """Files of another format than DCP's records, such as Hugging Face's. Must pickle, and need no torch."""
+
+    def write(
+        self,
+        storage: Storage,
+        folder: str,
+        plan: WritePlan,
+        source: BlockSource | FileImage,
+        *,
+        is_first: bool,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        """Write and sync what this rank holds into ``folder``; on the first rank also what belongs to all."""
+
+    def publish(
+        self, storage: Storage, attempt: str, target: str, info: SaveInfo, *, save_id: str, world_size: int
+    ) -> None:
+        """Check that all is there and make it the checkpoint at ``target``."""
+
+
 @dataclass(frozen=True, slots=True)
 class SaveJob:
     """One rank's share of one save."""
@@ -51,6 +73,8 @@ class SaveJob:
     """Rank 0 only: which steps to prune after the commit; None prunes nothing."""
     timeout_s: float
     """How long rank 0 waits for the other ranks' records, and they for its commit."""
+    form: Form | None = None
+    """None: DCP's records, Milepost's own format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +123,8 @@ def run_job(
     if detached and job.info is None:
         commit.wait_for_outcome(storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=give_up)
     committed = time.monotonic()
-    return JobResult(wrote - started, committed - wrote, sum(file.nbytes for file in written), contents)
+    nbytes = sum(file.nbytes for file in written) or sum(item.data_nbytes for item in job.plan.items)
+    return JobResult(wrote - started, committed - wrote, nbytes, contents)
 
 
 def write_and_sign_off(
@@ -118,7 +143,10 @@ def write_and_sign_off(
     folder = commit.data_folder(job.attempt)
     try:
         written: tuple[WrittenFile, ...] = ()
-        if not job.plan.is_empty:
+        if job.form is not None:
+            is_first = job.rank == 0
+            job.form.write(storage, folder, job.plan, source, is_first=is_first, on_progress=on_progress)
+        elif not job.plan.is_empty:
             written = (write_file(storage, folder, job.plan, source, objects, on_progress=on_progress),)
         storage.sync_folder(folder)
     except Exception as error:
@@ -137,7 +165,10 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, give_up: Callable[[
     signed = wait_for_sign_offs(
         storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s, give_up=give_up
     )
-    commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
+    if job.form is not None:
+        job.form.publish(storage, job.attempt, job.target, info, save_id=job.save_id, world_size=job.world_size)
+    else:
+        commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
     if job.keep is not None:
         prune(storage, job.keep)
     return contents_of(signed)

@@ -46,6 +46,8 @@ class LoadReport:
     """Keys that the state dict has and the checkpoint does not. Only with ``strict = False``: left as they were."""
     cast: tuple[str, ...]
     """Tensors whose stored dtype differs: ``key: float32 -> bfloat16``."""
+    resumed_step: int | None = None
+    """The step of the run's own folder that a ``CheckpointManager`` resumed from; None for any other load."""
     notes: tuple[str, ...] = ()
     """What a user should know: which newer steps were passed over, what was not restored."""
 

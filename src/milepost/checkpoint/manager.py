@@ -22,14 +22,16 @@ from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.async_save import AsyncSaver, SaveHandle, log_wait
 from milepost.checkpoint.commit import live_owners, sweep_leftovers
 from milepost.checkpoint.events import EVENTS_NAME, SaveEvent, suspicion
+from milepost.checkpoint.hf_export import hf_form
 from milepost.checkpoint.job import Keep
 from milepost.checkpoint.load import LoadReport
+from milepost.checkpoint.loader import Loader
 from milepost.checkpoint.lock import RunLock
 from milepost.checkpoint.save import Saver, SaveReport
 from milepost.checkpoint.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.checkpoint.signals import DUE, SAVE, STOP, SignalFlags
 from milepost.checkpoint.training_state import TrainingState
-from milepost.comm import Comm, default_comm, failure_on, raise_together
+from milepost.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, SaveError, StorageError
 from milepost.interop.hf_form import HfModel

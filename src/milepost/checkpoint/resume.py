@@ -59,7 +59,7 @@ def choose(
             f"restore one from a backup, or move the folder away to start anew:{lines}",
             path=folder,
         )
-    if config.initial_load_path:
+    if config.initial_load_path or config.initial_load_in_hf:
         return Choice(config.initial_load_path, None, config.initial_load_model_only, False)
     return None
 

@@ -19,7 +19,7 @@ from milepost.catalog import step_of
 from milepost.checkpoint import commit
 from milepost.checkpoint.agreement import Agreement
 from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.job import JobResult, Keep, SaveJob, run_job
+from milepost.checkpoint.job import Form, JobResult, Keep, SaveJob, run_job
 from milepost.checkpoint.stage import TensorBlocks
 from milepost.comm import Comm, default_comm, raise_together
 from milepost.errors import MilepostError, SaveError
@@ -102,15 +102,16 @@ class Saver:
         *,
         dtype: torch.dtype | None = None,
         keep: Keep | None = None,
+        form: Form | None = None,
     ) -> SaveReport:
         """Save what ``make_state`` returns to ``target``, a path in the storage; then prune as ``keep`` says.
 
         ``make_state`` is called here so that its error, too, reaches every rank. With ``dtype``, tensors of a
-        floating-point dtype are stored in that one. See :func:`save` for the rest.
+        floating-point dtype are stored in that one; with ``form``, in files of another format. See :func:`save`.
         """
         started = time.monotonic()
         prepared = self._agreement.prepare(make_state, dtype)
-        job, reused = self._agreement.agree(target, prepared, info, keep)
+        job, reused = self._agreement.agree(target, prepared, info, keep, form)
         planned = time.monotonic()
         result = self._write(job, TensorBlocks(prepared.flat.tensors), prepared.objects)
         return SaveReport(

@@ -1,0 +1,36 @@
+"""The last save as Hugging Face files: what every rank must know of all ranks' tensors before it begins."""
+
+from __future__ import annotations
+
+import torch
+
+from milepost.checkpoint.layout import dtype_name, stored_as
+from milepost.checkpoint.state import flatten
+from milepost.checkpoint.training_state import TrainingState
+from milepost.comm import Comm, failure_on, raise_together
+from milepost.errors import MilepostError
+from milepost.interop.hf_form import HfForm, HfModel
+from milepost.interop.hf_save import HfTarget, plan_image
+
+
+def hf_form(comm: Comm, hf: HfModel, state: TrainingState, dtype: torch.dtype | None) -> HfForm:
+    """How the model is to be saved, its floating-point tensors as ``dtype``. Collective: ranks may hold other tensors.
+
+    Raises:
+        ConversionError: on every rank, if the model is not one that the tables know; nothing was written.
+    """
+    leaves = flatten(state.state_dict(("model",))).tensors
+    stored = {
+        key: dtype_name(leaf.dtype if dtype is None else stored_as(leaf, dtype).dtype) for key, leaf in leaves.items()
+    }
+    brought = comm.gather(stored)
+    merged = {key: name for part in brought for key, name in part.items()} if brought is not None else {}
+    dtypes = comm.broadcast(merged)
+    target = HfTarget(model=hf.name, args=hf.args, dtypes=dtypes, assets=hf.assets)
+    failure = None
+    try:
+        plan_image(target)  # refuses a model that the tables do not know
+    except MilepostError as error:
+        failure = failure_on(comm.rank, error)
+    raise_together(comm, failure)
+    return HfForm(target)
