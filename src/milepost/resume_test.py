@@ -57,7 +57,7 @@ class LayoutChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to test. ``extra`` are more flags for the trainer."""
+    """What to test. ``extra`` are more flags for the trainer, such as ``--training.seq_len=128``."""
 
     config_file: str
     layouts: tuple[LayoutChoice, ...]
@@ -310,14 +310,15 @@ def _global_batch_size(settings: Settings) -> int:
         return 0
     try:
         training = tomllib.loads(Path(settings.config_file).read_text()).get("training", {})
-    except (OSError, tomllib.TOMLDecodeError):
+    except tomllib.TOMLDecodeError:
         return 0  # the trainer will say what is wrong with it
-    options = dict(zip(settings.extra, settings.extra[1:], strict=False))
-    local, together = (
-        int(options.get(f"--training.{name}", training.get(name, default)))
-        for name, default in (("local_batch_size", 8), ("global_batch_size", -1))
-    )
-    first = settings.layouts[0]
-    if together != -1 or not first.degrees:
+    given = dict(flag.removeprefix("--training.").partition("=")[::2] for flag in settings.extra)
+    options = {"local_batch_size": 8, "global_batch_size": -1} | training | given
+    try:
+        local, together = int(options["local_batch_size"]), int(options["global_batch_size"])
+    except ValueError:
+        return 0  # as above
+    degrees = settings.layouts[0].degrees
+    if together != -1 or not degrees:
         return max(together, 0)
-    return local * first.degrees.get("replicate", 1) * first.degrees.get("fsdp", 1)
+    return local * degrees.get("replicate", 1) * degrees.get("fsdp", 1)

@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -38,6 +38,7 @@ COMMANDS = {
     "plan-resume": Command("milepost.cli.plan_resume_cmd", "say what a resume on a layout would read, rank by rank"),
     "resume-test": Command("milepost.cli.resume_test_cmd", "kill a training run, resume it, compare bit for bit"),
     "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and the leftovers of dead saves"),
+    "completion": Command("milepost.cli.completion_cmd", "print a completion script for bash, zsh or fish"),
 }
 
 EXIT_STATUSES = """\
@@ -69,13 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (that of the process by default). Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
-    module = None
-    if name in COMMANDS:
-        module = cast("CommandModule", importlib.import_module(COMMANDS[name].module))
     try:
-        args = build_parser(name, module).parse_args(arguments)
-        assert module is not None  # the parser ends the program for any other name
-        status = module.run(args)
+        modules = {}
+        if name in COMMANDS:
+            modules[name] = cast("CommandModule", importlib.import_module(COMMANDS[name].module))
+        args = build_parser(modules).parse_args(arguments)
+        status = modules[args.command].run(args)  # the parser has ended the program for any other name
         sys.stdout.flush()
         return status
     except MilepostError as error:
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as if ended by SIGPIPE
 
 
-def build_parser(name: str = "", module: CommandModule | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole command line; of the commands only ``name`` has its options."""
+def build_parser(modules: Mapping[str, CommandModule]) -> argparse.ArgumentParser:
+    """The parser of the whole command line; of the commands only those of ``modules`` have their options."""
     parser = argparse.ArgumentParser(
         prog="milepost",
         description="Look after the checkpoints of PyTorch training runs.",
@@ -106,8 +106,8 @@ def build_parser(name: str = "", module: CommandModule | None = None) -> argpars
         sub = commands.add_parser(
             known, help=command.summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        if known == name and module is not None:
-            module.add_arguments(sub)
+        if known in modules:
+            modules[known].add_arguments(sub)
     return parser
 
 

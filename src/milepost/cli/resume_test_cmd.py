@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Prove for a model and a configuration that a killed run goes on as if it had not been killed. The trainer\n"
         "runs to the end; runs again and gets SIGKILL on every rank; and is resumed on each layout. On the layout\n"
-        "that saved, the last checkpoint must be the same bit for bit; on others, the losses must be, up to the order of\n"
-        "sums. Needs torch and the time of three short runs. Flags after -- go to the trainer."
+        "that saved, the last checkpoint must be the same bit for bit; on others, the losses must be, up to the order\n"
+        "of sums. Needs torch, and the time of three short runs."
     )
     parser.epilog = (
         "examples:\n"
         "  milepost resume-test configs/debug_cpu.toml\n"
         "  milepost resume-test configs/debug_cpu.toml --steps 8 --kill-at 5 --layouts fsdp2,tp2\n"
-        "  milepost resume-test my.toml --layouts fsdp2xtp2,fsdp4 -- --training.local_batch_size 1\n\n"
+        "  milepost resume-test my.toml --layouts fsdp2xtp2,fsdp4 --set training.local_batch_size=1\n\n"
         "exit status: 0 it resumes exactly, 9 it does not, 1 a run failed, 2 wrong usage or configuration,\n"
         "3 or 5 the killed run left no sound checkpoint\n"
     )
@@ -54,9 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest relative difference of the loss on another layout (default 1e-3)",
     )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="set an option of the trainer; repeatable"
+    )
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the runs in this new folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("flags", nargs="*", metavar="FLAG", help="after --: more flags for the trainer")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         num_steps=args.steps,
         kill_at=kill_at,
         tolerance=args.tolerance,
-        extra=tuple(args.flags),
+        extra=tuple(f"--{setting}" for setting in args.set),
     )
     folder = args.folder or Path(tempfile.mkdtemp(prefix="milepost-resume-test-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,11 @@ def _check(args: argparse.Namespace, kill_at: int) -> None:
         problems.append(f"--tolerance must be 0 or more, not {args.tolerance:g}")
     if args.folder is not None and args.folder.exists() and any(args.folder.iterdir()):
         problems.append(f"--folder {args.folder} must be new or empty")
+    problems += [
+        f"--set {setting}: write it as training.seq_len=128"
+        for setting in args.set
+        if "=" not in setting or setting.startswith("-")
+    ]
     if not os.path.isfile(args.config):
         problems.append(f"there is no file {args.config}")
     if problems:
