@@ -1,9 +1,12 @@
 """Conversions against ``cp`` of as many bytes, in one run: time, and the peak memory of the whole process.
 
-    python benchmarks/bench_convert.py [--folder DIR] [--flavor 1B] [--rounds 3]
+    python benchmarks/bench_convert.py [--folder DIR] [--flavor 1B] [--rounds 3] [--sparse 70B]
 
 Weights are random, of the shape of Llama 3.2 1B in bfloat16 (2.5 GB) in three files. Every contender ends with its
 bytes on the disk (``sync``). Times are the median of the rounds; the ratios are what counts, as disks differ.
+
+``--sparse 70B`` streams a whole model of that size out of sparse files through the conversion to float32, and writes
+nothing: its memory is to be that of the 1B.
 """
 
 from __future__ import annotations
@@ -42,6 +45,30 @@ print(report.seconds, int(peak.split()[1]) * 1024, "torch" in sys.modules)
 """
 
 
+_SPARSE_CHILD = """
+import sys, time
+from milepost.interop.convert import plan_conversion
+from milepost.interop.match import match
+from milepost.interop.families import family_of
+from milepost.interop.model_sizes import model_args
+from milepost.interop.options import DEFAULT_BUDGET_NBYTES, ConvertOptions
+from milepost.interop.sources import open_weights
+from milepost.interop.stream import SlabReader, run_threads
+src, model, flavor = sys.argv[1:]
+started = time.perf_counter()
+args = model_args(model, flavor)
+family = family_of(model, args)
+with open_weights(src).source as source:
+    found = match(source, family, args, src)
+    plan = plan_conversion(found, family, ConvertOptions(to="dcp", model=model, flavor=flavor, dtype="float32"))
+    reader = SlabReader(plan.content, DEFAULT_BUDGET_NBYTES)
+    slabs = ((key, slab) for key in plan.content.tensors for slab in reader.slabs(key))
+    run_threads(lambda task: reader.read(*task), slabs, reader.num_threads)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(time.perf_counter() - started, plan.written_nbytes, int(peak.split()[1]) * 1024)
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A conversion, what it is compared with (``cp`` of the source or of the result), and the goal for the ratio."""
@@ -70,9 +97,13 @@ def main() -> None:
     parser.add_argument("--model", default="llama3")
     parser.add_argument("--flavor", default="1B")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sparse", metavar="FLAVOR", help="only stream a sparse model of this flavor")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-convert-") as name:
-        run(Path(name), args.model, args.flavor, args.rounds)
+        if args.sparse:
+            run_sparse(Path(name), args.model, args.sparse)
+        else:
+            run(Path(name), args.model, args.flavor, args.rounds)
 
 
 def run(folder: Path, model: str, flavor: str, rounds: int) -> None:
@@ -96,6 +127,19 @@ def run(folder: Path, model: str, flavor: str, rounds: int) -> None:
             f"{case.name:28}{mine:8.2f}s{copy:8.2f}s{mine / copy:8.2f}{case.goal:6.1f}{max(peaks) / 1e6:7.0f} MB",
             flush=True,
         )
+
+
+def run_sparse(folder: Path, model: str, flavor: str) -> None:
+    """Print time and memory of a conversion that reads holes and writes nothing."""
+    write_random_weights(folder / "hf", model, flavor, sparse=True)
+    command = [sys.executable, "-c", _SPARSE_CHILD, str(folder / "hf"), model, flavor]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    seconds, nbytes, peak = map(float, done.stdout.split())
+    print(
+        f"{model} {flavor}: {nbytes / 1e9:.0f} GB of float32 streamed in {seconds:.0f} s, {peak / 1e6:.0f} MB of memory"
+    )
 
 
 def convert(src: Path, dst: Path, to: str, model: str, flavor: str, dtype: str) -> tuple[float, int]:
@@ -138,8 +182,8 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def write_random_weights(folder: Path, model: str, flavor: str) -> None:
-    """A Hugging Face folder of random bfloat16 weights in three files or more."""
+def write_random_weights(folder: Path, model: str, flavor: str, *, sparse: bool = False) -> None:
+    """A Hugging Face folder of random bfloat16 weights in three files or more; ``sparse``: of holes."""
     folder.mkdir()
     sizes = model_args(model, flavor)
     family = family_of(model, sizes)
@@ -154,8 +198,11 @@ def write_random_weights(folder: Path, model: str, flavor: str) -> None:
         layout = plan_layout({key: ("bfloat16", shapes[key]) for key in keys})
         with open(folder / name, "wb") as file:
             file.write(layout.prefix)
+            weight_map |= dict.fromkeys(keys, name)
+            if sparse:
+                file.truncate(layout.nbytes)
+                continue
             for key in keys:
-                weight_map[key] = name
                 _write_random(file.write, generator, layout.tensors[key].nbytes // 2)
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     (folder / CONFIG_NAME).write_text(json.dumps(make_config(family.name, sizes, "bfloat16")))

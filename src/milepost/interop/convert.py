@@ -53,7 +53,7 @@ def convert(
         notes = _check_config(source, weights.config, family, args)
         found = match(source, family, args, source.path)
         _check_vocabulary(weights.config, found, source.path)
-        plan = _plan(found, family, options)
+        plan = plan_conversion(found, family, options)
         sink = _make_sink(dst, options, plan, family, found.args, {"name": name, "flavor": flavor})
         checked = _run(source, found, plan, sink, options, progress)
     return ConvertReport(
@@ -104,7 +104,7 @@ def _check_vocabulary(config: Mapping[str, Any] | None, found: Match, path: str)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What will be written: ``content`` reads it, ``recipes`` say how, ``shared`` keys repeat others."""
 
     target: Correspondence
@@ -114,7 +114,8 @@ class _Plan:
     written_nbytes: int
 
 
-def _plan(found: Match, family: Family, options: ConvertOptions) -> _Plan:
+def plan_conversion(found: Match, family: Family, options: ConvertOptions) -> Plan:
+    """How each tensor of the target is made of those found. Nothing is read yet."""
     scheme = options.names
     if options.to == "hf":
         scheme = "hf"
@@ -126,13 +127,13 @@ def _plan(found: Match, family: Family, options: ConvertOptions) -> _Plan:
     content = Assembled(ours, recipes, options.dtype)
     shared = repeated(recipes)
     stored = [info for key, info in content.tensors.items() if options.to != "pt" or key not in shared]
-    return _Plan(target, content, recipes, shared, total_nbytes(stored))
+    return Plan(target, content, recipes, shared, total_nbytes(stored))
 
 
 def _make_sink(
     dst: str | os.PathLike[str],
     options: ConvertOptions,
-    plan: _Plan,
+    plan: Plan,
     family: Family,
     args: ModelArgs,
     model: Mapping[str, str],
@@ -146,7 +147,7 @@ def _make_sink(
 
 
 def _run(
-    source: Source, found: Match, plan: _Plan, sink: Sink, options: ConvertOptions, progress: Progress | None
+    source: Source, found: Match, plan: Plan, sink: Sink, options: ConvertOptions, progress: Progress | None
 ) -> int:
     """Write, check, verify, publish; on any failure take away what was written. Returns the bytes checked."""
     advance = _stage(progress, "converting", plan.written_nbytes)
