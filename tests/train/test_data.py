@@ -102,6 +102,12 @@ def test_other_data_is_refused_and_what_changed_is_named():
     assert "--checkpoint.exclude_from_loading dataloader" in str(caught.value)
 
 
+def test_the_same_tokens_under_another_name_are_the_same_data():
+    loader = make_loader(10, dataset="renamed")
+    loader.load_state_dict(make_loader(10).state_dict() | {"samples_consumed": 7})
+    assert loader.samples_consumed == 7
+
+
 def test_a_corpus_shorter_than_a_sample_is_refused():
     with pytest.raises(ConfigError, match="seq_len 4 needs 5 tokens, but numbers has 1"):
         make_loader(0)

@@ -241,16 +241,10 @@ def test_a_refused_value_is_not_judged_a_second_time():
     )
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "default"),
-    [
-        ("initial_load_in_hf", "true", "false"),
-        ("last_save_in_hf", "true", "false"),
-    ],
-)
-def test_an_option_that_is_not_built_yet_is_refused(option: str, value: str, default: str):
-    assert problems("[checkpoint]\nenable = true", f"--checkpoint.{option}={value}") == (
-        f"--checkpoint.{option}: checkpoint.{option} = {value} is not supported yet; leave it at {default}",
+def test_weights_in_hugging_face_files_need_their_folder():
+    assert problems("[checkpoint]\nenable = true", "--checkpoint.initial_load_in_hf") == (
+        "--checkpoint.initial_load_in_hf: checkpoint.initial_load_in_hf needs the folder with the weights: "
+        "checkpoint.initial_load_path or model.hf_assets_path",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import ConfigError
-from milepost.train.config import NOT_SUPPORTED_YET, TrainConfig
+from milepost.train.config import TrainConfig
 from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
 from milepost.train.degrees import ALL_DEGREES, Degrees
 from milepost.train.layout_check import layout_problems
@@ -26,7 +26,7 @@ def find_problems(config: TrainConfig, world_size: int | None) -> list[str]:
     problems += model_problems
     problems += _value_problems(config)
     problems += _data_problems(config)
-    problems += _unsupported(config)
+    problems += _hf_problems(config)
     if degrees is not None:
         problems += _batch_problems(config, degrees)
     if degrees is not None and args is not None:
@@ -124,13 +124,13 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
         yield f"model.hf_assets_path {assets}: there is no such folder"
 
 
-def _unsupported(config: TrainConfig) -> Iterator[str]:
-    defaults = TrainConfig()
-    for option in NOT_SUPPORTED_YET:
-        value = _value(config, option)
-        if value != _value(defaults, option):
-            default = _value(defaults, option)
-            yield f"{option} = {_spelled(value)} is not supported yet; leave it at {_spelled(default)}"
+def _hf_problems(config: TrainConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.initial_load_in_hf and not (checkpoint.initial_load_path or config.model.hf_assets_path):
+        yield (
+            "checkpoint.initial_load_in_hf needs the folder with the weights: checkpoint.initial_load_path or "
+            "model.hf_assets_path"
+        )
 
 
 def _batch_problems(config: TrainConfig, degrees: Degrees) -> Iterator[str]:

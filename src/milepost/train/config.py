@@ -160,6 +160,3 @@ class TrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
-
-NOT_SUPPORTED_YET = ("checkpoint.initial_load_in_hf", "checkpoint.last_save_in_hf")
-"""Options that are known but not built: any value but the default is refused."""

@@ -82,7 +82,7 @@ def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_fol
     """
     if dataset_path:
         files = find_files(Path(dataset_path))
-        name = Path(dataset_path).name
+        name = Path(dataset_path).resolve().name
         pieces: Iterator[Piece] = itertools.chain.from_iterable(map(_read_file, files))
         source = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     else:

@@ -68,7 +68,9 @@ class Fingerprint:
     """What the order and content of the samples depend on. A resumed run must agree in all of it."""
 
     dataset: str
+    """Its name, for messages."""
     tokens: str
+    """Digest of the token ids."""
     tokenizer: str
     seq_len: int
     seed: int
@@ -132,16 +134,13 @@ class DataLoader:
             StateMismatchError: data set, tokenizer, sequence length or seed differ; the message says which.
         """
         saved, present = dict(state.get("fingerprint", {})), asdict(self.fingerprint)
-        changed = [
-            f"{name} was {saved.get(name)!r} and is {present[name]!r}"
-            for name in present
-            if saved.get(name) != present[name]
-        ]
-        if changed:
+        changed = [name for name in present if saved.get(name) != present[name]]
+        if changed not in ([], ["dataset"]):  # the same tokens under another name are the same data
+            changes = [f"{name} was {saved.get(name)!r} and is {present[name]!r}" for name in changed]
             raise StateMismatchError(
                 "the checkpoint was trained on other data, so the samples already seen can't be told: "
-                + "; ".join(changed)
+                + "; ".join(changes)
                 + ". Restore these, or start the data afresh with --checkpoint.exclude_from_loading dataloader",
-                mismatched=changed,
+                mismatched=changes,
             )
         self.samples_consumed = int(state["samples_consumed"])

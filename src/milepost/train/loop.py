@@ -20,12 +20,13 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from milepost import CheckpointManager
 from milepost.comm import default_comm, failure_on, raise_together
 from milepost.errors import ConfigError, MilepostError
+from milepost.interop.hf_form import HfModel
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import Corpus, load_corpus
 from milepost.train.data import DataLoader
 from milepost.train.degrees import Degrees
 from milepost.train.metrics import Meter, StepFigures
-from milepost.train.models import build_model, model_args
+from milepost.train.models import ModelArgs, build_model, model_args
 from milepost.train.optim import LRSchedule, build_optimizers
 from milepost.train.options import to_toml
 from milepost.train.parallel import Meshes, ParallelModel, parallelize
@@ -104,6 +105,7 @@ class Trainer:
             dataloader=self.data,
             train_state=self.state,
             layout=degrees.as_dict(),
+            hf=HfModel(name=config.model.name, args=self._sizes(tokenizer), assets=config.model.hf_assets_path),
         )
         self.tokens_per_step = self.data.global_batch_size * config.training.seq_len
         self.meter = Meter(
@@ -245,15 +247,23 @@ class Trainer:
         raise_together(default_comm(), failure)
         return load()
 
+    def _sizes(self, tokenizer: Tokenizer) -> ModelArgs:
+        """The flavor's sizes, with as many tokens as the tokenizer needs."""
+        model = self.config.model
+        published = model_args(model.name, model.flavor).vocab_size
+        # A published size has room for more tokens than its tokenizer has; bytes need 256 whatever the model.
+        vocab_size = tokenizer.vocab_size if tokenizer.name == "bytes" else max(published, tokenizer.vocab_size)
+        return model_args(model.name, model.flavor, vocab_size=vocab_size)
+
     def _build_model(self, tokenizer: Tokenizer, meshes: Meshes) -> ParallelModel:
         """The model with its initial weights, spread over the ranks. It begins on the meta device, never whole."""
         config = self.config
-        published = model_args(config.model.name, config.model.flavor).vocab_size
-        # A published size has room for more tokens than its tokenizer has; bytes need 256 whatever the model.
-        vocab_size = tokenizer.vocab_size if tokenizer.name == "bytes" else max(published, tokenizer.vocab_size)
         with torch.device("meta"):
             whole = build_model(
-                config.model.name, config.model.flavor, vocab_size=vocab_size, seq_len=config.training.seq_len
+                config.model.name,
+                config.model.flavor,
+                vocab_size=self._sizes(tokenizer).vocab_size,
+                seq_len=config.training.seq_len,
             )
         num_parameters = sum(p.numel() for p in whole.parameters())
         model = parallelize(whole, meshes, config.training, config.parallelism, config.activation_checkpoint)

@@ -251,7 +251,22 @@ def print_help(config: TrainConfig) -> NoReturn:
     """Print every option with what it has in ``config``, and exit with 0."""
     import tyro  # only here: it is of no use to a rank
 
-    tyro.cli(TrainConfig, default=config, args=["--help"], prog="run_train.sh", use_underscores=True)
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def comma_list(kind: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if kind.type != tuple[str, ...]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NAME,NAME",
+            instance_from_str=lambda args: tuple(args[0].split(",")),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [",".join(value)],
+        )
+
+    with registry:
+        tyro.cli(TrainConfig, default=config, args=["--help"], prog="run_train.sh", use_underscores=True)
     raise SystemExit(0)
 
 
