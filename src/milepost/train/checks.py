@@ -148,6 +148,3 @@ def _value(config: TrainConfig, option: str) -> Any:
     section, key = option.split(".")
     return getattr(getattr(config, section), key)
 
-
-def _spelled(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
