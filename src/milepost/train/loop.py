@@ -203,7 +203,7 @@ class Trainer:
     # Setting up.
 
     def _seed_random_numbers(self) -> None:
-        """Every rank has its own stream of random numbers; weights and data don't use these (see DESIGN, section 8)."""
+        """Every rank has its own stream of random numbers; weights and data have their own."""
         training = self.config.training
         seed = int(np.random.SeedSequence([training.seed, dist.get_rank()]).generate_state(1)[0])
         random.seed(seed)
