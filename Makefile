@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (two minutes on two cores)
 # make test    the test suite            make test-slow   the tests that take minutes each
+# make docs    the documentation, into build/docs; every warning is an error
 # make lint    formatting, lint, types and the import contracts; make format puts the first in order
 #
 # Each sets up first where that is needed. PYTHON chooses the Python (3.11 or newer) that .venv is made with.
@@ -12,7 +13,7 @@ STAMP := .venv/.installed
 NGPU ?= 2
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 
-.PHONY: help setup train test test-slow lint format clean
+.PHONY: help setup train test test-slow docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -33,6 +34,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	timeout 3000 $(BIN)/python -m pytest -q -m slow
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+	timeout 300 $(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 lint: $(STAMP)
 	timeout 120 $(BIN)/ruff format --check .

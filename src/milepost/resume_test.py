@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milepost import catalog
+from milepost.config import part_of
 from milepost.diff import DiffReport, diff
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, MilepostError
 from milepost.storage import open_storage
@@ -85,7 +86,7 @@ class Resumed:
     differs_in: tuple[str, ...]
     """Keys of the last checkpoint that differ at all; not counted on another layout, where sums have another order."""
     max_abs: float
-    """The largest difference of any element of the model, on another layout; else 0 or unknown (NaN)."""
+    """The largest difference of any element of the model, on another layout; 0 on the same."""
     passed: bool
 
 
@@ -202,7 +203,7 @@ def _compare(
         loss_difference=difference,
         is_same_layout=same,
         differs_in=differs_in,
-        max_abs=max((change.max_abs for change in found.values), default=0.0),
+        max_abs=max((change.max_abs for change in found.values if part_of(change.key) == "model"), default=0.0),
         passed=complete and (is_exact if same else difference <= settings.tolerance),
     )
 
