@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from milepost.checkpoint.save import save
 from milepost.cli.convert_cmd import parse_size
-from milepost.cli.main import main
+from milepost.cli.main import COMMANDS, build_parser, main
 from milepost.errors import ConfigError
 from milepost.train.models import build_model
 
@@ -105,3 +107,16 @@ def test_the_command_lines_of_torchtitans_docs_work(run_folder: Path, memory_pat
     again = str(memory_path / "again")
     run("convert_to_hf.py", back, again, "--hf_assets_path", hf)
     assert sorted(os.listdir(again)) == sorted(os.listdir(hf))
+
+
+def test_every_command_line_of_the_documentation_is_understood():
+    text = (SCRIPTS.parent / "docs" / "conversion.md").read_text()
+    lines = [line.split()[1:] for line in text.splitlines() if line.startswith("milepost ")]
+    assert len(lines) >= 5
+    for argv in lines:
+        args = build_parser({argv[0]: importlib.import_module(COMMANDS[argv[0]].module)}).parse_args(argv)
+        assert args.command == argv[0]
+    for option in re.findall(r"`(--[a-z-]+)", text):
+        assert any(
+            option in (SCRIPTS.parent / "src/milepost/cli" / f).read_text() for f in ("convert_cmd.py", "export_cmd.py")
+        )
