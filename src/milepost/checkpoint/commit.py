@@ -132,7 +132,11 @@ def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[st
         StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
     """
     data = data_folder(attempt)
-    found = {entry.name: FileEntry(entry.nbytes) for entry in storage.list(data)}
+    found = {
+        entry.name: FileEntry(entry.nbytes, crc32(storage.read(f"{data}/{entry.name}")))
+        for entry in storage.list(data)
+        if entry.name not in sizes
+    }
     record = replace(record, files=found | {name: FileEntry(nbytes) for name, nbytes in sizes.items()})
     _check_sizes(storage, data, record)
     storage.write(f"{data}/{MANIFEST_NAME}", to_json(record))

@@ -16,6 +16,8 @@ from milepost.format.box import Box
 MANIFEST_NAME = "milepost.json"
 DIGESTS_NAME = "milepost.digests"
 METADATA_NAME = ".metadata"
+HF_FORMAT = "huggingface"
+"""What ``extra["format"]`` says in the manifest of a folder that holds safetensors in place of records."""
 FORMAT_VERSION = 1
 BLOCK_NBYTES = 4 << 20
 """Raw tensor data is digested in blocks of this size, counted from the start of each item's data."""

@@ -22,7 +22,7 @@ from milepost.checkpoint.writer import BlockSource, FileImage
 from milepost.errors import ConversionError
 from milepost.format.box import Box, contiguous_runs
 from milepost.format.dtype import itemsize
-from milepost.format.manifest import Manifest
+from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.interop.families import family_of
 from milepost.interop.model_sizes import ModelArgs
@@ -32,10 +32,6 @@ from milepost.interop.sinks import extras_files, hf_extras, split_into_files
 from milepost.interop.source import Array, TensorInfo, array_dtype, raw_bytes
 from milepost.interop.stream import BUFFER_NBYTES, ImageStream, Slab, cut_into_slabs, run_threads
 from milepost.storage.base import Storage, WriteHandle, join
-
-FORMAT = "huggingface"
-"""What the ``extra`` of a manifest says under ``format`` when its folder holds safetensors in place of records."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfTarget:
@@ -306,5 +302,5 @@ def commit_record(info: SaveInfo, *, save_id: str, world_size: int, now: float) 
         tensors={},
         objects={},
         files={},
-        extra={**info.extra, "format": FORMAT},
+        extra={**info.extra, "format": HF_FORMAT},
     )
