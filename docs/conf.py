@@ -6,7 +6,7 @@ from milepost import __version__
 
 project = "Milepost"
 author = "the Milepost developers"
-copyright = "the Milepost developers"  # noqa: A001 - Sphinx asks for this name
+copyright = "the Milepost developers"
 release = version = __version__
 
 extensions = ["myst_parser"]

@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: ``python docs/generate.py`` (``--check`` only says whether they are current).
+"""Write the reference pages from the code: ``python docs/generate.py``; with ``--check``, say whether they are current.
 
 The command line's page comes from the parsers that the commands use, the configuration's from the dataclasses and the
 docstrings under their fields.
@@ -40,9 +40,9 @@ def cli_page() -> str:
     parts = [
         NOTE,
         "# Command line\n",
-        "`milepost` runs on any machine that sees the files: it needs no GPU and no process group, and no torch but for "
-        "`resume-test`. Tables are for people; `--json` prints one document for programs. Colours and moving progress "
-        "bars appear on a terminal only, and not where `NO_COLOR` is set. Ctrl-C stops any command at a safe point.\n",
+        "`milepost` runs on any machine that sees the files: it needs no GPU, no process group, and no torch but "
+        "for `resume-test`. Tables are for people; `--json` prints one document for programs. Colours and moving "
+        "progress bars appear on a terminal only, and not where `NO_COLOR` is set. Ctrl-C stops any command at a safe point.\n",
         "| command | what it does |\n|---|---|",
         *(f"| [`milepost {name}`](#milepost-{name}) | {command.summary} |" for name, command in COMMANDS.items()),
         "",

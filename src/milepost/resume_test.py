@@ -17,7 +17,7 @@ import sys
 import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from milepost import catalog
@@ -29,7 +29,8 @@ from milepost.storage.base import join
 from milepost.summary import SHORT_DEGREES
 from milepost.verification import verify
 
-TRAINER = (sys.executable, "-m", "milepost.train.launch")
+TRAINER: tuple[str, ...] = (sys.executable, "-m", "milepost.train.launch")
+"""What is started, with torchrun's options, ``--`` and the trainer's."""
 TAIL_LINES = 30
 _STEP_LINE = re.compile(r"\bstep (\d+)/\d+ +loss (\S+)")
 _SAVED_LINE = re.compile(r"\bsaved step \d+")
@@ -69,7 +70,7 @@ class Settings:
     tolerance: float
     """Largest relative difference of the loss, on another layout than the one that saved."""
     extra: tuple[str, ...] = ()
-    trainer: tuple[str, ...] = TRAINER
+    trainer: tuple[str, ...] = field(default_factory=lambda: TRAINER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

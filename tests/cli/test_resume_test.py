@@ -1,0 +1,102 @@
+"""``milepost resume-test``: it kills what it says, finds a resume that is not exact, and tells of runs that fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from milepost import resume_test
+from milepost.cli.main import main
+from milepost.resume_test import parse_layouts
+
+FAKE = Path(__file__).with_name("fake_trainer.py")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(resume_test, "TRAINER", (sys.executable, str(FAKE)))
+    monkeypatch.chdir(tmp_path)
+    Path("my.toml").write_text("[training]\nlocal_batch_size = 2\n")
+    return "my.toml"
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_an_exact_resume_passes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = output(capsys, "resume-test", config, "--layouts", "2,fsdp2")
+    assert status == 0
+    assert out.splitlines() == [
+        "killed after step 4 of 6; step 3 was committed, and every byte of it is sound",
+        "LAYOUT  RESUMED FROM  LAST LOSS  LOSS DIFFERENCE  RESULT",
+        "2       step 3           0.7119          0.0e+00  the last checkpoint is the same bit for bit",
+        "fsdp2   step 3           0.7119          0.0e+00  the same up to the order of sums (largest element 0.0e+00)",
+        "passed: without the kill, the loss of step 6 is 0.7119",
+    ]
+    assert err.splitlines() == [
+        "milepost: training 6 steps on 2 without a stop",
+        "milepost: training again, to be killed after step 4",
+        "milepost: resuming from step 3 on 2",
+        "milepost: resuming from step 3 on fsdp2",
+    ]
+
+
+def test_a_resume_that_is_not_exact_is_found(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGETFUL", "1")
+    status, out, _ = output(capsys, "resume-test", config, "--json", "--layouts", "1,fsdp2", "--tolerance", "1e-6")
+    assert status == 9
+    report = json.loads(out)
+    assert (report["passed"], report["committed_step"], report["killed_after"]) == (False, 3, 4)
+    same, other = report["resumed"]
+    assert (same["passed"], same["differs_in"]) == (False, ["w"])
+    assert (other["passed"], other["differs_in"]) == (False, [])
+    assert other["max_abs"] == pytest.approx(1e-3 * 0.75**3, rel=1e-3)
+
+
+def test_the_runs_can_be_kept(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, _ = output(capsys, "resume-test", config, "--folder", "kept", "--steps", "4", "--kill-at", "2")
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "killed",
+        "resumed-0",
+        "trainer.log",
+        "whole",
+    ]
+    killed = sorted(path.name for path in (tmp_path / "kept/killed/checkpoint").iterdir())
+    assert "step-1" in killed
+    assert "step-4" not in killed
+
+
+def test_a_run_that_fails_is_told_with_what_it_printed(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = "import sys; print('the optimizer exploded'); sys.exit(int(sys.argv[1]))"
+    monkeypatch.setattr(resume_test, "TRAINER", (sys.executable, "-c", failing, "1"))
+    status, out, err = output(capsys, "resume-test", config)
+    assert (status, out) == (1, "")
+    assert err.endswith(
+        "milepost: error: a training run ended with exit status 1. It printed:\nthe optimizer exploded\n"
+    )
+    monkeypatch.setattr(resume_test, "TRAINER", (sys.executable, "-c", failing, "2"))
+    assert output(capsys, "resume-test", config)[0] == 2
+
+
+def test_layouts_are_degrees_or_a_number_of_ranks() -> None:
+    one, other, default = *parse_layouts("fsdp2xtp4,8", 2), *parse_layouts("", 3)
+    assert (one.num_ranks, one.degrees) == (8, {"fsdp": 2, "tp": 4})
+    assert one.flags()[:4] == [
+        "--parallelism.data_parallel_replicate_degree",
+        "1",
+        "--parallelism.data_parallel_shard_degree",
+        "2",
+    ]
+    assert (other.num_ranks, other.flags()) == (8, [])
+    assert default.num_ranks == 3
