@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_python_sharding_prop_cache
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from milepost.checkpoint.layout import TensorLeaf, shard_pieces, tensor_leaf
 from milepost.errors import SaveError
 from milepost.format.box import cover_faults
+from milepost.testing.fake_rank import fake_rank
 
 Cut = Callable[[DeviceMesh, torch.Tensor], torch.Tensor]
 """Makes one rank's tensor out of the whole one, as some parallelism does."""
-
-
-@contextmanager
-def fake_rank(rank: int, world_size: int) -> Iterator[None]:
-    """Be one rank of a world whose collectives do nothing."""
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # DTensor remembers results of operations by mesh, and takes this rank's mesh for the next one's.
-        _clear_fast_path_sharding_prop_cache()
-        _clear_python_sharding_prop_cache()
 
 
 def numbered(shape: tuple[int, ...]) -> torch.Tensor:

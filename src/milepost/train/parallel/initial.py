@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import Tensor
 
+from milepost.checkpoint.layout import tensor_leaf
+from milepost.checkpoint.stage import region
 from milepost.train.models.decoder import Decoder
 
 __all__ = ["init_weights", "initial_weight"]
@@ -44,10 +44,12 @@ def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int) -> Te
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def copy_local_part(target: nn.Parameter, whole: Tensor) -> None:
-    """Copies into ``target`` the part of ``whole`` that this rank holds of it, without communication."""
-    assert isinstance(target, DTensor), "fully_shard makes every parameter a DTensor"
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-        whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
-    target.to_local().copy_(whole)
+def copy_local_part(target: Tensor, whole: Tensor) -> None:
+    """Copies into ``target`` the part of ``whole`` that this rank holds of it, without communication.
+
+    Asks the layout of checkpoints what that is: torch's own ``compute_local_shape_and_global_offset`` is wrong for
+    some uneven sizes that FSDP cuts over tensor parallelism.
+    """
+    leaf = tensor_leaf("weight", target)
+    for index, piece in enumerate(leaf.pieces):
+        leaf.view(index).copy_(region(whole, piece.box))
