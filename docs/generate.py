@@ -42,7 +42,8 @@ def cli_page() -> str:
         "# Command line\n",
         "`milepost` runs on any machine that sees the files: it needs no GPU, no process group, and no torch but "
         "for `resume-test`. Tables are for people; `--json` prints one document for programs. Colours and moving "
-        "progress bars appear on a terminal only, and not where `NO_COLOR` is set. Ctrl-C stops any command at a safe point.\n",
+        "progress bars appear on a terminal only, and not where `NO_COLOR` is set. Ctrl-C stops any command at a safe "
+        "point.\n",
         "| command | what it does |\n|---|---|",
         *(f"| [`milepost {name}`](#milepost-{name}) | {command.summary} |" for name, command in COMMANDS.items()),
         "",
