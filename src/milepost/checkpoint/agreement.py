@@ -15,7 +15,7 @@ from milepost.checkpoint.layout import stored_as
 from milepost.checkpoint.plan import LocalLayout, WritePlan, plan_save
 from milepost.checkpoint.state import EMPTY_MAPPINGS, FlatState, Path, encode_object, flatten, unwrap_stateful
 from milepost.comm import Comm, failure_on, merge_failures
-from milepost.errors import MilepostError
+from milepost.errors import MilepostError, SaveError, StorageError
 from milepost.storage.base import Storage
 
 
@@ -93,7 +93,7 @@ class Agreement:
         Rank 0 plans for all, opens the attempt, and tells each rank its part.
 
         Raises:
-            SaveError, PlanError, ConfigError, StorageError: on every rank, if any rank brought or met an error.
+            SaveError, PlanError, ConfigError: on every rank, if any rank brought or met an error.
         """
         layout = prepared.flat.layout()
         fingerprint = layout.fingerprint(prepared.flat.paths)
@@ -139,10 +139,15 @@ class Agreement:
             save_id = commit.new_save_id()
             attempt = commit.begin_attempt(self._storage, target, save_id)
             return [_Answer(save_id, attempt, plan, None) for plan in plans]
+        except StorageError as cause:
+            return self._refuse(offers, SaveError(cause.message, path=cause.path))
         except Exception as cause:  # noqa: BLE001 - every rank must hear of it
-            self._layouts, self._paths = [], []
-            told = failure_on(0, cause)
-            return [_Answer("", "", None, told) for _ in offers]
+            return self._refuse(offers, cause)
+
+    def _refuse(self, offers: list[_Offer], cause: Exception) -> list[_Answer]:
+        self._layouts, self._paths = [], []
+        told = failure_on(0, cause)
+        return [_Answer("", "", None, told) for _ in offers]
 
     def _learn(self, offers: list[_Offer]) -> None:
         if not self._layouts:

@@ -4,6 +4,7 @@ process can do it, and the ranks agree through storage records alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -149,10 +150,11 @@ def write_and_sign_off(
         elif not job.plan.is_empty:
             written = (write_file(storage, folder, job.plan, source, objects, on_progress=on_progress),)
         storage.sync_folder(folder)
+        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, written))
     except Exception as error:
-        sign_off_failure(storage, job, f"{type(error).__name__}: {error}")
+        with contextlib.suppress(StorageError):  # the first error is the one to tell
+            sign_off_failure(storage, job, f"{type(error).__name__}: {error}")
         raise
-    sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, written))
     return written
 
 

@@ -63,8 +63,8 @@ def save(
     path that ends in ``step-<N>``.
 
     Raises:
-        SaveError, StorageError, ConfigError: on every rank, when any rank failed; the message names the rank. Nothing
-            visible has changed.
+        SaveError: on every rank, when any rank failed; the message names the rank. Nothing visible has changed.
+        ConfigError: on every rank; what is at ``path`` is no checkpoint, so it is not replaced.
     """
     storage, target = open_storage(fspath(path))
     saver = Saver(storage, comm if comm is not None else default_comm())
