@@ -202,13 +202,13 @@ class _Faults:
         self.misshapen: list[str] = []
         shapes = {key: entry.shape for key, entry in manifest.tensors.items() if part_of(key) == "model"}
         stored_parts = {part_of(key) for key in (*manifest.tensors, *manifest.objects)}
+        for part in PARTS:
+            if part not in ("rng", "dataloader", "lr_scheduler") and part not in stored_parts:
+                self.missing.append(f"{part}.*" if part != "model" else "the model")
         if args is None:
             self._compare_layers(shapes)
         else:
             self._compare_with_model(shapes, model, args)
-        for part in PARTS:
-            if part not in ("rng", "dataloader", "lr_scheduler") and part not in stored_parts:
-                self.missing.append(f"{part}.*" if part != "model" else "the model")
         if "optimizer" in stored_parts:
             self._compare_optimizer(manifest, shapes)
 

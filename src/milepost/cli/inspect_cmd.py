@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import time
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     objects = _matching(record.manifest.objects, pattern)
     if args.tensors and not tensors and not objects:
         raise CheckpointNotFoundError(f"{args.path}: no key matches {args.tensors}", path=args.path)
+    if args.shards and not record.is_own:  # `.metadata` does not say where in a record the data lies
+        located = catalog.locate_foreign(storage, name, dataclasses.replace(record.manifest, tensors=tensors))
+        tensors = dict(located.tensors)
     if args.json:
         print_json(_json(info.state, record, tensors, sorted(objects), with_shards=args.shards))
         return 0

@@ -52,7 +52,8 @@ def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInf
     """The error for a path at which no committed checkpoint is; of a run it names the newest step."""
     folder = catalog.find_run(storage, name)
     if folder is not None:
-        newest = catalog.scan(storage, folder)[-1]
+        entries = catalog.scan(storage, folder)
+        newest = ([entry for entry in entries if entry.is_usable] or entries)[-1]
         message = f"{path} is a run, not a checkpoint: give one of its steps, such as {storage.root}/{newest.path}"
     else:
         message = f"{path} is no checkpoint: {info.reason if info is not None else 'there is no such folder'}"

@@ -84,9 +84,7 @@ def _print(report: VerifyReport) -> None:
     if report.num_problems > MAX_LINES:
         out.print(f"  ... and {report.num_problems - MAX_LINES} more; --json lists them")
     if report.unchecked_nbytes:
-        out.print(
-            f"  {format_nbytes(report.unchecked_nbytes)} can't be checked: there are no digests of them"
-        )
+        out.print(f"  {format_nbytes(report.unchecked_nbytes)} can't be checked: there are no digests of them")
     for note in report.notes:
         out.print(f"  note: {printable(note)}", markup=False)
 

@@ -1,0 +1,99 @@
+"""``milepost prune`` deletes what its dry run says, and nothing that it can't judge."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from zoo import HOUR, NOW, make_zoo, save
+
+from milepost import catalog
+from milepost.cli.main import main
+from milepost.storage import LocalStorage
+
+NEVER = {"step-200", "step-300", "step-400", "step-500", "step-600", "step-700", "step-800"}
+"""Pinned, foreign, damaged, of a newer version, newest to resume from, newest, partial."""
+
+
+@pytest.fixture
+def zoo(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    monkeypatch.chdir(memory_path)
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    storage = make_zoo(memory_path)
+    for step, age in ((110, 80.5), (120, 80.2), (130, 55), (140, 54.9), (150, 30)):
+        save(storage, f"run/step-{step}", step, NOW - HOUR * age)
+    storage.make_folder("run/.deleting-1")
+    return storage
+
+
+def names(storage: LocalStorage) -> set[str]:
+    return {entry.name for entry in storage.list("run")}
+
+
+def prune(capsys: pytest.CaptureFixture[str], *rules: str) -> dict[str, object]:
+    assert main(["prune", "run", *rules, "--json"]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        (("--keep-latest", "1"), set()),
+        (("--keep-latest", "4"), {"step-150"}),
+        (("--keep-every", "50"), {"step-100", "step-150"}),
+        (("--keep-within", "60h"), {"step-130", "step-140", "step-150"}),
+        (("--keep-hourly", "5"), {"step-150", "step-140"}),
+        (("--keep-daily", "3"), {"step-140"}),  # of the second day it is the pinned step 200
+        (("--keep-daily", "100"), {"step-120", "step-140"}),
+        (("--keep-latest", "9999"), {"step-100", "step-110", "step-120", "step-130", "step-140", "step-150"}),
+    ],
+)
+def test_the_dry_run_says_exactly_what_is_deleted(
+    zoo: LocalStorage, capsys: pytest.CaptureFixture[str], rules: tuple[str, ...], kept: set[str]
+) -> None:
+    before = names(zoo)
+    planned = prune(capsys, *rules, "--dry-run")
+    assert names(zoo) == before
+    done = prune(capsys, *rules)
+    assert (done["steps"], done["freed_nbytes"]) == (planned["steps"], planned["freed_nbytes"])
+    gone = before - names(zoo)
+    assert gone == {step["name"] for step in planned["steps"] if not step["keep"]} | {".deleting-1"}  # type: ignore[attr-defined]
+    steps = {name for name in names(zoo) if catalog.step_of(name) is not None and name != "step-900"}
+    assert steps == NEVER | kept
+    assert {"step-900", "step-0100", "notes", ".pinned-step-200"} <= names(zoo)
+
+
+def test_every_step_that_stays_is_left_untouched(zoo: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    def contents() -> dict[str, bytes]:
+        files = [path for path in Path("run").rglob("*") if path.is_file() and path.parts[1] in NEVER]
+        return {str(path): path.read_bytes() for path in files}
+
+    before = contents()
+    prune(capsys, "--keep-latest", "1")
+    assert contents() == before
+
+
+def test_an_unpinned_step_goes_with_the_next_pruning(zoo: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unpin", "run/step-200"]) == 0
+    capsys.readouterr()
+    prune(capsys, "--keep-latest", "1")
+    assert "step-200" not in names(zoo)
+
+
+def test_pinning_a_step_keeps_it(zoo: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pin", "run/step-110", "run/step-120"]) == 0
+    capsys.readouterr()
+    prune(capsys, "--keep-latest", "1")
+    assert {"step-110", "step-120"} <= names(zoo)
+    assert "step-100" not in names(zoo)
+
+
+def test_nothing_is_pinned_when_one_of_the_steps_is_not_there(
+    zoo: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pin", "run/step-110", "run/step-111"]) == 3
+    assert "step-111 does not exist; steps that do: 100, 110," in capsys.readouterr().err
+    assert ".pinned-step-110" not in names(zoo)

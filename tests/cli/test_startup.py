@@ -1,0 +1,103 @@
+"""Every command starts at once, on a machine without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from zoo import make_zoo, save_model
+
+from milepost.cli.main import COMMANDS
+from milepost.storage import LocalStorage
+
+QUICK = {
+    "ls": ["ls", "run"],
+    "inspect": ["inspect", "run/step-600"],
+    "pin": ["pin", "run/step-600"],
+    "unpin": ["unpin", "run/step-200"],
+    "verify": ["verify", "run/step-600"],
+    "diff": ["diff", "run/step-600", "run/step-700"],
+    "convert": ["convert", "model/step-7", "out.pt", "--to", "pt", "--model", "llama3", "--flavor", "debugmodel"],
+    "export": ["export", "model", "out", "--model", "llama3", "--flavor", "debugmodel"],
+    "plan-resume": ["plan-resume", "run/step-600", "--world-size", "2"],
+    "resume-test": ["resume-test", "nothing.toml"],
+    "prune": ["prune", "run", "--keep-latest", "1"],
+    "completion": ["completion", "bash"],
+}
+START_CPU_S = 0.4
+"""Processor time to start: what a user waits for on an idle machine, and what a busy one does not change."""
+
+RUN_ALL = """
+import contextlib, io, json, sys
+from milepost.cli.main import main
+loaded = {}
+for name, argv in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(argv)
+    loaded[name] = [module for module in ("numpy", "torch", "milepost.train.loop") if module in sys.modules]
+print(json.dumps(loaded))
+"""
+
+
+@pytest.fixture
+def folder(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    monkeypatch.chdir(memory_path)
+    storage = make_zoo(memory_path)
+    save_model(storage, "model/step-7")
+    return storage
+
+
+def test_no_command_loads_torch_and_those_that_list_not_even_numpy(folder: LocalStorage) -> None:
+    assert set(QUICK) == set(COMMANDS)
+    command = [sys.executable, "-c", RUN_ALL, json.dumps(QUICK)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout)
+    assert all("torch" not in modules and "milepost.train.loop" not in modules for modules in loaded.values())
+    assert all(not loaded[name] for name in ("ls", "inspect", "pin", "unpin"))
+
+
+@pytest.mark.parametrize("name", ["ls", "inspect", "verify", "plan-resume", "diff", "prune"])
+def test_a_command_starts_in_less_than_400_ms(folder: LocalStorage, name: str) -> None:
+    assert min(cpu_seconds(QUICK[name]) for _ in range(3)) < START_CPU_S
+
+
+@pytest.mark.parametrize("name", ["convert", "export", "resume-test", "completion"])
+def test_help_of_the_others_comes_as_quickly(folder: LocalStorage, name: str) -> None:
+    assert min(cpu_seconds([name, "--help"]) for _ in range(3)) < START_CPU_S
+
+
+def cpu_seconds(argv: list[str]) -> float:
+    """User and system time of ``milepost`` with these arguments."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "milepost.cli.main", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, _, usage = os.wait4(process.pid, 0)
+    process.returncode = 0
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_knows_every_command(shell: str) -> None:
+    command = [sys.executable, "-m", "milepost.cli.main", "completion", shell]
+    script = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    for name in COMMANDS:
+        assert name in script
+    assert "keep-latest" in script
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=60).returncode == 0
+
+
+def test_no_color_is_heeded_on_a_terminal(folder: LocalStorage) -> None:
+    """rich colours when told that it talks to a terminal; NO_COLOR takes the colours away."""
+    command = [sys.executable, "-m", "milepost.cli.main", "ls", "run"]
+    shown = {}
+    for name, more in (("coloured", {}), ("plain", {"NO_COLOR": "1"})):
+        environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200", **more}
+        shown[name] = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stdout
+    assert "\x1b[32mcommitted" in shown["coloured"]
+    assert "\x1b[32m" not in shown["plain"]
