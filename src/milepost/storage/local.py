@@ -138,7 +138,9 @@ class _LocalWrite(WriteHandle):
         self._reserved = 0
         try:
             with _explained("reserve", path, f"reserving {format_nbytes(nbytes)} for {path}"):
-                reserved = nbytes > 0 and syscalls.reserve(self._fd, nbytes)
+                # In memory, reserving would zero every page before it is written: the work of a whole save.
+                in_memory = syscalls.lives_in_memory(self._fd)
+                reserved = nbytes > 0 and not in_memory and syscalls.reserve(self._fd, nbytes)
                 if shared:
                     os.ftruncate(self._fd, nbytes)  # the same for all who open it, so no writer is cut off
                 elif reserved:
