@@ -5,6 +5,7 @@ After a change on purpose: ``MILEPOST_WRITE_GOLDEN=1 pytest tests/cli/test_golde
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import time
@@ -98,6 +99,8 @@ def root(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(memory_path)
     monkeypatch.setattr(time, "time", lambda: NOW)
     monkeypatch.setenv("COLUMNS", "100")
+    ids = (f"{number:016x}" for number in itertools.count())  # sizes depend on the CRCs of files that name them
+    monkeypatch.setattr("milepost.testing.sample.new_save_id", lambda: next(ids))
     storage = make_zoo(memory_path)
     for step in (300,):
         os.utime(f"run/step-{step}/.metadata", (NOW - 5 * 3600, NOW - 5 * 3600))

@@ -29,7 +29,10 @@ QUICK = {
     "completion": ["completion", "bash"],
 }
 START_CPU_S = 0.4
-"""Processor time to start: what a user waits for on an idle machine, and what a busy one does not change."""
+"""Processor time to start, on a machine that is idle: there it is what a user waits for."""
+REFERENCE = "import argparse, asyncio, dataclasses, json, logging, re, tempfile, typing"
+REFERENCE_CPU_S = 0.06
+"""What Python takes for these modules on such a machine. One that is busy or slow takes longer for everything."""
 
 RUN_ALL = """
 import contextlib, io, json, sys
@@ -63,22 +66,32 @@ def test_no_command_loads_torch_and_those_that_list_not_even_numpy(folder: Local
 
 @pytest.mark.parametrize("name", ["ls", "inspect", "verify", "plan-resume", "diff", "prune"])
 def test_a_command_starts_in_less_than_400_ms(folder: LocalStorage, name: str) -> None:
-    assert min(cpu_seconds(QUICK[name]) for _ in range(3)) < START_CPU_S
+    assert seconds_of_cli(QUICK[name]) < START_CPU_S * slowness()
 
 
 @pytest.mark.parametrize("name", ["convert", "export", "resume-test", "completion"])
 def test_help_of_the_others_comes_as_quickly(folder: LocalStorage, name: str) -> None:
-    assert min(cpu_seconds([name, "--help"]) for _ in range(3)) < START_CPU_S
+    assert seconds_of_cli([name, "--help"]) < START_CPU_S * slowness()
 
 
-def cpu_seconds(argv: list[str]) -> float:
-    """User and system time of ``milepost`` with these arguments."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "milepost.cli.main", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, _, usage = os.wait4(process.pid, 0)
-    process.returncode = 0
-    return usage.ru_utime + usage.ru_stime
+def slowness() -> float:
+    """How much longer than an idle machine this one takes, at least 1."""
+    return max(1.0, cpu_seconds("-c", REFERENCE) / REFERENCE_CPU_S)
+
+
+def seconds_of_cli(argv: list[str]) -> float:
+    return cpu_seconds("-m", "milepost.cli.main", *argv)
+
+
+def cpu_seconds(*argv: str) -> float:
+    """The least of three times: user and system time of Python with these arguments."""
+    times = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, _, usage = os.wait4(process.pid, 0)
+        process.returncode = 0
+        times.append(usage.ru_utime + usage.ru_stime)
+    return min(times)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
