@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (two minutes on two cores)
 # make test    the test suite            make test-slow   the tests that take minutes each
+# make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
 # make docs    the documentation, into build/docs; every warning is an error
 # make lint    formatting, lint, types and the import contracts; make format puts the first in order
 #
@@ -13,7 +14,7 @@ STAMP := .venv/.installed
 NGPU ?= 2
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 
-.PHONY: help setup train test test-slow docs lint format clean
+.PHONY: help setup train test test-slow bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -34,6 +35,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	timeout 3000 $(BIN)/python -m pytest -q -m slow
+
+bench: $(STAMP)
+	timeout 1200 $(BIN)/python benchmarks/bench_engine.py
+	timeout 1200 $(BIN)/python benchmarks/bench_sharded.py
+	timeout 1800 $(BIN)/python benchmarks/bench_async.py
+	timeout 1800 $(BIN)/python benchmarks/bench_convert.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
