@@ -100,3 +100,21 @@ def test_layouts_are_degrees_or_a_number_of_ranks() -> None:
     ]
     assert (other.num_ranks, other.flags()) == (8, [])
     assert default.num_ranks == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_trainer_resumes_exactly(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Five runs under torchrun on two ranks: one whole, one killed, one resumed on each of three layouts."""
+    config = Path(__file__).parents[2] / "configs/debug_cpu.toml"
+    options = ("--set", "training.local_batch_size=2", "--set", "training.seq_len=64")
+    argv = ("resume-test", str(config), "--steps", "4", "--layouts", "fsdp2,tp2,pp2", "--json", *options)
+    status, out, _ = output(capsys, *argv)
+    report = json.loads(out)
+    assert status == 0, report
+    assert [(one["layout"], one["is_same_layout"], one["passed"]) for one in report["resumed"]] == [
+        ("fsdp2", True, True),
+        ("tp2", False, True),
+        ("pp2", False, True),
+    ]
+    assert report["resumed"][0]["loss_difference"] == 0
