@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
+
+
+log = logging.getLogger("milepost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def load_from(
     raise_together(comm, failure)
     _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
     try:
-        report = _read(storage, folder, manifest, flat, fit, started)
+        report = _read(storage, folder, manifest, flat, fit, started, is_first=comm.rank == 0)
     except Exception as cause:  # noqa: BLE001 - as above
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
@@ -140,14 +144,18 @@ def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
         )
 
 
-def _read(storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fit: Fit, started: float) -> LoadReport:
+def _read(
+    storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fit: Fit, started: float, *, is_first: bool
+) -> LoadReport:
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
     digests = read_digests(storage, folder, manifest)
     if digests is None:
         manifest = catalog.locate_foreign(
             storage, folder, replace(manifest, tensors={spec.key: manifest.tensors[spec.key] for spec in wanted})
         )
-    stats = read_tensors(storage, folder, plan_load(manifest, wanted), flat.tensors, digests)
+    items = plan_load(manifest, wanted)
+    told = _Progress(f"{storage.root}/{folder}", sum(item.shard.data_nbytes for item in items)) if is_first else None
+    stats = read_tensors(storage, folder, items, flat.tensors, digests, on_progress=told)
     for key, value in read_objects(storage, folder, manifest, [k for k in flat.objects if k not in fit.missing]):
         flat.slots[key].fill(value)
     return LoadReport(
@@ -162,6 +170,24 @@ def _read(storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fi
         missing=fit.missing,
         cast=fit.cast,
     )
+
+
+class _Progress:
+    """Says now and then how far a load is, when it takes long."""
+
+    EVERY_S = 2.0
+
+    def __init__(self, path: str, nbytes: int):
+        self._path = path
+        self._nbytes = nbytes
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, read_nbytes: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= self.EVERY_S:
+            self._told = now
+            part = min(100.0, 100.0 * read_nbytes / self._nbytes)
+            log.info("loading %s: %.0f %% after %.0f s", self._path, part, now - self._started)
 
 
 def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,18 +65,20 @@ def read_tensors(
     digests: BlockDigests | None,
     *,
     num_threads: int = 2,
+    on_progress: Callable[[int], None] | None = None,
 ) -> ReadStats:
     """Fill the leaves' tensors with the planned regions, checking digests.
 
     ``digests`` is None for a checkpoint that stock DCP wrote: then a shard that is read whole is checked against the
-    CRC-32 of its zip record, where it has one, and partial reads are not checked.
+    CRC-32 of its zip record, where it has one, and partial reads are not checked. ``on_progress`` is told the bytes
+    read so far, by one thread at a time.
 
     Raises:
         DigestMismatchError: stored bytes changed; names file, key and byte range. Some tensors may be filled already.
         FormatError: a record's header or footer is not what its manifest entry implies.
         StorageError: a read failed or came short.
     """
-    session = _Session(digests.block_nbytes if digests is not None else BLOCK_NBYTES)
+    session = _Session(digests.block_nbytes if digests is not None else BLOCK_NBYTES, on_progress)
     with ExitStack() as stack:
         handles = {
             file: stack.enter_context(storage.open_read(f"{folder}/{file}" if folder else file))
@@ -116,8 +118,9 @@ def _run(tasks: Sequence[_Task], num_threads: int) -> None:
 class _Session:
     """What the tasks of one read share: the count of bytes read, and one buffer for each thread."""
 
-    def __init__(self, block_nbytes: int) -> None:
+    def __init__(self, block_nbytes: int, on_progress: Callable[[int], None] | None) -> None:
         self.block_nbytes = block_nbytes
+        self._on_progress = on_progress
         self.read_nbytes = 0
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -125,6 +128,8 @@ class _Session:
     def count(self, nbytes: int) -> None:
         with self._lock:
             self.read_nbytes += nbytes
+            if self._on_progress is not None:
+                self._on_progress(self.read_nbytes)
 
     def buffer(self, nbytes: int) -> memoryview:
         """This thread's buffer, at least ``nbytes`` long. Kept: memory that is touched for the first time is slow."""
