@@ -27,7 +27,6 @@ from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
 
-
 log = logging.getLogger("milepost")
 
 
