@@ -33,6 +33,7 @@ from milepost.interop.source import Array, TensorInfo, array_dtype, raw_bytes
 from milepost.interop.stream import BUFFER_NBYTES, ImageStream, Slab, cut_into_slabs, run_threads
 from milepost.storage.base import Storage, WriteHandle, join
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfTarget:
     """A model that is to be saved as Hugging Face files. Plain data, the same on every rank."""
