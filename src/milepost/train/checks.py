@@ -147,4 +147,3 @@ def _batch_problems(config: TrainConfig, degrees: Degrees) -> Iterator[str]:
 def _value(config: TrainConfig, option: str) -> Any:
     section, key = option.split(".")
     return getattr(getattr(config, section), key)
-
