@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.run import get_args_parser
 
 from milepost.catalog import read_manifest
 from milepost.storage import LocalStorage
@@ -269,3 +270,42 @@ def test_a_job_goes_on_without_a_lost_node_and_takes_in_another(
     assert re.search(r"saved step \d \(SIGTERM", output), output
     assert "on 2 x cpu" in other
     check_losses(output, undisturbed.losses)
+
+
+SLURM = """#!/usr/bin/env bash
+case "$(basename "$0") $1" in
+    "scontrol show") printf 'node7\\nnode8\\n' ;;
+    "scontrol "*) echo "scontrol: $*" ;;
+    "srun "*) printf '%s\\n' "$NGPU" "$TORCHRUN_ARGS" "srun: $*"; exit "$STATUS" ;;
+esac
+"""
+"""Stands in for the commands of Slurm."""
+
+
+@pytest.mark.parametrize(
+    ("status", "extra", "nodes", "requeued"), [(0, {}, "2", False), (143, {"MIN_NODES": "1"}, "1:2", True)]
+)
+def test_slurm_script_starts_an_agent_on_each_node_and_comes_back_after_the_time_limit(
+    tmp_path: Path, status: int, extra: dict[str, str], nodes: str, requeued: bool
+) -> None:
+    for name in ("srun", "scontrol"):
+        command = tmp_path / name
+        command.write_text(SLURM)
+        command.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "4711"}
+    job |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "STATUS": str(status), **extra}
+    done = subprocess.run(
+        [ROOT / "scripts" / "multinode.slurm", "--training.steps", "7"],
+        env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == status, done.stderr
+    num_ranks, torchrun_args, srun, *rest = done.stdout.splitlines()
+    assert num_ranks == "4"
+    assert srun.endswith("./run_train.sh --training.steps 7")
+    args = get_args_parser().parse_args([*torchrun_args.split(), "train.py"])
+    assert (args.nnodes, args.rdzv_endpoint, args.rdzv_id) == (nodes, "node7:24711", "4711-0")
+    assert (args.max_restarts, args.shutdown_timeout) == (10, 270)
+    assert ("scontrol: requeue 4711" in rest) == requeued
