@@ -273,16 +273,16 @@ def test_what_is_there_is_never_overwritten(memory_path: Path, hf_folders: Calla
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "pt"])
 def test_a_full_disk_leaves_nothing(
-    memory_path: Path, hf_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, to: str
+    tmp_path: Path, hf_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, to: str
 ):
     def full(fd: int, nbytes: int) -> bool:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(syscalls, "reserve", full)
     with pytest.raises(StorageError, match="no space left") as caught:
-        convert(hf_folders("llama"), memory_path / "out", KIND.options(to))  # type: ignore[arg-type]
+        convert(hf_folders("llama"), tmp_path / "out", KIND.options(to))  # type: ignore[arg-type]
     assert caught.value.errno == errno.ENOSPC
-    assert untouched(memory_path, set())
+    assert untouched(tmp_path, set())
 
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "pt"])

@@ -204,7 +204,7 @@ def _write_item(
                     if streams is None or streams[0] != place.file:
                         if streams is not None:
                             streams[1].flush()
-                        streams = place.file, ImageStream(handles[place.file], offset, buffer)
+                        streams = place.file, ImageStream(handles[place.file], buffer)
                     streams[1].put_at(offset, data[position : position + (stop - start) * size])
                     position += (stop - start) * size
     if streams is not None:

@@ -19,18 +19,20 @@ from typing import Any
 from milepost import catalog
 from milepost.checkpoint import commit
 from milepost.checkpoint.assemble import SaveInfo, assemble
-from milepost.checkpoint.plan import TensorSpec, lay_out_file
+from milepost.checkpoint.plan import TensorSpec, WriteItem, lay_out_file
 from milepost.checkpoint.signoff import SignOff
-from milepost.checkpoint.writer import write_file
+from milepost.checkpoint.writer import WrittenFile, WrittenTensor
 from milepost.errors import ConversionError
+from milepost.format import record
 from milepost.format.box import Box
+from milepost.format.digest import combine_blocks
 from milepost.format.dtype import itemsize
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.torch_file import plan_torch_file
 from milepost.interop.hf.config import config_faults, make_config, with_dtype
 from milepost.interop.model_sizes import ModelArgs
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
-from milepost.interop.source import Source, TensorInfo, total_nbytes
+from milepost.interop.source import PassedBytes, Source, TensorInfo, total_nbytes
 from milepost.interop.sources import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -42,11 +44,10 @@ from milepost.interop.sources import (
     read_weight_map,
     shard_file_name,
 )
-from milepost.interop.stream import ContentBlocks, Placed, SlabReader, write_image
+from milepost.interop.stream import Placed, SlabReader, write_image
 from milepost.storage import open_storage
 from milepost.storage.base import split
 
-_LARGE_NBYTES = 128 << 20
 _ASSETS = re.compile(
     r"(tokenizer.*|vocab.*|merges.*|special_tokens_map|added_tokens|chat_template.*|generation_config"
     r"|preprocessor_config)\.(json|txt|model|jinja)|LICENSE.*|NOTICE.*|USE_POLICY.*"
@@ -128,16 +129,17 @@ class DcpSink(Sink):
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
         """See ``Sink``. Shared tensors are stored as often as they have names: stock DCP knows no sharing."""
         tensors = reader.content.tensors
-        # Large tensors first, so that no thread is left alone with one at the end.
-        order = sorted(tensors, key=lambda key: total_nbytes([tensors[key]]) < _LARGE_NBYTES)
-        boxes = [(_spec(key, tensors[key]), Box.whole(tensors[key].shape)) for key in order]
-        plan = lay_out_file(0, boxes, ())
-        written = write_file(self.storage, self.data, plan, ContentBlocks(reader), {}, num_threads=reader.num_threads)
+        plan = lay_out_file(0, [(_spec(key, info), Box.whole(info.shape)) for key, info in tensors.items()], ())
+        nbytes = plan.objects_offset
+        with self.storage.open_write(f"{self.data}/{plan.file}", nbytes) as handle:
+            passed = write_image(handle, [Placed(item.key, item.data_offset) for item in plan.items], reader)
+            written = tuple(_written(item, passed[item.key]) for item in plan.items)
+            for offset, part in _frame(written, nbytes):
+                handle.write(offset, [part])
+            handle.sync()
         self.storage.sync_folder(self.data)
-        self._signed = (SignOff(0, self.save_id, (written,)),)
-        self._info = SaveInfo(
-            step=catalog.step_of(self.target), kind="model", paths={key: (key,) for key in tensors}, extra=self._extra
-        )
+        self._signed = (SignOff(0, self.save_id, (WrittenFile(plan.file, nbytes, written, ()),)),)
+        self._info = replace(self._info, paths={key: (key,) for key in tensors}, extra=self._extra)
 
     def reopen(self) -> Source:
         manifest, _ = assemble(self._signed, self._info, now=time.time())
@@ -145,6 +147,22 @@ class DcpSink(Sink):
 
     def publish(self) -> None:
         commit.publish(self.storage, self._attempt, self.target, self._signed, self._info, now=time.time())
+
+
+def _written(item: WriteItem, passed: PassedBytes) -> WrittenTensor:
+    blocks = passed.blocks(item.data_nbytes)
+    return WrittenTensor(item, combine_blocks(blocks, item.data_nbytes), tuple(blocks))
+
+
+def _frame(written: Sequence[WrittenTensor], nbytes: int) -> Iterator[tuple[int, bytes]]:
+    """What stands between the tensors' data: each one's footer, padding, and the next one's header."""
+    end, footer = 0, b""
+    for tensor in written:
+        item = tensor.item
+        layout = record.tensor_record(item.dtype, item.box.sizes)
+        yield end, footer + bytes(item.record_offset - end - len(footer)) + layout.header
+        end, footer = item.data_offset + item.data_nbytes, record.record_footer(layout, tensor.crc32)
+    yield end, footer + bytes(nbytes - end - len(footer))
 
 
 def _spec(key: str, info: TensorInfo) -> TensorSpec:
@@ -332,8 +350,8 @@ class TorchFileSink(Sink):
         layout = plan_torch_file(stored, shared)
         placed = [Placed(key, offset) for key, offset in layout.data_offsets.items()]
         with self.storage.open_write(self._file, layout.nbytes) as handle:
-            crcs = write_image(handle, placed, reader, digests=True)
-            for offset, data in layout.frame(crcs):
+            passed = write_image(handle, placed, reader)
+            for offset, data in layout.frame({key: found.crc32() for key, found in passed.items()}):
                 handle.write(offset, [data])
             handle.sync()
 

@@ -25,6 +25,7 @@ from milepost.interop.rules import Op, Piece, Recipe
 from milepost.storage.base import ReadHandle
 
 Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +322,7 @@ def array_dtype(name: str) -> np.dtype[Any]:
     return found
 
 
-def as_bytes(array: Array) -> npt.NDArray[np.uint8]:
+def as_bytes(array: Array) -> Bytes:
     """The memory of a C-contiguous array as a flat array of bytes."""
     return array.reshape(-1).view(np.uint8)
 

@@ -1,6 +1,7 @@
 """Tensors through fixed memory: cut into slabs, read by a few threads, written as a file image.
 
-Every thread owns one slab and one aligned buffer, so memory is a product of constants, whatever the model's size.
+Every thread owns one aligned buffer, into which slabs are read where they will be written from: memory is a product of
+constants, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -14,20 +15,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from milepost.checkpoint.plan import WriteItem
 from milepost.errors import ConversionError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
-from milepost.format.manifest import BLOCK_NBYTES
-from milepost.interop.source import Array, PassedBytes, Readable, array_dtype, as_bytes, raw_bytes
+from milepost.interop.source import Array, Bytes, PassedBytes, Readable, array_dtype, raw_bytes
 from milepost.storage.base import WriteHandle
 
-SLAB_NBYTES = 8 << 20
-TASK_NBYTES = 32 << 20
-BUFFER_NBYTES = 8 << 20
+SLAB_NBYTES = 4 << 20
+TASK_NBYTES = 64 << 20
+BUFFER_NBYTES = 16 << 20
 _PAGE_NBYTES = 4096
-_SLABS_PER_THREAD = 3
-"""The slab itself, and at most two copies on the way into it (rows being reordered, elements being cast)."""
+_COPIES = 2
+"""A slab is copied at most so often on its way into the buffer (rows being reordered, elements being cast)."""
 _MAX_THREADS = 4
 
 T = TypeVar("T")
@@ -74,15 +73,22 @@ def cut_into_slabs(shape: Sequence[int], element_nbytes: int, unit_rows: int = 1
 
 
 class SlabReader:
-    """Reads slabs of ``content`` into one buffer for each thread."""
+    """Reads slabs of ``content``, and knows how many threads may do so within ``budget_nbytes``.
+
+    Raises:
+        ConversionError: the budget does not allow for one thread.
+    """
 
     def __init__(self, content: Readable, budget_nbytes: int, progress: Progress | None = None):
         self.content = content
         self._progress = progress
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._slab_nbytes = max((self._largest(key) for key in content.tensors), default=0)
-        per_thread = BUFFER_NBYTES + BLOCK_NBYTES + _SLABS_PER_THREAD * self._slab_nbytes
+        self.slab_nbytes = max((self._largest(key) for key in content.tensors), default=0)
+        """No slab is larger."""
+        self.buffer_nbytes = max(BUFFER_NBYTES, self.slab_nbytes + 2 * _PAGE_NBYTES)
+        """What an ``ImageStream`` needs to take any slab in one piece."""
+        per_thread = self.buffer_nbytes + _COPIES * self.slab_nbytes
         if per_thread > budget_nbytes:
             raise ConversionError(
                 f"a memory budget of {budget_nbytes:,} bytes is too small: this model needs {per_thread:,}"
@@ -100,46 +106,21 @@ class SlabReader:
         first = next(self.slabs(key), None)
         return 0 if first is None else first.nbytes
 
-    def read(self, key: str, slab: Slab) -> Array:
-        """The elements of a slab, contiguous; valid until this thread reads the next one."""
-        buffer: Array | None = getattr(self._local, "buffer", None)
-        if buffer is None:
-            buffer = self._local.buffer = np.empty(self._slab_nbytes, np.uint8)
-        dtype = array_dtype(self.content.tensors[key].dtype)
-        array: Array = buffer[: slab.nbytes].view(dtype).reshape(slab.box.sizes)
+    def read_into(self, key: str, slab: Slab, raw: Bytes) -> Array:
+        """Fill ``raw`` (a flat array of ``slab.nbytes`` bytes) with a slab; the same memory as the slab's elements."""
+        array: Array = raw.view(array_dtype(self.content.tensors[key].dtype)).reshape(slab.box.sizes)
         self.content.read_into(key, slab.box, array)
         if self._progress is not None:
             with self._lock:
                 self._progress(slab.nbytes)
         return array
 
-
-class ContentBlocks:
-    """The ``BlockSource`` of ``checkpoint.writer`` over a ``SlabReader``: slabs recut into digest blocks."""
-
-    def __init__(self, reader: SlabReader):
-        self._reader = reader
-
-    def blocks(self, item: WriteItem) -> Iterator[memoryview]:
-        """See ``BlockSource``. Whole tensors only: the item's box is not looked at."""
-        carry = np.empty(BLOCK_NBYTES, np.uint8)
-        fill = 0
-        for slab in self._reader.slabs(item.key):
-            data = as_bytes(self._reader.read(item.key, slab))
-            taken = 0
-            while taken < len(data):
-                if fill == 0 and len(data) - taken >= BLOCK_NBYTES:
-                    yield raw_bytes(data[taken : taken + BLOCK_NBYTES])
-                    taken += BLOCK_NBYTES
-                    continue
-                count = min(BLOCK_NBYTES - fill, len(data) - taken)
-                np.copyto(carry[fill : fill + count], data[taken : taken + count])
-                fill, taken = fill + count, taken + count
-                if fill == BLOCK_NBYTES:
-                    yield raw_bytes(carry)
-                    fill = 0
-        if fill:
-            yield raw_bytes(carry[:fill])
+    def read(self, key: str, slab: Slab) -> Array:
+        """The elements of a slab, contiguous, in memory of this thread; valid until it reads the next one."""
+        buffer: Bytes | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = np.empty(self.slab_nbytes, np.uint8)
+        return self.read_into(key, slab, buffer[: slab.nbytes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,34 +131,30 @@ class Placed:
     offset: int
 
 
-def write_image(
-    handle: WriteHandle, tensors: Sequence[Placed], reader: SlabReader, *, digests: bool = False
-) -> dict[str, int]:
-    """Write tensors at their places in an open file, several threads at once.
+def write_image(handle: WriteHandle, tensors: Sequence[Placed], reader: SlabReader) -> dict[str, PassedBytes]:
+    """Write tensors at their places in an open file, several threads at once. Returns the digests of each one's bytes.
 
-    What lies between them is the caller's, to be written afterwards: short gaps are filled with zeros.
-
-    ``tensors`` are in the order of their offsets. Returns the CRC-32 of each one's bytes if ``digests``.
+    ``tensors`` are in the order of their offsets. What lies between them is the caller's, to be written afterwards:
+    short gaps are filled with zeros.
 
     Raises:
         StorageError: the first failure on any thread.
     """
-    passed = {placed.key: PassedBytes() for placed in tensors} if digests else {}
+    passed = {placed.key: PassedBytes() for placed in tensors}
     local = threading.local()
 
     def work(task: list[tuple[Placed, Slab]]) -> None:
         if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, BUFFER_NBYTES)
-        stream = ImageStream(handle, task[0][0].offset + task[0][1].start, local.buffer, fill_gaps=True)
+            local.buffer = mmap.mmap(-1, reader.buffer_nbytes)
+        stream = ImageStream(handle, local.buffer, fill_gaps=True)
         for placed, slab in task:
-            data = raw_bytes(reader.read(placed.key, slab))
-            if digests:
-                passed[placed.key].add(slab.start, data)
-            stream.put_at(placed.offset + slab.start, data)
+            raw = stream.place(placed.offset + slab.start, slab.nbytes)
+            reader.read_into(placed.key, slab, raw)
+            passed[placed.key].add(slab.start, raw_bytes(raw))
         stream.flush()
 
     run_threads(work, _tasks(tensors, reader), reader.num_threads)
-    return {key: found.crc32() for key, found in passed.items()}
+    return passed
 
 
 def run_threads(work: Callable[[T], None], tasks: Iterable[T], num_threads: int) -> None:
@@ -218,46 +195,63 @@ def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple
 
 
 class ImageStream:
-    """Writes of ranges of a file, gathered so that all but the edges are whole, aligned pages.
+    """Ranges of a file, gathered in ``buffer`` so that all but the outermost edges are written as whole, aligned pages.
 
-    ``buffer`` has ``BUFFER_NBYTES``. With ``fill_gaps``, short gaps between ranges are filled with zeros.
+    With ``fill_gaps``, short gaps between ascending ranges are filled with zeros.
     """
 
-    def __init__(self, handle: WriteHandle, offset: int, buffer: mmap.mmap, *, fill_gaps: bool = False):
+    def __init__(self, handle: WriteHandle, buffer: mmap.mmap, *, fill_gaps: bool = False):
         self._handle = handle
         self._fill_gaps = fill_gaps
         self._array = np.frombuffer(buffer, dtype=np.uint8)
         self._memory = memoryview(buffer)
-        self._restart(offset)
+        self._base = 0  # where the buffer begins in the file: a multiple of the page
+        self._begin = self._end = 0  # what is held, in the buffer
 
-    def _restart(self, offset: int) -> None:
-        """Begin at ``offset``: memory and file have the same place within a page."""
-        self._base = offset - offset % _PAGE_NBYTES
-        self._begin = self._end = offset - self._base
+    def place(self, offset: int, nbytes: int) -> Bytes:
+        """Memory for the ``nbytes`` at ``offset``, to be filled before the next call.
 
-    def put_at(self, offset: int, data: memoryview) -> None:
-        """Store ``data`` at ``offset``."""
+        ``nbytes`` is at most the buffer's size less two pages.
+        """
         gap = offset - self._base - self._end
-        if self._fill_gaps and 0 < gap <= min(_PAGE_NBYTES, BUFFER_NBYTES - self._end):
-            self._array[self._end : self._end + gap] = 0
-            self._end += gap
+        if gap and self._fill_gaps and self._begin < self._end and 0 < gap <= _PAGE_NBYTES:
+            self.place(offset - gap, gap).fill(0)
         elif gap:
             self.flush()
-            self._restart(offset)
+            self._base = offset - offset % _PAGE_NBYTES
+            self._begin = self._end = offset - self._base
+        if self._end + nbytes > len(self._array):
+            self._write_pages()
+        start, self._end = self._end, self._end + nbytes
+        return self._array[start : self._end]
+
+    def put_at(self, offset: int, data: memoryview) -> None:
+        """Store ``data``, of any length, at ``offset``."""
         source = np.frombuffer(data, dtype=np.uint8)
-        taken = 0
-        while taken < len(source):
-            count = min(len(source) - taken, BUFFER_NBYTES - self._end)
-            np.copyto(self._array[self._end : self._end + count], source[taken : taken + count])
-            taken += count
-            self._end += count
-            if self._end == BUFFER_NBYTES:
-                self.flush()
+        step = len(self._array) - 2 * _PAGE_NBYTES
+        for taken in range(0, len(source), step):
+            part = source[taken : taken + step]
+            np.copyto(self.place(offset + taken, len(part)), part)
 
     def flush(self) -> None:
-        """Write what is held. An unaligned beginning goes by itself, so that the rest can be direct."""
-        first = min(-(-self._begin // _PAGE_NBYTES) * _PAGE_NBYTES, self._end)
-        for start, stop in ((self._begin, first), (first, self._end)):
-            if start < stop:
-                self._handle.write(self._base + start, [self._memory[start:stop]])
-        self._restart(self._base + self._end)
+        """Write all that is held."""
+        self._write_pages()
+        self._write(self._begin, self._end)
+        self._begin = self._end
+
+    def _write_pages(self) -> None:
+        """Write all that is held but for a page that is not full, which moves to the front."""
+        first = -(-self._begin // _PAGE_NBYTES) * _PAGE_NBYTES
+        last = self._end // _PAGE_NBYTES * _PAGE_NBYTES
+        if first >= last:
+            return
+        self._write(self._begin, first)
+        self._write(first, last)
+        rest = self._end - last
+        self._array[:rest] = self._array[last : self._end]
+        self._base += last
+        self._begin, self._end = 0, rest
+
+    def _write(self, start: int, stop: int) -> None:
+        if start < stop:
+            self._handle.write(self._base + start, [self._memory[start:stop]])
