@@ -90,17 +90,17 @@ def test_every_sample_comes_once_whatever_ranks_the_job_comes_back_with(
     memory_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two data-parallel ranks, then four, then none: two tensor-parallel ones. Over the end of an epoch."""
-    text, num_samples = memory_path / "words.txt", 21
+    text, num_samples, num_steps = memory_path / "words.txt", 21, 6
     text.write_text(" ".join(f"word{n}" for n in range(200))[: num_samples * SEQ_LEN + 1])
-    common = {"training__dataset_path": text, "checkpoint__interval": 100}
+    common = {"training__dataset_path": text, "training__steps": num_steps, "checkpoint__interval": 100}
 
     (whole,) = run_world(_train, 1, load_config(flags(memory_path / "whole", **common), 1))
-    assert sorted(whole.samples) == list(range(NUM_STEPS * GLOBAL_BATCH))
+    assert sorted(whole.samples) == list(range(num_steps * GLOBAL_BATCH))
     assert sorted(whole.samples[count] for count in range(num_samples)) == list(range(num_samples))
 
     layouts: list[tuple[int, int | None, dict[str, int]]] = [
         (2, 2, {"data_parallel_shard": 2}),
-        (4, 6, {"data_parallel_replicate": 2, "data_parallel_shard": 2}),
+        (4, 4, {"data_parallel_replicate": 2, "data_parallel_shard": 2}),
         (2, None, {"data_parallel_shard": 1, "tensor_parallel": 2}),
     ]
     seen: dict[int, int] = {}
@@ -270,6 +270,15 @@ def test_a_job_goes_on_without_a_lost_node_and_takes_in_another(
     assert re.search(r"saved step \d \(SIGTERM", output), output
     assert "on 2 x cpu" in other
     check_losses(output, undisturbed.losses)
+
+
+def test_nodes_that_can_not_meet_say_so_without_a_traceback(start: Callable[..., Agent]) -> None:
+    agent = start(1, "--nnodes 2 --rdzv_endpoint 127.0.0.1:1 --rdzv-conf is_host=false,read_timeout=1")
+    assert agent.process.wait(100) == 1
+    output = agent.output.read_text()
+    assert "error: the nodes of this job can't meet: The connection to the C10d store has failed" in output
+    assert "Started anew, it resumes" in output
+    assert "Traceback" not in output
 
 
 SLURM = """#!/usr/bin/env bash

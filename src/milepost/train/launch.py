@@ -50,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed import run as torchrun  # seconds: only once the configuration is known to be right
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     # PyTorch 2.13 keeps one store for all restarts of a job, where a restarted rank finds the addresses of dead ones.
     # This makes a new one for each, hosted by rank 0.
@@ -66,6 +67,14 @@ def run(argv: Sequence[str]) -> int:
         if str(failure.local_rank) not in os.environ.get("LOG_RANK", "0").split(","):
             print(failure.message, file=sys.stderr)
         return failure.exitcode
+    except RendezvousError as lost:
+        print(
+            f"error: the nodes of this job can't meet: {lost}\n"
+            "The one at --rdzv_endpoint hosts the meeting; without it the job can't go on. Started anew, it resumes "
+            "from the newest checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
