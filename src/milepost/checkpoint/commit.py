@@ -70,8 +70,12 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     if fault:
         raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
     attempt = join(split(target)[0], ATTEMPT_PREFIX + save_id)
-    storage.make_folder(data_folder(attempt))
-    adopt_attempt(storage, attempt)
+    try:
+        storage.make_folder(data_folder(attempt))
+        adopt_attempt(storage, attempt)
+    except StorageError:
+        discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
+        raise
     return attempt
 
 

@@ -1,0 +1,238 @@
+"""A run that dies, or meets an error, at any operation on its storage, from its start to the end of its save.
+
+Whatever happens: a scan shows the state before or the state after, whole; the next run resumes from it, leaves nothing
+behind, and saves. (The commit protocol alone is put through the same in ``tests/checkpoint/test_commit.py``.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import milepost
+from milepost import CheckpointConfig, CheckpointManager, catalog
+from milepost.checkpoint import commit, writer
+from milepost.checkpoint import manager as manager_module
+from milepost.checkpoint.lock import RunLock
+from milepost.errors import MilepostError
+from milepost.storage import LocalStorage, Storage
+from milepost.storage.wrap import Operation
+from milepost.testing.faulty import FaultyStorage
+
+WIDTH = 20_000
+"""Numbers in each tensor: enough for a record of its own disk blocks, so that several threads write."""
+
+
+class Progress:
+    step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class Model(nn.Module):
+    """All weights have one value, so that a mixture of two saves shows."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.full((WIDTH,), value)) for _ in range(3))
+
+    @property
+    def value(self) -> float:
+        values = {float(v) for p in self.layers for v in p.detach().unique()}
+        assert len(values) == 1, values
+        return values.pop()
+
+
+def manager_in(
+    folder: Path, storage: Storage, value: float, keep_latest_k: int = 1
+) -> tuple[CheckpointManager, Model, Progress]:
+    """A manager whose every operation goes through ``storage``."""
+    model, progress = Model(value), Progress()
+    config = CheckpointConfig(enable=True, interval=1, keep_latest_k=keep_latest_k, last_save_model_only=False)
+    with mock.patch.object(manager_module, "open_storage", return_value=(storage, "run")):
+        manager = CheckpointManager(
+            folder / "run", config, model=model, optimizer=torch.optim.SGD(model.parameters()), train_state=progress
+        )
+    return manager, model, progress
+
+
+@dataclass(frozen=True)
+class Case:
+    """Steps that are there before, with the value of their weights; the save; and what a scan may show then."""
+
+    before: dict[int, float]
+    step: int
+    value: float
+    after: dict[int, float]
+    between: tuple[dict[int, float], ...] = ()
+
+
+CASES = {
+    "first save": Case({}, 2, 7.0, {2: 7.0}),
+    # Step 1 is pruned; step 2 is not, since the run resumed from it.
+    "later save": Case({1: 0.5, 2: 1.0}, 4, 7.0, {2: 1.0, 4: 7.0}, between=({1: 0.5, 2: 1.0, 4: 7.0},)),
+    "the same step again": Case({2: 1.0, 4: 3.0}, 4, 7.0, {4: 7.0}, between=({2: 1.0, 4: 7.0},)),
+}
+
+
+def act(folder: Path, storage: Storage, case: Case) -> None:
+    """What a run does: take the folder, sweep, resume, save, let go."""
+    manager, model, progress = manager_in(folder, storage, 0.0)
+    manager.load()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, case.value)
+    progress.step = case.step
+    manager.save(case.step)
+    manager.close()
+
+
+def prepare(folder: Path, case: Case) -> LocalStorage:
+    """A fresh folder with the steps that are there before; a copy, once they have been saved beside it."""
+    storage, template = LocalStorage(folder), folder.with_name("template")
+    if template.exists():
+        shutil.copytree(template, folder)
+        return storage
+    for step, value in case.before.items():
+        manager, _, progress = manager_in(folder, storage, value, keep_latest_k=0)
+        progress.step = step
+        manager.save(step)
+        manager.close()
+    storage.make_folder("run")
+    shutil.copytree(folder, template)
+    return storage
+
+
+def shown(storage: LocalStorage) -> dict[int, float]:
+    """What a scan shows, and the value of all its weights, each byte of them checked."""
+    found = {}
+    for entry in catalog.scan(storage, "run"):
+        assert entry.state == "committed", entry
+        model = Model(0.0)
+        into = {**model.state_dict(), "train_state": {"step": None}}
+        milepost.load(f"{storage.root}/{entry.path}", into)
+        assert into["train_state"] == {"step": entry.step}
+        found[entry.step] = model.value
+    return found
+
+
+def check_the_next_run(
+    folder: Path, storage: LocalStorage, found: dict[int, float], where: object, *, killed: bool
+) -> None:
+    """It resumes from the newest step that was there, saves, and leaves nothing of the dead run."""
+    manager, model, progress = manager_in(folder, storage, 0.0)
+    report = manager.load()
+    assert (report.step if report is not None else None) == max(found, default=None), where
+    assert model.value == (found[max(found)] if found else 0.0), where
+    progress.step = 9
+    manager.save(9)
+    manager.close()
+    assert any(entry.step == 9 and entry.state == "committed" for entry in catalog.scan(storage, "run")), where
+    if killed:  # within its first moments an attempt has no owner yet; such a one is swept when it is old
+        commit.sweep_leftovers(storage, "run", now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
+    names = {entry.name for entry in storage.list("run")} - {"events.jsonl"}
+    assert all(name.startswith("step-") for name in names), (where, names)
+
+
+def count_operations(folder: Path, case: Case) -> int:
+    counting = FaultyStorage(prepare(folder, case))
+    act(folder, counting, case)
+    assert shown(LocalStorage(folder)) == case.after
+    assert len({operation.name for operation in counting.operations}) >= 7
+    return len(counting.operations)
+
+
+def in_a_child(do: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            do()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+@pytest.fixture(autouse=True)
+def quick_but_threaded() -> Iterator[None]:
+    """Each large record is a group of its own; a lock that a crash left half-written is not watched for its lease."""
+    impatient = partial(RunLock, lease_s=0.0)
+    with mock.patch.object(writer, "GROUP_NBYTES", 1), mock.patch.object(manager_module, "RunLock", impatient):
+        yield
+
+
+def meet_error(folder: Path, storage: FaultyStorage, case: Case, said: Path) -> None:
+    """Note the operation that failed, and what the run was told of it."""
+    message = ""
+    try:
+        act(folder, storage, case)
+    except MilepostError as error:
+        message = error.message
+    assert storage.has_failed
+    said.write_text(f"{[*storage.operations][storage._fail_at or 0]}\n{message}")
+
+
+def kill(_: Operation) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_any_operation(memory_path: Path, name: str) -> None:
+    case = CASES[name]
+    count = count_operations(memory_path / "rehearsal", case)
+    assert count > 25
+    seen = []
+    for k in range(count):
+        folder = memory_path / str(k)
+        storage = prepare(folder, case)
+        status = in_a_child(partial(act, folder, FaultyStorage(storage, fail_at=k, tear=True, hook=kill), case))
+        assert os.WIFSIGNALED(status), (k, status)
+        found = shown(storage)
+        assert found in (case.before, *case.between, case.after), (k, found)
+        check_the_next_run(folder, storage, found, k, killed=True)
+        seen.append(found)
+        storage.remove_tree("")
+    assert seen[0] == case.before
+    assert seen[-1] == case.after
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_at_any_operation(memory_path: Path, name: str) -> None:
+    """Either it is raised and the old state is there (or the new one, if the error came after the commit), or the save
+    went through in spite of it: what can fail without harm must not stop training."""
+    case = CASES[name]
+    count = count_operations(memory_path / "rehearsal", case)
+    raised = 0
+    for k in range(count):
+        folder = memory_path / str(k)
+        storage = prepare(folder, case)
+        said = memory_path / f"{k}.txt"
+        faulty = FaultyStorage(storage, fail_at=k, number=(errno.ENOSPC, errno.EIO, errno.EDQUOT)[k % 3], tear=True)
+        status = in_a_child(partial(meet_error, folder, faulty, case, said))
+        assert status == 0, (k, status)
+        operation, _, message = said.read_text().partition("\n")
+        assert not message or os.strerror(faulty._number).lower() in message.lower(), message
+        raised += bool(message)
+        found = shown(storage)
+        assert found in (case.before, *case.between, case.after), (operation, found)
+        assert message or found.get(case.step) == case.value, operation
+        check_the_next_run(folder, storage, found, operation, killed=False)
+        storage.remove_tree("")
+    assert raised > 10
