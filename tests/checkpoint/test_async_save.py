@@ -196,16 +196,20 @@ def test_what_was_staged_is_committed_although_the_trainer_is_killed(tmp_path: P
     assert [p.name for p in path.parent.iterdir()] == ["step-7"]
 
 
-def test_nothing_grows_over_many_saves(saver: AsyncSaver, tmp_path: Path):
+def test_nothing_grows_over_a_hundred_saves(saver: AsyncSaver, tmp_path: Path):
     live = state()
 
     def figures() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
-    for _ in range(3):
+    def resident_nbytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    for _ in range(10):
         saver.save("ck", lambda: live, INFO).committed(60)
-    before = figures()
-    for _ in range(15):
+    before, memory = figures(), resident_nbytes()
+    for _ in range(100):
         saver.save("ck", lambda: live, INFO).committed(60)
     assert figures() == before
+    assert resident_nbytes() <= memory * 1.01
     assert [p.name for p in tmp_path.iterdir()] == ["ck"]
