@@ -149,9 +149,6 @@ def _die_after_staging(folder: Path) -> None:
     run = Run(folder, "async_with_pinned_mem")
     run.train(2)
     run.manager.maybe_wait_for_staging()
-    # Staged on this rank; hand-over to the writer process comes right after it, on the background thread.
-    while run.manager._saver._runner._sent_plan is None:
-        time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

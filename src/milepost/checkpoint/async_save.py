@@ -143,6 +143,7 @@ class AsyncSaver:
         plan_s = time.monotonic() - started
         if self._mode == "async":
             task.stage()
+            task.announce()
         self._thread.submit(task.run, plan_s=plan_s, reused=reused)
         return handle
 
@@ -231,17 +232,20 @@ class _Task:
             self._staging.run()
         except Exception as error:  # noqa: BLE001 - it is raised where the handle is asked
             self._fail(error)
-        else:
-            self._handle._staged.set_result(None)
         self._staging = None  # holds tensors and a view of the arena
         self._stage_s = time.monotonic() - started
+
+    def announce(self) -> None:
+        """The tensors may be changed again, and what was staged will be committed if the job's runner lives."""
+        if not self._handle._staged.done():
+            self._handle._staged.set_result(None)
 
     def run(self, *, plan_s: float, reused: bool) -> None:
         self.stage()
         if self._handle.done():
             return
         try:
-            result = self._runner.run(self._job, self._arena, self._objects, self._handle._add_written)
+            result = self._runner.run(self._job, self._arena, self._objects, self._handle._add_written, self.announce)
         except Exception as error:  # noqa: BLE001 - the top of a thread: the handle carries it
             self._fail(error)
             return

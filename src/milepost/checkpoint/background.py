@@ -46,8 +46,14 @@ class InThread:
         self._storage = storage
 
     def run(
-        self, job: SaveJob, arena: Arena, objects: Mapping[str, bytes], on_progress: Callable[[int], None]
+        self,
+        job: SaveJob,
+        arena: Arena,
+        objects: Mapping[str, bytes],
+        on_progress: Callable[[int], None],
+        on_accepted: Callable[[], None],
     ) -> JobResult:
+        on_accepted()
         return run_job(self._storage, job, FileImage(arena.memory), objects, detached=True, on_progress=on_progress)
 
     def close(self) -> None:
@@ -71,9 +77,14 @@ class InProcess:
         return self._process.pid if self._process is not None else None
 
     def run(
-        self, job: SaveJob, arena: Arena, objects: Mapping[str, bytes], on_progress: Callable[[int], None]
+        self,
+        job: SaveJob,
+        arena: Arena,
+        objects: Mapping[str, bytes],
+        on_progress: Callable[[int], None],
+        on_accepted: Callable[[], None],
     ) -> JobResult:
-        """Hand a job over and return its result.
+        """Hand a job over and return its result. From ``on_accepted`` on, it is done even if this process dies.
 
         Raises:
             MilepostError: as the job raised it.
@@ -88,6 +99,7 @@ class InProcess:
         try:
             connection.send(Request(self._root, sent, known, arena.nbytes, objects))
             self._sent_plan = job.plan
+            on_accepted()
             while True:
                 answer = connection.recv()
                 if isinstance(answer, int):

@@ -120,6 +120,17 @@ class _LocalRead(ReadHandle):
             os.close(fd)
 
 
+def _reserve(fd: int, nbytes: int) -> bool:
+    """Reserve space for a file; False if it could only be seen that there is some. OSError if there is not enough."""
+    if not syscalls.lives_in_memory(fd):
+        return syscalls.reserve(fd, nbytes)
+    # There, reserving would zero every page before it is written: the work of a whole save.
+    found = os.fstatvfs(fd)
+    if nbytes > found.f_bavail * found.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return False
+
+
 class _LocalWrite(WriteHandle):
     """Two descriptors of one file: one past the page cache for what is aligned, one through it for the rest.
 
@@ -138,9 +149,7 @@ class _LocalWrite(WriteHandle):
         self._reserved = 0
         try:
             with _explained("reserve", path, f"reserving {format_nbytes(nbytes)} for {path}"):
-                # In memory, reserving would zero every page before it is written: the work of a whole save.
-                in_memory = syscalls.lives_in_memory(self._fd)
-                reserved = nbytes > 0 and not in_memory and syscalls.reserve(self._fd, nbytes)
+                reserved = nbytes > 0 and _reserve(self._fd, nbytes)
                 if shared:
                     os.ftruncate(self._fd, nbytes)  # the same for all who open it, so no writer is cut off
                 elif reserved:
