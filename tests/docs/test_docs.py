@@ -15,7 +15,7 @@ import pytest
 
 from milepost import errors
 from milepost.cli.main import COMMANDS, build_parser
-from milepost.train.options import load_config
+from milepost.train.options import load_config, read_flags
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -105,6 +105,9 @@ def test_every_shell_command_is_one_that_the_programs_take(
             assert args.command == words[1]
         elif "./run_train.sh" in words:
             check_training(words)
+        elif "sbatch" in words:
+            script = words.index("scripts/multinode.slurm")
+            assert read_flags(words[script + 1 :]).problems == []
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE)
         elif words[0] in ("python", "python3"):
