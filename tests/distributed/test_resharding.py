@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -195,27 +195,34 @@ def differs(tensor: Tensor, places: Tensor, saved: np.ndarray) -> bool:
 
 
 def random_digest() -> int:
-    return hash(torch.get_rng_state().numpy().tobytes())
+    return zlib.crc32(torch.get_rng_state().numpy().tobytes())
 
 
-@functools.cache
-def saved_runs() -> tuple[tempfile.TemporaryDirectory[str], dict[Layout, list[Saved]]]:
-    """Every layout, trained and saved; each world is started once."""
-    folder = tempfile.TemporaryDirectory()
-    saved = {}
-    for layouts in by_world_size().values():
-        ranks = run_world(_save_all, layouts[0].world_size, Path(folder.name), layouts, timeout_s=200)
-        saved |= {layout: [rank[i] for rank in ranks] for i, layout in enumerate(layouts)}
-    return folder, saved
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved")
 
 
-@functools.cache
-def loaded_runs(world_size: int) -> dict[tuple[Layout, Layout], list[Loaded]]:
-    """Every layout of one world size, loaded from every layout of its model; the world is started once."""
-    folder, saved = saved_runs()
+@pytest.fixture(scope="module")
+def saved(root: Path) -> dict[Layout, list[Saved]]:
+    """By rank, of every layout, trained and saved; each world is started once."""
+    runs = {}
+    for world_size, layouts in by_world_size().items():
+        ranks = run_world(_save_all, world_size, root, layouts, timeout_s=200)
+        runs |= {layout: [rank[number] for rank in ranks] for number, layout in enumerate(layouts)}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def loaded(root: Path, saved: dict[Layout, list[Saved]]) -> Callable[[Layout, Layout], list[Loaded]]:
+    """By rank, of a layout that was loaded from another; each world is started once, when it is first asked for."""
     states = {layout: merged([rank.state for rank in ranks]) for layout, ranks in saved.items()}
-    ranks = run_world(_load_all, world_size, Path(folder.name), by_world_size()[world_size], states, timeout_s=200)
-    return {pair: [rank[pair] for rank in ranks] for pair in ranks[0]}
+
+    @functools.cache
+    def world(world_size: int) -> list[dict[tuple[Layout, Layout], Loaded]]:
+        return run_world(_load_all, world_size, root, by_world_size()[world_size], states, timeout_s=200)
+
+    return lambda source, target: [rank[source, target] for rank in world(target.world_size)]
 
 
 def by_world_size() -> dict[int, list[Layout]]:
@@ -233,9 +240,13 @@ def merged(states: list[State]) -> State:
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda layout: str(layout).partition(", ")[2])
-def test_state_saved_under_one_layout_comes_back_under_another(source: Layout, target: Layout) -> None:
-    _, saved = saved_runs()
-    ranks = loaded_runs(target.world_size)[source, target]
+def test_state_saved_under_one_layout_comes_back_under_another(
+    source: Layout,
+    target: Layout,
+    saved: dict[Layout, list[Saved]],
+    loaded: Callable[[Layout, Layout], list[Loaded]],
+) -> None:
+    ranks = loaded(source, target)
     state = merged([rank.state for rank in saved[source]])
     assert [rank.wrong for rank in ranks] == [[]] * len(ranks)
     assert set().union(*(rank.held for rank in ranks)) == set(state)
@@ -253,9 +264,8 @@ def test_state_saved_under_one_layout_comes_back_under_another(source: Layout, t
 
 
 @pytest.mark.parametrize("family", [DENSE, EXPERTS], ids=["dense", "experts"])
-def test_saved_states_are_those_of_one_training_run(family: list[Layout]) -> None:
+def test_saved_states_are_those_of_one_training_run(family: list[Layout], saved: dict[Layout, list[Saved]]) -> None:
     """What the matrix compares is worth it: every key there is, equal in all layouts up to rounding."""
-    _, saved = saved_runs()
     one, *others = [merged([rank.state for rank in saved[layout]]) for layout in family]
     for other in others:
         assert other.keys() == one.keys()
