@@ -131,8 +131,10 @@ class Placed:
     offset: int
 
 
-def write_image(handle: WriteHandle, tensors: Sequence[Placed], reader: SlabReader) -> dict[str, PassedBytes]:
-    """Write tensors at their places in an open file, several threads at once. Returns the digests of each one's bytes.
+def write_image(
+    handle: WriteHandle, tensors: Sequence[Placed], reader: SlabReader, *, digests: bool = True
+) -> dict[str, PassedBytes]:
+    """Write tensors at their places in an open file, several threads at once. Returns the ``digests`` of each's bytes.
 
     ``tensors`` are in the order of their offsets. What lies between them is the caller's, to be written afterwards:
     short gaps are filled with zeros.
@@ -140,7 +142,7 @@ def write_image(handle: WriteHandle, tensors: Sequence[Placed], reader: SlabRead
     Raises:
         StorageError: the first failure on any thread.
     """
-    passed = {placed.key: PassedBytes() for placed in tensors}
+    passed = {placed.key: PassedBytes() for placed in tensors} if digests else {}
     local = threading.local()
 
     def work(task: list[tuple[Placed, Slab]]) -> None:
@@ -150,7 +152,8 @@ def write_image(handle: WriteHandle, tensors: Sequence[Placed], reader: SlabRead
         for placed, slab in task:
             raw = stream.place(placed.offset + slab.start, slab.nbytes)
             reader.read_into(placed.key, slab, raw)
-            passed[placed.key].add(slab.start, raw_bytes(raw))
+            if digests:
+                passed[placed.key].add(slab.start, raw_bytes(raw))
         stream.flush()
 
     run_threads(work, _tasks(tensors, reader), reader.num_threads)
