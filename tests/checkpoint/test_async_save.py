@@ -210,6 +210,7 @@ def test_nothing_grows_over_a_hundred_saves(saver: AsyncSaver, tmp_path: Path):
     before, memory = figures(), resident_nbytes()
     for _ in range(100):
         saver.save("ck", lambda: live, INFO).committed(60)
-    assert figures() == before
+    # What an earlier test left to the garbage collector may go meanwhile: fewer is no fault.
+    assert all(now <= then for now, then in zip(figures(), before, strict=True))
     assert resident_nbytes() <= memory * 1.01
     assert [p.name for p in tmp_path.iterdir()] == ["ck"]
