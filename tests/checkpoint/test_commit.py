@@ -348,10 +348,8 @@ def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:
 
 def attempt_of(storage: Storage, save_id: str, **changes: object) -> str:
     """An attempt whose owner is this process, but for ``changes`` of its record."""
-    path = commit.begin_attempt(storage, "run/step-9", save_id)
-    for entry in storage.list(path):
-        if entry.name.startswith(commit.OWNER_PREFIX):
-            storage.remove(f"{path}/{entry.name}")
+    path = f"run/{catalog.ATTEMPT_PREFIX}{save_id}"
+    storage.make_folder(commit.data_folder(path))
     record = replace(owner.this_process(NOW), **changes)  # type: ignore[arg-type]
     storage.write(f"{path}/{commit.OWNER_PREFIX}0.json", record.dump())
     return path.rpartition("/")[2]

@@ -236,3 +236,19 @@ def test_error_at_any_operation(memory_path: Path, name: str) -> None:
         check_the_next_run(folder, storage, found, operation, killed=False)
         storage.remove_tree("")
     assert raised > 10
+
+
+def test_leftovers_of_a_killed_save_are_swept_by_the_next(memory_path: Path) -> None:
+    """Of ``save()`` too, which no manager cleans up after."""
+    status = in_a_child(partial(killed_save, memory_path))
+    assert os.WIFSIGNALED(status)
+    assert any(path.name.startswith(".attempt-") for path in memory_path.iterdir())
+    (memory_path / ".attempt-notes").mkdir()
+    milepost.save(memory_path / "other", {"w": torch.ones(3)})
+    assert sorted(path.name for path in memory_path.iterdir()) == [".attempt-notes", "other"]
+
+
+def killed_save(folder: Path) -> None:
+    storage = FaultyStorage(LocalStorage(folder), fail_at=8, tear=True, hook=kill)
+    with mock.patch("milepost.checkpoint.save.open_storage", return_value=(storage, "model")):
+        milepost.save(folder / "model", {"w": torch.ones(3)})

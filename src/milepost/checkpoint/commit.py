@@ -43,6 +43,7 @@ OWNERLESS_LIFETIME_S = 3600.0
 
 _FAILED_NAME = "failed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
+_LEFTOVER_NAME = re.compile(rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+")
 _REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
@@ -62,6 +63,8 @@ def data_folder(attempt: str) -> str:
 def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     """Make the fresh place for a save of ``target``, beside it, and give its name. Called by one rank.
 
+    What dead processes left there is swept first: callers of ``save()`` have nobody else to do it.
+
     Raises:
         ConfigError: ``target`` exists and is something else than a checkpoint, so it must not be replaced.
         StorageError: the folder can't be made.
@@ -69,7 +72,12 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     fault = _why_not_replace(storage, target)
     if fault:
         raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
-    attempt = join(split(target)[0], ATTEMPT_PREFIX + save_id)
+    folder = split(target)[0]
+    try:
+        sweep_leftovers(storage, folder, now=time.time())
+    except StorageError as error:
+        _log.warning("%s/%s could not be swept: %s", storage.root, folder, error)
+    attempt = join(folder, ATTEMPT_PREFIX + save_id)
     try:
         storage.make_folder(data_folder(attempt))
         adopt_attempt(storage, attempt)
@@ -327,7 +335,7 @@ def sweep_leftovers(storage: Storage, folder: str, *, now: float) -> list[str]:
         if replaced is not None:
             if ATTEMPT_PREFIX + replaced[1] not in alive and _settle(storage, folder, name, replaced[2]):
                 swept.append(name)
-        elif name not in alive and name.startswith((ATTEMPT_PREFIX, DELETING_PREFIX)):
+        elif name not in alive and _LEFTOVER_NAME.fullmatch(name):
             swept += [name] if discard_quietly(storage, join(folder, name)) else []
     return swept
 
