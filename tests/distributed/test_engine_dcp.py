@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -267,6 +268,35 @@ def test_model_and_optimizer_in_every_direction(tmp_path: Path, world_size: int)
 def objects_of(path: Path) -> set[str]:
     metadata = dcp.FileSystemReader(path).read_metadata()
     return {key for key, entry in metadata.state_dict_metadata.items() if "Bytes" in type(entry).__name__}
+
+
+def failing_plugin(folder: Path) -> str:
+    """One rank fails in the middle of ``dcp.save``: all are told, nothing stays, the next save works."""
+    warnings.simplefilter("ignore")
+    rank = dist.get_rank()
+    dcp.save({"w": torch.ones(3)}, storage_writer=milepost.StorageWriter(folder / "step-1"))
+    bad = {"w": torch.zeros(3), f"own{rank}": milepost.StateMismatchError("no plain value") if rank == 1 else 5}
+    with pytest.raises(dcp.api.CheckpointException) as caught:
+        dcp.save(bad, storage_writer=milepost.StorageWriter(folder / "step-1"))
+    told = str(caught.value)
+    del caught
+    gc.collect()
+    dist.barrier()
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+    into = {"w": torch.zeros(3)}
+    milepost.load(folder / "step-1", into)
+    assert into["w"].tolist() == [1, 1, 1]
+    dist.barrier()
+    dcp.save({"w": torch.full((3,), 2.0)}, storage_writer=milepost.StorageWriter(folder / "step-1"))
+    milepost.load(folder / "step-1", into)
+    assert into["w"].tolist() == [2, 2, 2]
+    return told
+
+
+def test_plugin_when_one_rank_fails(tmp_path: Path) -> None:
+    for told in run_world(failing_plugin, 2, tmp_path):
+        assert "own1 can't be loaded without running code" in told
+        assert "RANK 1" in told
 
 
 # ---- who holds what ----

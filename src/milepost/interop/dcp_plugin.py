@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -55,7 +56,7 @@ from milepost.errors import SaveError
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import Manifest
-from milepost.storage import open_storage
+from milepost.storage import Storage, open_storage
 
 TIMEOUT_S = 60.0
 """All ranks have signed off before DCP calls ``finish``; this is for a storage that shows files late."""
@@ -85,6 +86,7 @@ class StorageWriter(DcpStorageWriter):
         self.checkpoint_id = os.fspath(path)
         self._storage, self._target = open_storage(path)
         self._attempt: _Attempt | None = None
+        self._abandon: weakref.finalize[..., StorageWriter] | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -101,6 +103,8 @@ class StorageWriter(DcpStorageWriter):
         self._give_up()  # if the previous save failed on some rank
         save_id = commit.new_save_id()
         path = commit.begin_attempt(self._storage, self._target, save_id)
+        # DCP does not tell the coordinator when another rank fails: the attempt then goes when the writer does.
+        self._abandon = weakref.finalize(self, _abort_here, self._storage, path, os.getpid())
         attempts = [_Attempt(path, save_id, rank, len(plans)) for rank in range(len(plans))]
         self._attempt = attempts[0]
         return [replace(plan, storage_data=attempt) for plan, attempt in zip(plans, attempts, strict=True)]
@@ -156,12 +160,13 @@ class StorageWriter(DcpStorageWriter):
             paths=metadata.planner_data or {},
         )
         commit.publish(self._storage, attempt.path, self._target, signed, info, now=time.time())
-        self._attempt = None
+        self._give_up()
 
     def _give_up(self) -> None:
-        if self._attempt is not None:
-            commit.abort_attempt(self._storage, self._attempt.path)
-            self._attempt = None
+        """Take the attempt away, if one is there still."""
+        if self._abandon is not None:
+            self._abandon()
+        self._attempt = None
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
@@ -169,6 +174,11 @@ class StorageWriter(DcpStorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return "://" not in os.fspath(checkpoint_id)
+
+
+def _abort_here(storage: Storage, attempt: str, pid: int) -> None:
+    if os.getpid() == pid:  # a fork has a copy of the writer, not its save
+        commit.abort_attempt(storage, attempt)
 
 
 def _item_key(item: WriteItem) -> tuple[str, Box | None]:
