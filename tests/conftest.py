@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+Tally = Callable[..., None]
 
 
 @pytest.fixture
@@ -15,3 +18,22 @@ def memory_path() -> Iterator[Path]:
     """A fresh folder on a file system in memory, where syncing costs nothing; on disk where there is none."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """``tally(what, tried=..., lost=..., seed=...)``: a line of the table in ``docs/reliability.md``.
+
+    ``what`` was done ``tried`` times, and ``lost`` of them ended with something lost: the test fails if it is not 0.
+    Lines go to the file that ``MILEPOST_TALLY`` names, if any (``make reliability`` does, and makes the table of them).
+    """
+
+    def note(what: str, *, tried: int, lost: int, seed: int | None = None) -> None:
+        assert tried > 0, f"{what}: nothing was tried"
+        if path := os.environ.get("MILEPOST_TALLY"):
+            line = {"what": what, "tried": tried, "lost": lost, "seed": seed, "test": request.node.nodeid}
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        assert lost == 0, f"{what}: {lost} of {tried} lost something"
+
+    return note
