@@ -240,7 +240,7 @@ class StorageSuite:
             for piece in handle.read_pieces(7, result):
                 passed += piece
             with pytest.raises(StorageError):
-                list(handle.read_pieces(8, result))
+                list(handle.read_pieces(8, memoryview(bytearray(len(result)))))
         assert result == data[7:]
         assert passed == data[7:]
 

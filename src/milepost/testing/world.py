@@ -50,7 +50,8 @@ def run_world(
     Raises:
         WorldError: naming each rank that raised, died or hung.
     """
-    port = _free_port()
+    # Rank 0 inherits the socket that it serves on: a port that was merely found free may be taken a moment later.
+    listener = socket.create_server(("127.0.0.1", 0))
     with tempfile.TemporaryFile("w+") as stacks:
         pids, pipes = [], []
         for rank in range(world_size):
@@ -60,10 +61,11 @@ def run_world(
             pid = os.fork()
             if pid == 0:
                 os.close(reader)
-                _run_rank(fn, args, rank, world_size, port, writer, stacks.fileno())
+                _run_rank(fn, args, rank, world_size, listener, writer, stacks.fileno())
             os.close(writer)
             pids.append(pid)
             pipes.append(reader)
+        listener.close()
         try:
             outputs, late = _collect(pipes, timeout_s)
             if late:
@@ -77,28 +79,34 @@ def run_world(
     return _results(outputs, statuses, late, stack_text, timeout_s, allow_death)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def _run_rank(
-    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, writer: int, stacks: int
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    listener: socket.socket,
+    writer: int,
+    stacks: int,
 ) -> NoReturn:
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+    host, port = listener.getsockname()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=host,
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        listen_fd = listener.detach() if rank == 0 else None
+        listener.close()
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it without saying so
+            host, port, world_size, is_master=rank == 0, master_listen_fd=listen_fd
+        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         payload = (True, fn(*args))
         # A rank that leaves early would break the others' last collective.
         dist.barrier()
