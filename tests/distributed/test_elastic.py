@@ -283,7 +283,7 @@ def test_nodes_that_can_not_meet_say_so_without_a_traceback(start: Callable[...,
 
 SLURM = """#!/usr/bin/env bash
 case "$(basename "$0") $1" in
-    "scontrol show") printf 'node7\\nnode8\\n' ;;
+    "scontrol show") printf 'node7\\n'; printf 'node%s\\n' $(seq 8 30000) ;;
     "scontrol "*) echo "scontrol: $*" ;;
     "srun "*) printf '%s\\n' "$NGPU" "$TORCHRUN_ARGS" "srun: $*"; exit "$STATUS" ;;
 esac
