@@ -20,7 +20,7 @@ from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.storage import open_storage
 from milepost.storage.base import format_duration, format_nbytes
-from milepost.summary import PartTotal, format_count, layout_text, placement_text, totals_by_part
+from milepost.summary import PartTotal, format_count, layout_text, placement_text, shard_counts, totals_by_part
 
 MAX_MAPS = 20
 """So many shard maps are drawn; tensors that are cut alike share one."""
@@ -140,7 +140,7 @@ def _print_tensors(tensors: Mapping[str, TensorEntry], objects: Mapping[str, Any
         rows.append((key, entry.dtype, str(list(entry.shape)), format_nbytes(nbytes), placement_text(entry), where))
     for key, value in objects.items():
         rows.append((key, "value", "-", format_nbytes(value.record_nbytes), "whole", value.file))
-    print_table(("KEY", "DTYPE", "SHAPE", "SIZE", "STORED", "FILE"), rows, numeric=("SIZE",))
+    print_table(("KEY", "DTYPE", "SHAPE", "SIZE", "PLACEMENT", "FILE"), rows, numeric=("SIZE",))
 
 
 def _print_shards(tensors: Mapping[str, TensorEntry]) -> None:
@@ -213,7 +213,13 @@ def _total_json(total: PartTotal) -> dict[str, Any]:
 
 
 def _tensor_json(entry: TensorEntry, *, with_shards: bool) -> dict[str, Any]:
-    described: dict[str, Any] = {"dtype": entry.dtype, "shape": list(entry.shape)}
+    counts = shard_counts(entry)
+    described: dict[str, Any] = {
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "placement": placement_text(entry),
+        "shard_counts": None if counts is None else list(counts),
+    }
     if with_shards:
         described["shards"] = [
             {
