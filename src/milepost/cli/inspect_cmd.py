@@ -12,7 +12,7 @@ from typing import Any
 from milepost import catalog
 from milepost.catalog import CommitRecord
 from milepost.cli.paths import not_a_checkpoint
-from milepost.cli.render import console, print_json, print_table, printable
+from milepost.cli.render import bar, console, print_json, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
 from milepost.errors import CheckpointNotFoundError
 from milepost.format.box import Box
@@ -126,7 +126,7 @@ def _print_files(record: CommitRecord) -> None:
     console().print()
     sizes = {name: entry.nbytes for name, entry in sorted(record.manifest.files.items())}
     largest = max(sizes.values(), default=0) or 1
-    rows = [(name, format_nbytes(size), "▇" * round(BAR_WIDTH * size / largest)) for name, size in sizes.items()]
+    rows = [(name, format_nbytes(size), bar(size / largest, BAR_WIDTH)) for name, size in sizes.items()]
     print_table(("FILE", "SIZE", ""), rows, numeric=("SIZE",))
 
 
