@@ -124,9 +124,17 @@ def _how_far(done: int, total: int, elapsed_s: float) -> str:
 
 def _new_bar(shown: Console) -> Progress:
     # Not above: 50 ms that only long work needs.
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = [TextColumn("{task.description}", markup=False)]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
     columns += [BarColumn()] if shown.width >= MIN_WIDTH_OF_BAR else []
     columns += [DownloadColumn(binary_units=True)]
     columns += [TransferSpeedColumn(), TimeRemainingColumn()] if shown.width >= MIN_WIDTH_OF_BAR else []
