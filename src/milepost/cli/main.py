@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as if ended by SIGPIPE
     except OSError as error:
         _give_up_output()
-        _complain(str(error))
+        what = error.strerror or str(error)
+        _complain(f"{error.filename}: {what}" if error.filename else what)
         return StorageError.exit_status
 
 
