@@ -1,7 +1,7 @@
 """Write the reference pages from the code: ``python docs/generate.py``; with ``--check``, say whether they are current.
 
 The command line's page comes from the parsers that the commands use, the configuration's from the dataclasses and the
-docstrings under their fields.
+docstrings under their fields, Python's from the signatures and docstrings of what ``milepost`` exports.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import milepost
 from milepost.cli.main import COMMANDS, EXIT_STATUSES, build_parser
 from milepost.train.config import TrainConfig
 
@@ -29,7 +30,11 @@ NOTE = "<!-- Written by docs/generate.py from the code: change it there, then ru
 
 def pages() -> dict[Path, str]:
     """The text of every generated page."""
-    return {REFERENCE / "cli.md": cli_page(), REFERENCE / "config.md": config_page()}
+    return {
+        REFERENCE / "api.md": api_page(),
+        REFERENCE / "cli.md": cli_page(),
+        REFERENCE / "config.md": config_page(),
+    }
 
 
 # ---- the command line ----
@@ -132,7 +137,7 @@ def config_page() -> str:
 
 def _first_line(cls: type) -> str:
     """The first line of a docstring, with a role of Sphinx's as plain code."""
-    return re.sub(r":class:`([^`]+)`", r"`\1`", inspect.cleandoc(cls.__doc__ or "").splitlines()[0])
+    return _in_cell(_markdown(inspect.cleandoc(cls.__doc__ or "").splitlines()[0]))
 
 
 def _options(cls: Any) -> Iterator[tuple[str, str, str, str]]:
@@ -176,6 +181,161 @@ def _default_text(value: object) -> str:
 
 def _table_text(text: str) -> str:
     return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
+
+
+# ---- Python ----
+
+
+def api_page() -> str:
+    """Every name that ``milepost`` exports, with its signature and docstring."""
+    exported = {name: getattr(milepost, name) for name in milepost.__all__}
+    names = [name for name, value in exported.items() if not _is_error(value)]
+    parts = [
+        NOTE,
+        "# Python\n",
+        "What `import milepost` offers. Names are loaded on first use, so that the import itself costs nothing. "
+        "Functions that save or load are *collective*: every rank calls them, in the same order, and an error on one "
+        "rank is raised on all. Ranks exchange through `comm`: by default torch's default process group, and without "
+        "one there is one rank.\n",
+        "| name | what it is |\n|---|---|",
+        *(
+            f"| [`{name}`](#milepost-{name.lower().replace('_', '-')}) | {_first_line(exported[name])} |"
+            for name in names
+        ),
+        "| [errors](#errors) | what all of them raise |",
+        "",
+        *(_exported(name, exported[name]) for name in names),
+        _errors([value for value in exported.values() if _is_error(value)]),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+def _exported(name: str, value: Any) -> str:
+    parts = [f"## milepost.{name}\n"]
+    if name == "CheckpointConfig":
+        return (
+            f"{parts[0]}\n{_prose(value)}\nIts fields are the options of section [checkpoint](config.md#checkpoint).\n"
+        )
+    if not inspect.isclass(value):
+        return "\n".join([*parts, _signature(name, value), _prose(value)])
+    if dataclasses.is_dataclass(value):
+        fields = field_docs(value)
+        rows = [
+            f"| `{field.name}` | `{_in_cell(_annotation(str(field.type), value))}` | "
+            f"{_table_text(fields.get(field.name, ''))} |"
+            for field in dataclasses.fields(value)
+        ]
+        parts += [_prose(value), "| field | type | meaning |\n|---|---|---|", *rows, ""]
+    else:
+        is_made_by_users = "Args:" in (value.__doc__ or "")
+        parts += [_signature(name, value.__init__, skip_first=True)] if is_made_by_users else []
+        parts += [_prose(value)]
+    return "\n".join(parts + list(_members(name, value)))
+
+
+def _members(owner: str, cls: type) -> Iterator[str]:
+    """The documented methods and properties that a class defines itself."""
+    for name, member in vars(cls).items():
+        if name.startswith("_") or not member.__doc__:  # not the base class's: DCP documents its own
+            continue
+        if isinstance(member, property):
+            returned = typing.cast("Any", member.fget).__annotations__["return"]
+            yield f"### {owner}.{name}\n\n```text\n{name}: {returned}\n```\n\n{_prose(member)}"
+        elif inspect.isfunction(member):
+            yield f"### {owner}.{name}\n\n{_signature(name, member, skip_first=True)}\n{_prose(member)}"
+
+
+def _errors(errors: Sequence[type]) -> str:
+    rows = []
+    for error in errors:
+        parent = error.__mro__[1].__name__
+        own = inspect.signature(error.__init__).parameters
+        attributes = ", ".join(f"`{name}`" for name in own if name not in ("self", "message"))
+        status = getattr(error, "exit_status", 1)
+        meaning = _in_cell(_markdown(" ".join((error.__doc__ or "").split())))
+        rows.append(f"| `{error.__name__}` | `{parent}` | {status} | {attributes} | {meaning} |")
+    return "\n".join(
+        [
+            "## Errors\n",
+            "All derive from `milepost.MilepostError`, whose `message` says what, where, and what to do next. The "
+            "status is what the command line exits with. Symptoms and fixes are in [Errors](../errors.md).\n",
+            "| error | derives from | status | attributes | meaning |\n|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _signature(name: str, function: Any, *, skip_first: bool = False) -> str:
+    """``name(path: str, *, step: int = 1) -> Report``, broken into lines when it is long."""
+    signature = inspect.signature(function)
+    words = []
+    starred = False
+    for parameter in list(signature.parameters.values())[skip_first:]:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            words.append("*")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        words.append(f"{parameter.name}: {_annotation(parameter.annotation, function)}{default}")
+    returned = signature.return_annotation
+    after = f" -> {_annotation(returned, function)}" if returned not in (signature.empty, "None") else ""
+    text = f"{name}({', '.join(words)}){after}"
+    if len(text) > 100:
+        text = f"{name}(\n" + "".join(f"    {word},\n" for word in words) + f"){after}"
+    return f"```text\n{text}\n```\n"
+
+
+def _annotation(text: str, used_by: Any) -> str:
+    """An annotation as it is written; a name for a choice of words gives the words."""
+    found = getattr(sys.modules[used_by.__module__], text, None)
+    if typing.get_origin(found) is Literal:
+        return " | ".join(repr(word) for word in typing.get_args(found))
+    return text
+
+
+def _prose(value: Any) -> str:
+    """A docstring as Markdown: sections with entries become lists, indented code becomes a block."""
+    lines = inspect.cleandoc(value.__doc__ or "").splitlines()
+    out: list[str] = []
+    while lines:
+        line = lines.pop(0)
+        indented = []
+        if line.endswith(":") and lines and (not lines[0].strip() or lines[0].startswith(" ")):
+            while lines and (not lines[0].strip() or lines[0].startswith(" ")):
+                indented.append(lines.pop(0))
+        if not indented:
+            out.append(_markdown(line))
+        elif line.endswith("::"):
+            code = textwrap.dedent("\n".join(indented)).strip("\n")
+            out += [_markdown(line[:-1]), "", "```text", code, "```", ""]
+        else:
+            out += [
+                f"**{ {'Args:': 'Parameters'}.get(line, line[:-1]) }**".replace("** ", "**").replace(" **", "**"),
+                "",
+            ]
+            out += [*_entries(textwrap.dedent("\n".join(indented))), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _entries(text: str) -> Iterator[str]:
+    """``name: what it is``, each with its continuation lines, as a list."""
+    for entry in re.split(r"\n(?=\S)", text.strip()):
+        name, colon, meaning = " ".join(entry.split()).partition(": ")
+        names = ", ".join(f"`{part}`" for part in name.split(", "))
+        yield f"- {names}: {_markdown(meaning)}" if colon else f"- {_markdown(name)}"
+
+
+def _in_cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _markdown(text: str) -> str:
+    """Roles and literals of reStructuredText as plain code."""
+    text = re.sub(r":(?:class|func|meth):`([^`]+)`", r"`\1`", text)
+    return text.replace("``", "`")
 
 
 def main() -> int:

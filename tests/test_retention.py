@@ -164,3 +164,21 @@ def test_one_step_that_cannot_be_deleted_does_not_keep_the_others(memory_path: P
     with pytest.raises(StorageError, match="permission denied"):
         retention.apply(Stubborn(storage), "run", decisions)
     assert [e.name for e in storage.list("run")] == ["step-0", "step-3"]
+
+
+def test_what_another_prunes_at_the_same_time_is_no_error(memory_path: Path) -> None:
+    """The trainer after a save, and somebody's ``milepost prune``: before ours begins, and between its steps."""
+    storage = LocalStorage(memory_path)
+    for step in range(4):
+        save_arrays(storage, f"run/step-{step}", {"w": np.zeros(4, "float32")}, step=step)
+
+    class Shared(WrappedStorage):
+        def rename(self, src: str, dst: str) -> None:
+            if src == "run/step-1":
+                storage.remove_tree(src)
+            super().rename(src, dst)
+
+    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=1, protected={}, now=0.0)
+    storage.remove_tree("run/step-0")
+    assert retention.apply(Shared(storage), "run", decisions) == ["step-2"]
+    assert [found.step for found in catalog.scan(storage, "run")] == [3]

@@ -110,7 +110,7 @@ def own_record(record: Placed, digests: BlockDigests) -> Iterator[Extent]:
         raise FormatError(f"the manifest gives the record of '{key}' an impossible layout", key=key)
     yield Known(entry.record_offset, layout.header, key, "the record's header")
     data_stop = data_start + entry.data_nbytes
-    crcs = digests.of_shard(key, record.shard).tolist()
+    crcs = digests.of_shard(key, record.shard)
     for start, crc in zip(range(data_start, data_stop, digests.block_nbytes), crcs, strict=True):
         yield Digested(start, min(start + digests.block_nbytes, data_stop), crc, key, "data")
     yield Known(data_stop, record_footer(layout, entry.crc32), key, "the record's footer")

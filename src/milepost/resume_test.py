@@ -46,6 +46,9 @@ class LayoutChoice:
     num_ranks: int
     degrees: Mapping[str, int]
 
+    def __str__(self) -> str:
+        return self.name if self.degrees else "1 rank" if self.num_ranks == 1 else f"{self.num_ranks} ranks"
+
     def flags(self) -> list[str]:
         """The trainer's flags for it: all degrees, so that the file's do not mix in."""
         if not self.degrees:
@@ -84,6 +87,8 @@ class Resumed:
     loss_difference: float
     """The largest relative difference of the loss of any step after the resume."""
     is_same_layout: bool
+    num_same_keys: int
+    """Keys of the last checkpoint whose bytes are the same in both runs."""
     differs_in: tuple[str, ...]
     """Keys of the last checkpoint that differ at all; not counted on another layout, where sums have another order."""
     max_abs: float
@@ -144,14 +149,14 @@ def resume_test(settings: Settings, folder: Path, tell: Callable[[str], None] = 
     """
     runs = _Runs(settings, folder)
     first = settings.layouts[0]
-    tell(f"training {settings.num_steps} steps on {first.name} without a stop")
+    tell(f"training {settings.num_steps} steps on {first} without a stop")
     whole = runs.train(folder / "whole", first)
     tell(f"training again, to be killed after step {settings.kill_at}")
     runs.train(folder / "killed", first, kill_at=settings.kill_at)
     committed = _committed_step(folder / "killed" / "checkpoint")
     resumed = []
     for number, layout in enumerate(settings.layouts):
-        tell(f"resuming from step {committed} on {layout.name}")
+        tell(f"resuming from step {committed} on {layout}")
         place = folder / f"resumed-{number}"
         shutil.copytree(folder / "killed", place)
         losses = runs.train(place, layout)
@@ -203,6 +208,7 @@ def _compare(
         loss=losses.get(settings.num_steps, math.nan),
         loss_difference=difference,
         is_same_layout=same,
+        num_same_keys=found.num_same,
         differs_in=differs_in,
         max_abs=max((change.max_abs for change in found.values if part_of(change.key) == "model"), default=0.0),
         passed=complete and (is_exact if same else difference <= settings.tolerance),

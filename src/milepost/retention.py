@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from milepost.catalog import StepEntry
 from milepost.checkpoint.commit import delete_checkpoint
-from milepost.errors import StorageError
+from milepost.errors import CheckpointNotFoundError, StorageError
 from milepost.storage.base import Storage, format_duration, join
 
 
@@ -105,6 +105,8 @@ def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> It
 def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:
     """Delete from the run's ``folder`` what is not to be kept, oldest first; the names of what was deleted.
 
+    A step that is gone already, or goes meanwhile by another's hand, is no error.
+
     Raises:
         StorageError: a step could not be deleted. The others were tried all the same.
     """
@@ -113,10 +115,14 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
     for decision in decisions:
         if decision.keep:
             continue
+        path = join(folder, decision.name)
         try:
-            delete_checkpoint(storage, join(folder, decision.name))
+            delete_checkpoint(storage, path)
+        except CheckpointNotFoundError:
+            continue  # somebody else prunes at the same time: the trainer, `milepost prune`
         except StorageError as error:
-            failure = failure or error
+            if storage.stat(path) is not None:
+                failure = failure or error
         else:
             deleted.append(decision.name)
     if failure is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def layout_text(layout: Mapping[str, int]) -> str:
 
 def cuts_of(entry: TensorEntry) -> tuple[tuple[tuple[int, int], ...], ...]:
     """For each dim, the half-open intervals between all the places where a stored shard begins or ends."""
-    filled = [shard.box for shard in entry.shards if shard.box.numel] or [Box.whole(entry.shape)]
+    filled = _filled(entry) or [Box.whole(entry.shape)]
     cuts = []
     for dim in range(len(entry.shape)):
         edges = sorted({edge for box in filled for edge in (box.offsets[dim], box.stops[dim])})
@@ -73,10 +74,29 @@ def cuts_of(entry: TensorEntry) -> tuple[tuple[tuple[int, int], ...], ...]:
     return tuple(cuts)
 
 
+def shard_counts(entry: TensorEntry) -> tuple[int, ...] | None:
+    """Into how many shards each dim is cut, or None if the stored boxes are not the cells of one grid.
+
+    A checkpoint stores boxes, each once: of the mesh that they came from it shows the shards, not the replicas.
+    """
+    num_filled = len(_filled(entry))
+    if num_filled <= 1:
+        return (1,) * len(entry.shape)
+    counts = tuple(len(cuts) for cuts in cuts_of(entry))
+    return counts if math.prod(counts) == num_filled else None  # boxes cover a tensor once, so each is one cell
+
+
 def placement_text(entry: TensorEntry) -> str:
-    """How a tensor is stored: ``whole``, or into how many shards each dim is cut, such as ``dim 0 / 2, dim 1 / 4``."""
-    parts = [f"dim {dim} / {len(cuts)}" for dim, cuts in enumerate(cuts_of(entry)) if len(cuts) > 1]
-    return ", ".join(parts) or "whole"
+    """How a tensor is stored, in DTensor's words: ``whole``, ``Shard(0) over 2 x Shard(1) over 4``, ``irregular``."""
+    counts = shard_counts(entry)
+    if counts is None:
+        return f"irregular, {len(_filled(entry))} shards"
+    return " x ".join(f"Shard({dim}) over {count}" for dim, count in enumerate(counts) if count > 1) or "whole"
+
+
+def _filled(entry: TensorEntry) -> list[Box]:
+    """The stored boxes that have elements: a rank past the end of an uneven shard stores an empty one."""
+    return [shard.box for shard in entry.shards if shard.box.numel]
 
 
 def format_count(count: int) -> str:

@@ -20,7 +20,7 @@ from milepost.checkpoint import commit, owner
 from milepost.checkpoint.assemble import SaveInfo, assemble
 from milepost.checkpoint.plan import WriteItem
 from milepost.checkpoint.signoff import SignOff, sign_off
-from milepost.checkpoint.writer import WrittenFile, WrittenObject, WrittenTensor
+from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.errors import CheckpointNotFoundError, ConfigError, MilepostError, PlanError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.storage import LocalStorage, Storage

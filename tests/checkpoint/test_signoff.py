@@ -17,7 +17,7 @@ from milepost.checkpoint.signoff import (
     sign_off,
     wait_for_sign_offs,
 )
-from milepost.checkpoint.writer import WrittenFile, WrittenObject, WrittenTensor
+from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.storage import LocalStorage

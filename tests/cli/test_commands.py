@@ -292,6 +292,39 @@ def test_a_reader_that_goes_away_is_no_crash(run: LocalStorage) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_knows_only_ascii_gets_ascii(run: LocalStorage, encoding: dict[str, str]) -> None:
+    save_arrays(run, "run/step-600", {"größe": np.ones((4, 4), "float32")}, num_ranks=2, now=NOW)
+    done = subprocess.run(
+        [sys.executable, "-m", "milepost", "inspect", "run/step-600", "--tensors", "*", "--shards"],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    out = done.stdout.decode("ascii")
+    assert "gr\\xf6\\xdfe" in out
+    assert "## __1_0" in out
+
+
+def test_a_full_disk_behind_the_output_is_told_without_a_traceback(run: LocalStorage) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "milepost", "ls", "run"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (7, "milepost: error: No space left on device\n")
+
+
+def test_a_command_without_an_output_runs_all_the_same(run: LocalStorage) -> None:
+    """As ``milepost pin run/step-200 >&-``."""
+    command = f"{sys.executable} -m milepost pin run/step-200 >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {entry.step for entry in catalog.scan(run, "run") if entry.pinned} == {100, 200}
+
+
 def test_output_that_is_not_for_a_terminal_has_no_colours_and_whole_lines(run: LocalStorage) -> None:
     long = run.root + "/" + "x" * 150
     os.rename(f"{run.root}/run", long)

@@ -1,7 +1,4 @@
-"""What each command prints, to the letter, against files that a person has read.
-
-After a change on purpose: ``MILEPOST_WRITE_GOLDEN=1 pytest tests/cli/test_golden.py``, then read the difference.
-"""
+"""What each command prints, to the letter, against files that a person has read."""
 
 from __future__ import annotations
 
@@ -13,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_files import compare
 from zoo import NOW, age_by_a_version, make_zoo, save, save_model, stable
 
 from milepost.cli.main import COMMANDS, main
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 RESULTS = {
     "ls": "ls run",
@@ -43,12 +39,15 @@ RESULTS = {
     "plan-resume-misfit": "plan-resume run/step-700 --world-size 3 --model llama3 --flavor debugmodel",
     "plan-resume.json": "plan-resume run/step-600 --world-size 2 --json",
     "pin": "pin run/step-600 run/step-200",
+    "pin.json": "pin run/step-600 run/step-200 --json",
     "unpin": "unpin run/step-200",
+    "unpin.json": "unpin run/step-200 --json",
     "prune": "prune run --keep-latest 1",
     "prune-dry-run": "prune run --keep-latest 1 --keep-every 600 --keep-daily 2 --dry-run",
     "prune.json": "prune run --keep-latest 2 --dry-run --json",
     "convert": "convert model/step-7 out.pt --to pt --model llama3 --flavor debugmodel --verify",
     "convert.json": "convert model/step-7 out --to hf --model llama3 --flavor debugmodel --json",
+    "export.json": "export model exported --to dcp --model llama3 --flavor debugmodel --json",
     "export": "export model exported --model llama3 --flavor debugmodel --dtype bfloat16",
 }
 
@@ -117,14 +116,6 @@ def run(argv: list[str]) -> int:
         return int(ended.code or 0)
 
 
-def compare(name: str, text: str) -> None:
-    golden = GOLDEN / name
-    if os.environ.get("MILEPOST_WRITE_GOLDEN"):
-        golden.parent.mkdir(exist_ok=True)
-        golden.write_text(text)
-    assert text == golden.read_text()
-
-
 @pytest.mark.parametrize("name", RESULTS)
 def test_what_a_command_prints(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = run(shlex.split(RESULTS[name]))
@@ -151,6 +142,11 @@ def test_every_command_is_shown() -> None:
     assert shown == set(COMMANDS)
     wrong = {line.split()[0] for line in MISTAKES if line}
     assert set(COMMANDS) <= wrong
+
+
+def test_every_command_with_a_result_prints_it_as_json_too() -> None:
+    as_json = {line.split()[0] for name, line in RESULTS.items() if name.endswith(".json")} | {"resume-test"}
+    assert as_json == set(COMMANDS) - {"completion"}
 
 
 def test_a_step_of_a_newer_version_is_told_apart_from_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from golden_files import compare
 
 from milepost import resume_test
 from milepost.cli.main import main
@@ -29,22 +30,18 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, st
     return status, captured.out, captured.err
 
 
-def test_an_exact_resume_passes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = output(capsys, "resume-test", config, "--layouts", "2,fsdp2")
-    assert status == 0
-    assert out.splitlines() == [
-        "killed after step 4 of 6; step 3 was committed, and every byte of it is sound",
-        "LAYOUT  RESUMED FROM  LAST LOSS  LOSS DIFFERENCE  RESULT",
-        "2       step 3           0.7119          0.0e+00  the last checkpoint is the same bit for bit",
-        "fsdp2   step 3           0.7119          0.0e+00  the same up to the order of sums (largest element 0.0e+00)",
-        "passed: without the kill, the loss of step 6 is 0.7119",
-    ]
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_an_exact_resume_passes(config: str, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    line = f"resume-test {config} --layouts 2,fsdp2 {option}".rstrip()
+    status, out, err = output(capsys, *line.split())
     assert err.splitlines() == [
-        "milepost: training 6 steps on 2 without a stop",
+        "milepost: training 6 steps on 2 ranks without a stop",
         "milepost: training again, to be killed after step 4",
-        "milepost: resuming from step 3 on 2",
+        "milepost: resuming from step 3 on 2 ranks",
         "milepost: resuming from step 3 on fsdp2",
     ]
+    name = "resume-test.json.txt" if option else "resume-test.txt"
+    compare(name, f"$ milepost {line}\n{out}(exit status {status})\n")
 
 
 def test_a_resume_that_is_not_exact_is_found(

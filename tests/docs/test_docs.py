@@ -1,4 +1,4 @@
-"""The documentation says what the code does: generated pages are current, and every block of code in it works."""
+"""The documentation says what the code does: generated pages are current, and commands and options exist."""
 
 from __future__ import annotations
 
@@ -9,36 +9,16 @@ import re
 import shlex
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
+from pages import PAGES, REFERENCE, ROOT, name_of, shell_commands
 
 from milepost import errors
 from milepost.cli.main import COMMANDS, build_parser
+from milepost.train.launch import split_args, world_size
 from milepost.train.options import load_config, read_flags
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
-WRITTEN_BY_HAND = [page for page in PAGES if page.parent.name != "reference"]
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT / "docs"))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def compiled_only(page: Path) -> set[str]:
-    """Blocks that need more than a test has; their imports are run all the same."""
-    return set(
-        re.findall(r"<!-- only compiled: .*? -->\n```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    )
-
-
-def pages_with(language: str) -> list[Any]:
-    return [pytest.param(page, id=name_of(page)) for page in PAGES if blocks(page, language)]
+WRITTEN_BY_HAND = [page for page in PAGES if page.parent != REFERENCE]
 
 
 def generator() -> ModuleType:
@@ -79,25 +59,15 @@ def test_every_error_is_explained_with_its_exit_status() -> None:
             assert f"| `{name}` | {getattr(errors, name).exit_status} |" in page
 
 
-def shell_commands(page: Path) -> list[list[str]]:
-    """The commands of a page's shell blocks, without comments and redirections."""
-    commands = []
-    for block in blocks(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            for sign in (">", "|"):
-                words = words[: words.index(sign)] if sign in words else words
-            if words:
-                commands.append(words)
-    return commands
-
-
-@pytest.mark.parametrize("page", pages_with("sh"))
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES if shell_commands(page)])
 def test_every_shell_command_is_one_that_the_programs_take(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their folders are the reader's; commands, options and layouts must be right."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_text").mkdir()
+    (tmp_path / "my_text" / "a.txt").touch()
+    (tmp_path / "assets/hf/Llama-3.1-8B").mkdir(parents=True)
     makefile = (ROOT / "Makefile").read_text()
     for words in shell_commands(page):
         if words[0] == "milepost":
@@ -117,19 +87,24 @@ def test_every_shell_command_is_one_that_the_programs_take(
 
 
 def check_training(words: list[str]) -> None:
+    """The configuration that the trainer would run with, and torchrun's options."""
     at = words.index("./run_train.sh")
     environment = dict(word.split("=", 1) for word in words[:at])
     config_file = (ROOT / environment.get("CONFIG_FILE", "configs/debug_cpu.toml")).resolve()
-    load_config(["--job.config_file", str(config_file), *words[at + 1 :]], int(environment.get("NGPU", "2")))
+    torchrun = ["--nproc_per_node", environment.get("NGPU", "2"), *shlex.split(environment.get("TORCHRUN_ARGS", ""))]
+    argv = ["--job.config_file", str(config_file), *words[at + 1 :]]
+    before, after = split_args([*torchrun, "--", *argv])
+    check_torchrun(before)
+    if "--help" in argv:
+        with pytest.raises(SystemExit) as ended:
+            load_config(after, world_size(before))
+        assert ended.value.code == 0
+    else:
+        load_config(after, world_size(before))
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
-def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for number, block in enumerate(blocks(page, "python"), start=1):
-        code = compile(block, f"{name_of(page)}, block {number}", "exec")
-        if block in compiled_only(page):
-            imports = [line for line in block.splitlines() if line.startswith(("import ", "from "))]
-            code = compile("\n".join(imports), name_of(page), "exec")
-        exec(code, namespace)
+def check_torchrun(options: list[str]) -> None:
+    from torch.distributed import run as torchrun
+
+    parsed = torchrun.parse_args([*options, "-m", "milepost.train"])
+    assert parsed.training_script == "milepost.train"

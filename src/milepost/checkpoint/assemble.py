@@ -8,7 +8,7 @@ from typing import Any
 
 from milepost import __version__
 from milepost.checkpoint.signoff import SignOff
-from milepost.checkpoint.writer import WrittenTensor
+from milepost.checkpoint.written import WrittenTensor
 from milepost.errors import PlanError, SaveError
 from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import manifest_faults

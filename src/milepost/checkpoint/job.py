@@ -17,7 +17,8 @@ from milepost.checkpoint import commit
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.checkpoint.writer import BlockSource, FileImage, WrittenFile, write_file
+from milepost.checkpoint.writer import BlockSource, FileImage, write_file
+from milepost.checkpoint.written import WrittenFile
 from milepost.config import part_of
 from milepost.errors import StorageError
 from milepost.storage.base import Storage

@@ -18,6 +18,7 @@ from typing import Any
 from milepost import catalog
 from milepost.checkpoint.layout import dtype_name
 from milepost.checkpoint.plan import plan_load
+from milepost.checkpoint.progress import Progress
 from milepost.checkpoint.reader import read_objects, read_tensors
 from milepost.checkpoint.state import FlatState, flatten, restore_stateful, unwrap_stateful
 from milepost.comm import Comm, default_comm, failure_on, raise_together
@@ -153,7 +154,8 @@ def _read(
             storage, folder, replace(manifest, tensors={spec.key: manifest.tensors[spec.key] for spec in wanted})
         )
     items = plan_load(manifest, wanted)
-    told = _Progress(f"{storage.root}/{folder}", sum(item.shard.data_nbytes for item in items)) if is_first else None
+    progress = Progress(f"loading {storage.root}/{folder}", sum(item.shard.data_nbytes for item in items))
+    told = progress.reach if is_first else None
     stats = read_tensors(storage, folder, items, flat.tensors, digests, on_progress=told)
     for key, value in read_objects(storage, folder, manifest, [k for k in flat.objects if k not in fit.missing]):
         flat.slots[key].fill(value)
@@ -169,24 +171,6 @@ def _read(
         missing=fit.missing,
         cast=fit.cast,
     )
-
-
-class _Progress:
-    """Says now and then how far a load is, when it takes long."""
-
-    EVERY_S = 2.0
-
-    def __init__(self, path: str, nbytes: int):
-        self._path = path
-        self._nbytes = nbytes
-        self._started = self._told = time.monotonic()
-
-    def __call__(self, read_nbytes: int) -> None:
-        now = time.monotonic()
-        if now - self._told >= self.EVERY_S:
-            self._told = now
-            part = min(100.0, 100.0 * read_nbytes / self._nbytes)
-            log.info("loading %s: %.0f %% after %.0f s", self._path, part, now - self._started)
 
 
 def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:

@@ -24,7 +24,7 @@ from milepost.checkpoint.state import decode_object
 from milepost.errors import DigestMismatchError, FormatError
 from milepost.format import digest, record
 from milepost.format.box import Box, contiguous_runs
-from milepost.format.digest import BlockDigests, Crcs
+from milepost.format.digest import BlockDigests
 from milepost.format.manifest import BLOCK_NBYTES, Manifest, ObjectEntry, ShardEntry
 from milepost.storage.base import ReadHandle, Storage
 
@@ -148,7 +148,7 @@ class _Stored:
     shard: ShardEntry
     handle: ReadHandle
     data_offset: int
-    block_crcs: Crcs | None
+    block_crcs: Sequence[int] | None
     session: _Session
 
     def block_range(self, start: int, stop: int) -> range:
@@ -172,7 +172,7 @@ class _Stored:
         start, stop = self.bounds(block)
         found = self.read(start, into)
         if self.block_crcs is not None:
-            self.check(start, stop, int(self.block_crcs[block]), found)
+            self.check(start, stop, self.block_crcs[block], found)
 
     def check(self, start: int, stop: int, expected: int, found: int) -> None:
         """Compare a digest of the data bytes ``[start, stop)``."""

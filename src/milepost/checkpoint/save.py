@@ -20,6 +20,7 @@ from milepost.checkpoint import commit
 from milepost.checkpoint.agreement import Agreement
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.job import Form, JobResult, Keep, SaveJob, run_job
+from milepost.checkpoint.progress import Progress
 from milepost.checkpoint.stage import TensorBlocks
 from milepost.comm import Comm, default_comm, raise_together
 from milepost.errors import MilepostError, SaveError
@@ -127,8 +128,11 @@ class Saver:
 
     def _write(self, job: SaveJob, source: TensorBlocks, objects: Mapping[str, bytes]) -> JobResult:
         result, failure = None, None
+        share = sum(item.data_nbytes for item in job.plan.items)
+        progress = Progress(f"saving {self._storage.root}/{job.target}", share)
+        told = progress.add if self._comm.rank == 0 else None
         try:
-            result = run_job(self._storage, job, source, objects)
+            result = run_job(self._storage, job, source, objects, on_progress=told)
         except Exception as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
         try:

@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from milepost.checkpoint.plan import WriteItem
-from milepost.checkpoint.writer import WrittenFile, WrittenObject, WrittenTensor
+from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
-from milepost.format.digest import crc32
+from milepost.format.digest import crc32, from_bytes, to_bytes
 from milepost.storage.base import Storage
 
 _MAGIC = b"MILESGN\x01"
@@ -58,7 +56,7 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
         files.append((file.file, file.nbytes, tensors, objects))
     head = {"rank": sign_off.rank, "save_id": sign_off.save_id, "error": sign_off.error, "files": files}
     text = json.dumps(head, separators=(",", ":")).encode()
-    body = _HEAD.pack(_MAGIC, len(text), len(crcs)) + text + np.array(crcs, dtype="<u4").tobytes()
+    body = _HEAD.pack(_MAGIC, len(text), len(crcs)) + text + to_bytes(crcs)
     return body + struct.pack("<I", crc32(body))
 
 
@@ -72,7 +70,7 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
             f"{path} is not a sign-off of this version of Milepost: do all ranks run the same?", path=path
         )
     head = json.loads(data[_HEAD.size : _HEAD.size + text_nbytes])
-    crcs = np.frombuffer(data, dtype="<u4", count=num_crcs, offset=_HEAD.size + text_nbytes).tolist()
+    crcs = from_bytes(data[_HEAD.size + text_nbytes : -4])
     files = []
     position = 0
     for name, nbytes, tensor_rows, object_rows in head["files"]:

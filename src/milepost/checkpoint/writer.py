@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from milepost.checkpoint.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
+from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.format import digest, record
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.storage.base import Bytes, Storage, WriteHandle
@@ -47,35 +48,6 @@ class FileImage:
     """
 
     memory: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenTensor:
-    """An item that was written, with its digests. ``block_crcs`` has one CRC-32 for each 4 MiB of raw data."""
-
-    item: WriteItem
-    crc32: int
-    block_crcs: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenObject:
-    """A value that was written. ``crc32`` is of the whole record."""
-
-    key: str
-    record_offset: int
-    record_nbytes: int
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenFile:
-    """What one rank wrote. ``nbytes`` is the exact size of the file."""
-
-    file: str
-    nbytes: int
-    tensors: tuple[WrittenTensor, ...]
-    objects: tuple[WrittenObject, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost convert Llama-3.2-1B seed/step-0 --to dcp --model llama3 --flavor 1B\n"
         "  milepost convert outputs/checkpoint/step-500 export --to hf --model llama3 --flavor 1B \\\n"
         "      --hf-assets Llama-3.2-1B --dtype bfloat16 --verify\n"
-        "  milepost convert outputs/checkpoint/step-500 model.pt --to pt --model qwen3 --flavor 0.6B\n\n"
+        "  milepost convert outputs/checkpoint/step-500 model.pt --to pt --model llama3 --flavor 1B\n\n"
         "exit status: 0, 2 wrong usage, 3 no such source, 5 the source is damaged, 7 no space and the like,\n"
         "8 source, sizes and target do not fit\n"
     )

@@ -12,7 +12,7 @@ from typing import Any
 from milepost import catalog
 from milepost.catalog import CommitRecord
 from milepost.cli.paths import not_a_checkpoint
-from milepost.cli.render import console, print_json, print_table, printable
+from milepost.cli.render import bar, console, print_json, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
 from milepost.errors import CheckpointNotFoundError
 from milepost.format.box import Box
@@ -20,7 +20,7 @@ from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.storage import open_storage
 from milepost.storage.base import format_duration, format_nbytes
-from milepost.summary import PartTotal, format_count, layout_text, placement_text, totals_by_part
+from milepost.summary import PartTotal, format_count, layout_text, placement_text, shard_counts, totals_by_part
 
 MAX_MAPS = 20
 """So many shard maps are drawn; tensors that are cut alike share one."""
@@ -126,7 +126,7 @@ def _print_files(record: CommitRecord) -> None:
     console().print()
     sizes = {name: entry.nbytes for name, entry in sorted(record.manifest.files.items())}
     largest = max(sizes.values(), default=0) or 1
-    rows = [(name, format_nbytes(size), "▇" * round(BAR_WIDTH * size / largest)) for name, size in sizes.items()]
+    rows = [(name, format_nbytes(size), bar(size / largest, BAR_WIDTH)) for name, size in sizes.items()]
     print_table(("FILE", "SIZE", ""), rows, numeric=("SIZE",))
 
 
@@ -140,7 +140,7 @@ def _print_tensors(tensors: Mapping[str, TensorEntry], objects: Mapping[str, Any
         rows.append((key, entry.dtype, str(list(entry.shape)), format_nbytes(nbytes), placement_text(entry), where))
     for key, value in objects.items():
         rows.append((key, "value", "-", format_nbytes(value.record_nbytes), "whole", value.file))
-    print_table(("KEY", "DTYPE", "SHAPE", "SIZE", "STORED", "FILE"), rows, numeric=("SIZE",))
+    print_table(("KEY", "DTYPE", "SHAPE", "SIZE", "PLACEMENT", "FILE"), rows, numeric=("SIZE",))
 
 
 def _print_shards(tensors: Mapping[str, TensorEntry]) -> None:
@@ -213,7 +213,13 @@ def _total_json(total: PartTotal) -> dict[str, Any]:
 
 
 def _tensor_json(entry: TensorEntry, *, with_shards: bool) -> dict[str, Any]:
-    described: dict[str, Any] = {"dtype": entry.dtype, "shape": list(entry.shape)}
+    counts = shard_counts(entry)
+    described: dict[str, Any] = {
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "placement": placement_text(entry),
+        "shard_counts": None if counts is None else list(counts),
+    }
     if with_shards:
         described["shards"] = [
             {

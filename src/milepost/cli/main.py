@@ -7,7 +7,9 @@ a login node.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from milepost import __version__
-from milepost.errors import MilepostError
+from milepost.errors import MilepostError, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class CommandModule(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (that of the process by default). Returns the exit status."""
+    _make_output_bearable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:
@@ -79,17 +82,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except MilepostError as error:
-        from milepost.cli.render import printable
-
-        print(f"milepost: error: {printable(error.message)}", file=sys.stderr)
+        _complain(error.message)
         return error.exit_status
     except KeyboardInterrupt:
         print("milepost: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`head`, `less`) has gone. Python must not meet the closed pipe again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()  # the reader (`head`, `less`) has gone
         return 141  # as if ended by SIGPIPE
+    except OSError as error:
+        _give_up_output()
+        what = error.strerror or str(error)
+        _complain(f"{error.filename}: {what}" if error.filename else what)
+        return StorageError.exit_status
+
+
+def _make_output_bearable() -> None:
+    """Nothing that is printed may fail for want of a character (``LC_ALL=C``) or of an output (``>&-``)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the program ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_output() -> None:
+    """Python must not meet again at exit what could not be written."""
+    with contextlib.suppress(io.UnsupportedOperation):  # not one of the operating system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(message: str) -> None:
+    from milepost.cli.render import printable
+
+    print(f"milepost: error: {printable(message)}", file=sys.stderr)
 
 
 def build_parser(modules: Mapping[str, CommandModule]) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import argparse
 
 from milepost import catalog
 from milepost.cli.paths import find_step, open_step
-from milepost.cli.render import console
+from milepost.cli.render import console, print_json, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 3 there is no such step, 2 wrong usage, 7 the folder can't be written\n"
     )
     parser.add_argument("steps", metavar="STEP", nargs="+", help="the folder of a step")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
         found.append((path, storage, find_step(storage, folder, step, path), folder))
     for path, storage, entry, folder in found:
         catalog.pin(storage, folder, entry.step)
-        was = " already" if entry.pinned else ""
-        console().print(f"{path} is{was} pinned: nothing prunes it", markup=False)
+        if not args.json:
+            was = " already" if entry.pinned else ""
+            console().print(printable(f"{path} is{was} pinned: nothing prunes it"), markup=False)
+    if args.json:
+        print_json([{"path": path, "step": entry.step, "was_pinned": entry.pinned} for path, _, entry, _ in found])
     return 0

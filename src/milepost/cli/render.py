@@ -9,18 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from milepost.storage.base import format_nbytes
+from milepost.cli.table import lay_out
+from milepost.storage.base import format_duration, format_nbytes
 
-PLAIN_PROGRESS_S = 10.0
-"""Where there is no terminal, a line of progress comes at most so often."""
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+BAR_AFTER_S = 0.5
+"""Work that is done sooner shows no bar."""
+FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
+"""Where there is no terminal, the first line of progress comes after the one time, more of them at most so often."""
+MIN_WIDTH_OF_BAR = 72
+"""A narrower terminal gets the numbers alone."""
+BLOCK = "\u2587"
 
 STATE_STYLES = {"committed": "green", "foreign": "cyan", "partial": "yellow", "damaged": "bold red"}
 
@@ -48,19 +57,24 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *, numeric: Sequence[str] = ()) -> None:
-    """A table for people; columns named in ``numeric`` are aligned to the right. Trailing blanks are left out."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in headers:
-        table.add_column(header, justify="right" if header in numeric else "left", no_wrap=header != headers[-1])
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
+    """A table for people; columns named in ``numeric`` are aligned to the right."""
     out = console()
-    if out.is_terminal:
-        out.print(table, soft_wrap=False)
-        return
-    with out.capture() as captured:
-        out.print(table)
-    out.print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")), markup=False)
+    cells = [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    out.print(Text("\n").join(lay_out(headers, cells, numeric=numeric, width=out.width if out.is_terminal else None)))
+
+
+def bar(share: float, width: int) -> str:
+    """A bar for ``share`` (0 to 1) of ``width`` cells, of blocks where the output can show them."""
+    return (BLOCK if can_show(BLOCK) else "#") * round(width * share)
+
+
+def can_show(text: str) -> bool:
+    """Whether the encoding of standard output has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def state_text(state: str) -> Text:
@@ -70,35 +84,58 @@ def state_text(state: str) -> Text:
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback ``(done_nbytes, total_nbytes)`` that shows how far a long read is."""
+    """A callback ``(done_nbytes, total_nbytes)`` that shows how far a long work is, once it has taken a while.
+
+    Lines of text where standard error is no terminal. It may be called from several threads.
+    """
+    started = time.monotonic()
+    last = started + FIRST_LINE_S - LINE_EVERY_S
+    bar: Progress | None = None
     shown = Console(stderr=True)
-    if not shown.is_terminal:
-        yield _plain_progress(title)
-        return
-    # Not above: 50 ms that only long reads need.
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=shown, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _plain_progress(title: str) -> Callable[[int, int], None]:
-    started = last = time.monotonic()
+    lock = threading.Lock()
 
     def show(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal bar, last
         now = time.monotonic()
-        if now - last >= PLAIN_PROGRESS_S:
-            last = now
-            rate = format_nbytes(int(done / (now - started)))
-            print(f"{title}: {format_nbytes(done)} of {format_nbytes(total)}, {rate}/s", file=sys.stderr, flush=True)
+        with lock:
+            if not shown.is_terminal:
+                if now - last >= LINE_EVERY_S:
+                    last = now
+                    print(f"{title}: {_how_far(done, total, now - started)}", file=sys.stderr, flush=True)
+            elif bar is None and now - started >= BAR_AFTER_S:
+                bar = _new_bar(shown)
+                bar.start()
+                bar.add_task(printable(title), total=total)
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done, total=total)
 
-    return show
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _how_far(done: int, total: int, elapsed_s: float) -> str:
+    rate = done / elapsed_s
+    text = f"{format_nbytes(done)} of {format_nbytes(total)}, {format_nbytes(int(rate))}/s"
+    return f"{text}, {format_duration(max(total - done, 0) / rate)} left" if done else text
+
+
+def _new_bar(shown: Console) -> Progress:
+    # Not above: 50 ms that only long work needs.
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
+    columns += [BarColumn()] if shown.width >= MIN_WIDTH_OF_BAR else []
+    columns += [DownloadColumn(binary_units=True)]
+    columns += [TransferSpeedColumn(), TimeRemainingColumn()] if shown.width >= MIN_WIDTH_OF_BAR else []
+    return Progress(*columns, console=shown, transient=True)

@@ -133,7 +133,7 @@ def _print(report: ResumeTestReport) -> None:
 def _result(one: Resumed) -> str:
     if one.is_same_layout:
         if one.passed:
-            return "the last checkpoint is the same bit for bit"
+            return f"all {one.num_same_keys} keys of the last checkpoint are the same bit for bit"
         some = ", ".join(one.differs_in[:3]) or "the losses"
         return f"differs in {len(one.differs_in)} keys: {some}"
     return f"{'the same' if one.passed else 'not the same'} up to the order of sums (largest element {one.max_abs:.1e})"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
-from milepost.cli.render import print_table, printable
+from milepost.cli.render import bar, print_table, printable
 from milepost.format.box import Box
 from milepost.format.manifest import TensorEntry
 from milepost.summary import cuts_of
@@ -81,5 +81,5 @@ def _cell(entry: TensorEntry, corner: Sequence[int], colour_of: Mapping[str, str
     for shard in entry.shards:
         if shard.box.numel and shard.box.intersect(wanted) is not None:
             name = printable(shard.file.removesuffix(".distcp"))
-            return Text(f"▇▇ {name}", style=colour_of.get(shard.file, ""))
+            return Text(f"{bar(1, 2)} {name}", style=colour_of.get(shard.file, ""))
     return Text("-")

@@ -7,7 +7,7 @@ import argparse
 from milepost import catalog
 from milepost.catalog import PINNED_PREFIX, step_name
 from milepost.cli.paths import open_step
-from milepost.cli.render import console
+from milepost.cli.render import console, print_json, printable
 from milepost.errors import CheckpointNotFoundError
 from milepost.storage.base import join
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 3 a step is not pinned, 2 wrong usage, 7 the folder can't be written\n"
     )
     parser.add_argument("steps", metavar="STEP", nargs="+", help="the folder of a pinned step")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,5 +34,8 @@ def run(args: argparse.Namespace) -> int:
         found.append((path, storage, folder, step))
     for path, storage, folder, step in found:
         catalog.unpin(storage, folder, step)
-        console().print(f"{path} is no longer pinned", markup=False)
+        if not args.json:
+            console().print(printable(f"{path} is no longer pinned"), markup=False)
+    if args.json:
+        print_json([{"path": path, "step": step} for path, _, _, step in found])
     return 0

@@ -7,26 +7,39 @@ the GIL. ``milepost.digests`` holds the blocks' CRCs; its form is specified in `
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import chain
+from typing import Any
 
 from isal import isal_zlib
 
 from milepost.errors import FormatError
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 
-if TYPE_CHECKING:  # numpy takes 100 ms, which commands that only list have no use for
-    import numpy as np
-    import numpy.typing as npt
-
 MAGIC = b"MILEDIG\x01"
 _HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
 _MAX_SAVE_ID_NBYTES = 256
 
-Crcs: TypeAlias = "npt.NDArray[np.uint32]"
-"""CRC-32s of consecutive blocks, little-endian on disk."""
+
+def to_bytes(crcs: Iterable[int]) -> bytes:
+    """CRC-32s as they are stored: 4 bytes each, little-endian."""
+    values = array("I", crcs)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
+
+
+def from_bytes(data: Any) -> Sequence[int]:
+    """The CRC-32s that ``to_bytes`` made these bytes of: read-only, four bytes of memory each."""
+    values = array("I")
+    values.frombytes(data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return memoryview(values).toreadonly()
 
 
 def crc32(data: Any, value: int = 0) -> int:
@@ -44,58 +57,51 @@ def num_blocks(data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
     return -(-data_nbytes // block_nbytes)
 
 
-def block_crcs(data: Any, block_nbytes: int = BLOCK_NBYTES) -> Crcs:
+def block_crcs(data: Any, block_nbytes: int = BLOCK_NBYTES) -> list[int]:
     """The CRC-32 of each block of a bytes-like object that is one item's raw data from its start."""
-    import numpy as np
-
     view = memoryview(data).cast("B")
-    starts = range(0, view.nbytes, block_nbytes)
-    return np.array([isal_zlib.crc32(view[start : start + block_nbytes]) for start in starts], dtype="<u4")
+    return [crc32(view[start : start + block_nbytes]) for start in range(0, view.nbytes, block_nbytes)]
 
 
-def combine_blocks(crcs: Sequence[int] | Crcs, data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
+def combine_blocks(crcs: Sequence[int], data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
     """CRC-32 of a whole item, from its blocks' CRCs. ``crcs`` must be all of them, in order."""
     if len(crcs) != num_blocks(data_nbytes, block_nbytes):
         raise ValueError(f"{len(crcs)} CRCs for {num_blocks(data_nbytes, block_nbytes)} blocks")
     if not len(crcs):
         return 0
-    whole = [int(crc) for crc in crcs[:-1]]
-    value = reduce(lambda so_far, crc: combine(so_far, crc, block_nbytes), whole, 0)
-    return combine(value, int(crcs[-1]), data_nbytes - len(whole) * block_nbytes)
+    value = reduce(lambda so_far, crc: combine(so_far, crc, block_nbytes), crcs[:-1], 0)
+    return combine(value, crcs[-1], data_nbytes - (len(crcs) - 1) * block_nbytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockDigests:
     """The parsed ``milepost.digests`` of one checkpoint.
 
-    ``crcs`` is a read-only view of the file's bytes; ``starts[key][i]`` is where the CRCs of shard ``i`` of ``key``
-    begin in it, with one more entry at the end, so that no Python object exists per block.
+    ``starts[key][i]`` is where the CRCs of shard ``i`` of ``key`` begin in ``crcs``, with one more entry at the end,
+    so that no Python object exists per block.
     """
 
     save_id: str
     block_nbytes: int
-    crcs: Crcs
+    crcs: Sequence[int]
     starts: Mapping[str, tuple[int, ...]]
 
-    def of_shard(self, key: str, shard: int) -> Crcs:
+    def of_shard(self, key: str, shard: int) -> Sequence[int]:
         """CRC-32s of the blocks of one shard's raw data (``shard`` as in the manifest's ``TensorEntry.shards``)."""
         bounds = self.starts[key]
         return self.crcs[bounds[shard] : bounds[shard + 1]]
 
 
-def dump_digests(save_id: str, crcs: Iterable[Sequence[int] | Crcs], block_nbytes: int = BLOCK_NBYTES) -> bytes:
+def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int = BLOCK_NBYTES) -> bytes:
     """The bytes of ``milepost.digests``.
 
     ``crcs`` yields the block CRCs of each shard, in the manifest's order: keys sorted, then shards as they stand.
     """
-    import numpy as np
-
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
         raise ValueError(f"a save id of {len(name)} bytes: at most {_MAX_SAVE_ID_NBYTES} are allowed")
-    arrays = [np.asarray(shard, dtype="<u4") for shard in crcs]
-    values = np.concatenate(arrays) if arrays else np.empty(0, dtype="<u4")
-    body = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values)) + name + values.tobytes()
+    values = to_bytes(chain.from_iterable(crcs))
+    body = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values) // 4) + name + values
     return body + struct.pack("<I", crc32(body))
 
 
@@ -104,8 +110,6 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
 
     Raises FormatError if it is damaged, of another save, or has another number of blocks than the manifest's shards.
     """
-
-    import numpy as np
 
     def fault(what: str) -> FormatError:
         return FormatError(f"{path}: {what}; the checkpoint is damaged, use another step", path=path)
@@ -129,8 +133,7 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
     starts, total = _block_starts(manifest, block_nbytes)
     if total != count:
         raise fault(f"it holds {count} block CRCs, the manifest's shards have {total} blocks")
-    crcs = np.frombuffer(data, dtype="<u4", count=count, offset=_HEAD.size + name_nbytes)
-    return BlockDigests(save_id, block_nbytes, crcs, starts)
+    return BlockDigests(save_id, block_nbytes, from_bytes(data[_HEAD.size + name_nbytes : -4]), starts)
 
 
 def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tuple[int, ...]], int]:

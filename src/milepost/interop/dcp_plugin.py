@@ -225,7 +225,11 @@ class _PlannerBlocks:
 
 
 class StorageReader(DcpStorageReader):
-    """A DCP storage reader that checks digests and runs nothing from the checkpoint. Reads stock folders too."""
+    """A DCP storage reader that checks digests and runs nothing from the checkpoint. Reads stock folders too.
+
+    Args:
+        path: the checkpoint's folder.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self._open(path)

@@ -21,7 +21,7 @@ from milepost.checkpoint import commit
 from milepost.checkpoint.assemble import SaveInfo, assemble
 from milepost.checkpoint.plan import TensorSpec, WriteItem, lay_out_file
 from milepost.checkpoint.signoff import SignOff
-from milepost.checkpoint.writer import WrittenFile, WrittenTensor
+from milepost.checkpoint.written import WrittenFile, WrittenTensor
 from milepost.errors import ConversionError
 from milepost.format import record
 from milepost.format.box import Box

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,7 +62,7 @@ class Stretch:
     offset: int
     nbytes: int
     crc32: int | None = None
-    block_crcs: digest.Crcs | None = None
+    block_crcs: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ def _compare(key: str, stretch: Stretch, path: str, blocks: list[int]) -> None:
     if stretch.block_crcs is not None:
         for index, (crc, wanted) in enumerate(zip(blocks, stretch.block_crcs, strict=True)):
             if crc != wanted:
-                start, found, expected = index * BLOCK_NBYTES, crc, int(wanted)
+                start, found, expected = index * BLOCK_NBYTES, crc, wanted
                 stop = min(start + BLOCK_NBYTES, stretch.nbytes)
                 break
     begin, end = stretch.offset + start, stretch.offset + stop

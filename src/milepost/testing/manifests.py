@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from milepost.format import record
 from milepost.format.box import Box
-from milepost.format.digest import Crcs, block_crcs, combine_blocks, crc32
+from milepost.format.digest import block_crcs, combine_blocks, crc32
 from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
 
 
@@ -26,7 +26,7 @@ class Layout:
 
     manifest: Manifest
     files: Mapping[str, bytes]
-    crcs: Sequence[Crcs]
+    crcs: Sequence[Sequence[int]]
 
 
 def lay_out(
@@ -39,7 +39,7 @@ def lay_out(
 ) -> Layout:
     """Store ``{key: (dtype, shape, pieces)}`` and plain values as records, one after the other in their files."""
     files: dict[str, bytearray] = {}
-    crcs: list[Crcs] = []
+    crcs: list[Sequence[int]] = []
     entries = {
         key: _store(dtype, shape, pieces, files, crcs) for key, (dtype, shape, pieces) in sorted(tensors.items())
     }
@@ -61,7 +61,7 @@ def lay_out(
 
 
 def _store(
-    dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], files: dict[str, bytearray], crcs: list[Crcs]
+    dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], files: dict[str, bytearray], crcs: list[Sequence[int]]
 ) -> TensorEntry:
     shards = []
     for piece in pieces:

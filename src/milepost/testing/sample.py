@@ -12,7 +12,8 @@ from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.commit import begin_attempt, data_folder, new_save_id, publish
 from milepost.checkpoint.plan import LocalLayout, TensorSpec, WriteItem, plan_save
 from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.checkpoint.writer import WrittenFile, write_file
+from milepost.checkpoint.writer import write_file
+from milepost.checkpoint.written import WrittenFile
 from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Manifest

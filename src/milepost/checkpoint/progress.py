@@ -1,0 +1,41 @@
+"""Lines in the log that tell how far a long save or load is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+log = logging.getLogger("milepost")
+
+
+class Progress:
+    """Says now and then how much of ``nbytes`` is done. Silent on what takes less than ``EVERY_S``."""
+
+    EVERY_S = 2.0
+
+    def __init__(self, doing: str, nbytes: int):
+        self._doing = doing
+        self._nbytes = nbytes
+        self._done_nbytes = 0
+        self._started = self._told = time.monotonic()
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more are done. May be called from any thread."""
+        with self._lock:
+            self._done_nbytes += nbytes
+            self._tell()
+
+    def reach(self, done_nbytes: int) -> None:
+        """So many bytes are done in all."""
+        with self._lock:
+            self._done_nbytes = done_nbytes
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= self.EVERY_S:
+            self._told = now
+            part = min(100.0, 100.0 * self._done_nbytes / max(self._nbytes, 1))
+            log.info("%s: %.0f %% after %.0f s", self._doing, part, now - self._started)

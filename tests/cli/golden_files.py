@@ -1,0 +1,19 @@
+"""The files with what commands print, to the letter, which a person has read.
+
+After a change on purpose: ``MILEPOST_WRITE_GOLDEN=1 pytest tests/cli``, then read the difference.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def compare(name: str, text: str) -> None:
+    """Hold ``text`` against a file of ``tests/golden``, or write it there if told to."""
+    golden = GOLDEN / name
+    if os.environ.get("MILEPOST_WRITE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()

@@ -1,0 +1,98 @@
+"""A reader of the documentation: has a run and models where the pages say they are, and does what the pages say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from pages import ROOT
+
+import milepost
+from milepost.cli.main import main
+from milepost.train.models import build_model
+
+STEPS = (20, 40, 60, 500, 1000)
+FLAVORS = ("--flavor", "--model_flavor")
+LARGE = {"1B", "8B"}
+"""Sizes that a test can't hold: the run below is of the debug model, and it is named in their place."""
+MADE_BEFORE = {
+    "model.pt": "convert outputs/checkpoint/step-500 model.pt --to pt --model llama3 --flavor debugmodel",
+    "unpin": "pin outputs/checkpoint/step-500 outputs/checkpoint/step-1000",
+}
+"""What an example of the reference takes to be there already, or its command to have been done."""
+
+
+class Counted:
+    """Something with a state, as the trainer's progress, data and schedule have."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def settle(folder: Path) -> None:
+    """Make in ``folder`` what the pages speak of: the steps of a run, and folders of Hugging Face models."""
+    model = build_model("llama3", "debugmodel", vocab_size=256, seq_len=32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    progress = Counted()
+    config = milepost.CheckpointConfig(
+        enable=True, interval=1, keep_latest_k=0, last_save_model_only=False, enable_first_step_checkpoint=True
+    )
+    manager = milepost.CheckpointManager(
+        folder / "outputs/checkpoint", config, model=model, optimizer=optimizer, train_state=progress
+    )
+    for step in STEPS:
+        optimizer.step()
+        progress.step = step
+        assert manager.save(step)
+    manager.close()
+    for name in ("Llama-3.2-1B", "Llama-3.1-8B"):
+        convert = f"convert {folder}/outputs/checkpoint/step-500 {folder}/{name} --to hf --model llama3"
+        assert main([*convert.split(), "--flavor", "debugmodel"]) == 0
+    (folder / "tuned/out").mkdir(parents=True)
+    shutil.copytree(folder / "Llama-3.2-1B", folder / "tuned/out/epoch_0")
+    (folder / "my_text").mkdir()
+    (folder / "my_text/a.txt").write_text("Once upon a time. " * 1000)
+    (folder / "my.toml").write_text('[model]\nname = "llama3"\n')
+    for name in ("configs", "scripts", "run_train.sh"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def copy(settled: Path, folder: Path) -> None:
+    """A reader's own copy. Files are linked: nothing of Milepost writes into a file that is there."""
+    shutil.copytree(settled, folder, copy_function=os.link, symlinks=True, dirs_exist_ok=True)
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with the debug model in the place of a large one."""
+    return [
+        "debugmodel" if word in LARGE and before in FLAVORS else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def run(words: list[str]) -> int:
+    """Run a command of the pages in the working directory, and give its exit status."""
+    words = small(words)
+    if words[0] == "milepost":
+        return main(words[1:])
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=120)
+    print(done.stdout + done.stderr)
+    return done.returncode
+
+
+def prepare(words: list[str]) -> None:
+    """Do what an example that stands alone takes to have been done."""
+    for needed, line in MADE_BEFORE.items():
+        if needed == words[1] or (needed in words and words[1] == "diff"):
+            assert main(line.split()) == 0
