@@ -297,13 +297,13 @@ def kill_tree(pid: int) -> None:
     """SIGKILL to a process and its descendants, which torchrun puts into sessions of their own."""
     victims = [pid]
     for victim in victims:  # grows while it is read
-        victims += _children(victim)
+        victims += children(victim)
     for victim in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     """The children of a process, of all its threads. (``/proc/<pid>/task/<tid>/children``, proc(5).)"""
     found: list[int] = []
     with contextlib.suppress(OSError):

@@ -147,13 +147,24 @@ def test_a_torn_sign_off_is_never_seen(memory_path: Path) -> None:
     """It is written under another name first."""
     storage = LocalStorage(memory_path)
     attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
-    for k in range(3):
+    for k in range(2):
         with pytest.raises(StorageError):
             sign_off(FaultyStorage(storage, fail_at=k, tear=True), attempt, sample(k))
-    # The third one failed only in syncing the folder: it is whole.
-    assert [e.name for e in storage.list(attempt) if e.name.startswith("sign-off") and ".part" not in e.name] == [
-        "sign-off-2"
-    ]
+    assert [e.name for e in storage.list(attempt) if e.name.startswith("sign-off") and ".part" not in e.name] == []
+
+
+def test_rank_0_may_commit_and_remove_the_attempt_as_soon_as_it_sees_the_last_sign_off(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+
+    class Quick(WrappedStorage):
+        def rename(self, src: str, dst: str) -> None:
+            self.inner.rename(src, dst)
+            assert wait_for_sign_offs(self.inner, attempt, 1, SAVE_ID, timeout_s=0) == (sample(0),)
+            self.inner.remove_tree(attempt)
+
+    sign_off(Quick(storage), attempt, sample(0))
+    assert storage.list("") == []
 
 
 @pytest.mark.parametrize(

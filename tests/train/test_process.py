@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from milepost.errors import CheckpointNotFoundError
-from milepost.train.process import leave_on_signals, leave_with
+from milepost.train.process import LAUNCHER_PID, leave_on_signals, leave_with, leave_with_launcher
 
 
 def ended(act: Callable[[], object], **environment: str) -> tuple[int, float]:
@@ -90,3 +90,32 @@ def test_a_signal_ends_a_process_with_a_line_and_its_number(number: signal.Signa
     assert status == 128 + number
     assert capfd.readouterr().err == f"stopped by {number.name}\n"
     assert seconds < 5
+
+
+@pytest.mark.parametrize("dies_early", [False, True])
+def test_a_rank_gets_sigterm_when_its_launcher_is_killed(dies_early: bool, capfd: pytest.CaptureFixture[str]):
+    """Also when that happened before the rank could ask for it."""
+    from_rank, to_test = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        os.environ |= {"TORCHELASTIC_RUN_ID": "test", LAUNCHER_PID: str(os.getpid())}
+        if os.fork() == 0:
+            leave_on_signals()
+            while dies_early and os.getppid() == int(os.environ[LAUNCHER_PID]):
+                time.sleep(0.001)
+            leave_with_launcher()
+            os.write(to_test, b"ready")
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0 if dies_early else 30)
+        os._exit(0)
+    os.close(to_test)
+    started = time.monotonic()
+    if not dies_early:
+        assert os.read(from_rank, 5) == b"ready"
+        os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert os.read(from_rank, 5) == b""  # it is gone
+    os.close(from_rank)
+    assert time.monotonic() - started < 10
+    assert capfd.readouterr().err == "stopped by SIGTERM\n"

@@ -98,7 +98,10 @@ def _item(row: Sequence[Any]) -> WriteItem:
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
-    """Leave this rank's sign-off in the attempt, whole and durable.
+    """Leave this rank's sign-off in the attempt, whole. The last thing that a rank does there.
+
+    Rank 0 may then publish and remove the attempt at any moment, so the folder is not synced: a sign-off need not
+    outlive a power cut, after which nobody commits what it stands for. What it stands for is durable.
 
     A report of failure must get through even when the disk is full: if it can't be written, an empty file says at
     least which rank failed.
@@ -117,7 +120,6 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
         if signed.error is None:
             raise
         storage.write(f"{name}{_FAILED}", b"")
-    storage.sync_folder(attempt)
 
 
 def wait_for_sign_offs(

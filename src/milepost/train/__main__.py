@@ -10,11 +10,12 @@ import sys
 
 from milepost.errors import MilepostError
 from milepost.train.options import load_config
-from milepost.train.process import leave, leave_on_signals, leave_with, show_log
+from milepost.train.process import leave, leave_on_signals, leave_with, leave_with_launcher, show_log
 
 
 def main() -> None:
     leave_on_signals()
+    leave_with_launcher()
     show_log()
     try:
         config = load_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))

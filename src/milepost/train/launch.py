@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from milepost.errors import ConfigError
 from milepost.train.options import load_config
-from milepost.train.process import leave_on_signals
+from milepost.train.process import LAUNCHER_PID, leave_on_signals
 
 
 def main() -> None:
@@ -55,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     # PyTorch 2.13 keeps one store for all restarts of a job, where a restarted rank finds the addresses of dead ones.
     # This makes a new one for each, hosted by rank 0.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     try:
         torchrun.run(torchrun.parse_args(argv))
     except SignalException as stop:

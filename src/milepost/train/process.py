@@ -6,6 +6,7 @@ the process (after all work is done, and torchrun would report a failure).
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -18,6 +19,10 @@ from types import FrameType
 from typing import NoReturn
 
 from milepost.errors import MilepostError
+
+LAUNCHER_PID = "MILEPOST_LAUNCHER_PID"
+"""Environment variable in which the launcher tells its ranks who it is."""
+_PR_SET_PDEATHSIG = 1
 
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by (remote )?peer|Broken pipe|Socket closed|remote process exited", re.I
@@ -50,6 +55,19 @@ def leave_on_signals() -> None:
     """From now on SIGINT and SIGTERM end the process with 128 + their number and one line, without a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave_on_signal)
+
+
+def leave_with_launcher() -> None:
+    """From now on the death of torchrun's agent is SIGTERM to this rank, which so saves and ends.
+
+    An agent that is killed can't end its ranks. Left to themselves they would train on, with nobody to start them
+    again, and keep the run's folder from the next start of the job. (``PR_SET_PDEATHSIG`` of prctl(2); Linux only.)
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.environ.get(LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):  # it has died already
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave_on_signal(number: int, frame: FrameType | None) -> NoReturn:
