@@ -215,7 +215,6 @@ def check_the_sweep(storage: LocalStorage, found: Shown) -> None:
     commit.sweep_leftovers(storage, RUN, now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
     names = {entry.name for entry in storage.list(RUN)} - {"events.jsonl"}
     assert names == {f"step-{step}" for step in found}
-    assert {entry.step for entry in catalog.scan(storage, RUN) if entry.state == "committed"} == found.keys()
 
 
 NEXT = Save(9, 9.0)

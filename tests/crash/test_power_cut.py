@@ -8,17 +8,22 @@ next run resumes from the newest step, saves, prunes and clears up.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from small_runs import (
     CASES,
     MODES,
+    NEXT,
     Case,
     Known,
     Shown,
@@ -30,15 +35,15 @@ from small_runs import (
     shown,
     train,
 )
-from two_ranks import Outcome, PairComm, run_pair, through
+from two_ranks import Outcome, PairComm, in_a_child, run_pair, through
 
+from milepost.comm import SingleProcess
 from milepost.errors import MilepostError
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.wrap import Operation, WrappedStorage
-from milepost.testing.journal import Change, Exchanged, Journal, Marked
+from milepost.testing.faulty import FaultyStorage
+from milepost.testing.journal import Change, Created, Exchanged, Journal, Marked, Synced
 from milepost.testing.powercut import Disk, Tree, frozen, write_tree
-
-T = TypeVar("T")
 
 Tally = Callable[..., None]
 
@@ -51,11 +56,14 @@ NEXT_RUNS = 8
 
 @dataclass
 class Recording:
-    """A run's case, the disk as it was before, and what happened then."""
+    """The disk as it was before, what happened then, and what may be shown: see ``Case.stages``.
 
-    case: Case
+    Marks among the changes are numbers of saves: from there on a user knows that so many are committed.
+    """
+
     disk: Disk
     changes: list[Change]
+    stages: list[tuple[int, Shown]]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +87,7 @@ def record(
     with journal.recording(), through(lambda _, inner: wrap(inner)):
         assert run_pair(act) == [Outcome(), Outcome()]
     assert shown(storage) == case.after
-    return Recording(case, disk, journal.changes())
+    return Recording(disk, journal.changes(), case.stages())
 
 
 @dataclass
@@ -100,17 +108,23 @@ class Explorer:
         self._shown: dict[Any, Shown | str] = {}
         self._sound: list[tuple[Tree, Shown]] = []
 
-    def explore(self, recording: Recording, *, cuts: int, next_runs: int) -> Findings:
-        """Look at ``cuts`` states after each call, beside the extremes, and start a run on ``next_runs`` of all."""
+    def explore(
+        self, recording: Recording, *, cuts: int = CUTS, next_runs: int = 0, start: int = 0, enough: int = 1_000_000
+    ) -> Findings:
+        """Look at ``cuts`` states after each call, beside the extremes, and start a run on ``next_runs`` of all.
+
+        ``start`` is the first call that counts. After ``enough`` that is wrong no more is looked for.
+        """
         found = Findings()
-        stages = recording.case.stages()
-        disk = recording.disk
+        disk = deepcopy(recording.disk)
         num_told = 0
         for number, change in enumerate([Marked("0"), *recording.changes]):
             disk.apply(change)
             if isinstance(change, Marked):
                 num_told = max(num_told, int(change.text))
-            allowed = [shown for num_committed, shown in stages if num_committed >= num_told]
+            if number < start or len(found.wrong) >= enough:
+                continue
+            allowed = [shown for num_committed, shown in recording.stages if num_committed >= num_told]
             trees = [disk.seen(), disk.durable(), *(disk.after_cut(self._rng) for _ in range(cuts))]
             for key, tree in {frozen(tree): tree for tree in trees}.items():
                 found.tried += 1
@@ -163,15 +177,83 @@ def test_whatever_a_power_cut_leaves_is_the_old_state_or_the_new(
 ) -> None:
     recording = record(memory_path, CASES[name], mode)
     assert len(recording.changes) > 50
-    found = Explorer(memory_path, SEED).explore(recording, cuts=CUTS, next_runs=NEXT_RUNS)
+    found = Explorer(memory_path, SEED).explore(recording, next_runs=NEXT_RUNS)
     note(found, tally, WHAT)
 
 
 def test_the_same_where_names_cannot_be_exchanged(memory_path: Path, tally: Tally) -> None:
     recording = record(memory_path, CASES["the same step again"], "disabled", can_exchange=False)
     assert not any(isinstance(change, Exchanged) for change in recording.changes)
-    found = Explorer(memory_path, SEED).explore(recording, cuts=CUTS, next_runs=NEXT_RUNS)
+    found = Explorer(memory_path, SEED).explore(recording, next_runs=NEXT_RUNS)
     note(found, tally, f"{WHAT}, on a file system that can't exchange names (NFS)")
+
+
+def explore_sweeping(
+    folder: Path, case: Case, ks: Callable[[list[Operation]], list[int]], can_exchange: bool
+) -> Findings:
+    """Kill a run at each of its operations that ``ks`` chooses; then cut the power at every moment of the next run."""
+    template = prepare(folder / "template", case)
+    total = Findings()
+    for k in ks(operations_of(folder / "rehearsal", template, case, can_exchange)):
+        storage = LocalStorage(shutil.copytree(template.root, folder / str(k)))
+        disk = Disk(storage.root)
+        journal = Journal(folder / f"{k}.journal", can_exchange=can_exchange)
+        with journal.recording():
+            killed = FaultyStorage(storage, fail_at=k, hook=kill)
+            assert os.WIFSIGNALED(in_a_child(partial(train, SingleProcess(), killed, case)))
+            start = len(journal.changes())
+            there = shown(storage)
+            following = Case(there, (replace(NEXT, deletes=tuple(sorted(there)[:-1])),), keep=1)
+            assert in_a_child(partial(train, SingleProcess(), storage, following, told=partial(tell, journal))) == 0
+        # What nobody synced may be undone until the next run has synced it by its own commit.
+        stages = [(0, shown) for _, shown in case.stages()]
+        stages += [(1, {**shown, NEXT.step: NEXT.value}) for _, shown in case.stages()]
+        stages += following.stages()
+        found = Explorer(folder, SEED + k).explore(Recording(disk, journal.changes(), stages), cuts=2, start=start)
+        total.tried += found.tried
+        total.wrong += [f"killed at {k}: {told}" for told in found.wrong]
+    return total
+
+
+def operations_of(folder: Path, template: LocalStorage, case: Case, can_exchange: bool) -> list[Operation]:
+    counting = FaultyStorage(LocalStorage(shutil.copytree(template.root, folder)))
+    with Journal(folder / "journal", can_exchange=can_exchange).recording():
+        train(SingleProcess(), counting, case)
+    return counting.operations
+
+
+def before_syncs(operations: list[Operation]) -> list[int]:
+    """Where a name has changed that was to be synced next."""
+    return [k for k in range(1, len(operations)) if operations[k - 1].name in ("rename", "exchange")]
+
+
+LATER = "power cut after each system call of a run that clears up after a killed one"
+ON_SWEEPING = [("the same step again", True), ("the same step again", False), ("deleting old steps", True)]
+
+
+@pytest.mark.parametrize(("name", "can_exchange"), ON_SWEEPING)
+def test_a_power_cut_while_the_next_run_clears_up(
+    memory_path: Path, tally: Tally, name: str, can_exchange: bool
+) -> None:
+    """It builds on what it sees of a killed run, which had no time to sync it."""
+    case = replace(CASES[name], saves=CASES[name].saves[:1])
+    note(explore_sweeping(memory_path, case, before_syncs, can_exchange), tally, LATER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "can_exchange"), ON_SWEEPING)
+def test_a_power_cut_while_the_next_run_clears_up_after_a_kill_anywhere(
+    memory_path: Path, tally: Tally, name: str, can_exchange: bool
+) -> None:
+    note(explore_sweeping(memory_path, CASES[name], lambda done: [*range(len(done))], can_exchange), tally, LATER)
+
+
+def kill(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell(journal: Journal, count: int) -> None:
+    journal.mark(str(count))
 
 
 # ---- the model finds what is wrong ----
@@ -184,13 +266,6 @@ class ForgetsFolders(WrappedStorage):
         pass
 
 
-class ForgetsFiles(WrappedStorage):
-    """Never syncs what is written through handles."""
-
-    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
-        return None if operation.name == "sync" else act()  # type: ignore[return-value]
-
-
 class DeletesFirst(WrappedStorage):
     """Replaces a step by deleting the old one, then giving its name to the new one."""
 
@@ -200,11 +275,31 @@ class DeletesFirst(WrappedStorage):
         return True
 
 
-@pytest.mark.parametrize("broken", [ForgetsFolders, ForgetsFiles, DeletesFirst])
-def test_a_protocol_that_forgets_something_is_found_out(memory_path: Path, broken: type[WrappedStorage]) -> None:
+@pytest.mark.parametrize(
+    ("broken", "loss"),
+    [(ForgetsFolders, "1 saves told: {2: 1.0, 4: 3.0}"), (DeletesFirst, "0 saves told: {2: 1.0}")],
+)
+def test_a_protocol_that_loses_something_is_found_out(
+    memory_path: Path, broken: type[WrappedStorage], loss: str
+) -> None:
     recording = record(memory_path, CASES["the same step again"], "disabled", wrap=broken)
-    found = Explorer(memory_path, SEED).explore(recording, cuts=CUTS, next_runs=0)
-    assert found.wrong
+    found = Explorer(memory_path, SEED).explore(recording)
+    assert any(loss in told for told in found.wrong), found.wrong[:20]
+
+
+def test_leaving_out_any_fsync_that_a_checkpoint_needs_is_found_out(memory_path: Path) -> None:
+    recording = record(memory_path, CASES["the same step again"], "disabled")
+    names = {change.inode: change.name[1] for change in recording.changes if isinstance(change, Created)}
+    last = {names.get(change.inode): number for number, change in enumerate(recording.changes) if is_sync(change)}
+    needed = ("__0_0.distcp", "__1_0.distcp", "milepost.digests", ".metadata", "milepost.json", "data")
+    for name in needed:
+        changes = [change for number, change in enumerate(recording.changes) if number != last[name]]
+        found = Explorer(memory_path, SEED).explore(replace(recording, changes=changes), enough=1)
+        assert found.wrong, name
+
+
+def is_sync(change: Change) -> bool:
+    return isinstance(change, Synced)
 
 
 def test_a_journal_leads_to_the_disk_that_is_there(memory_path: Path) -> None:

@@ -195,3 +195,19 @@ def _be_writer(name: str, connection: int, arena: int, *, keep: Sequence[int]) -
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def in_a_child(do: Callable[[], None]) -> int:
+    """Run ``do`` in a forked process; its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            do()
+            status = 0
+        except BaseException:  # noqa: BLE001 - the top of a process
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]

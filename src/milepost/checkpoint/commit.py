@@ -303,7 +303,8 @@ def discard(storage: Storage, path: str) -> None:
     if not name.startswith(DELETING_PREFIX):
         path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
         storage.rename(shown, path)
-        storage.sync_folder(folder)
+    # Also of what was renamed before, by a run that was killed then: after a power cut it would be shown again, half.
+    storage.sync_folder(folder)
     storage.remove_tree(path)
 
 
