@@ -14,13 +14,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # else every forked rank imports it, when it makes its optimizer: a second each
 from torch import nn
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, catalog
 from milepost.checkpoint import commit, writer
 from milepost.checkpoint import manager as manager_module
+from milepost.checkpoint.async_save import AsyncSaver
 from milepost.checkpoint.lock import RunLock
+from milepost.checkpoint.save import Saver
 from milepost.comm import Comm, SingleProcess
 from milepost.storage import LocalStorage, Storage
 from milepost.verification import verify_in
@@ -116,18 +119,18 @@ def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None
     with (
         mock.patch.object(writer, "GROUP_NBYTES", 1),
         mock.patch.object(manager_module, "RunLock", partial(RunLock, lease_s=lease_s)),
-        mock.patch.object(manager_module, "Saver", partial(manager_module.Saver, timeout_s=timeout_s)),
-        mock.patch.object(manager_module, "AsyncSaver", _patient_saver(timeout_s)),
+        mock.patch.object(manager_module, "Saver", partial(Saver, timeout_s=timeout_s)),
+        mock.patch.object(manager_module, "AsyncSaver", ImpatientSaver),
+        mock.patch.object(ImpatientSaver, "timeout_s", timeout_s),
     ):
         yield
 
 
-def _patient_saver(timeout_s: float) -> type:
-    class Saver(manager_module.AsyncSaver):
-        def __init__(self, *args: Any):
-            super().__init__(*args, timeout_s=timeout_s)
+class ImpatientSaver(AsyncSaver):
+    timeout_s = 0.0
 
-    return Saver
+    def __init__(self, *args: Any):
+        super().__init__(*args, timeout_s=self.timeout_s)
 
 
 def train(

@@ -30,6 +30,7 @@ from milepost.errors import MilepostError
 from milepost.storage import LocalStorage, Storage
 
 T = TypeVar("T")
+J = TypeVar("J")
 
 StorageOf = Callable[[str, Storage], Storage]
 """Gives the storage that a process works through: by the process's name, around the real one."""
@@ -82,7 +83,7 @@ def run_pair(act: Callable[[PairComm], Any], *, timeout_s: float = 60.0) -> list
     """``act(comm)`` on two forked ranks, and what came of it, once all processes that they started have ended.
 
     Anything but an error of Milepost's or the loss of the other rank fails the test, as does a process that still runs
-    after ``timeout_s``.
+    after ``timeout_s``. All processes of the pair are one process group.
     """
     ends = Pipe()
     living, life = os.pipe()  # every process of the pair holds `life`, so `living` ends when none is left
@@ -93,7 +94,10 @@ def run_pair(act: Callable[[PairComm], Any], *, timeout_s: float = 60.0) -> list
         if pid == 0:
             ends[1 - rank].close()
             os.close(living)
+            os.setpgid(0, pids[0] if pids else 0)
             _be_rank(act, PairComm(rank, ends[rank]), writer, life)
+        with contextlib.suppress(PermissionError):
+            os.setpgid(pid, pids[0] if pids else pid)
         os.close(writer)
         pids.append(pid)
         results.append(reader)
@@ -179,7 +183,6 @@ class ForkedWriter:
 
 def _be_writer(name: str, connection: int, arena: int, *, keep: Sequence[int]) -> NoReturn:
     try:
-        os.setsid()
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd not in (connection, arena, *keep):
                 with contextlib.suppress(OSError):
@@ -211,3 +214,35 @@ def in_a_child(do: Callable[[], None]) -> int:
         finally:
             os._exit(status)
     return os.waitpid(pid, 0)[1]
+
+
+def in_parallel(do: Callable[[J], T], jobs: Sequence[J], num_workers: int = 2) -> list[T]:
+    """``do(job)`` for each, in forked processes, every one with its share of the jobs; the results in order.
+
+    Raises:
+        AssertionError: with what a worker raised.
+    """
+    readers = []
+    for worker in range(num_workers):
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            _be_worker(lambda worker=worker: [do(job) for job in jobs[worker::num_workers]], writer)
+        os.close(writer)
+        readers.append(reader)
+    shares = [pickle.loads(_read_all(reader)) for reader in readers]
+    for _ in readers:
+        os.wait()
+    for share in shares:
+        assert isinstance(share, list), share
+    return [shares[number % num_workers][number // num_workers] for number in range(len(jobs))]
+
+
+def _be_worker(do: Callable[[], object], writer: int) -> NoReturn:
+    try:
+        torch.set_num_threads(1)
+        result = do()
+    except BaseException:  # noqa: BLE001 - the top of a process
+        result = traceback.format_exc()
+    with os.fdopen(writer, "wb") as file:
+        file.write(pickle.dumps(result))
+    os._exit(0)
