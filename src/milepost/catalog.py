@@ -436,7 +436,7 @@ def pin(storage: Storage, folder: str, step: int) -> None:
     mark = join(folder, PINNED_PREFIX + step_name(step))
     if storage.stat(mark) is None:
         storage.write(mark, b"")
-        storage.sync_folder(folder)
+    storage.sync_folder(folder)  # also if another process has made it this moment
 
 
 def unpin(storage: Storage, folder: str, step: int) -> None:

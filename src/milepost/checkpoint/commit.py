@@ -7,6 +7,7 @@
         data/                    <- each rank's files
         sign-off-<rank>          signoff.sign_off     one for each rank, when its files are durable
         failed                   fail_attempt         why there will be no commit
+        committed                publish              only if the attempt can't be taken away after the commit
     step-<N>/                    publish              data/ renamed: the one atomic act
 
 No collective and no torch: any process that sees the storage can take part. The invariant: after a crash at any
@@ -42,6 +43,7 @@ OWNERLESS_LIFETIME_S = 3600.0
 """An attempt without an owner's record was cut short while being made, or is being made right now."""
 
 _FAILED_NAME = "failed"
+_COMMITTED_NAME = "committed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
 _LEFTOVER_NAME = re.compile(rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+")
 _REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
@@ -160,8 +162,11 @@ def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[st
 def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id: str) -> None:
     aside = _put_in_place(storage, data_folder(attempt), target, save_id)
     # The save is done. What is left over now is swept again later, so it can't fail the save.
-    for leftover in filter(None, (attempt, aside)):
-        discard_quietly(storage, leftover)
+    if not discard_quietly(storage, attempt):
+        with contextlib.suppress(StorageError):  # else those who wait see the attempt stay, and must wait in vain
+            storage.write(f"{attempt}/{_COMMITTED_NAME}", b"")
+    if aside is not None:
+        discard_quietly(storage, aside)
 
 
 def _check_sizes(storage: Storage, data: str, manifest: Manifest) -> None:
@@ -216,10 +221,18 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
 def fail_attempt(storage: Storage, attempt: str, message: str) -> None:
     """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, and why.
 
-    The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away.
+    The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away. On a full disk an empty file must
+    do.
+
+    Raises:
+        StorageError: not even that could be left.
     """
-    storage.write(f"{attempt}/{_FAILED_NAME}.part", message.encode())
-    storage.rename(f"{attempt}/{_FAILED_NAME}.part", f"{attempt}/{_FAILED_NAME}")
+    name = f"{attempt}/{_FAILED_NAME}"
+    try:
+        storage.write(f"{name}.part", message.encode())
+        storage.rename(f"{name}.part", name)
+    except StorageError:
+        storage.write(name, b"")
 
 
 def wait_for_outcome(
@@ -243,7 +256,10 @@ def wait_for_outcome(
     while True:
         names = {entry.name for entry in storage.list(attempt)}
         if _FAILED_NAME in names:
-            raise SaveError(storage.read(f"{attempt}/{_FAILED_NAME}").decode("utf-8", "replace"), path=target)
+            said = storage.read(f"{attempt}/{_FAILED_NAME}").decode("utf-8", "replace")
+            raise SaveError(said or "the rank that commits failed, and could not even leave word of why", path=target)
+        if _COMMITTED_NAME in names:
+            return
         if not names:
             if _save_id_at(storage, target) == save_id:
                 return
@@ -303,7 +319,8 @@ def discard(storage: Storage, path: str) -> None:
     if not name.startswith(DELETING_PREFIX):
         path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
         storage.rename(shown, path)
-        storage.sync_folder(folder)
+    # Also of what was renamed before, by a run that was killed then: after a power cut it would be shown again, half.
+    storage.sync_folder(folder)
     storage.remove_tree(path)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from milepost.checkpoint.save import SaveReport
+from milepost.storage.base import Storage, join
 
 EVENTS_NAME = "events.jsonl"
 
@@ -60,6 +61,27 @@ class SaveEvent:
             f"{self.commit_s:.3f} s; "
             f"rank 0 wrote {self.nbytes / 1e6:.1f} MB ({rate:.0f} MB/s)"
         )
+
+
+def note_event(storage: Storage, folder: str, event: SaveEvent) -> None:
+    """Add the event's line to the log in ``folder``. A line that a crash tore stays a line of its own.
+
+    Raises:
+        StorageError: the storage refused.
+    """
+    path = join(folder, EVENTS_NAME)
+    end = b"\n" if _is_torn(storage, path) else b""
+    storage.append(path, end + event.line())
+
+
+def _is_torn(storage: Storage, path: str) -> bool:
+    found = storage.stat(path)
+    if found is None or not found.nbytes:
+        return False
+    last = bytearray(1)
+    with storage.open_read(path) as handle:
+        handle.read_into(handle.nbytes - 1, [memoryview(last)])
+    return last != b"\n"
 
 
 def suspicion(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:

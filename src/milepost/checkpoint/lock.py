@@ -56,11 +56,14 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let another run in. No error if the lock is gone."""
+        """Let another run in. Never fails: a lock that can't be removed is broken once this process has ended."""
         if not self._released.is_set():
             self._released.set()
             self._thread.join()
-            self._storage.remove(self._path)
+            try:
+                self._storage.remove(self._path)
+            except StorageError as error:
+                log.warning("the lock of this run is left over: %s", error)
 
     def _take(self) -> bool:
         try:

@@ -21,7 +21,7 @@ from milepost import catalog
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.async_save import AsyncSaver, SaveHandle, log_wait
 from milepost.checkpoint.commit import live_owners, sweep_leftovers
-from milepost.checkpoint.events import EVENTS_NAME, SaveEvent, suspicion
+from milepost.checkpoint.events import SaveEvent, note_event, suspicion
 from milepost.checkpoint.hf_export import hf_form
 from milepost.checkpoint.job import Keep
 from milepost.checkpoint.load import LoadReport
@@ -330,7 +330,7 @@ class CheckpointManager:
             log.warning("step %d: %s", pending.step, odd)
         self._contents = report.contents
         try:
-            self._storage.append(join(self._folder, EVENTS_NAME), event.line())
+            note_event(self._storage, self._folder, event)
         except StorageError as error:  # the checkpoint itself is safe
             log.warning("the event could not be noted: %s", error)
 

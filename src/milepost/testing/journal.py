@@ -1,0 +1,248 @@
+"""A journal of the system calls by which ``LocalStorage`` changes a disk: of all processes, in their real order.
+
+What a crash leaves behind depends on what was really asked of the kernel, not on what a storage promises. So the
+calls themselves are written down, with the bytes that they store: while :meth:`Journal.recording` is on, the module
+``milepost.storage.local`` works through stand-ins for ``os`` and ``syscalls`` that perform each call and note it, one
+at a time over all processes forked meanwhile. ``milepost.testing.powercut`` makes disks out of such a journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from milepost.storage import local, syscalls
+
+Inode = tuple[int, int]
+"""Device and inode number, by which the system knows a file or folder whatever its name is at the moment."""
+Name = tuple[Inode, str]
+"""A name in a folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A new file or folder got its first name."""
+
+    name: Name
+    inode: Inode
+    is_folder: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    inode: Inode
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """Cut, or extended by zeros, to ``nbytes``."""
+
+    inode: Inode
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """``fsync`` of a file or of a folder has returned."""
+
+    inode: Inode
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    src: Name
+    dst: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    one: Name
+    other: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A file was unlinked, or an empty folder removed: trees go entry by entry."""
+
+    name: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """Nothing happened to the disk: a test notes what a user was told by now."""
+
+    text: str
+
+
+Change = Created | Written | Resized | Synced | Renamed | Exchanged | Removed | Marked
+
+Note = Callable[[Change], None]
+
+
+class Journal:
+    """A journal kept in the file ``path``, made if absent.
+
+    ``can_exchange = False`` makes the disk one on which two names can't be exchanged, such as NFS.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, can_exchange: bool = True):
+        self.can_exchange = can_exchange
+        self._path = Path(path)
+        self._path.touch()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, and in every process forked inside, what any ``LocalStorage`` changes is noted."""
+        with (
+            mock.patch.object(local, "os", _JournaledOs(self)),
+            mock.patch.object(local, "syscalls", _JournaledSyscalls(self)),
+        ):
+            yield
+
+    def mark(self, text: str) -> None:
+        """Note what a user was told at this moment."""
+        with self.turn() as note:
+            note(Marked(text))
+
+    def changes(self) -> list[Change]:
+        """All that was noted so far."""
+        found: list[Change] = []
+        with open(self._path, "rb") as file:
+            while file.peek(1):
+                found.append(pickle.load(file))
+        return found
+
+    @contextmanager
+    def turn(self) -> Iterator[Note]:
+        """Hold all other processes and threads off while a call is performed and noted."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # ends with the descriptor, however the process ends
+            yield lambda change: _append(fd, pickle.dumps(change))
+        finally:
+            os.close(fd)
+
+
+def _append(fd: int, data: bytes) -> None:
+    if os.write(fd, data) != len(data):
+        raise OSError("the journal could not be written")
+
+
+def inode_of(fd_or_path: int | str) -> Inode:
+    """How the journal names a file or folder that is there."""
+    found = os.stat(fd_or_path) if isinstance(fd_or_path, int) else os.lstat(fd_or_path)
+    return found.st_dev, found.st_ino
+
+
+def _name(path: str) -> Name:
+    folder, name = os.path.split(path)
+    return inode_of(folder), name
+
+
+class _JournaledOs:
+    """Stands for the module ``os``: performs what it is asked, and notes what changes something."""
+
+    def __init__(self, journal: Journal):
+        self._journal = journal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        if not flags & os.O_CREAT:
+            return os.open(path, flags, mode)
+        with self._journal.turn() as note:
+            is_new = not os.path.lexists(path)
+            fd = os.open(path, flags, mode)
+            if is_new:
+                note(Created(_name(path), inode_of(fd), is_folder=False))
+        return fd
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        with self._journal.turn() as note:
+            count = os.pwritev(fd, buffers, offset)
+            note(Written(inode_of(fd), offset, _head(buffers, count)))
+        return count
+
+    def writev(self, fd: int, buffers: Sequence[memoryview]) -> int:
+        with self._journal.turn() as note:
+            offset = os.fstat(fd).st_size
+            count = os.writev(fd, buffers)
+            note(Written(inode_of(fd), offset, _head(buffers, count)))
+        return count
+
+    def ftruncate(self, fd: int, nbytes: int) -> None:
+        with self._journal.turn() as note:
+            os.ftruncate(fd, nbytes)
+            note(Resized(inode_of(fd), nbytes))
+
+    def fsync(self, fd: int) -> None:
+        with self._journal.turn() as note:
+            os.fsync(fd)
+            note(Synced(inode_of(fd)))
+
+    def mkdir(self, path: str) -> None:
+        with self._journal.turn() as note:
+            os.mkdir(path)
+            note(Created(_name(path), inode_of(path), is_folder=True))
+
+    def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
+        self._remove(os.unlink, path, dir_fd)
+
+    def rmdir(self, path: str, *, dir_fd: int | None = None) -> None:
+        self._remove(os.rmdir, path, dir_fd)
+
+    def _remove(self, call: Callable[..., None], path: str, dir_fd: int | None) -> None:
+        with self._journal.turn() as note:
+            name = _name(path) if dir_fd is None else (inode_of(dir_fd), path)
+            call(path, dir_fd=dir_fd)
+            note(Removed(name))
+
+
+class _JournaledSyscalls:
+    """The same for ``milepost.storage.syscalls``; files in memory are treated as those of a disk."""
+
+    def __init__(self, journal: Journal):
+        self._journal = journal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(syscalls, name)
+
+    def lives_in_memory(self, fd: int) -> bool:
+        return False
+
+    def reserve(self, fd: int, nbytes: int) -> bool:
+        with self._journal.turn() as note:
+            reserved = syscalls.reserve(fd, nbytes)
+            if reserved:
+                note(Resized(inode_of(fd), os.fstat(fd).st_size))
+        return reserved
+
+    def rename_new(self, src: str, dst: str) -> None:
+        with self._journal.turn() as note:
+            change = Renamed(_name(src), _name(dst))
+            syscalls.rename_new(src, dst)
+            note(change)
+
+    def exchange(self, one: str, other: str) -> bool:
+        if not self._journal.can_exchange:
+            return False
+        with self._journal.turn() as note:
+            change = Exchanged(_name(one), _name(other))
+            exchanged = syscalls.exchange(one, other)
+            if exchanged:
+                note(change)
+        return exchanged
+
+
+def _head(buffers: Iterable[memoryview], nbytes: int) -> bytes:
+    return b"".join(buffers)[:nbytes]

@@ -1,0 +1,240 @@
+"""What a power cut may leave on a disk: states of a file system made from a journal of system calls.
+
+The model is what POSIX promises and no more. After a cut,
+
+* of a file, what was written since its last fsync may be there or not, block by block (4096 bytes): each block is as
+  it was at any moment since then, or zero where the file did not reach that far. The length, too, is the one of any
+  moment since then, whatever its blocks are.
+* of the names in folders, each change that no fsync of its folder has covered may have happened or not, independently
+  of the others and of what the files hold; only changes of one and the same name keep their order.
+* a rename or an exchange is one change: all of it happened or nothing. That also holds between two folders, and then an
+  fsync of either makes it durable, as on every journalling file system (ext4, xfs, btrfs).
+* an fsync of a file makes its bytes durable, not its name; an fsync of a folder its names, not what is behind them.
+
+Real disks lose far less: ext4 and xfs write a file's name with its fsync, and metadata in order.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Union
+
+from milepost.testing.journal import (
+    Change,
+    Created,
+    Exchanged,
+    Inode,
+    Marked,
+    Name,
+    Removed,
+    Renamed,
+    Resized,
+    Synced,
+    Written,
+    inode_of,
+)
+
+BLOCK_NBYTES = 4096
+
+Tree = Mapping[str, Union[bytes, "Tree"]]
+"""What a folder holds: names, with the bytes of files and the trees of folders."""
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    """``versions`` is the content that is durable, and the content after each change since, oldest first."""
+
+    versions: list[bytes]
+
+
+@dataclass(slots=True, eq=False)
+class _Folder:
+    """``names`` is what processes see, ``durable`` what outlives a cut for certain."""
+
+    names: dict[str, _Node] = field(default_factory=dict)
+    durable: dict[str, _Node] = field(default_factory=dict)
+
+
+_Node = _File | _Folder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    folder: _Folder
+    name: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.folder), self.name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NameChange:
+    """Names that get new meanings in one act; None for none."""
+
+    effects: tuple[tuple[_Place, _Node | None], ...]
+
+
+class Disk:
+    """A folder on a disk: what processes see of it, and what would outlive a power cut.
+
+    Built from a folder as it stands, all of which is taken for durable; then :meth:`apply` is told each change.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._nodes: dict[Inode, _Node] = {}
+        self._pending: list[_NameChange] = []
+        self._root = self._read(os.fspath(folder))
+
+    def _read(self, path: str) -> _Folder:
+        made = _Folder()
+        self._nodes[inode_of(path)] = made
+        for item in os.scandir(path):
+            if item.is_dir(follow_symlinks=False):
+                made.names[item.name] = self._read(item.path)
+            else:
+                with open(item.path, "rb") as file:
+                    made.names[item.name] = self._nodes[inode_of(item.path)] = _File([file.read()])
+        made.durable = dict(made.names)
+        return made
+
+    def apply(self, change: Change) -> None:
+        """Let a change of the journal happen. What concerns other folders than this one is passed over."""
+        match change:
+            case Created(name, inode, is_folder):
+                if name[0] in self._nodes:
+                    made: _Node = _Folder() if is_folder else _File([b""])
+                    self._nodes[inode] = made
+                    self._rename((self._place(name), made))
+            case Written(inode, offset, data):
+                if isinstance(file := self._nodes.get(inode), _File):
+                    now = file.versions[-1].ljust(offset, b"\0")
+                    file.versions.append(now[:offset] + data + now[offset + len(data) :])
+            case Resized(inode, nbytes):
+                if isinstance(file := self._nodes.get(inode), _File):
+                    file.versions.append(file.versions[-1][:nbytes].ljust(nbytes, b"\0"))
+            case Synced(inode):
+                node = self._nodes.get(inode)
+                if isinstance(node, _File):
+                    del node.versions[:-1]
+                elif node is not None:
+                    self._sync_names(node)
+            case Renamed(src, dst):
+                if src[0] in self._nodes:
+                    one, other = self._place(src), self._place(dst)
+                    self._rename((one, None), (other, one.folder.names[one.name]))
+            case Exchanged(src, dst):
+                if src[0] in self._nodes:
+                    one, other = self._place(src), self._place(dst)
+                    self._rename((one, other.folder.names[other.name]), (other, one.folder.names[one.name]))
+            case Removed(name):
+                if name[0] in self._nodes:
+                    self._rename((self._place(name), None))
+            case Marked():
+                pass
+
+    def _place(self, name: Name) -> _Place:
+        folder = self._nodes[name[0]]
+        assert isinstance(folder, _Folder)
+        return _Place(folder, name[1])
+
+    def _rename(self, *effects: tuple[_Place, _Node | None]) -> None:
+        for place, node in effects:
+            _put(place.folder.names, place.name, node)
+        self._pending.append(_NameChange(effects))
+
+    def _sync_names(self, folder: _Folder) -> None:
+        """Make the changes of a folder's names durable, and of other names what these changes build upon."""
+        covered, left = [], []
+        needed: set[tuple[int, str]] = set()
+        for change in reversed(self._pending):
+            keys = {place.key for place, _ in change.effects}
+            if not needed.isdisjoint(keys) or any(place.folder is folder for place, _ in change.effects):
+                covered.append(change)
+                needed |= keys
+            else:
+                left.append(change)
+        for change in reversed(covered):
+            for place, node in change.effects:
+                _put(place.folder.durable, place.name, node)
+        self._pending = left[::-1]
+
+    def seen(self) -> Tree:
+        """What processes see: the state after a kill, which loses nothing that was written."""
+        return _tree(self._root, lambda folder: folder.names, lambda file: file.versions[-1])
+
+    def durable(self) -> Tree:
+        """The least that a power cut leaves: nothing that was not synced."""
+        return _tree(self._root, lambda folder: folder.durable, lambda file: file.versions[0])
+
+    def after_cut(self, rng: random.Random) -> Tree:
+        """One of the states that a power cut at this moment may leave."""
+        chosen = self._some_changes(rng)
+        moods = {"all": 2, "torn": 4, "none": 2}
+        return _tree(
+            self._root,
+            lambda folder: chosen.get(id(folder), folder.durable),
+            lambda file: _torn(file, rng.choices([*moods], [*moods.values()])[0], rng),
+        )
+
+    def _some_changes(self, rng: random.Random) -> dict[int, dict[str, _Node]]:
+        """The names of folders (by id) after a choice of the pending changes; folders without any are left out."""
+        likely = rng.choice((0.1, 0.5, 0.9))
+        lost: set[tuple[int, str]] = set()
+        chosen: dict[int, dict[str, _Node]] = {}
+        for change in self._pending:
+            keys = {place.key for place, _ in change.effects}
+            if not lost.isdisjoint(keys) or rng.random() >= likely:
+                lost |= keys  # what happened later to these names can't have happened either
+                continue
+            for place, node in change.effects:
+                names = chosen.setdefault(id(place.folder), dict(place.folder.durable))
+                _put(names, place.name, node)
+        return chosen
+
+
+def _put(names: dict[str, _Node], name: str, node: _Node | None) -> None:
+    if node is None:
+        names.pop(name, None)
+    else:
+        names[name] = node
+
+
+def _tree(folder: _Folder, names: Callable[[_Folder], Mapping[str, _Node]], content: Callable[[_File], bytes]) -> Tree:
+    return {
+        name: content(node) if isinstance(node, _File) else _tree(node, names, content)
+        for name, node in sorted(names(folder).items())
+    }
+
+
+def _torn(file: _File, mood: str, rng: random.Random) -> bytes:
+    """One of the contents that a file may have after a cut: the newest, the oldest, or each block of another moment."""
+    versions = file.versions
+    if mood != "torn" or len(versions) == 1:
+        return versions[0] if mood == "none" else versions[-1]
+    nbytes = len(rng.choice(versions))
+    blocks = [
+        rng.choice(versions)[start : start + BLOCK_NBYTES].ljust(BLOCK_NBYTES, b"\0")
+        for start in range(0, nbytes, BLOCK_NBYTES)
+    ]
+    return b"".join(blocks)[:nbytes]
+
+
+def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
+    """Make ``folder``, which must not exist, hold ``tree``."""
+    os.makedirs(folder)
+    for name, content in tree.items():
+        path = os.path.join(folder, name)
+        if isinstance(content, bytes):
+            with open(path, "wb") as file:
+                file.write(content)
+        else:
+            write_tree(content, path)
+
+
+def frozen(tree: Tree) -> tuple[tuple[str, object], ...]:
+    """The tree as a value that can be a key: equal if and only if names and bytes are."""
+    return tuple((name, node if isinstance(node, bytes) else frozen(node)) for name, node in sorted(tree.items()))

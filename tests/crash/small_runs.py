@@ -1,0 +1,243 @@
+"""What the crash tests let two ranks do: small runs that resume, save and end, and what must be there afterwards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo  # else every forked rank imports it, when it makes its optimizer: a second each
+from torch import nn
+
+import milepost
+from milepost import CheckpointConfig, CheckpointManager, catalog
+from milepost.checkpoint import commit, writer
+from milepost.checkpoint import manager as manager_module
+from milepost.checkpoint.async_save import AsyncSaver
+from milepost.checkpoint.lock import RunLock
+from milepost.checkpoint.save import Saver
+from milepost.comm import Comm, SingleProcess
+from milepost.storage import LocalStorage, Storage
+from milepost.verification import verify_in
+
+MODES = ("disabled", "async", "async_with_pinned_mem")
+
+WIDTH = 3000
+"""Numbers in each tensor: three disk blocks, so that there is something to tear."""
+
+RUN = "outputs/run"
+"""The run's folder. Neither it nor its parent is there before the first save."""
+
+Shown = dict[int, float]
+"""The steps that a scan shows, with the one value that all weights of each have."""
+
+
+class Progress:
+    step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class Model(nn.Module):
+    """All weights have one value, so that a mixture of two saves shows."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.full((WIDTH,), value)) for _ in range(4))
+
+    def fill(self, value: float) -> None:
+        for parameter in self.layers:
+            nn.init.constant_(parameter, value)
+
+    @property
+    def value(self) -> float:
+        values = {float(v) for p in self.layers for v in (p.detach().min(), p.detach().max())}
+        assert len(values) == 1, values
+        return values.pop()
+
+
+@dataclass(frozen=True)
+class Save:
+    """A save that a run makes, and the steps that are deleted after it, in this order."""
+
+    step: int
+    value: float
+    deletes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is there before a run, and the saves that it makes. ``ends``: the last one is under way at its end."""
+
+    before: Shown
+    saves: tuple[Save, ...]
+    keep: int = 0
+    ends: bool = False
+
+    def stages(self) -> list[tuple[int, Shown]]:
+        """All that may ever be shown, in order, each with the number of saves that are committed by then."""
+        shown = dict(self.before)
+        found = [(0, dict(shown))]
+        for number, save in enumerate(self.saves, 1):
+            shown[save.step] = save.value
+            found.append((number, dict(shown)))
+            for step in save.deletes:
+                del shown[step]
+                found.append((number, dict(shown)))
+        return found
+
+    @property
+    def after(self) -> Shown:
+        return self.stages()[-1][1]
+
+
+CASES = {
+    "first save": Case({}, (Save(2, 7.0),)),
+    "later saves": Case({1: 0.5, 2: 1.0}, (Save(4, 7.0), Save(6, 8.0))),
+    "the same step again": Case({2: 1.0, 4: 3.0}, (Save(4, 7.0),)),
+    # A run keeps the step that it resumed from.
+    "deleting old steps": Case({1: 0.5, 2: 0.75, 3: 1.0}, (Save(5, 7.0, (1, 2)), Save(6, 8.0, (5,))), keep=1),
+    "save on exit": Case({2: 1.0}, (Save(4, 7.0),), ends=True),
+}
+
+
+@contextmanager
+def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None]:
+    """Each large record is written by itself, and nobody is waited for as long as in production."""
+    with (
+        mock.patch.object(writer, "GROUP_NBYTES", 1),
+        mock.patch.object(manager_module, "RunLock", partial(RunLock, lease_s=lease_s)),
+        mock.patch.object(manager_module, "Saver", partial(Saver, timeout_s=timeout_s)),
+        mock.patch.object(manager_module, "AsyncSaver", ImpatientSaver),
+        mock.patch.object(ImpatientSaver, "timeout_s", timeout_s),
+    ):
+        yield
+
+
+class ImpatientSaver(AsyncSaver):
+    timeout_s = 0.0
+
+    def __init__(self, *args: Any):
+        super().__init__(*args, timeout_s=self.timeout_s)
+
+
+def train(
+    comm: Comm,
+    storage: Storage,
+    case: Case,
+    mode: str = "disabled",
+    told: Callable[[int], None] = lambda _: None,
+) -> None:
+    """What a run does: take the folder, sweep, resume, save, train on, let go.
+
+    ``told`` is called when the user of this rank knows that so many of the case's saves are committed.
+    """
+    model, progress = Model(0.0), Progress()
+    with mock.patch.object(manager_module, "open_storage", return_value=(storage, RUN)):
+        manager = CheckpointManager(
+            "",
+            CheckpointConfig(
+                enable=True,
+                interval=1,
+                keep_latest_k=case.keep,
+                last_save_model_only=False,
+                async_mode=mode,  # type: ignore[arg-type]
+            ),
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters()),
+            train_state=progress,
+            comm=comm,
+        )
+    manager.load()
+    for number, save in enumerate(case.saves):
+        model.fill(save.value)
+        progress.step = save.step
+        is_last = case.ends and save is case.saves[-1]
+        manager.save(save.step, last_step=is_last)
+        told(number + 1 if mode == "disabled" else number)  # a save waits for the one before
+        if not is_last:
+            manager.maybe_wait_for_staging()
+            model.fill(-1.0)
+    manager.close()
+    told(len(case.saves))
+
+
+def prepare(folder: Path, case: Case) -> LocalStorage:
+    """A storage that holds what is there before the run."""
+    storage = LocalStorage(folder)
+    for step, value in case.before.items():
+        train(SingleProcess(), storage, Case({}, (Save(step, value),)))
+    folder.mkdir(exist_ok=True)
+    return storage
+
+
+Known = dict[tuple[tuple[str, bytes], ...], float]
+"""Folders of steps, byte for byte, that were verified and loaded before, with the value that they hold."""
+
+
+def shown(storage: LocalStorage, known: Known | None = None) -> Shown:
+    """What a scan shows, each step verified and loaded, each byte of it checked; only once what is ``known``."""
+    known = {} if known is None else known
+    found = {}
+    for entry in catalog.scan(storage, RUN):
+        assert entry.state == "committed", entry
+        names = [item.name for item in storage.list(entry.path)]
+        content = tuple((name, storage.read(f"{entry.path}/{name}")) for name in names)
+        if content not in known:
+            known[content] = value_of(storage, entry.path, entry.step)
+        found[entry.step] = known[content]
+    return found
+
+
+def value_of(storage: LocalStorage, path: str, step: int) -> float:
+    report = verify_in(storage, path, num_threads=1)
+    assert report.is_sound, report.problems
+    model = Model(0.0)
+    into: dict[str, Any] = {**model.state_dict(), "train_state": {"step": None}}
+    milepost.load(f"{storage.root}/{path}", into)
+    assert into["train_state"] == {"step": step}
+    return model.value
+
+
+def check_the_sweep(storage: LocalStorage, found: Shown) -> None:
+    """What a run does first takes all leftovers away, and no step."""
+    RunLock(storage, RUN, lease_s=0.0).release()
+    # Within its first moments an attempt has no owner yet; such a one is swept when it is old.
+    commit.sweep_leftovers(storage, RUN, now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
+    names = {entry.name for entry in storage.list(RUN)} - {"events.jsonl"}
+    assert names == {f"step-{step}" for step in found}
+
+
+NEXT = Save(9, 9.0)
+
+
+def check_the_next_run(storage: LocalStorage, found: Shown) -> None:
+    """It resumes from the newest step that is there, saves, prunes, and leaves nothing of the dead run."""
+    resumed: list[int] = []
+    next_run = Case(found, (NEXT,), keep=1)
+    with mock.patch.object(Progress, "load_state_dict", lambda _, state: resumed.append(state["step"])):
+        train(SingleProcess(), storage, next_run)
+    newest = max(found, default=None)
+    assert resumed == ([] if newest is None else [newest])
+    kept = {NEXT.step: NEXT.value} | ({} if newest is None else {newest: found[newest]})
+    assert shown(storage) == kept
+    check_the_sweep(storage, kept)
+    last_line = storage.read(f"{RUN}/events.jsonl").splitlines()[-1]
+    assert json.loads(last_line)["step"] == NEXT.step, last_line
+
+
+def quiet() -> None:
+    """Thousands of runs have thousands of warnings to give."""
+    logging.getLogger("milepost").setLevel(logging.CRITICAL)

@@ -1,0 +1,309 @@
+"""A power cut at every moment of a save on two ranks, and what the disk may hold then.
+
+One real run is recorded, system call by system call. After each call the power may fail: several of the disks that
+this may leave are made, the two extremes always among them. Whatever was lost, torn or reordered: a scan shows the
+state before or the state after, each byte of it as it was saved; what a user was told to be committed is there; the
+next run resumes from the newest step, saves, prunes and clears up.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import (
+    CASES,
+    MODES,
+    NEXT,
+    Case,
+    Known,
+    Shown,
+    check_the_next_run,
+    check_the_sweep,
+    impatient,
+    prepare,
+    quiet,
+    shown,
+    train,
+)
+from two_ranks import Outcome, PairComm, in_a_child, run_pair, through
+
+from milepost.comm import SingleProcess
+from milepost.errors import MilepostError
+from milepost.storage import LocalStorage, Storage
+from milepost.storage.wrap import Operation, WrappedStorage
+from milepost.testing.faulty import FaultyStorage
+from milepost.testing.journal import Change, Created, Exchanged, Journal, Marked, Synced
+from milepost.testing.powercut import Disk, Tree, frozen, write_tree
+
+Tally = Callable[..., None]
+
+SEED = 20
+CUTS = 4
+"""So many states are made after each system call, beside the two extremes."""
+NEXT_RUNS = 8
+"""On so many of the states of a recording a whole run is started; on the others only its clearing up is done."""
+
+
+@dataclass
+class Recording:
+    """The disk as it was before, what happened then, and what may be shown: see ``Case.stages``.
+
+    Marks among the changes are numbers of saves: from there on a user knows that so many are committed.
+    """
+
+    disk: Disk
+    changes: list[Change]
+    stages: list[tuple[int, Shown]]
+
+
+@pytest.fixture(autouse=True)
+def small() -> Iterator[None]:
+    quiet()
+    with impatient():
+        yield
+
+
+def record(
+    folder: Path, case: Case, mode: str, *, can_exchange: bool = True, wrap: Callable[[Storage], Storage] = lambda s: s
+) -> Recording:
+    """Let two ranks make a run; ``wrap`` is put around the storage of each process."""
+    storage = prepare(folder / "disk", case)
+    disk = Disk(storage.root)
+    journal = Journal(folder / "journal", can_exchange=can_exchange)
+
+    def act(comm: PairComm) -> None:
+        train(comm, wrap(storage), case, mode, lambda count: journal.mark(str(count)))
+
+    with journal.recording(), through(lambda _, inner: wrap(inner)):
+        assert run_pair(act) == [Outcome(), Outcome()]
+    assert shown(storage) == case.after
+    return Recording(disk, journal.changes(), case.stages())
+
+
+@dataclass
+class Findings:
+    """What became of the states that were tried. ``wrong`` says, for each that lost something, what and when."""
+
+    tried: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+class Explorer:
+    """Makes disks out of a recording and looks at each; at equal ones only once."""
+
+    def __init__(self, folder: Path, seed: int):
+        self._storage = LocalStorage(folder / "after")
+        self._rng = random.Random(seed)
+        self._known: Known = {}
+        self._shown: dict[Any, Shown | str] = {}
+        self._sound: list[tuple[Tree, Shown]] = []
+
+    def explore(
+        self, recording: Recording, *, cuts: int = CUTS, next_runs: int = 0, start: int = 0, enough: int = 1_000_000
+    ) -> Findings:
+        """Look at ``cuts`` states after each call, beside the extremes, and start a run on ``next_runs`` of all.
+
+        ``start`` is the first call that counts. After ``enough`` that is wrong no more is looked for.
+        """
+        found = Findings()
+        disk = deepcopy(recording.disk)
+        num_told = 0
+        for number, change in enumerate([Marked("0"), *recording.changes]):
+            disk.apply(change)
+            if isinstance(change, Marked):
+                num_told = max(num_told, int(change.text))
+            if number < start or len(found.wrong) >= enough:
+                continue
+            allowed = [shown for num_committed, shown in recording.stages if num_committed >= num_told]
+            trees = [disk.seen(), disk.durable(), *(disk.after_cut(self._rng) for _ in range(cuts))]
+            for key, tree in {frozen(tree): tree for tree in trees}.items():
+                found.tried += 1
+                if self._look(key, tree) not in allowed:
+                    when = f"after call {number} ({type(change).__name__}), {num_told} saves told"
+                    found.wrong.append(f"{when}: {self._shown[key]}")
+        for tree, there in self._rng.sample(self._sound, min(next_runs, len(self._sound))):
+            told = self._try(tree, lambda there=there: check_the_next_run(self._storage, there))
+            found.wrong += [f"the next run on {there}: {told}"] if told else []
+        return found
+
+    def _look(self, key: object, tree: Tree) -> Shown | str:
+        """What a scan shows of a disk; or, in words, what is wrong with it."""
+        if key not in self._shown:
+            there: Shown = {}
+
+            def look() -> None:
+                there.update(shown(self._storage, self._known))
+                check_the_sweep(self._storage, there)
+
+            wrong = self._try(tree, look)
+            self._shown[key] = wrong or there
+            self._sound += [] if wrong else [(tree, there)]
+        return self._shown[key]
+
+    def _try(self, tree: Tree, check: Callable[[], None]) -> str:
+        """Make the disk and check it; empty, or what was wrong."""
+        write_tree(tree, self._storage.root)
+        try:
+            check()
+        except (AssertionError, MilepostError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            shutil.rmtree(self._storage.root)
+        return ""
+
+
+def note(found: Findings, tally: Tally, what: str) -> None:
+    print(*found.wrong[:20], sep="\n")
+    tally(what, tried=found.tried, lost=len(found.wrong), seed=SEED)
+
+
+WHAT = "power cut after each system call of a save on 2 ranks: unsynced bytes and names lost, torn, reordered"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_a_power_cut_leaves_is_the_old_state_or_the_new(
+    memory_path: Path, tally: Tally, name: str, mode: str
+) -> None:
+    recording = record(memory_path, CASES[name], mode)
+    assert len(recording.changes) > 50
+    found = Explorer(memory_path, SEED).explore(recording, next_runs=NEXT_RUNS)
+    note(found, tally, WHAT)
+
+
+def test_the_same_where_names_cannot_be_exchanged(memory_path: Path, tally: Tally) -> None:
+    recording = record(memory_path, CASES["the same step again"], "disabled", can_exchange=False)
+    assert not any(isinstance(change, Exchanged) for change in recording.changes)
+    found = Explorer(memory_path, SEED).explore(recording, next_runs=NEXT_RUNS)
+    note(found, tally, f"{WHAT}, on a file system that can't exchange names (NFS)")
+
+
+def explore_sweeping(
+    folder: Path, case: Case, ks: Callable[[list[Operation]], list[int]], can_exchange: bool
+) -> Findings:
+    """Kill a run at each of its operations that ``ks`` chooses; then cut the power at every moment of the next run."""
+    template = prepare(folder / "template", case)
+    total = Findings()
+    for k in ks(operations_of(folder / "rehearsal", template, case, can_exchange)):
+        storage = LocalStorage(shutil.copytree(template.root, folder / str(k)))
+        disk = Disk(storage.root)
+        journal = Journal(folder / f"{k}.journal", can_exchange=can_exchange)
+        with journal.recording():
+            killed = FaultyStorage(storage, fail_at=k, hook=kill)
+            assert os.WIFSIGNALED(in_a_child(partial(train, SingleProcess(), killed, case)))
+            start = len(journal.changes())
+            there = shown(storage)
+            following = Case(there, (replace(NEXT, deletes=tuple(sorted(there)[:-1])),), keep=1)
+            assert in_a_child(partial(train, SingleProcess(), storage, following, told=partial(tell, journal))) == 0
+        # What nobody synced may be undone until the next run has synced it by its own commit.
+        stages = [(0, shown) for _, shown in case.stages()]
+        stages += [(1, {**shown, NEXT.step: NEXT.value}) for _, shown in case.stages()]
+        stages += following.stages()
+        found = Explorer(folder, SEED + k).explore(Recording(disk, journal.changes(), stages), cuts=2, start=start)
+        total.tried += found.tried
+        total.wrong += [f"killed at {k}: {told}" for told in found.wrong]
+    return total
+
+
+def operations_of(folder: Path, template: LocalStorage, case: Case, can_exchange: bool) -> list[Operation]:
+    counting = FaultyStorage(LocalStorage(shutil.copytree(template.root, folder)))
+    with Journal(folder / "journal", can_exchange=can_exchange).recording():
+        train(SingleProcess(), counting, case)
+    return counting.operations
+
+
+def before_syncs(operations: list[Operation]) -> list[int]:
+    """Where a name has changed that was to be synced next."""
+    return [k for k in range(1, len(operations)) if operations[k - 1].name in ("rename", "exchange")]
+
+
+LATER = "power cut after each system call of a run that clears up after a killed one"
+ON_SWEEPING = [("the same step again", True), ("the same step again", False), ("deleting old steps", True)]
+
+
+@pytest.mark.parametrize(("name", "can_exchange"), ON_SWEEPING)
+def test_a_power_cut_while_the_next_run_clears_up(
+    memory_path: Path, tally: Tally, name: str, can_exchange: bool
+) -> None:
+    """It builds on what it sees of a killed run, which had no time to sync it."""
+    case = replace(CASES[name], saves=CASES[name].saves[:1])
+    note(explore_sweeping(memory_path, case, before_syncs, can_exchange), tally, LATER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "can_exchange"), ON_SWEEPING)
+def test_a_power_cut_while_the_next_run_clears_up_after_a_kill_anywhere(
+    memory_path: Path, tally: Tally, name: str, can_exchange: bool
+) -> None:
+    note(explore_sweeping(memory_path, CASES[name], lambda done: [*range(len(done))], can_exchange), tally, LATER)
+
+
+def kill(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell(journal: Journal, count: int) -> None:
+    journal.mark(str(count))
+
+
+# ---- the model finds what is wrong ----
+
+
+class ForgetsFolders(WrappedStorage):
+    """Never syncs a folder."""
+
+    def sync_folder(self, path: str) -> None:
+        pass
+
+
+class DeletesFirst(WrappedStorage):
+    """Replaces a step by deleting the old one, then giving its name to the new one."""
+
+    def exchange(self, one: str, other: str) -> bool:
+        self.inner.remove_tree(other)
+        self.inner.rename(one, other)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("broken", "loss"),
+    [(ForgetsFolders, "1 saves told: {2: 1.0, 4: 3.0}"), (DeletesFirst, "0 saves told: {2: 1.0}")],
+)
+def test_a_protocol_that_loses_something_is_found_out(
+    memory_path: Path, broken: type[WrappedStorage], loss: str
+) -> None:
+    recording = record(memory_path, CASES["the same step again"], "disabled", wrap=broken)
+    found = Explorer(memory_path, SEED).explore(recording)
+    assert any(loss in told for told in found.wrong), found.wrong[:20]
+
+
+def test_leaving_out_any_fsync_that_a_checkpoint_needs_is_found_out(memory_path: Path) -> None:
+    recording = record(memory_path, CASES["the same step again"], "disabled")
+    names = {change.inode: change.name[1] for change in recording.changes if isinstance(change, Created)}
+    last = {names.get(change.inode): number for number, change in enumerate(recording.changes) if is_sync(change)}
+    needed = ("__0_0.distcp", "__1_0.distcp", "milepost.digests", ".metadata", "milepost.json", "data")
+    for name in needed:
+        changes = [change for number, change in enumerate(recording.changes) if number != last[name]]
+        found = Explorer(memory_path, SEED).explore(replace(recording, changes=changes), enough=1)
+        assert found.wrong, name
+
+
+def is_sync(change: Change) -> bool:
+    return isinstance(change, Synced)
+
+
+def test_a_journal_leads_to_the_disk_that_is_there(memory_path: Path) -> None:
+    recording = record(memory_path, CASES["deleting old steps"], "async")
+    for change in recording.changes:
+        recording.disk.apply(change)
+    assert frozen(recording.disk.seen()) == frozen(Disk(memory_path / "disk").seen())
