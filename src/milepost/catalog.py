@@ -13,7 +13,7 @@ Names in a run's folder:
 ``.deleting-<id>``               being deleted; never a checkpoint
 ``.pinned-step-<N>``             an empty file: never prune that step
 ``.damaged-step-<N>.json``       a loader found bytes of that step changed
-``.lock``                        the run that writes here; see ``checkpoint/lock.py``
+``.lock``, ``.lock-<id>``        the run that writes here; see ``checkpoint/lock.py``
 ``events.jsonl``                 one line for each save, for people and dashboards; never read back
 ===============================  =========================================================================
 """

@@ -6,11 +6,13 @@ Exchanges carry small Python objects between trusted ranks of one job; nothing r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
 from milepost.errors import MilepostError, SaveError
 
@@ -18,7 +20,7 @@ T = TypeVar("T")
 
 
 class Comm(Protocol):
-    """What the engine asks of a group of ranks. All methods but the properties are collective."""
+    """What the engine asks of a group of ranks. All methods are collective but the properties and the last two."""
 
     @property
     def rank(self) -> int: ...
@@ -40,6 +42,12 @@ class Comm(Protocol):
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
+
+    def leave_word(self, name: str, text: str) -> None:
+        """Leave ``text`` where any rank finds it at once, from any thread. Never fails; it may get lost."""
+
+    def find_word(self, name: str) -> str | None:
+        """What a rank has left under ``name``, if any. Never waits, and may be asked from any thread."""
 
 
 class SingleProcess:
@@ -64,6 +72,12 @@ class SingleProcess:
     def barrier(self) -> None:
         return None
 
+    def leave_word(self, name: str, text: str) -> None:
+        return None
+
+    def find_word(self, name: str) -> str | None:
+        return None
+
 
 class ProcessGroupComm:
     """Ranks of a ``torch.distributed`` process group that can move CPU objects.
@@ -78,6 +92,8 @@ class ProcessGroupComm:
         self.world_size = dist.get_world_size(group)
         # Objects are exchanged with the rank that is 0 in this group.
         self._root = 0 if group is None else dist.get_global_rank(group, 0)
+        # Where the ranks of the job found each other: a server of small values, on no one's file system.
+        self._store = PrefixStore("milepost", distributed_c10d._get_default_store())
 
     def gather(self, value: T) -> list[T] | None:
         out: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
@@ -102,6 +118,16 @@ class ProcessGroupComm:
     def barrier(self) -> None:
         dist.barrier(self._group)
 
+    def leave_word(self, name: str, text: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the rank that serves the store is gone
+            self._store.set(name, text)
+
+    def find_word(self, name: str) -> str | None:
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([name]):
+                return self._store.get(name).decode("utf-8", "replace")
+        return None
+
 
 def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
     """The ranks of ``group`` or of the default process group; one process when none is initialised.
@@ -116,13 +142,13 @@ def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
     return ProcessGroupComm(group)
 
 
-def failure_on(rank: int, error: Exception, kind: type[MilepostError] = SaveError) -> MilepostError:
+def failure_on(rank: int, error: BaseException, kind: type[MilepostError] = SaveError) -> MilepostError:
     """``error`` as one that can be told to the other ranks: it names ``rank`` and pickles.
 
     One that is none of Milepost's own becomes one of ``kind``.
     """
     if not isinstance(error, MilepostError):
-        told = kind(f"{type(error).__name__}: {error}", rank=rank)
+        told = kind(f"{type(error).__name__}: {error}".removesuffix(": "), rank=rank)
         told.__cause__ = error
         return told
     if error.rank is None:
@@ -133,16 +159,30 @@ def failure_on(rank: int, error: Exception, kind: type[MilepostError] = SaveErro
 def raise_together(comm: Comm, error: MilepostError | None) -> None:
     """Raise on every rank if any rank brings an error: the lowest rank's, saying how many more there are. Collective.
 
-    A rank that raised alone would leave the others waiting in their next collective.
+    A rank that raised alone would leave the others waiting in their next collective. One that was interrupted
+    (Ctrl-C) raises that, once the others have been told.
     """
-    brought = comm.gather(error)
-    verdict = merge_failures(brought) if brought is not None else None
-    verdict = comm.broadcast(verdict)
+    try:
+        brought = comm.gather(error)
+        verdict = merge_failures(brought) if brought is not None else None
+        verdict = comm.broadcast(verdict)
+    except RuntimeError as lost:
+        if error is not None:
+            raise error from lost  # the others can't be told, but here it is known what went wrong
+        raise
+    raise_interrupt(error)
     if verdict is None:
         return
     if error is not None and str(error) in str(verdict):
         raise verdict from error
     raise verdict
+
+
+def raise_interrupt(error: MilepostError | None) -> None:
+    """Raise the KeyboardInterrupt or SystemExit that ``error`` tells the other ranks of, if it does."""
+    cause = error.__cause__ if error is not None else None
+    if cause is not None and not isinstance(cause, Exception):
+        raise cause
 
 
 def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | None:
@@ -170,9 +210,11 @@ def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
     if comm.rank == 0:
         try:
             result = act()
-        except Exception as cause:  # noqa: BLE001 - the other ranks wait for the outcome
+        except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the outcome
             failure = failure_on(0, cause)
+    met = failure
     result, failure = comm.broadcast((result, failure))
+    raise_interrupt(met)
     if failure is not None:
         raise failure
     return cast("T", result)

@@ -260,7 +260,7 @@ def test_storage_that_does_not_hold_what_was_signed_for_is_not_published(
     storage = LocalStorage(memory_path)
     attempt, signed = begin(storage, name, nbytes)
     with pytest.raises(SaveError, match=message):
-        commit.publish(storage, attempt, "run/step-5", [signed], INFO, now=NOW)
+        commit.publish(storage, attempt, "run/step-5", [signed], INFO, now=NOW, visibility_s=0)
     assert catalog.scan(storage, "run") == []
 
 

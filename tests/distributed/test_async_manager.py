@@ -108,8 +108,8 @@ def _break_writes(manager: CheckpointManager) -> None:
     """Make this rank's next write fail: by a disk that is full, or a writer process that dies."""
     saver = manager._saver
     runner = saver._runner
+    saver.current.committed(60)
     if hasattr(runner, "pid"):
-        saver.current.committed(60)
         os.kill(runner.pid, signal.SIGKILL)
         while runner._process.poll() is None:
             time.sleep(0.01)

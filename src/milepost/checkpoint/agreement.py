@@ -14,7 +14,7 @@ from milepost.checkpoint.job import Form, Keep, SaveJob
 from milepost.checkpoint.layout import stored_as
 from milepost.checkpoint.plan import LocalLayout, WritePlan, plan_save
 from milepost.checkpoint.state import EMPTY_MAPPINGS, FlatState, Path, encode_object, flatten, unwrap_stateful
-from milepost.comm import Comm, failure_on, merge_failures
+from milepost.comm import Comm, failure_on, merge_failures, raise_interrupt
 from milepost.errors import MilepostError, SaveError, StorageError
 from milepost.storage.base import Storage
 
@@ -25,6 +25,8 @@ class Prepared:
 
     flat: FlatState
     objects: Mapping[str, bytes]
+    layout: LocalLayout
+    fingerprint: str
     error: MilepostError | None = None
 
 
@@ -45,6 +47,10 @@ class _Answer:
     attempt: str
     plan: WritePlan | None
     error: MilepostError | None
+
+
+def _nothing(error: MilepostError) -> Prepared:
+    return Prepared(FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), "", error)
 
 
 class Agreement:
@@ -73,17 +79,17 @@ class Agreement:
 
         ``error`` is one that this rank has met before (in the background); then nothing is prepared.
         """
-        nothing = FlatState({}, {}, {}, {})
         if error is not None:
-            return Prepared(nothing, {}, error)
+            return _nothing(error)
         try:
             flat = flatten(unwrap_stateful(make_state()))
             if dtype is not None:
                 flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
             objects = {key: encode_object(key, value) for key, value in flat.objects.items()}
-        except Exception as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
-            return Prepared(nothing, {}, failure_on(self._comm.rank, cause))
-        return Prepared(flat, objects)
+            layout = flat.layout()
+            return Prepared(flat, objects, layout, layout.fingerprint(flat.paths))
+        except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
+            return _nothing(failure_on(self._comm.rank, cause))
 
     def agree(
         self, target: str, prepared: Prepared, info: SaveInfo, keep: Keep | None, form: Form | None = None
@@ -95,21 +101,20 @@ class Agreement:
         Raises:
             SaveError, PlanError, ConfigError: on every rank, if any rank brought or met an error.
         """
-        layout = prepared.flat.layout()
-        fingerprint = layout.fingerprint(prepared.flat.paths)
-        known = self._plan is not None and fingerprint == self._fingerprint
+        known = self._plan is not None and prepared.fingerprint == self._fingerprint
         if known or prepared.error is not None:
             offer = _Offer(None, None, prepared.error)
         else:
-            offer = _Offer(layout, prepared.flat.paths, None)
+            offer = _Offer(prepared.layout, prepared.flat.paths, None)
         offers = self._comm.gather(offer)
         answer = self._comm.scatter(self._plan_for_all(target, offers) if offers is not None else None)
         if answer.error is not None:
             self._plan = None  # no rank may count on what rank 0 remembers
+            raise_interrupt(prepared.error)
             raise answer.error
         if answer.plan is not None:
             self._plan = answer.plan
-        self._fingerprint = fingerprint
+        self._fingerprint = prepared.fingerprint
         assert self._plan is not None
         is_first = self._comm.rank == 0
         job = SaveJob(
@@ -141,10 +146,10 @@ class Agreement:
             return [_Answer(save_id, attempt, plan, None) for plan in plans]
         except StorageError as cause:
             return self._refuse(offers, SaveError(cause.message, path=cause.path))
-        except Exception as cause:  # noqa: BLE001 - every rank must hear of it
+        except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
             return self._refuse(offers, cause)
 
-    def _refuse(self, offers: list[_Offer], cause: Exception) -> list[_Answer]:
+    def _refuse(self, offers: list[_Offer], cause: BaseException) -> list[_Answer]:
         self._layouts, self._paths = [], []
         told = failure_on(0, cause)
         return [_Answer("", "", None, told) for _ in offers]

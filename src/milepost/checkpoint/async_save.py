@@ -21,12 +21,15 @@ from milepost.checkpoint.agreement import Agreement
 from milepost.checkpoint.arena import Arena
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.background import InProcess, InThread
+from milepost.checkpoint.interrupt import interrupts_held
 from milepost.checkpoint.job import Form, Keep, SaveJob, sign_off_failure
 from milepost.checkpoint.layout import TensorLeaf
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.save import TIMEOUT_S, SaveReport, save_failure
 from milepost.checkpoint.stage import Staging, pin, unpin
-from milepost.comm import Comm, default_comm, raise_together
+from milepost.checkpoint.watch import watched
+from milepost.checkpoint.word import Word
+from milepost.comm import Comm, default_comm, failure_on, raise_together
 from milepost.errors import MilepostError, StorageError
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
@@ -137,7 +140,8 @@ class AsyncSaver:
             raise
         handle = SaveHandle(f"{self._storage.root}/{target}", job.save_id, sum(i.data_nbytes for i in job.plan.items))
         self._current, self._attempt = handle, job.attempt
-        task = _Task(self._storage, self._runner, self._arena, job, prepared.objects, handle)
+        word = Word(self._comm, job.save_id)
+        task = _Task(self._storage, self._runner, self._arena, job, prepared.objects, handle, word)
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
         task.attach(prepared.flat.tensors, self._fit_arena)
         plan_s = time.monotonic() - started
@@ -167,29 +171,38 @@ class AsyncSaver:
             MilepostError: on every rank, if that save failed and its failure was not raised before.
         """
         failure = self._wait_for_previous()
-        self._thread.shutdown()
-        self._runner.close()
-        if self._is_pinned:
-            unpin(self._arena.memory)
-        self._arena.close()
+        try:
+            self._let_go()
+        except BaseException as cause:  # noqa: BLE001 - the other ranks wait below
+            failure = failure or failure_on(self._comm.rank, cause)
         try:
             raise_together(self._comm, failure)
         finally:
             if failure is not None:
                 self._forget_failed()
 
+    def _let_go(self) -> None:
+        self._thread.shutdown()
+        self._runner.close()
+        if self._is_pinned:
+            unpin(self._arena.memory)
+        self._arena.close()
+
     def _wait_for_previous(self) -> MilepostError | None:
-        """Wait for the save that runs; its failure, once."""
+        """Wait for the save that runs; its failure, once. Ctrl-C counts as one: the others must hear of it."""
         if self._current is None:
             return None
-        if not self._current.done():
-            log_wait(self._current, self._comm.rank)
-        error = self._current._committed.exception()
+        try:
+            if not self._current.done():
+                log_wait(self._current, self._comm.rank)
+            error: BaseException | None = self._current._committed.exception()
+        except BaseException as cause:  # noqa: BLE001
+            error = cause
         return save_failure(self._comm.rank, error) if error is not None else None
 
     def _forget_failed(self) -> None:
         """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
-        if self._current is not None and self._current._committed.exception() is not None:
+        if self._current is not None and self._current.done() and self._current._committed.exception() is not None:
             self._current = None
             if self._comm.rank == 0:
                 commit.abort_attempt(self._storage, self._attempt)
@@ -206,6 +219,7 @@ class _Task:
         job: SaveJob,
         objects: Mapping[str, bytes],
         handle: SaveHandle,
+        word: Word,
     ):
         self._storage = storage
         self._runner = runner
@@ -214,14 +228,17 @@ class _Task:
         self._staging: Staging | None = None
         self._objects = objects
         self._handle = handle
+        self._word = word
         self._stage_s = 0.0
 
     def attach(self, leaves: Mapping[str, TensorLeaf], fit_arena: Callable[[WritePlan], memoryview]) -> None:
         """Make room and get ready to copy. An error goes to the handle."""
         try:
             self._staging = Staging(leaves, self._job.plan, fit_arena(self._job.plan))
-        except Exception as error:  # noqa: BLE001 - it is raised where the handle is asked
+        except BaseException as error:  # it is raised where the handle is asked
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
 
     def stage(self) -> None:
         """Copy into the arena. An error goes to the handle."""
@@ -230,8 +247,10 @@ class _Task:
         started = time.monotonic()
         try:
             self._staging.run()
-        except Exception as error:  # noqa: BLE001 - it is raised where the handle is asked
+        except BaseException as error:  # it is raised where the handle is asked
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
         self._staging = None  # holds tensors and a view of the arena
         self._stage_s = time.monotonic() - started
 
@@ -245,7 +264,10 @@ class _Task:
         if self._handle.done():
             return
         try:
-            result = self._runner.run(self._job, self._arena, self._objects, self._handle._add_written, self.announce)
+            with watched(self._what):
+                result = self._runner.run(
+                    self._job, self._arena, self._objects, self._handle._add_written, self.announce, self._word.check
+                )
         except Exception as error:  # noqa: BLE001 - the top of a thread: the handle carries it
             self._fail(error)
             return
@@ -263,8 +285,13 @@ class _Task:
             )
         )
 
-    def _fail(self, error: Exception) -> None:
+    def _what(self) -> str:
+        done = 100 * self._handle.progress
+        return f"rank {self._job.rank} is writing {self._handle.path} in the background ({done:.0f} % written)"
+
+    def _fail(self, error: BaseException) -> None:
         told = save_failure(self._job.rank, error)
+        self._word.leave(told)
         self._tell_others(told)
         if not self._handle._staged.done():
             self._handle._staged.set_exception(told)
@@ -296,6 +323,7 @@ def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
         log.info("waited %.2f s for %s to be committed", waited, handle.path)
 
 
+@interrupts_held()
 def async_save(
     path: str | PathLike[str],
     state_dict: Mapping[str, Any],

@@ -7,6 +7,7 @@ finishes what was staged; then it leaves.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+from milepost.checkpoint import commit
 from milepost.checkpoint.arena import Arena
-from milepost.checkpoint.job import JobResult, SaveJob, run_job
+from milepost.checkpoint.job import JobResult, SaveJob, run_job, sign_off_failure
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.writer import FileImage
-from milepost.errors import MilepostError, SaveError
+from milepost.errors import MilepostError, SaveError, StorageError
+from milepost.storage import LocalStorage
 from milepost.storage.base import Storage
 
 
@@ -39,6 +42,10 @@ NO_PLAN = WritePlan(0, "", (), (), 0)
 """Stands in a request for the plan that the writer process has already."""
 
 
+RELAY_S = 1.0
+"""How often a trainer that waits for its writer process looks whether another rank has failed."""
+
+
 class InThread:
     """Runs jobs in the calling thread, which is a background thread of the trainer."""
 
@@ -52,9 +59,11 @@ class InThread:
         objects: Mapping[str, bytes],
         on_progress: Callable[[int], None],
         on_accepted: Callable[[], None],
+        check: Callable[[], None],
     ) -> JobResult:
         on_accepted()
-        return run_job(self._storage, job, FileImage(arena.memory), objects, detached=True, on_progress=on_progress)
+        image = FileImage(arena.memory)
+        return run_job(self._storage, job, image, objects, detached=True, on_progress=on_progress, give_up=check)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -83,8 +92,11 @@ class InProcess:
         objects: Mapping[str, bytes],
         on_progress: Callable[[int], None],
         on_accepted: Callable[[], None],
+        check: Callable[[], None],
     ) -> JobResult:
         """Hand a job over and return its result. From ``on_accepted`` on, it is done even if this process dies.
+
+        ``check`` is asked now and then, and raises what another rank failed with.
 
         Raises:
             MilepostError: as the job raised it.
@@ -100,7 +112,11 @@ class InProcess:
             connection.send(Request(self._root, sent, known, arena.nbytes, objects))
             self._sent_plan = job.plan
             on_accepted()
+            relayed = False
             while True:
+                if not connection.poll(RELAY_S):
+                    relayed = relayed or self._relay(job, check)
+                    continue
                 answer = connection.recv()
                 if isinstance(answer, int):
                     on_progress(answer)
@@ -110,6 +126,20 @@ class InProcess:
                     return _checked(answer)
         except (EOFError, OSError) as error:
             raise self._died(job) from error
+
+    def _relay(self, job: SaveJob, check: Callable[[], None]) -> bool:
+        """Put into storage, for the writer process, the failure of a rank that could not do it itself, if there is."""
+        try:
+            check()
+        except SaveError as error:
+            storage = LocalStorage(self._root)
+            with contextlib.suppress(StorageError):  # it was told already
+                if job.rank == 0:
+                    sign_off_failure(storage, replace(job, rank=error.rank or 0), error.message)
+                else:
+                    commit.fail_attempt(storage, job.attempt, error.message)
+            return True
+        return False
 
     def close(self) -> None:
         """Let the writer process go; it exits at the end of its work."""

@@ -42,6 +42,9 @@ OWNER_PREFIX = "owner-"
 OWNERLESS_LIFETIME_S = 3600.0
 """An attempt without an owner's record was cut short while being made, or is being made right now."""
 
+VISIBILITY_S = 60.0
+"""What another machine wrote, or how long it is, may show only so much later: NFS caches both."""
+
 _FAILED_NAME = "failed"
 _COMMITTED_NAME = "committed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
@@ -115,12 +118,20 @@ def _why_not_replace(storage: Storage, target: str) -> str:
 
 
 def publish(
-    storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo, *, now: float
+    storage: Storage,
+    attempt: str,
+    target: str,
+    signed: Sequence[SignOff],
+    info: SaveInfo,
+    *,
+    now: float,
+    visibility_s: float = VISIBILITY_S,
 ) -> Manifest:
     """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
 
     ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``now`` is in seconds since the epoch. What
-    was at ``target`` before is there, whole, until the new checkpoint is.
+    was at ``target`` before is there, whole, until the new checkpoint is. For files that do not show yet as they were
+    signed for, it waits up to ``visibility_s``.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
@@ -129,7 +140,7 @@ def publish(
     """
     manifest, crcs = assemble(signed, info, now=now)
     data = data_folder(attempt)
-    _check_sizes(storage, data, manifest)
+    _check_sizes(storage, data, manifest, visibility_s)
     manifest = _write_records(storage, data, manifest, crcs)
     _put_in_place_and_sweep(storage, attempt, target, manifest.save_id)
     return manifest
@@ -152,7 +163,7 @@ def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[st
         if entry.name not in sizes
     }
     record = replace(record, files=found | {name: FileEntry(nbytes) for name, nbytes in sizes.items()})
-    _check_sizes(storage, data, record)
+    _check_sizes(storage, data, record, VISIBILITY_S)
     storage.write(f"{data}/{MANIFEST_NAME}", to_json(record))
     storage.sync_folder(data)
     _put_in_place_and_sweep(storage, attempt, target, record.save_id)
@@ -169,14 +180,21 @@ def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id
         discard_quietly(storage, aside)
 
 
-def _check_sizes(storage: Storage, data: str, manifest: Manifest) -> None:
+def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: float) -> None:
     """What the ranks signed for must be what the storage holds: no file missing, none too short, none unknown."""
-    found = {entry.name: entry.nbytes for entry in storage.list(data)}
-    faults = [
-        f"{name} has {found.get(name, 'no')} bytes in storage, but its rank signed for {entry.nbytes}"
-        for name, entry in sorted(manifest.files.items())
-        if found.get(name) != entry.nbytes
-    ]
+    deadline = time.monotonic() + visibility_s
+    wait_s = 0.01
+    while True:
+        found = {entry.name: entry.nbytes for entry in storage.list(data)}
+        faults = [
+            f"{name} has {found.get(name, 'no')} bytes in storage, but its rank signed for {entry.nbytes}"
+            for name, entry in sorted(manifest.files.items())
+            if found.get(name) != entry.nbytes
+        ]
+        if not faults or time.monotonic() >= deadline:
+            break
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 1.0)
     faults += [f"nobody signed for {name}" for name in sorted(found.keys() - manifest.files.keys())]
     if faults:
         raise SaveError(f"the save is not whole, nothing was committed: {'; '.join(faults[:_MAX_FAULTS])}", path=data)
@@ -249,10 +267,13 @@ def wait_for_outcome(
 ) -> None:
     """Return once the save is committed; for the ranks that do not publish themselves.
 
+    ``give_up`` says why to stop, or None; or raises the error to end with.
+
     Raises:
         SaveError: the save failed, or there was no outcome within ``timeout_s``.
     """
     deadline = clock() + timeout_s
+    gone_until: float | None = None
     while True:
         names = {entry.name for entry in storage.list(attempt)}
         if _FAILED_NAME in names:
@@ -263,7 +284,13 @@ def wait_for_outcome(
         if not names:
             if _save_id_at(storage, target) == save_id:
                 return
-            raise SaveError(f"the save of {storage.root}/{target} was given up before it was committed", path=target)
+            # The attempt is gone at once, but the checkpoint that it has become may show later.
+            if gone_until is None:
+                gone_until = min(deadline, clock() + VISIBILITY_S)
+            if clock() >= gone_until:
+                raise SaveError(
+                    f"the save of {storage.root}/{target} was given up before it was committed", path=target
+                )
         reason = give_up()
         if reason is not None or clock() >= deadline:
             raise SaveError(

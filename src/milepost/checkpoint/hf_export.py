@@ -8,7 +8,6 @@ from milepost.checkpoint.layout import dtype_name, stored_as
 from milepost.checkpoint.state import flatten
 from milepost.checkpoint.training_state import TrainingState
 from milepost.comm import Comm, failure_on, raise_together
-from milepost.errors import MilepostError
 from milepost.interop.hf_form import HfForm, HfModel
 from milepost.interop.hf_save import HfTarget, plan_image
 
@@ -19,18 +18,21 @@ def hf_form(comm: Comm, hf: HfModel, state: TrainingState, dtype: torch.dtype | 
     Raises:
         ConversionError: on every rank, if the model is not one that the tables know; nothing was written.
     """
-    leaves = flatten(state.state_dict(("model",))).tensors
-    stored = {
-        key: dtype_name(leaf.dtype if dtype is None else stored_as(leaf, dtype).dtype) for key, leaf in leaves.items()
-    }
+    stored: dict[str, str] = {}
+    failure = None
+    try:
+        for key, leaf in flatten(state.state_dict(("model",))).tensors.items():
+            stored[key] = dtype_name(leaf.dtype if dtype is None else stored_as(leaf, dtype).dtype)
+    except BaseException as cause:  # noqa: BLE001 - the other ranks wait for what this one holds
+        failure = failure_on(comm.rank, cause)
+    raise_together(comm, failure)
     brought = comm.gather(stored)
     merged = {key: name for part in brought for key, name in part.items()} if brought is not None else {}
     dtypes = comm.broadcast(merged)
     target = HfTarget(model=hf.name, args=hf.args, dtypes=dtypes, assets=hf.assets)
-    failure = None
     try:
         plan_image(target)  # refuses a model that the tables do not know
-    except MilepostError as error:
-        failure = failure_on(comm.rank, error)
+    except BaseException as cause:  # noqa: BLE001 - as above
+        failure = failure_on(comm.rank, cause)
     raise_together(comm, failure)
     return HfForm(target)

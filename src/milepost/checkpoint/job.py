@@ -105,7 +105,7 @@ def run_job(
 
     When this returns on rank 0 the checkpoint is committed. ``detached`` jobs run without a training thread that
     could exchange the outcome: other ranks then wait for it in storage, and rank 0 leaves it there when it fails.
-    ``give_up`` is asked while waiting and says why to stop, or None.
+    ``give_up`` is asked while waiting and says why to stop, or None; or raises the SaveError to end with.
 
     Raises:
         SaveError: this rank failed, or any rank did (on rank 0, and everywhere if detached), named.
@@ -118,9 +118,10 @@ def run_job(
         wrote = time.monotonic()
         if job.info is not None:
             contents = _publish(storage, job, job.info, give_up)
-    except Exception as error:
+    except BaseException as error:
         if detached and job.info is not None:
-            commit.fail_attempt(storage, job.attempt, f"rank {job.rank}: {error}")
+            with contextlib.suppress(StorageError):  # the first error is the one to tell
+                commit.fail_attempt(storage, job.attempt, f"rank {job.rank}: {error}")
         raise
     if detached and job.info is None:
         commit.wait_for_outcome(storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=give_up)
@@ -152,7 +153,7 @@ def write_and_sign_off(
             written = (write_file(storage, folder, job.plan, source, objects, on_progress=on_progress),)
         storage.sync_folder(folder)
         sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, written))
-    except Exception as error:
+    except BaseException as error:
         with contextlib.suppress(StorageError):  # the first error is the one to tell
             sign_off_failure(storage, job, f"{type(error).__name__}: {error}")
         raise

@@ -16,11 +16,13 @@ from os import PathLike, fspath
 from typing import Any
 
 from milepost import catalog
+from milepost.checkpoint.interrupt import interrupts_held
 from milepost.checkpoint.layout import dtype_name
 from milepost.checkpoint.plan import plan_load
 from milepost.checkpoint.progress import Progress
 from milepost.checkpoint.reader import read_objects, read_tensors
 from milepost.checkpoint.state import FlatState, flatten, restore_stateful, unwrap_stateful
+from milepost.checkpoint.watch import watched
 from milepost.comm import Comm, default_comm, failure_on, raise_together
 from milepost.errors import MilepostError, StateMismatchError
 from milepost.format.digest import BlockDigests, parse_digests
@@ -56,6 +58,7 @@ class LoadReport:
     """What a user should know: which newer steps were passed over, what was not restored."""
 
 
+@interrupts_held()
 def load(
     path: str | PathLike[str],
     into: MutableMapping[str, Any],
@@ -89,7 +92,7 @@ def load(
     failure = None
     try:
         restore_stateful(into, unwrapped)
-    except Exception as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
+    except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     return report
@@ -112,18 +115,20 @@ def load_from(
     report, failure = None, None
     unwanted: set[str] = set()
     try:
-        manifest = catalog.read_manifest(storage, folder)
+        with watched(f"rank {comm.rank} is reading the manifest of {storage.root}/{folder}"):
+            manifest = catalog.read_manifest(storage, folder)
         flat = flatten(make_target(manifest))
         fit = compare(manifest, flat)
         unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
         fit.check(f"{storage.root}/{folder}", strict=strict)
-    except Exception as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+    except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
     try:
-        report = _read(storage, folder, manifest, flat, fit, started, is_first=comm.rank == 0)
-    except Exception as cause:  # noqa: BLE001 - as above
+        with watched(f"rank {comm.rank} is reading {storage.root}/{folder}"):
+            report = _read(storage, folder, manifest, flat, fit, started, is_first=comm.rank == 0)
+    except BaseException as cause:  # noqa: BLE001 - as above
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     assert report is not None

@@ -102,7 +102,7 @@ class Loader:
         try:
             remark = self._state.restore(wanted, target, same_layout=same_layout)
             notes += [remark] if remark else []
-        except Exception as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
+        except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
             failure = failure_on(self._comm.rank, cause, MilepostError)
         raise_together(self._comm, failure)
         if self._config.exclude_from_loading:
@@ -122,7 +122,7 @@ class Loader:
                 )
             leaves = flatten(self._state.state_dict(("model",))).tensors
             found = load_hf(path, self._hf.name, self._hf.args, leaves)
-        except Exception as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         assert found is not None

@@ -8,13 +8,13 @@ whether it grows: no clocks are compared. (The lease by observation is that of C
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from milepost.catalog import DELETING_PREFIX
 from milepost.checkpoint.owner import Owner, is_alive, is_here, parse_owner, this_process
 from milepost.errors import FormatError, RunLockedError, StorageError
 from milepost.storage.base import Storage, join
@@ -26,6 +26,24 @@ BEAT_S = 20.0
 """A holder adds a byte to its lock this often."""
 LEASE_S = 90.0
 """A lock from another machine that has not grown for this long is taken for a dead run's."""
+
+_RIGHT_PREFIX = LOCK_NAME + "-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A lock as it stood at some moment. Two that are torn are told apart by their time alone."""
+
+    text: bytes
+    mtime_s: float
+
+    @property
+    def owner(self) -> Owner | None:
+        """Its holder; None for one that is torn by a crash, or being written: only its growth tells."""
+        try:
+            return parse_owner(self.text.rstrip(b".\n"), LOCK_NAME)
+        except FormatError:
+            return None
 
 
 class RunLock:
@@ -48,76 +66,117 @@ class RunLock:
         self._storage = storage
         self._folder = folder
         self._path = join(folder, LOCK_NAME)
+        self._lease_s = lease_s
+        self._sleep = sleep
         storage.make_folder(folder)
-        while not self._take():
-            self._break_or_refuse(lease_s, sleep)
+        while not self._take(self._path):
+            self._break_or_refuse()
+        self._forget_rights()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(beat_s,), name="milepost-lock", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Let another run in. Never fails: a lock that can't be removed is broken once this process has ended."""
-        if not self._released.is_set():
-            self._released.set()
-            self._thread.join()
-            try:
-                self._storage.remove(self._path)
-            except StorageError as error:
-                log.warning("the lock of this run is left over: %s", error)
-
-    def _take(self) -> bool:
+        """Let another run in. Never fails: a lock that can't be taken away is logged, and taken for a dead run's later."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._thread.join()
         try:
-            self._storage.write(self._path, this_process(time.time()).dump() + b"\n")
+            if self._is_ours():
+                self._storage.remove(self._path)
+        except StorageError as error:
+            log.warning("the lock of this run could not be taken away: %s", error)
+
+    def _take(self, path: str) -> bool:
+        """Whether the file, which says who we are, could be made: of several that try, one can."""
+        self._record = this_process(time.time()).dump() + b"\n"
+        try:
+            self._storage.write(path, self._record)
         except StorageError as error:
             if error.errno == errno.EEXIST:
                 return False
             raise
         return True
 
+    def _is_ours(self) -> bool:
+        """Not if the lease ran out while this process was stopped, and another run has come."""
+        seen = self._look(self._path)
+        return seen is not None and seen.text.startswith(self._record)
+
+    def _look(self, path: str) -> _Seen | None:
+        """What stands at ``path``; None if nothing."""
+        try:
+            found = self._storage.stat(path)
+            return _Seen(self._storage.read(path, 1 << 20), found.mtime_s) if found is not None else None
+        except StorageError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+
     def _beat(self, beat_s: float) -> None:
         while not self._released.wait(beat_s):
             try:
+                if not self._is_ours():
+                    log.warning("%s is no longer this run's: another one has taken it", self._path)
+                    return
                 self._storage.append(self._path, b".")
             except StorageError as error:  # the lease may run out; training need not stop for it
                 log.warning("the lock of this run could not be renewed: %s", error)
 
-    def _break_or_refuse(self, lease_s: float, sleep: Callable[[float], None]) -> None:
-        try:
-            seen = self._storage.read(self._path, 1 << 20)
-        except StorageError:
+    def _break_or_refuse(self) -> None:
+        seen = self._look(self._path)
+        if seen is None:
             return  # it was released this moment
-        owner = _owner_in(seen)
-        if owner is not None and is_here(owner):
-            mine = owner.pid == this_process(0.0).pid
-            if not mine and is_alive(owner, time.time()):
-                raise self._refusal(owner)
-        elif self._grows(len(seen), owner, lease_s, sleep):
-            raise self._refusal(owner)
-        self._break(seen)
+        if self._is_held(self._path, seen):
+            raise self._refusal((self._look(self._path) or seen).owner)
+        self._break(self._path, seen)
 
-    def _grows(self, nbytes: int, owner: Owner | None, lease_s: float, sleep: Callable[[float], None]) -> bool:
-        """Whether its holder, on another machine, is seen to live within a lease."""
-        log.info("%s is held by %s: waiting up to %.0f s to see whether it lives", self._path, owner or "?", lease_s)
-        for _ in range(int(lease_s)):
-            sleep(1.0)
-            found = self._storage.stat(self._path)
+    def _is_held(self, path: str, seen: _Seen) -> bool:
+        """Whether a lock is that of a living process other than this one."""
+        owner = seen.owner
+        if owner is not None and is_here(owner):
+            return owner.pid != this_process(0.0).pid and is_alive(owner, time.time())
+        return self._grows(path, len(seen.text), owner)
+
+    def _grows(self, path: str, nbytes: int, owner: Owner | None) -> bool:
+        """Whether its holder, on another machine or not yet named, is seen to live within a lease."""
+        log.info("%s is held by %s: waiting up to %.0f s to see whether it lives", path, owner or "?", self._lease_s)
+        for _ in range(int(self._lease_s)):
+            self._sleep(1.0)
+            found = self._storage.stat(path)
             if found is None:
                 return False
             if found.nbytes != nbytes:
                 return True
         return False
 
-    def _break(self, seen: bytes) -> None:
-        """Take a dead run's lock away. Of several that try, one succeeds; the others look again."""
-        aside = join(self._folder, DELETING_PREFIX + uuid.uuid4().hex)
+    def _break(self, path: str, seen: _Seen) -> None:
+        """Take a dead run's lock away, if it is still the one that was seen.
+
+        The right to do so is a lock too, named after what was seen: so no one takes away the lock of a run that was
+        quicker. A right whose holder has died is broken likewise.
+        """
+        right = join(self._folder, _RIGHT_PREFIX + hashlib.blake2b(repr(seen).encode(), digest_size=8).hexdigest())
+        if self._take(right):
+            if self._look(path) == seen:
+                self._storage.remove(path)
+            self._storage.remove(right)
+            return
+        other = self._look(right)
+        if other is not None and not self._is_held(right, other):
+            self._break(right, other)
+        else:
+            self._sleep(0.01)
+
+    def _forget_rights(self) -> None:
+        """Remove what those left who died while they broke a lock. It was about locks before this one."""
         try:
-            self._storage.rename(self._path, aside)
-        except StorageError:
-            return
-        if self._storage.read(aside, 1 << 20) != seen:  # someone else broke it and took it first
-            self._storage.rename(aside, self._path)
-            return
-        self._storage.remove(aside)
+            for entry in self._storage.list(self._folder):
+                if entry.name.startswith(_RIGHT_PREFIX):
+                    self._storage.remove(join(self._folder, entry.name))
+        except StorageError as error:
+            log.warning("what is left of broken locks could not be removed: %s", error)
 
     def _refusal(self, owner: Owner | None) -> RunLockedError:
         who = f"{owner}, since {_when(owner.created_s)}" if owner is not None else "a process that left no name"
@@ -126,13 +185,6 @@ class RunLock:
             "another job.dump_folder or checkpoint.folder; to only read, set checkpoint.load_only",
             path=self._path,
         )
-
-
-def _owner_in(data: bytes) -> Owner | None:
-    try:
-        return parse_owner(data.rstrip(b".\n"), LOCK_NAME)
-    except FormatError:
-        return None  # torn by a crash: only its growth tells
 
 
 def _when(seconds: float) -> str:

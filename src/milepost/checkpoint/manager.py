@@ -23,6 +23,7 @@ from milepost.checkpoint.async_save import AsyncSaver, SaveHandle, log_wait
 from milepost.checkpoint.commit import live_owners, sweep_leftovers
 from milepost.checkpoint.events import SaveEvent, note_event, suspicion
 from milepost.checkpoint.hf_export import hf_form
+from milepost.checkpoint.interrupt import interrupts_held
 from milepost.checkpoint.job import Keep
 from milepost.checkpoint.load import LoadReport
 from milepost.checkpoint.loader import Loader
@@ -51,6 +52,9 @@ WRITERS_TIMEOUT_S = 120.0
 class CheckpointManager:
     """Saves and resumes a training run. All methods are collective: call them on every rank.
 
+    Ctrl-C in the middle of one raises KeyboardInterrupt at its end, so that no rank is left waiting for this one; a
+    second Ctrl-C raises it at once.
+
     Example::
 
         manager = CheckpointManager("outputs/checkpoint", CheckpointConfig(enable=True, interval=100),
@@ -75,6 +79,7 @@ class CheckpointManager:
     Raises (from every method, on every rank): subclasses of :class:`milepost.MilepostError`.
     """
 
+    @interrupts_held()
     def __init__(
         self,
         folder: str | PathLike[str],
@@ -110,7 +115,7 @@ class CheckpointManager:
                 rank=self._comm.rank,
             )
             self._saver = self._make_saver()
-        except Exception as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
+        except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
             failure = failure_on(self._comm.rank, cause, MilepostError)
         raise_together(self._comm, failure)
         self._lock: RunLock | None = None  # rank 0 holds it
@@ -145,6 +150,7 @@ class CheckpointManager:
         return join(self._storage.root, self._folder)
 
     @property
+    @interrupts_held()
     def latest_step(self) -> int | None:
         """The newest step that can be loaded, of whatever kind; None if there is none. Collective."""
         if not self._config.enable:
@@ -152,6 +158,7 @@ class CheckpointManager:
         steps = [entry.step for entry in on_rank_0(self._comm, self._loader.scan) if entry.is_usable]
         return max(steps, default=None)
 
+    @interrupts_held()
     def load(self) -> LoadReport | None:
         """Resume, or start from ``initial_load_path``; None when there is nothing to load and training starts afresh.
 
@@ -166,6 +173,7 @@ class CheckpointManager:
             self._protected[report.resumed_step] = "this run resumed from it"
         return report
 
+    @interrupts_held()
     def save(self, step: int, *, last_step: bool = False) -> bool:
         """Save if a checkpoint is due after ``step``; returns whether one was begun.
 
@@ -208,6 +216,7 @@ class CheckpointManager:
         pending.stall_s += blocked.seconds
         self._stall_s = pending.stall_s
 
+    @interrupts_held()
     def close(self) -> None:
         """Wait until the last save is committed (rank 0 logs how far it is), and let go of memory and processes.
 

@@ -49,7 +49,7 @@ def this_process(now: float) -> Owner:
         boot_id=_read("/proc/sys/kernel/random/boot_id"),
         pid_namespace=_pid_namespace(),
         pid=pid,
-        started=_started(pid),
+        started=_started(pid) or "",
         created_s=now,
     )
 
@@ -78,7 +78,7 @@ def is_here(owner: Owner) -> bool:
 def is_alive(owner: Owner, now: float) -> bool:
     """Whether the process may still be at work. True when in doubt, for a day."""
     if is_here(owner):
-        return owner.boot_id == this_process(now).boot_id and owner.started == _started(owner.pid)
+        return owner.boot_id == this_process(now).boot_id and _started(owner.pid) in (owner.started, None)
     return now - owner.created_s < FOREIGN_LIFETIME_S
 
 
@@ -96,9 +96,18 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """Start time of a process; empty if there is none, or it is dead and only waits to be reaped."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
+def _started(pid: int) -> str | None:
+    """Start time of a process; empty if there is none, or it is dead and only waits to be reaped.
+
+    None if that can't be told, for want of a free file descriptor, say.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
     if len(fields) < 20 or fields[0] in "ZXx":
         return ""
     return fields[19]

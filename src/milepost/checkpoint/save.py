@@ -19,9 +19,12 @@ from milepost.catalog import step_of
 from milepost.checkpoint import commit
 from milepost.checkpoint.agreement import Agreement
 from milepost.checkpoint.assemble import SaveInfo
+from milepost.checkpoint.interrupt import interrupts_held
 from milepost.checkpoint.job import Form, JobResult, Keep, SaveJob, run_job
 from milepost.checkpoint.progress import Progress
 from milepost.checkpoint.stage import TensorBlocks
+from milepost.checkpoint.watch import watched
+from milepost.checkpoint.word import Word
 from milepost.comm import Comm, default_comm, raise_together
 from milepost.errors import MilepostError, SaveError
 from milepost.storage import open_storage
@@ -49,6 +52,7 @@ class SaveReport:
     """On rank 0: a digest of each part of the state. Equal in two saves if nothing changed between them."""
 
 
+@interrupts_held()
 def save(
     path: str | PathLike[str],
     state_dict: Mapping[str, Any],
@@ -128,16 +132,21 @@ class Saver:
 
     def _write(self, job: SaveJob, source: TensorBlocks, objects: Mapping[str, bytes]) -> JobResult:
         result, failure = None, None
-        share = sum(item.data_nbytes for item in job.plan.items)
-        progress = Progress(f"saving {self._storage.root}/{job.target}", share)
-        told = progress.add if self._comm.rank == 0 else None
+        word = Word(self._comm, job.save_id)
+        where = f"{self._storage.root}/{job.target}"
+        progress = Progress(f"saving {where}", sum(item.data_nbytes for item in job.plan.items))
+        told = progress.add if job.rank == 0 else None
         try:
-            result = run_job(self._storage, job, source, objects, on_progress=told)
-        except Exception as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+            with watched(f"rank {job.rank} is writing {where}"):
+                result = run_job(self._storage, job, source, objects, on_progress=told, give_up=word.check)
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
+            word.leave(failure)
+        news = failure.message if failure is not None else "it has done its part"
         try:
-            raise_together(self._comm, failure)
-        except MilepostError:
+            with watched(f"rank {job.rank} waits for the other ranks to hear of {where}: {news}"):
+                raise_together(self._comm, failure)
+        except BaseException:
             if self._comm.rank == 0:
                 commit.abort_attempt(self._storage, job.attempt)
             raise

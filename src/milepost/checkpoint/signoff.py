@@ -7,6 +7,7 @@ ends with a CRC-32. Rank 0 builds the manifest from them, so no collective is ne
 from __future__ import annotations
 
 import json
+import logging
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from milepost.checkpoint.plan import WriteItem
+from milepost.checkpoint.watch import SLOW_S
 from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.digest import crc32, from_bytes, to_bytes
 from milepost.storage.base import Storage
+
+_log = logging.getLogger(__name__)
 
 _MAGIC = b"MILESGN\x01"
 _HEAD = struct.Struct("<8sQQ")  # magic, bytes of JSON, number of block CRCs; then both, then a CRC-32 of all before
@@ -136,13 +140,15 @@ def wait_for_sign_offs(
 ) -> tuple[SignOff, ...]:
     """The sign-offs of all ranks, by rank.
 
-    Looks every ``poll_s`` at first, then less and less often (at least twice a second).
+    Looks every ``poll_s`` at first, then less and less often (at least twice a second), and logs every ``SLOW_S``
+    seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the error to end with.
 
     Raises:
         SaveError: a rank signed off with an error (``rank`` names it), the attempt is gone, or ranks are missing
             after ``timeout_s``.
     """
-    deadline = clock() + timeout_s
+    started = told = clock()
+    deadline = started + timeout_s
     signed: dict[int, SignOff] = {}
     while True:
         names = {entry.name for entry in storage.list(attempt)}
@@ -157,8 +163,17 @@ def wait_for_sign_offs(
         if len(signed) == world_size:
             return tuple(signed[rank] for rank in range(world_size))
         reason = give_up()
+        missing = [rank for rank in range(world_size) if rank not in signed]
+        if clock() - told >= SLOW_S:
+            told = clock()
+            _log.warning(
+                "rank 0 has waited %.0f s for %s of %d to finish writing %s",
+                told - started,
+                rank_list(missing),
+                world_size,
+                attempt,
+            )
         if reason is not None or clock() >= deadline:
-            missing = [rank for rank in range(world_size) if rank not in signed]
             raise SaveError(
                 f"{rank_list(missing)} of {world_size} did not finish writing "
                 f"{reason or f'within {timeout_s:g} s'}; nothing was "

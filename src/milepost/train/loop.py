@@ -242,8 +242,8 @@ class Trainer:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             try:
                 load()
-            except MilepostError as error:
-                failure = failure_on(dist.get_rank(), error)
+            except BaseException as error:  # noqa: BLE001 - the other ranks wait for it
+                failure = failure_on(dist.get_rank(), error, MilepostError)
         raise_together(default_comm(), failure)
         return load()
 

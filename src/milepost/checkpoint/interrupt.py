@@ -1,0 +1,41 @@
+"""Ctrl-C while ranks talk to each other: held back until they are done."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+log = logging.getLogger("milepost")
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt at the end of the block, and not within; a second one does so at once.
+
+    A rank that left between two exchanges would leave the others waiting. Only Python's own way of raising
+    KeyboardInterrupt is put off, on the main thread: a program that handles SIGINT itself is not touched. Blocks nest.
+    """
+    default = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not default:
+        yield
+        return
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, default)
+        log.warning("interrupted: stopping when the ranks are done with each other; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, default)
+        if came:
+            raise KeyboardInterrupt  # it goes before an error of the block, which is then its context
