@@ -2,6 +2,7 @@
 # make train   train the debug model on the CPU (two minutes on two cores)
 # make test    the test suite            make test-slow   the tests that take minutes each
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
+# make fuzz    a hundred thousand hostile inputs to every reader, in a few minutes; SEED=n repeats a run
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
 # make docs    the documentation, into build/docs; every warning is an error
 # make lint    formatting, lint, types and the import contracts; make format puts the first in order
@@ -14,8 +15,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 NGPU ?= 2
 CONFIG_FILE ?= ./configs/debug_cpu.toml
+INPUTS ?= 100000
 
-.PHONY: help setup train test test-slow reliability bench docs lint format clean
+.PHONY: help setup train test test-slow reliability fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -41,6 +43,9 @@ reliability: $(STAMP)
 	@mkdir -p build && rm -f build/tally.jsonl
 	MILEPOST_TALLY=build/tally.jsonl timeout 3000 $(BIN)/python -m pytest -q tests/crash tests/attacks
 	$(BIN)/python docs/reliability_table.py build/tally.jsonl
+
+fuzz: $(STAMP)
+	timeout 3000 $(BIN)/python tests/attacks/fuzz.py --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 bench: $(STAMP)
 	timeout 1200 $(BIN)/python benchmarks/bench_engine.py

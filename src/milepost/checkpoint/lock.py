@@ -26,6 +26,8 @@ BEAT_S = 20.0
 """A holder adds a byte to its lock this often."""
 LEASE_S = 90.0
 """A lock from another machine that has not grown for this long is taken for a dead run's."""
+MAX_LOCK_NBYTES = 16 << 20
+"""What a holder's bytes come to in ten years."""
 
 
 class RunLock:
@@ -80,8 +82,10 @@ class RunLock:
 
     def _break_or_refuse(self, lease_s: float, sleep: Callable[[float], None]) -> None:
         try:
-            seen = self._storage.read(self._path, 1 << 20)
-        except StorageError:
+            seen = self._storage.read(self._path, MAX_LOCK_NBYTES)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:  # a link, a folder, a server that is down
+                raise
             return  # it was released this moment
         owner = _owner_in(seen)
         if owner is not None and is_here(owner):
@@ -109,9 +113,11 @@ class RunLock:
         aside = join(self._folder, DELETING_PREFIX + uuid.uuid4().hex)
         try:
             self._storage.rename(self._path, aside)
-        except StorageError:
+        except StorageError as error:
+            if error.errno != errno.ENOENT:  # not ours to take away: looking again would not end
+                raise
             return
-        if self._storage.read(aside, 1 << 20) != seen:  # someone else broke it and took it first
+        if self._storage.read(aside, MAX_LOCK_NBYTES) != seen:  # someone else broke it and took it first
             self._storage.rename(aside, self._path)
             return
         self._storage.remove(aside)
