@@ -3,6 +3,7 @@
 # make test    the test suite            make test-slow   the tests that take minutes each
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), some ten minutes
+# make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
 # make docs    the documentation, into build/docs; every warning is an error
 # make lint    formatting, lint, types and the import contracts; make format puts the first in order
@@ -16,8 +17,9 @@ STAMP := .venv/.installed
 NGPU ?= 2
 KILLS ?= 50
 CONFIG_FILE ?= ./configs/debug_cpu.toml
+INPUTS ?= 100000
 
-.PHONY: help setup train test test-slow reliability soak bench docs lint format clean
+.PHONY: help setup train test test-slow reliability soak fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -46,6 +48,9 @@ reliability: $(STAMP)
 
 soak: $(STAMP)
 	timeout 5400 $(BIN)/python tests/crash/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(STAMP)
+	timeout 3000 $(BIN)/python tests/attacks/fuzz.py --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 bench: $(STAMP)
 	timeout 1200 $(BIN)/python benchmarks/bench_engine.py

@@ -423,7 +423,7 @@ def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
     try:
         said = json.loads(storage.read(mark, MAX_MARK_NBYTES))
         return str(said["reason"]) if said["record_id"] == record_id else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # not one of ours
     except StorageError as error:
         if error.errno not in _UNFIT:

@@ -26,6 +26,8 @@ BEAT_S = 20.0
 """A holder adds a byte to its lock this often."""
 LEASE_S = 90.0
 """A lock from another machine that has not grown for this long is taken for a dead run's."""
+MAX_LOCK_NBYTES = 16 << 20
+"""What a holder's bytes come to in ten years."""
 
 _RIGHT_PREFIX = LOCK_NAME + "-"
 
@@ -77,7 +79,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let another run in. Never fails: a lock that can't be taken away is logged, and taken for a dead run's later."""
+        """Let another run in. A lock that can't be taken away is logged: it is a dead run's later."""
         if self._released.is_set():
             return
         self._released.set()
@@ -108,7 +110,7 @@ class RunLock:
         """What stands at ``path``; None if nothing."""
         try:
             found = self._storage.stat(path)
-            return _Seen(self._storage.read(path, 1 << 20), found.mtime_s) if found is not None else None
+            return _Seen(self._storage.read(path, MAX_LOCK_NBYTES), found.mtime_s) if found is not None else None
         except StorageError as error:
             if error.errno == errno.ENOENT:
                 return None

@@ -18,6 +18,10 @@ from milepost.errors import FormatError
 FOREIGN_LIFETIME_S = 24 * 3600.0
 """An attempt from another machine is taken for dead after this time: no save takes a day."""
 
+_MAX_TIME_S = 1e11
+"""The year 5138: later ones are beyond what calendars are made for."""
+_MAX_TEXT = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Owner:
@@ -59,10 +63,11 @@ def parse_owner(data: bytes, path: str) -> Owner:
     try:
         fields = json.loads(data)
         owner = Owner(**fields)
-        valid = isinstance(owner.pid, int) and isinstance(owner.created_s, float)
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"{path} does not name a process: {error}", path=path) from error
-    if not valid:
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path} does not name a process: {error!s:.200}", path=path) from error
+    texts = (owner.host, owner.machine_id, owner.boot_id, owner.pid_namespace, owner.started)
+    numbers = type(owner.pid) is int and type(owner.created_s) is float and 0 <= owner.created_s <= _MAX_TIME_S
+    if not numbers or not all(isinstance(text, str) and len(text) <= _MAX_TEXT for text in texts):
         raise FormatError(f"{path} does not name a process", path=path)
     return owner
 

@@ -20,6 +20,7 @@ from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTenso
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.digest import crc32, from_bytes, to_bytes
+from milepost.format.manifest_check import MAX_COUNT
 from milepost.storage.base import Storage
 
 _log = logging.getLogger(__name__)
@@ -73,32 +74,56 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
         raise FormatError(
             f"{path} is not a sign-off of this version of Milepost: do all ranks run the same?", path=path
         )
-    head = json.loads(data[_HEAD.size : _HEAD.size + text_nbytes])
     crcs = from_bytes(data[_HEAD.size + text_nbytes : -4])
+    try:
+        return _sign_off(json.loads(data[_HEAD.size : _HEAD.size + text_nbytes].decode()), crcs)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FormatError(f"{path} does not tell what a rank has written: {error!s:.200}", path=path) from error
+
+
+def _sign_off(head: Any, crcs: Sequence[int]) -> SignOff:
+    """What the JSON of a sign-off says. Raises ValueError, TypeError or KeyError where it is not of the right form."""
     files = []
     position = 0
     for name, nbytes, tensor_rows, object_rows in head["files"]:
         tensors = []
         for row in tensor_rows:
-            stop = position + row[-1]
-            tensors.append(WrittenTensor(_item(row), row[-2], tuple(crcs[position:stop])))
-            position = stop
-        files.append(WrittenFile(name, nbytes, tuple(tensors), tuple(WrittenObject(*row) for row in object_rows)))
-    return SignOff(head["rank"], head["save_id"], tuple(files), head["error"])
+            *_, crc, num_crcs = _counts(row[5:])
+            tensors.append(WrittenTensor(_item(row), crc, tuple(crcs[position : position + num_crcs])))
+            position += num_crcs
+        objects = tuple(WrittenObject(_text(key), *_counts(rest)) for key, *rest in object_rows)
+        (nbytes,) = _counts([nbytes])
+        files.append(WrittenFile(_text(name), nbytes, tuple(tensors), objects))
+    error = head["error"]
+    (rank,) = _counts([head["rank"]])
+    return SignOff(rank, _text(head["save_id"]), tuple(files), None if error is None else _text(error))
 
 
 def _item(row: Sequence[Any]) -> WriteItem:
-    key, dtype, shape, offsets, sizes, record_offset, record_nbytes, data_offset, data_nbytes = row[:9]
+    key, dtype, shape, offsets, sizes, *rest = row
+    record_offset, record_nbytes, data_offset, data_nbytes, _, _ = _counts(rest)
     return WriteItem(
-        key=key,
-        dtype=dtype,
-        shape=tuple(shape),
-        box=Box(tuple(offsets), tuple(sizes)),
+        key=_text(key),
+        dtype=_text(dtype),
+        shape=_counts(shape),
+        box=Box(_counts(offsets), _counts(sizes)),
         record_offset=record_offset,
         record_nbytes=record_nbytes,
         data_offset=data_offset,
         data_nbytes=data_nbytes,
     )
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= MAX_COUNT for value in values):
+        raise ValueError("a number is missing, or is none that can be")
+    return tuple(values)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a name is missing")
+    return value
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:

@@ -147,6 +147,7 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
     except FormatError:
         pass  # more than plain values: torch's restricted unpickler decides
     try:
+        record.check_archive(data)  # torch would unpack compressed entries, whatever they unpack to
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:
         raise FormatError(

@@ -24,6 +24,9 @@ FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"
 _SHARDED_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # where torch up to 2.2 kept TensorProperties
 _MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 _MAX_TEXT = 1 << 16
+_MAX_TRANSFORMS = 16
+_MIN_CHUNK_NBYTES = 16
+"""No pickler describes a chunk in fewer bytes; fewer would do for one that is named again and again."""
 _MAX_PROBLEMS = 8
 
 PathParts = tuple[str | int, ...]
@@ -106,6 +109,8 @@ def _getattr(*args: object) -> str:
 def _path(*args: object) -> str:
     if not all(isinstance(part, str) for part in args):
         raise FormatError("a path is made of something else than text")
+    if sum(len(str(part)) + 1 for part in args) > _MAX_TEXT:
+        raise FormatError(f"a path has more than {_MAX_TEXT} characters")
     head, *rest = [str(part) for part in args] or ["."]
     return "/".join([head.rstrip("/"), *rest]) or "/"
 
@@ -154,7 +159,7 @@ def parse_metadata(data: bytes, path: str = METADATA_NAME) -> DcpMetadata:
     not use, or asks for memory out of proportion (more than 16 MiB + 32 times its size).
     """
     try:
-        return _metadata(read_pickle(data, METADATA_GLOBALS))
+        return _metadata(read_pickle(data, METADATA_GLOBALS), len(data) // _MIN_CHUNK_NBYTES)
     except FormatError as error:
         raise FormatError(f"{path}: {error.message}", path=path, key=error.key) from None
 
@@ -167,7 +172,7 @@ def _fields(value: object, name: str) -> dict[str, Any]:
     return value.state
 
 
-def _metadata(value: object) -> DcpMetadata:
+def _metadata(value: object, max_chunks: int) -> DcpMetadata:
     fields = _fields(value, "Metadata")
     entries, places = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(places, dict):
@@ -180,7 +185,8 @@ def _metadata(value: object) -> DcpMetadata:
         if isinstance(entry, Instance) and entry.name.endswith(".BytesStorageMetadata"):
             objects.append(key)
         else:
-            tensors[key] = _tensor(key, entry)
+            tensors[key] = _tensor(key, entry, max_chunks)
+            max_chunks -= len(tensors[key].chunks)
     storage = {_index(index): _location(place) for index, place in places.items()}
     meta = fields.get("storage_meta")
     identity = {} if meta is None else _fields(meta, "StorageMeta")
@@ -195,7 +201,7 @@ def _metadata(value: object) -> DcpMetadata:
     )
 
 
-def _tensor(key: str, value: object) -> DcpTensor:
+def _tensor(key: str, value: object, max_chunks: int) -> DcpTensor:
     fields = _fields(value, "TensorStorageMetadata")
     properties, chunks = fields.get("properties"), fields.get("chunks")
     if not isinstance(properties, Instance) or not properties.name.endswith(".TensorProperties"):
@@ -206,6 +212,8 @@ def _tensor(key: str, value: object) -> DcpTensor:
         raise FormatError(f"tensor {key!r:.200} has no dtype", key=key)
     if not isinstance(chunks, list):
         raise FormatError(f"tensor {key!r:.200} has no list of chunks", key=key)
+    if len(chunks) > max_chunks:
+        raise FormatError(f"tensor {key!r:.200} has more chunks than a file of this size describes", key=key)
     boxes = []
     for chunk in chunks:
         corner = _fields(chunk, "ChunkStorageMetadata")
@@ -228,7 +236,9 @@ def _location(value: object) -> DcpLocation:
     if type(path) is not str or len(path) > _MAX_TEXT:
         raise FormatError("a place has no relative path")
     offset, nbytes = _sizes((offset, nbytes))
-    if not isinstance(transforms, list | tuple) or not all(type(name) is str for name in transforms):
+    if not isinstance(transforms, list | tuple) or len(transforms) > _MAX_TRANSFORMS:
+        raise FormatError("a place has no list of transforms, or a very long one")
+    if not all(type(name) is str for name in transforms):
         raise FormatError("a place has transforms that are not names")
     return DcpLocation(path, offset, nbytes, tuple(transforms))
 

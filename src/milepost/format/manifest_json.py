@@ -7,7 +7,6 @@ It ends with the CRC-32 of all that stands before that field. ``docs/format.md``
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -255,7 +254,7 @@ class _Reader:
         return value
 
     def seconds(self, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= MAX_COUNT:  # NaN is not
             self.fail("created_s is not a time in seconds")
         return float(value)
 

@@ -330,7 +330,10 @@ class _Machine:
             named = f"{function.name!r}" if isinstance(function, Global) else f"a {type(function).__name__}"
             raise FormatError(f"a pickle calls {named}, which is not allowed; nothing was run")
         self.charge(_SMALL_NBYTES)
-        self.stack.append(function.call(*args))
+        value = function.call(*args)
+        if isinstance(value, str | bytes | tuple):  # made of arguments that may be named again and again
+            self.charge(len(value) * (8 if isinstance(value, tuple) else 1))
+        self.stack.append(value)
 
     def newobj(self) -> None:
         args = self.stack.pop()

@@ -277,6 +277,19 @@ def read_object(record: bytes) -> object:
     return load_plain(pickled)
 
 
+def check_archive(record: bytes | bytearray | memoryview) -> None:
+    """Raise FormatError unless a record is a zip archive of stored entries, all inside it, no two of the same bytes."""
+    archive = ZipDirectory(
+        lambda offset, nbytes: bytes(record[offset : offset + nbytes]), len(record), max_entries=1 << 18
+    )
+    position = 0
+    for entry in sorted(archive.entries.values(), key=lambda entry: entry.header_offset):
+        start = archive.data_offset(entry)
+        if entry.header_offset < position:
+            raise FormatError(f"zip entry {entry.name!r:.100} lies over another one")
+        position = start + entry.nbytes
+
+
 def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> LocatedTensor:
     """Find a tensor's elements in a record written by any torch since 1.6 (or by Milepost).
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,9 +142,8 @@ def _code(name: str, dtype: str) -> str:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name '{twice}' occurs twice")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name '{twice:.200}' occurs twice")
     return found
 
 
@@ -155,17 +155,17 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
 
 def _checked_entry(name: str, entry: Any, base: int) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"tensor '{name}' lacks dtype, shape or data_offsets")
+        raise ValueError(f"tensor '{name:.200}' lacks dtype, shape or data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(entry["dtype"], str):
-        raise ValueError(f"tensor '{name}' has the dtype {entry['dtype']!r}")
+        raise ValueError(f"tensor '{name:.200}' has the dtype {entry['dtype']!r:.100}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"tensor '{name}' has shape {shape!r} and data_offsets {offsets!r}")
+        raise ValueError(f"tensor '{name:.200}' has shape {shape!r:.200} and data_offsets {offsets!r:.200}")
     dtype = dtypes.from_safetensors(entry["dtype"])
     nbytes = math.prod(shape) * dtypes.itemsize(dtype)
     if offsets[1] - offsets[0] != nbytes:
         raise ValueError(
-            f"tensor '{name}' of shape {shape} needs {nbytes} bytes, its data_offsets {offsets} span others"
+            f"tensor '{name:.200}' of shape {shape!r:.200} needs {nbytes} bytes, its data_offsets {offsets} span others"
         )
     return StoredTensor(dtype, tuple(shape), base + offsets[0], nbytes)
 
@@ -185,6 +185,6 @@ def _checked_tiling(tensors: Mapping[str, StoredTensor], base: int) -> int:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
             kind = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
-            raise ValueError(f"tensor '{name}' {kind}")
+            raise ValueError(f"tensor '{name:.200}' {kind}")
         end += tensor.nbytes
     return end

@@ -40,6 +40,7 @@ from milepost.format.zip_directory import (
 MAX_ENTRIES = 1 << 18
 _MAX_PICKLE_NBYTES = 256 << 20
 _MAX_DEPTH = 20
+_MAX_PATH = 1024
 _MAX_NODES = 1 << 17
 _SMALL_COUNT = 3  # entries that `small_entries` makes
 _UTF8 = 0x0800
@@ -85,7 +86,13 @@ def _tensors_in(state: object) -> Iterator[tuple[str, Rebuild]]:
         elif isinstance(node, list | tuple):
             items = list(enumerate(node))
         for key, value in reversed(items):
-            pending.append((f"{path}.{key}" if path else str(key), value, depth + 1))
+            if not isinstance(value, Rebuild | dict | list | tuple):
+                num_nodes += 1
+                continue
+            name = str(key)
+            if len(path) + len(name) >= _MAX_PATH:  # one long key may be named again and again
+                raise FormatError(f"a path in a state dict has more than {_MAX_PATH} characters: {name!r:.200}")
+            pending.append((f"{path}.{name}" if path else name, value, depth + 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ or the flag in front of it.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _value_problems(config: TrainConfig) -> Iterator[str]:
 def _data_problems(config: TrainConfig) -> Iterator[str]:
     if config.training.dataset_path:
         path = Path(config.training.dataset_path)
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path's, it knows of no error: a name may be too long
             yield f"training.dataset_path {path}: there is no such file or folder"
         elif not find_files(path):
             kind = "this folder holds no" if path.is_dir() else "this is not a"
@@ -120,7 +121,7 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
             "your own files go to training.dataset_path"
         )
     assets = config.model.hf_assets_path
-    if assets and not Path(assets).is_dir():
+    if assets and not os.path.isdir(assets):
         yield f"model.hf_assets_path {assets}: there is no such folder"
 
 

@@ -48,7 +48,7 @@ class Settings:
             self.values[option] = read(value, OPTIONS[option])
         except ValueError as error:
             self.refused.add(option)
-            self.problems.append(f"{origin}: {option} must be {error}, not {_toml_value(value)}")
+            self.problems.append(f"{origin}: {option} must be {error}, not {_shown(value)}")
 
     def update(self, other: Settings) -> None:
         """Put the settings of ``other`` over these."""
@@ -59,7 +59,7 @@ class Settings:
 
     def locate(self, problem: str) -> str | None:
         """``problem`` with the place of the option it names first; None if it rests on a refused value."""
-        named = [word for word in re.findall(r"\w+\.\w+", problem) if word in OPTIONS]
+        named = [word for word in re.findall(r"\b\w+\.\w+", problem) if word in OPTIONS]
         section = problem.partition(":")[0]
         if section in SECTIONS:
             named += [option for option in self.origins if option.startswith(f"{section}.")]
@@ -146,8 +146,8 @@ def read_toml(path: Path) -> Settings:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         settings.problems.append(f"--job.config_file {path}: {error.strerror or error}{hint}")
         return settings
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        settings.problems.append(f"{path}: this is not TOML: {error}")
+    except (ValueError, RecursionError) as error:
+        settings.problems.append(f"{path}: this is not TOML: {error!s:.200}")
         return settings
     lines = _line_numbers(text)
     for section, table in tables.items():
@@ -208,7 +208,7 @@ def from_flag(text: str, hint: Any) -> object:
             return text.lower() == "true"
         if choice in (int, float, str):
             with contextlib.suppress(ValueError):
-                return cast(Any, choice)(text)
+                return _checked(cast(Any, choice)(text), hint)
     raise ValueError(describe(hint))
 
 
@@ -223,10 +223,17 @@ def from_toml(value: object, hint: Any) -> object:
             if isinstance(value, str):
                 return from_flag(value, hint)
         if choice is float and type(value) is int:
-            return float(value)
+            return float(_checked(value, hint))
         if type(value) is choice:
-            return value
+            return _checked(value, hint)
     raise ValueError(describe(hint))
+
+
+def _checked(value: object, hint: Any) -> Any:
+    """``value``; ValueError if it is a whole number that no computer counts with."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{describe(hint)} of at most 63 bits")
+    return value
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -279,6 +286,15 @@ def to_toml(config: TrainConfig) -> str:
         lines = [f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None]
         blocks.append("\n".join([f"[{section}]", *lines]))
     return "\n\n".join(blocks)
+
+
+def _shown(value: object) -> str:
+    """``value`` for a message, cut if it is long."""
+    try:
+        text = _toml_value(value)
+    except (RecursionError, ValueError):  # Python spells out no number of thousands of digits
+        return "something that long"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _toml_value(value: object) -> str:

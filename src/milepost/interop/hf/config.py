@@ -21,6 +21,8 @@ _ARCHITECTURES = {
 """Family: (``model_type``, class)."""
 
 _DEFAULT_THETA = 10_000.0
+_MAX_NUMBER = 1 << 64
+"""JSON's whole numbers have no limit, a float has."""
 
 _SPECIAL_TOKENS = {("llama3", 128256): (128000, 128001), ("qwen3", 151936): (151643, 151643)}
 """(model, vocabulary) as published: its ids of begin and end of text."""
@@ -120,7 +122,7 @@ def _scaling_parameters(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _equal(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, float) and isinstance(found, int | float) and not isinstance(found, bool):
-        return bool(abs(found - wanted) <= 1e-9 * abs(wanted))
+        return bool(abs(found) <= _MAX_NUMBER and abs(found - wanted) <= 1e-9 * abs(wanted))
     return bool(found == wanted)
 
 

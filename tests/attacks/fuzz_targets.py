@@ -1,0 +1,465 @@
+"""What is fuzzed: every reader of a file that others may have written, with valid inputs to begin from.
+
+A target's ``parse`` gets one input. It may return anything or raise a ``MilepostError``; whatever else it raises is a
+failure, and so are its asserts, which say what must hold of an accepted input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from fuzz_mutations import (
+    Mutator,
+    framed,
+    mutate_bytes,
+    mutate_json,
+    mutate_pickle,
+    mutate_toml,
+    mutate_zip,
+    with_crc,
+)
+
+from milepost import catalog
+from milepost.checkpoint.assemble import SaveInfo, assemble
+from milepost.checkpoint.lock import RunLock
+from milepost.checkpoint.owner import is_alive, parse_owner, this_process
+from milepost.checkpoint.plan import WriteItem
+from milepost.checkpoint.signoff import SignOff, dump_sign_off, parse_sign_off
+from milepost.checkpoint.state import decode_object
+from milepost.checkpoint.writer import WrittenFile, WrittenObject, WrittenTensor
+from milepost.cli.main import main
+from milepost.errors import RunLockedError
+from milepost.extents import own_record, records_of
+from milepost.format.box import Box
+from milepost.format.dcp_metadata import METADATA_GLOBALS, manifest_from_metadata, parse_metadata
+from milepost.format.dcp_writer import dump_metadata
+from milepost.format.digest import combine_blocks, crc32, dump_digests, parse_digests
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.format.manifest_check import manifest_faults
+from milepost.format.manifest_json import from_json, to_json
+from milepost.format.pickle_reader import read_pickle
+from milepost.format.plain_pickle import dump_plain, load_plain
+from milepost.format.record import (
+    TENSOR_GLOBALS,
+    locate_tensor,
+    object_record,
+    read_object,
+    record_footer,
+    tensor_record,
+)
+from milepost.format.safetensors import plan_layout, read_header
+from milepost.format.torch_file import locate_tensors, plan_torch_file
+from milepost.interop.hf.config import config_faults, make_config
+from milepost.interop.model_sizes import model_args
+from milepost.interop.sources import INDEX_NAME, read_json, read_weight_map
+from milepost.storage import LocalStorage
+from milepost.storage.base import ReadHandle
+from milepost.testing.manifests import Piece, lay_out
+from milepost.testing.sample import save_arrays
+from milepost.train.config import TrainConfig
+from milepost.train.options import load_config, to_toml
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """``parse(data, scratch)``: ``scratch`` is a folder of its own, the only place it may read files from.
+
+    ``share`` is the part of all inputs that it gets, relative to the others. ``prepare(data, scratch)`` puts an input
+    where ``parse`` looks for it. ``may`` are the audit events it may cause beside opening files in ``scratch`` to read;
+    ``write`` among them stands for every change of what is in ``scratch``, ``identity`` for looking up who we are.
+    ``make_seeds(scratch)`` makes the valid inputs that need a folder.
+    """
+
+    name: str
+    seeds: Sequence[bytes]
+    mutate: Mutator
+    parse: Callable[[bytes, Path], object]
+    share: int = 10
+    prepare: Callable[[bytes, Path], None] | None = None
+    may: frozenset[str] = frozenset()
+    make_seeds: Callable[[Path], Sequence[bytes]] | None = None
+
+
+# ---- valid inputs ----
+
+LAYOUT = lay_out(
+    {
+        "w": ("float32", (4, 2), [Piece(Box((i, 0), (1, 2)), b"12345678", f"__{i}_0.distcp") for i in range(4)]),
+        "optimizer.state.w.exp_avg": ("bfloat16", (3, 3), [Piece(Box((0, 0), (3, 3)), bytes(range(18)))]),
+        "f8": ("float8_e4m3fn", (3,), [Piece(Box((0,), (3,)), b"abc")]),
+        "scalar": ("int64", (), [Piece(Box((), ()), bytes(8))]),
+        "empty": ("float32", (0, 4), [Piece(Box((0, 0), (0, 4)), b"")]),
+    },
+    {"optimizer.lr": 0.1, "deep": {"a": [1, (2, b"x"), {"b": None}], 3: "text"}},
+    paths={"optimizer.lr": ("optimizer", "param_groups", 0, "lr")},
+)
+FILES = dict(LAYOUT.files)
+SIZES = {name: len(content) for name, content in FILES.items()}
+RECORDS = [
+    (layout := tensor_record(dtype, sizes)).header
+    + (data := bytes(layout.data_nbytes))
+    + record_footer(layout, crc32(data))
+    for dtype, sizes in (("float32", (4, 2)), ("bfloat16", (3, 1, 5)), ("float8_e4m3fn", (7,)), ("int64", ()))
+]
+VALUES = (
+    {"a": [1, 2.5, "x", b"y", None, True], "b": {"c": (1, 2)}},
+    [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1, 2]}] * 2,
+    -(1 << 70),
+    "ünï",
+)
+STATE = {"model.w": ("float32", (4, 2)), "model.b": ("bfloat16", (5,)), "f8": ("float8_e4m3fn", (3,))}
+
+
+def torch_file() -> bytes:
+    layout = plan_torch_file(STATE, {"tied": "model.w"})
+    data = bytearray(layout.nbytes)
+    crcs = {key: crc32(bytes(math.prod(shape) * itemsize(dtype))) for key, (dtype, shape) in STATE.items()}
+    for offset, part in layout.frame(crcs):
+        data[offset : offset + len(part)] = part
+    return bytes(data)
+
+
+def safetensors(names: str = "abc") -> bytes:
+    shapes = (("float32", (2, 3)), ("bfloat16", (4,)), ("int64", ()), ("float8_e5m2", (0, 3)))
+    layout = plan_layout({name * 3: shapes[i % 4] for i, name in enumerate(names)})
+    return layout.prefix + bytes(layout.nbytes - len(layout.prefix))
+
+
+def sign_off() -> bytes:
+    files = []
+    for name, records in records_of(LAYOUT.manifest).items():
+        tensors, objects = [], []
+        for placed in records:
+            entry = placed.entry
+            if hasattr(entry, "box"):
+                shape = LAYOUT.manifest.tensors[placed.key].shape
+                item = WriteItem(
+                    key=placed.key,
+                    dtype=placed.dtype,
+                    shape=shape,
+                    box=entry.box,
+                    record_offset=entry.record_offset,
+                    record_nbytes=entry.record_nbytes,
+                    data_offset=entry.data_offset or 0,
+                    data_nbytes=entry.data_nbytes,
+                )
+                crcs = (entry.crc32 or 0,) if entry.data_nbytes else ()
+                tensors.append(WrittenTensor(item, entry.crc32 or 0, crcs))
+            else:
+                objects.append(WrittenObject(placed.key, entry.record_offset, entry.record_nbytes, entry.crc32 or 0))
+        files.append(WrittenFile(name, SIZES[name], tuple(tensors), tuple(objects)))
+    return dump_sign_off(SignOff(0, "0123456789abcdef", tuple(files)))
+
+
+# ---- readers ----
+
+
+def read_metadata(data: bytes, scratch: Path) -> object:
+    manifest = manifest_from_metadata(parse_metadata(data), SIZES)
+    check_places(manifest)
+    return manifest
+
+
+def check_places(manifest: Manifest) -> None:
+    """Nothing that a manifest leads to lies outside of its files."""
+    assert not manifest_faults(manifest)
+    for name, records in records_of(manifest).items():
+        assert "/" not in name
+        assert all(0 <= one.start < one.stop <= manifest.files[name].nbytes for one in records)
+
+
+def read_record(data: bytes, scratch: Path) -> object:
+    found = locate_tensor(lambda offset, nbytes: data[offset : offset + nbytes], len(data))
+    assert 0 <= found.data_offset <= found.data_offset + found.data_nbytes <= len(data)
+    return found.is_plain, found.dtype
+
+
+def read_manifest(data: bytes, scratch: Path) -> object:
+    manifest = from_json(data)
+    check_places(manifest)
+    again = from_json(to_json(manifest))
+    assert again == manifest
+    return manifest.kind
+
+
+def read_digests(data: bytes, scratch: Path) -> object:
+    digests = parse_digests(data, LAYOUT.manifest)
+    for records in records_of(LAYOUT.manifest).values():
+        for placed in records:
+            list(own_record(placed, digests))
+    for key, tensor in LAYOUT.manifest.tensors.items():
+        for index, shard in enumerate(tensor.shards):
+            combine_blocks(digests.of_shard(key, index), shard.data_nbytes, digests.block_nbytes)
+    return digests.block_nbytes
+
+
+class InMemory(ReadHandle):
+    """A file that is bytes."""
+
+    def __init__(self, data: bytes):
+        self.path = "hostile.safetensors"
+        self.nbytes = len(data)
+        self._data = data
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            assert 0 <= offset <= offset + len(buffer) <= self.nbytes
+            buffer[:] = self._data[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def close(self) -> None:
+        pass
+
+
+def read_safetensors(data: bytes, scratch: Path) -> object:
+    header = read_header(InMemory(data))
+    for tensor in header.tensors.values():
+        assert 8 <= tensor.offset <= tensor.offset + tensor.nbytes <= len(data)
+    return len(header.tensors)
+
+
+def read_value(data: bytes, scratch: Path) -> object:
+    """An object's record as a load takes it: what is not plain goes to torch's restricted unpickler."""
+    return type(decode_object("key", data, "__0_0.distcp")).__name__
+
+
+def read_torch_file(data: bytes, scratch: Path) -> object:
+    found = locate_tensors(lambda offset, nbytes: data[offset : offset + nbytes], len(data))
+    for tensor in found.values():
+        assert 0 <= tensor.data_offset <= tensor.data_offset + tensor.data_nbytes <= len(data)
+        if 0 not in tensor.sizes:
+            last = sum((n - 1) * s for n, s in zip(tensor.sizes, tensor.strides, strict=True))
+            assert (tensor.storage_offset + last + 1) * itemsize(tensor.dtype) <= tensor.data_nbytes
+    return len(found)
+
+
+def read_sign_off(data: bytes, scratch: Path) -> object:
+    signed = parse_sign_off(data, "sign-off-0")
+    if signed.error is not None:
+        return signed.error[:10]
+    manifest, crcs = assemble([signed], SaveInfo(step=1, kind="state"), now=1.0)
+    check_places(manifest)
+    if all(shard.data_offset is not None for tensor in manifest.tensors.values() for shard in tensor.shards):
+        from_json(to_json(manifest))
+    return len(crcs)
+
+
+def read_lock(data: bytes, scratch: Path) -> object:
+    """A run that finds such a lock waits a lease for its holder, and then takes it or says who has it."""
+    try:
+        lock = RunLock(LocalStorage(scratch), "run", beat_s=1000, lease_s=2, sleep=lambda _: None)
+    except RunLockedError as error:
+        return error.message[:20]
+    lock.release()
+    return "taken"
+
+
+def prepare_lock(data: bytes, scratch: Path) -> None:
+    (scratch / "run").mkdir(exist_ok=True)
+    (scratch / "run" / ".lock").write_bytes(data)
+
+
+def read_owner(data: bytes, scratch: Path) -> object:
+    owner = parse_owner(data, "owner-0")
+    return is_alive(owner, 1e9), len(str(owner)) > 20
+
+
+def prepare_mark(data: bytes, scratch: Path) -> None:
+    (scratch / ".damaged-step-1.json").write_bytes(data)
+
+
+def read_mark(data: bytes, scratch: Path) -> object:
+    said = catalog.read_mark(LocalStorage(scratch), "step-1", "5-00000000")
+    return said is None
+
+
+def prepare_index(data: bytes, scratch: Path) -> None:
+    (scratch / INDEX_NAME).write_bytes(data)
+
+
+def read_index(data: bytes, scratch: Path) -> object:
+    found = read_weight_map(scratch)
+    assert not any("/" in name for name in found.values())
+    return len(found)
+
+
+def prepare_config(data: bytes, scratch: Path) -> None:
+    (scratch / "config.json").write_bytes(data)
+
+
+def read_config(data: bytes, scratch: Path) -> object:
+    config = read_json(scratch / "config.json")
+    assert config is not None
+    return len(config_faults(config, "llama3", model_args("llama3", "debugmodel")))
+
+
+def prepare_toml(data: bytes, scratch: Path) -> None:
+    (scratch / "run.toml").write_bytes(data)
+
+
+def read_toml(data: bytes, scratch: Path) -> object:
+    return load_config(["--job.config_file", str(scratch / "run.toml")], 8).job.dump_folder[:5]
+
+
+def read_flags(data: bytes, scratch: Path) -> object:
+    """A line of flags, one to a line of the input."""
+    flags = [flag for flag in data.decode("utf-8", "surrogateescape").split("\n") if flag not in ("-h", "--help")]
+    flags = [flag for flag in flags if "config_file" not in flag.replace("-", "_")]
+    return load_config(flags, 8).job.dump_folder[:5]
+
+
+# ---- a whole folder, through the command line ----
+
+
+def prepare_folder(data: bytes, scratch: Path) -> None:
+    """Inputs name the file of the checkpoint that they replace in their first line."""
+    step = scratch / "step-7"
+    storage = LocalStorage(scratch)
+    if not step.exists():
+        arrays = {"w": np.arange(12, dtype="float32").reshape(4, 3), "v": np.ones(5, "float16")}
+        objects = {"train_state.step": 7, "x": [1, {"a": b"b"}]}
+        save_arrays(storage, "step-7", arrays, objects=objects, step=7, kind="full", num_ranks=2, now=1.7e9)
+        (scratch / "sound").mkdir()
+        for file in step.iterdir():
+            (scratch / "sound" / file.name).write_bytes(file.read_bytes())
+    for file in (scratch / "sound").iterdir():
+        (step / file.name).write_bytes(file.read_bytes())
+    name, _, content = data.partition(b"\n")
+    text = name.decode("latin-1")
+    if text == "foreign":
+        (step / MANIFEST_NAME).unlink()
+        text = METADATA_NAME
+    if text in (MANIFEST_NAME, METADATA_NAME, DIGESTS_NAME, "__0_0.distcp", "__1_0.distcp"):
+        (step / text).write_bytes(content)
+
+
+def folder_seeds(scratch: Path) -> list[bytes]:
+    prepare_folder(b"\n", scratch)
+    sound = scratch / "sound"
+    found = [file.name.encode() + b"\n" + file.read_bytes() for file in sorted(sound.iterdir())]
+    return [*found, b"foreign\n" + (sound / METADATA_NAME).read_bytes()]
+
+
+def mutate_folder(rng, data: bytes, others: Sequence[bytes]) -> bytes:  # type: ignore[no-untyped-def]
+    name, _, content = data.partition(b"\n")
+    kinds: dict[bytes, Mutator] = {
+        MANIFEST_NAME.encode(): MUTATE_MANIFEST,
+        METADATA_NAME.encode(): mutate_pickle,
+        b"foreign": mutate_pickle,
+        DIGESTS_NAME.encode(): with_crc(mutate_bytes),
+    }
+    mates = [other.partition(b"\n")[2] for other in others if other.partition(b"\n")[0] == name] or [content]
+    return name + b"\n" + kinds.get(name, mutate_bytes)(rng, content, mates)
+
+
+def read_folder(data: bytes, scratch: Path) -> object:
+    """What the command line says of it: an exit status that is documented, and nothing a terminal would obey."""
+    said = []
+    for command in (["ls", str(scratch)], ["verify", str(scratch / "step-7")], ["inspect", str(scratch / "step-7")]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(command)
+        assert status in (0, 3, 5, 7), (command, status)
+        text = out.getvalue() + err.getvalue()
+        assert all(char.isprintable() or char == "\n" for char in text), (command, text)
+        text.encode()
+        said.append(status)
+    return said
+
+
+FOLDER_MAY = frozenset({"_thread.start_new_thread"})
+LOCK_MAY = frozenset({"write", "identity", "_thread.start_new_thread"})
+
+# ---- the table ----
+
+
+def _json_body(data: bytes) -> bytes | None:
+    """The manifest without its CRC, as JSON."""
+    at = data.rfind(b'"crc32": "')
+    return data[:at].rstrip().rstrip(b",") + b"}" if at > 0 else None
+
+
+def _with_json_crc(content: bytes, _: bytes) -> bytes:
+    body = content.rstrip().removesuffix(b"}") + b",\n"
+    return body + b'"crc32": "%08x"\n}\n' % crc32(body)
+
+
+MUTATE_MANIFEST = framed(_json_body, _with_json_crc, mutate_json)
+MUTATE_SAFETENSORS = framed(
+    lambda data: data[8 : 8 + int.from_bytes(data[:8], "little")] if len(data) > 8 else None,
+    lambda content, data: (
+        struct.pack("<Q", len(content)) + content + data[8 + int.from_bytes(data[:8], "little") :][:4096]
+    ),
+    mutate_json,
+)
+
+
+def _sign_off_json(data: bytes) -> bytes | None:
+    return data[24 : 24 + int.from_bytes(data[8:16], "little")] if len(data) > 24 else None
+
+
+def _with_sign_off(content: bytes, data: bytes) -> bytes:
+    rest = data[24 + int.from_bytes(data[8:16], "little") : -4]
+    body = data[:8] + struct.pack("<Q", len(content)) + data[16:24] + content + rest
+    return body + struct.pack("<I", crc32(body))
+
+
+MUTATE_SIGN_OFF = framed(_sign_off_json, _with_sign_off, mutate_json)
+MARK = json.dumps({"record_id": "5-00000000", "reason": "bytes 1 to 2 changed", "created_s": 1.0}).encode()
+INDEX = json.dumps({"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode()
+HF_CONFIG = json.dumps(make_config("llama3", model_args("llama3", "debugmodel"), "float32")).encode()
+FLAGS = (
+    b"--training.steps\n100\n--training.seq_len=8\n--checkpoint.enable\n--checkpoint.interval\nauto\n--optimizer.lr=1"
+)
+TOML = to_toml(TrainConfig()).encode()
+SHORT_TOML = b"[training]\nsteps = 5\n\n[parallelism]\ntensor_parallel_degree = 2\n\n[checkpoint]\ninterval = 'auto'\n"
+OWN = this_process(1.7e9)
+OWNERS = [
+    OWN.dump(),
+    dataclasses.replace(OWN, host="elsewhere").dump(),
+    dataclasses.replace(OWN, pid=1, started="1").dump(),
+]
+PICKLES = [dump_metadata(LAYOUT.manifest), *(dump_plain(value) for value in VALUES)]
+OBJECTS = [object_record(value) for value in VALUES]
+
+
+def _tensor_pickle(data: bytes, scratch: Path) -> object:
+    """The opcodes alone, without the zip around them."""
+    return type(read_pickle(data, {**TENSOR_GLOBALS, **METADATA_GLOBALS})).__name__
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("metadata", PICKLES[:1], mutate_pickle, read_metadata, share=16),
+        Target("pickle", PICKLES, mutate_pickle, _tensor_pickle),
+        Target("plain", PICKLES[1:], mutate_pickle, lambda data, _: type(load_plain(data)).__name__),
+        Target("tensor record", RECORDS, mutate_zip(), read_record, share=14),
+        Target("object record", OBJECTS, mutate_zip(), lambda data, _: type(read_object(data)).__name__, share=10),
+        Target("torch file", [torch_file()], mutate_zip(), read_torch_file, share=14),
+        Target("manifest", [to_json(LAYOUT.manifest)], MUTATE_MANIFEST, read_manifest, share=14),
+        Target(
+            "digests", [dump_digests(LAYOUT.manifest.save_id, LAYOUT.crcs)], with_crc(mutate_bytes), read_digests, 6
+        ),
+        Target("safetensors", [safetensors(), safetensors("abcdefgh")], MUTATE_SAFETENSORS, read_safetensors, share=12),
+        Target("sign-off", [sign_off()], MUTATE_SIGN_OFF, read_sign_off, share=8),
+        Target("owner", OWNERS, mutate_json, read_owner, 4, may=frozenset({"identity"})),
+        Target("lock", OWNERS, mutate_json, read_lock, 2, prepare_lock, LOCK_MAY),
+        Target("mark", [MARK], mutate_json, read_mark, 3, prepare_mark),
+        Target("index", [INDEX], mutate_json, read_index, 3, prepare_index),
+        Target("config.json", [HF_CONFIG], mutate_json, read_config, 3, prepare_config),
+        Target("toml", [TOML, SHORT_TOML], mutate_toml, read_toml, 10, prepare_toml),
+        Target("flags", [FLAGS], mutate_toml, read_flags, 3),
+        Target("folder", [], mutate_folder, read_folder, 3, prepare_folder, FOLDER_MAY, folder_seeds),
+        Target("value", [*OBJECTS, torch_file()], mutate_zip(), read_value, 6),
+    )
+}
