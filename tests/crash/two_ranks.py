@@ -68,6 +68,12 @@ class PairComm:
     def barrier(self) -> None:
         self.union(0)
 
+    def leave_word(self, name: str, text: str) -> None:
+        """Lost, as it may be: storage records alone must do."""
+
+    def find_word(self, name: str) -> str | None:
+        return None
+
 
 @dataclass(frozen=True)
 class Outcome:
