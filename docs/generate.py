@@ -47,8 +47,9 @@ def cli_page() -> str:
         "# Command line\n",
         "`milepost` runs on any machine that sees the files: it needs no GPU, no process group, and no torch but "
         "for `resume-test`. Tables are for people; `--json` prints one document for programs. Colours and moving "
-        "progress bars appear on a terminal only, and not where `NO_COLOR` is set. Ctrl-C stops any command at a safe "
-        "point.\n",
+        "progress bars appear on a terminal only, and no colours where `NO_COLOR` is set; elsewhere progress is lines "
+        "on standard error, the first after 2 s. Where a terminal is too narrow for a table, its values get lines of "
+        "their own. Ctrl-C stops any command at a safe point. `python -m milepost` is the same program.\n",
         "| command | what it does |\n|---|---|",
         *(f"| [`milepost {name}`](#milepost-{name}) | {command.summary} |" for name, command in COMMANDS.items()),
         "",

@@ -223,7 +223,8 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
         record_id = _record_id(data)
         manifest, faults = _parse(data, name, path, files)
     except FormatError as error:
-        return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes, record_id=record_id)
+        reason = error.message.removeprefix(f"{path}/")  # the step is named where this is shown
+        return CheckpointInfo(path=path, state="damaged", reason=reason, nbytes=nbytes, record_id=record_id)
     except StorageError as error:
         if error.errno not in _UNFIT:
             raise  # a server that is down, too many open files: nothing is known about the step then

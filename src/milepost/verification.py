@@ -112,7 +112,7 @@ def verify_in(
     try:
         record = catalog.read_record(storage, path)
     except FormatError as error:
-        findings.add(Problem(_file_name(error, path), error.key, None, error.message))
+        findings.add(_problem_of(error, path))
     else:
         manifest = record.manifest
         findings.count_read(record.files[record.name].nbytes)
@@ -164,9 +164,10 @@ def verify_run(
     return reports
 
 
-def _file_name(error: FormatError, path: str) -> str:
-    """The file that an error is about, relative to the checkpoint."""
-    return (error.path or path).rpartition("/")[2]
+def _problem_of(error: FormatError, path: str) -> Problem:
+    """What is wrong with a small file of the checkpoint at ``path``. The file is named once, relative to it."""
+    file = (error.path or path).rpartition("/")[2]
+    return Problem(file, error.key, None, error.message.removeprefix(f"{error.path}: "))
 
 
 def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
@@ -277,7 +278,7 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
             digests = parse_digests(contents[DIGESTS_NAME], record.manifest)
             _check_item_digests(record.manifest, digests, findings)
     except FormatError as error:
-        findings.add(Problem(_file_name(error, path), error.key, None, error.message))
+        findings.add(_problem_of(error, path))
     return digests
 
 

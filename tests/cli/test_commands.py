@@ -241,6 +241,18 @@ def test_help_of_every_command_has_examples_and_exit_statuses(command: str, caps
     assert "exit status:" in out
 
 
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal_but_for_its_examples(
+    command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    for line in capsys.readouterr().out.splitlines():
+        assert len(line) <= width or line.startswith("  "), line
+
+
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])

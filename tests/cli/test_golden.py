@@ -85,6 +85,7 @@ MISTAKES = [
     "convert model/step-7 model --to hf --model llama3 --flavor debugmodel",
     "convert model/step-7 out --to hf --model llama3 --flavor debugmodel --max-shard-size huge",
     "export run out --step 5",
+    "export nowhere out",
     "resume-test no-such.toml --steps 3 --kill-at 3 --tolerance -1 --set seq_len",
     "resume-test notes.toml --layouts fsdp2xqp3",
     "completion tcsh",

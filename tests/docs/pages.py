@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 REFERENCE = ROOT / "docs/reference"
 
-_BLOCK = re.compile(r"(<!-- only compiled: [^\n]* -->\n)?^```([a-z]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"(<!-- only compiled: [^\n]* -->\n)?^```([^`\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

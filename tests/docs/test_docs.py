@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import errno
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 from pathlib import Path
@@ -57,6 +60,29 @@ def test_every_error_is_explained_with_its_exit_status() -> None:
     for name in errors.__all__:
         if name != "MilepostError":
             assert f"| `{name}` | {getattr(errors, name).exit_status} |" in page
+
+
+def messages() -> str:
+    """All texts of the program, with gaps where they are filled in, and those of the operating system."""
+    texts = [os.strerror(number).lower() for number in errno.errorcode]
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_every_symptom_that_the_page_of_errors_quotes_is_a_message() -> None:
+    """What stands between ``...``, numbers and names that are filled in."""
+    known = messages()
+    rows = re.findall(r"^\| (`(?!\w+Error`).*?) \|", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall("`([^`]+)`", row)]
+    assert len(quoted) > 25
+    for quote in quoted:
+        for part in re.split(r"\.\.\.|<\w+>|\d+", quote):
+            assert part.strip() in known, quote
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES if shell_commands(page)])

@@ -86,7 +86,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     try:
         storage.make_folder(data_folder(attempt))
         adopt_attempt(storage, attempt)
-    except StorageError:
+    except BaseException:  # Ctrl-C too
         discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
         raise
     return attempt

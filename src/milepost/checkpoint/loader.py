@@ -121,7 +121,7 @@ class Loader:
                     "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path or model.hf_assets_path"
                 )
             leaves = flatten(self._state.state_dict(("model",))).tensors
-            found = load_hf(path, self._hf.name, self._hf.args, leaves)
+            found = load_hf(path, self._hf.name, self._hf.args, leaves, tell=self._comm.rank == 0)
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)

@@ -6,8 +6,8 @@ import argparse
 
 from milepost import catalog
 from milepost.cli.convert_cmd import add_conversion_arguments, run_conversion
+from milepost.cli.paths import open_run
 from milepost.errors import CheckpointNotFoundError
-from milepost.storage import open_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,8 @@ def step_to_export(path: str, step: int | None) -> str:
     Raises:
         CheckpointNotFoundError: there is no such step; lists those that are.
     """
-    storage, name = open_storage(path)
-    folder = catalog.find_run(storage, name)
-    usable = [entry for entry in catalog.scan(storage, folder) if entry.is_usable] if folder is not None else []
+    storage, folder = open_run(path)
+    usable = [entry for entry in catalog.scan(storage, folder) if entry.is_usable]
     for entry in reversed(usable):
         if step is None or entry.step == step:
             return f"{storage.root}/{entry.path}"

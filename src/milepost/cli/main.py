@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -119,20 +120,34 @@ def _complain(message: str) -> None:
     print(f"milepost: error: {printable(message)}", file=sys.stderr)
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills paragraphs to the width of the terminal, but not those with indented lines: examples and lists."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.rstrip("\n").split("\n\n")
+        return "\n\n".join(
+            paragraph if "\n " in paragraph else textwrap.fill(" ".join(paragraph.split()), width)
+            for paragraph in paragraphs
+        )
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2  # commands stand further in than argparse reckons with
+
+
 def build_parser(modules: Mapping[str, CommandModule]) -> argparse.ArgumentParser:
     """The parser of the whole command line; of the commands only those of ``modules`` have their options."""
     parser = argparse.ArgumentParser(
         prog="milepost",
         description="Look after the checkpoints of PyTorch training runs.",
         epilog=EXIT_STATUSES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"milepost {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for known, command in COMMANDS.items():
-        sub = commands.add_parser(
-            known, help=command.summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        sub = commands.add_parser(known, help=command.summary, formatter_class=HelpFormatter, allow_abbrev=False)
         if known in modules:
             modules[known].add_arguments(sub)
     return parser

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from milepost.checkpoint.layout import TensorLeaf
+from milepost.checkpoint.progress import Progress
 from milepost.errors import ConversionError, StateMismatchError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
@@ -46,9 +47,10 @@ def load_hf(
     leaves: Mapping[str, TensorLeaf],
     *,
     num_threads: int = 2,
+    tell: bool = False,
 ) -> HfLoadReport:
     """Fill this rank's ``leaves`` (our keys) from the weights at ``path``: a Hugging Face folder, or any other source
-    that ``milepost convert`` knows. Not collective.
+    that ``milepost convert`` knows. Not collective. With ``tell``, the log says how far a long load is.
 
     Raises:
         ConversionError: the weights are of another model; nothing was changed.
@@ -68,7 +70,7 @@ def load_hf(
             )
         ours = Assembled(found.tensors, found.found.into_ours())
         cast = _check_fit(ours, leaves, source.path)
-        nbytes = _fill(ours, leaves, num_threads)
+        nbytes = _fill(ours, leaves, num_threads, f"loading {source.path}" if tell else None)
     return HfLoadReport(source.path, len(leaves), nbytes, cast, found.notes)
 
 
@@ -93,7 +95,7 @@ def _check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> t
     return tuple(sorted(cast))
 
 
-def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int) -> int:
+def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, told_as: str | None) -> int:
     local = threading.local()
 
     def work(task: tuple[str, int, Slab]) -> None:
@@ -107,6 +109,8 @@ def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int) ->
         raw = torch.from_numpy(as_bytes(values)).view(getattr(torch, stored)).view(slab.box.sizes)
         target = leaf.view(piece)
         target[tuple(slice(o, o + s) for o, s in zip(slab.box.offsets, slab.box.sizes, strict=True))].copy_(raw)
+        if progress is not None:
+            progress.add(slab.nbytes)
 
     tasks = [
         (key, index, slab)
@@ -114,9 +118,11 @@ def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int) ->
         for index, piece in enumerate(leaf.pieces)
         for slab in cut_into_slabs(piece.box.sizes, itemsize(ours.tensors[key].dtype), ours.unit_rows(key))
     ]
+    nbytes = sum(slab.nbytes for _, _, slab in tasks)
+    progress = Progress(told_as, nbytes) if told_as is not None else None
     with torch.no_grad():
         run_threads(work, tasks, num_threads)
-    return sum(slab.nbytes for _, _, slab in tasks)
+    return nbytes
 
 
 def _moved(box: Box, outer: Box) -> Box:
