@@ -310,6 +310,7 @@ def test_a_flipped_bit_in_foreign_data_is_found(storage: LocalStorage) -> None:
     """``large`` is one zip entry, larger than the buffer of a thread."""
     manifest = save(storage)
     storage.remove(f"{STEP}/milepost.json")
+    storage.remove(f"{STEP}/milepost.digests")
     for key in ("w", "large", "scalar"):
         for shard in manifest.tensors[key].shards:
             assert shard.data_offset is not None
@@ -324,6 +325,7 @@ def test_a_flipped_bit_in_foreign_data_is_found(storage: LocalStorage) -> None:
 def test_a_foreign_record_that_is_no_record_is_named(storage: LocalStorage, level: str) -> None:
     manifest = save(storage)
     storage.remove(f"{STEP}/milepost.json")
+    storage.remove(f"{STEP}/milepost.digests")
     (shard, _) = manifest.tensors["w"].shards
     flip(data_file(storage, shard.file), shard.record_offset + shard.record_nbytes - 20)
     (problem,) = verify_in(storage, STEP, level).problems  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from typing import Literal
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
 from milepost.format import dcp_metadata
 from milepost.format.digest import crc32
-from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
 from milepost.format.record import locate_tensor
 from milepost.storage.base import Entry, ReadHandle, Storage, join, split
@@ -229,6 +229,7 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
         if error.errno not in _UNFIT:
             raise  # a server that is down, too many open files: nothing is known about the step then
         return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
+    faults += misnamed(manifest, path)
     model = model_total(manifest)
     return CheckpointInfo(
         path=path,
@@ -264,6 +265,9 @@ def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tup
     if name == MANIFEST_NAME:
         manifest = from_json(data, where)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
+    if DIGESTS_NAME in files:  # DCP writes none: it is one of ours, in which nothing but its commit record says so much
+        lost = FileFault(MANIFEST_NAME, f"is missing, but {DIGESTS_NAME} is there (without it, it would be foreign)")
+        raise FormatError(faults_text([lost]), path=join(path, MANIFEST_NAME))
     metadata = dcp_metadata.parse_metadata(data, where)
     faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
     if faults:
@@ -272,6 +276,14 @@ def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tup
     step = step_of(split(path)[1])
     created_s = files[name].mtime_s
     return dcp_metadata.manifest_from_metadata(metadata, sizes, step=step, created_s=created_s, path=where), []
+
+
+def misnamed(manifest: Manifest, path: str) -> list[FileFault]:
+    """The fault of a step's folder that holds another step; no fault of one that is no step, or doesn't say."""
+    step = step_of(split(path)[1])
+    if step is None or manifest.step is None or manifest.step == step:
+        return []
+    return [FileFault(MANIFEST_NAME, f"is of step {manifest.step}: the folder was renamed, or files were mixed up")]
 
 
 def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[FileFault]:
@@ -300,7 +312,7 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
 
     Raises:
         CheckpointNotFoundError: there is no commit record.
-        FormatError: it is malformed; or foreign, and files that it names are missing or too short.
+        FormatError: it is malformed, or no plain file; or foreign, and files that it names are missing or too short.
     """
     files = _files(storage, path)
     name = _record_name(files)
@@ -309,7 +321,12 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
             f"{storage.root}/{path} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there",
             path=path,
         )
-    data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+    try:
+        data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+    except StorageError as error:
+        if error.errno not in _UNFIT - {errno.ENOENT}:
+            raise
+        raise FormatError(error.message, path=join(path, name)) from error
     manifest, faults = _parse(data, name, path, files)
     return CommitRecord(name, _record_id(data), manifest, files, tuple(faults))
 

@@ -117,6 +117,8 @@ def verify_in(
         manifest = record.manifest
         findings.count_read(record.files[record.name].nbytes)
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
+        for fault in catalog.misnamed(manifest, path):
+            findings.add(Problem(fault.file, None, None, f"it {fault.text}"))
         _check(storage, path, record, level, findings, num_threads)
     if findings.num_problems:
         _check_still_there(storage, path, info.record_id)

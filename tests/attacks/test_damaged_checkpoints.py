@@ -286,9 +286,6 @@ def test_links_are_not_followed(step: Path, memory_path: Path, file: str) -> Non
 def test_what_is_no_file_is_refused_and_not_waited_for(step: Path, file: str, make: Callable[[Path], None]) -> None:
     (step / file).unlink()
     make(step / file)
-    if file == MANIFEST_NAME and make is os.mkdir:  # then `.metadata` speaks for it
-        assert load_everything(step) is None
-        return
     with pytest.raises((CheckpointDamagedError, StorageError)):
         milepost.load(step, blank())
     assert catalog.scan(LocalStorage(step.parent.parent), step.parent.name)[0].state == "damaged"

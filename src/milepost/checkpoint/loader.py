@@ -47,6 +47,7 @@ class Loader:
         self._layout = layout
         self._hf = hf
         self._reading = ""  # save id of the checkpoint that is being loaded
+        self._told: set[int] = set()  # steps that were warned of
 
     def scan(self) -> list[catalog.StepEntry]:
         """The steps of the run's folder."""
@@ -55,9 +56,8 @@ class Loader:
     def load(self) -> LoadReport | None:
         """See ``CheckpointManager.load``."""
         rejected: dict[int, str] = {}
-        folder = join(self._storage.root, self._folder)
         while True:
-            choice = on_rank_0(self._comm, lambda: choose(self.scan(), self._config, rejected, folder))
+            choice = on_rank_0(self._comm, lambda: self._choose(rejected))
             if choice is None:
                 return None
             try:
@@ -68,6 +68,24 @@ class Loader:
                 if on_rank_0(self._comm, partial(self._mark_damaged, choice.path, error.message)):
                     rejected[choice.step] = error.message
                 # Else it was replaced while it was read: look again.
+
+    def _choose(self, rejected: dict[int, str]) -> Choice | None:
+        """What to load; steps that are passed over for it are warned of, once. On rank 0."""
+        entries = self.scan()
+        choice = choose(entries, self._config, rejected, join(self._storage.root, self._folder))
+        if choice is None or choice.step is None or not choice.may_fall_back:
+            return choice
+        for entry in entries:
+            if entry.step > choice.step and not entry.is_usable and entry.step not in {*rejected, *self._told}:
+                what = f"damaged: {entry.reason}" if entry.state == "damaged" else f"{entry.state}: {entry.reason}"
+                log.warning(
+                    "%s/%s is %s\nFalling back to an older step; this one is left where it is.",
+                    self._storage.root,
+                    entry.path,
+                    what,
+                )
+                self._told.add(entry.step)
+        return choice
 
     def _load(self, choice: Choice) -> LoadReport:
         if choice.step is None and self._config.initial_load_in_hf:
@@ -145,7 +163,8 @@ class Loader:
         found = catalog.examine(self._storage, path)
         if found is not None and found.is_usable and found.save_id != self._reading:
             return False
-        log.warning("%s\nFalling back to an older step; the damaged one is left where it is, marked.", reason)
+        left = "" if self._config.load_only else ", marked: it is not tried again"
+        log.warning("%s\nFalling back to an older step; the damaged one is left where it is%s.", reason, left)
         if self._config.load_only:
             return True
         try:

@@ -278,7 +278,7 @@ def read_object(record: bytes) -> object:
 
 
 def check_archive(record: bytes | bytearray | memoryview) -> None:
-    """Raise FormatError unless a record is a zip archive of stored entries, all inside it, no two of the same bytes."""
+    """Raise FormatError unless a record is a zip archive of whole, stored entries, no two of them of the same bytes."""
     archive = ZipDirectory(
         lambda offset, nbytes: bytes(record[offset : offset + nbytes]), len(record), max_entries=1 << 18
     )
@@ -288,6 +288,9 @@ def check_archive(record: bytes | bytearray | memoryview) -> None:
         if entry.header_offset < position:
             raise FormatError(f"zip entry {entry.name!r:.100} lies over another one")
         position = start + entry.nbytes
+        # torch.serialization.set_crc32_options(False) leaves zero in place of every CRC.
+        if entry.crc32 not in (0, crc32(memoryview(record)[start:position])):
+            raise FormatError(f"zip entry {entry.name!r:.100} does not match its CRC-32: the record is damaged")
 
 
 def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> LocatedTensor:

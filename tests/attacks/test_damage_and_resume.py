@@ -1,0 +1,551 @@
+"""Hundreds of damages of a run's newest step: each is named, nothing wrong is loaded, and a resume goes on from the
+newest sound step on all ranks together, or says why it can't.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from damages import Damage, damages
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import milepost
+from milepost import CheckpointConfig, CheckpointManager, catalog, retention
+from milepost.checkpoint import commit
+from milepost.checkpoint.assemble import SaveInfo
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.interop.hf_save import commit_record
+from milepost.storage import LocalStorage
+from milepost.testing.world import run_world
+from milepost.verification import VerifyReport, verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
+
+Tally = Callable[..., None]
+
+SEED = 1_913
+STEPS = (1, 2, 3)
+NEWEST = STEPS[-1]
+
+
+# ---- a run of two ranks ----
+
+
+class Progress:
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def progress_at(step: int) -> dict[str, Any]:
+    return {"step": step, "text": f"after step {step}", "history": [step, 0.5, None], "raw": bytes([step] * 300)}
+
+
+class Run:
+    """A sharded model with its optimizer, and managers over them; what it holds follows from the step alone."""
+
+    def __init__(self, folder: Path):
+        torch.manual_seed(1)
+        self.model = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise((24, 33, 40, 7))])
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.model(torch.ones(2, 24)).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress = Progress()
+        self.folder = folder
+
+    def tensors(self) -> list[torch.Tensor]:
+        found = [p.detach() for p in self.model.parameters()]
+        for state in self.optimizer.state.values():
+            found += [state["exp_avg"], state["exp_avg_sq"]]
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in found]
+
+    def become(self, step: int) -> None:
+        """The state after ``step``; 0 is like none that was saved."""
+        generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+        for tensor in self.tensors():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+        self.progress.state = progress_at(step)
+
+    def is_at(self, step: int) -> bool:
+        generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+        same = all(torch.equal(tensor, torch.rand(tensor.shape, generator=generator)) for tensor in self.tensors())
+        return same and self.progress.state == progress_at(step)
+
+    @contextmanager
+    def manager(self, **config: Any) -> Iterator[CheckpointManager]:
+        options = CheckpointConfig(
+            **{"enable": True, "interval": 1, "keep_latest_k": 0, "last_save_model_only": False, **config}
+        )
+        manager = CheckpointManager(
+            self.folder, options, model=self.model, optimizer=self.optimizer, train_state=self.progress
+        )
+        try:
+            yield manager
+        finally:
+            manager.close()
+
+
+class Warnings(logging.Handler):
+    """What Milepost warns of while it is listened to."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("milepost").addHandler(self)
+        return self.lines
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("milepost").removeHandler(self)
+
+
+def save_run(folder: Path) -> None:
+    run = Run(folder)
+    with run.manager() as manager:
+        for step in STEPS:
+            run.become(step)
+            manager.save(step)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with sound steps, saved by two ranks."""
+    folder = tmp_path_factory.mktemp("damage") / "sound"
+    run_world(save_run, 2, folder, timeout_s=60)
+    assert [entry.state for entry in scan(folder)] == ["committed"] * len(STEPS)
+    sizes = [[(file.name, file.stat().st_size) for file in sorted(step_of(folder, n).glob("__*"))] for n in STEPS]
+    assert sizes[0] == sizes[1] == sizes[2], "files of two saves must be of one size, or swaps would show by that"
+    return folder
+
+
+def step_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}"
+
+
+def scan(folder: Path) -> list[catalog.StepEntry]:
+    return catalog.scan(LocalStorage(folder.parent), folder.name)
+
+
+def restore(sound: Path, folder: Path) -> None:
+    """Put a sound copy in place of the run's folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(sound, folder)
+
+
+# ---- verification ----
+
+
+def check_named(damage: Damage, step: Path, sound: Path) -> VerifyReport | None:
+    """``verify`` names every file that was changed, and the key where it is in a record. None: it is no checkpoint."""
+    try:
+        report = verify(step)
+    except CheckpointNotFoundError:
+        assert not {MANIFEST_NAME, METADATA_NAME} & {path.name for path in step.iterdir() if path.is_file()}
+        return None
+    assert not report.is_sound, f"{damage.what}: nothing was found"
+    named = {problem.file for problem in report.problems}
+    if {MANIFEST_NAME, DIGESTS_NAME} & set(damage.files):
+        # What the data must be is not known then.
+        assert named & {*damage.files, MANIFEST_NAME}, (damage.what, report.problems)
+        return report
+    missing = set(damage.files) - named
+    assert not missing, (damage.what, report.problems)
+    for file in damage.files:
+        keys = changed_keys(sound, step, file)
+        told = {problem.key for problem in report.problems if problem.file == file and problem.key is not None}
+        assert told == keys, (damage.what, keys ^ told)
+    return report
+
+
+def changed_keys(sound: Path, step: Path, file: str) -> set[str]:
+    """The keys in whose records a file differs from the sound one; of a file of another size none is told."""
+    before = (sound / file).read_bytes()
+    if not (step / file).is_file() or (step / file).is_symlink() or file == METADATA_NAME:
+        return set()
+    after = (step / file).read_bytes()
+    manifest = catalog.read_record(LocalStorage(sound.parent), sound.name).manifest
+    return {
+        key for key, start, stop in records(manifest, file) if before[start:stop] != after[start:stop] and start != stop
+    }
+
+
+def records(manifest: Manifest, file: str) -> Iterator[tuple[str, int, int]]:
+    for key, tensor in manifest.tensors.items():
+        for shard in tensor.shards:
+            if shard.file == file:
+                yield key, shard.record_offset, shard.record_offset + shard.record_nbytes
+    for key, entry in manifest.objects.items():
+        if entry.file == file:
+            yield key, entry.record_offset, entry.record_offset + entry.record_nbytes
+
+
+def whole_state(path: Path) -> dict[str, Any]:
+    """All of a checkpoint, in one process. Raises as a load does."""
+    manifest = catalog.read_manifest(LocalStorage(path.parent), path.name)
+    into: dict[str, Any] = {
+        key: torch.ones(tensor.shape, dtype=getattr(torch, tensor.dtype)) for key, tensor in manifest.tensors.items()
+    }
+    into |= dict.fromkeys(manifest.objects)
+    milepost.load(path, into)
+    return into
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        for key, value in one.items()
+    )
+
+
+def test_every_damage_is_named_and_nothing_wrong_is_loaded(sound: Path, memory_path: Path, tally: Tally) -> None:
+    expected = whole_state(step_of(sound, NEWEST))
+    step = step_of(memory_path, NEWEST)
+    tried = loaded = 0
+    for damage in damages(step_of(sound, NEWEST), step_of(sound, NEWEST - 1), SEED, 300):
+        shutil.copytree(step_of(sound, NEWEST), step)
+        damage.apply(step)
+        report = check_named(damage, step, step_of(sound, NEWEST))
+        try:
+            found = whole_state(step)
+        except (CheckpointDamagedError, CheckpointNotFoundError):
+            pass
+        else:
+            loaded += 1
+            # Padding, DCP's own index: nothing that a load looks at. Or all of another step, in a folder of its own.
+            is_other = report is not None and "is of step 2" in report.problems[0].message
+            assert is_other or same(found, expected), f"{damage.what}: something wrong was loaded"
+        shutil.rmtree(step)
+        tried += 1
+    assert 0 < loaded < tried / 3
+    tally(
+        "a file of a checkpoint damaged (bits, blocks, cuts, swaps, stale files): verify and load",
+        tried=tried,
+        lost=0,
+        seed=SEED,
+    )
+
+
+# ---- resuming ----
+
+
+@dataclass
+class Seen:
+    """What became of one damage, as one rank saw it."""
+
+    what: str
+    named: str
+    """The outcome with ``load_step``: ``loaded``, or the error's class."""
+    resumed: int | None
+    again: int | None
+    warnings: list[str]
+    warnings_again: list[str]
+    states: list[str]
+    kept: list[int]
+
+
+def resume_after(folder: Path, sound: Path, first: int, count: int) -> list[Seen]:
+    """Damage the newest step, ask for it by number, resume, resume once more: ``count`` times."""
+    run = Run(folder)
+    seen = []
+    chosen = list(damages(step_of(sound, NEWEST), step_of(sound, NEWEST - 1), SEED + 1, first + count))[first:]
+    for damage in chosen:
+        if dist.get_rank() == 0:
+            restore(sound, folder)
+            damage.apply(step_of(folder, NEWEST))
+        dist.barrier()
+        run.become(0)
+        with run.manager(load_step=NEWEST) as manager:
+            try:
+                manager.load()
+            except MilepostError as error:
+                named = type(error).__name__
+            else:
+                assert run.is_at(NEWEST), f"{damage.what}: load_step gave another state"
+                named = "loaded"
+        assert dist.get_rank() or not (folder / f".damaged-step-{NEWEST}.json").exists()
+        resumed, warnings = resume(run, damage)
+        again, warnings_again = resume(run, damage)
+        entries = scan(folder)
+        decisions = retention.plan(entries, keep_latest_k=1, protected={}, now=0.0)
+        seen.append(
+            Seen(
+                damage.what,
+                named,
+                resumed,
+                again,
+                warnings,
+                warnings_again,
+                [entry.state for entry in entries],
+                [decision.step for decision in decisions if decision.keep],
+            )
+        )
+        dist.barrier()
+    return seen
+
+
+def resume(run: Run, damage: Damage) -> tuple[int | None, list[str]]:
+    run.become(0)
+    with Warnings() as lines, run.manager() as manager:
+        report = manager.load()
+    assert report is not None
+    assert report.resumed_step is not None
+    assert run.is_at(report.resumed_step), f"{damage.what}: step {report.resumed_step} is not what was saved"
+    return report.resumed_step, lines
+
+
+def check_resumes(results: list[list[Seen]]) -> int:
+    """All ranks saw the same; what was damaged was passed over, said once, and is not good for retention."""
+    fell_back = 0
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            assert (other.named, other.resumed, other.again) == (first.named, first.resumed, first.again), first.what
+            assert not other.warnings, f"{first.what}: one rank is to speak for all"
+        assert first.again == first.resumed, first.what
+        if first.resumed == NEWEST:
+            assert first.named == "loaded"
+            assert not first.warnings, first.what
+            continue
+        fell_back += 1
+        assert first.resumed == NEWEST - 1, first.what
+        assert first.named != "loaded", first.what
+        for lines in (first.warnings, first.warnings_again):
+            assert len(lines) == 1, (first.what, lines)
+            assert f"step-{NEWEST}" in lines[0], (first.what, lines)
+            assert "Falling back to an older step" in lines[0]
+        assert first.states in (["committed", "committed", bad] for bad in ("damaged", "partial")), first.what
+        assert first.kept == [NEWEST - 1, NEWEST], f"{first.what}: the sound one must stay, the bad one not count"
+    return fell_back
+
+
+def test_a_resume_passes_over_a_damaged_step_on_all_ranks(sound: Path, memory_path: Path, tally: Tally) -> None:
+    count = 60
+    results = run_world(resume_after, 2, memory_path / "run", sound, 0, count, timeout_s=200)
+    fell_back = check_resumes(results)
+    assert fell_back > count / 2
+    tally("the newest step damaged, then resumed on 2 ranks, by number and without", tried=count, lost=0, seed=SEED + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_resume_passes_over_a_damaged_step_on_all_ranks_many_times(
+    sound: Path, memory_path: Path, tally: Tally
+) -> None:
+    results = run_world(resume_after, 2, memory_path / "run", sound, 60, 500, timeout_s=1100)
+    assert check_resumes(results) > 250
+    tally("the newest step damaged, then resumed on 2 ranks, by number and without", tried=500, lost=0, seed=SEED + 1)
+
+
+def go_on(folder: Path, sound: Path) -> None:
+    """After a fallback the run saves the damaged step anew: the mark is not held against the new one."""
+    run = Run(folder)
+    if dist.get_rank() == 0:
+        restore(sound, folder)
+        content = bytearray((step_of(folder, NEWEST) / "__0_0.distcp").read_bytes())
+        content[len(content) // 2] ^= 1
+        (step_of(folder, NEWEST) / "__0_0.distcp").write_bytes(content)
+    dist.barrier()
+    with run.manager(keep_latest_k=2) as manager:
+        report = manager.load()
+        assert report is not None
+        assert report.resumed_step == NEWEST - 1
+        assert manager.latest_step == NEWEST - 1
+        run.become(NEWEST)
+        manager.save(NEWEST)
+        assert manager.latest_step == NEWEST
+    assert [entry.state for entry in scan(folder)] == ["committed"] * 2
+    run.become(0)
+    with Warnings() as lines, run.manager() as manager:
+        manager.load()
+    assert run.is_at(NEWEST)
+    assert not lines
+
+
+def test_a_step_that_is_saved_anew_is_good_again(sound: Path, memory_path: Path) -> None:
+    run_world(go_on, 2, memory_path / "run", sound, timeout_s=60)
+
+
+def two_of_three(folder: Path, sound: Path) -> list[list[str]]:
+    """The two newest steps are damaged, one as a scan sees, one as only a read does; then the last one too."""
+    run = Run(folder)
+    if dist.get_rank() == 0:
+        restore(sound, folder)
+        (step_of(folder, 3) / "__1_0.distcp").unlink()
+        flip_data(step_of(folder, 2))
+    dist.barrier()
+    run.become(0)
+    with Warnings() as lines, run.manager() as manager:
+        report = manager.load()
+    assert report is not None
+    assert report.resumed_step == 1
+    assert run.is_at(1)
+    if dist.get_rank() == 0:
+        flip_data(step_of(folder, 1))
+    dist.barrier()
+    run.become(0)
+    for config in ({}, {"load_step": 1}, {}):  # again and again: never a fresh start
+        with run.manager(**config) as manager, pytest.raises(CheckpointDamagedError) as caught:
+            manager.load()
+        assert "step" in caught.value.message
+    assert "every step" in caught.value.message
+    assert "not starting afresh" in caught.value.message
+    return [lines, [entry.state for entry in scan(folder)]]
+
+
+def flip_data(step: Path) -> None:
+    """One bit in the largest tensor of rank 1's file, found by whoever reads it."""
+    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    shards = [shard for tensor in manifest.tensors.values() for shard in tensor.shards if shard.file == "__1_0.distcp"]
+    largest = max(shards, key=lambda shard: shard.data_nbytes)
+    content = bytearray((step / "__1_0.distcp").read_bytes())
+    content[(largest.data_offset or 0) + largest.data_nbytes // 2] ^= 8
+    (step / "__1_0.distcp").write_bytes(content)
+
+
+def test_several_damaged_steps_are_each_told_of_and_none_left_is_an_error(sound: Path, memory_path: Path) -> None:
+    (lines, states), (others, _) = run_world(two_of_three, 2, memory_path / "run", sound, timeout_s=60)
+    assert len(lines) == 2, lines
+    assert "step-3" in lines[0]
+    assert "__1_0.distcp is missing" in lines[0]
+    assert "step-2" in lines[1]
+    assert "__1_0.distcp: bytes" in lines[1]
+    assert others == []
+    assert states == ["damaged"] * 3
+
+
+def test_a_folder_that_was_renamed_is_not_taken_for_another_step(sound: Path, memory_path: Path) -> None:
+    """Whole and sound, but not what its name says: ``load_step = 9`` would go on from step 2."""
+    folder = memory_path / "run"
+    shutil.copytree(sound, folder)
+    step_of(folder, 2).rename(step_of(folder, 9))
+    entry = scan(folder)[-1]
+    assert (entry.step, entry.state) == (9, "damaged")
+    assert "is of step 2: the folder was renamed" in entry.reason
+    assert not verify(step_of(folder, 9), "metadata").is_sound
+    assert same(whole_state(step_of(folder, 9)), whole_state(step_of(sound, 2))), "by its path it can be loaded"
+
+
+# ---- what stock DCP writes ----
+
+
+def foreign_state(shift: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    tensors = {f"w{n}": torch.rand(30 + n, 9, generator=generator) + shift for n in range(4)}
+    values = {"text": f"ünï {shift}", "list": [1, shift, None], "raw": bytes(range(90)), "set": {1, 2}, "step": 7}
+    return {**tensors, "half": (torch.rand(50, generator=generator) + shift).bfloat16(), **values}
+
+
+def test_damage_in_a_foreign_checkpoint_is_found_or_does_not_matter(memory_path: Path, tally: Tally) -> None:
+    """All that its CRC-32s cover is checked; a load gives what was saved, or an error."""
+    for name, shift in (("older", 1.0), ("sound", 2.0)):
+        dcp.save(foreign_state(shift), checkpoint_id=memory_path / name)
+    sound, step = memory_path / "sound", memory_path / "step-7"
+    tried = errors = 0
+    for damage in damages(sound, memory_path / "older", SEED + 2, 300):
+        if damage.what.startswith("everything"):
+            continue
+        shutil.copytree(sound, step)
+        damage.apply(step)
+        into = {
+            key: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for key, v in foreign_state(0).items()
+        }
+        try:
+            milepost.load(step, into)
+        except MilepostError:
+            errors += 1
+            with_report = (step / METADATA_NAME).is_file()
+            assert not with_report or not verify(step).is_sound or METADATA_NAME in damage.files, damage.what
+        else:
+            # Whole records of another save have CRC-32s of their own, and nothing else tells them apart.
+            either = foreign_state(2.0), foreign_state(1.0) if "save before" in damage.what else foreign_state(2.0)
+            for key, value in into.items():
+                assert any(same({key: value}, {key: state[key]}) for state in either), (damage.what, key)
+        shutil.rmtree(step)
+        tried += 1
+    assert tried / 3 < errors < tried
+    tally("a file of a stock DCP checkpoint damaged: verify and load", tried=tried, lost=0, seed=SEED + 2)
+
+
+# ---- a save in Hugging Face's form ----
+
+
+def save_hf(folder: Path, shift: float) -> None:
+    """As the last save of a run in that form is committed: weights, index and config beside a manifest."""
+    storage = LocalStorage(folder.parent)
+    save_id = commit.new_save_id()
+    attempt = commit.begin_attempt(storage, folder.name, save_id)
+    data = folder.parent / commit.data_folder(attempt)
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for name in names:
+        tensors = {f"{name[:11]}.{n}": torch.full((40, 9), n + shift) for n in range(3)}
+        safetensors.torch.save_file(tensors, data / name, metadata={"format": "pt"})
+    (data / "config.json").write_text(f'{{"model_type": "llama", "rms_norm_eps": {shift}}}')
+    sizes = {path.name: path.stat().st_size for path in data.iterdir()}
+    record = commit_record(SaveInfo(step=7, kind="model"), save_id=save_id, world_size=1, now=1.0)
+    commit.publish_files(storage, attempt, folder.name, sizes, record)
+
+
+def test_damage_in_a_save_in_hugging_faces_form_is_named_as_far_as_sizes_and_headers_tell(
+    memory_path: Path, tally: Tally
+) -> None:
+    for name, shift in (("older", 0.25), ("sound", 0.5)):
+        (memory_path / name).mkdir()
+        save_hf(memory_path / name / "step-7", shift)
+    sound, step = memory_path / "sound" / "step-7", memory_path / "step-7"
+    report = verify(sound)
+    assert report.is_sound
+    assert report.unchecked_nbytes == 2 * 3 * 40 * 9 * 4, "all data, and nothing else, is said to be unchecked"
+    tried = 0
+    for damage in damages(sound, memory_path / "older" / "step-7", SEED + 3, 200):
+        shutil.copytree(sound, step)
+        damage.apply(step)
+        named = {problem.file for problem in verify(step).problems} if (step / MANIFEST_NAME).is_file() else {""}
+        for file in damage.files:
+            path = step / file
+            is_file = path.is_file() and not path.is_symlink()
+            changed_size = not is_file or path.stat().st_size != (sound / file).stat().st_size
+            if file == MANIFEST_NAME and len(damage.files) == 1 and "one file" not in damage.what:
+                assert named, damage.what
+            elif changed_size and MANIFEST_NAME not in damage.files:
+                assert file in named, (damage.what, named)
+            elif file.endswith(".safetensors") and not header_holds(path):
+                assert file in named or MANIFEST_NAME in damage.files, (damage.what, named)
+        shutil.rmtree(step)
+        tried += 1
+    tally("a file of a save in Hugging Face's form damaged: verify", tried=tried, lost=0, seed=SEED + 3)
+
+
+def header_holds(damaged: Path) -> bool:
+    """Whether safetensors itself still opens the file, whatever the names in it are now."""
+    try:
+        with safetensors.safe_open(damaged, "pt") as file:
+            return bool(file.keys())
+    except Exception:  # noqa: BLE001 - it raises its own kinds
+        return False
