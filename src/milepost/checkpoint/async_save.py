@@ -5,9 +5,11 @@ Two events matter. *Staged*: the weights may change again. *Committed*: the chec
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike, fspath
@@ -86,6 +88,7 @@ class SaveHandle:
 class AsyncSaver:
     """Saves state dicts again and again in the background, one at a time, through one arena that is kept.
 
+    One that is forgotten without :meth:`close` lets go of all it holds, at the end of the save that runs.
     Collective methods are :meth:`save` and :meth:`close`; they are called on the training thread.
     """
 
@@ -95,12 +98,13 @@ class AsyncSaver:
         self._mode = mode
         self._agreement = Agreement(storage, comm, timeout_s=timeout_s)
         self._arena = Arena()
-        self._is_pinned = False
+        self._unpin: weakref.finalize | None = None
         self._runner = InProcess(storage, self._arena) if mode == "async_with_pinned_mem" else InThread(storage)
         # One thread: saves do not overtake each other. The interpreter waits for it at exit.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="milepost-save")
         self._current: SaveHandle | None = None
         self._attempt = ""
+        _alive.add(self)
 
     @property
     def arena_nbytes(self) -> int:
@@ -148,17 +152,21 @@ class AsyncSaver:
         return handle
 
     def _fit_arena(self, plan: WritePlan) -> memoryview:
-        old = self._arena.memory
         if self._arena.fit(plan):
-            if self._is_pinned:
-                unpin(old)
-            if self._mode == "async_with_pinned_mem":
-                self._is_pinned = pin(self._arena.memory)
+            self._unpin_arena()
+            if self._mode == "async_with_pinned_mem" and pin(self._arena.memory):
+                # Not of this object: a save that still runs keeps the arena, when its saver is forgotten.
+                self._unpin = weakref.finalize(self._arena, unpin, self._arena.memory)
             if self._comm.rank == 0:
-                pinned = "pinned" if self._is_pinned else "not pinned: there is no CUDA device"
+                pinned = "pinned" if self._unpin is not None else "not pinned: there is no CUDA device"
                 kind = f"shared memory, {pinned}" if self._mode == "async_with_pinned_mem" else "memory"
                 log.info("staging arena of rank 0: %.1f MB of %s", self._arena.nbytes / 1e6, kind)
         return self._arena.memory
+
+    def _unpin_arena(self) -> None:
+        if self._unpin is not None:
+            self._unpin()  # its old memory, if it has grown
+            self._unpin = None
 
     def close(self) -> None:
         """Wait for the save that runs, and let go of all memory and processes. Collective.
@@ -169,8 +177,7 @@ class AsyncSaver:
         failure = self._wait_for_previous()
         self._thread.shutdown()
         self._runner.close()
-        if self._is_pinned:
-            unpin(self._arena.memory)
+        self._unpin_arena()
         self._arena.close()
         try:
             raise_together(self._comm, failure)
@@ -193,6 +200,18 @@ class AsyncSaver:
             self._current = None
             if self._comm.rank == 0:
                 commit.abort_attempt(self._storage, self._attempt)
+
+
+_alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
+
+
+@atexit.register
+def _tell_of_lost_saves() -> None:
+    """The last word on saves that failed in the background, when nothing raised it: the program has called no close."""
+    for saver in list(_alive):
+        handle = saver.current
+        if handle is not None and handle.done() and (error := handle._committed.exception()) is not None:
+            log.error("the program ends, and its last save has failed: %s", error)
 
 
 class _Task:

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 
 from milepost.catalog import DELETING_PREFIX
@@ -29,7 +30,7 @@ LEASE_S = 90.0
 
 
 class RunLock:
-    """Held from construction to :meth:`release`, or to the end of the process.
+    """Held from construction to :meth:`release`, or until nobody has this object any more, or the process ends.
 
     Raises:
         RunLockedError: a run that still lives holds it; the message names host, process and start.
@@ -48,35 +49,31 @@ class RunLock:
         self._storage = storage
         self._folder = folder
         self._path = join(folder, LOCK_NAME)
+        self._text = b""
         storage.make_folder(folder)
         while not self._take():
             self._break_or_refuse(lease_s, sleep)
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(beat_s,), name="milepost-lock", daemon=True)
+        released = threading.Event()
+        args = (storage, self._path, self._text, released, beat_s)
+        # The thread must not know this object, or it would never be forgotten.
+        self._thread = threading.Thread(target=_hold, args=args, name="milepost-lock", daemon=True)
         self._thread.start()
+        self._let_go = weakref.finalize(self, _let_go, released, self._thread)
 
     def release(self) -> None:
-        """Let another run in. No error if the lock is gone."""
-        if not self._released.is_set():
-            self._released.set()
-            self._thread.join()
-            self._storage.remove(self._path)
+        """Let another run in. No error if the lock is gone, or can't be removed: that is logged."""
+        self._let_go()
+        self._thread.join()
 
     def _take(self) -> bool:
+        self._text = this_process(time.time()).dump() + b"\n"
         try:
-            self._storage.write(self._path, this_process(time.time()).dump() + b"\n")
+            self._storage.write(self._path, self._text)
         except StorageError as error:
             if error.errno == errno.EEXIST:
                 return False
             raise
         return True
-
-    def _beat(self, beat_s: float) -> None:
-        while not self._released.wait(beat_s):
-            try:
-                self._storage.append(self._path, b".")
-            except StorageError as error:  # the lease may run out; training need not stop for it
-                log.warning("the lock of this run could not be renewed: %s", error)
 
     def _break_or_refuse(self, lease_s: float, sleep: Callable[[float], None]) -> None:
         try:
@@ -123,6 +120,31 @@ class RunLock:
             "another job.dump_folder or checkpoint.folder; to only read, set checkpoint.load_only",
             path=self._path,
         )
+
+
+def _hold(storage: Storage, path: str, text: bytes, released: threading.Event, beat_s: float) -> None:
+    """Renew the lock until it is released, then remove it, unless another one has been put in its place."""
+    while not released.wait(beat_s):
+        try:
+            storage.append(path, b".")
+        except StorageError as error:  # the lease may run out; training need not stop for it
+            log.warning("the lock of this run could not be renewed: %s", error)
+    try:
+        if storage.stat(path) is not None and storage.read(path, 1 << 20).startswith(text):
+            storage.remove(path)
+    except StorageError as error:  # at the latest when this process has ended, the next run breaks it
+        log.warning("the lock of this run could not be removed: %s", error)
+
+
+def _let_go(released: threading.Event, thread: threading.Thread) -> None:
+    """Have the lock removed by its thread (a fork of the holder has none, so it can't).
+
+    The garbage collector may run this in that very thread, or in one that holds what that one waits for: so it waits
+    for the removal, but not for long.
+    """
+    released.set()
+    if thread is not threading.current_thread():
+        thread.join(timeout=5.0)
 
 
 def _owner_in(data: bytes) -> Owner | None:
