@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import nn
 
+import milepost
 from milepost import CheckpointConfig, CheckpointManager
+from milepost.checkpoint.async_save import MAX_SAVERS
 from milepost.checkpoint.commit import OWNERLESS_LIFETIME_S, sweep_leftovers
 from milepost.checkpoint.lock import LOCK_NAME
 from milepost.config import AsyncMode
@@ -180,6 +182,28 @@ def test_a_manager_that_is_forgotten_without_close_lets_go_of_all_it_holds(
     assert after.more_held_than(before) == [], (before, after)
     assert sorted(os.listdir(memory_path / "run")) == ["events.jsonl", "step-100", "step-99"]
     tally("a manager is forgotten without close(), and nothing of it stays", tried=NUM_MANAGERS, lost=0)
+
+
+def _save_into_many_folders(folder: Path) -> tuple[Usage, Usage]:
+    """A folder for each step, with a checkpoint in it."""
+    before = Usage.now()
+    for number in range(12):
+        state = {"w": torch.full((100, 100), float(number))}
+        milepost.async_save(folder / str(number) / "model", state, mode="async_with_pinned_mem").committed(60)
+    gc.collect()
+    soon(lambda: Usage.now().processes <= MAX_SAVERS)
+    return before, Usage.now()
+
+
+def test_what_is_kept_for_async_save_does_not_grow_with_the_folders_saved_into(memory_path: Path) -> None:
+    ((before, after),) = run_world(_save_into_many_folders, 1, memory_path)
+    assert after.processes == MAX_SAVERS
+    assert after.fds <= before.fds + 5 * MAX_SAVERS, (before, after)
+    assert after.threads <= before.threads + 2 * MAX_SAVERS, (before, after)
+    for number in range(12):
+        into = {"w": torch.zeros(100, 100)}
+        milepost.load(memory_path / str(number) / "model", into)
+        assert into["w"].unique().tolist() == [number]
 
 
 TRAINER = """

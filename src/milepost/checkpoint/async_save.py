@@ -328,7 +328,7 @@ def async_save(
     With ``mode = "async"`` everything is staged when this returns, and a thread writes. With
     ``"async_with_pinned_mem"`` staging goes on in the background (call ``handle.staged()`` before the weights change)
     and a process writes, which finishes even if this one is killed. Staging memory of the state's size is kept and
-    used again by the next call for the same folder; a save that still runs is waited for first.
+    used again by the next call for the same folder (of the last few); a save that still runs is waited for first.
 
     Raises:
         SaveError: on every rank, when any rank failed before staging, or the previous save of this folder failed.
@@ -340,13 +340,22 @@ def async_save(
     )
 
 
+MAX_SAVERS = 4
+"""So many folders that ``async_save`` was last called for keep their memory and writer process."""
 _savers: dict[tuple[str, str], AsyncSaver] = {}
 
 
 def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
-    """The saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls."""
-    known = _savers.get((storage.root, mode))
-    if known is not None and (known._comm.rank, known._comm.world_size) == (comm.rank, comm.world_size):
-        return known
-    saver = _savers[storage.root, mode] = AsyncSaver(storage, comm, mode)
+    """The saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls.
+
+    Nor does it with folders: the saver not called for the longest is forgotten, which is the same one on every rank.
+    """
+    saver = _savers.pop((storage.root, mode), None)
+    if saver is None or (saver._comm.rank, saver._comm.world_size) != (comm.rank, comm.world_size):
+        while len(_savers) >= MAX_SAVERS:
+            forgotten = _savers.pop(next(iter(_savers)))
+            if (failure := forgotten._wait_for_previous()) is not None:
+                log.error("a save in the background has failed: %s", failure)
+        saver = AsyncSaver(storage, comm, mode)
+    _savers[storage.root, mode] = saver  # the last of them now
     return saver
