@@ -398,7 +398,7 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
 
 
 def _cut_short(folder: Path) -> set[str]:
-    """Attempts killed in their first moment: empty, and without a record of whose they are. Swept when a minute old."""
+    """Attempts killed in their first moment: empty, and without a record of whose they are. Swept when an hour old."""
     return {
         path.name for path in folder.glob(f"{catalog.ATTEMPT_PREFIX}*") if not any(map(Path.is_file, path.rglob("*")))
     }

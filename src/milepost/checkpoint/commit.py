@@ -38,9 +38,8 @@ from milepost.storage.base import Entry, Storage, join, split
 _log = logging.getLogger(__name__)
 
 OWNER_PREFIX = "owner-"
-OWNERLESS_LIFETIME_S = 60.0
-"""An attempt without an owner's record was cut short while being made, or is being made right now: that takes a moment,
-and a save whose attempt is swept away all the same only fails."""
+OWNERLESS_LIFETIME_S = 3600.0
+"""An attempt without an owner's record was cut short while being made, or is being made right now."""
 
 _FAILED_NAME = "failed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
@@ -83,7 +82,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
         storage.make_folder(data_folder(attempt))
         adopt_attempt(storage, attempt)
     except StorageError:
-        discard_quietly(storage, attempt)  # without its owner's record it would lie about for a while
+        discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
         raise
     return attempt
 
