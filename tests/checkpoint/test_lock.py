@@ -67,8 +67,23 @@ def test_a_released_lock_is_free_and_one_process_may_open_its_folder_again(stora
     first = RunLock(storage, "run")
     second = RunLock(storage, "run")  # a notebook that builds its manager again
     first.release()
+    assert (tmp_path / "run" / LOCK_NAME).exists()  # it is the second's
     second.release()
     assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+def test_a_lock_that_is_forgotten_is_free_but_not_by_a_fork_of_its_holder(storage, tmp_path):
+    path = tmp_path / "run" / LOCK_NAME
+    lock = RunLock(storage, "run")
+    pid = os.fork()
+    if pid == 0:
+        lock.release()
+        del lock
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert path.exists()
+    del lock
+    assert not path.exists()
 
 
 def leave_foreign_lock(folder: Path) -> Path:

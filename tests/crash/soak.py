@@ -48,6 +48,7 @@ MODES = ("disabled", "async", "async_with_pinned_mem")
 WHOLE_JOB = ("launcher", "everything")
 """Victims after which a launcher has to be started; the others are torchrun's to start again."""
 GLOBAL_BATCH = 4
+INTERVAL = 2
 KEEP = 2
 PATIENCE_S = 240.0
 """The longest wait for anything: a moment to come, a run to end."""
@@ -117,7 +118,7 @@ def flags(folder: Path, num_steps: int, *more: str) -> list[str]:
         "training.local_batch_size": GLOBAL_BATCH // NUM_RANKS,
         "training.global_batch_size": GLOBAL_BATCH,
         "metrics.log_freq": 1,
-        "checkpoint.interval": 2,
+        "checkpoint.interval": INTERVAL,
         "checkpoint.keep_latest_k": KEEP,
         "checkpoint.last_save_model_only": "false",
     }
@@ -350,7 +351,7 @@ def soak(folder: Path, kills: list[Kill], *more: str, tell: Callable[[str], None
     """
     started = time.monotonic()
     segments = set(_shared_memory())
-    num_steps = 5 * len(kills) + 5
+    num_steps = 3 * len(kills) + 10
     train_undisturbed(folder / "undisturbed", num_steps, *more)
     tell(f"{num_steps} steps undisturbed took {time.monotonic() - started:.0f} s")
     run = Run(folder / "killed", num_steps, more)
@@ -386,13 +387,21 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
     milepost.load(run.checkpoints / last, into)
     if into["dataloader"]["samples_consumed"] != GLOBAL_BATCH * run.num_steps:
         raise SoakError(f"not every sample came once: {into}, of {GLOBAL_BATCH * run.num_steps}")
-    kept = {catalog.step_name(run.num_steps - 2 * age) for age in range(KEEP)}
+    saved = sorted({*range(INTERVAL, run.num_steps, INTERVAL), run.num_steps})
+    kept = set(map(catalog.step_name, saved[-KEEP:]))
     kept |= set(re.findall(r"\bresumed from .*/(step-\d+) ", run.log())[-1:])  # never deleted by that run
-    names = set(os.listdir(run.checkpoints))
+    names = set(os.listdir(run.checkpoints)) - _cut_short(run.checkpoints)
     if names - {"events.jsonl"} != kept:
         raise SoakError(f"the run left {sorted(names)} in its folder, not just {sorted(kept)}")
     _check_gone("processes", lambda: list(run.processes().values()))
     _check_gone("shared memory", lambda: sorted(set(_shared_memory()) - segments))
+
+
+def _cut_short(folder: Path) -> set[str]:
+    """Attempts killed in their first moment: empty, and without a record of whose they are. Swept when an hour old."""
+    return {
+        path.name for path in folder.glob(f"{catalog.ATTEMPT_PREFIX}*") if not any(map(Path.is_file, path.rglob("*")))
+    }
 
 
 def losses(folder: Path) -> Iterator[tuple[int, float]]:

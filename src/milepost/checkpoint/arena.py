@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 from milepost.checkpoint.plan import LARGE_ALIGNMENT, WritePlan, align
 
@@ -20,6 +21,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("milepost-arena", os.MFD_CLOEXEC)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
         self.memory = memoryview(b"")
 
     @property
@@ -40,6 +42,5 @@ class Arena:
     def close(self) -> None:
         """Give the memory back. A writer process that still maps it keeps it until it is done."""
         self.memory = memoryview(b"")
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._close_fd()
+        self.fd = -1

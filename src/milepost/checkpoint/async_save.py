@@ -5,9 +5,11 @@ Two events matter. *Staged*: the weights may change again. *Committed*: the chec
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike, fspath
@@ -89,6 +91,7 @@ class SaveHandle:
 class AsyncSaver:
     """Saves state dicts again and again in the background, one at a time, through one arena that is kept.
 
+    One that is forgotten without :meth:`close` lets go of all it holds, at the end of the save that runs.
     Collective methods are :meth:`save` and :meth:`close`; they are called on the training thread.
     """
 
@@ -98,12 +101,13 @@ class AsyncSaver:
         self._mode = mode
         self._agreement = Agreement(storage, comm, timeout_s=timeout_s)
         self._arena = Arena()
-        self._is_pinned = False
+        self._unpin: weakref.finalize | None = None
         self._runner = InProcess(storage, self._arena) if mode == "async_with_pinned_mem" else InThread(storage)
         # One thread: saves do not overtake each other. The interpreter waits for it at exit.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="milepost-save")
         self._current: SaveHandle | None = None
         self._attempt = ""
+        _alive.add(self)
 
     @property
     def arena_nbytes(self) -> int:
@@ -152,17 +156,21 @@ class AsyncSaver:
         return handle
 
     def _fit_arena(self, plan: WritePlan) -> memoryview:
-        old = self._arena.memory
         if self._arena.fit(plan):
-            if self._is_pinned:
-                unpin(old)
-            if self._mode == "async_with_pinned_mem":
-                self._is_pinned = pin(self._arena.memory)
+            self._unpin_arena()
+            if self._mode == "async_with_pinned_mem" and pin(self._arena.memory):
+                # Not of this object: a save that still runs keeps the arena, when its saver is forgotten.
+                self._unpin = weakref.finalize(self._arena, unpin, self._arena.memory)
             if self._comm.rank == 0:
-                pinned = "pinned" if self._is_pinned else "not pinned: there is no CUDA device"
+                pinned = "pinned" if self._unpin is not None else "not pinned: there is no CUDA device"
                 kind = f"shared memory, {pinned}" if self._mode == "async_with_pinned_mem" else "memory"
                 log.info("staging arena of rank 0: %.1f MB of %s", self._arena.nbytes / 1e6, kind)
         return self._arena.memory
+
+    def _unpin_arena(self) -> None:
+        if self._unpin is not None:
+            self._unpin()  # its old memory, if it has grown
+            self._unpin = None
 
     def close(self) -> None:
         """Wait for the save that runs, and let go of all memory and processes. Collective.
@@ -184,8 +192,7 @@ class AsyncSaver:
     def _let_go(self) -> None:
         self._thread.shutdown()
         self._runner.close()
-        if self._is_pinned:
-            unpin(self._arena.memory)
+        self._unpin_arena()
         self._arena.close()
 
     def _wait_for_previous(self) -> MilepostError | None:
@@ -206,6 +213,18 @@ class AsyncSaver:
             self._current = None
             if self._comm.rank == 0:
                 commit.abort_attempt(self._storage, self._attempt)
+
+
+_alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
+
+
+@atexit.register
+def _tell_of_lost_saves() -> None:
+    """The last word on saves that failed in the background, when nothing raised it: the program has called no close."""
+    for saver in list(_alive):
+        handle = saver.current
+        if handle is not None and handle.done() and (error := handle._committed.exception()) is not None:
+            log.error("the program ends, and its last save has failed: %s", error)
 
 
 class _Task:
@@ -337,7 +356,7 @@ def async_save(
     With ``mode = "async"`` everything is staged when this returns, and a thread writes. With
     ``"async_with_pinned_mem"`` staging goes on in the background (call ``handle.staged()`` before the weights change)
     and a process writes, which finishes even if this one is killed. Staging memory of the state's size is kept and
-    used again by the next call for the same folder; a save that still runs is waited for first.
+    used again by the next call for the same folder (of the last few); a save that still runs is waited for first.
 
     Raises:
         SaveError: on every rank, when any rank failed before staging, or the previous save of this folder failed.
@@ -349,13 +368,22 @@ def async_save(
     )
 
 
+MAX_SAVERS = 4
+"""So many folders that ``async_save`` was last called for keep their memory and writer process."""
 _savers: dict[tuple[str, str], AsyncSaver] = {}
 
 
 def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
-    """The saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls."""
-    known = _savers.get((storage.root, mode))
-    if known is not None and (known._comm.rank, known._comm.world_size) == (comm.rank, comm.world_size):
-        return known
-    saver = _savers[storage.root, mode] = AsyncSaver(storage, comm, mode)
+    """The saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls.
+
+    Nor does it with folders: the saver not called for the longest is forgotten, which is the same one on every rank.
+    """
+    saver = _savers.pop((storage.root, mode), None)
+    if saver is None or (saver._comm.rank, saver._comm.world_size) != (comm.rank, comm.world_size):
+        while len(_savers) >= MAX_SAVERS:
+            forgotten = _savers.pop(next(iter(_savers)))
+            if (failure := forgotten._wait_for_previous()) is not None:
+                log.error("a save in the background has failed: %s", failure)
+        saver = AsyncSaver(storage, comm, mode)
+    _savers[storage.root, mode] = saver  # the last of them now
     return saver

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
@@ -70,7 +71,7 @@ class InThread:
 
 
 class InProcess:
-    """Runs jobs in a writer process, started now and again when it has died."""
+    """Runs jobs in a writer process, started now and again when it has died. Forgotten, it lets that process go."""
 
     def __init__(self, storage: Storage, arena: Arena):
         self._root = storage.root
@@ -103,6 +104,7 @@ class InProcess:
             SaveError: the writer process died.
         """
         if self._process is None or self._process.poll() is not None:
+            self.close()
             self._start()
         connection = self._connection
         assert connection is not None
@@ -143,17 +145,13 @@ class InProcess:
 
     def close(self) -> None:
         """Let the writer process go; it exits at the end of its work."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None:
-            self._process.wait(timeout=60)
-            self._process = None
+        self._let_go()
+        self._process, self._connection = None, None
 
     def _start(self) -> None:
         ours, theirs = Pipe()
         fds = (theirs.fileno(), self._arena.fd)
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "milepost.checkpoint.writer_process", *map(str, fds)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -163,15 +161,13 @@ class InProcess:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
-        self._connection = ours
-        self._sent_plan = None
+        self._process, self._connection, self._sent_plan = process, ours, None
+        self._let_go = weakref.finalize(self, _let_go, process, ours)
 
     def _died(self, job: SaveJob) -> SaveError:
         assert self._process is not None
         status = self._process.wait(timeout=60)
-        if self._connection is not None:
-            self._connection.close()
-        self._process, self._connection = None, None
+        self.close()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         return SaveError(
             f"the writer process of rank {job.rank} died ({how}) while it wrote {job.target}: this save is lost, the "
@@ -179,6 +175,11 @@ class InProcess:
             path=job.target,
             rank=job.rank,
         )
+
+
+def _let_go(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()
+    process.wait(timeout=60)
 
 
 def _checked(answer: object) -> JobResult:

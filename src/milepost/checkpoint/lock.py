@@ -12,6 +12,7 @@ import hashlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class _Seen:
 
 
 class RunLock:
-    """Held from construction to :meth:`release`, or to the end of the process.
+    """Held from construction to :meth:`release`, or until nobody has this object any more, or the process ends.
 
     Raises:
         RunLockedError: a run that still lives holds it; the message names host, process and start.
@@ -74,21 +75,17 @@ class RunLock:
         while not self._take(self._path):
             self._break_or_refuse()
         self._forget_rights()
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(beat_s,), name="milepost-lock", daemon=True)
+        released = threading.Event()
+        args = (storage, self._path, self._record, released, beat_s)
+        # The thread must not know this object, or it would never be forgotten.
+        self._thread = threading.Thread(target=_hold, args=args, name="milepost-lock", daemon=True)
         self._thread.start()
+        self._let_go = weakref.finalize(self, _let_go, released, self._thread)
 
     def release(self) -> None:
         """Let another run in. A lock that can't be taken away is logged: it is a dead run's later."""
-        if self._released.is_set():
-            return
-        self._released.set()
+        self._let_go()
         self._thread.join()
-        try:
-            if self._is_ours():
-                self._storage.remove(self._path)
-        except StorageError as error:
-            log.warning("the lock of this run could not be taken away: %s", error)
 
     def _take(self, path: str) -> bool:
         """Whether the file, which says who we are, could be made: of several that try, one can."""
@@ -101,30 +98,8 @@ class RunLock:
             raise
         return True
 
-    def _is_ours(self) -> bool:
-        """Not if the lease ran out while this process was stopped, and another run has come."""
-        seen = self._look(self._path)
-        return seen is not None and seen.text.startswith(self._record)
-
     def _look(self, path: str) -> _Seen | None:
-        """What stands at ``path``; None if nothing."""
-        try:
-            found = self._storage.stat(path)
-            return _Seen(self._storage.read(path, MAX_LOCK_NBYTES), found.mtime_s) if found is not None else None
-        except StorageError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-
-    def _beat(self, beat_s: float) -> None:
-        while not self._released.wait(beat_s):
-            try:
-                if not self._is_ours():
-                    log.warning("%s is no longer this run's: another one has taken it", self._path)
-                    return
-                self._storage.append(self._path, b".")
-            except StorageError as error:  # the lease may run out; training need not stop for it
-                log.warning("the lock of this run could not be renewed: %s", error)
+        return _look(self._storage, path)
 
     def _break_or_refuse(self) -> None:
         seen = self._look(self._path)
@@ -187,6 +162,51 @@ class RunLock:
             "another job.dump_folder or checkpoint.folder; to only read, set checkpoint.load_only",
             path=self._path,
         )
+
+
+def _look(storage: Storage, path: str) -> _Seen | None:
+    """What stands at ``path``; None if nothing."""
+    try:
+        found = storage.stat(path)
+        return _Seen(storage.read(path, MAX_LOCK_NBYTES), found.mtime_s) if found is not None else None
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def _is_ours(storage: Storage, path: str, record: bytes) -> bool:
+    """Not if the lease ran out while this process was stopped, and another run has come."""
+    seen = _look(storage, path)
+    return seen is not None and seen.text.startswith(record)
+
+
+def _hold(storage: Storage, path: str, record: bytes, released: threading.Event, beat_s: float) -> None:
+    """Renew the lock until it is released, then remove it, unless another one has been put in its place."""
+    while not released.wait(beat_s):
+        try:
+            if not _is_ours(storage, path, record):
+                log.warning("%s is no longer this run's: another one has taken it", path)
+                return
+            storage.append(path, b".")
+        except StorageError as error:  # the lease may run out; training need not stop for it
+            log.warning("the lock of this run could not be renewed: %s", error)
+    try:
+        if _is_ours(storage, path, record):
+            storage.remove(path)
+    except StorageError as error:  # at the latest when this process has ended, the next run breaks it
+        log.warning("the lock of this run could not be taken away: %s", error)
+
+
+def _let_go(released: threading.Event, thread: threading.Thread) -> None:
+    """Have the lock removed by its thread (a fork of the holder has none, so it can't).
+
+    The garbage collector may run this in that very thread, or in one that holds what that one waits for: so it waits
+    for the removal, but not for long.
+    """
+    released.set()
+    if thread is not threading.current_thread():
+        thread.join(timeout=5.0)
 
 
 def _when(seconds: float) -> str:

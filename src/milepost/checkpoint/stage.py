@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
 
 from milepost.checkpoint.layout import TensorLeaf
 from milepost.checkpoint.plan import WriteItem, WritePlan
+from milepost.checkpoint.threads import map_in_threads
 from milepost.errors import SaveError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
@@ -145,14 +145,9 @@ class Staging:
         if self._devices:
             self._copy_from_cuda()
         on_cpu = [pair for pair in self._copies if pair[1].device.type != "cuda"]
-        if len(on_cpu) > 1 and num_threads > 1:
-            # `copy_` releases the GIL; biggest first, so that the threads end together.
-            on_cpu.sort(key=lambda pair: -pair[0].nbytes)
-            with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-stage") as pool:
-                list(pool.map(lambda pair: pair[0].copy_(pair[1]), on_cpu))
-        else:
-            for dst, src in on_cpu:
-                dst.copy_(src)
+        # `copy_` releases the GIL; biggest first, so that the threads end together.
+        on_cpu.sort(key=lambda pair: -pair[0].nbytes)
+        map_in_threads(lambda pair: pair[0].copy_(pair[1]), on_cpu, num_threads, name="milepost-stage")
         self._check_versions()
 
     def _copy_from_cuda(self) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from milepost.checkpoint.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
+from milepost.checkpoint.threads import map_in_threads
 from milepost.checkpoint.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.format import digest, record
 from milepost.format.manifest import BLOCK_NBYTES
@@ -126,31 +126,21 @@ def _write_groups(
     num_threads: int,
     on_progress: Callable[[int], None] | None,
 ) -> tuple[WrittenTensor, ...]:
-    failed = threading.Event()
     local = threading.local()
 
     def work(group: _Group) -> list[WrittenTensor]:
-        if failed.is_set():
-            return []
-        try:
-            if isinstance(source, FileImage):
-                written = _write_image(handle, group, source.memory)
-            else:
-                if not hasattr(local, "buffer"):
-                    local.buffer = _aligned_buffer(handle)
-                written = _write_group(handle, group, source, local.buffer)
-        except BaseException:
-            failed.set()
-            raise
+        if isinstance(source, FileImage):
+            written = _write_image(handle, group, source.memory)
+        else:
+            if not hasattr(local, "buffer"):
+                local.buffer = _aligned_buffer(handle)
+            written = _write_group(handle, group, source, local.buffer)
         if on_progress is not None:
             on_progress(group.nbytes)
         return written
 
-    if num_threads <= 1 or len(groups) <= 1:
-        return tuple(written for group in groups for written in work(group))
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-write") as pool:
-        # `map` gives the results in order and raises the first error; the others stop at their next group.
-        return tuple(written for batch in pool.map(work, groups) for written in batch)
+    batches = map_in_threads(work, groups, num_threads, name="milepost-write")
+    return tuple(written for batch in batches for written in batch)
 
 
 def _write_group(
