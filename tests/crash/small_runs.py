@@ -177,12 +177,21 @@ def train(
         progress.step = save.step
         is_last = case.ends and save is case.saves[-1]
         manager.save(save.step, last_step=is_last)
-        told(number + 1 if mode == "disabled" else number)  # a save waits for the one before
+        tell_when_committed(manager, partial(told, number + 1))
         if not is_last:
             manager.maybe_wait_for_staging()
             model.fill(-1.0)
     manager.close()
     told(len(case.saves))
+
+
+def tell_when_committed(manager: CheckpointManager, told: Callable[[], None]) -> None:
+    """At once if the save was written in the foreground; else as soon as this rank's handle says so."""
+    pending = manager._pending
+    if pending is None or pending.handle is None:
+        told()
+    else:
+        pending.handle._committed.add_done_callback(lambda done: None if done.exception() else told())
 
 
 def prepare(folder: Path, case: Case) -> LocalStorage:
