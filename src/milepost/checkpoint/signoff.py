@@ -100,7 +100,10 @@ def _item(row: Sequence[Any]) -> WriteItem:
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
-    """Leave this rank's sign-off in the attempt, whole and durable.
+    """Leave this rank's sign-off in the attempt, whole.
+
+    It is the last thing done there: once all have signed off, the attempt is committed and taken away at any moment.
+    Its name is not synced, since nobody goes on with an attempt after a power cut.
 
     A report of failure must get through even when the disk is full: if it can't be written, an empty file says at
     least which rank failed.
@@ -119,7 +122,6 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
         if signed.error is None:
             raise
         storage.write(f"{name}{_FAILED}", b"")
-    storage.sync_folder(attempt)
 
 
 def wait_for_sign_offs(
