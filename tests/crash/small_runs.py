@@ -79,12 +79,16 @@ class Save:
 
 @dataclass(frozen=True)
 class Case:
-    """What is there before a run, and the saves that it makes. ``ends``: the last one is under way at its end."""
+    """What is there before a run, and the saves that it makes.
+
+    ``ends``: the last one is under way at its end. ``damaged`` are steps of which a byte has changed.
+    """
 
     before: Shown
     saves: tuple[Save, ...]
     keep: int = 0
     ends: bool = False
+    damaged: frozenset[int] = frozenset()
 
     def stages(self) -> list[tuple[int, Shown]]:
         """All that may ever be shown, in order, each with the number of saves that are committed by then."""
@@ -111,6 +115,13 @@ CASES = {
     "deleting old steps": Case({1: 0.5, 2: 0.75, 3: 1.0}, (Save(5, 7.0, (1, 2)), Save(6, 8.0, (5,))), keep=1),
     "save on exit": Case({2: 1.0}, (Save(4, 7.0),), ends=True),
 }
+
+
+DAMAGED = -1.0
+"""What is shown of a damaged step."""
+
+AFTER_DAMAGE = Case({1: 0.5, 2: DAMAGED}, (Save(4, 7.0),), damaged=frozenset({2}))
+"""The run falls back to step 1, and marks step 2."""
 
 
 @contextmanager
@@ -166,12 +177,21 @@ def train(
         progress.step = save.step
         is_last = case.ends and save is case.saves[-1]
         manager.save(save.step, last_step=is_last)
-        told(number + 1 if mode == "disabled" else number)  # a save waits for the one before
+        tell_when_committed(manager, partial(told, number + 1))
         if not is_last:
             manager.maybe_wait_for_staging()
             model.fill(-1.0)
     manager.close()
     told(len(case.saves))
+
+
+def tell_when_committed(manager: CheckpointManager, told: Callable[[], None]) -> None:
+    """At once if the save was written in the foreground; else as soon as this rank's handle says so."""
+    pending = manager._pending
+    if pending is None or pending.handle is None:
+        told()
+    else:
+        pending.handle._committed.add_done_callback(lambda done: None if done.exception() else told())
 
 
 def prepare(folder: Path, case: Case) -> LocalStorage:
@@ -180,6 +200,10 @@ def prepare(folder: Path, case: Case) -> LocalStorage:
     for step, value in case.before.items():
         train(SingleProcess(), storage, Case({}, (Save(step, value),)))
     folder.mkdir(exist_ok=True)
+    for step in case.damaged:
+        with open(folder / RUN / f"step-{step}" / "__0_0.distcp", "r+b") as file:
+            file.seek(2 * WIDTH)
+            file.write(b"damage")
     return storage
 
 
@@ -187,11 +211,17 @@ Known = dict[tuple[tuple[str, bytes], ...], float]
 """Folders of steps, byte for byte, that were verified and loaded before, with the value that they hold."""
 
 
-def shown(storage: LocalStorage, known: Known | None = None) -> Shown:
-    """What a scan shows, each step verified and loaded, each byte of it checked; only once what is ``known``."""
+def shown(storage: LocalStorage, known: Known | None = None, damaged: frozenset[int] = frozenset()) -> Shown:
+    """What a scan shows, each step verified and loaded, each byte of it checked; only once what is ``known``.
+
+    Steps that are ``damaged`` may be listed as such or as committed: nobody may have found out yet.
+    """
     known = {} if known is None else known
     found = {}
     for entry in catalog.scan(storage, RUN):
+        if entry.step in damaged:
+            found[entry.step] = DAMAGED
+            continue
         assert entry.state == "committed", entry
         names = [item.name for item in storage.list(entry.path)]
         content = tuple((name, storage.read(f"{entry.path}/{name}")) for name in names)
@@ -217,22 +247,23 @@ def check_the_sweep(storage: LocalStorage, found: Shown) -> None:
     # Within its first moments an attempt has no owner yet; such a one is swept when it is old.
     commit.sweep_leftovers(storage, RUN, now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
     names = {entry.name for entry in storage.list(RUN)} - {"events.jsonl"}
+    names -= {f".damaged-step-{step}.json" for step in found if found[step] == DAMAGED}
     assert names == {f"step-{step}" for step in found}
 
 
 NEXT = Save(9, 9.0)
 
 
-def check_the_next_run(storage: LocalStorage, found: Shown) -> None:
-    """It resumes from the newest step that is there, saves, prunes, and leaves nothing of the dead run."""
+def check_the_next_run(storage: LocalStorage, found: Shown, damaged: frozenset[int] = frozenset()) -> None:
+    """It resumes from the newest sound step that is there, saves, prunes, and leaves nothing of the dead run."""
     resumed: list[int] = []
-    next_run = Case(found, (NEXT,), keep=1)
+    next_run = Case(found, (NEXT,), keep=0 if damaged else 1)
     with mock.patch.object(Progress, "load_state_dict", lambda _, state: resumed.append(state["step"])):
         train(SingleProcess(), storage, next_run)
-    newest = max(found, default=None)
+    newest = max(found.keys() - damaged, default=None)
     assert resumed == ([] if newest is None else [newest])
-    kept = {NEXT.step: NEXT.value} | ({} if newest is None else {newest: found[newest]})
-    assert shown(storage) == kept
+    kept = {step: value for step, value in found.items() if step == newest or damaged} | {NEXT.step: NEXT.value}
+    assert shown(storage, damaged=damaged) == kept
     check_the_sweep(storage, kept)
     last_line = storage.read(f"{RUN}/events.jsonl").splitlines()[-1]
     assert json.loads(last_line)["step"] == NEXT.step, last_line

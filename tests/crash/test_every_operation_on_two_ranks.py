@@ -10,6 +10,7 @@ In the suite each case meets a sample of its faults; ``make reliability`` tries 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ from typing import Literal
 from unittest import mock
 
 import pytest
-from small_runs import CASES, MODES, Case, check_the_next_run, impatient, prepare, quiet, shown, train
+from small_runs import AFTER_DAMAGE, CASES, MODES, Case, check_the_next_run, impatient, prepare, quiet, shown, train
 from two_ranks import Outcome, PairComm, in_parallel, run_pair, through
 
 from milepost.checkpoint import writer_process
@@ -34,6 +35,8 @@ from milepost.testing.faulty import FaultyStorage
 Tally = Callable[..., None]
 Kind = Literal["error", "kill", "kill all"]
 KINDS: tuple[Kind, ...] = ("error", "kill", "kill all")
+
+RUNS = [*itertools.product(CASES, MODES), ("after damage", "disabled")]
 
 SEED = 21
 SAMPLE = 4
@@ -112,7 +115,7 @@ def operations_of(folder: Path, template: Path, case: Case, mode: str) -> list[t
     shutil.copytree(template, folder / "disk")
     outcomes = run(place, case, mode, lambda process, inner: Counted(inner, place, process))
     assert outcomes == [Outcome(), Outcome()]
-    assert shown(place.storage) == case.after
+    assert shown(place.storage, damaged=case.damaged) == case.after
     # A rank with a writer process writes nothing itself, unless it is the first, which begins the save.
     processes = ["rank 0", *(["writer 0", "writer 1"] if mode == "async_with_pinned_mem" else ["rank 1"])]
     found = [(process, number) for process in processes for number in range(len(place.noted(process)))]
@@ -148,9 +151,9 @@ def attempt(folder: Path, template: Path, case: Case, mode: str, fault: Fault) -
         told = max(map(int, place.noted("told")), default=0)
         if fault.kind == "error" or not struck:
             told = max(told, check_the_errors(outcomes, fault, len(case.saves)))
-        found = shown(place.storage)
+        found = shown(place.storage, damaged=case.damaged)
         assert found in [shown for num_committed, shown in case.stages() if num_committed >= told], (told, found)
-        check_the_next_run(place.storage, found)
+        check_the_next_run(place.storage, found, case.damaged)
     except (AssertionError, MilepostError) as error:
         return f"{fault} at {place.noted('struck')}: {type(error).__name__}: {error}"
     shutil.rmtree(folder)
@@ -169,7 +172,7 @@ def check_the_errors(outcomes: list[Outcome], fault: Fault, num_saves: int) -> i
 
 def strike_each(folder: Path, tally: Tally, name: str, mode: str, *, sample: int | None) -> None:
     """Let a case meet all its faults, or a sample of so many of each kind."""
-    case = CASES[name]
+    case = {**CASES, "after damage": AFTER_DAMAGE}[name]
     template = Path(prepare(folder / "template", case).root)
     places = operations_of(folder / "rehearsal", template, case, mode)
     rng = random.Random(f"{SEED} {name} {mode}")
@@ -196,15 +199,13 @@ WHAT = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "mode"), RUNS)
 def test_some_operations(memory_path: Path, tally: Tally, name: str, mode: str) -> None:
     strike_each(memory_path, tally, name, mode, sample=SAMPLE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "mode"), RUNS)
 def test_every_operation(memory_path: Path, tally: Tally, name: str, mode: str) -> None:
     strike_each(memory_path, tally, name, mode, sample=None)

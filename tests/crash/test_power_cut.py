@@ -13,7 +13,6 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 from small_runs import (
+    AFTER_DAMAGE,
     CASES,
     MODES,
     NEXT,
@@ -35,7 +35,7 @@ from small_runs import (
     shown,
     train,
 )
-from two_ranks import Outcome, PairComm, in_a_child, run_pair, through
+from two_ranks import Outcome, PairComm, in_a_child, in_parallel, run_pair, through
 
 from milepost.comm import SingleProcess
 from milepost.errors import MilepostError
@@ -50,6 +50,7 @@ Tally = Callable[..., None]
 SEED = 20
 CUTS = 4
 """So many states are made after each system call, beside the two extremes."""
+NUM_WORKERS = 2
 NEXT_RUNS = 8
 """On so many of the states of a recording a whole run is started; on the others only its clearing up is done."""
 
@@ -64,6 +65,7 @@ class Recording:
     disk: Disk
     changes: list[Change]
     stages: list[tuple[int, Shown]]
+    damaged: frozenset[int] = frozenset()
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +88,8 @@ def record(
 
     with journal.recording(), through(lambda _, inner: wrap(inner)):
         assert run_pair(act) == [Outcome(), Outcome()]
-    assert shown(storage) == case.after
-    return Recording(disk, journal.changes(), case.stages())
+    assert shown(storage, damaged=case.damaged) == case.after
+    return Recording(disk, journal.changes(), case.stages(), case.damaged)
 
 
 @dataclass
@@ -98,31 +100,42 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
 
 
-class Explorer:
-    """Makes disks out of a recording and looks at each; at equal ones only once."""
+def explore(
+    folder: Path, recording: Recording, *, seed: int = SEED, cuts: int = CUTS, next_runs: int = 0, start: int = 0
+) -> Findings:
+    """Look at ``cuts`` states after each call from ``start`` on, beside the extremes; start a run on ``next_runs``."""
+    total = Findings()
+    for found in in_parallel(
+        lambda worker: Explorer(folder, seed, worker).explore(recording, cuts, next_runs // NUM_WORKERS, start),
+        range(NUM_WORKERS),
+    ):
+        total.tried += found.tried
+        total.wrong += found.wrong
+    return total
 
-    def __init__(self, folder: Path, seed: int):
-        self._storage = LocalStorage(folder / "after")
-        self._rng = random.Random(seed)
+
+class Explorer:
+    """Makes disks out of a recording and looks at each; at equal ones only once. Each worker takes its share."""
+
+    def __init__(self, folder: Path, seed: int, worker: int):
+        self._storage = LocalStorage(folder / f"after-{worker}")
+        self._rng = random.Random(f"{seed} {worker}")
+        self._worker = worker
+        self._damaged: frozenset[int] = frozenset()
         self._known: Known = {}
         self._shown: dict[Any, Shown | str] = {}
         self._sound: list[tuple[Tree, Shown]] = []
 
-    def explore(
-        self, recording: Recording, *, cuts: int = CUTS, next_runs: int = 0, start: int = 0, enough: int = 1_000_000
-    ) -> Findings:
-        """Look at ``cuts`` states after each call, beside the extremes, and start a run on ``next_runs`` of all.
-
-        ``start`` is the first call that counts. After ``enough`` that is wrong no more is looked for.
-        """
+    def explore(self, recording: Recording, cuts: int, next_runs: int, start: int) -> Findings:
         found = Findings()
-        disk = deepcopy(recording.disk)
+        disk = recording.disk
+        self._damaged = recording.damaged
         num_told = 0
         for number, change in enumerate([Marked("0"), *recording.changes]):
             disk.apply(change)
             if isinstance(change, Marked):
                 num_told = max(num_told, int(change.text))
-            if number < start or len(found.wrong) >= enough:
+            if number < start or number % NUM_WORKERS != self._worker:
                 continue
             allowed = [shown for num_committed, shown in recording.stages if num_committed >= num_told]
             trees = [disk.seen(), disk.durable(), *(disk.after_cut(self._rng) for _ in range(cuts))]
@@ -132,7 +145,7 @@ class Explorer:
                     when = f"after call {number} ({type(change).__name__}), {num_told} saves told"
                     found.wrong.append(f"{when}: {self._shown[key]}")
         for tree, there in self._rng.sample(self._sound, min(next_runs, len(self._sound))):
-            told = self._try(tree, lambda there=there: check_the_next_run(self._storage, there))
+            told = self._try(tree, lambda there=there: check_the_next_run(self._storage, there, self._damaged))
             found.wrong += [f"the next run on {there}: {told}"] if told else []
         return found
 
@@ -142,7 +155,7 @@ class Explorer:
             there: Shown = {}
 
             def look() -> None:
-                there.update(shown(self._storage, self._known))
+                there.update(shown(self._storage, self._known, self._damaged))
                 check_the_sweep(self._storage, there)
 
             wrong = self._try(tree, look)
@@ -162,9 +175,9 @@ class Explorer:
         return ""
 
 
-def note(found: Findings, tally: Tally, what: str) -> None:
+def note(found: Findings, tally: Tally, what: str, seed: int = SEED) -> None:
     print(*found.wrong[:20], sep="\n")
-    tally(what, tried=found.tried, lost=len(found.wrong), seed=SEED)
+    tally(what, tried=found.tried, lost=len(found.wrong), seed=seed)
 
 
 WHAT = "power cut after each system call of a save on 2 ranks: unsynced bytes and names lost, torn, reordered"
@@ -172,19 +185,32 @@ WHAT = "power cut after each system call of a save on 2 ranks: unsynced bytes an
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
-def test_whatever_a_power_cut_leaves_is_the_old_state_or_the_new(
-    memory_path: Path, tally: Tally, name: str, mode: str
-) -> None:
+def test_a_power_cut_leaves_the_old_state_or_the_new(memory_path: Path, tally: Tally, name: str, mode: str) -> None:
     recording = record(memory_path, CASES[name], mode)
     assert len(recording.changes) > 50
-    found = Explorer(memory_path, SEED).explore(recording, next_runs=NEXT_RUNS)
+    found = explore(memory_path, recording, next_runs=NEXT_RUNS)
     note(found, tally, WHAT)
+
+
+def test_a_run_that_falls_back_from_a_damaged_step_and_marks_it(memory_path: Path, tally: Tally) -> None:
+    recording = record(memory_path, AFTER_DAMAGE, "disabled")
+    found = explore(memory_path, recording, next_runs=NEXT_RUNS)
+    note(found, tally, f"{WHAT}, by a run that fell back from a damaged step")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_many_more_power_cuts(memory_path: Path, tally: Tally, name: str, mode: str) -> None:
+    recording = record(memory_path, CASES[name], mode)
+    note(explore(memory_path, recording, seed=SEED + 1, cuts=60, next_runs=100), tally, WHAT, SEED + 1)
 
 
 def test_the_same_where_names_cannot_be_exchanged(memory_path: Path, tally: Tally) -> None:
     recording = record(memory_path, CASES["the same step again"], "disabled", can_exchange=False)
     assert not any(isinstance(change, Exchanged) for change in recording.changes)
-    found = Explorer(memory_path, SEED).explore(recording, next_runs=NEXT_RUNS)
+    found = explore(memory_path, recording, next_runs=NEXT_RUNS)
     note(found, tally, f"{WHAT}, on a file system that can't exchange names (NFS)")
 
 
@@ -209,7 +235,7 @@ def explore_sweeping(
         stages = [(0, shown) for _, shown in case.stages()]
         stages += [(1, {**shown, NEXT.step: NEXT.value}) for _, shown in case.stages()]
         stages += following.stages()
-        found = Explorer(folder, SEED + k).explore(Recording(disk, journal.changes(), stages), cuts=2, start=start)
+        found = explore(folder, Recording(disk, journal.changes(), stages), seed=SEED + k, cuts=2, start=start)
         total.tried += found.tried
         total.wrong += [f"killed at {k}: {told}" for told in found.wrong]
     return total
@@ -283,7 +309,7 @@ def test_a_protocol_that_loses_something_is_found_out(
     memory_path: Path, broken: type[WrappedStorage], loss: str
 ) -> None:
     recording = record(memory_path, CASES["the same step again"], "disabled", wrap=broken)
-    found = Explorer(memory_path, SEED).explore(recording)
+    found = explore(memory_path, recording)
     assert any(loss in told for told in found.wrong), found.wrong[:20]
 
 
@@ -294,7 +320,7 @@ def test_leaving_out_any_fsync_that_a_checkpoint_needs_is_found_out(memory_path:
     needed = ("__0_0.distcp", "__1_0.distcp", "milepost.digests", ".metadata", "milepost.json", "data")
     for name in needed:
         changes = [change for number, change in enumerate(recording.changes) if number != last[name]]
-        found = Explorer(memory_path, SEED).explore(replace(recording, changes=changes), enough=1)
+        found = explore(memory_path, replace(recording, changes=changes), cuts=2, start=last[name])
         assert found.wrong, name
 
 

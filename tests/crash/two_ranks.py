@@ -228,16 +228,18 @@ def in_parallel(do: Callable[[J], T], jobs: Sequence[J], num_workers: int = 2) -
     Raises:
         AssertionError: with what a worker raised.
     """
-    readers = []
+    pids, readers = [], []
     for worker in range(num_workers):
         reader, writer = os.pipe()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             _be_worker(lambda worker=worker: [do(job) for job in jobs[worker::num_workers]], writer)
         os.close(writer)
+        pids.append(pid)
         readers.append(reader)
     shares = [pickle.loads(_read_all(reader)) for reader in readers]
-    for _ in readers:
-        os.wait()
+    for pid in pids:
+        os.waitpid(pid, 0)
     for share in shares:
         assert isinstance(share, list), share
     return [shares[number % num_workers][number // num_workers] for number in range(len(jobs))]

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from milepost import catalog
-from milepost.catalog import ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
+from milepost.catalog import ATTEMPT_PREFIX, DAMAGED_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
 from milepost.checkpoint.assemble import SaveInfo, assemble
 from milepost.checkpoint.owner import Owner, is_alive, parse_owner, this_process
 from milepost.checkpoint.signoff import SignOff
@@ -48,7 +48,10 @@ VISIBILITY_S = 60.0
 _FAILED_NAME = "failed"
 _COMMITTED_NAME = "committed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
-_LEFTOVER_NAME = re.compile(rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+")
+_LEFTOVER_NAME = re.compile(
+    rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+"
+    rf"|{re.escape(DAMAGED_PREFIX)}.+\.json\.[0-9a-f]+\.part"  # a mark that was being left
+)
 _REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
