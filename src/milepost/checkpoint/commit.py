@@ -16,6 +16,7 @@ point, a scan shows the state before the save or the state after it.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import time
@@ -84,7 +85,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     try:
         storage.make_folder(data_folder(attempt))
         adopt_attempt(storage, attempt)
-    except StorageError:
+    except BaseException:
         discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
         raise
     return attempt
@@ -231,12 +232,12 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
     return aside
 
 
-def fail_attempt(storage: Storage, attempt: str, message: str) -> None:
-    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, and why.
+def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
+    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
 
     The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away.
     """
-    storage.write(f"{attempt}/{_FAILED_NAME}.part", message.encode())
+    storage.write(f"{attempt}/{_FAILED_NAME}.part", json.dumps({"rank": rank, "message": message}).encode())
     storage.rename(f"{attempt}/{_FAILED_NAME}.part", f"{attempt}/{_FAILED_NAME}")
 
 
@@ -264,7 +265,8 @@ def wait_for_outcome(
     while True:
         names = {entry.name for entry in storage.list(attempt)}
         if _FAILED_NAME in names:
-            raise SaveError(storage.read(f"{attempt}/{_FAILED_NAME}").decode("utf-8", "replace"), path=target)
+            said = json.loads(storage.read(f"{attempt}/{_FAILED_NAME}"))
+            raise SaveError(said["message"], path=target, rank=said["rank"])
         if not names:
             if _save_id_at(storage, target) == save_id:
                 return

@@ -104,7 +104,10 @@ def _item(row: Sequence[Any]) -> WriteItem:
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
-    """Leave this rank's sign-off in the attempt, whole and durable.
+    """Leave this rank's sign-off in the attempt, whole. The last thing that a rank does there.
+
+    Not synced: after a power cut nobody reads it, and rank 0 may commit, and take the attempt away, the moment it sees
+    the last one.
 
     A report of failure must get through even when the disk is full: if it can't be written, an empty file says at
     least which rank failed.
@@ -123,7 +126,6 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
         if signed.error is None:
             raise
         storage.write(f"{name}{_FAILED}", b"")
-    storage.sync_folder(attempt)
 
 
 def wait_for_sign_offs(
