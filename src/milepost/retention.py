@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from milepost.catalog import StepEntry
 from milepost.checkpoint.commit import delete_checkpoint
-from milepost.errors import StorageError
+from milepost.errors import CheckpointNotFoundError, StorageError
 from milepost.storage.base import Storage, format_duration, join
 
 
@@ -115,6 +115,8 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
             continue
         try:
             delete_checkpoint(storage, join(folder, decision.name))
+        except CheckpointNotFoundError:
+            continue  # a run and `milepost prune` may delete at the same time
         except StorageError as error:
             failure = failure or error
         else:

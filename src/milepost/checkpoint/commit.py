@@ -16,6 +16,7 @@ point, a scan shows the state before the save or the state after it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import re
@@ -331,7 +332,12 @@ def discard(storage: Storage, path: str) -> None:
         return
     if not name.startswith(DELETING_PREFIX):
         path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
-        storage.rename(shown, path)
+        try:
+            storage.rename(shown, path)
+        except StorageError as error:
+            if error.errno == errno.ENOENT:
+                return  # another process was quicker
+            raise
         storage.sync_folder(folder)
     storage.remove_tree(path)
 
