@@ -344,6 +344,9 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
             return record.manifest
     except FormatError:
         pass  # see `examine`: look once more, then say so
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise  # else it was deleted or replaced this moment
     record = read_record(storage, path)
     if record.faults:
         raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults_text(record.faults)}", path=path)

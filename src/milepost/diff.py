@@ -11,8 +11,8 @@ other bytes, where both are cut into the same shards.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from milepost import catalog
 from milepost.config import part_of
-from milepost.errors import ConfigError
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StorageError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
@@ -144,12 +144,35 @@ def diff(
     """
     if (model is None) != (flavor is None):
         raise ConfigError("--model and --flavor go together: give both, or neither to compare keys as they are stored")
-    with ExitStack() as stack:
+    with ExitStack() as stack, _changes_told(path_a, path_b):
         sides = []
         for path in (path_a, path_b):
             side = _open(os.fspath(path), with_values=values or model is not None, stack=stack)
             sides.append(_by_our_names(side, model, flavor) if model is not None and flavor is not None else side)
         return _compare(sides[0], sides[1], values=values, progress=progress)
+
+
+@contextmanager
+def _changes_told(*paths: str | os.PathLike[str]) -> Iterator[None]:
+    """A run that goes on deletes and replaces steps while they are read: that is no damage, and is told as such."""
+    before = [_record_id(path) for path in paths]
+    try:
+        yield
+    except (CheckpointDamagedError, StorageError) as error:
+        for path, record_id in zip(paths, before, strict=True):
+            if record_id and _record_id(path) != record_id:
+                message = f"{os.fspath(path)} was deleted or replaced while it was being read"
+                raise CheckpointNotFoundError(message, path=os.fspath(path)) from error
+        raise
+
+
+def _record_id(path: str | os.PathLike[str]) -> str:
+    """Tells the checkpoint at ``path`` from a later one; empty if there is none."""
+    if not os.path.isdir(path):
+        return ""
+    storage, folder = open_storage(path)
+    info = catalog.examine(storage, folder)
+    return info.record_id if info is not None else ""
 
 
 def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:

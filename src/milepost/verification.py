@@ -113,6 +113,9 @@ def verify_in(
         record = catalog.read_record(storage, path)
     except FormatError as error:
         findings.add(_problem_of(error, path))
+    except (CheckpointNotFoundError, StorageError):
+        _check_still_there(storage, path, info.record_id)
+        raise
     else:
         manifest = record.manifest
         findings.count_read(record.files[record.name].nbytes)

@@ -6,7 +6,6 @@ Two events matter. *Staged*: the weights may change again. *Committed*: the chec
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import time
 import weakref
@@ -24,7 +23,7 @@ from milepost.checkpoint.arena import Arena
 from milepost.checkpoint.assemble import SaveInfo
 from milepost.checkpoint.background import InProcess, InThread
 from milepost.checkpoint.interrupt import interrupts_held
-from milepost.checkpoint.job import Form, Keep, SaveJob, sign_off_failure
+from milepost.checkpoint.job import Form, Keep, SaveJob, sign_off_failure, tell_outcome
 from milepost.checkpoint.layout import TensorLeaf
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.save import TIMEOUT_S, SaveReport, save_failure
@@ -139,7 +138,7 @@ class AsyncSaver:
         prepared = self._agreement.prepare(make_state, dtype, previous)
         try:
             job, reused = self._agreement.agree(target, prepared, info, keep, form)
-        except MilepostError:
+        except BaseException:
             self._forget_failed()
             raise
         handle = SaveHandle(f"{self._storage.root}/{target}", job.save_id, sum(i.data_nbytes for i in job.plan.items))
@@ -310,6 +309,8 @@ class _Task:
 
     def _fail(self, error: BaseException) -> None:
         told = save_failure(self._job.rank, error)
+        if not isinstance(error, Exception):
+            told.__cause__ = None  # an interrupt is raised here and now, and not once more where the handle is asked
         self._word.leave(told)
         self._tell_others(told)
         if not self._handle._staged.done():
@@ -318,11 +319,20 @@ class _Task:
 
     def _tell_others(self, error: MilepostError) -> None:
         """Leave word in storage, in case the job did not come to it: a failed staging, a dead writer process."""
-        with contextlib.suppress(StorageError):  # it was told already, or can't be
-            sign_off_failure(self._storage, self._job, error.message)
+        for leave in (self._leave_sign_off, self._leave_outcome):
+            try:
+                leave(error)
+            except StorageError:
+                pass  # it was told already, or can't be
+            except Exception:
+                log.exception("rank %d could not tell that its save failed", self._job.rank)
+
+    def _leave_sign_off(self, error: MilepostError) -> None:
+        sign_off_failure(self._storage, self._job, error.message)
+
+    def _leave_outcome(self, error: MilepostError) -> None:
         if self._job.rank == 0:
-            with contextlib.suppress(StorageError):
-                commit.fail_attempt(self._storage, self._job.attempt, f"rank 0: {error.message}")
+            tell_outcome(self._storage, self._job, error)
 
 
 def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:

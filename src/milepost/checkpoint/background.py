@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from milepost.checkpoint import commit
 from milepost.checkpoint.arena import Arena
-from milepost.checkpoint.job import JobResult, SaveJob, run_job, sign_off_failure
+from milepost.checkpoint.job import JobResult, SaveJob, run_job, sign_off_failure, tell_outcome
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.writer import FileImage
 from milepost.errors import MilepostError, SaveError, StorageError
@@ -139,7 +138,7 @@ class InProcess:
                 if job.rank == 0:
                     sign_off_failure(storage, replace(job, rank=error.rank or 0), error.message)
                 else:
-                    commit.fail_attempt(storage, job.attempt, error.message)
+                    tell_outcome(storage, job, error)
             return True
         return False
 

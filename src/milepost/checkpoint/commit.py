@@ -17,6 +17,8 @@ point, a scan shows the state before the save or the state after it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import logging
 import re
 import time
@@ -239,8 +241,8 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
     return aside
 
 
-def fail_attempt(storage: Storage, attempt: str, message: str) -> None:
-    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, and why.
+def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
+    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
 
     The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away. On a full disk an empty file must
     do.
@@ -250,7 +252,7 @@ def fail_attempt(storage: Storage, attempt: str, message: str) -> None:
     """
     name = f"{attempt}/{_FAILED_NAME}"
     try:
-        storage.write(f"{name}.part", message.encode())
+        storage.write(f"{name}.part", json.dumps({"rank": rank, "message": message}).encode())
         storage.rename(f"{name}.part", name)
     except StorageError:
         storage.write(name, b"")
@@ -280,8 +282,11 @@ def wait_for_outcome(
     while True:
         names = {entry.name for entry in storage.list(attempt)}
         if _FAILED_NAME in names:
-            said = storage.read(f"{attempt}/{_FAILED_NAME}").decode("utf-8", "replace")
-            raise SaveError(said or "the rank that commits failed, and could not even leave word of why", path=target)
+            said = storage.read(f"{attempt}/{_FAILED_NAME}")
+            if not said:
+                raise SaveError("the rank that commits failed, and could not even leave word of why", path=target)
+            told = json.loads(said)
+            raise SaveError(told["message"], path=target, rank=told["rank"])
         if _COMMITTED_NAME in names:
             return
         if not names:
@@ -348,7 +353,12 @@ def discard(storage: Storage, path: str) -> None:
         return
     if not name.startswith(DELETING_PREFIX):
         path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
-        storage.rename(shown, path)
+        try:
+            storage.rename(shown, path)
+        except StorageError as error:
+            if error.errno == errno.ENOENT:
+                return  # another process was quicker
+            raise
     # Also of what was renamed before, by a run that was killed then: after a power cut it would be shown again, half.
     storage.sync_folder(folder)
     storage.remove_tree(path)

@@ -121,7 +121,7 @@ def run_job(
     except BaseException as error:
         if detached and job.info is not None:
             with contextlib.suppress(StorageError):  # the first error is the one to tell
-                commit.fail_attempt(storage, job.attempt, f"rank {job.rank}: {error}")
+                tell_outcome(storage, job, error)
         raise
     if detached and job.info is None:
         commit.wait_for_outcome(storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=give_up)
@@ -163,6 +163,15 @@ def write_and_sign_off(
 def sign_off_failure(storage: Storage, job: SaveJob, message: str) -> None:
     """Tell the rank that commits that this one has failed, so that it does not wait in vain."""
     sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, error=message))
+
+
+def tell_outcome(storage: Storage, job: SaveJob, error: BaseException) -> None:
+    """Tell the ranks that wait for the commit that there will be none, naming the rank where it went wrong."""
+    rank = getattr(error, "rank", None)
+    if rank is None or rank == job.rank:
+        commit.fail_attempt(storage, job.attempt, f"rank {job.rank}: {error}", rank=job.rank)
+    else:
+        commit.fail_attempt(storage, job.attempt, str(error), rank=rank)
 
 
 def _publish(storage: Storage, job: SaveJob, info: SaveInfo, give_up: Callable[[], str | None]) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ from milepost.checkpoint.loader import Loader
 from milepost.checkpoint.lock import RunLock
 from milepost.checkpoint.save import Saver, SaveReport
 from milepost.checkpoint.schedule import needs_clock, reason_by_clock, reason_to_save
-from milepost.checkpoint.signals import DUE, SAVE, STOP, SignalFlags
+from milepost.checkpoint.signals import DUE, FAILED, SAVE, STOP, SignalFlags
 from milepost.checkpoint.training_state import TrainingState
 from milepost.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig
@@ -258,13 +258,18 @@ class CheckpointManager:
         """By the clock of rank 0, or a signal on any rank. Collective if any of these is in use."""
         if not self._signals.listening and not needs_clock(self._config):
             return None
-        by_clock = None
-        flags = self._signals.take()
-        if self._comm.rank == 0:
-            since = time.monotonic() - self._last_save
-            by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
-            flags |= DUE if by_clock is not None else 0
+        by_clock, failure = None, None
+        try:
+            flags = self._signals.take()
+            if self._comm.rank == 0:
+                since = time.monotonic() - self._last_save
+                by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
+                flags |= DUE if by_clock is not None else 0
+        except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the flags
+            flags, failure = FAILED, failure_on(self._comm.rank, cause)
         self._signals.agreed = agreed = self._comm.union(flags)
+        if agreed & FAILED:
+            raise_together(self._comm, failure)
         if agreed & STOP:
             return "SIGTERM"
         if agreed & SAVE:

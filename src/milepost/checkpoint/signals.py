@@ -9,7 +9,9 @@ from typing import Any
 DUE = 1
 SAVE = 2
 STOP = 4
-"""Bits that ranks exchange: a save is due by the clock, was asked for by SIGUSR1, or by SIGTERM before stopping."""
+FAILED = 8
+"""Bits that ranks exchange: a save is due by the clock, was asked for by SIGUSR1, or by SIGTERM before stopping; or a
+rank could not say."""
 
 
 class SignalFlags:

@@ -23,8 +23,8 @@ class Word:
             self._ours, self._theirs = self._theirs, self._ours
 
     def leave(self, error: MilepostError) -> None:
-        """Tell that this rank has failed, and why."""
-        self._comm.leave_word(self._ours, json.dumps([self._comm.rank, error.message]))
+        """Tell that this rank has failed, and why: perhaps because another one has."""
+        self._comm.leave_word(self._ours, json.dumps([error.rank, error.message]))
 
     def check(self) -> None:
         """Return if nothing was heard.
@@ -35,4 +35,6 @@ class Word:
         text = self._comm.find_word(self._theirs)
         if text is not None:
             rank, message = json.loads(text)
-            raise SaveError(f"the save failed on rank {rank}: {message}", rank=rank)
+            if f"rank {rank}" not in message:
+                message = f"the save failed on rank {rank}: {message}"
+            raise SaveError(message, rank=rank)

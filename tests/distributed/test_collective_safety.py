@@ -1,0 +1,398 @@
+"""One rank of four raises, anywhere in a save, a load or what goes around them: all of them hear of it, none hangs.
+
+A world walks through all the places. At each, on each rank in turn, an error is put in (or Ctrl-C); every rank must
+raise within ``LIMIT_S`` seconds an error that names that rank, and the next save must then be committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from milepost import CheckpointConfig, CheckpointManager, MilepostError, catalog
+from milepost.checkpoint import parts
+from milepost.errors import StorageError
+from milepost.storage import LocalStorage
+from milepost.testing.world import run_world
+
+RANKS = 4
+LIMIT_S = 30.0
+
+ENGINE = "milepost.checkpoint"
+
+IN_A_SAVE = {
+    "state_dict of the model": "torch.nn.Module.state_dict",
+    "state_dict of the optimizer": f"{ENGINE}.parts.optimizer_state",
+    "state_dict of lr_scheduler": "lr_scheduler.state_dict",
+    "state_dict of dataloader": "dataloader.state_dict",
+    "state_dict of train_state": "train_state.state_dict",
+    "state of the random generators": f"{ENGINE}.parts.rng_state",
+    "flatten": f"{ENGINE}.agreement.flatten",
+    "boxes of a tensor": f"{ENGINE}.state.tensor_leaf",
+    "encode a value": f"{ENGINE}.agreement.encode_object",
+    "layout": f"{ENGINE}.state.FlatState.layout",
+    "fingerprint": f"{ENGINE}.plan.LocalLayout.fingerprint",
+    "write": f"{ENGINE}.job.write_file",
+    "sign-off, and even the report of its failure": f"{ENGINE}.job.sign_off",
+}
+IN_A_SAVE_ON_RANK_0 = {
+    "begin the attempt": f"{ENGINE}.agreement.commit.begin_attempt",
+    "wait for the sign-offs": f"{ENGINE}.job.wait_for_sign_offs",
+    "publish": f"{ENGINE}.job.commit.publish",
+    "put in place": f"{ENGINE}.commit._put_in_place",
+}
+IN_A_LOAD = {
+    "manifest": f"{ENGINE}.load.catalog.read_manifest",
+    "target": f"{ENGINE}.training_state.TrainingState.target",
+    "flatten": f"{ENGINE}.load.flatten",
+    "compare": f"{ENGINE}.load.compare",
+    "digests": f"{ENGINE}.load.read_digests",
+    "plan": f"{ENGINE}.load.plan_load",
+    "open a file": f"{ENGINE}.reader._Session",
+    "read": "milepost.storage.local._LocalRead.read_into",
+    "read a tensor": f"{ENGINE}.reader._run",
+    "read a value": f"{ENGINE}.reader.decode_object",
+    "restore the optimizer": f"{ENGINE}.parts.load_optimizer_options",
+    "load_state_dict of lr_scheduler": "lr_scheduler.load_state_dict",
+    "load_state_dict of dataloader": "dataloader.load_state_dict",
+    "load_state_dict of train_state": "train_state.load_state_dict",
+    "restore the random generators": f"{ENGINE}.parts.set_rng_state",
+}
+IN_A_LOAD_ON_RANK_0 = {"scan": f"{ENGINE}.loader.catalog.scan", "choose a step": f"{ENGINE}.loader.choose"}
+AT_THE_START = {"state": f"{ENGINE}.manager.TrainingState.of", "saver": f"{ENGINE}.manager.Saver"}
+AT_THE_START_ON_RANK_0 = {"lock": f"{ENGINE}.manager.RunLock", "sweep": f"{ENGINE}.manager.sweep_leftovers"}
+ON_SIGNALS = {"signals": f"{ENGINE}.signals.SignalFlags.take"}
+IN_THE_BACKGROUND = {
+    "arena": f"{ENGINE}.arena.Arena.fit",
+    "staging plan": f"{ENGINE}.async_save.Staging",
+    "staging": f"{ENGINE}.stage.Staging.run",
+    "hand over": f"{ENGINE}.background.FileImage",
+    "write": f"{ENGINE}.job.write_file",
+    "sign-off, and even the report of its failure": f"{ENGINE}.job.sign_off,{ENGINE}.commit.fail_attempt",
+}
+IN_THE_BACKGROUND_ON_RANK_0 = {
+    "wait for the sign-offs": f"{ENGINE}.job.wait_for_sign_offs",
+    "publish": f"{ENGINE}.job.commit.publish",
+}
+BEFORE_A_WRITER = {
+    "hand over": f"{ENGINE}.background.Request",
+    "hand over, and even the report of its failure": (
+        f"{ENGINE}.background.Request,{ENGINE}.async_save.sign_off_failure,{ENGINE}.commit.fail_attempt"
+    ),
+}
+
+
+class Injected(Exception):
+    """Raised where nobody expects it."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one rank was told of one error. ``rank`` is the one that the error names."""
+
+    place: str
+    bad: int
+    kind: str
+    rank: int | None
+    message: str
+    seconds: float
+
+
+def refused(text: str) -> StorageError:
+    return StorageError(f"input/output error {text}", operation="sync folder", path="", errno=errno.EIO)
+
+
+class Part:
+    """Anything with a state."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.more: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, **self.more}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+class Run:
+    """A manager over a sharded model, and the places in it where an error can be put."""
+
+    def __init__(self, folder: Path, **options: Any):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        parts.materialise_optimizer_state(self.optimizer)
+        self.parts = {name: Part() for name in ("lr_scheduler", "dataloader", "train_state")}
+        self.folder = folder
+        self.step = 0
+        self.heard: list[Heard] = []
+        options = {"interval": 1, "keep_latest_k": 2, "last_save_model_only": False, **options}
+        self.config = CheckpointConfig(enable=True, **options)
+        self.manager = self.build(folder)
+
+    def build(self, folder: Path) -> CheckpointManager:
+        return CheckpointManager(folder, self.config, model=self.model, optimizer=self.optimizer, **self.parts)
+
+    def save(self) -> None:
+        self.step += 1
+        self.parts["train_state"].step = self.step
+        assert self.manager.save(self.step, last_step=self.config.interval != 1)
+
+    def save_another_structure(self) -> None:
+        """Then the plan of the save before is of no use."""
+        self.parts["train_state"].more = {f"new{self.step}": 1}
+        self.save()
+
+    def save_and_hear(self) -> None:
+        """A save, and the next call, at which a failure in the background is told."""
+        self.save()
+        self.manager.maybe_wait_for_staging()
+        self.save()
+
+    @contextmanager
+    def broken(self, places: str, error: BaseException) -> Iterator[None]:
+        """Calls of ``places`` raise: of functions and methods by their names, or of this run's parts."""
+        with contextlib.ExitStack() as stack:
+            for place in places.split(","):
+                owner, _, method = place.partition(".")
+                if owner in self.parts:
+                    stack.enter_context(mock.patch.object(self.parts[owner], method, side_effect=error))
+                else:
+                    stack.enter_context(mock.patch(place, side_effect=error))
+            yield
+
+    def inject(
+        self,
+        name: str,
+        places: str,
+        act: Callable[[], object],
+        *,
+        ranks: tuple[int, ...] = tuple(range(RANKS)),
+        make: Callable[[str], BaseException] = Injected,
+    ) -> None:
+        """On each of ``ranks`` in turn let ``act`` meet an error; then a save must be committed."""
+        for bad in ranks:
+            is_bad = dist.get_rank() == bad
+            started = time.monotonic()
+            with self.broken(places, make("on purpose")) if is_bad else contextlib.nullcontext():
+                self.heard.append(hear(name, bad, act, started))
+        self.save()
+        if self.config.async_mode != "disabled":
+            self.manager._saver.current.committed(60)  # type: ignore[union-attr]
+
+    def walk(
+        self, act: Callable[[], object], anywhere: dict[str, str], on_rank_0: dict[str, str], **options: Any
+    ) -> None:
+        for name, places in anywhere.items():
+            self.inject(name, places, act, **options)
+        for name, places in on_rank_0.items():
+            self.inject(name, places, act, ranks=(0,), **options)
+
+    def finish(self) -> list[Heard]:
+        """Let go; what is left must be whole, the last save above all."""
+        self.manager.close()
+        dist.barrier()
+        entries = catalog.scan(LocalStorage(self.folder.parent), self.folder.name)
+        assert {entry.state for entry in entries} == {"committed"}
+        assert max(entry.step for entry in entries) == self.step
+        names = {path.name for path in self.folder.iterdir()} - {"events.jsonl"}
+        assert all(name.startswith("step-") for name in names), names
+        return self.heard
+
+
+def hear(name: str, bad: int, act: Callable[[], object], started: float) -> Heard:
+    try:
+        act()
+    except MilepostError as error:
+        return Heard(name, bad, "MilepostError", error.rank, error.message, time.monotonic() - started)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is looked at by `check`
+        return Heard(name, bad, type(error).__name__, None, str(error), time.monotonic() - started)
+    return Heard(name, bad, "nothing", None, "", time.monotonic() - started)
+
+
+def check(results: list[list[Heard]], *, interrupted: bool = False) -> int:
+    """Every rank has heard of each error, in time, and of the same rank. Returns how many errors there were."""
+    for rank, heard in enumerate(results):
+        assert [(h.place, h.bad) for h in heard] == [(h.place, h.bad) for h in results[0]]
+        for h in heard:
+            assert h.seconds < LIMIT_S, (rank, h)
+            if interrupted and h.bad == rank:
+                assert h.kind == "KeyboardInterrupt", (rank, h)
+                continue
+            assert h.kind == "MilepostError", (rank, h)
+            assert h.rank == h.bad, (rank, h)
+            assert "on purpose" in h.message, (rank, h)
+            assert f"rank {h.bad}" in h.message or h.bad == 0, (rank, h)
+    return len(results[0])
+
+
+# ---- the walks ----
+
+
+def walk_disabled(folder: Path) -> list[Heard]:
+    run = Run(folder / "run")
+    run.save()
+    run.walk(run.save, IN_A_SAVE, IN_A_SAVE_ON_RANK_0)
+    run.inject("sync", "milepost.storage.LocalStorage.sync_folder", run.save, make=refused)
+    run.inject("plan", f"{ENGINE}.agreement.plan_save", run.save_another_structure, ranks=(0,))
+    run.walk(run.manager.load, IN_A_LOAD, IN_A_LOAD_ON_RANK_0)
+    run.walk(lambda: run.build(folder / "another"), AT_THE_START, AT_THE_START_ON_RANK_0)
+    run.walk(lambda: run.manager.latest_step, {}, {"latest step": f"{ENGINE}.loader.catalog.scan"})
+    by_signal = Run(folder / "by signal", interval=1000)
+    by_signal.manager.listen_to_signals()
+    by_signal.walk(lambda: by_signal.manager.save(by_signal.step + 1), ON_SIGNALS, {})
+    return run.finish() + by_signal.finish()
+
+
+def walk_async(folder: Path) -> list[Heard]:
+    run = Run(folder / "run", async_mode="async")
+    run.save()
+    run.walk(run.save_and_hear, IN_THE_BACKGROUND, IN_THE_BACKGROUND_ON_RANK_0)
+    run.inject("state_dict of train_state", "train_state.state_dict", run.save)
+    return run.finish()
+
+
+def walk_writer_process(folder: Path) -> list[Heard]:
+    run = Run(folder / "run", async_mode="async_with_pinned_mem")
+    run.save()
+    run.walk(run.save_and_hear, BEFORE_A_WRITER, {})
+    run.inject("staging", IN_THE_BACKGROUND["staging"], run.save_and_hear)
+    return run.finish()
+
+
+WALKS = [walk_disabled, walk_async, walk_writer_process]
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_an_error_of_one_rank_at_any_step_is_every_ranks(memory_path: Path, walk: Any, tally: Any) -> None:
+    tried = check(run_world(walk, RANKS, memory_path, timeout_s=150))
+    mode = walk.__name__.removeprefix("walk_").replace("_", " ")
+    tally(f"an error on one of {RANKS} ranks ({mode}): every rank raises, the next save is kept", tried=tried, lost=0)
+
+
+# ---- interrupts ----
+
+
+def walk_interrupted(folder: Path) -> list[Heard]:
+    """KeyboardInterrupt on one rank: that one raises it, the others an error that names the rank."""
+    how: Any = {"ranks": (0, RANKS - 1), "make": KeyboardInterrupt}
+    run = Run(folder / "run")
+    run.save()
+    run.walk(run.save, IN_A_SAVE, {}, **how)
+    run.walk(run.manager.load, IN_A_LOAD, {}, **how)
+    background = Run(folder / "background", async_mode="async")
+    background.save()
+
+    def save_and_hear() -> None:
+        """The rank that is interrupted while it stages must take part in the next call all the same."""
+        interrupt = None
+        try:
+            background.save()
+        except KeyboardInterrupt as cause:
+            interrupt = cause
+        try:
+            background.save()
+        except MilepostError:
+            if interrupt is not None:
+                raise interrupt from None
+            raise
+
+    staged = {name: IN_THE_BACKGROUND[name] for name in ("arena", "staging plan", "staging")}
+    background.walk(save_and_hear, staged, {}, **how)
+    return run.finish() + background.finish()
+
+
+def test_an_interrupt_of_one_rank_is_told_to_the_others(memory_path: Path, tally: Any) -> None:
+    tried = check(run_world(walk_interrupted, RANKS, memory_path, timeout_s=150), interrupted=True)
+    tally(f"KeyboardInterrupt on one of {RANKS} ranks: every rank raises, the next save is kept", tried=tried, lost=0)
+
+
+def ctrl_c(folder: Path) -> list[str]:
+    """On each rank in turn SIGINT comes while it waits for another one, whose state takes long to make."""
+    run = Run(folder)
+    told = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    part = run.parts["dataloader"]
+
+    def slow() -> dict[str, Any]:
+        time.sleep(0.6)
+        return {"step": part.step}
+
+    for bad in range(RANKS):
+        is_slow = dist.get_rank() == (bad + 1) % RANKS
+        if dist.get_rank() == bad:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with mock.patch.object(part, "state_dict", slow) if is_slow else contextlib.nullcontext():
+            try:
+                run.save()
+                told.append("saved")
+            except KeyboardInterrupt:
+                told.append("KeyboardInterrupt")
+        run.save()
+    run.finish()
+    return told
+
+
+def test_ctrl_c_waits_until_the_ranks_are_done_with_each_other(memory_path: Path) -> None:
+    for rank, told in enumerate(run_world(ctrl_c, RANKS, memory_path / "run", timeout_s=60)):
+        assert told == ["KeyboardInterrupt" if bad == rank else "saved" for bad in range(RANKS)]
+
+
+# ---- collectives of the user's own ----
+
+
+def failed_collective(folder: Path) -> list[Heard]:
+    """A part gathers a DTensor for its state. On one rank that fails; the others wait until their group gives up."""
+    run = Run(folder)
+    run.save()
+    part = run.parts["train_state"]
+    for bad in (0, RANKS - 1):
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+        mesh = DeviceMesh.from_group(group, "cpu")
+        tensor = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
+
+        def gathered(tensor: Any = tensor) -> dict[str, Any]:
+            return {"step": part.step, "whole": tensor.full_tensor()}
+
+        with mock.patch.object(part, "state_dict", gathered):
+            assert gathered()["whole"].tolist() == list(range(8))
+            started = time.monotonic()
+            broken = mock.patch.object(DTensor, "full_tensor", side_effect=RuntimeError("on purpose"))
+            with broken if dist.get_rank() == bad else contextlib.nullcontext():
+                run.heard.append(hear("collective", bad, run.save, started))
+        run.save()
+    return run.finish()
+
+
+def test_a_failed_collective_of_a_dtensor_is_every_ranks_error(memory_path: Path) -> None:
+    results = run_world(failed_collective, RANKS, memory_path / "run", timeout_s=60)
+    for heard in results:
+        assert len(heard) == 2
+        for h in heard:
+            assert h.kind == "MilepostError", h
+            assert h.seconds < LIMIT_S, h
+            # Of several ranks that fail the first is told; those that waited in vain fail too.
+            assert f"rank {h.rank}" in h.message or h.rank == 0, h
+            assert h.message == next(o.message for o in results[0] if o.bad == h.bad)
