@@ -2,7 +2,7 @@
 # make train   train the debug model on the CPU (two minutes on two cores)
 # make test    the test suite            make test-slow   the tests that take minutes each
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
-# make soak    kill a training run's processes 50 times (SEED=, KILLS=), some ten minutes
+# make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
 # make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
 # make docs    the documentation, into build/docs; every warning is an error
