@@ -158,7 +158,7 @@ def _changes_told(*paths: str | os.PathLike[str]) -> Iterator[None]:
     before = [_record_id(path) for path in paths]
     try:
         yield
-    except (CheckpointDamagedError, StorageError) as error:
+    except (CheckpointDamagedError, CheckpointNotFoundError, StorageError, FileNotFoundError) as error:
         for path, record_id in zip(paths, before, strict=True):
             if record_id and _record_id(path) != record_id:
                 message = f"{os.fspath(path)} was deleted or replaced while it was being read"
