@@ -56,21 +56,6 @@ def test_a_sign_off_survives_the_way_through_storage(signed: SignOff) -> None:
     assert parse_sign_off(dump_sign_off(signed), "x") == signed
 
 
-class CommittedAtOnce(WrappedStorage):
-    """Rank 0 sees the sign-off the moment it is there, commits, and takes the attempt away."""
-
-    def rename(self, src: str, dst: str) -> None:
-        self.inner.rename(src, dst)
-        self.inner.remove_tree(dst.rpartition("/")[0])
-
-
-def test_signing_off_is_no_failure_when_the_commit_follows_at_once(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    storage.make_folder("attempt")
-    sign_off(CommittedAtOnce(storage), "attempt", sample())
-    assert storage.list("attempt") == []
-
-
 def test_every_damaged_byte_and_every_cut_is_noticed() -> None:
     data = dump_sign_off(sample())
     for position in range(len(data)):
