@@ -82,7 +82,7 @@ class Usage:
     @classmethod
     def now(cls) -> Usage:
         mine, writers = os.getpid(), children(os.getpid())
-        mapped = [line for pid in (mine, *writers) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        mapped = [line for pid in (mine, *writers) for line in _told(pid, "maps").splitlines()]
         return cls(
             fds=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir("/proc/self/task")),
@@ -106,8 +106,16 @@ class Usage:
         return [name for name in counts if getattr(self, name) > getattr(then, name)]
 
 
+def _told(pid: int, name: str) -> str:
+    """A file of /proc on a process; empty if that has ended since it was listed."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def _resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return int((_told(pid, "statm") or "0 0").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def soon(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
