@@ -1,6 +1,6 @@
 # make setup   a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (two minutes on two cores)
-# make test    the test suite            make test-slow   the tests that take minutes each
+# make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
 # make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
@@ -15,6 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 NGPU ?= 2
+JOBS ?= 2
 KILLS ?= 50
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
@@ -36,7 +37,7 @@ train: $(STAMP)
 	NGPU=$(NGPU) CONFIG_FILE=$(CONFIG_FILE) timeout 3000 ./run_train.sh
 
 test: $(STAMP)
-	timeout 1500 $(BIN)/python -m pytest -q -m "not slow"
+	timeout 1800 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)
 	timeout 3000 $(BIN)/python -m pytest -q -m slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,15 @@ def memory_path() -> Iterator[Path]:
     """A fresh folder on a file system in memory, where syncing costs nothing; on disk where there is none."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def same_log() -> Iterator[None]:
+    """The trainer prints what Milepost logs, to nobody else: the next test.s ``caplog`` wants to hear it."""
+    log = logging.getLogger("milepost")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
 
 
 @pytest.fixture

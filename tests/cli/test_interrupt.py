@@ -20,6 +20,10 @@ from milepost.testing.sample import save_arrays
 from milepost.verification import verify
 
 INTERRUPTED = 130
+# Where a signal meets a callback of the garbage collector, Python prints the interrupt and goes on: the command then
+# ends as if nobody had pressed the key.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 MOMENTS = 8
 """So many moments of each command, spread over the time it takes."""
 
