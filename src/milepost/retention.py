@@ -95,11 +95,11 @@ def _step(entry: StepEntry) -> int:
 def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> Iterator[int]:
     """The newest step of each of the latest ``count`` spans of time in which any of ``entries`` was committed.
 
-    (As restic's and borg's rules of these names count: spans without a step do not use up the count.)
+    (As restic's and borg's rules of these names count: spans without a step do not use up the count.) The latest are
+    those of the newest steps: after a clock was set back, hours that never were would else go before all to come.
     """
     newest = {int(entry.created_s // span_s): entry.step for entry in sorted(entries, key=_step)}
-    for span in sorted(newest, reverse=True)[:count]:
-        yield newest[span]
+    yield from sorted(newest.values(), reverse=True)[:count]
 
 
 def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:

@@ -6,19 +6,18 @@ nothing is left behind, and the next save works once the cause is gone.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from mounts import small
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -34,35 +33,6 @@ from milepost.verification import verify_in
 MODES = ("disabled", "async", "async_with_pinned_mem")
 ROWS = 2048
 """Rows of 512 numbers: a state of 4 MiB, half on each of two ranks."""
-
-
-@contextlib.contextmanager
-def small(kind: str, folder: Path) -> Iterator[Path]:
-    """A file system of a few MiB in a mount namespace of its own; skips the test where nothing can be mounted."""
-    folder.mkdir()
-    commands = f"mount -t tmpfs -o size=12m none {folder}"
-    if kind == "ext4":
-        image = folder.with_suffix(".image")
-        image.write_bytes(b"")
-        os.truncate(image, 16 << 20)
-        commands = f"mkfs.ext4 -q -O ^has_journal -m 0 {image} && mount -o loop {image} {folder}"
-    holder = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f"{commands} && echo mounted && read line"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    said = holder.stdout.readline()
-    try:
-        if said != "mounted\n":
-            pytest.skip(f"nothing can be mounted here: {said}")
-        yield Path(f"/proc/{holder.pid}/root{folder}")
-    finally:
-        holder.stdin.close()
-        holder.wait(30)
 
 
 class Big(torch.nn.Module):

@@ -14,6 +14,7 @@ from milepost.checkpoint.job import Form, Keep, SaveJob
 from milepost.checkpoint.layout import stored_as
 from milepost.checkpoint.plan import LocalLayout, WritePlan, plan_save
 from milepost.checkpoint.state import EMPTY_MAPPINGS, FlatState, Path, encode_object, flatten, unwrap_stateful
+from milepost.checkpoint.watch import watched
 from milepost.comm import Comm, failure_on, merge_failures, raise_interrupt
 from milepost.errors import MilepostError, SaveError, StorageError
 from milepost.storage.base import Storage
@@ -142,7 +143,8 @@ class Agreement:
                 self._learn(offers)
                 plans = list(plan_save(self._layouts))
             save_id = commit.new_save_id()
-            attempt = commit.begin_attempt(self._storage, target, save_id)
+            with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{target}"):
+                attempt = commit.begin_attempt(self._storage, target, save_id)
             return [_Answer(save_id, attempt, plan, None) for plan in plans]
         except StorageError as cause:
             return self._refuse(offers, SaveError(cause.message, path=cause.path))

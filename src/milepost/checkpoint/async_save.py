@@ -28,7 +28,7 @@ from milepost.checkpoint.layout import TensorLeaf
 from milepost.checkpoint.plan import WritePlan
 from milepost.checkpoint.save import TIMEOUT_S, SaveReport, save_failure
 from milepost.checkpoint.stage import Staging, pin, unpin
-from milepost.checkpoint.watch import watched
+from milepost.checkpoint.watch import watched, writing
 from milepost.checkpoint.word import Word
 from milepost.comm import Comm, default_comm, failure_on, raise_together
 from milepost.errors import MilepostError, StorageError
@@ -304,8 +304,7 @@ class _Task:
         )
 
     def _what(self) -> str:
-        done = 100 * self._handle.progress
-        return f"rank {self._job.rank} is writing {self._handle.path} in the background ({done:.0f} % written)"
+        return writing(self._job.rank, f"{self._handle.path} in the background", self._handle.progress)
 
     def _fail(self, error: BaseException) -> None:
         told = save_failure(self._job.rank, error)

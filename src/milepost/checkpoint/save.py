@@ -23,7 +23,7 @@ from milepost.checkpoint.interrupt import interrupts_held
 from milepost.checkpoint.job import Form, JobResult, Keep, SaveJob, run_job
 from milepost.checkpoint.progress import Progress
 from milepost.checkpoint.stage import TensorBlocks
-from milepost.checkpoint.watch import watched
+from milepost.checkpoint.watch import watched, writing
 from milepost.checkpoint.word import Word
 from milepost.comm import Comm, default_comm, raise_together
 from milepost.errors import MilepostError, SaveError
@@ -134,11 +134,11 @@ class Saver:
         result, failure = None, None
         word = Word(self._comm, job.save_id)
         where = f"{self._storage.root}/{job.target}"
-        progress = Progress(f"saving {where}", sum(item.data_nbytes for item in job.plan.items))
-        told = progress.add if job.rank == 0 else None
+        nbytes = sum(item.data_nbytes for item in job.plan.items)
+        progress = Progress(f"saving {where}", nbytes, is_quiet=job.rank != 0)
         try:
-            with watched(f"rank {job.rank} is writing {where}"):
-                result = run_job(self._storage, job, source, objects, on_progress=told, give_up=word.check)
+            with watched(lambda: writing(job.rank, where, progress.part)):
+                result = run_job(self._storage, job, source, objects, on_progress=progress.add, give_up=word.check)
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
             word.leave(failure)

@@ -14,11 +14,18 @@ SLOW_S = 30.0
 """What takes longer than this is told of, every so often."""
 
 
+def writing(rank: int, where: str, part: float) -> str:
+    """What a rank that has written ``part`` (0 to 1) of its bytes of a save is busy with, for :func:`watched`."""
+    if part < 1.0:
+        return f"rank {rank} is writing {where} ({100 * part:.0f} % written)"
+    return f"rank {rank} has written its part of {where} and waits for the disk, the other ranks or the commit"
+
+
 @contextmanager
 def watched(what: str | Callable[[], str]) -> Iterator[None]:
     """Log a warning every ``SLOW_S`` seconds that ``what`` still goes on, as long as the block runs.
 
-    ``what`` names the rank and the operation: ``rank 1 is writing step-5/__1_0.distcp``.
+    ``what`` names the rank and the operation: see :func:`writing`.
     """
     over = threading.Event()
 

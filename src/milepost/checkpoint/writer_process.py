@@ -62,7 +62,7 @@ def _run(connection: Connection, request: Request, job: SaveJob, memory: memoryv
             FileImage(memory),
             request.objects,
             detached=True,
-            on_progress=_Progress(connection).add,
+            on_progress=_Progress(connection, sum(item.data_nbytes for item in job.plan.items)).add,
             give_up=watch.give_up,
         )
     except MilepostError as error:
@@ -72,10 +72,11 @@ def _run(connection: Connection, request: Request, job: SaveJob, memory: memoryv
 
 
 class _Progress:
-    """Bytes written, told to the trainer now and then."""
+    """Bytes written, told to the trainer now and then, and when they are all of ``nbytes``."""
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: Connection, nbytes: int):
         self._connection = connection
+        self._left = nbytes
         self._lock = threading.Lock()
         self._pending = 0
         self._told = time.monotonic()
@@ -83,7 +84,8 @@ class _Progress:
     def add(self, nbytes: int) -> None:
         with self._lock:
             self._pending += nbytes
-            if time.monotonic() - self._told >= PROGRESS_S:
+            self._left -= nbytes
+            if self._left <= 0 or time.monotonic() - self._told >= PROGRESS_S:
                 with contextlib.suppress(OSError):
                     self._connection.send(self._pending)
                 self._pending, self._told = 0, time.monotonic()
