@@ -341,31 +341,32 @@ def delete_checkpoint(storage: Storage, path: str) -> None:
     if found.is_link:
         storage.remove(path)
         storage.sync_folder(split(path)[0])
-    else:
-        discard(storage, path)
+    elif not discard(storage, path):
+        raise CheckpointNotFoundError(f"{storage.root}/{path} was deleted by another process this moment", path=path)
     storage.remove(catalog.damage_mark(path))
 
 
-def discard(storage: Storage, path: str) -> None:
-    """Remove a folder, if there: first out of every reader's sight, in one atomic act, then for good."""
+def discard(storage: Storage, path: str) -> bool:
+    """Remove a folder, first out of every reader's sight, in one atomic act, then for good. False if there was none."""
     folder, name = split(path)
     if storage.stat(path) is None:
-        return
+        return False
     if not name.startswith(DELETING_PREFIX):
         path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
         try:
             storage.rename(shown, path)
         except StorageError as error:
             if error.errno == errno.ENOENT:
-                return  # another process was quicker
+                return False  # another process was quicker
             raise
     # Also of what was renamed before, by a run that was killed then: after a power cut it would be shown again, half.
     storage.sync_folder(folder)
     storage.remove_tree(path)
+    return True
 
 
 def discard_quietly(storage: Storage, path: str) -> bool:
-    """Whether ``discard`` succeeded. A failure is logged, not raised: the next sweep tries again."""
+    """Whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
     try:
         discard(storage, path)
     except StorageError as error:
