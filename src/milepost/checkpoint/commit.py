@@ -366,7 +366,7 @@ def discard(storage: Storage, path: str) -> bool:
 
 
 def discard_quietly(storage: Storage, path: str) -> bool:
-    """Whether ``discard`` succeeded. A failure is logged, not raised: the next sweep tries again."""
+    """Whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
     try:
         discard(storage, path)
     except StorageError as error:
