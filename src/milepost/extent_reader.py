@@ -13,10 +13,8 @@ from milepost.extents import Digested, Extent, Known, Unknown, batches
 from milepost.format.digest import crc32
 from milepost.storage.base import ReadHandle
 
-BATCH_NBYTES = 1 << 20
-"""Extents that are smaller are read together, up to so much at once; larger ones alone."""
 BUFFER_NBYTES = 8 << 20
-"""What each thread reads at once of a large one, at most, and all the memory it holds."""
+"""What each thread reads at once, and all the memory it holds."""
 MAX_PROBLEMS = 1000
 """So many problems are kept; the rest is counted."""
 
@@ -106,7 +104,7 @@ class ExtentReader:
 
     def check(self, handle: ReadHandle, name: str, extents: Iterator[Extent]) -> None:
         """Compare ``extents`` (ascending) of the file ``name``. Errors of ``extents`` itself are raised."""
-        source = batches(self._inside(handle, name, extents), BATCH_NBYTES)
+        source = batches(self._inside(handle, name, extents), BUFFER_NBYTES)
         lock = threading.Lock()
 
         def drain() -> None:
@@ -131,7 +129,7 @@ class ExtentReader:
 
     def _check_batch(self, handle: ReadHandle, name: str, batch: list[Extent]) -> None:
         start, stop = batch[0].start, batch[-1].stop
-        if stop - start > BATCH_NBYTES:
+        if stop - start > BUFFER_NBYTES:
             self._check_large(handle, name, batch[0])
             return
         view = memoryview(self._buffer())[: stop - start]
@@ -147,12 +145,11 @@ class ExtentReader:
         self._findings.count_read(stop - start, sum(_unchecked(extent) for extent in batch))
 
     def _check_large(self, handle: ReadHandle, name: str, extent: Extent) -> None:
-        """One large extent: digested piece by piece, through the same small memory where the cache then holds it."""
-        step = min(handle.piece_nbytes or BUFFER_NBYTES, BUFFER_NBYTES)
+        """One extent that does not fit the buffer: digested piece by piece."""
         view = memoryview(self._buffer())
         value = 0
-        for start in range(extent.start, extent.stop, step):
-            piece = view[: min(step, extent.stop - start)]
+        for start in range(extent.start, extent.stop, BUFFER_NBYTES):
+            piece = view[: min(BUFFER_NBYTES, extent.stop - start)]
             try:
                 handle.read_into(start, [piece])
             except StorageError as error:

@@ -172,7 +172,7 @@ def sampled(
 
 
 def batches(extents: Iterator[Extent], limit_nbytes: int) -> Iterator[list[Extent]]:
-    """Neighbouring extents, together at most ``limit_nbytes``; a single one may be larger."""
+    """Neighbouring extents, together at most ``limit_nbytes`` (or a single one that is larger)."""
     batch: list[Extent] = []
     for extent in extents:
         if batch and (extent.stop - batch[0].start > limit_nbytes or extent.start != batch[-1].stop):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -63,15 +63,10 @@ class Entry:
 
 
 class ReadHandle(ABC):
-    """An open file. Safe to use from several threads at once.
-
-    ``piece_nbytes`` is what to read at once so that a digest finds the bytes in the processor's cache; None where a
-    read costs a journey, so that the more is read at once the better.
-    """
+    """An open file. Safe to use from several threads at once."""
 
     path: str
     nbytes: int
-    piece_nbytes: int | None = None
 
     @abstractmethod
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -79,17 +74,6 @@ class ReadHandle(ABC):
 
         Raises StorageError when the file ends before they are full.
         """
-
-    def read_pieces(self, offset: int, buffer: memoryview) -> Iterator[memoryview]:
-        """Fill ``buffer`` (writable, byte-format) from ``offset`` on, and give each part of it once it is filled.
-
-        For who digests or copies on what is read. Raises StorageError as ``read_into`` does.
-        """
-        step = self.piece_nbytes or max(len(buffer), 1)
-        for start in range(0, len(buffer), step):
-            piece = buffer[start : start + step]
-            self.read_into(offset + start, [piece])
-            yield piece
 
     @abstractmethod
     def close(self) -> None: ...

@@ -17,8 +17,6 @@ PAGE_NBYTES = 4096
 """O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
 DIRECT_MIN_NBYTES = 4 << 20
 """Files below this size are written through the page cache: a second descriptor would cost more than it gains."""
-PIECE_NBYTES = 512 << 10
-"""A file is read in pieces of this size where they are digested at once: they fit the second-level cache of a core."""
 _MAX_CALL_NBYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 _MAX_CALL_BUFFERS = 1024  # IOV_MAX
 
@@ -77,8 +75,6 @@ def _tail(views: list[memoryview], nbytes: int) -> list[memoryview]:
 
 
 class _LocalRead(ReadHandle):
-    piece_nbytes = PIECE_NBYTES
-
     def __init__(self, path: str):
         self.path = path
         # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing for a regular file.

@@ -122,7 +122,7 @@ class WrappedStorage(Storage):
 class _WrappedRead(ReadHandle):
     def __init__(self, owner: WrappedStorage, name: str, inner: ReadHandle):
         self._owner, self._name, self._inner = owner, name, inner
-        self.path, self.nbytes, self.piece_nbytes = inner.path, inner.nbytes, inner.piece_nbytes
+        self.path, self.nbytes = inner.path, inner.nbytes
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         operation = Operation("read_into", self._name, offset, sum(buffer.nbytes for buffer in buffers))

@@ -230,20 +230,6 @@ class StorageSuite:
         with storage.open_read("note") as handle, pytest.raises(StorageError, match="10"):
             handle.read_into(8, [memoryview(bytearray(3))])
 
-    def test_pieces_come_filled_and_in_order(self, storage: Storage) -> None:
-        storage.make_folder("")
-        data = _pattern(3 * _MIB + 5)
-        storage.write("data", data)
-        result = memoryview(bytearray(len(data) - 7))
-        passed = bytearray()
-        with storage.open_read("data") as handle:
-            for piece in handle.read_pieces(7, result):
-                passed += piece
-            with pytest.raises(StorageError):
-                list(handle.read_pieces(8, memoryview(bytearray(len(result)))))
-        assert result == data[7:]
-        assert passed == data[7:]
-
     def test_rename_moves_folders_and_never_replaces(self, storage: Storage) -> None:
         if not storage.can_rename:
             return
