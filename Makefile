@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with everything installed
-# make train   train the debug model on the CPU (two minutes on two cores)
+# make train   train the debug model on the CPU (a minute on two cores)
 # make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
