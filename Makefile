@@ -44,8 +44,8 @@ test-slow: $(STAMP)
 
 reliability: $(STAMP)
 	@mkdir -p build && rm -f build/tally.jsonl
-	MILEPOST_TALLY=build/tally.jsonl timeout 3000 $(BIN)/python -m pytest -q tests/crash tests/attacks \
-		tests/distributed/test_collective_safety.py
+	MILEPOST_TALLY=build/tally.jsonl timeout 3000 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile \
+		tests/crash tests/attacks tests/distributed/test_collective_safety.py
 	$(BIN)/python docs/reliability_table.py build/tally.jsonl
 
 soak: $(STAMP)
