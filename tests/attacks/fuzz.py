@@ -141,7 +141,7 @@ def _try_inputs(
         with contextlib.suppress(ImportError):  # some are for other systems
             importlib.import_module(module.name)
     guard = Guard(scratch, target.may)
-    _limit()
+    _limit(guard)
     outcome = Outcome(target.name)
     corpus = list(seeds)
     shapes: Counter[str] = Counter()
@@ -181,14 +181,15 @@ def _once(target: Target, data: bytes, scratch: Path) -> object:
     return target.parse(data, scratch)
 
 
-def _limit() -> None:
+def _limit(guard: Guard) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * mmap.PAGESIZE + MEMORY_NBYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    def too_slow(*_: object) -> NoReturn:
-        raise TooSlow(f"more than {INPUT_S:g} s of CPU")
+    def too_slow(*_: object) -> None:
+        if guard.armed:  # else the reader has ended this very moment
+            raise TooSlow(f"more than {INPUT_S:g} s of CPU")
 
     signal.signal(signal.SIGPROF, too_slow)
 
