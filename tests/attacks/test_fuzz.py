@@ -70,7 +70,7 @@ PLANTED: dict[str, tuple[Callable[[bytes], object], str]] = {
     "a crash": (lambda data: os.kill(os.getpid(), 11), "Forbidden|died: -11"),
     "an abort": (lambda data: os.abort(), "died: -6"),
     "an exit": (lambda data: sys.exit(0), "SystemExit"),
-    "memory": (lambda data: bytes(MEMORY_NBYTES), "MemoryError"),
+    "memory": (lambda data: bytes(2 * MEMORY_NBYTES), "MemoryError"),
     "a hang": (spin, "more than .* of CPU"),
     "a command": (lambda data: os.system("true"), "os.system"),
     "a command, hidden": (hide, "subprocess.Popen"),
