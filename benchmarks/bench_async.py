@@ -27,9 +27,9 @@ from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 import milepost
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.async_save import AsyncSaver
-from milepost.comm import SingleProcess
+from milepost.collective.comm import SingleProcess
+from milepost.run.assemble import SaveInfo
+from milepost.saving.async_save import AsyncSaver
 from milepost.storage import open_storage
 
 SIDE = 2048

@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from milepost.format.safetensors import plan_layout
-from milepost.interop.families import family_of
 from milepost.interop.hf.config import make_config
-from milepost.interop.model_sizes import model_args
-from milepost.interop.rules import correspond
-from milepost.interop.sinks import shard_file_name, split_into_files
-from milepost.interop.source import TensorInfo
-from milepost.interop.sources import CONFIG_NAME, INDEX_NAME
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import model_args
+from milepost.interop.names.rules import correspond
+from milepost.interop.weights.boxes import TensorInfo
+from milepost.interop.weights.open import CONFIG_NAME, INDEX_NAME
+from milepost.interop.weights.sinks import shard_file_name, split_into_files
 
 _CHILD = """
 import sys
@@ -48,12 +48,12 @@ print(report.seconds, int(peak.split()[1]) * 1024, "torch" in sys.modules)
 _SPARSE_CHILD = """
 import sys, time
 from milepost.interop.convert import plan_conversion
-from milepost.interop.match import match
-from milepost.interop.families import family_of
-from milepost.interop.model_sizes import model_args
+from milepost.interop.names.match import match
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import model_args
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES, ConvertOptions
-from milepost.interop.sources import open_weights
-from milepost.interop.stream import SlabReader, run_threads
+from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.stream import SlabReader, run_threads
 src, model, flavor = sys.argv[1:]
 started = time.perf_counter()
 args = model_args(model, flavor)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import milepost
-from milepost.checkpoint.stage import tensor_bytes
+from milepost.saving.stage import tensor_bytes
 
 SIDE = 2048
 BLOCK_NBYTES = 8 << 20
@@ -119,13 +119,13 @@ def bench_load(state: dict[str, torch.Tensor], folder: Path, args: argparse.Name
 
 def slice_of_columns(folder: Path, columns: dict[str, torch.Tensor]) -> None:
     """Load columns 0 to 255 of each tensor, as a rank of an 8-way row-parallel layer would."""
-    from milepost import catalog
-    from milepost.checkpoint.layout import Piece, TensorLeaf
-    from milepost.checkpoint.load import read_digests
-    from milepost.checkpoint.plan import plan_load
-    from milepost.checkpoint.reader import read_tensors
     from milepost.format.box import Box
+    from milepost.loading.load import read_digests
+    from milepost.loading.reader import read_tensors
+    from milepost.run import catalog
     from milepost.storage import open_storage
+    from milepost.tensors.layout import Piece, TensorLeaf
+    from milepost.tensors.plan import plan_load
 
     storage, path = open_storage(folder / "milepost")
     manifest = catalog.read_manifest(storage, path)

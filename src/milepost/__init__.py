@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from milepost.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from milepost.checkpoint.async_save import SaveHandle, async_save
-    from milepost.checkpoint.load import LoadReport, load
-    from milepost.checkpoint.manager import CheckpointManager
-    from milepost.checkpoint.save import SaveReport, save
     from milepost.config import CheckpointConfig
     from milepost.errors import (
         CheckpointDamagedError,
@@ -29,24 +27,26 @@ if TYPE_CHECKING:
         StateMismatchError,
         StorageError,
     )
-    from milepost.interop.dcp_plugin import StorageReader, StorageWriter
-    from milepost.verification import VerifyReport, verify
-
-__version__ = "0.1.0"
+    from milepost.interop.dcp import StorageReader, StorageWriter
+    from milepost.loading.load import LoadReport, load
+    from milepost.saving.async_save import SaveHandle, async_save
+    from milepost.saving.save import SaveReport, save
+    from milepost.training.manager import CheckpointManager
+    from milepost.verification.verify import VerifyReport, verify
 
 _HOMES = {
     "CheckpointConfig": "milepost.config",
-    "CheckpointManager": "milepost.checkpoint.manager",
-    "LoadReport": "milepost.checkpoint.load",
-    "SaveHandle": "milepost.checkpoint.async_save",
-    "async_save": "milepost.checkpoint.async_save",
-    "SaveReport": "milepost.checkpoint.save",
-    "StorageReader": "milepost.interop.dcp_plugin",
-    "StorageWriter": "milepost.interop.dcp_plugin",
-    "VerifyReport": "milepost.verification",
-    "load": "milepost.checkpoint.load",
-    "save": "milepost.checkpoint.save",
-    "verify": "milepost.verification",
+    "CheckpointManager": "milepost.training.manager",
+    "LoadReport": "milepost.loading.load",
+    "SaveHandle": "milepost.saving.async_save",
+    "async_save": "milepost.saving.async_save",
+    "SaveReport": "milepost.saving.save",
+    "StorageReader": "milepost.interop.dcp",
+    "StorageWriter": "milepost.interop.dcp",
+    "VerifyReport": "milepost.verification.verify",
+    "load": "milepost.loading.load",
+    "save": "milepost.saving.save",
+    "verify": "milepost.verification.verify",
     "CheckpointDamagedError": "milepost.errors",
     "CheckpointNotFoundError": "milepost.errors",
     "ConfigError": "milepost.errors",

@@ -27,17 +27,8 @@ from fuzz_mutations import (
     with_crc,
 )
 
-from milepost import catalog
-from milepost.checkpoint.assemble import SaveInfo, assemble
-from milepost.checkpoint.lock import RunLock
-from milepost.checkpoint.owner import is_alive, parse_owner, this_process
-from milepost.checkpoint.plan import WriteItem
-from milepost.checkpoint.signoff import SignOff, dump_sign_off, parse_sign_off
-from milepost.checkpoint.state import decode_object
-from milepost.checkpoint.writer import WrittenFile, WrittenObject, WrittenTensor
 from milepost.cli.main import main
 from milepost.errors import RunLockedError
-from milepost.extents import own_record, records_of
 from milepost.format.box import Box
 from milepost.format.dcp_metadata import METADATA_GLOBALS, manifest_from_metadata, parse_metadata
 from milepost.format.dcp_writer import dump_metadata
@@ -59,14 +50,23 @@ from milepost.format.record import (
 from milepost.format.safetensors import plan_layout, read_header
 from milepost.format.torch_file import locate_tensors, plan_torch_file
 from milepost.interop.hf.config import config_faults, make_config
-from milepost.interop.model_sizes import model_args
-from milepost.interop.sources import INDEX_NAME, read_json, read_weight_map
+from milepost.interop.names.model_sizes import model_args
+from milepost.interop.weights.open import INDEX_NAME, read_json, read_weight_map
+from milepost.run import catalog
+from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.lock import RunLock
+from milepost.run.owner import is_alive, parse_owner, this_process
+from milepost.run.signoff import SignOff, dump_sign_off, parse_sign_off
+from milepost.saving.writer import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage import LocalStorage
 from milepost.storage.base import ReadHandle
+from milepost.tensors.plan import WriteItem
+from milepost.tensors.state import decode_object
 from milepost.testing.manifests import Piece, lay_out
 from milepost.testing.sample import save_arrays
 from milepost.train.config import TrainConfig
 from milepost.train.options import load_config, to_toml
+from milepost.verification.extents import own_record, records_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,15 +26,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager, catalog, retention
-from milepost.checkpoint import commit
-from milepost.checkpoint.assemble import SaveInfo
+from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
-from milepost.interop.hf_save import commit_record
+from milepost.interop.hf.save import commit_record
+from milepost.run import catalog, commit, retention
+from milepost.run.assemble import SaveInfo
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
-from milepost.verification import VerifyReport, verify
+from milepost.verification.verify import VerifyReport, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
 

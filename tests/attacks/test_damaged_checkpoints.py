@@ -22,11 +22,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager, catalog
-from milepost.checkpoint.layout import Piece, TensorLeaf
-from milepost.checkpoint.load import read_digests
-from milepost.checkpoint.plan import plan_load
-from milepost.checkpoint.reader import read_tensors
+from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
@@ -38,9 +34,14 @@ from milepost.errors import (
 from milepost.format import manifest_json
 from milepost.format.box import Box
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest, ShardEntry
+from milepost.loading.load import read_digests
+from milepost.loading.reader import read_tensors
+from milepost.run import catalog
 from milepost.storage import LocalStorage
+from milepost.tensors.layout import Piece, TensorLeaf
+from milepost.tensors.plan import plan_load
 from milepost.testing.world import run_world
-from milepost.verification import verify
+from milepost.verification.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
 

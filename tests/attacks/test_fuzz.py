@@ -19,12 +19,12 @@ from fuzz import MEMORY_NBYTES, Outcome, fuzz, replay
 from fuzz_mutations import mutate_bytes, zip_of
 from fuzz_targets import RECORDS, TARGETS, Target
 
-from milepost import catalog
-from milepost.checkpoint.lock import RunLock
-from milepost.checkpoint.state import decode_object
 from milepost.errors import FormatError, MilepostError, StorageError
 from milepost.format.record import check_archive
+from milepost.run import catalog
+from milepost.run.lock import RunLock
 from milepost.storage import LocalStorage
+from milepost.tensors.state import decode_object
 
 Tally = Callable[..., None]
 

@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 
-from milepost import catalog
 from milepost.format.box import Box
-from milepost.interop.sources import open_weights
+from milepost.interop.weights.open import open_weights
+from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from milepost import catalog
 from milepost.cli.main import COMMANDS, main
+from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.storage.base import format_nbytes
 from milepost.testing.sample import save_arrays

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from milepost.checkpoint.save import save
 from milepost.cli.convert_cmd import parse_size
 from milepost.cli.main import COMMANDS, build_parser, main
 from milepost.errors import ConfigError
+from milepost.saving.save import save
 from milepost.train.models import build_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from zoo import save_model
 
-from milepost import catalog
-from milepost.checkpoint import commit
 from milepost.cli.main import main
+from milepost.run import catalog, commit
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
-from milepost.verification import verify
+from milepost.verification.verify import verify
 
 INTERRUPTED = 130
 # Where a signal meets a callback of the garbage collector, Python prints the interrupt and goes on: the command then

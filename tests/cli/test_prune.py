@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from zoo import HOUR, NOW, make_zoo, save
 
-from milepost import catalog
 from milepost.cli.main import main
+from milepost.run import catalog
 from milepost.storage import LocalStorage
 
 NEVER = {"step-200", "step-300", "step-400", "step-500", "step-600", "step-700", "step-800"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from golden_files import compare
 
-from milepost import resume_test
 from milepost.cli.main import main
-from milepost.resume_test import parse_layouts
+from milepost.report import resume_test
+from milepost.report.resume_test import parse_layouts
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
 

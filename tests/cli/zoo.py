@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from milepost import catalog
-from milepost.catalog import StepEntry
 from milepost.format.digest import crc32
-from milepost.interop.families import family_of
-from milepost.interop.model_sizes import ModelArgs, model_args
-from milepost.interop.rules import named_sizes
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.rules import named_sizes
+from milepost.run import catalog
+from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 

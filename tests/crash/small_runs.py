@@ -18,15 +18,16 @@ import torch._dynamo  # else every forked rank imports it, when it makes its opt
 from torch import nn
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager, catalog
-from milepost.checkpoint import commit, writer
-from milepost.checkpoint import manager as manager_module
-from milepost.checkpoint.async_save import AsyncSaver
-from milepost.checkpoint.lock import RunLock
-from milepost.checkpoint.save import Saver
-from milepost.comm import Comm, SingleProcess
+from milepost import CheckpointConfig, CheckpointManager
+from milepost.collective.comm import Comm, SingleProcess
+from milepost.run import catalog, commit
+from milepost.run.lock import RunLock
+from milepost.saving import writer
+from milepost.saving.async_save import AsyncSaver
+from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
-from milepost.verification import verify_in
+from milepost.training import manager as manager_module
+from milepost.verification.verify import verify_in
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
 

@@ -32,10 +32,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import milepost
-from milepost import catalog
-from milepost.checkpoint.lock import LOCK_NAME
-from milepost.diff import diff
-from milepost.resume_test import children, kill_tree
+from milepost.report.diff import diff
+from milepost.report.resume_test import children, kill_tree
+from milepost.run import catalog
+from milepost.run.lock import LOCK_NAME
 from milepost.storage import open_storage
 from milepost.testing.world import run_world
 from milepost.train.config import TrainConfig
@@ -314,7 +314,7 @@ _SIGNS = {
 
 def _is_writer(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return b"milepost.checkpoint.writer_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"milepost.saving.writer_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 

@@ -32,10 +32,10 @@ from small_runs import (
 )
 from two_ranks import Outcome, PairComm, run_pair
 
-from milepost import CheckpointConfig, CheckpointManager, RunLockedError, catalog, retention
-from milepost.checkpoint import commit
-from milepost.checkpoint.lock import RunLock
-from milepost.checkpoint.owner import this_process
+from milepost import CheckpointConfig, CheckpointManager, RunLockedError
+from milepost.run import catalog, commit, retention
+from milepost.run.lock import RunLock
+from milepost.run.owner import this_process
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 

@@ -24,16 +24,17 @@ import numpy as np
 import pytest
 import torch
 
-from milepost import CheckpointConfig, CheckpointManager, catalog
-from milepost.checkpoint.lock import LOCK_NAME, RunLock
-from milepost.checkpoint.owner import is_alive, this_process
+from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
 from milepost.errors import CheckpointNotFoundError, RunLockedError, StorageError
+from milepost.run import catalog
+from milepost.run.lock import LOCK_NAME, RunLock
+from milepost.run.owner import is_alive, this_process
 from milepost.storage import LocalStorage, Storage
-from milepost.storage.wrap import Operation, WrappedStorage
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.sample import save_arrays
-from milepost.verification import verify_in
+from milepost.testing.wrap import Operation, WrappedStorage
+from milepost.verification.verify import verify_in
 
 ROOT = Path(__file__).parents[2]
 SEED = 7
@@ -216,7 +217,7 @@ def test_a_process_out_of_descriptors_takes_nobody_for_dead(memory_path: Path) -
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
         with pytest.raises(OSError, match="Too many open files"):
             os.open("/proc/self/stat", os.O_RDONLY)
-        import milepost.checkpoint.owner as module
+        import milepost.run.owner as module
 
         module.is_here = lambda _: True  # what it compares with can't be read either
         module.this_process = lambda _: here

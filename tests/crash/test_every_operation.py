@@ -22,14 +22,15 @@ import torch
 from torch import nn
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager, catalog
-from milepost.checkpoint import commit, writer
-from milepost.checkpoint import manager as manager_module
-from milepost.checkpoint.lock import RunLock
+from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import MilepostError
+from milepost.run import catalog, commit
+from milepost.run.lock import RunLock
+from milepost.saving import writer
 from milepost.storage import LocalStorage, Storage
-from milepost.storage.wrap import Operation
 from milepost.testing.faulty import FaultyStorage
+from milepost.testing.wrap import Operation
+from milepost.training import manager as manager_module
 
 WIDTH = 20_000
 """Numbers in each tensor: enough for a record of its own disk blocks, so that several threads write."""
@@ -250,5 +251,5 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next(memory_path: Path) -> 
 
 def killed_save(folder: Path) -> None:
     storage = FaultyStorage(LocalStorage(folder), fail_at=8, tear=True, hook=kill)
-    with mock.patch("milepost.checkpoint.save.open_storage", return_value=(storage, "model")):
+    with mock.patch("milepost.saving.save.open_storage", return_value=(storage, "model")):
         milepost.save(folder / "model", {"w": torch.ones(3)})

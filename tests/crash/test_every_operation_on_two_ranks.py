@@ -26,11 +26,11 @@ import pytest
 from small_runs import AFTER_DAMAGE, CASES, MODES, Case, check_the_next_run, impatient, prepare, quiet, shown, train
 from two_ranks import Outcome, PairComm, in_parallel, run_pair, through
 
-from milepost.checkpoint import writer_process
 from milepost.errors import MilepostError
+from milepost.saving import writer_process
 from milepost.storage import LocalStorage, Storage
-from milepost.storage.wrap import Operation, WrappedStorage
 from milepost.testing.faulty import FaultyStorage
+from milepost.testing.wrap import Operation, WrappedStorage
 
 Tally = Callable[..., None]
 Kind = Literal["error", "kill", "kill all"]

@@ -21,11 +21,11 @@ from torch import nn
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
-from milepost.checkpoint.async_save import MAX_SAVERS
-from milepost.checkpoint.commit import OWNERLESS_LIFETIME_S, sweep_leftovers
-from milepost.checkpoint.lock import LOCK_NAME
 from milepost.config import AsyncMode
-from milepost.resume_test import children
+from milepost.report.resume_test import children
+from milepost.run.commit import OWNERLESS_LIFETIME_S, sweep_leftovers
+from milepost.run.lock import LOCK_NAME
+from milepost.saving.async_save import MAX_SAVERS
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 

@@ -37,13 +37,13 @@ from small_runs import (
 )
 from two_ranks import Outcome, PairComm, in_a_child, in_parallel, run_pair, through
 
-from milepost.comm import SingleProcess
+from milepost.collective.comm import SingleProcess
 from milepost.errors import MilepostError
 from milepost.storage import LocalStorage, Storage
-from milepost.storage.wrap import Operation, WrappedStorage
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.journal import Change, Created, Exchanged, Journal, Marked, Synced
 from milepost.testing.powercut import Disk, Tree, frozen, write_tree
+from milepost.testing.wrap import Operation, WrappedStorage
 
 Tally = Callable[..., None]
 

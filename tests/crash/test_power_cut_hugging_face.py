@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from two_ranks import Outcome, PairComm, run_pair
 
-from milepost.checkpoint import commit
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.job import SaveJob, run_job
-from milepost.checkpoint.plan import LocalLayout, TensorSpec, WriteItem, plan_save
 from milepost.format.box import Box
-from milepost.interop.families import family_of
-from milepost.interop.hf_form import HfForm
-from milepost.interop.hf_save import HfTarget
-from milepost.interop.model_sizes import ModelArgs
-from milepost.interop.rules import correspond
+from milepost.interop.hf.form import HfForm
+from milepost.interop.hf.save import HfTarget
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.rules import correspond
+from milepost.run import commit
+from milepost.run.assemble import SaveInfo
+from milepost.saving.job import SaveJob, run_job
 from milepost.storage import LocalStorage
+from milepost.tensors.plan import LocalLayout, TensorSpec, WriteItem, plan_save
 from milepost.testing.journal import Journal, Marked
 from milepost.testing.powercut import Disk, Tree, frozen
 

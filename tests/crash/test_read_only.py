@@ -13,9 +13,10 @@ import torch
 from mounts import remount, small
 from two_ranks import Outcome, PairComm, run_pair
 
-from milepost import CheckpointConfig, CheckpointManager, MilepostError, catalog
+from milepost import CheckpointConfig, CheckpointManager, MilepostError
 from milepost.cli.main import main
-from milepost.comm import SingleProcess
+from milepost.collective.comm import SingleProcess
+from milepost.run import catalog
 from milepost.storage import LocalStorage
 
 Tally = Callable[..., None]

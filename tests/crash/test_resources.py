@@ -21,14 +21,15 @@ from mounts import small
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from milepost import CheckpointConfig, CheckpointManager, MilepostError, catalog
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.save import Saver
-from milepost.comm import default_comm
+from milepost import CheckpointConfig, CheckpointManager, MilepostError
+from milepost.collective.comm import default_comm
+from milepost.run import catalog
+from milepost.run.assemble import SaveInfo
+from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.world import run_world
-from milepost.verification import verify_in
+from milepost.verification.verify import verify_in
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
 ROWS = 2048

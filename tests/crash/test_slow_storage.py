@@ -22,16 +22,16 @@ import torch
 from small_runs import CASES, MODES, RUN, Case, impatient, prepare, quiet, shown, train
 from two_ranks import Outcome, PairComm, run_pair, through
 
-from milepost import catalog
-from milepost.checkpoint import commit, signoff, watch
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.async_save import AsyncSaver
-from milepost.checkpoint.save import Saver
+from milepost.collective import watch
 from milepost.errors import MilepostError, SaveError
+from milepost.run import catalog, commit, signoff
+from milepost.run.assemble import SaveInfo
+from milepost.saving.async_save import AsyncSaver
+from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import Entry
-from milepost.storage.wrap import Operation, WrappedStorage
-from milepost.verification import verify_in
+from milepost.testing.wrap import Operation, WrappedStorage
+from milepost.verification.verify import verify_in
 
 T = TypeVar("T")
 Tally = Callable[..., None]

@@ -25,8 +25,8 @@ from unittest import mock
 
 import torch
 
-from milepost.checkpoint import background, writer_process
 from milepost.errors import MilepostError
+from milepost.saving import background, writer_process
 from milepost.storage import LocalStorage, Storage
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ StorageOf = Callable[[str, Storage], Storage]
 
 
 class PairComm:
-    """``milepost.comm.Comm`` of two ranks that hold the ends of one pipe. Broken, as gloo would be, if one dies."""
+    """A ``Comm`` of two ranks that hold the ends of one pipe. Broken, as gloo would be, if one dies."""
 
     world_size = 2
 

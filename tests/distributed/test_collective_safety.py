@@ -28,75 +28,81 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from milepost import CheckpointConfig, CheckpointManager, MilepostError, catalog
-from milepost.checkpoint import parts
+from milepost import CheckpointConfig, CheckpointManager, MilepostError
 from milepost.errors import StorageError
+from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
+from milepost.training import parts
 
 RANKS = 4
 LIMIT_S = 30.0
 
-ENGINE = "milepost.checkpoint"
 
 IN_A_SAVE = {
     "state_dict of the model": "torch.nn.Module.state_dict",
-    "state_dict of the optimizer": f"{ENGINE}.parts.optimizer_state",
+    "state_dict of the optimizer": "milepost.training.parts.optimizer_state",
     "state_dict of lr_scheduler": "lr_scheduler.state_dict",
     "state_dict of dataloader": "dataloader.state_dict",
     "state_dict of train_state": "train_state.state_dict",
-    "state of the random generators": f"{ENGINE}.parts.rng_state",
-    "flatten": f"{ENGINE}.agreement.flatten",
-    "boxes of a tensor": f"{ENGINE}.state.tensor_leaf",
-    "encode a value": f"{ENGINE}.agreement.encode_object",
-    "layout": f"{ENGINE}.state.FlatState.layout",
-    "fingerprint": f"{ENGINE}.plan.LocalLayout.fingerprint",
-    "write": f"{ENGINE}.job.write_file",
-    "sign-off, and even the report of its failure": f"{ENGINE}.job.sign_off",
+    "state of the random generators": "milepost.training.parts.rng_state",
+    "flatten": "milepost.saving.agreement.flatten",
+    "boxes of a tensor": "milepost.tensors.state.tensor_leaf",
+    "encode a value": "milepost.saving.agreement.encode_object",
+    "layout": "milepost.tensors.state.FlatState.layout",
+    "fingerprint": "milepost.tensors.plan.LocalLayout.fingerprint",
+    "write": "milepost.saving.job.write_file",
+    "sign-off, and even the report of its failure": "milepost.saving.job.sign_off",
 }
 IN_A_SAVE_ON_RANK_0 = {
-    "begin the attempt": f"{ENGINE}.agreement.commit.begin_attempt",
-    "wait for the sign-offs": f"{ENGINE}.job.wait_for_sign_offs",
-    "publish": f"{ENGINE}.job.commit.publish",
-    "put in place": f"{ENGINE}.commit._put_in_place",
+    "begin the attempt": "milepost.saving.agreement.commit.begin_attempt",
+    "wait for the sign-offs": "milepost.saving.job.wait_for_sign_offs",
+    "publish": "milepost.saving.job.commit.publish",
+    "put in place": "milepost.run.commit._put_in_place",
 }
 IN_A_LOAD = {
-    "manifest": f"{ENGINE}.load.catalog.read_manifest",
-    "target": f"{ENGINE}.training_state.TrainingState.target",
-    "flatten": f"{ENGINE}.load.flatten",
-    "compare": f"{ENGINE}.load.compare",
-    "digests": f"{ENGINE}.load.read_digests",
-    "plan": f"{ENGINE}.load.plan_load",
-    "open a file": f"{ENGINE}.reader._Session",
+    "manifest": "milepost.loading.load.catalog.read_manifest",
+    "target": "milepost.training.training_state.TrainingState.target",
+    "flatten": "milepost.loading.load.flatten",
+    "compare": "milepost.loading.load.compare",
+    "digests": "milepost.loading.load.read_digests",
+    "plan": "milepost.loading.load.plan_load",
+    "open a file": "milepost.loading.reader._Session",
     "read": "milepost.storage.local._LocalRead.read_into",
-    "read a tensor": f"{ENGINE}.reader._run",
-    "read a value": f"{ENGINE}.reader.decode_object",
-    "restore the optimizer": f"{ENGINE}.parts.load_optimizer_options",
+    "read a tensor": "milepost.loading.reader._run",
+    "read a value": "milepost.loading.reader.decode_object",
+    "restore the optimizer": "milepost.training.parts.load_optimizer_options",
     "load_state_dict of lr_scheduler": "lr_scheduler.load_state_dict",
     "load_state_dict of dataloader": "dataloader.load_state_dict",
     "load_state_dict of train_state": "train_state.load_state_dict",
-    "restore the random generators": f"{ENGINE}.parts.set_rng_state",
+    "restore the random generators": "milepost.training.parts.set_rng_state",
 }
-IN_A_LOAD_ON_RANK_0 = {"scan": f"{ENGINE}.loader.catalog.scan", "choose a step": f"{ENGINE}.loader.choose"}
-AT_THE_START = {"state": f"{ENGINE}.manager.TrainingState.of", "saver": f"{ENGINE}.manager.Saver"}
-AT_THE_START_ON_RANK_0 = {"lock": f"{ENGINE}.manager.RunLock", "sweep": f"{ENGINE}.manager.sweep_leftovers"}
-ON_SIGNALS = {"signals": f"{ENGINE}.signals.SignalFlags.take"}
+IN_A_LOAD_ON_RANK_0 = {
+    "scan": "milepost.training.loader.catalog.scan",
+    "choose a step": "milepost.training.loader.choose",
+}
+AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.manager.Saver"}
+AT_THE_START_ON_RANK_0 = {
+    "lock": "milepost.training.manager.RunLock",
+    "sweep": "milepost.training.manager.sweep_leftovers",
+}
+ON_SIGNALS = {"signals": "milepost.training.signals.SignalFlags.take"}
 IN_THE_BACKGROUND = {
-    "arena": f"{ENGINE}.arena.Arena.fit",
-    "staging plan": f"{ENGINE}.async_save.Staging",
-    "staging": f"{ENGINE}.stage.Staging.run",
-    "hand over": f"{ENGINE}.background.FileImage",
-    "write": f"{ENGINE}.job.write_file",
-    "sign-off, and even the report of its failure": f"{ENGINE}.job.sign_off,{ENGINE}.commit.fail_attempt",
+    "arena": "milepost.saving.arena.Arena.fit",
+    "staging plan": "milepost.saving.async_save.Staging",
+    "staging": "milepost.saving.stage.Staging.run",
+    "hand over": "milepost.saving.background.FileImage",
+    "write": "milepost.saving.job.write_file",
+    "sign-off, and even the report of its failure": "milepost.saving.job.sign_off,milepost.run.commit.fail_attempt",
 }
 IN_THE_BACKGROUND_ON_RANK_0 = {
-    "wait for the sign-offs": f"{ENGINE}.job.wait_for_sign_offs",
-    "publish": f"{ENGINE}.job.commit.publish",
+    "wait for the sign-offs": "milepost.saving.job.wait_for_sign_offs",
+    "publish": "milepost.saving.job.commit.publish",
 }
 BEFORE_A_WRITER = {
-    "hand over": f"{ENGINE}.background.Request",
+    "hand over": "milepost.saving.background.Request",
     "hand over, and even the report of its failure": (
-        f"{ENGINE}.background.Request,{ENGINE}.async_save.sign_off_failure,{ENGINE}.commit.fail_attempt"
+        "milepost.saving.background.Request,milepost.saving.async_save.sign_off_failure,milepost.run.commit.fail_attempt"
     ),
 }
 
@@ -256,10 +262,10 @@ def walk_disabled(folder: Path) -> list[Heard]:
     run.save()
     run.walk(run.save, IN_A_SAVE, IN_A_SAVE_ON_RANK_0)
     run.inject("sync", "milepost.storage.LocalStorage.sync_folder", run.save, make=refused)
-    run.inject("plan", f"{ENGINE}.agreement.plan_save", run.save_another_structure, ranks=(0,))
+    run.inject("plan", "milepost.saving.agreement.plan_save", run.save_another_structure, ranks=(0,))
     run.walk(run.manager.load, IN_A_LOAD, IN_A_LOAD_ON_RANK_0)
     run.walk(lambda: run.build(folder / "another"), AT_THE_START, AT_THE_START_ON_RANK_0)
-    run.walk(lambda: run.manager.latest_step, {}, {"latest step": f"{ENGINE}.loader.catalog.scan"})
+    run.walk(lambda: run.manager.latest_step, {}, {"latest step": "milepost.training.loader.catalog.scan"})
     by_signal = Run(folder / "by signal", interval=1000)
     by_signal.manager.listen_to_signals()
     by_signal.walk(lambda: by_signal.manager.save(by_signal.step + 1), ON_SIGNALS, {})

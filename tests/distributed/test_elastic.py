@@ -20,7 +20,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
-from milepost.catalog import read_manifest
+from milepost.run.catalog import read_manifest
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 from milepost.train.config import TrainConfig

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 import milepost
-from milepost import catalog
+from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 

@@ -21,15 +21,16 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager, catalog
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.save import Saver
-from milepost.comm import default_comm
+from milepost import CheckpointConfig, CheckpointManager
+from milepost.collective.comm import default_comm
 from milepost.errors import MilepostError
+from milepost.run import catalog
+from milepost.run.assemble import SaveInfo
+from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage, open_storage
 from milepost.storage.local import storage_error
-from milepost.storage.wrap import Operation, WrappedStorage
 from milepost.testing.world import run_world
+from milepost.testing.wrap import Operation, WrappedStorage
 
 Outcome = tuple[str, str]
 """Name of an error's class, and its message."""
@@ -190,9 +191,9 @@ def storage_of_this_rank(wrap: Callable[[Storage], Storage]) -> Iterator[None]:
         storage, name = open_storage(path)
         return wrap(storage), name
 
-    homes = ("manager", "save", "load")
-    with mock.patch.multiple("milepost.checkpoint.manager", open_storage=opened):
-        patches = [mock.patch(f"milepost.checkpoint.{home}.open_storage", opened) for home in homes[1:]]
+    homes = ("training.manager", "saving.save", "loading.load")
+    with mock.patch.multiple("milepost.training.manager", open_storage=opened):
+        patches = [mock.patch(f"milepost.{home}.open_storage", opened) for home in homes[1:]]
         for patch in patches:
             patch.start()
         try:

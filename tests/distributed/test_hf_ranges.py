@@ -16,28 +16,27 @@ import torch
 import torch.distributed as dist
 from tiny_layouts import MODELS, Layout, build, on
 
-from milepost import catalog
-from milepost.checkpoint import commit
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.layout import TensorLeaf, dtype_name, stored_as
-from milepost.checkpoint.parts import model_state
-from milepost.checkpoint.plan import LocalLayout, WritePlan, lay_out_file, plan_save
-from milepost.checkpoint.stage import TensorBlocks
-from milepost.checkpoint.state import flatten
-from milepost.checkpoint.writer import FileImage
 from milepost.errors import ConversionError, StateMismatchError
 from milepost.format.box import Box
 from milepost.interop.convert import convert
-from milepost.interop.families import family_of
 from milepost.interop.hf.config import make_config
-from milepost.interop.hf_load import load_hf
-from milepost.interop.hf_save import HfTarget, commit_record, plan_image, write_frame, write_part
-from milepost.interop.model_sizes import ModelArgs
+from milepost.interop.hf.load import load_hf
+from milepost.interop.hf.save import HfTarget, commit_record, plan_image, write_frame, write_part
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.rules import correspond
 from milepost.interop.options import ConvertOptions
-from milepost.interop.rules import correspond
+from milepost.run import catalog, commit
+from milepost.run.assemble import SaveInfo
+from milepost.saving.stage import TensorBlocks
+from milepost.saving.writer import FileImage
 from milepost.storage import LocalStorage
+from milepost.tensors.layout import TensorLeaf, dtype_name, stored_as
+from milepost.tensors.plan import LocalLayout, WritePlan, lay_out_file, plan_save
+from milepost.tensors.state import flatten
 from milepost.testing.world import run_world
 from milepost.train.parallel import Meshes
+from milepost.training.parts import model_state
 
 LAYOUTS = [
     on("llama3", "fsdp4"),

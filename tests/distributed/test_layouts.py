@@ -13,8 +13,8 @@ import torch
 from tiny_layouts import MODELS, MOE, SEQ_LEN, TINY, Layout, build, on, random_batches, whole
 
 from milepost.errors import ConfigError
+from milepost.parallelism.degrees import Degrees
 from milepost.testing.world import run_world
-from milepost.train.degrees import Degrees
 from milepost.train.parallel import Meshes
 
 STEPS = 5

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from milepost.catalog import scan
 from milepost.errors import ConfigError
+from milepost.parallelism.degrees import ALL_DEGREES
+from milepost.run.catalog import scan
 from milepost.storage import LocalStorage
 from milepost.testing.world import WorldError, run_world
 from milepost.train.config import TrainConfig
-from milepost.train.degrees import ALL_DEGREES
 from milepost.train.loop import Trainer
 from milepost.train.options import load_config
 from milepost.train.process import show_log

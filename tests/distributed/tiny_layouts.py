@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from milepost.parallelism.degrees import Degrees
 from milepost.train.config import ActivationCheckpointConfig, Dtype, ParallelismConfig, PipelineSchedule, TrainingConfig
-from milepost.train.degrees import Degrees
 from milepost.train.models.decoder import Decoder
 from milepost.train.models.flavors import ModelArgs, MoEArgs, RopeScaling
 from milepost.train.models.llama3 import Llama3

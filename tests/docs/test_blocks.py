@@ -18,7 +18,7 @@ import reader
 import yaml
 from pages import PAGES, REFERENCE, ROOT, Block, blocks, commands, name_of, shell_commands
 
-from milepost import resume_test
+from milepost.report import resume_test
 
 NOT_RUN_HERE = {
     "make": "sets up, trains, tests or formats the repository itself; the targets exist (test_docs.py)",

@@ -18,18 +18,18 @@ import safetensors.torch
 import torch
 from tiny_models import KINDS
 
-from milepost import catalog
-from milepost.checkpoint.save import save
 from milepost.errors import ConfigError, ConversionError, MilepostError, StorageError
 from milepost.format.safetensors import plan_layout
 from milepost.interop.convert import convert
-from milepost.interop.families import family_of
 from milepost.interop.hf.config import make_config
-from milepost.interop.model_sizes import model_args
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import model_args
+from milepost.interop.names.rules import correspond
 from milepost.interop.options import NAMES, ConvertOptions
-from milepost.interop.rules import correspond
-from milepost.interop.sinks import DcpSink
-from milepost.interop.sources import CONFIG_NAME, INDEX_NAME
+from milepost.interop.weights.open import CONFIG_NAME, INDEX_NAME
+from milepost.interop.weights.sinks import DcpSink
+from milepost.run import catalog
+from milepost.saving.save import save
 from milepost.storage import LocalStorage, syscalls
 
 KIND = KINDS["llama"]

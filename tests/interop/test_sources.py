@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from milepost.checkpoint.save import save
 from milepost.errors import CheckpointNotFoundError, ConversionError, DigestMismatchError, FormatError
 from milepost.format.box import Box
-from milepost.interop.sources import INDEX_NAME, open_weights
+from milepost.interop.weights.open import INDEX_NAME, open_weights
+from milepost.saving.save import save
 
 STATE = {
     "a.weight": torch.arange(3_000_000.0).reshape(1000, 3000),

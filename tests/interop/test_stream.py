@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from milepost.errors import ConversionError, StorageError
 from milepost.format.box import Box, contiguous_runs
 from milepost.format.digest import crc32
-from milepost.interop import stream
-from milepost.interop.families import family_of
-from milepost.interop.model_sizes import model_args
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import model_args
+from milepost.interop.names.rules import correspond
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
-from milepost.interop.rules import correspond
-from milepost.interop.source import Array, Assembled, PassedBytes, TensorInfo
-from milepost.interop.stream import Placed, SlabReader, cut_into_slabs, write_image
+from milepost.interop.weights import stream
+from milepost.interop.weights.boxes import Array, Assembled, PassedBytes, TensorInfo
+from milepost.interop.weights.stream import Placed, SlabReader, cut_into_slabs, write_image
 from milepost.storage import LocalStorage
 
 
@@ -141,7 +141,7 @@ def test_a_budget_below_one_slab_is_refused():
 @given(st.binary(min_size=1, max_size=300), st.lists(st.integers(0, 300), max_size=6), st.randoms())
 def test_digests_of_parts_in_any_order_are_those_of_the_whole(data: bytes, cuts: list[int], random):  # type: ignore[no-untyped-def]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("milepost.interop.source.BLOCK_NBYTES", 64)
+        patch.setattr("milepost.interop.weights.boxes.BLOCK_NBYTES", 64)
         bounds = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
         parts = list(itertools.pairwise(bounds))
         random.shuffle(parts)

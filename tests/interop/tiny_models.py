@@ -8,9 +8,9 @@ import torch
 import transformers
 from torch import nn
 
-from milepost.interop.families import family_of
 from milepost.interop.hf.config import make_config
-from milepost.interop.model_sizes import ModelArgs, MoEArgs, RopeScaling
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import ModelArgs, MoEArgs, RopeScaling
 from milepost.interop.options import ConvertOptions, Target
 
 _LLAMA = ModelArgs(

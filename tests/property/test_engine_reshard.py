@@ -21,20 +21,21 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from milepost import catalog
-from milepost.checkpoint import commit, reader, stage
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.layout import Piece, TensorLeaf, shard_pieces
-from milepost.checkpoint.load import read_digests
-from milepost.checkpoint.plan import LocalLayout, plan_load, plan_save
-from milepost.checkpoint.reader import read_tensors
-from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.checkpoint.stage import TensorBlocks
-from milepost.checkpoint.writer import write_file
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests, block_crcs
 from milepost.format.manifest import Manifest
+from milepost.loading import reader
+from milepost.loading.load import read_digests
+from milepost.loading.reader import read_tensors
+from milepost.run import catalog, commit
+from milepost.run.assemble import SaveInfo
+from milepost.run.signoff import SignOff, sign_off, wait_for_sign_offs
+from milepost.saving import stage
+from milepost.saving.stage import TensorBlocks
+from milepost.saving.writer import write_file
 from milepost.storage import LocalStorage
+from milepost.tensors.layout import Piece, TensorLeaf, shard_pieces
+from milepost.tensors.plan import LocalLayout, plan_load, plan_save
 
 DTYPES = ("float32", "bfloat16", "int64", "bool", "complex64", "float8_e5m2", "uint16", "float4_e2m1fn_x2")
 CASTS = {"float32": ("bfloat16", "float64"), "bfloat16": ("float32",), "int64": ("int32",)}

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from milepost.checkpoint.layout import tensor_leaf
-from milepost.checkpoint.stage import region
 from milepost.format.box import cover_faults
+from milepost.saving.stage import region
+from milepost.tensors.layout import tensor_leaf
 from milepost.testing.fake_rank import fake_rank
 from milepost.train.parallel.initial import copy_local_part
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from milepost.train.degrees import Degrees
+from milepost.parallelism.degrees import Degrees
 from milepost.train.layout_check import layout_problems, stage_layers
 from milepost.train.models.flavors import model_args
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from milepost.checkpoint.events import SaveEvent
 from milepost.train.config import MetricsConfig
 from milepost.train.metrics import Meter, StepFigures
+from milepost.training.events import SaveEvent
 
 SAVE = SaveEvent(
     step=2,

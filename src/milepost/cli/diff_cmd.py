@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from milepost.cli.render import console, print_json, print_table, printable, progress_bar
 
 if TYPE_CHECKING:
-    from milepost.diff import DiffReport, Held
+    from milepost.report.diff import DiffReport, Held
 
 DIFFERENT = 9
 """Exit status when the two differ."""
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print what differs; 9 if anything does."""
-    from milepost.diff import diff  # with numpy and the readers, which --help can do without
+    from milepost.report.diff import diff  # with numpy and the readers, which --help can do without
 
     with progress_bar("comparing") if args.values else contextlib.nullcontext() as progress:
         report = diff(args.a, args.b, values=args.values, model=args.model, flavor=args.flavor, progress=progress)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from milepost import catalog
 from milepost.cli.convert_cmd import add_conversion_arguments, run_conversion
 from milepost.cli.paths import open_run
 from milepost.errors import CheckpointNotFoundError
+from milepost.run import catalog
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from milepost import catalog
-from milepost.catalog import CommitRecord
 from milepost.cli.paths import not_a_checkpoint
 from milepost.cli.render import bar, console, print_json, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
@@ -18,9 +16,11 @@ from milepost.errors import CheckpointNotFoundError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, TensorEntry
+from milepost.format.summary import PartTotal, format_count, layout_text, placement_text, shard_counts, totals_by_part
+from milepost.run import catalog
+from milepost.run.catalog import CommitRecord
 from milepost.storage import open_storage
 from milepost.storage.base import format_duration, format_nbytes
-from milepost.summary import PartTotal, format_count, layout_text, placement_text, shard_counts, totals_by_part
 
 MAX_MAPS = 20
 """So many shard maps are drawn; tensors that are cut alike share one."""

@@ -7,12 +7,12 @@ import dataclasses
 import time
 from typing import Any
 
-from milepost import catalog
-from milepost.catalog import StepEntry
 from milepost.cli.paths import open_run
 from milepost.cli.render import print_json, print_table, state_text
+from milepost.format.summary import format_count, layout_text
+from milepost.run import catalog
+from milepost.run.catalog import StepEntry
 from milepost.storage.base import format_duration, format_nbytes
-from milepost.summary import format_count, layout_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

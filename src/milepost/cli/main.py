@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from milepost import __version__
 from milepost.errors import MilepostError, StorageError
+from milepost.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from milepost import catalog
-from milepost.catalog import CheckpointInfo, StepEntry
 from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.format.manifest import Manifest
+from milepost.run import catalog
+from milepost.run.catalog import CheckpointInfo, StepEntry
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, split
 

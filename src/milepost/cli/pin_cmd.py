@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from milepost import catalog
 from milepost.cli.paths import find_step, open_step
 from milepost.cli.render import console, print_json, printable
+from milepost.run import catalog
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

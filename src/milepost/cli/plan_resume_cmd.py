@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from milepost.cli.paths import read_manifest
 from milepost.cli.render import console, print_json, print_table, printable
 from milepost.errors import ConfigError, StateMismatchError
+from milepost.format.summary import SHORT_DEGREES, layout_text
 from milepost.storage.base import format_nbytes
-from milepost.summary import SHORT_DEGREES, layout_text
 
 if TYPE_CHECKING:
-    from milepost.resume_plan import RankPlan, ResumePlan
+    from milepost.report.resume_plan import RankPlan, ResumePlan
 
 MAX_RANKS = 16
 MAX_KEYS = 20
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Plan and print; 4 if the resume would be refused."""
     degrees = parse_degrees(args.degrees)
     manifest = read_manifest(args.path)
-    from milepost.placement import Layout
-    from milepost.resume_plan import plan_resume  # with the tables of models, which --help can do without
+    from milepost.parallelism.placement import Layout
+    from milepost.report.resume_plan import plan_resume  # with the tables of models, which --help can do without
 
     layout = Layout.of(degrees, args.world_size, args.stages_per_rank)
     plan = plan_resume(manifest, layout, model=args.model, flavor=args.flavor)

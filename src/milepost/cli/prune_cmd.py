@@ -7,11 +7,11 @@ import dataclasses
 import re
 import time
 
-from milepost import catalog, retention
-from milepost.checkpoint.commit import sweep_leftovers
 from milepost.cli.paths import open_run
 from milepost.cli.render import console, print_json, print_table
 from milepost.errors import ConfigError
+from milepost.run import catalog, retention
+from milepost.run.commit import sweep_leftovers
 from milepost.storage.base import format_nbytes
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")

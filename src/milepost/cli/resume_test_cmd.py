@@ -16,7 +16,7 @@ from milepost.cli.render import console, print_json, print_table
 from milepost.errors import ConfigError
 
 if TYPE_CHECKING:
-    from milepost.resume_test import Resumed, ResumeTestReport
+    from milepost.report.resume_test import Resumed, ResumeTestReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the test in a temporary folder (or ``--folder``) and print what it found."""
     kill_at = args.kill_at if args.kill_at is not None else max(2, args.steps // 2 + 1)
     _check(args, kill_at)
-    from milepost.resume_test import Settings, parse_layouts, resume_test  # with numpy, for the comparison
+    from milepost.report.resume_test import Settings, parse_layouts, resume_test  # with numpy, for the comparison
 
     settings = Settings(
         config_file=os.path.abspath(args.config),

@@ -9,7 +9,7 @@ from rich.text import Text
 from milepost.cli.render import bar, print_table, printable
 from milepost.format.box import Box
 from milepost.format.manifest import TensorEntry
-from milepost.summary import cuts_of
+from milepost.format.summary import cuts_of
 
 MAX_ROWS, MAX_COLUMNS = 16, 8
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_black", "white")

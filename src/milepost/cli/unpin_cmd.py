@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from milepost import catalog
-from milepost.catalog import PINNED_PREFIX, step_name
 from milepost.cli.paths import open_step
 from milepost.cli.render import console, print_json, printable
 from milepost.errors import CheckpointNotFoundError
+from milepost.run import catalog
+from milepost.run.catalog import PINNED_PREFIX, step_name
 from milepost.storage.base import join
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.markup import escape
 
-from milepost import catalog
 from milepost.cli.render import console, print_json, printable, progress_bar
 from milepost.errors import CheckpointDamagedError, ConfigError
+from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import format_nbytes
-from milepost.verification import LEVELS, VerifyReport, verify_in, verify_run
+from milepost.verification.verify import LEVELS, VerifyReport, verify_in, verify_run
 
 MAX_LINES = 20
 """So many problems of one checkpoint are printed; ``--json`` has up to 1000."""

@@ -17,15 +17,15 @@ import numpy as np
 
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.manifest import Manifest
-from milepost.interop.families import META, family_of
-from milepost.interop.match import Match, match, repeated, tied_fault
-from milepost.interop.model_sizes import ModelArgs, model_args
+from milepost.interop.names.families import META, family_of
+from milepost.interop.names.match import Match, match, repeated, tied_fault
+from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.rules import Correspondence, Family, Recipe, correspond
 from milepost.interop.options import ConvertOptions, ConvertReport
-from milepost.interop.rules import Correspondence, Family, Recipe, correspond
-from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink, check_config, hf_extras
-from milepost.interop.source import Assembled, Readable, Source, as_bytes, total_nbytes
-from milepost.interop.sources import CONFIG_NAME, open_weights
-from milepost.interop.stream import Slab, SlabReader, run_threads
+from milepost.interop.weights.boxes import Assembled, Readable, Source, as_bytes, total_nbytes
+from milepost.interop.weights.open import CONFIG_NAME, open_weights
+from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink, check_config, hf_extras
+from milepost.interop.weights.stream import Slab, SlabReader, run_threads
 
 Progress = Callable[[str, int, int], None]
 """Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from milepost.errors import ConfigError
-from milepost.interop.model_sizes import ModelArgs, model_args
+from milepost.interop.names.model_sizes import ModelArgs, model_args
 
 Target = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")

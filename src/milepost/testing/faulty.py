@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from milepost.errors import StorageError
 from milepost.storage.base import Storage
-from milepost.storage.wrap import Operation, WrappedStorage
+from milepost.testing.wrap import Operation, WrappedStorage
 
 T = TypeVar("T")
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from milepost.checkpoint.assemble import SaveInfo
-from milepost.checkpoint.commit import begin_attempt, data_folder, new_save_id, publish
-from milepost.checkpoint.plan import LocalLayout, TensorSpec, WriteItem, plan_save
-from milepost.checkpoint.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.checkpoint.writer import write_file
-from milepost.checkpoint.written import WrittenFile
 from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Manifest
+from milepost.run.assemble import SaveInfo
+from milepost.run.commit import begin_attempt, data_folder, new_save_id, publish
+from milepost.run.signoff import SignOff, sign_off, wait_for_sign_offs
+from milepost.run.written import WrittenFile
+from milepost.saving.writer import write_file
 from milepost.storage.base import Storage
+from milepost.tensors.plan import LocalLayout, TensorSpec, WriteItem, plan_save
 
 Array = npt.NDArray[np.generic]
 

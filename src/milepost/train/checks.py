@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import ConfigError
+from milepost.parallelism.degrees import ALL_DEGREES, Degrees
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
-from milepost.train.degrees import ALL_DEGREES, Degrees
 from milepost.train.layout_check import layout_problems
 from milepost.train.models.flavors import ModelArgs, model_args
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from milepost.train.degrees import Degrees
+from milepost.parallelism.degrees import Degrees
 from milepost.train.models.flavors import ModelArgs
 
 __all__ = ["STAGES_PER_RANK", "layout_problems", "stage_layers"]

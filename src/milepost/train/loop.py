@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from milepost import CheckpointManager
-from milepost.comm import default_comm, failure_on, raise_together
+from milepost.collective.comm import default_comm, failure_on, raise_together
 from milepost.errors import ConfigError, MilepostError
-from milepost.interop.hf_form import HfModel
+from milepost.interop.hf.form import HfModel
+from milepost.parallelism.degrees import Degrees
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import Corpus, load_corpus
 from milepost.train.data import DataLoader
-from milepost.train.degrees import Degrees
 from milepost.train.metrics import Meter, StepFigures
 from milepost.train.models import ModelArgs, build_model, model_args
 from milepost.train.optim import LRSchedule, build_optimizers

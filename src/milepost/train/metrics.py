@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from milepost.checkpoint.events import SaveEvent
 from milepost.train.config import MetricsConfig
+from milepost.training.events import SaveEvent
 
 log = logging.getLogger("milepost.train")
 

@@ -1,1 +1,9 @@
+"""Hugging Face's form of a model. In reading order::
 
+config  ``config.json`` <-> sizes
+form    ``HfModel``: the form of a save, from inside a training run
+save    safetensors written by the ranks, without a pass that consolidates (torch-free)
+load    safetensors into a sharded model
+"""
+
+from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from milepost.interop.model_sizes import ModelArgs, RopeScaling
+from milepost.interop.names.model_sizes import ModelArgs, RopeScaling
 
 _ABSENT = object()
 

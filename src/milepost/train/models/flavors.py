@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from milepost.interop.model_sizes import MODEL_NAMES, ModelArgs, MoEArgs, RopeScaling, model_args, model_flavors
+from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, MoEArgs, RopeScaling, model_args, model_flavors
 
 __all__ = ["MODEL_NAMES", "MoEArgs", "ModelArgs", "RopeScaling", "model_args", "model_flavors"]

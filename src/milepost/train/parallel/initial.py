@@ -12,8 +12,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from milepost.checkpoint.layout import tensor_leaf
-from milepost.checkpoint.stage import region
+from milepost.saving.stage import region
+from milepost.tensors.layout import tensor_leaf
 from milepost.train.models.decoder import Decoder
 
 __all__ = ["init_weights", "initial_weight"]

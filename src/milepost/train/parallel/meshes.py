@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from milepost.train.degrees import Degrees
+from milepost.parallelism.degrees import Degrees
 
 __all__ = ["Meshes"]
 

@@ -1,0 +1,307 @@
+"""Saving a model in training as Hugging Face files: every rank writes its own ranges of the final files.
+
+There is no second pass and no gathering: names, dtypes and shapes alone give every file's layout, so each rank knows
+where in which file the elements of its boxes belong. Torch-free, for a background process may do the writing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from milepost.errors import ConversionError
+from milepost.format.box import Box, contiguous_runs
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import HF_FORMAT, Manifest
+from milepost.format.safetensors import SafetensorsLayout, plan_layout
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.rules import Correspondence, Link, Op, correspond
+from milepost.interop.options import DEFAULT_SHARD_NBYTES
+from milepost.interop.weights.boxes import Array, TensorInfo, array_dtype, raw_bytes
+from milepost.interop.weights.sinks import extras_files, hf_extras, split_into_files
+from milepost.interop.weights.stream import BUFFER_NBYTES, ImageStream, Slab, cut_into_slabs, run_threads
+from milepost.run.assemble import SaveInfo
+from milepost.saving.writer import BlockSource, FileImage
+from milepost.storage.base import Storage, WriteHandle, join
+from milepost.tensors.plan import WriteItem
+from milepost.version import __version__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfTarget:
+    """A model that is to be saved as Hugging Face files. Plain data, the same on every rank."""
+
+    model: str
+    """``llama3`` or ``qwen3``."""
+    args: ModelArgs
+    dtypes: Mapping[str, str]
+    """Each of our keys with the dtype it is stored in."""
+    assets: str = ""
+    """A Hugging Face folder that lends config, tokenizer files and file index; empty: they are made, or left out."""
+    max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HfImage:
+    """The final files: their layouts, and what leads from our boxes to places in them."""
+
+    target: HfTarget
+    files: Mapping[str, SafetensorsLayout]
+    places: Mapping[str, _Place]
+    links: Mapping[str, tuple[Link, ...]]
+    head_dim: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """File name: bytes."""
+        return {name: layout.nbytes for name, layout in self.files.items()}
+
+
+def plan_image(target: HfTarget) -> HfImage:
+    """Where everything goes. Pure, and equal on every rank.
+
+    Raises:
+        ConversionError: the model's tensors are not those of its tables, or the assets belong to another model.
+    """
+    family = family_of(target.model, target.args)
+    found = correspond(family, family.scheme("hf"), target.args)
+    _check_keys(found, target)
+    tensors = _foreign_tensors(found, target)
+    weight_map = hf_extras(family.name, target.args, tensors, _folder(target.assets), None).weight_map
+    files = {
+        name: plan_layout({key: (tensors[key].dtype, tensors[key].shape) for key in keys})
+        for name, keys in split_into_files(tensors, weight_map, target.max_shard_nbytes).items()
+    }
+    places = {
+        key: _Place(name, stored.offset, stored.shape)
+        for name, layout in files.items()
+        for key, stored in layout.tensors.items()
+    }
+    links: dict[str, list[Link]] = {}
+    for link in found.links:
+        links.setdefault(link.ours_key, []).append(link)
+    return HfImage(target, files, places, {key: tuple(group) for key, group in links.items()}, found.head_dim)
+
+
+def _folder(path: str) -> Path | None:
+    return Path(path) if path else None
+
+
+def _check_keys(found: Correspondence, target: HfTarget) -> None:
+    missing = [key for key in found.ours if key not in target.dtypes]
+    unknown = [key for key in target.dtypes if key not in found.ours]
+    if missing or unknown:
+        lines = [*(f"missing: {key}" for key in missing), *(f"unknown: {key}" for key in unknown)]
+        raise ConversionError(
+            f"the model that is trained is not a {target.model} as Hugging Face knows it:\n  "
+            + "\n  ".join(lines[:20]),
+            problems=lines,
+        )
+
+
+def _foreign_tensors(found: Correspondence, target: HfTarget) -> dict[str, TensorInfo]:
+    dtypes: dict[str, set[str]] = {}
+    for link in found.links:
+        dtypes.setdefault(link.theirs_key, set()).add(target.dtypes[link.ours_key])
+    mixed = [key for key, several in dtypes.items() if len(several) > 1]
+    if mixed:
+        raise ConversionError(f"'{mixed[0]}' would be of several dtypes ({', '.join(sorted(dtypes[mixed[0]]))})")
+    return {key: TensorInfo(next(iter(dtypes[key])), shape) for key, shape in found.theirs.items()}
+
+
+def write_frame(storage: Storage, folder: str, image: HfImage) -> None:
+    """Write all but the tensors: headers, index, config and the assets' files. Called by one rank.
+
+    Raises:
+        StorageError: the storage refused.
+    """
+    family = family_of(image.target.model, image.target.args)
+    tensors = {
+        key: TensorInfo(stored.dtype, stored.shape)
+        for layout in image.files.values()
+        for key, stored in layout.tensors.items()
+    }
+    for name, layout in image.files.items():
+        with storage.open_write(join(folder, name), layout.nbytes, shared=True) as handle:
+            handle.write(0, [layout.prefix])
+            handle.sync()
+    extras = hf_extras(family.name, image.target.args, tensors, _folder(image.target.assets), None)
+    keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
+    for name, data in extras_files(extras, keys, tensors):
+        storage.write(join(folder, name), data)
+
+
+def write_part(
+    storage: Storage,
+    folder: str,
+    image: HfImage,
+    items: Sequence[WriteItem],
+    source: BlockSource | FileImage,
+    *,
+    num_threads: int = 2,
+    on_progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write and sync this rank's boxes (``items``) into the final files; returns the bytes written.
+
+    Files are created by whoever comes first. Memory beside the source: two slabs and a buffer a thread.
+
+    Raises:
+        StorageError: the first failure on any thread.
+    """
+    names = {image.places[link.theirs_key].file for item in items for link in image.links[item.key]}
+    with ExitStack() as stack:
+        handles = {
+            name: stack.enter_context(storage.open_write(join(folder, name), image.files[name].nbytes, shared=True))
+            for name in sorted(names)
+        }
+        local = threading.local()
+
+        def work(item: WriteItem) -> None:
+            if not hasattr(local, "buffer"):
+                local.buffer = mmap.mmap(-1, BUFFER_NBYTES)
+            _write_item(image, handles, item, source, local.buffer)
+            if on_progress is not None:
+                on_progress(item.data_nbytes)
+
+        run_threads(work, items, num_threads)
+        for handle in handles.values():
+            handle.sync()
+    return sum(item.data_nbytes for item in items)
+
+
+def _write_item(
+    image: HfImage,
+    handles: Mapping[str, WriteHandle],
+    item: WriteItem,
+    source: BlockSource | FileImage,
+    buffer: mmap.mmap,
+) -> None:
+    links = image.links[item.key]
+    size = itemsize(item.dtype)
+    streams: tuple[str, ImageStream] | None = None
+    for slab, values in _slabs(item, links, image.head_dim, source):
+        box = Box(tuple(a + b for a, b in zip(item.box.offsets, slab.box.offsets, strict=True)), slab.box.sizes)
+        for link in links:
+            for theirs, part in _parts(link, image.head_dim, box, values):
+                place = image.places[link.theirs_key]
+                data, position = raw_bytes(np.ascontiguousarray(part)), 0
+                for start, stop in contiguous_runs(theirs, place.shape):
+                    offset = place.offset + start * size
+                    if streams is None or streams[0] != place.file:
+                        if streams is not None:
+                            streams[1].flush()
+                        streams = place.file, ImageStream(handles[place.file], buffer)
+                    streams[1].put_at(offset, data[position : position + (stop - start) * size])
+                    position += (stop - start) * size
+    if streams is not None:
+        streams[1].flush()
+
+
+def _slabs(
+    item: WriteItem, links: Sequence[Link], head_dim: int, source: BlockSource | FileImage
+) -> Iterator[tuple[Slab, Array]]:
+    """The item's data as arrays, slab by slab; each is valid until the next."""
+    unit = 1
+    if any(link.op is Op.TRANSPOSED for link in links):
+        unit = item.box.sizes[-2]
+    elif any(link.op is not Op.SAME for link in links):
+        unit = head_dim
+    dtype = array_dtype(item.dtype)
+    slabs = cut_into_slabs(item.box.sizes, itemsize(item.dtype), unit)
+    if isinstance(source, FileImage):
+        memory = source.memory[item.data_offset : item.data_offset + item.data_nbytes]
+        for slab in slabs:
+            raw = np.frombuffer(memory[slab.start : slab.start + slab.nbytes], np.uint8)
+            yield slab, raw.view(dtype).reshape(slab.box.sizes)
+        return
+    rest = memoryview(b"")
+    blocks = source.blocks(item)
+    for slab in slabs:
+        raw, fill = np.empty(slab.nbytes, np.uint8), 0
+        while fill < slab.nbytes:
+            if not len(rest):
+                rest = next(blocks)
+            count = min(len(rest), slab.nbytes - fill)
+            np.copyto(raw[fill : fill + count], np.frombuffer(rest[:count], np.uint8))
+            rest, fill = rest[count:], fill + count
+        yield slab, raw.view(dtype).reshape(slab.box.sizes)
+
+
+def _parts(link: Link, head_dim: int, box: Box, values: Array) -> Iterator[tuple[Box, Array]]:
+    """What ``link`` makes of ``values`` (box ``box`` of our tensor), as boxes of theirs."""
+    common = link.ours.intersect(box)
+    if common is None:
+        return
+    inner = common.relative_to(box)
+    values = values[tuple(slice(o, o + s) for o, s in zip(inner.offsets, inner.sizes, strict=True))]
+    part = common.relative_to(link.ours)
+    # The two sides differ at most in leading dims of size 1.
+    lead = len(part.sizes) - len(link.theirs.sizes)
+    offsets, sizes = part.offsets[lead:], part.sizes[lead:]
+    values = values.reshape(sizes)
+    if link.op is Op.SAME:
+        yield _within(link.theirs, offsets, sizes), values
+    elif link.op is Op.TRANSPOSED:
+        yield _within(link.theirs, _swapped(offsets), _swapped(sizes)), values.swapaxes(-1, -2)
+    else:
+        for first, rows in _rows_as_halves(offsets[0], values, head_dim):
+            yield _within(link.theirs, (first, *offsets[1:]), rows.shape), rows
+
+
+def _rows_as_halves(start: int, rows: Array, head_dim: int) -> Iterator[tuple[int, Array]]:
+    """Rows ``[start, start + len(rows))`` in Meta's order as (first row, rows) in Hugging Face's.
+
+    Whole heads stay together; of a head that is cut, the rows of each half are consecutive.
+    """
+    stop = start + len(rows)
+    low, high = -(-start // head_dim) * head_dim, stop // head_dim * head_dim
+    if low < high:
+        heads = rows[low - start : high - start]
+        halves = heads.reshape(-1, head_dim // 2, 2, *heads.shape[1:]).swapaxes(1, 2)
+        yield low, halves.reshape(heads.shape)
+    cuts = [(start, min(low, stop)), (max(high, start), stop)] if low <= high else [(start, stop)]
+    for begin, end in cuts:
+        head = begin // head_dim * head_dim
+        for half in (0, 1):
+            first = begin + (begin - head + half) % 2
+            if first < end:
+                yield head + half * head_dim // 2 + (first - head) // 2, rows[first - start : end - start : 2]
+
+
+def _within(outer: Box, offsets: Sequence[int], sizes: Sequence[int]) -> Box:
+    return Box(tuple(a + b for a, b in zip(outer.offsets, offsets, strict=True)), tuple(sizes))
+
+
+def _swapped(values: tuple[int, ...]) -> tuple[int, ...]:
+    return (*values[:-2], values[-1], values[-2])
+
+
+def commit_record(info: SaveInfo, *, save_id: str, world_size: int, now: float) -> Manifest:
+    """The manifest under which a save in this format is committed: it names no tensors, as they are not records."""
+    return Manifest(
+        step=info.step,
+        save_id=save_id,
+        created_s=now,
+        kind="model",
+        world_size=world_size,
+        layout=info.layout,
+        producer={"milepost": __version__, **info.producer},
+        tensors={},
+        objects={},
+        files={},
+        extra={**info.extra, "format": HF_FORMAT},
+    )

@@ -1,0 +1,45 @@
+"""Which tables belong to which model."""
+
+from __future__ import annotations
+
+from milepost.interop.names import llama3, qwen3, qwen3_moe
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.rules import Family
+from milepost.interop.names.torchtitan import own_scheme, torchtitan_schemes
+from milepost.interop.options import OWN
+
+META = "meta"
+"""Our names as Meta's own files have them: the output projection is there even when it is tied."""
+
+LLAMA3 = Family(
+    "llama3",
+    llama3.PARAMETERS,
+    (
+        own_scheme(llama3.PARAMETERS, OWN),
+        llama3.HF,
+        own_scheme(llama3.PARAMETERS, META, writes_tied_output=True),
+        *torchtitan_schemes(llama3.PARAMETERS),
+    ),
+)
+QWEN3 = Family(
+    "qwen3",
+    qwen3.PARAMETERS,
+    (own_scheme(qwen3.PARAMETERS, OWN), qwen3.HF, *torchtitan_schemes(qwen3.PARAMETERS)),
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    qwen3_moe.PARAMETERS,
+    (
+        own_scheme(qwen3_moe.PARAMETERS, OWN),
+        qwen3_moe.HF,
+        qwen3_moe.HF_STACKED,
+        *torchtitan_schemes(qwen3_moe.PARAMETERS),
+    ),
+)
+
+
+def family_of(model: str, args: ModelArgs) -> Family:
+    """The tables of ``model`` (a name of ``model_sizes``) in the sizes ``args``."""
+    if model == "llama3":
+        return LLAMA3
+    return QWEN3 if args.moe is None else QWEN3_MOE

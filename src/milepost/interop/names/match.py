@@ -1,0 +1,161 @@
+"""Which scheme's names a set of stored tensors has, and what is wrong when it is none's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from milepost.errors import ConversionError
+from milepost.format.box import Box
+from milepost.format.dtype import itemsize
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.rules import Correspondence, Family, KeyFaults, Recipe, Scheme, correspond, key_faults
+from milepost.interop.weights.boxes import Array, Readable, TensorInfo, array_dtype
+from milepost.interop.weights.stream import cut_into_slabs
+
+_PREFIXES = ("", "model.", "state_dict.", "module.")
+"""Under what a state dict may stand in a checkpoint or a ``.pt`` file."""
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Stored tensors without a common prefix of their names."""
+
+    base: Readable
+    prefix: str
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """See ``Readable``. Tensors without the prefix are not there."""
+        skip = len(self.prefix)
+        return {key[skip:]: info for key, info in self.base.tensors.items() if key.startswith(self.prefix)}
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
+        """See ``Readable``."""
+        self.base.read_into(self.prefix + key, box, out)
+
+    def unit_rows(self, key: str) -> int:
+        """See ``Readable``."""
+        return self.base.unit_rows(self.prefix + key)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Stored tensors that are the model ``args`` in the names of ``found.scheme``."""
+
+    tensors: Readable
+    found: Correspondence
+    args: ModelArgs
+    notes: tuple[str, ...] = ()
+
+
+def match(stored: Readable, family: Family, args: ModelArgs, path: str) -> Match:
+    """Recognise the names of ``stored``. The vocabulary may be another than the flavor's: then the stored one counts.
+
+    Raises:
+        ConversionError: they are no such model; lists what is missing, unexpected and misshapen in the names that
+            come nearest.
+    """
+    nearest: tuple[int, KeyFaults, Scheme] | None = None
+    for prefix, scheme in _candidates(stored, family):
+        view = stored if prefix == "" else Renamed(stored, prefix)
+        shapes = {key: info.shape for key, info in view.tensors.items()}
+        fitted = _with_stored_vocabulary(scheme, args, shapes)
+        wanted = correspond(family, scheme, fitted)
+        faults = key_faults(wanted, shapes)
+        if not len(faults):
+            return Match(view, wanted, fitted, _notes(args, fitted, wanted, shapes))
+        if nearest is None or len(faults) < nearest[0]:
+            nearest = (len(faults), faults, scheme)
+    assert nearest is not None
+    raise ConversionError(_report(path, family, nearest[2], nearest[1], stored), path=path, problems=_lines(nearest[1]))
+
+
+def _candidates(stored: Readable, family: Family) -> Iterator[tuple[str, Scheme]]:
+    """(prefix, scheme) to try, likely ones first."""
+    for prefix in _PREFIXES:
+        if prefix == "" or any(key.startswith(prefix) for key in stored.tensors):
+            for scheme in family.schemes:
+                yield prefix, scheme
+
+
+def _with_stored_vocabulary(scheme: Scheme, args: ModelArgs, shapes: Mapping[str, tuple[int, ...]]) -> ModelArgs:
+    """``args`` with as many words as the stored embedding has rows."""
+    key = next(row.theirs for row in scheme.rows if row.ours == "tok_embeddings.weight")
+    shape = shapes.get(key)
+    return replace(args, vocab_size=shape[0]) if shape is not None and len(shape) == 2 else args
+
+
+def _notes(
+    args: ModelArgs, fitted: ModelArgs, wanted: Correspondence, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    notes = []
+    if args.vocab_size != fitted.vocab_size:
+        notes.append(f"the vocabulary has {fitted.vocab_size} words, the flavor's as published {args.vocab_size}")
+    dropped = [key for key in wanted.constants if key in shapes]
+    if dropped:
+        notes.append(f"left out, as our models have no such tensor: {dropped[0]} and {len(dropped) - 1} like it")
+    return tuple(notes)
+
+
+def _lines(faults: KeyFaults) -> list[str]:
+    return [
+        *(f"missing: {key}" for key in faults.missing),
+        *(f"unexpected: {key}" for key in faults.unexpected),
+        *faults.misshapen,
+    ]
+
+
+def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored: Readable) -> str:
+    lines = []
+    for kind, keys in (("missing", faults.missing), ("unexpected", faults.unexpected)):
+        for key in keys[:_MAX_LISTED]:
+            near = difflib.get_close_matches(key, faults.unexpected, n=1) if kind == "missing" else []
+            lines.append(f"{kind}: {key}" + (f" (there is {near[0]})" if near else ""))
+        if len(keys) > _MAX_LISTED:
+            lines.append(f"... and {len(keys) - _MAX_LISTED} more {kind}")
+    lines += faults.misshapen[:_MAX_LISTED]
+    if len(faults.misshapen) > _MAX_LISTED:
+        lines.append(f"... and {len(faults.misshapen) - _MAX_LISTED} more of another shape")
+    counts = f"{len(faults.missing)} missing, {len(faults.unexpected)} unexpected, {len(faults.misshapen)} misshapen"
+    return (
+        f"{path} does not hold this {family.name} model, is it the right --model and --flavor? Of its "
+        f"{len(stored.tensors)} tensors, by the names of scheme '{scheme.name}': {counts}\n  " + "\n  ".join(lines)
+    )
+
+
+def tied_fault(match: Match) -> str | None:
+    """Why the embedding and the output projection of a tied model are not one tensor; None if they are.
+
+    Only a source that stores both is read.
+    """
+    tied = match.found.tied
+    if tied is None or tied[1] not in match.tensors.tensors:
+        return None
+    embedding, output = tied
+    first, second = match.tensors.tensors[embedding], match.tensors.tensors[output]
+    if first != second:
+        return f"{output} is {second.dtype} {list(second.shape)}, {embedding} is {first.dtype} {list(first.shape)}"
+    for slab in cut_into_slabs(first.shape, itemsize(first.dtype)):
+        one, other = (np.empty(slab.nbytes, np.uint8) for _ in range(2))
+        for key, raw in ((embedding, one), (output, other)):
+            match.tensors.read_into(key, slab.box, raw.view(array_dtype(first.dtype)).reshape(slab.box.sizes))
+        if not np.array_equal(one, other):
+            return f"{output} differs from {embedding}, but the flavor ties the two: it would be lost"
+    return None
+
+
+def repeated(recipes: Mapping[str, Recipe]) -> dict[str, str]:
+    """The keys among ``recipes`` that repeat another's recipe, with that other key: tensors to store once."""
+    first: dict[int, str] = {}
+    shared = {}
+    for key, recipe in recipes.items():
+        if id(recipe) in first:
+            shared[key] = first[id(recipe)]
+        else:
+            first[id(recipe)] = key
+    return shared

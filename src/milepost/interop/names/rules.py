@@ -1,0 +1,297 @@
+"""Two-way tables between our parameters and those of another program, and the engine that reads them.
+
+A *family* lists our parameters with symbolic shapes. A *scheme* is one table of another program's names for them: each
+row says where a foreign tensor's elements lie in ours. ``correspond`` fills in a model's sizes and returns links
+between boxes; ``into_ours`` and ``into_theirs`` are the same links read in the two directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from milepost.format.box import Box
+from milepost.interop.names.model_sizes import ModelArgs
+
+
+class Op(Enum):
+    """How the elements of a source box become those of a target box."""
+
+    SAME = "same"
+    TRANSPOSED = "transposed"
+    """The last two dims are exchanged."""
+    TO_PAIRS = "to pairs"
+    """Rows of each head from Hugging Face's order (all first halves, then all second) to Meta's (interleaved)."""
+    TO_HALVES = "to halves"
+    """The inverse of ``TO_PAIRS``."""
+
+    @property
+    def inverse(self) -> Op:
+        """The op that leads back."""
+        return {Op.TO_PAIRS: Op.TO_HALVES, Op.TO_HALVES: Op.TO_PAIRS}.get(self, self)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One of our parameters. ``shape`` holds names of :func:`named_sizes`; ``{layer}`` in ``key`` is each layer."""
+
+    key: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Our tensor is slice ``index`` of ``count`` equal slices of theirs along the rows (the last dim but one)."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class QkvGroup:
+    """Our projection is ``part`` (q, k, v) of a fused one: for each key-value head its queries, its key, its value."""
+
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table: our key, their key, and how theirs lies in ours.
+
+    ``{expert}`` in ``theirs`` means that dim 0 of our tensor is one foreign tensor for each expert. ``op`` leads from
+    theirs to ours.
+    """
+
+    ours: str
+    theirs: str
+    op: Op = Op.SAME
+    part: Slice | QkvGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A foreign tensor that our models do not have: written as zeros, ignored when read."""
+
+    theirs: str
+    shape: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Another program's names for the parameters of a family."""
+
+    name: str
+    rows: tuple[Row, ...]
+    constants: tuple[Constant, ...] = ()
+    ignored: tuple[str, ...] = ()
+    """Keys without information of their own (recomputed buffers) that may be present and are not read."""
+    tied_output: str | None = None
+    """Their name of the output projection, which for tied embeddings may be stored beside the embedding."""
+    writes_tied_output: bool = False
+    """Their program asks for ``tied_output`` although it equals the embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of one architecture. The first of ``schemes`` is our own names."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    schemes: tuple[Scheme, ...]
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme called ``name``. Raises KeyError."""
+        return {scheme.name: scheme for scheme in self.schemes}[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a target tensor and the box of a source tensor that its elements come from, by ``op``.
+
+    The boxes may differ in leading dims of size 1. For the RoPE ops, both hold whole heads of ``head_dim`` rows.
+    """
+
+    target: Box
+    source_key: str
+    source: Box
+    op: Op
+    head_dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a target tensor is put together. Without pieces it is all zeros, of ``dtype``; else ``dtype`` is None."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A box of one of our tensors and the box of one of theirs with the same elements; ``op`` leads to ours."""
+
+    ours_key: str
+    ours: Box
+    theirs_key: str
+    theirs: Box
+    op: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Correspondence:
+    """A scheme with a model's sizes filled in: every tensor of both sides, and the links between them."""
+
+    scheme: Scheme
+    ours: Mapping[str, tuple[int, ...]]
+    theirs: Mapping[str, tuple[int, ...]]
+    links: tuple[Link, ...]
+    constants: Mapping[str, tuple[tuple[int, ...], str]]
+    ignored: frozenset[str]
+    tied: tuple[str, str] | None
+    """(their embedding, their output projection) of a model that ties the two."""
+    head_dim: int
+
+    def into_ours(self) -> dict[str, Recipe]:
+        """Each of our tensors, put together from theirs."""
+        pieces: dict[str, list[Piece]] = {key: [] for key in self.ours}
+        for link in self.links:
+            pieces[link.ours_key].append(Piece(link.ours, link.theirs_key, link.theirs, link.op, self.head_dim))
+        return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
+
+    def into_theirs(self) -> dict[str, Recipe]:
+        """Each of their tensors, put together from ours; the constants among them are zeros."""
+        pieces: dict[str, list[Piece]] = {key: [] for key in self.theirs}
+        for link in self.links:
+            pieces[link.theirs_key].append(Piece(link.theirs, link.ours_key, link.ours, link.op.inverse, self.head_dim))
+        recipes = {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
+        if self.tied is not None and self.scheme.writes_tied_output:
+            embedding, output = self.tied
+            recipes[output] = recipes[embedding]
+        return recipes | {key: Recipe(shape, (), dtype) for key, (shape, dtype) in self.constants.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFaults:
+    """What keeps a set of stored tensors from being a model in some scheme. Nothing does when all are empty."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+
+def named_sizes(args: ModelArgs) -> dict[str, int]:
+    """The sizes that the tables' shapes name."""
+    sizes = {
+        "vocab": args.vocab_size,
+        "dim": args.dim,
+        "head_dim": args.head_dim,
+        "q_rows": args.n_heads * args.head_dim,
+        "kv_rows": args.n_kv_heads * args.head_dim,
+        "hidden": args.hidden_dim,
+    }
+    if args.moe is not None:
+        sizes |= {"experts": args.moe.num_experts, "expert_hidden": args.moe.hidden_dim}
+    return sizes
+
+
+def correspond(family: Family, scheme: Scheme, args: ModelArgs) -> Correspondence:
+    """``scheme`` with the sizes of ``args`` filled in. Needs memory for the names alone."""
+    sizes = named_sizes(args)
+    skipped = {"output.weight"} if args.tied_embeddings else set()
+    shapes = {p.key: tuple(sizes[name] for name in p.shape) for p in family.parameters if p.key not in skipped}
+    ours: dict[str, tuple[int, ...]] = {}
+    theirs: dict[str, tuple[int, ...]] = {}
+    links: list[Link] = []
+    rows = {row.ours: row for row in scheme.rows}
+    for pattern, shape in shapes.items():
+        for layer in _layers(pattern, args):
+            key = pattern.format(layer=layer)
+            ours[key] = shape
+            for link, foreign_shape in _links(rows[pattern], key, layer, shape, args):
+                links.append(link)
+                theirs[link.theirs_key] = foreign_shape
+    constants = {
+        c.theirs.format(layer=layer): (tuple(sizes[name] for name in c.shape), c.dtype)
+        for c in scheme.constants
+        for layer in _layers(c.theirs, args)
+    }
+    ignored = frozenset(key.format(layer=layer) for key in scheme.ignored for layer in _layers(key, args))
+    tied = None
+    if args.tied_embeddings and scheme.tied_output is not None:
+        tied = (rows["tok_embeddings.weight"].theirs, scheme.tied_output)
+    return Correspondence(scheme, ours, theirs, tuple(links), constants, ignored, tied, args.head_dim)
+
+
+def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) -> KeyFaults:
+    """Which tensors of ``stored`` (key: shape) are missing, unexpected or misshapen for ``wanted``'s scheme."""
+    optional = set(wanted.ignored) | set(wanted.constants)
+    if wanted.tied is not None:
+        optional.add(wanted.tied[1])
+    missing = tuple(key for key in wanted.theirs if key not in stored)
+    unexpected = tuple(key for key in stored if key not in wanted.theirs and key not in optional)
+    misshapen = tuple(
+        f"{key} has shape {list(stored[key])}, the model's sizes make it {list(shape)}"
+        for key, shape in wanted.theirs.items()
+        if key in stored and stored[key] != shape
+    )
+    return KeyFaults(missing, unexpected, misshapen)
+
+
+def _layers(pattern: str, args: ModelArgs) -> range:
+    """The layers that a pattern stands for; one pass for a pattern without ``{layer}``."""
+    return range(args.n_layers if "{layer}" in pattern else 1)
+
+
+def _links(
+    row: Row, key: str, layer: int, shape: tuple[int, ...], args: ModelArgs
+) -> Iterator[tuple[Link, tuple[int, ...]]]:
+    """The links of one of our tensors, each with the shape of the foreign tensor that it leads to."""
+    if "{expert}" in row.theirs:
+        for expert in range(shape[0]):
+            ours = Box((expert,) + (0,) * (len(shape) - 1), (1, *shape[1:]))
+            name = row.theirs.format(layer=layer, expert=expert)
+            foreign = _foreign_shape(row, shape[1:])
+            yield Link(key, ours, name, Box.whole(foreign), row.op), foreign
+        return
+    name = row.theirs.format(layer=layer)
+    if isinstance(row.part, QkvGroup):
+        foreign = ((args.n_heads + 2 * args.n_kv_heads) * args.head_dim, *shape[1:])
+        for ours, theirs in _qkv_boxes(row.part, shape, args):
+            yield Link(key, ours, name, theirs, row.op), foreign
+        return
+    foreign = _foreign_shape(row, shape)
+    if row.part is None:
+        yield Link(key, Box.whole(shape), name, Box.whole(foreign), row.op), foreign
+        return
+    rows = foreign[-2]
+    offsets = (0,) * (len(foreign) - 2) + (rows * row.part.index, 0)
+    theirs = Box(offsets, foreign)
+    yield Link(key, Box.whole(shape), name, theirs, row.op), (*foreign[:-2], rows * row.part.count, foreign[-1])
+
+
+def _foreign_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2]) if row.op is Op.TRANSPOSED else shape
+
+
+def _qkv_boxes(part: QkvGroup, shape: tuple[int, ...], args: ModelArgs) -> Iterator[tuple[Box, Box]]:
+    """For each key-value head: its rows in our projection, and in the fused one."""
+    queries = args.n_heads // args.n_kv_heads
+    start, count = {"q": (0, queries), "k": (queries, 1), "v": (queries + 1, 1)}[part.part]
+    rest = shape[1:]
+    for group in range(args.n_kv_heads):
+        sizes = (count * args.head_dim, *rest)
+        ours = (group * count * args.head_dim,) + (0,) * len(rest)
+        theirs = ((group * (queries + 2) + start) * args.head_dim,) + (0,) * len(rest)
+        yield Box(ours, sizes), Box(theirs, sizes)
+
+
+def num_parameters(wanted: Correspondence) -> int:
+    """How many numbers the model has."""
+    return sum(math.prod(shape) for shape in wanted.ours.values())

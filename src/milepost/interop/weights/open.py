@@ -1,0 +1,268 @@
+"""Finding out what a path holds: a Hugging Face folder, a DCP checkpoint, a ``.pt`` or a safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError
+from milepost.format.box import Box
+from milepost.format.digest import BlockDigests, parse_digests
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.format.record import LocatedTensor, strides_of
+from milepost.format.safetensors import read_header
+from milepost.format.torch_file import locate_tensors
+from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
+from milepost.run import catalog
+from milepost.storage import open_storage
+from milepost.storage.base import ReadHandle, Storage
+from milepost.storage.local import LocalStorage
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+_MAX_JSON_NBYTES = 256 << 20
+_SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_OTHER_PARTS = tuple(f"{part}." for part in ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng"))
+"""Prefixes of what a training checkpoint holds beside the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """An open source of weights, with what its folder tells of the model."""
+
+    source: Source
+    config: Mapping[str, Any] | None = None
+    """``config.json`` of a Hugging Face folder."""
+    manifest: Manifest | None = None
+    """Of a DCP checkpoint."""
+
+
+def open_weights(path: str | os.PathLike[str]) -> Weights:
+    """Open the weights at ``path``, whatever they are. The caller closes ``source``.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing, or nothing that is known.
+        CheckpointDamagedError: files are missing, truncated or malformed.
+    """
+    full = Path(os.path.abspath(path))
+    if full.is_file():
+        return _open_file(full)
+    if not full.is_dir():
+        raise CheckpointNotFoundError(f"there is nothing at {full}", path=str(full))
+    names = {entry.name for entry in os.scandir(full)}
+    is_hf = INDEX_NAME in names or SINGLE_NAME in names
+    # A last save in Hugging Face's format has our commit record too.
+    if names & {MANIFEST_NAME, METADATA_NAME} and not is_hf:
+        storage, folder = open_storage(full)
+        return _open_dcp(storage, folder)
+    if is_hf or any(name.endswith(".safetensors") for name in names):
+        return _open_hf(full, names)
+    raise CheckpointNotFoundError(_not_weights(full, names), path=str(full))
+
+
+def _not_weights(full: Path, names: Iterable[str]) -> str:
+    """Why a folder is no source, and what to give instead."""
+    steps = sorted(step for name in names if (step := catalog.step_of(name)) is not None)
+    if steps:
+        return f"{full} is a run, not a checkpoint: give one of its steps, for instance {full / f'step-{steps[-1]}'}"
+    torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
+    if torch_files:
+        return f"{full} is a folder of torch files: give one of them, for instance {full / torch_files[0]}"
+    if "snapshots" in names:
+        return f"{full} is a model in the Hugging Face cache: give its folder {full / 'snapshots'}/<revision>"
+    return (
+        f"{full} holds no weights: neither a checkpoint ({MANIFEST_NAME}, {METADATA_NAME}) nor safetensors files "
+        "are there"
+    )
+
+
+def _open_file(full: Path) -> Weights:
+    handle = open_linked(full)
+    with ExitStack() as stack:
+        stack.callback(handle.close)
+        if full.suffix == ".safetensors":
+            stored = _safetensors_tensors(handle, 0)
+        else:
+            stored = _torch_file_tensors(handle)
+        stack.pop_all()
+    kind = "hf" if full.suffix == ".safetensors" else "pt"
+    return Weights(Source(str(full), kind, [handle], stored))
+
+
+def open_linked(full: Path) -> ReadHandle:
+    """Open a file for reading, following links: in the Hugging Face cache every file is one."""
+    real = Path(os.path.realpath(full))
+    return LocalStorage(real.parent).open_read(real.name)
+
+
+# ---- Hugging Face ----
+
+
+def _open_hf(folder: Path, names: set[str]) -> Weights:
+    weight_map = read_weight_map(folder) if INDEX_NAME in names else None
+    files = sorted(set(weight_map.values())) if weight_map is not None else _unindexed_files(folder, names)
+    missing = [name for name in files if name not in names]
+    if missing:
+        raise FormatError(
+            f"{folder} is incomplete: {', '.join(missing)} of {len(files)} files missing; download it again",
+            path=str(folder / missing[0]),
+        )
+    stored: dict[str, Stored] = {}
+    faults: list[str] = []
+    with ExitStack() as stack:
+        handles: list[ReadHandle] = []
+        for index, name in enumerate(files):
+            handles.append(stack.enter_context(open_linked(folder / name)))
+            for key, tensor in _safetensors_tensors(handles[-1], index).items():
+                if key in stored:
+                    faults.append(f"'{key}' is in {name} and in another file")
+                stored[key] = tensor
+                if weight_map is not None and weight_map.get(key) != name:
+                    faults.append(f"'{key}' is in {name}, the index says {weight_map.get(key, 'nothing of it')}")
+        faults += [f"'{key}' is in the index but in no file" for key in weight_map or () if key not in stored]
+        if faults:
+            raise FormatError(
+                f"{folder / INDEX_NAME} does not fit the files beside it:\n  " + "\n  ".join(faults[:20]),
+                path=str(folder / INDEX_NAME),
+            )
+        stack.pop_all()
+    return Weights(Source(str(folder), "hf", handles, stored), config=read_json(folder / CONFIG_NAME))
+
+
+def _unindexed_files(folder: Path, names: set[str]) -> list[str]:
+    """All safetensors files of a folder without index; a numbered one tells how many there must be."""
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    if SINGLE_NAME in found:
+        return [SINGLE_NAME]
+    numbered = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
+    if not numbered:
+        return found
+    count = int(numbered[0][2])
+    return [shard_file_name(index, count) for index in range(1, count + 1)]
+
+
+def shard_file_name(index: int, count: int) -> str:
+    """The name of file ``index`` (from 1) of ``count``."""
+    return f"model-{index:05d}-of-{count:05d}.safetensors"
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Key: file name, from the index of a Hugging Face folder. Raises FormatError if it is malformed."""
+    path = folder / INDEX_NAME
+    index = read_json(path)
+    weight_map = index.get("weight_map") if index is not None else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{path} has no weight_map", path=str(path))
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise FormatError(f"{path} names {name!r:.200}, which is no file beside it", path=str(path))
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is none. Raises FormatError for anything else."""
+    if not path.exists():
+        return None
+    with open_linked(path) as handle:
+        data = bytearray(min(handle.nbytes, _MAX_JSON_NBYTES))
+        handle.read_into(0, [memoryview(data)])
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}", path=str(path)) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} is no JSON object", path=str(path))
+    return value
+
+
+def _safetensors_tensors(handle: ReadHandle, file: int) -> dict[str, Stored]:
+    return {
+        key: Stored(
+            TensorInfo(tensor.dtype, tensor.shape),
+            (Stretch(Box.whole(tensor.shape), file, tensor.offset, tensor.nbytes),),
+        )
+        for key, tensor in read_header(handle).tensors.items()
+    }
+
+
+# ---- DCP ----
+
+
+def _open_dcp(storage: Storage, folder: str) -> Weights:
+    manifest = catalog.read_manifest(storage, folder)
+    model = {key: entry for key, entry in manifest.tensors.items() if not key.startswith(_OTHER_PARTS)}
+    digests = None
+    if DIGESTS_NAME in manifest.files:
+        path = f"{folder}/{DIGESTS_NAME}"
+        digests = parse_digests(storage.read(path), manifest, f"{storage.root}/{path}")
+        if digests.block_nbytes != BLOCK_NBYTES:
+            digests = None  # of another version: the CRC-32 of each whole shard still is checked
+    else:
+        model = dict(catalog.locate_foreign(storage, folder, replace(manifest, tensors=model)).tensors)
+    source = manifest_source(storage, folder, replace(manifest, tensors=model), digests)
+    return Weights(source, manifest=manifest)
+
+
+def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests | None) -> Source:
+    """The tensors that a manifest describes, from the files in ``folder``."""
+    names = sorted({shard.file for entry in manifest.tensors.values() for shard in entry.shards})
+    position = {name: index for index, name in enumerate(names)}
+    stored = {}
+    for key, entry in manifest.tensors.items():
+        stretches = []
+        for index, shard in enumerate(entry.shards):
+            if shard.data_offset is None:
+                raise ConversionError(
+                    f"'{key}' is stored strided in {shard.file}: load the checkpoint with torch and save it again",
+                    path=f"{storage.root}/{folder}",
+                )
+            blocks = digests.of_shard(key, index) if digests is not None else None
+            stretches.append(
+                Stretch(shard.box, position[shard.file], shard.data_offset, shard.data_nbytes, shard.crc32, blocks)
+            )
+        stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), tuple(stretches))
+    with ExitStack() as stack:
+        handles: list[ReadHandle] = [stack.enter_context(storage.open_read(f"{folder}/{name}")) for name in names]
+        stack.pop_all()
+    return Source(f"{storage.root}/{folder}", "dcp", handles, stored)
+
+
+# ---- .pt ----
+
+
+def _torch_file_tensors(handle: ReadHandle) -> dict[str, Stored]:
+    def read_at(offset: int, nbytes: int) -> bytes:
+        data = bytearray(nbytes)
+        handle.read_into(offset, [memoryview(data)])
+        return bytes(data)
+
+    try:
+        found = locate_tensors(read_at, handle.nbytes)
+    except FormatError as error:
+        raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
+    return {
+        key: Stored(TensorInfo(tensor.dtype, tensor.sizes), (_torch_stretch(handle.path, key, tensor),))
+        for key, tensor in found.items()
+    }
+
+
+def _torch_stretch(path: str, key: str, tensor: LocatedTensor) -> Stretch:
+    box = Box.whole(tensor.sizes)
+    nbytes = box.numel * itemsize(tensor.dtype)
+    if tensor.is_plain:
+        return Stretch(box, 0, tensor.data_offset, nbytes, tensor.crc32)
+    if tensor.strides != strides_of(tensor.sizes):
+        raise ConversionError(
+            f"{path}: '{key}' is stored with strides {list(tensor.strides)}: save it again after .contiguous()",
+            path=path,
+        )
+    # A row-major part of a larger storage, whose CRC is of the whole.
+    return Stretch(box, 0, tensor.data_offset + tensor.storage_offset * itemsize(tensor.dtype), nbytes)

@@ -1,0 +1,260 @@
+"""Tensors through fixed memory: cut into slabs, read by a few threads, written as a file image.
+
+Every thread owns one aligned buffer, into which slabs are read where they will be written from: memory is a product of
+constants, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from milepost.errors import ConversionError
+from milepost.format.box import Box
+from milepost.format.dtype import itemsize
+from milepost.interop.weights.boxes import Array, Bytes, PassedBytes, Readable, array_dtype, raw_bytes
+from milepost.storage.base import WriteHandle
+
+SLAB_NBYTES = 4 << 20
+TASK_NBYTES = 64 << 20
+BUFFER_NBYTES = 16 << 20
+_PAGE_NBYTES = 4096
+_COPIES = 2
+"""A slab is copied at most so often on its way into the buffer (rows being reordered, elements being cast)."""
+_MAX_THREADS = 4
+
+T = TypeVar("T")
+
+Progress = Callable[[int], None]
+"""Told how many further bytes have been produced; called from several threads, one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A box of a tensor that is contiguous in row-major order: ``nbytes`` from byte ``start`` of the tensor's data."""
+
+    box: Box
+    start: int
+    nbytes: int
+
+
+def cut_into_slabs(shape: Sequence[int], element_nbytes: int, unit_rows: int = 1) -> Iterator[Slab]:
+    """Cut a tensor into slabs of at most ``SLAB_NBYTES``, in order; none is larger than the first.
+
+    ``unit_rows`` rows (of the last dim but one) are never separated, even where they are more than that.
+    """
+    if 0 in shape:
+        return
+    dim, inner = len(shape), element_nbytes
+    while dim > 0 and inner * shape[dim - 1] <= SLAB_NBYTES:
+        dim -= 1
+        inner *= shape[dim]
+    if unit_rows > 1 and dim >= len(shape) - 1:
+        # The cut would fall among the rows of a unit, or inside one row.
+        dim, inner = len(shape) - 1, element_nbytes * shape[-1]
+    if dim == 0:
+        yield Slab(Box.whole(shape), 0, inner)
+        return
+    unit = unit_rows if dim == len(shape) - 1 else 1
+    step = max(unit, SLAB_NBYTES // inner // unit * unit)
+    start = 0
+    for outer in np.ndindex(*shape[: dim - 1]):
+        for first in range(0, shape[dim - 1], step):
+            count = min(step, shape[dim - 1] - first)
+            box = Box((*outer, first, *(0 for _ in shape[dim:])), (*(1 for _ in outer), count, *shape[dim:]))
+            yield Slab(box, start, count * inner)
+            start += count * inner
+
+
+class SlabReader:
+    """Reads slabs of ``content``, and knows how many threads may do so within ``budget_nbytes``.
+
+    Raises:
+        ConversionError: the budget does not allow for one thread.
+    """
+
+    def __init__(self, content: Readable, budget_nbytes: int, progress: Progress | None = None):
+        self.content = content
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.slab_nbytes = max((self._largest(key) for key in content.tensors), default=0)
+        """No slab is larger."""
+        self.buffer_nbytes = max(BUFFER_NBYTES, self.slab_nbytes + 2 * _PAGE_NBYTES)
+        """What an ``ImageStream`` needs to take any slab in one piece."""
+        per_thread = self.buffer_nbytes + _COPIES * self.slab_nbytes
+        if per_thread > budget_nbytes:
+            raise ConversionError(
+                f"a memory budget of {budget_nbytes:,} bytes is too small: this model needs {per_thread:,}"
+            )
+        self.num_threads = min(_MAX_THREADS, budget_nbytes // per_thread)
+        self.peak_nbytes = self.num_threads * per_thread
+        """At most so many bytes of buffers are held at once."""
+
+    def slabs(self, key: str) -> Iterator[Slab]:
+        """The slabs of a tensor, in order."""
+        info = self.content.tensors[key]
+        return cut_into_slabs(info.shape, itemsize(info.dtype), self.content.unit_rows(key))
+
+    def _largest(self, key: str) -> int:
+        first = next(self.slabs(key), None)
+        return 0 if first is None else first.nbytes
+
+    def read_into(self, key: str, slab: Slab, raw: Bytes) -> Array:
+        """Fill ``raw`` (a flat array of ``slab.nbytes`` bytes) with a slab; the same memory as the slab's elements."""
+        array: Array = raw.view(array_dtype(self.content.tensors[key].dtype)).reshape(slab.box.sizes)
+        self.content.read_into(key, slab.box, array)
+        if self._progress is not None:
+            with self._lock:
+                self._progress(slab.nbytes)
+        return array
+
+    def read(self, key: str, slab: Slab) -> Array:
+        """The elements of a slab, contiguous, in memory of this thread; valid until it reads the next one."""
+        buffer: Bytes | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = np.empty(self.slab_nbytes, np.uint8)
+        return self.read_into(key, slab, buffer[: slab.nbytes])
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor and the offset of its first byte in a file."""
+
+    key: str
+    offset: int
+
+
+def write_image(
+    handle: WriteHandle, tensors: Sequence[Placed], reader: SlabReader, *, digests: bool = True
+) -> dict[str, PassedBytes]:
+    """Write tensors at their places in an open file, several threads at once. Returns the ``digests`` of each's bytes.
+
+    ``tensors`` are in the order of their offsets. What lies between them is the caller's, to be written afterwards:
+    short gaps are filled with zeros.
+
+    Raises:
+        StorageError: the first failure on any thread.
+    """
+    passed = {placed.key: PassedBytes() for placed in tensors} if digests else {}
+    local = threading.local()
+
+    def work(task: list[tuple[Placed, Slab]]) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = mmap.mmap(-1, reader.buffer_nbytes)
+        stream = ImageStream(handle, local.buffer, fill_gaps=True)
+        for placed, slab in task:
+            raw = stream.place(placed.offset + slab.start, slab.nbytes)
+            reader.read_into(placed.key, slab, raw)
+            if digests:
+                passed[placed.key].add(slab.start, raw_bytes(raw))
+        stream.flush()
+
+    run_threads(work, _tasks(tensors, reader), reader.num_threads)
+    return passed
+
+
+def run_threads(work: Callable[[T], None], tasks: Iterable[T], num_threads: int) -> None:
+    """Do ``work`` on each task in a few threads. After the first failure no further task is begun, and it is raised."""
+    failed = threading.Event()
+
+    def guarded(task: T) -> None:
+        if failed.is_set():
+            return
+        try:
+            work(task)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-convert") as pool:
+        try:
+            for _ in pool.map(guarded, tasks):
+                pass
+        except BaseException:  # an interrupt reaches only this thread
+            failed.set()
+            raise
+
+
+def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple[Placed, Slab]]]:
+    """Consecutive slabs of about ``TASK_NBYTES`` together."""
+    task: list[tuple[Placed, Slab]] = []
+    nbytes = 0
+    for placed in tensors:
+        for slab in reader.slabs(placed.key):
+            task.append((placed, slab))
+            nbytes += slab.nbytes
+            if nbytes >= TASK_NBYTES:
+                yield task
+                task, nbytes = [], 0
+    if task:
+        yield task
+
+
+class ImageStream:
+    """Ranges of a file, gathered in ``buffer`` so that all but the outermost edges are written as whole, aligned pages.
+
+    With ``fill_gaps``, short gaps between ascending ranges are filled with zeros.
+    """
+
+    def __init__(self, handle: WriteHandle, buffer: mmap.mmap, *, fill_gaps: bool = False):
+        self._handle = handle
+        self._fill_gaps = fill_gaps
+        self._array = np.frombuffer(buffer, dtype=np.uint8)
+        self._memory = memoryview(buffer)
+        self._base = 0  # where the buffer begins in the file: a multiple of the page
+        self._begin = self._end = 0  # what is held, in the buffer
+
+    def place(self, offset: int, nbytes: int) -> Bytes:
+        """Memory for the ``nbytes`` at ``offset``, to be filled before the next call.
+
+        ``nbytes`` is at most the buffer's size less two pages.
+        """
+        gap = offset - self._base - self._end
+        if gap and self._fill_gaps and self._begin < self._end and 0 < gap <= _PAGE_NBYTES:
+            self.place(offset - gap, gap).fill(0)
+        elif gap:
+            self.flush()
+            self._base = offset - offset % _PAGE_NBYTES
+            self._begin = self._end = offset - self._base
+        if self._end + nbytes > len(self._array):
+            self._write_pages()
+        start, self._end = self._end, self._end + nbytes
+        return self._array[start : self._end]
+
+    def put_at(self, offset: int, data: memoryview) -> None:
+        """Store ``data``, of any length, at ``offset``."""
+        source = np.frombuffer(data, dtype=np.uint8)
+        step = len(self._array) - 2 * _PAGE_NBYTES
+        for taken in range(0, len(source), step):
+            part = source[taken : taken + step]
+            np.copyto(self.place(offset + taken, len(part)), part)
+
+    def flush(self) -> None:
+        """Write all that is held."""
+        self._write_pages()
+        self._write(self._begin, self._end)
+        self._begin = self._end
+
+    def _write_pages(self) -> None:
+        """Write all that is held but for a page that is not full, which moves to the front."""
+        first = -(-self._begin // _PAGE_NBYTES) * _PAGE_NBYTES
+        last = self._end // _PAGE_NBYTES * _PAGE_NBYTES
+        if first >= last:
+            return
+        self._write(self._begin, first)
+        self._write(first, last)
+        rest = self._end - last
+        self._array[:rest] = self._array[last : self._end]
+        self._base += last
+        self._begin, self._end = 0, rest
+
+    def _write(self, start: int, stop: int) -> None:
+        if start < stop:
+            self._handle.write(self._base + start, [self._memory[start:stop]])

@@ -1,0 +1,267 @@
+"""``load``: a checkpoint into a state dict, whatever layout it was saved under.
+
+::
+
+    catalog -> manifest -> ReadPlan (saved boxes x wanted boxes) -> ranged reads + digest check -> into the tensors
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from typing import Any
+
+from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
+from milepost.collective.interrupt import interrupts_held
+from milepost.collective.progress import Progress
+from milepost.collective.watch import watched
+from milepost.errors import MilepostError, StateMismatchError
+from milepost.format.digest import BlockDigests, parse_digests
+from milepost.format.manifest import DIGESTS_NAME, Manifest
+from milepost.loading.reader import read_objects, read_tensors
+from milepost.run import catalog
+from milepost.storage import open_storage
+from milepost.storage.base import Storage, join
+from milepost.tensors.layout import dtype_name
+from milepost.tensors.plan import plan_load
+from milepost.tensors.state import FlatState, flatten, restore_stateful, unwrap_stateful
+
+log = logging.getLogger("milepost")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did, as this rank saw it."""
+
+    path: str
+    step: int | None
+    kind: str
+    num_tensors: int
+    wanted_nbytes: int
+    """Bytes that landed in this rank's tensors."""
+    read_nbytes: int
+    """Bytes that this rank read from the storage, whole digest blocks included."""
+    seconds: float
+    unexpected: tuple[str, ...]
+    """Keys that the checkpoint holds and the state dict has no place for. They were left out."""
+    missing: tuple[str, ...]
+    """Keys that the state dict has and the checkpoint does not. Only with ``strict = False``: left as they were."""
+    cast: tuple[str, ...]
+    """Tensors whose stored dtype differs: ``key: float32 -> bfloat16``."""
+    resumed_step: int | None = None
+    """The step of the run's own folder that a ``CheckpointManager`` resumed from; None for any other load."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: which newer steps were passed over, what was not restored."""
+
+
+@interrupts_held()
+def load(
+    path: str | PathLike[str],
+    into: MutableMapping[str, Any],
+    *,
+    strict: bool = True,
+    comm: Comm | None = None,
+) -> LoadReport:
+    """Load the checkpoint at ``path`` into ``into``, in place. Collective over all ranks.
+
+    ``into`` is a state dict like the one that was saved, or a part of it, under any layout: tensors are filled where
+    they are (each rank reads only what it holds), other values are replaced, objects with ``load_state_dict()`` get
+    theirs. Every byte that lands is checked against its digest. Nothing in the checkpoint is executed.
+
+    Raises:
+        StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is read.
+            ``strict = False`` lets missing keys pass.
+        DigestMismatchError, FormatError: stored bytes are damaged. Some tensors may have been filled already.
+        CheckpointNotFoundError: there is no checkpoint at ``path``.
+        MilepostError: something else went wrong, in a ``load_state_dict()`` of the caller's for instance.
+        All are raised on every rank when one rank meets them.
+    """
+    storage, folder = open_storage(fspath(path))
+    comm = comm if comm is not None else default_comm()
+    unwrapped: dict[str, Any] = {}
+
+    def target(_: Manifest) -> dict[str, Any]:
+        unwrapped.update(unwrap_stateful(into))
+        return unwrapped
+
+    report = load_from(storage, folder, target, strict=strict, comm=comm)
+    failure = None
+    try:
+        restore_stateful(into, unwrapped)
+    except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
+        failure = failure_on(comm.rank, cause, MilepostError)
+    raise_together(comm, failure)
+    return report
+
+
+def load_from(
+    storage: Storage,
+    folder: str,
+    make_target: Callable[[Manifest], Mapping[str, Any]],
+    *,
+    strict: bool,
+    comm: Comm,
+    must_be_wanted: Callable[[str], bool] = lambda key: False,
+) -> LoadReport:
+    """:func:`load` from a folder of an open storage, into what ``make_target`` returns for its manifest.
+
+    Stored keys for which ``must_be_wanted`` holds must have a place on some rank: else they count as mismatched.
+    """
+    started = time.monotonic()
+    report, failure = None, None
+    unwanted: set[str] = set()
+    try:
+        with watched(f"rank {comm.rank} is reading the manifest of {storage.root}/{folder}"):
+            manifest = catalog.read_manifest(storage, folder)
+        flat = flatten(make_target(manifest))
+        fit = compare(manifest, flat)
+        unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
+        fit.check(f"{storage.root}/{folder}", strict=strict)
+    except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        failure = failure_on(comm.rank, cause, MilepostError)
+    raise_together(comm, failure)
+    _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
+    try:
+        with watched(f"rank {comm.rank} is reading {storage.root}/{folder}"):
+            report = _read(storage, folder, manifest, flat, fit, started, is_first=comm.rank == 0)
+    except BaseException as cause:  # noqa: BLE001 - as above
+        failure = failure_on(comm.rank, cause, MilepostError)
+    raise_together(comm, failure)
+    assert report is not None
+    return report
+
+
+def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
+    """Refuse stored keys that no rank has a place for: a model with fewer layers would lose the rest silently."""
+    brought = comm.gather(unwanted)
+    nowhere = sorted(set.intersection(*brought)) if brought is not None else []
+    nowhere = comm.broadcast(nowhere)
+    if nowhere:
+        raise StateMismatchError(
+            f"{path} does not fit what it is loaded into; nothing was changed:\n"
+            + "\n".join(_listed("of the checkpoint have no place in this run", nowhere)),
+            path=path,
+            unexpected=nowhere,
+        )
+
+
+def _read(
+    storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fit: Fit, started: float, *, is_first: bool
+) -> LoadReport:
+    wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
+    digests = read_digests(storage, folder, manifest)
+    if digests is None:
+        manifest = catalog.locate_foreign(
+            storage, folder, replace(manifest, tensors={spec.key: manifest.tensors[spec.key] for spec in wanted})
+        )
+    items = plan_load(manifest, wanted)
+    progress = Progress(f"loading {storage.root}/{folder}", sum(item.shard.data_nbytes for item in items))
+    told = progress.reach if is_first else None
+    stats = read_tensors(storage, folder, items, flat.tensors, digests, on_progress=told)
+    for key, value in read_objects(storage, folder, manifest, [k for k in flat.objects if k not in fit.missing]):
+        flat.slots[key].fill(value)
+    return LoadReport(
+        path=f"{storage.root}/{folder}",
+        step=manifest.step,
+        kind=manifest.kind,
+        num_tensors=len(wanted),
+        wanted_nbytes=stats.wanted_nbytes,
+        read_nbytes=stats.read_nbytes,
+        seconds=time.monotonic() - started,
+        unexpected=fit.unexpected,
+        missing=fit.missing,
+        cast=fit.cast,
+    )
+
+
+def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
+    """The block digests of a checkpoint, or None for one that has none."""
+    if DIGESTS_NAME not in manifest.files:
+        return None  # stock DCP keeps none
+    name = join(folder, DIGESTS_NAME)
+    return parse_digests(storage.read(name), manifest, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a checkpoint and a state dict go together. All keys are sorted."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    """One line each: ``key: shape [8, 4] in the checkpoint, [8, 5] here``."""
+    cast: tuple[str, ...]
+
+    def check(self, path: str, *, strict: bool) -> None:
+        """Raise one StateMismatchError for all that keeps the checkpoint from being loaded."""
+        missing = self.missing if strict else ()
+        if not missing and not self.mismatched:
+            return
+        lines = [*_missing_lines(missing, self.unexpected), *_listed("do not fit", self.mismatched)]
+        raise StateMismatchError(
+            f"{path} does not fit what it is loaded into; nothing was changed:\n" + "\n".join(lines),
+            path=path,
+            missing=missing,
+            unexpected=self.unexpected,
+            mismatched=self.mismatched,
+        )
+
+
+def compare(manifest: Manifest, flat: FlatState) -> Fit:
+    """Compare keys, shapes and dtypes of a checkpoint with those of a state dict."""
+    stored = manifest.tensors.keys() | manifest.objects.keys()
+    wanted = flat.tensors.keys() | flat.objects.keys()
+    mismatched, cast = [], []
+    for key, leaf in flat.tensors.items():
+        entry = manifest.tensors.get(key)
+        if entry is None:
+            if key in manifest.objects:
+                mismatched.append(f"{key}: not a tensor in the checkpoint, a tensor here")
+            continue
+        here = dtype_name(leaf.dtype)
+        if entry.shape != leaf.shape:
+            mismatched.append(f"{key}: shape {list(entry.shape)} in the checkpoint, {list(leaf.shape)} here")
+        elif entry.dtype != here and _numeric_kind(entry.dtype) != _numeric_kind(here):
+            mismatched.append(f"{key}: dtype {entry.dtype} in the checkpoint, {here} here")
+        elif entry.dtype != here:
+            cast.append(f"{key}: {entry.dtype} -> {here}")
+    for key in flat.objects:
+        if key in manifest.tensors:
+            mismatched.append(f"{key}: a tensor in the checkpoint, not a tensor here")
+    return Fit(
+        missing=tuple(sorted(wanted - stored)),
+        unexpected=tuple(sorted(stored - wanted)),
+        mismatched=tuple(sorted(mismatched)),
+        cast=tuple(sorted(cast)),
+    )
+
+
+def _numeric_kind(dtype: str) -> str:
+    """Dtypes of one kind are cast on the way; between kinds meaning would be lost."""
+    if dtype == "float4_e2m1fn_x2":  # two numbers to an element
+        return dtype
+    for kind in ("float", "complex", "int", "uint"):
+        if dtype.removeprefix("b").startswith(kind):
+            return kind
+    return dtype
+
+
+def _missing_lines(missing: Sequence[str], unexpected: Collection[str]) -> Iterator[str]:
+    near = {}
+    for key in missing[:20]:
+        found = difflib.get_close_matches(key, list(unexpected)[:5000], n=1, cutoff=0.8)
+        near[key] = f" (did you mean '{found[0]}', which it has?)" if found else ""
+    yield from _listed("are not in the checkpoint", [key + near.get(key, "") for key in missing])
+
+
+def _listed(what: str, lines: Sequence[str], limit: int = 20) -> Iterator[str]:
+    if not lines:
+        return
+    yield f"  {len(lines)} {'key' if len(lines) == 1 else 'keys'} {what}:"
+    yield from (f"    {line}" for line in lines[:limit])
+    if len(lines) > limit:
+        yield f"    ... and {len(lines) - limit} more"

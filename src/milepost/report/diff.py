@@ -1,0 +1,325 @@
+"""``diff``: in what two sets of stored tensors differ, across formats, streaming, without torch.
+
+Either side is a checkpoint folder (Milepost, torchtitan, stock DCP), a Hugging Face folder, a ``.pt`` or a safetensors
+file. Keys are compared as they are stored, or, when the model is given, by the names that Milepost has for its
+parameters, so that a checkpoint can be held against a Hugging Face folder.
+
+Without values only metadata is read. Of two checkpoints that Milepost wrote, the CRC-32s in it tell which tensors have
+other bytes, where both are cut into the same shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milepost.config import part_of
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StorageError
+from milepost.format.box import Box
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.interop.names.families import family_of
+from milepost.interop.names.match import match
+from milepost.interop.names.model_sizes import model_args
+from milepost.interop.weights.boxes import Array, Assembled, Readable, Source, TensorInfo, array_dtype, as_bytes
+from milepost.interop.weights.open import manifest_source, open_weights
+from milepost.interop.weights.stream import cut_into_slabs
+from milepost.run import catalog
+from milepost.storage import open_storage
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many have been compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Something that one side has: a tensor of ``dtype`` and ``shape``, or (both empty) another value."""
+
+    key: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KindChange:
+    """A key under which the two sides have tensors of other dtypes or shapes, or one a tensor and the other a value."""
+
+    a: Held
+    b: Held
+
+    @property
+    def key(self) -> str:
+        return self.a.key
+
+
+@dataclass(frozen=True, slots=True)
+class ValueChange:
+    """How the elements of a tensor differ. Of dtypes that differ, the values are compared.
+
+    ``num_different`` counts elements with other bytes (with another value, if dtypes differ). ``max_abs`` is the
+    largest absolute difference, NaN where only one side is NaN; ``max_rel`` the largest one relative to ``|a|``.
+    """
+
+    key: str
+    num_elements: int
+    num_different: int
+    max_abs: float
+    max_rel: float
+    at: tuple[int, ...]
+    """Where ``max_abs`` is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffReport:
+    """In what A and B differ. ``num_same`` counts keys with nothing different, as far as was looked."""
+
+    a: str
+    b: str
+    only_a: tuple[Held, ...]
+    only_b: tuple[Held, ...]
+    kinds: tuple[KindChange, ...]
+    values: tuple[ValueChange, ...]
+    """Tensors whose elements differ. Empty unless values were compared."""
+    other_bytes: tuple[str, ...]
+    """Keys whose stored bytes differ by their CRC-32s. Only when values were not compared."""
+    num_unknown: int
+    """Keys of one dtype and shape on both sides, whose values nothing was found out about."""
+    num_same: int
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing different was found."""
+        return not (self.only_a or self.only_b or self.kinds or self.values or self.other_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side: its tensors, its other values' CRCs, and CRCs of its tensors' shards where they are known."""
+
+    path: str
+    tensors: Mapping[str, TensorInfo]
+    objects: Mapping[str, int | None] = field(default_factory=dict)
+    shard_crcs: Mapping[str, tuple[tuple[Box, int | None], ...]] = field(default_factory=dict)
+    readable: Readable | None = None
+    source: Source | None = None
+
+    def held(self, key: str) -> Held:
+        info = self.tensors.get(key)
+        return Held(key, info.dtype, info.shape) if info is not None else Held(key)
+
+    def crcs_of(self, key: str) -> list[tuple[Box | None, int | None]]:
+        """Regions and CRC-32s of what is stored under a key; empty if nothing is known."""
+        if key in self.objects:
+            return [(None, self.objects[key])]
+        return sorted(self.shard_crcs.get(key, ()))
+
+    @property
+    def keys(self) -> set[str]:
+        return {*self.tensors, *self.objects}
+
+
+def diff(
+    path_a: str | os.PathLike[str],
+    path_b: str | os.PathLike[str],
+    *,
+    values: bool = False,
+    model: str | None = None,
+    flavor: str | None = None,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Compare what is stored at two paths; ``values`` compares every element.
+
+    Given ``model`` and ``flavor``, only the models are compared, by Milepost's names for their parameters.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointDamagedError: a path holds nothing, or nothing that can be read.
+        ConversionError: a side is not the model given, or stored in a form that can't be read in parts.
+        ConfigError: only one of ``model`` and ``flavor`` is given.
+    """
+    if (model is None) != (flavor is None):
+        raise ConfigError("--model and --flavor go together: give both, or neither to compare keys as they are stored")
+    with ExitStack() as stack, _changes_told(path_a, path_b):
+        sides = []
+        for path in (path_a, path_b):
+            side = _open(os.fspath(path), with_values=values or model is not None, stack=stack)
+            sides.append(_by_our_names(side, model, flavor) if model is not None and flavor is not None else side)
+        return _compare(sides[0], sides[1], values=values, progress=progress)
+
+
+@contextmanager
+def _changes_told(*paths: str | os.PathLike[str]) -> Iterator[None]:
+    """A run that goes on deletes and replaces steps while they are read: that is no damage, and is told as such."""
+    before = [_record_id(path) for path in paths]
+    try:
+        yield
+    except (CheckpointDamagedError, CheckpointNotFoundError, StorageError, FileNotFoundError) as error:
+        for path, record_id in zip(paths, before, strict=True):
+            if record_id and _record_id(path) != record_id:
+                message = f"{os.fspath(path)} was deleted or replaced while it was being read"
+                raise CheckpointNotFoundError(message, path=os.fspath(path)) from error
+        raise
+
+
+def _record_id(path: str | os.PathLike[str]) -> str:
+    """Tells the checkpoint at ``path`` from a later one; empty if there is none."""
+    if not os.path.isdir(path):
+        return ""
+    storage, folder = open_storage(path)
+    info = catalog.examine(storage, folder)
+    return info.record_id if info is not None else ""
+
+
+def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
+    full = Path(os.path.abspath(path))
+    if not (full / MANIFEST_NAME).exists() and not (full / METADATA_NAME).exists():
+        source = stack.enter_context(open_weights(path).source)
+        return _Side(path, source.tensors, readable=source, source=source)
+    storage, folder = open_storage(full)
+    manifest = catalog.read_manifest(storage, folder)
+    side = _metadata_side(path, manifest)
+    if not with_values:
+        return side
+    if not (full / MANIFEST_NAME).exists():
+        manifest = catalog.locate_foreign(storage, folder, manifest)
+    source = stack.enter_context(manifest_source(storage, folder, manifest, None))
+    return replace(side, readable=source, source=source)
+
+
+def _metadata_side(path: str, manifest: Manifest) -> _Side:
+    tensors = {key: TensorInfo(entry.dtype, entry.shape) for key, entry in manifest.tensors.items()}
+    crcs = {key: tuple((s.box, s.crc32) for s in entry.shards) for key, entry in manifest.tensors.items()}
+    return _Side(path, tensors, {key: entry.crc32 for key, entry in manifest.objects.items()}, crcs)
+
+
+def _by_our_names(side: _Side, model: str, flavor: str) -> _Side:
+    """The model alone, as Milepost names it."""
+    assert side.readable is not None
+    args = model_args(model, flavor)
+    found = match(_ModelOnly(side.readable), family_of(model, args), args, side.path)
+    ours = Assembled(found.tensors, found.found.into_ours())
+    return _Side(side.path, ours.tensors, readable=ours, source=side.source)
+
+
+class _ModelOnly:
+    """The tensors of a training checkpoint that are the model's."""
+
+    def __init__(self, base: Readable):
+        self.tensors = {key: info for key, info in base.tensors.items() if part_of(key) == "model"}
+        self.read_into = base.read_into
+        self.unit_rows = base.unit_rows
+
+
+def _compare(a: _Side, b: _Side, *, values: bool, progress: Progress | None) -> DiffReport:
+    common = sorted(a.keys & b.keys)
+    kinds = tuple(KindChange(a.held(key), b.held(key)) for key in common if a.held(key) != b.held(key))
+    changed = {change.key for change in kinds}
+    unlike_values: list[ValueChange] = []
+    same: dict[str, bool | None] = {key: _same_bytes(a, b, key) for key in common if key not in changed}
+    if values:
+        comparable = [key for key in common if key in a.tensors and key in b.tensors]
+        comparable = [key for key in comparable if a.tensors[key].shape == b.tensors[key].shape]
+        unlike_values = _compare_values(a, b, comparable, progress)
+        same = {key: answer for key, answer in same.items() if key not in a.tensors}
+    other_bytes = [key for key, answer in same.items() if answer is False]
+    num_unknown = sum(answer is None for answer in same.values())
+    different = {*changed, *other_bytes, *(change.key for change in unlike_values)}
+    return DiffReport(
+        a=a.path,
+        b=b.path,
+        only_a=tuple(a.held(key) for key in sorted(a.keys - b.keys)),
+        only_b=tuple(b.held(key) for key in sorted(b.keys - a.keys)),
+        kinds=kinds,
+        values=tuple(unlike_values),
+        other_bytes=tuple(sorted(other_bytes)),
+        num_unknown=num_unknown,
+        num_same=len(common) - len(different) - num_unknown,
+    )
+
+
+def _same_bytes(a: _Side, b: _Side, key: str) -> bool | None:
+    """Whether the stored bytes are the same, by CRC-32; None where that can't be told without reading them."""
+    crcs_a, crcs_b = a.crcs_of(key), b.crcs_of(key)
+    if [box for box, _ in crcs_a] != [box for box, _ in crcs_b]:
+        return None
+    if not crcs_a or any(crc is None for _, crc in (*crcs_a, *crcs_b)):
+        return None
+    return crcs_a == crcs_b
+
+
+# ---- values ----
+
+
+def _compare_values(a: _Side, b: _Side, keys: list[str], progress: Progress | None) -> list[ValueChange]:
+    total = sum(Box.whole(a.tensors[key].shape).numel * itemsize(a.tensors[key].dtype) for key in keys)
+    done = 0
+    changes = []
+    for key in keys:
+        info = a.tensors[key]
+        found = _Differences(info.shape)
+        for slab in cut_into_slabs(info.shape, itemsize(info.dtype)):
+            found.add(slab.box, _read(a, key, slab.box), _read(b, key, slab.box))
+            done += slab.nbytes
+            if progress is not None:
+                progress(done, total)
+        if found.num_different:
+            changes.append(found.change(key))
+    for side in (a, b):
+        if side.source is not None:
+            side.source.check_digests()
+    return changes
+
+
+def _read(side: _Side, key: str, box: Box) -> Array:
+    assert side.readable is not None
+    out: Array = np.empty(box.sizes, array_dtype(side.tensors[key].dtype))
+    side.readable.read_into(key, box, out)
+    return out
+
+
+class _Differences:
+    """What has been found of one tensor so far."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._shape = shape
+        self.num_different = 0
+        self._max_abs = -1.0
+        self._max_rel = 0.0
+        self._at: tuple[int, ...] = ()
+
+    def add(self, box: Box, a: Array, b: Array) -> None:
+        if a.dtype == b.dtype and np.array_equal(as_bytes(a), as_bytes(b)):
+            return
+        wide_a, wide_b = _widened(a), _widened(b)
+        if a.dtype == b.dtype:
+            size = a.dtype.itemsize
+            other = (as_bytes(a).reshape(-1, size) != as_bytes(b).reshape(-1, size)).any(axis=1).reshape(a.shape)
+        else:
+            other = (wide_a != wide_b) & ~(np.isnan(wide_a) & np.isnan(wide_b))
+        if not other.any():
+            return
+        self.num_different += int(other.sum())
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            absolute = np.where(other & (wide_a != wide_b), np.abs(wide_a - wide_b), 0.0)
+            relative = np.nan_to_num(np.where(absolute > 0, absolute / np.abs(wide_a), 0.0), nan=np.inf)
+        index = np.unravel_index(int(np.argmax(absolute)), a.shape)  # the first NaN, if there is one
+        largest = float(absolute[index])
+        if np.isnan(largest) or largest > self._max_abs:
+            if not np.isnan(self._max_abs):
+                self._at = tuple(int(i) + o for i, o in zip(index, box.offsets, strict=True))
+            self._max_abs = largest
+        self._max_rel = max(self._max_rel, float(relative.max()))
+
+    def change(self, key: str) -> ValueChange:
+        numel = Box.whole(self._shape).numel
+        return ValueChange(key, numel, self.num_different, self._max_abs, self._max_rel, self._at)
+
+
+def _widened(array: Array) -> Any:
+    """Elements as float64 or complex128, in which every stored dtype but 64-bit integers is exact."""
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

@@ -1,0 +1,264 @@
+"""``plan_resume``: what a resume on a given layout would read, rank by rank, told from metadata alone.
+
+The boxes are those of ``placement``; from there on it is the plan of a real load (``checkpoint.plan.plan_load``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from milepost.config import PARTS, part_of
+from milepost.errors import ConfigError
+from milepost.format.box import Box, contiguous_runs
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
+from milepost.interop.names.families import family_of
+from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.rules import correspond, key_faults
+from milepost.interop.options import OWN
+from milepost.parallelism.placement import Layout, Place, box_of, is_on_stage, layer_of
+from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
+
+READ_BUFFER_NBYTES = 2 * ((8 << 20) + 2 * BLOCK_NBYTES)
+"""What the reader's two threads may hold at most beside the tensors: a slab, and the blocks that it sticks out of."""
+
+_STATE = "optimizer.state."
+_GROUPS = "optimizer.param_groups."
+_RNG = re.compile(r"rng\.rank(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """What one rank reads. Sizes are in bytes."""
+
+    rank: int
+    place: Place
+    num_tensors: int
+    wanted_nbytes: int
+    """What lands in its tensors: model and optimizer state."""
+    read_nbytes: int
+    """What it reads for that: digests are of blocks of 4 MiB, and only whole blocks can be checked."""
+    num_files: int
+    buffer_nbytes: int
+    """Read buffers, beside the tensors themselves."""
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Memory at the peak of the load: the tensors and the buffers, without what training takes."""
+        return self.wanted_nbytes + self.buffer_nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePlan:
+    """What a resume would read, and what would keep it from succeeding."""
+
+    layout: Layout
+    ranks: tuple[RankPlan, ...]
+    missing: tuple[str, ...]
+    """Keys (or whole parts) that the run wants and the checkpoint lacks."""
+    unexpected: tuple[str, ...]
+    """Stored keys that the run has no place for. Of the model or the optimizer, they make a resume fail."""
+    misshapen: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """Stored keys that are rightly not read, such as other ranks' random state."""
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a resume would succeed, as far as metadata tells."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
+def plan_resume(
+    manifest: Manifest, layout: Layout, *, model: str | None = None, flavor: str | None = None
+) -> ResumePlan:
+    """Plan a resume of ``manifest`` on ``layout``.
+
+    With ``model`` and ``flavor`` the stored keys and shapes are held against the model's; without, against each
+    other: every layer must have what any layer has, and every parameter the optimizer state that any has.
+
+    Raises:
+        ConfigError: only one of ``model`` and ``flavor`` is given, or there is no such model.
+    """
+    if (model is None) != (flavor is None):
+        raise ConfigError("--model and --flavor go together")
+    args = model_args(model, flavor) if model is not None and flavor is not None else None
+    faults = _Faults(manifest, model or "", args)
+    same_layout = manifest.world_size == layout.world_size and dict(manifest.layout) == layout.as_degrees()
+    notes = []
+    if not same_layout and any(key.startswith("rng.") for key in manifest.tensors):
+        notes.append("another layout than the saved one: random generators are seeded anew from rank 0's")
+    left_out = [key for key in (*manifest.tensors, *manifest.objects) if _is_left_out(key, same_layout)]
+    planner = _Planner(manifest, layout, same_layout=same_layout)
+    return ResumePlan(
+        layout=layout,
+        ranks=tuple(planner.plan(rank) for rank in range(layout.world_size)),
+        missing=tuple(faults.missing),
+        unexpected=tuple(faults.unexpected),
+        misshapen=tuple(faults.misshapen),
+        left_out=tuple(sorted(left_out)),
+        notes=tuple(notes),
+    )
+
+
+def _is_left_out(key: str, same_layout: bool) -> bool:
+    return _RNG.match(key) is not None and not same_layout and key != "rng.rank0.torch"
+
+
+class _Planner:
+    """Plans rank after rank; replicas of the same shards share one plan."""
+
+    def __init__(self, manifest: Manifest, layout: Layout, *, same_layout: bool):
+        self._manifest = manifest
+        self._layout = layout
+        self._same_layout = same_layout
+        self._has_digests = DIGESTS_NAME in manifest.files
+        model = [key for key in manifest.tensors if part_of(key) == "model"]
+        self._num_layers = max((layer for key in model if (layer := layer_of(key)) is not None), default=-1) + 1
+        self._tied = "output.weight" not in manifest.tensors
+        self._planned: dict[Place, RankPlan] = {}
+
+    def plan(self, rank: int) -> RankPlan:
+        place = Place.of(rank, self._layout)
+        known = self._planned.get(replace(place, replica=0))
+        if known is None or self._same_layout:  # of the same layout, each rank has random state of its own
+            known = self._planned[replace(place, replica=0)] = self._plan(rank, place)
+        return replace(known, rank=rank, place=place)
+
+    def _plan(self, rank: int, place: Place) -> RankPlan:
+        specs = [spec for key in self._manifest.tensors if (spec := self._spec(key, rank, place)) is not None]
+        items = plan_load(self._manifest, specs)
+        wanted = sum(box.numel * itemsize(spec.dtype) for spec in specs for box in spec.boxes)
+        direct = all(item.is_whole_shard for item in items)
+        return RankPlan(
+            rank=rank,
+            place=place,
+            num_tensors=sum(any(box.numel for box in spec.boxes) for spec in specs),
+            wanted_nbytes=wanted,
+            read_nbytes=sum(map(self._read_nbytes, items)),
+            num_files=len({item.shard.file for item in items}),
+            buffer_nbytes=0 if direct else READ_BUFFER_NBYTES,
+        )
+
+    def _spec(self, key: str, rank: int, place: Place) -> TensorSpec | None:
+        """What the rank wants of a stored tensor; None if nothing."""
+        entry = self._manifest.tensors[key]
+        whole = TensorSpec(key, entry.dtype, entry.shape, (Box.whole(entry.shape),))
+        if part_of(key) == "rng":
+            return whole if key.startswith(f"rng.rank{rank}." if self._same_layout else "rng.rank0.torch") else None
+        parameter = parameter_of(key)
+        if parameter is None:
+            return whole
+        if not is_on_stage(parameter, self._num_layers, self._layout, place, tied=self._tied):
+            return None
+        owner = self._manifest.tensors.get(parameter)
+        if owner is None or owner.shape != entry.shape:  # a state of one number
+            return whole
+        box = box_of(parameter, entry.shape, self._layout, place)
+        return replace(whole, boxes=(box,) if box.numel else ())
+
+    def _read_nbytes(self, item: ReadItem) -> int:
+        """Bytes read for an item: the blocks that its region touches, or the region itself where no digests are."""
+        size = itemsize(item.dtype)
+        if not self._has_digests:
+            return item.src.numel * size
+        shape = item.shard.box.sizes
+        runs = list(_first_and_last(item.src, shape))
+        start, stop = runs[0][0] * size, runs[-1][1] * size
+        # Rows that are shorter than a block touch every block from the first to the last.
+        first = start // BLOCK_NBYTES * BLOCK_NBYTES
+        last = min(-(-stop // BLOCK_NBYTES) * BLOCK_NBYTES, item.shard.data_nbytes)
+        return last - first
+
+
+def _first_and_last(inner: Box, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The first and the last contiguous run of ``inner``."""
+    first = next(contiguous_runs(inner, shape))
+    corner = Box(tuple(stop - 1 for stop in inner.stops), (1,) * len(shape))
+    last = next(contiguous_runs(corner, shape))
+    return [first, last]
+
+
+def parameter_of(key: str) -> str | None:
+    """The parameter that a tensor of the model or of the optimizer's state belongs to; None for any other key."""
+    part = part_of(key)
+    if part == "model":
+        return key
+    if part == "optimizer" and key.startswith(_STATE):
+        return key.removeprefix(_STATE).rpartition(".")[0]
+    return None
+
+
+class _Faults:
+    """What the checkpoint lacks, and what it has too much."""
+
+    def __init__(self, manifest: Manifest, model: str, args: ModelArgs | None):
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.misshapen: list[str] = []
+        shapes = {key: entry.shape for key, entry in manifest.tensors.items() if part_of(key) == "model"}
+        stored_parts = {part_of(key) for key in (*manifest.tensors, *manifest.objects)}
+        for part in PARTS:
+            if part not in ("rng", "dataloader", "lr_scheduler") and part not in stored_parts:
+                self.missing.append(f"{part}.*" if part != "model" else "the model")
+        if args is None:
+            self._compare_layers(shapes)
+        else:
+            self._compare_with_model(shapes, model, args)
+        if "optimizer" in stored_parts:
+            self._compare_optimizer(manifest, shapes)
+
+    def _compare_with_model(self, shapes: Mapping[str, tuple[int, ...]], model: str, args: ModelArgs) -> None:
+        embedding = shapes.get("tok_embeddings.weight")
+        if embedding is not None and len(embedding) == 2:
+            args = replace(args, vocab_size=embedding[0])  # the tokenizer's, not the flavor's
+        family = family_of(model, args)
+        faults = key_faults(correspond(family, family.scheme(OWN), args), shapes)
+        self.missing += faults.missing
+        self.unexpected += faults.unexpected
+        self.misshapen += faults.misshapen
+
+    def _compare_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Every layer must have the parameters that any layer has, and none may be left out."""
+        found: dict[int, set[str]] = defaultdict(set)
+        for key in shapes:
+            layer = layer_of(key)
+            if layer is not None:
+                found[layer].add(key.removeprefix(f"layers.{layer}."))
+        names = set().union(*found.values())
+        self.missing += [
+            f"layers.{layer}.{name}"
+            for layer in range(max(found, default=-1) + 1)
+            for name in sorted(names - found.get(layer, set()))
+        ]
+
+    def _compare_optimizer(self, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        states: dict[str, set[str]] = defaultdict(set)
+        for key in (*manifest.tensors, *manifest.objects):
+            if key.startswith(_STATE):
+                parameter, _, name = key.removeprefix(_STATE).rpartition(".")
+                states[parameter].add(name)
+        names = set().union(*states.values())
+        self.missing += [
+            f"{_STATE}{parameter}.{name}"
+            for parameter in shapes
+            if parameter in states or not _is_buffer(parameter, manifest)
+            for name in sorted(names - states.get(parameter, set()))
+        ]
+        self.unexpected += [
+            f"{_STATE}{parameter}.{name}"
+            for parameter in states
+            if parameter not in shapes
+            for name in sorted(states[parameter])
+        ]
+
+
+def _is_buffer(key: str, manifest: Manifest) -> bool:
+    """Whether the optimizer does not know the tensor: no options of it are stored, though others' are."""
+    prefix = f"{_GROUPS}{key}."
+    groups: Any = [name for name in manifest.objects if name.startswith(_GROUPS)]
+    return bool(groups) and not any(name.startswith(prefix) for name in groups)

@@ -1,0 +1,466 @@
+"""The one place that says what a folder holds: which steps are committed, partial, damaged or foreign.
+
+Resume, retention, ``milepost ls`` and ``milepost prune`` all ask here. Only metadata is read: a commit record, and the
+sizes of the files that it names. Whether their bytes are those that were saved is for ``milepost.verification`` to
+say; a load that finds they are not leaves a mark here.
+
+Names in a run's folder:
+
+===============================  =========================================================================
+``step-<N>``                     a step; N in decimal without leading zeros
+``.attempt-<save id>``           a save that is not committed; never a checkpoint
+``.replaced-<save id>-step-<N>`` the old step N, for the moment in which its replacement takes its name
+``.deleting-<id>``               being deleted; never a checkpoint
+``.pinned-step-<N>``             an empty file: never prune that step
+``.damaged-step-<N>.json``       a loader found bytes of that step changed
+``.lock``, ``.lock-<id>``        the run that writes here; see ``checkpoint/lock.py``
+``events.jsonl``                 one line for each save, for people and dashboards; never read back
+===============================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
+from milepost.format import dcp_metadata
+from milepost.format.digest import crc32
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
+from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.format.record import locate_tensor
+from milepost.format.summary import model_total
+from milepost.storage.base import Entry, ReadHandle, Storage, join, split
+
+State = Literal["committed", "partial", "damaged", "foreign"]
+
+ATTEMPT_PREFIX = ".attempt-"
+REPLACED_PREFIX = ".replaced-"
+DELETING_PREFIX = ".deleting-"
+PINNED_PREFIX = ".pinned-"
+DAMAGED_PREFIX = ".damaged-"
+
+MAX_FAULTS = 8
+"""So many faults of one checkpoint are told one by one."""
+MAX_MARK_NBYTES = 1 << 20
+MAX_LISTINGS = 8
+"""A folder that changes all the time is listed at most so often."""
+
+_UNFIT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG}  # gone, a link, no regular file, absurdly large
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"[0-9a-f]+-(step-.+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What a folder is, as far as its metadata tells.
+
+    ``reason`` says why it is not simply committed. ``kind`` and ``layout`` are the manifest's, empty when unknown;
+    ``dtype`` is the one that most of the model has. ``record_id`` identifies the commit record, so that a mark of
+    damage is not taken for one of a later save at the same place.
+    """
+
+    path: str
+    state: State
+    reason: str = ""
+    kind: str = ""
+    nbytes: int = 0
+    created_s: float = 0.0
+    save_id: str = ""
+    world_size: int = 0
+    record_id: str = ""
+    dtype: str = ""
+    num_parameters: int = 0
+    layout: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder itself."""
+        return split(self.path)[1]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be loaded, as far as metadata tells."""
+        return self.state in ("committed", "foreign")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEntry(CheckpointInfo):
+    """A step of a run. ``is_link``: the step is a link to a folder elsewhere, which is not the run's to delete."""
+
+    step: int
+    pinned: bool = False
+    is_link: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FileFault:
+    """A file of a checkpoint that is not as its commit record says. ``text`` goes on after the file's name."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """What makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for a foreign one."""
+
+    name: str
+    record_id: str
+    manifest: Manifest
+    files: Mapping[str, Entry]
+    """What is in the folder."""
+    faults: tuple[FileFault, ...]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether Milepost wrote it, so that there are digests."""
+        return self.name == MANIFEST_NAME
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name stands for, or None: ``step-007`` and ``step-7_old`` are not steps."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step}"
+
+
+def find_run(storage: Storage, path: str) -> str | None:
+    """The folder with a run's steps: ``path``, or ``checkpoint`` in it where the trainer puts them; else None."""
+    for folder in (path, join(path, "checkpoint")):
+        if _steps({entry.name: entry for entry in storage.list(folder)}):
+            return folder
+    return None
+
+
+def scan(storage: Storage, folder: str) -> list[StepEntry]:
+    """The steps in a run's folder, oldest first; empty if there is no such folder.
+
+    Raises:
+        StorageError: the storage can't be read. What is merely broken is listed as damaged.
+    """
+    names = _list_steady(storage, folder)
+    entries = []
+    for step, name in sorted(_steps(names).items()):
+        info = examine(storage, join(folder, name), marks=names)
+        if info is not None:  # deleted while we looked
+            entries.append(
+                StepEntry(
+                    **{field: getattr(info, field) for field in CheckpointInfo.__slots__},
+                    step=step,
+                    pinned=PINNED_PREFIX + step_name(step) in names,
+                    is_link=names[name].is_link,
+                )
+            )
+    return entries
+
+
+def _list_steady(storage: Storage, folder: str) -> dict[str, Entry]:
+    """A listing in which no step is between two names: listing a folder is not atomic, a rename meanwhile may hide."""
+    names = {entry.name: entry for entry in storage.list(folder)}
+    for _ in range(MAX_LISTINGS):
+        if not any(name.startswith((ATTEMPT_PREFIX, REPLACED_PREFIX)) for name in names):
+            break
+        before, names = names, {entry.name: entry for entry in storage.list(folder)}
+        if before.keys() == names.keys():
+            break
+    return names
+
+
+def _steps(names: dict[str, Entry]) -> dict[int, str]:
+    """For each step, the name under which it now stands."""
+    steps = {}
+    for name, entry in names.items():
+        step = step_of(name)
+        if step is not None and (entry.is_folder or entry.is_link):
+            steps[step] = name
+    for name in names:
+        match = _REPLACED_NAME.fullmatch(name)
+        step = step_of(match[1]) if match else None
+        if step is not None:
+            steps.setdefault(step, name)
+    return steps
+
+
+def examine(storage: Storage, path: str, *, marks: Collection[str] | None = None) -> CheckpointInfo | None:
+    """What the folder at ``path`` is; None if there is no folder.
+
+    ``marks`` are the names beside it, if they are known already.
+    """
+    info = _look(storage, path)
+    if info is not None and info.state == "damaged":
+        info = _look(storage, path)  # it may have been replaced by a new save between two of our reads
+    if info is None or not info.is_usable:
+        return info
+    if marks is not None and split(damage_mark(path))[1] not in marks:
+        return info
+    said = read_mark(storage, path, info.record_id)
+    return replace(info, state="damaged", reason=said) if said is not None else info
+
+
+def _look(storage: Storage, path: str) -> CheckpointInfo | None:
+    files = _files(storage, path)
+    nbytes = sum(entry.nbytes for entry in files.values())
+    name = _record_name(files)
+    if name is None:
+        if not files and storage.stat(path) is None:
+            return None
+        reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
+        return CheckpointInfo(path=path, state="partial", reason=reason, nbytes=nbytes)
+    record_id = ""
+    try:
+        data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+        record_id = _record_id(data)
+        manifest, faults = _parse(data, name, path, files)
+    except FormatError as error:
+        reason = error.message.removeprefix(f"{path}/")  # the step is named where this is shown
+        return CheckpointInfo(path=path, state="damaged", reason=reason, nbytes=nbytes, record_id=record_id)
+    except StorageError as error:
+        if error.errno not in _UNFIT:
+            raise  # a server that is down, too many open files: nothing is known about the step then
+        return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
+    faults += misnamed(manifest, path)
+    model = model_total(manifest)
+    return CheckpointInfo(
+        path=path,
+        state="damaged" if faults else "committed" if name == MANIFEST_NAME else "foreign",
+        reason=faults_text(faults),
+        kind=manifest.kind,
+        nbytes=nbytes,
+        created_s=manifest.created_s,
+        save_id=manifest.save_id,
+        world_size=manifest.world_size,
+        record_id=record_id,
+        dtype=model.dtypes[0] if model.dtypes else "",
+        num_parameters=model.num_elements,
+        layout=manifest.layout,
+    )
+
+
+def _files(storage: Storage, path: str) -> dict[str, Entry]:
+    return {entry.name: entry for entry in storage.list(path) if not entry.is_folder}
+
+
+def _record_name(files: Collection[str]) -> str | None:
+    return next((name for name in (MANIFEST_NAME, METADATA_NAME) if name in files), None)
+
+
+def _record_id(data: bytes) -> str:
+    return f"{len(data)}-{crc32(data):08x}"
+
+
+def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[FileFault]]:
+    """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
+    where = join(path, name)
+    if name == MANIFEST_NAME:
+        manifest = from_json(data, where)
+        return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
+    if DIGESTS_NAME in files:  # DCP writes none: it is one of ours, in which nothing but its commit record says so much
+        lost = FileFault(MANIFEST_NAME, f"is missing, but {DIGESTS_NAME} is there (without it, it would be foreign)")
+        raise FormatError(faults_text([lost]), path=join(path, MANIFEST_NAME))
+    metadata = dcp_metadata.parse_metadata(data, where)
+    faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
+    if faults:
+        raise FormatError(faults_text(faults), path=where)
+    sizes = {name: entry.nbytes for name, entry in files.items() if not entry.is_link}
+    step = step_of(split(path)[1])
+    created_s = files[name].mtime_s
+    return dcp_metadata.manifest_from_metadata(metadata, sizes, step=step, created_s=created_s, path=where), []
+
+
+def misnamed(manifest: Manifest, path: str) -> list[FileFault]:
+    """The fault of a step's folder that holds another step; no fault of one that is no step, or doesn't say."""
+    step = step_of(split(path)[1])
+    if step is None or manifest.step is None or manifest.step == step:
+        return []
+    return [FileFault(MANIFEST_NAME, f"is of step {manifest.step}: the folder was renamed, or files were mixed up")]
+
+
+def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[FileFault]:
+    """``wanted`` maps names to sizes, None for any."""
+    faults = []
+    for name, nbytes in sorted(wanted.items()):
+        found = files.get(name)
+        if found is None:
+            faults.append(FileFault(name, "is missing"))
+        elif found.is_link:
+            faults.append(FileFault(name, "is a link"))
+        elif nbytes is not None and found.nbytes != nbytes:
+            faults.append(FileFault(name, f"has {found.nbytes} bytes instead of {nbytes}"))
+    return faults
+
+
+def faults_text(faults: Sequence[FileFault]) -> str:
+    """The first faults, in one line."""
+    told = [f"{fault.file} {fault.text}" for fault in faults[:MAX_FAULTS]]
+    more = [f"and {len(faults) - MAX_FAULTS} more files"] if len(faults) > MAX_FAULTS else []
+    return "; ".join(told + more)
+
+
+def read_record(storage: Storage, path: str) -> CommitRecord:
+    """The commit record of the checkpoint at ``path``, and how the files that are there fit it.
+
+    Raises:
+        CheckpointNotFoundError: there is no commit record.
+        FormatError: it is malformed, or no plain file; or foreign, and files that it names are missing or too short.
+    """
+    files = _files(storage, path)
+    name = _record_name(files)
+    if name is None:
+        raise CheckpointNotFoundError(
+            f"{storage.root}/{path} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there",
+            path=path,
+        )
+    try:
+        data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+    except StorageError as error:
+        if error.errno not in _UNFIT - {errno.ENOENT}:
+            raise
+        raise FormatError(error.message, path=join(path, name)) from error
+    manifest, faults = _parse(data, name, path, files)
+    return CommitRecord(name, _record_id(data), manifest, files, tuple(faults))
+
+
+def read_manifest(storage: Storage, path: str) -> Manifest:
+    """The manifest of the checkpoint at ``path``; for a foreign one built from ``.metadata``.
+
+    Raises:
+        CheckpointNotFoundError: there is no commit record.
+        CheckpointDamagedError: it is malformed, or files that it names are missing or have other sizes.
+    """
+    try:
+        record = read_record(storage, path)
+        if not record.faults:
+            return record.manifest
+    except FormatError:
+        pass  # see `examine`: look once more, then say so
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise  # else it was deleted or replaced this moment
+    record = read_record(storage, path)
+    if record.faults:
+        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults_text(record.faults)}", path=path)
+    return record.manifest
+
+
+def locate_foreign(storage: Storage, path: str, manifest: Manifest) -> Manifest:
+    """Fill in where the raw data of each shard lies, by reading the head and the tail of each record.
+
+    Shards whose record is no plain row-major tensor keep ``data_offset`` None: they can only be read whole.
+
+    Raises:
+        FormatError: a record is malformed, or holds another dtype or shape than the commit record says.
+    """
+    tensors = {}
+    with contextlib.ExitStack() as stack:
+        handles: dict[str, ReadHandle] = {}
+        for key, entry in manifest.tensors.items():
+            shards = []
+            for shard in entry.shards:
+                if shard.file not in handles:
+                    handles[shard.file] = stack.enter_context(storage.open_read(join(path, shard.file)))
+                shards.append(_locate(handles[shard.file], key, entry, shard))
+            tensors[key] = replace(entry, shards=tuple(shards))
+    return replace(manifest, tensors=tensors)
+
+
+def _locate(handle: ReadHandle, key: str, entry: TensorEntry, shard: ShardEntry) -> ShardEntry:
+    if shard.data_offset is not None:
+        return shard
+
+    def read_at(offset: int, nbytes: int) -> bytes:
+        buffer = bytearray(nbytes)
+        handle.read_into(shard.record_offset + offset, [memoryview(buffer)])
+        return bytes(buffer)
+
+    try:
+        found = locate_tensor(read_at, shard.record_nbytes)
+    except FormatError as error:
+        message = f"{handle.path}: the record of '{key}' at byte {shard.record_offset}: {error.message}"
+        raise FormatError(message, path=handle.path, key=key) from error
+    if (found.dtype, found.sizes) != (entry.dtype, shard.box.sizes):
+        raise FormatError(
+            f"{handle.path}: '{key}' is stored as {found.dtype} {list(found.sizes)} at byte {shard.record_offset}, "
+            f"but the checkpoint's metadata says {entry.dtype} {list(shard.box.sizes)}",
+            path=handle.path,
+            key=key,
+        )
+    if not found.is_plain:
+        return shard
+    return replace(
+        shard, data_offset=shard.record_offset + found.data_offset, data_nbytes=found.data_nbytes, crc32=found.crc32
+    )
+
+
+def newest(entries: Iterable[StepEntry], kinds: Collection[str] = ("full",)) -> StepEntry | None:
+    """The step to resume from: the newest that can be loaded and is of one of ``kinds``; None if there is none."""
+    fitting = [entry for entry in entries if entry.is_usable and entry.kind in kinds]
+    return max(fitting, key=lambda entry: entry.step, default=None)
+
+
+def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> None:
+    """Leave word beside the checkpoint at ``path`` that its bytes are not sound: scans then list it as damaged.
+
+    The mark holds for the save that is there now, not for a later one at the same place. ``now`` is in seconds since
+    the epoch. Does nothing when the checkpoint is gone.
+    """
+    name = _record_name(_files(storage, path))
+    if name is None:
+        return
+    mark = {
+        "record_id": _record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)),
+        "reason": reason,
+        "created_s": now,
+    }
+    final = damage_mark(path)
+    draft = f"{final}.{uuid.uuid4().hex}.part"
+    storage.write(draft, json.dumps(mark, indent=1).encode())
+    storage.remove(final)
+    storage.rename(draft, final)
+    storage.sync_folder(split(path)[0])
+
+
+def damage_mark(path: str) -> str:
+    """Where the mark of damage of the checkpoint at ``path`` is."""
+    folder, name = split(path)
+    return join(folder, f"{DAMAGED_PREFIX}{name}.json")
+
+
+def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
+    """What a loader found wrong with the checkpoint whose commit record is ``record_id``; None if nothing."""
+    mark = damage_mark(path)
+    if storage.stat(mark) is None:
+        return None
+    try:
+        said = json.loads(storage.read(mark, MAX_MARK_NBYTES))
+        return str(said["reason"]) if said["record_id"] == record_id else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None  # not one of ours
+    except StorageError as error:
+        if error.errno not in _UNFIT:
+            raise
+        return None
+
+
+def pin(storage: Storage, folder: str, step: int) -> None:
+    """Keep a step from ever being pruned. No error if it is pinned already."""
+    mark = join(folder, PINNED_PREFIX + step_name(step))
+    if storage.stat(mark) is None:
+        storage.write(mark, b"")
+    storage.sync_folder(folder)  # also if another process has made it this moment
+
+
+def unpin(storage: Storage, folder: str, step: int) -> None:
+    """Take the pin away. No error if there is none."""
+    storage.remove(join(folder, PINNED_PREFIX + step_name(step)))
+    storage.sync_folder(folder)

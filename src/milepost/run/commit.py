@@ -1,0 +1,442 @@
+"""The commit protocol: the only code that makes a checkpoint visible, replaces one, or takes one away.
+
+::
+
+    .attempt-<save id>/          begin_attempt        no reader takes it for a checkpoint
+        owner-<id>.json          begin_attempt, adopt the processes that may still finish it
+        data/                    <- each rank's files
+        sign-off-<rank>          signoff.sign_off     one for each rank, when its files are durable
+        failed                   fail_attempt         why there will be no commit
+        committed                publish              only if the attempt can't be taken away after the commit
+    step-<N>/                    publish              data/ renamed: the one atomic act
+
+No collective and no torch: any process that sees the storage can take part. The invariant: after a crash at any
+point, a scan shows the state before the save or the state after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError
+from milepost.format.dcp_writer import dump_metadata
+from milepost.format.digest import crc32, dump_digests
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
+from milepost.format.manifest_json import to_json
+from milepost.run import catalog
+from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.catalog import ATTEMPT_PREFIX, DAMAGED_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
+from milepost.run.owner import Owner, is_alive, parse_owner, this_process
+from milepost.run.signoff import SignOff
+from milepost.storage.base import Entry, Storage, join, split
+
+_log = logging.getLogger(__name__)
+
+OWNER_PREFIX = "owner-"
+OWNERLESS_LIFETIME_S = 3600.0
+"""An attempt without an owner's record was cut short while being made, or is being made right now."""
+
+VISIBILITY_S = 60.0
+"""What another machine wrote, or how long it is, may show only so much later: NFS caches both."""
+
+_FAILED_NAME = "failed"
+_COMMITTED_NAME = "committed"
+_CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
+_LEFTOVER_NAME = re.compile(
+    rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+"
+    rf"|{re.escape(DAMAGED_PREFIX)}.+\.json\.[0-9a-f]+\.part"  # a mark that was being left
+)
+_REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
+_SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
+_HEAD_NBYTES = 4096
+_MAX_FAULTS = 20
+
+
+def new_save_id() -> str:
+    """32 hex digits that no other save has."""
+    return uuid.uuid4().hex
+
+
+def data_folder(attempt: str) -> str:
+    """Where the ranks write their files: the folder that becomes the checkpoint."""
+    return f"{attempt}/data"
+
+
+def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
+    """Make the fresh place for a save of ``target``, beside it, and give its name. Called by one rank.
+
+    What dead processes left there is swept first: callers of ``save()`` have nobody else to do it.
+
+    Raises:
+        ConfigError: ``target`` exists and is something else than a checkpoint, so it must not be replaced.
+        StorageError: the folder can't be made.
+    """
+    fault = _why_not_replace(storage, target)
+    if fault:
+        raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
+    folder = split(target)[0]
+    try:
+        sweep_leftovers(storage, folder, now=time.time())
+    except StorageError as error:
+        _log.warning("%s/%s could not be swept: %s", storage.root, folder, error)
+    attempt = join(folder, ATTEMPT_PREFIX + save_id)
+    try:
+        storage.make_folder(data_folder(attempt))
+        adopt_attempt(storage, attempt)
+    except BaseException:  # Ctrl-C too
+        discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
+        raise
+    return attempt
+
+
+def adopt_attempt(storage: Storage, attempt: str) -> None:
+    """Declare that the calling process works on the attempt too: while it lives, nobody sweeps it.
+
+    A writer process calls this, since it goes on when the training process dies.
+    """
+    storage.write(f"{attempt}/{OWNER_PREFIX}{uuid.uuid4().hex[:8]}.json", this_process(time.time()).dump())
+    storage.sync_folder(attempt)
+
+
+def _why_not_replace(storage: Storage, target: str) -> str:
+    found = storage.stat(target)
+    if found is None:
+        return ""
+    if not found.is_folder:
+        return "is not a folder"
+    names = storage.list(target)
+    if any(entry.is_folder for entry in names):
+        return "holds other folders, so it is no checkpoint"
+    if {MANIFEST_NAME, METADATA_NAME}.isdisjoint(entry.name for entry in names):
+        others = [entry.name for entry in names if not _CHECKPOINT_FILE.fullmatch(entry.name)]
+        if others:
+            return f"is no checkpoint (it holds {others[0]!r})"
+    return ""
+
+
+def publish(
+    storage: Storage,
+    attempt: str,
+    target: str,
+    signed: Sequence[SignOff],
+    info: SaveInfo,
+    *,
+    now: float,
+    visibility_s: float = VISIBILITY_S,
+) -> Manifest:
+    """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
+
+    ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``now`` is in seconds since the epoch. What
+    was at ``target`` before is there, whole, until the new checkpoint is. For files that do not show yet as they were
+    signed for, it waits up to ``visibility_s``.
+
+    Raises:
+        PlanError: the stored boxes leave a gap or overlap.
+        SaveError: sign-offs contradict each other or the storage.
+        StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
+    """
+    manifest, crcs = assemble(signed, info, now=now)
+    data = data_folder(attempt)
+    _check_sizes(storage, data, manifest, visibility_s)
+    manifest = _write_records(storage, data, manifest, crcs)
+    _put_in_place_and_sweep(storage, attempt, target, manifest.save_id)
+    return manifest
+
+
+def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[str, int], record: Manifest) -> Manifest:
+    """As :func:`publish`, for an attempt whose files are of another format (Hugging Face's): it has no ``.metadata``.
+
+    ``sizes`` are the files that must be there, with their bytes; smaller ones beside them are taken along. ``record``
+    becomes the commit record, with all files named.
+
+    Raises:
+        SaveError: a file is missing or has another size.
+        StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
+    """
+    data = data_folder(attempt)
+    found = {
+        entry.name: FileEntry(entry.nbytes, crc32(storage.read(f"{data}/{entry.name}")))
+        for entry in storage.list(data)
+        if entry.name not in sizes
+    }
+    record = replace(record, files=found | {name: FileEntry(nbytes) for name, nbytes in sizes.items()})
+    _check_sizes(storage, data, record, VISIBILITY_S)
+    storage.write(f"{data}/{MANIFEST_NAME}", to_json(record))
+    storage.sync_folder(data)
+    _put_in_place_and_sweep(storage, attempt, target, record.save_id)
+    return record
+
+
+def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id: str) -> None:
+    aside = _put_in_place(storage, data_folder(attempt), target, save_id)
+    # The save is done. What is left over now is swept again later, so it can't fail the save.
+    if not discard_quietly(storage, attempt):
+        with contextlib.suppress(StorageError):  # else those who wait see the attempt stay, and must wait in vain
+            storage.write(f"{attempt}/{_COMMITTED_NAME}", b"")
+    if aside is not None:
+        discard_quietly(storage, aside)
+
+
+def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: float) -> None:
+    """What the ranks signed for must be what the storage holds: no file missing, none too short, none unknown."""
+    deadline = time.monotonic() + visibility_s
+    wait_s = 0.01
+    while True:
+        found = {entry.name: entry.nbytes for entry in storage.list(data)}
+        faults = [
+            f"{name} has {found.get(name, 'no')} bytes in storage, but its rank signed for {entry.nbytes}"
+            for name, entry in sorted(manifest.files.items())
+            if found.get(name) != entry.nbytes
+        ]
+        if not faults or time.monotonic() >= deadline:
+            break
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 1.0)
+    faults += [f"nobody signed for {name}" for name in sorted(found.keys() - manifest.files.keys())]
+    if faults:
+        raise SaveError(f"the save is not whole, nothing was committed: {'; '.join(faults[:_MAX_FAULTS])}", path=data)
+
+
+def _write_records(storage: Storage, data: str, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:
+    """Write and sync the digests, ``.metadata`` and, last, the manifest, which then names the other two."""
+    files = dict(manifest.files)
+    for name, content in (
+        (DIGESTS_NAME, dump_digests(manifest.save_id, crcs)),
+        (METADATA_NAME, dump_metadata(manifest)),
+    ):
+        storage.write(f"{data}/{name}", content)
+        files[name] = FileEntry(len(content), crc32(content))
+    manifest = replace(manifest, files=files)
+    storage.write(f"{data}/{MANIFEST_NAME}", to_json(manifest))
+    storage.sync_folder(data)
+    return manifest
+
+
+def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str | None:
+    """Give the folder ``data`` the name ``target``. What had that name goes to ``data``, or to the name returned."""
+    folder, name = split(target)
+    aside = None
+    if storage.stat(target) is None:
+        storage.rename(data, target)
+    elif not storage.exchange(data, target):
+        # Two renames. Between them the catalog knows the old one by its other name.
+        aside = join(folder, f"{REPLACED_PREFIX}{save_id}-{name}")
+        storage.rename(target, aside)
+        storage.sync_folder(folder)
+        try:
+            storage.rename(data, target)
+        except StorageError:
+            storage.rename(aside, target)
+            raise
+    storage.sync_folder(folder)
+    storage.sync_folder(split(data)[0])
+    return aside
+
+
+def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
+    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
+
+    The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away. On a full disk an empty file must
+    do.
+
+    Raises:
+        StorageError: not even that could be left.
+    """
+    name = f"{attempt}/{_FAILED_NAME}"
+    try:
+        storage.write(f"{name}.part", json.dumps({"rank": rank, "message": message}).encode())
+        storage.rename(f"{name}.part", name)
+    except StorageError:
+        storage.write(name, b"")
+
+
+def wait_for_outcome(
+    storage: Storage,
+    attempt: str,
+    target: str,
+    save_id: str,
+    *,
+    timeout_s: float,
+    give_up: Callable[[], str | None] = lambda: None,
+    poll_s: float = 0.002,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once the save is committed; for the ranks that do not publish themselves.
+
+    ``give_up`` says why to stop, or None; or raises the error to end with.
+
+    Raises:
+        SaveError: the save failed, or there was no outcome within ``timeout_s``.
+    """
+    deadline = clock() + timeout_s
+    gone_until: float | None = None
+    while True:
+        names = {entry.name for entry in storage.list(attempt)}
+        if _FAILED_NAME in names:
+            said = storage.read(f"{attempt}/{_FAILED_NAME}")
+            if not said:
+                raise SaveError("the rank that commits failed, and could not even leave word of why", path=target)
+            told = json.loads(said)
+            raise SaveError(told["message"], path=target, rank=told["rank"])
+        if _COMMITTED_NAME in names:
+            return
+        if not names:
+            if _save_id_at(storage, target) == save_id:
+                return
+            # The attempt is gone at once, but the checkpoint that it has become may show later.
+            if gone_until is None:
+                gone_until = min(deadline, clock() + VISIBILITY_S)
+            if clock() >= gone_until:
+                raise SaveError(
+                    f"the save of {storage.root}/{target} was given up before it was committed", path=target
+                )
+        reason = give_up()
+        if reason is not None or clock() >= deadline:
+            raise SaveError(
+                f"the rank that commits {storage.root}/{target} did not {reason or f'within {timeout_s:g} s'}: "
+                "see its log",
+                path=target,
+                rank=0,
+            )
+        sleep(poll_s)
+        poll_s = min(poll_s * 1.5, 0.5)
+
+
+def _save_id_at(storage: Storage, target: str) -> str:
+    """The save id at ``target``, or empty. From the head of the manifest alone, since a thousand ranks may ask."""
+    path = join(target, MANIFEST_NAME)
+    if storage.stat(path) is None:
+        return ""
+    with storage.open_read(path) as handle:
+        head = bytearray(min(handle.nbytes, _HEAD_NBYTES))
+        handle.read_into(0, [memoryview(head)])
+    found = _SAVE_ID.search(head)
+    return found[1].decode() if found else ""
+
+
+def abort_attempt(storage: Storage, attempt: str) -> None:
+    """Take an attempt away. Never fails: what can't be removed now is swept by a later run."""
+    discard_quietly(storage, attempt)
+
+
+def delete_checkpoint(storage: Storage, path: str) -> None:
+    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link goes.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at ``path``.
+        StorageError: it can't be deleted; it is whole, or it is no longer there for any reader.
+    """
+    found = storage.stat(path)
+    if found is None:
+        raise CheckpointNotFoundError(f"there is nothing to delete at {storage.root}/{path}", path=path)
+    if found.is_link:
+        storage.remove(path)
+        storage.sync_folder(split(path)[0])
+    elif not discard(storage, path):
+        raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
+    storage.remove(catalog.damage_mark(path))
+
+
+def discard(storage: Storage, path: str) -> bool:
+    """Remove a folder: first out of every reader's sight, in one atomic act, then for good. False if it is gone."""
+    folder, name = split(path)
+    if storage.stat(path) is None:
+        return False
+    if not name.startswith(DELETING_PREFIX):
+        path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
+        try:
+            storage.rename(shown, path)
+        except StorageError as error:
+            if error.errno == errno.ENOENT:
+                return False  # another process was quicker
+            raise
+    # Also of what was renamed before, by a run that was killed then: after a power cut it would be shown again, half.
+    storage.sync_folder(folder)
+    storage.remove_tree(path)
+    return True
+
+
+def discard_quietly(storage: Storage, path: str) -> bool:
+    """Whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
+    try:
+        discard(storage, path)
+    except StorageError as error:
+        _log.warning("%s/%s is left over and could not be removed yet: %s", storage.root, path, error)
+        return False
+    return True
+
+
+def sweep_leftovers(storage: Storage, folder: str, *, now: float) -> list[str]:
+    """Remove from a run's folder what dead processes left there; the names of what was dealt with.
+
+    An attempt whose owner may still live is left alone, with all that belongs to it. A replacement that was cut short
+    is undone: the old checkpoint gets its name back. ``now`` is in seconds since the epoch.
+    """
+    entries = {entry.name: entry for entry in storage.list(folder)}
+    alive = {
+        name
+        for name, entry in entries.items()
+        if name.startswith(ATTEMPT_PREFIX) and _attempt_lives(storage, folder, entry, now)
+    }
+    swept = []
+    for name in entries:
+        replaced = _REPLACED_NAME.fullmatch(name)
+        if replaced is not None:
+            if ATTEMPT_PREFIX + replaced[1] not in alive and _settle(storage, folder, name, replaced[2]):
+                swept.append(name)
+        elif name not in alive and _LEFTOVER_NAME.fullmatch(name):
+            swept += [name] if discard_quietly(storage, join(folder, name)) else []
+    return swept
+
+
+def live_owners(storage: Storage, folder: str, *, now: float) -> list[Owner]:
+    """The processes that still work on saves in a run's folder, as far as their records tell."""
+    found = []
+    for entry in storage.list(folder):
+        if entry.name.startswith(ATTEMPT_PREFIX):
+            with contextlib.suppress(StorageError):  # the owner is removing it this moment
+                found += [owner for owner in _owners(storage, join(folder, entry.name)) if is_alive(owner, now)]
+    return found
+
+
+def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:
+    try:
+        owners = _owners(storage, join(folder, attempt.name))
+    except StorageError:
+        return True  # in doubt: the owner may be removing it this moment
+    if not owners:
+        return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
+    return any(is_alive(owner, now) for owner in owners)
+
+
+def _owners(storage: Storage, attempt: str) -> list[Owner]:
+    owners = []
+    for entry in storage.list(attempt):
+        if entry.name.startswith(OWNER_PREFIX):
+            with contextlib.suppress(FormatError):  # torn by a crash
+                owners.append(parse_owner(storage.read(join(attempt, entry.name), 1 << 16), entry.name))
+    return owners
+
+
+def _settle(storage: Storage, folder: str, replaced: str, name: str) -> bool:
+    """Whether a replacement that stopped half-way is now undone, or its remains removed."""
+    old, target = join(folder, replaced), join(folder, name)
+    if storage.stat(target) is None:
+        try:
+            storage.rename(old, target)
+            storage.sync_folder(folder)
+        except StorageError as error:
+            _log.warning("%s could not get its name back: %s", target, error)
+            return False
+        return True
+    info = catalog.examine(storage, target)
+    return info is not None and info.is_usable and discard_quietly(storage, old)

@@ -1,0 +1,213 @@
+"""One writer to a run's folder: a lock that says who holds it, and that a dead holder can't keep.
+
+The lock is a small file that names its owner. On the same machine a holder is dead when its process is gone. From
+another machine that can't be seen, so a holder adds a byte to the file now and then, and one who wants the lock watches
+whether it grows: no clocks are compared. (The lease by observation is that of Chubby and of borg's and restic's locks.)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from milepost.errors import FormatError, RunLockedError, StorageError
+from milepost.run.owner import Owner, is_alive, is_here, parse_owner, this_process
+from milepost.storage.base import Storage, join
+
+log = logging.getLogger("milepost")
+
+LOCK_NAME = ".lock"
+BEAT_S = 20.0
+"""A holder adds a byte to its lock this often."""
+LEASE_S = 90.0
+"""A lock from another machine that has not grown for this long is taken for a dead run's."""
+MAX_LOCK_NBYTES = 16 << 20
+"""What a holder's bytes come to in ten years."""
+
+_RIGHT_PREFIX = LOCK_NAME + "-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A lock as it stood at some moment. Two that are torn are told apart by their time alone."""
+
+    text: bytes
+    mtime_s: float
+
+    @property
+    def owner(self) -> Owner | None:
+        """Its holder; None for one that is torn by a crash, or being written: only its growth tells."""
+        try:
+            return parse_owner(self.text.rstrip(b".\n"), LOCK_NAME)
+        except FormatError:
+            return None
+
+
+class RunLock:
+    """Held from construction to :meth:`release`, or until nobody has this object any more, or the process ends.
+
+    Raises:
+        RunLockedError: a run that still lives holds it; the message names host, process and start.
+        StorageError: the folder can't be written.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        *,
+        beat_s: float = BEAT_S,
+        lease_s: float = LEASE_S,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._storage = storage
+        self._folder = folder
+        self._path = join(folder, LOCK_NAME)
+        self._lease_s = lease_s
+        self._sleep = sleep
+        storage.make_folder(folder)
+        while not self._take(self._path):
+            self._break_or_refuse()
+        self._forget_rights()
+        released = threading.Event()
+        args = (storage, self._path, self._record, released, beat_s)
+        # The thread must not know this object, or it would never be forgotten.
+        self._thread = threading.Thread(target=_hold, args=args, name="milepost-lock", daemon=True)
+        self._thread.start()
+        self._let_go = weakref.finalize(self, _let_go, released, self._thread)
+
+    def release(self) -> None:
+        """Let another run in. A lock that can't be taken away is logged: it is a dead run's later."""
+        self._let_go()
+        self._thread.join()
+
+    def _take(self, path: str) -> bool:
+        """Whether the file, which says who we are, could be made: of several that try, one can."""
+        self._record = this_process(time.time()).dump() + b"\n"
+        try:
+            self._storage.write(path, self._record)
+        except StorageError as error:
+            if error.errno == errno.EEXIST:
+                return False
+            raise
+        return True
+
+    def _look(self, path: str) -> _Seen | None:
+        return _look(self._storage, path)
+
+    def _break_or_refuse(self) -> None:
+        seen = self._look(self._path)
+        if seen is None:
+            return  # it was released this moment
+        if self._is_held(self._path, seen):
+            raise self._refusal((self._look(self._path) or seen).owner)
+        self._break(self._path, seen)
+
+    def _is_held(self, path: str, seen: _Seen) -> bool:
+        """Whether a lock is that of a living process other than this one."""
+        owner = seen.owner
+        if owner is not None and is_here(owner):
+            return owner.pid != this_process(0.0).pid and is_alive(owner, time.time())
+        return self._grows(path, len(seen.text), owner)
+
+    def _grows(self, path: str, nbytes: int, owner: Owner | None) -> bool:
+        """Whether its holder, on another machine or not yet named, is seen to live within a lease."""
+        log.info("%s is held by %s: waiting up to %.0f s to see whether it lives", path, owner or "?", self._lease_s)
+        for _ in range(int(self._lease_s)):
+            self._sleep(1.0)
+            found = self._storage.stat(path)
+            if found is None:
+                return False
+            if found.nbytes != nbytes:
+                return True
+        return False
+
+    def _break(self, path: str, seen: _Seen) -> None:
+        """Take a dead run's lock away, if it is still the one that was seen.
+
+        The right to do so is a lock too, named after what was seen: so no one takes away the lock of a run that was
+        quicker. A right whose holder has died is broken likewise.
+        """
+        right = join(self._folder, _RIGHT_PREFIX + hashlib.blake2b(repr(seen).encode(), digest_size=8).hexdigest())
+        if self._take(right):
+            if self._look(path) == seen:
+                self._storage.remove(path)
+            self._storage.remove(right)
+            return
+        other = self._look(right)
+        if other is not None and not self._is_held(right, other):
+            self._break(right, other)
+        else:
+            self._sleep(0.01)
+
+    def _forget_rights(self) -> None:
+        """Remove what those left who died while they broke a lock. It was about locks before this one."""
+        try:
+            for entry in self._storage.list(self._folder):
+                if entry.name.startswith(_RIGHT_PREFIX):
+                    self._storage.remove(join(self._folder, entry.name))
+        except StorageError as error:
+            log.warning("what is left of broken locks could not be removed: %s", error)
+
+    def _refusal(self, owner: Owner | None) -> RunLockedError:
+        who = f"{owner}, since {_when(owner.created_s)}" if owner is not None else "a process that left no name"
+        return RunLockedError(
+            f"another run writes to {self._storage.root}/{self._folder}: {who}. Wait for it, stop it, or give this run "
+            "another job.dump_folder or checkpoint.folder; to only read, set checkpoint.load_only",
+            path=self._path,
+        )
+
+
+def _look(storage: Storage, path: str) -> _Seen | None:
+    """What stands at ``path``; None if nothing."""
+    try:
+        found = storage.stat(path)
+        return _Seen(storage.read(path, MAX_LOCK_NBYTES), found.mtime_s) if found is not None else None
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def _is_ours(storage: Storage, path: str, record: bytes) -> bool:
+    """Not if the lease ran out while this process was stopped, and another run has come."""
+    seen = _look(storage, path)
+    return seen is not None and seen.text.startswith(record)
+
+
+def _hold(storage: Storage, path: str, record: bytes, released: threading.Event, beat_s: float) -> None:
+    """Renew the lock until it is released, then remove it, unless another one has been put in its place."""
+    while not released.wait(beat_s):
+        try:
+            if not _is_ours(storage, path, record):
+                log.warning("%s is no longer this run's: another one has taken it", path)
+                return
+            storage.append(path, b".")
+        except StorageError as error:  # the lease may run out; training need not stop for it
+            log.warning("the lock of this run could not be renewed: %s", error)
+    try:
+        if _is_ours(storage, path, record):
+            storage.remove(path)
+    except StorageError as error:  # at the latest when this process has ended, the next run breaks it
+        log.warning("the lock of this run could not be taken away: %s", error)
+
+
+def _let_go(released: threading.Event, thread: threading.Thread) -> None:
+    """Have the lock removed by its thread (a fork of the holder has none, so it can't).
+
+    The garbage collector may run this in that very thread, or in one that holds what that one waits for: so it waits
+    for the removal, but not for long.
+    """
+    released.set()
+    if thread is not threading.current_thread():
+        thread.join(timeout=5.0)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,188 @@
+"""From tensors to the bytes that are written: in place where memory is right already, else through a bounded copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from milepost.collective.threads import map_in_threads
+from milepost.errors import SaveError
+from milepost.format.box import Box
+from milepost.format.manifest import BLOCK_NBYTES
+from milepost.tensors.layout import TensorLeaf
+from milepost.tensors.plan import WriteItem, WritePlan
+
+SLAB_NBYTES = 8 << 20
+"""Tensors that are not contiguous on the CPU are copied in slabs of at most about this size."""
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes. Shares memory; keeps the tensor alive.
+
+    Goes through the storage, since ``view(torch.uint8)`` does not take every dtype and 0-d tensors.
+    """
+    raw = torch.empty(0, dtype=torch.uint8)
+    offset = tensor.storage_offset() * tensor.element_size()
+    raw.set_(tensor.untyped_storage(), offset, (tensor.numel() * tensor.element_size(),))  # type: ignore[call-overload]
+    return memoryview(cast("Any", raw.numpy()))
+
+
+def row_slabs(sizes: Sequence[int], itemsize: int, limit_nbytes: int) -> Iterator[Box]:
+    """Cut a row-major region into boxes of at most ``limit_nbytes``, each contiguous in row-major order, ascending.
+
+    A single row of the innermost dim that is longer is cut too.
+    """
+    dim, inner = len(sizes), itemsize
+    while dim > 0 and inner * sizes[dim - 1] <= limit_nbytes:
+        dim -= 1
+        inner *= sizes[dim]
+    if dim == 0:
+        yield Box.whole(sizes)
+        return
+    # Dims below `dim` fit; dim - 1 is cut into steps; dims above are walked one index at a time.
+    step = max(1, limit_nbytes // inner)
+    for outer in _indices(sizes[: dim - 1]):
+        for start in range(0, sizes[dim - 1], step):
+            count = min(step, sizes[dim - 1] - start)
+            yield Box(
+                (*outer, start, *([0] * (len(sizes) - dim))),
+                (*([1] * len(outer)), count, *sizes[dim:]),
+            )
+
+
+def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if not sizes:
+        yield ()
+        return
+    for head in range(sizes[0]):
+        for tail in _indices(sizes[1:]):
+            yield (head, *tail)
+
+
+def region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """The view ``tensor[box]``."""
+    return tensor[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
+
+
+class TensorBlocks:
+    """A ``BlockSource`` that reads the leaves themselves: the caller must not change them meanwhile."""
+
+    def __init__(self, leaves: Mapping[str, TensorLeaf]):
+        self._leaves = leaves
+
+    def blocks(self, item: WriteItem) -> Iterator[memoryview]:
+        leaf = self._leaves[item.key]
+        return tensor_blocks(leaf.view([piece.box for piece in leaf.pieces].index(item.box)), leaf.dtype)
+
+
+def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The row-major bytes of a tensor as ``dtype``, in blocks of ``BLOCK_NBYTES``; each valid until the next."""
+    if tensor.numel() == 0:
+        return
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype != dtype:
+        yield from _copied_blocks(tensor, dtype)
+        return
+    memory = tensor_bytes(tensor)
+    for start in range(0, len(memory), BLOCK_NBYTES):
+        yield memory[start : start + BLOCK_NBYTES]
+
+
+def _copied_blocks(view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """Blocks of a tensor that is strided, on another device or of another dtype, through a bounded copy."""
+    block = bytearray(BLOCK_NBYTES)
+    fill = 0
+    for slab in row_slabs(tuple(view.shape), dtype.itemsize, SLAB_NBYTES):
+        # `contiguous()` would return the view itself when it is one already; a copy on the CPU is what is wanted.
+        data = tensor_bytes(region(view, slab).to(device="cpu", dtype=dtype).contiguous())
+        start = 0
+        while start < len(data):
+            count = min(BLOCK_NBYTES - fill, len(data) - start)
+            block[fill : fill + count] = data[start : start + count]
+            fill += count
+            start += count
+            if fill == BLOCK_NBYTES:
+                yield memoryview(block)
+                fill = 0
+    if fill:
+        yield memoryview(block)[:fill]
+
+
+class Staging:
+    """Copies the planned boxes of a save into its file image.
+
+    Made on the training thread at the moment of the save; :meth:`run` may be called from another thread. In between,
+    and until it returns, the tensors must not change: that is checked by their version counters.
+    """
+
+    def __init__(self, leaves: Mapping[str, TensorLeaf], plan: WritePlan, image: memoryview):
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._watched: list[tuple[str, torch.Tensor, int]] = []
+        # An image of zero bytes has no memory that torch could take; then nothing is planned either.
+        memory = torch.frombuffer(image, dtype=torch.uint8) if plan.items else torch.empty(0, dtype=torch.uint8)
+        for item in plan.items:
+            leaf = leaves[item.key]
+            src = leaf.view([piece.box for piece in leaf.pieces].index(item.box))
+            raw = memory[item.data_offset : item.data_offset + item.data_nbytes]
+            self._copies.append((raw.view(leaf.dtype).view(src.shape), src))
+            if not leaf.local.is_inference():
+                self._watched.append((item.key, leaf.local, leaf.local._version))
+        self.nbytes = sum(item.data_nbytes for item in plan.items)
+        self._devices = {src.device for _, src in self._copies if src.device.type == "cuda"}
+        self._ready = [torch.cuda.current_stream(device).record_event() for device in self._devices]
+
+    def run(self, *, num_threads: int = 2) -> None:
+        """Copy everything; when this returns, training may change the tensors again.
+
+        From a GPU, copies go over a stream of their own that starts behind the work that was queued when this object
+        was made, so the training stream is not held up. (Source: the side-stream staging of torch's
+        ``distributed.checkpoint.staging`` and of torchsnapshot.)
+
+        Raises:
+            SaveError: a tensor was changed in place meanwhile, so what was copied may be torn.
+        """
+        if self._devices:
+            self._copy_from_cuda()
+        on_cpu = [pair for pair in self._copies if pair[1].device.type != "cuda"]
+        # `copy_` releases the GIL; biggest first, so that the threads end together.
+        on_cpu.sort(key=lambda pair: -pair[0].nbytes)
+        map_in_threads(lambda pair: pair[0].copy_(pair[1]), on_cpu, num_threads, name="milepost-stage")
+        self._check_versions()
+
+    def _copy_from_cuda(self) -> None:
+        done = []
+        for device, ready in zip(self._devices, self._ready, strict=True):
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                for dst, src in self._copies:
+                    if src.device == device:
+                        dst.copy_(src, non_blocking=True)
+            done.append(stream.record_event())
+        for event in done:
+            event.synchronize()
+
+    def _check_versions(self) -> None:
+        changed = [key for key, tensor, version in self._watched if tensor._version != version]
+        if changed:
+            raise SaveError(
+                f"{len(changed)} tensors were changed while they were staged, first '{changed[0]}': what was copied is "
+                "torn and was thrown away. Call maybe_wait_for_staging() before optimizer.step()",
+                key=changed[0],
+            )
+
+
+def pin(image: memoryview) -> bool:
+    """Pin host memory for asynchronous copies from the GPU; False (and nothing done) without CUDA."""
+    if not torch.cuda.is_available():
+        return False
+    memory = torch.frombuffer(image, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    return True
+
+
+def unpin(image: memoryview) -> None:
+    """Undo :func:`pin`, before the memory is unmapped."""
+    memory = torch.frombuffer(image, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

@@ -1,0 +1,8 @@
+"""The state as tensors and values, and pure plans over their boxes. In reading order::
+
+state   objects with a ``state_dict`` <-> one flat mapping {key: tensor or value}
+layout  DTensor, FSDP and pipeline words -> global shapes and boxes; below it there are only boxes and bytes
+plan    who writes which box where, who reads which bytes: pure functions of frozen values (torch-free)
+"""
+
+from __future__ import annotations

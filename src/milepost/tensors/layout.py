@@ -1,0 +1,214 @@
+"""From tensors to boxes: the only place that knows DTensor, meshes and placements.
+
+A rank's part of a tensor is a list of *pieces*: a box in the global tensor and the region of the rank's local tensor
+that holds it. An evenly sharded DTensor is one piece; a ``_StridedShard`` (FSDP over TP on one dim) may be several.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from milepost.errors import SaveError
+from milepost.format.box import Box
+from milepost.tensors.plan import TensorSpec
+
+Interval = tuple[int, int]
+"""Start and length along one dim."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``box`` of the global tensor is held in region ``local`` of the rank's local tensor. Sizes are equal."""
+
+    box: Box
+    local: Box
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorLeaf:
+    """A tensor of a state dict as one rank sees it.
+
+    ``local`` shares memory with the caller's tensor, is detached, and is a plain tensor on any device. ``dtype`` is
+    the one that is stored, which ``local`` is cast to on the way when it has another.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    local: torch.Tensor
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.key, dtype_name(self.dtype), self.shape, tuple(p.box for p in self.pieces))
+
+    def view(self, piece: int) -> torch.Tensor:
+        """The part of ``local`` that holds a piece; shares memory."""
+        region = self.pieces[piece].local
+        if region.sizes == tuple(self.local.shape):
+            return self.local
+        return self.local[tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))]
+
+
+def stored_as(leaf: TensorLeaf, dtype: torch.dtype) -> TensorLeaf:
+    """The same leaf, stored in ``dtype`` if it is of a floating-point dtype."""
+    return replace(leaf, dtype=dtype) if leaf.dtype.is_floating_point else leaf
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor_leaf(key: str, tensor: torch.Tensor) -> TensorLeaf:
+    """The boxes that this rank holds of ``tensor``.
+
+    Raises:
+        SaveError: a kind of tensor whose bytes can't be stored as a box (sparse, quantized, meta, wrapper
+            subclasses, partial sums, ...).
+    """
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        return _dtensor_leaf(key, tensor)
+    _check_kind(key, tensor)
+    box = Box.whole(tensor.shape)
+    return TensorLeaf(key, tensor.dtype, tuple(tensor.shape), (Piece(box, box),), tensor)
+
+
+def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    local = tensor.to_local()
+    _check_kind(key, local)
+    shape = tuple(tensor.shape)
+    if coordinate is None:  # this rank is not in the tensor's mesh
+        return TensorLeaf(key, tensor.dtype, shape, (), local)
+    if any(isinstance(p, Partial) for p in tensor.placements):
+        raise SaveError(
+            f"{key} is a DTensor with a pending sum (placements {tensor.placements}); redistribute it first", key=key
+        )
+    if tensor.numel() == 0:  # nothing to place, but the tensor itself must not get lost
+        return TensorLeaf(key, tensor.dtype, shape, (Piece(Box.whole(shape), Box.whole(shape)),), local)
+    pieces = shard_pieces(shape, tuple(mesh.shape), coordinate, tensor.placements)
+    held = sum(p.box.numel for p in pieces)
+    if held != local.numel():
+        raise SaveError(
+            f"{key}: placements {tensor.placements} on mesh {tuple(mesh.shape)} give rank coordinate "
+            f"{tuple(coordinate)} {held} elements, but its local tensor {list(local.shape)} has {local.numel()}",
+            key=key,
+        )
+    return TensorLeaf(key, tensor.dtype, shape, pieces, local)
+
+
+def _check_kind(key: str, tensor: torch.Tensor) -> None:
+    problem = None
+    if tensor.layout != torch.strided:
+        problem = f"a {tensor.layout} tensor; store its parts (indices, values) as tensors of their own"
+    elif tensor.is_quantized:
+        problem = "a quantized tensor; store its integers, scales and zero points as tensors of their own"
+    elif tensor.is_meta:
+        problem = "a meta tensor without data; initialise it first"
+    elif is_traceable_wrapper_subclass(cast("object", tensor)):
+        problem = f"a {type(tensor).__name__} wrapped around other tensors; unwrap it first"
+    elif tensor.is_conj() or tensor.is_neg():
+        problem = "a lazily conjugated or negated view; call resolve_conj() and resolve_neg() first"
+    if problem is not None:
+        raise SaveError(f"{key} is {problem}", key=key)
+
+
+def shard_pieces(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> tuple[Piece, ...]:
+    """The pieces of a tensor of ``shape`` at ``coordinate`` of a mesh, for DTensor ``placements``.
+
+    Each mesh dim cuts what the ones before it left (``torch.chunk`` semantics: the last shards may be smaller or
+    empty). The order is from left to right, but for a ``_StridedShard`` (FSDP over TP), whose ``split_factor`` says
+    that mesh dims to its right go first. This is how ``fully_shard`` cuts and ``full_tensor()`` puts together, for
+    uneven sizes too. A ``split_factor`` that no order explains splits, and takes this rank's chunk of each part.
+    """
+    intervals: list[list[Interval]] = [[(0, size)] for size in shape]
+    for mesh_dim, dim, split_factor in _cuts(mesh_shape, placements):
+        whole = intervals[dim]
+        taken: list[Interval] = []
+        for part in range(split_factor):
+            taken += _chunk(_chunk(whole, split_factor, part), mesh_shape[mesh_dim], coordinate[mesh_dim])
+        intervals[dim] = _merge(taken)
+    return tuple(_product(intervals))
+
+
+def _cuts(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> Iterator[tuple[int, int, int]]:
+    """The cuts in the order of their making: the mesh dim, the tensor's dim, and into how many parts it is split first.
+
+    The order is decoded as in ``DTensorSpec._maybe_convert_StridedShard_to_shard_order``: the mesh dims to the right
+    that go before a ``_StridedShard`` are those whose sizes multiply to its ``split_factor``.
+    """
+    orders: dict[int, list[int]] = {}
+    factors: dict[int, int] = {}
+    decoded = True
+    for mesh_dim in reversed(range(len(placements))):
+        placement = placements[mesh_dim]
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, (Shard, _StridedShard)):
+            raise TypeError(f"placement {placement!r} does not place a stored tensor")
+        factors[mesh_dim] = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        order = orders.setdefault(placement.dim, [])
+        product, position = 1, 0
+        while product != factors[mesh_dim] and position < len(order):
+            product *= mesh_shape[order[position]]
+            position += 1
+        decoded = decoded and product == factors[mesh_dim]
+        order.insert(position, mesh_dim)
+    for dim, order in sorted(orders.items()):
+        for mesh_dim in order if decoded else sorted(order):
+            yield mesh_dim, dim, 1 if decoded else factors[mesh_dim]
+
+
+def _chunk(intervals: Sequence[Interval], num_chunks: int, index: int) -> list[Interval]:
+    """Chunk ``index`` of the concatenation of ``intervals``, as ``torch.chunk`` would cut it."""
+    total = sum(length for _, length in intervals)
+    size = -(-total // num_chunks)
+    start, stop = min(size * index, total), min(size * (index + 1), total)
+    out = []
+    position = 0
+    for begin, length in intervals:
+        low, high = max(start, position), min(stop, position + length)
+        if low < high:
+            out.append((begin + low - position, high - low))
+        position += length
+    return out
+
+
+def _merge(intervals: Sequence[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for start, length in intervals:
+        if merged and merged[-1][0] + merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        elif length:
+            merged.append((start, length))
+    return merged
+
+
+def _product(intervals: Sequence[Sequence[Interval]]) -> Iterator[Piece]:
+    placed = []
+    for dim in intervals:
+        position = 0
+        with_local = []
+        for start, length in dim:
+            with_local.append((start, position, length))
+            position += length
+        placed.append(with_local)
+    for combination in itertools.product(*placed):
+        sizes = tuple(length for _, _, length in combination)
+        yield Piece(
+            Box(tuple(start for start, _, _ in combination), sizes),
+            Box(tuple(position for _, position, _ in combination), sizes),
+        )

@@ -1,0 +1,101 @@
+"""What is told of each save: one event, for the log, for TensorBoard and for ``events.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from milepost.saving.save import SaveReport
+from milepost.storage.base import Storage, join
+
+EVENTS_NAME = "events.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveEvent:
+    """A save that was committed, as rank 0 saw it. Times are in seconds of wall clock."""
+
+    step: int
+    reason: str
+    kind: str
+    save_id: str
+    finished: float
+    """When it was known to be committed, in seconds since the epoch."""
+    stall_s: float
+    """How long training stood still for it, waiting for an earlier save included."""
+    plan_s: float
+    stage_s: float
+    write_s: float
+    commit_s: float
+    nbytes: int
+    """Bytes that rank 0 wrote."""
+
+    @classmethod
+    def of(cls, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float) -> SaveEvent:
+        return cls(
+            step=step,
+            reason=reason,
+            kind=kind,
+            save_id=report.save_id,
+            finished=time.time(),
+            stall_s=stall_s,
+            plan_s=report.plan_s,
+            stage_s=report.stage_s,
+            write_s=report.write_s,
+            commit_s=report.commit_s,
+            nbytes=report.nbytes,
+        )
+
+    def line(self) -> bytes:
+        """One line of ``events.jsonl``."""
+        numbers = {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return json.dumps(numbers).encode() + b"\n"
+
+    def __str__(self) -> str:
+        rate = self.nbytes / self.write_s / 1e6 if self.write_s else 0.0
+        return (
+            f"saved step {self.step} ({self.reason}, {self.kind}): training stood {self.stall_s:.3f} s; "
+            f"plan {self.plan_s:.3f}, stage {self.stage_s:.3f}, write {self.write_s:.3f}, commit "
+            f"{self.commit_s:.3f} s; "
+            f"rank 0 wrote {self.nbytes / 1e6:.1f} MB ({rate:.0f} MB/s)"
+        )
+
+
+def note_event(storage: Storage, folder: str, event: SaveEvent) -> None:
+    """Add the event's line to the log in ``folder``. A line that a crash tore stays a line of its own.
+
+    Raises:
+        StorageError: the storage refused.
+    """
+    path = join(folder, EVENTS_NAME)
+    end = b"\n" if _is_torn(storage, path) else b""
+    storage.append(path, end + event.line())
+
+
+def _is_torn(storage: Storage, path: str) -> bool:
+    found = storage.stat(path)
+    if found is None or not found.nbytes:
+        return False
+    last = bytearray(1)
+    with storage.open_read(path) as handle:
+        handle.read_into(handle.nbytes - 1, [memoryview(last)])
+    return last != b"\n"
+
+
+def suspicion(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
+    """What is odd about two saves in a row, by the digests of their parts; None if training visibly goes on."""
+    common = {part for part in ("model", "optimizer") if part in before and part in after}
+    if "model" not in common:
+        return None
+    same = {part for part in common if before[part] == after[part]}
+    if same == common:
+        return "not one tensor has changed since the save before: is the optimizer stepping?"
+    if same == {"model"}:
+        return "the optimizer's state has changed since the save before, but not one weight: is the learning rate 0?"
+    if same == {"optimizer"}:
+        return (
+            "weights have changed since the save before, but the optimizer's state has not: is it the right optimizer?"
+        )
+    return None

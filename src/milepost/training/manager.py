@@ -1,0 +1,396 @@
+"""``CheckpointManager``: what a training loop talks to. When to save, what to keep, where to resume from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike, fspath
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+
+from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
+from milepost.collective.interrupt import interrupts_held
+from milepost.config import CheckpointConfig
+from milepost.errors import ConfigError, MilepostError, SaveError, StorageError
+from milepost.interop.hf.form import HfModel
+from milepost.loading.load import LoadReport
+from milepost.run import catalog
+from milepost.run.assemble import SaveInfo
+from milepost.run.commit import live_owners, sweep_leftovers
+from milepost.run.lock import RunLock
+from milepost.saving.async_save import AsyncSaver, SaveHandle, log_wait
+from milepost.saving.job import Keep
+from milepost.saving.save import Saver, SaveReport
+from milepost.storage import open_storage
+from milepost.storage.base import join
+from milepost.training.events import SaveEvent, note_event, suspicion
+from milepost.training.hf_export import hf_form
+from milepost.training.loader import Loader
+from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
+from milepost.training.signals import DUE, FAILED, SAVE, STOP, SignalFlags
+from milepost.training.training_state import TrainingState
+
+log = logging.getLogger("milepost")
+
+T = TypeVar("T")
+
+MAX_FAILURES = 3
+"""So many failed saves in a row stop a run that was told to go on after one."""
+WRITERS_TIMEOUT_S = 120.0
+"""How long a run that starts waits for the writer processes of a run that died."""
+
+
+class CheckpointManager:
+    """Saves and resumes a training run. All methods are collective: call them on every rank.
+
+    Ctrl-C in the middle of one raises KeyboardInterrupt at its end, so that no rank is left waiting for this one; a
+    second Ctrl-C raises it at once.
+
+    Example::
+
+        manager = CheckpointManager("outputs/checkpoint", CheckpointConfig(enable=True, interval=100),
+                                    model=model, optimizer=optimizer, train_state=my_state)
+        manager.load()
+        for step in range(my_state.step + 1, num_steps + 1):
+            ...
+            manager.save(step, last_step=step == num_steps)
+        manager.close()
+
+    Args:
+        folder: where the steps are kept, as ``step-<N>`` folders.
+        config: see :class:`milepost.CheckpointConfig`.
+        model: a module, or this rank's pipeline stages.
+        optimizer: one or several optimizers over the model's parameters.
+        lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
+        dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
+        layout: degrees of parallelism by name. Recorded; random generators are restored only under the same one.
+        hf: which model this is, for ``initial_load_in_hf`` and ``last_save_in_hf``.
+        comm: how ranks exchange; by default the default process group, or one process.
+
+    Raises (from every method, on every rank): subclasses of :class:`milepost.MilepostError`.
+    """
+
+    @interrupts_held()
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        config: CheckpointConfig | None = None,
+        *,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        lr_scheduler: Any = None,
+        dataloader: Stateful | None = None,
+        train_state: Stateful | None = None,
+        layout: Mapping[str, int] | None = None,
+        hf: HfModel | None = None,
+        comm: Comm | None = None,
+    ):
+        self._config = config if config is not None else CheckpointConfig(enable=True)
+        self._comm = comm if comm is not None else default_comm()
+        parent, name = open_storage(fspath(folder))
+        self._storage, self._folder = parent, name
+        self._layout = dict(layout or {})
+        self._hf = hf
+        if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf):
+            raise ConfigError(
+                "initial_load_in_hf and last_save_in_hf need to know the model: give CheckpointManager `hf`"
+            )
+        failure = None
+        try:
+            self._state = TrainingState.of(
+                model=model,
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dataloader=dataloader,
+                train_state=train_state,
+                rank=self._comm.rank,
+            )
+            self._saver = self._make_saver()
+        except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
+            failure = failure_on(self._comm.rank, cause, MilepostError)
+        raise_together(self._comm, failure)
+        self._lock: RunLock | None = None  # rank 0 holds it
+        self._pending: _Pending | None = None
+        self._protected: dict[int, str] = {}
+        self._contents: Mapping[str, str] = {}
+        self._events: list[SaveEvent] = []
+        self._signals = SignalFlags()
+        self._blocked_s = 0.0
+        self._stall_s: float | None = None
+        self._num_failures = 0  # in a row
+        self._loader = Loader(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf)
+        self._last_save = time.monotonic()
+        if self._saver is not None:
+            on_rank_0(self._comm, self._clear_leftovers)
+
+    def _make_saver(self) -> Saver | AsyncSaver | None:
+        if not self._config.enable or self._config.load_only:
+            return None
+        if self._config.async_mode == "disabled":
+            return Saver(self._storage, self._comm)
+        return AsyncSaver(self._storage, self._comm, self._config.async_mode)
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds that the training thread has spent in this manager's methods."""
+        return self._blocked_s
+
+    @property
+    def folder(self) -> str:
+        """Where the steps are kept."""
+        return join(self._storage.root, self._folder)
+
+    @property
+    @interrupts_held()
+    def latest_step(self) -> int | None:
+        """The newest step that can be loaded, of whatever kind; None if there is none. Collective."""
+        if not self._config.enable:
+            return None
+        steps = [entry.step for entry in on_rank_0(self._comm, self._loader.scan) if entry.is_usable]
+        return max(steps, default=None)
+
+    @interrupts_held()
+    def load(self) -> LoadReport | None:
+        """Resume, or start from ``initial_load_path``; None when there is nothing to load and training starts afresh.
+
+        The newest committed step with the full state is taken, or ``load_step``. When its bytes prove damaged, it is
+        marked so and the next older one is taken, on all ranks together; ``load_step`` never falls back.
+        """
+        if not self._config.enable:
+            return None
+        with self._blocked():
+            report = self._loader.load()
+        if report is not None and report.resumed_step is not None:
+            self._protected[report.resumed_step] = "this run resumed from it"
+        return report
+
+    @interrupts_held()
+    def save(self, step: int, *, last_step: bool = False) -> bool:
+        """Save if a checkpoint is due after ``step``; returns whether one was begun.
+
+        It is due by ``interval``, by the clock (``interval_seconds``, ``interval = "auto"``), at the last step, or
+        because a rank got a signal (:meth:`listen_to_signals`). The steps before are untouched until the new one is
+        committed; then ``keep_latest_k`` is applied. When this returns, it is committed (``async_mode = "disabled"``),
+        or staged (``"async"``), or being staged (``"async_with_pinned_mem"``: see :meth:`maybe_wait_for_staging`).
+
+        Raises:
+            SaveError: this save failed, or the one before did in the background; on every rank.
+        """
+        if self._saver is None:
+            return False
+        reason = reason_to_save(self._config, step, is_last=last_step) or self._reason_to_save_now()
+        if reason is None:
+            return False
+        with self._blocked() as blocked:
+            pending = self._begin_or_warn(step, reason, last_step=last_step)
+        if pending is None:
+            return False
+        self._stall_s = pending.stall_s = blocked.seconds
+        self._last_save = time.monotonic()
+        self._pending = pending
+        if pending.report is not None or self.stop_requested:
+            self._settle()
+        return True
+
+    def maybe_wait_for_staging(self) -> None:
+        """Return when the weights may be changed again. To be called before ``optimizer.step()``.
+
+        If staging failed, the save is lost and its error is raised, on every rank, by the next :meth:`save` or
+        :meth:`close`.
+        """
+        pending = self._pending
+        if pending is None or pending.handle is None or pending.is_staged:
+            return
+        with self._blocked() as blocked, contextlib.suppress(MilepostError):
+            pending.handle.staged()
+        pending.is_staged = True
+        pending.stall_s += blocked.seconds
+        self._stall_s = pending.stall_s
+
+    @interrupts_held()
+    def close(self) -> None:
+        """Wait until the last save is committed (rank 0 logs how far it is), and let go of memory and processes.
+
+        Raises:
+            SaveError: on every rank, if that save failed and nothing raised it before.
+        """
+        if self._saver is None:
+            return
+        saver, self._saver = self._saver, None
+        self._signals.restore()
+        try:
+            with self._blocked():
+                if isinstance(saver, AsyncSaver):
+                    saver.close()
+        finally:
+            self._settle()
+            if self._lock is not None:
+                self._lock.release()
+
+    def listen_to_signals(self) -> None:
+        """From now on SIGUSR1 on any rank saves at the next :meth:`save`, and SIGTERM does so and asks to stop.
+
+        Call it on the main thread of every rank. Ranks then exchange a number at every call of :meth:`save`.
+        """
+        if self._saver is not None:
+            self._signals.listen()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a rank got SIGTERM, as of the last :meth:`save`; then that save is committed already."""
+        return bool(self._signals.agreed & STOP)
+
+    def take_events(self) -> list[SaveEvent]:
+        """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
+        events, self._events = self._events, []
+        return events
+
+    def _reason_to_save_now(self) -> str | None:
+        """By the clock of rank 0, or a signal on any rank. Collective if any of these is in use."""
+        if not self._signals.listening and not needs_clock(self._config):
+            return None
+        by_clock, failure = None, None
+        try:
+            flags = self._signals.take()
+            if self._comm.rank == 0:
+                since = time.monotonic() - self._last_save
+                by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
+                flags |= DUE if by_clock is not None else 0
+        except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the flags
+            flags, failure = FAILED, failure_on(self._comm.rank, cause)
+        self._signals.agreed = agreed = self._comm.union(flags)
+        if agreed & FAILED:
+            raise_together(self._comm, failure)
+        if agreed & STOP:
+            return "SIGTERM"
+        if agreed & SAVE:
+            return "SIGUSR1"
+        return (by_clock or "by the clock of rank 0") if agreed & DUE else None
+
+    def _begin_or_warn(self, step: int, reason: str, *, last_step: bool) -> _Pending | None:
+        """Begin a save; with ``on_save_error = "warn"`` None when it failed. Failures are the same on every rank."""
+        while True:
+            try:
+                return self._begin(step, reason, last_step=last_step)
+            except SaveError as error:
+                self._num_failures += 1
+                if self._config.on_save_error == "stop":
+                    raise
+                if self._num_failures >= MAX_FAILURES:
+                    raise SaveError(
+                        f"{self._num_failures} saves in a row have failed; the last: {error.message}", rank=error.rank
+                    ) from error
+                if self._comm.rank == 0:
+                    log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
+                if not isinstance(self._saver, AsyncSaver):
+                    return None
+                # It was the save before that failed, in the background: this one has not been tried yet.
+
+    def _begin(self, step: int, reason: str, *, last_step: bool) -> _Pending:
+        config = self._config
+        model_only = config.create_seed_checkpoint or (last_step and config.last_save_model_only)
+        is_export = model_only and not config.create_seed_checkpoint and config.export_dtype != "float32"
+        dtype = getattr(torch, config.export_dtype) if is_export else None
+        wanted = ("model",) if model_only else self._state.present()
+        kind = "model" if model_only else "full"
+        info = SaveInfo(step=step, kind=kind, layout=self._layout)
+        target = join(self._folder, catalog.step_name(step))
+        keep = Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected))
+        make_state = partial(self._state.state_dict, wanted)
+        form = None
+        if self._hf is not None and model_only and last_step and config.last_save_in_hf:
+            form = hf_form(self._comm, self._hf, self._state, dtype)
+        if isinstance(self._saver, AsyncSaver):
+            try:
+                handle = self._saver.save(target, make_state, info, dtype=dtype, keep=keep, form=form)
+            finally:
+                self._settle()  # the save before has ended
+            return _Pending(step, reason, kind, handle=handle)
+        assert self._saver is not None
+        report = self._saver.save(target, make_state, info, dtype=dtype, keep=keep, form=form)
+        return _Pending(step, reason, kind, report=report)
+
+    def _settle(self) -> None:
+        """Wait for the pending save and tell of it on rank 0. Its error is the saver's to raise."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        report = pending.report
+        if pending.handle is not None:
+            log_wait(pending.handle, self._comm.rank)
+            with contextlib.suppress(MilepostError):
+                report = pending.handle.result()
+        if report is None:
+            return
+        self._num_failures = 0
+        if self._comm.rank != 0:
+            return
+        event = SaveEvent.of(
+            report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
+        )
+        self._events.append(event)
+        log.info("%s", event)
+        odd = suspicion(self._contents, report.contents)
+        if odd is not None:
+            log.warning("step %d: %s", pending.step, odd)
+        self._contents = report.contents
+        try:
+            note_event(self._storage, self._folder, event)
+        except StorageError as error:  # the checkpoint itself is safe
+            log.warning("the event could not be noted: %s", error)
+
+    def _clear_leftovers(self) -> None:
+        """Take the folder for this run, let the writers of one that died finish, and sweep what nobody will."""
+        self._lock = RunLock(self._storage, self._folder)
+        deadline = time.monotonic() + WRITERS_TIMEOUT_S
+        told = False
+        while owners := live_owners(self._storage, self._folder, now=time.time()):
+            if not told:
+                told = True
+                log.info(
+                    "waiting up to %.0f s for %s to commit what an earlier run had staged",
+                    WRITERS_TIMEOUT_S,
+                    ", ".join(map(str, owners)),
+                )
+            if time.monotonic() > deadline:
+                log.warning("going on without it: %s still runs", owners[0])
+                break
+            time.sleep(0.05)
+        for name in sweep_leftovers(self._storage, self._folder, now=time.time()):
+            log.info("swept %s, left over by a run that died", name)
+
+    @contextmanager
+    def _blocked(self) -> Iterator[_Stopwatch]:
+        watch = _Stopwatch()
+        started = time.monotonic()
+        try:
+            yield watch
+        finally:
+            watch.seconds = time.monotonic() - started
+            self._blocked_s += watch.seconds
+
+
+class _Stopwatch:
+    seconds = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A save that was begun and not told of yet: with its report (written already) or its handle."""
+
+    step: int
+    reason: str
+    kind: str
+    report: SaveReport | None = None
+    handle: SaveHandle | None = None
+    is_staged: bool = False
+    stall_s: float = 0.0

@@ -1,0 +1,346 @@
+"""``verify``: is a checkpoint what was saved? Read-only, without torch, at the speed of the disk.
+
+Four levels, each with what the one before does:
+
+==========  ==============================================================================================
+metadata    commit record, ``.metadata`` and digests are whole and agree with each other
+sizes       every file that is named is there and has its size
+sample      up to 256 records, chosen at random, byte by byte
+full        every byte of every file: data against its digest, headers and footers against what they must be,
+            padding against zero
+==========  ==============================================================================================
+
+In a foreign checkpoint there are no digests but the CRC-32s of its zip records; what they do not cover (zip headers,
+padding) is counted in ``unchecked_nbytes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, StorageError
+from milepost.format import dcp_metadata
+from milepost.format.digest import BlockDigests, combine_blocks, crc32, parse_digests
+from milepost.format.manifest import DIGESTS_NAME, HF_FORMAT, METADATA_NAME, Manifest
+from milepost.format.safetensors import read_header
+from milepost.run import catalog
+from milepost.run.catalog import CheckpointInfo, CommitRecord, State
+from milepost.storage import open_storage
+from milepost.storage.base import ReadHandle, Storage, join
+from milepost.verification.extent_reader import ExtentReader, Findings, Problem, Progress
+from milepost.verification.extents import (
+    Extent,
+    Placed,
+    Unknown,
+    Zeros,
+    foreign_record,
+    own_record,
+    records_of,
+    sampled,
+)
+
+__all__ = ["LEVELS", "Level", "Problem", "Progress", "VerifyReport", "verify", "verify_in", "verify_run"]
+
+Level = Literal["metadata", "sizes", "sample", "full"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+SAMPLE_RECORDS = 256
+SAMPLE_NBYTES = 2 << 30
+"""A sample takes records until it has this many bytes to read, but at least one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a verification found. Sizes are in bytes."""
+
+    path: str
+    state: State
+    """As in the catalog, before any data was read."""
+    level: Level
+    problems: tuple[Problem, ...]
+    """In the order of files and offsets; the first 1000."""
+    num_problems: int
+    num_items: int
+    """Stored shards and objects that the checkpoint has."""
+    nbytes: int
+    """Size of all its files."""
+    read_nbytes: int
+    unchecked_nbytes: int
+    """Read, but nothing is recorded to check them against; always 0 for Milepost's own checkpoints."""
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing wrong was found, at this level."""
+        return not self.problems
+
+
+def verify(
+    path: str | os.PathLike[str],
+    level: Level = "full",
+    *,
+    num_threads: int = 2,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check the checkpoint at ``path``. Damage is reported, not raised.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed checkpoint.
+        ConfigError: there is no such level.
+        StorageError: the storage can't be read at all.
+    """
+    storage, name = open_storage(path)
+    return verify_in(storage, name, level, num_threads=num_threads, progress=progress)
+
+
+def verify_in(
+    storage: Storage,
+    path: str,
+    level: Level = "full",
+    *,
+    num_threads: int = 2,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """:func:`verify` for a checkpoint in an open storage."""
+    if level not in LEVELS:
+        raise ConfigError(f"there is no verification level {level!r}; levels are {', '.join(LEVELS)}")
+    started = time.monotonic()
+    info = catalog.examine(storage, path)
+    if info is None or info.state == "partial":
+        reason = info.reason if info is not None else "there is no such folder"
+        raise CheckpointNotFoundError(f"{storage.root}/{path} is no checkpoint: {reason}", path=path)
+    findings = Findings(progress, total_nbytes=info.nbytes if level == "full" else 0)
+    num_items = 0
+    try:
+        record = catalog.read_record(storage, path)
+    except FormatError as error:
+        findings.add(_problem_of(error, path))
+    except (CheckpointNotFoundError, StorageError):
+        _check_still_there(storage, path, info.record_id)
+        raise
+    else:
+        manifest = record.manifest
+        findings.count_read(record.files[record.name].nbytes)
+        num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
+        for fault in catalog.misnamed(manifest, path):
+            findings.add(Problem(fault.file, None, None, f"it {fault.text}"))
+        _check(storage, path, record, level, findings, num_threads)
+    if findings.num_problems:
+        _check_still_there(storage, path, info.record_id)
+    return VerifyReport(
+        path=f"{storage.root}/{path}",
+        state=info.state,
+        level=level,
+        notes=_consider_mark(storage, info, level, findings),
+        problems=findings.merged(),
+        num_problems=findings.num_problems,
+        num_items=num_items,
+        nbytes=info.nbytes,
+        read_nbytes=findings.read_nbytes,
+        unchecked_nbytes=findings.unchecked_nbytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def verify_run(
+    storage: Storage,
+    folder: str,
+    level: Level = "full",
+    *,
+    num_threads: int = 2,
+    on_step: Callable[[int], Progress | None] = lambda step: None,
+) -> list[VerifyReport]:
+    """Check every committed step in a run's folder, oldest first.
+
+    ``on_step`` is told each step before it is read, and may give a progress callback for it.
+
+    Raises:
+        CheckpointNotFoundError: the folder holds no step, or none that was ever committed.
+    """
+    entries = catalog.scan(storage, folder)
+    committed = [entry for entry in entries if entry.state != "partial"]
+    if not committed:
+        what = "only steps that were never committed" if entries else "no steps"
+        raise CheckpointNotFoundError(f"{storage.root}/{folder} holds {what}", path=folder)
+    reports = []
+    for entry in committed:
+        # A run that goes on deletes and replaces steps while we read.
+        with contextlib.suppress(CheckpointNotFoundError):
+            progress = on_step(entry.step)
+            reports.append(verify_in(storage, entry.path, level, num_threads=num_threads, progress=progress))
+    return reports
+
+
+def _problem_of(error: FormatError, path: str) -> Problem:
+    """What is wrong with a small file of the checkpoint at ``path``. The file is named once, relative to it."""
+    file = (error.path or path).rpartition("/")[2]
+    return Problem(file, error.key, None, error.message.removeprefix(f"{error.path}: "))
+
+
+def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
+    """What looks like damage may be a save or a deletion that happened meanwhile."""
+    info = catalog.examine(storage, path)
+    if info is None or info.record_id != record_id:
+        raise CheckpointNotFoundError(
+            f"{storage.root}/{path} was deleted or replaced while it was being verified", path=path
+        )
+
+
+def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, findings: Findings) -> tuple[str, ...]:
+    """Let a loader's mark of damage count, unless every byte was just found to be sound."""
+    said = catalog.read_mark(storage, info.path, info.record_id)
+    if said is None:
+        return ()
+    if level == "full" and not findings.num_problems:
+        mark = f"{storage.root}/{catalog.damage_mark(info.path)}"
+        return (f"a loader found it damaged ({said}), but now every byte is sound; to use it again remove {mark}",)
+    findings.add(Problem(info.name, None, None, f"a loader found it damaged: {said}"))
+    return ()
+
+
+def _check(
+    storage: Storage, path: str, record: CommitRecord, level: Level, findings: Findings, num_threads: int
+) -> None:
+    digests = _check_metadata(storage, path, record, findings) if record.is_own else None
+    if level == "metadata":
+        return
+    for fault in record.faults:
+        findings.add(Problem(fault.file, None, None, f"it {fault.text}"))
+    for name in sorted(record.files):
+        if name.endswith(".distcp") and name not in record.manifest.files:
+            findings.add(Problem(name, None, None, "it is not part of this checkpoint"))
+    if level == "sizes" or (record.is_own and digests is None):
+        return  # without digests nothing can be said of the data
+    placed = records_of(record.manifest)
+    if level == "sample":
+        placed = sampled(placed, random.Random(), SAMPLE_RECORDS, SAMPLE_NBYTES)
+        findings.total_nbytes += sum(one.stop - one.start for records in placed.values() for one in records)
+    with ExtentReader(findings, num_threads) as reader:
+        for name, records in sorted(placed.items()):
+            if name not in record.files or record.files[name].is_link:
+                continue  # told already
+            try:
+                handle = storage.open_read(join(path, name))
+            except StorageError as error:
+                findings.add(Problem(name, None, None, error.message))
+                continue
+            with handle:
+                file_nbytes = record.manifest.files[name].nbytes if level == "full" else None
+                reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
+
+
+def _extents(
+    handle: ReadHandle,
+    name: str,
+    records: Sequence[Placed],
+    file_nbytes: int | None,
+    digests: BlockDigests | None,
+    findings: Findings,
+) -> Iterator[Extent]:
+    """What the bytes of a file must be; also between the records if ``file_nbytes`` is given.
+
+    A record that can't even be laid out becomes a problem.
+    """
+    gap = Zeros if digests is not None else Unknown
+    position = 0
+    for record in records:
+        if file_nbytes is not None and record.start > position:
+            yield gap(position, record.start)
+        position = record.stop
+        try:
+            yield from own_record(record, digests) if digests is not None else foreign_record(handle, record)
+        except (FormatError, StorageError) as error:
+            findings.add(Problem(name, record.key, (record.start, record.stop), error.message))
+    if file_nbytes is not None and file_nbytes > position:
+        yield gap(position, file_nbytes)
+
+
+def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings: Findings) -> BlockDigests | None:
+    """The small files of our own commit; the digests if they can be relied on."""
+    contents: dict[str, bytes] = {}
+    for name, entry in record.manifest.files.items():
+        if entry.crc32 is None or any(fault.file == name for fault in record.faults):
+            continue
+        try:
+            content = storage.read(join(path, name))
+        except StorageError as error:
+            findings.add(Problem(name, None, None, error.message))
+            continue
+        findings.count_read(len(content))
+        if crc32(content) == entry.crc32:
+            contents[name] = content
+        else:
+            findings.add(Problem(name, None, (0, entry.nbytes), "it changed after it was written"))
+    if record.manifest.extra.get("format") == HF_FORMAT:
+        _check_safetensors(storage, path, record, findings)
+        return None
+    for name in (METADATA_NAME, DIGESTS_NAME):
+        if name not in record.manifest.files:
+            findings.add(Problem(name, None, None, "the manifest does not list it"))
+    digests = None
+    try:
+        if METADATA_NAME in contents:
+            _check_agreement(contents[METADATA_NAME], record.manifest, findings)
+        if DIGESTS_NAME in contents:
+            digests = parse_digests(contents[DIGESTS_NAME], record.manifest)
+            _check_item_digests(record.manifest, digests, findings)
+    except FormatError as error:
+        findings.add(_problem_of(error, path))
+    return digests
+
+
+def _check_safetensors(storage: Storage, path: str, record: CommitRecord, findings: Findings) -> None:
+    """The headers of weights that were saved for Hugging Face: their data has no digests to compare with."""
+    for name, entry in record.manifest.files.items():
+        if not name.endswith(".safetensors") or any(fault.file == name for fault in record.faults):
+            continue
+        try:
+            with storage.open_read(join(path, name)) as handle:
+                header = read_header(handle)
+        except (FormatError, StorageError) as error:
+            findings.add(Problem(name, None, None, error.message))
+            continue
+        data_nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
+        findings.count_read(entry.nbytes - data_nbytes, unchecked_nbytes=data_nbytes)
+
+
+def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> None:
+    """Stock DCP reads ``.metadata``, Milepost the manifest: both must lead to the same bytes."""
+    sizes = {name: entry.nbytes for name, entry in manifest.files.items()}
+    other = dcp_metadata.manifest_from_metadata(dcp_metadata.parse_metadata(data), sizes)
+    for key in sorted(manifest.tensors.keys() | other.tensors.keys() | manifest.objects.keys() | other.objects.keys()):
+        if _places(manifest, key) != _places(other, key):
+            findings.add(Problem(METADATA_NAME, key, None, "it says something else of the key than milepost.json"))
+
+
+def _places(manifest: Manifest, key: str) -> object:
+    """Dtype, shape and the places of all that is stored under a key."""
+    tensor, entry = manifest.tensors.get(key), manifest.objects.get(key)
+    shards = {
+        (shard.box, shard.file, shard.record_offset, shard.record_nbytes)
+        for shard in (tensor.shards if tensor is not None else ())
+        if shard.data_nbytes
+    }
+    return (
+        tensor and (tensor.dtype, tensor.shape),
+        shards,
+        entry and (entry.file, entry.record_offset, entry.record_nbytes),
+    )
+
+
+def _check_item_digests(manifest: Manifest, digests: BlockDigests, findings: Findings) -> None:
+    """The digest of each shard must be that of its blocks one after the other."""
+    for key, tensor in manifest.tensors.items():
+        for index, shard in enumerate(tensor.shards):
+            crcs = digests.of_shard(key, index)
+            if combine_blocks(crcs, shard.data_nbytes, digests.block_nbytes) != shard.crc32:
+                findings.add(
+                    Problem(DIGESTS_NAME, key, None, f"its digests of shard {shard.box} are not the manifest's")
+                )

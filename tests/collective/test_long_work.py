@@ -1,0 +1,64 @@
+"""A save or a load that takes long says how far it is, on one rank."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import milepost
+from milepost.collective.progress import Progress
+from milepost.interop.convert import convert
+from milepost.interop.hf.load import load_hf
+from milepost.interop.names.model_sizes import model_args
+from milepost.interop.options import ConvertOptions
+from milepost.saving.async_save import SaveHandle, log_wait
+from milepost.tensors.state import flatten
+from milepost.train.models import build_model
+
+
+def test_long_ones_tell_how_far_they_are_and_short_ones_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, logger="milepost")
+    state = {"w": torch.ones(1 << 20), "v": torch.ones(1 << 20)}
+    milepost.save(tmp_path / "step-1", state)
+    milepost.load(tmp_path / "step-1", state)
+    assert caplog.text == ""
+    monkeypatch.setattr(Progress, "EVERY_S", 0.0)
+    milepost.save(tmp_path / "step-2", state)
+    assert f"saving {tmp_path}/step-2: 100 % after 0 s" in caplog.text
+    milepost.load(tmp_path / "step-2", state)
+    assert f"loading {tmp_path}/step-2: 100 % after 0 s" in caplog.text
+
+
+def test_weights_from_hugging_face_tell_it_too(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, logger="milepost")
+    state = build_model("llama3", "debugmodel", vocab_size=64, seq_len=16).state_dict()
+    milepost.save(memory_path / "step-1", state)
+    args = model_args("llama3", "debugmodel", vocab_size=64)
+    convert(memory_path / "step-1", memory_path / "hf", ConvertOptions(to="hf", model="llama3", sizes=args))
+    caplog.clear()
+    monkeypatch.setattr(Progress, "EVERY_S", 0.0)
+    for tell in (False, True):
+        assert caplog.text == ""
+        load_hf(memory_path / "hf", "llama3", args, flatten(state).tensors, tell=tell)
+    assert f"loading {memory_path}/hf: 100 % after " in caplog.text
+
+
+def test_the_wait_for_a_save_in_the_background_is_told_on_one_rank(caplog: pytest.LogCaptureFixture):
+    """As ``close()`` waits at the end of a run."""
+    caplog.set_level(logging.INFO, logger="milepost")
+    for rank in (1, 0):
+        assert caplog.text == ""
+        handle = SaveHandle("/run/step-1", "id", nbytes=100)
+        handle._add_written(40)
+        threading.Timer(0.3, handle._committed.set_result, [None]).start()
+        log_wait(handle, rank, every_s=0.05)
+    assert "waiting for /run/step-1: 40 % written, 0 s" in caplog.text
+    assert "s for /run/step-1 to be committed" in caplog.text

@@ -1,0 +1,125 @@
+"""What a load takes from the storage: the blocks that it needs, each once, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import milepost
+from milepost.errors import StorageError
+from milepost.format.box import Box
+from milepost.format.manifest import BLOCK_NBYTES
+from milepost.loading.load import read_digests
+from milepost.loading.reader import ReadStats, read_objects, read_tensors
+from milepost.run import catalog
+from milepost.storage import LocalStorage, Storage
+from milepost.tensors.layout import Piece, TensorLeaf
+from milepost.tensors.plan import plan_load
+from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
+
+ROWS, COLUMNS = 7000, 1024
+BLOCK_ROWS = BLOCK_NBYTES // (4 * COLUMNS)
+FRAME_NBYTES = 4096
+"""No header or footer is larger."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tensor of seven blocks, and many small ones."""
+    folder = tmp_path_factory.mktemp("reader")
+    small = {f"n{n}": torch.full((5,), n) for n in range(40)}
+    objects = {f"o{n}": n for n in range(40)}
+    milepost.save(folder / "step-1", {"w": whole(), "small": small, "objects": objects})
+    return folder
+
+
+def whole() -> torch.Tensor:
+    return torch.arange(ROWS * COLUMNS, dtype=torch.float32).reshape(ROWS, COLUMNS)
+
+
+def read(storage: Storage, box: Box, local: torch.Tensor, num_threads: int = 2) -> ReadStats:
+    manifest = catalog.read_manifest(storage, "step-1")
+    digests = read_digests(storage, "step-1", manifest)
+    leaf = TensorLeaf("w", local.dtype, (ROWS, COLUMNS), (Piece(box, Box.whole(box.sizes)),), local)
+    stats = read_tensors(
+        storage, "step-1", plan_load(manifest, [leaf.spec]), {"w": leaf}, digests, num_threads=num_threads
+    )
+    wanted = whole()[tuple(slice(a, b) for a, b in zip(box.offsets, box.stops, strict=True))]
+    assert torch.equal(local, wanted.to(local.dtype))
+    return stats
+
+
+CASES: dict[str, tuple[Box, int]] = {
+    "all of it": (Box((0, 0), (ROWS, COLUMNS)), ROWS),
+    "whole blocks": (Box((BLOCK_ROWS, 0), (2 * BLOCK_ROWS, COLUMNS)), 2 * BLOCK_ROWS),
+    "a row": (Box((5000, 0), (1, COLUMNS)), BLOCK_ROWS),
+    "rows over a border of blocks": (Box((BLOCK_ROWS - 1, 0), (2, COLUMNS)), 2 * BLOCK_ROWS),
+    "the last row": (Box((ROWS - 1, 0), (1, COLUMNS)), ROWS % BLOCK_ROWS),
+    "part of a row": (Box((1, 8), (1, 8)), BLOCK_ROWS),
+    # Every block holds some of these columns, so every block must be checked; none is read twice.
+    "columns": (Box((0, 128), (ROWS, 128)), ROWS),
+    "columns of some rows": (Box((3000, 128), (100, 128)), 2 * BLOCK_ROWS),  # over a border too
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", ["straight", "transposed", "cast"])
+def test_each_block_that_is_needed_is_read_once(folder: Path, case: str, form: str) -> None:
+    box, rows = CASES[case]
+    local = {
+        "straight": lambda: torch.zeros(box.sizes),
+        "transposed": lambda: torch.zeros(tuple(reversed(box.sizes))).t(),
+        "cast": lambda: torch.zeros(box.sizes, dtype=torch.float64),
+    }[form]()
+    storage = TraceStorage(LocalStorage(folder))
+    stats = read(storage, box, local)
+    needed = rows * COLUMNS * 4
+    assert needed <= stats.read_nbytes <= needed + FRAME_NBYTES
+    assert stats.wanted_nbytes == local.nbytes
+    reads = [op for op in storage.operations if op.name == "read_into" and op.path.endswith(".distcp")]
+    assert sum(op.nbytes for op in reads) == stats.read_nbytes
+
+
+def test_small_values_are_read_together(folder: Path) -> None:
+    storage = TraceStorage(LocalStorage(folder))
+    manifest = catalog.read_manifest(storage, "step-1")
+    found = dict(read_objects(storage, "step-1", manifest, [f"objects.o{n}" for n in range(40)]))
+    assert found == {f"objects.o{n}": n for n in range(40)}
+    assert sum(op.name == "read_into" and op.path.endswith(".distcp") for op in storage.operations) == 1
+
+
+class FailsLate(WrappedStorage):
+    """From the third block on nothing can be read."""
+
+    def around(self, operation: Operation, act: Callable[[], Any], half: Callable[[], None] | None = None) -> Any:
+        late = operation.path.endswith(".distcp") and operation.offset > 2 * BLOCK_NBYTES
+        if operation.name == "read_into" and late:
+            raise StorageError("input/output error", operation="read", path=operation.path, errno=errno.EIO)
+        return act()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_error_of_any_thread_is_raised(folder: Path, num_threads: int) -> None:
+    with pytest.raises(StorageError, match="input/output error"):
+        read(FailsLate(LocalStorage(folder)), Box.whole((ROWS, COLUMNS)), torch.zeros(ROWS, COLUMNS), num_threads)
+
+
+def test_truncation_after_the_scan_is_an_error(folder: Path, memory_path: Path) -> None:
+    """A file that is cut off while it is loaded: never a short read."""
+    milepost.save(memory_path / "step-1", {"w": torch.ones(100_000)})
+    storage = LocalStorage(memory_path)
+    manifest = catalog.read_manifest(storage, "step-1")
+    digests = read_digests(storage, "step-1", manifest)
+    data = next((memory_path / "step-1").glob("*.distcp"))
+    with data.open("r+b") as file:
+        file.truncate(200_000)
+    leaf = TensorLeaf(
+        "w", torch.float32, (100_000,), (Piece(Box((0,), (100_000,)), Box((0,), (100_000,))),), torch.zeros(100_000)
+    )
+    with pytest.raises(StorageError, match="it was cut off"):
+        read_tensors(storage, "step-1", plan_load(manifest, [leaf.spec]), {"w": leaf}, digests)

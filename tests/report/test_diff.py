@@ -1,0 +1,137 @@
+"""``diff``: what differs between two sets of tensors, whatever format each is in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from zoo import save_model
+
+from milepost.errors import ConfigError, DigestMismatchError
+from milepost.interop.convert import convert
+from milepost.interop.options import ConvertOptions
+from milepost.report.diff import DiffReport, ValueChange, diff
+from milepost.storage import LocalStorage
+from milepost.testing.sample import Array, save_arrays
+
+
+def compared(folder: Path, a: dict[str, Array], b: dict[str, Array], **options: bool) -> DiffReport:
+    storage = LocalStorage(folder)
+    save_arrays(storage, "a", a)
+    save_arrays(storage, "b", b, num_ranks=2)
+    return diff(folder / "a", folder / "b", **options)  # type: ignore[arg-type]
+
+
+def change(folder: Path, a: Array, b: Array) -> ValueChange | None:
+    report = compared(folder, {"w": a}, {"w": b}, values=True)
+    assert (report.only_a, report.only_b) == ((), ())
+    return report.values[0] if report.values else None
+
+
+def test_elements_that_differ_are_counted_and_the_largest_is_placed(memory_path: Path) -> None:
+    a = np.arange(24, dtype="float32").reshape(4, 6)
+    b = a.copy()
+    b[1, 2] += 0.5
+    b[3, 5] -= 2
+    assert change(memory_path, a, b) == ValueChange("w", 24, 2, 2.0, pytest.approx(2 / 23), (3, 5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", ml_dtypes.bfloat16, "complex64", "float64"])
+def test_every_dtype_is_compared(memory_path: Path, dtype: str) -> None:
+    a = np.zeros(9, dtype)
+    b = a.copy()
+    b[4] = 1
+    found = change(memory_path, a, b)
+    assert found is not None
+    assert (found.num_different, found.max_abs, found.at) == (1, 1.0, (4,))
+
+
+def test_equal_tensors_do_not_differ_whatever_is_in_them(memory_path: Path) -> None:
+    odd = np.array([math.nan, math.inf, -0.0, 1e-45], "float32")
+    assert change(memory_path, odd, odd.copy()) is None
+
+
+def test_a_nan_on_one_side_is_the_largest_difference(memory_path: Path) -> None:
+    a = np.array([1.0, 2.0, 3.0], "float32")
+    found = change(memory_path, a, np.array([9.0, math.nan, 3.0], "float32"))
+    assert found is not None
+    assert found.num_different == 2
+    assert math.isnan(found.max_abs)
+    assert found.at == (1,)
+
+
+def test_other_bytes_of_equal_value_count_as_different(memory_path: Path) -> None:
+    found = change(memory_path, np.array([0.0, 1.0], "float32"), np.array([-0.0, 1.0], "float32"))
+    assert found is not None
+    assert (found.num_different, found.max_abs) == (1, 0.0)
+
+
+def test_infinities_of_the_same_sign_do_not_hide_a_difference(memory_path: Path) -> None:
+    a = np.array([math.inf, 1.0], "float32")
+    found = change(memory_path, a, np.array([math.inf, 1.25], "float32"))
+    assert found is not None
+    assert (found.num_different, found.max_abs, found.at) == (1, 0.25, (1,))
+
+
+def test_a_tensor_larger_than_a_slab_is_compared_to_its_end(memory_path: Path) -> None:
+    a = np.zeros((5, 1 << 20), "float32")
+    b = a.copy()
+    b[4, -1] = 1
+    found = change(memory_path, a, b)
+    assert found is not None
+    assert found.at == (4, (1 << 20) - 1)
+
+
+def test_scalars_and_empty_tensors(memory_path: Path) -> None:
+    a: dict[str, Array] = {"s": np.array(1.0, "float32"), "e": np.zeros((0, 3), "float32")}
+    b: dict[str, Array] = {"s": np.array(2.0, "float32"), "e": np.zeros((0, 3), "float32")}
+    report = compared(memory_path, a, b, values=True)
+    assert [(found.key, found.at) for found in report.values] == [("s", ())]
+
+
+def test_without_values_the_digests_tell_where_shards_are_the_same(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    a: dict[str, Array] = {"same": np.ones(4, "int32"), "other": np.ones(4, "int32")}
+    save_arrays(storage, "a", a, num_ranks=2)
+    save_arrays(storage, "b", {**a, "other": np.zeros(4, "int32")}, num_ranks=2)
+    report = diff(memory_path / "a", memory_path / "b")
+    assert (report.other_bytes, report.num_same, report.num_unknown) == (("other",), 1, 0)
+    save_arrays(storage, "c", a, num_ranks=4)  # cut otherwise: the digests are of other boxes
+    report = diff(memory_path / "a", memory_path / "c")
+    assert (report.is_same, report.num_same, report.num_unknown) == (True, 0, 2)
+
+
+def test_damage_is_an_error_and_no_difference(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    for name in "ab":
+        manifest = save_arrays(storage, name, {"w": np.ones(1000, "float32")})
+    offset = manifest.tensors["w"].shards[0].data_offset
+    assert offset is not None
+    with (memory_path / "b/__0_0.distcp").open("r+b") as file:
+        file.seek(offset + 17)
+        file.write(b"\xff")
+    with pytest.raises(DigestMismatchError, match="'w'"):
+        diff(memory_path / "a", memory_path / "b", values=True)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_a_model_is_the_same_in_every_format(memory_path: Path, name: str) -> None:
+    """Other names, other order of rows for rotary embeddings, other files: the same model."""
+    save_model(LocalStorage(memory_path), "own", name)
+    own = memory_path / "own"
+    for to in ("hf", "pt"):
+        convert(own, memory_path / to, ConvertOptions(to=to, model=name, flavor="debugmodel"))  # type: ignore[arg-type]
+        by_meaning = diff(own, memory_path / to, values=True, model=name, flavor="debugmodel")
+        assert by_meaning.is_same
+        assert by_meaning.num_same > 20
+    by_name = diff(own, memory_path / "hf", values=True)
+    assert not by_name.is_same
+    assert by_name.num_same == 0
+
+
+def test_model_and_flavor_go_together(memory_path: Path) -> None:
+    with pytest.raises(ConfigError, match="go together"):
+        diff(memory_path, memory_path, model="llama3")

@@ -1,0 +1,184 @@
+"""Retention: what goes is exactly what no rule keeps, and never what a resume may need."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milepost.errors import StorageError
+from milepost.run import catalog, retention
+from milepost.run.catalog import StepEntry
+from milepost.storage import LocalStorage
+from milepost.testing.sample import save_arrays
+from milepost.testing.wrap import WrappedStorage
+
+NOW = 1_000_000.0
+
+
+def entry(step: int, state: str = "committed", **fields: object) -> StepEntry:
+    given = {"kind": "full", "nbytes": 10, "created_s": NOW - 1000 + step} | fields
+    return StepEntry(step=step, path=f"run/step-{step}", state=state, **given)  # type: ignore[arg-type]
+
+
+def deleted(entries: list[StepEntry], **rules: object) -> list[int]:
+    options = {"keep_latest_k": 2, "protected": {}, "now": NOW} | rules
+    return [d.step for d in retention.plan(entries, **options) if not d.keep]  # type: ignore[arg-type]
+
+
+def test_the_k_newest_stay() -> None:
+    assert deleted([entry(step) for step in (5, 30, 10, 20)]) == [5, 10]
+
+
+def test_zero_keeps_all() -> None:
+    assert deleted([entry(step) for step in range(20)], keep_latest_k=0) == []
+
+
+def test_multiples_stay() -> None:
+    assert deleted([entry(step) for step in range(1, 10)], keep_latest_k=1, keep_every_n=4) == [1, 2, 3, 5, 6, 7]
+
+
+def test_what_is_young_stays() -> None:
+    entries = [entry(step, created_s=NOW - 100 * (5 - step)) for step in range(5)]
+    assert deleted(entries, keep_latest_k=1, keep_within_s=250) == [0, 1, 2]
+    # A clock that jumped back must not delete what seems to come from the future.
+    assert deleted([entry(1, created_s=NOW + 9999), entry(2)], keep_latest_k=1, keep_within_s=1) == []
+
+
+def test_what_is_not_a_committed_step_of_our_own_neither_counts_nor_goes() -> None:
+    entries = [
+        entry(1),
+        entry(2),
+        entry(3, "foreign"),
+        entry(4, "partial"),
+        entry(5, "damaged", reason="cut off"),
+        entry(6, is_link=True),
+    ]
+    assert deleted(entries, keep_latest_k=1) == [1]
+
+
+def test_pinned_and_protected_steps_stay_and_count_as_steps() -> None:
+    entries = [entry(1, pinned=True), entry(2), entry(3), entry(4), entry(5)]
+    assert deleted(entries, protected={3: "this run resumed from it"}) == [2]
+
+
+def test_the_newest_step_to_resume_from_outlives_newer_weights() -> None:
+    entries = [entry(1), entry(2), entry(3, kind="model"), entry(4, kind="model")]
+    assert deleted(entries, keep_latest_k=1) == [1, 3]
+    assert deleted(entries, keep_latest_k=2) == [1]
+
+
+def test_each_decision_carries_its_reason() -> None:
+    entries = [
+        entry(1),
+        entry(2, pinned=True),
+        entry(3),
+        entry(4, "damaged", reason="cut off"),
+        entry(5, "foreign"),
+        entry(6, "partial", reason="it was never committed"),
+        entry(7, is_link=True),
+        entry(10),
+        entry(11, created_s=NOW - 60),
+        entry(12),
+        entry(13),
+        entry(14, kind="model"),
+    ]
+    decisions = retention.plan(
+        entries, keep_latest_k=3, keep_every_n=5, keep_within_s=7200, protected={3: "needed"}, now=NOW
+    )
+    assert {d.step: d.reason for d in decisions} == {
+        1: "it was committed in the last 2 h",
+        2: "it is pinned",
+        3: "needed",
+        4: "it is damaged: cut off",
+        5: "it is foreign, written by another program",
+        6: "it is partial: it was never committed",
+        7: "it is a link to a folder elsewhere",
+        10: "it is a multiple of 5",
+        11: "it was committed in the last 2 h",
+        12: "it is one of the 3 newest",
+        13: "it is the newest step to resume from",
+        14: "it is the newest committed step",
+    }
+    (first, _) = retention.plan([entry(1), entry(2)], keep_latest_k=1, protected={}, now=NOW)
+    assert (first.keep, first.reason) == (False, "no rule keeps it")
+
+
+states = st.sampled_from(["committed", "committed", "committed", "foreign", "partial", "damaged"])
+
+
+@given(
+    runs=st.dictionaries(
+        st.integers(0, 60), st.tuples(states, st.sampled_from(["full", "model"]), st.booleans(), st.booleans())
+    ),
+    k=st.integers(0, 5),
+    n=st.integers(0, 7),
+    protected=st.sets(st.integers(0, 60)),
+)
+def test_a_resume_loses_nothing_whatever_the_rules(
+    runs: dict[int, tuple[str, str, bool, bool]], k: int, n: int, protected: set[int]
+) -> None:
+    entries = [
+        entry(step, state, kind=kind, pinned=pinned, is_link=link) for step, (state, kind, pinned, link) in runs.items()
+    ]
+    rules = {"keep_latest_k": k, "keep_every_n": n, "protected": dict.fromkeys(protected, "needed")}
+    gone = set(deleted(entries, **rules))
+    left = [e for e in entries if e.step not in gone]
+    for kinds in (("full",), ("full", "model")):
+        before, after = catalog.newest(entries, kinds), catalog.newest(left, kinds)
+        own_before = catalog.newest([e for e in entries if e.state == "committed"], kinds)
+        own_after = catalog.newest([e for e in left if e.state == "committed"], kinds)
+        assert (before, own_before) == (after, own_after)
+    assert not gone & protected
+    assert all(e.state == "committed" and not e.pinned and not e.is_link for e in entries if e.step in gone)
+    assert k or not gone
+    # Pruning twice is pruning once.
+    assert deleted(left, **rules) == []
+
+
+def test_applying_deletes_what_was_decided(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    for step in range(4):
+        save_arrays(storage, f"run/step-{step}", {"w": np.zeros(3, "float32")})
+    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=2, protected={}, now=NOW)
+    assert retention.apply(storage, "run", decisions) == ["step-0", "step-1"]
+    assert [e.name for e in storage.list("run")] == ["step-2", "step-3"]
+
+
+def test_one_step_that_cannot_be_deleted_does_not_keep_the_others(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    for step in range(4):
+        save_arrays(storage, f"run/step-{step}", {"w": np.zeros(3, "float32")})
+
+    class Stubborn(WrappedStorage):
+        def rename(self, src: str, dst: str) -> None:
+            if src == "run/step-0":
+                raise StorageError("permission denied", operation="rename", path=src, errno=errno.EACCES)
+            self.inner.rename(src, dst)
+
+    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=1, protected={}, now=NOW)
+    with pytest.raises(StorageError, match="permission denied"):
+        retention.apply(Stubborn(storage), "run", decisions)
+    assert [e.name for e in storage.list("run")] == ["step-0", "step-3"]
+
+
+def test_what_another_prunes_at_the_same_time_is_no_error(memory_path: Path) -> None:
+    """The trainer after a save, and somebody's ``milepost prune``: before ours begins, and between its steps."""
+    storage = LocalStorage(memory_path)
+    for step in range(4):
+        save_arrays(storage, f"run/step-{step}", {"w": np.zeros(4, "float32")}, step=step)
+
+    class Shared(WrappedStorage):
+        def rename(self, src: str, dst: str) -> None:
+            if src == "run/step-1":
+                storage.remove_tree(src)
+            super().rename(src, dst)
+
+    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=1, protected={}, now=0.0)
+    storage.remove_tree("run/step-0")
+    assert retention.apply(Shared(storage), "run", decisions) == ["step-2"]
+    assert [found.step for found in catalog.scan(storage, "run")] == [3]
