@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import milepost
-from milepost.collective.progress import Progress
+from milepost.collective.progress import ProgressLog
 from milepost.interop.convert import convert
 from milepost.interop.hf.load import load_hf
 from milepost.interop.names.model_sizes import model_args
@@ -28,7 +28,7 @@ def test_long_ones_tell_how_far_they_are_and_short_ones_are_silent(
     milepost.save(tmp_path / "step-1", state)
     milepost.load(tmp_path / "step-1", state)
     assert caplog.text == ""
-    monkeypatch.setattr(Progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(ProgressLog, "EVERY_S", 0.0)
     milepost.save(tmp_path / "step-2", state)
     assert f"saving {tmp_path}/step-2: 100 % after 0 s" in caplog.text
     milepost.load(tmp_path / "step-2", state)
@@ -44,7 +44,7 @@ def test_weights_from_hugging_face_tell_it_too(
     args = model_args("llama3", "debugmodel", vocab_size=64)
     convert(memory_path / "step-1", memory_path / "hf", ConvertOptions(to="hf", model="llama3", sizes=args))
     caplog.clear()
-    monkeypatch.setattr(Progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(ProgressLog, "EVERY_S", 0.0)
     for tell in (False, True):
         assert caplog.text == ""
         load_hf(memory_path / "hf", "llama3", args, flatten(state).tensors, tell=tell)

@@ -22,7 +22,7 @@ import torch
 from small_runs import CASES, MODES, RUN, Case, impatient, prepare, quiet, shown, train
 from two_ranks import Outcome, PairComm, run_pair, through
 
-from milepost.collective import watch
+from milepost.collective import progress
 from milepost.errors import MilepostError, SaveError
 from milepost.run import catalog, commit, signoff
 from milepost.run.assemble import SaveInfo
@@ -70,7 +70,7 @@ def listening(on_line: Callable[[str], None] = lambda _: None) -> Iterator[Log]:
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        with mock.patch.object(watch, "SLOW_S", 0.1), mock.patch.object(signoff, "SLOW_S", 0.1):
+        with mock.patch.object(progress, "SLOW_S", 0.1), mock.patch.object(signoff, "SLOW_S", 0.1):
             yield lines
     finally:
         logger.removeHandler(handler)

@@ -68,10 +68,10 @@ class PairComm:
     def barrier(self) -> None:
         self.union(0)
 
-    def leave_word(self, name: str, text: str) -> None:
+    def post(self, name: str, text: str) -> None:
         """Lost, as it may be: storage records alone must do."""
 
-    def find_word(self, name: str) -> str | None:
+    def look_up(self, name: str) -> str | None:
         return None
 
 

@@ -19,8 +19,7 @@ from milepost.errors import CheckpointNotFoundError, ConfigError, MilepostError,
 from milepost.format.box import Box
 from milepost.run import catalog, commit, owner
 from milepost.run.assemble import SaveInfo, assemble
-from milepost.run.signoff import SignOff, sign_off
-from milepost.run.written import WrittenFile, WrittenObject, WrittenTensor
+from milepost.run.signoff import SignOff, WrittenFile, WrittenObject, WrittenTensor, sign_off
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.plan import WriteItem
 from milepost.testing.faulty import FaultyStorage

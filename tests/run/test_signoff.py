@@ -12,13 +12,15 @@ from milepost.format.box import Box
 from milepost.run import commit
 from milepost.run.signoff import (
     SignOff,
+    WrittenFile,
+    WrittenObject,
+    WrittenTensor,
     dump_sign_off,
     parse_sign_off,
     rank_list,
     sign_off,
     wait_for_sign_offs,
 )
-from milepost.run.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage import LocalStorage
 from milepost.tensors.plan import WriteItem
 from milepost.testing.faulty import FaultyStorage

@@ -1,9 +1,8 @@
 """Ranks, threads and signals acting together: the only folder that calls collectives. In reading order::
 
-comm       gather, broadcast and barrier over a process group, and one rank's failure raised on all
-word       the same where the group can't be used: a notice in the job's store
+comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
 interrupt  Ctrl-C held until no rank waits for this one
-watch      a line in the log when work takes long; progress: how far it is
+progress   lines in the log while work takes long: how far it is, what it waits for
 threads    work spread over threads
 """
 

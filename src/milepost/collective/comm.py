@@ -7,6 +7,7 @@ Exchanges carry small Python objects between trusted ranks of one job; nothing r
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -43,11 +44,11 @@ class Comm(Protocol):
     def barrier(self) -> None:
         """Return when every rank has come here."""
 
-    def leave_word(self, name: str, text: str) -> None:
-        """Leave ``text`` where any rank finds it at once, from any thread. Never fails; it may get lost."""
+    def post(self, name: str, text: str) -> None:
+        """Put ``text`` under ``name``, for any rank to find at once; from any thread. Never fails, but may get lost."""
 
-    def find_word(self, name: str) -> str | None:
-        """What a rank has left under ``name``, if any. Never waits, and may be asked from any thread."""
+    def look_up(self, name: str) -> str | None:
+        """Return what a rank has posted under ``name``, if anything. Never waits; from any thread."""
 
 
 class SingleProcess:
@@ -72,10 +73,10 @@ class SingleProcess:
     def barrier(self) -> None:
         return None
 
-    def leave_word(self, name: str, text: str) -> None:
+    def post(self, name: str, text: str) -> None:
         return None
 
-    def find_word(self, name: str) -> str | None:
+    def look_up(self, name: str) -> str | None:
         return None
 
 
@@ -118,15 +119,48 @@ class ProcessGroupComm:
     def barrier(self) -> None:
         dist.barrier(self._group)
 
-    def leave_word(self, name: str, text: str) -> None:
+    def post(self, name: str, text: str) -> None:
         with contextlib.suppress(RuntimeError):  # the rank that serves the store is gone
             self._store.set(name, text)
 
-    def find_word(self, name: str) -> str | None:
+    def look_up(self, name: str) -> str | None:
         with contextlib.suppress(RuntimeError):
             if self._store.check([name]):
                 return self._store.get(name).decode("utf-8", "replace")
         return None
+
+
+class FailureNotice:
+    """The news of a failed save past its storage, for a rank whose storage refuses even a sign-off.
+
+    The ranks of a save agree through storage records. A rank that has run out of open files, or has lost its mount,
+    can write none, and the others would wait for it to the time-out. So a failure is posted in the job's own store
+    too. All methods may be called from any thread, and none waits.
+    """
+
+    def __init__(self, comm: Comm, save_id: str):
+        self._comm = comm
+        # Rank 0 waits for any of the others, and they for rank 0 alone.
+        self._ours, self._theirs = f"{save_id} rank 0", f"{save_id} others"
+        if comm.rank != 0:
+            self._ours, self._theirs = self._theirs, self._ours
+
+    def post(self, error: MilepostError) -> None:
+        """Report that this rank has failed, and why: perhaps because another one has."""
+        self._comm.post(self._ours, json.dumps([error.rank, error.message]))
+
+    def check(self) -> None:
+        """Return if no failure was posted.
+
+        Raises:
+            SaveError: the save has failed on a rank that this one waits for, named.
+        """
+        text = self._comm.look_up(self._theirs)
+        if text is not None:
+            rank, message = json.loads(text)
+            if f"rank {rank}" not in message:
+                message = f"the save failed on rank {rank}: {message}"
+            raise SaveError(message, rank=rank)
 
 
 def default_comm(group: dist.ProcessGroup | None = None) -> Comm:

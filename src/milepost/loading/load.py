@@ -17,8 +17,7 @@ from typing import Any
 
 from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
-from milepost.collective.progress import Progress
-from milepost.collective.watch import watched
+from milepost.collective.progress import ProgressLog, watched
 from milepost.errors import MilepostError, StateMismatchError
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
@@ -159,7 +158,7 @@ def _read(
             storage, folder, replace(manifest, tensors={spec.key: manifest.tensors[spec.key] for spec in wanted})
         )
     items = plan_load(manifest, wanted)
-    progress = Progress(f"loading {storage.root}/{folder}", sum(item.shard.data_nbytes for item in items))
+    progress = ProgressLog(f"loading {storage.root}/{folder}", sum(item.shard.data_nbytes for item in items))
     told = progress.reach if is_first else None
     stats = read_tensors(storage, folder, items, flat.tensors, digests, on_progress=told)
     for key, value in read_objects(storage, folder, manifest, [k for k in flat.objects if k not in fit.missing]):

@@ -9,8 +9,7 @@ from typing import Any
 from milepost.errors import PlanError, SaveError
 from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import manifest_faults
-from milepost.run.signoff import SignOff
-from milepost.run.written import WrittenTensor
+from milepost.run.signoff import SignOff, WrittenTensor
 from milepost.version import __version__
 
 MAX_FAULTS = 20

@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.collective.watch import SLOW_S
+from milepost.collective.progress import SLOW_S
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.digest import crc32, from_bytes, to_bytes
 from milepost.format.manifest_check import MAX_COUNT
-from milepost.run.written import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
 
@@ -29,6 +28,35 @@ _MAGIC = b"MILESGN\x01"
 _HEAD = struct.Struct("<8sQQ")  # magic, bytes of JSON, number of block CRCs; then both, then a CRC-32 of all before
 _PREFIX = "sign-off-"
 _FAILED = ".failed"
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """An item that was written, with its digests. ``block_crcs`` has one CRC-32 for each 4 MiB of raw data."""
+
+    item: WriteItem
+    crc32: int
+    block_crcs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenObject:
+    """A value that was written. ``crc32`` is of the whole record."""
+
+    key: str
+    record_offset: int
+    record_nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What one rank wrote. ``nbytes`` is the exact size of the file."""
+
+    file: str
+    nbytes: int
+    tensors: tuple[WrittenTensor, ...]
+    objects: tuple[WrittenObject, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 save            ``save()``: flatten, agree, stage, write, sign off, publish
 agreement       what all ranks agree on before a byte is written
-stage           tensors -> the bytes of this rank's file
+stage           the arena, and how tensors become the bytes of this rank's file
 writer          one rank's file, digested on the way to the storage (torch-free)
 job             write, sign off, publish, prune: a save from its plan to its end (torch-free)
 async_save      ``async_save()``: the same in the background

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from milepost.collective.comm import Comm, failure_on, merge_failures, raise_interrupt
-from milepost.collective.watch import watched
+from milepost.collective.progress import watched
 from milepost.errors import MilepostError, SaveError, StorageError
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo

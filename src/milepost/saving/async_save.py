@@ -16,20 +16,18 @@ from typing import Any, Literal
 
 import torch
 
-from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
+from milepost.collective.comm import Comm, FailureNotice, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
-from milepost.collective.watch import watched, writing
-from milepost.collective.word import Word
+from milepost.collective.progress import watched, writing
 from milepost.errors import MilepostError, StorageError
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.catalog import step_of
 from milepost.saving.agreement import Agreement
-from milepost.saving.arena import Arena
 from milepost.saving.background import InProcess, InThread
 from milepost.saving.job import Form, Keep, SaveJob, sign_off_failure, tell_outcome
 from milepost.saving.save import TIMEOUT_S, SaveReport, save_failure
-from milepost.saving.stage import Staging, pin, unpin
+from milepost.saving.stage import Arena, Staging, pin, unpin
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.layout import TensorLeaf
@@ -143,8 +141,8 @@ class AsyncSaver:
             raise
         handle = SaveHandle(f"{self._storage.root}/{target}", job.save_id, sum(i.data_nbytes for i in job.plan.items))
         self._current, self._attempt = handle, job.attempt
-        word = Word(self._comm, job.save_id)
-        task = _Task(self._storage, self._runner, self._arena, job, prepared.objects, handle, word)
+        notice = FailureNotice(self._comm, job.save_id)
+        task = _Task(self._storage, self._runner, self._arena, job, prepared.objects, handle, notice)
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
         task.attach(prepared.flat.tensors, self._fit_arena)
         plan_s = time.monotonic() - started
@@ -237,7 +235,7 @@ class _Task:
         job: SaveJob,
         objects: Mapping[str, bytes],
         handle: SaveHandle,
-        word: Word,
+        notice: FailureNotice,
     ):
         self._storage = storage
         self._runner = runner
@@ -246,7 +244,7 @@ class _Task:
         self._staging: Staging | None = None
         self._objects = objects
         self._handle = handle
-        self._word = word
+        self._notice = notice
         self._stage_s = 0.0
 
     def attach(self, leaves: Mapping[str, TensorLeaf], fit_arena: Callable[[WritePlan], memoryview]) -> None:
@@ -284,7 +282,7 @@ class _Task:
         try:
             with watched(self._what):
                 result = self._runner.run(
-                    self._job, self._arena, self._objects, self._handle._add_written, self.announce, self._word.check
+                    self._job, self._arena, self._objects, self._handle._add_written, self.announce, self._notice.check
                 )
         except Exception as error:  # noqa: BLE001 - the top of a thread: the handle carries it
             self._fail(error)
@@ -310,7 +308,7 @@ class _Task:
         told = save_failure(self._job.rank, error)
         if not isinstance(error, Exception):
             told.__cause__ = None  # an interrupt is raised here and now, and not once more where the handle is asked
-        self._word.leave(told)
+        self._notice.post(told)
         self._tell_others(told)
         if not self._handle._staged.done():
             self._handle._staged.set_exception(told)

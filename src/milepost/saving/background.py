@@ -11,36 +11,20 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from milepost.errors import MilepostError, SaveError, StorageError
-from milepost.saving.arena import Arena
 from milepost.saving.job import JobResult, SaveJob, run_job, sign_off_failure, tell_outcome
+from milepost.saving.stage import Arena
 from milepost.saving.writer import FileImage
+from milepost.saving.writer_process import NO_PLAN, Request
 from milepost.storage import LocalStorage
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A job for the writer process. ``plan`` of the job is left out when it is the one sent before."""
-
-    root: str
-    job: SaveJob
-    plan_is_known: bool
-    arena_nbytes: int
-    objects: Mapping[str, bytes]
-
-
-NO_PLAN = WritePlan(0, "", (), (), 0)
-"""Stands in a request for the plan that the writer process has already."""
-
 
 RELAY_S = 1.0
 """How often a trainer that waits for its writer process looks whether another rank has failed."""
@@ -185,28 +169,3 @@ def _checked(answer: object) -> JobResult:
     if not isinstance(answer, JobResult):
         raise SaveError(f"the writer process answered with a {type(answer).__name__}")
     return answer
-
-
-class OrphanWatch:
-    """Whether the process at the other end of a connection is gone. Asked while a job waits for other ranks.
-
-    An orphaned writer still gives the other ranks' writers ``grace_s`` seconds, then no longer waits for ranks whose
-    trainers died before they had staged.
-    """
-
-    def __init__(self, connection: Connection, clock: Callable[[], float], grace_s: float = 30.0):
-        self._connection = connection
-        self._clock = clock
-        self._grace_s = grace_s
-        self._since: float | None = None
-        self._lock = threading.Lock()
-
-    def give_up(self) -> str | None:
-        """Why to stop waiting, or None."""
-        with self._lock:
-            # The trainer sends nothing while a job runs, so anything to read is the end of the stream.
-            if self._since is None and self._connection.poll(0):
-                self._since = self._clock()
-            if self._since is not None and self._clock() - self._since > self._grace_s:
-                return f"within {self._grace_s:g} s after the training process died"
-        return None

@@ -16,8 +16,7 @@ from milepost.config import part_of
 from milepost.errors import StorageError
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
-from milepost.run.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.run.written import WrittenFile
+from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
 from milepost.saving.writer import BlockSource, FileImage, write_file
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan

@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
-from milepost.collective.comm import Comm, default_comm, raise_together
+from milepost.collective.comm import Comm, FailureNotice, default_comm, raise_together
 from milepost.collective.interrupt import interrupts_held
-from milepost.collective.progress import Progress
-from milepost.collective.watch import watched, writing
-from milepost.collective.word import Word
+from milepost.collective.progress import ProgressLog, watched, writing
 from milepost.errors import MilepostError, SaveError
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
@@ -132,16 +130,16 @@ class Saver:
 
     def _write(self, job: SaveJob, source: TensorBlocks, objects: Mapping[str, bytes]) -> JobResult:
         result, failure = None, None
-        word = Word(self._comm, job.save_id)
+        notice = FailureNotice(self._comm, job.save_id)
         where = f"{self._storage.root}/{job.target}"
         nbytes = sum(item.data_nbytes for item in job.plan.items)
-        progress = Progress(f"saving {where}", nbytes, is_quiet=job.rank != 0)
+        progress = ProgressLog(f"saving {where}", nbytes, is_quiet=job.rank != 0)
         try:
             with watched(lambda: writing(job.rank, where, progress.part)):
-                result = run_job(self._storage, job, source, objects, on_progress=progress.add, give_up=word.check)
+                result = run_job(self._storage, job, source, objects, on_progress=progress.add, give_up=notice.check)
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
-            word.leave(failure)
+            notice.post(failure)
         news = failure.message if failure is not None else "it has done its part"
         try:
             with watched(f"rank {job.rank} waits for the other ranks to hear of {where}: {news}"):

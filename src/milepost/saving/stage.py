@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,7 +15,7 @@ from milepost.errors import SaveError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.plan import WriteItem, WritePlan
+from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan, align
 
 SLAB_NBYTES = 8 << 20
 """Tensors that are not contiguous on the CPU are copied in slabs of at most about this size."""
@@ -107,6 +110,42 @@ def _copied_blocks(view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvie
                 fill = 0
     if fill:
         yield memoryview(block)[:fill]
+
+
+class Arena:
+    """Host memory in the form of one rank's file, all but the objects at its end. Grows when a plan needs more.
+
+    Staging is one pass of copies into it, writing a few large writes. It is a memfd: nameless shared memory that a
+    writer process can map too, and that is gone with its last user, however that ends. Every save reuses it.
+
+    ``memory`` is valid until the next :meth:`fit` that grows it.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("milepost-arena", os.MFD_CLOEXEC)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        self.memory = memoryview(b"")
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the host memory held."""
+        return len(self.memory)
+
+    def fit(self, plan: WritePlan) -> bool:
+        """Make room for the image of ``plan``; returns whether the memory was allocated anew."""
+        needed = max(align(plan.objects_offset, LARGE_ALIGNMENT), LARGE_ALIGNMENT)
+        if needed <= self.nbytes:
+            return False
+        os.ftruncate(self.fd, needed)
+        # The old mapping goes when its last view does.
+        self.memory = memoryview(mmap.mmap(self.fd, needed))
+        return True
+
+    def close(self) -> None:
+        """Give the memory back. A writer process that still maps it keeps it until it is done."""
+        self.memory = memoryview(b"")
+        self._close_fd()
+        self.fd = -1
 
 
 class Staging:

@@ -18,7 +18,7 @@ import numpy as np
 from milepost.collective.threads import map_in_threads
 from milepost.format import digest, record
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.run.written import WrittenFile, WrittenObject, WrittenTensor
+from milepost.run.signoff import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage.base import Bytes, Storage, WriteHandle
 from milepost.tensors.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
 

@@ -12,12 +12,12 @@ import os
 import sys
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from milepost.errors import MilepostError, SaveError
 from milepost.run import commit
-from milepost.saving.background import OrphanWatch, Request
 from milepost.saving.job import JobResult, SaveJob, run_job
 from milepost.saving.writer import FileImage
 from milepost.storage import LocalStorage
@@ -25,6 +25,21 @@ from milepost.tensors.plan import WritePlan
 
 PROGRESS_S = 0.5
 """Progress is told at most so often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A job for the writer process. ``plan`` of the job is left out when it is the one sent before."""
+
+    root: str
+    job: SaveJob
+    plan_is_known: bool
+    arena_nbytes: int
+    objects: Mapping[str, bytes]
+
+
+NO_PLAN = WritePlan(0, "", (), (), 0)
+"""Stands in a request for the plan that the writer process has already."""
 
 
 def main() -> None:
@@ -69,6 +84,31 @@ def _run(connection: Connection, request: Request, job: SaveJob, memory: memoryv
         return error
     except Exception as error:  # noqa: BLE001 - the top of a process: whatever it is goes to the trainer
         return SaveError(f"{type(error).__name__}: {error}", rank=job.rank)
+
+
+class OrphanWatch:
+    """Whether the process at the other end of a connection is gone. Asked while a job waits for other ranks.
+
+    An orphaned writer still gives the other ranks' writers ``grace_s`` seconds, then no longer waits for ranks whose
+    trainers died before they had staged.
+    """
+
+    def __init__(self, connection: Connection, clock: Callable[[], float], grace_s: float = 30.0):
+        self._connection = connection
+        self._clock = clock
+        self._grace_s = grace_s
+        self._since: float | None = None
+        self._lock = threading.Lock()
+
+    def give_up(self) -> str | None:
+        """Why to stop waiting, or None."""
+        with self._lock:
+            # The trainer sends nothing while a job runs, so anything to read is the end of the stream.
+            if self._since is None and self._connection.poll(0):
+                self._since = self._clock()
+            if self._since is not None and self._clock() - self._since > self._grace_s:
+                return f"within {self._grace_s:g} s after the training process died"
+        return None
 
 
 class _Progress:

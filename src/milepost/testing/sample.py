@@ -13,8 +13,7 @@ from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Manifest
 from milepost.run.assemble import SaveInfo
 from milepost.run.commit import begin_attempt, data_folder, new_save_id, publish
-from milepost.run.signoff import SignOff, sign_off, wait_for_sign_offs
-from milepost.run.written import WrittenFile
+from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
 from milepost.saving.writer import write_file
 from milepost.storage.base import Storage
 from milepost.tensors.plan import LocalLayout, TensorSpec, WriteItem, plan_save

@@ -13,7 +13,7 @@ from os import PathLike
 import numpy as np
 import torch
 
-from milepost.collective.progress import Progress
+from milepost.collective.progress import ProgressLog
 from milepost.errors import ConversionError, StateMismatchError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
@@ -119,7 +119,7 @@ def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, to
         for slab in cut_into_slabs(piece.box.sizes, itemsize(ours.tensors[key].dtype), ours.unit_rows(key))
     ]
     nbytes = sum(slab.nbytes for _, _, slab in tasks)
-    progress = Progress(told_as, nbytes) if told_as is not None else None
+    progress = ProgressLog(told_as, nbytes) if told_as is not None else None
     with torch.no_grad():
         run_threads(work, tasks, num_threads)
     return nbytes

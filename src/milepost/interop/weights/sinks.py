@@ -41,8 +41,7 @@ from milepost.interop.weights.open import (
 from milepost.interop.weights.stream import Placed, SlabReader, write_image
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo, assemble
-from milepost.run.signoff import SignOff
-from milepost.run.written import WrittenFile, WrittenTensor
+from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor
 from milepost.storage import open_storage
 from milepost.storage.base import split
 from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
