@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from milepost.errors import FormatError
 from milepost.format.box import Box
 from milepost.format.digest import crc32
-from milepost.format.manifest import FileEntry, Manifest
+from milepost.format.manifest import BranchStart, FileEntry, Lineage, Manifest
 from milepost.format.manifest_check import is_plain_name, manifest_faults
 from milepost.format.manifest_json import from_json, to_json
 from milepost.testing.manifests import Piece, lay_out
@@ -52,6 +53,53 @@ def edited(manifest: Manifest, edit: Callable[[dict[str, Any]], object]) -> byte
 
 def test_a_manifest_comes_back_equal(manifest: Manifest):
     assert from_json(to_json(manifest)) == manifest
+
+
+LINEAGE = Lineage(
+    run="a1",
+    order=9,
+    branch="b2",
+    parent="c3",
+    parent_step=400,
+    trail=(("b1", 7), ("", 300)),
+    start=BranchStart(400, "c3", "slurm-7"),
+    seen=300,
+)
+
+
+@pytest.mark.parametrize("lineage", [LINEAGE, Lineage(run="a1", order=0, branch="b1")])
+def test_lineage_and_metrics_come_back_equal(manifest: Manifest, lineage: Lineage):
+    told = dataclasses.replace(manifest, lineage=lineage, metrics={"loss": 2.5, "accuracy": 0.0})
+    assert from_json(to_json(told)) == told
+
+
+def test_a_metric_that_is_not_finite_comes_back_as_nan(manifest: Manifest):
+    values = {"loss": math.inf, "other": math.nan}
+    found = from_json(to_json(dataclasses.replace(manifest, metrics=values))).metrics
+    assert found.keys() == values.keys()
+    assert all(math.isnan(value) for value in found.values())
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"lineage": 7},
+        {"lineage": {}},
+        {"lineage": {"run": "a", "order": -1, "branch": "b"}},
+        {"lineage": {"run": "a", "order": 1, "branch": 2}},
+        {"lineage": {"run": "a", "order": 1, "branch": "b", "trail": [["b"]]}},
+        {"lineage": {"run": "a", "order": 1, "branch": "b", "trail": [["b", "1"]]}},
+        {"lineage": {"run": "a", "order": 1, "branch": "b", "start": 400}},
+        {"lineage": {"run": "a", "order": 1, "branch": "b", "start": {"step": -2}}},
+        {"lineage": {"run": "a", "order": 1, "branch": "b", "seen": "x"}},
+        {"metrics": [1]},
+        {"metrics": {"loss": "2"}},
+        {"metrics": {"loss": 10**400}},
+    ],
+)
+def test_an_invalid_lineage_or_metric_is_refused(manifest: Manifest, harm: dict[str, Any]):
+    with pytest.raises(FormatError):
+        from_json(edited(manifest, lambda document: document.update(harm)))
 
 
 def test_the_same_manifest_gives_the_same_bytes_whatever_the_order_of_its_keys(manifest: Manifest):

@@ -68,6 +68,40 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class BranchStart:
+    """The step that a user named (``load_step``) for a branch to begin at."""
+
+    step: int
+    save_id: str
+    """Of that step; empty for an external one."""
+    launch: str = ""
+    """The job that named it (of Slurm, of torchrun), so that its restarts are recognised; empty if it has no id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Where a step stands in the history of its run. See ``milepost.run.lineage``."""
+
+    run: str
+    """Id of the run: the same for all steps that descend from one beginning."""
+    order: int
+    """Place in the order of commits in its folder; the highest was committed last. Not every number is used."""
+    branch: str
+    """Id of the branch: the same for all steps that follow each other without a going back between them."""
+    parent: str = ""
+    """Save id of the step that it descends from; empty at a beginning, or if that one has no save id."""
+    parent_step: int | None = None
+    """Number of that step; None at a beginning."""
+    trail: tuple[tuple[str, int], ...] = ()
+    """The older branches that it descends from: each with the order of the last step on it that is an ancestor. Steps
+    without a lineage are the branch ``""``, in which a step's number is its order."""
+    start: BranchStart | None = None
+    """What the user named for the branch to begin at, if anything."""
+    seen: int = -1
+    """The highest number of a step without a lineage that was in the folder at its commit; -1 if there was none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a checkpoint holds. See ``docs/format.md`` for the JSON form."""
 
@@ -89,3 +123,7 @@ class Manifest:
     """Where each key stood in the nested state dict, as stock DCP records it in ``planner_data``."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """JSON that the saver wished to keep beside it (``CheckpointManager`` stores the data fingerprint here)."""
+    lineage: Lineage | None = None
+    """None for a checkpoint that belongs to no run, or is older than lineages."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Values that were measured at this step, by name. NaN stands for all that is not finite."""

@@ -7,9 +7,11 @@ It ends with the CRC-32 of all that stands before that field. ``docs/format.md``
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from milepost.errors import FormatError
@@ -19,7 +21,9 @@ from milepost.format.dtype import DTYPES
 from milepost.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    BranchStart,
     FileEntry,
+    Lineage,
     Manifest,
     ObjectEntry,
     ShardEntry,
@@ -58,6 +62,8 @@ def to_json(manifest: Manifest) -> bytes:
         ("world_size", _dump(manifest.world_size)),
         ("layout", _dump(dict(manifest.layout))),
         ("producer", _dump(dict(manifest.producer))),
+        *([] if manifest.lineage is None else [("lineage", _dump(_lineage_json(manifest.lineage)))]),
+        *([("metrics", _dump(_metrics_json(manifest.metrics)))] if manifest.metrics else []),
         ("files", _lines("[]", (_dump(_file_json(name, manifest.files[name])) for name in names))),
         ("tensors", _lines("{}", _tensor_lines(manifest, number))),
         ("objects", _lines("{}", _object_lines(manifest, number))),
@@ -68,6 +74,15 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 _dump = json.JSONEncoder(allow_nan=False, sort_keys=True).encode
+
+
+def _lineage_json(lineage: Lineage) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(lineage).items() if value is not None}
+    return fields | {"trail": [list(place) for place in lineage.trail]}
+
+
+def _metrics_json(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _lines(brackets: str, lines: Iterable[str]) -> str:
@@ -176,7 +191,44 @@ class _Reader:
             files=files,
             paths=paths,
             extra=self.mapping(document, "extra"),
+            lineage=self.lineage(document.get("lineage")),
+            metrics={k: self.metric(k, v) for k, v in self.optional_mapping(document, "metrics").items()},
         )
+
+    def lineage(self, value: Any) -> Lineage | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail("'lineage' is not an object")
+        parent_step, trail, start = value.get("parent_step"), value.get("trail", []), value.get("start")
+        pairs = isinstance(trail, list) and all(isinstance(place, list) and len(place) == 2 for place in trail)
+        if not pairs or not (start is None or isinstance(start, dict)):
+            self.fail("'trail' or 'start' of the lineage is invalid")
+        seen = value.get("seen", -1)
+        return Lineage(
+            run=self.text(value.get("run"), "lineage.run"),
+            order=self.count(value.get("order"), "lineage.order"),
+            branch=self.text(value.get("branch"), "lineage.branch"),
+            parent=self.text(value.get("parent", ""), "lineage.parent"),
+            parent_step=None if parent_step is None else self.count(parent_step, "lineage.parent_step"),
+            trail=tuple((self.text(b, "lineage.trail"), self.count(order, "lineage.trail")) for b, order in trail),
+            start=None if start is None else self.branch_start(start),
+            seen=-1 if seen == -1 else self.count(seen, "lineage.seen"),
+        )
+
+    def branch_start(self, value: dict[str, Any]) -> BranchStart:
+        return BranchStart(
+            step=self.count(value.get("step"), "lineage.start.step"),
+            save_id=self.text(value.get("save_id", ""), "lineage.start.save_id"),
+            launch=self.text(value.get("launch", ""), "lineage.start.launch"),
+        )
+
+    def metric(self, name: str, value: Any) -> float:
+        if value is None:
+            return math.nan
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            self.fail(f"metric {name!r:.200} is not a finite number")
+        return float(value)
 
     def files(self, document: dict[str, Any]) -> dict[str, FileEntry]:
         listed = document.get("files")
@@ -263,6 +315,9 @@ class _Reader:
         if not isinstance(value, dict):
             self.fail(f"{name!r} is missing or not an object")
         return value
+
+    def optional_mapping(self, document: dict[str, Any], name: str) -> dict[str, Any]:
+        return self.mapping(document, name) if name in document else {}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

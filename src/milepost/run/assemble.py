@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milepost.errors import PlanError, SaveError
-from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
+from milepost.format.manifest import FileEntry, Lineage, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import manifest_faults
 from milepost.run.signoff import SignOff, WrittenTensor
 from milepost.version import __version__
@@ -27,6 +27,8 @@ class SaveInfo:
     """Software beside Milepost itself, for instance ``{"torch": "2.13.0"}``."""
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Lineage | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[Manifest, list[Sequence[int]]]:
@@ -65,6 +67,8 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
         files={file.file: FileEntry(file.nbytes) for sign_off in signed for file in sign_off.files},
         paths=info.paths,
         extra=info.extra,
+        lineage=info.lineage,
+        metrics=info.metrics,
     )
     faults = manifest_faults(manifest, MAX_FAULTS)
     if faults:

@@ -304,4 +304,6 @@ def commit_record(info: SaveInfo, *, save_id: str, world_size: int, now: float) 
         objects={},
         files={},
         extra={**info.extra, "format": HF_FORMAT},
+        lineage=info.lineage,
+        metrics=info.metrics,
     )
