@@ -340,7 +340,7 @@ def check_resumes(results: list[list[Seen]]) -> int:
             assert len(lines) == 1, (first.what, lines)
             assert f"step-{NEWEST}" in lines[0], (first.what, lines)
             assert "Falling back to an older step" in lines[0]
-        assert first.states in (["committed", "committed", bad] for bad in ("damaged", "partial")), first.what
+        assert first.states in (["committed", "committed", bad] for bad in ("damaged", "incomplete")), first.what
         assert first.kept == [NEWEST - 1, NEWEST], f"{first.what}: the sound one must stay, the bad one not count"
     return fell_back
 

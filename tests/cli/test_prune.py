@@ -14,7 +14,7 @@ from milepost.run import catalog
 from milepost.storage import LocalStorage
 
 NEVER = {"step-200", "step-300", "step-400", "step-500", "step-600", "step-700", "step-800"}
-"""Pinned, foreign, damaged, of a newer version, newest to resume from, newest, partial."""
+"""Pinned, external, damaged, of a newer version, newest to resume from, newest, incomplete."""
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def make_zoo(root: Path) -> LocalStorage:
     for step, age in ((100, 90), (200, 40), (300, 5), (400, 4), (500, 3), (600, 2), (700, 1)):
         save(storage, f"run/step-{step}", step, NOW - HOUR * age, kind="model" if step == 700 else "full")
     catalog.pin(storage, "run", 200)
-    make_foreign(storage, "run/step-300")
+    make_external(storage, "run/step-300")
     storage.remove("run/step-400/__1_0.distcp")  # damaged
     age_by_a_version(root / "run/step-500/milepost.json")
     storage.make_folder("run/step-800")  # partial: a save of another program that died
@@ -55,7 +55,7 @@ def save(storage: LocalStorage, path: str, step: int, now: float, *, kind: str =
     save_arrays(storage, path, arrays, objects=objects, step=step, kind=kind, num_ranks=2, now=now)
 
 
-def make_foreign(storage: LocalStorage, path: str) -> None:
+def make_external(storage: LocalStorage, path: str) -> None:
     """Leave of a checkpoint what stock DCP writes."""
     storage.remove(f"{path}/milepost.json")
     storage.remove(f"{path}/milepost.digests")

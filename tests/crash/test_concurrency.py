@@ -395,7 +395,7 @@ def test_commands_at_a_run_that_saves_find_no_damage_and_prune_nothing_else(
         tried += sum(outcomes.values())
         assert outcomes.get("0", 0) + outcomes.get("9", 0) > 0, (command, outcomes)
     entries = {entry.step: entry.state for entry in catalog.scan(storage, "run")}
-    assert entries.pop(0) == "foreign"
+    assert entries.pop(0) == "external"
     assert entries.pop(PINNED) == "committed"
     assert set(entries.values()) == {"committed"}
     assert {int(last), int(last) - 1} <= set(entries) <= {int(last) - n for n in range(4)}

@@ -28,7 +28,7 @@ def save(storage: Storage, path: str, *, kind: str = "full", now: float = 0.0) -
     save_arrays(storage, path, arrays, objects={"train_state.n": 1}, kind=kind, num_ranks=2, now=now)
 
 
-def make_foreign(storage: Storage, path: str) -> None:
+def make_external(storage: Storage, path: str) -> None:
     """A checkpoint as stock DCP leaves it: no manifest, no digests."""
     save(storage, path)
     storage.remove(f"{path}/milepost.json")
@@ -107,11 +107,11 @@ def test_a_folder_without_a_commit_record_is_partial(storage: LocalStorage) -> N
     storage.remove("run/step-1/milepost.json")
     storage.remove("run/step-1/.metadata")
     entry = only(storage)
-    assert (entry.state, entry.is_usable) == ("partial", False)
+    assert (entry.state, entry.is_usable) == ("incomplete", False)
     assert "never committed" in entry.reason
     storage.remove_tree("run/step-1")
     storage.make_folder("run/step-1")
-    assert only(storage).state == "partial"
+    assert only(storage).state == "incomplete"
 
 
 def test_any_changed_byte_of_the_commit_record_is_damage(storage: LocalStorage) -> None:
@@ -152,16 +152,16 @@ def test_files_that_the_commit_record_does_not_name_are_no_damage(storage: Local
 
 
 def test_a_checkpoint_of_another_program_is_foreign(storage: LocalStorage) -> None:
-    make_foreign(storage, "run/step-8")
+    make_external(storage, "run/step-8")
     entry = only(storage)
-    assert (entry.state, entry.kind, entry.step, entry.is_usable) == ("foreign", "full", 8, True)
+    assert (entry.state, entry.kind, entry.step, entry.is_usable) == ("external", "full", 8, True)
     assert abs(entry.created_s - os.stat(f"{storage.root}/run/step-8/.metadata").st_mtime) < 1
 
 
 @pytest.mark.parametrize("harm", ["torn", "missing", "short"])
 def test_a_foreign_checkpoint_that_lost_something_is_damaged(storage: LocalStorage, harm: str) -> None:
     """It was committed once: to call it partial would let a run start afresh over it."""
-    make_foreign(storage, "run/step-8")
+    make_external(storage, "run/step-8")
     metadata, file = Path(storage.root, "run/step-8/.metadata"), Path(storage.root, "run/step-8/__1_0.distcp")
     if harm == "torn":
         metadata.write_bytes(metadata.read_bytes()[:-20])
@@ -275,7 +275,7 @@ def test_a_mark_of_damage_holds_for_that_save_only(storage: LocalStorage) -> Non
 
 
 def test_a_foreign_step_can_be_marked_too(storage: LocalStorage) -> None:
-    make_foreign(storage, "run/step-5")
+    make_external(storage, "run/step-5")
     catalog.mark_damaged(storage, "run/step-5", "cut off", now=1.0)
     assert (only(storage).state, only(storage).reason) == ("damaged", "cut off")
 
@@ -308,13 +308,13 @@ def test_pins(storage: LocalStorage) -> None:
 
 def test_the_newest_is_the_highest_usable_step_of_a_wanted_kind(storage: LocalStorage) -> None:
     save(storage, "run/step-1")
-    make_foreign(storage, "run/step-2")
+    make_external(storage, "run/step-2")
     save(storage, "run/step-3", kind="model")
     save(storage, "run/step-4")
     storage.remove("run/step-4/__0_0.distcp")
     storage.make_folder("run/step-5")
     entries = catalog.scan(storage, "run")
-    assert [e.state for e in entries] == ["committed", "foreign", "committed", "damaged", "partial"]
+    assert [e.state for e in entries] == ["committed", "external", "committed", "damaged", "incomplete"]
     newest = catalog.newest(entries)
     assert newest is not None
     assert newest.step == 2
@@ -350,7 +350,7 @@ def test_a_manifest_of_a_damaged_or_absent_checkpoint_is_an_error(storage: Local
 def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: LocalStorage) -> None:
     save(storage, "run/step-5")
     own = catalog.read_manifest(storage, "run/step-5")
-    make_foreign(storage, "run/step-6")
+    make_external(storage, "run/step-6")
     foreign = catalog.read_manifest(storage, "run/step-6")
     assert all(shard.data_offset is None for tensor in foreign.tensors.values() for shard in tensor.shards)
     located = catalog.locate_foreign(storage, "run/step-6", foreign)
@@ -358,7 +358,7 @@ def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: Loc
 
 
 def test_a_foreign_record_of_another_shape_or_form_is_refused(storage: LocalStorage) -> None:
-    make_foreign(storage, "run/step-6")
+    make_external(storage, "run/step-6")
     manifest = catalog.read_manifest(storage, "run/step-6")
     entry = manifest.tensors["w"]
     file = Path(storage.root, "run/step-6", entry.shards[0].file)

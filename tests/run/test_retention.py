@@ -53,8 +53,8 @@ def test_what_is_not_a_committed_step_of_our_own_neither_counts_nor_goes() -> No
     entries = [
         entry(1),
         entry(2),
-        entry(3, "foreign"),
-        entry(4, "partial"),
+        entry(3, "external"),
+        entry(4, "incomplete"),
         entry(5, "damaged", reason="cut off"),
         entry(6, is_link=True),
     ]
@@ -78,8 +78,8 @@ def test_each_decision_carries_its_reason() -> None:
         entry(2, pinned=True),
         entry(3),
         entry(4, "damaged", reason="cut off"),
-        entry(5, "foreign"),
-        entry(6, "partial", reason="it was never committed"),
+        entry(5, "external"),
+        entry(6, "incomplete", reason="it was never committed"),
         entry(7, is_link=True),
         entry(10),
         entry(11, created_s=NOW - 60),
@@ -95,8 +95,8 @@ def test_each_decision_carries_its_reason() -> None:
         2: "it is pinned",
         3: "needed",
         4: "it is damaged: cut off",
-        5: "it is foreign, written by another program",
-        6: "it is partial: it was never committed",
+        5: "it is external, written by another program",
+        6: "it is incomplete: it was never committed",
         7: "it is a link to a folder elsewhere",
         10: "it is a multiple of 5",
         11: "it was committed in the last 2 h",
@@ -108,7 +108,7 @@ def test_each_decision_carries_its_reason() -> None:
     assert (first.keep, first.reason) == (False, "no rule keeps it")
 
 
-states = st.sampled_from(["committed", "committed", "committed", "foreign", "partial", "damaged"])
+states = st.sampled_from(["committed", "committed", "committed", "external", "incomplete", "damaged"])
 
 
 @given(

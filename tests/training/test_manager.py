@@ -648,8 +648,8 @@ def test_what_is_not_a_committed_step_is_neither_counted_nor_deleted(folder: Pat
         3: "committed",
         4: "committed",
         5: "committed",
-        7: "foreign",
-        8: "partial",
+        7: "external",
+        8: "incomplete",
         10: "committed",
     }
     assert (folder / "notes.txt").exists()

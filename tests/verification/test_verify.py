@@ -45,7 +45,7 @@ def save(storage: Storage, path: str = STEP) -> Manifest:
     )
 
 
-def make_foreign(storage: Storage) -> None:
+def make_external(storage: Storage) -> None:
     save(storage)
     storage.remove(f"{STEP}/milepost.json")
     storage.remove(f"{STEP}/milepost.digests")
@@ -298,10 +298,10 @@ def test_many_problems_are_counted_but_not_all_kept(storage: LocalStorage) -> No
 
 
 def test_a_foreign_checkpoint_is_verified_as_far_as_its_crcs_go(storage: LocalStorage) -> None:
-    make_foreign(storage)
+    make_external(storage)
     report = verify_in(storage, STEP)
     assert report.is_sound, report.problems
-    assert report.state == "foreign"
+    assert report.state == "external"
     assert report.read_nbytes == report.nbytes
     assert 0 < report.unchecked_nbytes < report.nbytes / 100
 
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_stock_dcp_is_verified(storage: LocalStorage) -> None:
     dcp.save(state, checkpoint_id=f"{storage.root}/{STEP}", no_dist=True)
     report = verify_in(storage, STEP)
     assert report.is_sound, report.problems
-    assert (report.state, report.num_items) == ("foreign", 4)
+    assert (report.state, report.num_items) == ("external", 4)
     manifest = catalog.locate_foreign(storage, STEP, catalog.read_manifest(storage, STEP))
     (shard,) = manifest.tensors["model.w"].shards
     assert shard.data_offset is not None

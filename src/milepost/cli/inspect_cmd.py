@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Read the commit record and print it."""
     storage, name = open_storage(args.path)
     info = catalog.examine(storage, name)
-    if info is None or info.state == "partial":
+    if info is None or info.state == "incomplete":
         raise not_a_checkpoint(storage, name, args.path, info)
     record = catalog.read_record(storage, name)
     pattern = args.tensors or ("*" if args.shards or args.json else None)
@@ -93,7 +93,7 @@ def _headline(state: str, reason: str, manifest: Manifest) -> str:
         told.append(f"step {manifest.step}")
     if manifest.created_s:
         told.append(f"{format_duration(max(0.0, time.time() - manifest.created_s))} old")
-    if state != "foreign":
+    if state != "external":
         ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
         degrees = layout_text(manifest.layout) if manifest.world_size > 1 else ""
         told.append(f"saved by {ranks}" + (f" ({degrees})" if degrees else ""))

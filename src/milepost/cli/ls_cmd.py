@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List the checkpoints of a run, oldest first. Only metadata is read."
     parser.epilog = (
         "states:\n"
-        "  committed  whole, as far as metadata and sizes tell\n"
-        "  foreign    whole, written by torchtitan or torch.distributed.checkpoint\n"
-        "  partial    never finished: no reader uses it\n"
-        "  damaged    finished once, and no longer what it was\n\n"
+        "  committed   complete, as far as metadata and sizes tell\n"
+        "  external    complete, written by another program: torchtitan, torch.distributed.checkpoint\n"
+        "  incomplete  never committed: no reader uses it\n"
+        "  damaged     committed once, and changed since\n\n"
         "PARAMS counts the model's elements, DTYPE is what most of them are. LAYOUT is how many ranks saved, and the\n"
         "degrees of parallelism above 1.\n\n"
         "examples:\n"
@@ -74,8 +74,8 @@ def _row(entry: StepEntry, now: float) -> tuple[Any, ...]:
 
 
 def _layout(entry: StepEntry) -> str:
-    """``4 ranks: fsdp 2, tp 2``; a foreign checkpoint does not say."""
-    if entry.state == "foreign" or not entry.world_size:
+    """``4 ranks: fsdp 2, tp 2``; an external checkpoint does not say."""
+    if entry.state == "external" or not entry.world_size:
         return "-"
     ranks = "1 rank" if entry.world_size == 1 else f"{entry.world_size} ranks"
     degrees = layout_text(entry.layout)

@@ -69,6 +69,6 @@ def read_manifest(path: str) -> Manifest:
     """
     storage, name = open_storage(path)
     info = catalog.examine(storage, name)
-    if info is None or info.state == "partial":
+    if info is None or info.state == "incomplete":
         raise not_a_checkpoint(storage, name, path, info)
     return catalog.read_manifest(storage, name)

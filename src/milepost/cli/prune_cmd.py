@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Delete the committed steps of a run that no rule keeps, and the leftovers of saves that died.\n"
         "Whatever the rules say, these stay: the newest committed step, the newest one to resume from, pinned\n"
-        "steps, links, and what is foreign, partial or damaged. Rules add up: a step goes only if none keeps it.\n"
+        "steps, links, and what is external, incomplete or damaged. Rules add up: a step goes only if none keeps it.\n"
         "Hours and days without a step are not counted."
     )
     parser.epilog = (

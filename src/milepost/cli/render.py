@@ -31,7 +31,7 @@ MIN_WIDTH_OF_BAR = 72
 """A narrower terminal gets the numbers alone."""
 BLOCK = "\u2587"
 
-STATE_STYLES = {"committed": "green", "foreign": "cyan", "partial": "yellow", "damaged": "bold red"}
+STATE_STYLES = {"committed": "green", "external": "cyan", "incomplete": "yellow", "damaged": "bold red"}
 
 
 class _Console(Console):

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     info = catalog.examine(storage, name)
     folder = catalog.find_run(storage, name)
     with contextlib.ExitStack() as stack:
-        if folder is None or (info is not None and info.state != "partial"):
+        if folder is None or (info is not None and info.state != "incomplete"):
             progress = stack.enter_context(progress_bar(name))
             reports = [verify_in(storage, name, args.level, num_threads=args.threads, progress=progress)]
         else:

@@ -1,4 +1,4 @@
-"""The one place that says what a folder holds: which steps are committed, partial, damaged or foreign.
+"""The one place that says what a folder holds: which steps are committed, incomplete, damaged or external.
 
 Resume, retention, ``milepost ls`` and ``milepost prune`` all ask here. Only metadata is read: a commit record, and the
 sizes of the files that it names. Whether their bytes are those that were saved is for ``milepost.verification`` to
@@ -38,7 +38,7 @@ from milepost.format.record import locate_tensor
 from milepost.format.summary import model_total
 from milepost.storage.base import Entry, ReadHandle, Storage, join, split
 
-State = Literal["committed", "partial", "damaged", "foreign"]
+State = Literal["committed", "incomplete", "damaged", "external"]
 
 ATTEMPT_PREFIX = ".attempt-"
 REPLACED_PREFIX = ".replaced-"
@@ -87,7 +87,7 @@ class CheckpointInfo:
     @property
     def is_usable(self) -> bool:
         """Whether it can be loaded, as far as metadata tells."""
-        return self.state in ("committed", "foreign")
+        return self.state in ("committed", "external")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class FileFault:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """What makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for a foreign one."""
+    """What makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for an external one."""
 
     name: str
     record_id: str
@@ -216,7 +216,7 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
         if not files and storage.stat(path) is None:
             return None
         reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
-        return CheckpointInfo(path=path, state="partial", reason=reason, nbytes=nbytes)
+        return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
     record_id = ""
     try:
         data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
@@ -233,7 +233,7 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
     model = model_total(manifest)
     return CheckpointInfo(
         path=path,
-        state="damaged" if faults else "committed" if name == MANIFEST_NAME else "foreign",
+        state="damaged" if faults else "committed" if name == MANIFEST_NAME else "external",
         reason=faults_text(faults),
         kind=manifest.kind,
         nbytes=nbytes,
@@ -266,7 +266,7 @@ def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tup
         manifest = from_json(data, where)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
     if DIGESTS_NAME in files:  # DCP writes none: it is one of ours, in which nothing but its commit record says so much
-        lost = FileFault(MANIFEST_NAME, f"is missing, but {DIGESTS_NAME} is there (without it, it would be foreign)")
+        lost = FileFault(MANIFEST_NAME, f"is missing, but {DIGESTS_NAME} is there (without it, it would be external)")
         raise FormatError(faults_text([lost]), path=join(path, MANIFEST_NAME))
     metadata = dcp_metadata.parse_metadata(data, where)
     faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
@@ -312,7 +312,7 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
 
     Raises:
         CheckpointNotFoundError: there is no commit record.
-        FormatError: it is malformed, or no plain file; or foreign, and files that it names are missing or too short.
+        FormatError: it is malformed, or no plain file; or external, and files that it names are missing or too short.
     """
     files = _files(storage, path)
     name = _record_name(files)
@@ -332,7 +332,7 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
 
 
 def read_manifest(storage: Storage, path: str) -> Manifest:
-    """The manifest of the checkpoint at ``path``; for a foreign one built from ``.metadata``.
+    """The manifest of the checkpoint at ``path``; for an external one built from ``.metadata``.
 
     Raises:
         CheckpointNotFoundError: there is no commit record.

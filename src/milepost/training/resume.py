@@ -69,7 +69,7 @@ def _named_step(
 ) -> Choice:
     entry = next((e for e in entries if e.step == step), None)
     available = [e.step for e in usable]
-    if entry is None or entry.state == "partial":
+    if entry is None or entry.state == "incomplete":
         what = "was never committed" if entry is not None else "does not exist"
         there = f"steps that do: {', '.join(map(str, available))}" if available else "there are no committed steps"
         raise CheckpointNotFoundError(

@@ -10,7 +10,7 @@ full        every byte of every file: data against its digest, headers and foote
             padding against zero
 ==========  ==============================================================================================
 
-In a foreign checkpoint there are no digests but the CRC-32s of its zip records; what they do not cover (zip headers,
+In an external checkpoint there are no digests but the CRC-32s of its zip records; what they do not cover (zip headers,
 padding) is counted in ``unchecked_nbytes``.
 """
 
@@ -113,7 +113,7 @@ def verify_in(
         raise ConfigError(f"there is no verification level {level!r}; levels are {', '.join(LEVELS)}")
     started = time.monotonic()
     info = catalog.examine(storage, path)
-    if info is None or info.state == "partial":
+    if info is None or info.state == "incomplete":
         reason = info.reason if info is not None else "there is no such folder"
         raise CheckpointNotFoundError(f"{storage.root}/{path} is no checkpoint: {reason}", path=path)
     findings = Findings(progress, total_nbytes=info.nbytes if level == "full" else 0)
@@ -165,7 +165,7 @@ def verify_run(
         CheckpointNotFoundError: the folder holds no step, or none that was ever committed.
     """
     entries = catalog.scan(storage, folder)
-    committed = [entry for entry in entries if entry.state != "partial"]
+    committed = [entry for entry in entries if entry.state != "incomplete"]
     if not committed:
         what = "only steps that were never committed" if entries else "no steps"
         raise CheckpointNotFoundError(f"{storage.root}/{folder} holds {what}", path=folder)
