@@ -47,13 +47,14 @@ print(report.seconds, int(peak.split()[1]) * 1024, "torch" in sys.modules)
 
 _SPARSE_CHILD = """
 import sys, time
+from milepost.collective.threads import map_in_threads
 from milepost.interop.convert import plan_conversion
 from milepost.interop.names.match import match
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES, ConvertOptions
 from milepost.interop.weights.open import open_weights
-from milepost.interop.weights.stream import SlabReader, run_threads
+from milepost.interop.weights.stream import SlabReader
 src, model, flavor = sys.argv[1:]
 started = time.perf_counter()
 args = model_args(model, flavor)
@@ -63,7 +64,7 @@ with open_weights(src).source as source:
     plan = plan_conversion(found, family, ConvertOptions(to="dcp", model=model, flavor=flavor, dtype="float32"))
     reader = SlabReader(plan.content, DEFAULT_BUDGET_NBYTES)
     slabs = ((key, slab) for key in plan.content.tensors for slab in reader.slabs(key))
-    run_threads(lambda task: reader.read(*task), slabs, reader.num_threads)
+    map_in_threads(lambda task: reader.read(*task), slabs, reader.num_threads, name="bench")
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(time.perf_counter() - started, plan.written_nbytes, int(peak.split()[1]) * 1024)
 """

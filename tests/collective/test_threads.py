@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -40,6 +41,20 @@ def test_after_an_error_no_more_is_begun_and_it_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         map_in_threads(work, range(1000), 2, name="test")
     assert len(done) < 10
+
+
+def test_items_are_made_as_threads_become_free_and_an_error_of_theirs_is_raised() -> None:
+    done: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(10):
+            assert len(done) >= item - 2, "no item is made long before its turn"
+            yield item
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        map_in_threads(done.append, items(), 2, name="test")
+    assert sorted(done) == list(range(10))
 
 
 def test_where_no_thread_can_be_started_the_calling_one_does_it_all() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
 from milepost.format.box import Box, contiguous_runs, cover_faults, first_gap
@@ -37,6 +38,19 @@ def test_relative_to_moves_a_box_into_the_coordinates_of_another():
 def test_a_box_that_leaves_the_shape_is_not_inside(box: Box):
     assert not box.inside((4,))
     assert cover_faults((4,), [Box((0,), (4,)), box])
+
+
+def test_an_index_selects_a_view_of_an_array_of_0_dims_too():
+    array = np.arange(20).reshape(4, 5)
+    assert array[Box((1, 2), (2, 3)).index()].tolist() == [[7, 8, 9], [12, 13, 14]]
+    scalar = np.zeros(())
+    scalar[Box((), ()).index()] = 3
+    assert scalar == 3
+
+
+def test_shifted_is_the_inverse_of_relative_to():
+    inner, outer = Box((5, 2), (1, 1)), Box((4, 2), (3, 3))
+    assert inner.relative_to(outer).shifted(outer.offsets) == inner
 
 
 def test_runs_of_a_slice_along_the_first_dim_are_one():

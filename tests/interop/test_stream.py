@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milepost.errors import ConversionError, StorageError
-from milepost.format.box import Box, contiguous_runs
+from milepost.format.box import Box, contiguous_runs, cut_into_slabs
 from milepost.format.digest import crc32
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
@@ -21,7 +21,7 @@ from milepost.interop.names.rules import correspond
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
 from milepost.interop.weights import stream
 from milepost.interop.weights.boxes import Array, Assembled, PassedBytes, TensorInfo
-from milepost.interop.weights.stream import Placed, SlabReader, cut_into_slabs, write_image
+from milepost.interop.weights.stream import Placed, SlabReader, write_image
 from milepost.storage import LocalStorage
 
 
@@ -59,9 +59,7 @@ def test_slabs_tile_a_tensor_in_order_and_keep_units_together(
         shape[-2] *= unit
     else:
         unit = 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "SLAB_NBYTES", limit)
-        slabs = list(cut_into_slabs(shape, element_nbytes, unit))
+    slabs = list(cut_into_slabs(shape, element_nbytes, limit, unit))
     end = 0
     for slab in slabs:
         assert list(contiguous_runs(slab.box, tuple(shape))) == [

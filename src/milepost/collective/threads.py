@@ -6,45 +6,52 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_in_threads(work: Callable[[T], R], items: Sequence[T], num_threads: int, *, name: str) -> list[R]:
-    """``[work(item) for item in items]``, done by so many threads, of which the calling one is the first.
+def map_in_threads(work: Callable[[T], R], items: Iterable[T], num_threads: int, *, name: str) -> list[R]:
+    """``[work(item) for item in items]``, by ``num_threads`` threads, of which the calling one is the first.
 
-    After an error no further item is begun; when all threads are done, that error is raised.
+    Items are taken one by one as threads become free, so ``items`` may be made on the way. After an error (of
+    ``items`` too, or an interrupt) no further item is begun; when all threads are done, that error is raised.
     """
     results: dict[int, R] = {}
     errors: list[BaseException] = []
-    remaining = iter(enumerate(items))
+    remaining = enumerate(items)
     lock = threading.Lock()
 
     def run() -> None:
-        while not errors:
-            with lock:
-                numbered = next(remaining, None)
-            if numbered is None:
-                return
-            try:
+        try:
+            while not errors:
+                with lock:
+                    numbered = next(remaining, None)
+                if numbered is None:
+                    return
                 results[numbered[0]] = work(numbered[1])
-            except BaseException as error:  # noqa: BLE001 - the top of a thread: it is raised in the calling one
-                errors.append(error)
+        except BaseException as error:  # noqa: BLE001 - the top of a thread: it is raised in the calling one
+            errors.append(error)
 
-    helpers = [threading.Thread(target=run, name=f"{name}-{n}") for n in range(1, min(num_threads, len(items)))]
+    most = len(items) if isinstance(items, Sized) else num_threads
     started = []
-    for helper in helpers:
+    for number in range(1, min(num_threads, most)):
+        helper = threading.Thread(target=run, name=f"{name}-{number}")
         try:
             helper.start()
         except RuntimeError:  # no more threads are to be had: those that run do it all
             break
         started.append(helper)
     run()
-    for helper in started:
-        helper.join()
+    try:
+        for helper in started:
+            helper.join()
+    except BaseException as error:  # noqa: BLE001 - an interrupt reaches only this thread: let the others end first
+        errors.append(error)
+        for helper in started:
+            helper.join()
     if errors:
         raise errors[0]
-    return [results[number] for number in range(len(items))]
+    return [results[number] for number in range(len(results))]

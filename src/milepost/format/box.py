@@ -1,6 +1,6 @@
 """N-dimensional regions of a tensor, and the proof that a set of them covers it exactly once.
 
-A *box* is what is left of a DTensor, an FSDP shard or a pipeline stage below ``checkpoint/layout.py``: offsets and
+A *box* is what is left of a DTensor, an FSDP shard or a pipeline stage below ``tensors/layout.py``: offsets and
 sizes in the coordinates of the global tensor. A 0-d tensor is one box with empty offsets and sizes.
 """
 
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
+from typing import Any
 
 _MAX_FAULTS = 8
 _MAX_CORNERS = 1 << 23
@@ -50,6 +51,14 @@ class Box:
     def relative_to(self, outer: Box) -> Box:
         """The same region in the coordinates of ``outer``, which must contain it."""
         return Box(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
+
+    def shifted(self, by: Sequence[int]) -> Box:
+        """The same box moved by ``by``. The inverse of :meth:`relative_to` for the offsets of the outer box."""
+        return Box(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.sizes)
+
+    def index(self) -> tuple[Any, ...]:
+        """The index that selects the box in an array or a tensor: a view, of a 0-d one too."""
+        return (..., *(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True)))
 
     def inside(self, shape: Sequence[int]) -> bool:
         """Whether the box lies within a tensor of ``shape``."""
@@ -97,6 +106,45 @@ def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int
             dim -= 1
         if dim < 0:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A box that is contiguous in a row-major tensor: ``nbytes`` from byte ``start`` of the tensor's data."""
+
+    box: Box
+    start: int
+    nbytes: int
+
+
+def cut_into_slabs(shape: Sequence[int], element_nbytes: int, limit_nbytes: int, unit_rows: int = 1) -> Iterator[Slab]:
+    """Cut a tensor of ``shape`` into slabs of at most ``limit_nbytes``, ascending; none is larger than the first.
+
+    ``unit_rows`` rows (of the last dim but one) are never separated, even where they are more than that. A single row
+    that is longer is cut. A tensor without elements has no slabs.
+    """
+    if 0 in shape:
+        return
+    dim, inner = len(shape), element_nbytes
+    while dim > 0 and inner * shape[dim - 1] <= limit_nbytes:
+        dim -= 1
+        inner *= shape[dim]
+    if unit_rows > 1 and dim >= len(shape) - 1:
+        # The cut would fall among the rows of a unit, or inside one row.
+        dim, inner = len(shape) - 1, element_nbytes * shape[-1]
+    if dim == 0:
+        yield Slab(Box.whole(shape), 0, inner)
+        return
+    # Dims from `dim` on are taken whole, dim - 1 is cut into steps, those before are walked one index at a time.
+    unit = unit_rows if dim == len(shape) - 1 else 1
+    step = max(unit, limit_nbytes // inner // unit * unit)
+    start = 0
+    for outer in product(*map(range, shape[: dim - 1])):
+        for first in range(0, shape[dim - 1], step):
+            count = min(step, shape[dim - 1] - first)
+            box = Box((*outer, first, *(0 for _ in shape[dim:])), (*(1 for _ in outer), count, *shape[dim:]))
+            yield Slab(box, start, count * inner)
+            start += count * inner
 
 
 def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:

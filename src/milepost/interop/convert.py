@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import ConfigError, ConversionError
+from milepost.format.box import Slab
 from milepost.format.manifest import Manifest
 from milepost.interop.names.families import META, family_of
 from milepost.interop.names.match import Match, match, repeated, tied_fault
@@ -25,7 +27,7 @@ from milepost.interop.options import ConvertOptions, ConvertReport
 from milepost.interop.weights.boxes import Assembled, Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.open import CONFIG_NAME, open_weights
 from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink, check_config, hf_extras
-from milepost.interop.weights.stream import Slab, SlabReader, run_threads
+from milepost.interop.weights.stream import SlabReader
 
 Progress = Callable[[str, int, int], None]
 """Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""
@@ -208,5 +210,6 @@ def verify(
                 path=written.path,
             )
 
-    run_threads(compare, ((key, slab) for key in back.tensors for slab in reader.slabs(key)), reader.num_threads)
+    slabs = ((key, slab) for key in back.tensors for slab in reader.slabs(key))
+    map_in_threads(compare, slabs, reader.num_threads, name="milepost-convert")
     written.check_digests()

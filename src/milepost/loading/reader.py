@@ -10,19 +10,19 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import DigestMismatchError, FormatError
 from milepost.format import digest, record
-from milepost.format.box import Box, contiguous_runs
+from milepost.format.box import Box, contiguous_runs, cut_into_slabs
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import BLOCK_NBYTES, Manifest, ObjectEntry, ShardEntry
-from milepost.saving.stage import region, row_slabs, tensor_bytes
+from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage
 from milepost.tensors.layout import TensorLeaf, dtype_name
 from milepost.tensors.plan import ReadItem
@@ -89,30 +89,9 @@ def read_tensors(
             for item in items
             for task in _tasks(item, handles[item.shard.file], leaves[item.leaf], digests, session)
         ]
-        _run(tasks, num_threads)
+        map_in_threads(lambda task: task.run(), tasks, num_threads, name="milepost-read")
     wanted = sum(item.src.numel * leaves[item.leaf].local.element_size() for item in items)
     return ReadStats(wanted, session.read_nbytes)
-
-
-def _run(tasks: Sequence[_Task], num_threads: int) -> None:
-    if num_threads <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            task.run()
-        return
-    failed = threading.Event()
-
-    def run(task: _Task) -> None:
-        if failed.is_set():
-            return
-        try:
-            task.run()
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-read") as pool:
-        for _ in pool.map(run, tasks):
-            pass
 
 
 class _Session:
@@ -203,7 +182,7 @@ class _Stored:
 def _tasks(
     item: ReadItem, handle: ReadHandle, leaf: TensorLeaf, digests: BlockDigests | None, session: _Session
 ) -> Iterator[_Task]:
-    target = region(leaf.view(item.piece), item.dst)
+    target = leaf.view(item.piece)[item.dst.index()]
     if item.shard.data_offset is None:
         yield _Unpickled(item, handle, target, session)
         return
@@ -282,15 +261,15 @@ class _Buffered:
         dtype = getattr(torch, self.item.dtype)
         blocks = _SlidingBlocks(self.stored)
         # Slabs are whole rows of the stored shard: what lies between two wanted columns is read anyway.
-        for slab in row_slabs(sizes, dtype.itemsize, SLAB_NBYTES):
-            common = slab.intersect(self.item.src)
+        for slab in cut_into_slabs(sizes, dtype.itemsize, SLAB_NBYTES):
+            common = slab.box.intersect(self.item.src)
             if common is None:
                 continue
-            rows = _rows(slab, common)
+            rows = _rows(slab.box, common)
             start, stop = next(contiguous_runs(rows, sizes))
             data = blocks.read(start * dtype.itemsize, stop * dtype.itemsize)
             src = torch.frombuffer(data, dtype=dtype).view(rows.sizes)
-            region(self.target, common.relative_to(self.item.src)).copy_(region(src, common.relative_to(rows)))
+            self.target[common.relative_to(self.item.src).index()].copy_(src[common.relative_to(rows).index()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +293,7 @@ class _Unpickled:
                 path=self.handle.path,
                 key=self.item.key,
             )
-        self.target.copy_(region(tensor, self.item.src))
+        self.target.copy_(tensor[self.item.src.index()])
 
 
 _Task = _Direct | _Buffered | _Unpickled

@@ -21,7 +21,7 @@ import numpy as np
 
 from milepost.config import part_of
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StorageError
-from milepost.format.box import Box
+from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.interop.names.families import family_of
@@ -29,7 +29,7 @@ from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.weights.boxes import Array, Assembled, Readable, Source, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.open import manifest_source, open_weights
-from milepost.interop.weights.stream import cut_into_slabs
+from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.run import catalog
 from milepost.storage import open_storage
 
@@ -262,7 +262,7 @@ def _compare_values(a: _Side, b: _Side, keys: list[str], progress: Progress | No
     for key in keys:
         info = a.tensors[key]
         found = _Differences(info.shape)
-        for slab in cut_into_slabs(info.shape, itemsize(info.dtype)):
+        for slab in cut_into_slabs(info.shape, itemsize(info.dtype), SLAB_NBYTES):
             found.add(slab.box, _read(a, key, slab.box), _read(b, key, slab.box))
             done += slab.nbytes
             if progress is not None:

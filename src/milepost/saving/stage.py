@@ -5,14 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 
 from milepost.collective.threads import map_in_threads
 from milepost.errors import SaveError
-from milepost.format.box import Box
+from milepost.format.box import cut_into_slabs
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan, align
@@ -30,43 +30,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     offset = tensor.storage_offset() * tensor.element_size()
     raw.set_(tensor.untyped_storage(), offset, (tensor.numel() * tensor.element_size(),))  # type: ignore[call-overload]
     return memoryview(cast("Any", raw.numpy()))
-
-
-def row_slabs(sizes: Sequence[int], itemsize: int, limit_nbytes: int) -> Iterator[Box]:
-    """Cut a row-major region into boxes of at most ``limit_nbytes``, each contiguous in row-major order, ascending.
-
-    A single row of the innermost dim that is longer is cut too.
-    """
-    dim, inner = len(sizes), itemsize
-    while dim > 0 and inner * sizes[dim - 1] <= limit_nbytes:
-        dim -= 1
-        inner *= sizes[dim]
-    if dim == 0:
-        yield Box.whole(sizes)
-        return
-    # Dims below `dim` fit; dim - 1 is cut into steps; dims above are walked one index at a time.
-    step = max(1, limit_nbytes // inner)
-    for outer in _indices(sizes[: dim - 1]):
-        for start in range(0, sizes[dim - 1], step):
-            count = min(step, sizes[dim - 1] - start)
-            yield Box(
-                (*outer, start, *([0] * (len(sizes) - dim))),
-                (*([1] * len(outer)), count, *sizes[dim:]),
-            )
-
-
-def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    if not sizes:
-        yield ()
-        return
-    for head in range(sizes[0]):
-        for tail in _indices(sizes[1:]):
-            yield (head, *tail)
-
-
-def region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The view ``tensor[box]``."""
-    return tensor[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
 
 
 class TensorBlocks:
@@ -96,9 +59,9 @@ def _copied_blocks(view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvie
     """Blocks of a tensor that is strided, on another device or of another dtype, through a bounded copy."""
     block = bytearray(BLOCK_NBYTES)
     fill = 0
-    for slab in row_slabs(tuple(view.shape), dtype.itemsize, SLAB_NBYTES):
+    for slab in cut_into_slabs(view.shape, dtype.itemsize, SLAB_NBYTES):
         # `contiguous()` would return the view itself when it is one already; a copy on the CPU is what is wanted.
-        data = tensor_bytes(region(view, slab).to(device="cpu", dtype=dtype).contiguous())
+        data = tensor_bytes(view[slab.box.index()].to(device="cpu", dtype=dtype).contiguous())
         start = 0
         while start < len(data):
             count = min(BLOCK_NBYTES - fill, len(data) - start)

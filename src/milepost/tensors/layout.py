@@ -55,7 +55,7 @@ class TensorLeaf:
         region = self.pieces[piece].local
         if region.sizes == tuple(self.local.shape):
             return self.local
-        return self.local[tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))]
+        return self.local[region.index()]
 
 
 def stored_as(leaf: TensorLeaf, dtype: torch.dtype) -> TensorLeaf:

@@ -26,8 +26,7 @@ class _Arrays:
     arrays: Mapping[str, Array]
 
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
-        region = tuple(slice(start, stop) for start, stop in zip(item.box.offsets, item.box.stops, strict=True))
-        flat = np.ascontiguousarray(self.arrays[item.key][region]).reshape(-1).view(np.uint8)
+        flat = np.ascontiguousarray(self.arrays[item.key][item.box.index()]).reshape(-1).view(np.uint8)
         data = memoryview(flat.data)
         for start in range(0, len(data), BLOCK_NBYTES):
             yield data[start : start + BLOCK_NBYTES]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import StorageError
 from milepost.format.digest import crc32
 from milepost.storage.base import ReadHandle
@@ -86,37 +86,21 @@ class Findings:
 
 
 class ExtentReader:
-    """Threads that take batches of extents from a file until there are none left. A context manager."""
+    """Threads that take batches of extents from a file until there are none left."""
 
     def __init__(self, findings: Findings, num_threads: int):
         self._findings = findings
         self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-verify")
         self._local = threading.local()
-        self._stopped = False
-
-    def __enter__(self) -> ExtentReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped = True  # an error or Ctrl-C: the threads end after the batch that they are at
-        self._pool.shutdown(cancel_futures=True)
 
     def check(self, handle: ReadHandle, name: str, extents: Iterator[Extent]) -> None:
         """Compare ``extents`` (ascending) of the file ``name``. Errors of ``extents`` itself are raised."""
-        source = batches(self._inside(handle, name, extents), BUFFER_NBYTES)
-        lock = threading.Lock()
-
-        def drain() -> None:
-            while not self._stopped:
-                with lock:
-                    batch = next(source, None)
-                if batch is None:
-                    return
-                self._check_batch(handle, name, batch)
-
-        for future in [self._pool.submit(drain) for _ in range(self._num_threads)]:
-            future.result()
+        map_in_threads(
+            lambda batch: self._check_batch(handle, name, batch),
+            batches(self._inside(handle, name, extents), BUFFER_NBYTES),
+            self._num_threads,
+            name="milepost-verify",
+        )
 
     def _inside(self, handle: ReadHandle, name: str, extents: Iterator[Extent]) -> Iterator[Extent]:
         """The extents that the file is long enough for. The others are problems."""

@@ -222,18 +222,18 @@ def _check(
     if level == "sample":
         placed = sampled(placed, random.Random(), SAMPLE_RECORDS, SAMPLE_NBYTES)
         findings.total_nbytes += sum(one.stop - one.start for records in placed.values() for one in records)
-    with ExtentReader(findings, num_threads) as reader:
-        for name, records in sorted(placed.items()):
-            if name not in record.files or record.files[name].is_link:
-                continue  # told already
-            try:
-                handle = storage.open_read(join(path, name))
-            except StorageError as error:
-                findings.add(Problem(name, None, None, error.message))
-                continue
-            with handle:
-                file_nbytes = record.manifest.files[name].nbytes if level == "full" else None
-                reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
+    reader = ExtentReader(findings, num_threads)
+    for name, records in sorted(placed.items()):
+        if name not in record.files or record.files[name].is_link:
+            continue  # told already
+        try:
+            handle = storage.open_read(join(path, name))
+        except StorageError as error:
+            findings.add(Problem(name, None, None, error.message))
+            continue
+        with handle:
+            file_nbytes = record.manifest.files[name].nbytes if level == "full" else None
+            reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
 
 
 def _extents(

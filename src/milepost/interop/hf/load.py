@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from milepost.collective.progress import ProgressLog
+from milepost.collective.threads import map_in_threads
 from milepost.errors import ConversionError, StateMismatchError
-from milepost.format.box import Box
+from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.names.families import family_of
 from milepost.interop.names.match import match
@@ -23,7 +24,7 @@ from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.weights.boxes import Array, Assembled, Readable, array_dtype, as_bytes
 from milepost.interop.weights.open import CONFIG_NAME, open_weights
 from milepost.interop.weights.sinks import check_config
-from milepost.interop.weights.stream import Slab, cut_into_slabs, run_threads
+from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.tensors.layout import TensorLeaf
 
 
@@ -105,10 +106,10 @@ def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, to
         if not hasattr(local, "buffer") or len(local.buffer) < slab.nbytes:
             local.buffer = np.empty(slab.nbytes, np.uint8)
         values: Array = local.buffer[: slab.nbytes].view(array_dtype(stored)).reshape(slab.box.sizes)
-        ours.read_into(key, _moved(slab.box, leaf.pieces[piece].box), values)
+        ours.read_into(key, slab.box.shifted(leaf.pieces[piece].box.offsets), values)
         raw = torch.from_numpy(as_bytes(values)).view(getattr(torch, stored)).view(slab.box.sizes)
         target = leaf.view(piece)
-        target[tuple(slice(o, o + s) for o, s in zip(slab.box.offsets, slab.box.sizes, strict=True))].copy_(raw)
+        target[slab.box.index()].copy_(raw)
         if progress is not None:
             progress.add(slab.nbytes)
 
@@ -116,15 +117,10 @@ def _fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, to
         (key, index, slab)
         for key, leaf in leaves.items()
         for index, piece in enumerate(leaf.pieces)
-        for slab in cut_into_slabs(piece.box.sizes, itemsize(ours.tensors[key].dtype), ours.unit_rows(key))
+        for slab in cut_into_slabs(piece.box.sizes, itemsize(ours.tensors[key].dtype), SLAB_NBYTES, ours.unit_rows(key))
     ]
     nbytes = sum(slab.nbytes for _, _, slab in tasks)
     progress = ProgressLog(told_as, nbytes) if told_as is not None else None
     with torch.no_grad():
-        run_threads(work, tasks, num_threads)
+        map_in_threads(work, tasks, num_threads, name="milepost-load")
     return nbytes
-
-
-def _moved(box: Box, outer: Box) -> Box:
-    """``box``, given in the coordinates of ``outer``, in those of the tensor."""
-    return Box(tuple(a + b for a, b in zip(box.offsets, outer.offsets, strict=True)), box.sizes)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import ConversionError
-from milepost.format.box import Box, contiguous_runs
+from milepost.format.box import Box, Slab, contiguous_runs, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
@@ -26,7 +27,7 @@ from milepost.interop.names.rules import Correspondence, Link, Op, correspond
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import Array, TensorInfo, array_dtype, raw_bytes
 from milepost.interop.weights.sinks import extras_files, hf_extras, split_into_files
-from milepost.interop.weights.stream import BUFFER_NBYTES, ImageStream, Slab, cut_into_slabs, run_threads
+from milepost.interop.weights.stream import BUFFER_NBYTES, SLAB_NBYTES, ImageStream
 from milepost.run.assemble import SaveInfo
 from milepost.saving.writer import BlockSource, FileImage
 from milepost.storage.base import Storage, WriteHandle, join
@@ -177,7 +178,7 @@ def write_part(
             if on_progress is not None:
                 on_progress(item.data_nbytes)
 
-        run_threads(work, items, num_threads)
+        map_in_threads(work, items, num_threads, name="milepost-write")
         for handle in handles.values():
             handle.sync()
     return sum(item.data_nbytes for item in items)
@@ -194,7 +195,7 @@ def _write_item(
     size = itemsize(item.dtype)
     streams: tuple[str, ImageStream] | None = None
     for slab, values in _slabs(item, links, image.head_dim, source):
-        box = Box(tuple(a + b for a, b in zip(item.box.offsets, slab.box.offsets, strict=True)), slab.box.sizes)
+        box = slab.box.shifted(item.box.offsets)
         for link in links:
             for theirs, part in _parts(link, image.head_dim, box, values):
                 place = image.places[link.theirs_key]
@@ -221,7 +222,7 @@ def _slabs(
     elif any(link.op is not Op.SAME for link in links):
         unit = head_dim
     dtype = array_dtype(item.dtype)
-    slabs = cut_into_slabs(item.box.sizes, itemsize(item.dtype), unit)
+    slabs = cut_into_slabs(item.box.sizes, itemsize(item.dtype), SLAB_NBYTES, unit)
     if isinstance(source, FileImage):
         memory = source.memory[item.data_offset : item.data_offset + item.data_nbytes]
         for slab in slabs:
@@ -246,20 +247,19 @@ def _parts(link: Link, head_dim: int, box: Box, values: Array) -> Iterator[tuple
     common = link.ours.intersect(box)
     if common is None:
         return
-    inner = common.relative_to(box)
-    values = values[tuple(slice(o, o + s) for o, s in zip(inner.offsets, inner.sizes, strict=True))]
+    values = values[common.relative_to(box).index()]
     part = common.relative_to(link.ours)
     # The two sides differ at most in leading dims of size 1.
     lead = len(part.sizes) - len(link.theirs.sizes)
     offsets, sizes = part.offsets[lead:], part.sizes[lead:]
     values = values.reshape(sizes)
     if link.op is Op.SAME:
-        yield _within(link.theirs, offsets, sizes), values
+        yield Box(offsets, sizes).shifted(link.theirs.offsets), values
     elif link.op is Op.TRANSPOSED:
-        yield _within(link.theirs, _swapped(offsets), _swapped(sizes)), values.swapaxes(-1, -2)
+        yield Box(_swapped(offsets), _swapped(sizes)).shifted(link.theirs.offsets), values.swapaxes(-1, -2)
     else:
         for first, rows in _rows_as_halves(offsets[0], values, head_dim):
-            yield _within(link.theirs, (first, *offsets[1:]), rows.shape), rows
+            yield Box((first, *offsets[1:]), rows.shape).shifted(link.theirs.offsets), rows
 
 
 def _rows_as_halves(start: int, rows: Array, head_dim: int) -> Iterator[tuple[int, Array]]:
@@ -280,10 +280,6 @@ def _rows_as_halves(start: int, rows: Array, head_dim: int) -> Iterator[tuple[in
             first = begin + (begin - head + half) % 2
             if first < end:
                 yield head + half * head_dim // 2 + (first - head) // 2, rows[first - start : end - start : 2]
-
-
-def _within(outer: Box, offsets: Sequence[int], sizes: Sequence[int]) -> Box:
-    return Box(tuple(a + b for a, b in zip(outer.offsets, offsets, strict=True)), tuple(sizes))
 
 
 def _swapped(values: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from milepost.errors import ConversionError
-from milepost.format.box import Box
+from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import Correspondence, Family, KeyFaults, Recipe, Scheme, correspond, key_faults
 from milepost.interop.weights.boxes import Array, Readable, TensorInfo, array_dtype
-from milepost.interop.weights.stream import cut_into_slabs
+from milepost.interop.weights.stream import SLAB_NBYTES
 
 _PREFIXES = ("", "model.", "state_dict.", "module.")
 """Under what a state dict may stand in a checkpoint or a ``.pt`` file."""
@@ -140,7 +140,7 @@ def tied_fault(match: Match) -> str | None:
     first, second = match.tensors.tensors[embedding], match.tensors.tensors[output]
     if first != second:
         return f"{output} is {second.dtype} {list(second.shape)}, {embedding} is {first.dtype} {list(first.shape)}"
-    for slab in cut_into_slabs(first.shape, itemsize(first.dtype)):
+    for slab in cut_into_slabs(first.shape, itemsize(first.dtype), SLAB_NBYTES):
         one, other = (np.empty(slab.nbytes, np.uint8) for _ in range(2))
         for key, raw in ((embedding, one), (output, other)):
             match.tensors.read_into(key, slab.box, raw.view(array_dtype(first.dtype)).reshape(slab.box.sizes))

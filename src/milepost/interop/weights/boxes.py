@@ -101,7 +101,7 @@ class Source:
             common = stretch.box.intersect(box)
             if common is None:
                 continue
-            target = _region(out, common.relative_to(box))
+            target = out[common.relative_to(box).index()]
             direct = target.dtype == stored and target.flags.c_contiguous
             raw = target if direct else np.empty(common.sizes, stored)
             self._read_runs(key, index, common, raw)
@@ -267,7 +267,7 @@ class Assembled:
         for piece in recipe.pieces:
             common = piece.target.intersect(box)
             if common is not None:
-                self._read_piece(piece, common.relative_to(piece.target), _region(out, common.relative_to(box)))
+                self._read_piece(piece, common.relative_to(piece.target), out[common.relative_to(box).index()])
 
     def _read_piece(self, piece: Piece, part: Box, out: Array) -> None:
         """Fill ``out`` with the box ``part`` of a piece (in the piece's own coordinates)."""
@@ -279,9 +279,9 @@ class Assembled:
             offsets, sizes = (0,) * extra + part.offsets, (1,) * extra + part.sizes
         target = out.reshape(sizes) if out.flags.c_contiguous else _reshaped_view(out, sizes)
         if piece.op is Op.SAME:
-            self._base.read_into(piece.source_key, _moved(piece.source, offsets, sizes), target)
+            self._base.read_into(piece.source_key, Box(offsets, sizes).shifted(piece.source.offsets), target)
         elif piece.op is Op.TRANSPOSED:
-            swapped = _moved(piece.source, _swap(offsets), _swap(sizes))
+            swapped = Box(_swap(offsets), _swap(sizes)).shifted(piece.source.offsets)
             self._base.read_into(piece.source_key, swapped, target.swapaxes(-1, -2))
         else:
             self._read_heads(piece, offsets, sizes, target)
@@ -292,7 +292,7 @@ class Assembled:
         first = offsets[0] // head * head
         stop = -(-(offsets[0] + sizes[0]) // head) * head
         raw = np.empty((stop - first, *sizes[1:]), target.dtype)
-        wanted = _moved(piece.source, (first, *offsets[1:]), raw.shape)
+        wanted = Box((first, *offsets[1:]), raw.shape).shifted(piece.source.offsets)
         self._base.read_into(piece.source_key, wanted, raw)
         inner = (2, head // 2) if piece.op is Op.TO_PAIRS else (head // 2, 2)
         reordered = raw.reshape(-1, *inner, *sizes[1:]).swapaxes(1, 2)  # (heads, ., ., columns)
@@ -330,18 +330,6 @@ def as_bytes(array: Array) -> Bytes:
 def raw_bytes(array: Array) -> memoryview:
     """The memory of a C-contiguous array."""
     return memoryview(as_bytes(array))  # type: ignore[arg-type]
-
-
-def _region(array: Array, box: Box) -> Array:
-    """The view ``array[box]``, of a 0-d array too."""
-    index: Any = (..., *(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True)))
-    view: Array = array[index]
-    return view
-
-
-def _moved(base: Box, offsets: Iterable[int], sizes: Iterable[int]) -> Box:
-    """The box of ``sizes`` at ``offsets`` within ``base``."""
-    return Box(tuple(a + b for a, b in zip(base.offsets, offsets, strict=True)), tuple(sizes))
 
 
 def _swap(values: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import ConversionError
-from milepost.format.box import Box
+from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.weights.boxes import Array, Bytes, PassedBytes, Readable, array_dtype, raw_bytes
 from milepost.storage.base import WriteHandle
@@ -29,47 +28,8 @@ _COPIES = 2
 """A slab is copied at most so often on its way into the buffer (rows being reordered, elements being cast)."""
 _MAX_THREADS = 4
 
-T = TypeVar("T")
-
 Progress = Callable[[int], None]
 """Told how many further bytes have been produced; called from several threads, one at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """A box of a tensor that is contiguous in row-major order: ``nbytes`` from byte ``start`` of the tensor's data."""
-
-    box: Box
-    start: int
-    nbytes: int
-
-
-def cut_into_slabs(shape: Sequence[int], element_nbytes: int, unit_rows: int = 1) -> Iterator[Slab]:
-    """Cut a tensor into slabs of at most ``SLAB_NBYTES``, in order; none is larger than the first.
-
-    ``unit_rows`` rows (of the last dim but one) are never separated, even where they are more than that.
-    """
-    if 0 in shape:
-        return
-    dim, inner = len(shape), element_nbytes
-    while dim > 0 and inner * shape[dim - 1] <= SLAB_NBYTES:
-        dim -= 1
-        inner *= shape[dim]
-    if unit_rows > 1 and dim >= len(shape) - 1:
-        # The cut would fall among the rows of a unit, or inside one row.
-        dim, inner = len(shape) - 1, element_nbytes * shape[-1]
-    if dim == 0:
-        yield Slab(Box.whole(shape), 0, inner)
-        return
-    unit = unit_rows if dim == len(shape) - 1 else 1
-    step = max(unit, SLAB_NBYTES // inner // unit * unit)
-    start = 0
-    for outer in np.ndindex(*shape[: dim - 1]):
-        for first in range(0, shape[dim - 1], step):
-            count = min(step, shape[dim - 1] - first)
-            box = Box((*outer, first, *(0 for _ in shape[dim:])), (*(1 for _ in outer), count, *shape[dim:]))
-            yield Slab(box, start, count * inner)
-            start += count * inner
 
 
 class SlabReader:
@@ -100,7 +60,7 @@ class SlabReader:
     def slabs(self, key: str) -> Iterator[Slab]:
         """The slabs of a tensor, in order."""
         info = self.content.tensors[key]
-        return cut_into_slabs(info.shape, itemsize(info.dtype), self.content.unit_rows(key))
+        return cut_into_slabs(info.shape, itemsize(info.dtype), SLAB_NBYTES, self.content.unit_rows(key))
 
     def _largest(self, key: str) -> int:
         first = next(self.slabs(key), None)
@@ -156,30 +116,8 @@ def write_image(
                 passed[placed.key].add(slab.start, raw_bytes(raw))
         stream.flush()
 
-    run_threads(work, _tasks(tensors, reader), reader.num_threads)
+    map_in_threads(work, _tasks(tensors, reader), reader.num_threads, name="milepost-convert")
     return passed
-
-
-def run_threads(work: Callable[[T], None], tasks: Iterable[T], num_threads: int) -> None:
-    """Do ``work`` on each task in a few threads. After the first failure no further task is begun, and it is raised."""
-    failed = threading.Event()
-
-    def guarded(task: T) -> None:
-        if failed.is_set():
-            return
-        try:
-            work(task)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="milepost-convert") as pool:
-        try:
-            for _ in pool.map(guarded, tasks):
-                pass
-        except BaseException:  # an interrupt reaches only this thread
-            failed.set()
-            raise
 
 
 def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple[Placed, Slab]]]:

@@ -12,7 +12,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-from milepost.saving.stage import region
 from milepost.tensors.layout import tensor_leaf
 from milepost.train.models.decoder import Decoder
 
@@ -52,4 +51,4 @@ def copy_local_part(target: Tensor, whole: Tensor) -> None:
     """
     leaf = tensor_leaf("weight", target)
     for index, piece in enumerate(leaf.pieces):
-        leaf.view(index).copy_(region(whole, piece.box))
+        leaf.view(index).copy_(whole[piece.box.index()])
