@@ -1,8 +1,8 @@
 """Which steps to keep: pure rules over what the catalog found, each decision with its reason.
 
 Only committed steps of Milepost's own are ever deleted. Kept in any case are: the newest committed step and the
-newest that can be resumed from, pinned and protected steps, links, and all that is external, incomplete or damaged, since
-nobody can say what those are worth.
+newest that can be resumed from, pinned and protected steps, links, and all that is external, incomplete or damaged,
+since nobody can say what those are worth.
 """
 
 from __future__ import annotations
