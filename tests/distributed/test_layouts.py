@@ -13,7 +13,10 @@ import torch
 from tiny_layouts import MODELS, MOE, SEQ_LEN, TINY, Layout, build, on, random_batches, whole
 
 from milepost.errors import ConfigError
+from milepost.format.box import Box
 from milepost.parallelism.degrees import Degrees
+from milepost.parallelism.placement import STAGES_PER_RANK, Coordinates, box_of, stages_of
+from milepost.tensors.layout import tensor_leaf
 from milepost.testing.world import run_world
 from milepost.train.parallel import Meshes
 
@@ -74,6 +77,8 @@ class Outcome:
     norms: list[float]
     initial: dict[str, int]
     """CRC-32 of each initial parameter, gathered whole; of the stages that this rank computes."""
+    boxes: dict[str, list[Box]]
+    """What this rank's DTensors hold of each parameter."""
 
 
 @functools.cache
@@ -94,6 +99,28 @@ def test_layout_trains_as_one_process(layout: Layout) -> None:
         assert outcome.initial.items() <= expected.initial.items(), "an initial weight differs"
         held |= outcome.initial.keys()
     assert held == expected.initial.keys(), "no stage holds some weight"
+
+
+@pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts], ids=str)
+def test_the_boxes_of_plan_resume_are_those_of_the_trainers_tensors(layout: Layout) -> None:
+    """One set of rules, so that a plan can't drift from what the trainer does."""
+    _, args = MODELS[layout.model]
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in MODELS[layout.model][0](args, SEQ_LEN).state_dict().items()}
+    for rank, outcome in enumerate(outcomes(layout.world_size)[layout]):
+        stages = stages_of(
+            Coordinates.of(rank, layout.degrees).pp,
+            layout.degrees,
+            stages_per_rank=STAGES_PER_RANK[layout.schedule],
+            num_layers=args.n_layers,
+            tied=args.tied_embeddings,
+        )
+        planned = {
+            key: [box] if (box := box_of(key, shape, layout.degrees, rank)).numel else []
+            for key, shape in shapes.items()
+            if any(stage.holds(key) for stage in stages)
+        }
+        assert outcome.boxes == planned
 
 
 def test_every_layout_is_a_row_of_the_documentation() -> None:
@@ -130,6 +157,11 @@ def _run(layout: Layout) -> Outcome:
         for part in model.parts
         for name, parameter in part.named_parameters()
     }
+    boxes = {
+        name: [piece.box for piece in tensor_leaf(name, parameter).pieces if piece.box.numel]
+        for part in model.parts
+        for name, parameter in part.named_parameters()
+    }
     optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in model.parts]
     losses, norms = [], []
     for batch in random_batches(STEPS, BATCH):
@@ -142,7 +174,7 @@ def _run(layout: Layout) -> Outcome:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return Outcome(losses, norms, initial)
+    return Outcome(losses, norms, initial, boxes)
 
 
 def _balance_losses() -> list[float]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from milepost.interop.names.model_sizes import ModelArgs, MoEArgs, RopeScaling
 from milepost.parallelism.degrees import Degrees
 from milepost.train.config import ActivationCheckpointConfig, Dtype, ParallelismConfig, PipelineSchedule, TrainingConfig
 from milepost.train.models.decoder import Decoder
-from milepost.train.models.flavors import ModelArgs, MoEArgs, RopeScaling
 from milepost.train.models.llama3 import Llama3
 from milepost.train.models.qwen3 import Qwen3
 from milepost.train.parallel import Meshes, ParallelModel, parallelize

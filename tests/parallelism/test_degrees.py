@@ -21,7 +21,7 @@ def test_minus_one_takes_what_the_other_degrees_leave(replicate, tensor, pipelin
         pipeline_parallel_degree=pipeline,
         context_parallel_degree=context,
     )
-    degrees = Degrees.resolve(options, replicate * tensor * pipeline * context * left)
+    degrees = Degrees.resolve(options.degrees(), replicate * tensor * pipeline * context * left)
     assert degrees.data_parallel_shard_degree == left
     assert degrees.world_size == replicate * tensor * pipeline * context * left
     assert degrees.data_parallel_degree == replicate * left
@@ -29,15 +29,15 @@ def test_minus_one_takes_what_the_other_degrees_leave(replicate, tensor, pipelin
 
 def test_experts_are_spread_over_ranks_that_other_degrees_count():
     options = ParallelismConfig(tensor_parallel_degree=2, expert_parallel_degree=4)
-    assert Degrees.resolve(options, 4).world_size == 4
+    assert Degrees.resolve(options.degrees(), 4).world_size == 4
     with pytest.raises(ConfigError, match="expert_parallel_degree = 4 must divide the 2 ranks"):
-        Degrees.resolve(options, 2)
+        Degrees.resolve(options.degrees(), 2)
 
 
 def test_every_degree_out_of_range_is_told():
     options = ParallelismConfig(data_parallel_shard_degree=-2, context_parallel_degree=0)
     with pytest.raises(ConfigError) as caught:
-        Degrees.resolve(options, 1)
+        Degrees.resolve(options.degrees(), 1)
     assert caught.value.problems == (
         "parallelism.data_parallel_shard_degree must be at least 1 (or -1 for what the others leave), not -2",
         "parallelism.context_parallel_degree must be at least 1, not 0",

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milepost.errors import ConfigError
+from milepost.interop.names.model_sizes import MoEArgs, RopeScaling
 from milepost.train.models import MODEL_NAMES, ModelArgs, build_model, model_args, model_flavors
 from milepost.train.models.decoder import Decoder
-from milepost.train.models.flavors import MoEArgs, RopeScaling
 from milepost.train.models.llama3 import Llama3
 from milepost.train.models.moe import MoE
 from milepost.train.models.qwen3 import Qwen3
@@ -83,7 +83,7 @@ def test_every_published_size_is_counted_here() -> None:
 
 
 def test_sizes_are_known_without_torch() -> None:
-    program = "import sys, milepost.train.models as m, milepost.train.layout_check; m.model_args('llama3', '8B'); "
+    program = "import sys, milepost.train.models as m, milepost.train.checks; m.model_args('llama3', '8B'); "
     subprocess.run([sys.executable, "-c", program + "sys.exit('torch' in sys.modules)"], check=True)
 
 

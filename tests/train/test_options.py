@@ -266,17 +266,16 @@ def test_what_is_not_toml_is_told_with_its_line():
 def test_degrees_that_do_not_multiply_to_the_world_are_told_with_the_numbers():
     toml = "[parallelism]\ndata_parallel_shard_degree = 2\ntensor_parallel_degree = 2\n"
     assert problems(toml, world_size=2) == (
-        "run.toml:2: parallelism: the degrees multiply to 4 but the world has 2 ranks (data_parallel_replicate 1 x "
-        "data_parallel_shard 2 x tensor_parallel 2 x pipeline_parallel 1 x context_parallel 1)",
+        "run.toml:2: parallelism: the degrees multiply to 4 but the world has 2 ranks (data_parallel_shard 2 x "
+        "tensor_parallel 2)",
     )
     assert load(toml, world_size=None).parallelism.tensor_parallel_degree == 2
 
 
 def test_a_shard_degree_that_can_not_be_filled_in_is_told_with_the_numbers():
     assert problems("", "--parallelism.tensor_parallel_degree", "2", world_size=3) == (
-        "--parallelism.tensor_parallel_degree: parallelism: data_parallel_shard_degree = -1 takes the ranks that the "
-        "other degrees leave, but 3 ranks can't be divided by 2 (data_parallel_replicate 1 x data_parallel_shard -1 x "
-        "tensor_parallel 2 x pipeline_parallel 1 x context_parallel 1)",
+        "--parallelism.tensor_parallel_degree: parallelism: 3 ranks can't be divided by 2 (tensor_parallel 2); "
+        "data_parallel_shard_degree takes the ranks that the other degrees leave",
     )
 
 

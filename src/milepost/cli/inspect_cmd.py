@@ -16,7 +16,8 @@ from milepost.errors import CheckpointNotFoundError
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, TensorEntry
-from milepost.format.summary import PartTotal, format_count, layout_text, placement_text, shard_counts, totals_by_part
+from milepost.format.summary import PartTotal, format_count, placement_text, shard_counts, totals_by_part
+from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog
 from milepost.run.catalog import CommitRecord
 from milepost.storage import open_storage
@@ -95,7 +96,7 @@ def _headline(state: str, reason: str, manifest: Manifest) -> str:
         told.append(f"{format_duration(max(0.0, time.time() - manifest.created_s))} old")
     if state != "external":
         ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
-        degrees = layout_text(manifest.layout) if manifest.world_size > 1 else ""
+        degrees = degrees_text(manifest.layout) if manifest.world_size > 1 else ""
         told.append(f"saved by {ranks}" + (f" ({degrees})" if degrees else ""))
     if manifest.producer:
         told.append("with " + " and ".join(f"{name} {version}" for name, version in manifest.producer.items()))

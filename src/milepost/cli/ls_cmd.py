@@ -9,7 +9,8 @@ from typing import Any
 
 from milepost.cli.paths import open_run
 from milepost.cli.render import print_json, print_table, state_text
-from milepost.format.summary import format_count, layout_text
+from milepost.format.summary import format_count
+from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog
 from milepost.run.catalog import StepEntry
 from milepost.storage.base import format_duration, format_nbytes
@@ -78,5 +79,5 @@ def _layout(entry: StepEntry) -> str:
     if entry.state == "external" or not entry.world_size:
         return "-"
     ranks = "1 rank" if entry.world_size == 1 else f"{entry.world_size} ranks"
-    degrees = layout_text(entry.layout)
+    degrees = degrees_text(entry.layout)
     return f"{ranks}: {degrees}" if degrees and entry.world_size > 1 else ranks

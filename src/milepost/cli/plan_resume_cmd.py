@@ -1,4 +1,4 @@
-"""``milepost plan-resume``: what a resume on another layout would read, before any GPU is asked for."""
+"""``milepost plan-resume``: what a resume under other degrees would read, before any GPU is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from milepost.cli.paths import read_manifest
 from milepost.cli.render import console, print_json, print_table, printable
 from milepost.errors import ConfigError, StateMismatchError
-from milepost.format.summary import SHORT_DEGREES, layout_text
+from milepost.parallelism.degrees import SHORT_DEGREES, Degrees, degrees_text
 from milepost.storage.base import format_nbytes
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ MAX_KEYS = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost plan-resume``."""
     parser.description = (
-        "Say what a resume would read on each rank of a layout, which keys would be missing or unexpected, and the\n"
-        "memory at the load's peak. Only metadata is read. Parameters are taken to be spread as milepost.train and\n"
+        "Say what a resume would read on each rank, which keys would be missing or unexpected, and the memory at the\n"
+        "load's peak. Only metadata is read. Parameters are taken to be spread as milepost.train and\n"
         "torchtitan spread Llama and Qwen; those of other names by FSDP alone."
     )
     parser.epilog = (
@@ -58,46 +58,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print; 4 if the resume would be refused."""
-    degrees = parse_degrees(args.degrees)
+    degrees = resolve_degrees(args.degrees, args.world_size, args.stages_per_rank)
     manifest = read_manifest(args.path)
-    from milepost.parallelism.placement import Layout
     from milepost.report.resume_plan import plan_resume  # with the tables of models, which --help can do without
 
-    layout = Layout.of(degrees, args.world_size, args.stages_per_rank)
-    plan = plan_resume(manifest, layout, model=args.model, flavor=args.flavor)
+    plan = plan_resume(manifest, degrees, stages_per_rank=args.stages_per_rank, model=args.model, flavor=args.flavor)
     if args.json:
         print_json({"fits": plan.fits} | _json(plan))
     else:
-        saved = layout_text(manifest.layout)
+        saved = degrees_text(manifest.layout)
         title = f"{args.path}: {manifest.kind}, saved by {manifest.world_size} ranks" + (f" ({saved})" if saved else "")
-        now = layout_text(layout.as_degrees())
-        console().print(printable(f"{title}; to be resumed by {layout.world_size} ({now})"), markup=False)
+        now = degrees_text(degrees.as_dict())
+        console().print(printable(f"{title}; to be resumed by {degrees.world_size} ({now})"), markup=False)
         _print(plan)
     return 0 if plan.fits else StateMismatchError.exit_status
 
 
-def parse_degrees(text: str) -> dict[str, int]:
-    """``tp=2,fsdp=4`` by short name; the trainer's option names do too. Raises ConfigError with all problems."""
-    degrees: dict[str, int] = {}
-    problems = []
+def resolve_degrees(text: str, world_size: int, stages_per_rank: int) -> Degrees:
+    """Fit ``tp=2,fsdp=4`` (short names, or the trainer's) to a world. Raises ConfigError with all problems."""
+    given: dict[str, int] = {}
+    problems = [
+        f"{option} must be at least 1, not {number}"
+        for option, number in (("--world-size", world_size), ("--stages-per-rank", stages_per_rank))
+        if number < 1
+    ]
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, number = part.partition("=")
-        name = SHORT_DEGREES.get(name, SHORT_DEGREES.get(f"{name}_degree", name))
-        if name not in SHORT_DEGREES.values():
-            problems.append(f"there is no degree '{name}'; degrees are {', '.join(SHORT_DEGREES.values())}")
-        elif not number.isdecimal():
-            problems.append(f"{part}: write {name}=N with a whole number")
-        elif name in degrees:
-            problems.append(f"{name} is given twice")
+        long = next((option for option, short in SHORT_DEGREES.items() if name in (option, short, _stem(option))), "")
+        if not long:
+            problems.append(f"--degrees: there is no degree '{name}'; degrees are {', '.join(SHORT_DEGREES.values())}")
+        elif not number.isdecimal() or int(number) < 1:
+            problems.append(f"--degrees: {part}: write {name}=N with a whole number of at least 1")
+        elif long in given:
+            problems.append(f"--degrees: {name} is given twice")
         else:
-            degrees[name] = int(number)
+            given[long] = int(number)
     if problems:
-        raise ConfigError([f"--degrees: {problem}" for problem in problems])
-    return degrees
+        raise ConfigError(problems)
+    try:
+        return Degrees.resolve(given, world_size)
+    except ConfigError as error:
+        raise ConfigError([f"--degrees: {_own_words(problem)}" for problem in error.problems]) from None
+
+
+def _stem(option: str) -> str:
+    return option.removesuffix("_degree")
+
+
+def _own_words(problem: str) -> str:
+    """A problem without the trainer's section, of which this command line knows nothing."""
+    return problem.removeprefix("parallelism: ").removeprefix("parallelism.")
 
 
 def _json(plan: ResumePlan) -> dict[str, Any]:
     described = dataclasses.asdict(plan)
+    degrees = {short: described["degrees"][name] for name, short in SHORT_DEGREES.items()}
+    layout = degrees | {"stages_per_rank": described.pop("stages_per_rank")}
+    described = {"layout": layout} | {name: value for name, value in described.items() if name != "degrees"}
     described["ranks"] = [dataclasses.asdict(rank) | {"memory_nbytes": rank.memory_nbytes} for rank in plan.ranks]
     return described
 
@@ -121,11 +138,13 @@ def _print(plan: ResumePlan) -> None:
     )
     for note in plan.notes:
         out.print(f"note: {note}", markup=False)
+    for reason in plan.refused:
+        out.print(f"refused: {reason}", markup=False)
     for title, keys in (
         ("missing from the checkpoint", plan.missing),
         ("of the checkpoint have no place in the run", plan.unexpected),
         ("of another shape", plan.misshapen),
-        ("not read on this layout", plan.left_out),
+        ("not read under these degrees", plan.left_out),
     ):
         _print_keys(title, keys)
     out.print("it fits" if plan.fits else "[bold red]it does not fit[/]: a resume would be refused")

@@ -5,23 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from milepost.config import PARTS, part_of
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, TensorEntry
-
-SHORT_DEGREES = {
-    "data_parallel_replicate_degree": "replicate",
-    "data_parallel_shard_degree": "fsdp",
-    "tensor_parallel_degree": "tp",
-    "pipeline_parallel_degree": "pp",
-    "context_parallel_degree": "cp",
-    "expert_parallel_degree": "ep",
-}
-"""The degrees of parallelism by the trainer's option names, and what they are called for short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +46,6 @@ def model_total(manifest: Manifest) -> PartTotal:
     """The total of the part ``model``; of zeros if there is none."""
     found = totals_by_part(manifest)
     return found[0] if found and found[0].part == "model" else PartTotal("model", 0, 0, 0, 0, ())
-
-
-def layout_text(layout: Mapping[str, int]) -> str:
-    """The degrees above 1, such as ``fsdp 2, tp 2``; ``one rank`` if there are none, empty if nothing is known."""
-    degrees = [f"{SHORT_DEGREES.get(name, name)} {degree}" for name, degree in layout.items() if degree != 1]
-    return ", ".join(degrees) or ("one rank" if layout else "")
 
 
 def cuts_of(entry: TensorEntry) -> tuple[tuple[tuple[int, int], ...], ...]:

@@ -1,39 +1,27 @@
-"""``Degrees``: over how many ranks each kind of parallelism is spread, resolved against the size of the world."""
+"""``Degrees``: over how many ranks each kind of parallelism is spread, and how ranks are numbered in the meshes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 from milepost.errors import ConfigError
 
-DENSE_DEGREES = (
-    "data_parallel_replicate_degree",
-    "data_parallel_shard_degree",
-    "tensor_parallel_degree",
-    "pipeline_parallel_degree",
-    "context_parallel_degree",
-)
+SHORT_DEGREES = {
+    "data_parallel_replicate_degree": "replicate",
+    "data_parallel_shard_degree": "fsdp",
+    "tensor_parallel_degree": "tp",
+    "pipeline_parallel_degree": "pp",
+    "context_parallel_degree": "cp",
+    "expert_parallel_degree": "ep",
+}
+"""The degrees by the trainer's option names, and what they are called for short."""
+
+ALL_DEGREES = tuple(SHORT_DEGREES)
+
+DENSE_DEGREES = tuple(name for name in ALL_DEGREES if name != "expert_parallel_degree")
 """The degrees whose product is the world size. Expert parallelism re-divides ranks of these; it adds none."""
-
-ALL_DEGREES = (*DENSE_DEGREES, "expert_parallel_degree")
-
-
-class DegreeOptions(Protocol):
-    """Anything that names the six degrees, such as ``ParallelismConfig``."""
-
-    @property
-    def data_parallel_replicate_degree(self) -> int: ...
-    @property
-    def data_parallel_shard_degree(self) -> int: ...
-    @property
-    def tensor_parallel_degree(self) -> int: ...
-    @property
-    def pipeline_parallel_degree(self) -> int: ...
-    @property
-    def context_parallel_degree(self) -> int: ...
-    @property
-    def expert_parallel_degree(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +36,16 @@ class Degrees:
     expert_parallel_degree: int = 1
 
     @classmethod
-    def resolve(cls, options: DegreeOptions, world_size: int) -> Degrees:
-        """The degrees for ``world_size`` ranks: ``data_parallel_shard_degree = -1`` takes what the others leave.
+    def resolve(cls, given: Mapping[str, int], world_size: int) -> Degrees:
+        """Fit degrees, by option name, to ``world_size`` ranks; those not given are 1.
+
+        ``data_parallel_shard_degree = -1``, or none, takes the ranks that the others leave.
 
         Raises:
             ConfigError: with every problem and its numbers.
         """
-        degrees = {name: getattr(options, name) for name in ALL_DEGREES}
+        degrees = {name: given.get(name, 1) for name in ALL_DEGREES}
+        degrees["data_parallel_shard_degree"] = given.get("data_parallel_shard_degree", -1)
         problems = _range_problems(degrees)
         if problems:
             raise ConfigError(problems)
@@ -62,14 +53,14 @@ class Degrees:
             rest = _product({**degrees, "data_parallel_shard_degree": 1})
             if world_size % rest:
                 raise ConfigError(
-                    f"parallelism: data_parallel_shard_degree = -1 takes the ranks that the other degrees leave, but "
-                    f"{world_size} ranks can't be divided by {rest} ({_spelled(degrees)})"
+                    f"parallelism: {world_size} {_ranks(world_size)} can't be divided by {rest} ({_spelled(degrees)}); "
+                    "data_parallel_shard_degree takes the ranks that the other degrees leave"
                 )
             degrees["data_parallel_shard_degree"] = world_size // rest
         elif _product(degrees) != world_size:
             raise ConfigError(
                 f"parallelism: the degrees multiply to {_product(degrees)} but the world has {world_size} "
-                f"{'rank' if world_size == 1 else 'ranks'} ({_spelled(degrees)})"
+                f"{_ranks(world_size)} ({_spelled(degrees)})"
             )
         resolved = cls(**degrees)
         if resolved.num_expert_ranks % resolved.expert_parallel_degree:
@@ -86,9 +77,38 @@ class Degrees:
         return self.data_parallel_replicate_degree * self.data_parallel_shard_degree
 
     @property
+    def num_weight_shards(self) -> int:
+        """Ranks that FSDP shards dense weights over: those of context parallelism hold no weights of their own."""
+        return self.data_parallel_shard_degree * self.context_parallel_degree
+
+    @property
     def num_expert_ranks(self) -> int:
         """Number of ranks over which one copy of the experts of a pipeline stage may be spread."""
-        return self.data_parallel_shard_degree * self.context_parallel_degree * self.tensor_parallel_degree
+        return self.num_weight_shards * self.tensor_parallel_degree
+
+    @property
+    def dense_mesh(self) -> tuple[int, int, int, int]:
+        """Sizes of the mesh of the dense weights: pipeline, replicas, weight shards, tensor. Ranks count row-major.
+
+        Tensor parallelism, which communicates most, is innermost and so stays inside a node.
+        """
+        return (
+            self.pipeline_parallel_degree,
+            self.data_parallel_replicate_degree,
+            self.num_weight_shards,
+            self.tensor_parallel_degree,
+        )
+
+    @property
+    def expert_mesh(self) -> tuple[int, int, int, int]:
+        """Sizes of the experts' mesh over the same ranks: pipeline, replicas, shards of each expert group, experts."""
+        num_shards = self.num_expert_ranks // self.expert_parallel_degree
+        return (
+            self.pipeline_parallel_degree,
+            self.data_parallel_replicate_degree,
+            num_shards,
+            self.expert_parallel_degree,
+        )
 
     @property
     def world_size(self) -> int:
@@ -99,7 +119,13 @@ class Degrees:
         return asdict(self)
 
 
-def _range_problems(degrees: dict[str, int]) -> list[str]:
+def degrees_text(degrees: Mapping[str, int]) -> str:
+    """The degrees above 1, such as ``fsdp 2, tp 2``; ``one rank`` if there are none, empty if nothing is known."""
+    above = [f"{SHORT_DEGREES.get(name, name)} {degree}" for name, degree in degrees.items() if degree != 1]
+    return ", ".join(above) or ("one rank" if degrees else "")
+
+
+def _range_problems(degrees: Mapping[str, int]) -> list[str]:
     problems = []
     for name, degree in degrees.items():
         if name == "data_parallel_shard_degree" and degree == -1:
@@ -110,12 +136,14 @@ def _range_problems(degrees: dict[str, int]) -> list[str]:
     return problems
 
 
-def _product(degrees: dict[str, int]) -> int:
-    product = 1
-    for name in DENSE_DEGREES:
-        product *= degrees[name]
-    return product
+def _product(degrees: Mapping[str, int]) -> int:
+    return math.prod(degrees[name] for name in DENSE_DEGREES)
 
 
-def _spelled(degrees: dict[str, int]) -> str:
-    return " x ".join(f"{name.removesuffix('_degree')} {degrees[name]}" for name in DENSE_DEGREES)
+def _spelled(degrees: Mapping[str, int]) -> str:
+    above = [f"{name.removesuffix('_degree')} {degrees[name]}" for name in DENSE_DEGREES if degrees[name] > 1]
+    return " x ".join(above) or "each is 1"
+
+
+def _ranks(count: int) -> str:
+    return "rank" if count == 1 else "ranks"

@@ -1,86 +1,44 @@
-"""Which box of a parameter each rank holds under given degrees of parallelism: the trainer's rules, without torch.
+"""Which box of a parameter each rank holds under given degrees: the trainer's rules, without torch.
 
 The rules of ``milepost.train`` (and of torchtitan's Llama 3): tensor parallelism splits attention and feed-forward by
 column and row (Shoeybi et al., arXiv 1909.08053) and the vocabulary by row; FSDP cuts what is left along dim 0; a
-pipeline deals out consecutive layers. Parameters of other names are taken to be cut by FSDP alone.
+pipeline deals out consecutive layers. The trainer builds its plans from the tables and functions here, so that what
+``plan-resume`` says is what the trainer does. Parameters of other names are taken to be cut by FSDP alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from milepost.errors import ConfigError
 from milepost.format.box import Box
-from milepost.format.summary import SHORT_DEGREES
+from milepost.parallelism.degrees import Degrees
 
-_BY_COLUMN = re.compile(
-    r"(tok_embeddings|output|layers\.\d+\.attention\.w[qkv]|layers\.\d+\.feed_forward\.w[13])\.weight"
-)
-_BY_ROW = re.compile(r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight")
-_EXPERTS = re.compile(r"layers\.\d+\.moe\.experts\.\w+")
+LAYER_SPLITS: Mapping[str, int] = {
+    "attention.wq": 0,
+    "attention.wk": 0,
+    "attention.wv": 0,
+    "attention.wo": 1,
+    "feed_forward.w1": 0,
+    "feed_forward.w2": 1,
+    "feed_forward.w3": 0,
+}
+"""The linear modules of a layer that tensor parallelism splits, and the dim of the weight: 0 by column, 1 by row."""
+
+VOCABULARY_SPLITS = ("tok_embeddings", "output")
+"""The modules outside the layers whose weight tensor parallelism splits along dim 0, the vocabulary."""
+
+STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2}
+"""Pipeline schedules, and the number of stages that each rank computes under them."""
+
 _LAYER = re.compile(r"layers\.(\d+)\.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Degrees of parallelism, each at least 1. All but ``ep`` multiply to the number of ranks."""
-
-    replicate: int = 1
-    fsdp: int = 1
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    stages_per_rank: int = 1
-    """Pipeline stages that each rank holds: 2 for an interleaved schedule."""
-
-    @property
-    def world_size(self) -> int:
-        return self.pp * self.replicate * self.fsdp * self.cp * self.tp
-
-    @property
-    def num_weight_shards(self) -> int:
-        """Ranks that FSDP shards dense weights over: those of context parallelism hold no weights of their own."""
-        return self.fsdp * self.cp
-
-    def as_degrees(self) -> dict[str, int]:
-        """The degrees by the trainer's option names, as they are recorded with a checkpoint."""
-        return {name: getattr(self, short) for name, short in SHORT_DEGREES.items()}
-
-    @classmethod
-    def of(cls, degrees: Mapping[str, int], world_size: int, stages_per_rank: int = 1) -> Layout:
-        """The layout of ``world_size`` ranks; ``fsdp`` takes what the other degrees leave if it is not given.
-
-        Raises:
-            ConfigError: the degrees do not multiply to ``world_size``, or one is below 1.
-        """
-        problems = [f"{name} must be at least 1, not {degree}" for name, degree in degrees.items() if degree < 1]
-        if world_size < 1:
-            problems.append(f"--world-size must be at least 1, not {world_size}")
-        if stages_per_rank < 1:
-            problems.append(f"--stages-per-rank must be at least 1, not {stages_per_rank}")
-        if problems:
-            raise ConfigError(problems)
-        rest = cls(**{**degrees, "fsdp": 1}).world_size
-        if "fsdp" not in degrees and world_size % rest == 0:
-            degrees = {**degrees, "fsdp": world_size // rest}
-        layout = cls(**degrees, stages_per_rank=stages_per_rank)
-        if layout.world_size != world_size:
-            spelled = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if name != "ep") or "fsdp 1"
-            raise ConfigError(
-                f"the degrees multiply to {layout.world_size} ({spelled}), but --world-size is {world_size}"
-            )
-        num_expert_ranks = layout.num_weight_shards * layout.tp
-        if num_expert_ranks % layout.ep:
-            raise ConfigError(f"ep {layout.ep} must divide the {num_expert_ranks} ranks of fsdp x cp x tp")
-        return layout
+_EXPERTS = re.compile(r"layers\.\d+\.moe\.experts\.\w+")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank stands in a layout. Pipeline outermost, tensor innermost, as the trainer's meshes are laid out."""
+class Coordinates:
+    """Where a rank stands in the mesh of the dense weights."""
 
     pp: int
     replica: int
@@ -89,31 +47,54 @@ class Place:
     tp: int
 
     @classmethod
-    def of(cls, rank: int, layout: Layout) -> Place:
-        rest, tp = divmod(rank, layout.tp)
-        rest, shard = divmod(rest, layout.num_weight_shards)
-        pp, replica = divmod(rest, layout.replicate)
-        return cls(pp, replica, shard, tp)
+    def of(cls, rank: int, degrees: Degrees) -> Coordinates:
+        return cls(*_unravel(rank, degrees.dense_mesh))
 
 
-def box_of(key: str, shape: tuple[int, ...], layout: Layout, place: Place) -> Box:
-    """The part of parameter ``key`` that the rank at ``place`` holds, if its stage has the parameter. May be empty."""
+def _unravel(rank: int, mesh: Sequence[int]) -> list[int]:
+    """Coordinates of ``rank`` in a mesh whose ranks count row-major."""
+    coordinates = []
+    for size in reversed(mesh):
+        rank, index = divmod(rank, size)
+        coordinates.append(index)
+    return coordinates[::-1]
+
+
+def box_of(key: str, shape: tuple[int, ...], degrees: Degrees, rank: int) -> Box:
+    """The part of parameter ``key`` that ``rank`` holds, if a stage of it has the parameter. May be empty."""
     if not shape:
         return Box.whole(shape)
     cut = [(0, size) for size in shape]
     if len(shape) == 3 and _EXPERTS.fullmatch(key):
-        index = place.shard * layout.tp + place.tp
-        num_copies = layout.num_weight_shards * layout.tp // layout.ep
-        cut[0] = _chunk(cut[0], layout.ep, index % layout.ep)
-        by_rows = num_copies > shape[0] // layout.ep and shape[1] % num_copies == 0
-        dim = 1 if by_rows else 0
-        cut[dim] = _chunk(cut[dim], num_copies, index // layout.ep)
+        _, _, shard, expert = _unravel(rank, degrees.expert_mesh)
+        cut[0] = _chunk(cut[0], degrees.expert_parallel_degree, expert)
+        dim = expert_shard_dim(shape, degrees)
+        cut[dim] = _chunk(cut[dim], degrees.expert_mesh[2], shard)
     else:
-        tp_dim = 0 if _BY_COLUMN.fullmatch(key) else 1 if _BY_ROW.fullmatch(key) and len(shape) > 1 else None
-        if tp_dim is not None:
-            cut[tp_dim] = _chunk(cut[tp_dim], layout.tp, place.tp)
-        cut[0] = _chunk(cut[0], layout.num_weight_shards, place.shard)
+        here = Coordinates.of(rank, degrees)
+        dim_or_none = tensor_split_dim(key)
+        if dim_or_none is not None and dim_or_none < len(shape):
+            cut[dim_or_none] = _chunk(cut[dim_or_none], degrees.tensor_parallel_degree, here.tp)
+        cut[0] = _chunk(cut[0], degrees.num_weight_shards, here.shard)
     return Box(tuple(start for start, _ in cut), tuple(size for _, size in cut))
+
+
+def tensor_split_dim(key: str) -> int | None:
+    """The dim along which tensor parallelism splits parameter ``key``; None where every rank holds all of it."""
+    module = key.removesuffix(".weight")
+    if module == key:
+        return None
+    if module in VOCABULARY_SPLITS:
+        return 0
+    layer = _LAYER.match(module)
+    return LAYER_SPLITS.get(module[layer.end() :]) if layer else None
+
+
+def expert_shard_dim(shape: Sequence[int], degrees: Degrees) -> int:
+    """The dim along which FSDP shards experts ``[experts, in, out]``: 0, or 1 where ranks outnumber local experts."""
+    num_shards = degrees.expert_mesh[2]
+    outnumbered = num_shards > shape[0] // degrees.expert_parallel_degree
+    return 1 if outnumbered and shape[1] % num_shards == 0 else 0
 
 
 def _chunk(interval: tuple[int, int], count: int, index: int) -> tuple[int, int]:
@@ -130,21 +111,49 @@ def layer_of(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def is_on_stage(key: str, num_layers: int, layout: Layout, place: Place, *, tied: bool) -> bool:
-    """Whether a pipeline rank holds parameter ``key``. Stage ``i`` is that of pipeline rank ``i % pp``."""
-    if layout.pp == 1:
-        return True
-    num_stages = layout.pp * layout.stages_per_rank
-    layer = layer_of(key)
-    if layer is not None:
-        return _stage_of_layer(layer, num_layers, num_stages) % layout.pp == place.pp
-    if key.startswith("tok_embeddings."):
-        return place.pp == 0 or (tied and place.pp == layout.pp - 1)
-    return place.pp == layout.pp - 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stretch of consecutive layers of a pipeline of ``num_stages``; the whole model where that is 1."""
+
+    index: int
+    num_stages: int
+    num_layers: int
+    """Of the whole model."""
+    tied: bool
+    """The last stage projects by the embedding matrix, and so holds it too."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+    @property
+    def layers(self) -> range:
+        """Layers are dealt out evenly; the earlier stages take what is left over."""
+        each, extra = divmod(self.num_layers, self.num_stages)
+        start = self.index * each + min(self.index, extra)
+        return range(start, start + each + (self.index < extra))
+
+    def holds(self, key: str) -> bool:
+        """Whether parameter ``key`` is on this stage. What is of no layer and not the embedding is on the last."""
+        layer = layer_of(key)
+        if layer is not None:
+            return layer in self.layers
+        if key.startswith("tok_embeddings."):
+            return self.is_first or (self.is_last and self.tied)
+        return self.is_last
 
 
-def _stage_of_layer(layer: int, num_layers: int, num_stages: int) -> int:
-    """Layers are dealt out evenly; the earlier stages take what is left over."""
-    each, extra = divmod(num_layers, num_stages)
-    in_larger = (each + 1) * extra
-    return layer // (each + 1) if layer < in_larger else extra + (layer - in_larger) // max(each, 1)
+def stages_of(
+    pp_rank: int, degrees: Degrees, *, stages_per_rank: int, num_layers: int, tied: bool
+) -> tuple[Stage, ...]:
+    """The stages of a pipeline rank, first to last: stage ``i`` is that of pipeline rank ``i % pp``."""
+    pp = degrees.pipeline_parallel_degree
+    num_stages = pp * stages_per_rank if pp > 1 else 1
+    return tuple(
+        Stage(index=index, num_stages=num_stages, num_layers=num_layers, tied=tied)
+        for index in range(pp_rank, num_stages, pp)
+    )

@@ -1,13 +1,14 @@
-"""``plan_resume``: what a resume on a given layout would read, rank by rank, told from metadata alone.
+"""``plan_resume``: what a resume under given degrees would read, rank by rank, from metadata alone.
 
-The boxes are those of ``placement``; from there on it is the plan of a real load (``checkpoint.plan.plan_load``).
+The boxes are those of the trainer (``parallelism.placement``); from there on it is the plan of a real load
+(``tensors.plan.plan_load``).
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,9 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import correspond, key_faults
 from milepost.interop.options import OWN
-from milepost.parallelism.placement import Layout, Place, box_of, is_on_stage, layer_of
+from milepost.parallelism.degrees import Degrees
+from milepost.parallelism.fit import degree_problems, stage_problems
+from milepost.parallelism.placement import Coordinates, Stage, box_of, layer_of, stages_of
 from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
 
 READ_BUFFER_NBYTES = 2 * ((8 << 20) + 2 * BLOCK_NBYTES)
@@ -36,7 +39,7 @@ class RankPlan:
     """What one rank reads. Sizes are in bytes."""
 
     rank: int
-    place: Place
+    place: Coordinates
     num_tensors: int
     wanted_nbytes: int
     """What lands in its tensors: model and optimizer state."""
@@ -56,13 +59,17 @@ class RankPlan:
 class ResumePlan:
     """What a resume would read, and what would keep it from succeeding."""
 
-    layout: Layout
+    degrees: Degrees
+    stages_per_rank: int
+    """Pipeline stages that each rank holds: 2 for an interleaved schedule."""
     ranks: tuple[RankPlan, ...]
     missing: tuple[str, ...]
     """Keys (or whole parts) that the run wants and the checkpoint lacks."""
     unexpected: tuple[str, ...]
     """Stored keys that the run has no place for. Of the model or the optimizer, they make a resume fail."""
     misshapen: tuple[str, ...]
+    refused: tuple[str, ...]
+    """Why a model of these sizes can't be spread under these degrees; the trainer refuses it in the same words."""
     left_out: tuple[str, ...]
     """Stored keys that are rightly not read, such as other ranks' random state."""
     notes: tuple[str, ...]
@@ -70,13 +77,18 @@ class ResumePlan:
     @property
     def fits(self) -> bool:
         """Whether a resume would succeed, as far as metadata tells."""
-        return not (self.missing or self.unexpected or self.misshapen)
+        return not (self.missing or self.unexpected or self.misshapen or self.refused)
 
 
 def plan_resume(
-    manifest: Manifest, layout: Layout, *, model: str | None = None, flavor: str | None = None
+    manifest: Manifest,
+    degrees: Degrees,
+    *,
+    stages_per_rank: int = 1,
+    model: str | None = None,
+    flavor: str | None = None,
 ) -> ResumePlan:
-    """Plan a resume of ``manifest`` on ``layout``.
+    """Plan a resume of ``manifest`` under ``degrees``.
 
     With ``model`` and ``flavor`` the stored keys and shapes are held against the model's; without, against each
     other: every layer must have what any layer has, and every parameter the optimizer state that any has.
@@ -88,49 +100,63 @@ def plan_resume(
         raise ConfigError("--model and --flavor go together")
     args = model_args(model, flavor) if model is not None and flavor is not None else None
     faults = _Faults(manifest, model or "", args)
-    same_layout = manifest.world_size == layout.world_size and dict(manifest.layout) == layout.as_degrees()
+    same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
     notes = []
-    if not same_layout and any(key.startswith("rng.") for key in manifest.tensors):
-        notes.append("another layout than the saved one: random generators are seeded anew from rank 0's")
-    left_out = [key for key in (*manifest.tensors, *manifest.objects) if _is_left_out(key, same_layout)]
-    planner = _Planner(manifest, layout, same_layout=same_layout)
+    if not same_degrees and any(key.startswith("rng.") for key in manifest.tensors):
+        notes.append("other degrees than the saved ones: random generators are seeded anew from rank 0's")
+    left_out = [key for key in (*manifest.tensors, *manifest.objects) if _is_left_out(key, same_degrees)]
+    planner = _Planner(manifest, degrees, stages_per_rank, same_degrees=same_degrees)
+    if args is not None:
+        refused = degree_problems(args, degrees, stages_per_rank=stages_per_rank)
+    else:
+        refused = stage_problems(planner.num_layers, degrees, stages_per_rank=stages_per_rank)
     return ResumePlan(
-        layout=layout,
-        ranks=tuple(planner.plan(rank) for rank in range(layout.world_size)),
+        degrees=degrees,
+        stages_per_rank=stages_per_rank,
+        ranks=tuple(planner.plan(rank) for rank in range(degrees.world_size)),
         missing=tuple(faults.missing),
         unexpected=tuple(faults.unexpected),
         misshapen=tuple(faults.misshapen),
+        refused=tuple(refused),
         left_out=tuple(sorted(left_out)),
         notes=tuple(notes),
     )
 
 
-def _is_left_out(key: str, same_layout: bool) -> bool:
-    return _RNG.match(key) is not None and not same_layout and key != "rng.rank0.torch"
+def _is_left_out(key: str, same_degrees: bool) -> bool:
+    return _RNG.match(key) is not None and not same_degrees and key != "rng.rank0.torch"
 
 
 class _Planner:
     """Plans rank after rank; replicas of the same shards share one plan."""
 
-    def __init__(self, manifest: Manifest, layout: Layout, *, same_layout: bool):
+    def __init__(self, manifest: Manifest, degrees: Degrees, stages_per_rank: int, *, same_degrees: bool):
         self._manifest = manifest
-        self._layout = layout
-        self._same_layout = same_layout
+        self._degrees = degrees
+        self._stages_per_rank = stages_per_rank
+        self._same_degrees = same_degrees
         self._has_digests = DIGESTS_NAME in manifest.files
         model = [key for key in manifest.tensors if part_of(key) == "model"]
-        self._num_layers = max((layer for key in model if (layer := layer_of(key)) is not None), default=-1) + 1
+        self.num_layers = max((layer for key in model if (layer := layer_of(key)) is not None), default=-1) + 1
         self._tied = "output.weight" not in manifest.tensors
-        self._planned: dict[Place, RankPlan] = {}
+        self._planned: dict[Coordinates, RankPlan] = {}
 
     def plan(self, rank: int) -> RankPlan:
-        place = Place.of(rank, self._layout)
+        place = Coordinates.of(rank, self._degrees)
         known = self._planned.get(replace(place, replica=0))
-        if known is None or self._same_layout:  # of the same layout, each rank has random state of its own
+        if known is None or self._same_degrees:  # then each rank has random state of its own
             known = self._planned[replace(place, replica=0)] = self._plan(rank, place)
         return replace(known, rank=rank, place=place)
 
-    def _plan(self, rank: int, place: Place) -> RankPlan:
-        specs = [spec for key in self._manifest.tensors if (spec := self._spec(key, rank, place)) is not None]
+    def _plan(self, rank: int, place: Coordinates) -> RankPlan:
+        stages = stages_of(
+            place.pp,
+            self._degrees,
+            stages_per_rank=self._stages_per_rank,
+            num_layers=self.num_layers,
+            tied=self._tied,
+        )
+        specs = [spec for key in self._manifest.tensors if (spec := self._spec(key, rank, stages)) is not None]
         items = plan_load(self._manifest, specs)
         wanted = sum(box.numel * itemsize(spec.dtype) for spec in specs for box in spec.boxes)
         direct = all(item.is_whole_shard for item in items)
@@ -144,21 +170,21 @@ class _Planner:
             buffer_nbytes=0 if direct else READ_BUFFER_NBYTES,
         )
 
-    def _spec(self, key: str, rank: int, place: Place) -> TensorSpec | None:
+    def _spec(self, key: str, rank: int, stages: Sequence[Stage]) -> TensorSpec | None:
         """What the rank wants of a stored tensor; None if nothing."""
         entry = self._manifest.tensors[key]
         whole = TensorSpec(key, entry.dtype, entry.shape, (Box.whole(entry.shape),))
         if part_of(key) == "rng":
-            return whole if key.startswith(f"rng.rank{rank}." if self._same_layout else "rng.rank0.torch") else None
+            return whole if key.startswith(f"rng.rank{rank}." if self._same_degrees else "rng.rank0.torch") else None
         parameter = parameter_of(key)
         if parameter is None:
             return whole
-        if not is_on_stage(parameter, self._num_layers, self._layout, place, tied=self._tied):
+        if not any(stage.holds(parameter) for stage in stages):
             return None
         owner = self._manifest.tensors.get(parameter)
         if owner is None or owner.shape != entry.shape:  # a state of one number
             return whole
-        box = box_of(parameter, entry.shape, self._layout, place)
+        box = box_of(parameter, entry.shape, self._degrees, rank)
         return replace(whole, boxes=(box,) if box.numel else ())
 
     def _read_nbytes(self, item: ReadItem) -> int:

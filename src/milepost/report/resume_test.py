@@ -22,7 +22,7 @@ from pathlib import Path
 
 from milepost.config import part_of
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, MilepostError
-from milepost.format.summary import SHORT_DEGREES
+from milepost.parallelism.degrees import SHORT_DEGREES
 from milepost.report.diff import DiffReport, diff
 from milepost.run import catalog
 from milepost.storage import open_storage

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import ConfigError
+from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.parallelism.degrees import ALL_DEGREES, Degrees
+from milepost.parallelism.fit import run_problems
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
-from milepost.train.layout_check import layout_problems
-from milepost.train.models.flavors import ModelArgs, model_args
 
 
 def find_problems(config: TrainConfig, world_size: int | None) -> list[str]:
@@ -31,7 +31,7 @@ def find_problems(config: TrainConfig, world_size: int | None) -> list[str]:
     if degrees is not None:
         problems += _batch_problems(config, degrees)
     if degrees is not None and args is not None:
-        problems += layout_problems(
+        problems += run_problems(
             args,
             degrees,
             seq_len=config.training.seq_len,
@@ -48,7 +48,7 @@ def _resolved(config: TrainConfig, world_size: int | None) -> tuple[Degrees | No
     if world_size is None:
         return None, []
     try:
-        return Degrees.resolve(config.parallelism, world_size), []
+        return Degrees.resolve(config.parallelism.degrees(), world_size), []
     except ConfigError as error:
         return None, list(error.problems)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from milepost.config import CheckpointConfig
+from milepost.parallelism.degrees import ALL_DEGREES
 
 Dtype = Literal["float32", "bfloat16"]
 DecayType = Literal["linear", "cosine", "sqrt"]
@@ -92,6 +93,10 @@ class ParallelismConfig:
     """Ranks that split each sequence."""
     expert_parallel_degree: int = 1
     """Ranks that split the experts of a mixture-of-experts model; taken from the shard, context and tensor ranks."""
+
+    def degrees(self) -> dict[str, int]:
+        """The six degrees by option name, as they were given."""
+        return {name: getattr(self, name) for name in ALL_DEGREES}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ class Trainer:
         if config.job.print_config:
             log.info(to_toml(config))
         self._seed_random_numbers()
-        degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
+        degrees = Degrees.resolve(config.parallelism.degrees(), dist.get_world_size())
         meshes = Meshes.build(degrees, device_type)
         self.device = meshes.device
 

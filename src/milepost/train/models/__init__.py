@@ -1,4 +1,4 @@
-"""The models: ``flavors`` (sizes, torch-free), one file per model, and the parts they share.
+"""The models: one file for each, and the parts they share; their sizes live with the converter, torch-free.
 
 Importing this package does not import torch; building a model does.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from milepost.train.models.flavors import MODEL_NAMES, ModelArgs, model_args, model_flavors
+from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, model_args, model_flavors
 
 if TYPE_CHECKING:
     from milepost.train.models.decoder import Decoder

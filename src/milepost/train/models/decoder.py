@@ -7,7 +7,7 @@ rank sees its own part of T, H or V; nothing in here knows of ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -23,7 +23,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from milepost.train.models.flavors import ModelArgs
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.parallelism.placement import Stage
 from milepost.train.models.moe import MoE
 from milepost.train.models.rope import rope_table
 
@@ -193,16 +194,13 @@ class Decoder(nn.Module, ABC):
             plan |= {f"layers.{name}.{module}": style for module, style in self.block_plan(self.args).items()}
         return plan
 
-    def keep_stage(self, layers: Container[int], *, first: bool, last: bool) -> None:
-        """Drops all but ``layers``, the embedding unless ``first``, norm and output unless ``last``.
-
-        What stays keeps its name. With tied embeddings the last stage keeps the embedding matrix too, to project by.
-        """
-        self.layers = nn.ModuleDict({name: block for name, block in self.layers.items() if int(name) in layers})
-        self.embeds, self.projects = first, last
-        if not first and not (last and self.args.tied_embeddings):
+    def keep_stage(self, stage: Stage) -> None:
+        """Drop all modules that ``stage`` does not hold; what stays keeps its name."""
+        self.layers = nn.ModuleDict({name: block for name, block in self.layers.items() if int(name) in stage.layers})
+        self.embeds, self.projects = stage.is_first, stage.is_last
+        if not stage.holds("tok_embeddings.weight"):
             self.tok_embeddings = None
-        if not last:
+        if not stage.holds("output.weight"):
             self.norm = self.output = None
 
     def reset_buffers(self) -> None:

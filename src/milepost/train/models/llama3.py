@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel
 
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.parallelism.placement import LAYER_SPLITS
 from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, Plan
-from milepost.train.models.flavors import ModelArgs
 from milepost.train.models.rope import rotate_interleaved
 
 __all__ = ["Llama3", "dense_plan"]
@@ -33,13 +34,9 @@ def dense_plan() -> Plan:
     return {
         "attention_norm": SequenceParallel(),
         "attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
         "ffn_norm": SequenceParallel(),
         "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "feed_forward.w1": ColwiseParallel(),
-        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-        "feed_forward.w3": ColwiseParallel(),
+    } | {
+        module: ColwiseParallel() if dim == 0 else RowwiseParallel(output_layouts=Shard(1))
+        for module, dim in LAYER_SPLITS.items()
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from milepost.train.models.flavors import MoEArgs
+from milepost.interop.names.model_sizes import MoEArgs
 
 __all__ = ["Exchange", "Experts", "MoE", "Router"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
 
+from milepost.interop.names.model_sizes import ModelArgs
 from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, Plan
-from milepost.train.models.flavors import ModelArgs
 from milepost.train.models.llama3 import dense_plan
 from milepost.train.models.moe import MoE
 from milepost.train.models.rope import rotate_halves

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from milepost.train.models.flavors import ModelArgs, RopeScaling
+from milepost.interop.names.model_sizes import ModelArgs, RopeScaling
 
 __all__ = ["rope_table", "rotate_halves", "rotate_interleaved"]
 

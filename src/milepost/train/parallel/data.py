@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from milepost.parallelism.placement import expert_shard_dim
 from milepost.train.models.decoder import Decoder
 from milepost.train.parallel.meshes import Meshes
 
@@ -49,11 +50,4 @@ def apply_data_parallel(part: Decoder, meshes: Meshes, param_dtype: torch.dtype,
 
 def _expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard | None]:
     """By expert, or by an expert's rows where there are more ranks than experts to deal out."""
-    num_ranks = meshes.expert_data.size(-1)
-
-    def placement(weight: nn.Parameter) -> Shard | None:
-        num_local_experts = weight.shape[0] // meshes.degrees.expert_parallel_degree
-        by_rows = num_ranks > num_local_experts and weight.shape[1] % num_ranks == 0
-        return Shard(1) if by_rows else None
-
-    return placement
+    return lambda weight: Shard(expert_shard_dim(weight.shape, meshes.degrees))

@@ -1,8 +1,7 @@
 """The device meshes of a run: one root mesh for the dense weights, a second view of the same ranks for the experts.
 
-Ranks are laid out pipeline-outermost, tensor-innermost, so that tensor parallelism, which talks most, stays inside
-a node. FSDP and tensor parallelism must come from one root mesh (DTensor refuses to combine two); context parallelism
-holds no weights of its own, so its ranks shard the weights together with FSDP's.
+`Degrees` numbers the ranks in both. FSDP and tensor parallelism must come from one root mesh (DTensor refuses to
+combine two); context parallelism holds no weights of its own, so its ranks shard the weights together with FSDP's.
 """
 
 from __future__ import annotations
@@ -29,13 +28,8 @@ class Meshes:
     @classmethod
     def build(cls, degrees: Degrees, device_type: str) -> Meshes:
         """The meshes over all ranks of the default process group (collective)."""
-        shape = (
-            degrees.pipeline_parallel_degree,
-            degrees.data_parallel_replicate_degree,
-            degrees.data_parallel_shard_degree * degrees.context_parallel_degree,
-            degrees.tensor_parallel_degree,
-        )
-        return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")))
+        axes = ("pp", "dp_replicate", "fsdp", "tp")
+        return cls(degrees, init_device_mesh(device_type, degrees.dense_mesh, mesh_dim_names=axes))
 
     @property
     def device_type(self) -> str:
@@ -85,10 +79,8 @@ class Meshes:
 
     @cached_property
     def _experts(self) -> DeviceMesh:
-        pp, replicas = self.degrees.pipeline_parallel_degree, self.degrees.data_parallel_replicate_degree
-        ep = self.degrees.expert_parallel_degree
-        shape = (pp, replicas, self.degrees.num_expert_ranks // ep, ep)
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+        axes = ("pp", "dp_replicate", "efsdp", "ep")
+        return init_device_mesh(self.device_type, self.degrees.expert_mesh, mesh_dim_names=axes)
 
     @property
     def expert(self) -> DeviceMesh:

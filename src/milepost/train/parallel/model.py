@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from milepost.errors import ConfigError
-from milepost.train.layout_check import layout_problems
+from milepost.parallelism.fit import run_problems
 from milepost.train.models.decoder import Decoder
 from milepost.train.parallel.context import apply_context_parallel, local_stretch
 from milepost.train.parallel.data import apply_data_parallel
@@ -70,7 +70,7 @@ def parallelize(
     Raises:
         ConfigError: the model can't be spread so; all reasons at once.
     """
-    problems = layout_problems(
+    problems = run_problems(
         model.args,
         meshes.degrees,
         seq_len=training.seq_len,

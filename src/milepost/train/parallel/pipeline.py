@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from milepost.train.layout_check import STAGES_PER_RANK, stage_layers
+from milepost.parallelism.placement import STAGES_PER_RANK, stages_of
 from milepost.train.models.decoder import Decoder
 from milepost.train.parallel.gradients import local_part
 from milepost.train.parallel.meshes import Meshes
@@ -37,15 +37,18 @@ class Microbatches:
 
 def split_into_stages(model: Decoder, meshes: Meshes, schedule: str) -> list[Decoder]:
     """This rank's stages of ``model`` (on the meta device), first to last. Stage i is rank ``i % pp``'s."""
-    pp = meshes.degrees.pipeline_parallel_degree
-    num_stages = pp * STAGES_PER_RANK[schedule]
-    stages = []
-    for stage in range(meshes.pp_rank, num_stages, pp):
+    parts = []
+    for stage in stages_of(
+        meshes.pp_rank,
+        meshes.degrees,
+        stages_per_rank=STAGES_PER_RANK[schedule],
+        num_layers=model.args.n_layers,
+        tied=model.args.tied_embeddings,
+    ):
         part = copy.deepcopy(model)
-        layers = stage_layers(model.args.n_layers, num_stages, stage)
-        part.keep_stage(layers, first=stage == 0, last=stage == num_stages - 1)
-        stages.append(part)
-    return stages
+        part.keep_stage(stage)
+        parts.append(part)
+    return parts
 
 
 class Pipeline:

@@ -1,4 +1,4 @@
-"""Which layouts are refused before anything starts, and with what words."""
+"""Which degrees are refused before anything starts, and in what words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from milepost.interop.names.model_sizes import model_args
 from milepost.parallelism.degrees import Degrees
-from milepost.train.layout_check import layout_problems, stage_layers
-from milepost.train.models.flavors import model_args
+from milepost.parallelism.fit import run_problems
 
 DENSE = model_args("llama3", "debugmodel")  # 6 layers, 16 heads
 MOE = model_args("qwen3", "debugmodel_moe")  # 8 experts, 4 key/value heads
@@ -24,7 +24,7 @@ def problems(
     **degrees: int,
 ) -> list[str]:
     resolved = Degrees(**{f"{name}_parallel_degree": degree for name, degree in degrees.items()})
-    return layout_problems(
+    return run_problems(
         args,
         resolved,
         seq_len=seq_len,
@@ -56,8 +56,7 @@ def problems(
         ),
         (
             {"pipeline": 4, "schedule": "Interleaved1F1B"},
-            "parallelism.pipeline_parallel_degree 4 makes 8 stages under Interleaved1F1B, but the model has only 6 "
-            "layers",
+            "parallelism.pipeline_parallel_degree 4 makes 8 stages (2 on each rank), but the model has only 6 layers",
         ),
         (
             {"pipeline": 2, "microbatch_size": 3},
@@ -79,11 +78,11 @@ def problems(
         ),
     ],
 )
-def test_impossible_layout_is_told(layout: dict[str, Any], problem: str) -> None:
+def test_impossible_degrees_are_refused(layout: dict[str, Any], problem: str) -> None:
     assert problems(**layout) == [problem]
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     assert len(problems(args=replace(MOE, n_layers=1), tensor=8, expert=3, pipeline=2, microbatch_size=3)) == 4
 
 
@@ -101,12 +100,5 @@ def test_all_problems_are_told_at_once() -> None:
     ],
     ids=str,
 )
-def test_possible_layout_passes(layout: dict[str, Any]) -> None:
+def test_possible_degrees_pass(layout: dict[str, Any]) -> None:
     assert problems(**layout) == []
-
-
-@pytest.mark.parametrize(("num_layers", "num_stages"), [(6, 4), (8, 8), (126, 16), (5, 1)])
-def test_stages_split_the_layers_evenly(num_layers: int, num_stages: int) -> None:
-    stages = [stage_layers(num_layers, num_stages, stage) for stage in range(num_stages)]
-    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
-    assert max(map(len, stages)) - min(map(len, stages)) <= 1
