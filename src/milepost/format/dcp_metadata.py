@@ -15,9 +15,10 @@ from milepost.errors import FormatError
 from milepost.format.box import Box
 from milepost.format.dtype import DTYPES, itemsize
 from milepost.format.manifest import METADATA_NAME, FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
-from milepost.format.manifest_check import MAX_COUNT, MAX_DIMS, manifest_faults
+from milepost.format.manifest_check import MAX_DIMS, manifest_faults
 from milepost.format.pickle_reader import Global, Instance, read_pickle
 from milepost.format.plain_pickle import PLAIN_GLOBALS
+from milepost.format.typed_json import MAX_COUNT
 
 METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"

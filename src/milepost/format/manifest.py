@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from milepost.format.box import Box
+from milepost.format.typed_json import MAX_COUNT, Count
 
 MANIFEST_NAME = "milepost.json"
 DIGESTS_NAME = "milepost.digests"
@@ -71,8 +74,8 @@ class FileEntry:
 class BranchStart:
     """The step that a user named (``load_step``) for a branch to begin at."""
 
-    step: int
-    save_id: str
+    step: Count
+    save_id: str = ""
     """Of that step; empty for an external one."""
     launch: str = ""
     """The job that named it (of Slurm, of torchrun), so that its restarts are recognised; empty if it has no id."""
@@ -84,20 +87,20 @@ class Lineage:
 
     run: str
     """Id of the run: the same for all steps that descend from one beginning."""
-    order: int
+    order: Count
     """Place in the order of commits in its folder; the highest was committed last. Not every number is used."""
     branch: str
     """Id of the branch: the same for all steps that follow each other without a going back between them."""
     parent: str = ""
     """Save id of the step that it descends from; empty at a beginning, or if that one has no save id."""
-    parent_step: int | None = None
+    parent_step: Count | None = None
     """Number of that step; None at a beginning."""
-    trail: tuple[tuple[str, int], ...] = ()
+    trail: tuple[tuple[str, Count], ...] = ()
     """The older branches that it descends from: each with the order of the last step on it that is an ancestor. Steps
     without a lineage are the branch ``""``, in which a step's number is its order."""
     start: BranchStart | None = None
     """What the user named for the branch to begin at, if anything."""
-    seen: int = -1
+    seen: Annotated[int, msgspec.Meta(ge=-1, le=MAX_COUNT)] = -1
     """The highest number of a step without a lineage that was in the folder at its commit; -1 if there was none."""
 
 

@@ -19,9 +19,7 @@ from milepost.format.manifest import (
     ShardEntry,
     TensorEntry,
 )
-
-MAX_COUNT = 1 << 62
-"""No offset, size or number of bytes in any file of a checkpoint may be larger."""
+from milepost.format.typed_json import MAX_COUNT
 
 MAX_DIMS = 64
 MAX_CRC32 = 0xFFFFFFFF

@@ -26,7 +26,7 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
@@ -36,6 +36,7 @@ from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME,
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
 from milepost.format.record import locate_tensor
 from milepost.format.summary import model_total
+from milepost.format.typed_json import convert, parse_json
 from milepost.storage.base import Entry, ReadHandle, Storage, join, split
 
 State = Literal["committed", "incomplete", "damaged", "external"]
@@ -122,6 +123,15 @@ class CommitRecord:
     def is_own(self) -> bool:
         """Whether Milepost wrote it, so that there are digests."""
         return self.name == MANIFEST_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class _DamageMark:
+    """What a loader leaves beside a step of which it found bytes changed."""
+
+    record_id: str
+    reason: str
+    created_s: float
 
 
 def step_of(name: str) -> int | None:
@@ -417,14 +427,10 @@ def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> Non
     name = _record_name(_files(storage, path))
     if name is None:
         return
-    mark = {
-        "record_id": _record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)),
-        "reason": reason,
-        "created_s": now,
-    }
+    mark = _DamageMark(_record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)), reason, now)
     final = damage_mark(path)
     draft = f"{final}.{uuid.uuid4().hex}.part"
-    storage.write(draft, json.dumps(mark, indent=1).encode())
+    storage.write(draft, json.dumps(asdict(mark), indent=1).encode())
     storage.remove(final)
     storage.rename(draft, final)
     storage.sync_folder(split(path)[0])
@@ -442,9 +448,9 @@ def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
     if storage.stat(mark) is None:
         return None
     try:
-        said = json.loads(storage.read(mark, MAX_MARK_NBYTES))
-        return str(said["reason"]) if said["record_id"] == record_id else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        said = convert(parse_json(storage.read(mark, MAX_MARK_NBYTES), mark, "a mark"), _DamageMark, mark)
+        return said.reason if said.record_id == record_id else None
+    except FormatError:
         return None  # not one of ours
     except StorageError as error:
         if error.errno not in _UNFIT:

@@ -12,29 +12,32 @@ import os
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from milepost.errors import FormatError
+import msgspec
+
+from milepost.format.typed_json import convert, parse_json
 
 FOREIGN_LIFETIME_S = 24 * 3600.0
 """An attempt from another machine is taken for dead after this time: no save takes a day."""
 
 _MAX_TIME_S = 1e11
 """The year 5138: later ones are beyond what calendars are made for."""
-_MAX_TEXT = 1000
+_Text = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A process, named so that it can be recognised later. Empty fields are what the system would not tell."""
 
-    host: str
-    machine_id: str
-    boot_id: str
-    pid_namespace: str
+    host: _Text
+    machine_id: _Text
+    boot_id: _Text
+    pid_namespace: _Text
     pid: int
-    started: str
+    started: _Text
     """When the process began, in clock ticks since the boot, as in ``/proc/<pid>/stat``."""
-    created_s: float
+    created_s: Annotated[float, msgspec.Meta(ge=0, le=_MAX_TIME_S)]
     """When this record was made, in seconds since the epoch."""
 
     def dump(self) -> bytes:
@@ -60,16 +63,7 @@ def this_process(now: float) -> Owner:
 
 def parse_owner(data: bytes, path: str) -> Owner:
     """Read what ``Owner.dump`` wrote. Raises FormatError if it is torn or something else."""
-    try:
-        fields = json.loads(data)
-        owner = Owner(**fields)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"{path} does not name a process: {error!s:.200}", path=path) from error
-    texts = (owner.host, owner.machine_id, owner.boot_id, owner.pid_namespace, owner.started)
-    numbers = type(owner.pid) is int and type(owner.created_s) is float and 0 <= owner.created_s <= _MAX_TIME_S
-    if not numbers or not all(isinstance(text, str) and len(text) <= _MAX_TEXT for text in texts):
-        raise FormatError(f"{path} does not name a process", path=path)
-    return owner
+    return convert(parse_json(data, path, "a process's record"), Owner, path)
 
 
 def is_here(owner: Owner) -> bool:

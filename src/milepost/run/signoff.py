@@ -18,7 +18,7 @@ from milepost.collective.progress import SLOW_S
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.digest import crc32, from_bytes, to_bytes
-from milepost.format.manifest_check import MAX_COUNT
+from milepost.format.typed_json import MAX_COUNT
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
 

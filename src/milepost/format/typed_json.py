@@ -1,0 +1,98 @@
+"""Small JSON documents as typed values: every type and bound is checked, and an error names the place.
+
+``msgspec`` does the checking. What it does not refuse by itself is refused here: a field that is given twice, ``NaN``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
+
+import msgspec
+
+from milepost.errors import FormatError
+
+MAX_COUNT = 1 << 62
+"""No offset, size or number of bytes in any file of a checkpoint may be larger."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Seconds = Annotated[float, msgspec.Meta(ge=-MAX_COUNT, le=MAX_COUNT)]
+Metric = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""A finite number."""
+
+T = TypeVar("T")
+
+
+def parse_json(data: bytes, path: str, what: str) -> Any:
+    """The JSON value in ``data``. ``path`` and ``what`` (``a manifest``) are for the error.
+
+    Raises FormatError unless it is JSON without ``NaN`` and without a field that is given twice.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not the JSON of {what} ({error!s:.200})", path=path) from error
+
+
+def convert(value: Any, kind: type[T], path: str, where: str = "", key: str | None = None) -> T:
+    """A parsed JSON value as ``kind``: a ``msgspec.Struct``, a dataclass or a plain type.
+
+    ``where`` is the place of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not fit.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{path}: {where or 'the document'} has a field whose name is not Unicode", path=path
+        ) from error
+    except msgspec.ValidationError as error:
+        for field, name, part, part_kind in _entries(value, kind):  # raises for the very entry
+            convert(part, part_kind, path, f"{where}.{field}.{name}".lstrip("."), name if field in _BY_KEY else key)
+        raise FormatError(f"{path}: {_explain(str(error), where)}", path=path, key=key) from error
+
+
+_BY_KEY = ("tensors", "objects")
+"""Mappings whose names are keys of the state dict."""
+
+
+def _entries(value: Any, kind: Any) -> Iterator[tuple[str, str, Any, Any]]:
+    """The entries of a struct's mappings, which msgspec's errors do not tell apart: field, name, value and kind."""
+    if not isinstance(value, dict) or not hasattr(kind, "__struct_fields__"):
+        return
+    for field in msgspec.structs.fields(kind):
+        entries = value.get(field.encode_name)
+        if get_origin(field.type) is dict and isinstance(entries, dict):
+            for name, entry in entries.items():
+                yield field.encode_name, name, entry, get_args(field.type)[1]
+
+
+_EXPECTED = re.compile(r"Expected (?P<wanted>.*?)(?:, got (?P<found>.*?))?(?: - at `\$(?P<at>.*)`)?")
+_MISSING = re.compile(r"Object missing required field `(?P<field>.*?)`(?: - at `\$(?P<at>.*)`)?")
+
+
+def _explain(text: str, where: str) -> str:
+    """An error of msgspec, with the place first: ``files[0].nbytes: expected int >= 0``."""
+    match = _MISSING.fullmatch(text)
+    if match is not None:
+        place = f"{where}{match['at'] or ''}.{match['field']}".lstrip(".")
+        return f"{place} is missing"
+    match = _EXPECTED.fullmatch(text)
+    if match is None:
+        return f"{where}: {text}" if where else text
+    place = f"{where}{match['at'] or ''}".lstrip(".") or "the document"
+    found = f", found {match['found']}" if match["found"] else ""
+    return f"{place}: expected {match['wanted']}{found}".replace("`", "").replace(str(MAX_COUNT), "2**62")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
