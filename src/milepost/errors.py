@@ -40,12 +40,25 @@ __all__ = [
 ]
 
 
+MAX_MESSAGE_LENGTH = 8000
+"""Characters of a message. What a file names can be of any length; what a person reads can't."""
+
+
+def shortened(text: str, limit: int) -> str:
+    """``text`` with at most about ``limit`` characters: the middle of a longer one is left out, and counted."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters left out ...] {text[-half:]}"
+
+
 class MilepostError(Exception):
     """Base of all errors of this package. ``exit_status`` is what the command line exits with."""
 
     exit_status = 1
 
     def __init__(self, message: str, *, path: str | None = None, key: str | None = None, rank: int | None = None):
+        message = shortened(message, MAX_MESSAGE_LENGTH)
         super().__init__(message)
         self.message = message
         self.path = path

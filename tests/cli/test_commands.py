@@ -264,14 +264,88 @@ def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         assert command.summary.split(":")[0] in out
 
 
+@pytest.mark.parametrize("argv", [[], ["help"], ["--help"], ["-h"]])
+def test_the_program_alone_and_help_print_the_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: milepost [-h] [--version] COMMAND")
+
+
+def test_help_of_a_command_can_be_asked_for_in_either_way(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = []
+    for argv in (["help", "ls"], ["ls", "--help"]):
+        with pytest.raises(SystemExit):
+            main(argv)
+        helps.append(capsys.readouterr().out)
+    assert helps[0] == helps[1]
+
+
 @pytest.mark.parametrize(
-    "argv", [[], ["no-such-command"], ["ls", "--no-such-option"], ["verify"], ["plan-resume", "x"]]
+    "argv", [["no-such-command"], ["ls", "--no-such-option"], ["verify"], ["plan-resume", "x"], ["ls", "a", "b"]]
 )
 def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     assert "usage: milepost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("lst run", "milepost: error: there is no command lst: did you mean ls?"),
+        ("help verfy", "milepost: error: there is no command verfy: did you mean verify?"),
+        ("xyzzy", "milepost: error: there is no command xyzzy: `milepost help` lists all"),
+        ("ls run --jsn", "milepost ls: error: there is no option --jsn: did you mean --json?"),
+        (
+            "prune run --keep_latest=3",
+            "milepost prune: error: there is no option --keep_latest: did you mean --keep-latest?",
+        ),
+        (
+            "convert a b --too hf",
+            "milepost convert: error: the following arguments are required: --to; there is no option --too: "
+            "did you mean --to?",
+        ),
+    ],
+)
+def test_the_nearest_command_or_option_is_named(line: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line.split())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == answer
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "answer"),
+    [
+        (
+            ZeroDivisionError("by zero"),
+            1,
+            "unexpected error (a bug in Milepost): ZeroDivisionError: by zero; please report",
+        ),
+        (RecursionError("x" * 100_000), 5, "characters left out"),
+        (MemoryError(), 7, "out of memory"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), 5, "\\ud800"),
+    ],
+)
+def test_what_nobody_foresaw_is_no_traceback(
+    raised: BaseException,
+    status: int,
+    answer: str,
+    run: LocalStorage,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(catalog, "scan", fail)
+    found = output(capsys, "ls", "run")
+    assert found[:2] == (status, "")
+    assert answer in found[2]
+    assert len(found[2].splitlines()) == 1
+    assert len(found[2]) < 10_000
 
 
 def test_an_address_that_is_not_supported_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,6 @@ MISTAKES = [
     "resume-test notes.toml --layouts fsdp2xqp3",
     "completion tcsh",
     "no-such-command",
-    "",
 ]
 
 

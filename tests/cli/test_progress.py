@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.text import Text
 from zoo import save_model
 
 from milepost.cli import render
@@ -48,7 +49,7 @@ def test_what_is_soon_done_is_done_in_silence(folder: None, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("width", "has_rate"), [(100, True), (40, False)])
+@pytest.mark.parametrize(("width", "has_rate"), [(100, True), (60, True), (40, False)])
 def test_a_terminal_gets_a_bar_with_rate_and_time_left_if_it_is_wide_enough(
     folder: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, has_rate: bool
 ) -> None:
@@ -59,6 +60,8 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left_if_it_is_wide_enough(
     assert main(COMMANDS["verify"].split()) == 0
     err = capsys.readouterr().err
     assert "step-1" in err
-    assert "16.0/16.0 MiB" in err.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert "━" in err
+    assert "16.0 MiB of 16.0 MiB" in Text.from_ansi(err).plain
+    assert all(len(line) <= width for line in Text.from_ansi(err.replace("\r", "\n")).plain.splitlines())
     assert ("/s" in err) == has_rate
     assert "\n\n" not in err

@@ -13,11 +13,11 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
-from milepost.errors import MilepostError, StorageError
+from milepost.errors import MAX_MESSAGE_LENGTH, CheckpointDamagedError, MilepostError, StorageError, shortened
 from milepost.version import __version__
 
 
@@ -46,8 +46,8 @@ COMMANDS = {
 
 EXIT_STATUSES = """\
 exit status:
-  0    done, and nothing is wrong
-  1    an unforeseen error
+  0    done, and no problem was found
+  1    an unexpected error
   2    wrong usage
   3    there is no such checkpoint
   4    a checkpoint does not fit what it would be loaded into
@@ -55,8 +55,10 @@ exit status:
   7    the operating system refused an operation
   8    a conversion can't be made: source, sizes and target do not fit
   9    what was compared differs
+  11   no problem was found, but there are bytes or values that can't be checked
   130  interrupted with Ctrl-C
 """
+NOT_CHECKED = 11
 
 
 class CommandModule(Protocol):
@@ -73,18 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (that of the process by default). Returns the exit status."""
     _make_output_bearable()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:
         modules = {}
         if name in COMMANDS:
             modules[name] = cast("CommandModule", importlib.import_module(COMMANDS[name].module))
-        args = build_parser(modules).parse_args(arguments)
+        args = _parse(build_parser(modules), arguments)
         status = modules[args.command].run(args)  # the parser has ended the program for any other name
         sys.stdout.flush()
         return status
     except MilepostError as error:
-        _complain(error.message)
-        return error.exit_status
+        return _fail(error.message, error.exit_status)
     except KeyboardInterrupt:
         print("milepost: interrupted", file=sys.stderr)
         return 130
@@ -94,8 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _give_up_output()
         what = error.strerror or str(error)
-        _complain(f"{error.filename}: {what}" if error.filename else what)
-        return StorageError.exit_status
+        return _fail(f"{error.filename}: {what}" if error.filename else what, StorageError.exit_status)
+    except MemoryError:
+        return _fail("out of memory: free some, or run this on a larger machine", StorageError.exit_status)
+    except (RecursionError, UnicodeError) as error:
+        # From the content of a file: readers refuse such with its name; this is for what slipped through.
+        message = f"a file holds text that is not Unicode, or is nested too deeply: {error}"
+        return _fail(shortened(message, MAX_MESSAGE_LENGTH), CheckpointDamagedError.exit_status)
+    except Exception as error:  # noqa: BLE001 - a traceback tells a user nothing
+        if os.environ.get("MILEPOST_TRACEBACK"):
+            raise
+        message = f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}"
+        advice = "please report it, with what MILEPOST_TRACEBACK=1 prints"
+        return _fail(f"{shortened(message, MAX_MESSAGE_LENGTH)}; {advice}", MilepostError.exit_status)
 
 
 def _make_output_bearable() -> None:
@@ -114,10 +128,56 @@ def _give_up_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _complain(message: str) -> None:
-    from milepost.cli.render import printable
+def _fail(message: str, status: int) -> int:
+    from milepost.cli.render import printable_lines
 
-    print(f"milepost: error: {printable(message)}", file=sys.stderr)
+    print(f"milepost: error: {printable_lines(message)}", file=sys.stderr)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest option or command in place of one that does not exist."""
+
+    given: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        hints = [hint for word in self.given if (hint := self.hint(word)) not in message]
+        super().error("; ".join([message, *hints]))
+
+    def hint(self, word: str) -> str:
+        """What to write in place of the option ``word``; empty if it exists, or is none."""
+        option = word.partition("=")[0]
+        if not option.startswith("--") or option == "--" or option in self._option_string_actions:
+            return ""
+        return f"there is no option {option}" + near(option, self._option_string_actions)
+
+
+def near(word: str, choices: Iterable[str]) -> str:
+    """The question that names the nearest of ``choices``; empty if none is near."""
+    import difflib  # 10 ms that only mistakes pay for
+
+    found = difflib.get_close_matches(word, choices, n=1)
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
+    """The arguments as the chosen command's parser reads them; a mistake ends the program with status 2."""
+    commands = _commands_of(parser)
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    chosen = commands.get(name, parser)
+    chosen.given = arguments
+    if name and name not in commands:
+        parser.error(f"there is no command {name}" + (near(name, commands) or ": `milepost help` lists all"))
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hints = list(filter(None, map(chosen.hint, unknown)))
+        chosen.error("; ".join(hints) or f"unexpected argument {unknown[0]}")
+    return args
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> Mapping[str, Parser]:
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return cast("Mapping[str, Parser]", action.choices)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -136,9 +196,9 @@ class HelpFormatter(argparse.HelpFormatter):
             self._action_max_length += 2  # commands stand further in than argparse reckons with
 
 
-def build_parser(modules: Mapping[str, CommandModule]) -> argparse.ArgumentParser:
+def build_parser(modules: Mapping[str, CommandModule]) -> Parser:
     """The parser of the whole command line; of the commands only those of ``modules`` have their options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="milepost",
         description="Look after the checkpoints of PyTorch training runs.",
         epilog=EXIT_STATUSES,

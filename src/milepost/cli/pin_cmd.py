@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from milepost.cli.paths import find_step, open_step
-from milepost.cli.render import console, print_json, printable
+from milepost.cli.render import print_json, print_line
 from milepost.run import catalog
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         catalog.pin(storage, folder, entry.step)
         if not args.json:
             was = " already" if entry.pinned else ""
-            console().print(printable(f"{path} is{was} pinned: nothing prunes it"), markup=False)
+            print_line(f"{path} is{was} pinned: neither the trainer nor `milepost prune` deletes it")
     if args.json:
         print_json([{"path": path, "step": entry.step, "was_pinned": entry.pinned} for path, _, entry, _ in found])
     return 0

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from milepost.cli.table import lay_out
+from milepost.errors import shortened
 from milepost.storage.base import format_duration, format_nbytes
 
 if TYPE_CHECKING:
@@ -27,9 +29,16 @@ BAR_AFTER_S = 0.5
 """Work that is done sooner shows no bar."""
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
 """Where there is no terminal, the first line of progress comes after the one time, more of them at most so often."""
-MIN_WIDTH_OF_BAR = 72
-"""A narrower terminal gets the numbers alone."""
+MIN_WIDTH_OF_RATE = 60
+"""On a narrower terminal the bar and the amounts leave no room for rate and time."""
+MAX_TITLE_LENGTH = 24
 BLOCK = "\u2587"
+GAP = 2
+"""Blanks between two columns of a table."""
+MIN_LAST_WIDTH = 24
+"""The last column of a table may be folded to this width."""
+MAX_TEXT_LENGTH = 2000
+"""Characters of a key or another text out of a file that are shown."""
 
 STATE_STYLES = {"committed": "green", "external": "cyan", "incomplete": "yellow", "damaged": "bold red"}
 
@@ -47,8 +56,30 @@ def console() -> Console:
 
 
 def printable(text: str) -> str:
-    """``text`` as a terminal may show it: keys and names come from files that anybody may have written."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """``text`` on one line, as a terminal may show it: keys and names come from files that anybody may have written."""
+    text = shortened(text, MAX_TEXT_LENGTH)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """As :func:`printable`, of a text that may have several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def print_line(text: str | Text) -> None:
+    """A line for people."""
+    console().print(Text(printable(text)) if isinstance(text, str) else text)
+
+
+def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
+    """A title with the number of ``lines``, and the first of them; nothing if there are none."""
+    if not lines:
+        return
+    print_line(f"{title} ({len(lines)}):")
+    for line in lines[:limit]:
+        print_line(f"  {line}")
+    if len(lines) > limit:
+        print_line(f"  ... and {len(lines) - limit} more; --json lists them")
 
 
 def print_json(value: Any) -> None:
@@ -57,10 +88,56 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *, numeric: Sequence[str] = ()) -> None:
-    """A table for people; columns named in ``numeric`` are aligned to the right."""
+    """A table for people, a line for each row; columns named in ``numeric`` are aligned to the right.
+
+    On a terminal that is too narrow the last column is folded, or each row becomes a list of its values. Nothing is
+    left out but a last column that is empty.
+    """
     out = console()
     cells = [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    out.print(Text("\n").join(lay_out(headers, cells, numeric=numeric, width=out.width if out.is_terminal else None)))
+    if out.is_terminal and not _fits(headers, cells, out.width):
+        if any(row[-1].plain for row in cells):
+            _print_lines(out, _value_lists(headers, cells))
+            return
+        headers, cells = headers[:-1], [row[:-1] for row in cells]
+    _print_lines(out, _table(headers, cells, numeric))
+
+
+def _fits(headers: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:
+    """Whether a line for each row is possible; the last column may be folded to ``MIN_LAST_WIDTH``."""
+    widths = [max(cell_len(header), *(row[i].cell_len for row in rows), 0) for i, header in enumerate(headers)]
+    return sum(widths[:-1]) + min(widths[-1], MIN_LAST_WIDTH) + GAP * (len(widths) - 1) <= width
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Text]], numeric: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    for header in headers:
+        is_last = header == headers[-1]
+        table.add_column(header, justify="right" if header in numeric else "left", no_wrap=not is_last, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _value_lists(headers: Sequence[str], rows: Sequence[Sequence[Text]]) -> Table:
+    """Each row's values on lines of their own, below its first (as psql shows wide rows)."""
+    table = Table.grid(padding=(0, GAP, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(headers[0], row[0])
+        for header, cell in zip(headers[1:], row[1:], strict=True):
+            if cell.plain:
+                table.add_row(" " * GAP + header, cell)
+    return table
+
+
+def _print_lines(out: Console, table: Table) -> None:
+    """Print without the blanks that rich fills lines with."""
+    for segments in out.render_lines(table, pad=False):
+        line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
+        line.rstrip()
+        out.print(line)
 
 
 def bar(share: float, width: int) -> str:
@@ -101,13 +178,15 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             if not shown.is_terminal:
                 if now - last >= LINE_EVERY_S:
                     last = now
-                    print(f"{title}: {_how_far(done, total, now - started)}", file=sys.stderr, flush=True)
+                    print(f"{printable(title)}: {_how_far(done, total, now - started)}", file=sys.stderr, flush=True)
             elif bar is None and now - started >= BAR_AFTER_S:
                 bar = _new_bar(shown)
                 bar.start()
-                bar.add_task(printable(title), total=total)
+                bar.add_task(_fitted(title), total=total, amounts="")
             if bar is not None:
-                bar.update(bar.task_ids[0], completed=done, total=total)
+                amounts = _how_far(done, total, now - started)
+                amounts = amounts if shown.width >= MIN_WIDTH_OF_RATE else amounts.partition(",")[0]
+                bar.update(bar.task_ids[0], completed=done, total=total, amounts=amounts)
 
     try:
         yield show
@@ -117,25 +196,19 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _how_far(done: int, total: int, elapsed_s: float) -> str:
-    rate = done / elapsed_s
+    rate = done / max(elapsed_s, 1e-9)
     text = f"{format_nbytes(done)} of {format_nbytes(total)}, {format_nbytes(int(rate))}/s"
     return f"{text}, {format_duration(max(total - done, 0) / rate)} left" if done else text
 
 
-def _new_bar(shown: Console) -> Progress:
-    # Not above: 50 ms that only long work needs.
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def _fitted(title: str) -> str:
+    title = printable(title)
+    return title if len(title) <= MAX_TITLE_LENGTH else f"...{title[3 - MAX_TITLE_LENGTH :]}"
 
-    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
-    columns += [BarColumn()] if shown.width >= MIN_WIDTH_OF_BAR else []
-    columns += [DownloadColumn(binary_units=True)]
-    columns += [TransferSpeedColumn(), TimeRemainingColumn()] if shown.width >= MIN_WIDTH_OF_BAR else []
-    return Progress(*columns, console=shown, transient=True)
+
+def _new_bar(shown: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn  # not above: 50 ms that only long work needs
+
+    title = TextColumn("{task.description}", markup=False)
+    amounts = TextColumn("{task.fields[amounts]}", markup=False)
+    return Progress(title, BarColumn(bar_width=None), amounts, console=shown, transient=True, expand=True)

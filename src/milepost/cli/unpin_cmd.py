@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from milepost.cli.paths import open_step
-from milepost.cli.render import console, print_json, printable
+from milepost.cli.render import print_json, print_line
 from milepost.errors import CheckpointNotFoundError
 from milepost.run import catalog
 from milepost.run.catalog import PINNED_PREFIX, step_name
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for path, storage, folder, step in found:
         catalog.unpin(storage, folder, step)
         if not args.json:
-            console().print(printable(f"{path} is no longer pinned"), markup=False)
+            print_line(f"{path} is no longer pinned")
     if args.json:
         print_json([{"path": path, "step": step} for path, _, _, step in found])
     return 0

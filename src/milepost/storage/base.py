@@ -17,10 +17,18 @@ from typing import Self
 Bytes = bytes | bytearray | memoryview | mmap.mmap
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: ``1 key``, ``2 keys``, ``3 retries``."""
+    if count == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
+    return f"{count} {plural}"
+
+
 def format_nbytes(nbytes: int) -> str:
     """A size for people: ``17 bytes``, ``8.0 MiB``."""
     if nbytes < 1024:
-        return "1 byte" if nbytes == 1 else f"{nbytes} bytes"
+        return counted(nbytes, "byte")
     value = float(nbytes)
     for unit in ("KiB", "MiB", "GiB", "TiB"):
         value /= 1024
