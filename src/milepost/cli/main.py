@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # From the content of a file: readers refuse such with its name; this is for what slipped through.
         message = f"a file holds text that is not Unicode, or is nested too deeply: {error}"
         return _fail(shortened(message, MAX_MESSAGE_LENGTH), CheckpointDamagedError.exit_status)
-    except Exception as error:  # noqa: BLE001 - a traceback tells a user nothing
+    except Exception as error:  # a traceback tells a user nothing
         if os.environ.get("MILEPOST_TRACEBACK"):
             raise
         message = f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}"
