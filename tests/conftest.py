@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from milepost.testing.seaweed import Seaweed, seaweed
+
 Tally = Callable[..., None]
 
 
@@ -47,3 +49,19 @@ def tally(request: pytest.FixtureRequest) -> Tally:
         assert lost == 0, f"{what}: {lost} of {tried} lost something"
 
     return note
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[Seaweed]:
+    """A real S3 store, started when the first test asks for it."""
+    with seaweed() as server:
+        yield server
+
+
+@pytest.fixture
+def store_environment(store: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment by which this process, and its children, find that store."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in store.environment().items():
+        monkeypatch.setenv(name, value)

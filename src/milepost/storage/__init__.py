@@ -1,35 +1,68 @@
-"""Where checkpoints live: the only part of Milepost that talks to the operating system or to a network."""
+"""Where checkpoints live: the only part of Milepost that talks to the operating system or to a network.
+
+In reading order::
+
+base           the seam: ``Storage``, its handles, what it can and can't
+syscalls       the Linux calls that Python lacks
+local          a folder of a POSIX file system
+ranges         which requests to make for many byte ranges
+retry          what is repeated, how often, how long
+store_errors   what an error of a store means
+store_urls     from a URL and the environment to a client
+uploads        unfinished uploads, aborted
+transfers      bytes to and from an object
+objectstore    a prefix of a bucket
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 from milepost.errors import ConfigError
-from milepost.storage.base import Storage
+from milepost.storage.base import Storage, split
 from milepost.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "is_url", "join_path", "open_root", "open_storage"]
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_STORES = ("s3", "gs", "az")
+_KNOWN = "a path, file://, s3://, gs:// and az://"
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is the URL of an object store."""
+    found = _SCHEME.match(os.fspath(path))
+    return found is not None and found[1].lower() in _STORES
+
+
+def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> str:
+    """``name`` in ``folder``, each a path or a URL; ``name`` alone where it is absolute or a URL itself."""
+    text, last = os.fspath(folder), os.fspath(name)
+    if _SCHEME.match(last) or os.path.isabs(last):
+        return last
+    if _SCHEME.match(text):
+        return f"{text.rstrip('/')}/{last}"
+    return os.path.join(text, last)
 
 
 def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
-    """The storage that holds ``path`` (a path, or a ``file://`` URL) and the name of ``path`` in it.
+    """The storage that holds ``path`` (a path or a URL), and the name of ``path`` in it.
 
     The storage is rooted at the parent, so that what lies beside ``path`` is within reach: a commit renames there.
-    A link at ``path`` is followed.
+    A link at ``path`` is followed. Of the URL of a bucket the name is empty: it is the root itself.
 
     Raises:
-        ConfigError: the path is empty, or its scheme is not supported.
+        ConfigError: the path is empty, its scheme is not known, or obstore is not installed.
     """
     text = os.fspath(path)
     scheme = _SCHEME.match(text)
+    if scheme is not None and scheme[1].lower() in _STORES:
+        return _open_store(text)
     if scheme is not None:
         if scheme[1].lower() != "file":
-            raise ConfigError(
-                f"{text}: {scheme[1]}:// is not supported yet; checkpoints live in local or mounted folders"
-            )
+            raise ConfigError(f"{scheme[1]}:// is not known: checkpoints live in {_KNOWN}")
         text = text[len(scheme[0]) :]
     if not text:
         raise ConfigError("the path of a checkpoint must not be empty")
@@ -37,3 +70,20 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     if os.path.islink(full):
         full = os.path.realpath(full)
     return LocalStorage(os.path.dirname(full)), os.path.basename(full)
+
+
+def open_root(root: str) -> Storage:
+    """The storage whose ``root`` this is: for another process, which can't be handed the object."""
+    if not is_url(root):
+        return LocalStorage(root)
+    from milepost.storage.objectstore import ObjectStorage
+
+    return ObjectStorage(root)
+
+
+def _open_store(text: str) -> tuple[Storage, str]:
+    from milepost.storage.store_urls import parse_store_url
+
+    url = parse_store_url(text)
+    folder, name = split(url.path)
+    return open_root(str(replace(url, path=folder))), name

@@ -7,12 +7,15 @@ is not its business): there are no short reads and no short writes, and no error
 
 from __future__ import annotations
 
+import errno
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
+
+from milepost.errors import StorageError
 
 Bytes = bytes | bytearray | memoryview | mmap.mmap
 
@@ -59,6 +62,28 @@ def split(path: str) -> tuple[str, str]:
     return folder, name
 
 
+def byte_views(buffers: Sequence[Bytes]) -> list[memoryview]:
+    """The buffers as flat bytes, without the empty ones."""
+    views = (memoryview(buffer) for buffer in buffers)
+    return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes]
+
+
+def check_name(root: str, path: str) -> str:
+    """``path``, if it is a name below ``root``.
+
+    Raises:
+        StorageError: it is absolute, or has a part that leaves the root or is empty.
+    """
+    if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise StorageError(
+            f"{path!r} is not a name below {root}: names are relative, without '..' and empty parts",
+            operation="resolve",
+            path=path,
+            errno=errno.EINVAL,
+        )
+    return path
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch."""
@@ -83,6 +108,12 @@ class ReadHandle(ABC):
         Raises StorageError when the file ends before they are full.
         """
 
+    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - most have no use for it
+        """Be told which byte ranges (half-open) will be read, each once, about in ascending order.
+
+        A store fetches neighbours together and ahead of the reads. Reads that were not announced are still correct.
+        """
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -97,15 +128,20 @@ class WriteHandle(ABC):
     """A file being written. Safe to use from several threads at once on ranges that do not overlap.
 
     ``alignment`` is what ``write`` asks of offsets, lengths and buffer addresses to be fast: 1 for no wish. A write
-    that is not aligned to it is still correct.
+    that is not aligned to it is still correct. ``is_sequential``: bytes go out in ascending order; what comes early is
+    held in memory until its turn, so one thread writes such a file.
     """
 
     path: str
     alignment: int = 1
+    is_sequential: bool = False
 
     @abstractmethod
-    def write(self, offset: int, buffers: Sequence[Bytes]) -> None:
-        """Store ``buffers``, one after the other, from ``offset`` on. The caller may reuse them at once."""
+    def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
+        """Store ``buffers``, one after the other, from ``offset`` on. The caller may reuse them at once.
+
+        ``stable``: the caller leaves them as they are until ``sync`` has returned, so they need not be copied.
+        """
 
     @abstractmethod
     def sync(self) -> None:
@@ -122,18 +158,58 @@ class WriteHandle(ABC):
 
 
 class Storage(ABC):
-    """A tree of names below ``root``."""
+    """A tree of names below ``root``.
+
+    What a storage can and can't do, callers ask of its properties, never of its kind.
+    """
 
     root: str
+    """How the root is named to people, and to another process that opens it: a path, or a URL."""
 
     @property
     @abstractmethod
     def can_rename(self) -> bool:
         """Whether a folder can be renamed and two names exchanged in one atomic act."""
 
+    @property
+    def can_share(self) -> bool:
+        """Whether several processes may write one file (``open_write`` with ``shared``)."""
+        return True
+
+    @property
+    def has_conditional_put(self) -> bool:
+        """Whether ``put_if`` works."""
+        return False
+
+    @property
+    def num_streams(self) -> int:
+        """How many operations at once get the most out of it."""
+        return 2
+
+    @property
+    def poll_s(self) -> float:
+        """How often to look for what another process leaves, at first."""
+        return 0.002
+
     @abstractmethod
     def list(self, path: str) -> list[Entry]:
-        """What is in a folder, sorted by name; empty when the folder is absent."""
+        """What is in a folder, sorted by name; empty when the folder is absent.
+
+        Where folders come and go by themselves (a store), one that is empty may be listed or not.
+        """
+
+    def list_files(self, path: str) -> dict[str, Entry]:
+        """All files below a folder, by their names relative to it (``a/b``); empty when the folder is absent."""
+        found: dict[str, Entry] = {}
+        for entry in self.list(path):
+            if entry.is_folder:
+                below = self.list_files(join(path, entry.name))
+                found |= {
+                    f"{entry.name}/{name}": replace(file, name=f"{entry.name}/{name}") for name, file in below.items()
+                }
+            else:
+                found[entry.name] = entry
+        return found
 
     @abstractmethod
     def stat(self, path: str) -> Entry | None:
@@ -158,6 +234,33 @@ class Storage(ABC):
     @abstractmethod
     def write(self, path: str, data: Bytes) -> None:
         """Create a small file (it must not exist) with ``data``, synced."""
+
+    @abstractmethod
+    def replace(self, path: str, data: Bytes) -> None:
+        """Make ``path`` a small file with ``data``, synced, in one atomic act, whatever file was there before."""
+
+    def read_tagged(self, path: str, limit: int = 1 << 30) -> tuple[bytes, str] | None:
+        """As ``read``, with a tag of this very version for ``put_if``; None when there is no such file."""
+        raise self._has_no("read_tagged", path)
+
+    def put_if(self, path: str, data: Bytes, tag: str | None) -> None:
+        """Make ``path`` a small file with ``data`` if it still is the version of ``tag`` (None: if it is absent).
+
+        Raises:
+            StorageError: with ``errno`` EEXIST when it is another version, and nothing was done.
+        """
+        raise self._has_no("put_if", path)
+
+    def abort_uploads(self, path: str, keep: Collection[str] = ()) -> int:
+        """Abort the uploads of files below a folder that were never ended; how many there were.
+
+        Not those with a folder of a name in ``keep`` on their way.
+        """
+        return 0
+
+    def _has_no(self, operation: str, path: str) -> StorageError:
+        message = f"{self.root} has no conditional put"
+        return StorageError(message, operation=operation, path=path, errno=errno.ENOTSUP)
 
     @abstractmethod
     def append(self, path: str, data: Bytes) -> None:

@@ -7,11 +7,21 @@ import errno
 import os
 import stat as stat_modes
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 
 from milepost.errors import StorageError
 from milepost.storage import syscalls
-from milepost.storage.base import Bytes, Entry, ReadHandle, Storage, WriteHandle, format_nbytes
+from milepost.storage.base import (
+    Bytes,
+    Entry,
+    ReadHandle,
+    Storage,
+    WriteHandle,
+    byte_views,
+    check_name,
+    format_nbytes,
+)
 
 PAGE_NBYTES = 4096
 """O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
@@ -46,11 +56,6 @@ def _explained(operation: str, path: str, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(error, operation, path, doing) from error
-
-
-def _byte_views(buffers: Sequence[Bytes]) -> list[memoryview]:
-    views = (memoryview(buffer) for buffer in buffers)
-    return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes]
 
 
 def _head(views: Sequence[memoryview]) -> list[memoryview]:
@@ -98,7 +103,7 @@ class _LocalRead(ReadHandle):
         self.nbytes = found.st_size
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        views = _byte_views(buffers)
+        views = byte_views(buffers)
         wanted = sum(map(len, views))
         start = offset
         while views:
@@ -170,8 +175,8 @@ class _LocalWrite(WriteHandle):
             self._direct_fd = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
             self.alignment = PAGE_NBYTES
 
-    def write(self, offset: int, buffers: Sequence[Bytes]) -> None:
-        views = _byte_views(buffers)
+    def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
+        views = byte_views(buffers)
         nbytes = sum(map(len, views))
         with _explained("write", self.path, f"writing {format_nbytes(nbytes)} at offset {offset} of {self.path}"):
             while views:
@@ -239,14 +244,7 @@ class LocalStorage(Storage):
     def _full(self, path: str) -> str:
         if path == "":
             return self.root
-        if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
-            raise StorageError(
-                f"{path!r} is not a name below {self.root}: names are relative, without '..' and empty parts",
-                operation="resolve",
-                path=path,
-                errno=errno.EINVAL,
-            )
-        return os.path.join(self.root, path)
+        return os.path.join(self.root, check_name(self.root, path))
 
     def list(self, path: str) -> list[Entry]:
         full = self._full(path)
@@ -300,12 +298,20 @@ class LocalStorage(Storage):
                 os.unlink(handle.path)
             raise
 
+    def replace(self, path: str, data: Bytes) -> None:
+        draft = f"{path}.{uuid.uuid4().hex}.part"
+        self.write(draft, data)
+        full = self._full(path)
+        with _explained("replace", full, f"replacing {full}"):
+            os.replace(self._full(draft), full)
+            _sync_folder(os.path.dirname(full))
+
     def append(self, path: str, data: Bytes) -> None:
         full = self._full(path)
         with _explained("append", full, f"adding to {full}"):
             fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
-                views = _byte_views([data])
+                views = byte_views([data])
                 while views:
                     views = _tail(views, os.writev(fd, _head(views)))
             finally:

@@ -195,6 +195,12 @@ class _JournaledOs:
             os.mkdir(path)
             note(Created(_name(path), inode_of(path), is_folder=True))
 
+    def replace(self, src: str, dst: str) -> None:
+        with self._journal.turn() as note:
+            change = Renamed(_name(src), _name(dst))
+            os.replace(src, dst)
+            note(change)
+
     def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
         self._remove(os.unlink, path, dir_fd)
 

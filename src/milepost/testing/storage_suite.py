@@ -13,6 +13,7 @@ In the manner of zarr-python's ``zarr.testing.store``: one suite, a few lines fo
 from __future__ import annotations
 
 import array
+import errno
 import itertools
 import mmap
 import threading
@@ -96,6 +97,81 @@ class StorageSuite:
             ("sub", True, 0),
         ]
 
+    def test_all_files_below_a_folder_are_listed_by_their_relative_names(self, storage: Storage) -> None:
+        storage.make_folder("run/sub/deep")
+        storage.make_folder("run-2")
+        for name, data in (("run/b", b"1"), ("run/sub/x", b"22"), ("run/sub/deep/y", b"333"), ("run-2/other", b"")):
+            storage.write(name, data)
+        found = storage.list_files("run")
+        assert {name: (entry.name, entry.nbytes) for name, entry in found.items()} == {
+            "b": ("b", 1),
+            "sub/x": ("sub/x", 2),
+            "sub/deep/y": ("sub/deep/y", 3),
+        }
+        assert storage.list_files("run/sub/deep").keys() == {"y"}
+        assert storage.list_files("").keys() == {"run/b", "run/sub/x", "run/sub/deep/y", "run-2/other"}
+        assert storage.list_files("nothing") == {}
+
+    def test_a_folder_is_seen_when_something_is_in_it(self, storage: Storage) -> None:
+        storage.make_folder("run/sub")
+        storage.write("run/sub/x", b"1")
+        for path in ("run", "run/sub"):
+            found = storage.stat(path)
+            assert found is not None
+            assert (found.name, found.is_folder, found.nbytes) == (path.rpartition("/")[2], True, 0)
+        assert storage.stat("ru") is None
+
+    def test_replace_makes_or_changes_a_file(self, storage: Storage) -> None:
+        storage.make_folder("run")
+        for data in (b"first", b"", b"third, longer"):
+            storage.replace("run/note", data)
+            assert storage.read("run/note") == data
+        assert [entry.name for entry in storage.list("run")] == ["note"]
+
+    def test_a_conditional_put_succeeds_once(self, storage: Storage) -> None:
+        storage.make_folder("")
+        if not storage.has_conditional_put:
+            with pytest.raises(StorageError):
+                storage.put_if("note", b"x", None)
+            return
+        assert storage.read_tagged("note") is None
+        storage.put_if("note", b"first", None)
+        with pytest.raises(StorageError) as caught:
+            storage.put_if("note", b"other", None)
+        assert caught.value.errno == errno.EEXIST
+        found = storage.read_tagged("note")
+        assert found is not None
+        assert found[0] == b"first"
+        storage.put_if("note", b"second", found[1])
+        with pytest.raises(StorageError) as caught:
+            storage.put_if("note", b"third", found[1])
+        assert caught.value.errno == errno.EEXIST
+        assert storage.read("note") == b"second"
+
+    def test_of_several_writers_one_creates_a_file(self, storage: Storage) -> None:
+        storage.make_folder("")
+        storage.write("warm-up", b"")
+        start = threading.Barrier(6)
+        won: list[int] = []
+        lost: list[int] = []
+
+        def write(number: int) -> None:
+            nonlocal lost
+            start.wait(30)
+            try:
+                storage.write("note", str(number).encode())
+                won.append(number)
+            except StorageError as error:
+                lost += [number] if error.errno == errno.EEXIST else []
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(won), len(lost)) == (1, 5)
+        assert storage.read("note") == str(won[0]).encode()
+
     def test_make_folder_may_be_repeated(self, storage: Storage) -> None:
         storage.make_folder("run/sub")
         storage.write("run/sub/kept", b"1")
@@ -155,8 +231,45 @@ class StorageSuite:
             handle.sync()
         assert storage.read("short") == b"abc"
 
+    def test_stable_memory_is_written_as_it_stands_when_synced(self, storage: Storage) -> None:
+        """More than a part of an upload, in pieces that do not fit parts, from memory that is not copied."""
+        storage.make_folder("")
+        data = _pattern(17 * _MIB + 321)
+        with mmap.mmap(-1, len(data)) as arena:
+            arena[:] = data
+            with memoryview(arena) as view:
+                with storage.open_write("big", len(data)) as handle:
+                    for start in range(0, len(data), 3 * _MIB + 5):
+                        handle.write(start, [view[start : start + 3 * _MIB + 5]], stable=True)
+                    handle.sync()
+                del handle
+        assert storage.read("big") == data
+
+    def test_a_hole_is_zeros(self, storage: Storage) -> None:
+        storage.make_folder("")
+        with storage.open_write("holes", 100) as handle:
+            handle.write(90, [b"end"])
+            handle.write(10, [b"middle"])
+            handle.sync()
+        assert storage.read("holes") == bytes(10) + b"middle" + bytes(74) + b"end"
+
+    def test_what_is_not_synced_is_not_whole(self, storage: Storage) -> None:
+        """A file that was given up is absent, or there for the caller to remove; writing it anew works then."""
+        storage.make_folder("")
+        for nbytes in (10, 17 * _MIB):
+            with storage.open_write("given-up", nbytes) as handle:
+                handle.write(0, [bytes(nbytes)])
+            storage.remove("given-up")
+            storage.write("given-up", b"whole")
+            assert storage.read("given-up") == b"whole"
+            storage.remove("given-up")
+
     def test_a_shared_file_takes_ranges_from_several_handles(self, storage: Storage) -> None:
         storage.make_folder("")
+        if not storage.can_share:
+            with pytest.raises(StorageError, match="one object"):
+                storage.open_write("shared", 10, shared=True)
+            return
         nbytes = 5 * _MIB + 3
         data = _pattern(nbytes)
         cut = 2 * _MIB + 17
@@ -224,6 +337,52 @@ class StorageSuite:
             reader.read_into(0, [memoryview(part) for part in parts])
         assert b"".join(parts) == data
 
+    def test_announced_reads_are_those_that_were_not(self, storage: Storage) -> None:
+        """Neighbours, far ones, one over many requests, one inside another; read in and out of order, and again."""
+        storage.make_folder("")
+        data = _pattern(21 * _MIB)
+        with storage.open_write("big", len(data)) as writer:
+            writer.write(0, [data])
+            writer.sync()
+        ranges = [(start, start + 5000) for start in range(100, 3 * _MIB, 300_000)]
+        ranges += [
+            (4 * _MIB, 20 * _MIB + 1),
+            (6 * _MIB, 6 * _MIB + 10),
+            (20 * _MIB, 20 * _MIB),
+            (20 * _MIB + 1, 21 * _MIB),
+        ]
+        for order in (ranges, ranges[::-1]):
+            with storage.open_read("big") as reader:
+                reader.will_read(ranges)
+                for start, stop in [*order, ranges[0], (7, 99)]:
+                    middle = (2 * start + stop) // 3
+                    result = memoryview(bytearray(stop - start))
+                    reader.read_into(start, [result[: middle - start], result[middle - start :]])
+                    assert result == data[start:stop]
+
+    def test_announced_reads_from_several_threads(self, storage: Storage) -> None:
+        storage.make_folder("")
+        data = _pattern(6 * _MIB)
+        with storage.open_write("big", len(data)) as writer:
+            writer.write(0, [data])
+            writer.sync()
+        piece = 170_001
+        ranges = [(start, min(start + piece, len(data))) for start in range(0, len(data), piece)]
+        result = memoryview(bytearray(len(data)))
+        with storage.open_read("big") as reader:
+            reader.will_read(ranges)
+
+            def read(number: int) -> None:
+                for start, stop in ranges[number::4]:
+                    reader.read_into(start, [result[start:stop]])
+
+            threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert result == data
+
     def test_a_read_beyond_the_end_is_an_error(self, storage: Storage) -> None:
         storage.make_folder("")
         storage.write("note", b"0123456789")
@@ -259,11 +418,17 @@ class StorageSuite:
         storage.make_folder("run/a/b/c")
         storage.write("run/a/b/c/x", b"1")
         storage.write("run/y", b"1")
-        storage.make_folder("other")
-        storage.write("other/z", b"1")
+        storage.make_folder("run-2")
+        storage.write("run-2/z", b"1")
+        storage.remove_tree("run/a")
+        assert storage.stat("run/a") is None
+        assert storage.list_files("run").keys() == {"y"}
         storage.remove_tree("run")
-        assert storage.list("run") == []
-        assert storage.read("other/z") == b"1"
+        assert storage.stat("run") is None
+        assert storage.list_files("run") == {}
+        assert storage.read("run-2/z") == b"1"
+        storage.remove_tree("run-2/z")
+        assert storage.stat("run-2/z") is None
 
     def test_remove_deletes_one_file(self, storage: Storage) -> None:
         storage.make_folder("")

@@ -9,7 +9,7 @@ import builtins
 import errno
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from milepost.storage.base import Bytes, Entry, ReadHandle, Storage, WriteHandle
 
 T = TypeVar("T")
 
-READS = frozenset({"list", "stat", "open_read", "read", "read_into"})
+READS = frozenset({"list", "list_files", "stat", "open_read", "read", "read_tagged", "read_into"})
 """Operations that change nothing."""
 
 
@@ -70,8 +70,27 @@ class WrappedStorage(Storage):
     def can_rename(self) -> bool:
         return self.inner.can_rename
 
+    @property
+    def can_share(self) -> bool:
+        return self.inner.can_share
+
+    @property
+    def has_conditional_put(self) -> bool:
+        return self.inner.has_conditional_put
+
+    @property
+    def num_streams(self) -> int:
+        return self.inner.num_streams
+
+    @property
+    def poll_s(self) -> float:
+        return self.inner.poll_s
+
     def list(self, path: str) -> builtins.list[Entry]:
         return self.around(Operation("list", path), lambda: self.inner.list(path))
+
+    def list_files(self, path: str) -> dict[str, Entry]:
+        return self.around(Operation("list_files", path), lambda: self.inner.list_files(path))
 
     def stat(self, path: str) -> Entry | None:
         return self.around(Operation("stat", path), lambda: self.inner.stat(path))
@@ -95,6 +114,20 @@ class WrappedStorage(Storage):
             lambda: self.inner.write(path, view),
             lambda: self.inner.write(path, view[: len(view) // 2]),
         )
+
+    def replace(self, path: str, data: Bytes) -> None:
+        operation = Operation("replace", path, nbytes=memoryview(data).nbytes)
+        self.around(operation, lambda: self.inner.replace(path, data))
+
+    def read_tagged(self, path: str, limit: int = 1 << 30) -> tuple[bytes, str] | None:
+        return self.around(Operation("read_tagged", path), lambda: self.inner.read_tagged(path, limit))
+
+    def put_if(self, path: str, data: Bytes, tag: str | None) -> None:
+        operation = Operation("put_if", path, nbytes=memoryview(data).nbytes)
+        self.around(operation, lambda: self.inner.put_if(path, data, tag))
+
+    def abort_uploads(self, path: str, keep: Collection[str] = ()) -> int:
+        return self.around(Operation("abort_uploads", path), lambda: self.inner.abort_uploads(path, keep))
 
     def append(self, path: str, data: Bytes) -> None:
         operation = Operation("append", path, nbytes=memoryview(data).nbytes)
@@ -124,6 +157,9 @@ class _WrappedRead(ReadHandle):
         self._owner, self._name, self._inner = owner, name, inner
         self.path, self.nbytes = inner.path, inner.nbytes
 
+    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._inner.will_read(ranges)
+
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         operation = Operation("read_into", self._name, offset, sum(buffer.nbytes for buffer in buffers))
         self._owner.around(operation, lambda: self._inner.read_into(offset, buffers))
@@ -135,9 +171,9 @@ class _WrappedRead(ReadHandle):
 class _WrappedWrite(WriteHandle):
     def __init__(self, owner: WrappedStorage, name: str, inner: WriteHandle):
         self._owner, self._name, self._inner = owner, name, inner
-        self.path, self.alignment = inner.path, inner.alignment
+        self.path, self.alignment, self.is_sequential = inner.path, inner.alignment, inner.is_sequential
 
-    def write(self, offset: int, buffers: Sequence[Bytes]) -> None:
+    def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
         nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
 
         def half() -> None:
@@ -145,7 +181,7 @@ class _WrappedWrite(WriteHandle):
             self._inner.write(offset, [whole[: nbytes // 2]])
 
         operation = Operation("write_at", self._name, offset, nbytes)
-        self._owner.around(operation, lambda: self._inner.write(offset, buffers), half)
+        self._owner.around(operation, lambda: self._inner.write(offset, buffers, stable=stable), half)
 
     def sync(self) -> None:
         self._owner.around(Operation("sync", self._name), self._inner.sync)

@@ -1,0 +1,63 @@
+"""Which requests to make for many byte ranges of an object: neighbours together, a little too much, never a lot."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+MAX_GAP_NBYTES = 512 << 10
+"""Bytes between two ranges that are rather read than skipped: less than what a request costs in time."""
+MAX_SPAN_NBYTES = 16 << 20
+"""No request is larger than this."""
+MAX_OVERREAD = 0.25
+"""At most this part of a request is bytes that nobody asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes ``[start, stop)`` to ask for at once; reading every range takes ``wanted_nbytes`` of it."""
+
+    start: int
+    stop: int
+    wanted_nbytes: int
+
+
+def merge_ranges(
+    ranges: Sequence[tuple[int, int]],
+    *,
+    max_gap_nbytes: int = MAX_GAP_NBYTES,
+    max_span_nbytes: int = MAX_SPAN_NBYTES,
+    max_overread: float = MAX_OVERREAD,
+) -> list[Span]:
+    """Ascending, disjoint spans that hold all of ``ranges`` (half-open, in any order; they may touch and overlap)."""
+    wanted = sorted((start, stop) for start, stop in ranges if start < stop)
+    runs: list[Span] = []
+    for start, stop in wanted:
+        last = runs[-1] if runs else None
+        if last is None or not _fits(last, start, stop, max_gap_nbytes, max_span_nbytes, max_overread):
+            runs.append(Span(start, stop, stop - start))
+        else:
+            runs[-1] = Span(last.start, max(last.stop, stop), last.wanted_nbytes + stop - start)
+    cuts = [piece for run in runs for piece in _pieces(run.start, run.stop, max_span_nbytes)]
+    counts = [0] * len(cuts)
+    starts = [start for start, _ in cuts]
+    for start, stop in wanted:
+        index = bisect_right(starts, start) - 1
+        while index < len(cuts) and cuts[index][0] < stop:
+            counts[index] += min(stop, cuts[index][1]) - max(start, cuts[index][0])
+            index += 1
+    return [Span(start, stop, count) for (start, stop), count in zip(cuts, counts, strict=True)]
+
+
+def _fits(last: Span, start: int, stop: int, max_gap: int, max_span: int, max_overread: float) -> bool:
+    if start < last.stop:
+        return True  # else a byte would be in two spans
+    reach = stop - last.start
+    unwanted = max(0, reach - last.wanted_nbytes - (stop - start))
+    return start - last.stop <= max_gap and reach <= max_span and unwanted <= max_overread * reach
+
+
+def _pieces(start: int, stop: int, max_nbytes: int) -> Iterator[tuple[int, int]]:
+    for begin in range(start, stop, max_nbytes):
+        yield begin, min(begin + max_nbytes, stop)

@@ -1,0 +1,163 @@
+"""From ``s3://``, ``gs://`` and ``az://`` to a client of that store, set up as the clouds' own tools are.
+
+Credentials, endpoint and region come from the environment: obstore reads the variables, web identities, container and
+instance roles itself; the profiles of ``~/.aws`` are read by botocore, as by the AWS command line. Nothing of it is
+kept here, and nothing of it is ever part of a name, a message or a file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import ConfigError
+
+SCHEMES = ("s3", "gs", "az")
+
+_URL = re.compile(
+    r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})(?P<path>/[^?#]*)?", re.IGNORECASE
+)
+_AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
+_AWS_CONTAINER = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+_AZURE_NAMES = {"AZURE_STORAGE_ACCOUNT": "account_name", "AZURE_STORAGE_KEY": "account_key"}
+_REFRESH = datetime.timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUrl:
+    """``scheme://bucket/path``; for Azure the bucket is the container. ``path`` has no slash at either end."""
+
+    scheme: str
+    bucket: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.path}" if self.path else "")
+
+
+def parse_store_url(text: str) -> StoreUrl:
+    """Take a URL apart.
+
+    Raises:
+        ConfigError: it names no bucket, or holds more than a bucket and a path: credentials, a query.
+    """
+    found = _URL.fullmatch(text)
+    if found is None:
+        scheme = text.partition("://")[0]
+        # The text itself may hold a secret: it is not repeated.
+        raise ConfigError(
+            f"a {scheme}:// URL must be {scheme}://<bucket>/<path>, without credentials, port or query: these come "
+            "from the environment"
+        )
+    return StoreUrl(found["scheme"].lower(), found["bucket"], (found["path"] or "").strip("/"))
+
+
+def connect(url: StoreUrl, *, client_options: dict[str, Any], retry_config: dict[str, Any]) -> Any:
+    """A client of the store that ``url`` is in, from its root on. Makes no request.
+
+    Raises:
+        ConfigError: what the environment says is no configuration of that store.
+    """
+    import obstore.store
+    from obstore.exceptions import BaseError
+
+    kinds: Any = obstore.store
+    options = {"client_options": client_options, "retry_config": retry_config}
+    try:
+        if url.scheme == "s3":
+            return kinds.S3Store(url.bucket, **options | _aws(client_options))
+        if url.scheme == "gs":
+            return kinds.GCSStore(url.bucket, **options)
+        return kinds.AzureStore(url.bucket, config=_azure(), **options)
+    except (BaseError, ValueError, OSError) as error:
+        raise ConfigError(_why_not(url, str(error))) from None  # its text may hold what the environment says
+
+
+def _why_not(url: StoreUrl, text: str) -> str:
+    if "Account must be specified" in text:
+        return f"{url}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that the container is in"
+    if "service account" in text or "OpenCredentials" in text:
+        return f"{url}: the file that GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT names can't be read"
+    return f"{url}: the settings in the environment are no valid configuration of this store"
+
+
+def _azure() -> dict[str, str]:
+    return {option: os.environ[name] for name, option in _AZURE_NAMES.items() if os.environ.get(name)}
+
+
+def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for S3 beside the bucket: what obstore does not find in the environment by itself."""
+    profile = _AwsProfile.find()
+    config: dict[str, str] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    if profile is not None:
+        if not endpoint and profile.endpoint:
+            endpoint = config["endpoint"] = profile.endpoint
+        if profile.region and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+            config["region"] = profile.region
+    if endpoint.startswith("http://"):
+        client_options = {**client_options, "allow_http": True}
+    arguments: dict[str, Any] = {"config": config, "client_options": client_options}
+    if profile is not None and profile.has_credentials:
+        arguments["credential_provider"] = profile
+    return arguments
+
+
+class _AwsProfile:
+    """The credentials of a profile in ``~/.aws``, whatever its kind; obstore calls it when it needs them."""
+
+    def __init__(self, session: Any):
+        self._session = session
+        self.has_credentials = session.get_credentials() is not None
+        scoped = session.get_scoped_config()
+        services = session.full_config.get("services", {}).get(scoped.get("services", ""), {})
+        self.region: str = scoped.get("region", "")
+        self.endpoint: str = services.get("s3", {}).get("endpoint_url", "") or scoped.get("endpoint_url", "")
+
+    @classmethod
+    def find(cls) -> _AwsProfile | None:
+        """The profile to use; None when the environment itself names credentials, or there is no profile.
+
+        Raises:
+            ConfigError: ``AWS_PROFILE`` names none that there is, or botocore is not installed.
+        """
+        named = os.environ.get("AWS_PROFILE", "")
+        if any(os.environ.get(name) for name in _AWS_KEYS):
+            return None
+        if not named and any(os.environ.get(name) for name in _AWS_CONTAINER):
+            return None
+        if not named and not any(path.exists() for path in _aws_files()):
+            return None
+        try:
+            import botocore.exceptions
+            import botocore.session
+        except ImportError as error:
+            raise ConfigError("a profile in ~/.aws needs botocore: pip install 'milepost[cloud]'") from error
+        try:
+            return cls(botocore.session.Session(profile=named or None))
+        except botocore.exceptions.BotoCoreError as error:
+            name = type(error).__name__
+            raise ConfigError(
+                f"the AWS profile '{named or 'default'}' can't be used ({name}): see `aws configure list`"
+            ) from None
+
+    def __call__(self) -> dict[str, Any]:
+        frozen = self._session.get_credentials().get_frozen_credentials()  # renewed by botocore when they run out
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.datetime.now(datetime.UTC) + _REFRESH,
+        }
+
+
+def _aws_files() -> tuple[Path, ...]:
+    home = Path.home() / ".aws"
+    return (
+        Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials").expanduser(),
+        Path(os.environ.get("AWS_CONFIG_FILE") or home / "config").expanduser(),
+    )
