@@ -1,0 +1,51 @@
+"""``milepost report``: a run or a step as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import webbrowser
+
+from milepost.cli.render import console, printable, progress_bar
+from milepost.storage.base import format_nbytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost report``."""
+    parser.description = (
+        "Write what a run's checkpoints show as one HTML file that needs no server and no network: what each save "
+        "cost, what each step holds and whether it verifies, how every layer's weights changed, histograms, which rank "
+        "holds which shard. Every byte of the steps that are read is checked; figures of large tensors are of a sample."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  milepost report outputs\n"
+        "  milepost report outputs/checkpoint/step-40 -o step-40.html\n\n"
+        "exit status: 0, 2 wrong usage, 3 there is no checkpoint, 7 it can't be read or written\n"
+    )
+    parser.add_argument("path", metavar="RUN_OR_STEP", help="the folder of a run, or one of its steps")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="where to write it (report.html)")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    parser.add_argument(
+        "--steps", type=int, default=12, metavar="N", help="read the weights of at most N steps (default: 12, 0: none)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Gather, draw, write."""
+    from milepost.report.gather import gather  # with numpy and the readers, which --help can do without
+    from milepost.report.page import page
+
+    with progress_bar("reading") as progress:
+        view = gather(args.path, max_steps=max(args.steps, 0), weights=args.steps > 0, progress=progress)
+    target = pathlib.Path(args.output)
+    document = page(view).encode("utf-8", "backslashreplace")
+    target.write_bytes(document)
+    bad = [step for step in view.steps if step.check not in ("verified", "not read") and not step.profiles]
+    noted = f"; {len(bad)} could not be read, as the page says" if bad else ""
+    console().print(
+        printable(f"wrote {target} ({format_nbytes(len(document))}): {len(view.steps)} steps{noted}"), markup=False
+    )
+    if args.open:
+        webbrowser.open(target.resolve().as_uri())
+    return 0

@@ -1,0 +1,81 @@
+"""``milepost stats``: statistics of the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from milepost.cli.render import console, print_json, print_table, progress_bar
+from milepost.errors import CheckpointNotFoundError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``milepost stats``."""
+    parser.description = (
+        "Statistics of every element of a checkpoint's tensors: smallest, largest, mean, standard deviation, Euclidean "
+        "norm, zeros, NaN, Inf. MIN to NORM are over the finite elements (of complex ones, over their magnitudes)."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  milepost stats outputs/checkpoint/step-40\n"
+        "  milepost stats outputs/checkpoint/step-40 '*.wq.weight' 'norm.*'\n"
+        "  milepost stats model.safetensors --json\n\n"
+        "exit status: 0, 2 wrong usage, 3 no such checkpoint or key, 5 it is damaged, 7 it can't be read\n"
+    )
+    parser.add_argument("path", metavar="STEP", help="a step, a Hugging Face folder, a .pt or a safetensors file")
+    parser.add_argument(
+        "keys", metavar="KEYS", nargs="*", help="only keys that match one of these globs (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    from milepost.report.gather import open_any  # with numpy and the readers, which --help can do without
+    from milepost.report.profile import natural
+    from milepost.report.statistics import is_countable, tensor_statistics
+
+    with open_any(args.path) as source, progress_bar("reading") as progress:
+        keys = sorted(chosen(source.tensors, args.keys, args.path), key=natural)
+        countable = [key for key in keys if is_countable(source.tensors[key].dtype)]
+        found = tensor_statistics(source, countable, progress=progress)
+        source.check_digests()
+        left_out = {key: source.tensors[key].dtype for key in keys if key not in set(countable)}
+    if args.json:
+        print_json({"tensors": [_finite(dataclasses.asdict(s)) for s in found], "left_out": left_out})
+        return 0
+    rows = [
+        (s.key, f"{s.dtype} {list(s.shape)}", *(f"{v:.6g}" for v in (s.minimum, s.maximum, s.mean, s.std, s.norm)),
+         *(str(n) for n in (s.num_zeros, s.num_nan, s.num_inf)), ", ".join(s.flags()))
+        for s in found
+    ]  # fmt: skip
+    numbers = ("MIN", "MAX", "MEAN", "STD", "NORM", "ZEROS", "NAN", "INF")
+    print_table(("KEY", "TENSOR", *numbers, "FLAGS"), rows, numeric=numbers)
+    for key, dtype in left_out.items():
+        console().print(f"left out: {key} ({dtype} has no numbers that numpy can compute with)", markup=False)
+    return 0
+
+
+def chosen(keys: Iterable[str], patterns: Sequence[str], path: str) -> list[str]:
+    """The keys that match a glob, or all. Raises CheckpointNotFoundError for a glob that matches none."""
+    known = list(keys)
+    found: dict[str, None] = {} if patterns else dict.fromkeys(known)
+    for pattern in patterns:
+        matches = [key for key in known if fnmatch.fnmatchcase(key, pattern)]
+        if not matches:
+            import difflib
+
+            near = difflib.get_close_matches(pattern, known, n=3)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise CheckpointNotFoundError(f"{path} has no key that matches '{pattern}'{hint}", path=path)
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: None stands for it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

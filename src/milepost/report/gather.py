@@ -1,0 +1,199 @@
+"""Everything that the report shows of a run or a step, as values: read here once, drawn by ``page``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from milepost.errors import CheckpointNotFoundError, MilepostError
+from milepost.format.manifest import Manifest
+from milepost.interop.weights.boxes import Source
+from milepost.interop.weights.open import manifest_source, open_weights
+from milepost.report.history import Forecast, Note, Save, forecast, read_events
+from milepost.report.profile import Samples, TensorProfile, profile_tensors, sample_numel
+from milepost.report.statistics import Progress, nbytes_of
+from milepost.run import catalog
+from milepost.run.catalog import StepEntry
+from milepost.storage import open_storage
+from milepost.storage.base import Storage, join, split
+
+MAX_STEPS = 12
+"""Steps whose weights are read, unless asked for more: the newest one and others evenly between."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepView:
+    """A step: its line in the catalog, and its weights if they were read."""
+
+    entry: StepEntry
+    manifest: Manifest | None = None
+    profiles: Mapping[str, TensorProfile] = field(default_factory=dict)
+    since: int | None = None
+    """The step that the profiles' movements are counted from."""
+    check: str = "not read"
+    """``verified``, ``not read``, ``read, no digests to compare with``, or what is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """A run, or one step of it: what the page shows."""
+
+    path: str
+    """As the user gave it."""
+    run_path: str
+    """Of the folder that the steps are in."""
+    made_s: float
+    steps: Sequence[StepView]
+    saves: Sequence[Save]
+    notes: Sequence[Note]
+    forecast: Forecast
+
+    @property
+    def read(self) -> list[StepView]:
+        """The steps whose weights were read, oldest first."""
+        return [view for view in self.steps if view.profiles]
+
+
+def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progress: Progress | None = None) -> RunView:
+    """Read the run (or the one step) at ``path``; of the weights those of at most ``max_steps`` steps.
+
+    A step that can't be read is in the view with the reason, and does not hide the others.
+
+    Raises:
+        CheckpointNotFoundError: there are no steps.
+        StorageError: the storage can't be read.
+    """
+    storage, name = open_storage(path)
+    folder, only = _run_of(storage, name, path)
+    entries = [entry for entry in catalog.scan(storage, folder) if only is None or entry.step == only]
+    if not entries:
+        raise CheckpointNotFoundError(f"{path} holds no checkpoint", path=path)
+    saves, notes = read_events(storage, folder)
+    chosen = _chosen([entry.step for entry in entries if entry.is_usable], max_steps) if weights else set()
+    views = list(_views(storage, entries, chosen, progress))
+    return RunView(
+        path=path,
+        run_path=path if only is not None else join(path.rstrip("/") or "/", folder[len(name) :].strip("/")),
+        made_s=time.time(),
+        steps=views,
+        saves=[save for save in saves if only is None or save.step == only],
+        notes=notes if only is None else [],
+        forecast=forecast(entries),
+    )
+
+
+def _run_of(storage: Storage, name: str, path: str) -> tuple[str, int | None]:
+    """The run's folder, and the one step of it that ``path`` is, if it is one."""
+    folder = catalog.find_run(storage, name)
+    if folder is not None:
+        return folder, None
+    step = catalog.step_of(name)
+    if step is None:
+        raise CheckpointNotFoundError(f"{path} is neither a run nor a step of one (step-<N>)", path=path)
+    return split(name)[0], step
+
+
+def _chosen(steps: Sequence[int], limit: int) -> set[int]:
+    """At most ``limit`` of the steps: the first, the newest, and evenly between."""
+    if len(steps) <= limit:
+        return set(steps)
+    if limit <= 1:
+        return set(steps[-1:]) if limit else set()
+    return {steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)}
+
+
+def _views(
+    storage: Storage, entries: Sequence[StepEntry], chosen: set[int], progress: Progress | None
+) -> Iterator[StepView]:
+    manifests = {entry.step: _manifest_of(storage, entry) for entry in entries}
+    most = max((len(m.tensors) for m in manifests.values() if isinstance(m, Manifest)), default=0)
+    total = sum(entry.nbytes for entry in entries if entry.step in chosen)
+    counter = _Counter(total, progress)
+    before: Samples = {}
+    since: int | None = None
+    for entry in entries:
+        manifest = manifests[entry.step]
+        if isinstance(manifest, str):
+            yield StepView(entry=entry, check=manifest)
+            continue
+        if entry.step not in chosen:
+            yield StepView(entry=entry, manifest=manifest)
+            continue
+        profiles, samples, check = _read(storage, entry, manifest, before, sample_numel(most), counter.add)
+        yield StepView(entry=entry, manifest=manifest, profiles=profiles, since=since, check=check)
+        if profiles:
+            before, since = {**before, **samples}, entry.step
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress | None):
+        self._total, self._done, self._progress = total, 0, progress
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+def _manifest_of(storage: Storage, entry: StepEntry) -> Manifest | str:
+    if not entry.is_usable:
+        return entry.reason or entry.state
+    try:
+        return catalog.read_manifest(storage, entry.path)
+    except MilepostError as error:
+        return error.message
+
+
+def _read(
+    storage: Storage,
+    entry: StepEntry,
+    manifest: Manifest,
+    before: Samples,
+    max_numel: int,
+    add: Callable[[int], None],
+) -> tuple[Mapping[str, TensorProfile], Samples, str]:
+    """Profiles of a step's tensors, samples for the next, and what came of the digests."""
+    try:
+        with open_tensors(storage, entry.path, manifest) as source:
+            profiles, samples = profile_tensors(source, before, max_numel=max_numel, progress=add)
+            checked = source.check_digests()
+            whole = sum(nbytes_of(source, key) for key in profiles)
+    except MilepostError as error:
+        return {}, {}, error.message
+    if checked >= whole and len(profiles) == len(manifest.tensors):
+        return profiles, samples, "verified"
+    return profiles, samples, "read, no digests to compare with" if not checked else "read, digests of a part"
+
+
+@contextmanager
+def open_tensors(storage: Storage, folder: str, manifest: Manifest) -> Iterator[Source]:
+    """All tensors of a committed step (of all parts), whatever form it was saved in."""
+    with ExitStack() as stack:
+        if manifest.tensors:
+            if any(shard.data_offset is None for entry in manifest.tensors.values() for shard in entry.shards):
+                manifest = catalog.locate_foreign(storage, folder, manifest)
+            yield stack.enter_context(manifest_source(storage, folder, manifest, None))
+        else:
+            yield stack.enter_context(open_weights(f"{storage.root}/{folder}").source)
+
+
+@contextmanager
+def open_any(path: str) -> Iterator[Source]:
+    """All tensors at a path: a step of any program, a Hugging Face folder, a ``.pt`` or a safetensors file."""
+    storage, name = open_storage(path)
+    info = catalog.examine(storage, name)
+    if info is not None and info.is_usable:
+        with open_tensors(storage, name, catalog.read_manifest(storage, name)) as source:
+            yield source
+    else:
+        with open_weights(path).source as source:
+            yield source
+
+
+def step_path(view: RunView, step: StepView) -> str:
+    """The path of a step, for a command line."""
+    if catalog.step_of(split(view.run_path.rstrip("/"))[1]) is not None:
+        return view.run_path
+    return join(view.run_path.rstrip("/"), step.entry.name)

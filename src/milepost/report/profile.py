@@ -1,0 +1,193 @@
+"""What the weights of a step look like, and how far they moved since the step before: the numbers of the report.
+
+Every byte is read and compared with its digest once; the figures come from a sample of it that is the same in every
+step, so that changes are between the same elements and two steps never have to be in memory whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from milepost.collective.threads import map_in_threads
+from milepost.interop.weights.boxes import Readable
+from milepost.report.statistics import (
+    NUM_THREADS,
+    Accumulator,
+    TensorStatistics,
+    is_countable,
+    nbytes_of,
+    slabs_of,
+    widened,
+)
+
+NUM_BINS = 32
+RUN_NUMEL = 64
+"""Sampled elements lie in runs of this many, a cache line or more, so that a sample costs less than it reads."""
+BUDGET_NUMEL = 24 << 20
+"""Elements of a step that are kept for the comparison with the next: 96 MiB of float32, two steps at a time."""
+MIN_SAMPLE, MAX_SAMPLE = 1 << 10, 1 << 18
+
+Samples = Mapping[str, Any]
+"""For each key, the sampled elements as float32 (float64 for wider dtypes), in a fixed order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Movement:
+    """How a tensor changed from one step to the next, over the sampled elements. NaN where nothing can be said."""
+
+    relative_norm: float
+    """Norm of the difference over the norm before."""
+    cosine: float
+    share_changed: float
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorProfile:
+    """One tensor of one step. The statistics count the sampled elements only: ``share`` says how much that is."""
+
+    statistics: TensorStatistics
+    share: float
+    histogram: tuple[int, ...]
+    """Counts in ``NUM_BINS`` bins of equal width from the statistics' minimum to their maximum."""
+    movement: Movement | None = None
+    """None if the step before does not have the tensor in this shape."""
+
+
+def sample_numel(num_tensors: int) -> int:
+    """How many elements of each tensor are sampled at most, in a run whose steps hold up to ``num_tensors``."""
+    return min(max(BUDGET_NUMEL // max(num_tensors, 1), MIN_SAMPLE), MAX_SAMPLE)
+
+
+def profile_tensors(
+    source: Readable,
+    before: Samples,
+    *,
+    max_numel: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, TensorProfile], Samples]:
+    """Profiles of every tensor that numpy can compute with, and the samples for the next step to be compared with.
+
+    ``progress`` is called with the bytes of each slab that was read, from any thread. The caller checks the source's
+    digests afterwards.
+    """
+    keys = sorted((key for key, info in source.tensors.items() if is_countable(info.dtype)), key=natural)
+    keys.sort(key=lambda key: -nbytes_of(source, key))
+
+    def work(key: str) -> tuple[TensorProfile, Any]:
+        return _profile(source, key, before.get(key), max_numel, progress)
+
+    done = dict(zip(keys, map_in_threads(work, keys, NUM_THREADS, name="milepost-report"), strict=True))
+    profiles = {key: done[key][0] for key in sorted(keys, key=natural)}
+    return profiles, {key: sample for key, (_, sample) in done.items()}
+
+
+def _profile(
+    source: Readable, key: str, before: Any, max_numel: int, progress: Callable[[int], None] | None
+) -> tuple[TensorProfile, Any]:
+    info = source.tensors[key]
+    numel = math.prod(info.shape)
+    stride = -(-numel // max_numel) if numel else 1
+    found = Accumulator(key, info.dtype, info.shape)
+    taken = []
+    for box, slab in slabs_of(source, key):
+        part = sampled(slab.reshape(-1), stride)
+        found.add(part.reshape(slab.shape) if stride == 1 else part, box if stride == 1 else None)
+        taken.append(widened(part).astype(np.float64 if slab.dtype.itemsize > 4 else np.float32))
+        if progress is not None:
+            progress(slab.nbytes)
+    sample = np.concatenate(taken) if taken else np.zeros(0, np.float32)
+    statistics = found.result()
+    profile = TensorProfile(
+        statistics=statistics,
+        share=statistics.num_elements / numel if numel else 1.0,
+        histogram=_histogram(sample, statistics),
+        movement=_movement(before, sample) if before is not None and before.shape == sample.shape else None,
+    )
+    return profile, sample
+
+
+def sampled(flat: Any, stride: int) -> Any:
+    """Of a flat array every ``stride``-th run of ``RUN_NUMEL`` elements, from the first on; all of it at stride 1."""
+    if stride == 1:
+        return flat
+    whole = flat.size // (RUN_NUMEL * stride) * RUN_NUMEL * stride
+    runs = flat[:whole].reshape(-1, RUN_NUMEL * stride)[:, :RUN_NUMEL].reshape(-1)
+    return np.concatenate([runs, flat[whole : whole + RUN_NUMEL]])
+
+
+def _histogram(sample: Any, statistics: TensorStatistics) -> tuple[int, ...]:
+    low, high = statistics.minimum, statistics.maximum
+    if not sample.size or not low < high or not math.isfinite(high - low):
+        return ()
+    finite = sample[np.isfinite(sample)]
+    counts, _ = np.histogram(finite, bins=NUM_BINS, range=(low, high))
+    return tuple(int(count) for count in counts)
+
+
+def _movement(before: Any, after: Any) -> Movement:
+    a, b = before.astype(np.float64), after.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = b - a
+        norms = [math.sqrt(float(np.square(x).sum())) for x in (a, b, difference)]
+        product = float((a * b).sum())
+    changed = int(np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b))))
+    largest = float(np.abs(difference).max()) if difference.size else 0.0
+    return Movement(
+        relative_norm=ratio(norms[2], norms[0]),
+        cosine=ratio(product, norms[0] * norms[1]),
+        share_changed=changed / a.size if a.size else 0.0,
+        max_abs=largest,
+    )
+
+
+def ratio(part: float, whole: float) -> float:
+    """``part / whole``; 0 of nothing is 0, something of nothing NaN."""
+    if whole == 0:
+        return 0.0 if part == 0 else math.nan
+    return part / whole
+
+
+def natural(key: str) -> tuple[tuple[bool, int, str], ...]:
+    """A sort key by which ``layers.2`` comes before ``layers.10``."""
+    return tuple(
+        (part.isdecimal(), int(part) if part.isdecimal() and len(part) < 19 else 0, part) for part in key.split(".")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Keys that differ in one number alone, as a table: a row a kind of tensor, a column a layer."""
+
+    rows: tuple[str, ...]
+    """With ``*`` in the place of the number."""
+    layers: tuple[int, ...]
+    keys: Mapping[tuple[str, int], str]
+    rest: tuple[str, ...]
+    """Keys of no layer."""
+
+
+def grid_of(keys: Sequence[str]) -> Grid:
+    """Lay keys out by the first number in each. A row needs two layers: a lone number is just a part of a name."""
+    cells: dict[tuple[str, int], str] = {}
+    rest = []
+    for key in keys:
+        parts = key.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 6), None)
+        if at is None:
+            rest.append(key)
+        else:
+            cells[".".join((*parts[:at], "*", *parts[at + 1 :])), int(parts[at])] = key
+    counts: dict[str, int] = {}
+    for row, _ in cells:
+        counts[row] = counts.get(row, 0) + 1
+    rest += [key for (row, _), key in cells.items() if counts[row] < 2]
+    cells = {cell: key for cell, key in cells.items() if counts[cell[0]] >= 2}
+    rows = tuple(sorted({row for row, _ in cells}, key=natural))
+    layers = tuple(sorted({layer for _, layer in cells}))
+    return Grid(rows, layers, cells, tuple(sorted(rest, key=natural)))

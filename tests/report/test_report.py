@@ -1,0 +1,152 @@
+"""The report of a run: one page that shows what is there, whatever is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from milepost.cli.main import main
+from milepost.report.gather import gather
+from milepost.report.profile import sampled
+from milepost.storage import LocalStorage
+from milepost.testing.sample import save_arrays
+
+EVIL = "</script><script>alert(1)</script>\"'\n\u202e\x1b[31m" + "k" * 10_000
+RNG = np.random.default_rng(3)
+
+
+class Page(HTMLParser):
+    """Parses the page, and holds on to its tags; unclosed or crossed ones are errors."""
+
+    VOID = ("meta", "link", "br", "input", "rect", "circle", "polyline")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID or (tag == "rect" and not self.get_starttag_text().endswith("/>")):  # type: ignore[union-attr]
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture
+def run(memory_path: Path) -> Path:
+    """Three steps by two ranks whose weights move, the last with faults, and a log."""
+    storage = LocalStorage(memory_path)
+    arrays = {f"layers.{i}.wq.weight": RNG.standard_normal((64, 32)).astype("float32") for i in range(11)}
+    arrays[EVIL] = np.ones((3, 4), "float32")
+    for step in (20, 40, 60):
+        for key in arrays:
+            arrays[key] = arrays[key] * np.float32(1.1)
+        if step == 60:
+            arrays["layers.3.wq.weight"][5] = 0
+            arrays["layers.4.wq.weight"][0, 0] = np.nan
+        moments = {f"optimizer.state.{key}.exp_avg": array / 2 for key, array in arrays.items() if key != EVIL}
+        save_arrays(storage, f"checkpoint/step-{step}", {**arrays, **moments}, step=step, kind="full", num_ranks=2)
+    event = {"step": 20, "reason": EVIL, "kind": "full", "finished": 1.7e9, "nbytes": 10**6}
+    lines = [
+        {**event, **dict.fromkeys(("stall_s", "stage_s", "write_s", "commit_s"), 0.25)},
+        {"event": "resumed", "time": 1},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"torn'
+    (memory_path / "checkpoint" / "events.jsonl").write_text(text)
+    return memory_path
+
+
+def written(run: Path, *options: str) -> str:
+    target = run / "report.html"
+    assert main(["report", str(run), "-o", str(target), *options]) == 0
+    return target.read_text()
+
+
+def test_the_report_shows_changes_flags_and_shards_of_a_run(run: Path) -> None:
+    text = written(run)
+    page = Page(text)
+    seen = " ".join(page.texts)
+    assert "3 of 3 steps" in seen  # verified
+    assert "1 dead row" in seen
+    assert "1 NaN" in seen
+    assert seen.count("10.00%") >= 10  # each layer grew by a tenth, by the norm
+    assert "__1_0" in seen
+    assert f"milepost diff {run}/checkpoint/step-40 {run}/checkpoint/step-60" in seen
+
+
+def test_the_page_fetches_nothing_and_runs_only_its_own_script(run: Path) -> None:
+    page = Page(written(run))
+    for tag, attributes in page.tags:
+        assert tag not in ("iframe", "img", "object", "embed"), tag
+        assert not {"src", "style"} & attributes.keys(), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        assert tag not in ("a", "link") or str(attributes["href"]).startswith(("#", "data:,")), attributes
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy).startswith("default-src 'none'")
+
+
+def test_a_hostile_key_is_shown_cut_and_does_nothing(run: Path) -> None:
+    text = written(run)
+    assert "alert(1)</script>" not in text
+    assert "\u202e" not in text
+    assert "\x1b" not in text
+    assert "k" * 400 not in text
+    assert r"\u202e" in text
+
+
+def test_a_damaged_step_is_shown_as_such_and_hides_no_other(run: Path) -> None:
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        path = run / "checkpoint" / "step-40" / name
+        data = bytearray(path.read_bytes())
+        data[3000] ^= 1
+        path.write_bytes(data)
+    (run / "checkpoint" / "step-20" / "__0_0.distcp").unlink()
+    view = gather(str(run))
+    checks = {step.entry.step: step.check for step in view.steps}
+    assert checks[60] == "verified"
+    assert re.search("digest|CRC", checks[40])
+    assert "__0_0.distcp" in checks[20]
+    assert "1 of 3 steps" in " ".join(Page(written(run)).texts)
+
+
+def test_without_weights_only_metadata_is_read(run: Path) -> None:
+    text = written(run, "--steps", "0")
+    assert "Change since" not in text
+    assert "not read" in text
+
+
+def test_one_step_has_a_report_of_its_own(run: Path) -> None:
+    target = run / "one.html"
+    assert main(["report", str(run / "checkpoint" / "step-60"), "-o", str(target)]) == 0
+    assert "1 of 1 steps" in " ".join(Page(target.read_text()).texts)
+
+
+def test_nothing_there_is_said(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(memory_path), "-o", str(memory_path / "r.html")]) == 3
+    assert "is neither a run nor a step" in capsys.readouterr().err
+    assert not (memory_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 1000, 12_345])
+@pytest.mark.parametrize("stride", [1, 2, 7])
+def test_a_sample_is_every_nth_run_of_elements(numel: int, stride: int) -> None:
+    flat = np.arange(numel)
+    taken = sampled(flat, stride)
+    assert np.array_equal(taken, flat[flat // 64 % stride == 0])
