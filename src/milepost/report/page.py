@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 
 from milepost.config import part_of
-from milepost.format.summary import format_count, layout_text
+from milepost.format.summary import format_count
+from milepost.parallelism.degrees import degrees_text
 from milepost.report.gather import RunView, StepView, step_path
 from milepost.report.pictures import attribute, histogram, line_chart, number, shard_map, stacked_bars
 from milepost.report.profile import Grid, Movement, TensorProfile, grid_of
@@ -108,7 +109,7 @@ def _ranks(step: StepView) -> str:
     ranks = step.entry.world_size
     if not ranks:
         return "unknown"
-    degrees = layout_text(step.entry.layout)
+    degrees = degrees_text(step.entry.layout)
     return f"{ranks} rank{'s' if ranks != 1 else ''}" + (f" ({degrees})" if degrees and ranks != 1 else "")
 
 
@@ -235,7 +236,8 @@ def _metrics(view: RunView) -> str:
     names = sorted({name for step in view.steps if step.manifest for name in step.manifest.metrics})
     if not names:
         return ""
-    figures, rows = [], []
+    figures: list[str] = []
+    rows: list[list[Cell]] = []
     for name in names[:MAX_MULTIPLES]:
         points = [(step.entry.step, step.manifest.metrics[name]) for step in view.steps
                   if step.manifest and name in step.manifest.metrics]  # fmt: skip
@@ -460,7 +462,8 @@ def _maps(view: RunView) -> str:
     for key, entry in step.manifest.tensors.items():
         spread = (entry.shape, tuple((shard.box, shard.file) for shard in entry.shards if shard.box.numel))
         alike.setdefault(spread, []).append(key)
-    figures, rows = [], []
+    figures: list[str] = []
+    rows: list[list[Cell]] = []
     for keys in sorted(alike.values(), key=lambda keys: (part_of(keys[0]) != "model", -len(keys)))[:MAX_MAPS]:
         entry = step.manifest.tensors[keys[0]]
         label = f"shards of {shown(keys[0], 80)}"

@@ -103,7 +103,7 @@ def shard_map(entry: TensorEntry, colour_of: dict[str, int], label: str) -> str:
         f'<svg class="shards" role="img" width="{width + 2:.0f}" height="{height + 2:.0f}" '
         f'viewBox="-1 -1 {width + 2:.0f} {height + 2:.0f}" aria-label="{attribute(label)}">'
     ]
-    seen = set()
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     for shard in entry.shards:
         offsets, sizes = (*shard.box.offsets[:2], 0, 0)[:2], (*shard.box.sizes[:2], 1, 1)[:2]
         if not shard.box.numel or (offsets, sizes) in seen or len(seen) >= MAX_BOXES:

@@ -238,4 +238,4 @@ def largest_finite(dtype: str) -> float:
     found = numpy_dtype(dtype)
     if found is None or found.kind not in "fV" or dtype == "float8_e8m0fnu":
         return math.inf
-    return float(ml_dtypes.finfo(found).max)  # knows numpy's own dtypes too
+    return float(ml_dtypes.finfo(found).max)  # type: ignore[no-untyped-call]  # knows numpy's own dtypes too
