@@ -21,7 +21,10 @@ needs: what, where, and what to do next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 __all__ = [
@@ -50,6 +53,48 @@ def shortened(text: str, limit: int) -> str:
         return text
     half = limit // 2
     return f"{text[:half]} [... {len(text) - 2 * half} characters left out ...] {text[-half:]}"
+
+
+MAX_LISTED = 20
+"""A message lists this many of one kind, then says how many more there are."""
+_MAX_CANDIDATES = 5000
+_MAX_NAME_LENGTH = 300
+"""Near names are sought among this many, of at most this length: the time grows with the square of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it must be.
+
+    ``byte_range`` is half-open, in ``file``; None when the file as a whole is meant. ``file`` is empty, and ``key``
+    None, where none is touched, or where ``message`` names them.
+    """
+
+    message: str
+    file: str = ""
+    key: str | None = None
+    byte_range: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.byte_range is None else f" bytes {self.byte_range[0]}-{self.byte_range[1]}"
+        where = f"{self.file}{where}{f' ({self.key})' if self.key else ''}"
+        return f"{where}: {self.message}" if self.file else self.message
+
+
+def listed(things: Sequence[object], limit: int = MAX_LISTED, *, total: int | None = None, hint: str = "") -> list[str]:
+    """The first ``limit`` of ``things`` as text and, if that is not all, one entry more that says so, with ``hint``.
+
+    ``total`` is how many there are, where ``things`` are only the first of them.
+    """
+    first = [str(thing) for thing in things[:limit]]
+    rest = (len(things) if total is None else total) - limit
+    return [*first, f"... and {rest} more{hint}"] if rest > 0 else first
+
+
+def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of ``names`` that ``name`` may be a misspelling of; None if there is none."""
+    candidates = [known for known in islice(names, _MAX_CANDIDATES) if len(known) <= _MAX_NAME_LENGTH]
+    return next(iter(difflib.get_close_matches(name[:_MAX_NAME_LENGTH], candidates, n=1, cutoff=cutoff)), None)
 
 
 class MilepostError(Exception):

@@ -433,7 +433,7 @@ def test_several_damaged_steps_are_each_told_of_and_none_left_is_an_error(sound:
     (lines, states), (others, _) = run_world(two_of_three, 2, memory_path / "run", sound, timeout_s=60)
     assert len(lines) == 2, lines
     assert "step-3" in lines[0]
-    assert "__1_0.distcp is missing" in lines[0]
+    assert "__1_0.distcp: missing" in lines[0]
     assert "step-2" in lines[1]
     assert "__1_0.distcp: bytes" in lines[1]
     assert others == []

@@ -220,7 +220,7 @@ def test_truncated_and_grown_files_are_found_before_a_byte_is_loaded(sound: Path
         assert isinstance(error, CheckpointDamagedError), cut
         assert file in error.message
         if file != MANIFEST_NAME:
-            assert f"{file} has {cut} bytes instead of {len(data)}" in error.message
+            assert f"{file}: expected {len(data)} bytes, found {cut}" in error.message
         info = catalog.examine(LocalStorage(step.parent), step.name)
         assert info is not None
         assert info.state == "damaged"
@@ -232,7 +232,7 @@ def test_missing_files_are_found(step: Path, file: str) -> None:
     (step / file).unlink()
     error = load_everything(step)
     assert isinstance(error, CheckpointDamagedError)
-    assert f"{file} is missing" in error.message
+    assert f"{file}: missing" in error.message
 
 
 def test_without_its_commit_record_it_is_foreign_and_still_checked(sound: Path, step: Path) -> None:
@@ -538,4 +538,4 @@ def test_manifest_that_claims_files_it_does_not_describe(step: Path) -> None:
     forge(step, lambda m: dataclasses.replace(m, files={**m.files, "__7_0.distcp": FileEntry(10)}))
     error = load_everything(step)
     assert isinstance(error, CheckpointDamagedError)
-    assert "__7_0.distcp is missing" in error.message
+    assert "__7_0.distcp: missing" in error.message

@@ -70,7 +70,7 @@ def test_ls_shows_each_step_with_its_state(run: LocalStorage, capsys: pytest.Cap
         "STEP  STATE       HOLDS         AGE      SIZE  PARAMS  DTYPE    LAYOUT   NOTES\n"
         f" 100  committed   full          4 h  {sizes[100]}  3.01 K  float32  2 ranks  pinned\n"
         f" 200  external    state  1 min 30 s  {sizes[200]}  3.01 K  float32  -\n"
-        f" 300  damaged     full          2 h  {sizes[300]}  3.01 K  float32  2 ranks  __0_0.distcp is missing\n"
+        f" 300  damaged     full          2 h  {sizes[300]}  3.01 K  float32  2 ranks  __0_0.distcp: missing\n"
         f" 400  committed   model         1 h  {sizes[400]}  3.01 K  float32  2 ranks\n"
         " 500  incomplete  -               -   0 bytes       -  -        -        it was never committed: neither "
         "milepost.json nor .metadata is there\n"

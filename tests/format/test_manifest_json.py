@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from milepost.errors import FormatError
+from milepost.errors import MAX_LISTED, FormatError
 from milepost.format.box import Box
 from milepost.format.digest import crc32
 from milepost.format.manifest import BranchStart, FileEntry, Lineage, Manifest
@@ -275,7 +275,7 @@ def test_paths_of_keys_that_are_not_stored_are_a_fault(manifest: Manifest):
 
 def test_the_number_of_faults_is_limited(manifest: Manifest):
     many = {f"sub/{i}": FileEntry(0) for i in range(100)}
-    assert len(manifest_faults(dataclasses.replace(manifest, files={**manifest.files, **many}))) == 8
+    assert len(manifest_faults(dataclasses.replace(manifest, files={**manifest.files, **many}))) == MAX_LISTED
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "a b", "é"])

@@ -133,12 +133,12 @@ def test_files_that_are_missing_short_long_or_links_are_damage(storage: LocalSto
     for content in (data[:-1], data + b"\0", b""):
         path.write_bytes(content)
         assert only(storage).state == "damaged"
-        assert f"{name} has {len(content)} bytes instead of {len(data)}" in only(storage).reason
+        assert f"{name}: expected {len(data)} bytes, found {len(content)}" in only(storage).reason
     path.unlink()
-    assert f"{name} is missing" in only(storage).reason
+    assert f"{name}: missing" in only(storage).reason
     Path(storage.root, "copy").write_bytes(data)
     path.symlink_to(Path(storage.root, "copy"))
-    assert f"{name} is a link" in only(storage).reason
+    assert f"{name}: a link" in only(storage).reason
     path.unlink()
     path.write_bytes(data)
     assert only(storage).state == "committed"
@@ -340,7 +340,7 @@ def test_a_manifest_of_a_damaged_or_absent_checkpoint_is_an_error(storage: Local
     save(storage, "run/step-5")
     assert set(catalog.read_manifest(storage, "run/step-5").tensors) == {"w", "optimizer.m"}
     storage.remove("run/step-5/__0_0.distcp")
-    with pytest.raises(CheckpointDamagedError, match=r"__0_0\.distcp is missing"):
+    with pytest.raises(CheckpointDamagedError, match=r"__0_0\.distcp: missing"):
         catalog.read_manifest(storage, "run/step-5")
     Path(storage.root, "run/step-5/milepost.json").write_text("{}")
     with pytest.raises(FormatError):

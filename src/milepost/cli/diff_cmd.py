@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milepost.cli.render import console, print_json, print_table, printable, progress_bar
+from milepost.errors import listed
 
 if TYPE_CHECKING:
     from milepost.report.diff import DiffReport, Held
@@ -103,10 +104,8 @@ def _print_list(title: str, lines: Sequence[str]) -> None:
         return
     out = console()
     out.print(printable(f"{title} ({len(lines)}):"), markup=False)
-    for line in lines[:MAX_LINES]:
+    for line in listed(lines, MAX_LINES, hint="; --json lists them"):
         out.print(f"  {printable(line)}", markup=False)
-    if len(lines) > MAX_LINES:
-        out.print(f"  ... and {len(lines) - MAX_LINES} more; --json lists them")
 
 
 def _held(held: Held) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from milepost.cli.paths import read_manifest
 from milepost.cli.render import console, print_json, print_table, printable
-from milepost.errors import ConfigError, StateMismatchError
+from milepost.errors import ConfigError, StateMismatchError, listed
 from milepost.parallelism.degrees import SHORT_DEGREES, Degrees, degrees_text
 from milepost.storage.base import format_nbytes
 
@@ -155,10 +155,8 @@ def _print_keys(title: str, keys: Sequence[str]) -> None:
         return
     out = console()
     out.print(f"{title} ({len(keys)}):")
-    for key in keys[:MAX_KEYS]:
-        out.print(f"  {printable(key)}", markup=False)
-    if len(keys) > MAX_KEYS:
-        out.print(f"  ... and {len(keys) - MAX_KEYS} more; --json lists them")
+    for line in listed(keys, MAX_KEYS, hint="; --json lists them"):
+        out.print(f"  {printable(line)}", markup=False)
 
 
 def _row(rank: RankPlan) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from milepost.cli.render import console, print_json, printable, progress_bar
-from milepost.errors import CheckpointDamagedError, ConfigError
+from milepost.errors import CheckpointDamagedError, ConfigError, listed
 from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import format_nbytes
@@ -79,10 +79,8 @@ def _print(report: VerifyReport) -> None:
     verdict = "[green]sound[/]" if report.is_sound else f"[bold red]damaged[/]: {_count(report.num_problems)}"
     path = escape(printable(report.path))
     out.print(f"{path}: {verdict} (level {report.level}, {report.num_items} items, {read})")
-    for problem in report.problems[:MAX_LINES]:
-        out.print(f"  {printable(str(problem))}", markup=False)
-    if report.num_problems > MAX_LINES:
-        out.print(f"  ... and {report.num_problems - MAX_LINES} more; --json lists them")
+    for line in listed(report.problems, MAX_LINES, total=report.num_problems, hint="; --json lists them"):
+        out.print(f"  {printable(line)}", markup=False)
     if report.unchecked_nbytes:
         out.print(f"  {format_nbytes(report.unchecked_nbytes)} can't be checked: there are no digests of them")
     for note in report.notes:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any
 
-_MAX_FAULTS = 8
+from milepost.errors import MAX_LISTED
+
 _MAX_CORNERS = 1 << 23
 _MAX_LOOKS = 1 << 18
 _MAX_GAP_BOXES = 500
@@ -150,14 +151,14 @@ def cut_into_slabs(shape: Sequence[int], element_nbytes: int, limit_nbytes: int,
 def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     """What keeps ``boxes`` from covering a tensor of ``shape`` exactly once; empty if nothing does.
 
-    Boxes without elements are allowed anywhere inside. At most 8 faults are listed. The time is linear in the number
-    of boxes (but for sorting), whatever they are: they may come from a hostile file.
+    Boxes without elements are allowed anywhere inside. At most ``MAX_LISTED`` faults are returned. The time is linear
+    in the number of boxes (but for sorting), whatever they are: they may come from a hostile file.
     """
     if len(boxes) == 1 and boxes[0] == Box.whole(shape):
         return []
     faults = [f"box {box} does not lie inside shape {list(shape)}" for box in boxes if not box.inside(shape)]
     if faults:
-        return faults[:_MAX_FAULTS]
+        return faults[:MAX_LISTED]
     filled = [box for box in boxes if box.numel > 0]
     if not filled:
         return [] if math.prod(shape) == 0 else ["no shard holds any of its elements"]
@@ -214,7 +215,7 @@ def _explain(shape: Sequence[int], boxes: list[Box], split: Sequence[int]) -> li
             common = box.intersect(other)
             if common is not None:
                 faults.append(f"region {common} is stored more than once")
-                if len(faults) == _MAX_FAULTS:
+                if len(faults) == MAX_LISTED:
                     return faults
         active.append(box)
     if faults:

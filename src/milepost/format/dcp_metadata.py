@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from milepost.errors import FormatError
+from milepost.errors import FormatError, listed
 from milepost.format.box import Box
 from milepost.format.dtype import DTYPES, itemsize
 from milepost.format.manifest import METADATA_NAME, FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
@@ -28,7 +28,6 @@ _MAX_TEXT = 1 << 16
 _MAX_TRANSFORMS = 16
 _MIN_CHUNK_NBYTES = 16
 """No pickler describes a chunk in fewer bytes; fewer would do for one that is named again and again."""
-_MAX_PROBLEMS = 8
 
 PathParts = tuple[str | int, ...]
 
@@ -302,9 +301,9 @@ def manifest_from_metadata(
         files={name: FileEntry(nbytes) for name, nbytes in file_sizes.items() if name in used},
         paths={key: parts for key, parts in metadata.paths.items() if key in keys},
     )
-    problems = problems or [fault.text for fault in manifest_faults(manifest, _MAX_PROBLEMS)]
+    problems = problems or [fault.message for fault in manifest_faults(manifest)]
     if problems:
-        raise FormatError(f"{path}: " + "; ".join(problems), path=path)
+        raise FormatError(f"{path}: {'; '.join(listed(problems))}", path=path)
     return manifest
 
 
@@ -344,6 +343,5 @@ def _place(key: str, offsets: tuple[int, ...] | None, metadata: DcpMetadata, pro
         problem = f"{key!r:.200} was transformed by {', '.join(place.transforms)!r:.100}, which can't be undone"
     else:
         return place
-    if len(problems) < _MAX_PROBLEMS:
-        problems.append(problem)
+    problems.append(problem)
     return None

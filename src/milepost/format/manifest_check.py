@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice, pairwise
 
+from milepost.errors import MAX_LISTED, Problem
 from milepost.format.box import cover_faults
 from milepost.format.dtype import DTYPES
 from milepost.format.manifest import (
@@ -28,15 +28,7 @@ _MAX_NAME_NBYTES = 255
 _RESERVED = (MANIFEST_NAME, METADATA_NAME, DIGESTS_NAME)
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong. ``text`` is a whole sentence part that names ``key`` or the file."""
-
-    text: str
-    key: str | None = None
-
-
-def manifest_faults(manifest: Manifest, limit: int = 8) -> list[Fault]:
+def manifest_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
     """What would lead a reader of ``manifest`` astray, the first ``limit`` faults; empty if it can be relied on.
 
     Checked are: names of files (plain, no folders), dtypes, numbers, that each record lies inside its file and its
@@ -52,7 +44,7 @@ def is_plain_name(name: str) -> bool:
     return name.isprintable() and not set(name) & set("/\\")
 
 
-def _faults(manifest: Manifest) -> Iterator[Fault]:
+def _faults(manifest: Manifest) -> Iterator[Problem]:
     yield from _header_faults(manifest)
     for name, file in manifest.files.items():
         yield from _file_faults(name, file)
@@ -60,74 +52,75 @@ def _faults(manifest: Manifest) -> Iterator[Fault]:
         yield from _tensor_faults(key, tensor, manifest)
     for key, entry in manifest.objects.items():
         if key in manifest.tensors:
-            yield Fault(f"{key!r} is both a tensor and an object", key)
+            yield Problem(f"{key!r} is both a tensor and an object", key=key)
         yield from _place_faults(key, entry, manifest)
     for key in manifest.paths:
         if key not in manifest.tensors and key not in manifest.objects:
-            yield Fault(f"a path is given for {key!r}, which is not stored", key)
+            yield Problem(f"a path is given for {key!r}, which is not stored", key=key)
     yield from _overlap_faults(manifest)
 
 
-def _header_faults(manifest: Manifest) -> Iterator[Fault]:
+def _header_faults(manifest: Manifest) -> Iterator[Problem]:
     if manifest.kind not in KINDS:
-        yield Fault(f"kind is {manifest.kind!r:.50}, not one of {', '.join(KINDS)}")
+        yield Problem(f"kind is {manifest.kind!r:.50}, not one of {', '.join(KINDS)}")
     if not 1 <= manifest.world_size <= MAX_COUNT:
-        yield Fault(f"world_size is {manifest.world_size}")
+        yield Problem(f"world_size is {manifest.world_size}")
     if manifest.step is not None and not 0 <= manifest.step <= MAX_COUNT:
-        yield Fault(f"step is {manifest.step}")
+        yield Problem(f"step is {manifest.step}")
     if not math.isfinite(manifest.created_s):
-        yield Fault(f"created_s is {manifest.created_s}")
+        yield Problem(f"created_s is {manifest.created_s}")
 
 
-def _file_faults(name: str, file: FileEntry) -> Iterator[Fault]:
+def _file_faults(name: str, file: FileEntry) -> Iterator[Problem]:
     if not is_plain_name(name):
-        yield Fault(f"file name {name!r:.200} is not a plain name inside the checkpoint's folder")
+        yield Problem(f"file name {name!r:.200} is not a plain name inside the checkpoint's folder")
     if name == MANIFEST_NAME:
-        yield Fault(f"{MANIFEST_NAME} lists itself")
+        yield Problem(f"{MANIFEST_NAME} lists itself")
     if not 0 <= file.nbytes <= MAX_COUNT:
-        yield Fault(f"file {name!r} is said to have {file.nbytes} bytes")
+        yield Problem(f"file {name!r} is said to have {file.nbytes} bytes")
     if file.crc32 is not None and not 0 <= file.crc32 <= MAX_CRC32:
-        yield Fault(f"file {name!r} has an impossible CRC-32")
+        yield Problem(f"file {name!r} has an impossible CRC-32")
 
 
-def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterator[Fault]:
+def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterator[Problem]:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
-        yield Fault(f"{key!r} has dtype {tensor.dtype!r:.50}, which is unknown", key)
+        yield Problem(f"{key!r} has dtype {tensor.dtype!r:.50}, which is unknown", key=key)
         return
     possible = len(tensor.shape) <= MAX_DIMS and min(tensor.shape, default=0) >= 0
     if not possible or math.prod(tensor.shape) * dtype.itemsize > MAX_COUNT:
-        yield Fault(f"{key!r} has impossible shape {list(tensor.shape)!r:.200}", key)
+        yield Problem(f"{key!r} has impossible shape {list(tensor.shape)!r:.200}", key=key)
         return
     for fault in cover_faults(tensor.shape, [shard.box for shard in tensor.shards]):
-        yield Fault(f"{key!r}: {fault}", key)
+        yield Problem(f"{key!r}: {fault}", key=key)
     for shard in tensor.shards:
         yield from _place_faults(key, shard, manifest)
         yield from _data_faults(key, shard, dtype.itemsize)
 
 
-def _place_faults(key: str, entry: ShardEntry | ObjectEntry, manifest: Manifest) -> Iterator[Fault]:
+def _place_faults(key: str, entry: ShardEntry | ObjectEntry, manifest: Manifest) -> Iterator[Problem]:
     file = manifest.files.get(entry.file)
     start, nbytes = entry.record_offset, entry.record_nbytes
     if file is None or entry.file in _RESERVED:
-        yield Fault(f"{key!r} is said to be in {entry.file!r:.200}, which is no data file of this checkpoint", key)
+        what = f"{key!r} is said to be in {entry.file!r:.200}, which is no data file of this checkpoint"
+        yield Problem(what, key=key)
     elif start < 0 or nbytes <= 0 or start + nbytes > file.nbytes:
         where = f"bytes {start} to {start + nbytes} of {entry.file!r}"
-        yield Fault(f"{key!r} is said to be in {where}, which has {file.nbytes} bytes", key)
+        yield Problem(f"{key!r} is said to be in {where}, which has {file.nbytes} bytes", key=key)
     if entry.crc32 is not None and not 0 <= entry.crc32 <= MAX_CRC32:
-        yield Fault(f"{key!r} has an impossible CRC-32", key)
+        yield Problem(f"{key!r} has an impossible CRC-32", key=key)
 
 
-def _data_faults(key: str, shard: ShardEntry, element_nbytes: int) -> Iterator[Fault]:
+def _data_faults(key: str, shard: ShardEntry, element_nbytes: int) -> Iterator[Problem]:
     wanted = shard.box.numel * element_nbytes
     if shard.data_nbytes != wanted:
-        yield Fault(f"shard {shard.box} of {key!r} has {shard.data_nbytes} bytes of data, not {wanted}", key)
+        yield Problem(f"shard {shard.box} of {key!r} has {shard.data_nbytes} bytes of data, not {wanted}", key=key)
     first = shard.record_offset if shard.data_offset is None else shard.data_offset
     if first < shard.record_offset or first + wanted > shard.record_offset + shard.record_nbytes:
-        yield Fault(f"the data of shard {shard.box} of {key!r} does not lie inside its record", key)
+        yield Problem(f"the data of shard {shard.box} of {key!r} does not lie inside its record", key=key)
 
 
-def _overlap_faults(manifest: Manifest) -> Iterator[Fault]:
+def _overlap_faults(manifest: Manifest) -> Iterator[Problem]:
     places = [
         (shard.file, shard.record_offset, shard.record_nbytes, key)
         for key, tensor in manifest.tensors.items()
@@ -137,4 +130,5 @@ def _overlap_faults(manifest: Manifest) -> Iterator[Fault]:
     places.sort()
     for (file, start, nbytes, key), (next_file, next_start, _, next_key) in pairwise(places):
         if file == next_file and start + nbytes > next_start:
-            yield Fault(f"the records of {key!r} and {next_key!r} overlap in {file!r} at byte {next_start}", next_key)
+            what = f"the records of {key!r} and {next_key!r} overlap in {file!r} at byte {next_start}"
+            yield Problem(what, key=next_key)

@@ -46,7 +46,7 @@ def to_json(manifest: Manifest) -> bytes:
     """
     faults = manifest_faults(manifest)
     if faults:
-        raise ValueError("this manifest must not be committed: " + "; ".join(fault.text for fault in faults))
+        raise ValueError("this manifest must not be committed: " + "; ".join(fault.message for fault in faults))
     names = sorted(manifest.files)
     number = {name: index for index, name in enumerate(names)}
     fields = [
@@ -135,7 +135,7 @@ def from_json(data: bytes, path: str = MANIFEST_NAME) -> Manifest:
     faults = manifest_faults(manifest)
     if faults:
         key = next((fault.key for fault in faults if fault.key), None)
-        raise FormatError(f"{path}: " + "; ".join(fault.text for fault in faults), path=path, key=key)
+        raise FormatError(f"{path}: " + "; ".join(fault.message for fault in faults), path=path, key=key)
     return manifest
 
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched
-from milepost.errors import MilepostError, StateMismatchError
+from milepost.errors import MAX_LISTED, MilepostError, StateMismatchError, listed, near
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.loading.reader import read_objects, read_tensors
@@ -250,17 +249,12 @@ def _numeric_kind(dtype: str) -> str:
 
 
 def _missing_lines(missing: Sequence[str], unexpected: Collection[str]) -> Iterator[str]:
-    near = {}
-    for key in missing[:20]:
-        found = difflib.get_close_matches(key, list(unexpected)[:5000], n=1, cutoff=0.8)
-        near[key] = f" (did you mean '{found[0]}', which it has?)" if found else ""
-    yield from _listed("are not in the checkpoint", [key + near.get(key, "") for key in missing])
+    hints = {key: near(key, unexpected, cutoff=0.8) for key in missing[:MAX_LISTED]}
+    lines = [key + (f" (did you mean '{hint}', which it has?)" if (hint := hints.get(key)) else "") for key in missing]
+    yield from _listed("are not in the checkpoint", lines)
 
 
-def _listed(what: str, lines: Sequence[str], limit: int = 20) -> Iterator[str]:
-    if not lines:
-        return
-    yield f"  {len(lines)} {'key' if len(lines) == 1 else 'keys'} {what}:"
-    yield from (f"    {line}" for line in lines[:limit])
-    if len(lines) > limit:
-        yield f"    ... and {len(lines) - limit} more"
+def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield f"  {len(lines)} {'key' if len(lines) == 1 else 'keys'} {what}:"
+        yield from (f"    {line}" for line in listed(lines))

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from milepost.errors import PlanError, SaveError
+from milepost.errors import PlanError, SaveError, listed
 from milepost.format.manifest import FileEntry, Lineage, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import manifest_faults
 from milepost.run.signoff import SignOff, WrittenTensor
 from milepost.version import __version__
-
-MAX_FAULTS = 20
-"""So many faults are told one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +67,10 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
         lineage=info.lineage,
         metrics=info.metrics,
     )
-    faults = manifest_faults(manifest, MAX_FAULTS)
+    faults = manifest_faults(manifest)
     if faults:
         key = next((fault.key for fault in faults if fault.key), None)
-        raise PlanError(f"what was stored is not whole: {'; '.join(fault.text for fault in faults)}", key=key)
+        raise PlanError(f"what was stored is not whole: {'; '.join(fault.message for fault in faults)}", key=key)
     return manifest, [tensor.block_crcs for _, tensor in written]
 
 
@@ -111,5 +108,4 @@ def _check_agreement(tensors: Mapping[str, Sequence[tuple[str, WrittenTensor]]],
                 faults.append(f"{name} was stored by rank {writers[name]} and by rank {sign_off.rank}")
             writers[name] = sign_off.rank
     if faults:
-        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
-        raise SaveError(f"the ranks contradict each other: {'; '.join(faults[:MAX_FAULTS])}{more}")
+        raise SaveError(f"the ranks contradict each other: {'; '.join(listed(faults))}")

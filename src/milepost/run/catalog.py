@@ -25,11 +25,18 @@ import errno
 import json
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
+from milepost.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    FormatError,
+    Problem,
+    StorageError,
+    listed,
+)
 from milepost.format import dcp_metadata
 from milepost.format.digest import crc32
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
@@ -47,8 +54,6 @@ DELETING_PREFIX = ".deleting-"
 PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
 
-MAX_FAULTS = 8
-"""So many faults of one checkpoint are told one by one."""
 MAX_MARK_NBYTES = 1 << 20
 MAX_LISTINGS = 8
 """A folder that changes all the time is listed at most so often."""
@@ -101,14 +106,6 @@ class StepEntry(CheckpointInfo):
 
 
 @dataclass(frozen=True, slots=True)
-class FileFault:
-    """A file of a checkpoint that is not as its commit record says. ``text`` goes on after the file's name."""
-
-    file: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class CommitRecord:
     """What makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for an external one."""
 
@@ -117,7 +114,8 @@ class CommitRecord:
     manifest: Manifest
     files: Mapping[str, Entry]
     """What is in the folder."""
-    faults: tuple[FileFault, ...]
+    faults: tuple[Problem, ...]
+    """Its files that are not as the record says."""
 
     @property
     def is_own(self) -> bool:
@@ -244,7 +242,7 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
     return CheckpointInfo(
         path=path,
         state="damaged" if faults else "committed" if name == MANIFEST_NAME else "external",
-        reason=faults_text(faults),
+        reason="; ".join(listed(faults)),
         kind=manifest.kind,
         nbytes=nbytes,
         created_s=manifest.created_s,
@@ -269,52 +267,45 @@ def _record_id(data: bytes) -> str:
     return f"{len(data)}-{crc32(data):08x}"
 
 
-def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[FileFault]]:
+def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[Problem]]:
     """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
     where = join(path, name)
     if name == MANIFEST_NAME:
         manifest = from_json(data, where)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
     if DIGESTS_NAME in files:  # DCP writes none: it is one of ours, in which nothing but its commit record says so much
-        lost = FileFault(MANIFEST_NAME, f"is missing, but {DIGESTS_NAME} is there (without it, it would be external)")
-        raise FormatError(faults_text([lost]), path=join(path, MANIFEST_NAME))
+        lost = Problem(f"missing, but {DIGESTS_NAME} is there (without it, it would be external)", MANIFEST_NAME)
+        raise FormatError(str(lost), path=join(path, MANIFEST_NAME))
     metadata = dcp_metadata.parse_metadata(data, where)
     faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
     if faults:
-        raise FormatError(faults_text(faults), path=where)
+        raise FormatError("; ".join(listed(faults)), path=where)
     sizes = {name: entry.nbytes for name, entry in files.items() if not entry.is_link}
     step = step_of(split(path)[1])
     created_s = files[name].mtime_s
     return dcp_metadata.manifest_from_metadata(metadata, sizes, step=step, created_s=created_s, path=where), []
 
 
-def misnamed(manifest: Manifest, path: str) -> list[FileFault]:
+def misnamed(manifest: Manifest, path: str) -> list[Problem]:
     """The fault of a step's folder that holds another step; no fault of one that is no step, or doesn't say."""
     step = step_of(split(path)[1])
     if step is None or manifest.step is None or manifest.step == step:
         return []
-    return [FileFault(MANIFEST_NAME, f"is of step {manifest.step}: the folder was renamed, or files were mixed up")]
+    return [Problem(f"is of step {manifest.step}: the folder was renamed, or files were mixed up", MANIFEST_NAME)]
 
 
-def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[FileFault]:
+def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -> list[Problem]:
     """``wanted`` maps names to sizes, None for any."""
     faults = []
     for name, nbytes in sorted(wanted.items()):
         found = files.get(name)
         if found is None:
-            faults.append(FileFault(name, "is missing"))
+            faults.append(Problem("missing", name))
         elif found.is_link:
-            faults.append(FileFault(name, "is a link"))
+            faults.append(Problem("a link, not a file", name))
         elif nbytes is not None and found.nbytes != nbytes:
-            faults.append(FileFault(name, f"has {found.nbytes} bytes instead of {nbytes}"))
+            faults.append(Problem(f"expected {nbytes} bytes, found {found.nbytes}", name))
     return faults
-
-
-def faults_text(faults: Sequence[FileFault]) -> str:
-    """The first faults, in one line."""
-    told = [f"{fault.file} {fault.text}" for fault in faults[:MAX_FAULTS]]
-    more = [f"and {len(faults) - MAX_FAULTS} more files"] if len(faults) > MAX_FAULTS else []
-    return "; ".join(told + more)
 
 
 def read_record(storage: Storage, path: str) -> CommitRecord:
@@ -359,7 +350,7 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
             raise  # else it was deleted or replaced this moment
     record = read_record(storage, path)
     if record.faults:
-        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults_text(record.faults)}", path=path)
+        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {'; '.join(listed(record.faults))}", path=path)
     return record.manifest
 
 

@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
@@ -57,7 +57,6 @@ _LEFTOVER_NAME = re.compile(
 _REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
-_MAX_FAULTS = 20
 
 
 def new_save_id() -> str:
@@ -202,7 +201,7 @@ def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: 
         wait_s = min(2 * wait_s, 1.0)
     faults += [f"nobody signed for {name}" for name in sorted(found.keys() - manifest.files.keys())]
     if faults:
-        raise SaveError(f"the save is not whole, nothing was committed: {'; '.join(faults[:_MAX_FAULTS])}", path=data)
+        raise SaveError(f"the save is not whole, nothing was committed: {'; '.join(listed(faults))}", path=data)
 
 
 def _write_records(storage: Storage, data: str, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from milepost.errors import PlanError
+from milepost.errors import PlanError, listed
 from milepost.format import dtype as dtypes
 from milepost.format import record
 from milepost.format.box import Box, cover_faults
@@ -155,14 +155,11 @@ def _check_cover(holders: Iterable[tuple[str, Box]], specs: Mapping[str, TensorS
     _raise_faults([(key, fault) for key, found in boxes.items() for fault in cover_faults(specs[key].shape, found)])
 
 
-def _raise_faults(faults: Sequence[tuple[str, str]], limit: int = 20) -> None:
-    if not faults:
-        return
-    lines = [f"{key}: {text}" for key, text in faults[:limit]]
-    if len(faults) > limit:
-        lines.append(f"... and {len(faults) - limit} more")
-    message = "the ranks' shards do not make up whole tensors, nothing was saved:\n  " + "\n  ".join(lines)
-    raise PlanError(message, key=faults[0][0])
+def _raise_faults(faults: Sequence[tuple[str, str]]) -> None:
+    if faults:
+        lines = "\n  ".join(listed([f"{key}: {text}" for key, text in faults]))
+        message = f"the ranks' shards do not make up whole tensors, nothing was saved:\n  {lines}"
+        raise PlanError(message, key=faults[0][0])
 
 
 def _assign(

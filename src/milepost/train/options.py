@@ -7,7 +7,6 @@ and line, and would apply other rules to a flag than to the same option in TOML.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import re
 import tomllib
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, cast
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, near
 from milepost.train.checks import find_problems
 from milepost.train.config import TrainConfig
 
@@ -142,8 +141,8 @@ def read_toml(path: Path) -> Settings:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        found = near(path.name, [p.name for p in path.parent.glob("*.toml")])
+        hint = f"; did you mean {path.parent / found}?" if found else ""
         settings.problems.append(f"--job.config_file {path}: {error.strerror or error}{hint}")
         return settings
     except (ValueError, RecursionError) as error:
@@ -153,10 +152,10 @@ def read_toml(path: Path) -> Settings:
     for section, table in tables.items():
         origin = f"{path}:{lines.get(section, 1)}"
         if section not in SECTIONS:
-            near = difflib.get_close_matches(section, SECTIONS, n=1)
+            found = near(section, SECTIONS)
             settings.problems.append(
                 f"{origin}: there is no section [{section}]"
-                + (f"; did you mean [{near[0]}]?" if near else f"; sections are {', '.join(SECTIONS)}")
+                + (f"; did you mean [{found}]?" if found else f"; sections are {', '.join(SECTIONS)}")
             )
         elif not isinstance(table, dict):
             settings.problems.append(f"{origin}: {section} is a section and must be a table, [{section}]")
@@ -192,9 +191,9 @@ def _line_numbers(text: str) -> dict[str, int]:
 
 def _did_you_mean(option: str, prefix: str) -> str:
     key = option.rpartition(".")[2]
-    elsewhere = [name for name in OPTIONS if name.rpartition(".")[2] == key]
-    near = elsewhere or difflib.get_close_matches(option, OPTIONS, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists all"
+    elsewhere = next((name for name in OPTIONS if name.rpartition(".")[2] == key), None)
+    found = elsewhere or near(option, OPTIONS)
+    return f"; did you mean {prefix}{found}?" if found else "; --help lists all"
 
 
 def from_flag(text: str, hint: Any) -> object:

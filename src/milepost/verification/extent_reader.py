@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from milepost.collective.threads import map_in_threads
-from milepost.errors import StorageError
+from milepost.errors import Problem, StorageError
 from milepost.format.digest import crc32
 from milepost.storage.base import ReadHandle
 from milepost.verification.extents import Digested, Extent, Known, Unknown, batches
@@ -20,24 +19,6 @@ MAX_PROBLEMS = 1000
 
 Progress = Callable[[int, int], None]
 """``progress(done_nbytes, total_nbytes)``, called from any thread, one call at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is not as it was saved.
-
-    ``byte_range`` is half-open, in ``file``; None when the file as a whole is meant. ``key`` is None when no key is
-    touched (padding, a file of the commit itself).
-    """
-
-    file: str
-    key: str | None
-    byte_range: tuple[int, int] | None
-    message: str
-
-    def __str__(self) -> str:
-        where = "" if self.byte_range is None else f" bytes {self.byte_range[0]}-{self.byte_range[1]}"
-        return f"{self.file}{where}{f' ({self.key})' if self.key else ''}: {self.message}"
 
 
 class Findings:
@@ -109,7 +90,7 @@ class ExtentReader:
                 yield extent
             else:
                 key = None if not isinstance(extent, Known | Digested) else extent.key
-                self._findings.add(Problem(name, key, (extent.start, extent.stop), "the file ends before or inside it"))
+                self._findings.add(Problem("the file ends before or inside it", name, key, (extent.start, extent.stop)))
 
     def _check_batch(self, handle: ReadHandle, name: str, batch: list[Extent]) -> None:
         start, stop = batch[0].start, batch[-1].stop
@@ -120,7 +101,7 @@ class ExtentReader:
         try:
             handle.read_into(start, [view])
         except StorageError as error:
-            self._findings.add(Problem(name, _key(batch[0]), (start, stop), f"can't be read: {error.message}"))
+            self._findings.add(Problem(f"can't be read: {error.message}", name, _key(batch[0]), (start, stop)))
             return
         for extent in batch:
             problem = compare(extent, view[extent.start - start : extent.stop - start], name)
@@ -138,7 +119,7 @@ class ExtentReader:
                 handle.read_into(start, [piece])
             except StorageError as error:
                 where = (start, start + len(piece))
-                self._findings.add(Problem(name, _key(extent), where, f"can't be read: {error.message}"))
+                self._findings.add(Problem(f"can't be read: {error.message}", name, _key(extent), where))
                 return
             if isinstance(extent, Digested):
                 value = crc32(piece, value)
@@ -170,12 +151,12 @@ def compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
     wrong = [index for index, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     where = (extent.start + wrong[0], extent.start + wrong[-1] + 1)
     if isinstance(extent, Known):
-        return Problem(name, extent.key, where, f"{extent.what} is not as it was written")
-    return Problem(name, None, where, "padding is not zero")
+        return Problem(f"{extent.what} is not as it was written", name, extent.key, where)
+    return Problem("padding is not zero", name, byte_range=where)
 
 
 def _changed(extent: Digested, name: str) -> Problem:
-    return Problem(name, extent.key, (extent.start, extent.stop), f"{extent.what} changed after it was written")
+    return Problem(f"{extent.what} changed after it was written", name, extent.key, (extent.start, extent.stop))
 
 
 def _cut(extent: Extent, start: int, stop: int) -> Extent:

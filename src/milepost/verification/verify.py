@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, StorageError
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, combine_blocks, crc32, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, HF_FORMAT, METADATA_NAME, Manifest
@@ -33,7 +33,7 @@ from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
 from milepost.storage import open_storage
 from milepost.storage.base import ReadHandle, Storage, join
-from milepost.verification.extent_reader import ExtentReader, Findings, Problem, Progress
+from milepost.verification.extent_reader import ExtentReader, Findings, Progress
 from milepost.verification.extents import (
     Extent,
     Placed,
@@ -130,7 +130,7 @@ def verify_in(
         findings.count_read(record.files[record.name].nbytes)
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
         for fault in catalog.misnamed(manifest, path):
-            findings.add(Problem(fault.file, None, None, f"it {fault.text}"))
+            findings.add(fault)
         _check(storage, path, record, level, findings, num_threads)
     if findings.num_problems:
         _check_still_there(storage, path, info.record_id)
@@ -181,7 +181,7 @@ def verify_run(
 def _problem_of(error: FormatError, path: str) -> Problem:
     """What is wrong with a small file of the checkpoint at ``path``. The file is named once, relative to it."""
     file = (error.path or path).rpartition("/")[2]
-    return Problem(file, error.key, None, error.message.removeprefix(f"{error.path}: "))
+    return Problem(error.message.removeprefix(f"{error.path}: "), file, error.key)
 
 
 def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
@@ -201,7 +201,7 @@ def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, finding
     if level == "full" and not findings.num_problems:
         mark = f"{storage.root}/{catalog.damage_mark(info.path)}"
         return (f"a loader found it damaged ({said}), but now every byte is sound; to use it again remove {mark}",)
-    findings.add(Problem(info.name, None, None, f"a loader found it damaged: {said}"))
+    findings.add(Problem(f"a loader found it damaged: {said}", info.name))
     return ()
 
 
@@ -212,10 +212,10 @@ def _check(
     if level == "metadata":
         return
     for fault in record.faults:
-        findings.add(Problem(fault.file, None, None, f"it {fault.text}"))
+        findings.add(fault)
     for name in sorted(record.files):
         if name.endswith(".distcp") and name not in record.manifest.files:
-            findings.add(Problem(name, None, None, "it is not part of this checkpoint"))
+            findings.add(Problem("it is not part of this checkpoint", name))
     if level == "sizes" or (record.is_own and digests is None):
         return  # without digests nothing can be said of the data
     placed = records_of(record.manifest)
@@ -229,7 +229,7 @@ def _check(
         try:
             handle = storage.open_read(join(path, name))
         except StorageError as error:
-            findings.add(Problem(name, None, None, error.message))
+            findings.add(Problem(error.message, name))
             continue
         with handle:
             file_nbytes = record.manifest.files[name].nbytes if level == "full" else None
@@ -257,7 +257,7 @@ def _extents(
         try:
             yield from own_record(record, digests) if digests is not None else foreign_record(handle, record)
         except (FormatError, StorageError) as error:
-            findings.add(Problem(name, record.key, (record.start, record.stop), error.message))
+            findings.add(Problem(error.message, name, record.key, (record.start, record.stop)))
     if file_nbytes is not None and file_nbytes > position:
         yield gap(position, file_nbytes)
 
@@ -271,19 +271,19 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
         try:
             content = storage.read(join(path, name))
         except StorageError as error:
-            findings.add(Problem(name, None, None, error.message))
+            findings.add(Problem(error.message, name))
             continue
         findings.count_read(len(content))
         if crc32(content) == entry.crc32:
             contents[name] = content
         else:
-            findings.add(Problem(name, None, (0, entry.nbytes), "it changed after it was written"))
+            findings.add(Problem("it changed after it was written", name, byte_range=(0, entry.nbytes)))
     if record.manifest.extra.get("format") == HF_FORMAT:
         _check_safetensors(storage, path, record, findings)
         return None
     for name in (METADATA_NAME, DIGESTS_NAME):
         if name not in record.manifest.files:
-            findings.add(Problem(name, None, None, "the manifest does not list it"))
+            findings.add(Problem("the manifest does not list it", name))
     digests = None
     try:
         if METADATA_NAME in contents:
@@ -305,7 +305,7 @@ def _check_safetensors(storage: Storage, path: str, record: CommitRecord, findin
             with storage.open_read(join(path, name)) as handle:
                 header = read_header(handle)
         except (FormatError, StorageError) as error:
-            findings.add(Problem(name, None, None, error.message))
+            findings.add(Problem(error.message, name))
             continue
         data_nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
         findings.count_read(entry.nbytes - data_nbytes, unchecked_nbytes=data_nbytes)
@@ -317,7 +317,7 @@ def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> Non
     other = dcp_metadata.manifest_from_metadata(dcp_metadata.parse_metadata(data), sizes)
     for key in sorted(manifest.tensors.keys() | other.tensors.keys() | manifest.objects.keys() | other.objects.keys()):
         if _places(manifest, key) != _places(other, key):
-            findings.add(Problem(METADATA_NAME, key, None, "it says something else of the key than milepost.json"))
+            findings.add(Problem("it says something else of the key than milepost.json", METADATA_NAME, key))
 
 
 def _places(manifest: Manifest, key: str) -> object:
@@ -341,6 +341,4 @@ def _check_item_digests(manifest: Manifest, digests: BlockDigests, findings: Fin
         for index, shard in enumerate(tensor.shards):
             crcs = digests.of_shard(key, index)
             if combine_blocks(crcs, shard.data_nbytes, digests.block_nbytes) != shard.crc32:
-                findings.add(
-                    Problem(DIGESTS_NAME, key, None, f"its digests of shard {shard.box} are not the manifest's")
-                )
+                findings.add(Problem(f"its digests of shard {shard.box} are not the manifest's", DIGESTS_NAME, key))

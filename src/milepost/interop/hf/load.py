@@ -15,7 +15,7 @@ import torch
 
 from milepost.collective.progress import ProgressLog
 from milepost.collective.threads import map_in_threads
-from milepost.errors import ConversionError, StateMismatchError
+from milepost.errors import ConversionError, StateMismatchError, listed
 from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.names.families import family_of
@@ -88,7 +88,7 @@ def _check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> t
     if missing or mismatched:
         lines = [*(f"{key} is not in the weights" for key in missing), *sorted(mismatched)]
         raise StateMismatchError(
-            f"{path} does not fit the model; nothing was changed:\n  " + "\n  ".join(lines[:20]),
+            f"{path} does not fit the model; nothing was changed:\n  " + "\n  ".join(listed(lines)),
             path=path,
             missing=missing,
             mismatched=sorted(mismatched),

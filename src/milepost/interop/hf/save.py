@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from milepost.collective.threads import map_in_threads
-from milepost.errors import ConversionError
+from milepost.errors import ConversionError, listed
 from milepost.format.box import Box, Slab, contiguous_runs, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import HF_FORMAT, Manifest
@@ -109,7 +109,7 @@ def _check_keys(found: Correspondence, target: HfTarget) -> None:
         lines = [*(f"missing: {key}" for key in missing), *(f"unknown: {key}" for key in unknown)]
         raise ConversionError(
             f"the model that is trained is not a {target.model} as Hugging Face knows it:\n  "
-            + "\n  ".join(lines[:20]),
+            + "\n  ".join(listed(lines)),
             problems=lines,
         )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from milepost.errors import ConversionError
+from milepost.errors import MAX_LISTED, ConversionError, listed, near
 from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.names.model_sizes import ModelArgs
@@ -18,7 +17,6 @@ from milepost.interop.weights.stream import SLAB_NBYTES
 
 _PREFIXES = ("", "model.", "state_dict.", "module.")
 """Under what a state dict may stand in a checkpoint or a ``.pt`` file."""
-_MAX_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +109,12 @@ def _lines(faults: KeyFaults) -> list[str]:
 
 
 def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored: Readable) -> str:
-    lines = []
-    for kind, keys in (("missing", faults.missing), ("unexpected", faults.unexpected)):
-        for key in keys[:_MAX_LISTED]:
-            near = difflib.get_close_matches(key, faults.unexpected, n=1) if kind == "missing" else []
-            lines.append(f"{kind}: {key}" + (f" (there is {near[0]})" if near else ""))
-        if len(keys) > _MAX_LISTED:
-            lines.append(f"... and {len(keys) - _MAX_LISTED} more {kind}")
-    lines += faults.misshapen[:_MAX_LISTED]
-    if len(faults.misshapen) > _MAX_LISTED:
-        lines.append(f"... and {len(faults.misshapen) - _MAX_LISTED} more of another shape")
+    hints = {key: near(key, faults.unexpected) for key in faults.missing[:MAX_LISTED]}
+    missing = [
+        f"missing: {key}" + (f" (there is {hint})" if (hint := hints.get(key)) else "") for key in faults.missing
+    ]
+    unexpected = [f"unexpected: {key}" for key in faults.unexpected]
+    lines = [*listed(missing), *listed(unexpected), *listed(faults.misshapen)]
     counts = f"{len(faults.missing)} missing, {len(faults.unexpected)} unexpected, {len(faults.misshapen)} misshapen"
     return (
         f"{path} does not hold this {family.name} model, is it the right --model and --flavor? Of its "

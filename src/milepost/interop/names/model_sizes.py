@@ -6,12 +6,11 @@ The debug flavors are ours; Llama's has the shape of torchtitan's, so that check
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, near
 
 __all__ = ["MODEL_NAMES", "MoEArgs", "ModelArgs", "RopeScaling", "model_args", "model_flavors"]
 
@@ -169,6 +168,6 @@ def model_args(name: str, flavor: str, *, vocab_size: int | None = None) -> Mode
 def _require(choice: str, choices: Mapping[str, object], option: str, kind: str) -> None:
     if choice in choices:
         return
-    near = difflib.get_close_matches(choice, choices, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    found = near(choice, choices, cutoff=0.4)
+    hint = f"did you mean {found!r}? " if found else ""
     raise ConfigError(f"{option} = {choice!r}: there is no such {kind}; {hint}choices: {', '.join(choices)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError
+from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError, listed
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.dtype import itemsize
@@ -130,7 +130,7 @@ def _open_hf(folder: Path, names: set[str]) -> Weights:
         faults += [f"'{key}' is in the index but in no file" for key in weight_map or () if key not in stored]
         if faults:
             raise FormatError(
-                f"{folder / INDEX_NAME} does not fit the files beside it:\n  " + "\n  ".join(faults[:20]),
+                f"{folder / INDEX_NAME} does not fit the files beside it:\n  " + "\n  ".join(listed(faults)),
                 path=str(folder / INDEX_NAME),
             )
         stack.pop_all()
