@@ -21,7 +21,6 @@ needs: what, where, and what to do next.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -93,6 +92,8 @@ def listed(things: Sequence[object], limit: int = MAX_LISTED, *, total: int | No
 
 def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The one of ``names`` that ``name`` may be a misspelling of; None if there is none."""
+    import difflib  # 10 ms that only mistakes pay for
+
     candidates = [known for known in islice(names, _MAX_CANDIDATES) if len(known) <= _MAX_NAME_LENGTH]
     return next(iter(difflib.get_close_matches(name[:_MAX_NAME_LENGTH], candidates, n=1, cutoff=cutoff)), None)
 

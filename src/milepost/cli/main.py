@@ -17,7 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, cast
 
-from milepost.errors import MAX_MESSAGE_LENGTH, CheckpointDamagedError, MilepostError, StorageError, shortened
+from milepost.errors import (
+    MAX_MESSAGE_LENGTH,
+    CheckpointDamagedError,
+    MilepostError,
+    StorageError,
+    near,
+    shortened,
+)
 from milepost.version import __version__
 
 
@@ -152,15 +159,13 @@ class Parser(argparse.ArgumentParser):
         option = word.partition("=")[0]
         if not option.startswith("--") or option == "--" or option in self._option_string_actions:
             return ""
-        return f"there is no option {option}" + near(option, self._option_string_actions)
+        return f"there is no option {option}" + _did_you_mean(option, self._option_string_actions)
 
 
-def near(word: str, choices: Iterable[str]) -> str:
+def _did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The question that names the nearest of ``choices``; empty if none is near."""
-    import difflib  # 10 ms that only mistakes pay for
-
-    found = difflib.get_close_matches(word, choices, n=1)
-    return f": did you mean {found[0]}?" if found else ""
+    found = near(word, choices)
+    return f": did you mean {found}?" if found else ""
 
 
 def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
@@ -170,7 +175,7 @@ def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     chosen = commands.get(name, parser)
     chosen.given = arguments
     if name and name not in commands:
-        parser.error(f"there is no command {name}" + (near(name, commands) or ": `milepost help` lists all"))
+        parser.error(f"there is no command {name}" + (_did_you_mean(name, commands) or ": `milepost help` lists all"))
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         hints = list(filter(None, map(chosen.hint, unknown)))
