@@ -26,14 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
+from milepost.format.huggingface import CONFIG_NAME, INDEX_NAME, shard_file_name
 from milepost.format.safetensors import plan_layout
 from milepost.interop.hf.config import make_config
+from milepost.interop.hf.extras import split_into_files
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import correspond
 from milepost.interop.weights.boxes import TensorInfo
-from milepost.interop.weights.open import CONFIG_NAME, INDEX_NAME
-from milepost.interop.weights.sinks import shard_file_name, split_into_files
 
 _CHILD = """
 import sys

@@ -34,6 +34,7 @@ from milepost.format.dcp_metadata import METADATA_GLOBALS, manifest_from_metadat
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import combine_blocks, crc32, dump_digests, parse_digests
 from milepost.format.dtype import itemsize
+from milepost.format.huggingface import INDEX_NAME
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.manifest_check import manifest_faults
 from milepost.format.manifest_json import from_json, to_json
@@ -51,7 +52,7 @@ from milepost.format.safetensors import plan_layout, read_header
 from milepost.format.torch_file import locate_tensors, plan_torch_file
 from milepost.interop.hf.config import config_faults, make_config
 from milepost.interop.names.model_sizes import model_args
-from milepost.interop.weights.open import INDEX_NAME, read_json, read_weight_map
+from milepost.interop.weights.open import read_json, read_weight_map
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.lock import RunLock

@@ -19,6 +19,7 @@ import torch
 from tiny_models import KINDS
 
 from milepost.errors import ConfigError, ConversionError, MilepostError, StorageError
+from milepost.format.huggingface import CONFIG_NAME, INDEX_NAME
 from milepost.format.safetensors import plan_layout
 from milepost.interop.convert import convert
 from milepost.interop.hf.config import make_config
@@ -26,7 +27,6 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import correspond
 from milepost.interop.options import NAMES, ConvertOptions
-from milepost.interop.weights.open import CONFIG_NAME, INDEX_NAME
 from milepost.interop.weights.sinks import DcpSink
 from milepost.run import catalog
 from milepost.saving.save import save

@@ -14,11 +14,11 @@ from tiny_models import KINDS, Kind, randomize
 from torch import nn
 
 import milepost
+from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.convert import convert
 from milepost.interop.hf.config import config_faults, make_config
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import MODEL_NAMES, model_args, model_flavors
-from milepost.interop.weights.open import CONFIG_NAME
 from milepost.train.models.decoder import Decoder
 from milepost.train.models.llama3 import Llama3
 from milepost.train.models.qwen3 import Qwen3

@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 
 from milepost.errors import CheckpointNotFoundError, ConversionError, DigestMismatchError, FormatError
 from milepost.format.box import Box
-from milepost.interop.weights.open import INDEX_NAME, open_weights
+from milepost.format.huggingface import INDEX_NAME
+from milepost.interop.weights.open import open_weights
 from milepost.saving.save import save
 
 STATE = {
@@ -133,7 +134,7 @@ def test_an_index_that_does_not_fit_the_files_is_refused_with_all_faults(broken:
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", ""])
 def test_an_index_may_not_lead_out_of_its_folder(broken: Path, name: str):
     (broken / INDEX_NAME).write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(FormatError, match="no file beside it"):
+    with pytest.raises(FormatError, match="expected a safetensors file beside it"):
         open_weights(broken)
 
 

@@ -18,15 +18,17 @@ import numpy as np
 from milepost.collective.threads import map_in_threads
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.box import Slab
+from milepost.format.huggingface import CONFIG_NAME
 from milepost.format.manifest import Manifest
+from milepost.interop.hf.extras import check_config, hf_extras
 from milepost.interop.names.families import META, family_of
 from milepost.interop.names.match import Match, match, repeated, tied_fault
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import Correspondence, Family, Recipe, correspond
 from milepost.interop.options import ConvertOptions, ConvertReport
 from milepost.interop.weights.boxes import Assembled, Readable, Source, as_bytes, total_nbytes
-from milepost.interop.weights.open import CONFIG_NAME, open_weights
-from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink, check_config, hf_extras
+from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.stream import SlabReader
 
 Progress = Callable[[str, int, int], None]

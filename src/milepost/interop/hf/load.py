@@ -18,12 +18,13 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import ConversionError, StateMismatchError, listed
 from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
+from milepost.format.huggingface import CONFIG_NAME
+from milepost.interop.hf.extras import check_config
 from milepost.interop.names.families import family_of
 from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.weights.boxes import Array, Assembled, Readable, array_dtype, as_bytes
-from milepost.interop.weights.open import CONFIG_NAME, open_weights
-from milepost.interop.weights.sinks import check_config
+from milepost.interop.weights.open import open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.tensors.layout import TensorLeaf
 

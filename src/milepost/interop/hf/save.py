@@ -21,12 +21,12 @@ from milepost.format.box import Box, Slab, contiguous_runs, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
+from milepost.interop.hf.extras import hf_extras, split_into_files
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import Correspondence, Link, Op, correspond
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import Array, TensorInfo, array_dtype, raw_bytes
-from milepost.interop.weights.sinks import extras_files, hf_extras, split_into_files
 from milepost.interop.weights.stream import BUFFER_NBYTES, SLAB_NBYTES, ImageStream
 from milepost.run.assemble import SaveInfo
 from milepost.saving.writer import BlockSource, FileImage
@@ -142,7 +142,7 @@ def write_frame(storage: Storage, folder: str, image: HfImage) -> None:
             handle.sync()
     extras = hf_extras(family.name, image.target.args, tensors, _folder(image.target.assets), None)
     keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
-    for name, data in extras_files(extras, keys, tensors):
+    for name, data in extras.files(keys, tensors):
         storage.write(join(folder, name), data)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +13,16 @@ from milepost.errors import CheckpointNotFoundError, ConversionError, FormatErro
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.dtype import itemsize
+from milepost.format.huggingface import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_NBYTES,
+    MAX_INDEX_NBYTES,
+    SINGLE_NAME,
+    parse_object,
+    parse_weight_map,
+    unindexed_files,
+)
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.record import LocatedTensor, strides_of
 from milepost.format.safetensors import read_header
@@ -23,13 +31,9 @@ from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import ReadHandle, Storage
+from milepost.storage.links import read_linked
 from milepost.storage.local import LocalStorage
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-_MAX_JSON_NBYTES = 256 << 20
-_SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _OTHER_PARTS = tuple(f"{part}." for part in ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng"))
 """Prefixes of what a training checkpoint holds beside the model."""
 
@@ -108,7 +112,7 @@ def open_linked(full: Path) -> ReadHandle:
 
 def _open_hf(folder: Path, names: set[str]) -> Weights:
     weight_map = read_weight_map(folder) if INDEX_NAME in names else None
-    files = sorted(set(weight_map.values())) if weight_map is not None else _unindexed_files(folder, names)
+    files = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
     missing = [name for name in files if name not in names]
     if missing:
         raise FormatError(
@@ -137,50 +141,17 @@ def _open_hf(folder: Path, names: set[str]) -> Weights:
     return Weights(Source(str(folder), "hf", handles, stored), config=read_json(folder / CONFIG_NAME))
 
 
-def _unindexed_files(folder: Path, names: set[str]) -> list[str]:
-    """All safetensors files of a folder without index; a numbered one tells how many there must be."""
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    if SINGLE_NAME in found:
-        return [SINGLE_NAME]
-    numbered = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
-    if not numbered:
-        return found
-    count = int(numbered[0][2])
-    return [shard_file_name(index, count) for index in range(1, count + 1)]
-
-
-def shard_file_name(index: int, count: int) -> str:
-    """The name of file ``index`` (from 1) of ``count``."""
-    return f"model-{index:05d}-of-{count:05d}.safetensors"
-
-
 def read_weight_map(folder: Path) -> dict[str, str]:
     """Key: file name, from the index of a Hugging Face folder. Raises FormatError if it is malformed."""
-    path = folder / INDEX_NAME
-    index = read_json(path)
-    weight_map = index.get("weight_map") if index is not None else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path} has no weight_map", path=str(path))
-    for name in weight_map.values():
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-            raise FormatError(f"{path} names {name!r:.200}, which is no file beside it", path=str(path))
-    return weight_map
+    data = read_linked(LocalStorage(folder), INDEX_NAME, MAX_INDEX_NBYTES)
+    return parse_weight_map(data, str(folder / INDEX_NAME))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None where there is none. Raises FormatError for anything else."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    with open_linked(path) as handle:
-        data = bytearray(min(handle.nbytes, _MAX_JSON_NBYTES))
-        handle.read_into(0, [memoryview(data)])
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}", path=str(path)) from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} is no JSON object", path=str(path))
-    return value
+    return parse_object(read_linked(LocalStorage(path.parent), path.name, MAX_CONFIG_NBYTES), str(path))
 
 
 def _safetensors_tensors(handle: ReadHandle, file: int) -> dict[str, Stored]:

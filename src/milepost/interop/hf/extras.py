@@ -1,0 +1,199 @@
+"""What lies beside the tensors of a Hugging Face folder: config, index, and the tokenizer's files of another folder.
+
+That other folder (``--hf-assets``) may be a stranger's. All of it is looked at before anything is written: of what it
+holds only files of known names are taken, links lead nowhere but into the hub's own cache, and sizes are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import ConversionError, StorageError
+from milepost.format.box import Box
+from milepost.format.dtype import itemsize
+from milepost.format.huggingface import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_NBYTES,
+    MAX_INDEX_NBYTES,
+    SINGLE_NAME,
+    parse_object,
+    parse_weight_map,
+    shard_file_name,
+)
+from milepost.interop.hf.config import config_faults, make_config, with_dtype
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.options import DEFAULT_SHARD_NBYTES
+from milepost.interop.weights.boxes import TensorInfo, total_nbytes
+from milepost.storage import LocalStorage
+from milepost.storage.links import open_linked, read_linked
+
+_ASSETS = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config|preprocessor_config)"
+    r"[A-Za-z0-9._-]*\.(json|txt|model|jinja)|(LICENSE|NOTICE|USE_POLICY)[A-Za-z0-9._-]*"
+)
+"""Files of an assets folder that belong beside the weights."""
+MAX_ASSET_NBYTES = 128 << 20
+"""Three times the largest tokenizer that is published."""
+MAX_ASSETS = 64
+
+_LIMITS = {CONFIG_NAME: MAX_CONFIG_NBYTES, INDEX_NAME: MAX_INDEX_NBYTES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfExtras:
+    """What lies beside the tensors of a Hugging Face folder."""
+
+    config: Mapping[str, Any]
+    folder: Path | None = None
+    assets: Sequence[str] = ()
+    """Files of ``folder`` to take along as they are."""
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    """How an index splits the model into files; empty: split by size."""
+    max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
+
+    def files(
+        self, weights: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo]
+    ) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each file beside those of the tensors; ``weights`` are those and the keys in them."""
+        if len(weights) > 1 or self.weight_map:
+            yield INDEX_NAME, _json(_index(weights, tensors))
+        yield CONFIG_NAME, _json(self.config)
+        if self.folder is not None:
+            for name in self.assets:
+                yield name, _read(self.folder, name)
+
+
+def hf_extras(
+    family: str,
+    args: ModelArgs,
+    tensors: Mapping[str, TensorInfo],
+    folder: Path | None,
+    max_shard_nbytes: int | None,
+) -> HfExtras:
+    """What goes beside ``tensors``: from the assets in ``folder``, or made. A size given overrules its index.
+
+    Raises:
+        ConversionError: the config is of another model, or files of the folder can't be taken: all of them at once.
+        CheckpointDamagedError: its config or index is malformed.
+    """
+    dtype = _main_dtype(tensors)
+    assets = _assets_of(folder) if folder is not None else []
+    if folder is None or CONFIG_NAME not in assets:
+        config = make_config(family, args, dtype)
+    else:
+        config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
+        check_config(config, family, args, f"{folder}/{CONFIG_NAME}")
+        config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
+    weight_map = {}
+    if folder is not None and INDEX_NAME in assets and max_shard_nbytes is None:
+        weight_map = parse_weight_map(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}")
+    return HfExtras(
+        config=config,
+        folder=folder,
+        assets=[name for name in assets if name not in _LIMITS],
+        weight_map=weight_map,
+        max_shard_nbytes=max_shard_nbytes or DEFAULT_SHARD_NBYTES,
+    )
+
+
+def _assets_of(folder: Path) -> list[str]:
+    """The files of a folder that are taken, or read: each is there, of a size that it may have, and no link elsewhere.
+
+    Raises:
+        ConversionError: with every file that is not so.
+    """
+    storage = LocalStorage(folder)
+    names = [entry.name for entry in storage.list("") if not entry.is_folder]
+    names = [name for name in names if name in _LIMITS or _ASSETS.fullmatch(name)]
+    problems = [f"{len(names)} files by a tokenizer's names"] if len(names) > MAX_ASSETS else []
+    for name in names[:MAX_ASSETS]:
+        try:
+            open_linked(storage, name, _LIMITS.get(name, MAX_ASSET_NBYTES)).close()
+        except StorageError as error:
+            problems.append(error.message)
+    if problems:
+        raise ConversionError(
+            f"the assets in {folder} are not taken, nothing was written:\n  " + "\n  ".join(problems),
+            path=str(folder),
+            problems=problems,
+        )
+    return names
+
+
+def _read(folder: Path, name: str) -> bytes:
+    return read_linked(LocalStorage(folder), name, _LIMITS.get(name, MAX_ASSET_NBYTES))
+
+
+def check_config(config: Mapping[str, Any], family: str, args: ModelArgs, path: str) -> None:
+    """Refuse a ``config.json`` of another model. The size of the vocabulary is left to the weights to tell.
+
+    Raises:
+        ConversionError: with every difference.
+    """
+    vocabulary = config.get("vocab_size")
+    if isinstance(vocabulary, int):
+        args = replace(args, vocab_size=vocabulary)
+    faults = config_faults(config, family, args)
+    if faults:
+        raise ConversionError(
+            f"{path} is of another model than the flavor given:\n  " + "\n  ".join(faults), path=path, problems=faults
+        )
+
+
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype that most of the bytes have."""
+    nbytes: dict[str, int] = {}
+    for info in tensors.values():
+        nbytes[info.dtype] = nbytes.get(info.dtype, 0) + total_nbytes([info])
+    return max(nbytes, key=lambda dtype: nbytes[dtype])
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def split_into_files(
+    tensors: Mapping[str, TensorInfo], weight_map: Mapping[str, str], max_nbytes: int
+) -> dict[str, list[str]]:
+    """File name: keys in it. As ``weight_map`` says, else in order, no file above ``max_nbytes`` (but for one tensor).
+
+    Raises:
+        ConversionError: ``weight_map`` does not place every tensor.
+    """
+    if weight_map:
+        missing = [key for key in tensors if key not in weight_map]
+        if missing:
+            raise ConversionError(
+                f"the index of the assets folder does not place {len(missing)} of {len(tensors)} tensors, "
+                f"first '{missing[0]}': is it of another model?"
+            )
+        files: dict[str, list[str]] = {}
+        for key in tensors:
+            files.setdefault(weight_map[key], []).append(key)
+        return dict(sorted(files.items()))
+    groups: list[list[str]] = [[]]
+    room = max_nbytes
+    for key, info in tensors.items():
+        nbytes = Box.whole(info.shape).numel * itemsize(info.dtype)
+        if groups[-1] and nbytes > room:
+            groups.append([])
+            room = max_nbytes
+        groups[-1].append(key)
+        room -= nbytes
+    if len(groups) == 1:
+        return {SINGLE_NAME: groups[0]}
+    return {shard_file_name(index, len(groups)): keys for index, keys in enumerate(groups, 1)}
+
+
+def _index(files: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    weight_map = {key: name for name, keys in files.items() for key in keys}
+    return {
+        "metadata": {"total_size": total_nbytes(tensors.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }

@@ -1,0 +1,64 @@
+"""Files that may be links: in the cache of the Hugging Face hub every file is one, into the cache's ``blobs``."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from milepost.errors import StorageError
+from milepost.storage.base import ReadHandle, Storage, format_nbytes
+from milepost.storage.local import LocalStorage
+
+
+def open_linked(storage: Storage, path: str, limit_nbytes: int) -> ReadHandle:
+    """Open a regular file of at most ``limit_nbytes`` for reading, also through a link.
+
+    A link is followed to another file of its folder, and to the blobs of the hub's cache that it belongs to.
+
+    Raises:
+        StorageError: there is no such file, it is no regular one or larger, or the link leads elsewhere.
+    """
+    handle = _open(storage, path)
+    if handle.nbytes > limit_nbytes:
+        handle.close()
+        raise StorageError(
+            f"{handle.path} has {format_nbytes(handle.nbytes)}: more than {format_nbytes(limit_nbytes)}, the most that "
+            "such a file may have",
+            operation="open",
+            path=handle.path,
+            errno=errno.EFBIG,
+        )
+    return handle
+
+
+def read_linked(storage: Storage, path: str, limit_nbytes: int) -> bytes:
+    """The content of a file that :func:`open_linked` opens."""
+    with open_linked(storage, path, limit_nbytes) as handle:
+        data = bytearray(handle.nbytes)
+        handle.read_into(0, [memoryview(data)])
+    return bytes(data)
+
+
+def _open(storage: Storage, path: str) -> ReadHandle:
+    full = Path(storage.root, path)
+    if not isinstance(storage, LocalStorage) or not full.is_symlink():
+        return storage.open_read(path)
+    real = Path(os.path.realpath(full))
+    if not any(real.is_relative_to(home) for home in _homes(full.parent)):
+        raise _refusal(full, f"leaves its folder (to {real}): it is not followed; put the file itself there")
+    if not real.exists():
+        raise _refusal(full, f"leads to a file that is missing ({real})")
+    return LocalStorage(real.parent).open_read(real.name)
+
+
+def _refusal(link: Path, reason: str) -> StorageError:
+    return StorageError(f"{link} is a link that {reason}", operation="open", path=str(link), errno=errno.ELOOP)
+
+
+def _homes(folder: Path) -> list[str]:
+    """Where the files of a folder may be: in it, or in the ``blobs`` beside ``snapshots/<revision>``."""
+    homes = [os.path.realpath(folder)]
+    if folder.parent.name == "snapshots":
+        homes.append(os.path.realpath(folder.parent.parent / "blobs"))
+    return homes
