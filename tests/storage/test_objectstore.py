@@ -9,7 +9,9 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import obstore.store
 import pytest
 
 from milepost.errors import ConfigError, StorageError
-from milepost.storage import open_root, open_storage, transfers
+from milepost.storage import object_writer, open_root, open_storage
 from milepost.storage.objectstore import ObjectStorage
 from milepost.storage.retry import Retry
 from milepost.testing.proxy import Fault, FaultKind, Proxy
@@ -139,7 +141,7 @@ def test_a_large_file_gets_there_whatever_happens_to_a_part(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, kind: FaultKind, number: int
 ) -> None:
     """Its requests: begin, two parts, end."""
-    monkeypatch.setattr(transfers, "MIN_PART_NBYTES", 5 * MIB)
+    monkeypatch.setattr(object_writer, "MIN_PART_NBYTES", 5 * MIB)
     storage = ObjectStorage(fresh_url(), retry=QUICK)
     data = os.urandom(MIB) * 6
     with storage.open_write("big", len(data)) as handle:
@@ -185,6 +187,24 @@ def test_uploads_of_the_dead_are_aborted_and_those_of_the_living_kept() -> None:
         handles[0].sync()
     for handle in handles:
         handle.close()
+
+
+def test_memory_stays_bounded_whatever_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What comes too early waits in a temporary file; that one is gone at the end."""
+    monkeypatch.setattr(object_writer, "MAX_HELD_NBYTES", MIB)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = ObjectStorage("memory://root", store=obstore.store.MemoryStore())
+    data = os.urandom(MIB) * 24
+    with storage.open_write("big", len(data)) as handle:
+        tracemalloc.start()
+        for start in range(len(data) - MIB, -1, -MIB):
+            handle.write(start, [data[start : start + MIB]])
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        handle.sync()
+    assert held < 6 * MIB
+    assert storage.read("big") == data
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_noticed() -> None:

@@ -9,8 +9,9 @@ ranges         which requests to make for many byte ranges
 retry          what is repeated, how often, how long
 store_errors   what an error of a store means
 store_urls     from a URL and the environment to a client
-uploads        unfinished uploads, aborted
-transfers      bytes to and from an object
+unfinished     uploads that nobody will end, aborted
+object_writer  bytes to an object
+object_reader  bytes from an object
 objectstore    a prefix of a bucket
 """
 

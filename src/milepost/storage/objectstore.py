@@ -29,11 +29,12 @@ from milepost.storage.base import (
     join,
     split,
 )
+from milepost.storage.object_reader import Budget, ObjectReader
+from milepost.storage.object_writer import NUM_STREAMS, Aborted, ObjectWriter
 from milepost.storage.retry import Retry
 from milepost.storage.store_errors import cause_of
 from milepost.storage.store_urls import StoreUrl, connect, parse_store_url
-from milepost.storage.transfers import NUM_STREAMS, Aborted, Budget, ObjectReader, ObjectWriter, unfinished
-from milepost.storage.uploads import abort_s3_uploads
+from milepost.storage.unfinished import abort_s3_uploads
 
 T = TypeVar("T")
 
@@ -137,7 +138,13 @@ class ObjectStorage(Storage):
                 raise cause.error("write", self.describe(name), f"writing {self.describe(name)}") from error
         found = self._size(name)
         if found != sent.nbytes:
-            raise unfinished(self.describe(name), found or 0, sent.nbytes)
+            raise StorageError(
+                f"{self.describe(name)} has {format_nbytes(found or 0)} after {format_nbytes(sent.nbytes)} were sent; "
+                "do not trust this store",
+                operation="write",
+                path=self.describe(name),
+                errno=errno.EIO,
+            )
 
     # ---- Storage ----
 

@@ -1,13 +1,7 @@
-"""Bytes to and from an object: parts in parallel, straight from the caller's memory, in bounded memory.
-
-An object becomes visible whole, when its upload ends, or never. Parts that fail are repeated by obstore; ranges that
-fail, and everything small, by ``retry``.
-"""
+"""Bytes from an object: large reads in several requests at once, neighbouring ones in one, what comes next ahead."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -17,157 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from milepost.errors import StorageError
-from milepost.storage.base import Bytes, ReadHandle, WriteHandle, byte_views, format_nbytes
-from milepost.storage.ranges import Span, merge_ranges
+from milepost.storage.base import ReadHandle, byte_views
+from milepost.storage.ranges import MAX_SPAN_NBYTES, Span, merge_ranges
 
 if TYPE_CHECKING:
     from milepost.storage.objectstore import ObjectStorage
-
-log = logging.getLogger("milepost")
-
-MIN_PART_NBYTES = 16 << 20
-"""Parts of an upload, and the requests of a large read, are of this size or larger."""
-MAX_PARTS = 9_000
-"""S3 takes 10,000 parts; what a file is announced as may be a little short."""
-NUM_STREAMS = 8
-"""Parts of one object on their way at the same time."""
-MAX_HELD_NBYTES = 4 * MIN_PART_NBYTES
-"""Copied bytes that wait for their upload, before writers wait too."""
-SILENCE_S = 20.0
-"""An upload that has taken no bytes for this long is told of in the log."""
-
-
-class Aborted(Exception):
-    """Raised inside an upload that is given up, so that obstore aborts it."""
-
-
-class ObjectWriter(WriteHandle):
-    """An object that is being written: ranges in any order, sent on in ascending order as they come.
-
-    What is small is sent in one request, by ``sync``, and only if there is no such object yet. More is sent in parts
-    while it is written: of an upload that has begun, nothing can be seen until ``sync`` has ended it.
-    """
-
-    is_sequential = True
-
-    def __init__(self, storage: ObjectStorage, name: str, nbytes: int):
-        self.path = storage.describe(name)
-        self._storage = storage
-        self._name = name
-        self._part_nbytes = max(MIN_PART_NBYTES, -(-nbytes // MAX_PARTS))
-        self._changed = threading.Condition()
-        self._waiting: dict[int, memoryview] = {}  # by offset; each ends where the next may begin
-        self._next = 0  # the offset up to which all bytes are there, or sent
-        self._held_nbytes = 0  # copies that wait
-        self._end = 0
-        self._is_complete = False
-        self._given_up = False
-        self._upload: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._is_stored = False
-
-    def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
-        """See ``WriteHandle``. ``stable`` buffers are sent as they stand, without a copy."""
-        for view in byte_views(buffers):
-            nbytes = len(view)
-            self._put(offset, view if stable else memoryview(bytes(view)), is_copy=not stable)
-            offset += nbytes
-
-    def _put(self, offset: int, view: memoryview, *, is_copy: bool) -> None:
-        with self._changed:
-            self._raise_failure()
-            if offset < self._next or offset in self._waiting:
-                raise StorageError(f"byte {offset} of {self.path} is written twice", operation="write", path=self.path)
-            self._waiting[offset] = view
-            self._end = max(self._end, offset + len(view))
-            self._held_nbytes += len(view) if is_copy else 0
-            self._changed.notify_all()
-            if self._upload is None and self._end > MIN_PART_NBYTES and self._next in self._waiting:
-                self._start()
-            # Only as long as the upload has something to send: what is missing may come from this very thread.
-            while is_copy and self._held_nbytes > MAX_HELD_NBYTES and self._next in self._waiting:
-                self._raise_failure()
-                if self._upload is None:
-                    break
-                self._changed.wait(1.0)
-            self._raise_failure()
-
-    def _start(self) -> None:
-        self._upload = threading.Thread(target=self._run, name="milepost-upload", daemon=True)
-        self._upload.start()
-
-    def _run(self) -> None:
-        try:
-            self._storage.put_parts(self._name, self._pieces(), self._part_nbytes, NUM_STREAMS)
-        except BaseException as error:  # noqa: BLE001 - the top of a thread: it is raised where the handle is used
-            with self._changed:
-                self._failure = error
-                self._waiting.clear()
-                self._changed.notify_all()
-
-    def _pieces(self) -> Iterator[memoryview]:
-        """The bytes of the object in ascending order, as they come. Pulled by the upload when it has room."""
-        while True:
-            with self._changed:
-                while self._next not in self._waiting and not self._is_complete and not self._given_up:
-                    self._changed.wait()
-                if self._given_up:
-                    raise Aborted
-                view = self._take()
-            if view is None:
-                return
-            yield view
-
-    def _take(self) -> memoryview | None:
-        """The next bytes: what was written there, zeros where nothing was, None at the end."""
-        view = self._waiting.pop(self._next, None)
-        if view is None:
-            if self._next >= self._end:
-                return None
-            gap_end = min(self._waiting)
-            view = memoryview(bytes(min(gap_end - self._next, MIN_PART_NBYTES)))
-        else:
-            self._held_nbytes = max(0, self._held_nbytes - len(view))
-        self._next += len(view)
-        self._changed.notify_all()
-        return view
-
-    def sync(self) -> None:
-        """Send what is left, and return when the object is there, whole and durable."""
-        with self._changed:
-            self._raise_failure()
-            self._is_complete = True
-            self._changed.notify_all()
-            if self._upload is None and self._end > MIN_PART_NBYTES:
-                self._start()
-        if self._upload is None:
-            self._storage.create(self._name, b"".join(self._pieces()))
-        else:
-            self._await(self._upload)
-        self._is_stored = True
-
-    def _await(self, upload: threading.Thread) -> None:
-        sent = -1
-        while upload.is_alive():
-            upload.join(SILENCE_S)
-            if upload.is_alive() and sent == self._next:
-                log.warning("%s: the store has taken no more of it for %.0f s; still trying", self.path, SILENCE_S)
-            sent = self._next
-        with self._changed:
-            self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def close(self) -> None:
-        """Let go. What was not synced is not stored: an upload that has begun is aborted."""
-        if self._upload is not None and not self._is_stored:
-            with self._changed:
-                self._given_up = True
-                self._changed.notify_all()
-            self._upload.join()
-        self._waiting.clear()
 
 
 class ObjectReader(ReadHandle):
@@ -200,7 +48,7 @@ class ObjectReader(ReadHandle):
             return
         if self._ahead is not None and self._ahead.serve(offset, views):
             return
-        if wanted <= MIN_PART_NBYTES:
+        if wanted <= MAX_SPAN_NBYTES:
             _scatter(self._fetch(offset, offset + wanted), views)
             return
         self._read_large(offset, views)
@@ -209,8 +57,8 @@ class ObjectReader(ReadHandle):
         """In requests of part size, several at a time. Bytes land as they come."""
         jobs: list[Future[None]] = []
         for view in views:
-            for begin in range(0, len(view), MIN_PART_NBYTES):
-                piece = view[begin : begin + MIN_PART_NBYTES]
+            for begin in range(0, len(view), MAX_SPAN_NBYTES):
+                piece = view[begin : begin + MAX_SPAN_NBYTES]
                 jobs.append(self._storage.pool().submit(self._land, offset + begin, piece))
             offset += len(view)
         try:
@@ -358,13 +206,3 @@ def _cut(views: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryv
         if low < high:
             yield view[low:high]
         position += len(view)
-
-
-def unfinished(path: str, nbytes: int, expected: int) -> StorageError:
-    """The error for an upload that left an object of another size than was sent."""
-    return StorageError(
-        f"{path} has {format_nbytes(nbytes)} after {format_nbytes(expected)} were sent; do not trust this store",
-        operation="write",
-        path=path,
-        errno=errno.EIO,
-    )

@@ -1,0 +1,198 @@
+"""Bytes to an object: parts in parallel, straight from the caller's memory, in bounded memory.
+
+An object becomes visible whole, when its upload ends, or never. Parts that fail are repeated by obstore.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+
+from milepost.errors import StorageError
+from milepost.storage.base import Bytes, WriteHandle, byte_views
+from milepost.storage.local import storage_error
+
+if TYPE_CHECKING:
+    from milepost.storage.objectstore import ObjectStorage
+
+log = logging.getLogger("milepost")
+
+MIN_PART_NBYTES = 16 << 20
+"""Parts of an upload are of this size or larger; what is smaller goes in one request."""
+MAX_PARTS = 9_000
+"""S3 takes 10,000 parts; what a file is announced as may be a little short."""
+NUM_STREAMS = 8
+"""Parts of one object on their way at the same time."""
+MAX_HELD_NBYTES = 4 * MIN_PART_NBYTES
+"""Copied bytes held in memory until their upload; what comes too early for its turn goes to a file without a name."""
+SILENCE_S = 20.0
+"""An upload that has taken no bytes for this long is told of in the log."""
+
+
+class Aborted(Exception):
+    """Raised inside an upload that is given up, so that obstore aborts it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes that wait for their turn: in memory, or at ``place`` of the spill file."""
+
+    nbytes: int
+    view: memoryview | None = None
+    is_copy: bool = True
+    place: int = 0
+
+
+class ObjectWriter(WriteHandle):
+    """An object that is being written: ranges in any order, sent on in ascending order as they come.
+
+    What is small is sent in one request, by ``sync``, and only if there is no such object yet. More is sent in parts
+    while it is written: of an upload that has begun, nothing can be seen until ``sync`` has ended it.
+    """
+
+    is_sequential = True
+
+    def __init__(self, storage: ObjectStorage, name: str, nbytes: int):
+        self.path = storage.describe(name)
+        self._storage = storage
+        self._name = name
+        self._part_nbytes = max(MIN_PART_NBYTES, -(-nbytes // MAX_PARTS))
+        self._changed = threading.Condition()
+        self._waiting: dict[int, _Piece] = {}  # by offset; each ends where the next may begin
+        self._next = 0  # the offset up to which all bytes are there, or sent
+        self._held_nbytes = 0  # copies in memory
+        self._spill: IO[bytes] | None = None
+        self._spilt_nbytes = 0
+        self._end = 0
+        self._is_complete = False
+        self._given_up = False
+        self._upload: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._is_stored = False
+
+    def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
+        """See ``WriteHandle``. ``stable`` buffers are sent as they stand, without a copy."""
+        for view in byte_views(buffers):
+            with self._changed:
+                self._put(offset, view, is_stable=stable)
+            offset += len(view)
+
+    def _put(self, offset: int, view: memoryview, *, is_stable: bool) -> None:
+        self._raise_failure()
+        if offset < self._next or offset in self._waiting:
+            raise StorageError(f"byte {offset} of {self.path} is written twice", operation="write", path=self.path)
+        # A writer waits only while the upload has something to send: what is missing may come from this very thread.
+        while not is_stable and self._held_nbytes > MAX_HELD_NBYTES and self._upload and self._next in self._waiting:
+            self._changed.wait(1.0)
+            self._raise_failure()
+        if is_stable:
+            self._waiting[offset] = _Piece(len(view), view, is_copy=False)
+        elif self._held_nbytes > MAX_HELD_NBYTES and offset != self._next:
+            self._waiting[offset] = self._spill_out(view)
+        else:
+            self._waiting[offset] = _Piece(len(view), memoryview(bytes(view)))
+            self._held_nbytes += len(view)
+        self._end = max(self._end, offset + len(view))
+        self._changed.notify_all()
+        if self._upload is None and self._end > MIN_PART_NBYTES and self._next in self._waiting:
+            self._start()
+
+    def _spill_out(self, view: memoryview) -> _Piece:
+        try:
+            if self._spill is None:
+                self._spill = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this handle
+            self._spill.seek(self._spilt_nbytes)
+            self._spill.write(view)
+        except OSError as error:
+            doing = f"holding a part of {self.path} in a temporary file (see TMPDIR)"
+            raise storage_error(error, "write", self.path, doing) from error
+        piece = _Piece(len(view), place=self._spilt_nbytes)
+        self._spilt_nbytes += len(view)
+        return piece
+
+    def _start(self) -> None:
+        self._upload = threading.Thread(target=self._run, name="milepost-upload", daemon=True)
+        self._upload.start()
+
+    def _run(self) -> None:
+        try:
+            self._storage.put_parts(self._name, self._pieces(), self._part_nbytes, NUM_STREAMS)
+        except BaseException as error:  # noqa: BLE001 - the top of a thread: it is raised where the handle is used
+            with self._changed:
+                self._failure = error
+                self._waiting.clear()
+                self._changed.notify_all()
+
+    def _pieces(self) -> Iterator[memoryview]:
+        """The bytes of the object in ascending order, as they come. Pulled by the upload when it has room."""
+        while True:
+            with self._changed:
+                while self._next not in self._waiting and not self._is_complete and not self._given_up:
+                    self._changed.wait()
+                if self._given_up:
+                    raise Aborted
+                view = self._take()
+            if view is None:
+                return
+            yield view
+
+    def _take(self) -> memoryview | None:
+        """The next bytes: what was written there, zeros where nothing was, None at the end."""
+        piece = self._waiting.pop(self._next, None)
+        if piece is None:
+            if self._next >= self._end:
+                return None
+            view = memoryview(bytes(min(min(self._waiting) - self._next, MIN_PART_NBYTES)))
+        elif piece.view is not None:
+            view = piece.view
+            self._held_nbytes -= piece.nbytes if piece.is_copy else 0
+        else:
+            assert self._spill is not None
+            self._spill.seek(piece.place)
+            view = memoryview(self._spill.read(piece.nbytes))
+        self._next += len(view)
+        self._changed.notify_all()
+        return view
+
+    def sync(self) -> None:
+        """Send what is left, and return when the object is there, whole and durable."""
+        with self._changed:
+            self._raise_failure()
+            self._is_complete = True
+            self._changed.notify_all()
+            if self._upload is None and self._end > MIN_PART_NBYTES:
+                self._start()
+        if self._upload is None:
+            self._storage.create(self._name, b"".join(self._pieces()))
+        else:
+            self._await(self._upload)
+        self._is_stored = True
+
+    def _await(self, upload: threading.Thread) -> None:
+        sent = -1
+        while upload.is_alive():
+            upload.join(SILENCE_S)
+            if upload.is_alive() and sent == self._next:
+                log.warning("%s: the store has taken no more of it for %.0f s; still trying", self.path, SILENCE_S)
+            sent = self._next
+        with self._changed:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Let go. What was not synced is not stored: an upload that has begun is aborted."""
+        if self._upload is not None and not self._is_stored:
+            with self._changed:
+                self._given_up = True
+                self._changed.notify_all()
+            self._upload.join()
+        self._waiting.clear()
+        if self._spill is not None:
+            self._spill.close()
