@@ -1,9 +1,11 @@
-"""Ranks, threads and signals acting together: the only folder that calls collectives. In reading order::
+"""Ranks, threads and signals acting together: the only folder that calls collectives.
 
-comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
-interrupt  Ctrl-C held until no rank waits for this one
-progress   lines in the log while work takes long: how far it is, what it waits for
-threads    work spread over threads
+In reading order::
+
+    comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
+    interrupt  Ctrl-C held until no rank waits for this one
+    progress   lines in the log while work takes long: how far it is, what it waits for
+    threads    work spread over threads
 """
 
 from __future__ import annotations

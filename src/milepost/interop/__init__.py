@@ -1,10 +1,12 @@
-"""Other programs' formats and names. In reading order::
+"""Other programs' formats and names.
 
-dcp      ``StorageWriter`` and ``StorageReader`` for stock torch.distributed.checkpoint
-weights  tensors from any format and into any, streaming (torch-free)
-names    names of parameters between programs, a table read both ways (torch-free)
-hf       Hugging Face: configuration, saving from ranks, loading into them
-options  what can be asked of a conversion; convert: doing it (torch-free)
+In reading order::
+
+    dcp      ``StorageWriter`` and ``StorageReader`` for stock torch.distributed.checkpoint
+    weights  tensors from any format and into any, streaming (torch-free)
+    names    names of parameters between programs, a table read both ways (torch-free)
+    hf       Hugging Face: configuration, saving from ranks, loading into them
+    options  what can be asked of a conversion; convert: doing it (torch-free)
 """
 
 from __future__ import annotations

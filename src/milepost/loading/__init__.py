@@ -1,7 +1,9 @@
-"""From a committed step into the tensors that are there. In reading order::
+"""From a committed step into the tensors that are there.
 
-load    ``load()``: read the record, compare, plan, read, restore
-reader  ranged reads, checked block by block, straight into the tensors
+In reading order::
+
+    load    ``load()``: read the record, compare, plan, read, restore
+    reader  ranged reads, checked block by block, straight into the tensors
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""What a run's folder holds, and who may change it. Torch-free. In reading order::
+"""What a run's folder holds, and who may change it. Torch-free.
 
-catalog    one scanner: which steps are there, committed, incomplete, damaged or external
-retention  which of them may be deleted, and why; deletes them
-owner      the process that an attempt or a lock belongs to, and whether it lives
-lock       one run at a time in a folder
-signoff    the record each rank leaves of what it wrote, and the wait for all of them
-assemble   sign-offs -> one manifest
-commit     the one place where a checkpoint becomes visible
+In reading order::
+
+    catalog    one scanner: which steps are there, committed, incomplete, damaged or external
+    retention  which of them may be deleted, and why; deletes them
+    owner      the process that an attempt or a lock belongs to, and whether it lives
+    lock       one run at a time in a folder
+    signoff    the record each rank leaves of what it wrote, and the wait for all of them
+    assemble   sign-offs -> one manifest
+    commit     the one place where a checkpoint becomes visible
 """
 
 from __future__ import annotations

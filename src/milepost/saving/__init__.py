@@ -1,13 +1,15 @@
-"""From a state dict to a committed step. In reading order::
+"""From a state dict to a committed step.
 
-save            ``save()``: flatten, agree, stage, write, sign off, publish
-agreement       what all ranks agree on before a byte is written
-stage           the arena, and how tensors become the bytes of this rank's file
-writer          one rank's file, digested on the way to the storage (torch-free)
-job             write, sign off, publish, prune: a save from its plan to its end (torch-free)
-async_save      ``async_save()``: the same in the background
-background      the thread and the process that write meanwhile
-writer_process  that process (torch-free)
+In reading order::
+
+    save            ``save()``: flatten, agree, stage, write, sign off, publish
+    agreement       what all ranks agree on before a byte is written
+    stage           the arena, and how tensors become the bytes of this rank's file
+    writer          one rank's file, digested on the way to the storage (torch-free)
+    job             write, sign off, publish, prune: a save from its plan to its end (torch-free)
+    async_save      ``async_save()``: the same in the background
+    background      the thread and the process that write meanwhile
+    writer_process  that process (torch-free)
 """
 
 from __future__ import annotations

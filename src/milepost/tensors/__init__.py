@@ -1,8 +1,10 @@
-"""The state as tensors and values, and pure plans over their boxes. In reading order::
+"""The state as tensors and values, and pure plans over their boxes.
 
-state   objects with a ``state_dict`` <-> one flat mapping {key: tensor or value}
-layout  DTensor, FSDP and pipeline words -> global shapes and boxes; below it there are only boxes and bytes
-plan    who writes which box where, who reads which bytes: pure functions of frozen values (torch-free)
+In reading order::
+
+    state   objects with a ``state_dict`` <-> one flat mapping {key: tensor or value}
+    layout  DTensor, FSDP and pipeline words -> global shapes and boxes; below it there are only boxes and bytes
+    plan    who writes which box where, who reads which bytes: pure functions of frozen values (torch-free)
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Proof that the bytes of a checkpoint are those that were saved. Torch-free. In reading order::
+"""Proof that the bytes of a checkpoint are those that were saved. Torch-free.
 
-verify         ``verify()``: sizes, records, digests; one report of all that is wrong
-extents        which byte ranges of a file have which digest
-extent_reader  reads and checks them
+In reading order::
+
+    verify         ``verify()``: sizes, records, digests; one report of all that is wrong
+    extents        which byte ranges of a file have which digest
+    extent_reader  reads and checks them
 """
 
 from __future__ import annotations

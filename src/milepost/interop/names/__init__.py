@@ -1,10 +1,12 @@
-"""Names of parameters between programs: tables read both ways. Torch-free. In reading order::
+"""Names of parameters between programs: tables read both ways. Torch-free.
 
-rules        one rule: pattern <-> pattern, and the tensor operation with its inverse
-model_sizes  the sizes of a model
-llama3, qwen3, qwen3_moe, torchtitan  the tables
-families     all of them by name
-match        which table fits which keys
+In reading order::
+
+    rules        one rule: pattern <-> pattern, and the tensor operation with its inverse
+    model_sizes  the sizes of a model
+    llama3, qwen3, qwen3_moe, torchtitan  the tables
+    families     all of them by name
+    match        which table fits which keys
 """
 
 from __future__ import annotations

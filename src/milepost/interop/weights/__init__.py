@@ -1,9 +1,11 @@
-"""Tensors from any format and into any, in boxes, streaming. Torch-free. In reading order::
+"""Tensors from any format and into any, in boxes, streaming. Torch-free.
 
-boxes   a source: which tensors there are, and any box of one
-open    path -> source, whatever format lies there
-stream  source -> sink in bounded memory
-sinks   DCP folder, Hugging Face folder, ``.pt``
+In reading order::
+
+    boxes   a source: which tensors there are, and any box of one
+    open    path -> source, whatever format lies there
+    stream  source -> sink in bounded memory
+    sinks   DCP folder, Hugging Face folder, ``.pt``
 """
 
 from __future__ import annotations
