@@ -87,7 +87,8 @@ def _spelling(action: argparse.Action) -> str:
         optional = action.nargs in ("?", "*")
         text = f"{value} ..." if action.nargs in ("+", "*") else value
         return f"`[{text}]`" if optional else f"`{text}`"
-    return f"`{action.option_strings[-1]}`" if action.nargs == 0 else f"`{action.option_strings[-1]} {value}`"
+    value = "" if action.nargs == 0 else f" {value}"
+    return ", ".join(f"`{option}{value}`" for option in action.option_strings)
 
 
 def _cell(action: argparse.Action) -> str:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  milepost stats outputs/checkpoint/step-40\n"
         "  milepost stats outputs/checkpoint/step-40 '*.wq.weight' 'norm.*'\n"
-        "  milepost stats model.safetensors --json\n\n"
+        "  milepost stats Llama-3.2-1B --json\n\n"
         "exit status: 0, 2 wrong usage, 3 no such checkpoint or key, 5 it is damaged, 7 it can't be read\n"
     )
     parser.add_argument("path", metavar="STEP", help="a step, a Hugging Face folder, a .pt or a safetensors file")
