@@ -33,7 +33,6 @@ from milepost.errors import StorageError
 from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
-from milepost.training import parts
 
 RANKS = 4
 LIMIT_S = 30.0
@@ -41,11 +40,11 @@ LIMIT_S = 30.0
 
 IN_A_SAVE = {
     "state_dict of the model": "torch.nn.Module.state_dict",
-    "state_dict of the optimizer": "milepost.training.parts.optimizer_state",
+    "state_dict of the optimizer": "milepost.training.training_state.optimizer_state",
     "state_dict of lr_scheduler": "lr_scheduler.state_dict",
     "state_dict of dataloader": "dataloader.state_dict",
     "state_dict of train_state": "train_state.state_dict",
-    "state of the random generators": "milepost.training.parts.rng_state",
+    "state of the random generators": "milepost.training.training_state.rng_state",
     "flatten": "milepost.saving.agreement.flatten",
     "boxes of a tensor": "milepost.tensors.state.tensor_leaf",
     "encode a value": "milepost.saving.agreement.encode_object",
@@ -62,7 +61,7 @@ IN_A_SAVE_ON_RANK_0 = {
 }
 IN_A_LOAD = {
     "manifest": "milepost.loading.load.catalog.read_manifest",
-    "target": "milepost.training.training_state.TrainingState.target",
+    "target": "milepost.training.training_state.TrainingState.loading",
     "flatten": "milepost.loading.load.flatten",
     "compare": "milepost.loading.load.compare",
     "digests": "milepost.loading.load.read_digests",
@@ -71,11 +70,11 @@ IN_A_LOAD = {
     "read": "milepost.storage.local._LocalRead.read_into",
     "read a tensor": "milepost.loading.reader._run",
     "read a value": "milepost.loading.reader.decode_object",
-    "restore the optimizer": "milepost.training.parts.load_optimizer_options",
+    "restore the optimizer": "milepost.training.optimizers.OptimizersOwner.restore",
     "load_state_dict of lr_scheduler": "lr_scheduler.load_state_dict",
     "load_state_dict of dataloader": "dataloader.load_state_dict",
     "load_state_dict of train_state": "train_state.load_state_dict",
-    "restore the random generators": "milepost.training.parts.set_rng_state",
+    "restore the random generators": "milepost.training.training_state.set_rng_state",
 }
 IN_A_LOAD_ON_RANK_0 = {
     "scan": "milepost.training.loader.catalog.scan",
@@ -149,7 +148,8 @@ class Run:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
         fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        parts.materialise_optimizer_state(self.optimizer)
+        self.model(torch.ones(2, 4)).sum().backward()
+        self.optimizer.step()
         self.parts = {name: Part() for name in ("lr_scheduler", "dataloader", "train_state")}
         self.folder = folder
         self.step = 0

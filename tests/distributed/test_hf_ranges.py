@@ -36,7 +36,7 @@ from milepost.tensors.plan import LocalLayout, WritePlan, lay_out_file, plan_sav
 from milepost.tensors.state import flatten
 from milepost.testing.world import run_world
 from milepost.train.parallel import Meshes
-from milepost.training.parts import model_state
+from milepost.training.modules import model_state
 
 LAYOUTS = [
     on("llama3", "fsdp4"),

@@ -2,8 +2,11 @@
 
 In reading order::
 
-    load    ``load()``: read the record, compare, plan, read, restore
-    reader  ranged reads, checked block by block, straight into the tensors
+    load       ``load()``: read the record, compare, plan, read, restore
+    template   a nested state dict of the caller's to load into
+    target     what is read into what, and the owners of state: each is loaded through its own door
+    module     a module, with its hooks; optimizer: an optimizer, without a step of it
+    reader     ranged reads, checked block by block, straight into the tensors
 """
 
 from __future__ import annotations

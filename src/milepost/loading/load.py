@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any
@@ -20,13 +20,15 @@ from milepost.collective.progress import ProgressLog, watched
 from milepost.errors import MAX_LISTED, MilepostError, StateMismatchError, listed, near
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
-from milepost.loading.reader import read_objects, read_tensors
+from milepost.loading.reader import ReadStats, read_objects, read_tensors
+from milepost.loading.target import Target
+from milepost.loading.template import Template
 from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
 from milepost.tensors.layout import dtype_name
 from milepost.tensors.plan import plan_load
-from milepost.tensors.state import FlatState, flatten, restore_stateful, unwrap_stateful
+from milepost.tensors.state import FlatState, flatten
 
 log = logging.getLogger("milepost")
 
@@ -80,16 +82,22 @@ def load(
     """
     storage, folder = open_storage(fspath(path))
     comm = comm if comm is not None else default_comm()
-    unwrapped: dict[str, Any] = {}
+    template: Template | None = None
 
-    def target(_: Manifest) -> dict[str, Any]:
-        unwrapped.update(unwrap_stateful(into))
-        return unwrapped
+    def make_target(manifest: Manifest) -> Target:
+        nonlocal template
+        template = Template(into, manifest)
+        return template.target
 
-    report = load_from(storage, folder, target, strict=strict, comm=comm)
+    def check() -> None:
+        assert template is not None
+        template.check()
+
+    report = load_from(storage, folder, make_target, check=check, strict=strict, comm=comm)
+    assert template is not None
     failure = None
     try:
-        restore_stateful(into, unwrapped)
+        template.restore()
     except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
@@ -99,38 +107,49 @@ def load(
 def load_from(
     storage: Storage,
     folder: str,
-    make_target: Callable[[Manifest], Mapping[str, Any]],
+    make_target: Callable[[Manifest], Target],
     *,
+    check: Callable[[], None],
     strict: bool,
     comm: Comm,
     must_be_wanted: Callable[[str], bool] = lambda key: False,
 ) -> LoadReport:
-    """:func:`load` from a folder of an open storage, into what ``make_target`` returns for its manifest.
+    """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
-    Stored keys for which ``must_be_wanted`` holds must have a place on some rank: else they count as mismatched.
+    ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
+    then. Stored keys for which ``must_be_wanted`` holds must have a place on some rank: else they are refused.
     """
     started = time.monotonic()
-    report, failure = None, None
+    failure = None
     unwanted: set[str] = set()
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {storage.root}/{folder}"):
             manifest = catalog.read_manifest(storage, folder)
-        flat = flatten(make_target(manifest))
-        fit = compare(manifest, flat)
+        target = make_target(manifest)
+        flat = flatten(target.values)
+        fit = compare(manifest, flat, left=target.left)
         unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
         fit.check(f"{storage.root}/{folder}", strict=strict)
+        for key in fit.missing:
+            target.values.pop(key, None)  # nothing is read for it
     except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
-    try:
-        with watched(f"rank {comm.rank} is reading {storage.root}/{folder}"):
-            report = _read(storage, folder, manifest, flat, fit, started, is_first=comm.rank == 0)
-    except BaseException as cause:  # noqa: BLE001 - as above
-        failure = failure_on(comm.rank, cause, MilepostError)
-    raise_together(comm, failure)
-    assert report is not None
-    return report
+    reading = _Reading(storage, folder, comm.rank)
+    for live in (False, True):  # what can be refused is read first, then what is filled in place
+        try:
+            with watched(f"rank {comm.rank} is reading {storage.root}/{folder}"):
+                if live:
+                    reading.read_tensors(target.live)
+                else:
+                    reading.open(manifest, flat, fit)
+                    reading.read_tensors(flat.tensors.keys() - target.live)
+                    check()
+        except BaseException as cause:  # noqa: BLE001 - as above
+            failure = failure_on(comm.rank, cause, MilepostError)
+        raise_together(comm, failure)
+    return reading.report(time.monotonic() - started)
 
 
 def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
@@ -147,33 +166,53 @@ def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
         )
 
 
-def _read(
-    storage: Storage, folder: str, manifest: Manifest, flat: FlatState, fit: Fit, started: float, *, is_first: bool
-) -> LoadReport:
-    wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
-    digests = read_digests(storage, folder, manifest)
-    if digests is None:
-        manifest = catalog.locate_foreign(
-            storage, folder, replace(manifest, tensors={spec.key: manifest.tensors[spec.key] for spec in wanted})
+class _Reading:
+    """One rank's reads of one checkpoint."""
+
+    def __init__(self, storage: Storage, folder: str, rank: int):
+        self._storage = storage
+        self._folder = folder
+        self._path = f"{storage.root}/{folder}"
+        self._is_first = rank == 0
+        self._stats = ReadStats(0, 0)
+
+    def open(self, manifest: Manifest, flat: FlatState, fit: Fit) -> None:
+        """Plan all reads, and read the values that are not tensors."""
+        self._manifest, self._flat, self._fit = manifest, flat, fit
+        wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
+        self._num_tensors = len(wanted)
+        self._digests = read_digests(self._storage, self._folder, manifest)
+        if self._digests is None:
+            found = {spec.key: manifest.tensors[spec.key] for spec in wanted}
+            manifest = catalog.locate_foreign(self._storage, self._folder, replace(manifest, tensors=found))
+        self._items = plan_load(manifest, wanted)
+        self._progress = ProgressLog(f"loading {self._path}", sum(item.shard.data_nbytes for item in self._items))
+        keys = [key for key in flat.objects if key not in fit.missing]
+        for key, value in read_objects(self._storage, self._folder, manifest, keys):
+            flat.slots[key].fill(value)
+
+    def read_tensors(self, keys: Collection[str]) -> None:
+        """Fill the tensors of ``keys``."""
+        before = self._stats.read_nbytes
+        items = [item for item in self._items if item.leaf in keys]
+        reach = (lambda nbytes: self._progress.reach(before + nbytes)) if self._is_first else None
+        stats = read_tensors(self._storage, self._folder, items, self._flat.tensors, self._digests, on_progress=reach)
+        self._stats = ReadStats(self._stats.wanted_nbytes + stats.wanted_nbytes, before + stats.read_nbytes)
+
+    def report(self, seconds: float) -> LoadReport:
+        """What was done."""
+        return LoadReport(
+            path=self._path,
+            step=self._manifest.step,
+            kind=self._manifest.kind,
+            num_tensors=self._num_tensors,
+            wanted_nbytes=self._stats.wanted_nbytes,
+            read_nbytes=self._stats.read_nbytes,
+            seconds=seconds,
+            unexpected=self._fit.unexpected,
+            missing=self._fit.missing,
+            cast=self._fit.cast,
         )
-    items = plan_load(manifest, wanted)
-    progress = ProgressLog(f"loading {storage.root}/{folder}", sum(item.shard.data_nbytes for item in items))
-    told = progress.reach if is_first else None
-    stats = read_tensors(storage, folder, items, flat.tensors, digests, on_progress=told)
-    for key, value in read_objects(storage, folder, manifest, [k for k in flat.objects if k not in fit.missing]):
-        flat.slots[key].fill(value)
-    return LoadReport(
-        path=f"{storage.root}/{folder}",
-        step=manifest.step,
-        kind=manifest.kind,
-        num_tensors=len(wanted),
-        wanted_nbytes=stats.wanted_nbytes,
-        read_nbytes=stats.read_nbytes,
-        seconds=time.monotonic() - started,
-        unexpected=fit.unexpected,
-        missing=fit.missing,
-        cast=fit.cast,
-    )
 
 
 def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
@@ -209,8 +248,8 @@ class Fit:
         )
 
 
-def compare(manifest: Manifest, flat: FlatState) -> Fit:
-    """Compare keys, shapes and dtypes of a checkpoint with those of a state dict."""
+def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = ()) -> Fit:
+    """Compare keys, shapes and dtypes of a checkpoint with those of a state dict; keys in ``left`` are not expected."""
     stored = manifest.tensors.keys() | manifest.objects.keys()
     wanted = flat.tensors.keys() | flat.objects.keys()
     mismatched, cast = [], []
@@ -232,7 +271,7 @@ def compare(manifest: Manifest, flat: FlatState) -> Fit:
             mismatched.append(f"{key}: a tensor in the checkpoint, not a tensor here")
     return Fit(
         missing=tuple(sorted(wanted - stored)),
-        unexpected=tuple(sorted(stored - wanted)),
+        unexpected=tuple(sorted(stored - wanted - set(left))),
         mismatched=tuple(sorted(mismatched)),
         cast=tuple(sorted(cast)),
     )

@@ -108,6 +108,19 @@ def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
     return TensorLeaf(key, tensor.dtype, shape, pieces, local)
 
 
+def can_be_boxes(tensor: torch.Tensor) -> bool:
+    """Whether the elements of a tensor are stored as boxes (of a meta tensor: would be, if it had any)."""
+    local = tensor.detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    return (
+        local.layout == torch.strided
+        and not local.is_quantized
+        and not is_traceable_wrapper_subclass(cast("object", local))
+        and not local.is_conj()
+        and not local.is_neg()
+    )
+
+
 def _check_kind(key: str, tensor: torch.Tensor) -> None:
     problem = None
     if tensor.layout != torch.strided:

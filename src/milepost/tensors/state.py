@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -96,18 +96,18 @@ def _walk(container: Any, path: Path) -> Iterator[tuple[Path, Any, Slot]]:
         items = iter(enumerate(container))
     for index, value in items:
         here: Path = (*path, index if isinstance(container, list) else str(index))
-        if (isinstance(value, Mapping) and value) or (isinstance(value, list) and not _is_terminal(value)):
+        if (isinstance(value, Mapping) and value) or (isinstance(value, list) and not is_terminal(value)):
             yield from _walk(value, here)
         else:
             yield here, value, Slot(container, index)
 
 
-def _is_terminal(values: list[Any]) -> bool:
+def is_terminal(values: list[Any]) -> bool:
     """Whether a list is stored as one value: it holds neither tensors nor mappings, at any depth."""
     for value in values:
         if isinstance(value, (torch.Tensor, Mapping)):
             return False
-        if isinstance(value, list) and not _is_terminal(value):
+        if isinstance(value, list) and not is_terminal(value):
             return False
     return True
 
@@ -153,13 +153,3 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
         raise FormatError(
             f"{path}: the value of '{key}' can't be loaded safely: {error}", path=path, key=key
         ) from error
-
-
-def restore_stateful(original: MutableMapping[str, Any], loaded: Mapping[str, Any]) -> None:
-    """Hand loaded values back: to ``load_state_dict`` where there is one, else into the caller's dict."""
-    for key, value in loaded.items():
-        target = original[key]
-        if is_stateful(target):
-            target.load_state_dict(value)
-        else:
-            original[key] = value

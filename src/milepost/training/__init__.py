@@ -6,7 +6,9 @@ In reading order::
     schedule        when a save is due
     signals         SIGUSR1 and SIGTERM, agreed on by all ranks
     training_state  the whole state of a run as one state dict, and back
-    parts           model, optimizer, scheduler, loader and random generators, each in its own way
+    modules         the model's parts, their tensors by FQN
+    optimizers      their state by FQN, or in a form of their own
+    random_state    random generators, restored or derived
     resume          which step to resume from (torch-free); loader: doing so
     events          what happened, for logs and TensorBoard
 """

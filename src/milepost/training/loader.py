@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig, part_of
@@ -16,12 +15,13 @@ from milepost.format.manifest import Manifest
 from milepost.interop.hf.form import HfModel
 from milepost.interop.hf.load import load_hf
 from milepost.loading.load import LoadReport, load_from
+from milepost.loading.target import Stored, Target
 from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
 from milepost.tensors.state import flatten
 from milepost.training.resume import Choice, choose
-from milepost.training.training_state import TrainingState
+from milepost.training.training_state import StateLoad, TrainingState
 
 log = logging.getLogger("milepost")
 
@@ -96,30 +96,29 @@ class Loader:
             storage, path = self._storage, choice.path
         wanted = ("model",) if choice.model_only else self._state.present()
         wanted = tuple(part for part in wanted if part not in self._config.exclude_from_loading)
-        same_layout = False
-        target: dict[str, Any] = {}
+        load: StateLoad | None = None
 
-        def make_target(manifest: Manifest) -> dict[str, Any]:
-            nonlocal same_layout, target
+        def make_target(manifest: Manifest) -> Target:
+            nonlocal load
             same = manifest.world_size == self._comm.world_size and dict(manifest.layout) == self._layout
-            same_layout = same
             self._reading = manifest.save_id
-            target = self._state.target(wanted, manifest, same_layout=same)
-            return target
+            load = self._state.loading(wanted, Stored(manifest), same_layout=same)
+            return load.prepare()
 
         complete = {part for part in ("model", "optimizer") if part in wanted}
         report = load_from(
             storage,
             path,
             make_target,
+            check=lambda: load.check() if load is not None else None,
             strict=True,
             comm=self._comm,
             must_be_wanted=lambda key: part_of(key) in complete,
         )
+        assert load is not None
         failure, notes = None, [*choice.notes]
         try:
-            remark = self._state.restore(wanted, target, same_layout=same_layout)
-            notes += [remark] if remark else []
+            notes += load.restore()
         except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
             failure = failure_on(self._comm.rank, cause, MilepostError)
         raise_together(self._comm, failure)
@@ -138,8 +137,10 @@ class Loader:
                 raise ConfigError(
                     "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path or model.hf_assets_path"
                 )
-            leaves = flatten(self._state.state_dict(("model",))).tensors
+            load = self._state.loading_weights()
+            leaves = flatten(load.prepare().values).tensors
             found = load_hf(path, self._hf.name, self._hf.args, leaves, tell=self._comm.rank == 0)
+            load.restore()
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from milepost.config import PARTS, part_of
-from milepost.errors import ConfigError, FormatError, StateMismatchError
-from milepost.format.manifest import Manifest
-from milepost.tensors.state import EMPTY_MAPPINGS, Path
-from milepost.training import parts
-
-MAX_LIST = 1 << 20
-"""No list in a part of a training state has more elements that are stored one by one."""
+from milepost.errors import ConfigError, StateMismatchError
+from milepost.loading.module import ModuleOwner
+from milepost.loading.target import Owner, StatefulOwner, Stored, Target
+from milepost.tensors.tree import Node, assemble
+from milepost.training.modules import fqn, model_state, parameter_names
+from milepost.training.optimizers import (
+    OptimizersOwner,
+    check_parameters,
+    of_own_form,
+    optimizer_state,
+    take_place,
+    unfold,
+)
+from milepost.training.random_state import derive_rng_state, rng_state, set_rng_state
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +37,8 @@ class TrainingState:
     dataloader: Any
     train_state: Any
     rank: int
+    own_form: frozenset[Optimizer] = frozenset()
+    """Optimizers with a ``state_dict()`` of a form of their own. Asked once: some make their state when asked."""
 
     @classmethod
     def of(
@@ -40,10 +49,14 @@ class TrainingState:
         Raises:
             ConfigError: there is no model, or the model has a name that is kept for a part.
         """
-        state = cls(_several(model), _several(optimizer), _several(lr_scheduler), dataloader, train_state, rank)
+        optimizers = unfold(_several(optimizer))
+        state = cls(
+            _several(model), optimizers, _several(lr_scheduler), dataloader, train_state, rank, of_own_form(optimizers)
+        )
         if not state.models:
             raise ConfigError("CheckpointManager needs a model")
-        taken = sorted({key for key in parts.model_state(state.models) if part_of(key) != "model"})
+        check_parameters(state.optimizers, parameter_names(state.models))
+        taken = sorted({key for key in model_state(state.models) if part_of(key) != "model"})
         if taken:
             raise ConfigError(
                 f"the model has '{taken[0]}', but keys that start with '{part_of(taken[0])}.' are kept for that part "
@@ -67,126 +80,132 @@ class TrainingState:
         """The state of the ``wanted`` parts. Model and optimizer tensors share memory with the live ones."""
         state: dict[str, Any] = {}
         if "model" in wanted:
-            state.update(parts.model_state(self.models))
+            state.update(model_state(self.models))
         if "optimizer" in wanted:
-            state["optimizer"] = parts.optimizer_state(self.optimizers, parts.parameter_names(self.models))
+            state["optimizer"] = optimizer_state(self.optimizers, parameter_names(self.models))
         if "lr_scheduler" in wanted:
-            state["lr_scheduler"] = self.schedulers[0].state_dict()
+            saved = [scheduler.state_dict() for scheduler in self.schedulers]
+            state["lr_scheduler"] = saved[0] if len(saved) == 1 else saved
         if "dataloader" in wanted:
             state["dataloader"] = self.dataloader.state_dict()
         if "train_state" in wanted:
             state["train_state"] = self.train_state.state_dict()
         if "rng" in wanted:
-            state["rng"] = {f"rank{self.rank}": parts.rng_state()}
+            state["rng"] = {f"rank{self.rank}": rng_state()}
         return state
 
-    def target(self, wanted: Collection[str], manifest: Manifest, *, same_layout: bool) -> dict[str, Any]:
-        """What to load a checkpoint into. Model and optimizer: the live tensors. The rest: as the checkpoint has it.
-
-        Under another layout only rank 0's random state is asked for, to derive new streams from.
+    def loading(self, wanted: Collection[str], stored: Stored, *, same_layout: bool) -> StateLoad:
+        """How a checkpoint is loaded into the live objects.
 
         Raises:
             StateMismatchError: the checkpoint lacks a whole part that is wanted.
         """
-        stored = {part_of(key) for key in (*manifest.tensors, *manifest.objects)}
-        stored |= {part_of(str(path[0])) for path in _empty_mappings(manifest)}
-        lacking = [part for part in wanted if part not in stored and part != "rng"]
+        found = {part if part in PARTS[1:] else "model" for part in map(str, stored.tree.root)}
+        found |= {part_of(key) for key in (*stored.manifest.tensors, *stored.manifest.objects)}
+        lacking = [part for part in wanted if part not in found and part != "rng"]
         if lacking:
             raise StateMismatchError(
-                f"the checkpoint holds no {', no '.join(lacking)} (it holds {', '.join(sorted(stored))}); to leave "
+                f"the checkpoint holds no {', no '.join(lacking)} (it holds {', '.join(sorted(found))}); to leave "
                 f"{'it' if len(lacking) == 1 else 'them'} as freshly built, set checkpoint.exclude_from_loading = "
                 f"{','.join(lacking)}",
                 missing=lacking,
             )
-        if "optimizer" in wanted:
-            for optimizer in self.optimizers:
-                parts.materialise_optimizer_state(optimizer)
-            keys = [key.removeprefix("optimizer.") for key in (*manifest.tensors, *manifest.objects)]
-            parts.forget_unsaved_state(self.optimizers, parts.parameter_names(self.models), keys)
-        target = self.state_dict([part for part in wanted if part in ("model", "optimizer")])
-        for part in ("lr_scheduler", "dataloader", "train_state"):
-            if part in wanted:
-                target[part] = _blank(manifest, f"{part}.")[part]
-        if "rng" in wanted:
-            prefix = f"rng.rank{self.rank}." if same_layout else "rng.rank0.torch"
-            target.update(_blank(manifest, prefix))
-        return target
+        owners: dict[str, list[Owner]] = {"model": [module_owner(part) for part in self.models]}
+        owners["optimizer"] = [OptimizersOwner(self.optimizers, parameter_names(self.models), self.own_form)]
+        owners["lr_scheduler"] = self._scheduler_owners(stored)
+        owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
+        owners["train_state"] = [StatefulOwner(self.train_state, ("train_state",))]
+        owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
+        chosen = [owner for part in PARTS if part in wanted for owner in owners[part]]
+        return StateLoad(Target(stored), chosen, self.optimizers)
 
-    def restore(self, wanted: Collection[str], loaded: Mapping[str, Any], *, same_layout: bool) -> str | None:
-        """Hand loaded values to the live objects. Returns a remark for the log when there is something to say."""
-        if "model" in wanted:
-            parts.load_extra_state(self.models, loaded)
-        if "optimizer" in wanted:
-            parts.load_optimizer_options(self.optimizers, parts.parameter_names(self.models), loaded["optimizer"])
-        if "lr_scheduler" in wanted:
-            for scheduler in self.schedulers:
-                scheduler.load_state_dict(loaded["lr_scheduler"])
-        if "dataloader" in wanted:
-            self.dataloader.load_state_dict(loaded["dataloader"])
-        if "train_state" in wanted:
-            self.train_state.load_state_dict(loaded["train_state"])
-        if "rng" in wanted:
-            return self._restore_rng(loaded.get("rng", {}), same_layout=same_layout)
-        return None
+    def loading_weights(self) -> StateLoad:
+        """How weights that are read elsewhere are loaded: into the tensors of the target."""
+        return StateLoad(Target(None), [module_owner(part) for part in self.models], self.optimizers)
 
-    def _restore_rng(self, saved: Mapping[str, Any], *, same_layout: bool) -> str | None:
-        if same_layout and f"rank{self.rank}" in saved:
-            parts.set_rng_state(saved[f"rank{self.rank}"])
-            return None
-        if "rank0" in saved:
-            parts.derive_rng_state(saved["rank0"]["torch"], self.rank)
-            return "saved under another layout: each rank's random generators were seeded anew from the saved ones"
-        return "it holds no random state: the generators stay as this run seeded them"
+    def _scheduler_owners(self, stored: Stored) -> list[Owner]:
+        """Several schedulers have their states by position; before they had, all were given the first one's."""
+        saved = stored.tree.root.get("lr_scheduler")
+        if not isinstance(saved, list):
+            return [StatefulOwner(scheduler, ("lr_scheduler",)) for scheduler in self.schedulers]
+        if len(saved) != len(self.schedulers):
+            raise StateMismatchError(
+                f"the checkpoint holds the states of {len(saved)} schedulers, this run has {len(self.schedulers)}; "
+                "nothing was changed. Give as many as were saved, in the same order, or set "
+                "checkpoint.exclude_from_loading = lr_scheduler",
+                mismatched=[f"lr_scheduler: {len(saved)} schedulers in the checkpoint, {len(self.schedulers)} here"],
+            )
+        return [StatefulOwner(scheduler, ("lr_scheduler", n)) for n, scheduler in enumerate(self.schedulers)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StateLoad:
+    """One load into the live objects of a run: first all that is wanted, then the hand-over."""
+
+    target: Target
+    owners: Sequence[Owner]
+    optimizers: Sequence[Optimizer]
+
+    def prepare(self) -> Target:
+        """Collect what the objects want; they are not changed."""
+        for owner in self.owners:
+            owner.prepare(self.target)
+        return self.target
+
+    def check(self) -> None:
+        """Refuse what does not fit, once all but the live tensors is read."""
+        for owner in self.owners:
+            owner.check(self.target.values)
+
+    def restore(self) -> list[str]:
+        """Hand over what was read. Returns remarks for the log."""
+        replaced: dict[torch.Tensor, torch.Tensor] = {}
+        notes = []
+        for owner in self.owners:
+            if isinstance(owner, OptimizersOwner):
+                owner.adopt(replaced)
+            owner.restore(self.target.values)
+            if isinstance(owner, ModuleOwner):
+                replaced.update(owner.replaced)
+            if isinstance(owner, RngOwner) and owner.note:
+                notes.append(owner.note)
+        take_place(self.optimizers, replaced)  # also where their state is not loaded
+        return notes
+
+
+def module_owner(part: nn.Module) -> ModuleOwner:
+    """A part of the model, its keys at the top level."""
+    return ModuleOwner(part, lambda name: (fqn(part, name),))
+
+
+class RngOwner:
+    """This process's random generators: as they were on the same layout, else derived from rank 0's."""
+
+    def __init__(self, rank: int, *, same_layout: bool):
+        self._rank = rank
+        self._same_layout = same_layout
+        self._node: Node = None
+        self.note = ""
+
+    def prepare(self, target: Target) -> None:
+        path = ("rng", f"rank{self._rank}") if self._same_layout else ("rng", "rank0", "torch")
+        self._node = target.at(path)
+        target.want_node(self._node)
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Any state fits."""
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        if self._node is None:
+            self.note = "it holds no random state: the generators stay as this run seeded them"
+        elif self._same_layout:
+            set_rng_state(assemble(self._node, values))
+        else:
+            derive_rng_state(assemble(self._node, values), self._rank)
+            self.note = "saved under another layout: each rank's random generators were seeded anew from the saved ones"
 
 
 def _several(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
-def _blank(manifest: Manifest, prefix: str) -> dict[str, Any]:
-    """A nested dict of the shape that was saved, with empty tensors and None, for the keys that start so.
-
-    Raises:
-        FormatError: the paths of the checkpoint make no sense together.
-    """
-    root: dict[str, Any] = {}
-    for path in _empty_mappings(manifest):
-        if ".".join(map(str, (*path, ""))).startswith(prefix):
-            _put(root, path, {})
-    for key, value in _blank_leaves(manifest, prefix):
-        _put(root, manifest.paths.get(key, tuple(key.split("."))), value)
-    return root
-
-
-def _empty_mappings(manifest: Manifest) -> list[Path]:
-    found = manifest.extra.get(EMPTY_MAPPINGS, [])
-    paths = [tuple(path) for path in found if isinstance(path, list) and path] if isinstance(found, list) else []
-    return [path for path in paths if all(type(part) in (str, int) for part in path)]
-
-
-def _blank_leaves(manifest: Manifest, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, entry in manifest.tensors.items():
-        if key.startswith(prefix):
-            yield key, torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-    for key in manifest.objects:
-        if key.startswith(prefix):
-            yield key, None
-
-
-def _put(root: Any, path: Path, value: Any) -> None:
-    """Set ``root[path[0]][path[1]]...``; a number as path element makes a list."""
-    for element, following in zip(path, [*path[1:], None], strict=True):
-        fits = isinstance(root, list) and 0 <= element < MAX_LIST if isinstance(element, int) else type(root) is dict
-        if not fits:
-            raise FormatError(f"the checkpoint gives the path {path}, which contradicts its other paths or is absurd")
-        if isinstance(element, int):
-            root.extend([None] * (element + 1 - len(root)))
-        here = root[element] if isinstance(element, int) else root.get(element)
-        if following is None:
-            root[element] = value
-            return
-        if here is None:
-            here = root[element] = [] if isinstance(following, int) else {}
-        root = here

@@ -1,0 +1,124 @@
+"""Loading a module through its own ``load_state_dict()``.
+
+What ``state_dict()`` shows is not always what a module holds: hooks split fused projections, modules compute what they
+show, or keep more than tensors. So a tensor is read in place only where it is the parameter or buffer of that name;
+all others are read into new memory, and ``load_state_dict()`` does with them what the module's authors meant.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from milepost.loading.target import Target, fresh_like, same_memory
+from milepost.tensors.layout import can_be_boxes
+from milepost.tensors.tree import Node, assemble
+
+EXTRA_STATE = "_extra_state"
+
+
+class ModuleOwner:
+    """A module to load. ``path_of`` tells where in the checkpoint the value of a name of its state dict stands."""
+
+    def __init__(self, module: nn.Module, path_of: Callable[[str], Sequence[str]]):
+        self._module = module
+        self._path_of = path_of
+        self._own: Mapping[str, Any] = {}
+        self._keys: dict[str, str] = {}  # of tensors
+        self._nodes: dict[str, Node] = {}  # of all else
+        self._on_meta: dict[str, torch.Tensor] = {}
+        self._all_live = True
+        self.replaced: dict[torch.Tensor, torch.Tensor] = {}
+        """Parameters and buffers that were on the meta device -> those that stand in their place now."""
+
+    def prepare(self, target: Target) -> None:
+        held = dict(tensors_of(self._module))
+        self._own = self._module.state_dict()
+        for name, value in self._own.items():
+            path = self._path_of(name)
+            key = ".".join(path)
+            if is_plain_entry(name, value):
+                live = same_memory(value, held.get(name))
+                self._keys[name] = key
+                self._all_live = self._all_live and live
+                target.want(key, value if live else fresh_like(value), live=live)
+                if value.is_meta and held.get(name) is not None:
+                    self._on_meta[name] = held[name]
+                continue
+            node = target.at(path)
+            if node is None:
+                target.want_missing([key])
+            else:
+                target.want_node(node)
+                self._nodes[name] = node
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Nothing to check beyond shapes and dtypes."""
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        if self._all_live and not self._nodes and not has_own_way(self._module):
+            return
+        state: OrderedDict[str, Any] = OrderedDict()
+        for name in self._own:
+            if name in self._keys and self._keys[name] in values:
+                state[name] = values[self._keys[name]]
+            elif name in self._nodes:
+                state[name] = assemble(self._nodes[name], values)
+        metadata = getattr(self._own, "_metadata", None)
+        if metadata is not None:  # versions of the modules' state, which some read
+            cast("Any", state)._metadata = metadata
+        if self._on_meta:
+            self.replaced = materialise(
+                self._module, {tensor: state[name] for name, tensor in self._on_meta.items() if name in state}
+            )
+        if len(state) == len(self._own):
+            self._module.load_state_dict(state)
+        else:
+            self._module.load_state_dict(state, strict=False)
+
+
+def is_plain_entry(name: str, value: object) -> bool:
+    """Whether an entry of a state dict is a tensor of a settled shape, unlike what a module keeps as extra state."""
+    is_extra = name == EXTRA_STATE or name.endswith(f".{EXTRA_STATE}")
+    return isinstance(value, torch.Tensor) and not is_extra and can_be_boxes(value)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers that a module holds, under all their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def has_own_way(module: nn.Module) -> bool:
+    """Whether anything but copying happens when a module is loaded: hooks, overrides, an extra state."""
+    return any(_has_own_way(part) for part in module.modules())
+
+
+def _has_own_way(module: nn.Module) -> bool:
+    kind = type(module)
+    return bool(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or kind.load_state_dict is not nn.Module.load_state_dict
+        or kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        or not {"load_state_dict", "_load_from_state_dict"}.isdisjoint(module.__dict__)
+    )
+
+
+def materialise(module: nn.Module, values: Mapping[torch.Tensor, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+    """Put values in the places of parameters and buffers that are on the meta device; returns what replaced what."""
+    replaced: dict[torch.Tensor, torch.Tensor] = {}
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None and old in values:
+                if old not in replaced:
+                    replaced[old] = nn.Parameter(values[old], requires_grad=old.requires_grad)
+                part._parameters[name] = cast("nn.Parameter", replaced[old])
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer in values:
+                part._buffers[name] = replaced.setdefault(buffer, values[buffer])
+    return replaced

@@ -1,0 +1,208 @@
+"""Loading an optimizer through its own ``load_state_dict()``, without one step of it, and without its losses.
+
+The state of a parameter is made from what the checkpoint holds, not from what a fresh optimizer would come to hold.
+Stock ``load_state_dict()`` casts floating-point state to the parameter's dtype and takes any iterable apart; where the
+checkpoint has the same parameters, that is undone (text, named tuples, fp32 state of bf16 parameters stay what they
+were).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from milepost.errors import StateMismatchError
+from milepost.format.manifest import TensorEntry
+from milepost.loading.target import Target, fresh_like, is_place_for, item, local_tensor
+from milepost.tensors.tree import Node, assemble, child, refs
+
+Index = int
+
+
+def indexed(optimizer: Optimizer) -> dict[nn.Parameter, Index]:
+    """The number of each parameter in the optimizer's ``state_dict()``."""
+    numbers: dict[nn.Parameter, Index] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            numbers.setdefault(parameter, len(numbers))
+    return numbers
+
+
+def want_state(target: Target, parameter: torch.Tensor, live: Mapping[Any, Any], node: Node) -> None:
+    """Read the state of a parameter: into the tensors that the optimizer holds already, where they are alike."""
+    for name in node if isinstance(node, Mapping) else ():
+        _want_state(target, parameter, live.get(name), node[name])
+
+
+def _want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -> None:
+    if isinstance(node, Mapping | list | tuple):
+        for name in node if isinstance(node, Mapping) else range(len(node)):
+            _want_state(target, parameter, item(live, name), child(node, name))
+        return
+    for key in refs(node):
+        entry = target.entry(key)
+        if entry is None:
+            target.want_node(node)
+        elif _is_alike(live, parameter, entry):
+            target.want(key, live, live=True)
+        else:
+            target.want(key, state_tensor(parameter, entry), live=False)
+
+
+def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry) -> bool:
+    """Whether a tensor that the optimizer holds is just what is stored."""
+    is_alike = (
+        isinstance(live, torch.Tensor) and live.dtype == getattr(torch, entry.dtype) and is_place_for(live, entry)
+    )
+    return is_alike and (isinstance(live, DTensor) or not isinstance(parameter, DTensor) or not entry.shape)
+
+
+def state_tensor(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """A new tensor for a stored one of a parameter's state, on the parameter's device and sharded as it is."""
+    dtype = getattr(torch, entry.dtype)
+    if entry.shape == tuple(parameter.shape) and entry.shape:
+        return fresh_like(parameter, dtype=dtype)
+    if not entry.shape:  # counters: `load_state_dict()` moves those that belong on the device
+        return torch.empty((), dtype=dtype, device="cpu")
+    local = local_tensor(parameter)
+    plain = torch.empty(entry.shape, dtype=dtype, device="cpu" if local.is_meta else local.device)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        return DTensor.from_local(plain, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return plain
+
+
+def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: Mapping[Index, bool]) -> None:
+    """``optimizer.load_state_dict(state_dict)`` with all its hooks, such that values keep their types.
+
+    ``keeps_dtype`` tells for each parameter whether its state keeps its dtype: not where the model itself is loaded
+    into another dtype than it was saved in.
+    """
+    parameters = {number: parameter for parameter, number in indexed(optimizer).items()}
+
+    def keep(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        state = {
+            number: _kept(entry, parameters[number], keeps_dtype.get(number, True)) if number in parameters else entry
+            for number, entry in given["state"].items()
+        }
+        return {**given, "state": state}
+
+    def release(loaded: Optimizer) -> None:
+        for entry in loaded.state.values():
+            _release(entry)
+
+    # After the caller's own hooks that look at what is loaded, before those that look at what was.
+    before = optimizer.register_load_state_dict_pre_hook(keep)
+    after = optimizer.register_load_state_dict_post_hook(release, prepend=True)
+    try:
+        optimizer.load_state_dict(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """A value that ``load_state_dict()`` passes on as it is."""
+
+    value: Any
+
+
+def _kept(value: Any, parameter: torch.Tensor, keeps_dtype: bool, name: Any = None) -> Any:
+    if isinstance(value, torch.Tensor):
+        would_cast = value.is_floating_point() and parameter.is_floating_point() and value.dtype != parameter.dtype
+        if keeps_dtype and would_cast and name != "step":
+            return _Kept(value.to(device=local_tensor(parameter).device))
+        return value
+    if type(value) is dict:
+        return {key: _kept(item, parameter, keeps_dtype, key) for key, item in value.items()}
+    if type(value) is list:
+        return [_kept(item, parameter, keeps_dtype) for item in value]
+    if type(value) is tuple:
+        return tuple(_kept(item, parameter, keeps_dtype) for item in value)
+    return _Kept(value) if isinstance(value, Iterable) else value
+
+
+def _release(container: Any) -> Any:
+    """Put the values back in place of what kept them; returns the container."""
+    if isinstance(container, _Kept):
+        return container.value
+    if isinstance(container, MutableMapping):
+        for key, value in container.items():
+            container[key] = _release(value)
+    elif type(container) is list:
+        container[:] = map(_release, container)
+    elif type(container) is tuple:
+        return tuple(map(_release, container))
+    return container
+
+
+class OptimizerOwner:
+    """An optimizer whose ``state_dict()``, with numbered parameters, was saved below ``path``."""
+
+    def __init__(self, optimizer: Optimizer, path: tuple[str, ...]):
+        self._optimizer = optimizer
+        self._path = path
+        self._node: Node = None
+
+    def prepare(self, target: Target) -> None:
+        node = target.at(self._path)
+        state, groups = child(node, "state"), child(node, "param_groups")
+        if node is None or groups is None:
+            target.want_missing([".".join((*self._path, "param_groups"))])
+            return
+        self._node = node
+        numbers = {number: parameter for parameter, number in indexed(self._optimizer).items()}
+        for name, entry in state.items() if isinstance(state, Mapping) else ():
+            number = int(name) if str(name).isdecimal() else -1
+            if number in numbers:
+                want_state(target, numbers[number], self._optimizer.state.get(numbers[number], {}), entry)
+            else:
+                target.want_node(entry)
+        for name, rest in node.items():
+            if name != "state":
+                target.want_node(rest)
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        if self._node is None:
+            return
+        groups = child(self._node, "param_groups")
+        saved = [_length(assemble(child(group, "params"), values)) for group in groups or ()]
+        here = [len(group["params"]) for group in self._optimizer.param_groups]
+        if saved != here:
+            where = ".".join(self._path)
+            raise StateMismatchError(
+                f"'{where}' was saved with groups of {saved} parameters, but the {type(self._optimizer).__name__} that "
+                f"it is loaded into has groups of {here}; nothing was changed",
+                mismatched=[f"{where}: groups of {saved} parameters in the checkpoint, {here} here"],
+            )
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        if self._node is None:
+            return
+        state_dict = assemble(self._node, values)
+        state = state_dict.get("state") or {}
+        state_dict["state"] = {_number(name): entry for name, entry in state.items()}
+        hand_over(self._optimizer, state_dict, keeps_dtype={})
+
+
+def _length(values: Any) -> int:
+    return len(values) if isinstance(values, list | tuple) else -1
+
+
+def _number(name: Any) -> Any:
+    """Checkpoints of before types were kept have numbers as text."""
+    return int(name) if isinstance(name, str) and name.isdecimal() else name
+
+
+def each_parameter(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+    """Each parameter of an optimizer and the group that it is in."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield group, parameter

@@ -1,0 +1,189 @@
+"""What a load reads into: for each wanted key a tensor, or a place for a value.
+
+Tensors that live in the caller's objects are filled last, once everything else has been read and checked, so that a
+load that is refused has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from milepost.format.manifest import Manifest, TensorEntry
+from milepost.tensors.layout import can_be_boxes
+from milepost.tensors.tree import Node, Tree, assemble, refs
+
+
+class Stored:
+    """What a checkpoint holds: its manifest and the tree of its values."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self.tree = Tree.of(manifest)
+
+
+MakeTensor = Callable[[str, TensorEntry], torch.Tensor]
+
+
+def empty_tensor(key: str, entry: TensorEntry) -> torch.Tensor:
+    """A plain tensor on the CPU for all of a stored one."""
+    return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
+
+
+class Target:
+    """Collects what is to be read. ``values`` holds the results under their keys once the load is done."""
+
+    def __init__(self, stored: Stored | None):
+        self._stored = stored
+        self.values: dict[str, Any] = {}
+        self.live: set[str] = set()
+        """Keys whose tensors belong to the caller's objects already: filled where they are, last."""
+        self.left: set[str] = set()
+        """Keys of the checkpoint that are of no use here."""
+
+    def want(self, key: str, tensor: torch.Tensor, *, live: bool) -> None:
+        """Read ``key`` into ``tensor``."""
+        self.values[key] = tensor
+        if live:
+            self.live.add(key)
+
+    def at(self, path: Sequence[Any]) -> Node | None:
+        """The node of the checkpoint's tree at ``path``."""
+        return None if self._stored is None else self._stored.tree.at(path)
+
+    def entry(self, key: str) -> TensorEntry | None:
+        """The stored tensor of a key; None if there is none, or another kind of value."""
+        return None if self._stored is None else self._stored.manifest.tensors.get(key)
+
+    def want_node(self, node: Node, make: MakeTensor = empty_tensor) -> None:
+        """Read all that stands below a node of the tree, as it was stored; ``make`` gives the tensors to read into."""
+        for key in refs(node):
+            entry = self.entry(key)
+            self.values[key] = None if entry is None else make(key, entry)
+
+    def leave(self, node: Node) -> None:
+        """Note values that are of no use here: they count neither as wanted nor as unexpected."""
+        self.left.update(refs(node))
+
+    def want_missing(self, keys: Iterable[str]) -> None:
+        """Note keys that an object needs and the checkpoint lacks: they are reported, and refused when strict."""
+        self.values.update(dict.fromkeys(keys))
+
+
+class Owner(Protocol):
+    """Loads one object of the caller's through its own ``load_state_dict()``."""
+
+    def prepare(self, target: Target) -> None:
+        """Add what the object wants to ``target``. The object is not changed."""
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Refuse values that don't fit. They are read, all but the live tensors; nothing has been changed yet."""
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Hand the values over."""
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a DTensor that this rank holds; any other tensor as it is. Shares memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether two tensors are the same elements of the same memory, in the same order."""
+    if other is None or type(one.detach()) is not type(other.detach()) or one.shape != other.shape:
+        return False
+    if isinstance(one, DTensor) and isinstance(other, DTensor) and one._spec != other._spec:
+        return False
+    a, b = local_tensor(one), local_tensor(other)
+    if a.layout != torch.strided or b.layout != torch.strided or a.is_meta or b.is_meta:
+        return False
+    return (a.data_ptr(), a.device, a.dtype, a.shape, a.stride()) == (
+        b.data_ptr(),
+        b.device,
+        b.dtype,
+        b.shape,
+        b.stride(),
+    )
+
+
+def fresh_like(tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A new tensor with the shape, placements and device of ``tensor`` (the CPU for one on the meta device)."""
+    tensor = tensor.detach()
+    dtype = dtype if dtype is not None else tensor.dtype
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        device = tensor.device_mesh.device_type if local.is_meta else local.device
+        return DTensor.from_local(
+            torch.empty_like(local, dtype=dtype, device=device),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    return torch.empty_like(tensor, dtype=dtype, device="cpu" if tensor.is_meta else tensor.device)
+
+
+class StatefulOwner:
+    """Anything with ``load_state_dict()``, which is given all that was saved below ``path``, as it was saved.
+
+    ``own`` is what the object's ``state_dict()`` shows now, if that may be asked: where it has a tensor of the saved
+    one's shape, it says on which device and how sharded that one is to be. With ``in_place`` it is filled itself.
+    """
+
+    def __init__(self, stateful: Any, path: Sequence[Any], *, own: Any = None, in_place: bool = False):
+        self._stateful = stateful
+        self._path = path
+        self._own = own
+        self._in_place = in_place
+        self._node: Node = None
+
+    def prepare(self, target: Target) -> None:
+        self._node = target.at(self._path)
+        if self._node is None:
+            target.want_missing([".".join(map(str, self._path))])
+        else:
+            self._want(target, self._node, self._own)
+
+    def _want(self, target: Target, node: Node, own: Any) -> None:
+        if isinstance(node, Mapping):
+            for name in node:
+                self._want(target, node[name], item(own, name))
+        elif isinstance(node, list | tuple):
+            for index, value in enumerate(node):
+                self._want(target, value, item(own, index))
+        else:
+            for key in refs(node):
+                entry = target.entry(key)
+                if entry is None or not is_place_for(own, entry):
+                    target.want_node(node)
+                elif self._in_place:
+                    target.want(key, own, live=True)
+                else:
+                    target.want(key, fresh_like(own, dtype=getattr(torch, entry.dtype)), live=False)
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """What fits is for the object to say."""
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        if self._node is not None:
+            self._stateful.load_state_dict(assemble(self._node, values))
+
+
+def item(container: Any, name: Any) -> Any:
+    """``container[name]``, or None."""
+    try:
+        return container[name]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def is_place_for(tensor: Any, entry: TensorEntry) -> bool:
+    """Whether a value is a tensor that a stored one could be read into."""
+    if not isinstance(tensor, torch.Tensor) or not can_be_boxes(tensor):
+        return False
+    return not local_tensor(tensor).is_meta and tuple(tensor.shape) == entry.shape

@@ -1,0 +1,82 @@
+"""Loading into a nested state dict of the caller's: tensors where they are, objects through their own doors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from milepost.format.manifest import DIGESTS_NAME, Manifest
+from milepost.loading.module import ModuleOwner
+from milepost.loading.optimizer import OptimizerOwner
+from milepost.loading.target import Owner, StatefulOwner, Stored, Target
+from milepost.tensors.layout import can_be_boxes
+from milepost.tensors.state import Slot, is_stateful, is_terminal
+from milepost.tensors.tree import Node, Ref, assemble
+
+Path = tuple[Any, ...]
+
+
+class Template:
+    """A nested state dict to load into.
+
+    Tensors are filled in place. Objects with ``load_state_dict()`` are given what was saved for them. None and empty
+    containers take whatever was saved in their place; other values are replaced.
+    """
+
+    def __init__(self, into: Mapping[str, Any], manifest: Manifest):
+        self.target = Target(Stored(manifest))
+        self._owners: list[Owner] = []
+        self._slots: list[tuple[Slot, Node]] = []
+        self._is_foreign = DIGESTS_NAME not in manifest.files
+        self._walk(into, ())
+        for owner in self._owners:
+            owner.prepare(self.target)
+
+    def _walk(self, container: Any, path: Path) -> None:
+        items: Iterator[tuple[Any, Any]]
+        items = iter(container.items()) if isinstance(container, Mapping) else iter(enumerate(container))
+        for index, value in items:
+            here = (*path, index)
+            if isinstance(value, torch.Tensor) and can_be_boxes(value):
+                self.target.want(".".join(map(str, here)), value, live=True)
+            elif isinstance(value, nn.Module):
+                self._owners.append(ModuleOwner(value, lambda name, here=here: (*here, name)))  # type: ignore[misc]
+            elif isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict:
+                self._owners.append(OptimizerOwner(value, here))
+            elif is_stateful(value):
+                self._owners.append(StatefulOwner(value, here, own=value.state_dict(), in_place=True))
+            elif (isinstance(value, Mapping) and value) or (isinstance(value, list) and not is_terminal(value)):
+                self._walk(value, here)
+            else:
+                self._want_value(Slot(container, index), value, here)
+
+    def _want_value(self, slot: Slot, value: Any, path: Path) -> None:
+        key = ".".join(map(str, path))
+        node = self.target.at(path)
+        takes_all = value is None or isinstance(value, Mapping | list)
+        if node is None and isinstance(value, Mapping) and self._is_foreign:
+            return  # stock DCP keeps no trace of a mapping without items
+        if node is None or not (takes_all or isinstance(node, Ref)):
+            self.target.want_missing([key])
+            return
+        if value is None or not isinstance(node, Ref):
+            self.target.want_node(node)
+        else:
+            self.target.values[key] = None  # a tensor does not go where there is another kind of value
+        self._slots.append((slot, node))
+
+    def check(self) -> None:
+        """Refuse what does not fit, once all but the live tensors is read."""
+        for owner in self._owners:
+            owner.check(self.target.values)
+
+    def restore(self) -> None:
+        """Put the values into the caller's containers and objects."""
+        for slot, node in self._slots:
+            slot.fill(assemble(node, self.target.values))
+        for owner in self._owners:
+            owner.restore(self.target.values)

@@ -1,0 +1,296 @@
+"""The optimizers of a run: state keyed by parameter name, so that it survives other groups, ranks and stages.
+
+Keys are those of stock PyTorch's flattened form: ``state.<fqn>.<name>`` and ``param_groups.<fqn>.<option>``. State
+that belongs to no parameter is kept below ``extra.<number of the optimizer>``. An optimizer whose ``state_dict()`` is
+of a form of its own (a container of others, as a rule) is saved and loaded in that form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from milepost.errors import ConfigError, SaveError, StateMismatchError
+from milepost.format.manifest import TensorEntry
+from milepost.loading.optimizer import each_parameter, hand_over, indexed, state_tensor, want_state
+from milepost.loading.target import Target, empty_tensor
+from milepost.tensors.tree import Node, assemble, child
+
+PART = "optimizer"
+NAMES = "param_names"
+"""An option of groups that were made of named parameters. It says what the keys say: stored nowhere."""
+
+COUNTER = "step"
+"""What torch's optimizers put first in a parameter's state. Older checkpoints don't tell the order."""
+
+
+def unfold(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    """The optimizers that hold state: of a container without any of its own, those that it contains."""
+    found: list[Optimizer] = []
+    for optimizer in optimizers:
+        inner = getattr(optimizer, "optimizers", None)
+        is_container = (
+            isinstance(inner, list | tuple)
+            and bool(inner)
+            and all(isinstance(item, Optimizer) for item in inner)
+            and type(optimizer).state_dict is Optimizer.state_dict
+            and not optimizer.state
+        )
+        found += unfold(inner) if is_container and inner is not None else (optimizer,)
+    return tuple(found)
+
+
+def check_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
+    """Refuse what could not be found again.
+
+    Raises:
+        ConfigError: an optimizer steps a parameter that no model part holds.
+    """
+    for optimizer in optimizers:
+        for _, parameter in each_parameter(optimizer) if isinstance(optimizer, Optimizer) else ():
+            if parameter not in names:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} steps a parameter of shape {list(parameter.shape)} that is in no "
+                    "model part given to the CheckpointManager; its state could not be found again"
+                )
+
+
+def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """All optimizers' state and options, keyed by FQN. Tensors share memory with the optimizers.
+
+    Raises:
+        SaveError: two optimizers would be stored under the same key.
+    """
+    merged: dict[str, Any] = {}
+    for number, optimizer in enumerate(optimizers):
+        state_dict = optimizer.state_dict()
+        if not has_numbered_parameters(state_dict, optimizer):  # of a form of its own, or made so by a hook
+            _merge(merged, state_dict, optimizer)
+            continue
+        numbers = {index: names[p] for p, index in indexed(optimizer).items()}
+        entries = state_dict["state"]
+        for index, entry in entries.items():
+            if index in numbers:
+                _merge(merged, _by_name(f"state.{numbers[index]}", entry), optimizer)
+        for group in state_dict["param_groups"]:
+            options = {option: value for option, value in group.items() if option not in ("params", NAMES)}
+            for index in group["params"]:
+                _merge(merged, _by_name(f"param_groups.{numbers[index]}", options), optimizer)
+        extra: dict[str, Any] = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
+        if shared := {index: entry for index, entry in entries.items() if index not in numbers}:
+            extra["state"] = shared
+        if extra:
+            merged.setdefault("extra", {})[str(number)] = extra
+    return merged
+
+
+def _by_name(prefix: str, entry: Any) -> dict[str, Any]:
+    """A parameter's entry under flat keys; as one mapping where its own keys could not be told apart in them."""
+    if not isinstance(entry, Mapping) or not all(type(key) is str and "." not in key for key in entry):
+        return {prefix: entry}
+    return {f"{prefix}.{key}": value for key, value in entry.items()}
+
+
+def _merge(into: dict[str, Any], more: Mapping[str, Any], optimizer: Optimizer) -> None:
+    for key, value in more.items():
+        if key in into:
+            raise SaveError(
+                f"{type(optimizer).__name__} and another optimizer both have state for '{key}': give one of them to "
+                "the CheckpointManager, or let each step parameters of its own",
+                key=f"{PART}.{key}",
+            )
+        into[key] = value
+
+
+def of_own_form(optimizers: Sequence[Optimizer]) -> frozenset[Optimizer]:
+    """Those whose ``state_dict()`` is not torch's, nor of the form that torch gives it."""
+    return frozenset(
+        optimizer
+        for optimizer in optimizers
+        if type(optimizer).state_dict is not Optimizer.state_dict
+        and not has_numbered_parameters(optimizer.state_dict(), optimizer)
+    )
+
+
+def has_numbered_parameters(state_dict: Any, optimizer: Optimizer) -> bool:
+    """Whether a state dict is of the form that ``torch.optim.Optimizer`` gives it, for the optimizer's groups."""
+    if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)):
+        return False
+    groups = state_dict.get("param_groups")
+    if not (
+        isinstance(groups, list) and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
+    ):
+        return False
+    return [len(group["params"]) for group in groups] == [len(group["params"]) for group in optimizer.param_groups]
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What a checkpoint holds of optimizers, by FQN: nodes of its tree."""
+
+    state: Mapping[str, Mapping[str, Node]]
+    options: Mapping[str, Mapping[str, Node]]
+    extra: Node
+    keys: Mapping[str, Node]
+    """The part as it stands, for optimizers that have a form of their own."""
+
+
+def saved_optimizers(node: Node, names: Sequence[str]) -> _Saved:
+    """Sort what stands below ``optimizer`` by the names of this run's parameters.
+
+    Keys of stock PyTorch and of older checkpoints have the name and the rest in one text, where the longest name that
+    fits is the right one.
+    """
+    part = node if isinstance(node, Mapping) else {}
+    by_name: dict[str, dict[str, dict[str, Node]]] = {"state": {}, "param_groups": {}}
+    known = set(names)
+    for key, value in part.items():
+        kind, dot, rest = str(key).partition(".")
+        if dot and kind in by_name and rest in known and isinstance(value, Mapping):
+            by_name[kind][rest] = dict(value)
+        elif dot and kind in by_name and (name := _longest_prefix(rest, known)) is not None:
+            _put(by_name[kind].setdefault(name, {}), rest[len(name) + 1 :].split("."), value)
+    for name, entry in by_name["state"].items():
+        by_name["state"][name] = dict(sorted(entry.items(), key=lambda item: item[0] != COUNTER))
+    return _Saved(by_name["state"], by_name["param_groups"], part.get("extra"), part)
+
+
+def _longest_prefix(text: str, names: set[str]) -> str | None:
+    while "." in text:
+        text = text.rpartition(".")[0]
+        if text in names:
+            return text
+    return None
+
+
+def _put(root: dict[str, Node], path: Sequence[str], value: Node) -> None:
+    for element in path[:-1]:
+        root = root.setdefault(element, {})
+    root[path[-1]] = value
+
+
+class OptimizersOwner:
+    """All optimizers of a run, to load from what :func:`optimizer_state` saved, or stock PyTorch."""
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str], own_form: Collection[Optimizer]
+    ):
+        self._optimizers = optimizers
+        self._names = names
+        self._saved = _Saved({}, {}, None, {})
+        self._own_form = {number for number, optimizer in enumerate(optimizers) if optimizer in own_form}
+        self._keeps_dtype: dict[str, bool] = {}
+
+    def prepare(self, target: Target) -> None:
+        self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()))
+        for number, optimizer in enumerate(self._optimizers):
+            if number in self._own_form:
+                target.want_node(self._saved.keys, self._make_by_name)
+                continue
+            for group, parameter in each_parameter(optimizer):
+                self._want(target, optimizer, group, parameter)
+            target.want_node(child(self._saved.extra, str(number)))
+        for parameter, name in self._names.items():
+            entry = target.entry(name)
+            self._keeps_dtype[name] = entry is None or getattr(torch, entry.dtype) == parameter.dtype
+
+    def _want(self, target: Target, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
+        name = self._names[parameter]
+        want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
+        saved = self._saved.options.get(name, {})
+        for option in _options(group):
+            if option in saved:
+                target.want_node(saved[option])
+            else:
+                target.want_missing([f"{PART}.param_groups.{name}.{option}"])
+        target.leave(saved.get(NAMES))
+
+    def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
+        name = _longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
+        parameter = next((p for p, n in self._names.items() if n == name), None)
+        return empty_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Raises StateMismatchError if parameters of one group were saved with different options."""
+        for number, optimizer in enumerate(self._optimizers):
+            for group in optimizer.param_groups if number not in self._own_form else ():
+                self._check_group(group, values)
+
+    def _check_group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        names = [self._names[parameter] for parameter in group["params"]]
+        for option in _options(group):
+            first: Any = None
+            for name in names:
+                node = self._saved.options.get(name, {}).get(option)
+                value = assemble(node, values)
+                if name == names[0]:
+                    first = value
+                elif _differs(value, first):
+                    raise StateMismatchError(
+                        f"the optimizer puts {name} in one group with {names[0]}, but they were saved with different "
+                        f"values of {option} ({value} and {first}); group them as they were. Nothing was changed",
+                    )
+
+    def adopt(self, replaced: Mapping[Any, Any]) -> None:
+        """Go on with parameters that have taken the place of others (see ``ModuleOwner.replaced``)."""
+        self._names = {replaced.get(parameter, parameter): name for parameter, name in self._names.items()}
+        take_place(self._optimizers, replaced)
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        for number, optimizer in enumerate(self._optimizers):
+            if number in self._own_form:
+                optimizer.load_state_dict(assemble(self._saved.keys, values))
+                continue
+            indices = indexed(optimizer)
+            names = {index: self._names[parameter] for parameter, index in indices.items()}
+            state = {
+                i: assemble(self._saved.state[name], values) for i, name in names.items() if name in self._saved.state
+            }
+            groups = [
+                {**self._group(group, values), "params": [indices[parameter] for parameter in group["params"]]}
+                for group in optimizer.param_groups
+            ]
+            extra = assemble(child(self._saved.extra, str(number)), values) or {}
+            shared = extra.pop("state", {})
+            hand_over(
+                optimizer,
+                {"state": {**state, **shared}, "param_groups": groups, **extra},
+                keeps_dtype={index: self._keeps_dtype[name] for index, name in names.items()},
+            )
+
+    def _group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """A group's options: as they were saved, and as they are here where the checkpoint has none."""
+        found = {option: group[option] for option in group if option != "params"}
+        saved = self._saved.options.get(self._names[group["params"][0]], {}) if group["params"] else {}
+        for option in _options(group):
+            if option in saved:
+                value = assemble(saved[option], values)
+                here = group[option]
+                if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor):
+                    value = value.to(here.device)
+                found[option] = value
+        return found
+
+
+def _options(group: Mapping[str, Any]) -> list[str]:
+    return [option for option in group if option not in ("params", NAMES)]
+
+
+def take_place(optimizers: Sequence[Optimizer], replaced: Mapping[Any, Any]) -> None:
+    """Let optimizers that were made over parameters on the meta device step those that were loaded."""
+    for optimizer in optimizers if replaced else ():
+        for group in optimizer.param_groups:
+            group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        for old in [parameter for parameter in optimizer.state if parameter in replaced]:
+            optimizer.state[replaced[old]] = optimizer.state.pop(old)
+
+
+def _differs(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return not torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    return bool(one != other)

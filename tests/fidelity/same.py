@@ -1,0 +1,73 @@
+"""Equality to the last bit, types included, and a digest of everything that a run holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def assert_same(found: Any, expected: Any, what: str = "state") -> None:
+    """Type and every bit (of NaNs and signed zeros too) are the same."""
+    assert type(found) is type(expected), f"{what}: {type(found)} instead of {type(expected)}"
+    if isinstance(expected, torch.Tensor):
+        assert (found.dtype, found.shape, found.device) == (expected.dtype, expected.shape, expected.device), what
+        if isinstance(expected, DTensor):
+            assert (found.placements, found.device_mesh) == (expected.placements, expected.device_mesh), what
+        assert raw_bytes(found) == raw_bytes(expected), what
+    elif isinstance(expected, np.ndarray | np.generic):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), what
+        assert found.tobytes() == expected.tobytes(), what
+    elif isinstance(expected, Mapping):
+        assert sorted(map(repr, found)) == sorted(map(repr, expected)), what
+        for key in expected:
+            assert_same(found[key], expected[key], f"{what}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), what
+        for number, value in enumerate(expected):
+            assert_same(found[number], value, f"{what}.{number}")
+    elif isinstance(expected, float):
+        assert found.hex() == expected.hex(), what
+    else:
+        assert found == expected, what
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The elements of a tensor in row-major order; of a DTensor, of this rank's part."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if tensor.is_quantized:
+        return raw_bytes(tensor.int_repr()) + repr(tensor.qscheme()).encode()
+    if tensor.layout != torch.strided:
+        tensor = tensor.coalesce()
+        return raw_bytes(tensor.indices()) + raw_bytes(tensor.values())
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def digest(value: Any) -> str:
+    """A digest of all bytes of a nested state; of random generators too, where it holds their state."""
+    sha = hashlib.sha256()
+    _feed(sha, value)
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, value: Any) -> None:
+    sha.update(f"<{type(value).__qualname__}>".encode())
+    if isinstance(value, torch.Tensor):
+        sha.update(f"{value.dtype}{tuple(value.shape)}".encode() + raw_bytes(value))
+    elif isinstance(value, np.ndarray):
+        sha.update(str(value.dtype).encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _feed(sha, key)
+            _feed(sha, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _feed(sha, item)
+    else:
+        sha.update(repr(value).encode())

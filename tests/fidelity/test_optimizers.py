@@ -1,0 +1,355 @@
+"""Every optimizer of torch comes back as it was, through its own ``load_state_dict()``, without one step of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from same import assert_same, digest
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from milepost import CheckpointConfig, CheckpointManager, StateMismatchError
+from milepost.run import catalog
+from milepost.storage import LocalStorage
+from milepost.testing.world import run_world
+
+CLASSES = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
+}
+"""All of them: one that a new torch version brings is tried without being named here."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "SGD without momentum": {},
+    "Adam amsgrad": {"amsgrad": True},
+    "Adam with a tensor as rate": {"lr": torch.tensor(0.02), "foreach": False},
+    "AdamW fused": {"fused": True},
+    "RMSprop centered": {"centered": True, "momentum": 0.1},
+    "LBFGS": {"history_size": 3, "line_search_fn": "strong_wolfe"},
+}
+CONFIG = CheckpointConfig(enable=True, interval=1, last_save_model_only=False)
+
+Make = Callable[[nn.Module], Optimizer]
+
+
+def makes() -> dict[str, Make]:
+    names = dict.fromkeys([*CLASSES, *VARIANTS])
+    return {name: lambda model, name=name: build(name, model) for name in names}  # type: ignore[misc]
+
+
+def build(name: str, model: nn.Module) -> Optimizer:
+    kind = CLASSES[name.split()[0]]
+    options = VARIANTS.get(name, {})
+    if "lr" in inspect.signature(kind).parameters:
+        options = {"lr": 0.05, **options}
+    parameters = [p for p in model.parameters() if kind is not torch.optim.Muon or p.dim() == 2]
+    if kind is torch.optim.LBFGS or kind is torch.optim.SparseAdam:
+        return kind(parameters, **options)
+    half = len(parameters) // 2
+    return kind([{"params": parameters[:half]}, {"params": parameters[half:], **options}], **options)
+
+
+class Net(nn.Module):
+    """An embedding with sparse gradients, where the optimizer wants those, and two layers."""
+
+    def __init__(self, sparse: bool):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4, sparse=sparse)
+        self.layers = nn.ModuleList([] if sparse else [nn.Linear(4, 6), nn.Linear(6, 2)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        out: torch.Tensor = x.square().mean()
+        return out
+
+
+def new_model(name: str, seed: int) -> Net:
+    torch.manual_seed(seed)
+    return Net(sparse=name.split()[0] == "SparseAdam")
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(0, 8, (6,), generator=torch.Generator().manual_seed(step))
+
+        def closure(tokens: torch.Tensor = tokens) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(tokens)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def save(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    manager = CheckpointManager(folder, CONFIG, model=model, optimizer=optimizer)
+    manager.save(1)
+    manager.close()
+
+
+def load(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    manager = CheckpointManager(folder, CONFIG, model=model, optimizer=optimizer)
+    try:
+        manager.load()
+    finally:
+        manager.close()
+
+
+@pytest.mark.parametrize("name", makes())
+def test_a_resumed_run_equals_the_undisturbed_one(memory_path: Path, name: str) -> None:
+    model = new_model(name, 0)
+    optimizer = build(name, model)
+    train(model, optimizer, range(3))
+    save(memory_path / "run", model, optimizer)
+
+    resumed = new_model(name, 1)
+    again = build(name, resumed)
+    steps = []
+    again.register_step_pre_hook(lambda *args: steps.append("before"))
+    again.register_step_post_hook(lambda *args: steps.append("after"))
+    load(memory_path / "run", resumed, again)
+    assert steps == []
+    assert_same(again.state_dict(), optimizer.state_dict(), name)
+
+    train(model, optimizer, range(3, 6))
+    train(resumed, again, range(3, 6))
+    assert_same(again.state_dict(), optimizer.state_dict(), name)
+    assert_same(resumed.state_dict(), model.state_dict(), name)
+
+
+# ---- on two ranks ----
+
+WITHOUT_DTENSOR = {"LBFGS", "SparseAdam", "Adafactor", "Muon", "Rprop"}
+"""Torch itself does not step DTensors with these."""
+
+
+def two_ranks(folder: Path, wrap: str) -> list[str]:
+    """Each optimizer in turn, to be run on two ranks; returns those that were tried."""
+    mesh = init_device_mesh("cpu", (2,))
+    tried = []
+
+    def wrapped(name: str, seed: int) -> nn.Module:
+        model = new_model(name, seed)
+        if wrap == "ddp":
+            return DistributedDataParallel(model)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    for name in makes():
+        if name.split()[0] in (WITHOUT_DTENSOR if wrap == "fsdp" else {"SparseAdam"}):
+            continue
+        model = wrapped(name, 0)
+        optimizer = build(name, model)
+        train(model, optimizer, range(2))
+        save(folder / name, model, optimizer)
+        resumed = wrapped(name, 1)
+        again = build(name, resumed)
+        load(folder / name, resumed, again)
+        for pair in ((model, optimizer), (resumed, again)):
+            train(*pair, range(2, 4))
+        assert_same(again.state_dict(), optimizer.state_dict(), name)
+        assert_same(resumed.state_dict(), model.state_dict(), name)
+        tried.append(name)
+    return tried
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_on_two_ranks(memory_path: Path, wrap: str) -> None:
+    tried, _ = run_world(two_ranks, 2, memory_path, wrap, timeout_s=120)
+    assert len(tried) >= 14
+
+
+# ---- state of other kinds ----
+
+
+class Odd(torch.optim.SGD):
+    """Keeps state for the whole run, text, and statistics in higher precision than its parameters."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        shared = self.state.setdefault("shared", {"calls": 0, "norms": []})
+        shared["calls"] += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["precise"] = state.get("precise", 0) + parameter.detach().double() / 3
+                state["label"] = f"step {shared['calls']}"
+                state["seen"] = (shared["calls"], "twice")
+        shared["norms"].append(float(self.param_groups[0]["params"][0].detach().norm()))
+        return loss
+
+
+def test_state_that_belongs_to_no_parameter_and_state_that_stock_torch_would_change(memory_path: Path) -> None:
+    model, resumed = (new_model("SGD", seed).bfloat16() for seed in (0, 1))
+    optimizer, again = (Odd(m.parameters(), lr=0.1, momentum=0.9) for m in (model, resumed))
+    train(model, optimizer, range(3))
+    save(memory_path / "run", model, optimizer)
+    load(memory_path / "run", resumed, again)
+    assert_same(again.state_dict(), optimizer.state_dict())
+    assert again.state_dict()["state"]["shared"]["calls"] == 3
+    assert again.state_dict()["state"][0]["precise"].dtype == torch.float64
+
+
+def test_a_model_in_another_dtype_takes_its_optimizer_along(memory_path: Path) -> None:
+    """fp32 state of an fp32 model goes with the model into bf16, as torch does it."""
+    model = new_model("AdamW", 0)
+    optimizer = build("AdamW", model)
+    train(model, optimizer, range(2))
+    save(memory_path / "run", model, optimizer)
+    resumed = new_model("AdamW", 1).bfloat16()
+    again = build("AdamW", resumed)
+    load(memory_path / "run", resumed, again)
+    found, expected = again.state_dict()["state"][0], optimizer.state_dict()["state"][0]
+    assert_same(found["exp_avg"], expected["exp_avg"].bfloat16())
+    assert_same(found["step"], expected["step"])
+
+
+def test_hooks_of_the_user_see_what_is_saved_and_loaded(memory_path: Path) -> None:
+    model = new_model("Adam", 0)
+    optimizer = build("Adam", model)
+    train(model, optimizer, range(2))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": "from a hook"})
+    save(memory_path / "run", model, optimizer)
+    resumed = new_model("Adam", 1)
+    again = build("Adam", resumed)
+    seen: list[Any] = []
+    again.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["note"]))
+    again.register_load_state_dict_post_hook(lambda loaded: seen.append(len(loaded.state)))
+    load(memory_path / "run", resumed, again)
+    assert seen == ["from a hook", 5]
+
+
+# ---- containers ----
+
+
+class Bare(Optimizer):
+    """A container that adds nothing: its members hold the state."""
+
+    def __init__(self, optimizers: list[Optimizer]):
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for g in o.param_groups for p in g["params"]], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+class Named(Bare):
+    """A container whose state dict is flat and goes by the names of the parameters, as torchtitan's is."""
+
+    def __init__(self, optimizers: list[Optimizer], model: nn.Module):
+        self.model = model
+        super().__init__(optimizers)
+
+    def _entries(self) -> Iterator[tuple[Optimizer, dict[str, Any], nn.Parameter, str]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield optimizer, group, parameter, names[parameter]
+
+    def state_dict(self) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for optimizer, group, parameter, name in self._entries():
+            flat.update({f"state.{name}.{key}": value for key, value in optimizer.state[parameter].items()})
+            flat.update({f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"})
+        return flat
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, group, parameter, name in self._entries():
+            start = f"state.{name}."
+            optimizer.state[parameter] = {k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)}
+            for key in group:
+                if key != "params":
+                    group[key] = state_dict[f"param_groups.{name}.{key}"]
+
+
+def contained(kind: str, model: nn.Module) -> Any:
+    embedding, *layers = list(model.children())
+    members: list[Optimizer] = [
+        torch.optim.SGD(embedding.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.AdamW([p for layer in layers for p in layer.parameters()], lr=0.02),
+    ]
+    if kind == "several":
+        return members
+    return Bare(members) if kind == "bare" else Named(members, model)
+
+
+def members_of(optimizer: Any) -> list[Optimizer]:
+    return optimizer if isinstance(optimizer, list) else list(optimizer.optimizers)
+
+
+@pytest.mark.parametrize("loaded_as", ["several", "bare", "named"])
+@pytest.mark.parametrize("saved_as", ["several", "bare", "named"])
+def test_containers_of_optimizers(memory_path: Path, saved_as: str, loaded_as: str) -> None:
+    """None saves an empty optimizer, and each is loaded from what another saved."""
+    model, resumed = new_model("AdamW", 0), new_model("AdamW", 1)
+    optimizer, again = contained(saved_as, model), contained(loaded_as, resumed)
+    for member in members_of(optimizer):
+        train(model, member, range(2))
+    save(memory_path / "run", model, optimizer)
+    manifest = catalog.read_manifest(LocalStorage(memory_path / "run"), "step-1")
+    assert {"optimizer.state.embedding.weight.momentum_buffer", "optimizer.state.layers.0.weight.exp_avg"} <= set(
+        manifest.tensors
+    )
+    load(memory_path / "run", resumed, again)
+    for found, expected in zip(members_of(again), members_of(optimizer), strict=True):
+        assert digest(found.state_dict()["param_groups"]) == digest(expected.state_dict()["param_groups"])
+        for index, entry in expected.state_dict()["state"].items():
+            for key, value in entry.items():
+                assert_same(found.state_dict()["state"][index][key], value)
+
+
+def test_names_of_parameters_are_stored_once(memory_path: Path) -> None:
+    model, resumed = new_model("AdamW", 0), new_model("AdamW", 1)
+    optimizer, again = (torch.optim.AdamW(m.named_parameters(), lr=0.1) for m in (model, resumed))
+    train(model, optimizer, range(2))
+    save(memory_path / "run", model, optimizer)
+    load(memory_path / "run", resumed, again)
+    assert_same(again.state_dict(), optimizer.state_dict())
+    assert again.param_groups[0]["param_names"] == [name for name, _ in resumed.named_parameters()]
+    manifest = catalog.read_manifest(LocalStorage(memory_path / "run"), "step-1")
+    assert not [key for key in manifest.objects if "param_names" in key]
+
+
+def test_loading_into_an_optimizer_that_has_state_already(memory_path: Path) -> None:
+    """It keeps its memory, and loses what the checkpoint does not have."""
+    model = new_model("AdamW", 0)
+    optimizer = build("AdamW", model)
+    train(model, optimizer, range(2))
+    save(memory_path / "run", model, optimizer)
+    expected = digest(optimizer.state_dict())
+    memory = optimizer.state[model.embedding.weight]["exp_avg"].data_ptr()
+    train(model, optimizer, range(2, 4))
+    optimizer.state[model.embedding.weight]["made later"] = torch.ones(3)
+    load(memory_path / "run", model, optimizer)
+    assert digest(optimizer.state_dict()) == expected
+    assert optimizer.state[model.embedding.weight]["exp_avg"].data_ptr() == memory
+
+
+def test_a_refused_load_leaves_no_step_behind(memory_path: Path) -> None:
+    model = new_model("AdamW", 0)
+    optimizer = build("AdamW", model)
+    train(model, optimizer, range(2))
+    save(memory_path / "run", model, optimizer)
+    other = nn.Sequential(nn.Linear(3, 3))
+    fresh = torch.optim.AdamW(other.parameters())
+    with pytest.raises(StateMismatchError):
+        load(memory_path / "run", other, fresh)
+    assert not fresh.state
