@@ -68,7 +68,7 @@ IN_A_LOAD = {
     "plan": "milepost.loading.load.plan_load",
     "open a file": "milepost.loading.reader._Session",
     "read": "milepost.storage.local._LocalRead.read_into",
-    "read a tensor": "milepost.loading.reader._run",
+    "read a tensor": "milepost.loading.reader.map_in_threads",
     "read a value": "milepost.loading.reader.decode_object",
     "restore the optimizer": "milepost.training.optimizers.OptimizersOwner.restore",
     "load_state_dict of lr_scheduler": "lr_scheduler.load_state_dict",
