@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from zoo import save_model
 
+from milepost.cli.main import main
 from milepost.errors import ConfigError, DigestMismatchError
 from milepost.interop.convert import convert
 from milepost.interop.options import ConvertOptions
@@ -36,7 +37,14 @@ def test_elements_that_differ_are_counted_and_the_largest_is_placed(memory_path:
     b = a.copy()
     b[1, 2] += 0.5
     b[3, 5] -= 2
-    assert change(memory_path, a, b) == ValueChange("w", 24, 2, 2.0, pytest.approx(2 / 23), (3, 5))  # type: ignore[arg-type]
+    found = change(memory_path, a, b)
+    assert found == ValueChange(
+        "w", 24, 2, 2.0, pytest.approx(2 / 23), (3, 5),  # type: ignore[arg-type]
+        mean_abs=pytest.approx(2.5 / 24),  # type: ignore[arg-type]
+        relative_norm=pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a)),  # type: ignore[arg-type]
+        cosine=pytest.approx((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert found.share_different == 2 / 24
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", ml_dtypes.bfloat16, "complex64", "float64"])
@@ -135,3 +143,64 @@ def test_a_model_is_the_same_in_every_format(memory_path: Path, name: str) -> No
 def test_model_and_flavor_go_together(memory_path: Path) -> None:
     with pytest.raises(ConfigError, match="go together"):
         diff(memory_path, memory_path, model="llama3")
+
+
+def test_figures_of_a_change_are_over_what_is_finite_on_both_sides(memory_path: Path) -> None:
+    a = np.array([3.0, math.nan, 4.0, 1.0], "float32")
+    b = np.array([3.0, 1.0, 2.0, math.inf], "float32")
+    found = change(memory_path, a, b)
+    assert found is not None
+    assert (found.mean_abs, found.relative_norm) == (1.0, pytest.approx(2 / 5))
+    assert found.num_different == 3
+
+
+def test_only_keys_of_a_glob_are_compared_and_equal_digests_may_be_trusted(memory_path: Path) -> None:
+    a = {"x.w": np.zeros(4, "float32"), "y.w": np.zeros(4, "float32"), "y.b": np.zeros(4, "float32")}
+    b = {**a, "x.w": np.ones(4, "float32"), "y.b": np.full(4, 2, "float32")}
+    storage = LocalStorage(memory_path)
+    save_arrays(storage, "a", a)
+    save_arrays(storage, "b", b)
+    done: list[tuple[int, int]] = []
+    report = diff(
+        memory_path / "a", memory_path / "b", values=True, trust_digests=True, keys=["y.*"],
+        progress=lambda now, total: done.append((now, total)),
+    )  # fmt: skip
+    assert [change.key for change in report.values] == ["y.b"]
+    assert (report.num_same, report.num_unknown) == (1, 0)
+    assert done[-1] == (16, 16)  # the bytes of y.b alone
+
+
+def saved(folder: Path, **tensors: Array) -> None:
+    save_arrays(LocalStorage(folder.parent), folder.name, tensors)
+
+
+def test_nothing_in_common_is_no_success(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(memory_path / "a", x=np.zeros(4, "float32"))
+    saved(memory_path / "b", y=np.zeros(4, "float32"))
+    assert main(["diff", str(memory_path / "a"), str(memory_path / "b")]) == 3
+    assert "nothing was compared" in capsys.readouterr().err
+
+
+def test_a_tolerance_decides_the_exit_status(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(memory_path / "a", x=np.zeros(4, "float32"), y=np.zeros(4, "float32"))
+    saved(memory_path / "b", x=np.full(4, 1e-3, "float32"), y=np.full(4, 1.0, "float32"))
+    paths = [str(memory_path / "a"), str(memory_path / "b")]
+    assert main(["diff", *paths, "--tolerance", "0.01"]) == 9
+    assert "1 of 2 common keys, 1 of them within the tolerance" in capsys.readouterr().out
+    assert main(["diff", *paths, "--tolerance", "0.01", "--keys", "x"]) == 0
+
+
+def test_what_changed_most_comes_first_and_the_rest_is_summed_up(
+    memory_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {f"layers.{i}.w": np.ones(4, "float32") for i in range(30)}
+    saved(memory_path / "a", **before)
+    saved(memory_path / "b", **{key: array * (2 + i) for i, (key, array) in enumerate(before.items())})
+    paths = [str(memory_path / "a"), str(memory_path / "b")]
+    assert main(["diff", *paths]) == 9
+    out = capsys.readouterr().out
+    assert out.index("layers.29.w") < out.index("layers.28.w") < out.index("layers.10.w")
+    assert "... and 10 more that changed by 100.000% to 1000.000%; --all shows them" in out
+    assert "layers.3.w" not in out
+    assert main(["diff", *paths, "--all"]) == 9
+    assert "layers.3.w" in capsys.readouterr().out

@@ -5,40 +5,55 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milepost.cli.render import console, print_json, print_table, printable, progress_bar
-from milepost.errors import listed
+from milepost.errors import CheckpointNotFoundError, listed
 
 if TYPE_CHECKING:
-    from milepost.report.diff import DiffReport, Held
+    from milepost.report.diff import DiffReport, Held, ValueChange
 
 DIFFERENT = 9
 """Exit status when the two differ."""
 MAX_LINES = 50
+MAX_CHANGES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost diff``."""
     parser.description = (
-        "Compare what two places hold: keys, dtypes and shapes, and with --values every element. Each is a checkpoint\n"
-        "folder of Milepost, torchtitan or stock DCP, a Hugging Face folder, a .pt/.pth or a .safetensors file. With\n"
-        "--model and --flavor the models are compared whatever names and order of weights the formats have."
+        "Say in what two places differ, and by how much: keys, dtypes, shapes, and the elements of all tensors whose\n"
+        "stored bytes are not known to be the same. Each is a checkpoint folder of Milepost, torchtitan or stock DCP,\n"
+        "a Hugging Face folder, a .pt/.pth or a .safetensors file. With --model and --flavor the models are compared\n"
+        "whatever names and order of weights the formats have."
     )
     parser.epilog = (
+        "CHANGE is the norm of the difference over the norm of A. The tensors that changed most come first.\n\n"
         "examples:\n"
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000\n"
-        "  milepost diff outputs/checkpoint/step-500 model.pt --values\n"
+        "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000 --keys 'layers.0.*' --all\n"
+        "  milepost diff outputs/checkpoint/step-500 model.pt --values --tolerance 1e-6\n"
         "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n\n"
         "exit status: 0 no difference was found, 9 they differ, 3 there is nothing to compare, 5 one is damaged,\n"
         "2 wrong usage, 7 one can't be read, 8 one is not the model given\n"
     )
     parser.add_argument("a", metavar="A", help="a checkpoint folder, a Hugging Face folder or a file")
     parser.add_argument("b", metavar="B", help="what to compare it with")
-    parser.add_argument(
-        "--values", action="store_true", help="read both whole and compare element by element, checking digests"
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--values", action="store_true", help="read both whole and compare element by element, whatever the digests say"
     )
+    how.add_argument("--quick", action="store_true", help="read metadata alone: which bytes differ, not by how much")
+    parser.add_argument(
+        "--keys", metavar="GLOB", action="append", default=[], help="only keys that match; may be given several times"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="X",
+        help="tensors whose elements differ by at most X count as the same (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help=f"print every tensor that changed, not {MAX_CHANGES}")
     parser.add_argument("--model", help="llama3 or qwen3: compare the models alone, by Milepost's names")
     parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -48,55 +63,97 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print what differs; 9 if anything does."""
     from milepost.report.diff import diff  # with numpy and the readers, which --help can do without
 
-    with progress_bar("comparing") if args.values else contextlib.nullcontext() as progress:
-        report = diff(args.a, args.b, values=args.values, model=args.model, flavor=args.flavor, progress=progress)
+    with progress_bar("comparing") if not args.quick else contextlib.nullcontext() as progress:
+        report = diff(
+            args.a,
+            args.b,
+            values=not args.quick,
+            trust_digests=not args.values,
+            keys=args.keys,
+            model=args.model,
+            flavor=args.flavor,
+            progress=progress,
+        )
+    if not report.num_common:
+        raise CheckpointNotFoundError(
+            f"no key is both in {args.a} and in {args.b}: nothing was compared. To compare a model across formats give "
+            "--model and --flavor",
+            path=args.b,
+        )
+    report = report.within(args.tolerance)
     if args.json:
         print_json({"same": report.is_same} | dataclasses.asdict(report))
     else:
-        _print(report, compared_values=args.values)
+        _print(report, limit=None if args.all else MAX_CHANGES, quick=args.quick)
     return 0 if report.is_same else DIFFERENT
 
 
-def _print(report: DiffReport, *, compared_values: bool) -> None:
+def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
     _print_list(f"only in {report.a}", [_held(held) for held in report.only_a])
     _print_list(f"only in {report.b}", [_held(held) for held in report.only_b])
     kinds = [f"{change.key}: {_kind(change.a)} in A, {_kind(change.b)} in B" for change in report.kinds]
     _print_list("of another dtype or shape", kinds)
     _print_list("stored with other bytes", report.other_bytes)
     if report.values:
-        console().print(f"with other values ({len(report.values)}):")
-        rows = [
-            (
-                change.key,
-                str(change.num_different),
-                str(change.num_elements),
-                f"{change.max_abs:.3g}",
-                f"{change.max_rel:.3g}",
-                str(list(change.at)),
-            )
-            for change in sorted(report.values, key=lambda change: -change.max_abs)[:MAX_LINES]
-        ]
-        print_table(
-            ("KEY", "DIFFERENT", "OF", "MAX |A-B|", "MAX RELATIVE", "AT"),
-            rows,
-            numeric=("DIFFERENT", "OF", "MAX |A-B|", "MAX RELATIVE"),
+        _print_changes(report.by_change(), limit)
+    console().print(_summary(report, quick=quick), markup=False)
+
+
+def _print_changes(changes: Sequence[ValueChange], limit: int | None) -> None:
+    console().print(f"with other values ({len(changes)}), those that changed most first:")
+    shown = changes[:limit]
+    numbers = ("CHANGE", "MAX |A-B|", "MEAN |A-B|", "MAX RELATIVE", "COSINE", "DIFFERENT")
+    rows = [
+        (
+            change.key,
+            _percent(change.relative_norm),
+            f"{change.max_abs:.3g}",
+            f"{change.mean_abs:.3g}",
+            f"{change.max_rel:.3g}",
+            f"{change.cosine:.6f}",
+            f"{change.share_different:.1%}",
+            str(list(change.at)),
         )
-        if len(report.values) > MAX_LINES:
-            console().print(f"  ... and {len(report.values) - MAX_LINES} more; --json lists them")
-    console().print(_summary(report, compared_values=compared_values), markup=False)
+        for change in shown
+    ]
+    print_table(("KEY", *numbers, "AT"), rows, numeric=numbers)
+    if len(changes) > len(shown):
+        rest = changes[len(shown) :]
+        least, most = rest[-1].relative_norm, rest[0].relative_norm
+        console().print(
+            f"  ... and {len(rest)} more that changed by {_percent(least)} to {_percent(most)}; --all shows them"
+        )
+        _print_groups(changes)
 
 
-def _summary(report: DiffReport, *, compared_values: bool) -> str:
-    different = {change.key for change in report.kinds} | {change.key for change in report.values}
-    num_common = report.num_same + report.num_unknown + len(different | set(report.other_bytes))
-    if not num_common:
-        return "no key is in both; to compare a model across formats give --model and --flavor"
-    same = f"{report.num_same} of {num_common} common keys are the same"
+def _print_groups(changes: Sequence[ValueChange]) -> None:
+    """What changed by part and layer, in one line each."""
+    groups: dict[str, list[ValueChange]] = {}
+    for change in changes:
+        groups.setdefault(change.group, []).append(change)
+    numbers = ("TENSORS", "CHANGE", "MAX |A-B|")
+    rows = []
+    for name, members in groups.items():
+        finite = [m.relative_norm for m in members if math.isfinite(m.relative_norm)]
+        rms = math.sqrt(sum(x * x for x in finite) / len(finite)) if finite else math.nan
+        rows.append((name, str(len(members)), _percent(rms), f"{max(m.max_abs for m in members):.3g}"))
+    console().print("by part and layer (root mean square of the changes):")
+    print_table(("GROUP", *numbers), rows, numeric=numbers)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.3%}" if math.isfinite(share) else "NaN"
+
+
+def _summary(report: DiffReport, *, quick: bool) -> str:
+    same = f"the same: {report.num_same} of {report.num_common} common keys"
+    if report.num_within:
+        same += f", {report.num_within} of them within the tolerance"
     if not report.num_unknown:
         return same
-    if compared_values:
-        return f"{same}; of {report.num_unknown} values that are no tensors nothing is known"
-    return f"{same}, {report.num_unknown} are the same but for values; compare these with --values"
+    if quick:
+        return f"{same}; of {report.num_unknown} the values were not compared: do so without --quick"
+    return f"{same}; {report.num_unknown} are values that are not tensors and could not be compared"
 
 
 def _print_list(title: str, lines: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import threading
 import time
@@ -83,8 +84,16 @@ def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
 
 
 def print_json(value: Any) -> None:
-    """A result for programs: one JSON document."""
-    print(json.dumps(value, indent=2))
+    """A result for programs: one JSON document. JSON has no NaN and no infinity: null stands for them."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *, numeric: Sequence[str] = ()) -> None:

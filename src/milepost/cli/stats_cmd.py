@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from milepost.cli.render import console, print_json, print_table, progress_bar
 from milepost.errors import CheckpointNotFoundError
@@ -46,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         source.check_digests()
         left_out = {key: source.tensors[key].dtype for key in keys if key not in set(countable)}
     if args.json:
-        print_json({"tensors": [_finite(dataclasses.asdict(s)) for s in found], "left_out": left_out})
+        print_json({"tensors": [dataclasses.asdict(s) for s in found], "left_out": left_out})
         return 0
     rows = [
         (s.key, f"{s.dtype} {list(s.shape)}", *(f"{v:.6g}" for v in (s.minimum, s.maximum, s.mean, s.std, s.norm)),
@@ -74,8 +72,3 @@ def chosen(keys: Iterable[str], patterns: Sequence[str], path: str) -> list[str]
             raise CheckpointNotFoundError(f"{path} has no key that matches '{pattern}'{hint}", path=path)
         found.update(dict.fromkeys(matches))
     return list(found)
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: None stands for it."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

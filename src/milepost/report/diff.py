@@ -10,8 +10,10 @@ other bytes, where both are cut into the same shards.
 
 from __future__ import annotations
 
+import fnmatch
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +75,24 @@ class ValueChange:
     max_rel: float
     at: tuple[int, ...]
     """Where ``max_abs`` is."""
+    mean_abs: float = math.nan
+    """Mean absolute difference over all elements that are finite on both sides; so are the two below."""
+    relative_norm: float = math.nan
+    """Norm of the difference over the norm of A; NaN where A is zero and B is not."""
+    cosine: float = math.nan
+    """Of the angle between A and B; NaN where one is zero."""
+
+    @property
+    def group(self) -> str:
+        """Part and layer: ``layers.3``, ``optimizer.state.layers.3``, ``model`` for a tensor of no layer."""
+        parts = self.key.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        return part_of(self.key) if at is None else ".".join(parts[: at + 1])
+
+    @property
+    def share_different(self) -> float:
+        """Share of the elements that differ."""
+        return self.num_different / self.num_elements if self.num_elements else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +111,29 @@ class DiffReport:
     num_unknown: int
     """Keys of one dtype and shape on both sides, whose values nothing was found out about."""
     num_same: int
+    num_within: int = 0
+    """Of these, tensors whose elements differ by no more than a tolerance."""
+
+    @property
+    def num_common(self) -> int:
+        """Keys that both sides have."""
+        different = {change.key for change in (*self.kinds, *self.values)} | set(self.other_bytes)
+        return self.num_same + self.num_unknown + len(different)
+
+    def within(self, tolerance: float) -> DiffReport:
+        """The report with tensors of one dtype taken as the same whose elements differ by at most ``tolerance``."""
+        kinds = {change.key for change in self.kinds}
+        kept = tuple(c for c in self.values if not c.max_abs <= tolerance or c.key in kinds)
+        dropped = len(self.values) - len(kept)
+        if not tolerance or not dropped:
+            return self
+        return replace(self, values=kept, num_same=self.num_same + dropped, num_within=self.num_within + dropped)
+
+    def by_change(self) -> list[ValueChange]:
+        """The tensors whose elements differ, those that changed most first; NaN before all."""
+        return sorted(
+            self.values, key=lambda c: (not math.isnan(c.max_abs), -_or_infinite(c.relative_norm), -c.max_abs)
+        )
 
     @property
     def is_same(self) -> bool:
@@ -123,19 +166,35 @@ class _Side:
     def keys(self) -> set[str]:
         return {*self.tensors, *self.objects}
 
+    def only(self, globs: Sequence[str]) -> _Side:
+        """What of it matches one of the globs."""
+
+        def matches(key: str) -> bool:
+            return any(fnmatch.fnmatchcase(key, glob) for glob in globs)
+
+        return replace(
+            self,
+            tensors={key: info for key, info in self.tensors.items() if matches(key)},
+            objects={key: crc for key, crc in self.objects.items() if matches(key)},
+        )
+
 
 def diff(
     path_a: str | os.PathLike[str],
     path_b: str | os.PathLike[str],
     *,
     values: bool = False,
+    trust_digests: bool = False,
+    keys: Sequence[str] = (),
     model: str | None = None,
     flavor: str | None = None,
     progress: Progress | None = None,
 ) -> DiffReport:
     """Compare what is stored at two paths; ``values`` compares every element.
 
-    Given ``model`` and ``flavor``, only the models are compared, by Milepost's names for their parameters.
+    With ``trust_digests`` the elements of tensors whose stored bytes have the same CRC-32s on both sides are not read.
+    Only keys that match one of the globs ``keys`` are looked at, if there are any. Given ``model`` and ``flavor``, only
+    the models are compared, by Milepost's names for their parameters.
 
     Raises:
         CheckpointNotFoundError, CheckpointDamagedError: a path holds nothing, or nothing that can be read.
@@ -148,8 +207,9 @@ def diff(
         sides = []
         for path in (path_a, path_b):
             side = _open(os.fspath(path), with_values=values or model is not None, stack=stack)
-            sides.append(_by_our_names(side, model, flavor) if model is not None and flavor is not None else side)
-        return _compare(sides[0], sides[1], values=values, progress=progress)
+            side = _by_our_names(side, model, flavor) if model is not None and flavor is not None else side
+            sides.append(side.only(keys) if keys else side)
+        return _compare(sides[0], sides[1], values=values, trust_digests=trust_digests, progress=progress)
 
 
 @contextmanager
@@ -215,7 +275,7 @@ class _ModelOnly:
         self.unit_rows = base.unit_rows
 
 
-def _compare(a: _Side, b: _Side, *, values: bool, progress: Progress | None) -> DiffReport:
+def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress: Progress | None) -> DiffReport:
     common = sorted(a.keys & b.keys)
     kinds = tuple(KindChange(a.held(key), b.held(key)) for key in common if a.held(key) != b.held(key))
     changed = {change.key for change in kinds}
@@ -224,8 +284,10 @@ def _compare(a: _Side, b: _Side, *, values: bool, progress: Progress | None) -> 
     if values:
         comparable = [key for key in common if key in a.tensors and key in b.tensors]
         comparable = [key for key in comparable if a.tensors[key].shape == b.tensors[key].shape]
+        comparable = [key for key in comparable if not (trust_digests and same.get(key))]
         unlike_values = _compare_values(a, b, comparable, progress)
-        same = {key: answer for key, answer in same.items() if key not in a.tensors}
+        read = set(comparable)
+        same = {key: answer for key, answer in same.items() if key not in read}
     other_bytes = [key for key, answer in same.items() if answer is False]
     num_unknown = sum(answer is None for answer in same.values())
     different = {*changed, *other_bytes, *(change.key for change in unlike_values)}
@@ -291,12 +353,16 @@ class _Differences:
         self._max_abs = -1.0
         self._max_rel = 0.0
         self._at: tuple[int, ...] = ()
+        self._sums = np.zeros(4)  # of |b-a|, |b-a|^2, |a|^2, |b|^2 over the elements that are finite on both sides
+        self._product = 0.0  # of a and b, likewise
+        self._num_finite = 0
 
     def add(self, box: Box, a: Array, b: Array) -> None:
-        if a.dtype == b.dtype and np.array_equal(as_bytes(a), as_bytes(b)):
-            return
         wide_a, wide_b = _widened(a), _widened(b)
+        self._add_sums(wide_a, wide_b)
         if a.dtype == b.dtype:
+            if np.array_equal(as_bytes(a), as_bytes(b)):
+                return
             size = a.dtype.itemsize
             other = (as_bytes(a).reshape(-1, size) != as_bytes(b).reshape(-1, size)).any(axis=1).reshape(a.shape)
         else:
@@ -315,9 +381,35 @@ class _Differences:
             self._max_abs = largest
         self._max_rel = max(self._max_rel, float(relative.max()))
 
+    def _add_sums(self, a: Any, b: Any) -> None:
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all():
+            a, b = a[finite], b[finite]
+        self._num_finite += a.size
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference = np.abs(b - a)
+            squares = (np.square(np.abs(x)).sum() for x in (difference, a, b))
+            self._sums += np.array([difference.sum(), *squares], dtype=np.float64)
+            self._product += float((a * np.conj(b)).sum().real)
+
     def change(self, key: str) -> ValueChange:
         numel = Box.whole(self._shape).numel
-        return ValueChange(key, numel, self.num_different, self._max_abs, self._max_rel, self._at)
+        total, squares, norm_a, norm_b = (float(x) for x in self._sums)
+        return ValueChange(
+            key,
+            numel,
+            self.num_different,
+            self._max_abs,
+            self._max_rel,
+            self._at,
+            mean_abs=total / self._num_finite if self._num_finite else math.nan,
+            relative_norm=math.sqrt(squares / norm_a) if norm_a else math.nan if squares else 0.0,
+            cosine=self._product / math.sqrt(norm_a) / math.sqrt(norm_b) if norm_a and norm_b else math.nan,
+        )
+
+
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _widened(array: Array) -> Any:
