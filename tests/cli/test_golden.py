@@ -34,6 +34,11 @@ RESULTS = {
     "diff-kinds": "diff run/step-600 other/step-1 --values",
     "diff-external": "diff run/step-300 run/step-600 --quick",
     "diff.json": "diff run/step-100 run/step-600 --values --json",
+    "stats": "stats run/step-600 'layers.*' norm.weight",
+    "stats.json": "stats run/step-600 norm.weight --json",
+    "show": "show run/step-600 layers.0.attention.wq.weight '0:2, -3:'",
+    "show.json": "show run/step-600 norm.weight --json",
+    "report": "report run -o report.html",
     "plan-resume": "plan-resume run/step-600 --world-size 4 --degrees tp=2",
     "plan-resume-same": "plan-resume run/step-600 --world-size 2",
     "plan-resume-misfit": "plan-resume run/step-700 --world-size 3 --model llama3 --flavor debugmodel",
@@ -53,7 +58,7 @@ RESULTS = {
 
 MISTAKES = [
     "ls nowhere",
-    "ls s3://bucket/run",
+    "ls ftp://host/run",
     "ls model/step-7/milepost.json",
     "inspect run",
     "inspect run/step-800",
@@ -67,6 +72,12 @@ MISTAKES = [
     "diff run/step-600 nothing",
     "diff run/step-600 run/step-100 --model llama3",
     "diff run/step-600 run/step-400",
+    "stats run/step-600 norms.weight",
+    "stats nowhere",
+    "show run/step-600 norm.weight 9",
+    "show run/step-600 norm.weight 0:2,1",
+    "report run/notes",
+    "report run -o nowhere/report.html",
     "pin run/step-999",
     "pin run",
     "unpin run/step-600",
@@ -146,7 +157,7 @@ def test_every_command_is_shown() -> None:
 
 def test_every_command_with_a_result_prints_it_as_json_too() -> None:
     as_json = {line.split()[0] for name, line in RESULTS.items() if name.endswith(".json")} | {"resume-test"}
-    assert as_json == set(COMMANDS) - {"completion"}
+    assert as_json == set(COMMANDS) - {"completion", "report"}  # the page is the result
 
 
 def test_a_step_of_a_newer_version_is_told_apart_from_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,8 +117,8 @@ class DiffReport:
     @property
     def num_common(self) -> int:
         """Keys that both sides have."""
-        different = {change.key for change in (*self.kinds, *self.values)} | set(self.other_bytes)
-        return self.num_same + self.num_unknown + len(different)
+        different = {change.key for change in self.kinds} | {change.key for change in self.values}
+        return self.num_same + self.num_unknown + len(different | set(self.other_bytes))
 
     def within(self, tolerance: float) -> DiffReport:
         """The report with tensors of one dtype taken as the same whose elements differ by at most ``tolerance``."""
