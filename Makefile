@@ -26,6 +26,7 @@ help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
+	@echo "ready. \`source .venv/bin/activate\` puts milepost on your PATH; ./run_train.sh and scripts/ find .venv by themselves"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 1; }

@@ -15,8 +15,17 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    [ -x "$here/.venv/bin/python" ] && PYTHON="$here/.venv/bin/python"
+    PYTHON="$here/.venv/bin/python"
+    if [ ! -x "$PYTHON" ]; then
+        PYTHON=python3
+        if ! python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("milepost") is None)' 2>/dev/null; then
+            echo "error: milepost is not installed: run \`make setup\` in $here, or name a Python that has it in PYTHON" >&2
+            exit 2
+        fi
+    fi
+elif ! command -v "$PYTHON" >/dev/null; then
+    echo "error: PYTHON=$PYTHON: there is no such program" >&2
+    exit 2
 fi
 NGPU="${NGPU:-2}"
 CONFIG_FILE="${CONFIG_FILE:-$here/configs/debug_cpu.toml}"
@@ -27,7 +36,8 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 
-# milepost.train.launch is torchrun, but for how it ends: no traceback for a mistake or for Ctrl-C.
+# milepost.train.launch is torchrun, but for how it ends: no traceback for a mistake or for Ctrl-C, which saves first.
+# SIGUSR1 to it saves at the next step. LOGLEVEL=INFO shows torchrun's own log.
 # Port 0 lets two runs on one machine stay out of each other's way.
 # shellcheck disable=SC2086  # TORCHRUN_ARGS is a list of words
 exec "$PYTHON" -m milepost.train.launch \

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
+import os
+import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).parent / "checkpoint_conversion" / "convert_from_hf.py"), run_name="__main__")
+    script = Path(__file__).resolve().parent / "checkpoint_conversion" / Path(__file__).name
+    os.execv(sys.executable, [sys.executable, str(script), *sys.argv[1:]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from milepost.cli.main import main
+from environment import enter
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a checkpoint to a Hugging Face folder.")
@@ -16,6 +16,9 @@ if __name__ == "__main__":
     parser.add_argument("--model_flavor", default="8B", help="the model's size")
     parser.add_argument("--export_dtype", choices=("float16", "bfloat16", "float32"), help="cast to this dtype")
     args = parser.parse_args()
+    enter()
+    from milepost.cli.main import main  # it may be another Python by now
+
     options = ["--model", args.model_name, "--flavor", args.model_flavor]
     options += ["--hf-assets", args.hf_assets_path] if args.hf_assets_path else []
     options += ["--dtype", args.export_dtype] if args.export_dtype else []

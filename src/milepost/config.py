@@ -1,7 +1,7 @@
 """``CheckpointConfig``: every option of checkpointing, with torchtitan's names, defaults and meanings.
 
-The spellings that torchtitan's documentation uses (``load_step = -1``, both ``data_loader`` and ``dataloader``,
-``export_dtype = "float32"`` for "as trained") are kept here, at the border, and nowhere below.
+The spellings that torchtitan's documentation uses (``load_step = -1``, both ``data_loader`` and ``dataloader``) are
+kept here, at the border, and nowhere below.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class CheckpointConfig:
     """The save at the last step holds the model alone."""
     last_save_in_hf: bool = False
     """The save at the last step is written as Hugging Face safetensors."""
-    export_dtype: ExportDtype = "float32"
-    """Dtype of the model in a model-only last save. ``float32`` leaves every tensor in the dtype it has."""
+    export_dtype: ExportDtype | None = None
+    """Cast the model in a model-only last save to this dtype. Unset: every tensor keeps the dtype it has."""
     async_mode: AsyncMode = "disabled"
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     on_save_error: Literal["stop", "warn"] = "stop"
@@ -110,7 +110,7 @@ class CheckpointConfig:
             found.append("checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other")
         if self.create_seed_checkpoint and not self.enable:
             found.append("checkpoint.create_seed_checkpoint needs checkpoint.enable")
-        if self.export_dtype != "float32" and not self.last_save_model_only:
+        if self.export_dtype not in (None, "float32") and not self.last_save_model_only:
             found.append(
                 f"checkpoint.export_dtype = {self.export_dtype} needs checkpoint.last_save_model_only: "
                 "a full checkpoint must keep its dtypes to be resumed from"

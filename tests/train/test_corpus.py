@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, StorageError
 from milepost.train import corpus as corpus_module
 from milepost.train.corpus import Corpus, find_files, load_corpus
 from milepost.train.tokenizer import ByteTokenizer, HFTokenizer, build_tokenizer
@@ -118,6 +118,24 @@ def test_an_encoding_that_was_cut_short_is_made_again(tmp_path: Path):
     (tokens_file,) = (tmp_path / "cache").glob("*.tokens")
     tokens_file.write_bytes(b"som")
     assert as_text(load(path)) == "some text\0"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"dtype": "uint8"}', b'{"dtype":"x","num_tokens":1,"digest":""}'])
+def test_an_entry_that_a_power_cut_left_empty_or_torn_is_made_again(tmp_path: Path, content: bytes):
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    digest = load(path).digest
+    (entry,) = (tmp_path / "cache").glob("*.json")
+    entry.write_bytes(content)
+    assert load(path).digest == digest
+    assert entry.read_bytes() != content
+
+
+def test_a_cache_that_can_not_be_written_is_a_storage_error_that_names_it(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "cache").touch()
+    with pytest.raises(StorageError, match=r"token cache can't be written: File exists: .*/cache\. It goes below job"):
+        load(tmp_path / "a.txt")
 
 
 def test_the_same_text_elsewhere_has_the_same_digest(tmp_path: Path):

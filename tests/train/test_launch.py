@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from milepost.errors import ConfigError
 from milepost.train.launch import split_args, world_size
 
 ROOT = Path(__file__).parents[2]
@@ -36,35 +38,55 @@ def start(folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str
     )
 
 
-def stop_at(run: subprocess.Popen[str], line_part: str, number: signal.Signals) -> str:
-    """Send a signal when a line with ``line_part`` comes; all that was printed."""
+def send_at(run: subprocess.Popen[str], *signals: tuple[str, signal.Signals]) -> str:
+    """Send each signal when a line with its text comes, in this order; all that was printed."""
     assert run.stdout is not None
-    lines = []
+    lines, waiting = [], list(signals)
     for line in run.stdout:
         lines.append(line)
-        if line_part in line:
-            run.send_signal(number)
-            break
+        if waiting and waiting[0][0] in line:
+            run.send_signal(waiting.pop(0)[1])
+            if not waiting:
+                break
     rest, _ = run.communicate(timeout=60)
     return "".join(lines) + rest
 
 
-def test_stopped_by_hand_and_by_the_system_it_ends_cleanly_and_goes_on(tmp_path: Path):
-    """Ctrl-C, the same command again, then what a cluster sends before it takes the machine."""
+def test_ctrl_c_saves_and_a_save_request_to_the_launcher_reaches_the_ranks(tmp_path: Path):
+    """SIGUSR1, Ctrl-C, the same command again, then what a cluster sends before it takes the machine."""
     run = start(tmp_path, *SMALL)
-    out = stop_at(run, "step 4/", signal.SIGINT)
+    # The first one comes long before it can be obeyed.
+    out = send_at(run, ("data: ", signal.SIGUSR1), ("saved step 1 (SIGUSR1, full)", signal.SIGINT))
     assert run.returncode == 130, out
-    assert out.count("stopped by SIGINT") == 1
+    (stopped,) = re.findall(r"stopped by SIGINT after step (\d+); the same command resumes from there", out)
+    assert re.search(rf"SIGINT: saving (after step {stopped}|at the next step), then stopping; Ctrl-C again", out), out
+    assert f"saved step {stopped} (SIGINT, full)" in out
     assert "Traceback" not in out
 
     run = start(tmp_path, *SMALL)
-    out = stop_at(run, "step 5/", signal.SIGTERM)
+    out = send_at(run, (f"step {int(stopped) + 1}/", signal.SIGTERM))
     assert run.returncode == 143, out
-    assert "resumed from" in out
-    assert "3 steps are done" in out
-    assert "step 3/" not in out
+    assert re.search(rf"resumed from \S+/step-{stopped} \(full\): {stopped} steps? (is|are) done", out), out
     assert out.count("stopped by SIGTERM after step") == 1
     assert re.search(r"saved step \d+ \(SIGTERM", out)
+    assert "Traceback" not in out
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path):
+    run = start(tmp_path, *SMALL, "--checkpoint.interval=1000", NGPU="1")
+    assert run.stdout is not None
+    lines = iter(run.stdout)
+    assert any("step 1/" in line for line in lines)
+    (rank,) = psutil.Process(run.pid).children()
+    rank.suspend()  # stuck, as in a collective that never ends
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    started = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    out = "".join(lines)
+    assert run.wait(30) == 130
+    assert time.monotonic() - started < 10
+    assert "stopped at once by a second SIGINT" in out
     assert "Traceback" not in out
 
 
@@ -76,6 +98,7 @@ def test_an_error_on_every_rank_is_told_once_whichever_rank_is_shown(tmp_path: P
     assert out.count("error: ") == 1
     assert out.count("checkpoint.load_step = 7") == 1
     assert "Traceback" not in out
+    assert "exitcode" not in out, "torchrun's own log"
 
 
 def test_a_mistake_in_the_configuration_is_told_before_anything_is_started(tmp_path: Path):
@@ -104,6 +127,29 @@ def test_under_plain_torchrun_a_mistake_is_told_by_one_rank_before_torch_is_load
 
 
 @pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        ("--nproc_per_node two", r"NGPU \(--nproc_per_node\) must be the number of processes .*, not 'two'"),
+        ("--nproc_per_node 0", r"at least 1, .* not '0'"),
+        ("--nproc_per_node -1", r"at least 1, .* not '-1'"),
+        ("--nproc_per_node 1.5", r"at least 1, .* not '1.5'"),
+        ("--nnodes 0", r"--nnodes must be a number of nodes, or MIN:MAX, not '0'"),
+        ("--nnodes 4:2", r"--nnodes must be a number of nodes, or MIN:MAX, not '4:2'"),
+    ],
+)
+def test_a_number_of_ranks_that_is_none_is_refused(args: str, problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        world_size(args.split())
+
+
+@pytest.mark.parametrize("shown", ["2", "one", "0;1", ""])
+def test_a_log_rank_that_shows_nothing_is_refused(shown: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOG_RANK", shown)
+    with pytest.raises(ConfigError, match="LOG_RANK"):
+        world_size(["--nproc_per_node", "2"])
+
+
+@pytest.mark.parametrize(
     ("args", "size"),
     [
         ("--nproc_per_node 2", 2),
@@ -116,6 +162,15 @@ def test_under_plain_torchrun_a_mistake_is_told_by_one_rank_before_torch_is_load
 )
 def test_the_world_size_is_read_from_the_options_of_torchrun(args: str, size: int | None):
     assert world_size(args.split()) == size
+
+
+def test_options_that_torchrun_does_not_have_are_refused_in_a_line(tmp_path: Path):
+    run = start(tmp_path, *SMALL, TORCHRUN_ARGS="--max-restart 3 --nnodesz 1")
+    out, _ = run.communicate(timeout=60)
+    assert (run.returncode, out) == (
+        2,
+        "error: torchrun does not understand its options (TORCHRUN_ARGS): unrecognized arguments: --nnodesz\n",
+    )
 
 
 def test_the_options_of_torchrun_and_of_the_trainer_are_told_apart():

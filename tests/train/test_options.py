@@ -75,9 +75,9 @@ def test_booleans_are_switches_and_hyphens_are_underscores():
 @pytest.mark.parametrize(
     ("toml", "flags"),
     [
-        ("", ["--checkpoint.exclude_from_loading", "data_loader,lr_scheduler"]),
-        ('[checkpoint]\nexclude_from_loading = ["dataloader", "lr_scheduler"]', []),
-        ('[checkpoint]\nexclude_from_loading = "data_loader, lr_scheduler"', []),
+        ("", ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "data_loader,lr_scheduler"]),
+        ('[checkpoint]\nenable = true\nexclude_from_loading = ["dataloader", "lr_scheduler"]', []),
+        ('[checkpoint]\nenable = true\nexclude_from_loading = "data_loader, lr_scheduler"', []),
     ],
 )
 def test_lists_have_commas_and_the_data_loader_has_two_spellings(toml: str, flags: list[str]):
@@ -85,19 +85,20 @@ def test_lists_have_commas_and_the_data_loader_has_two_spellings(toml: str, flag
 
 
 def test_an_option_of_several_types_takes_each():
-    assert load('[checkpoint]\ninterval = "auto"').checkpoint.interval == "auto"
-    assert load("", "--checkpoint.interval", "auto").checkpoint.interval == "auto"
-    assert load("", "--checkpoint.interval", "7").checkpoint.interval == 7
+    on = "[checkpoint]\nenable = true\n"
+    assert load(on + 'interval = "auto"').checkpoint.interval == "auto"
+    assert load(on, "--checkpoint.interval", "auto").checkpoint.interval == "auto"
+    assert load(on, "--checkpoint.interval", "7").checkpoint.interval == 7
 
 
 def test_a_table_of_all_documented_options_with_their_defaults_parses_as_it_is():
-    assert load(DOCUMENTED_CHECKPOINT_TABLE).checkpoint == CheckpointConfig(enable=True)
+    assert load(DOCUMENTED_CHECKPOINT_TABLE).checkpoint == CheckpointConfig(enable=True, export_dtype="float32")
 
 
 def test_a_printed_config_gives_the_same_config():
     config = load(
         '[lr_scheduler]\ndecay_ratio = 0.5\n[job]\ndescription = "a \\"b\\" \\\\ c"\n[checkpoint]\n'
-        'exclude_from_loading = ["rng"]'
+        'enable = true\nexclude_from_loading = ["rng"]'
     )
     Path("printed.toml").write_text(to_toml(config))
     again = load_config(["--job.config_file", "printed.toml"], 1)
@@ -141,14 +142,14 @@ WRONG = [
     ("[job]\ndescription = 5", [], "run.toml:2: job.description must be text, not 5"),
     ("[checkpoint]\nenable = 1", [], "run.toml:2: checkpoint.enable must be true or false, not 1"),
     (
-        "[checkpoint]\nexclude_from_loading = [1]",
+        "[checkpoint]\nenable = true\nexclude_from_loading = [1]",
         [],
-        "run.toml:2: checkpoint.exclude_from_loading must be a list of names, not [1]",
+        "run.toml:3: checkpoint.exclude_from_loading must be a list of names, not [1]",
     ),
     (
-        '[checkpoint]\nasync_mode = "asink"',
+        '[checkpoint]\nenable = true\nasync_mode = "asink"',
         [],
-        'run.toml:2: checkpoint.async_mode must be one of disabled, async, async_with_pinned_mem, not "asink"',
+        'run.toml:3: checkpoint.async_mode must be one of disabled, async, async_with_pinned_mem, not "asink"',
     ),
     ("", ["--optimizer.lr", "fast"], '--optimizer.lr: optimizer.lr must be a number, not "fast"'),
     (
@@ -158,14 +159,18 @@ WRONG = [
     ),
     (
         "",
-        ["--checkpoint.interval", "often"],
+        ["--checkpoint.enable", "--checkpoint.interval", "often"],
         '--checkpoint.interval: checkpoint.interval must be a whole number or auto, not "often"',
     ),
     ("", ["--training.steps"], "--training.steps: needs a value, a whole number"),
     ("", ["--training.steps", "--checkpoint.enable"], "--training.steps: needs a value, a whole number"),
     # ranges
     ("[training]\nsteps = 0", [], "run.toml:2: training.steps must be at least 1, not 0"),
-    ("[checkpoint]\ninterval = 0", [], "run.toml:2: checkpoint.interval must be at least 1, or auto, not 0"),
+    (
+        "[checkpoint]\nenable = true\ninterval = 0",
+        [],
+        "run.toml:3: checkpoint.interval must be at least 1, or auto, not 0",
+    ),
     ("", ["--optimizer.lr", "nan"], "--optimizer.lr: optimizer.lr must be at least 0, not nan"),
     ("[optimizer]\nbeta1 = 1", [], "run.toml:2: optimizer.beta1 must be at least 0 and less than 1, not 1.0"),
     ("[lr_scheduler]\ndecay_ratio = 2", [], "run.toml:2: lr_scheduler.decay_ratio must be from 0 to 1, not 2.0"),
@@ -205,7 +210,7 @@ WRONG = [
     ("", ["--model.hf_assets_path", "no"], "--model.hf_assets_path: model.hf_assets_path no: there is no such folder"),
     (
         "",
-        ["--checkpoint.exclude_from_loading", "optimiser"],
+        ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "optimiser"],
         "--checkpoint.exclude_from_loading: checkpoint.exclude_from_loading: there is no part 'optimiser'; parts are "
         "model, optimizer, lr_scheduler, dataloader, train_state, rng",
     ),
@@ -229,8 +234,66 @@ def test_a_mistake_is_told_with_its_place_and_what_would_be_right(toml: str, fla
     assert problems(toml, *flags) == (message,)
 
 
+BLOCKS_OF_THE_DOCUMENTATION = [
+    "load_step = 500",
+    'initial_load_path = "base"\ninitial_load_in_hf = true',
+    "last_save_in_hf = true\nlast_save_model_only = true",
+    'export_dtype = "bfloat16"',
+    "interval = 500",
+    "create_seed_checkpoint = true",
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS_OF_THE_DOCUMENTATION)
+def test_a_block_that_forgets_to_enable_checkpointing_is_refused_with_the_line_to_add(block: str):
+    names = ", ".join(line.split(" = ")[0] for line in block.split("\n"))
+    assert problems(f"[checkpoint]\n{block}\n") == (
+        f"run.toml:2: checkpointing is off, so {names} would have no effect: add `enable = true` to [checkpoint] "
+        "(or --checkpoint.enable), or `enable = false` to leave it off",
+    )
+    assert load(f"[checkpoint]\nenable = true\n{block}\n").checkpoint.enable
+    if "seed" not in block:
+        assert not load(f"[checkpoint]\nenable = false\n{block}\n").checkpoint.enable
+
+
+def test_a_flag_without_checkpointing_is_refused_as_well():
+    (problem,) = problems("", "--checkpoint.load_step", "5")
+    assert problem.startswith("--checkpoint.load_step: checkpointing is off, so load_step would have no effect: add ")
+
+
+def test_folders_that_can_not_be_written_are_refused_before_anything_starts():
+    Path("file").touch()
+    assert problems("", "--job.dump_folder", "file/out", "--checkpoint.enable") == (
+        f"--job.dump_folder: job.dump_folder file/out can't be a folder: {Path('file').absolute()} is a file",
+    )
+    assert problems("[checkpoint]\nenable = true\nfolder = 'file'\n", "--job.dump_folder", ".") == (
+        f"run.toml:3: checkpoint.folder ./file can't be a folder: {Path('file').absolute()} is a file",
+    )
+    assert problems("", "--job.dump_folder", "s3://bucket/run") == (
+        "--job.dump_folder: job.dump_folder s3://bucket/run must be a local folder: tokens and TensorBoard files go "
+        "there. A URL can be given to checkpoint.folder",
+    )
+
+
+def test_an_address_never_becomes_a_folder_of_that_name():
+    config = load("[checkpoint]\nenable = true\nfolder = 'file:///x/run'\n", "--job.dump_folder", "out")
+    assert config.checkpoint_folder() == "file:///x/run"
+    assert load("", "--job.dump_folder", "out").checkpoint_folder() == "out/checkpoint"
+    (problem,) = problems("[checkpoint]\nenable = true\nfolder = 'gopher://x/run'\n")
+    assert problem.startswith("run.toml:3: checkpoint.folder")
+    assert "gopher://" in problem
+
+
+def test_home_and_variables_are_expanded_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUN", "7")
+    assert load('[job]\ndump_folder = "~/run-$RUN"\n').job.dump_folder == f"{tmp_path}/run-7"
+
+
 def test_all_mistakes_are_told_at_once():
-    toml = "[training]\nstepz = 3\nseq_len = 0\n[optimizer]\nlr = true\n[checkpoint]\nkeep_latest_k = -1\n"
+    toml = (
+        "[training]\nstepz = 3\nseq_len = 0\n[optimizer]\nlr = true\n[checkpoint]\nkeep_latest_k = -1\nenable = true\n"
+    )
     assert len(problems(toml, "--lr", "4", "--model.flavor", "8b", "--training.steps", "x")) == 7
 
 

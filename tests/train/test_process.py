@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from milepost.errors import CheckpointNotFoundError
-from milepost.train.process import LAUNCHER_PID, leave_on_signals, leave_with, leave_with_launcher
+from milepost.train.process import (
+    LAUNCHER_PID,
+    accept_save_requests,
+    hold_save_requests,
+    leave_on_signals,
+    leave_with,
+    leave_with_launcher,
+)
 
 
 def ended(act: Callable[[], object], **environment: str) -> tuple[int, float]:
@@ -119,3 +126,22 @@ def test_a_rank_gets_sigterm_when_its_launcher_is_killed(dies_early: bool, capfd
     os.close(from_rank)
     assert time.monotonic() - started < 10
     assert capfd.readouterr().err == "stopped by SIGTERM\n"
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_a_save_request_to_a_rank_that_is_starting_waits_until_it_can_save(
+    handled: bool, capfd: pytest.CaptureFixture[str]
+):
+    def start() -> None:
+        hold_save_requests()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        if handled:
+            signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b"asked to save\n"))
+        os.write(1, b"started\n")
+        accept_save_requests()
+        os._exit(0)
+
+    assert ended(start)[0] == 0
+    captured = capfd.readouterr()
+    assert captured.out == ("started\nasked to save\n" if handled else "started\n")
+    assert ("SIGUSR1: this run saves nothing now" in captured.err) is not handled

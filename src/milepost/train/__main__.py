@@ -1,6 +1,6 @@
 """One rank of a training job: ``torchrun --nproc_per_node 2 -m milepost.train --job.config_file configs/...``.
 
-The configuration is read before torch is imported, so that a mistake in it is told at once.
+The configuration is read before torch is imported, so that a mistake in it is reported at once.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import sys
 
 from milepost.errors import MilepostError
 from milepost.train.options import load_config
-from milepost.train.process import leave, leave_on_signals, leave_with, leave_with_launcher, show_log
+from milepost.train.process import (
+    hold_save_requests,
+    leave,
+    leave_on_signals,
+    leave_with,
+    leave_with_launcher,
+    show_log,
+)
 
 
 def main() -> None:
     leave_on_signals()
+    hold_save_requests()
     leave_with_launcher()
     show_log()
     try:

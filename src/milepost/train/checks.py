@@ -16,6 +16,7 @@ from milepost.errors import ConfigError
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.parallelism.degrees import ALL_DEGREES, Degrees
 from milepost.parallelism.fit import run_problems
+from milepost.storage import open_storage
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
 
@@ -105,6 +106,45 @@ def _value_problems(config: TrainConfig) -> Iterator[str]:
         yield "metrics.enable_tensorboard needs the package tensorboard: pip install 'milepost[train]'"
     if not config.job.dump_folder:
         yield "job.dump_folder must not be empty"
+    elif "://" in config.job.dump_folder:
+        yield (
+            f"job.dump_folder {config.job.dump_folder} must be a local folder: tokens and TensorBoard files go there. "
+            "A URL can be given to checkpoint.folder"
+        )
+    else:
+        yield from _folder_problems(config)
+
+
+def _folder_problems(config: TrainConfig) -> Iterator[str]:
+    """Why the run could not write where it is told to. What only the system knows is reported when it happens."""
+    saves = config.checkpoint.enable and not config.checkpoint.load_only
+    folders = {"job.dump_folder": config.job.dump_folder, "checkpoint.folder": config.checkpoint_folder()}
+    problems = []
+    for option, folder in folders.items():
+        if "://" in folder:
+            problems += _store_problems(option, folder)
+        elif problem := _cannot_write(folder, saves=saves):
+            problems.append(f"{option} {folder} {problem}")
+    yield from problems[:1]  # the second follows from the first
+
+
+def _store_problems(option: str, url: str) -> list[str]:
+    try:
+        open_storage(url)
+    except ConfigError as error:
+        return [f"{option} {problem}" for problem in error.problems]
+    return []
+
+
+def _cannot_write(folder: str, *, saves: bool) -> str | None:
+    there = Path(folder).absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        return f"can't be a folder: {there} is a file"
+    if saves and not os.access(there, os.W_OK | os.X_OK):
+        return f"can't be written: {there} is read-only or belongs to another user"
+    return None
 
 
 def _data_problems(config: TrainConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from milepost.config import CheckpointConfig
 from milepost.parallelism.degrees import ALL_DEGREES
+from milepost.storage import join_path
 
 Dtype = Literal["float32", "bfloat16"]
 DecayType = Literal["linear", "cosine", "sqrt"]
@@ -164,3 +165,7 @@ class TrainConfig:
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def checkpoint_folder(self) -> str:
+        """Where the steps go: ``checkpoint.folder`` below ``job.dump_folder``, or on its own if it is a URL."""
+        return join_path(self.job.dump_folder, self.checkpoint.folder)

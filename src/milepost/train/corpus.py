@@ -12,13 +12,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import msgspec
 import numpy as np
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, StorageError
 from milepost.train.tokenizer import TokenIds, Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -58,7 +59,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What is written beside the token file, and proves that it is whole."""
+    """What is written beside the token file, and proves that it is complete."""
 
     dtype: str
     num_tokens: int
@@ -79,6 +80,7 @@ def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_fol
 
     Raises:
         ConfigError: a file can't be read as what its name says.
+        StorageError: ``cache_folder`` can't be written.
     """
     if dataset_path:
         files = find_files(Path(dataset_path))
@@ -91,33 +93,44 @@ def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_fol
         pieces = BUILT_IN[dataset]()
     key = hashlib.sha256(json.dumps([source, tokenizer.fingerprint]).encode()).hexdigest()[:16]
     entry_path = cache_folder / f"{name}-{key}.json"
-    if not _is_whole(entry_path):
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        _encode(pieces, tokenizer, entry_path)
-    entry = _read_entry(entry_path)
+    entry = _read_entry(entry_path) or _write_entry(pieces, tokenizer, entry_path)
     if entry.num_tokens == 0:
         raise ConfigError(f"training.dataset_path {dataset_path}: there is no text in it")
     tokens = np.memmap(_data_path(entry_path), dtype=entry.dtype, mode="r", shape=(entry.num_tokens,))
     return Corpus(tokens, name, entry.digest)
 
 
-def _read_entry(entry_path: Path) -> _Entry:
-    return _Entry(**json.loads(entry_path.read_text()))
+def _read_entry(entry_path: Path) -> _Entry | None:
+    """The entry, if it and its token file are complete; after a power cut either may be empty or cut short."""
+    try:
+        entry = msgspec.json.decode(entry_path.read_bytes(), type=_Entry)
+        expected_nbytes = entry.num_tokens * np.dtype(entry.dtype).itemsize
+        found_nbytes = _data_path(entry_path).stat().st_size
+    except (OSError, TypeError, msgspec.DecodeError):
+        return None
+    return entry if found_nbytes == expected_nbytes else None
 
 
-def _is_whole(entry_path: Path) -> bool:
-    if not (entry_path.is_file() and _data_path(entry_path).is_file()):
-        return False
-    entry = _read_entry(entry_path)
-    return _data_path(entry_path).stat().st_size == entry.num_tokens * np.dtype(entry.dtype).itemsize
+def _write_entry(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
+    try:
+        entry_path.parent.mkdir(parents=True, exist_ok=True)
+        return _encode(pieces, tokenizer, entry_path)
+    except OSError as error:
+        raise StorageError(
+            f"the token cache can't be written: {error.strerror or error}: {error.filename or entry_path}. It goes "
+            "below job.dump_folder",
+            operation="write",
+            path=str(entry_path),
+            errno=error.errno,
+        ) from error
 
 
 def _data_path(entry_path: Path) -> Path:
     return entry_path.with_suffix(".tokens")
 
 
-def _encode(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> None:
-    """Write the token file, then its entry, each to a name of this process and then in place."""
+def _encode(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
+    """Write the token file, then its entry, each to a name of this process and, once it is durable, in place."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     data_path = _data_path(entry_path)
     draft_path = data_path.with_suffix(f".{os.getpid()}.draft")
@@ -131,12 +144,22 @@ def _encode(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> 
                     data = np.concatenate([begin, ids, end]).astype(dtype).tobytes()
                     digest.update(data)
                     num_bytes += draft.write(data)
+            _make_durable(draft)
         draft_path.replace(data_path)
+        entry = _Entry(dtype.name, num_bytes // dtype.itemsize, digest.hexdigest()[:32])
+        with draft_path.open("wb") as draft:
+            draft.write(msgspec.json.encode(entry))
+            _make_durable(draft)
+        draft_path.replace(entry_path)
     finally:
         draft_path.unlink(missing_ok=True)
-    entry = _Entry(dtype.name, num_bytes // dtype.itemsize, digest.hexdigest()[:32])
-    draft_path.write_text(json.dumps(asdict(entry)))
-    draft_path.replace(entry_path)
+    return entry
+
+
+def _make_durable(file: IO[bytes]) -> None:
+    """A name must not outlive a power cut that its content did not."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _batched(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -178,8 +201,12 @@ def _read_jsonl(path: Path) -> Iterator[Piece]:
 
 
 def _read_parquet(path: Path) -> Iterator[Piece]:
-    from pyarrow import ArrowInvalid, parquet  # only with such a file: it is an extra dependency
-
+    try:
+        from pyarrow import ArrowInvalid, parquet  # only with such a file: it is an extra dependency
+    except ImportError as error:
+        raise ConfigError(
+            f"training.dataset_path: {path} needs the package pyarrow: pip install 'milepost[train]'"
+        ) from error
     try:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:

@@ -1,32 +1,63 @@
 """torchrun with quiet ends: ``python -m milepost.train.launch <torchrun's options> -- <the trainer's options>``.
 
 torchrun itself answers a failed rank, and even Ctrl-C, with its own traceback and exit status 1. Here a mistake in the
-configuration is told before anything is started, a failure is told once, in the words of the rank that failed first,
-and the exit status is that rank's (128 + the signal's number for a signal).
+configuration is reported before anything is started, a failure is reported once, in the words of the rank that failed
+first, and the exit status is that rank's (128 + the signal's number for a signal). SIGUSR1 is passed on to the ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import psutil
 
 from milepost.errors import ConfigError
 from milepost.train.options import load_config
 from milepost.train.process import LAUNCHER_PID, leave_on_signals
 
+SHUTDOWN_TIMEOUT_S = 600
+"""How long ranks may take to save after SIGTERM or Ctrl-C before torchrun kills them; torchrun's own 30 s are short."""
+
+_NUMBERS_OF_RANKS = ("auto", "gpu", "cpu", "xpu")
+"""What torchrun takes for ``--nproc_per_node`` beside a number."""
+
 
 def main() -> None:
     leave_on_signals()
+    pass_on_save_requests()
     torchrun_args, trainer_args = split_args(sys.argv[1:])
     try:
-        load_config(trainer_args, world_size(torchrun_args))
+        check(torchrun_args, trainer_args)
+        status = run([*torchrun_args, "-m", "milepost.train", *trainer_args])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    sys.exit(run([*torchrun_args, "-m", "milepost.train", *trainer_args]))
+        status = error.exit_status
+    sys.exit(status)
+
+
+def check(torchrun_args: Sequence[str], trainer_args: Sequence[str]) -> None:
+    """Refuse what can't work. Raises ConfigError with every problem of both command lines."""
+    problems: list[str] = []
+    num_ranks = None
+    try:
+        num_ranks = world_size(torchrun_args)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        load_config(trainer_args, num_ranks)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -36,17 +67,52 @@ def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def world_size(torchrun_args: Sequence[str]) -> int | None:
-    """The number of ranks that torchrun will start on all nodes; None where only torchrun can tell."""
+    """The number of ranks that torchrun will start on all nodes; None where only torchrun can tell.
+
+    Raises:
+        ConfigError: a number of ranks or nodes, or LOG_RANK, that torchrun would answer with a traceback.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nnodes", default="1")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="ranks", default="1")
     args, _ = parser.parse_known_args(torchrun_args)
-    numbers = (args.nnodes, args.ranks)
-    return int(args.nnodes) * int(args.ranks) if all(n.isdecimal() for n in numbers) else None
+    problems = []
+    is_number = _is_count(args.ranks)
+    if not is_number and args.ranks not in _NUMBERS_OF_RANKS:
+        problems.append(
+            f"NGPU (--nproc_per_node) must be the number of processes on this machine, at least 1, or one of "
+            f"{', '.join(_NUMBERS_OF_RANKS)}, not {args.ranks!r}"
+        )
+    least, _, most = args.nnodes.partition(":")
+    if not all(_is_count(n) for n in (least, most or least)) or int(least) > int(most or least):
+        problems.append(f"--nnodes must be a number of nodes, or MIN:MAX, not {args.nnodes!r}")
+    problems += _log_rank_problems(int(args.ranks) if is_number else None)
+    if problems:
+        raise ConfigError(problems)
+    return int(args.nnodes) * int(args.ranks) if is_number and not most else None
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) >= 1
+
+
+def _log_rank_problems(num_local_ranks: int | None) -> list[str]:
+    shown = os.environ.get("LOG_RANK", "0")
+    ranks = shown.split(",")
+    if not all(rank.isascii() and rank.isdecimal() for rank in ranks):
+        return [f"LOG_RANK must be local ranks separated by commas, such as 0 or 0,1, not {shown!r}"]
+    if num_local_ranks is not None and all(int(rank) >= num_local_ranks for rank in ranks):
+        there_are = "is 0" if num_local_ranks == 1 else f"are 0 to {num_local_ranks - 1}"
+        return [f"LOG_RANK={shown} shows no rank: of the local ranks, which {there_are}, it names none"]
+    return []
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run torchrun with ``argv`` and return the exit status of the job."""
+    """Run torchrun with ``argv`` and return the exit status of the job.
+
+    Raises:
+        ConfigError: ``argv`` is none that torchrun understands.
+    """
     from torch.distributed import run as torchrun  # seconds: only once the configuration is known to be right
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -56,8 +122,12 @@ def run(argv: Sequence[str]) -> int:
     # This makes a new one for each, hosted by rank 0.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ[LAUNCHER_PID] = str(os.getpid())
+    args = _parsed([*_DEFAULTS, *argv], torchrun.get_args_parser())
+    if "LOGLEVEL" not in os.environ:  # with it, torchrun's own log is asked for
+        _show_in_our_words(args.max_restarts)
+    signal.signal(signal.SIGINT, _Interrupt(SignalException))
     try:
-        torchrun.run(torchrun.parse_args(argv))
+        torchrun.run(args)
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as failed:
@@ -71,12 +141,105 @@ def run(argv: Sequence[str]) -> int:
     except RendezvousError as lost:
         print(
             f"error: the nodes of this job can't meet: {lost}\n"
-            "The one at --rdzv_endpoint hosts the meeting; without it the job can't go on. Started anew, it resumes "
+            "The one at --rdzv_endpoint hosts the meeting; without it the job can't continue. Started anew, it resumes "
             "from the newest checkpoint",
             file=sys.stderr,
         )
         return 1
     return 0
+
+
+_DEFAULTS = ("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S), "--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT")
+"""Options of torchrun that ours replace; SIGINT is handled here."""
+
+
+def _parsed(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
+    def refuse(message: str) -> None:
+        raise ConfigError(f"torchrun does not understand its options (TORCHRUN_ARGS): {message}")
+
+    parser.error = refuse  # type: ignore[assignment,method-assign]  # its own prints a page of usage
+    return parser.parse_args(argv)
+
+
+class _Interrupt:
+    """Handles Ctrl-C: the first one asks the ranks to save and stop, by torchrun; a second one kills them."""
+
+    def __init__(self, exception: Any):
+        self._exception = exception
+        self._came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._came:
+            self._came = True
+            if not _ranks():  # else they say it
+                os.write(2, b"stopped by SIGINT\n")
+            raise self._exception("interrupted", signal.Signals(number))
+        os.write(2, b"stopped at once by a second SIGINT\n")
+        for rank in _ranks():
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
+
+
+def pass_on_save_requests() -> None:
+    """From now on, send SIGUSR1 on to the ranks.
+
+    It is blocked here, which processes inherit: a rank that is only starting keeps it pending until it can save.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=_pass_on, name="milepost-save-requests", daemon=True).start()
+
+
+def _pass_on() -> None:
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        for rank in _ranks():
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGUSR1)
+
+
+def _ranks() -> list[psutil.Process]:
+    """The ranks that this launcher has started. Writer processes are children of theirs."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "milepost.train" in child.cmdline():
+                found.append(child)
+    return found
+
+
+class _OurWords(logging.Handler):
+    """Prints what matters of torchrun's log: that a rank died, and that all are started again."""
+
+    def __init__(self, max_restarts: int):
+        super().__init__(logging.INFO)
+        self._may_restart = max_restarts > 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        args = record.args if isinstance(record.args, tuple) else ()
+        text = None
+        if record.msg.startswith("failed (exitcode: %s) local_rank: %s"):
+            if self._may_restart:  # else the end of the job says it
+                text = f"local rank {args[1]} {_ending(int(str(args[0])))}"
+        elif record.msg.startswith("[%s] Worker group %s. %s/%s attempts left"):
+            text = f"starting all ranks again; restarts left: {int(str(args[2])) - 1}"
+        elif record.msg.startswith("[%s] Detected %s new nodes"):
+            joining = "1 more node joins" if args[1] == 1 else f"{args[1]} more nodes join"
+            text = f"{joining}: the ranks save, and all start again"
+        elif record.levelno >= logging.ERROR:
+            text = f"torchrun: {record.getMessage()}"
+        if text is not None:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _ending(exitcode: int) -> str:
+    return f"was ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit status {exitcode}"
+
+
+def _show_in_our_words(max_restarts: int) -> None:
+    log = logging.getLogger("torch.distributed.elastic")
+    log.handlers, log.propagate = [_OurWords(max_restarts)], False
+    # Restarts are reported at INFO; torch sets the level of each logger by itself.
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from milepost import CheckpointManager
+from milepost import CheckpointConfig, CheckpointManager
 from milepost.collective.comm import default_comm, failure_on, raise_together
 from milepost.errors import ConfigError, MilepostError
 from milepost.interop.hf.form import HfModel
+from milepost.loading.load import LoadReport
 from milepost.parallelism.degrees import Degrees
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import Corpus, load_corpus
@@ -30,21 +31,32 @@ from milepost.train.models import ModelArgs, build_model, model_args
 from milepost.train.optim import LRSchedule, build_optimizers
 from milepost.train.options import to_toml
 from milepost.train.parallel import Meshes, ParallelModel, parallelize
+from milepost.train.process import accept_save_requests, write_line
 from milepost.train.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger("milepost.train")
+
+_UNCHANGED = CheckpointConfig()
 
 
 def train(config: TrainConfig) -> int:
     """Run the whole job on this rank: join the process group, train, leave it. Returns the exit status."""
     device_type = "cuda" if torch.cuda.is_available() and not config.checkpoint.create_seed_checkpoint else "cpu"
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     join_process_group(device_type)
     status = Trainer(config, device_type).run()
     dist.barrier()
     dist.destroy_process_group()
     return status
+
+
+def _take_gpu(local_rank: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        num_ranks = os.environ.get("LOCAL_WORLD_SIZE", "?")
+        raise ConfigError(f"NGPU is {num_ranks}, but this machine has {num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}")
+    torch.cuda.set_device(local_rank)
 
 
 def join_process_group(device_type: str) -> None:
@@ -93,11 +105,13 @@ class Trainer:
             self.optimizers, lr=config.optimizer.lr, num_steps=config.training.steps, config=config.lr_scheduler
         )
         self.state = TrainState()
+        self._step_at_work: int | None = None
 
         dump_folder = Path(config.job.dump_folder)
-        self.checkpoint_folder = dump_folder / config.checkpoint.folder
+        self.checkpoint_folder = config.checkpoint_folder()
+        self._say_what_has_no_effect()
         self.checkpoints = CheckpointManager(
-            str(self.checkpoint_folder),
+            self.checkpoint_folder,
             config.checkpoint,
             model=self.model.parts,
             optimizer=self.optimizers,
@@ -119,7 +133,8 @@ class Trainer:
     def run(self) -> int:
         """Train from where the newest checkpoint is to the last step; or only write the seed checkpoint.
 
-        Returns the exit status: 0, or 143 if SIGTERM came before the last step (the state is saved then).
+        Returns the exit status: 0, or 128 + the signal's number if SIGTERM or SIGINT came before the last step (the
+        state is saved then).
         """
         if self.config.checkpoint.create_seed_checkpoint:
             self._save_seed()
@@ -129,21 +144,36 @@ class Trainer:
         self.checkpoints.close()
         self.meter.log_saves(self.checkpoints.take_events())
         self.meter.close()
-        if self.checkpoints.stop_requested and self.state.step < self.config.training.steps:
-            log.info(f"stopped by SIGTERM after step {self.state.step}; the same command goes on from there")
-            return 128 + signal.SIGTERM
+        stop = self.checkpoints.stop_signal
+        if stop is not None and self.state.step < self.config.training.steps:
+            log.info(f"stopped by {stop.name} after step {self.state.step}; the same command resumes from there")
+            return 128 + stop
         return 0
 
     def _train(self) -> None:
         num_steps = self.config.training.steps
         self.model.train()
         self.meter.start(step=self.state.step, blocked_s=self.checkpoints.blocked_s)
-        self.checkpoints.listen_to_signals()
+        self.checkpoints.listen_to_signals(interrupt=True, on_stop=self._say_when_it_stops)
+        accept_save_requests()
         while self.state.step < num_steps and not self.checkpoints.stop_requested:
+            self._step_at_work = self.state.step + 1
             figures = self.train_step()
             self.meter.log(figures, blocked_s=self.checkpoints.blocked_s)
+            self._step_at_work = None
             self.checkpoints.save(self.state.step, last_step=self.state.step == num_steps)
             self.meter.log_saves(self.checkpoints.take_events())
+
+    def _say_when_it_stops(self, number: signal.Signals) -> None:
+        """Called in a signal handler. Between steps a save may or may not have heard of the signal already."""
+        if self.state.step == self.config.training.steps:
+            when = "the last save is being committed"
+        elif self._step_at_work is not None:
+            when = f"saving after step {self._step_at_work}, then stopping"
+        else:
+            when = "saving at the next step, then stopping"
+        again = "Ctrl-C again" if number == signal.SIGINT else f"a second {number.name}"
+        write_line(f"{number.name}: {when}; {again} stops at once")
 
     def train_step(self) -> StepFigures:
         """One optimizer step over one global batch."""
@@ -170,7 +200,7 @@ class Trainer:
         report = self.checkpoints.load()
         self.lr_schedule.apply()  # over the learning rate that the optimizer was loaded with
         if report is not None:
-            log.info(f"resumed from {report.path} ({report.kind}): {self.state.step} steps are done")
+            log.info(_what_was_loaded(report, self.state.step))
             for note in report.notes:
                 log.info(f"  {note}")
         elif self.config.parallelism.pipeline_parallel_degree > 1:
@@ -199,6 +229,12 @@ class Trainer:
             )
         self.checkpoints.save(0, last_step=True)
         log.info(f"wrote the seed checkpoint {self.checkpoint_folder}/step-0")
+
+    def _say_what_has_no_effect(self) -> None:
+        checkpoint = self.config.checkpoint
+        changed = [f.name for f in fields(checkpoint) if getattr(checkpoint, f.name) != getattr(_UNCHANGED, f.name)]
+        if not checkpoint.enable and changed:
+            log.warning(f"checkpointing is off (checkpoint.enable = false), so {', '.join(changed)} have no effect")
 
     # Setting up.
 
@@ -274,3 +310,18 @@ class Trainer:
             f"on {dist.get_world_size()} x {self.device.type} ({', '.join(spread) or 'one rank'})"
         )
         return model
+
+
+def _what_was_loaded(report: LoadReport, num_steps: int) -> str:
+    """One line for the log: a resume continues a run, an initial load and a seed checkpoint begin one."""
+    if report.resumed_step == 0 and report.kind == "model":
+        return f"starting from the seed checkpoint {report.path}"
+    if report.resumed_step is None and num_steps == 0:
+        return f"starting from the weights of {report.path}; all else is fresh"
+    if report.resumed_step is None:
+        return f"starting from the state of {report.path} ({report.kind}), where {_steps(num_steps)} done"
+    return f"resumed from {report.path} ({report.kind}): {_steps(num_steps)} done"
+
+
+def _steps(number: int) -> str:
+    return "1 step is" if number == 1 else f"{number} steps are"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from milepost.errors import ConfigError
 from milepost.train.config import MetricsConfig
 from milepost.training.events import SaveEvent
 
@@ -54,7 +55,12 @@ class Meter:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra dependency
 
             # What an earlier run wrote after the step resumed from did not happen in this one.
-            self._writer = SummaryWriter(str(self._tb_folder), purge_step=step + 1)
+            try:
+                self._writer = SummaryWriter(str(self._tb_folder), purge_step=step + 1)
+            except OSError as error:
+                raise ConfigError(
+                    f"metrics.save_tb_folder: {self._tb_folder} can't be written: {error.strerror or error}"
+                ) from error
 
     def _measure_from(self, step: int, blocked_s: float) -> None:
         self._since_step, self._since_s, self._since_blocked_s = step, time.perf_counter(), blocked_s

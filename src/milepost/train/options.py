@@ -1,13 +1,14 @@
 """From a TOML file and command-line flags to a ``TrainConfig``, or to one error with every mistake in it.
 
-tyro renders ``--help``. The reading itself is done here, because tyro stops at the first wrong value, knows no file
-and line, and would apply other rules to a flag than to the same option in TOML.
+tyro renders ``--help``. The reading itself is done here: tyro (1.0) stops at the first wrong value, knows no file and
+line, and would apply other rules to a flag than to the same option in TOML.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import tomllib
 import types
@@ -32,7 +33,7 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass
 class Settings:
-    """What a file and flags set: values by dotted option name, and where each was set (``file:line`` or the flag)."""
+    """Options by dotted name as a file and flags set them, and where each was set (``file:line`` or the flag)."""
 
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class Settings:
         """Set ``option`` to what ``read`` (``from_flag`` or ``from_toml``) makes of ``value``, or note the problem."""
         self.origins[option] = origin
         try:
-            self.values[option] = read(value, OPTIONS[option])
+            self.values[option] = _expanded(option, read(value, OPTIONS[option]))
         except ValueError as error:
             self.refused.add(option)
             self.problems.append(f"{origin}: {option} must be {error}, not {_shown(value)}")
@@ -55,6 +56,18 @@ class Settings:
         self.origins |= other.origins
         self.problems += other.problems
         self.refused |= other.refused
+
+    def check_that_checkpointing_is_on(self) -> None:
+        """Refuse options of checkpointing where nothing says whether it is on: they would silently do nothing."""
+        idle = [option for option in self.origins if option.startswith("checkpoint.")]
+        if not idle or "checkpoint.enable" in self.origins:
+            return
+        names = ", ".join(option.removeprefix("checkpoint.") for option in idle)
+        self.problems.append(
+            f"{self.origins[idle[0]]}: checkpointing is off, so {names} would have no effect: add `enable = true` to "
+            "[checkpoint] (or --checkpoint.enable), or `enable = false` to leave it off"
+        )
+        self.values["checkpoint.enable"] = True  # the other checks are of what was meant
 
     def locate(self, problem: str) -> str | None:
         """``problem`` with the place of the option it names first; None if it rests on a refused value."""
@@ -81,6 +94,7 @@ def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
     path = flags.values.get("job.config_file")
     settings = read_toml(Path(str(path))) if path else Settings()
     settings.update(flags)
+    settings.check_that_checkpointing_is_on()
     config, problems = build(settings.values)
     if "-h" in argv or "--help" in argv:
         print_help(config)
@@ -187,6 +201,22 @@ def _line_numbers(text: str) -> dict[str, int]:
             lines.setdefault(f"{section}.{name}" if section else name, number)
             lines.setdefault(section or name.partition(".")[0], number)
     return lines
+
+
+PATHS = (
+    "job.config_file",
+    "job.dump_folder",
+    "model.hf_assets_path",
+    "training.dataset_path",
+    "checkpoint.folder",
+    "checkpoint.initial_load_path",
+    "metrics.save_tb_folder",
+)
+"""Options in which ``~`` and ``$VARIABLE`` are expanded, which a shell does not do in a file or after ``=``."""
+
+
+def _expanded(option: str, value: object) -> object:
+    return os.path.expanduser(os.path.expandvars(value)) if option in PATHS and isinstance(value, str) else value
 
 
 def _did_you_mean(option: str, prefix: str) -> str:

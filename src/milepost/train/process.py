@@ -21,7 +21,7 @@ from typing import NoReturn
 from milepost.errors import MilepostError
 
 LAUNCHER_PID = "MILEPOST_LAUNCHER_PID"
-"""Environment variable in which the launcher tells its ranks who it is."""
+"""Environment variable with the process id of the launcher, for its ranks."""
 _PR_SET_PDEATHSIG = 1
 
 _LOST_PEER = re.compile(
@@ -57,11 +57,33 @@ def leave_on_signals() -> None:
         signal.signal(number, _leave_on_signal)
 
 
-def leave_with_launcher() -> None:
-    """From now on the death of torchrun's agent is SIGTERM to this rank, which so saves and ends.
+def hold_save_requests() -> None:
+    """Keep SIGUSR1 pending, which would end the process, until `accept_save_requests`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
-    An agent that is killed can't end its ranks. Left to themselves they would train on, with nobody to start them
-    again, and keep the run's folder from the next start of the job. (``PR_SET_PDEATHSIG`` of prctl(2); Linux only.)
+
+def accept_save_requests() -> None:
+    """Handle SIGUSR1, one that has come meanwhile too. Without a handler by now it has no effect but a line."""
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _nothing_to_save)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+def _nothing_to_save(number: int, frame: FrameType | None) -> None:
+    write_line("SIGUSR1: this run saves nothing now (see checkpoint.enable and checkpoint.load_only)")
+
+
+def write_line(text: str) -> None:
+    """Print a line on stderr, if this rank speaks; safe in a signal handler."""
+    if speaks():
+        os.write(2, f"{text}\n".encode())
+
+
+def leave_with_launcher() -> None:
+    """From now on the death of torchrun's agent sends SIGTERM to this rank, which so saves and ends.
+
+    An agent that is killed can't end its ranks. Left to themselves they would train on, with nobody to restart them,
+    and keep the run's folder locked against the next start of the job. (``PR_SET_PDEATHSIG`` of prctl(2); Linux only.)
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
@@ -72,8 +94,7 @@ def leave_with_launcher() -> None:
 
 def _leave_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     ignore_signals()
-    if speaks():
-        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    write_line(f"stopped by {signal.Signals(number).name}")
     os._exit(128 + number)
 
 

@@ -58,8 +58,12 @@ class HFTokenizer:
     """
 
     def __init__(self, path: Path):
-        from tokenizers import Tokenizer as RustTokenizer  # only with such a file: it is an extra dependency
-
+        try:
+            from tokenizers import Tokenizer as RustTokenizer  # only with such a file: it is an extra dependency
+        except ImportError as error:
+            raise ConfigError(
+                f"model.hf_assets_path: {path} needs the package tokenizers: pip install 'milepost[train]'"
+            ) from error
         try:
             content = path.read_bytes()
             self._tokenizer = RustTokenizer.from_buffer(content)
@@ -73,7 +77,10 @@ class HFTokenizer:
     def _special(self, config_path: Path, kind: str) -> tuple[int, ...]:
         if not config_path.is_file():
             return ()
-        token = json.loads(config_path.read_text(encoding="utf-8")).get(f"{kind}_token")
+        try:
+            token = dict(json.loads(config_path.read_text(encoding="utf-8"))).get(f"{kind}_token")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"model.hf_assets_path: {config_path} is not a tokenizer's config: {error}") from error
         text = token.get("content") if isinstance(token, dict) else token
         token_id = self._tokenizer.token_to_id(text) if text else None
         return () if token_id is None else (token_id,)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,7 @@ from milepost.training.events import SaveEvent, note_event, suspicion
 from milepost.training.hf_export import hf_form
 from milepost.training.loader import Loader
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
-from milepost.training.signals import DUE, FAILED, SAVE, STOP, SignalFlags
+from milepost.training.signals import DUE, FAILED, SAVE, SignalFlags
 from milepost.training.training_state import TrainingState
 
 log = logging.getLogger("milepost")
@@ -226,28 +227,41 @@ class CheckpointManager:
         if self._saver is None:
             return
         saver, self._saver = self._saver, None
-        self._signals.restore()
         try:
             with self._blocked():
                 if isinstance(saver, AsyncSaver):
                     saver.close()
         finally:
+            # Not before: Ctrl-C while the last save is being written must not lose it.
+            self._signals.restore()
             self._settle()
             if self._lock is not None:
                 self._lock.release()
 
-    def listen_to_signals(self) -> None:
-        """From now on SIGUSR1 on any rank saves at the next :meth:`save`, and SIGTERM does so and asks to stop.
+    def listen_to_signals(
+        self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None
+    ) -> None:
+        """Save at the next :meth:`save` when any rank gets SIGUSR1; on SIGTERM, save and ask to stop.
 
-        Call it on the main thread of every rank. Ranks then exchange a number at every call of :meth:`save`.
+        Call it on the main thread of every rank. Ranks then exchange a number at every call of :meth:`save`. A second
+        request to stop does what that signal did before; the same signal within a second counts as one.
+
+        Args:
+            interrupt: handle SIGINT (Ctrl-C) as SIGTERM is.
+            on_stop: called with the signal, in its handler, when the first request to stop arrives on this rank.
         """
         if self._saver is not None:
-            self._signals.listen()
+            self._signals.listen(interrupt=interrupt, on_stop=on_stop)
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a rank got SIGTERM, as of the last :meth:`save`; then that save is committed already."""
-        return bool(self._signals.agreed & STOP)
+        """Whether a rank was asked to stop, as of the last :meth:`save`; then that save is committed already."""
+        return self.stop_signal is not None
+
+    @property
+    def stop_signal(self) -> signal.Signals | None:
+        """The signal that asked a rank to stop, as of the last :meth:`save`; None if there was none."""
+        return self._signals.stop_signal
 
     def take_events(self) -> list[SaveEvent]:
         """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
@@ -270,8 +284,8 @@ class CheckpointManager:
         self._signals.agreed = agreed = self._comm.union(flags)
         if agreed & FAILED:
             raise_together(self._comm, failure)
-        if agreed & STOP:
-            return "SIGTERM"
+        if self._signals.stop_signal is not None:
+            return self._signals.stop_signal.name
         if agreed & SAVE:
             return "SIGUSR1"
         return (by_clock or "by the clock of rank 0") if agreed & DUE else None
@@ -298,8 +312,8 @@ class CheckpointManager:
     def _begin(self, step: int, reason: str, *, last_step: bool) -> _Pending:
         config = self._config
         model_only = config.create_seed_checkpoint or (last_step and config.last_save_model_only)
-        is_export = model_only and not config.create_seed_checkpoint and config.export_dtype != "float32"
-        dtype = getattr(torch, config.export_dtype) if is_export else None
+        is_export = model_only and not config.create_seed_checkpoint
+        dtype = getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None
         wanted = ("model",) if model_only else self._state.present()
         kind = "model" if model_only else "full"
         info = SaveInfo(step=step, kind=kind, layout=self._layout)
@@ -307,7 +321,7 @@ class CheckpointManager:
         keep = Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected))
         make_state = partial(self._state.state_dict, wanted)
         form = None
-        if self._hf is not None and model_only and last_step and config.last_save_in_hf:
+        if self._hf is not None and is_export and config.last_save_in_hf:
             form = hf_form(self._comm, self._hf, self._state, dtype)
         if isinstance(self._saver, AsyncSaver):
             try:

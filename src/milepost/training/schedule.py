@@ -15,6 +15,8 @@ def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str
     """Why a checkpoint is due after ``step`` by the count of steps, or None. The same on every rank."""
     if not config.enable or config.load_only:
         return None
+    if config.create_seed_checkpoint:
+        return "seed checkpoint"
     if is_last:
         return "last step"
     if step == 1 and config.enable_first_step_checkpoint:

@@ -1,0 +1,81 @@
+"""Signals that ask for a save or a stop: noted once, and a second request to stop is obeyed at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from milepost.training import signals
+from milepost.training.signals import INTERRUPT, SAVE, STOP, SignalFlags
+
+
+def kill(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def second() -> Iterator[list[int]]:
+    """The signals that came to the handlers of before."""
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    yield came
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "bit"), [(signal.SIGTERM, STOP), (signal.SIGINT, INTERRUPT)])
+def test_the_first_stops_with_a_word_and_the_second_at_once(
+    number: signal.Signals, bit: int, second: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(signals, "ECHO_S", 0.05)
+    flags, said = SignalFlags(), []
+    flags.listen(interrupt=True, on_stop=said.append)
+    kill(number)
+    assert (flags.take(), said, second) == (bit, [number], [])
+    time.sleep(0.06)
+    kill(number)
+    assert (flags.take(), said, second) == (0, [number], [number])
+    flags.restore()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(second: list[int]):
+    """A scheduler signals every process of a job; the launcher then passes on what it got."""
+    flags = SignalFlags()
+    flags.listen()
+    kill(signal.SIGTERM)
+    kill(signal.SIGTERM)
+    assert (flags.take(), second) == (STOP, [])
+    flags.restore()
+
+
+def test_another_signal_to_stop_is_a_second_request(second: list[int]):
+    """A launcher that is interrupted twice ends its ranks with SIGTERM."""
+    flags = SignalFlags()
+    flags.listen(interrupt=True)
+    kill(signal.SIGINT)
+    kill(signal.SIGTERM)
+    assert second == [signal.SIGTERM]
+    flags.restore()
+
+
+def test_sigint_is_left_alone_unless_asked_for(second: list[int]):
+    flags = SignalFlags()
+    flags.listen()
+    kill(signal.SIGINT)
+    kill(signal.SIGUSR1)
+    assert (flags.take(), second) == (SAVE, [signal.SIGINT])
+    flags.restore()
+
+
+@pytest.mark.parametrize(
+    ("agreed", "expected"), [(0, None), (SAVE, None), (STOP, signal.SIGTERM), (STOP | INTERRUPT, signal.SIGINT)]
+)
+def test_the_signal_that_all_ranks_agreed_to_stop_for_is_known(agreed: int, expected: signal.Signals | None):
+    flags = SignalFlags()
+    flags.agreed = agreed
+    assert flags.stop_signal == expected
