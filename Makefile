@@ -4,6 +4,7 @@
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
 # make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
+# make test-browser   the report in headless Chromium (Debian: apt-get install chromium npm)
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
 # make docs    the documentation, into build/docs; every warning is an error
 # make lint    formatting, lint, types and the import contracts; make format puts the first in order
@@ -20,7 +21,7 @@ KILLS ?= 50
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: help setup train test test-slow reliability soak fuzz bench docs lint format clean
+.PHONY: help setup train test test-slow test-browser reliability soak fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -38,10 +39,15 @@ train: $(STAMP)
 	NGPU=$(NGPU) CONFIG_FILE=$(CONFIG_FILE) timeout 3000 ./run_train.sh
 
 test: $(STAMP)
-	timeout 1800 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile
+	timeout 1800 $(BIN)/python -m pytest -q -m "not slow and not browser" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)
 	timeout 3000 $(BIN)/python -m pytest -q -m slow
+
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null || echo "no Chromium on the path: apt-get install chromium; its tests are skipped" >&2
+	test -e build/axe/node_modules/axe-core || timeout 300 npm install --silent --no-save --prefix build/axe axe-core
+	timeout 600 $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
 
 reliability: $(STAMP)
 	@mkdir -p build && rm -f build/tally.jsonl
