@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 import milepost
 from milepost.collective.comm import SingleProcess
 from milepost.run.assemble import SaveInfo
+from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
 from milepost.storage import open_storage
 
@@ -129,10 +130,10 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
 
 def ours(saver: AsyncSaver, state: dict[str, torch.Tensor], training: Training, figures: Figures) -> None:
     started = time.perf_counter()
-    handle = saver.save("milepost", lambda: state, INFO)
+    handle = saver.save(SaveRequest("milepost", lambda: state, INFO))
     blocked = time.perf_counter() - started
     # Forward and backward: longer than the copy. Then the optimizer's turn.
-    steps = training.run(handle._staged.done)
+    steps = training.run(handle.is_staged)
     wait = time.perf_counter()
     handle.staged()
     blocked += time.perf_counter() - wait

@@ -11,6 +11,7 @@ import milepost
 from milepost import errors
 
 NAMES = [
+    "HfModel",
     "CheckpointManager",
     "CheckpointConfig",
     "save",

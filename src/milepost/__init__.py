@@ -28,9 +28,12 @@ if TYPE_CHECKING:
         StorageError,
     )
     from milepost.interop.dcp import StorageReader, StorageWriter
+    from milepost.interop.hf.model import HfModel
     from milepost.loading.load import LoadReport, load
-    from milepost.saving.async_save import SaveHandle, async_save
-    from milepost.saving.save import SaveReport, save
+    from milepost.saving.async_save import async_save
+    from milepost.saving.background import SaveHandle
+    from milepost.saving.job import SaveReport
+    from milepost.saving.save import save
     from milepost.training.manager import CheckpointManager
     from milepost.verification.verify import VerifyReport, verify
 
@@ -38,9 +41,10 @@ _HOMES = {
     "CheckpointConfig": "milepost.config",
     "CheckpointManager": "milepost.training.manager",
     "LoadReport": "milepost.loading.load",
-    "SaveHandle": "milepost.saving.async_save",
+    "HfModel": "milepost.interop.hf.model",
+    "SaveHandle": "milepost.saving.background",
     "async_save": "milepost.saving.async_save",
-    "SaveReport": "milepost.saving.save",
+    "SaveReport": "milepost.saving.job",
     "StorageReader": "milepost.interop.dcp",
     "StorageWriter": "milepost.interop.dcp",
     "VerifyReport": "milepost.verification.verify",
@@ -64,6 +68,7 @@ _HOMES = {
 __all__ = [  # noqa: RUF022 - by what they are for
     "CheckpointManager",
     "CheckpointConfig",
+    "HfModel",
     "save",
     "SaveReport",
     "async_save",

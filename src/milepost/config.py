@@ -14,6 +14,9 @@ from milepost.errors import ConfigError
 AsyncMode = Literal["disabled", "async", "async_with_pinned_mem"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
+NUM_IO_THREADS = 2
+"""Threads of each rank that copy, write and read the files of a checkpoint, unless told otherwise."""
+
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
 
@@ -61,6 +64,8 @@ class CheckpointConfig:
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """When a save fails: ``stop`` raises; ``warn`` logs it and trains on, but raises after 3 failed saves in a row."""
+    num_io_threads: int = NUM_IO_THREADS
+    """Threads of each rank that copy, write and read the files of a checkpoint."""
     keep_latest_k: int = 10
     """Keep so many of the newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0
@@ -91,6 +96,8 @@ class CheckpointConfig:
             found.append(f"checkpoint.interval_seconds must be 0 (no such rule) or more, not {self.interval_seconds:g}")
         if self.mtbf_hours <= 0:
             found.append(f"checkpoint.mtbf_hours must be above 0, not {self.mtbf_hours:g}")
+        if self.num_io_threads < 1:
+            found.append(f"checkpoint.num_io_threads must be at least 1, not {self.num_io_threads}")
         if self.keep_latest_k < 0:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
         if self.keep_every_n_steps < 0:

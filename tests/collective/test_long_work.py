@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import milepost
+from milepost.collective.comm import FailureNotice, SingleProcess
 from milepost.collective.progress import ProgressLog
+from milepost.format.box import Box
 from milepost.interop.convert import convert
 from milepost.interop.hf.load import load_hf
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.options import ConvertOptions
-from milepost.saving.async_save import SaveHandle, log_wait
+from milepost.saving.background import BackgroundSave, log_wait
+from milepost.saving.job import JobResult, SaveJob
+from milepost.storage import LocalStorage
+from milepost.tensors.plan import TensorSpec, lay_out_file
 from milepost.tensors.state import flatten
 from milepost.train.models import build_model
+
+FOUR_BYTES = lay_out_file(0, [(TensorSpec("w", "float32", (1,), (Box.whole((1,)),)), Box.whole((1,)))], ())
 
 
 def test_long_ones_tell_how_far_they_are_and_short_ones_are_silent(
@@ -56,9 +64,12 @@ def test_the_wait_for_a_save_in_the_background_is_told_on_one_rank(caplog: pytes
     caplog.set_level(logging.INFO, logger="milepost")
     for rank in (1, 0):
         assert caplog.text == ""
-        handle = SaveHandle("/run/step-1", "id", nbytes=100)
-        handle._add_written(40)
-        threading.Timer(0.3, handle._committed.set_result, [None]).start()
-        log_wait(handle, rank, every_s=0.05)
-    assert "waiting for /run/step-1: 40 % written, 0 s" in caplog.text
+        job = SaveJob("step-1", "", "id", 0, 1, FOUR_BYTES, None, None, 1.0)
+        save = BackgroundSave(LocalStorage("/run"), job, FailureNotice(SingleProcess(), "id"))
+        save.wrote(2)
+        done = JobResult(write_s=0.1, commit_s=0.1, nbytes=4, contents={})
+        begin = partial(save.run, lambda _, done=done: done, plan_s=0.1, reused_plan=False)
+        threading.Timer(0.3, begin).start()
+        log_wait(save, rank, every_s=0.05)
+    assert "waiting for /run/step-1: 50 % written, 0 s" in caplog.text
     assert "s for /run/step-1 to be committed" in caplog.text

@@ -141,8 +141,8 @@ def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None
 class ImpatientSaver(AsyncSaver):
     timeout_s = 0.0
 
-    def __init__(self, *args: Any):
-        super().__init__(*args, timeout_s=self.timeout_s)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, timeout_s=self.timeout_s, **options)
 
 
 def train(
@@ -189,10 +189,11 @@ def train(
 def tell_when_committed(manager: CheckpointManager, told: Callable[[], None]) -> None:
     """At once if the save was written in the foreground; else as soon as this rank's handle says so."""
     pending = manager._pending
-    if pending is None or pending.handle is None:
+    if pending is None:
         told()
     else:
-        pending.handle._committed.add_done_callback(lambda done: None if done.exception() else told())
+        save = pending.outcome
+        save.when_done(lambda: None if save.failure else told())
 
 
 def prepare(folder: Path, case: Case) -> LocalStorage:

@@ -25,6 +25,7 @@ from milepost import CheckpointConfig, CheckpointManager, MilepostError
 from milepost.collective.comm import default_comm
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
+from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
 from milepost.testing.faulty import FaultyStorage
@@ -142,6 +143,10 @@ def test_warn_goes_on_twice_on_a_real_full_disk(tmp_path: Path) -> None:
 # ---- errors of one rank ----
 
 
+def request(step: int, state: dict[str, Any]) -> SaveRequest:
+    return SaveRequest(f"run/step-{step}", lambda: state, SaveInfo(step=step, kind="state"))
+
+
 def failing_saver(folder: Path, bad: int) -> list[str]:
     """Each number in the middle of the data of one rank; then no free descriptor there at all."""
     state = Big().state_dict()
@@ -151,22 +156,20 @@ def failing_saver(folder: Path, bad: int) -> list[str]:
         if dist.get_rank() == bad:
             storage = FaultyStorage(storage, fail_at=3 if bad == 0 else 1, number=number, tear=True)
         saver = Saver(storage, default_comm())
-        messages.append(
-            error_of(lambda saver=saver: saver.save("run/step-9", lambda: state, SaveInfo(step=9, kind="state")))
-        )  # type: ignore[misc]
+        messages.append(error_of(lambda saver=saver: saver.save(request(9, state))))  # type: ignore[misc]
         Saver(LocalStorage(folder), default_comm()).save(
-            f"run/step-{step}", lambda: state, SaveInfo(step=step, kind="state")
+            SaveRequest(f"run/step-{step}", lambda: state, SaveInfo(step=step, kind="state"))
         )
     saver = Saver(LocalStorage(folder), default_comm())
-    saver.save("run/step-7", lambda: state, SaveInfo(step=7, kind="state"))
+    saver.save(request(7, state))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if dist.get_rank() == bad:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        messages.append(error_of(lambda: saver.save("run/step-8", lambda: state, SaveInfo(step=8, kind="state"))))
+        messages.append(error_of(lambda: saver.save(request(8, state))))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    saver.save("run/step-8", lambda: state, SaveInfo(step=8, kind="state"))
+    saver.save(request(8, state))
     dist.barrier()
     assert whole_steps(folder / "run") == [1, 2, 3, 4, 7, 8]
     return messages

@@ -26,6 +26,7 @@ from milepost.collective import progress
 from milepost.errors import MilepostError, SaveError
 from milepost.run import catalog, commit, signoff
 from milepost.run.assemble import SaveInfo
+from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
@@ -85,7 +86,7 @@ def saver_of(mode: str, storage: Storage, comm: PairComm, timeout_s: float = PAT
 def save(saver: Saver | AsyncSaver, step: int) -> None:
     """Return when the step is committed, as far as this rank knows."""
     state = {f"layer{number}": torch.full((3000,), float(step)) for number in range(4)}
-    begun = saver.save(f"run/step-{step}", lambda: state, SaveInfo(step=step, kind="state"))
+    begun = saver.save(SaveRequest(f"run/step-{step}", lambda: state, SaveInfo(step=step, kind="state")))
     if isinstance(saver, AsyncSaver):
         begun.committed(PATIENCE_S)  # type: ignore[union-attr]
 

@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from milepost.errors import MilepostError
-from milepost.saving import background, writer_process
+from milepost.saving import writer_link, writer_process
 from milepost.storage import LocalStorage, Storage
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def _be_rank(act: Callable[[PairComm], Any], comm: PairComm, writer: int, life: 
     try:
         torch.set_num_threads(1)
         writers = partial(ForkedWriter, f"writer {comm.rank}", life)
-        with mock.patch.object(background.subprocess, "Popen", writers):
+        with mock.patch.object(writer_link.subprocess, "Popen", writers):
             outcome = Outcome(result=act(comm))
     except MilepostError as error:
         outcome = Outcome(error=error)

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import SaveError
+from milepost.storage import LocalStorage
 from milepost.testing.world import WorldError, run_world
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
@@ -106,33 +108,29 @@ def _fail_in_background(folder: Path, mode: str) -> list[str]:
 
 def _break_writes(manager: CheckpointManager) -> None:
     """Make this rank's next write fail: by a disk that is full, or a writer process that dies."""
-    saver = manager._saver
-    runner = saver._runner
-    saver.current.committed(60)
-    if hasattr(runner, "pid"):
-        os.kill(runner.pid, signal.SIGKILL)
-        while runner._process.poll() is None:
-            time.sleep(0.01)
-        runner._start_for_real, runner._start = runner._start, _no_more_processes
-    else:
-        storage = runner._storage
-        storage.open_write_for_real, storage.open_write = storage.open_write, _disk_full
+    manager._saver.current.committed(60)
+    pid = manager._saver.writer_pid
+    if pid is None:
+        BROKEN.start()
+        return
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    NO_MORE_PROCESSES.start()
 
 
 def _mend_writes(manager: CheckpointManager) -> None:
-    runner = manager._saver._runner
-    if hasattr(runner, "pid"):
-        runner._start = runner._start_for_real
-    else:
-        runner._storage.open_write = runner._storage.open_write_for_real
+    (BROKEN if manager._config.async_mode == "async" else NO_MORE_PROCESSES).stop()
 
 
-def _no_more_processes() -> None:
-    raise OSError(11, "Resource temporarily unavailable")
-
-
-def _disk_full(path: str, nbytes: int) -> Any:
+def _disk_full(self: LocalStorage, path: str, nbytes: int) -> Any:
     raise milepost.StorageError(f"no space left on device: {path}", operation="open_write", path=path, errno=28)
+
+
+BROKEN = mock.patch.object(LocalStorage, "open_write", _disk_full)
+NO_MORE_PROCESSES = mock.patch(
+    "milepost.saving.writer_link.subprocess.Popen", side_effect=OSError(11, "Resource temporarily unavailable")
+)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

@@ -77,8 +77,8 @@ IN_A_LOAD = {
     "restore the random generators": "milepost.training.training_state.set_rng_state",
 }
 IN_A_LOAD_ON_RANK_0 = {
-    "scan": "milepost.training.loader.catalog.scan",
-    "choose a step": "milepost.training.loader.choose",
+    "scan": "milepost.training.resume.catalog.scan",
+    "choose a step": "milepost.training.resume.choose",
 }
 AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.manager.Saver"}
 AT_THE_START_ON_RANK_0 = {
@@ -90,7 +90,7 @@ IN_THE_BACKGROUND = {
     "arena": "milepost.saving.stage.Arena.fit",
     "staging plan": "milepost.saving.async_save.Staging",
     "staging": "milepost.saving.stage.Staging.run",
-    "hand over": "milepost.saving.background.FileImage",
+    "hand over": "milepost.saving.async_save.FileImage",
     "write": "milepost.saving.job.write_file",
     "sign-off, and even the report of its failure": "milepost.saving.job.sign_off,milepost.run.commit.fail_attempt",
 }
@@ -99,9 +99,9 @@ IN_THE_BACKGROUND_ON_RANK_0 = {
     "publish": "milepost.saving.job.commit.publish",
 }
 BEFORE_A_WRITER = {
-    "hand over": "milepost.saving.background.Request",
+    "hand over": "milepost.saving.writer_link.Request",
     "hand over, and even the report of its failure": (
-        "milepost.saving.background.Request,milepost.saving.async_save.sign_off_failure,milepost.run.commit.fail_attempt"
+        "milepost.saving.writer_link.Request,milepost.saving.job.sign_off,milepost.run.commit.fail_attempt"
     ),
 }
 
@@ -265,7 +265,7 @@ def walk_disabled(folder: Path) -> list[Heard]:
     run.inject("plan", "milepost.saving.agreement.plan_save", run.save_another_structure, ranks=(0,))
     run.walk(run.manager.load, IN_A_LOAD, IN_A_LOAD_ON_RANK_0)
     run.walk(lambda: run.build(folder / "another"), AT_THE_START, AT_THE_START_ON_RANK_0)
-    run.walk(lambda: run.manager.latest_step, {}, {"latest step": "milepost.training.loader.catalog.scan"})
+    run.walk(lambda: run.manager.latest_step, {}, {"latest step": "milepost.training.resume.catalog.scan"})
     by_signal = Run(folder / "by signal", interval=1000)
     by_signal.manager.listen_to_signals()
     by_signal.walk(lambda: by_signal.manager.save(by_signal.step + 1), ON_SIGNALS, {})

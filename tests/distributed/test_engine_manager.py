@@ -26,6 +26,7 @@ from milepost.collective.comm import default_comm
 from milepost.errors import MilepostError
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
+from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage, open_storage
 from milepost.storage.local import storage_error
@@ -268,7 +269,9 @@ def dead_storage(folder: Path) -> Outcome:
         storage = BreaksOn(BreaksOn(storage, ("write", "", errno.EIO)), ("open_write", "", errno.EIO))
     saver = Saver(storage, default_comm(), timeout_s=1.0)
     result = outcome(
-        lambda: saver.save("step-1", lambda: {f"w{dist.get_rank()}": torch.ones(2)}, SaveInfo(step=1, kind="state"))
+        lambda: saver.save(
+            SaveRequest("step-1", lambda: {f"w{dist.get_rank()}": torch.ones(2)}, SaveInfo(step=1, kind="state"))
+        )
     )
     dist.barrier()
     assert list(folder.iterdir()) == []
@@ -435,7 +438,7 @@ def cached_plans(folder: Path) -> list[bool]:
     reused = []
 
     def save(number: int, state: dict[str, Any]) -> None:
-        report = saver.save(f"step-{number}", lambda: state, SaveInfo(step=number, kind="state"))
+        report = saver.save(SaveRequest(f"step-{number}", lambda: state, SaveInfo(step=number, kind="state")))
         reused.append(report.reused_plan)
         manifest = catalog.read_manifest(LocalStorage(folder), f"step-{number}")
         mine = {"shared": torch.zeros(3), f"own{(rank + 1) % size}": torch.zeros(2)}

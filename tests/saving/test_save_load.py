@@ -23,6 +23,7 @@ from milepost.format.dtype import DTYPES
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
+from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage
 from milepost.tensors.state import flatten
@@ -399,7 +400,7 @@ def test_plan_is_reused_while_the_structure_stays(tmp_path: Path) -> None:
     saver = Saver(LocalStorage(tmp_path), SingleProcess())
 
     def reused(state: dict[str, Any]) -> bool:
-        report = saver.save("step-1", lambda: state, SaveInfo(step=1, kind="state"))
+        report = saver.save(SaveRequest("step-1", lambda: state, SaveInfo(step=1, kind="state")))
         into = blank(state)
         milepost.load(tmp_path / "step-1", into)
         assert_same(into, state)

@@ -11,6 +11,7 @@ import milepost
 from milepost.collective.comm import SingleProcess
 from milepost.errors import SaveError
 from milepost.run.assemble import SaveInfo
+from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
 from milepost.storage import LocalStorage
 
@@ -27,7 +28,7 @@ def test_copies_start_behind_the_work_that_is_queued_and_end_before_staged_retur
         for value in live.values():
             for _ in range(50):  # queued, not done: the copies must wait for it
                 value.add_(1)
-        handle = saver.save(f"ck-{round_number}", lambda: live, INFO)
+        handle = saver.save(SaveRequest(f"ck-{round_number}", lambda: live, INFO))
         handle.staged(60)
         for value in live.values():
             value.mul_(2)
@@ -42,7 +43,7 @@ def test_copies_start_behind_the_work_that_is_queued_and_end_before_staged_retur
 def test_pinned_memory_is_used_and_let_go(tmp_path: Path):
     saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem", timeout_s=60.0)
     live = {"w": torch.ones(1024, 1024, device="cuda")}
-    saver.save("ck", lambda: live, INFO).committed(60)
+    saver.save(SaveRequest("ck", lambda: live, INFO)).committed(60)
     assert torch.frombuffer(saver._arena.memory, dtype=torch.uint8).is_pinned()
     saver.close()
 
@@ -50,7 +51,7 @@ def test_pinned_memory_is_used_and_let_go(tmp_path: Path):
 def test_a_change_during_staging_is_noticed(tmp_path: Path):
     saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem", timeout_s=60.0)
     live = {f"w{i}": torch.ones(4096, 4096, device="cuda") for i in range(8)}
-    handle = saver.save("torn", lambda: live, INFO)
+    handle = saver.save(SaveRequest("torn", lambda: live, INFO))
     live["w7"].add_(1)
     with pytest.raises(SaveError, match="maybe_wait_for_staging"):
         handle.staged(60)

@@ -24,6 +24,11 @@ def save_twice(manager: CheckpointManager) -> None:
         manager.save(step)
 
 
+def wait_for_failure(manager: CheckpointManager) -> None:
+    with pytest.raises(SaveError):
+        manager._saver.current.committed(60)
+
+
 def disk_full(path: str, nbytes: int) -> Any:
     raise StorageError(f"no space left on device: {path}", operation="open_write", path=path, errno=28)
 
@@ -52,7 +57,7 @@ def test_warn_goes_on_and_stops_after_three_failures_in_a_row(
         manager.save(2)
         manager.save(3)  # in the background modes: tells of step 2
         if mode == "async":
-            manager._saver.current._committed.exception(60)
+            wait_for_failure(manager)
     assert "no space left" in caplog.text
     manager.save(4)
     manager.save(5)  # both went well: the count begins anew

@@ -83,8 +83,7 @@ class SingleProcess:
 class ProcessGroupComm:
     """Ranks of a ``torch.distributed`` process group that can move CPU objects.
 
-    The group must not be used by another thread while a save or load runs (gloo would mix the two streams up), so the
-    manager makes one of its own.
+    The group must not be used by another thread while a save or load runs: gloo would mix the two streams up.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -167,16 +166,26 @@ def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
     """The ranks of ``group`` or of the default process group; one process when none is initialised.
 
     On a default group without a CPU backend (NCCL alone) objects would travel through the GPU: a gloo group is made
-    for them. Making a group is collective, so call this on every rank.
+    for them, once for each default group. Making a group is collective, so call this on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return SingleProcess()
     if group is None and "gloo" not in str(dist.get_backend_config()):
-        group = dist.new_group(backend="gloo")
+        group = _gloo_group(dist.group.WORLD)
     return ProcessGroupComm(group)
 
 
-def failure_on(rank: int, error: BaseException, kind: type[MilepostError] = SaveError) -> MilepostError:
+_gloo_groups: list[tuple[object, dist.ProcessGroup]] = []
+"""The default group that a gloo group was last made for, and that one."""
+
+
+def _gloo_group(default: object) -> dist.ProcessGroup:
+    if not _gloo_groups or _gloo_groups[0][0] is not default:
+        _gloo_groups[:] = [(default, dist.new_group(backend="gloo"))]
+    return _gloo_groups[0][1]
+
+
+def failure_on(rank: int, error: BaseException, kind: type[MilepostError] = MilepostError) -> MilepostError:
     """``error`` as one that can be told to the other ranks: it names ``rank`` and pickles.
 
     One that is none of Milepost's own becomes one of ``kind``.

@@ -50,8 +50,8 @@ from milepost.loading.load import read_digests
 from milepost.loading.reader import read_objects, read_tensors
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
-from milepost.run.signoff import wait_for_sign_offs
-from milepost.saving.job import SaveJob, write_and_sign_off
+from milepost.run.signoff import WrittenFile, wait_for_sign_offs
+from milepost.saving.job import JobMonitor, SaveJob, run_job
 from milepost.saving.stage import tensor_blocks
 from milepost.storage import Storage, open_storage
 from milepost.tensors import plan
@@ -132,15 +132,16 @@ class StorageWriter(DcpStorageWriter):
             keep=None,
             timeout_s=TIMEOUT_S,
         )
-        written = write_and_sign_off(self._storage, job, _PlannerBlocks(planner, resolved), objects)
+        written = _Written()
+        run_job(self._storage, job, _PlannerBlocks(planner, resolved), objects, written)
         index_of = {_item_key(item): item.index for item in plan.items}
         results = [
             WriteResult(index_of[t.item.key, t.item.box], t.item.record_nbytes, t.item.record_offset)
-            for file in written
+            for file in written.files
             for t in file.tensors
         ] + [
             WriteResult(index_of[o.key, None], o.record_nbytes, o.record_offset)
-            for file in written
+            for file in written.files
             for o in file.objects
         ]
         future: Future[list[WriteResult]] = Future()
@@ -210,6 +211,15 @@ def _write_plan(rank: int, items: Sequence[WriteItem], objects: Sequence[str]) -
             dtype = dtype_name(data.properties.dtype)
             boxes.append((plan.TensorSpec(item.index.fqn, dtype, tuple(data.size), (box,)), box))
     return plan.lay_out_file(rank, boxes, objects)
+
+
+class _Written(JobMonitor):
+    """Keeps what a job has written, for DCP's own record of it."""
+
+    files: Sequence[WrittenFile] = ()
+
+    def signed_off(self, files: Sequence[WrittenFile]) -> None:
+        self.files = files
 
 
 class _PlannerBlocks:

@@ -17,6 +17,7 @@ from typing import Any
 from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched
+from milepost.config import NUM_IO_THREADS
 from milepost.errors import MAX_LISTED, MilepostError, StateMismatchError, listed, near
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, Manifest
@@ -113,6 +114,7 @@ def load_from(
     strict: bool,
     comm: Comm,
     must_be_wanted: Callable[[str], bool] = lambda key: False,
+    num_threads: int = NUM_IO_THREADS,
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
@@ -136,7 +138,7 @@ def load_from(
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
-    reading = _Reading(storage, folder, comm.rank)
+    reading = _Reading(storage, folder, comm.rank, num_threads)
     for live in (False, True):  # what can be refused is read first, then what is filled in place
         try:
             with watched(f"rank {comm.rank} is reading {storage.root}/{folder}"):
@@ -169,11 +171,12 @@ def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
 class _Reading:
     """One rank's reads of one checkpoint."""
 
-    def __init__(self, storage: Storage, folder: str, rank: int):
+    def __init__(self, storage: Storage, folder: str, rank: int, num_threads: int):
         self._storage = storage
         self._folder = folder
         self._path = f"{storage.root}/{folder}"
         self._is_first = rank == 0
+        self._num_threads = num_threads
         self._stats = ReadStats(0, 0)
 
     def open(self, manifest: Manifest, flat: FlatState, fit: Fit) -> None:
@@ -196,7 +199,11 @@ class _Reading:
         before = self._stats.read_nbytes
         items = [item for item in self._items if item.leaf in keys]
         reach = (lambda nbytes: self._progress.reach(before + nbytes)) if self._is_first else None
-        stats = read_tensors(self._storage, self._folder, items, self._flat.tensors, self._digests, on_progress=reach)
+        stats = read_tensors(
+            *(self._storage, self._folder, items, self._flat.tensors, self._digests),
+            num_threads=self._num_threads,
+            on_progress=reach,
+        )
         self._stats = ReadStats(self._stats.wanted_nbytes + stats.wanted_nbytes, before + stats.read_nbytes)
 
     def report(self, seconds: float) -> LoadReport:

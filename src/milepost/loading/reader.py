@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from milepost.collective.threads import map_in_threads
+from milepost.config import NUM_IO_THREADS
 from milepost.errors import DigestMismatchError, FormatError
 from milepost.format import digest, record
 from milepost.format.box import Box, contiguous_runs, cut_into_slabs
@@ -64,7 +65,7 @@ def read_tensors(
     leaves: Mapping[str, TensorLeaf],
     digests: BlockDigests | None,
     *,
-    num_threads: int = 2,
+    num_threads: int = NUM_IO_THREADS,
     on_progress: Callable[[int], None] | None = None,
 ) -> ReadStats:
     """Fill the leaves' tensors with the planned regions, checking digests.

@@ -289,7 +289,7 @@ def wait_for_outcome(
         if _COMMITTED_NAME in names:
             return
         if not names:
-            if _save_id_at(storage, target) == save_id:
+            if save_id_at(storage, target) == save_id:
                 return
             # The attempt is gone at once, but the checkpoint that it has become may show later.
             if gone_until is None:
@@ -310,7 +310,7 @@ def wait_for_outcome(
         poll_s = min(poll_s * 1.5, 0.5)
 
 
-def _save_id_at(storage: Storage, target: str) -> str:
+def save_id_at(storage: Storage, target: str) -> str:
     """The save id at ``target``, or empty. From the head of the manifest alone, since a thousand ranks may ask."""
     path = join(target, MANIFEST_NAME)
     if storage.stat(path) is None:

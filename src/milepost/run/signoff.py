@@ -179,6 +179,12 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
         storage.write(f"{name}{_FAILED}", b"")
 
 
+def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
+    """Whether a rank has left a sign-off that does not report a failure."""
+    found = _look(storage, attempt, rank, {entry.name for entry in storage.list(attempt)})
+    return found is not None and found.error is None
+
+
 def wait_for_sign_offs(
     storage: Storage,
     attempt: str,

@@ -3,12 +3,13 @@
 In reading order::
 
     save            ``save()``: flatten, agree, stage, write, sign off, publish
-    agreement       what all ranks agree on before a byte is written
+    agreement       the request, and what all ranks agree on before a byte is written
     stage           the arena, and how tensors become the bytes of this rank's file
     writer          one rank's file, digested on the way to the storage (torch-free)
     job             write, sign off, publish, prune: a save from its plan to its end (torch-free)
     async_save      ``async_save()``: the same in the background
-    background      the thread and the process that write meanwhile
+    background      one save in the background, and all that becomes of it (torch-free)
+    writer_link     the trainer's end of its link to a writer process
     writer_process  that process (torch-free)
 """
 

@@ -7,30 +7,29 @@ from __future__ import annotations
 
 import atexit
 import logging
+import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from functools import partial
 from os import PathLike, fspath
 from typing import Any, Literal
 
-import torch
-
 from milepost.collective.comm import Comm, FailureNotice, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
-from milepost.collective.progress import watched, writing
-from milepost.errors import MilepostError, StorageError
+from milepost.config import NUM_IO_THREADS
+from milepost.errors import MilepostError, SaveError
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.catalog import step_of
-from milepost.saving.agreement import Agreement
-from milepost.saving.background import InProcess, InThread
-from milepost.saving.job import Form, Keep, SaveJob, sign_off_failure, tell_outcome
-from milepost.saving.save import TIMEOUT_S, SaveReport, save_failure
+from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
+from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
+from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.stage import Arena, Staging, pin, unpin
+from milepost.saving.writer import FileImage
+from milepost.saving.writer_link import WriterLink
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
-from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.plan import WritePlan
 
 log = logging.getLogger("milepost")
@@ -38,72 +37,33 @@ log = logging.getLogger("milepost")
 Mode = Literal["async", "async_with_pinned_mem"]
 
 
-class SaveHandle:
-    """A save that is under way, as this rank sees it."""
-
-    def __init__(self, path: str, save_id: str, nbytes: int):
-        self.path = path
-        self.save_id = save_id
-        self.nbytes = nbytes
-        """Bytes of tensor data that this rank writes."""
-        self._written_nbytes = 0
-        self._staged: Future[None] = Future()
-        self._committed: Future[SaveReport] = Future()
-
-    def staged(self, timeout_s: float | None = None) -> None:
-        """Return when the tensors may be changed again.
-
-        Raises:
-            TimeoutError: not within ``timeout_s`` seconds.
-            MilepostError: staging failed; the save is lost.
-        """
-        self._staged.result(timeout_s)
-
-    def committed(self, timeout_s: float | None = None) -> None:
-        """Return when the checkpoint may be relied on, on all ranks.
-
-        Raises:
-            TimeoutError: not within ``timeout_s`` seconds.
-            MilepostError: the save failed, on this rank or another.
-        """
-        self._committed.result(timeout_s)
-
-    def result(self) -> SaveReport:
-        """Wait for the commit; what the save did, or the error that it failed with."""
-        return self._committed.result()
-
-    def done(self) -> bool:
-        """Whether the save has ended, one way or the other."""
-        return self._committed.done()
-
-    @property
-    def progress(self) -> float:
-        """The part of this rank's bytes that is written, from 0 to 1."""
-        return min(1.0, self._written_nbytes / self.nbytes) if self.nbytes else 1.0
-
-    def _add_written(self, nbytes: int) -> None:
-        self._written_nbytes += nbytes
-
-
 class AsyncSaver:
     """Saves state dicts again and again in the background, one at a time, through one arena that is kept.
 
     One that is forgotten without :meth:`close` lets go of all it holds, at the end of the save that runs.
-    Collective methods are :meth:`save` and :meth:`close`; they are called on the training thread.
+    Collective methods are :meth:`save`, :meth:`wait` and :meth:`close`; they are called on the training thread.
     """
 
-    def __init__(self, storage: Storage, comm: Comm, mode: Mode, *, timeout_s: float = TIMEOUT_S):
+    def __init__(
+        self,
+        storage: Storage,
+        comm: Comm,
+        mode: Mode,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        num_threads: int = NUM_IO_THREADS,
+    ):
         self._storage = storage
         self._comm = comm
         self._mode = mode
-        self._agreement = Agreement(storage, comm, timeout_s=timeout_s)
+        self._agreement = Agreement(storage, comm, timeout_s=timeout_s, num_threads=num_threads)
         self._arena = Arena()
-        self._unpin: weakref.finalize | None = None
-        self._runner = InProcess(storage, self._arena) if mode == "async_with_pinned_mem" else InThread(storage)
-        # One thread: saves do not overtake each other. The interpreter waits for it at exit.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="milepost-save")
-        self._current: SaveHandle | None = None
-        self._attempt = ""
+        self._unpin: weakref.finalize[..., Arena] | None = None
+        self._writer = WriterLink(storage, self._arena) if mode == "async_with_pinned_mem" else None
+        self._current: BackgroundSave | None = None
+        self._thread: threading.Thread | None = None
+        # Whether ranks have yet to compare notes on the current save: the same on every rank, whatever became of it.
+        self._is_open = False
         _alive.add(self)
 
     @property
@@ -116,41 +76,106 @@ class AsyncSaver:
         """The save that was begun last."""
         return self._current
 
-    def save(
-        self,
-        target: str,
-        make_state: Callable[[], Mapping[str, Any]],
-        info: SaveInfo,
-        *,
-        dtype: torch.dtype | None = None,
-        keep: Keep | None = None,
-        form: Form | None = None,
-    ) -> SaveHandle:
-        """Begin to save what ``make_state`` returns to ``target``; arguments as for ``Saver.save``. Collective.
+    @property
+    def writer_pid(self) -> int | None:
+        """The id of the writer process; None in the mode that has none."""
+        return self._writer.pid if self._writer is not None else None
+
+    def is_for(self, comm: Comm) -> bool:
+        """Whether this saver's ranks are those of ``comm``."""
+        return (self._comm.rank, self._comm.world_size) == (comm.rank, comm.world_size)
+
+    def save(self, request: SaveRequest) -> SaveHandle:
+        """Begin to save what is requested: flatten, agree, stage; the rest goes on in the background. Collective.
 
         A save that still runs is waited for. Its failure, on any rank, is raised here on every rank, and nothing new
         is begun.
         """
-        previous = self._wait_for_previous()
+        self.wait()
         started = time.monotonic()
-        prepared = self._agreement.prepare(make_state, dtype, previous)
-        try:
-            job, reused = self._agreement.agree(target, prepared, info, keep, form)
-        except BaseException:
-            self._forget_failed()
-            raise
-        handle = SaveHandle(f"{self._storage.root}/{target}", job.save_id, sum(i.data_nbytes for i in job.plan.items))
-        self._current, self._attempt = handle, job.attempt
-        notice = FailureNotice(self._comm, job.save_id)
-        task = _Task(self._storage, self._runner, self._arena, job, prepared.objects, handle, notice)
+        prepared = self._agreement.prepare(request)
+        job, reused = self._agreement.agree(request, prepared)
+        save = self._current = BackgroundSave(self._storage, job, FailureNotice(self._comm, job.save_id))
+        self._is_open = True
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
-        task.attach(prepared.flat.tensors, self._fit_arena)
-        plan_s = time.monotonic() - started
-        if self._mode == "async":
-            task.stage()
-            task.announce()
-        self._thread.submit(task.run, plan_s=plan_s, reused=reused)
-        return handle
+        with save.failing():
+            save.staging = Staging(prepared.flat.tensors, job.plan, self._fit_arena(job.plan), buffers=prepared.buffers)
+            plan_s = time.monotonic() - started
+            if self._mode == "async":
+                save.stage()
+                save.accepted()
+            write = partial(_write, self._storage, self._arena, self._writer, prepared.objects)
+            run = partial(save.run, write, plan_s=plan_s, reused_plan=reused)
+            # Not a daemon: a program that ends, even by an exception, waits for what it has staged.
+            self._thread = threading.Thread(target=run, name="milepost-save")
+            try:
+                self._thread.start()
+            except RuntimeError:  # no more threads are to be had: training waits this once
+                self._thread = None
+                log.warning("no thread can be started to save %s in the background: writing it now", save.path)
+                run()
+        return save
+
+    def wait(self) -> None:
+        """Return when the save that runs, if any, is committed. Collective.
+
+        Raises:
+            MilepostError: it has failed on some rank; raised on every rank, and once.
+        """
+        if not self._is_open:
+            return
+        failure = self.failure_of_current()
+        if not self._comm.union(int(failure is not None)):
+            self._is_open = False
+            return
+        try:
+            raise_together(self._comm, failure)
+        finally:
+            self._forget_failed()
+
+    def close(self) -> None:
+        """Wait for the save that runs, and let go of all memory and processes. Collective.
+
+        Raises:
+            MilepostError: on every rank, if that save failed and its failure was not raised before.
+        """
+        failure = self.failure_of_current()
+        try:
+            self._let_go()
+        except Exception:
+            log.exception("rank %d could not let go of what it held for saving", self._comm.rank)
+        except BaseException as cause:  # noqa: BLE001 - an interrupt: the other ranks wait below
+            failure = failure or failure_on(self._comm.rank, cause, SaveError)
+        try:
+            raise_together(self._comm, failure)
+        finally:
+            if failure is not None:
+                self._forget_failed()
+
+    def leave(self) -> None:
+        """As :meth:`close`, on a rank that ends by an error and can't meet the others: a failure is logged."""
+        finish_saves()
+        if self._current is None or self._current.done():
+            self._let_go()
+
+    def failure_of_current(self) -> MilepostError | None:
+        """Wait for the save that runs on this rank; its failure. Ctrl-C counts as one: the others must hear of it."""
+        if self._current is None:
+            return None
+        try:
+            if not self._current.done():
+                log_wait(self._current, self._comm.rank)
+            error = self._current.failure
+        except BaseException as cause:  # noqa: BLE001
+            error = cause
+        return save_failure(self._comm.rank, error) if error is not None else None
+
+    def _forget_failed(self) -> None:
+        """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
+        if self._current is not None and self._current.failure is not None:
+            if self._comm.rank == 0:
+                commit.abort_attempt(self._storage, self._current.job.attempt)
+            self._current = None
 
     def _fit_arena(self, plan: WritePlan) -> memoryview:
         if self._arena.fit(plan):
@@ -169,184 +194,34 @@ class AsyncSaver:
             self._unpin()  # its old memory, if it has grown
             self._unpin = None
 
-    def close(self) -> None:
-        """Wait for the save that runs, and let go of all memory and processes. Collective.
-
-        Raises:
-            MilepostError: on every rank, if that save failed and its failure was not raised before.
-        """
-        failure = self._wait_for_previous()
-        try:
-            self._let_go()
-        except BaseException as cause:  # noqa: BLE001 - the other ranks wait below
-            failure = failure or failure_on(self._comm.rank, cause)
-        try:
-            raise_together(self._comm, failure)
-        finally:
-            if failure is not None:
-                self._forget_failed()
-
     def _let_go(self) -> None:
-        self._thread.shutdown()
-        self._runner.close()
+        if self._thread is not None:
+            self._thread.join()  # it uses what goes now; an interrupt may have cut the wait for its save short
+        if self._writer is not None:
+            self._writer.close()
         self._unpin_arena()
         self._arena.close()
 
-    def _wait_for_previous(self) -> MilepostError | None:
-        """Wait for the save that runs; its failure, once. Ctrl-C counts as one: the others must hear of it."""
-        if self._current is None:
-            return None
-        try:
-            if not self._current.done():
-                log_wait(self._current, self._comm.rank)
-            error: BaseException | None = self._current._committed.exception()
-        except BaseException as cause:  # noqa: BLE001
-            error = cause
-        return save_failure(self._comm.rank, error) if error is not None else None
 
-    def _forget_failed(self) -> None:
-        """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
-        if self._current is not None and self._current.done() and self._current._committed.exception() is not None:
-            self._current = None
-            if self._comm.rank == 0:
-                commit.abort_attempt(self._storage, self._attempt)
+def _write(
+    storage: Storage, arena: Arena, writer: WriterLink | None, objects: Mapping[str, bytes], save: BackgroundSave
+) -> JobResult:
+    """Write the arena: by the writer process, or here. Holds no saver, which may be forgotten meanwhile."""
+    if writer is not None:
+        return writer.run(save.job, objects, save)
+    save.accepted()
+    return run_job(storage, save.job, FileImage(arena.memory), objects, save, detached=True)
 
 
 _alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
 
 
 @atexit.register
-def _tell_of_lost_saves() -> None:
-    """The last word on saves that failed in the background, when nothing raised it: the program has called no close."""
+def _log_lost_saves() -> None:
+    """Report saves that failed in the background when nothing has raised it: the program has not called close."""
     for saver in list(_alive):
-        handle = saver.current
-        if handle is not None and handle.done() and (error := handle._committed.exception()) is not None:
+        if saver.current is not None and (error := saver.current.failure) is not None:
             log.error("the program ends, and its last save has failed: %s", error)
-
-
-class _Task:
-    """What the background thread does for one save."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        runner: InThread | InProcess,
-        arena: Arena,
-        job: SaveJob,
-        objects: Mapping[str, bytes],
-        handle: SaveHandle,
-        notice: FailureNotice,
-    ):
-        self._storage = storage
-        self._runner = runner
-        self._arena = arena
-        self._job = job
-        self._staging: Staging | None = None
-        self._objects = objects
-        self._handle = handle
-        self._notice = notice
-        self._stage_s = 0.0
-
-    def attach(self, leaves: Mapping[str, TensorLeaf], fit_arena: Callable[[WritePlan], memoryview]) -> None:
-        """Make room and get ready to copy. An error goes to the handle."""
-        try:
-            self._staging = Staging(leaves, self._job.plan, fit_arena(self._job.plan))
-        except BaseException as error:  # it is raised where the handle is asked
-            self._fail(error)
-            if not isinstance(error, Exception):
-                raise
-
-    def stage(self) -> None:
-        """Copy into the arena. An error goes to the handle."""
-        if self._staging is None:
-            return
-        started = time.monotonic()
-        try:
-            self._staging.run()
-        except BaseException as error:  # it is raised where the handle is asked
-            self._fail(error)
-            if not isinstance(error, Exception):
-                raise
-        self._staging = None  # holds tensors and a view of the arena
-        self._stage_s = time.monotonic() - started
-
-    def announce(self) -> None:
-        """The tensors may be changed again, and what was staged will be committed if the job's runner lives."""
-        if not self._handle._staged.done():
-            self._handle._staged.set_result(None)
-
-    def run(self, *, plan_s: float, reused: bool) -> None:
-        self.stage()
-        if self._handle.done():
-            return
-        try:
-            with watched(self._what):
-                result = self._runner.run(
-                    self._job, self._arena, self._objects, self._handle._add_written, self.announce, self._notice.check
-                )
-        except Exception as error:  # noqa: BLE001 - the top of a thread: the handle carries it
-            self._fail(error)
-            return
-        self._handle._committed.set_result(
-            SaveReport(
-                path=self._handle.path,
-                save_id=self._job.save_id,
-                nbytes=result.nbytes,
-                plan_s=plan_s,
-                stage_s=self._stage_s,
-                write_s=result.write_s,
-                commit_s=result.commit_s,
-                reused_plan=reused,
-                contents=result.contents,
-            )
-        )
-
-    def _what(self) -> str:
-        return writing(self._job.rank, f"{self._handle.path} in the background", self._handle.progress)
-
-    def _fail(self, error: BaseException) -> None:
-        told = save_failure(self._job.rank, error)
-        if not isinstance(error, Exception):
-            told.__cause__ = None  # an interrupt is raised here and now, and not once more where the handle is asked
-        self._notice.post(told)
-        self._tell_others(told)
-        if not self._handle._staged.done():
-            self._handle._staged.set_exception(told)
-        self._handle._committed.set_exception(told)
-
-    def _tell_others(self, error: MilepostError) -> None:
-        """Leave word in storage, in case the job did not come to it: a failed staging, a dead writer process."""
-        for leave in (self._leave_sign_off, self._leave_outcome):
-            try:
-                leave(error)
-            except StorageError:
-                pass  # it was told already, or can't be
-            except Exception:
-                log.exception("rank %d could not tell that its save failed", self._job.rank)
-
-    def _leave_sign_off(self, error: MilepostError) -> None:
-        sign_off_failure(self._storage, self._job, error.message)
-
-    def _leave_outcome(self, error: MilepostError) -> None:
-        if self._job.rank == 0:
-            tell_outcome(self._storage, self._job, error)
-
-
-def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
-    """Wait for a save to end; on rank 0 say so, with how far it is, and how long it took in all."""
-    started = time.monotonic()
-    while not handle.done():
-        try:
-            handle.committed(every_s)
-        except TimeoutError:
-            if rank == 0:
-                waited = time.monotonic() - started
-                log.info("waiting for %s: %.0f %% written, %.0f s", handle.path, 100 * handle.progress, waited)
-        except MilepostError:
-            break  # the caller asks the handle
-    waited = time.monotonic() - started
-    if rank == 0 and waited >= 0.01:
-        log.info("waited %.2f s for %s to be committed", waited, handle.path)
 
 
 @interrupts_held()
@@ -361,22 +236,22 @@ def async_save(
     """Begin to save ``state_dict`` at ``path`` and return at once. Collective over all ranks.
 
     With ``mode = "async"`` everything is staged when this returns, and a thread writes. With
-    ``"async_with_pinned_mem"`` staging goes on in the background (call ``handle.staged()`` before the weights change)
-    and a process writes, which finishes even if this one is killed. Staging memory of the state's size is kept and
-    used again by the next call for the same folder (of the last few); a save that still runs is waited for first.
+    ``"async_with_pinned_mem"`` staging goes on in the background (call ``handle.staged()`` before the weights change;
+    buffers of modules in ``state_dict`` are copied already) and a process writes, which finishes even if this one is
+    killed. Staging memory of the state's size is kept and used again by the next call for the same folder (of the
+    last few); a save that still runs is waited for first.
 
     Raises:
         SaveError: on every rank, when any rank failed before staging, or the previous save of this folder failed.
     """
     storage, target = open_storage(fspath(path))
     saver = _saver_for(storage, comm if comm is not None else default_comm(), mode)
-    return saver.save(
-        target, lambda: state_dict, SaveInfo(step=step_of(target) if step is None else step, kind="state")
-    )
+    info = SaveInfo(step=step_of(target) if step is None else step, kind="state")
+    return saver.save(SaveRequest(target, lambda: state_dict, info))
 
 
 MAX_SAVERS = 4
-"""So many folders that ``async_save`` was last called for keep their memory and writer process."""
+"""Folders that ``async_save`` was last called for keep their memory and writer process; this many of them."""
 _savers: dict[tuple[str, str], AsyncSaver] = {}
 
 
@@ -386,10 +261,10 @@ def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
     Nor does it with folders: the saver not called for the longest is forgotten, which is the same one on every rank.
     """
     saver = _savers.pop((storage.root, mode), None)
-    if saver is None or (saver._comm.rank, saver._comm.world_size) != (comm.rank, comm.world_size):
+    if saver is None or not saver.is_for(comm):
         while len(_savers) >= MAX_SAVERS:
             forgotten = _savers.pop(next(iter(_savers)))
-            if (failure := forgotten._wait_for_previous()) is not None:
+            if (failure := forgotten.failure_of_current()) is not None:
                 log.error("a save in the background has failed: %s", failure)
         saver = AsyncSaver(storage, comm, mode)
     _savers[storage.root, mode] = saver  # the last of them now

@@ -1,171 +1,211 @@
-"""Who runs a job while training goes on: a thread of the trainer, or a process of its own.
+"""One save in the background: what is known of it, what its job reports, and how its failure reaches everyone.
 
-A writer process is started once, never imports torch, maps the arena by its file descriptor and talks over a pipe: no
-ports, no re-import of the user's main module. It lives in a session of its own, so it outlives a killed trainer and
-finishes what was staged; then it leaves.
+Torch-free, since a process that ends (``finish_saves``) asks for it without knowing whether anything was saved.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
-import subprocess
-import sys
+import threading
+import time
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from milepost.errors import MilepostError, SaveError, StorageError
-from milepost.saving.job import JobResult, SaveJob, run_job, sign_off_failure, tell_outcome
-from milepost.saving.stage import Arena
-from milepost.saving.writer import FileImage
-from milepost.saving.writer_process import NO_PLAN, Request
-from milepost.storage import LocalStorage
+from milepost.collective.progress import watched, writing
+from milepost.errors import MilepostError
+from milepost.saving.job import JobMonitor, JobResult, SaveJob, SaveReport, report_failure, save_failure
 from milepost.storage.base import Storage
-from milepost.tensors.plan import WritePlan
 
-RELAY_S = 1.0
-"""How often a trainer that waits for its writer process looks whether another rank has failed."""
+if TYPE_CHECKING:
+    from milepost.collective.comm import FailureNotice
+    from milepost.saving.stage import Staging
 
+log = logging.getLogger("milepost")
 
-class InThread:
-    """Runs jobs in the calling thread, which is a background thread of the trainer."""
-
-    def __init__(self, storage: Storage):
-        self._storage = storage
-
-    def run(
-        self,
-        job: SaveJob,
-        arena: Arena,
-        objects: Mapping[str, bytes],
-        on_progress: Callable[[int], None],
-        on_accepted: Callable[[], None],
-        check: Callable[[], None],
-    ) -> JobResult:
-        on_accepted()
-        image = FileImage(arena.memory)
-        return run_job(self._storage, job, image, objects, detached=True, on_progress=on_progress, give_up=check)
-
-    def close(self) -> None:
-        """Nothing is held."""
+GRACE_S = 30.0
+"""How long a process that ends waits for a save on which nothing moves: the other ranks may be gone."""
 
 
-class InProcess:
-    """Runs jobs in a writer process, started now and again when it has died. Forgotten, it lets that process go."""
+class SaveHandle:
+    """A save that is under way, as this rank sees it."""
 
-    def __init__(self, storage: Storage, arena: Arena):
-        self._root = storage.root
-        self._arena = arena
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._sent_plan: WritePlan | None = None
-        self._start()
+    def __init__(self, path: str, save_id: str, nbytes: int):
+        self.path = path
+        self.save_id = save_id
+        self.nbytes = nbytes
+        """Bytes of tensor data that this rank writes."""
+        self._written_nbytes = 0
+        self._staged: Future[None] = Future()
+        self._committed: Future[SaveReport] = Future()
 
-    @property
-    def pid(self) -> int | None:
-        """Of the writer process; None when there is none."""
-        return self._process.pid if self._process is not None else None
-
-    def run(
-        self,
-        job: SaveJob,
-        arena: Arena,
-        objects: Mapping[str, bytes],
-        on_progress: Callable[[int], None],
-        on_accepted: Callable[[], None],
-        check: Callable[[], None],
-    ) -> JobResult:
-        """Hand a job over and return its result. From ``on_accepted`` on, it is done even if this process dies.
-
-        ``check`` is asked now and then, and raises what another rank failed with.
+    def staged(self, timeout_s: float | None = None) -> None:
+        """Return when the tensors may be changed again.
 
         Raises:
-            MilepostError: as the job raised it.
-            SaveError: the writer process died.
+            TimeoutError: not within ``timeout_s`` seconds.
+            MilepostError: staging failed; the save is lost.
         """
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._start()
-        connection = self._connection
-        assert connection is not None
-        known = self._sent_plan == job.plan
-        sent = replace(job, plan=NO_PLAN) if known else job
+        self._staged.result(timeout_s)
+
+    def is_staged(self) -> bool:
+        """Whether the tensors may be changed again, or staging has failed."""
+        return self._staged.done()
+
+    def committed(self, timeout_s: float | None = None) -> None:
+        """Return when the checkpoint may be relied on, on all ranks.
+
+        Raises:
+            TimeoutError: not within ``timeout_s`` seconds.
+            MilepostError: the save failed, on this rank or another.
+        """
+        self._committed.result(timeout_s)
+
+    def result(self) -> SaveReport:
+        """Wait for the commit; what the save did, or the error that it failed with."""
+        return self._committed.result()
+
+    def done(self) -> bool:
+        """Whether the save has ended, one way or the other."""
+        return self._committed.done()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that the save has failed with; None while it runs and when it is committed."""
+        return self._committed.exception() if self._committed.done() else None
+
+    @property
+    def progress(self) -> float:
+        """The part of this rank's bytes that is written, from 0 to 1."""
+        return min(1.0, self._written_nbytes / self.nbytes) if self.nbytes else 1.0
+
+    def when_done(self, act: Callable[[], None]) -> None:
+        """Call ``act`` once the save has ended, in the thread that ends it, or at once."""
+        self._committed.add_done_callback(lambda _: act())
+
+
+class BackgroundSave(SaveHandle, JobMonitor):
+    """A save in the background on this rank. Owns its outcome: nobody else settles what the handle promises.
+
+    Every error of this rank goes to :meth:`fail`, the one channel: the handle's owner finds it here, ranks that wait
+    find it in the attempt, and, where that can't be written, in the job's store.
+    """
+
+    def __init__(self, storage: Storage, job: SaveJob, notice: FailureNotice):
+        super().__init__(f"{storage.root}/{job.target}", job.save_id, job.data_nbytes)
+        self.job = job
+        self._storage = storage
+        self._notice = notice
+        self.staging: Staging | None = None
+        """The copies that are to be made still."""
+        self._stage_s = 0.0
+        self._lock = threading.Lock()
+        _running.add(self)
+        self.when_done(lambda: _running.discard(self))
+
+    def wrote(self, nbytes: int) -> None:
+        """See ``JobMonitor``."""
+        with self._lock:  # several threads write
+            self._written_nbytes += nbytes
+
+    def why_stop(self) -> None:
+        """See ``JobMonitor``."""
+        self._notice.check()
+
+    def accepted(self) -> None:
+        """Take note that the tensors may change: what was staged will be committed if whoever runs the job lives."""
+        if not self._staged.done():
+            self._staged.set_result(None)
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Within, an error fails the save instead of being raised; only an interrupt is raised as well.
+
+        The other ranks are on their way: an error raised here alone would leave them waiting.
+        """
         try:
-            connection.send(Request(self._root, sent, known, arena.nbytes, objects))
-            self._sent_plan = job.plan
-            on_accepted()
-            relayed = False
-            while True:
-                if not connection.poll(RELAY_S):
-                    relayed = relayed or self._relay(job, check)
-                    continue
-                answer = connection.recv()
-                if isinstance(answer, int):
-                    on_progress(answer)
-                elif isinstance(answer, MilepostError):
-                    raise answer
-                else:
-                    return _checked(answer)
-        except (EOFError, OSError) as error:
-            raise self._died(job) from error
+            yield
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):
+                raise
 
-    def _relay(self, job: SaveJob, check: Callable[[], None]) -> bool:
-        """Put into storage, for the writer process, the failure of a rank that could not do it itself, if there is."""
+    def stage(self) -> None:
+        """Copy into the arena, and let go of :attr:`staging`, which holds tensors and a view of the arena."""
+        assert self.staging is not None
+        started = time.monotonic()
+        self.staging.run(num_threads=self.job.num_threads)
+        self.staging = None
+        self._stage_s = time.monotonic() - started
+
+    def run(self, write: Callable[[BackgroundSave], JobResult], *, plan_s: float, reused_plan: bool) -> None:
+        """Stage, if that was not done yet, and ``write``: the whole life of the background thread."""
+        with self.failing(), watched(self._doing):
+            if self.staging is not None:
+                self.stage()
+            result = write(self)
+            report = SaveReport.of(
+                self.path, self.job, result, plan_s=plan_s, stage_s=self._stage_s, reused_plan=reused_plan
+            )
+            self._committed.set_result(report)
+
+    def fail(self, error: BaseException) -> None:
+        """End the save with ``error``, and let every rank that waits for this one know. The first error stands."""
+        self.staging = None
+        if self.done():
+            return
+        failure = save_failure(self.job.rank, error)
+        if not isinstance(error, Exception):
+            failure.__cause__ = None  # an interrupt is raised here and now, and not once more where the handle is asked
+        # The other ranks first: once this handle has failed, its owner may take the attempt away.
+        self._notice.post(failure)
+        report_failure(self._storage, self.job, failure)
+        if not self._staged.done():
+            self._staged.set_exception(failure)
+        self._committed.set_exception(failure)
+
+    def _doing(self) -> str:
+        return writing(self.job.rank, f"{self.path} in the background", self.progress)
+
+
+_running: weakref.WeakSet[BackgroundSave] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_running.clear)  # the threads that write are the parent's
+
+
+def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
+    """Wait for a save to end. On rank 0 log how far it is meanwhile, and how long it took in all."""
+    started = time.monotonic()
+    while not handle.done():
         try:
-            check()
-        except SaveError as error:
-            storage = LocalStorage(self._root)
-            with contextlib.suppress(StorageError):  # it was told already
-                if job.rank == 0:
-                    sign_off_failure(storage, replace(job, rank=error.rank or 0), error.message)
-                else:
-                    tell_outcome(storage, job, error)
-            return True
-        return False
-
-    def close(self) -> None:
-        """Let the writer process go; it exits at the end of its work."""
-        self._let_go()
-        self._process, self._connection = None, None
-
-    def _start(self) -> None:
-        ours, theirs = Pipe()
-        fds = (theirs.fileno(), self._arena.fd)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "milepost.saving.writer_process", *map(str, fds)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=fds,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        theirs.close()
-        self._process, self._connection, self._sent_plan = process, ours, None
-        self._let_go = weakref.finalize(self, _let_go, process, ours)
-
-    def _died(self, job: SaveJob) -> SaveError:
-        assert self._process is not None
-        status = self._process.wait(timeout=60)
-        self.close()
-        how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return SaveError(
-            f"the writer process of rank {job.rank} died ({how}) while it wrote {job.target}: this save is lost, the "
-            "ones before are untouched, and the next one starts a new writer",
-            path=job.target,
-            rank=job.rank,
-        )
+            handle.committed(every_s)
+        except TimeoutError:
+            if rank == 0:
+                waited = time.monotonic() - started
+                log.info("waiting for %s: %.0f %% written, %.0f s", handle.path, 100 * handle.progress, waited)
+        except MilepostError:
+            break  # the caller asks the handle
+    waited = time.monotonic() - started
+    if rank == 0 and waited >= 0.01:
+        log.info("waited %.2f s for %s to be committed", waited, handle.path)
 
 
-def _let_go(process: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.close()
-    process.wait(timeout=60)
+def finish_saves(grace_s: float = GRACE_S) -> None:
+    """Wait for the saves of this process that run in the background. For whoever ends it without ``close()``.
 
-
-def _checked(answer: object) -> JobResult:
-    if not isinstance(answer, JobResult):
-        raise SaveError(f"the writer process answered with a {type(answer).__name__}")
-    return answer
+    What was staged is committed, if the other ranks do their part: one on which nothing was written for ``grace_s``
+    seconds is left as it is.
+    """
+    for save in list(_running):
+        ended = threading.Event()
+        save.when_done(ended.set)
+        written, deadline = save.progress, time.monotonic() + grace_s
+        while not ended.wait(0.5) and time.monotonic() < deadline:
+            if save.progress != written:
+                written, deadline = save.progress, time.monotonic() + grace_s
+        if save.failure is not None:
+            log.error("the save of %s has failed: %s", save.path, save.failure)
+        elif not save.done():
+            log.error("the save of %s was not committed: no progress for %.0f s", save.path, grace_s)

@@ -1,19 +1,19 @@
-"""What is left of a save once it is planned: write, sign off, commit, prune. No torch and no collective: any thread or
+"""What is left of a save once it is planned: write, sign off, publish, prune. No torch and no collective: any thread or
 process can do it, and the ranks agree through storage records alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
-from milepost.config import part_of
-from milepost.errors import StorageError
+from milepost.config import NUM_IO_THREADS, part_of
+from milepost.errors import MilepostError, SaveError, StorageError
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
 from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
@@ -45,6 +45,7 @@ class Form(Protocol):
         source: BlockSource | FileImage,
         *,
         is_first: bool,
+        num_threads: int,
         on_progress: Callable[[int], None] | None,
     ) -> None:
         """Write and sync what this rank holds into ``folder``; on the first rank also what belongs to all."""
@@ -57,10 +58,10 @@ class Form(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SaveJob:
-    """One rank's share of one save."""
+    """One rank's share of one save. Plain data that a writer process can be sent."""
 
     target: str
-    """Where the checkpoint will be, relative to the storage's root."""
+    """Path of the checkpoint, relative to the storage's root."""
     attempt: str
     """The folder of this attempt, which no reader takes for a checkpoint."""
     save_id: str
@@ -75,6 +76,31 @@ class SaveJob:
     """How long rank 0 waits for the other ranks' records, and they for its commit."""
     form: Form | None = None
     """None: DCP's records, Milepost's own format."""
+    num_threads: int = NUM_IO_THREADS
+    """Threads that write this rank's file."""
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of tensor data that this rank writes."""
+        return sum(item.data_nbytes for item in self.plan.items)
+
+
+class JobMonitor:
+    """What a job reports while it runs, and what it asks while it waits. This base class takes no notice."""
+
+    def wrote(self, nbytes: int) -> None:
+        """Take note that ``nbytes`` more are written. Called from any thread."""
+
+    def signed_off(self, files: Sequence[WrittenFile]) -> None:
+        """Take note that ``files`` are durable, and on record."""
+
+    def why_stop(self) -> str | None:
+        """Return the reason to stop waiting for other ranks, or None.
+
+        Raises:
+            SaveError: another rank has reported its failure; the job ends with this error.
+        """
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,97 +115,153 @@ class JobResult:
     """On rank 0: for each part of the state, a digest of all its tensors' CRCs. Equal if nothing changed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport:
+    """What a save did, as this rank saw it. Times are in seconds of wall clock."""
+
+    path: str
+    save_id: str
+    nbytes: int
+    """Bytes that this rank wrote."""
+    plan_s: float
+    stage_s: float = 0.0
+    write_s: float
+    commit_s: float
+    reused_plan: bool
+    """Whether the plan of the previous save was reused, without exchanging layouts."""
+    contents: Mapping[str, str]
+    """On rank 0: a digest of each part of the state. Equal in two saves if nothing changed between them."""
+
+    @classmethod
+    def of(
+        cls, path: str, job: SaveJob, result: JobResult, *, plan_s: float, stage_s: float = 0.0, reused_plan: bool
+    ) -> SaveReport:
+        return cls(
+            path=path,
+            save_id=job.save_id,
+            nbytes=result.nbytes,
+            plan_s=plan_s,
+            stage_s=stage_s,
+            write_s=result.write_s,
+            commit_s=result.commit_s,
+            reused_plan=reused_plan,
+            contents=result.contents,
+        )
+
+
 def run_job(
     storage: Storage,
     job: SaveJob,
     source: BlockSource | FileImage,
     objects: Mapping[str, bytes],
+    monitor: JobMonitor | None = None,
     *,
     detached: bool = False,
-    on_progress: Callable[[int], None] | None = None,
-    give_up: Callable[[], str | None] = lambda: None,
 ) -> JobResult:
     """Write this rank's file and sign it off; on rank 0 also wait for all ranks, publish and prune.
 
     When this returns on rank 0 the checkpoint is committed. ``detached`` jobs run without a training thread that
-    could exchange the outcome: other ranks then wait for it in storage, and rank 0 leaves it there when it fails.
-    ``give_up`` is asked while waiting and says why to stop, or None; or raises the SaveError to end with.
+    could exchange the outcome: other ranks then wait for it in storage. A failure is recorded in the attempt, where
+    the ranks that wait for this one find it.
 
     Raises:
         SaveError: this rank failed, or any rank did (on rank 0, and everywhere if detached), named.
         StorageError: an operation on the storage failed on this rank.
     """
+    monitor = JobMonitor() if monitor is None else monitor
+    folder, is_first = commit.data_folder(job.attempt), job.rank == 0
     started = time.monotonic()
     contents: Mapping[str, str] = {}
+    files: tuple[WrittenFile, ...] = ()
     try:
-        written = write_and_sign_off(storage, job, source, objects, on_progress=on_progress)
+        if job.form is not None:
+            job.form.write(
+                *(storage, folder, job.plan, source),
+                is_first=is_first,
+                num_threads=job.num_threads,
+                on_progress=monitor.wrote,
+            )
+        elif not job.plan.is_empty:
+            written = write_file(
+                storage, folder, job.plan, source, objects, num_threads=job.num_threads, on_progress=monitor.wrote
+            )
+            files = (written,)
+        # The names must be durable before the sign-off says so: rank 0 commits on the strength of it.
+        storage.sync_folder(folder)
+        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, files))
+        monitor.signed_off(files)
         wrote = time.monotonic()
         if job.info is not None:
-            contents = _publish(storage, job, job.info, give_up)
+            contents = _publish(storage, job, job.info, monitor)
     except BaseException as error:
-        if detached and job.info is not None:
-            with contextlib.suppress(StorageError):  # the first error is the one to tell
-                tell_outcome(storage, job, error)
+        report_failure(storage, job, error)
         raise
     if detached and job.info is None:
-        commit.wait_for_outcome(storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=give_up)
+        commit.wait_for_outcome(
+            storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
+        )
     committed = time.monotonic()
-    nbytes = sum(file.nbytes for file in written) or sum(item.data_nbytes for item in job.plan.items)
+    nbytes = sum(file.nbytes for file in files) or job.data_nbytes
     return JobResult(wrote - started, committed - wrote, nbytes, contents)
 
 
-def write_and_sign_off(
-    storage: Storage,
-    job: SaveJob,
-    source: BlockSource | FileImage,
-    objects: Mapping[str, bytes],
-    *,
-    on_progress: Callable[[int], None] | None = None,
-) -> tuple[WrittenFile, ...]:
-    """Write this rank's file, if it has one, and leave its sign-off, or word of its failure.
+def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None:
+    """Record in the attempt that this rank has failed, and why, for the ranks that wait for it. Never fails itself.
 
-    Raises:
-        StorageError: an operation on the storage failed.
+    Rank 0 waits for each rank's sign-off, the others for the outcome that rank 0 records. What was recorded first
+    stands, so a failure may be reported again by whoever hears of it.
     """
-    folder = commit.data_folder(job.attempt)
-    try:
-        written: tuple[WrittenFile, ...] = ()
-        if job.form is not None:
-            is_first = job.rank == 0
-            job.form.write(storage, folder, job.plan, source, is_first=is_first, on_progress=on_progress)
-        elif not job.plan.is_empty:
-            written = (write_file(storage, folder, job.plan, source, objects, on_progress=on_progress),)
-        storage.sync_folder(folder)
-        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, written))
-    except BaseException as error:
-        with contextlib.suppress(StorageError):  # the first error is the one to tell
-            sign_off_failure(storage, job, f"{type(error).__name__}: {error}")
-        raise
-    return written
-
-
-def sign_off_failure(storage: Storage, job: SaveJob, message: str) -> None:
-    """Tell the rank that commits that this one has failed, so that it does not wait in vain."""
-    sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, error=message))
-
-
-def tell_outcome(storage: Storage, job: SaveJob, error: BaseException) -> None:
-    """Tell the ranks that wait for the commit that there will be none, naming the rank where it went wrong."""
+    text = error.message if isinstance(error, MilepostError) else f"{type(error).__name__}: {error}"
     rank = getattr(error, "rank", None)
     if rank is None or rank == job.rank:
-        commit.fail_attempt(storage, job.attempt, f"rank {job.rank}: {error}", rank=job.rank)
+        rank, outcome = job.rank, f"rank {job.rank}: {text.removeprefix(f'rank {job.rank}: ')}"
     else:
-        commit.fail_attempt(storage, job.attempt, str(error), rank=rank)
+        outcome = text  # it names the rank that this one fails because of
+    records = [partial(sign_off, storage, job.attempt, SignOff(job.rank, job.save_id, error=text))]
+    if job.rank == 0:
+        records.append(partial(commit.fail_attempt, storage, job.attempt, outcome, rank=rank))
+    for record in records:
+        try:
+            record()
+        except StorageError:
+            pass  # it is recorded already, or can't be; the caller has the first error to raise
+        except Exception:
+            log.exception("rank %d failed to save %s and could not record the reason", job.rank, job.target)
 
 
-def _publish(storage: Storage, job: SaveJob, info: SaveInfo, give_up: Callable[[], str | None]) -> Mapping[str, str]:
+def relay_failure(storage: Storage, job: SaveJob, error: SaveError) -> None:
+    """Record the failure of another rank, which could not do so itself, for a writer process that waits for it."""
+    try:
+        if job.rank == 0:
+            sign_off(storage, job.attempt, SignOff(error.rank or 0, job.save_id, error=error.message))
+        else:
+            commit.fail_attempt(storage, job.attempt, error.message, rank=error.rank)
+    except StorageError:
+        pass  # it is recorded already
+
+
+def save_failure(rank: int, cause: BaseException) -> SaveError:
+    """Whatever made a save fail on ``rank``, as the SaveError that is raised on every rank."""
+    if isinstance(cause, SaveError):
+        failure = cause
+    else:
+        text = cause.message if isinstance(cause, MilepostError) else f"{type(cause).__name__}: {cause}"
+        failure = SaveError(text, path=getattr(cause, "path", None), key=getattr(cause, "key", None))
+        failure.__cause__ = cause
+    if failure.rank is None:
+        failure.rank = rank
+    return failure
+
+
+def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor) -> Mapping[str, str]:
     signed = wait_for_sign_offs(
-        storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s, give_up=give_up
+        storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
     )
     if job.form is not None:
         job.form.publish(storage, job.attempt, job.target, info, save_id=job.save_id, world_size=job.world_size)
     else:
         commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
+    # Only now: nothing is deleted before what replaces it is durable.
     if job.keep is not None:
         prune(storage, job.keep)
     return contents_of(signed)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 
 from milepost.collective.threads import map_in_threads
+from milepost.config import NUM_IO_THREADS
 from milepost.errors import SaveError
 from milepost.format.box import cut_into_slabs
-from milepost.format.manifest import BLOCK_NBYTES
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan, align
 
@@ -44,35 +44,17 @@ class TensorBlocks:
 
 
 def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The row-major bytes of a tensor as ``dtype``, in blocks of ``BLOCK_NBYTES``; each valid until the next."""
+    """The row-major bytes of a tensor as ``dtype``, in order: all at once where they lie so in host memory, else in
+    copies of at most ``SLAB_NBYTES``. Each is valid as long as it is referenced.
+    """
     if tensor.numel() == 0:
         return
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype != dtype:
-        yield from _copied_blocks(tensor, dtype)
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == dtype:
+        yield tensor_bytes(tensor)
         return
-    memory = tensor_bytes(tensor)
-    for start in range(0, len(memory), BLOCK_NBYTES):
-        yield memory[start : start + BLOCK_NBYTES]
-
-
-def _copied_blocks(view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """Blocks of a tensor that is strided, on another device or of another dtype, through a bounded copy."""
-    block = bytearray(BLOCK_NBYTES)
-    fill = 0
-    for slab in cut_into_slabs(view.shape, dtype.itemsize, SLAB_NBYTES):
-        # `contiguous()` would return the view itself when it is one already; a copy on the CPU is what is wanted.
-        data = tensor_bytes(view[slab.box.index()].to(device="cpu", dtype=dtype).contiguous())
-        start = 0
-        while start < len(data):
-            count = min(BLOCK_NBYTES - fill, len(data) - start)
-            block[fill : fill + count] = data[start : start + count]
-            fill += count
-            start += count
-            if fill == BLOCK_NBYTES:
-                yield memoryview(block)
-                fill = 0
-    if fill:
-        yield memoryview(block)[:fill]
+    for slab in cut_into_slabs(tensor.shape, dtype.itemsize, SLAB_NBYTES):
+        # Both calls release the GIL while they copy, so that other threads write meanwhile.
+        yield tensor_bytes(tensor[slab.box.index()].to(device="cpu", dtype=dtype).contiguous())
 
 
 class Arena:
@@ -115,26 +97,42 @@ class Staging:
     """Copies the planned boxes of a save into its file image.
 
     Made on the training thread at the moment of the save; :meth:`run` may be called from another thread. In between,
-    and until it returns, the tensors must not change: that is checked by their version counters.
+    and until it returns, the tensors must not change: that is checked by their version counters. Tensors that
+    ``forward`` changes (keys in ``buffers``) are copied at once, so that training may go on up to
+    ``optimizer.step()``.
     """
 
-    def __init__(self, leaves: Mapping[str, TensorLeaf], plan: WritePlan, image: memoryview):
+    def __init__(
+        self,
+        leaves: Mapping[str, TensorLeaf],
+        plan: WritePlan,
+        image: memoryview,
+        *,
+        buffers: Collection[str] = (),
+    ):
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watched: list[tuple[str, torch.Tensor, int]] = []
         # An image of zero bytes has no memory that torch could take; then nothing is planned either.
         memory = torch.frombuffer(image, dtype=torch.uint8) if plan.items else torch.empty(0, dtype=torch.uint8)
+        devices = set()
         for item in plan.items:
             leaf = leaves[item.key]
             src = leaf.view([piece.box for piece in leaf.pieces].index(item.box))
             raw = memory[item.data_offset : item.data_offset + item.data_nbytes]
-            self._copies.append((raw.view(leaf.dtype).view(src.shape), src))
+            dst = raw.view(leaf.dtype).view(src.shape)
+            if src.device.type == "cuda":
+                devices.add(src.device)
+            if item.key in buffers:
+                # On a GPU this queues the copy on the training stream, ahead of the kernels that will change it.
+                dst.copy_(src, non_blocking=True)
+                continue
+            self._copies.append((dst, src))
             if not leaf.local.is_inference():
                 self._watched.append((item.key, leaf.local, leaf.local._version))
         self.nbytes = sum(item.data_nbytes for item in plan.items)
-        self._devices = {src.device for _, src in self._copies if src.device.type == "cuda"}
-        self._ready = [torch.cuda.current_stream(device).record_event() for device in self._devices]
+        self._ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
-    def run(self, *, num_threads: int = 2) -> None:
+    def run(self, *, num_threads: int = NUM_IO_THREADS) -> None:
         """Copy everything; when this returns, training may change the tensors again.
 
         From a GPU, copies go over a stream of their own that starts behind the work that was queued when this object
@@ -144,7 +142,7 @@ class Staging:
         Raises:
             SaveError: a tensor was changed in place meanwhile, so what was copied may be torn.
         """
-        if self._devices:
+        if self._ready:
             self._copy_from_cuda()
         on_cpu = [pair for pair in self._copies if pair[1].device.type != "cuda"]
         # `copy_` releases the GIL; biggest first, so that the threads end together.
@@ -154,7 +152,7 @@ class Staging:
 
     def _copy_from_cuda(self) -> None:
         done = []
-        for device, ready in zip(self._devices, self._ready, strict=True):
+        for device, ready in self._ready.items():
             stream = torch.cuda.Stream(device)
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
@@ -168,9 +166,10 @@ class Staging:
     def _check_versions(self) -> None:
         changed = [key for key, tensor, version in self._watched if tensor._version != version]
         if changed:
+            count = "1 tensor was" if len(changed) == 1 else f"{len(changed)} tensors were"
             raise SaveError(
-                f"{len(changed)} tensors were changed while they were staged, first '{changed[0]}': what was copied is "
-                "torn and was thrown away. Call maybe_wait_for_staging() before optimizer.step()",
+                f"{count} changed during staging, first '{changed[0]}': the copy may mix old and new values and was "
+                "discarded. Call maybe_wait_for_staging() before optimizer.step()",
                 key=changed[0],
             )
 

@@ -1,7 +1,7 @@
 """One rank's file, written at the speed of the disk: headers, raw data and footers in one pass, digests on the way.
 
 The whole layout is known before the first byte (``plan``), and a record's CRC stands behind its data, so data is
-touched once: digested block by block, then written while it is still in the cache. Where the storage asks for aligned
+touched once: digested piece by piece, gathered, and written by few large calls. Where the storage asks for aligned
 writes (O_DIRECT), bytes go through one aligned buffer per thread; elsewhere straight from the caller's memory.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from milepost.collective.threads import map_in_threads
+from milepost.config import NUM_IO_THREADS
 from milepost.format import digest, record
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.run.signoff import WrittenFile, WrittenObject, WrittenTensor
@@ -26,6 +27,8 @@ GROUP_NBYTES = 16 << 20
 """Threads take the file in groups of records of about this size."""
 BUFFER_NBYTES = 8 << 20
 """Aligned buffer of each thread, used where the storage asks for aligned writes."""
+GATHER_NBYTES = 16 << 20
+"""Elsewhere, about this much is gathered for one call."""
 PIECE_NBYTES = 512 << 10
 """Data is digested and handed on in pieces of this size, which stay in a core's second-level cache in between."""
 
@@ -34,9 +37,10 @@ class BlockSource(Protocol):
     """Where the bytes of planned items come from. Called from several threads, for different items."""
 
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
-        """The item's raw row-major bytes in blocks of ``BLOCK_NBYTES`` (the last may be shorter).
+        """The item's raw row-major bytes, in order and in blocks of any size.
 
-        A block is valid until the next one is asked for.
+        A block keeps its bytes as long as it is referenced, which the writer does for at most about
+        ``GATHER_NBYTES`` of them at once.
         """
 
 
@@ -67,29 +71,91 @@ def write_file(
     source: BlockSource | FileImage,
     objects: Mapping[str, bytes],
     *,
-    num_threads: int = 2,
+    num_threads: int = NUM_IO_THREADS,
     on_progress: Callable[[int], None] | None = None,
 ) -> WrittenFile:
     """Write and sync the file of ``plan`` in ``folder``; the folder's own sync is the caller's.
 
-    Memory beside the source: ``BUFFER_NBYTES`` a thread. ``on_progress`` is told the bytes of each group that is
-    written, from any thread.
+    Memory beside the source: ``BUFFER_NBYTES`` a thread, or ``GATHER_NBYTES`` where the source has to copy.
+    ``on_progress`` is told the bytes of each group that is written, from any thread.
 
     Raises:
-        StorageError: the first failure on any thread. The file is left as it is, for the caller to sweep.
+        StorageError: the first failure on any thread. The file is left as it is, for the caller to remove.
     """
     placed, end = _place_objects(plan, objects)
     nbytes = align(end, LARGE_ALIGNMENT)
-    groups = _groups(plan.items)
     with storage.open_write(f"{folder}/{plan.file}", nbytes) as handle:
-        tensors = _write_groups(handle, groups, source, num_threads, on_progress)
-        stream = _open_stream(handle, plan.objects_offset, _aligned_buffer(handle))
-        for written in placed:
-            stream.skip_to(written.record_offset)
-            stream.put(objects[written.key])
-        stream.finish()
+        writer = _GroupWriter(handle, source, on_progress)
+        threads = 1 if handle.is_sequential else num_threads
+        batches = map_in_threads(writer.write, _groups(plan.items), threads, name="milepost-write")
+        write_stream(handle, plan.objects_offset, _object_pieces(plan.objects_offset, placed, objects), writer.buffer())
         handle.sync()
-    return WrittenFile(plan.file, nbytes, tensors, placed)
+    return WrittenFile(plan.file, nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
+
+
+def write_stream(handle: WriteHandle, offset: int, pieces: Iterable[Bytes], buffer: mmap.mmap | None) -> None:
+    """Write consecutive ``pieces`` from ``offset`` on, by few large calls.
+
+    With a ``buffer`` they are copied into it, so that every write but the last is whole disk blocks. Without one
+    they are written from where they are, and are referenced until then.
+    """
+    if buffer is None:
+        gathered: list[Bytes] = []
+        nbytes = 0
+        for piece in pieces:
+            gathered.append(piece)
+            nbytes += len(piece)
+            if nbytes >= GATHER_NBYTES:
+                handle.write(offset, gathered, stable=True)
+                gathered, offset, nbytes = [], offset + nbytes, 0
+        if nbytes:
+            handle.write(offset, gathered, stable=True)
+        return
+    memory, array = memoryview(buffer), np.frombuffer(buffer, dtype=np.uint8)
+    fill = 0
+    for piece in pieces:
+        src = np.frombuffer(piece, dtype=np.uint8) if len(piece) else array[:0]
+        while len(src):
+            count = min(len(src), len(array) - fill)
+            # numpy copies without the GIL; slice assignment of a memoryview would hold it.
+            np.copyto(array[fill : fill + count], src[:count])
+            src, fill = src[count:], fill + count
+            if fill == len(array):
+                handle.write(offset, [memory])
+                offset, fill = offset + fill, 0
+    if fill:
+        handle.write(offset, [memory[:fill]])
+
+
+class _GroupWriter:
+    """Writes groups of records into an open file, each by one thread."""
+
+    def __init__(self, handle: WriteHandle, source: BlockSource | FileImage, on_progress: Callable[[int], None] | None):
+        self._handle = handle
+        self._source = source
+        self._on_progress = on_progress
+        self._local = threading.local()
+
+    def write(self, group: _Group) -> list[WrittenTensor]:
+        """Write a group; what was written, with digests."""
+        written: list[WrittenTensor] = []
+        if isinstance(self._source, FileImage):
+            stop = _complete_image(group, self._source.memory, written)
+            self._handle.write(group.start, [self._source.memory[group.start : stop]], stable=True)
+        else:
+            write_stream(self._handle, group.start, _record_pieces(group, self._source, written), self.buffer())
+        if self._on_progress is not None:
+            self._on_progress(group.nbytes)
+        return written
+
+    def buffer(self) -> mmap.mmap | None:
+        """This thread's aligned buffer, if the storage asks for aligned writes."""
+        if self._handle.alignment == 1:
+            return None
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = mmap.mmap(-1, BUFFER_NBYTES)
+        found: mmap.mmap = self._local.buffer
+        return found
 
 
 def _place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[WrittenObject, ...], int]:
@@ -102,6 +168,15 @@ def _place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple
         placed.append(WrittenObject(key, offset, len(data), digest.crc32(data)))
         offset += len(data)
     return tuple(placed), offset
+
+
+def _object_pieces(position: int, placed: Sequence[WrittenObject], objects: Mapping[str, bytes]) -> Iterator[bytes]:
+    """The objects' records, and the zeros between and behind them, from ``position`` on."""
+    for written in placed:
+        yield bytes(written.record_offset - position)
+        yield objects[written.key]
+        position = written.record_offset + written.record_nbytes
+    yield bytes(align(position, LARGE_ALIGNMENT) - position)
 
 
 def _groups(items: Sequence[WriteItem]) -> list[_Group]:
@@ -119,58 +194,37 @@ def _groups(items: Sequence[WriteItem]) -> list[_Group]:
     return groups
 
 
-def _write_groups(
-    handle: WriteHandle,
-    groups: Sequence[_Group],
-    source: BlockSource | FileImage,
-    num_threads: int,
-    on_progress: Callable[[int], None] | None,
-) -> tuple[WrittenTensor, ...]:
-    local = threading.local()
-
-    def work(group: _Group) -> list[WrittenTensor]:
-        if isinstance(source, FileImage):
-            written = _write_image(handle, group, source.memory)
-        else:
-            if not hasattr(local, "buffer"):
-                local.buffer = _aligned_buffer(handle)
-            written = _write_group(handle, group, source, local.buffer)
-        if on_progress is not None:
-            on_progress(group.nbytes)
-        return written
-
-    batches = map_in_threads(work, groups, num_threads, name="milepost-write")
-    return tuple(written for batch in batches for written in batch)
-
-
-def _write_group(
-    handle: WriteHandle, group: _Group, source: BlockSource, buffer: mmap.mmap | None
-) -> list[WrittenTensor]:
-    stream = _open_stream(handle, group.start, buffer)
-    written = []
+def _record_pieces(group: _Group, source: BlockSource, written: list[WrittenTensor]) -> Iterator[Bytes]:
+    """The bytes of a group, headers, footers and zeros included; ``written`` gets each tensor once it has passed."""
+    position = group.start
     for item in group.items:
         layout = record.tensor_record(item.dtype, item.box.sizes)
-        stream.skip_to(item.record_offset)
-        stream.put(layout.header)
-        crc = 0
+        yield bytes(item.record_offset - position)
+        yield layout.header
         block_crcs: list[int] = []
-        for block in source.blocks(item):
-            block_crc = 0
-            for start in range(0, len(block), PIECE_NBYTES):
-                piece = block[start : start + PIECE_NBYTES]
+        crc = block_crc = block_nbytes = 0
+        for data in source.blocks(item):
+            start = 0
+            while start < len(data):
+                piece = data[start : start + min(PIECE_NBYTES, BLOCK_NBYTES - block_nbytes)]
                 block_crc = digest.crc32(piece, block_crc)
-                stream.put(piece)
-            crc = digest.combine(crc, block_crc, block.nbytes) if block_crcs else block_crc
+                yield piece
+                start, block_nbytes = start + len(piece), block_nbytes + len(piece)
+                if block_nbytes == BLOCK_NBYTES:
+                    crc = digest.combine(crc, block_crc, block_nbytes) if block_crcs else block_crc
+                    block_crcs.append(block_crc)
+                    block_crc = block_nbytes = 0
+        if block_nbytes:
+            crc = digest.combine(crc, block_crc, block_nbytes) if block_crcs else block_crc
             block_crcs.append(block_crc)
-        stream.put(record.record_footer(layout, crc))
+        yield record.record_footer(layout, crc)
+        position = item.record_offset + item.record_nbytes
         written.append(WrittenTensor(item, crc, tuple(block_crcs)))
-    stream.finish()
-    return written
+    yield bytes(align(position, LARGE_ALIGNMENT) - position)
 
 
-def _write_image(handle: WriteHandle, group: _Group, image: memoryview) -> list[WrittenTensor]:
-    """Put headers, footers and zeros around the data that is in place, and write the group as it stands."""
-    written = []
+def _complete_image(group: _Group, image: memoryview, written: list[WrittenTensor]) -> int:
+    """Put headers, footers and zeros around the data that is in place; where the group ends."""
     position = group.start
     for item in group.items:
         layout = record.tensor_record(item.dtype, item.box.sizes)
@@ -187,88 +241,4 @@ def _write_image(handle: WriteHandle, group: _Group, image: memoryview) -> list[
         written.append(WrittenTensor(item, crc, tuple(block_crcs)))
     stop = align(position, LARGE_ALIGNMENT)
     image[position:stop] = bytes(stop - position)
-    for start in range(group.start, stop, BUFFER_NBYTES):
-        handle.write(start, [image[start : min(start + BUFFER_NBYTES, stop)]])
-    return written
-
-
-def _aligned_buffer(handle: WriteHandle) -> mmap.mmap | None:
-    return mmap.mmap(-1, BUFFER_NBYTES) if handle.alignment > 1 else None
-
-
-def _open_stream(handle: WriteHandle, offset: int, buffer: mmap.mmap | None) -> _PlainStream | _AlignedStream:
-    if buffer is None:
-        return _PlainStream(handle, offset)
-    return _AlignedStream(handle, offset, buffer)
-
-
-class _PlainStream:
-    """Consecutive writes from the caller's memory: small pieces are held back and go out with the next large one."""
-
-    HOLD_NBYTES = 256 << 10
-
-    def __init__(self, handle: WriteHandle, offset: int):
-        self._handle = handle
-        self._offset = offset  # where the first held piece goes
-        self._held: list[Bytes] = []
-        self._held_nbytes = 0
-
-    def put(self, data: Bytes) -> None:
-        self._held.append(data)
-        self._held_nbytes += len(data)
-        # A block of the source is only valid now, so anything large is written at once.
-        if isinstance(data, memoryview) or self._held_nbytes > self.HOLD_NBYTES:
-            self._flush()
-
-    def skip_to(self, offset: int) -> None:
-        gap = offset - self._offset - self._held_nbytes
-        if gap:
-            self.put(bytes(gap))
-
-    def finish(self) -> None:
-        self.skip_to(align(self._offset + self._held_nbytes, LARGE_ALIGNMENT))
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._held:
-            self._handle.write(self._offset, self._held)
-            self._offset += self._held_nbytes
-            self._held, self._held_nbytes = [], 0
-
-
-class _AlignedStream:
-    """Consecutive writes through one aligned buffer, so that every one is whole disk blocks."""
-
-    def __init__(self, handle: WriteHandle, offset: int, buffer: mmap.mmap):
-        self._handle = handle
-        self._offset = offset  # of the start of the buffer
-        self._memory = memoryview(buffer)
-        self._array = np.frombuffer(buffer, dtype=np.uint8)
-        self._fill = 0
-
-    def put(self, data: Bytes) -> None:
-        src = np.frombuffer(data, dtype=np.uint8)
-        taken = 0
-        while taken < len(src):
-            count = min(len(src) - taken, len(self._array) - self._fill)
-            # numpy copies without the GIL; slice assignment of a memoryview would hold it.
-            np.copyto(self._array[self._fill : self._fill + count], src[taken : taken + count])
-            self._fill += count
-            taken += count
-            if self._fill == len(self._array):
-                self._flush()
-
-    def skip_to(self, offset: int) -> None:
-        gap = offset - self._offset - self._fill
-        if gap:
-            self.put(bytes(gap))
-
-    def finish(self) -> None:
-        self.skip_to(align(self._offset + self._fill, LARGE_ALIGNMENT))
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._fill:
-            self._handle.write(self._offset, [self._memory[: self._fill]])
-            self._offset += self._fill
-            self._fill = 0
+    return stop

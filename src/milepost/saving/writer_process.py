@@ -1,12 +1,14 @@
-"""The writer process: ``python -m milepost.saving.writer_process <connection fd> <arena fd>``. Never imports torch.
+"""The writer process. Never imports torch.
 
-Takes requests from a connection, one at a time, and answers each with progress and a result or an error. It leaves
-when the trainer has closed the connection, or died, and the job at hand is done.
+Takes requests from a connection, one at a time, and answers each with log lines, progress, and a result or an error.
+It leaves when the trainer says so, or has died and the job at hand is done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import logging
 import mmap
 import os
 import sys
@@ -18,13 +20,15 @@ from multiprocessing.connection import Connection
 
 from milepost.errors import MilepostError, SaveError
 from milepost.run import commit
-from milepost.saving.job import JobResult, SaveJob, run_job
+from milepost.saving.job import JobMonitor, JobResult, SaveJob, run_job
 from milepost.saving.writer import FileImage
 from milepost.storage import LocalStorage
 from milepost.tensors.plan import WritePlan
 
 PROGRESS_S = 0.5
-"""Progress is told at most so often."""
+"""Progress is reported at most this often."""
+LEAVE = None
+"""The message that ends a writer process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,52 +42,82 @@ class Request:
     objects: Mapping[str, bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line for the trainer's log."""
+
+    name: str
+    level: int
+    text: str
+
+
 NO_PLAN = WritePlan(0, "", (), (), 0)
 """Stands in a request for the plan that the writer process has already."""
 
 
-def main() -> None:
-    connection = Connection(int(sys.argv[1]))
-    serve(connection, int(sys.argv[2]))
+def start() -> None:
+    """Be the writer process: ``... <connection fd> <arena fd>`` are the last arguments."""
+    faulthandler.enable()
+    logging.captureWarnings(True)
+    logging.getLogger("milepost").setLevel(logging.INFO)
+    serve(Connection(int(sys.argv[-2])), int(sys.argv[-1]))
+    os._exit(0)
 
 
 def serve(connection: Connection, arena_fd: int) -> None:
-    """Run jobs until the connection ends."""
+    """Run jobs until the trainer says to leave, or is gone."""
+    link = _Link(connection)
+    logging.getLogger().addHandler(link)
     memory = memoryview(b"")
     plan: WritePlan | None = None
-    while True:
-        try:
-            request = connection.recv()
-        except (EOFError, OSError):
-            return
-        if len(memory) != request.arena_nbytes:
-            memory = memoryview(mmap.mmap(arena_fd, request.arena_nbytes))
-        if not request.plan_is_known:
-            plan = request.job.plan
-        assert plan is not None, "the first request brings its plan"
-        answer = _run(connection, request, replace(request.job, plan=plan), memory)
-        with contextlib.suppress(OSError):  # an orphan has nobody to tell
-            connection.send(answer)
+    try:
+        while (request := _next_request(connection)) is not None:
+            if len(memory) != request.arena_nbytes:
+                memory = memoryview(mmap.mmap(arena_fd, request.arena_nbytes))
+            if not request.plan_is_known:
+                plan = request.job.plan
+            assert plan is not None, "the first request brings its plan"
+            link.tell(_run(link, request, replace(request.job, plan=plan), memory))
+    finally:
+        logging.getLogger().removeHandler(link)
 
 
-def _run(connection: Connection, request: Request, job: SaveJob, memory: memoryview) -> JobResult | MilepostError:
+def _next_request(connection: Connection) -> Request | None:
+    """What to do next; None when the trainer says to leave, or is gone."""
+    try:
+        request: Request | None = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return request
+
+
+def _run(link: _Link, request: Request, job: SaveJob, memory: memoryview) -> JobResult | MilepostError:
     storage = LocalStorage(request.root)
-    watch = OrphanWatch(connection, time.monotonic)
+    watch = _Watch(link, job.data_nbytes)
     try:
         commit.adopt_attempt(storage, job.attempt)
-        return run_job(
-            storage,
-            job,
-            FileImage(memory),
-            request.objects,
-            detached=True,
-            on_progress=_Progress(connection, sum(item.data_nbytes for item in job.plan.items)).add,
-            give_up=watch.give_up,
-        )
+        return run_job(storage, job, FileImage(memory), request.objects, watch, detached=True)
     except MilepostError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - the top of a process: whatever it is goes to the trainer
+    except Exception as error:
+        logging.getLogger("milepost").exception("unexpected error in the writer process of rank %d", job.rank)
         return SaveError(f"{type(error).__name__}: {error}", rank=job.rank)
+
+
+class _Link(logging.Handler):
+    """What the trainer is told, from any thread. An orphan has nobody to tell."""
+
+    def __init__(self, connection: Connection):
+        super().__init__()
+        self.connection = connection
+        self._sending = threading.Lock()
+
+    def tell(self, message: object) -> None:
+        with self._sending, contextlib.suppress(OSError):
+            self.connection.send(message)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(LogLine(record.name, record.levelno, self.format(record)))
 
 
 class OrphanWatch:
@@ -101,7 +135,7 @@ class OrphanWatch:
         self._lock = threading.Lock()
 
     def give_up(self) -> str | None:
-        """Why to stop waiting, or None."""
+        """The reason to stop waiting, or None."""
         with self._lock:
             # The trainer sends nothing while a job runs, so anything to read is the end of the stream.
             if self._since is None and self._connection.poll(0):
@@ -111,27 +145,24 @@ class OrphanWatch:
         return None
 
 
-class _Progress:
-    """Bytes written, told to the trainer now and then, and when they are all of ``nbytes``."""
+class _Watch(JobMonitor):
+    """Reports bytes written now and then, and when they are all of ``nbytes``; stops waiting when orphaned."""
 
-    def __init__(self, connection: Connection, nbytes: int):
-        self._connection = connection
+    def __init__(self, link: _Link, nbytes: int):
+        self._link = link
+        self._orphan = OrphanWatch(link.connection, time.monotonic)
         self._left = nbytes
         self._lock = threading.Lock()
         self._pending = 0
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
 
-    def add(self, nbytes: int) -> None:
+    def wrote(self, nbytes: int) -> None:
         with self._lock:
             self._pending += nbytes
             self._left -= nbytes
-            if self._left <= 0 or time.monotonic() - self._told >= PROGRESS_S:
-                with contextlib.suppress(OSError):
-                    self._connection.send(self._pending)
-                self._pending, self._told = 0, time.monotonic()
+            if self._left <= 0 or time.monotonic() - self._reported >= PROGRESS_S:
+                self._link.tell(self._pending)
+                self._pending, self._reported = 0, time.monotonic()
 
-
-if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    def why_stop(self) -> str | None:
+        return self._orphan.give_up()

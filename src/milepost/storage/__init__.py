@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from urllib.parse import quote, unquote
 
 from milepost.errors import ConfigError
 from milepost.storage.base import Storage, split
@@ -43,13 +44,13 @@ def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> s
     text, last = os.fspath(folder), os.fspath(name)
     if _SCHEME.match(last) or os.path.isabs(last):
         return last
-    if _SCHEME.match(text):
-        return f"{text.rstrip('/')}/{last}"
+    if (scheme := _SCHEME.match(text)) is not None:
+        return f"{text.rstrip('/')}/{quote(last) if scheme[1].lower() == 'file' else last}"
     return os.path.join(text, last)
 
 
 def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
-    """The storage that holds ``path`` (a path or a URL), and the name of ``path`` in it.
+    """The storage that holds ``path`` (a path or a URL, ``file://`` percent-encoded), and the name of ``path`` in it.
 
     The storage is rooted at the parent, so that what lies beside ``path`` is within reach: a commit renames there.
     A link at ``path`` is followed. Of the URL of a bucket the name is empty: it is the root itself.
@@ -64,7 +65,7 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     if scheme is not None:
         if scheme[1].lower() != "file":
             raise ConfigError(f"{scheme[1]}:// is not known: checkpoints live in {_KNOWN}")
-        text = text[len(scheme[0]) :]
+        text = unquote(text[len(scheme[0]) :])
     if not text:
         raise ConfigError("the path of a checkpoint must not be empty")
     full = os.path.abspath(text)

@@ -180,26 +180,21 @@ class _LocalWrite(WriteHandle):
         nbytes = sum(map(len, views))
         with _explained("write", self.path, f"writing {format_nbytes(nbytes)} at offset {offset} of {self.path}"):
             while views:
-                count = self._write_some(offset, views)
+                aligned = _aligned_head(offset, views) if self.alignment > 1 else []
+                try:
+                    count = os.pwritev(self._direct_fd if aligned else self._fd, _head(aligned or views), offset)
+                except OSError as error:
+                    if not aligned or error.errno != errno.EINVAL:
+                        raise
+                    # Opened with O_DIRECT, but this range is refused: a device that wants more than a page.
+                    self.alignment = 1
+                    continue
                 if count <= 0:
                     raise OSError(errno.EIO, "the system wrote nothing")
                 offset += count
                 views = _tail(views, count)
         with self._lock:
             self._end = max(self._end, offset)
-
-    def _write_some(self, offset: int, views: list[memoryview]) -> int:
-        if self.alignment > 1:
-            aligned = _aligned_head(offset, views)
-            if aligned:
-                try:
-                    return os.pwritev(self._direct_fd, _head(aligned), offset)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    # Opened with O_DIRECT, but this range is refused: a device that wants more than a page.
-                    self.alignment = 1
-        return os.pwritev(self._fd, _head(views), offset)
 
     def sync(self) -> None:
         with _explained("sync", self.path, f"syncing {self.path}"):

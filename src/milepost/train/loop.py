@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from milepost import CheckpointConfig, CheckpointManager
+from milepost import CheckpointConfig, CheckpointManager, HfModel
 from milepost.collective.comm import default_comm, failure_on, raise_together
 from milepost.errors import ConfigError, MilepostError
-from milepost.interop.hf.form import HfModel
 from milepost.loading.load import LoadReport
 from milepost.parallelism.degrees import Degrees
 from milepost.train.config import TrainConfig

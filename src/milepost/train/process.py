@@ -19,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from milepost.errors import MilepostError
+from milepost.saving.background import finish_saves
 
 LAUNCHER_PID = "MILEPOST_LAUNCHER_PID"
 """Environment variable with the process id of the launcher, for its ranks."""
@@ -108,7 +109,8 @@ def leave_with(error: Exception) -> NoReturn:
     """End the process because of ``error``: one message for what Milepost raises on purpose, a traceback for the rest.
 
     torchrun ends all ranks when the first one does, and shows that one as the cause. So a rank that only follows from
-    another's failure waits a little, and so does one that has the same error as the rank that speaks.
+    another's failure waits a little, and so does one that has the same error as the rank that speaks. Before that, a
+    save that was staged is finished: ``leave`` ends the thread that writes it.
     """
     ignore_signals()
     rank = os.environ.get("RANK", "0")
@@ -120,6 +122,7 @@ def leave_with(error: Exception) -> NoReturn:
         text, status, wait_s = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1, 0.0
     if speaks():
         print(text, file=sys.stderr, flush=True)
+    finish_saves()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(wait_s)
     _record(text)

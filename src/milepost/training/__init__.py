@@ -9,7 +9,7 @@ In reading order::
     modules         the model's parts, their tensors by FQN
     optimizers      their state by FQN, or in a form of their own
     random_state    random generators, restored or derived
-    resume          which step to resume from (torch-free); loader: doing so
+    resume          which step to resume from, and loading it
     events          what happened, for logs and TensorBoard
 """
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from milepost.saving.save import SaveReport
+from milepost.saving.job import SaveReport
 from milepost.storage.base import Storage, join
 
 EVENTS_NAME = "events.jsonl"
@@ -24,7 +24,7 @@ class SaveEvent:
     finished: float
     """When it was known to be committed, in seconds since the epoch."""
     stall_s: float
-    """How long training stood still for it, waiting for an earlier save included."""
+    """How long training was stalled by it, waiting for an earlier save included."""
     plan_s: float
     stage_s: float
     write_s: float
@@ -56,14 +56,14 @@ class SaveEvent:
     def __str__(self) -> str:
         rate = self.nbytes / self.write_s / 1e6 if self.write_s else 0.0
         return (
-            f"saved step {self.step} ({self.reason}, {self.kind}): training stood {self.stall_s:.3f} s; "
+            f"saved step {self.step} ({self.reason}, {self.kind}): training stalled for {self.stall_s:.3f} s; "
             f"plan {self.plan_s:.3f}, stage {self.stage_s:.3f}, write {self.write_s:.3f}, commit "
             f"{self.commit_s:.3f} s; "
             f"rank 0 wrote {self.nbytes / 1e6:.1f} MB ({rate:.0f} MB/s)"
         )
 
 
-def note_event(storage: Storage, folder: str, event: SaveEvent) -> None:
+def append_event(storage: Storage, folder: str, event: SaveEvent) -> None:
     """Add the event's line to the log in ``folder``. A line that a crash tore stays a line of its own.
 
     Raises:

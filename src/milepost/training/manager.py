@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -22,30 +23,28 @@ from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, 
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, SaveError, StorageError
-from milepost.interop.hf.form import HfModel
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
 from milepost.run.commit import live_owners, sweep_leftovers
 from milepost.run.lock import RunLock
-from milepost.saving.async_save import AsyncSaver, SaveHandle, log_wait
-from milepost.saving.job import Keep
-from milepost.saving.save import Saver, SaveReport
+from milepost.saving.agreement import SaveRequest
+from milepost.saving.async_save import AsyncSaver
+from milepost.saving.background import SaveHandle, log_wait
+from milepost.saving.job import Keep, SaveReport
+from milepost.saving.save import Saver
 from milepost.storage import open_storage
 from milepost.storage.base import join
-from milepost.training.events import SaveEvent, note_event, suspicion
-from milepost.training.hf_export import hf_form
-from milepost.training.loader import Loader
+from milepost.training.events import SaveEvent, append_event, suspicion
+from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.training.signals import DUE, FAILED, SAVE, SignalFlags
 from milepost.training.training_state import TrainingState
 
 log = logging.getLogger("milepost")
 
-T = TypeVar("T")
-
 MAX_FAILURES = 3
-"""So many failed saves in a row stop a run that was told to go on after one."""
+"""This many failed saves in a row stop a run that was told to go on after one."""
 WRITERS_TIMEOUT_S = 120.0
 """How long a run that starts waits for the writer processes of a run that died."""
 
@@ -58,13 +57,15 @@ class CheckpointManager:
 
     Example::
 
-        manager = CheckpointManager("outputs/checkpoint", CheckpointConfig(enable=True, interval=100),
-                                    model=model, optimizer=optimizer, train_state=my_state)
-        manager.load()
-        for step in range(my_state.step + 1, num_steps + 1):
-            ...
-            manager.save(step, last_step=step == num_steps)
-        manager.close()
+        with CheckpointManager("outputs/checkpoint", CheckpointConfig(enable=True, interval=100),
+                               model=model, optimizer=optimizer, train_state=my_state) as manager:
+            manager.load()
+            for step in range(my_state.step + 1, num_steps + 1):
+                ...
+                manager.save(step, last_step=step == num_steps)
+
+    At the end of the block the manager is closed (:meth:`close`). An error within the block is raised as it is: what
+    was staged by then is committed all the same, and a failure of that save is logged.
 
     Args:
         folder: where the steps are kept, as ``step-<N>`` folders.
@@ -74,7 +75,7 @@ class CheckpointManager:
         lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
         layout: degrees of parallelism by name. Recorded; random generators are restored only under the same one.
-        hf: which model this is, for ``initial_load_in_hf`` and ``last_save_in_hf``.
+        hf: which model this is (:class:`milepost.HfModel`), for ``initial_load_in_hf`` and ``last_save_in_hf``.
         comm: how ranks exchange; by default the default process group, or one process.
 
     Raises (from every method, on every rank): subclasses of :class:`milepost.MilepostError`.
@@ -92,7 +93,7 @@ class CheckpointManager:
         dataloader: Stateful | None = None,
         train_state: Stateful | None = None,
         layout: Mapping[str, int] | None = None,
-        hf: HfModel | None = None,
+        hf: WeightsFormat | None = None,
         comm: Comm | None = None,
     ):
         self._config = config if config is not None else CheckpointConfig(enable=True)
@@ -100,7 +101,7 @@ class CheckpointManager:
         parent, name = open_storage(fspath(folder))
         self._storage, self._folder = parent, name
         self._layout = dict(layout or {})
-        self._hf = hf
+        self._format = hf
         if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf):
             raise ConfigError(
                 "initial_load_in_hf and last_save_in_hf need to know the model: give CheckpointManager `hf`"
@@ -117,8 +118,9 @@ class CheckpointManager:
             )
             self._saver = self._make_saver()
         except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
-            failure = failure_on(self._comm.rank, cause, MilepostError)
+            failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
+        self._is_closed = False
         self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
@@ -137,8 +139,17 @@ class CheckpointManager:
         if not self._config.enable or self._config.load_only:
             return None
         if self._config.async_mode == "disabled":
-            return Saver(self._storage, self._comm)
-        return AsyncSaver(self._storage, self._comm, self._config.async_mode)
+            return Saver(self._storage, self._comm, num_threads=self._config.num_io_threads)
+        return AsyncSaver(self._storage, self._comm, self._config.async_mode, num_threads=self._config.num_io_threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._leave()
 
     @property
     def blocked_s(self) -> float:
@@ -169,6 +180,7 @@ class CheckpointManager:
         if not self._config.enable:
             return None
         with self._blocked():
+            self._record_pending()  # a step that is being written is there to be resumed from
             report = self._loader.load()
         if report is not None and report.resumed_step is not None:
             self._protected[report.resumed_step] = "this run resumed from it"
@@ -184,22 +196,32 @@ class CheckpointManager:
         or staged (``"async"``), or being staged (``"async_with_pinned_mem"``: see :meth:`maybe_wait_for_staging`).
 
         Raises:
-            SaveError: this save failed, or the one before did in the background; on every rank.
+            SaveError: this save failed, or the one before did in the background; on every rank. Or the manager is
+                closed.
         """
+        if self._is_closed:
+            raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; make a new one")
         if self._saver is None:
             return False
         reason = reason_to_save(self._config, step, is_last=last_step) or self._reason_to_save_now()
         if reason is None:
             return False
+        request = self._request(step, is_last=last_step)
         with self._blocked() as blocked:
-            pending = self._begin_or_warn(step, reason, last_step=last_step)
-        if pending is None:
-            return False
-        self._stall_s = pending.stall_s = blocked.seconds
+            try:
+                self._wait_for_pending()
+            except SaveError as error:
+                self._stop_or_warn(error)
+            try:
+                begun = self._saver.save(request)
+            except SaveError as error:
+                self._stop_or_warn(error)
+                return False
         self._last_save = time.monotonic()
-        self._pending = pending
-        if pending.report is not None or self.stop_requested:
-            self._settle()
+        self._pending = _Pending(step, reason, request.info.kind, begun, stall_s=blocked.seconds)
+        self._stall_s = blocked.seconds
+        if isinstance(begun, SaveReport) or self.stop_requested:
+            self._record_pending()
         return True
 
     def maybe_wait_for_staging(self) -> None:
@@ -209,13 +231,23 @@ class CheckpointManager:
         :meth:`close`.
         """
         pending = self._pending
-        if pending is None or pending.handle is None or pending.is_staged:
+        if pending is None or isinstance(pending.outcome, SaveReport) or pending.is_staged:
             return
         with self._blocked() as blocked, contextlib.suppress(MilepostError):
-            pending.handle.staged()
+            pending.outcome.staged()
         pending.is_staged = True
         pending.stall_s += blocked.seconds
         self._stall_s = pending.stall_s
+
+    @interrupts_held()
+    def maybe_wait_for_saving(self) -> None:
+        """Return when the save that runs in the background, if any, is committed. Collective.
+
+        Raises:
+            SaveError: it has failed; on every rank, and only here.
+        """
+        with self._blocked():
+            self._wait_for_pending()
 
     @interrupts_held()
     def close(self) -> None:
@@ -224,6 +256,7 @@ class CheckpointManager:
         Raises:
             SaveError: on every rank, if that save failed and nothing raised it before.
         """
+        self._is_closed = True
         if self._saver is None:
             return
         saver, self._saver = self._saver, None
@@ -234,7 +267,19 @@ class CheckpointManager:
         finally:
             # Not before: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
-            self._settle()
+            self._record_pending()
+            if self._lock is not None:
+                self._lock.release()
+
+    def _leave(self) -> None:
+        """As :meth:`close` after an error of this rank: not collective, for the others may not be coming."""
+        self._is_closed = True
+        saver, self._saver = self._saver, None
+        try:
+            if isinstance(saver, AsyncSaver):
+                saver.leave()
+        finally:
+            self._signals.restore()
             if self._lock is not None:
                 self._lock.release()
 
@@ -280,7 +325,7 @@ class CheckpointManager:
                 by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
                 flags |= DUE if by_clock is not None else 0
         except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the flags
-            flags, failure = FAILED, failure_on(self._comm.rank, cause)
+            flags, failure = FAILED, failure_on(self._comm.rank, cause, SaveError)
         self._signals.agreed = agreed = self._comm.union(flags)
         if agreed & FAILED:
             raise_together(self._comm, failure)
@@ -290,59 +335,47 @@ class CheckpointManager:
             return "SIGUSR1"
         return (by_clock or "by the clock of rank 0") if agreed & DUE else None
 
-    def _begin_or_warn(self, step: int, reason: str, *, last_step: bool) -> _Pending | None:
-        """Begin a save; with ``on_save_error = "warn"`` None when it failed. Failures are the same on every rank."""
-        while True:
-            try:
-                return self._begin(step, reason, last_step=last_step)
-            except SaveError as error:
-                self._num_failures += 1
-                if self._config.on_save_error == "stop":
-                    raise
-                if self._num_failures >= MAX_FAILURES:
-                    raise SaveError(
-                        f"{self._num_failures} saves in a row have failed; the last: {error.message}", rank=error.rank
-                    ) from error
-                if self._comm.rank == 0:
-                    log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
-                if not isinstance(self._saver, AsyncSaver):
-                    return None
-                # It was the save before that failed, in the background: this one has not been tried yet.
+    def _stop_or_warn(self, error: SaveError) -> None:
+        """Raise ``error``, or with ``on_save_error = "warn"`` log it. Failures are the same on every rank."""
+        self._num_failures += 1
+        if self._config.on_save_error == "stop":
+            raise error
+        if self._num_failures >= MAX_FAILURES:
+            raise SaveError(
+                f"{self._num_failures} saves in a row have failed; the last: {error.message}", rank=error.rank
+            ) from error
+        if self._comm.rank == 0:
+            log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
 
-    def _begin(self, step: int, reason: str, *, last_step: bool) -> _Pending:
+    def _request(self, step: int, *, is_last: bool) -> SaveRequest:
         config = self._config
-        model_only = config.create_seed_checkpoint or (last_step and config.last_save_model_only)
+        model_only = config.create_seed_checkpoint or (is_last and config.last_save_model_only)
         is_export = model_only and not config.create_seed_checkpoint
-        dtype = getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None
-        wanted = ("model",) if model_only else self._state.present()
-        kind = "model" if model_only else "full"
-        info = SaveInfo(step=step, kind=kind, layout=self._layout)
-        target = join(self._folder, catalog.step_name(step))
-        keep = Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected))
-        make_state = partial(self._state.state_dict, wanted)
-        form = None
-        if self._hf is not None and is_export and config.last_save_in_hf:
-            form = hf_form(self._comm, self._hf, self._state, dtype)
-        if isinstance(self._saver, AsyncSaver):
-            try:
-                handle = self._saver.save(target, make_state, info, dtype=dtype, keep=keep, form=form)
-            finally:
-                self._settle()  # the save before has ended
-            return _Pending(step, reason, kind, handle=handle)
-        assert self._saver is not None
-        report = self._saver.save(target, make_state, info, dtype=dtype, keep=keep, form=form)
-        return _Pending(step, reason, kind, report=report)
+        in_other_format = is_export and config.last_save_in_hf and self._format is not None
+        return SaveRequest(
+            target=join(self._folder, catalog.step_name(step)),
+            make_state=partial(self._state.state_dict, ("model",) if model_only else self._state.present()),
+            info=SaveInfo(step=step, kind="model" if model_only else "full", layout=self._layout),
+            dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
+            keep=Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected)),
+            make_form=self._format.form_of if in_other_format and self._format is not None else None,
+            modules=self._state.models,
+        )
 
-    def _settle(self) -> None:
-        """Wait for the pending save and tell of it on rank 0. Its error is the saver's to raise."""
+    def _wait_for_pending(self) -> None:
+        """Wait for the save that runs, and log it. Its failure is raised on every rank. Collective."""
+        try:
+            if isinstance(self._saver, AsyncSaver):
+                self._saver.wait()
+        finally:
+            self._record_pending()
+
+    def _record_pending(self) -> None:
+        """Wait for the pending save, and on rank 0 log what it did. Its error is the saver's to raise."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        report = pending.report
-        if pending.handle is not None:
-            log_wait(pending.handle, self._comm.rank)
-            with contextlib.suppress(MilepostError):
-                report = pending.handle.result()
+        report = pending.report(self._comm.rank)
         if report is None:
             return
         self._num_failures = 0
@@ -358,9 +391,9 @@ class CheckpointManager:
             log.warning("step %d: %s", pending.step, odd)
         self._contents = report.contents
         try:
-            note_event(self._storage, self._folder, event)
+            append_event(self._storage, self._folder, event)
         except StorageError as error:  # the checkpoint itself is safe
-            log.warning("the event could not be noted: %s", error)
+            log.warning("the event of step %d could not be logged: %s", pending.step, error)
 
     def _clear_leftovers(self) -> None:
         """Take the folder for this run, let the writers of one that died finish, and sweep what nobody will."""
@@ -380,7 +413,7 @@ class CheckpointManager:
                 break
             time.sleep(0.05)
         for name in sweep_leftovers(self._storage, self._folder, now=time.time()):
-            log.info("swept %s, left over by a run that died", name)
+            log.info("removed stale save attempt %s", name)
 
     @contextmanager
     def _blocked(self) -> Iterator[_Stopwatch]:
@@ -399,12 +432,18 @@ class _Stopwatch:
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A save that was begun and not told of yet: with its report (written already) or its handle."""
+    """A save that was begun and not logged yet, with what came of it or will."""
 
     step: int
     reason: str
     kind: str
-    report: SaveReport | None = None
-    handle: SaveHandle | None = None
+    outcome: SaveReport | SaveHandle
+    stall_s: float
     is_staged: bool = False
-    stall_s: float = 0.0
+
+    def report(self, rank: int) -> SaveReport | None:
+        """What the save did, once it has ended; None if it failed."""
+        if isinstance(self.outcome, SaveReport):
+            return self.outcome
+        log_wait(self.outcome, rank)
+        return self.outcome.result() if self.outcome.failure is None else None

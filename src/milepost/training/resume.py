@@ -1,13 +1,52 @@
-"""Where a run goes on from: a pure choice out of what the catalog found."""
+"""Where a run resumes from, and how it is loaded: which step, into what, and what if its bytes are damaged."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
-from milepost.config import CheckpointConfig
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, StateMismatchError
+from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
+from milepost.config import CheckpointConfig, part_of
+from milepost.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    StateMismatchError,
+    StorageError,
+)
+from milepost.format.manifest import Manifest
+from milepost.loading.load import LoadReport, load_from
+from milepost.loading.target import Stored, Target
+from milepost.run import catalog
 from milepost.run.catalog import StepEntry
+from milepost.saving.job import Form
+from milepost.storage import open_storage
+from milepost.storage.base import Storage, join
+from milepost.tensors.layout import TensorLeaf
+from milepost.tensors.state import flatten
+from milepost.training.training_state import StateLoad, TrainingState
+
+log = logging.getLogger("milepost")
+
+
+class WeightsFormat(Protocol):
+    """Another format that a run may start from and end in, as a manager knows it. See ``milepost.HfModel``."""
+
+    def form_of(self, dtypes: Mapping[str, str]) -> Form:
+        """How a save of tensors of these keys and dtypes, all ranks' together, is written. Pure.
+
+        Raises:
+            ConversionError: such tensors can't be stored in this format.
+        """
+
+    def load(self, path: str, leaves: Mapping[str, TensorLeaf], *, num_threads: int, logs_progress: bool) -> LoadReport:
+        """Fill this rank's ``leaves`` from the weights at ``path``; empty: from where the format itself says.
+
+        Not collective. Nothing is changed when the weights do not fit.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +144,165 @@ def _notes(entries: Sequence[StepEntry], chosen: int, rejected: Mapping[int, str
 def _steps(entries: Sequence[StepEntry]) -> str:
     numbers = ", ".join(str(e.step) for e in entries)
     return f"step {numbers}" if len(entries) == 1 else f"steps {numbers}"
+
+
+class Loader:
+    """Loads into the live objects of a run. All methods are collective but :meth:`scan`."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        config: CheckpointConfig,
+        comm: Comm,
+        state: TrainingState,
+        layout: Mapping[str, int],
+        weights_format: WeightsFormat | None,
+    ):
+        self._storage = storage
+        self._folder = folder
+        self._config = config
+        self._comm = comm
+        self._state = state
+        self._layout = layout
+        self._format = weights_format
+        self._reading = ""  # save id of the checkpoint that is being loaded
+        self._warned: set[int] = set()  # of these steps
+
+    def scan(self) -> list[StepEntry]:
+        """The steps of the run's folder."""
+        return catalog.scan(self._storage, self._folder)
+
+    def load(self) -> LoadReport | None:
+        """See ``CheckpointManager.load``."""
+        rejected: dict[int, str] = {}
+        while True:
+            choice = on_rank_0(self._comm, partial(self._choose, rejected))
+            if choice is None:
+                return None
+            if choice.step is None and self._config.initial_load_in_hf:
+                return self._load_weights(choice)
+            into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout)
+            storage, path = (self._storage, choice.path) if choice.step is not None else open_storage(choice.path)
+            try:
+                report = load_from(
+                    storage,
+                    path,
+                    partial(self._make_target, into),
+                    check=into.check,
+                    strict=True,
+                    comm=self._comm,
+                    must_be_wanted=into.is_complete,
+                    num_threads=self._config.num_io_threads,
+                )
+            except CheckpointDamagedError as error:
+                if not choice.may_fall_back or choice.step is None:
+                    raise
+                if on_rank_0(self._comm, partial(self._mark_damaged, choice.path, error.message)):
+                    rejected[choice.step] = error.message
+                # Else it was replaced while it was read: look again.
+                continue
+            notes = [*choice.notes, *self._restore(into)]
+            return replace(report, resumed_step=choice.step, notes=tuple(notes))
+
+    def _wanted(self, choice: Choice) -> tuple[str, ...]:
+        parts = ("model",) if choice.model_only else self._state.present()
+        return tuple(part for part in parts if part not in self._config.exclude_from_loading)
+
+    def _make_target(self, into: _Into, manifest: Manifest) -> Target:
+        self._reading = manifest.save_id
+        return into.prepare(manifest)
+
+    def _restore(self, into: _Into) -> list[str]:
+        """Hand what was read to the live objects; what there is to note. Collective."""
+        failure, notes = None, []
+        try:
+            notes = into.restore()
+        except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
+            failure = failure_on(self._comm.rank, cause)
+        raise_together(self._comm, failure)
+        left = self._config.exclude_from_loading
+        return [*notes, f"left as freshly built: {', '.join(left)}"] if left else notes
+
+    def _load_weights(self, choice: Choice) -> LoadReport:
+        """Start from weights in another format; each rank reads only the ranges that it holds."""
+        assert self._format is not None, "the manager has checked it"
+        report, failure = None, None
+        try:
+            load = self._state.loading_weights()
+            report = self._format.load(
+                choice.path,
+                flatten(load.prepare().values).tensors,
+                num_threads=self._config.num_io_threads,
+                logs_progress=self._comm.rank == 0,
+            )
+            load.restore()
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+            failure = failure_on(self._comm.rank, cause)
+        raise_together(self._comm, failure)
+        assert report is not None
+        return replace(report, notes=(*choice.notes, *report.notes))
+
+    def _choose(self, rejected: dict[int, str]) -> Choice | None:
+        """What to load; steps that are passed over for it are warned of, once. On rank 0."""
+        entries = self.scan()
+        choice = choose(entries, self._config, rejected, join(self._storage.root, self._folder))
+        if choice is None or choice.step is None or not choice.may_fall_back:
+            return choice
+        for entry in entries:
+            if entry.step > choice.step and not entry.is_usable and entry.step not in {*rejected, *self._warned}:
+                what = f"damaged: {entry.reason}" if entry.state == "damaged" else f"{entry.state}: {entry.reason}"
+                log.warning(
+                    "%s/%s is %s\nFalling back to an older step; this one is left where it is.",
+                    self._storage.root,
+                    entry.path,
+                    what,
+                )
+                self._warned.add(entry.step)
+        return choice
+
+    def _mark_damaged(self, path: str, reason: str) -> bool:
+        """Mark the step that was being read; False if another save has taken its place meanwhile."""
+        found = catalog.examine(self._storage, path)
+        if found is not None and found.is_usable and found.save_id != self._reading:
+            return False
+        left = "" if self._config.load_only else ", marked: it is not tried again"
+        log.warning("%s\nFalling back to an older step; the damaged one is left where it is%s.", reason, left)
+        if self._config.load_only:
+            return True
+        try:
+            catalog.mark_damaged(self._storage, path, reason, now=time.time())
+        except StorageError as error:  # it is passed over in this run all the same
+            log.warning("the mark could not be left: %s", error)
+        return True
+
+
+class _Into:
+    """The parts of a training state that are wanted, and their load once the checkpoint's manifest is known."""
+
+    def __init__(self, state: TrainingState, wanted: tuple[str, ...], world_size: int, layout: Mapping[str, int]):
+        self._state = state
+        self._wanted = wanted
+        self._world_size = world_size
+        self._layout = layout
+        self._load: StateLoad | None = None
+
+    def prepare(self, manifest: Manifest) -> Target:
+        """What to read into; the live objects are not changed."""
+        same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
+        self._load = self._state.loading(self._wanted, Stored(manifest), same_layout=same_layout)
+        return self._load.prepare()
+
+    def check(self) -> None:
+        """Refuse what does not fit, once all but the live tensors is read."""
+        if self._load is not None:
+            self._load.check()
+
+    def is_complete(self, key: str) -> bool:
+        """Whether a stored key must have a place: weights and optimizer state are never left out silently."""
+        return part_of(key) in self._wanted and part_of(key) in ("model", "optimizer")
+
+    def restore(self) -> list[str]:
+        """Hand what was read to the live objects. Returns remarks for the log."""
+        assert self._load is not None, "restored after it was read"
+        return self._load.restore()

@@ -4,7 +4,8 @@ In reading order::
 
     config  ``config.json`` <-> sizes
     extras  what lies beside the tensors: config, index, the tokenizer's files (torch-free)
-    form    ``HfModel``: the form of a save, from inside a training run
+    model   ``HfModel``: what a training run knows of Hugging Face's files
+    form    a save in this form, as a job writes it (torch-free)
     save    safetensors written by the ranks, without a pass that consolidates (torch-free)
     load    safetensors into a sharded model
 """

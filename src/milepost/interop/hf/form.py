@@ -1,4 +1,4 @@
-"""Hugging Face files as the form of a save: what ``run_job`` asks for, put together from ``hf_save``. Torch-free."""
+"""Hugging Face files as the form of a save: what ``run_job`` asks for, put together from ``save``. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from milepost.interop.hf.save import HfTarget, commit_record, plan_image, write_frame, write_part
-from milepost.interop.names.model_sizes import ModelArgs
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.saving.writer import BlockSource, FileImage
@@ -15,21 +14,9 @@ from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfModel:
-    """Which model a run trains, in the words of the conversion tables: what Hugging Face files need to be understood.
-
-    ``assets`` is a Hugging Face folder that lends config, tokenizer files and file index to a save; may be empty.
-    """
-
-    name: str
-    args: ModelArgs
-    assets: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class HfForm:
-    """A save as a Hugging Face folder, ready for ``from_pretrained``; see ``checkpoint.job.Form``."""
+    """A save as a Hugging Face folder, ready for ``from_pretrained``; see ``saving.job.Form``."""
 
     target: HfTarget
 
@@ -41,12 +28,13 @@ class HfForm:
         source: BlockSource | FileImage,
         *,
         is_first: bool,
+        num_threads: int,
         on_progress: Callable[[int], None] | None,
     ) -> None:
         image = plan_image(self.target)
         if is_first:
             write_frame(storage, folder, image)
-        write_part(storage, folder, image, plan.items, source, on_progress=on_progress)
+        write_part(storage, folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress)
 
     def publish(
         self, storage: Storage, attempt: str, target: str, info: SaveInfo, *, save_id: str, world_size: int
