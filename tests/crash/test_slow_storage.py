@@ -204,7 +204,9 @@ def test_hung_storage_in_the_foreground(memory_path: Path, tally: Tally) -> None
         started, gave_up = time.monotonic(), [0.0]
 
         def on_line(line: str) -> None:
-            if re.search(r"^rank 0 is waiting for the other ranks to finish \S*step-1: rank 1 of 2 did not finish", line):
+            if re.search(
+                r"^rank 0 is waiting for the other ranks to finish \S*step-1: rank 1 of 2 did not finish", line
+            ):
                 gave_up[0] = time.monotonic() - started
                 assert whole_steps(memory_path) == []
                 wake.touch()
