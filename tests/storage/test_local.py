@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -12,10 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from milepost.errors import ConfigError, StorageError
-from milepost.storage import LocalStorage, open_storage, syscalls
+from milepost.storage import LocalStorage, open_storage, syscalls, write_back
 from milepost.storage.base import ReadHandle, format_nbytes
 from milepost.testing.storage_suite import StorageSuite
 
@@ -56,7 +58,26 @@ class TestWithATimidDirectWrite(StorageSuite):
             return real(fd, buffers, offset)
 
         monkeypatch.setattr(os, "pwritev", pwritev)
-        return LocalStorage(tmp_path)
+        return LocalStorage(tmp_path, page_cache="direct")
+
+
+class TestPastThePageCache(StorageSuite):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> LocalStorage:
+        return LocalStorage(tmp_path, page_cache="direct")
+
+
+class TestWithoutEarlyWriteBack(StorageSuite):
+    """A kernel or a file system that does not know ``sync_file_range`` (NFS, FUSE), or takes no advice."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+        def refused(*_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        monkeypatch.setattr(syscalls, "_sync_file_range", lambda fd, offset, nbytes, flags: False)
+        monkeypatch.setattr(os, "posix_fadvise", refused)
+        return LocalStorage(tmp_path, page_cache="drop")
 
 
 class TestWithShortCalls(StorageSuite):
@@ -74,13 +95,83 @@ class TestWithShortCalls(StorageSuite):
         return LocalStorage(memory_path)
 
 
-def test_big_files_on_disk_ask_for_pages_and_small_ones_for_nothing(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
+def test_large_files_that_go_past_the_cache_ask_for_pages_and_small_ones_for_nothing(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path, page_cache="direct")
     probe = os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT)
     os.close(probe)
     with storage.open_write("big", 64 << 20) as big, storage.open_write("small", 1000) as small:
         assert big.alignment == 4096
         assert small.alignment == 1
+
+
+def resident_share(path: Path) -> float:
+    """How much of a file is in the page cache, by ``mincore``."""
+    nbytes = path.stat().st_size
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), nbytes) as mapped:
+        pages = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), pages) == 0
+        return sum(page & 1 for page in pages) / len(pages)
+
+
+def write_pieces(storage: LocalStorage, name: str, nbytes: int, *, piece: int = 1 << 20) -> None:
+    data = bytes(range(256)) * (piece // 256)
+    with storage.open_write(name, nbytes) as handle:
+        for offset in range(0, nbytes, piece):
+            handle.write(offset, [data])
+        handle.sync()
+
+
+def test_pages_are_kept_or_dropped_as_asked(tmp_path: Path) -> None:
+    for mode, least, most in (("keep", 0.99, 1.0), ("drop", 0.0, 0.1), ("direct", 0.0, 1.0)):
+        write_pieces(LocalStorage(tmp_path, page_cache=mode), mode, 48 << 20)  # type: ignore[arg-type]
+        assert (tmp_path / mode).read_bytes()[: 1 << 20] == bytes(range(256)) * 4096
+        if mode != "direct":
+            (tmp_path / f"{mode}-2").unlink(missing_ok=True)
+            write_pieces(LocalStorage(tmp_path, page_cache=mode), f"{mode}-2", 48 << 20)  # type: ignore[arg-type]
+            assert least <= resident_share(tmp_path / f"{mode}-2") <= most
+
+
+def test_write_back_begins_before_sync_and_what_is_in_flight_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int]] = []
+    finished: list[tuple[int, int]] = []
+    monkeypatch.setattr(syscalls, "begin_write_back", lambda fd, at, n: begun.append((at, n)) or True)
+    monkeypatch.setattr(syscalls, "finish_write_back", lambda fd, at, n: finished.append((at, n)) or True)
+    monkeypatch.setattr(write_back, "IN_FLIGHT_NBYTES", 24 << 20)
+    write_pieces(LocalStorage(tmp_path, page_cache="keep"), "x", 64 << 20)
+    assert begun == [(at << 20, 8 << 20) for at in range(0, 64, 8)]
+    assert finished == begun[:5]  # all but the last three, which are 24 MiB
+
+
+@pytest.mark.parametrize("call", ["begin_write_back", "finish_write_back"])
+def test_a_device_that_fails_early_fails_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The kernel reports an error of write-back once for each descriptor: whichever call hears of it must tell."""
+
+    def failed(fd: int, offset: int, nbytes: int) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(syscalls, call, failed)
+    monkeypatch.setattr(write_back, "IN_FLIGHT_NBYTES", 8 << 20)
+    with pytest.raises(StorageError, match="input/output error while writing"):
+        write_pieces(LocalStorage(tmp_path, page_cache="keep"), "x", 64 << 20)
+
+
+def test_a_device_that_fails_late_fails_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failed)
+    with pytest.raises(StorageError, match="input/output error while syncing"):
+        write_pieces(LocalStorage(tmp_path, page_cache="keep"), "x", 16 << 20)
+
+
+def test_a_file_that_memory_has_no_room_for_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = psutil.virtual_memory().available
+    assert write_back.chosen("auto", available // 4) == "keep"
+    assert write_back.chosen("auto", available * 2) == "drop"
+    assert write_back.chosen("direct", 1) == "direct"
 
 
 def test_a_system_that_writes_nothing_is_an_error_not_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +329,7 @@ def test_pages_go_around_the_page_cache(tmp_path: Path, monkeypatch: pytest.Monk
     with (
         mmap.mmap(-1, size) as arena,
         memoryview(arena) as view,
-        LocalStorage(tmp_path).open_write("x", size) as handle,
+        LocalStorage(tmp_path, page_cache="direct").open_write("x", size) as handle,
     ):
         handle.write(0, [view])
         handle.write(0, [view[100:4196]])

@@ -4,6 +4,7 @@ In reading order::
 
 base           the seam: ``Storage``, its handles, what it can and can't
 syscalls       the Linux calls that Python lacks
+write_back     pages on their way to the device early, and bounded
 local          a folder of a POSIX file system
 ranges         which requests to make for many byte ranges
 retry          what is repeated, how often, how long

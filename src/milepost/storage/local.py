@@ -22,11 +22,12 @@ from milepost.storage.base import (
     check_name,
     format_nbytes,
 )
+from milepost.storage.write_back import PageCache, WriteBack, chosen
 
 PAGE_NBYTES = 4096
 """O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
-DIRECT_MIN_NBYTES = 4 << 20
-"""Files below this size are written through the page cache: a second descriptor would cost more than it gains."""
+LARGE_NBYTES = 4 << 20
+"""Smaller files are just written: ``fsync`` has them on the device at once."""
 _MAX_CALL_NBYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 _MAX_CALL_BUFFERS = 1024  # IOV_MAX
 
@@ -137,21 +138,23 @@ def _reserve(fd: int, nbytes: int) -> bool:
 
 
 class _LocalWrite(WriteHandle):
-    """Two descriptors of one file: one past the page cache for what is aligned, one through it for the rest.
+    """A file that is reserved, written in pieces, and on its way to the device long before ``sync`` is called.
 
-    On the disks that were measured, O_DIRECT from reused, aligned memory was the fastest way to write, and it leaves
-    the page cache to the training. The file system keeps the two views of the file coherent.
+    With ``page_cache = "direct"`` there are two descriptors of the file: one past the page cache for what is aligned,
+    one through it for the rest. The file system keeps the two views coherent.
     """
 
-    def __init__(self, path: str, nbytes: int, *, shared: bool = False):
+    def __init__(self, path: str, nbytes: int, *, shared: bool = False, page_cache: PageCache = "auto"):
         self.path = path
         self._lock = threading.Lock()
         self._end = 0
         self._direct_fd = -1
+        self._write_back: WriteBack | None = None
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if shared else os.O_EXCL)
         with _explained("create", path, f"creating {path}"):
             self._fd = os.open(path, flags, 0o666)
         self._reserved = 0
+        reserved = False
         try:
             with _explained("reserve", path, f"reserving {format_nbytes(nbytes)} for {path}"):
                 reserved = nbytes > 0 and _reserve(self._fd, nbytes)
@@ -164,12 +167,17 @@ class _LocalWrite(WriteHandle):
             if not shared:
                 os.unlink(path)
             raise
-        if nbytes >= DIRECT_MIN_NBYTES:
+        if nbytes < LARGE_NBYTES or syscalls.lives_in_memory(self._fd):
+            return
+        mode = chosen(page_cache, nbytes)
+        if mode == "direct":
             self._open_direct()
+        elif reserved:
+            # Without a reservation blocks are allocated as write-back comes to them: two threads that write apart
+            # then scatter the file, which was measured to cost four times what the early start gains.
+            self._write_back = WriteBack(self._fd, drop=mode == "drop")
 
     def _open_direct(self) -> None:
-        if syscalls.lives_in_memory(self._fd):
-            return
         # A refusal is no fault: everything then goes through the page cache.
         with contextlib.suppress(OSError):
             self._direct_fd = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -193,6 +201,8 @@ class _LocalWrite(WriteHandle):
                     raise OSError(errno.EIO, "the system wrote nothing")
                 offset += count
                 views = _tail(views, count)
+            if self._write_back is not None:
+                self._write_back.wrote(offset - nbytes, offset)
         with self._lock:
             self._end = max(self._end, offset)
 
@@ -202,6 +212,8 @@ class _LocalWrite(WriteHandle):
                 os.ftruncate(self._fd, self._end)
                 self._reserved = self._end
             os.fsync(self._fd)
+            if self._write_back is not None:
+                self._write_back.synced(self._end)
 
     def close(self) -> None:
         fds = (self._direct_fd, self._fd)
@@ -233,8 +245,9 @@ class LocalStorage(Storage):
 
     can_rename = True
 
-    def __init__(self, root: str | os.PathLike[str]):
+    def __init__(self, root: str | os.PathLike[str], *, page_cache: PageCache = "auto"):
         self.root = os.path.abspath(os.fspath(root))
+        self.page_cache: PageCache = page_cache
 
     def _full(self, path: str) -> str:
         if path == "":
@@ -266,7 +279,7 @@ class LocalStorage(Storage):
         return _LocalRead(self._full(path))
 
     def open_write(self, path: str, nbytes: int, *, shared: bool = False) -> WriteHandle:
-        return _LocalWrite(self._full(path), nbytes, shared=shared)
+        return _LocalWrite(self._full(path), nbytes, shared=shared, page_cache=self.page_cache)
 
     def read(self, path: str, limit: int = 1 << 30) -> bytes:
         with self.open_read(path) as handle:

@@ -10,6 +10,7 @@ import os
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE, _WAIT_AFTER = 1, 2, 4  # of linux/fs.h
 _MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # TMPFS_MAGIC, RAMFS_MAGIC of linux/magic.h
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY})
 """What a kernel or a file system answers when it does not know an operation."""
@@ -68,6 +69,34 @@ def reserve(fd: int, nbytes: int) -> bool:
         _check(_libc().fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(nbytes)), "")
     except OSError as error:
         if error.errno in UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def begin_write_back(fd: int, offset: int, nbytes: int) -> bool:
+    """Have the kernel begin to write a range of dirty pages to the device. False where that is not known.
+
+    No promise: only ``fsync`` makes bytes outlive a power cut. OSError for a failed device, which this call may be the
+    first and, on its descriptor, the only one to report.
+    """
+    return _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def finish_write_back(fd: int, offset: int, nbytes: int) -> bool:
+    """The same, and wait until the device has taken the range. OSError if it did not."""
+    return _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WAIT_BEFORE | _SYNC_FILE_RANGE_WRITE | _WAIT_AFTER)
+
+
+def _sync_file_range(fd: int, offset: int, nbytes: int, flags: int) -> bool:
+    try:
+        call = _libc().sync_file_range
+    except AttributeError:  # a C library without it
+        return False
+    try:
+        _check(call(fd, ctypes.c_long(offset), ctypes.c_long(nbytes), ctypes.c_uint(flags)), "")
+    except OSError as error:
+        if error.errno in UNSUPPORTED or error.errno == errno.ESPIPE:
             return False
         raise
     return True

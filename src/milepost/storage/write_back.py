@@ -1,0 +1,103 @@
+"""Writing through the page cache without leaving the work to ``fsync``: write-back begun early, and bounded.
+
+Bytes that stay in the page cache make the most common resume (the process died, the machine lives) a copy in memory.
+Left alone, though, the kernel begins to write late, and ``fsync`` then waits for all of it. So each stretch of a file
+is handed to the device as soon as it is complete, while the next is being filled. (The idea is RocksDB's
+``bytes_per_sync`` with ``strict_bytes_per_sync``; PostgreSQL's ``checkpoint_flush_after`` does the same.)
+
+None of this is a promise: only ``fsync`` is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import deque
+from typing import Literal
+
+import psutil
+
+from milepost.storage import syscalls
+
+PageCache = Literal["auto", "keep", "drop", "direct"]
+"""What becomes of a file's pages: ``keep`` them for the next load, ``drop`` each once the device has it, ``direct``
+goes past the cache. ``auto`` keeps a file that is smaller than half of the memory that is free, and drops others."""
+
+STRETCH_NBYTES = 8 << 20
+"""Each thread's consecutive bytes are handed to the device in stretches of about this size."""
+IN_FLIGHT_NBYTES = 128 << 20
+"""So much of a file may be on its way to the device: dirty pages never pile up until training waits for memory."""
+
+
+def chosen(page_cache: PageCache, nbytes: int) -> PageCache:
+    """What ``auto`` comes to for a file of ``nbytes``."""
+    if page_cache != "auto":
+        return page_cache
+    return "keep" if nbytes < psutil.virtual_memory().available // 2 else "drop"
+
+
+class WriteBack:
+    """Hands what was written to one file on to the device. Used by several threads at once.
+
+    ``drop``: give pages back once the device has them. Where the kernel or the file system does not know the call
+    (NFS, FUSE), nothing is done, and ``fsync`` does it all.
+    """
+
+    def __init__(self, fd: int, *, drop: bool):
+        self._fd = fd
+        self._drop = drop
+        self._lock = threading.Lock()
+        self._filling: dict[int, tuple[int, int]] = {}  # thread: the stretch that it is filling
+        self._flying: deque[tuple[int, int]] = deque()
+        self._num_flying = 0
+        self._is_known = True
+
+    def wrote(self, start: int, stop: int) -> None:
+        """Note that ``[start, stop)`` was written; begin to write back what makes a stretch. OSError as the device."""
+        thread = threading.get_ident()
+        begun, end = self._filling.get(thread, (start, start))
+        if end != start:  # this thread goes on elsewhere in the file
+            self._begin(begun, end)
+            begun = start
+        if stop - begun < STRETCH_NBYTES:
+            self._filling[thread] = (begun, stop)
+            return
+        self._begin(begun, stop)
+        self._filling[thread] = (stop, stop)
+
+    def _begin(self, start: int, stop: int) -> None:
+        if start == stop or not self._is_known:
+            return
+        self._is_known = syscalls.begin_write_back(self._fd, start, stop - start)
+        late = []
+        with self._lock:
+            self._flying.append((start, stop))
+            self._num_flying += stop - start
+            while self._num_flying > IN_FLIGHT_NBYTES:
+                late.append(self._flying.popleft())
+                self._num_flying -= late[-1][1] - late[-1][0]
+        # Outside the lock: waiting for the device must not keep the other thread from filling its stretch.
+        for begun, end in late:
+            self._finish(begun, end)
+
+    def _finish(self, start: int, stop: int) -> None:
+        if self._is_known:
+            syscalls.finish_write_back(self._fd, start, stop - start)
+        if self._drop:
+            self._give_back(start, stop)
+
+    def synced(self, nbytes: int) -> None:
+        """Note that ``fsync`` has returned: with ``drop`` no page of the file is needed any more."""
+        self._filling.clear()
+        self._flying.clear()
+        self._num_flying = 0
+        if self._drop:
+            self._give_back(0, nbytes)
+
+    def _give_back(self, start: int, stop: int) -> None:
+        try:
+            os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+        except OSError as error:  # advice: where it is not taken, nothing is lost
+            if error.errno not in syscalls.UNSUPPORTED and error.errno != errno.ESPIPE:
+                raise
