@@ -34,7 +34,14 @@ from milepost.format.dcp_metadata import METADATA_GLOBALS, manifest_from_metadat
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import combine_blocks, crc32, dump_digests, parse_digests
 from milepost.format.dtype import itemsize
-from milepost.format.huggingface import INDEX_NAME
+from milepost.format.huggingface import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_NBYTES,
+    MAX_INDEX_NBYTES,
+    parse_object,
+    parse_weight_map,
+)
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.manifest_check import manifest_faults
 from milepost.format.manifest_json import from_json, to_json
@@ -52,7 +59,6 @@ from milepost.format.safetensors import plan_layout, read_header
 from milepost.format.torch_file import locate_tensors, plan_torch_file
 from milepost.interop.hf.config import config_faults, make_config
 from milepost.interop.names.model_sizes import model_args
-from milepost.interop.weights.open import read_json, read_weight_map
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.lock import RunLock
@@ -61,6 +67,7 @@ from milepost.run.signoff import SignOff, dump_sign_off, parse_sign_off
 from milepost.saving.writer import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage import LocalStorage
 from milepost.storage.base import ReadHandle
+from milepost.storage.links import read_linked
 from milepost.tensors.plan import WriteItem
 from milepost.tensors.state import decode_object
 from milepost.testing.manifests import Piece, lay_out
@@ -288,7 +295,7 @@ def prepare_index(data: bytes, scratch: Path) -> None:
 
 
 def read_index(data: bytes, scratch: Path) -> object:
-    found = read_weight_map(scratch)
+    found = parse_weight_map(read_linked(LocalStorage(scratch), INDEX_NAME, MAX_INDEX_NBYTES), INDEX_NAME)
     assert not any("/" in name for name in found.values())
     return len(found)
 
@@ -298,8 +305,7 @@ def prepare_config(data: bytes, scratch: Path) -> None:
 
 
 def read_config(data: bytes, scratch: Path) -> object:
-    config = read_json(scratch / "config.json")
-    assert config is not None
+    config = parse_object(read_linked(LocalStorage(scratch), CONFIG_NAME, MAX_CONFIG_NBYTES), CONFIG_NAME)
     return len(config_faults(config, "llama3", model_args("llama3", "debugmodel")))
 
 

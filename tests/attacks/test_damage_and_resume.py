@@ -186,14 +186,16 @@ def check_named(damage: Damage, step: Path, sound: Path) -> VerifyReport | None:
 
 
 def changed_keys(sound: Path, step: Path, file: str) -> set[str]:
-    """The keys in whose records a file differs from the sound one; of a file of another size none is told."""
+    """The keys in whose records a file differs from the undamaged one; what lies beyond its end is one problem."""
     before = (sound / file).read_bytes()
     if not (step / file).is_file() or (step / file).is_symlink() or file == METADATA_NAME:
         return set()
     after = (step / file).read_bytes()
     manifest = catalog.read_record(LocalStorage(sound.parent), sound.name).manifest
     return {
-        key for key, start, stop in records(manifest, file) if before[start:stop] != after[start:stop] and start != stop
+        key
+        for key, start, stop in records(manifest, file)
+        if before[start:stop] != after[start:stop] and start != stop <= len(after)
     }
 
 
@@ -520,8 +522,8 @@ def test_damage_in_a_save_in_hugging_faces_form_is_named_as_far_as_sizes_and_hea
         save_hf(memory_path / name / "step-7", shift)
     sound, step = memory_path / "sound" / "step-7", memory_path / "step-7"
     report = verify(sound)
-    assert report.is_sound
-    assert report.unchecked_nbytes == 2 * 3 * 40 * 9 * 4, "all data, and nothing else, is said to be unchecked"
+    assert (report.problems, report.verdict, report.is_sound) == ((), "not_verified", False)
+    assert report.unchecked_nbytes == sum(path.stat().st_size for path in sound.glob("*.safetensors"))
     tried = 0
     for damage in damages(sound, memory_path / "older" / "step-7", SEED + 3, 200):
         shutil.copytree(sound, step)

@@ -127,8 +127,8 @@ def test_an_index_that_does_not_fit_the_files_is_refused_with_all_faults(broken:
     (broken / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(FormatError) as caught:
         open_weights(broken)
-    assert "'model.absent.weight' is in the index but in no file" in caught.value.message
-    assert f"'{moved}' is in" in caught.value.message
+    assert "(model.absent.weight): in the index, but in no file" in caught.value.message
+    assert f"({moved}): the index says {index['weight_map'][moved]}" in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", ""])

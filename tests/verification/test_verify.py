@@ -215,9 +215,28 @@ def test_coarse_damage_to_a_data_file_is_found(storage: LocalStorage, harm: str)
 def test_a_cut_file_names_the_keys_that_are_lost(storage: LocalStorage) -> None:
     manifest = save(storage)
     os.truncate(data_file(storage, "__0_0.distcp"), 100)
-    lost = {problem.key for problem in verify_in(storage, STEP).problems}
-    assert {key for key, t in manifest.tensors.items() if any(s.file == "__0_0.distcp" for s in t.shards)} <= lost
-    assert set(manifest.objects) <= lost
+    (problem,) = verify_in(storage, STEP).problems
+    assert (problem.file, problem.byte_range) == ("__0_0.distcp", None)
+    lost = [key for key, t in manifest.tensors.items() if any(s.file == "__0_0.distcp" for s in t.shards)]
+    assert f"found 100; {len(lost) + len(manifest.objects)} records lost: {lost[0]}, " in problem.message
+
+
+def test_what_is_left_of_a_cut_file_is_checked_too(storage: LocalStorage) -> None:
+    manifest = save(storage)
+    shards = [shard for t in manifest.tensors.values() for shard in t.shards if shard.file == "__0_0.distcp"]
+    first = min((shard for shard in shards if shard.data_nbytes), key=lambda shard: shard.record_offset)
+    last = max(shards, key=lambda shard: shard.record_offset)
+    os.truncate(data_file(storage, "__0_0.distcp"), last.record_offset + 10)
+    assert first.data_offset is not None
+    flip(data_file(storage, "__0_0.distcp"), first.data_offset)
+    assert len(verify_in(storage, STEP).problems) == 2
+
+
+def test_a_cut_file_with_thousands_of_records_is_one_problem(storage: LocalStorage) -> None:
+    save_arrays(storage, STEP, {f"k{i}": np.ones(1, "int8") for i in range(2000)})
+    os.truncate(data_file(storage, "__0_0.distcp"), 0)
+    (problem,) = verify_in(storage, STEP).problems
+    assert problem.message.endswith("2000 records lost: k0, k1, k10, k100, k1000, ... and 1995 more")
 
 
 @pytest.mark.parametrize("name", [".metadata", "milepost.digests"])
@@ -300,7 +319,7 @@ def test_many_problems_are_counted_but_not_all_kept(storage: LocalStorage) -> No
 def test_a_foreign_checkpoint_is_verified_as_far_as_its_crcs_go(storage: LocalStorage) -> None:
     make_external(storage)
     report = verify_in(storage, STEP)
-    assert report.is_sound, report.problems
+    assert (report.problems, report.verdict, report.is_sound) == ((), "not_verified", False)
     assert report.state == "external"
     assert report.read_nbytes == report.nbytes
     assert 0 < report.unchecked_nbytes < report.nbytes / 100
@@ -343,7 +362,7 @@ def test_a_checkpoint_of_stock_dcp_is_verified(storage: LocalStorage) -> None:
     }
     dcp.save(state, checkpoint_id=f"{storage.root}/{STEP}", no_dist=True)
     report = verify_in(storage, STEP)
-    assert report.is_sound, report.problems
+    assert (report.problems, report.verdict) == ((), "not_verified")
     assert (report.state, report.num_items) == ("external", 4)
     manifest = catalog.locate_foreign(storage, STEP, catalog.read_manifest(storage, STEP))
     (shard,) = manifest.tensors["model.w"].shards

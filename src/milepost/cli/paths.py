@@ -23,6 +23,15 @@ def open_run(path: str) -> tuple[Storage, str]:
     return storage, folder
 
 
+def find_run(storage: Storage, name: str) -> str | None:
+    """The folder of the run that ``name`` stands for; None if it is a checkpoint, a file, or no run."""
+    found = storage.stat(name)
+    if found is not None and not found.is_folder:
+        return None
+    info = catalog.examine(storage, name)
+    return catalog.find_run(storage, name) if info is None or info.state == "incomplete" else None
+
+
 def open_step(path: str) -> tuple[Storage, str, int]:
     """The storage, the run's folder and the number of the step that ``path`` ends with. It need not exist.
 
@@ -56,7 +65,7 @@ def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInf
         newest = ([entry for entry in entries if entry.is_usable] or entries)[-1]
         message = f"{path} is a run, not a checkpoint: give one of its steps, such as {storage.root}/{newest.path}"
     else:
-        message = f"{path} is no checkpoint: {info.reason if info is not None else 'there is no such folder'}"
+        message = f"{path} is not a checkpoint: {info.reason if info is not None else 'there is no such folder'}"
     return CheckpointNotFoundError(message, path=path)
 
 

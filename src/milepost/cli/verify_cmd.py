@@ -7,29 +7,44 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
-from milepost.cli.render import console, print_json, printable, progress_bar
-from milepost.errors import CheckpointDamagedError, ConfigError, listed
+from milepost.cli.main import NOT_CHECKED
+from milepost.cli.paths import find_run
+from milepost.cli.render import print_json, print_line, printable, progress_bar
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
 from milepost.run import catalog
 from milepost.storage import open_storage
-from milepost.storage.base import format_nbytes
+from milepost.storage.base import counted, format_nbytes
 from milepost.verification.verify import LEVELS, VerifyReport, verify_in, verify_run
 
 MAX_LINES = 20
-"""So many problems of one checkpoint are printed; ``--json`` has up to 1000."""
+"""Problems of one checkpoint that are printed; ``--json`` has up to 1000."""
+VERDICTS = {
+    "ok": (Text("OK", style="green"), 0),
+    "not_verified": (Text("not verified", style="yellow"), NOT_CHECKED),
+    "damaged": (Text("damaged", style="bold red"), CheckpointDamagedError.exit_status),
+}
+"""What is printed for each verdict, and the exit status: the best first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost verify``."""
-    parser.description = "Check that checkpoints are what was saved. Nothing is changed."
+    parser.description = (
+        "Check that checkpoints are what was saved, and weights what their headers say. Nothing is changed. A Hugging\n"
+        "Face folder, safetensors and .pt files are checked as far as they can be; what has no digests is never OK."
+    )
     parser.epilog = (
         "examples:\n"
         "  milepost verify outputs/checkpoint/step-500\n"
-        "  milepost verify outputs/checkpoint --level sizes\n\n"
-        "exit status: 0 sound, 5 damaged, 3 there is no checkpoint, 2 wrong usage, 7 it can't be read\n"
+        "  milepost verify outputs/checkpoint --level sizes\n"
+        "  milepost verify Llama-3.2-1B\n\n"
+        "exit status: 0 OK, 5 damaged, 11 no problem was found but there are bytes without digests, 3 there is no\n"
+        "checkpoint, 2 wrong usage, 7 it can't be read\n"
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, or the folder of a run to check all its steps")
+    parser.add_argument(
+        "path", metavar="PATH", help="a checkpoint, the folder of a run to check all its steps, or weights"
+    )
     parser.add_argument(
         "--level",
         choices=LEVELS,
@@ -42,14 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, print a report for each checkpoint; 5 if any is damaged."""
+    """Verify, print a report for each checkpoint; 5 if any is damaged, 11 if one can't be verified."""
     if args.threads < 1:
         raise ConfigError(f"--threads must be at least 1, not {args.threads}")
     storage, name = open_storage(args.path)
-    info = catalog.examine(storage, name)
-    folder = catalog.find_run(storage, name)
+    folder = find_run(storage, name)
     with contextlib.ExitStack() as stack:
-        if folder is None or (info is not None and info.state != "incomplete"):
+        if folder is None:
             progress = stack.enter_context(progress_bar(name))
             reports = [verify_in(storage, name, args.level, num_threads=args.threads, progress=progress)]
         else:
@@ -59,33 +73,38 @@ def run(args: argparse.Namespace) -> int:
                 return stack.enter_context(progress_bar(catalog.step_name(step)))
 
             reports = verify_run(storage, folder, args.level, num_threads=args.threads, on_step=on_step)
-    sound = all(report.is_sound for report in reports)
+    if not reports:
+        raise CheckpointNotFoundError(f"{args.path}: all steps were deleted while they were being verified")
+    worst = max((report.verdict for report in reports), key=list(VERDICTS).index)
     if args.json:
-        print_json({"sound": sound, "checkpoints": [_json(report) for report in reports]})
+        sound = worst == "ok"
+        print_json({"verdict": worst, "sound": sound, "checkpoints": [_json(report) for report in reports]})
     else:
         for report in reports:
             _print(report)
-    return 0 if sound else CheckpointDamagedError.exit_status
+    return VERDICTS[worst][1]
 
 
 def _json(report: VerifyReport) -> dict[str, Any]:
-    return {"sound": report.is_sound} | dataclasses.asdict(report)
+    return {"verdict": report.verdict, "sound": report.is_sound} | dataclasses.asdict(report)
 
 
 def _print(report: VerifyReport) -> None:
-    out = console()
     rate = f", {format_nbytes(int(report.read_nbytes / report.seconds))}/s" if report.seconds > 0.1 else ""
     read = f"{format_nbytes(report.read_nbytes)} read in {report.seconds:.1f} s{rate}"
-    verdict = "[green]sound[/]" if report.is_sound else f"[bold red]damaged[/]: {_count(report.num_problems)}"
-    path = escape(printable(report.path))
-    out.print(f"{path}: {verdict} (level {report.level}, {report.num_items} items, {read})")
+    count = f": {counted(report.num_problems, 'problem')}" if report.problems else ""
+    items = counted(report.num_items, "item")
+    print_line(
+        Text.assemble(
+            f"{printable(report.path)}: ",
+            VERDICTS[report.verdict][0],
+            f"{count} (level {report.level}, {items}, {read})",
+        )
+    )
     for line in listed(report.problems, MAX_LINES, total=report.num_problems, hint="; --json lists them"):
-        out.print(f"  {printable(line)}", markup=False)
+        print_line(f"  {line}")
     if report.unchecked_nbytes:
-        out.print(f"  {format_nbytes(report.unchecked_nbytes)} can't be checked: there are no digests of them")
+        whole = f" of {format_nbytes(report.nbytes)}" if report.nbytes > report.unchecked_nbytes else ""
+        print_line(f"  {format_nbytes(report.unchecked_nbytes)}{whole} can't be checked: there are no digests of them")
     for note in report.notes:
-        out.print(f"  note: {printable(note)}", markup=False)
-
-
-def _count(problems: int) -> str:
-    return "1 problem" if problems == 1 else f"{problems} problems"
+        print_line(f"  note: {note}")

@@ -8,6 +8,7 @@ In reading order::
     lock       one run at a time in a folder
     signoff    the record each rank leaves of what it wrote, and the wait for all of them
     assemble   sign-offs -> one manifest
+    hf_folder  a Hugging Face folder, or a step saved as one, described as a manifest
     commit     the one place where a checkpoint becomes visible
 """
 

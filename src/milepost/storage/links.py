@@ -11,16 +11,17 @@ from milepost.storage.base import ReadHandle, Storage, format_nbytes
 from milepost.storage.local import LocalStorage
 
 
-def open_linked(storage: Storage, path: str, limit_nbytes: int) -> ReadHandle:
+def open_linked(storage: Storage, path: str, limit_nbytes: int | None = None, *, anywhere: bool = False) -> ReadHandle:
     """Open a regular file of at most ``limit_nbytes`` for reading, also through a link.
 
-    A link is followed to another file of its folder, and to the blobs of the hub's cache that it belongs to.
+    A link is followed to another file of its folder, and to the blobs of the hub's cache that it belongs to;
+    ``anywhere`` is for files that are only read, and prove by themselves what they are.
 
     Raises:
         StorageError: there is no such file, it is no regular one or larger, or the link leads elsewhere.
     """
-    handle = _open(storage, path)
-    if handle.nbytes > limit_nbytes:
+    handle = _open(storage, path, anywhere=anywhere)
+    if limit_nbytes is not None and handle.nbytes > limit_nbytes:
         handle.close()
         raise StorageError(
             f"{handle.path} has {format_nbytes(handle.nbytes)}: more than {format_nbytes(limit_nbytes)}, the most that "
@@ -40,12 +41,12 @@ def read_linked(storage: Storage, path: str, limit_nbytes: int) -> bytes:
     return bytes(data)
 
 
-def _open(storage: Storage, path: str) -> ReadHandle:
+def _open(storage: Storage, path: str, *, anywhere: bool) -> ReadHandle:
     full = Path(storage.root, path)
     if not isinstance(storage, LocalStorage) or not full.is_symlink():
         return storage.open_read(path)
     real = Path(os.path.realpath(full))
-    if not any(real.is_relative_to(home) for home in _homes(full.parent)):
+    if not anywhere and not any(real.is_relative_to(home) for home in _homes(full.parent)):
         raise _refusal(full, f"leaves its folder (to {real}): it is not followed; put the file itself there")
     if not real.exists():
         raise _refusal(full, f"leads to a file that is missing ({real})")

@@ -5,6 +5,7 @@ In reading order::
     verify         ``verify()``: sizes, records, digests; one report of all that is wrong
     extents        which byte ranges of a file have which digest
     extent_reader  reads and checks them
+    weights        Hugging Face folders, safetensors and ``torch.save`` files, as far as they can be checked
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from milepost.collective.threads import map_in_threads
 from milepost.errors import Problem, StorageError
 from milepost.format.digest import crc32
-from milepost.storage.base import ReadHandle
-from milepost.verification.extents import Digested, Extent, Known, Unknown, batches
+from milepost.format.dtype import itemsize
+from milepost.format.nan import count_nan, has_nan
+from milepost.storage.base import ReadHandle, counted
+from milepost.verification.extents import Digested, Extent, Known, Unknown, Values, batches
 
 BUFFER_NBYTES = 8 << 20
 """What each thread reads at once, and all the memory it holds."""
@@ -89,8 +91,8 @@ class ExtentReader:
             if extent.stop <= handle.nbytes:
                 yield extent
             else:
-                key = None if not isinstance(extent, Known | Digested) else extent.key
-                self._findings.add(Problem("the file ends before or inside it", name, key, (extent.start, extent.stop)))
+                where = (extent.start, extent.stop)
+                self._findings.add(Problem("the file ends before or inside it", name, _key(extent), where))
 
     def _check_batch(self, handle: ReadHandle, name: str, batch: list[Extent]) -> None:
         start, stop = batch[0].start, batch[-1].stop
@@ -112,7 +114,7 @@ class ExtentReader:
     def _check_large(self, handle: ReadHandle, name: str, extent: Extent) -> None:
         """One extent that does not fit the buffer: digested piece by piece."""
         view = memoryview(self._buffer())
-        value = 0
+        value = num_nan = 0
         for start in range(extent.start, extent.stop, BUFFER_NBYTES):
             piece = view[: min(BUFFER_NBYTES, extent.stop - start)]
             try:
@@ -123,13 +125,17 @@ class ExtentReader:
                 return
             if isinstance(extent, Digested):
                 value = crc32(piece, value)
+            elif isinstance(extent, Values):
+                num_nan += count_nan(piece, extent.dtype) if has_nan(extent.dtype) else 0
             else:
                 problem = compare(_cut(extent, start, start + len(piece)), piece, name)
                 if problem is not None:
                     self._findings.add(problem)
-            self._findings.count_read(len(piece), len(piece) if isinstance(extent, Unknown) else 0)
+            self._findings.count_read(len(piece), len(piece) if isinstance(extent, Unknown | Values) else 0)
         if isinstance(extent, Digested) and value != extent.crc32:
             self._findings.add(_changed(extent, name))
+        elif isinstance(extent, Values) and num_nan:
+            self._findings.add(_nan(extent, num_nan, name))
 
     def _buffer(self) -> bytearray:
         held: bytearray | None = getattr(self._local, "buffer", None)
@@ -144,6 +150,9 @@ def compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
         return _changed(extent, name) if crc32(view) != extent.crc32 else None
     if isinstance(extent, Unknown):
         return None
+    if isinstance(extent, Values):
+        num_nan = count_nan(view, extent.dtype) if has_nan(extent.dtype) else 0
+        return _nan(extent, num_nan, name) if num_nan else None
     expected = extent.expected if isinstance(extent, Known) else bytes(len(view))
     found = bytes(view)
     if found == expected:
@@ -159,6 +168,11 @@ def _changed(extent: Digested, name: str) -> Problem:
     return Problem(f"{extent.what} changed after it was written", name, extent.key, (extent.start, extent.stop))
 
 
+def _nan(extent: Values, num_nan: int, name: str) -> Problem:
+    total = (extent.stop - extent.start) // itemsize(extent.dtype)
+    return Problem(f"NaN in {num_nan} of {counted(total, 'value')}", name, extent.key, (extent.start, extent.stop))
+
+
 def _cut(extent: Extent, start: int, stop: int) -> Extent:
     if isinstance(extent, Known):
         return dataclasses.replace(
@@ -168,8 +182,8 @@ def _cut(extent: Extent, start: int, stop: int) -> Extent:
 
 
 def _key(extent: Extent) -> str | None:
-    return extent.key if isinstance(extent, Known | Digested) else None
+    return extent.key if isinstance(extent, Known | Digested | Values) else None
 
 
 def _unchecked(extent: Extent) -> int:
-    return extent.stop - extent.start if isinstance(extent, Unknown) else 0
+    return extent.stop - extent.start if isinstance(extent, Unknown | Values) else 0

@@ -1,7 +1,7 @@
 """What every byte of a checkpoint's files must be, told from its metadata alone: the plan of a verification.
 
 A data file is tiled by *extents*: bytes that are known, bytes of which a CRC-32 is known, zeros, and, in
-records that Milepost did not write, bytes of which nothing is known.
+files that Milepost did not write, bytes and values of which nothing is known.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Digested:
     start: int
     stop: int
     crc32: int
-    key: str
+    key: str | None
     what: str
 
 
@@ -59,7 +59,17 @@ class Unknown:
     stop: int
 
 
-Extent = Known | Digested | Zeros | Unknown
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Elements ``[start, stop)`` of a tensor of which no digest is known: only NaN can be told."""
+
+    start: int
+    stop: int
+    dtype: str
+    key: str
+
+
+Extent = Known | Digested | Zeros | Unknown | Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +147,28 @@ def foreign_record(handle: ReadHandle, record: Placed) -> Iterator[Extent]:
                 f"{record.dtype} {list(record.entry.box.sizes)}",
                 key=record.key,
             )
-    directory = ZipDirectory(read_at, record.entry.record_nbytes)
-    position = record.start
+    yield from zip_extents(ZipDirectory(read_at, record.entry.record_nbytes), record.start, record.stop, record.key)
+
+
+def zip_extents(directory: ZipDirectory, start: int, stop: int, key: str | None) -> Iterator[Extent]:
+    """The extents of an archive that is at ``[start, stop)`` of a file: its entries, as far as they have CRCs.
+
+    Raises:
+        FormatError: entries overlap.
+    """
+    position = start
     for entry in sorted(directory.entries.values(), key=lambda entry: entry.header_offset):
-        start = record.start + directory.data_offset(entry)
-        if start < position:
-            raise FormatError(f"zip entry {entry.name!r:.100} lies over another one", key=record.key)
-        yield Unknown(position, start)  # a zip header and padding: parsed, but without a CRC of its own
-        position = start + entry.nbytes
+        begin = start + directory.data_offset(entry)
+        if begin < position:
+            raise FormatError(f"zip entry {entry.name!r:.100} overlaps the one before it", key=key)
+        yield Unknown(position, begin)  # a zip header and padding: parsed, but without a CRC of its own
+        position = begin + entry.nbytes
         # torch.serialization.set_crc32_options(False) leaves zero in place of a CRC.
         if entry.crc32 or not entry.nbytes:
-            yield Digested(start, position, entry.crc32, record.key, f"zip entry {entry.name}")
+            yield Digested(begin, position, entry.crc32, key, f"zip entry {entry.name}")
         else:
-            yield Unknown(start, position)
-    yield Unknown(position, record.stop)
+            yield Unknown(begin, position)
+    yield Unknown(position, stop)
 
 
 def sampled(

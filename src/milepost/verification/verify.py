@@ -11,7 +11,8 @@ full        every byte of every file: data against its digest, headers and foote
 ==========  ==============================================================================================
 
 In an external checkpoint there are no digests but the CRC-32s of its zip records; what they do not cover (zip headers,
-padding) is counted in ``unchecked_nbytes``.
+padding) is counted in ``unchecked_nbytes``. Weights outside a run (Hugging Face folders, safetensors and ``torch.save``
+files) are checked as far as they can be, see ``weights``. What can't be checked is never called verified.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError, listed
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, combine_blocks, crc32, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, HF_FORMAT, METADATA_NAME, Manifest
-from milepost.format.safetensors import read_header
+from milepost.format.manifest import DIGESTS_NAME, METADATA_NAME, Manifest
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
+from milepost.run.hf_folder import is_hf_folder, is_hf_step
 from milepost.storage import open_storage
-from milepost.storage.base import ReadHandle, Storage, join
+from milepost.storage.base import ReadHandle, Storage, counted, join
 from milepost.verification.extent_reader import ExtentReader, Findings, Progress
 from milepost.verification.extents import (
     Extent,
@@ -44,10 +45,12 @@ from milepost.verification.extents import (
     records_of,
     sampled,
 )
+from milepost.verification.weights import WEIGHTS_SUFFIXES, WeightsCheck
 
-__all__ = ["LEVELS", "Level", "Problem", "Progress", "VerifyReport", "verify", "verify_in", "verify_run"]
+__all__ = ["LEVELS", "Level", "Problem", "Progress", "Verdict", "VerifyReport", "verify", "verify_in", "verify_run"]
 
 Level = Literal["metadata", "sizes", "sample", "full"]
+Verdict = Literal["ok", "not_verified", "damaged"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 SAMPLE_RECORDS = 256
@@ -72,14 +75,21 @@ class VerifyReport:
     """Size of all its files."""
     read_nbytes: int
     unchecked_nbytes: int
-    """Read, but nothing is recorded to check them against; always 0 for Milepost's own checkpoints."""
+    """Nothing is recorded to check these against."""
     seconds: float
     notes: tuple[str, ...] = ()
 
     @property
+    def verdict(self) -> Verdict:
+        """``damaged``: there are problems. ``not_verified``: none was found, but there are bytes without digests."""
+        if self.problems:
+            return "damaged"
+        return "not_verified" if self.unchecked_nbytes else "ok"
+
+    @property
     def is_sound(self) -> bool:
-        """Whether nothing wrong was found, at this level."""
-        return not self.problems
+        """True if all that this level checks could be checked, and no problem was found."""
+        return self.verdict == "ok"
 
 
 def verify(
@@ -89,7 +99,9 @@ def verify(
     num_threads: int = 2,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check the checkpoint at ``path``. Damage is reported, not raised.
+    """Check the checkpoint, Hugging Face folder, safetensors or ``torch.save`` file at ``path``.
+
+    Damage is reported, not raised.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.
@@ -108,14 +120,26 @@ def verify_in(
     num_threads: int = 2,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """:func:`verify` for a checkpoint in an open storage."""
+    """:func:`verify` for what is at ``path`` of an open storage."""
     if level not in LEVELS:
         raise ConfigError(f"there is no verification level {level!r}; levels are {', '.join(LEVELS)}")
-    started = time.monotonic()
+    found = storage.stat(path)
+    if found is not None and not found.is_folder and path.endswith(WEIGHTS_SUFFIXES):
+        return _verify_weights(storage, path, None, level, num_threads, progress)
     info = catalog.examine(storage, path)
     if info is None or info.state == "incomplete":
+        names = [entry.name for entry in storage.list(path) if not entry.is_folder]
+        if is_hf_folder(names):
+            return _verify_weights(storage, path, names, level, num_threads, progress)
         reason = info.reason if info is not None else "there is no such folder"
-        raise CheckpointNotFoundError(f"{storage.root}/{path} is no checkpoint: {reason}", path=path)
+        raise CheckpointNotFoundError(f"{storage.root}/{path} is not a checkpoint: {reason}", path=path)
+    return _verify_checkpoint(storage, path, info, level, num_threads, progress)
+
+
+def _verify_checkpoint(
+    storage: Storage, path: str, info: CheckpointInfo, level: Level, num_threads: int, progress: Progress | None
+) -> VerifyReport:
+    started = time.monotonic()
     findings = Findings(progress, total_nbytes=info.nbytes if level == "full" else 0)
     num_items = 0
     try:
@@ -127,7 +151,8 @@ def verify_in(
         raise
     else:
         manifest = record.manifest
-        findings.count_read(record.files[record.name].nbytes)
+        record_nbytes = record.files[record.name].nbytes
+        findings.count_read(record_nbytes, unchecked_nbytes=0 if record.is_own else record_nbytes)
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
         for fault in catalog.misnamed(manifest, path):
             findings.add(fault)
@@ -143,6 +168,32 @@ def verify_in(
         num_problems=findings.num_problems,
         num_items=num_items,
         nbytes=info.nbytes,
+        read_nbytes=findings.read_nbytes,
+        unchecked_nbytes=findings.unchecked_nbytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _verify_weights(
+    storage: Storage, path: str, names: Sequence[str] | None, level: Level, num_threads: int, progress: Progress | None
+) -> VerifyReport:
+    """A report on weights that belong to no run: of a folder with the files ``names``, or of one file if None."""
+    started = time.monotonic()
+    findings = Findings(progress)
+    check = WeightsCheck(storage, findings, num_threads=num_threads, values=level == "full")
+    if names is None:
+        check.file(path)
+    else:
+        check.hf_folder(path, names)
+    return VerifyReport(
+        path=f"{storage.root}/{path}",
+        state="external",
+        level=level,
+        notes=tuple(check.notes),
+        problems=findings.merged(),
+        num_problems=findings.num_problems,
+        num_items=check.num_items,
+        nbytes=check.nbytes,
         read_nbytes=findings.read_nbytes,
         unchecked_nbytes=findings.unchecked_nbytes,
         seconds=time.monotonic() - started,
@@ -209,31 +260,48 @@ def _check(
     storage: Storage, path: str, record: CommitRecord, level: Level, findings: Findings, num_threads: int
 ) -> None:
     digests = _check_metadata(storage, path, record, findings) if record.is_own else None
+    placed = records_of(record.manifest)
+    if level != "metadata":
+        for fault in record.faults:
+            findings.add(_with_lost_keys(fault, record, placed.get(fault.file, [])))
+    if is_hf_step(record.manifest):
+        broken = {fault.file for fault in record.faults}
+        check = WeightsCheck(storage, findings, num_threads=num_threads, values=level == "full")
+        check.hf_folder(path, [name for name in record.manifest.files if name not in broken])
     if level == "metadata":
         return
-    for fault in record.faults:
-        findings.add(fault)
     for name in sorted(record.files):
         if name.endswith(".distcp") and name not in record.manifest.files:
             findings.add(Problem("it is not part of this checkpoint", name))
     if level == "sizes" or (record.is_own and digests is None):
         return  # without digests nothing can be said of the data
-    placed = records_of(record.manifest)
     if level == "sample":
         placed = sampled(placed, random.Random(), SAMPLE_RECORDS, SAMPLE_NBYTES)
         findings.total_nbytes += sum(one.stop - one.start for records in placed.values() for one in records)
     reader = ExtentReader(findings, num_threads)
     for name, records in sorted(placed.items()):
         if name not in record.files or record.files[name].is_link:
-            continue  # told already
+            continue  # reported already
+        is_cut = record.files[name].nbytes < record.manifest.files[name].nbytes
+        records = [one for one in records if not is_cut or one.stop <= record.files[name].nbytes]
         try:
             handle = storage.open_read(join(path, name))
         except StorageError as error:
             findings.add(Problem(error.message, name))
             continue
         with handle:
-            file_nbytes = record.manifest.files[name].nbytes if level == "full" else None
+            file_nbytes = record.manifest.files[name].nbytes if level == "full" and not is_cut else None
             reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
+
+
+def _with_lost_keys(fault: Problem, record: CommitRecord, records: Sequence[Placed]) -> Problem:
+    """A file that is missing or cut, with the records that are lost with it: one problem, however many these are."""
+    found = record.files.get(fault.file)
+    lost = [one.key for one in records if found is None or one.stop > found.nbytes]
+    if not lost or (found is not None and found.is_link):
+        return fault
+    keys = ", ".join(listed(list(dict.fromkeys(lost)), 5))
+    return replace(fault, message=f"{fault.message}; {counted(len(lost), 'record')} lost: {keys}")
 
 
 def _extents(
@@ -278,8 +346,7 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
             contents[name] = content
         else:
             findings.add(Problem("it changed after it was written", name, byte_range=(0, entry.nbytes)))
-    if record.manifest.extra.get("format") == HF_FORMAT:
-        _check_safetensors(storage, path, record, findings)
+    if is_hf_step(record.manifest):
         return None
     for name in (METADATA_NAME, DIGESTS_NAME):
         if name not in record.manifest.files:
@@ -294,21 +361,6 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
     except FormatError as error:
         findings.add(_problem_of(error, path))
     return digests
-
-
-def _check_safetensors(storage: Storage, path: str, record: CommitRecord, findings: Findings) -> None:
-    """The headers of weights that were saved for Hugging Face: their data has no digests to compare with."""
-    for name, entry in record.manifest.files.items():
-        if not name.endswith(".safetensors") or any(fault.file == name for fault in record.faults):
-            continue
-        try:
-            with storage.open_read(join(path, name)) as handle:
-                header = read_header(handle)
-        except (FormatError, StorageError) as error:
-            findings.add(Problem(error.message, name))
-            continue
-        data_nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
-        findings.count_read(entry.nbytes - data_nbytes, unchecked_nbytes=data_nbytes)
 
 
 def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError, listed
+from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.dtype import itemsize
@@ -17,11 +17,8 @@ from milepost.format.huggingface import (
     CONFIG_NAME,
     INDEX_NAME,
     MAX_CONFIG_NBYTES,
-    MAX_INDEX_NBYTES,
     SINGLE_NAME,
     parse_object,
-    parse_weight_map,
-    unindexed_files,
 )
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.record import LocatedTensor, strides_of
@@ -29,9 +26,10 @@ from milepost.format.safetensors import read_header
 from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
+from milepost.run.hf_folder import read_hf_folder
 from milepost.storage import open_storage
 from milepost.storage.base import ReadHandle, Storage
-from milepost.storage.links import read_linked
+from milepost.storage.links import open_linked, read_linked
 from milepost.storage.local import LocalStorage
 
 _OTHER_PARTS = tuple(f"{part}." for part in ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng"))
@@ -89,7 +87,7 @@ def _not_weights(full: Path, names: Iterable[str]) -> str:
 
 
 def _open_file(full: Path) -> Weights:
-    handle = open_linked(full)
+    handle = open_linked(LocalStorage(full.parent), full.name, anywhere=True)
     with ExitStack() as stack:
         stack.callback(handle.close)
         if full.suffix == ".safetensors":
@@ -101,57 +99,31 @@ def _open_file(full: Path) -> Weights:
     return Weights(Source(str(full), kind, [handle], stored))
 
 
-def open_linked(full: Path) -> ReadHandle:
-    """Open a file for reading, following links: in the Hugging Face cache every file is one."""
-    real = Path(os.path.realpath(full))
-    return LocalStorage(real.parent).open_read(real.name)
-
-
 # ---- Hugging Face ----
 
 
 def _open_hf(folder: Path, names: set[str]) -> Weights:
-    weight_map = read_weight_map(folder) if INDEX_NAME in names else None
-    files = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
-    missing = [name for name in files if name not in names]
-    if missing:
-        raise FormatError(
-            f"{folder} is incomplete: {', '.join(missing)} of {len(files)} files missing; download it again",
-            path=str(folder / missing[0]),
-        )
-    stored: dict[str, Stored] = {}
-    faults: list[str] = []
+    storage = LocalStorage(folder)
+    found = read_hf_folder(storage, "", names)
+    found.require(str(folder))
+    position = {name: index for index, name in enumerate(found.files)}
+    stored = {}
+    for key, entry in found.tensors.items():
+        (shard,) = entry.shards
+        stretch = Stretch(shard.box, position[shard.file], shard.record_offset, shard.data_nbytes)
+        stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (stretch,))
     with ExitStack() as stack:
-        handles: list[ReadHandle] = []
-        for index, name in enumerate(files):
-            handles.append(stack.enter_context(open_linked(folder / name)))
-            for key, tensor in _safetensors_tensors(handles[-1], index).items():
-                if key in stored:
-                    faults.append(f"'{key}' is in {name} and in another file")
-                stored[key] = tensor
-                if weight_map is not None and weight_map.get(key) != name:
-                    faults.append(f"'{key}' is in {name}, the index says {weight_map.get(key, 'nothing of it')}")
-        faults += [f"'{key}' is in the index but in no file" for key in weight_map or () if key not in stored]
-        if faults:
-            raise FormatError(
-                f"{folder / INDEX_NAME} does not fit the files beside it:\n  " + "\n  ".join(listed(faults)),
-                path=str(folder / INDEX_NAME),
-            )
+        handles = [stack.enter_context(open_linked(storage, name, anywhere=True)) for name in position]
+        config = _read_config(folder)
         stack.pop_all()
-    return Weights(Source(str(folder), "hf", handles, stored), config=read_json(folder / CONFIG_NAME))
+    return Weights(Source(str(folder), "hf", handles, stored), config=config)
 
 
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Key: file name, from the index of a Hugging Face folder. Raises FormatError if it is malformed."""
-    data = read_linked(LocalStorage(folder), INDEX_NAME, MAX_INDEX_NBYTES)
-    return parse_weight_map(data, str(folder / INDEX_NAME))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is none. Raises FormatError for anything else."""
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG_NAME
     if not os.path.lexists(path):
         return None
-    return parse_object(read_linked(LocalStorage(path.parent), path.name, MAX_CONFIG_NBYTES), str(path))
+    return parse_object(read_linked(LocalStorage(folder), CONFIG_NAME, MAX_CONFIG_NBYTES), str(path))
 
 
 def _safetensors_tensors(handle: ReadHandle, file: int) -> dict[str, Stored]:

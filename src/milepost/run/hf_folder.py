@@ -1,0 +1,164 @@
+"""A Hugging Face folder described as a manifest: which tensors its files hold, and where. From their headers alone.
+
+A step whose model was saved in this form is described likewise: its own manifest names files, not tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
+from milepost.format.box import Box
+from milepost.format.huggingface import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    INDEX_NAME,
+    MAX_INDEX_NBYTES,
+    SINGLE_NAME,
+    parse_weight_map,
+    unindexed_files,
+)
+from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
+from milepost.format.safetensors import read_header
+from milepost.storage.base import Storage, join
+from milepost.storage.links import open_linked, read_linked
+
+
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    """What the headers of a folder's safetensors files say, and what is wrong with them."""
+
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry]
+    problems: tuple[Problem, ...]
+    """Files that are missing or malformed, and keys that are not where the index says."""
+
+    def require(self, path: str) -> None:
+        """Raise FormatError with all problems of the folder at ``path``, if there are any."""
+        if self.problems:
+            lines = "\n  ".join(listed(self.problems))
+            raise FormatError(f"{path} is damaged:\n  {lines}", path=f"{path}/{self.problems[0].file}")
+
+
+def is_hf_folder(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names holds weights, or an adapter, for Hugging Face's programs."""
+    return any(name.endswith(".safetensors") for name in names) or INDEX_NAME in names
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether the folder holds an adapter (LoRA and the like) of PEFT, not a whole model."""
+    return ADAPTER_CONFIG_NAME in names or (ADAPTER_NAME in names and SINGLE_NAME not in names)
+
+
+def is_hf_step(manifest: Manifest) -> bool:
+    """Whether a step's own manifest says that its model was saved as Hugging Face files."""
+    return manifest.extra.get("format") == HF_FORMAT
+
+
+def read_hf_folder(storage: Storage, folder: str, names: Collection[str]) -> HfFolder:
+    """Read the headers of the weights among the files ``names`` of a folder. What is wrong is listed, not raised.
+
+    Raises:
+        StorageError: the storage can't be read at all.
+    """
+    problems: list[Problem] = []
+    weight_map: Mapping[str, str] | None = None
+    if INDEX_NAME in names:
+        where = join(folder, INDEX_NAME)
+        try:
+            weight_map = parse_weight_map(read_linked(storage, where, MAX_INDEX_NBYTES), where)
+        except MilepostError as error:
+            problems.append(Problem(error.message.removeprefix(f"{where}: "), INDEX_NAME))
+    wanted = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
+    missing = [name for name in wanted if name not in names]
+    problems += [Problem(f"missing: one of {len(wanted)} files; download it again", name) for name in missing]
+    found = read_headers(storage, folder, [name for name in wanted if name in names])
+    problems += found.problems
+    if weight_map is not None and not problems:
+        problems += _misplaced(weight_map, found.tensors)
+    return replace(found, problems=tuple(problems))
+
+
+def read_headers(storage: Storage, folder: str, names: Sequence[str]) -> HfFolder:
+    """What the headers of the safetensors files ``names`` of a folder say."""
+    problems: list[Problem] = []
+    tensors: dict[str, TensorEntry] = {}
+    files: dict[str, FileEntry] = {}
+    for name in names:
+        problems += _read_file(storage, folder, name, tensors, files)
+    return HfFolder(tensors, files, tuple(problems))
+
+
+def _read_file(
+    storage: Storage, folder: str, name: str, tensors: dict[str, TensorEntry], files: dict[str, FileEntry]
+) -> list[Problem]:
+    """Add what a file holds to ``tensors`` and ``files``."""
+    try:
+        with open_linked(storage, join(folder, name), anywhere=True) as handle:
+            header = read_header(handle)
+    except (FormatError, StorageError) as error:
+        return [Problem(error.message, name)]
+    files[name] = FileEntry(header.nbytes)
+    twice = [key for key in header.tensors if key in tensors]
+    for key, stored in header.tensors.items():
+        place = ShardEntry(
+            box=Box.whole(stored.shape),
+            file=name,
+            record_offset=stored.offset,
+            record_nbytes=stored.nbytes,
+            data_offset=stored.offset,
+            data_nbytes=stored.nbytes,
+            crc32=None,
+        )
+        tensors[key] = TensorEntry(stored.dtype, stored.shape, (place,))
+    return [Problem("stored in another file too", name, key) for key in twice]
+
+
+def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> list[Problem]:
+    """Keys that are not in the file that the index says."""
+    found = {key: entry.shards[0].file for key, entry in tensors.items()}
+    problems = []
+    for key in sorted({*weight_map, *found}):
+        said, file = weight_map.get(key), found.get(key)
+        if file is None:
+            problems.append(Problem("in the index, but in no file", INDEX_NAME, key))
+        elif said != file:
+            problems.append(Problem(f"the index says {said or 'nothing of it'}", file, key))
+    return problems
+
+
+def described(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """The manifest of a step with the tensors of its Hugging Face files, if it was saved so; any other as it is.
+
+    Raises:
+        FormatError: files are missing or malformed.
+    """
+    if not is_hf_step(manifest):
+        return manifest
+    found = read_hf_folder(storage, folder, manifest.files.keys())
+    found.require(f"{storage.root}/{folder}")
+    return replace(manifest, tensors=found.tensors)
+
+
+def manifest_of(storage: Storage, folder: str) -> Manifest:
+    """A manifest of the Hugging Face folder ``folder``, which has none.
+
+    Raises:
+        FormatError: files are missing or malformed.
+    """
+    entries = {entry.name: entry for entry in storage.list(folder) if not entry.is_folder}
+    found = read_hf_folder(storage, folder, entries.keys())
+    found.require(f"{storage.root}/{folder}")
+    return Manifest(
+        step=None,
+        save_id="",
+        created_s=max((entries[name].mtime_s for name in found.files), default=0.0),
+        kind="adapter" if is_adapter(entries.keys()) else "model",
+        world_size=1,
+        layout={},
+        producer={},
+        tensors=found.tensors,
+        objects={},
+        files=found.files,
+    )

@@ -1,0 +1,115 @@
+"""Verification of weights outside a run: a Hugging Face folder, a safetensors or a ``torch.save`` file.
+
+Safetensors carry no digests. What can be told: headers and sizes are what they must be, no two tensors overlap, and no
+value is NaN. The zip entries of a ``torch.save`` file have CRC-32s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from milepost.errors import FormatError, MilepostError, Problem, StorageError
+from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
+from milepost.format.manifest import TensorEntry
+from milepost.format.torch_file import MAX_ENTRIES, locate_tensors
+from milepost.format.zip_directory import ZipDirectory
+from milepost.run.hf_folder import HfFolder, is_adapter, read_headers, read_hf_folder
+from milepost.storage.base import ReadHandle, Storage, join, split
+from milepost.storage.links import open_linked, read_linked
+from milepost.verification.extent_reader import ExtentReader, Findings
+from milepost.verification.extents import Extent, Unknown, Values, zip_extents
+
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+"""Files that are verified as weights on their own."""
+
+
+class WeightsCheck:
+    """Checks weights and adds what it finds to ``findings``. ``values``: reads every byte, not only headers."""
+
+    def __init__(self, storage: Storage, findings: Findings, *, num_threads: int, values: bool):
+        self._storage = storage
+        self._findings = findings
+        self._values = values
+        self._reader = ExtentReader(findings, num_threads)
+        self.num_items = 0
+        self.nbytes = 0
+        self.notes: list[str] = []
+
+    def hf_folder(self, folder: str, names: Collection[str]) -> None:
+        """Check the weights and the configs among the files ``names`` of a folder."""
+        for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME):
+            if name in names:
+                self._config(folder, name)
+        if is_adapter(names):
+            self.notes.append("an adapter, not a whole model")
+        elif CONFIG_NAME not in names:
+            self.notes.append(f"{CONFIG_NAME} is missing: it is not known which model this is")
+        self._safetensors(folder, read_hf_folder(self._storage, folder, names))
+
+    def file(self, path: str) -> None:
+        """Check one file of weights."""
+        folder, name = split(path)
+        if name.endswith(".safetensors"):
+            self._safetensors(folder, read_headers(self._storage, folder, [name]))
+            return
+        with open_linked(self._storage, path, anywhere=True) as handle:
+            self.nbytes = self._findings.total_nbytes = handle.nbytes
+            try:
+                self._torch_file(handle, name)
+            except (FormatError, StorageError) as error:
+                self._add(error, handle.path, name)
+
+    def _config(self, folder: str, name: str) -> None:
+        where = join(folder, name)
+        try:
+            parse_object(read_linked(self._storage, where, MAX_CONFIG_NBYTES), where)
+        except MilepostError as error:
+            self._add(error, where, name)
+
+    def _safetensors(self, folder: str, found: HfFolder) -> None:
+        for problem in found.problems:
+            self._findings.add(problem)
+        self.num_items = len(found.tensors)
+        self.nbytes = sum(entry.nbytes for entry in found.files.values())
+        if found.files:
+            self.notes.append("safetensors files hold no digests: a changed value can't be told from the right one")
+        if not self._values:
+            self._findings.count_read(0, unchecked_nbytes=self.nbytes)
+            return
+        self._findings.total_nbytes += self.nbytes
+        held: dict[str, list[tuple[int, str]]] = {name: [] for name in found.files}
+        for key, entry in found.tensors.items():
+            held[entry.shards[0].file].append((entry.shards[0].record_offset, key))
+        for name, places in held.items():
+            extents = _extents(sorted(places), found.files[name].nbytes, found.tensors)
+            with open_linked(self._storage, join(folder, name), anywhere=True) as handle:
+                self._reader.check(handle, name, extents)
+
+    def _torch_file(self, handle: ReadHandle, name: str) -> None:
+        def read_at(offset: int, nbytes: int) -> bytes:
+            buffer = bytearray(nbytes)
+            handle.read_into(offset, [memoryview(buffer)])
+            return bytes(buffer)
+
+        self.num_items = len(locate_tensors(read_at, handle.nbytes))
+        if not self._values:
+            self._findings.count_read(0, unchecked_nbytes=handle.nbytes)
+            return
+        directory = ZipDirectory(read_at, handle.nbytes, max_entries=MAX_ENTRIES)
+        self._reader.check(handle, name, zip_extents(directory, 0, handle.nbytes, key=None))
+
+    def _add(self, error: MilepostError, path: str, name: str) -> None:
+        self._findings.add(Problem(error.message.removeprefix(f"{path}: "), name))
+
+
+def _extents(places: Sequence[tuple[int, str]], nbytes: int, tensors: Mapping[str, TensorEntry]) -> Iterator[Extent]:
+    """The extents of a safetensors file of ``nbytes``: its header, then its tensors, each with where it begins."""
+    position = 0
+    for start, key in places:
+        if start > position:
+            yield Unknown(position, start)
+        position = start + tensors[key].shards[0].data_nbytes
+        if position > start:
+            yield Values(start, position, tensors[key].dtype, key)
+    if nbytes > position:
+        yield Unknown(position, nbytes)
