@@ -417,7 +417,7 @@ def two_of_three(folder: Path, sound: Path) -> list[list[str]]:
             manager.load()
         assert "step" in caught.value.message
     assert "every step" in caught.value.message
-    assert "not starting afresh" in caught.value.message
+    assert "refusing to start a new run" in caught.value.message
     return [lines, [entry.state for entry in scan(folder)]]
 
 

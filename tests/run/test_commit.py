@@ -248,8 +248,8 @@ def begin(storage: Storage, name: str = "__0_0.distcp", nbytes: int = 4096) -> t
 @pytest.mark.parametrize(
     ("name", "nbytes", "message"),
     [
-        ("__0_0.distcp", 4000, r"__0_0.distcp has 4000 bytes in storage, but its rank signed for 4096"),
-        ("__7_0.distcp", 4096, r"__0_0.distcp has no bytes.*nobody signed for __7_0.distcp"),
+        ("__0_0.distcp", 4000, r"__0_0.distcp: expected 4096 bytes, as its rank recorded, found 4000"),
+        ("__7_0.distcp", 4096, r"__0_0.distcp: expected .* found no file.*unexpected file __7_0.distcp"),
     ],
 )
 def test_storage_that_does_not_hold_what_was_signed_for_is_not_published(

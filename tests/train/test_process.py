@@ -8,10 +8,15 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+import milepost
 from milepost.errors import CheckpointNotFoundError
+from milepost.storage import LocalStorage
 from milepost.train.process import (
     LAUNCHER_PID,
     accept_save_requests,
@@ -53,6 +58,26 @@ def lost_peer() -> None:
 
 def bug() -> None:
     leave_with(ZeroDivisionError("division by zero"))
+
+
+def save_and_fail(folder: Path) -> None:
+    """A bug right after a save that a thread writes, to a slow disk."""
+    torch.set_num_threads(1)
+    real = LocalStorage.open_write
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return real(*args, **options)
+
+    with mock.patch.object(LocalStorage, "open_write", slow):
+        milepost.async_save(folder / "step-1", {"w": torch.ones(3)}, mode="async")
+        bug()
+
+
+def test_what_was_staged_is_committed_before_the_process_ends_by_an_error(tmp_path: Path):
+    status, _ = ended(lambda: save_and_fail(tmp_path), **rank(0, tmp_path))
+    assert status == 1
+    assert (tmp_path / "step-1").is_dir()
 
 
 def test_an_error_is_one_message_with_its_own_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -432,7 +432,7 @@ def test_last_save_holds_the_model_alone_in_its_export_dtype(folder: Path) -> No
     again = Run(folder, interval=2)
     report = again.load()
     assert (report.step, again.progress.step) == (2, 2)
-    assert report.notes == ("step 4 is newer but holds only the model: going on from step 2",)
+    assert report.notes == ("step 4 is newer but holds only the model: resuming from step 2",)
 
 
 def test_seed_checkpoint(folder: Path) -> None:
@@ -682,7 +682,10 @@ def test_all_steps_damaged_is_an_error_never_a_fresh_start(folder: Path) -> None
     for step in (2, 4):
         damage(folder / f"step-{step}")
     for _ in range(2):  # found by reading at first, then by the marks
-        with pytest.raises(CheckpointDamagedError, match=r"every step in .* is damaged; not starting afresh") as caught:
+        with pytest.raises(
+            CheckpointDamagedError,
+            match=r"every step in .* is damaged; refusing to start a new run over existing steps",
+        ) as caught:
             Run(folder).manager.load()
         assert "step 2: " in caught.value.message
         assert "step 4: " in caught.value.message

@@ -1,4 +1,4 @@
-"""The few exchanges between ranks that a checkpoint needs, and what stands in when there is one process.
+"""The few exchanges between ranks that a checkpoint needs, and their stand-in when there is one process.
 
 Only this module calls a collective, and only on the training thread. Background writers agree through storage alone.
 Exchanges carry small Python objects between trusted ranks of one job; nothing read from a checkpoint passes through.
@@ -186,14 +186,14 @@ def _gloo_group(default: object) -> dist.ProcessGroup:
 
 
 def failure_on(rank: int, error: BaseException, kind: type[MilepostError] = MilepostError) -> MilepostError:
-    """``error`` as one that can be told to the other ranks: it names ``rank`` and pickles.
+    """``error`` as one that can be sent to the other ranks: it names ``rank`` and pickles.
 
     One that is none of Milepost's own becomes one of ``kind``.
     """
     if not isinstance(error, MilepostError):
-        told = kind(f"{type(error).__name__}: {error}".removesuffix(": "), rank=rank)
-        told.__cause__ = error
-        return told
+        sent = kind(f"{type(error).__name__}: {error}".removesuffix(": "), rank=rank)
+        sent.__cause__ = error
+        return sent
     if error.rank is None:
         error.rank = rank
     return error
@@ -203,7 +203,7 @@ def raise_together(comm: Comm, error: MilepostError | None) -> None:
     """Raise on every rank if any rank brings an error: the lowest rank's, saying how many more there are. Collective.
 
     A rank that raised alone would leave the others waiting in their next collective. One that was interrupted
-    (Ctrl-C) raises that, once the others have been told.
+    (Ctrl-C) raises that, once the others know.
     """
     try:
         brought = comm.gather(error)
@@ -211,7 +211,7 @@ def raise_together(comm: Comm, error: MilepostError | None) -> None:
         verdict = comm.broadcast(verdict)
     except RuntimeError as lost:
         if error is not None:
-            raise error from lost  # the others can't be told, but here it is known what went wrong
+            raise error from lost  # the others can't be reached, but here it is known what went wrong
         raise
     raise_interrupt(error)
     if verdict is None:
@@ -222,7 +222,7 @@ def raise_together(comm: Comm, error: MilepostError | None) -> None:
 
 
 def raise_interrupt(error: MilepostError | None) -> None:
-    """Raise the KeyboardInterrupt or SystemExit that ``error`` tells the other ranks of, if it does."""
+    """Raise the KeyboardInterrupt or SystemExit that ``error`` stands for on the other ranks, if it does."""
     cause = error.__cause__ if error is not None else None
     if cause is not None and not isinstance(cause, Exception):
         raise cause
@@ -231,7 +231,7 @@ def raise_interrupt(error: MilepostError | None) -> None:
 def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | None:
     """One error out of what the ranks brought (by rank), or None.
 
-    An error that a rank brings of its own goes before one that only tells of another rank's.
+    A rank's own error is preferred to one that only reports another rank's.
     """
     failures = [error for error in brought if error is not None]
     if not failures:

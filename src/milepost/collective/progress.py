@@ -14,14 +14,14 @@ from contextlib import contextmanager
 log = logging.getLogger("milepost")
 
 SLOW_S = 30.0
-"""What takes longer than this is told of, every so often."""
+"""What takes longer than this is logged, and again each time as long has passed."""
 
 
 def writing(rank: int, where: str, part: float) -> str:
-    """What a rank that has written ``part`` (0 to 1) of its bytes of a save is busy with, for :func:`watched`."""
+    """Describe for :func:`watched` what a rank does that has written ``part`` (0 to 1) of its bytes of a save."""
     if part < 1.0:
         return f"rank {rank} is writing {where} ({100 * part:.0f} % written)"
-    return f"rank {rank} has written its part of {where} and waits for the disk, the other ranks or the commit"
+    return f"rank {rank} has written its part of {where} and is waiting for the disk, the other ranks or the commit"
 
 
 @contextmanager
@@ -32,13 +32,13 @@ def watched(what: str | Callable[[], str]) -> Iterator[None]:
     """
     over = threading.Event()
 
-    def tell() -> None:
+    def warn() -> None:
         while not over.wait(SLOW_S):
             text = what if isinstance(what, str) else what()
             log.warning("%s: for %.0f s now; is the storage slow, or does it hang?", text, time.monotonic() - started)
 
     started = time.monotonic()
-    thread = threading.Thread(target=tell, name="milepost-watch", daemon=True)
+    thread = threading.Thread(target=warn, name="milepost-watch", daemon=True)
     try:
         thread.start()
     except RuntimeError:  # no more threads are to be had: the work counts, not the log
@@ -52,7 +52,7 @@ def watched(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 class ProgressLog:
-    """Says now and then how much of ``nbytes`` is done, if it takes more than ``EVERY_S`` and unless ``is_quiet``."""
+    """Logs now and then how much of ``nbytes`` is done, if it takes more than ``EVERY_S`` and unless ``is_quiet``."""
 
     EVERY_S = 2.0
 
@@ -61,7 +61,7 @@ class ProgressLog:
         self._is_quiet = is_quiet
         self._nbytes = nbytes
         self._done_nbytes = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._lock = threading.Lock()
 
     @property
@@ -70,19 +70,19 @@ class ProgressLog:
         return min(1.0, self._done_nbytes / self._nbytes) if self._nbytes else 1.0
 
     def add(self, nbytes: int) -> None:
-        """So many bytes more are done. May be called from any thread."""
+        """Take note that ``nbytes`` more are done; from any thread."""
         with self._lock:
             self._done_nbytes += nbytes
-            self._tell()
+            self._log()
 
     def reach(self, done_nbytes: int) -> None:
-        """So many bytes are done in all."""
+        """Take note that ``done_nbytes`` are done in all."""
         with self._lock:
             self._done_nbytes = done_nbytes
-            self._tell()
+            self._log()
 
-    def _tell(self) -> None:
+    def _log(self) -> None:
         now = time.monotonic()
-        if not self._is_quiet and now - self._told >= self.EVERY_S:
-            self._told = now
+        if not self._is_quiet and now - self._logged >= self.EVERY_S:
+            self._logged = now
             log.info("%s: %.0f %% after %.0f s", self._doing, 100.0 * self.part, now - self._started)

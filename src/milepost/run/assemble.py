@@ -1,4 +1,4 @@
-"""From the ranks' sign-offs to the manifest: pure, and the last proof that a save is whole before it is committed."""
+"""From the ranks' sign-offs to the manifest: pure, and the last check of a save before it is committed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milepost.version import __version__
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveInfo:
-    """What a saver tells about a checkpoint beside its data; see the fields of the same names in ``Manifest``."""
+    """What a saver records of a checkpoint beside its data; see the fields of the same names in ``Manifest``."""
 
     step: int | None
     kind: str
@@ -70,7 +70,7 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
     faults = manifest_faults(manifest)
     if faults:
         key = next((fault.key for fault in faults if fault.key), None)
-        raise PlanError(f"what was stored is not whole: {'; '.join(fault.message for fault in faults)}", key=key)
+        raise PlanError(f"the save is incomplete: {'; '.join(fault.message for fault in faults)}", key=key)
     return manifest, [tensor.block_crcs for _, tensor in written]
 
 
@@ -93,7 +93,7 @@ def _shard_entry(file: str, tensor: WrittenTensor) -> ShardEntry:
 
 
 def _check_agreement(tensors: Mapping[str, Sequence[tuple[str, WrittenTensor]]], signed: Sequence[SignOff]) -> None:
-    """What the manifest can't show any more: two ranks that name one thing and mean two."""
+    """Refuse what the manifest can't show any more: two ranks that use one name for two things."""
     faults = []
     for key, shards in tensors.items():
         kinds = sorted({(tensor.item.dtype, tensor.item.shape) for _, tensor in shards})

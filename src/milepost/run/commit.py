@@ -45,7 +45,7 @@ OWNERLESS_LIFETIME_S = 3600.0
 """An attempt without an owner's record was cut short while being made, or is being made right now."""
 
 VISIBILITY_S = 60.0
-"""What another machine wrote, or how long it is, may show only so much later: NFS caches both."""
+"""What another machine wrote, or how long it is, may show only this many seconds later: NFS caches both."""
 
 _FAILED_NAME = "failed"
 _COMMITTED_NAME = "committed"
@@ -72,7 +72,7 @@ def data_folder(attempt: str) -> str:
 def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     """Make the fresh place for a save of ``target``, beside it, and give its name. Called by one rank.
 
-    What dead processes left there is swept first: callers of ``save()`` have nobody else to do it.
+    Stale attempts of dead processes there are removed first: callers of ``save()`` have nobody else to do it.
 
     Raises:
         ConfigError: ``target`` exists and is something else than a checkpoint, so it must not be replaced.
@@ -85,7 +85,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     try:
         sweep_leftovers(storage, folder, now=time.time())
     except StorageError as error:
-        _log.warning("%s/%s could not be swept: %s", storage.root, folder, error)
+        _log.warning("stale save attempts in %s/%s could not be removed: %s", storage.root, folder, error)
     attempt = join(folder, ATTEMPT_PREFIX + save_id)
     try:
         storage.make_folder(data_folder(attempt))
@@ -99,7 +99,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
 def adopt_attempt(storage: Storage, attempt: str) -> None:
     """Declare that the calling process works on the attempt too: while it lives, nobody sweeps it.
 
-    A writer process calls this, since it goes on when the training process dies.
+    A writer process calls this, since it finishes its job when the training process dies.
     """
     storage.write(f"{attempt}/{OWNER_PREFIX}{uuid.uuid4().hex[:8]}.json", this_process(time.time()).dump())
     storage.sync_folder(attempt)
@@ -134,8 +134,8 @@ def publish(
     """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
 
     ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``now`` is in seconds since the epoch. What
-    was at ``target`` before is there, whole, until the new checkpoint is. For files that do not show yet as they were
-    signed for, it waits up to ``visibility_s``.
+    was at ``target`` before is complete and in place until the new checkpoint is. Files that do not show yet with
+    their recorded sizes are waited for, up to ``visibility_s`` seconds.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
@@ -176,7 +176,7 @@ def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[st
 
 def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id: str) -> None:
     aside = _put_in_place(storage, data_folder(attempt), target, save_id)
-    # The save is done. What is left over now is swept again later, so it can't fail the save.
+    # The save is committed. What can't be removed now is removed by a later sweep, so it can't fail the save.
     if not discard_quietly(storage, attempt):
         with contextlib.suppress(StorageError):  # else those who wait see the attempt stay, and must wait in vain
             storage.write(f"{attempt}/{_COMMITTED_NAME}", b"")
@@ -185,13 +185,13 @@ def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id
 
 
 def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: float) -> None:
-    """What the ranks signed for must be what the storage holds: no file missing, none too short, none unknown."""
+    """Check that the storage holds what the ranks recorded: no file missing, none too short, none unexpected."""
     deadline = time.monotonic() + visibility_s
     wait_s = 0.01
     while True:
         found = {entry.name: entry.nbytes for entry in storage.list(data)}
         faults = [
-            f"{name} has {found.get(name, 'no')} bytes in storage, but its rank signed for {entry.nbytes}"
+            f"{name}: expected {entry.nbytes} bytes, as its rank recorded, found {found.get(name, 'no file')}"
             for name, entry in sorted(manifest.files.items())
             if found.get(name) != entry.nbytes
         ]
@@ -199,9 +199,9 @@ def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: 
             break
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, 1.0)
-    faults += [f"nobody signed for {name}" for name in sorted(found.keys() - manifest.files.keys())]
+    faults += [f"unexpected file {name} (in no rank's record)" for name in sorted(found.keys() - manifest.files.keys())]
     if faults:
-        raise SaveError(f"the save is not whole, nothing was committed: {'; '.join(listed(faults))}", path=data)
+        raise SaveError(f"the save is incomplete, nothing was committed: {'; '.join(listed(faults))}", path=data)
 
 
 def _write_records(storage: Storage, data: str, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:
@@ -214,6 +214,7 @@ def _write_records(storage: Storage, data: str, manifest: Manifest, crcs: Sequen
         storage.write(f"{data}/{name}", content)
         files[name] = FileEntry(len(content), crc32(content))
     manifest = replace(manifest, files=files)
+    # Last, since it names the digests of the other two; and synced before the rename, which must not outrun it.
     storage.write(f"{data}/{MANIFEST_NAME}", to_json(manifest))
     storage.sync_folder(data)
     return manifest
@@ -223,6 +224,7 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
     """Give the folder ``data`` the name ``target``. What had that name goes to ``data``, or to the name returned."""
     folder, name = split(target)
     aside = None
+    # The rename is the commit. A crash before it leaves an attempt, which is removed; after it, the checkpoint.
     if storage.stat(target) is None:
         storage.rename(data, target)
     elif not storage.exchange(data, target):
@@ -235,13 +237,13 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
         except StorageError:
             storage.rename(aside, target)
             raise
-    storage.sync_folder(folder)
-    storage.sync_folder(split(data)[0])
+    storage.sync_folder(folder)  # until then a power cut may undo the rename, so nobody is told of the commit
+    storage.sync_folder(split(data)[0])  # the old name must not come back after the new one is durable
     return aside
 
 
 def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
-    """Tell the ranks that wait in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
+    """Record for the ranks in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
 
     The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away. On a full disk an empty file must
     do.
@@ -279,11 +281,13 @@ def wait_for_outcome(
     deadline = clock() + timeout_s
     gone_until: float | None = None
     while True:
+        # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
+        # is gone means neither: only the save id at the target tells.
         names = {entry.name for entry in storage.list(attempt)}
         if _FAILED_NAME in names:
             said = storage.read(f"{attempt}/{_FAILED_NAME}")
             if not said:
-                raise SaveError("the rank that commits failed, and could not even leave word of why", path=target)
+                raise SaveError("rank 0 failed to commit and could not record the reason; see its log", path=target)
             told = json.loads(said)
             raise SaveError(told["message"], path=target, rank=told["rank"])
         if _COMMITTED_NAME in names:
@@ -295,14 +299,11 @@ def wait_for_outcome(
             if gone_until is None:
                 gone_until = min(deadline, clock() + VISIBILITY_S)
             if clock() >= gone_until:
-                raise SaveError(
-                    f"the save of {storage.root}/{target} was given up before it was committed", path=target
-                )
+                raise SaveError(f"the save of {storage.root}/{target} was aborted before it was committed", path=target)
         reason = give_up()
         if reason is not None or clock() >= deadline:
             raise SaveError(
-                f"the rank that commits {storage.root}/{target} did not {reason or f'within {timeout_s:g} s'}: "
-                "see its log",
+                f"rank 0 did not commit {storage.root}/{target} {reason or f'within {timeout_s:g} s'}: see its log",
                 path=target,
                 rank=0,
             )
@@ -323,7 +324,7 @@ def save_id_at(storage: Storage, target: str) -> str:
 
 
 def abort_attempt(storage: Storage, attempt: str) -> None:
-    """Take an attempt away. Never fails: what can't be removed now is swept by a later run."""
+    """Remove an attempt. Never fails: what can't be removed now is removed by a later run."""
     discard_quietly(storage, attempt)
 
 
@@ -332,7 +333,7 @@ def delete_checkpoint(storage: Storage, path: str) -> None:
 
     Raises:
         CheckpointNotFoundError: there is nothing at ``path``.
-        StorageError: it can't be deleted; it is whole, or it is no longer there for any reader.
+        StorageError: it can't be deleted; it is complete, or it is no longer there for any reader.
     """
     found = storage.stat(path)
     if found is None:
@@ -369,7 +370,7 @@ def discard_quietly(storage: Storage, path: str) -> bool:
     try:
         discard(storage, path)
     except StorageError as error:
-        _log.warning("%s/%s is left over and could not be removed yet: %s", storage.root, path, error)
+        _log.warning("%s/%s could not be removed yet: %s", storage.root, path, error)
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""Sign-offs: how each rank tells, through storage alone, that its part of a save is durable, or why it is not.
+"""Sign-offs: each rank's record, in storage alone, that its part of a save is durable, or why it is not.
 
-A sign-off is one small file in the attempt's folder. It appears whole (written under another name, then renamed) and
+A sign-off is one small file in the attempt's folder. It appears complete (written under another name, then renamed) and
 ends with a CRC-32. Rank 0 builds the manifest from them, so no collective is needed off the training thread.
 """
 
@@ -94,9 +94,9 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
 
 
 def parse_sign_off(data: bytes, path: str) -> SignOff:
-    """Read what ``dump_sign_off`` wrote. Raises FormatError if it is not whole."""
+    """Read what ``dump_sign_off`` wrote. Raises FormatError if it is truncated or damaged."""
     if len(data) < _HEAD.size + 4 or crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise FormatError(f"{path}: the sign-off is not whole; the save must be repeated", path=path)
+        raise FormatError(f"{path}: the sign-off is damaged; save again", path=path)
     magic, text_nbytes, num_crcs = _HEAD.unpack_from(data)
     if magic != _MAGIC or len(data) != _HEAD.size + text_nbytes + 4 * num_crcs + 4:
         raise FormatError(
@@ -106,7 +106,7 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
     try:
         return _sign_off(json.loads(data[_HEAD.size : _HEAD.size + text_nbytes].decode()), crcs)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError(f"{path} does not tell what a rank has written: {error!s:.200}", path=path) from error
+        raise FormatError(f"{path}: invalid sign-off: {error!s:.200}", path=path) from error
 
 
 def _sign_off(head: Any, crcs: Sequence[int]) -> SignOff:
@@ -144,7 +144,7 @@ def _item(row: Sequence[Any]) -> WriteItem:
 
 def _counts(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= MAX_COUNT for value in values):
-        raise ValueError("a number is missing, or is none that can be")
+        raise ValueError("expected a number of at least 0, found something else")
     return tuple(values)
 
 
@@ -155,7 +155,7 @@ def _text(value: Any) -> str:
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
-    """Leave this rank's sign-off in the attempt, whole. The last thing that a rank does there.
+    """Put this rank's sign-off into the attempt, complete. The last thing that a rank does there.
 
     Rank 0 may then publish and remove the attempt at any moment, so the folder is not synced: a sign-off need not
     outlive a power cut, after which nobody commits what it stands for. What it stands for is durable.
@@ -168,6 +168,7 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
     """
     name = f"{attempt}/{_PREFIX}{signed.rank}"
     try:
+        # Renamed into place, for rank 0 reads it the moment that it shows.
         if storage.can_rename:
             storage.write(f"{name}.part", dump_sign_off(signed))
             storage.rename(f"{name}.part", name)
@@ -206,7 +207,7 @@ def wait_for_sign_offs(
         SaveError: a rank signed off with an error (``rank`` names it), the attempt is gone, or ranks are missing
             after ``timeout_s``.
     """
-    started = told = clock()
+    started = logged = clock()
     deadline = started + timeout_s
     signed: dict[int, SignOff] = {}
     while True:
@@ -223,11 +224,11 @@ def wait_for_sign_offs(
             return tuple(signed[rank] for rank in range(world_size))
         reason = give_up()
         missing = [rank for rank in range(world_size) if rank not in signed]
-        if clock() - told >= SLOW_S:
-            told = clock()
+        if clock() - logged >= SLOW_S:
+            logged = clock()
             _log.warning(
                 "rank 0 has waited %.0f s for %s of %d to finish writing %s",
-                told - started,
+                logged - started,
                 rank_list(missing),
                 world_size,
                 attempt,
@@ -249,7 +250,7 @@ def _look(storage: Storage, attempt: str, rank: int, names: set[str]) -> SignOff
     if name in names:
         return parse_sign_off(storage.read(f"{attempt}/{name}"), f"{attempt}/{name}")
     if name + _FAILED in names:
-        return SignOff(rank, "", error="it failed, and its storage refused even the report of why; see its log")
+        return SignOff(rank, "", error="it failed and could not record the reason; see its log")
     return None
 
 
@@ -259,7 +260,8 @@ def _raise_failures(signed: dict[int, SignOff], save_id: str, attempt: str) -> N
         if found.error is not None:
             faults.append((rank, found.error))
         elif (found.rank, found.save_id) != (rank, save_id):
-            faults.append((rank, f"its sign-off is of rank {found.rank} in save {found.save_id}, not of {save_id}"))
+            other = f"found one of rank {found.rank} in save {found.save_id}"
+            faults.append((rank, f"expected its sign-off of save {save_id}, {other}"))
     if faults:
         lines = [f"rank {rank}: {text}" for rank, text in faults]
         raise SaveError("the save failed on " + "\n  ".join(lines), path=attempt, rank=faults[0][0])

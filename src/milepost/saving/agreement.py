@@ -77,7 +77,7 @@ class _Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What rank 0 tells a rank; a plan only if it changed."""
+    """The answer of rank 0 to a rank; with a plan only if it changed."""
 
     save_id: str
     attempt: str
@@ -220,7 +220,7 @@ def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
-    """What tells a tensor's memory from another's; None where it has none (meta tensors, wrappers)."""
+    """The identity of a tensor's memory; None where it has none (meta tensors, wrappers)."""
     try:
         pointer = tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):

@@ -86,7 +86,7 @@ class AsyncSaver:
         return (self._comm.rank, self._comm.world_size) == (comm.rank, comm.world_size)
 
     def save(self, request: SaveRequest) -> SaveHandle:
-        """Begin to save what is requested: flatten, agree, stage; the rest goes on in the background. Collective.
+        """Begin to save what is requested: flatten, agree, stage; the rest happens in the background. Collective.
 
         A save that still runs is waited for. Its failure, on any rank, is raised here on every rank, and nothing new
         is begun.
@@ -236,7 +236,7 @@ def async_save(
     """Begin to save ``state_dict`` at ``path`` and return at once. Collective over all ranks.
 
     With ``mode = "async"`` everything is staged when this returns, and a thread writes. With
-    ``"async_with_pinned_mem"`` staging goes on in the background (call ``handle.staged()`` before the weights change;
+    ``"async_with_pinned_mem"`` staging continues in the background (call ``handle.staged()`` before the weights change;
     buffers of modules in ``state_dict`` are copied already) and a process writes, which finishes even if this one is
     killed. Staging memory of the state's size is kept and used again by the next call for the same folder (of the
     last few); a save that still runs is waited for first.

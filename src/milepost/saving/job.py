@@ -209,7 +209,7 @@ def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None
     """Record in the attempt that this rank has failed, and why, for the ranks that wait for it. Never fails itself.
 
     Rank 0 waits for each rank's sign-off, the others for the outcome that rank 0 records. What was recorded first
-    stands, so a failure may be reported again by whoever hears of it.
+    is kept, so a failure may be reported again by another process that learns of it.
     """
     text = error.message if isinstance(error, MilepostError) else f"{type(error).__name__}: {error}"
     rank = getattr(error, "rank", None)

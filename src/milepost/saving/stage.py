@@ -98,7 +98,7 @@ class Staging:
 
     Made on the training thread at the moment of the save; :meth:`run` may be called from another thread. In between,
     and until it returns, the tensors must not change: that is checked by their version counters. Tensors that
-    ``forward`` changes (keys in ``buffers``) are copied at once, so that training may go on up to
+    ``forward`` changes (keys in ``buffers``) are copied at once, so that training may continue up to
     ``optimizer.step()``.
     """
 

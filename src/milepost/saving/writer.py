@@ -1,6 +1,6 @@
 """One rank's file, written at the speed of the disk: headers, raw data and footers in one pass, digests on the way.
 
-The whole layout is known before the first byte (``plan``), and a record's CRC stands behind its data, so data is
+The whole layout is known before the first byte (``plan``), and a record's CRC comes after its data, so data is
 touched once: digested piece by piece, gathered, and written by few large calls. Where the storage asks for aligned
 writes (O_DIRECT), bytes go through one aligned buffer per thread; elsewhere straight from the caller's memory.
 """
@@ -46,7 +46,7 @@ class BlockSource(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileImage:
-    """A whole file in memory: the raw data of every planned item stands at its offset. The rest is filled in here.
+    """A whole file in memory: the raw data of every planned item is at its offset. The rest is filled in here.
 
     ``memory`` is page-aligned and at least ``plan.objects_offset`` long.
     """
@@ -77,7 +77,7 @@ def write_file(
     """Write and sync the file of ``plan`` in ``folder``; the folder's own sync is the caller's.
 
     Memory beside the source: ``BUFFER_NBYTES`` a thread, or ``GATHER_NBYTES`` where the source has to copy.
-    ``on_progress`` is told the bytes of each group that is written, from any thread.
+    ``on_progress`` is called with the bytes of each group that is written, from any thread.
 
     Raises:
         StorageError: the first failure on any thread. The file is left as it is, for the caller to remove.

@@ -1,4 +1,4 @@
-"""The trainer's end of its link to a writer process, which writes while training goes on.
+"""The trainer's end of its link to a writer process, which writes while training continues.
 
 A writer process is started once, never imports torch, maps the arena by its file descriptor and talks over a pipe: no
 ports, no re-import of the user's main module. It lives in a session of its own, so it outlives a killed trainer and
@@ -60,7 +60,7 @@ class WriterLink:
         return self._process.pid if self._process is not None else None
 
     def run(self, job: SaveJob, objects: Mapping[str, bytes], save: BackgroundSave) -> JobResult:
-        """Hand a job over and return its result. Once ``save`` has been told that it is accepted, it is done even if
+        """Hand a job over and return its result. Once ``save`` knows that it is accepted, it is done even if
         this process dies.
 
         Raises:

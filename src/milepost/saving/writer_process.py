@@ -77,7 +77,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
             if not request.plan_is_known:
                 plan = request.job.plan
             assert plan is not None, "the first request brings its plan"
-            link.tell(_run(link, request, replace(request.job, plan=plan), memory))
+            link.send(_run(link, request, replace(request.job, plan=plan), memory))
     finally:
         logging.getLogger().removeHandler(link)
 
@@ -105,19 +105,19 @@ def _run(link: _Link, request: Request, job: SaveJob, memory: memoryview) -> Job
 
 
 class _Link(logging.Handler):
-    """What the trainer is told, from any thread. An orphan has nobody to tell."""
+    """The way to the trainer, from any thread. Messages of an orphan are dropped."""
 
     def __init__(self, connection: Connection):
         super().__init__()
         self.connection = connection
         self._sending = threading.Lock()
 
-    def tell(self, message: object) -> None:
+    def send(self, message: object) -> None:
         with self._sending, contextlib.suppress(OSError):
             self.connection.send(message)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.tell(LogLine(record.name, record.levelno, self.format(record)))
+        self.send(LogLine(record.name, record.levelno, self.format(record)))
 
 
 class OrphanWatch:
@@ -161,7 +161,7 @@ class _Watch(JobMonitor):
             self._pending += nbytes
             self._left -= nbytes
             if self._left <= 0 or time.monotonic() - self._reported >= PROGRESS_S:
-                self._link.tell(self._pending)
+                self._link.send(self._pending)
                 self._pending, self._reported = 0, time.monotonic()
 
     def why_stop(self) -> str | None:

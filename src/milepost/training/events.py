@@ -1,4 +1,4 @@
-"""What is told of each save: one event, for the log, for TensorBoard and for ``events.jsonl``."""
+"""The record of each save: one event, for the log, for TensorBoard and for ``events.jsonl``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SaveEvent:
 
 
 def append_event(storage: Storage, folder: str, event: SaveEvent) -> None:
-    """Add the event's line to the log in ``folder``. A line that a crash tore stays a line of its own.
+    """Add the event's line to the log in ``folder``. A line that a crash cut short stays a line of its own.
 
     Raises:
         StorageError: the storage refused.
@@ -85,7 +85,7 @@ def _is_torn(storage: Storage, path: str) -> bool:
 
 
 def suspicion(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
-    """What is odd about two saves in a row, by the digests of their parts; None if training visibly goes on."""
+    """The reason to doubt that training proceeds, from the digests of two saves in a row; None if there is none."""
     common = {part for part in ("model", "optimizer") if part in before and part in after}
     if "model" not in common:
         return None

@@ -44,7 +44,7 @@ from milepost.training.training_state import TrainingState
 log = logging.getLogger("milepost")
 
 MAX_FAILURES = 3
-"""This many failed saves in a row stop a run that was told to go on after one."""
+"""This many failed saves in a row stop a run even with ``on_save_error = "warn"``."""
 WRITERS_TIMEOUT_S = 120.0
 """How long a run that starts waits for the writer processes of a run that died."""
 
@@ -172,7 +172,7 @@ class CheckpointManager:
 
     @interrupts_held()
     def load(self) -> LoadReport | None:
-        """Resume, or start from ``initial_load_path``; None when there is nothing to load and training starts afresh.
+        """Resume, or start from ``initial_load_path``; None when there is nothing to load and a new run starts.
 
         The newest committed step with the full state is taken, or ``load_step``. When its bytes prove damaged, it is
         marked so and the next older one is taken, on all ranks together; ``load_step`` never falls back.
@@ -396,20 +396,20 @@ class CheckpointManager:
             log.warning("the event of step %d could not be logged: %s", pending.step, error)
 
     def _clear_leftovers(self) -> None:
-        """Take the folder for this run, let the writers of one that died finish, and sweep what nobody will."""
+        """Lock the folder for this run, let the writers of one that died finish, and remove stale save attempts."""
         self._lock = RunLock(self._storage, self._folder)
         deadline = time.monotonic() + WRITERS_TIMEOUT_S
-        told = False
+        logged = False
         while owners := live_owners(self._storage, self._folder, now=time.time()):
-            if not told:
-                told = True
+            if not logged:
+                logged = True
                 log.info(
                     "waiting up to %.0f s for %s to commit what an earlier run had staged",
                     WRITERS_TIMEOUT_S,
                     ", ".join(map(str, owners)),
                 )
             if time.monotonic() > deadline:
-                log.warning("going on without it: %s still runs", owners[0])
+                log.warning("not waiting any longer: %s still runs", owners[0])
                 break
             time.sleep(0.05)
         for name in sweep_leftovers(self._storage, self._folder, now=time.time()):

@@ -65,7 +65,7 @@ class Choice:
 def choose(
     entries: Sequence[StepEntry], config: CheckpointConfig, rejected: Mapping[int, str], folder: str
 ) -> Choice | None:
-    """What a run loads at its start; None for a fresh start, which needs a folder without any saved step.
+    """What a run loads at its start; None for a new run, which needs a folder without any saved step.
 
     ``rejected`` maps steps that were tried and found damaged to what was wrong. ``folder`` is for messages.
 
@@ -94,7 +94,8 @@ def choose(
     if damaged:
         lines = "".join(f"\n  step {e.step}: {rejected.get(e.step, e.reason)}" for e in damaged)
         raise CheckpointDamagedError(
-            f"every step in {folder} is damaged; not starting afresh over them. Look at them with `milepost verify`, "
+            f"every step in {folder} is damaged; refusing to start a new run over existing steps. "
+            "Look at them with `milepost verify`, "
             f"restore one from a backup, or move the folder away to start anew:{lines}",
             path=folder,
         )
@@ -119,7 +120,7 @@ def _named_step(
     if not entry.is_usable or step in rejected:
         raise CheckpointDamagedError(
             f"checkpoint.load_step = {step}: {folder}/step-{step} is damaged: {rejected.get(step, entry.reason)}. "
-            "Choose another step, or leave load_step at -1 to resume from the newest sound one",
+            "Choose another step, or leave load_step at -1 to resume from the newest verified one",
             path=entry.path,
         )
     # Step 0 holds no optimizer state worth loading; a later model-only step is refused when its parts are missed.
@@ -127,7 +128,7 @@ def _named_step(
 
 
 def _notes(entries: Sequence[StepEntry], chosen: int, rejected: Mapping[int, str]) -> list[str]:
-    """What a user should know of newer steps that were passed over."""
+    """Notes on newer steps that were passed over."""
     notes = []
     for entry in entries:
         if entry.step <= chosen:
@@ -135,7 +136,7 @@ def _notes(entries: Sequence[StepEntry], chosen: int, rejected: Mapping[int, str
         if entry.state == "damaged" or entry.step in rejected:
             notes.append(f"step {entry.step} is newer but damaged: {rejected.get(entry.step, entry.reason)}")
         elif entry.is_usable:
-            notes.append(f"step {entry.step} is newer but holds only the model: going on from step {chosen}")
+            notes.append(f"step {entry.step} is newer but holds only the model: resuming from step {chosen}")
         else:
             notes.append(f"step {entry.step} is newer but was never committed: {entry.reason}")
     return notes

@@ -12,7 +12,7 @@ MIN_STALL_S = 0.001
 
 
 def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str | None:
-    """Why a checkpoint is due after ``step`` by the count of steps, or None. The same on every rank."""
+    """The reason why a checkpoint is due after ``step`` by the count of steps, or None. The same on every rank."""
     if not config.enable or config.load_only:
         return None
     if config.create_seed_checkpoint:
@@ -27,11 +27,11 @@ def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str
 
 
 def reason_by_clock(config: CheckpointConfig, *, since_save_s: float, stall_s: float | None) -> str | None:
-    """Why a checkpoint is due by wall time, or None. Clocks differ: one rank asks and tells the others.
+    """The reason why a checkpoint is due by wall time, or None. Clocks differ: one rank asks, the others follow.
 
     Args:
         since_save_s: seconds since the last save, or since training began.
-        stall_s: seconds that training stood still for the last save; None before the first.
+        stall_s: seconds that training was stalled by the last save; None before the first.
     """
     if not config.enable or config.load_only:
         return None
@@ -54,5 +54,5 @@ def young_daly_s(stall_s: float, mtbf_s: float) -> float:
 
 
 def needs_clock(config: CheckpointConfig) -> bool:
-    """Whether saves may be due by wall time."""
+    """Return whether saves may be due by wall time."""
     return config.enable and not config.load_only and (config.interval == "auto" or config.interval_seconds > 0)
