@@ -330,7 +330,7 @@ def test_an_attempt_that_vanished_is_a_failure_even_if_an_older_step_is_there(
     storage = LocalStorage(memory_path)
     if before is not None:
         save(storage, "run/step-5", before)
-    with pytest.raises(SaveError, match="given up"):
+    with pytest.raises(SaveError, match="aborted before it was committed"):
         commit.wait_for_outcome(storage, "run/.attempt-ab", "run/step-5", "ab", timeout_s=0)
 
 
