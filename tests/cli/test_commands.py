@@ -337,7 +337,7 @@ def test_what_nobody_foresaw_is_no_traceback(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise raised
 
     monkeypatch.setattr(catalog, "scan", fail)
@@ -357,7 +357,7 @@ def test_an_address_that_is_not_supported_is_a_users_mistake(capsys: pytest.Capt
 def test_ctrl_c_exits_with_130(
     run: LocalStorage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(catalog, "scan", interrupted)

@@ -9,12 +9,17 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from milepost.cli.render import console, print_json, progress_bar
+from milepost.cli.render import print_json, print_line, progress_bar
 from milepost.errors import ConfigError
 from milepost.interop.options import DTYPES, NAMES, ConvertOptions, ConvertReport
-from milepost.storage.base import format_nbytes
+from milepost.storage.base import counted, format_nbytes
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
+_DTYPE_NAMES = {
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+}
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "kib": 1 << 10,
     "mib": 1 << 20,
@@ -28,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Convert weights. The source is recognised: a checkpoint folder of Milepost, torchtitan or stock DCP (of a\n"
         "training checkpoint the model), a Hugging Face folder, a .pt/.pth or a .safetensors file. The destination\n"
-        "appears only when it is whole."
+        "appears only when it is complete."
     )
     parser.epilog = (
         "examples:\n"
@@ -49,7 +54,12 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``convert`` and ``export`` have in common."""
     parser.add_argument("--model", help="llama3 or qwen3; not needed if the checkpoint says so itself")
     parser.add_argument("--flavor", help="the model's size, for instance 8B")
-    parser.add_argument("--dtype", choices=DTYPES, help="cast to this dtype (default: leave every tensor's)")
+    parser.add_argument(
+        "--dtype",
+        type=parse_dtype,
+        choices=DTYPES,
+        help="cast to this dtype, also as fp32, bf16, fp16 (default: leave every tensor's)",
+    )
     parser.add_argument(
         "--hf-assets",
         type=Path,
@@ -100,6 +110,12 @@ def run_conversion(args: argparse.Namespace, source: str) -> int:
     return 0
 
 
+def parse_dtype(text: str) -> str:
+    """A dtype by any of its usual names: ``bf16``, ``half``, ``torch.float32``."""
+    name = text.strip().lower().removeprefix("torch.")
+    return _DTYPE_NAMES.get(name, name)
+
+
 def parse_size(option: str, text: str) -> int:
     """Bytes of a size such as ``5GB``. Raises ConfigError."""
     match = _SIZE.fullmatch(text.strip())
@@ -125,16 +141,14 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print(report: ConvertReport) -> None:
-    out = console()
     rate = f", {format_nbytes(int(report.written_nbytes / report.seconds))}/s" if report.seconds > 0.1 else ""
-    out.print(
-        f"{report.path}: {report.model} {report.flavor}, {report.num_tensors} tensors, "
-        f"{format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s{rate}",
-        markup=False,
+    print_line(
+        f"{report.path}: {report.model} {report.flavor}, {counted(report.num_tensors, 'tensor')}, "
+        f"{format_nbytes(report.written_nbytes)} in {report.seconds:.1f} s{rate}"
     )
     if report.checked_nbytes:
-        out.print(f"  {format_nbytes(report.checked_nbytes)} of the source matched their digests")
+        print_line(f"  {format_nbytes(report.checked_nbytes)} of the source matched their digests")
     if report.verified:
-        out.print("  verified: converted back, every tensor equals the source")
+        print_line("  verified: converted back, every tensor equals the source")
     for note in report.notes:
-        out.print(f"  note: {note}", markup=False)
+        print_line(f"  note: {note}")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from milepost.cli.main import NOT_CHECKED
 from milepost.cli.render import console, print_json, print_table, printable, progress_bar
 from milepost.errors import CheckpointNotFoundError, listed
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost diff outputs/checkpoint/step-500 model.pt --values --tolerance 1e-6\n"
         "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n\n"
         "exit status: 0 no difference was found, 9 they differ, 3 there is nothing to compare, 5 one is damaged,\n"
-        "2 wrong usage, 7 one can't be read, 8 one is not the model given\n"
+        "2 wrong usage, 7 one can't be read, 8 one is not the model given, 11 no value could be compared\n"
     )
     parser.add_argument("a", metavar="A", help="a checkpoint folder, a Hugging Face folder or a file")
     parser.add_argument("b", metavar="B", help="what to compare it with")
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"same": report.is_same} | dataclasses.asdict(report))
     else:
         _print(report, limit=None if args.all else MAX_CHANGES, quick=args.quick)
+    if report.is_same and report.num_unknown == report.num_common:
+        return NOT_CHECKED  # nothing was compared
     return 0 if report.is_same else DIFFERENT
 
 

@@ -41,8 +41,10 @@ def step_to_export(path: str, step: int | None) -> str:
         CheckpointNotFoundError: there is no such step; lists those that are.
     """
     storage, folder = open_run(path)
-    usable = [entry for entry in catalog.scan(storage, folder) if entry.is_usable]
-    for entry in reversed(usable):
+    entries = catalog.scan(storage, folder)
+    usable = [entry for entry in entries if entry.is_usable]
+    # A step that is named may be damaged: every byte that is read of it is checked.
+    for entry in reversed(usable if step is None else [entry for entry in entries if entry.state != "incomplete"]):
         if step is None or entry.step == step:
             return f"{storage.root}/{entry.path}"
     steps = [entry.step for entry in usable]

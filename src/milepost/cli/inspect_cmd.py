@@ -7,43 +7,50 @@ import dataclasses
 import fnmatch
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from milepost.cli.paths import not_a_checkpoint
-from milepost.cli.render import bar, console, print_json, print_table, printable
+from milepost.cli.render import bar, console, print_json, print_line, print_table
 from milepost.cli.shard_map import colours, draw_map, same_map
-from milepost.errors import CheckpointNotFoundError
+from milepost.config import part_of
+from milepost.errors import CheckpointNotFoundError, shortened
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.format.summary import PartTotal, format_count, placement_text, shard_counts, totals_by_part
 from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog
-from milepost.run.catalog import CommitRecord
+from milepost.run.hf_folder import described, is_hf_folder, manifest_of, manifest_of_file
+from milepost.run.values import Unreadable, read_values
 from milepost.storage import open_storage
-from milepost.storage.base import format_duration, format_nbytes
+from milepost.storage.base import Storage, counted, format_duration, format_nbytes
+from milepost.verification.weights import WEIGHTS_SUFFIXES
 
 MAX_MAPS = 20
-"""So many shard maps are drawn; tensors that are cut alike share one."""
+"""Shard maps that are drawn; tensors that are cut alike share one."""
 BAR_WIDTH = 24
+MAX_VALUES = 40
+MAX_VALUE_LENGTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost inspect``."""
     parser.description = (
-        "Show what a checkpoint holds: totals by part and file, its tensors, and where each shard is stored. Only\n"
-        "metadata is read. PATTERN is a shell pattern over keys; quote it."
+        "Show what a checkpoint holds: totals by part and file, values such as step and learning rate, its tensors,\n"
+        "and where each shard is stored. Of tensors only metadata is read. PATTERN is a shell pattern of keys: quote\n"
+        "it. A Hugging Face folder, a .pt and a safetensors file are shown too."
     )
     parser.epilog = (
         "examples:\n"
         "  milepost inspect outputs/checkpoint/step-500\n"
         "  milepost inspect outputs/checkpoint/step-500 --tensors 'layers.0.*'\n"
         "  milepost inspect outputs/checkpoint/step-500 --tensors 'layers.0.attention.wq.weight' --shards\n"
-        "  milepost inspect outputs/checkpoint/step-500 --json\n\n"
+        "  milepost inspect outputs/checkpoint/step-500 --json\n"
+        "  milepost inspect Llama-3.2-1B\n\n"
         "exit status: 0, 3 there is no such checkpoint, or no such tensor in it, 5 its metadata is damaged,\n"
         "2 wrong usage, 7 it can't be read\n"
     )
-    parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint")
+    parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint, or weights of another form")
     parser.add_argument(
         "--tensors", metavar="PATTERN", help="list the tensors and values whose key matches; '*' lists all"
     )
@@ -55,31 +62,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the commit record and print it."""
-    storage, name = open_storage(args.path)
-    info = catalog.examine(storage, name)
-    if info is None or info.state == "incomplete":
-        raise not_a_checkpoint(storage, name, args.path, info)
-    record = catalog.read_record(storage, name)
+    shown = _open(args.path)
+    manifest = shown.manifest
     pattern = args.tensors or ("*" if args.shards or args.json else None)
-    tensors = _matching(record.manifest.tensors, pattern)
-    objects = _matching(record.manifest.objects, pattern)
+    tensors = _matching(manifest.tensors, pattern)
+    objects = _matching(manifest.objects, pattern)
     if args.tensors and not tensors and not objects:
         raise CheckpointNotFoundError(f"{args.path}: no key matches {args.tensors}", path=args.path)
-    if args.shards and not record.is_own:  # `.metadata` does not say where in a record the data lies
-        located = catalog.locate_foreign(storage, name, dataclasses.replace(record.manifest, tensors=tensors))
+    if args.shards and shown.needs_locating:
+        located = catalog.locate_foreign(shown.storage, shown.name, dataclasses.replace(manifest, tensors=tensors))
         tensors = dict(located.tensors)
+    values = read_values(shown.storage, shown.name, manifest, objects if pattern else _notable(manifest.objects))
     if args.json:
-        print_json(_json(info.state, record, tensors, sorted(objects), with_shards=args.shards))
+        print_json(_json(shown.what, manifest, tensors, values, with_shards=args.shards))
         return 0
-    console().print(printable(f"{args.path}: {_headline(info.state, info.reason, record.manifest)}"), markup=False)
-    _print_totals(totals_by_part(record.manifest))
-    _print_files(record)
+    print_line(f"{args.path}: {_headline(shown.what, shown.reason, manifest)}")
+    _print_totals(totals_by_part(manifest))
+    _print_files(manifest)
     if args.tensors:
         _print_tensors(tensors, objects)
+    _print_values(values, manifest.metrics)
     if args.shards:
         _print_shards(tensors)
         _print_maps(tensors)
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """What is at a path: a checkpoint's state, or the name of another form of weights."""
+
+    storage: Storage
+    name: str
+    what: str
+    reason: str
+    manifest: Manifest
+    needs_locating: bool = False
+    """The manifest does not say where in its records the data lies: ``.metadata`` doesn't."""
+
+
+def _open(path: str) -> _Shown:
+    storage, name = open_storage(path)
+    found = storage.stat(name)
+    if found is not None and not found.is_folder and name.endswith(WEIGHTS_SUFFIXES):
+        return _Shown(storage, name, f"{name.rpartition('.')[2]} file", "", manifest_of_file(storage, name))
+    info = catalog.examine(storage, name)
+    if info is not None and info.state != "incomplete":
+        record = catalog.read_record(storage, name)
+        manifest = described(storage, name, record.manifest)
+        return _Shown(storage, name, info.state, info.reason, manifest, needs_locating=not record.is_own)
+    if info is not None and is_hf_folder([entry.name for entry in storage.list(name)]):
+        manifest = manifest_of(storage, name)
+        what = "PEFT adapter" if manifest.kind == "adapter" else "Hugging Face folder"
+        return _Shown(storage, name, what, "", manifest)
+    raise not_a_checkpoint(storage, name, path, info)
+
+
+def _notable(objects: Mapping[str, Any]) -> list[str]:
+    """The values that a person asks for: progress and learning rates, not each parameter's options."""
+    kept = [key for key in sorted(objects) if part_of(key) not in ("optimizer", "rng", "model")]
+    rates = [key for key in sorted(objects) if part_of(key) == "optimizer" and key.endswith(".lr")]
+    return [*kept[:MAX_VALUES], *rates[:1]]
+
+
+def _print_values(values: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+    rows = [(f"metrics.{name}", f"{value:g}") for name, value in metrics.items()]
+    rows += [(key, _value_text(value)) for key, value in values.items()]
+    if rows:
+        console().print()
+        print_table(("KEY", "VALUE"), rows)
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, Unreadable):
+        return f"can't be shown: {value.reason}"
+    if isinstance(value, bytes):
+        return f"{counted(len(value), 'byte')} of binary data"
+    return shortened(repr(value), MAX_VALUE_LENGTH)
 
 
 def _matching(entries: Mapping[str, Any], pattern: str | None) -> dict[str, Any]:
@@ -94,8 +153,8 @@ def _headline(state: str, reason: str, manifest: Manifest) -> str:
         told.append(f"step {manifest.step}")
     if manifest.created_s:
         told.append(f"{format_duration(max(0.0, time.time() - manifest.created_s))} old")
-    if state != "external":
-        ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+    if state in get_args(catalog.State) and state != "external":
+        ranks = counted(manifest.world_size, "rank")
         degrees = degrees_text(manifest.layout) if manifest.world_size > 1 else ""
         told.append(f"saved by {ranks}" + (f" ({degrees})" if degrees else ""))
     if manifest.producer:
@@ -123,9 +182,9 @@ def _print_totals(totals: Sequence[PartTotal]) -> None:
     )
 
 
-def _print_files(record: CommitRecord) -> None:
+def _print_files(manifest: Manifest) -> None:
     console().print()
-    sizes = {name: entry.nbytes for name, entry in sorted(record.manifest.files.items())}
+    sizes = {name: entry.nbytes for name, entry in sorted(manifest.files.items())}
     largest = max(sizes.values(), default=0) or 1
     rows = [(name, format_nbytes(size), bar(size / largest, BAR_WIDTH)) for name, size in sizes.items()]
     print_table(("FILE", "SIZE", ""), rows, numeric=("SIZE",))
@@ -177,16 +236,20 @@ def _print_maps(tensors: Mapping[str, TensorEntry]) -> None:
         entry = tensors[keys[0]]
         more = f" and {len(keys) - 1} more stored alike" if len(keys) > 1 else ""
         out.print()
-        out.print(printable(f"{keys[0]}{more}: {list(entry.shape)}, {placement_text(entry)}"), markup=False)
+        print_line(f"{keys[0]}{more}: {list(entry.shape)}, {placement_text(entry)}")
         draw_map(entry, colour_of)
     if len(alike) > MAX_MAPS:
         out.print(f"\n... and {len(alike) - MAX_MAPS} more maps: choose tensors with --tensors")
 
 
 def _json(
-    state: str, record: CommitRecord, tensors: Mapping[str, TensorEntry], objects: Sequence[str], *, with_shards: bool
+    state: str,
+    manifest: Manifest,
+    tensors: Mapping[str, TensorEntry],
+    values: Mapping[str, object],
+    *,
+    with_shards: bool,
 ) -> dict[str, Any]:
-    manifest = record.manifest
     return {
         "state": state,
         "step": manifest.step,
@@ -199,8 +262,16 @@ def _json(
         "parts": {total.part: _total_json(total) for total in totals_by_part(manifest)},
         "files": {name: entry.nbytes for name, entry in sorted(manifest.files.items())},
         "tensors": {key: _tensor_json(entry, with_shards=with_shards) for key, entry in tensors.items()},
-        "values": list(objects),
+        "values": sorted(values),
+        "value_of": {key: _json_value(value) for key, value in values.items()},
+        "metrics": dict(manifest.metrics),
     }
+
+
+def _json_value(value: object) -> Any:
+    """A value as it is if JSON has its like, else as text."""
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    return value if is_plain else _value_text(value)
 
 
 def _total_json(total: PartTotal) -> dict[str, Any]:

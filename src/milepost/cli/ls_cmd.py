@@ -7,13 +7,16 @@ import dataclasses
 import time
 from typing import Any
 
-from milepost.cli.paths import open_run
-from milepost.cli.render import print_json, print_table, state_text
-from milepost.format.summary import format_count
+from milepost.cli.paths import find_step, open_run
+from milepost.cli.render import print_json, print_line, print_table, state_text
+from milepost.errors import MilepostError
+from milepost.format.summary import format_count, model_total
 from milepost.parallelism.degrees import degrees_text
-from milepost.run import catalog
+from milepost.run import catalog, commit
 from milepost.run.catalog import StepEntry
-from milepost.storage.base import format_duration, format_nbytes
+from milepost.run.hf_folder import described
+from milepost.storage import open_storage
+from milepost.storage.base import Storage, counted, format_duration, format_nbytes, split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  committed   complete, as far as metadata and sizes tell\n"
         "  external    complete, written by another program: torchtitan, torch.distributed.checkpoint\n"
         "  incomplete  never committed: no reader uses it\n"
-        "  damaged     committed once, and changed since\n\n"
+        "  damaged     committed once, and changed since\n"
+        "  unreadable  the storage refused to read it\n\n"
         "PARAMS counts the model's elements, DTYPE is what most of them are. LAYOUT is how many ranks saved, and the\n"
         "degrees of parallelism above 1.\n\n"
         "examples:\n"
@@ -33,15 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 3 there are no checkpoints, 2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument(
-        "path", metavar="FOLDER", nargs="?", default=".", help="the folder of a run (default: this one)"
+        "path", metavar="FOLDER", nargs="?", default=".", help="the folder of a run, or of a step (default: this one)"
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """List the steps."""
-    storage, folder = open_run(args.path)
-    entries = catalog.scan(storage, folder)
+    storage, folder, entries = _listed(args.path)
     if args.json:
         print_json([_json(entry) for entry in entries])
     else:
@@ -51,7 +54,33 @@ def run(args: argparse.Namespace) -> int:
             [_row(entry, now) for entry in entries],
             numeric=("STEP", "AGE", "SIZE", "PARAMS"),
         )
+        for line in commit.activity(storage, folder, now=now):
+            print_line(line)
     return 0
+
+
+def _listed(path: str) -> tuple[Storage, str, list[StepEntry]]:
+    """The run at ``path`` with its steps, or with the one that ``path`` is. Hugging Face steps get their totals."""
+    storage, name = open_storage(path)
+    step = catalog.step_of(name)
+    if step is not None and storage.stat(name) is not None:
+        folder, entries = split(name)[0], [find_step(storage, split(name)[0], step, path)]
+    else:
+        storage, folder = open_run(path)
+        entries = catalog.scan(storage, folder, keep_going=True)
+    return storage, folder, [_with_totals(storage, entry) for entry in entries]
+
+
+def _with_totals(storage: Storage, entry: StepEntry) -> StepEntry:
+    """Of a step saved as Hugging Face files: the manifest does not say what is in them, their headers do."""
+    if entry.state != "committed" or entry.num_parameters:
+        return entry
+    try:
+        manifest = catalog.read_manifest(storage, entry.path)
+        total = model_total(described(storage, entry.path, manifest))
+    except MilepostError:
+        return entry  # `verify` says what is wrong with it
+    return dataclasses.replace(entry, num_parameters=total.num_elements, dtype=next(iter(total.dtypes), ""))
 
 
 def _json(entry: StepEntry) -> dict[str, Any]:
@@ -78,6 +107,6 @@ def _layout(entry: StepEntry) -> str:
     """``4 ranks: fsdp 2, tp 2``; an external checkpoint does not say."""
     if entry.state == "external" or not entry.world_size:
         return "-"
-    ranks = "1 rank" if entry.world_size == 1 else f"{entry.world_size} ranks"
+    ranks = counted(entry.world_size, "rank")
     degrees = degrees_text(entry.layout)
     return f"{ranks}: {degrees}" if degrees and entry.world_size > 1 else ranks

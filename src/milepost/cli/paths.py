@@ -6,8 +6,10 @@ from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.format.manifest import Manifest
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, StepEntry
+from milepost.run.hf_folder import is_adapter, is_hf_folder
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, split
+from milepost.verification.weights import WEIGHTS_SUFFIXES
 
 
 def open_run(path: str) -> tuple[Storage, str]:
@@ -17,8 +19,17 @@ def open_run(path: str) -> tuple[Storage, str]:
         CheckpointNotFoundError: there are no steps.
     """
     storage, name = open_storage(path)
+    found = storage.stat(name)
+    if found is not None and not found.is_folder and name.endswith(WEIGHTS_SUFFIXES):
+        raise CheckpointNotFoundError(
+            f"{path} is a file of weights, not a run: try `milepost inspect {path}`", path=path
+        )
     folder = catalog.find_run(storage, name)
     if folder is None:
+        names = [entry.name for entry in storage.list(name)]
+        if is_hf_folder(names):
+            what = "a PEFT adapter" if is_adapter(names) else "a Hugging Face folder"
+            raise CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)
         raise CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)
     return storage, folder
 

@@ -41,7 +41,13 @@ MIN_LAST_WIDTH = 24
 MAX_TEXT_LENGTH = 2000
 """Characters of a key or another text out of a file that are shown."""
 
-STATE_STYLES = {"committed": "green", "external": "cyan", "incomplete": "yellow", "damaged": "bold red"}
+STATE_STYLES = {
+    "committed": "green",
+    "external": "cyan",
+    "incomplete": "yellow",
+    "damaged": "bold red",
+    "unreadable": "red",
+}
 
 
 class _Console(Console):

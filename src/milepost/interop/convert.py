@@ -52,6 +52,12 @@ def convert(
     started = time.monotonic()
     weights = open_weights(src)
     with weights.source as source:
+        if weights.is_adapter:
+            raise ConversionError(
+                f"{source.path} is a PEFT adapter, not a whole model: merge it into its base model (merge_and_unload() "
+                "of PEFT), save that, and convert the result",
+                path=source.path,
+            )
         name, flavor, args = _model(options, weights.manifest, source.path)
         family = family_of(name, args)
         notes = _check_config(source, weights.config, family, args)

@@ -33,6 +33,7 @@ from milepost.interop.weights.boxes import Array, Assembled, Readable, Source, T
 from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.run import catalog
+from milepost.run.hf_folder import is_hf_step
 from milepost.storage import open_storage
 
 Progress = Callable[[int, int], None]
@@ -242,6 +243,9 @@ def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
         return _Side(path, source.tensors, readable=source, source=source)
     storage, folder = open_storage(full)
     manifest = catalog.read_manifest(storage, folder)
+    if is_hf_step(manifest):
+        source = stack.enter_context(open_weights(path).source)
+        return _Side(path, source.tensors, readable=source, source=source)
     side = _metadata_side(path, manifest)
     if not with_values:
         return side

@@ -9,6 +9,7 @@ In reading order::
     signoff    the record each rank leaves of what it wrote, and the wait for all of them
     assemble   sign-offs -> one manifest
     hf_folder  a Hugging Face folder, or a step saved as one, described as a manifest
+    values     values that are not tensors, read without torch
     commit     the one place where a checkpoint becomes visible
 """
 

@@ -46,7 +46,8 @@ from milepost.format.summary import model_total
 from milepost.format.typed_json import convert, parse_json
 from milepost.storage.base import Entry, ReadHandle, Storage, join, split
 
-State = Literal["committed", "incomplete", "damaged", "external"]
+State = Literal["committed", "incomplete", "damaged", "external", "unreadable"]
+"""``unreadable``: the storage refused, so that nothing is known. Only a listing goes on then."""
 
 ATTEMPT_PREFIX = ".attempt-"
 REPLACED_PREFIX = ".replaced-"
@@ -151,8 +152,10 @@ def find_run(storage: Storage, path: str) -> str | None:
     return None
 
 
-def scan(storage: Storage, folder: str) -> list[StepEntry]:
+def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[StepEntry]:
     """The steps in a run's folder, oldest first; empty if there is no such folder.
+
+    ``keep_going``: list a step that the storage refuses to read as ``unreadable``, for those who only show the list.
 
     Raises:
         StorageError: the storage can't be read. What is merely broken is listed as damaged.
@@ -160,7 +163,13 @@ def scan(storage: Storage, folder: str) -> list[StepEntry]:
     names = _list_steady(storage, folder)
     entries = []
     for step, name in sorted(_steps(names).items()):
-        info = examine(storage, join(folder, name), marks=names)
+        path = join(folder, name)
+        try:
+            info = examine(storage, path, marks=names)
+        except StorageError as error:
+            if not keep_going:
+                raise
+            info = CheckpointInfo(path=path, state="unreadable", reason=error.message)
         if info is not None:  # deleted while we looked
             entries.append(
                 StepEntry(

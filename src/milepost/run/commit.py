@@ -36,7 +36,7 @@ from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.catalog import ATTEMPT_PREFIX, DAMAGED_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
 from milepost.run.owner import Owner, is_alive, parse_owner, this_process
 from milepost.run.signoff import SignOff
-from milepost.storage.base import Entry, Storage, join, split
+from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, split
 
 _log = logging.getLogger(__name__)
 
@@ -406,6 +406,21 @@ def live_owners(storage: Storage, folder: str, *, now: float) -> list[Owner]:
             with contextlib.suppress(StorageError):  # the owner is removing it this moment
                 found += [owner for owner in _owners(storage, join(folder, entry.name)) if is_alive(owner, now)]
     return found
+
+
+def activity(storage: Storage, folder: str, *, now: float) -> list[str]:
+    """A line for each save that living processes are writing in a run's folder."""
+    lines = []
+    for entry in storage.list(folder):
+        if not entry.name.startswith(ATTEMPT_PREFIX) or not _attempt_lives(storage, folder, entry, now):
+            continue
+        with contextlib.suppress(StorageError):  # it is committed or removed this moment
+            attempt = join(folder, entry.name)
+            owners = [str(owner) for owner in _owners(storage, attempt) if is_alive(owner, now)]
+            data = [file for file in storage.list(data_folder(attempt)) if not file.is_folder]
+            written = f"{counted(len(data), 'file')}, {format_nbytes(sum(file.nbytes for file in data))}"
+            lines.append(f"being written: {entry.name} ({written} so far) by {', '.join(owners) or 'a process'}")
+    return lines
 
 
 def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
 from milepost.format.box import Box
+from milepost.format.dtype import itemsize
 from milepost.format.huggingface import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
@@ -21,7 +22,8 @@ from milepost.format.huggingface import (
 )
 from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
 from milepost.format.safetensors import read_header
-from milepost.storage.base import Storage, join
+from milepost.format.torch_file import locate_tensors
+from milepost.storage.base import Storage, join, split
 from milepost.storage.links import open_linked, read_linked
 
 
@@ -141,6 +143,34 @@ def described(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
     return replace(manifest, tensors=found.tensors)
 
 
+def manifest_of_file(storage: Storage, path: str) -> Manifest:
+    """A manifest of a single safetensors or ``torch.save`` file.
+
+    Raises:
+        FormatError: it is malformed, or holds more than plain data and tensors.
+    """
+    folder, name = split(path)
+    if name.endswith(".safetensors"):
+        found = read_headers(storage, folder, [name])
+        found.require(f"{storage.root}/{folder}".rstrip("/"))
+        return _manifest("model", found, 0.0)
+    tensors = {}
+    with open_linked(storage, path, anywhere=True) as handle:
+
+        def read_at(offset: int, nbytes: int) -> bytes:
+            data = bytearray(nbytes)
+            handle.read_into(offset, [memoryview(data)])
+            return bytes(data)
+
+        for key, stored in locate_tensors(read_at, handle.nbytes).items():
+            box = Box.whole(stored.sizes)
+            nbytes = box.numel * itemsize(stored.dtype)
+            start = stored.data_offset + stored.storage_offset * itemsize(stored.dtype)
+            place = ShardEntry(box, name, start, nbytes, start, nbytes, stored.crc32 if stored.is_plain else None)
+            tensors[key] = TensorEntry(stored.dtype, stored.sizes, (place,))
+        return _manifest("model", HfFolder(tensors, {name: FileEntry(handle.nbytes)}, ()), 0.0)
+
+
 def manifest_of(storage: Storage, folder: str) -> Manifest:
     """A manifest of the Hugging Face folder ``folder``, which has none.
 
@@ -150,11 +180,16 @@ def manifest_of(storage: Storage, folder: str) -> Manifest:
     entries = {entry.name: entry for entry in storage.list(folder) if not entry.is_folder}
     found = read_hf_folder(storage, folder, entries.keys())
     found.require(f"{storage.root}/{folder}")
+    kind = "adapter" if is_adapter(entries.keys()) else "model"
+    return _manifest(kind, found, max((entries[name].mtime_s for name in found.files), default=0.0))
+
+
+def _manifest(kind: str, found: HfFolder, created_s: float) -> Manifest:
     return Manifest(
         step=None,
         save_id="",
-        created_s=max((entries[name].mtime_s for name in found.files), default=0.0),
-        kind="adapter" if is_adapter(entries.keys()) else "model",
+        created_s=created_s,
+        kind=kind,
         world_size=1,
         layout={},
         producer={},

@@ -26,7 +26,7 @@ from milepost.format.safetensors import read_header
 from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
-from milepost.run.hf_folder import read_hf_folder
+from milepost.run.hf_folder import is_adapter, read_hf_folder
 from milepost.storage import open_storage
 from milepost.storage.base import ReadHandle, Storage
 from milepost.storage.links import open_linked, read_linked
@@ -45,6 +45,8 @@ class Weights:
     """``config.json`` of a Hugging Face folder."""
     manifest: Manifest | None = None
     """Of a DCP checkpoint."""
+    is_adapter: bool = False
+    """A folder that holds an adapter for a model, not the model."""
 
 
 def open_weights(path: str | os.PathLike[str]) -> Weights:
@@ -116,7 +118,7 @@ def _open_hf(folder: Path, names: set[str]) -> Weights:
         handles = [stack.enter_context(open_linked(storage, name, anywhere=True)) for name in position]
         config = _read_config(folder)
         stack.pop_all()
-    return Weights(Source(str(folder), "hf", handles, stored), config=config)
+    return Weights(Source(str(folder), "hf", handles, stored), config=config, is_adapter=is_adapter(names))
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

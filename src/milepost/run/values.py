@@ -1,0 +1,41 @@
+"""Reading the values of a checkpoint that are not tensors, without torch: step, losses, learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from milepost.errors import FormatError, StorageError
+from milepost.format.digest import crc32
+from milepost.format.manifest import Manifest, ObjectEntry
+from milepost.format.record import read_object
+from milepost.storage.base import Storage, join
+
+MAX_VALUE_NBYTES = 1 << 20
+"""A record that is larger is not read: it holds no value that a person would look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What stands in the place of a value that can't be read, and why."""
+
+    reason: str
+
+
+def read_values(storage: Storage, folder: str, manifest: Manifest, keys: Iterable[str]) -> dict[str, object]:
+    """The values of ``keys``, each checked against its digest. What can't be read is an :class:`Unreadable`."""
+    return {key: _read(storage, folder, manifest.objects[key]) for key in keys}
+
+
+def _read(storage: Storage, folder: str, entry: ObjectEntry) -> object:
+    if entry.record_nbytes > MAX_VALUE_NBYTES:
+        return Unreadable("too large to show")
+    data = bytearray(entry.record_nbytes)
+    try:
+        with storage.open_read(join(folder, entry.file)) as handle:
+            handle.read_into(entry.record_offset, [memoryview(data)])
+        if entry.crc32 is not None and crc32(data) != entry.crc32:
+            return Unreadable("digest mismatch")
+        return read_object(bytes(data))
+    except (FormatError, StorageError) as error:
+        return Unreadable(error.message)

@@ -1,0 +1,196 @@
+"""What commands make of a step saved as Hugging Face files, of folders of other programs, and of a run that is live."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from milepost.cli.main import main
+from milepost.errors import StorageError
+from milepost.interop.hf.save import commit_record
+from milepost.run import catalog, commit
+from milepost.run.assemble import SaveInfo
+from milepost.storage import LocalStorage
+from milepost.testing.sample import save_arrays
+
+ARRAYS = {"w": np.arange(12, dtype="float32").reshape(3, 4), "b": np.ones(5, "float32")}
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def save_hf_step(storage: LocalStorage, path: str, step: int) -> None:
+    """As the last save of a run in that form is committed."""
+    save_id = commit.new_save_id()
+    attempt = commit.begin_attempt(storage, path, save_id)
+    data = Path(storage.root, commit.data_folder(attempt))
+    safetensors.numpy.save_file(ARRAYS, data / "model.safetensors")
+    (data / "config.json").write_text("{}")
+    sizes = {file.name: file.stat().st_size for file in data.iterdir()}
+    record = commit_record(SaveInfo(step=step, kind="model"), save_id=save_id, world_size=1, now=1.0)
+    commit.publish_files(storage, attempt, path, sizes, record)
+
+
+@pytest.fixture
+def storage(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    """A run of a plain step and one in Hugging Face's form; a model, an adapter and single files beside it."""
+    monkeypatch.chdir(memory_path)
+    storage = LocalStorage(memory_path)
+    save_arrays(storage, "run/step-1", ARRAYS, objects={"train_state.loss": 2.5, "train_state.step": 1}, step=1)
+    save_hf_step(storage, "run/step-2", 2)
+    for folder, name in (("hf", "model"), ("adapter", "adapter_model")):
+        Path(folder).mkdir()
+        safetensors.numpy.save_file(ARRAYS, f"{folder}/{name}.safetensors")
+    Path("adapter/adapter_config.json").write_text("{}")
+    torch.save({key: torch.from_numpy(array) for key, array in ARRAYS.items()}, "model.pt")
+    return storage
+
+
+def test_a_step_saved_as_hugging_face_files_is_listed_and_inspected(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = output(capsys, "ls", "run", "--json")
+    assert [(e["step"], e["num_parameters"], e["dtype"]) for e in json.loads(out)] == [
+        (1, 17, "float32"),
+        (2, 17, "float32"),
+    ]
+    status, out, _ = output(capsys, "inspect", "run/step-2", "--json")
+    assert (status, set(json.loads(out)["tensors"])) == (0, {"w", "b"})
+
+
+@pytest.mark.parametrize("other", ["run/step-2", "hf", "model.pt", "hf/model.safetensors"])
+def test_weights_in_every_form_are_compared(
+    storage: LocalStorage, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = output(capsys, "diff", "run/step-2", other)
+    assert (status, out) == (0, "the same: 2 of 2 common keys\n")
+    assert output(capsys, "diff", "run/step-2", other, "--quick")[0] == 11  # nothing was compared
+    safetensors.numpy.save_file(ARRAYS | {"b": ARRAYS["b"] * 2}, "changed.safetensors")
+    assert output(capsys, "diff", "changed.safetensors", other)[0] == 9
+
+
+def test_nothing_in_common_is_never_called_the_same(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    safetensors.numpy.save_file({"other": ARRAYS["b"]}, "other.safetensors")
+    status, _, err = output(capsys, "diff", "run/step-2", "other.safetensors")
+    assert status == 3
+    assert "nothing was compared" in err
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("hf", "Hugging Face folder, model"),
+        ("adapter", "PEFT adapter, adapter"),
+        ("model.pt", "pt file, model"),
+        ("hf/model.safetensors", "safetensors file, model"),
+    ],
+)
+def test_weights_of_other_forms_are_inspected(
+    storage: LocalStorage, path: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = output(capsys, "inspect", path, "--tensors", "*")
+    assert status == 0
+    assert out.startswith(f"{path}: {what}")
+    assert "float32  [3, 4]" in out
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [("hf", "a Hugging Face folder"), ("adapter", "a PEFT adapter"), ("model.pt", "a file of weights")],
+)
+def test_ls_says_what_it_was_given_in_place_of_a_run(
+    storage: LocalStorage, path: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = output(capsys, "ls", path)
+    assert status == 3
+    assert what in err
+    assert f"milepost inspect {path}" in err
+
+
+def test_an_adapter_is_not_converted_as_a_model(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("convert", "adapter", "out", "--to", "dcp", "--model", "llama3", "--flavor", "debugmodel")
+    status, _, err = output(capsys, *argv)
+    assert status == 8
+    assert "merge it into its base model" in err
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "bfloat16", "torch.bfloat16", "BF16"])
+def test_a_dtype_has_its_usual_spellings(spelling: str) -> None:
+    from milepost.cli.convert_cmd import parse_dtype
+
+    assert parse_dtype(spelling) == "bfloat16"
+
+
+def test_values_are_shown(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = output(capsys, "inspect", "run/step-1")
+    assert "train_state.loss  2.5" in out
+    _, out, _ = output(capsys, "inspect", "run/step-1", "--json")
+    assert json.loads(out)["value_of"] == {"train_state.loss": 2.5, "train_state.step": 1}
+
+
+def test_a_value_that_is_damaged_does_not_hide_the_others(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = catalog.read_manifest(storage, "run/step-1").objects["train_state.loss"]
+    with Path("run/step-1", entry.file).open("r+b") as file:
+        file.seek(entry.record_offset + 60)
+        file.write(b"\xff")
+    status, out, _ = output(capsys, "inspect", "run/step-1")
+    assert status == 0
+    assert "train_state.loss  can't be shown: digest mismatch" in out
+    assert "train_state.step  1" in out
+
+
+def test_ls_of_a_step_shows_the_step(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = output(capsys, "ls", "run/step-1", "--json")
+    assert (status, [entry["step"] for entry in json.loads(out)]) == (0, [1])
+    assert output(capsys, "ls", "run/step-7")[0] == 3
+
+
+def test_a_step_that_can_not_be_read_does_not_hide_the_others(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examine = catalog.examine
+
+    def refusing(storage: LocalStorage, path: str, **options: object) -> object:
+        if path.endswith("step-1"):
+            raise StorageError("permission denied while listing run/step-1", operation="list", path=path, errno=13)
+        return examine(storage, path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(catalog, "examine", refusing)
+    status, out, _ = output(capsys, "ls", "run")
+    assert status == 0
+    first, second = out.splitlines()[1:]
+    assert first.startswith("   1  unreadable  ")
+    assert "permission denied" in first
+    assert second.startswith("   2  committed   ")
+
+
+def test_ls_says_what_is_being_written_and_by_whom(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt = commit.begin_attempt(storage, "run/step-3", commit.new_save_id())
+    storage.write(f"{commit.data_folder(attempt)}/__0_0.distcp", b"x" * 2048)
+    _, out, _ = output(capsys, "ls", "run")
+    last = out.splitlines()[-1]
+    assert last.startswith(
+        f"being written: {attempt.rpartition('/')[2]} (1 file, 2.0 KiB so far) by process {os.getpid()}"
+    )
+
+
+def test_a_step_that_a_load_has_marked_is_exported_when_it_is_named(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As recover.md says: the damage may be elsewhere, and every byte that is read is checked."""
+    from milepost.cli.export_cmd import step_to_export
+
+    catalog.mark_damaged(storage, "run/step-2", "bytes 0 to 9 of 'x' changed", now=1.0)
+    assert step_to_export("run", None).endswith("step-1")
+    assert step_to_export("run", 2).endswith("step-2")
