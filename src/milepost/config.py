@@ -64,6 +64,9 @@ class CheckpointConfig:
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """When a save fails: ``stop`` raises; ``warn`` logs it and trains on, but raises after 3 failed saves in a row."""
+    check_replicas: int = 0
+    """At every N-th save compare whole tensors that several ranks hold, to find a device that computes wrongly or a
+    missing all-reduce; 0: only a sample of them, when the structure of the state is new."""
     num_io_threads: int = NUM_IO_THREADS
     """Threads of each rank that copy, write and read the files of a checkpoint."""
     keep_latest_k: int = 10
@@ -96,6 +99,8 @@ class CheckpointConfig:
             found.append(f"checkpoint.interval_seconds must be 0 (no such rule) or more, not {self.interval_seconds:g}")
         if self.mtbf_hours <= 0:
             found.append(f"checkpoint.mtbf_hours must be above 0, not {self.mtbf_hours:g}")
+        if self.check_replicas < 0:
+            found.append(f"checkpoint.check_replicas must be 0 (a sample, once) or more, not {self.check_replicas}")
         if self.num_io_threads < 1:
             found.append(f"checkpoint.num_io_threads must be at least 1, not {self.num_io_threads}")
         if self.keep_latest_k < 0:

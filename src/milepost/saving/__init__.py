@@ -4,6 +4,7 @@ In reading order::
 
     save            ``save()``: flatten, agree, stage, write, sign off, publish
     agreement       the request, and what all ranks agree on before a byte is written
+    replicas        what several ranks hold under one key is the same on all of them, or is stored for each
     stage           the arena, and how tensors become the bytes of this rank's file
     writer          one rank's file, digested on the way to the storage (torch-free)
     job             write, sign off, publish, prune: a save from its plan to its end (torch-free)

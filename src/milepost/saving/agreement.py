@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,14 +14,31 @@ from torch.distributed.tensor import DTensor
 from milepost.collective.comm import Comm, failure_on, merge_failures, raise_interrupt
 from milepost.collective.progress import watched
 from milepost.config import NUM_IO_THREADS
-from milepost.errors import MilepostError, SaveError, StorageError
+from milepost.errors import MilepostError, SaveError, StorageError, listed
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.saving.job import Form, Keep, SaveJob
+from milepost.saving.replicas import (
+    Depth,
+    Group,
+    Held,
+    differences,
+    digests_of,
+    groups_in_common,
+    host_name,
+    judge,
+    summary_of,
+    unlike_groups,
+)
 from milepost.storage.base import Storage
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.plan import LocalLayout, WritePlan, plan_save
-from milepost.tensors.state import EMPTY_MAPPINGS, FlatState, Path, encode_object, flatten, unwrap_stateful
+from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, FlatState, Path, encode_object, flatten, unwrap_stateful
+
+log = logging.getLogger("milepost")
+
+T = TypeVar("T")
+_Brought = tuple[dict[int, Held], dict[str, str], frozenset[str], str]
 
 TIMEOUT_S = 600.0
 """How long a rank waits for the others' records before it gives a save up."""
@@ -41,6 +59,8 @@ class SaveRequest:
     """Which older steps to prune after the commit; None prunes nothing."""
     make_form: Callable[[Mapping[str, str]], Form] | None = None
     """Another file format, for tensors of these keys and dtypes, all ranks' together; called on rank 0."""
+    per_rank: tuple[str, ...] = ()
+    """Top-level names whose values may belong to each rank: stored for each where they differ."""
     modules: tuple[nn.Module, ...] = ()
     """Modules whose buffers are in the state. These are copied before a save returns: ``forward`` changes them."""
 
@@ -49,13 +69,20 @@ class SaveRequest:
 class Prepared:
     """What this rank brings to a save. An ``error`` is kept for the exchange, where every rank hears of it."""
 
+    state: Mapping[str, Any]
+    """The nested state, as the owners gave it."""
+    modules: Sequence[nn.Module]
+    """Those in the state dict itself."""
     flat: FlatState
     objects: Mapping[str, bytes]
     layout: LocalLayout
     fingerprint: str
-    buffers: frozenset[str] = frozenset()
-    """Keys of tensors that share memory with a buffer of one of the request's modules."""
     error: MilepostError | None = None
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Keys of tensors that share memory with a buffer of one of the request's modules."""
+        return self.layout.buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +100,60 @@ class _Offer:
 
     structure: _Structure | None
     error: MilepostError | None
+    common: Mapping[int, bytes] = field(default_factory=dict)
+    """For each group that the rank is in, a digest of its values: of a structure that is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The answer of rank 0 to a rank; with a plan only if it changed."""
+    """The answer of rank 0 to a rank; with a plan, and the groups that the rank is in, only if they changed."""
+
+    plan: WritePlan | None = None
+    groups: Mapping[int, Group] | None = None
+    form: Form | None = None
+    depth: Depth | None = None
+    """How to compare what ranks have in common before the save begins; None: it was done with the offers."""
+    begun: _Begun | None = None
+    error: MilepostError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The attempt that rank 0 has made for a save."""
 
     save_id: str
     attempt: str
-    plan: WritePlan | None
-    form: Form | None
-    error: MilepostError | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of comparing: the attempt, or a verdict on what differs."""
+
+    begun: _Begun | None = None
+    unlike: Sequence[int] = ()
+    per_rank: frozenset[str] = frozenset()
+    error: MilepostError | None = None
 
 
 def _nothing(error: MilepostError) -> Prepared:
-    return Prepared(FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), "", error=error)
+    return Prepared({}, (), FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), "", error=error)
+
+
+class _BelongsToRanks(Exception):
+    """Raised on every rank: some parts of the state differ between ranks, and are to be stored for each."""
+
+    def __init__(self, parts: frozenset[str]):
+        super().__init__(parts)
+        self.parts = parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Agreed:
+    """A save that all ranks have agreed on."""
+
+    prepared: Prepared
+    job: SaveJob
+    reused_plan: bool
 
 
 class Agreement:
@@ -96,63 +162,87 @@ class Agreement:
     From the second save of an unchanged structure on, ranks exchange a flag and a save id, no layouts.
     """
 
-    def __init__(self, storage: Storage, comm: Comm, *, timeout_s: float, num_threads: int = NUM_IO_THREADS):
+    def __init__(
+        self,
+        storage: Storage,
+        comm: Comm,
+        *,
+        timeout_s: float,
+        num_threads: int = NUM_IO_THREADS,
+        check_replicas: int = 0,
+    ):
         self._storage = storage
         self._comm = comm
         self._timeout_s = timeout_s
         self._num_threads = num_threads
+        self._check_replicas = check_replicas
+        self._num_saves = 0
         self._fingerprint = ""
         self._plan: WritePlan | None = None
+        self._groups: Mapping[int, Group] = {}  # those that this rank is in
+        self._per_rank: frozenset[str] = frozenset()  # names found to differ between ranks: the same on all of them
         self._structures: list[_Structure] = []  # every rank's last one; on rank 0 only
+        self._all_groups: list[Group] = []  # on rank 0 only
+        self._noted: frozenset[str] = frozenset()
 
-    def prepare(self, request: SaveRequest) -> Prepared:
-        """Flatten and encode this rank's state. An error is kept for the exchange."""
+    def agree(self, request: SaveRequest) -> Agreed:
+        """Flatten this rank's state, and agree with the others on who writes what. Collective.
+
+        Raises:
+            SaveError, PlanError, ConfigError: on every rank, if any rank brought or met an error, or if ranks hold
+                different things under one key.
+        """
+        prepared = self._prepare(request, None)
+        while True:
+            try:
+                job, reused = self._settle(request, prepared)
+            except _BelongsToRanks as found:
+                # Once a part is stored for each rank, it stays so: its structure no longer changes with its values.
+                self._per_rank |= found.parts
+                prepared = self._prepare(request, prepared)
+            else:
+                self._num_saves += 1
+                return Agreed(prepared, job, reused)
+
+    def _prepare(self, request: SaveRequest, before: Prepared | None) -> Prepared:
+        """Flatten and encode this rank's state, or again what was got before. An error is kept for the exchange."""
         try:
-            state = request.make_state()
-            flat = flatten(unwrap_stateful(state))
+            if before is not None:
+                state, modules = before.state, before.modules
+            else:
+                given = request.make_state()
+                state, modules = unwrap_stateful(given), [v for v in given.values() if isinstance(v, nn.Module)]
+            own = {name: {f"rank{self._comm.rank}": state[name]} for name in self._per_rank if name in state}
+            flat = flatten({**state, **own})
             if (dtype := request.dtype) is not None:
                 flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
             objects = {key: encode_object(key, value) for key, value in flat.objects.items()}
-            layout = flat.layout()
-            modules = [*request.modules, *(value for value in state.values() if isinstance(value, nn.Module))]
-            return Prepared(
-                flat,
-                objects,
-                layout,
-                fingerprint=f"{layout.fingerprint(flat.paths)} {flat.empty}",
-                buffers=_buffers_among(flat.tensors.values(), modules),
-            )
+            buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
+            layout = replace(flat.layout(), buffers=buffers)
+            return Prepared(state, modules, flat, objects, layout, f"{layout.fingerprint(flat.paths)} {flat.empty}")
         except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
             return _nothing(failure_on(self._comm.rank, cause, SaveError))
 
-    def agree(self, request: SaveRequest, prepared: Prepared) -> tuple[SaveJob, bool]:
+    def _settle(self, request: SaveRequest, prepared: Prepared) -> tuple[SaveJob, bool]:
         """This rank's job, and whether the previous plan was reused. Collective.
 
         Rank 0 plans for all, begins the attempt, and gives each rank its part.
-
-        Raises:
-            SaveError, PlanError, ConfigError: on every rank, if any rank brought or met an error.
         """
-        known = self._plan is not None and prepared.fingerprint == self._fingerprint
-        if known or prepared.error is not None:
-            offer = _Offer(None, prepared.error)
-        else:
-            offer = _Offer(_Structure(prepared.layout, prepared.flat.paths, prepared.flat.empty), None)
-        offers = self._comm.gather(offer)
+        offers = self._comm.gather(self._offer(prepared))
         answer = self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
         if answer.error is not None:
-            self._plan = None  # no rank may count on what rank 0 remembers
-            raise_interrupt(prepared.error)
+            self._forget(prepared)
             raise answer.error
         if answer.plan is not None:
-            self._plan = answer.plan
+            self._plan, self._groups = answer.plan, answer.groups or {}
         self._fingerprint = prepared.fingerprint
+        begun = answer.begun or self._compare(request, prepared, answer.depth or "values")
         assert self._plan is not None
         is_first = self._comm.rank == 0
         job = SaveJob(
             target=request.target,
-            attempt=answer.attempt,
-            save_id=answer.save_id,
+            attempt=begun.attempt,
+            save_id=begun.save_id,
             rank=self._comm.rank,
             world_size=self._comm.world_size,
             plan=self._plan,
@@ -164,30 +254,145 @@ class Agreement:
         )
         return job, answer.plan is None
 
+    def _forget(self, prepared: Prepared) -> None:
+        """After a failure no rank may count on what rank 0 remembers."""
+        self._plan = None
+        self._structures, self._all_groups = [], []
+        raise_interrupt(prepared.error)
+
+    def _offer(self, prepared: Prepared) -> _Offer:
+        if prepared.error is not None:
+            return _Offer(None, prepared.error)
+        if self._plan is None or prepared.fingerprint != self._fingerprint:
+            return _Offer(_Structure(prepared.layout, prepared.flat.paths, prepared.flat.empty), None)
+        try:
+            return _Offer(None, None, self._summaries(prepared, "values"))
+        except BaseException as cause:  # noqa: BLE001 - an interrupt: rank 0 waits for the offer
+            return _Offer(None, failure_on(self._comm.rank, cause, SaveError))
+
+    def _held(self, prepared: Prepared, index: int, depth: Depth) -> Held:
+        return digests_of(self._groups[index], prepared.flat.tensors, prepared.objects, depth)
+
+    def _summaries(self, prepared: Prepared, depth: Depth) -> dict[int, bytes]:
+        return {index: summary_of(self._held(prepared, index, depth)) for index in self._groups}
+
     def _plan_for_all(self, request: SaveRequest, offers: list[_Offer]) -> list[_Answer]:
         """The answer of rank 0 to each rank's offer. Errors become answers, so that no rank is left waiting."""
         try:
             failure = merge_failures([offer.error for offer in offers])
             if failure is not None:
                 raise failure
+            is_new = any(offer.structure is not None for offer in offers)
             plans: list[WritePlan | None] = [None] * len(offers)
-            if any(offer.structure is not None for offer in offers):
+            groups: list[Mapping[int, Group] | None] = [None] * len(offers)
+            if is_new:
                 self._learn(offers)
                 plans = list(plan_save([found.layout for found in self._structures]))
+                self._all_groups = groups_in_common([found.layout for found in self._structures])
+                groups = [
+                    {n: group for n, group in enumerate(self._all_groups) if rank in group.ranks}
+                    for rank in range(len(offers))
+                ]
+            depth = self._depth(offers, is_new=is_new)
             form = request.make_form(self._dtypes()) if request.make_form is not None else None
-            save_id = commit.new_save_id()
-            with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{request.target}"):
-                attempt = commit.begin_attempt(self._storage, request.target, save_id)
-            return [_Answer(save_id, attempt, plan, form, None) for plan in plans]
-        except StorageError as cause:
-            return self._refuse(offers, SaveError(cause.message, path=cause.path))
+            begun = self._begin(request) if depth is None else None
+            return [_Answer(plan, held, form, depth, begun) for plan, held in zip(plans, groups, strict=True)]
         except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
             return self._refuse(offers, cause)
 
+    def _depth(self, offers: list[_Offer], *, is_new: bool) -> Depth | None:
+        """How thoroughly to compare what ranks have in common; None if there is nothing more to compare."""
+        if not self._all_groups:
+            return None
+        if self._check_replicas and self._num_saves % self._check_replicas == 0:
+            return "whole"
+        if is_new:
+            return "sample"
+        return "values" if unlike_groups(self._all_groups, [offer.common for offer in offers]) else None
+
+    def _begin(self, request: SaveRequest) -> _Begun:
+        save_id = commit.new_save_id()
+        with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{request.target}"):
+            return _Begun(save_id, commit.begin_attempt(self._storage, request.target, save_id))
+
+    def _compare(self, request: SaveRequest, prepared: Prepared, depth: Depth) -> _Begun:
+        """Compare what ranks have in common; the attempt, once nothing differs that must not. Collective.
+
+        First one digest a group is gathered; only of groups that differ one for each key.
+        """
+        outcome = self._exchanged(
+            lambda: self._summaries(prepared, depth), lambda brought: self._first_look(request, brought)
+        )
+        if outcome.begun is None and outcome.error is None:
+            unlike = [index for index in outcome.unlike if index in self._groups]
+            outcome = self._exchanged(
+                lambda: (
+                    {index: self._held(prepared, index, depth) for index in unlike},
+                    {key: str(path[0]) for key, path in prepared.flat.paths.items()} if unlike else {},
+                    prepared.buffers,
+                    host_name(),
+                ),
+                lambda brought: self._close_look(request, outcome.unlike, brought),
+            )
+        if outcome.error is not None or outcome.per_rank:
+            self._forget(prepared)
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.begun is None:
+            raise _BelongsToRanks(outcome.per_rank)
+        return outcome.begun
+
+    def _exchanged(self, bring: Callable[[], T], decide: Callable[[list[T]], _Outcome]) -> _Outcome:
+        """Rank 0 decides on what every rank brings; an error of any rank becomes the outcome on all. Collective."""
+        mine: T | None = None
+        failure = None
+        try:
+            mine = bring()
+        except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+            failure = failure_on(self._comm.rank, cause, SaveError)
+        brought = self._comm.gather((mine, failure))
+        outcome = None
+        if brought is not None:
+            try:
+                met = merge_failures([error for _, error in brought])
+                outcome = _Outcome(error=met) if met else decide([value for value, _ in brought])  # type: ignore[misc]
+            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+                outcome = _Outcome(error=_as_save_error(cause))
+        found = self._comm.broadcast(outcome)
+        raise_interrupt(failure)
+        assert found is not None
+        return found
+
+    def _first_look(self, request: SaveRequest, brought: list[dict[int, bytes]]) -> _Outcome:
+        unlike = unlike_groups(self._all_groups, brought)
+        return _Outcome(unlike=unlike) if unlike else _Outcome(self._begin(request))
+
+    def _close_look(self, request: SaveRequest, unlike: Sequence[int], brought: list[_Brought]) -> _Outcome:
+        roots = {key: root for _, found, _, _ in brought for key, root in found.items()}
+        verdict = judge(
+            differences(self._all_groups, unlike, [held for held, _, _, _ in brought]),
+            per_rank=set(request.per_rank) - self._per_rank,
+            roots=roots,
+            buffers=frozenset[str]().union(*(buffers for _, _, buffers, _ in brought)),
+            hosts=[host for _, _, _, host in brought],
+        )
+        if verdict.error is not None or verdict.per_rank:
+            return _Outcome(per_rank=verdict.per_rank, error=verdict.error)
+        self._note_buffers(verdict.buffers)
+        return _Outcome(self._begin(request))
+
+    def _note_buffers(self, keys: Sequence[str]) -> None:
+        if keys and not self._noted.issuperset(keys):
+            self._noted |= set(keys)
+            log.info(
+                "buffers differ between ranks, as under data parallelism; those of the lowest rank that holds them are "
+                "stored: %s",
+                ", ".join(listed(list(keys), 3)),
+            )
+
     def _refuse(self, offers: list[_Offer], cause: BaseException) -> list[_Answer]:
         self._structures = []
-        failure = failure_on(0, cause, SaveError)
-        return [_Answer("", "", None, None, failure) for _ in offers]
+        return [_Answer(error=_as_save_error(cause)) for _ in offers]
 
     def _learn(self, offers: list[_Offer]) -> None:
         if not self._structures:
@@ -204,8 +409,17 @@ class Agreement:
         paths = {key: path for found in self._structures for key, path in found.paths.items()}
         empty = list(dict.fromkeys(path for found in self._structures for path in found.empty))
         # `str`: a TorchVersion would make the writer process import torch to unpickle it.
-        extra = {**info.extra, EMPTY_MAPPINGS: empty} if empty else info.extra
+        extra = {**info.extra, EMPTY_MAPPINGS: empty} if empty else dict(info.extra)
+        if self._per_rank:
+            extra[PER_RANK] = sorted(self._per_rank)
         return replace(info, paths=paths, extra=extra, producer={"torch": str(torch.__version__)})
+
+
+def _as_save_error(cause: BaseException) -> MilepostError:
+    """An error that rank 0 met on behalf of all ranks."""
+    if isinstance(cause, StorageError):
+        cause = SaveError(cause.message, path=cause.path)
+    return failure_on(0, cause, SaveError)
 
 
 def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:

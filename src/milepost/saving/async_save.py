@@ -52,11 +52,14 @@ class AsyncSaver:
         *,
         timeout_s: float = TIMEOUT_S,
         num_threads: int = NUM_IO_THREADS,
+        check_replicas: int = 0,
     ):
         self._storage = storage
         self._comm = comm
         self._mode = mode
-        self._agreement = Agreement(storage, comm, timeout_s=timeout_s, num_threads=num_threads)
+        self._agreement = Agreement(
+            storage, comm, timeout_s=timeout_s, num_threads=num_threads, check_replicas=check_replicas
+        )
         self._arena = Arena()
         self._unpin: weakref.finalize[..., Arena] | None = None
         self._writer = WriterLink(storage, self._arena) if mode == "async_with_pinned_mem" else None
@@ -93,8 +96,8 @@ class AsyncSaver:
         """
         self.wait()
         started = time.monotonic()
-        prepared = self._agreement.prepare(request)
-        job, reused = self._agreement.agree(request, prepared)
+        agreed = self._agreement.agree(request)
+        prepared, job = agreed.prepared, agreed.job
         save = self._current = BackgroundSave(self._storage, job, FailureNotice(self._comm, job.save_id))
         self._is_open = True
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
@@ -105,7 +108,7 @@ class AsyncSaver:
                 save.stage()
                 save.accepted()
             write = partial(_write, self._storage, self._arena, self._writer, prepared.objects)
-            run = partial(save.run, write, plan_s=plan_s, reused_plan=reused)
+            run = partial(save.run, write, plan_s=plan_s, reused_plan=agreed.reused_plan)
             # Not a daemon: a program that ends, even by an exception, waits for what it has staged.
             self._thread = threading.Thread(target=run, name="milepost-save")
             try:

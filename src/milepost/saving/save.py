@@ -56,11 +56,19 @@ class Saver:
     """Saves state dicts again and again, each committed before :meth:`save` returns."""
 
     def __init__(
-        self, storage: Storage, comm: Comm, *, timeout_s: float = TIMEOUT_S, num_threads: int = NUM_IO_THREADS
+        self,
+        storage: Storage,
+        comm: Comm,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        num_threads: int = NUM_IO_THREADS,
+        check_replicas: int = 0,
     ):
         self._storage = storage
         self._comm = comm
-        self._agreement = Agreement(storage, comm, timeout_s=timeout_s, num_threads=num_threads)
+        self._agreement = Agreement(
+            storage, comm, timeout_s=timeout_s, num_threads=num_threads, check_replicas=check_replicas
+        )
 
     def save(self, request: SaveRequest) -> SaveReport:
         """Save what is requested: flatten, agree, then write, sign off, publish and prune. Collective.
@@ -68,8 +76,8 @@ class Saver:
         Nothing is staged: the bytes are written from the tensors themselves. See :func:`save`.
         """
         started = time.monotonic()
-        prepared = self._agreement.prepare(request)
-        job, reused = self._agreement.agree(request, prepared)
+        agreed = self._agreement.agree(request)
+        prepared, job = agreed.prepared, agreed.job
         planned = time.monotonic()
         watch = _Watch(self._comm, job, f"{self._storage.root}/{job.target}")
         failure = None
@@ -79,7 +87,7 @@ class Saver:
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
         self._exchange(watch, failure)
-        return SaveReport.of(watch.where, job, result, plan_s=planned - started, reused_plan=reused)
+        return SaveReport.of(watch.where, job, result, plan_s=planned - started, reused_plan=agreed.reused_plan)
 
     def _exchange(self, watch: _Watch, failure: MilepostError | None) -> None:
         """Return if no rank has failed, else raise on all of them. Collective."""

@@ -45,6 +45,8 @@ class LocalLayout:
 
     tensors: tuple[TensorSpec, ...]
     objects: tuple[str, ...]
+    buffers: frozenset[str] = frozenset()
+    """Keys of tensors that may differ between the ranks that hold them: of all of them the lowest rank's are stored."""
 
     def fingerprint(self, paths: Mapping[str, tuple[str | int, ...]]) -> str:
         """Equal for two layouts (and ``paths``, where their keys stood) exactly when they are equal.
@@ -55,7 +57,7 @@ class LocalLayout:
         for spec in self.tensors:
             boxes = [(box.offsets, box.sizes) for box in spec.boxes]
             digest.update(repr((spec.key, spec.dtype, spec.shape, boxes)).encode())
-        digest.update(repr((self.objects, list(paths.items()))).encode())
+        digest.update(repr((self.objects, sorted(self.buffers), list(paths.items()))).encode())
         return digest.hexdigest()
 
 
@@ -93,8 +95,8 @@ class WritePlan:
 def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     """One plan for each rank such that every element of every tensor is stored exactly once.
 
-    A box that several ranks hold is written by the one of them that has the least to write so far; other values by
-    the lowest rank that has them.
+    A box that several ranks hold is written by the one of them that has the least to write so far; buffers and values
+    other than tensors by the lowest rank that has them.
 
     Raises:
         PlanError: ranks disagree on a tensor's dtype or shape, or their boxes leave a gap or overlap. All faults at
@@ -102,7 +104,8 @@ def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     """
     holders, specs = _holders_of_boxes(layouts)
     _check_cover(holders, specs)
-    assigned = _assign(holders, specs, len(layouts))
+    buffers = frozenset[str]().union(*(layout.buffers for layout in layouts))
+    assigned = _assign(holders, specs, len(layouts), buffers)
     object_rank: dict[str, int] = {}
     for rank, layout in enumerate(layouts):
         for key in layout.objects:
@@ -163,7 +166,10 @@ def _raise_faults(faults: Sequence[tuple[str, str]]) -> None:
 
 
 def _assign(
-    holders: Mapping[tuple[str, Box], Sequence[int]], specs: Mapping[str, TensorSpec], world_size: int
+    holders: Mapping[tuple[str, Box], Sequence[int]],
+    specs: Mapping[str, TensorSpec],
+    world_size: int,
+    buffers: frozenset[str],
 ) -> list[list[tuple[str, Box]]]:
     load = [0] * world_size
     assigned: list[list[tuple[str, Box]]] = [[] for _ in range(world_size)]
@@ -172,7 +178,7 @@ def _assign(
         if box.numel == 0 and math.prod(specs[key].shape) != 0:
             continue  # an empty shard of a tensor that others hold
         nbytes = box.numel * dtypes.lookup(specs[key].dtype).itemsize
-        if len(ranks) == 1:
+        if len(ranks) == 1 or key in buffers:  # running mean and variance must come from the same rank
             assigned[ranks[0]].append((key, box))
             load[ranks[0]] += nbytes
         else:

@@ -22,6 +22,9 @@ from milepost.tensors.plan import LocalLayout
 
 Path = tuple[str | int, ...]
 
+PER_RANK = "per_rank"
+"""Under this name the manifest's ``extra`` lists the top-level names below which each rank's state stands, as
+``rank<N>``."""
 EMPTY_MAPPINGS = "empty_mappings"
 """Under this name the manifest's ``extra`` lists the paths of mappings without items, which have no keys."""
 

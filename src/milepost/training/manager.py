@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +75,10 @@ class CheckpointManager:
         lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
         layout: degrees of parallelism by name. Recorded; random generators are restored only under the same one.
+        per_rank: parts that may belong to each rank (of lr_scheduler, dataloader, train_state): where they differ
+            between ranks they are stored for each, and given back by rank. At another number of ranks the object's
+            ``reshard(states)`` makes a state for this rank of all of the saved ones; without that method the load is
+            refused. Anything else that differs between ranks is refused by :meth:`save`.
         hf: which model this is (:class:`milepost.HfModel`), for ``initial_load_in_hf`` and ``last_save_in_hf``.
         comm: how ranks exchange; by default the default process group, or one process.
 
@@ -93,6 +97,7 @@ class CheckpointManager:
         dataloader: Stateful | None = None,
         train_state: Stateful | None = None,
         layout: Mapping[str, int] | None = None,
+        per_rank: Collection[str] = ("dataloader",),
         hf: WeightsFormat | None = None,
         comm: Comm | None = None,
     ):
@@ -101,6 +106,7 @@ class CheckpointManager:
         parent, name = open_storage(fspath(folder))
         self._storage, self._folder = parent, name
         self._layout = dict(layout or {})
+        self._per_rank = _checked_per_rank(per_rank)
         self._format = hf
         if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf):
             raise ConfigError(
@@ -138,9 +144,18 @@ class CheckpointManager:
     def _make_saver(self) -> Saver | AsyncSaver | None:
         if not self._config.enable or self._config.load_only:
             return None
-        if self._config.async_mode == "disabled":
-            return Saver(self._storage, self._comm, num_threads=self._config.num_io_threads)
-        return AsyncSaver(self._storage, self._comm, self._config.async_mode, num_threads=self._config.num_io_threads)
+        config = self._config
+        if config.async_mode == "disabled":
+            return Saver(
+                self._storage, self._comm, num_threads=config.num_io_threads, check_replicas=config.check_replicas
+            )
+        return AsyncSaver(
+            self._storage,
+            self._comm,
+            config.async_mode,
+            num_threads=config.num_io_threads,
+            check_replicas=config.check_replicas,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -359,6 +374,7 @@ class CheckpointManager:
             dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
             keep=Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected)),
             make_form=self._format.form_of if in_other_format and self._format is not None else None,
+            per_rank=self._per_rank,
             modules=self._state.models,
         )
 
@@ -447,3 +463,14 @@ class _Pending:
             return self.outcome
         log_wait(self.outcome, rank)
         return self.outcome.result() if self.outcome.failure is None else None
+
+
+def _checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
+    """Raises ConfigError for what is not a part that may belong to each rank."""
+    known = ("lr_scheduler", "dataloader", "train_state")
+    if isinstance(names, str) or not set(names) <= set(known):
+        raise ConfigError(
+            f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(known)}; the model and the "
+            "optimizer are shared by all ranks, and random generators are kept for each anyway"
+        )
+    return tuple(names)

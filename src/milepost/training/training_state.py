@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from milepost.config import PARTS, part_of
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.module import ModuleOwner
 from milepost.loading.target import Owner, StatefulOwner, Stored, Target
+from milepost.tensors.state import PER_RANK
 from milepost.tensors.tree import Node, assemble
 from milepost.training.modules import fqn, model_state, parameter_names
 from milepost.training.optimizers import (
@@ -115,6 +117,12 @@ class TrainingState:
         owners["lr_scheduler"] = self._scheduler_owners(stored)
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         owners["train_state"] = [StatefulOwner(self.train_state, ("train_state",))]
+        saved_per_rank = stored.manifest.extra.get(PER_RANK)
+        per_rank = saved_per_rank if isinstance(saved_per_rank, list) else []
+        for part in (
+            part for part in ("lr_scheduler", "dataloader", "train_state") if part in per_rank and part in wanted
+        ):
+            owners[part] = [PerRankOwner(self._owner_of(part), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
         chosen = [owner for part in PARTS if part in wanted for owner in owners[part]]
         return StateLoad(Target(stored), chosen, self.optimizers)
@@ -122,6 +130,17 @@ class TrainingState:
     def loading_weights(self) -> StateLoad:
         """How weights that are read elsewhere are loaded: into the tensors of the target."""
         return StateLoad(Target(None), [module_owner(part) for part in self.models], self.optimizers)
+
+    def _owner_of(self, part: str) -> Any:
+        """The object that a part's state is loaded into."""
+        if part == "lr_scheduler":
+            if len(self.schedulers) != 1:
+                raise StateMismatchError(
+                    f"the checkpoint holds lr_scheduler for each rank, and this run has {len(self.schedulers)} "
+                    "schedulers: give one, or set checkpoint.exclude_from_loading = lr_scheduler"
+                )
+            return self.schedulers[0]
+        return self.dataloader if part == "dataloader" else self.train_state
 
     def _scheduler_owners(self, stored: Stored) -> list[Owner]:
         """Several schedulers have their states by position; before they had, all were given the first one's."""
@@ -176,6 +195,54 @@ class StateLoad:
 def module_owner(part: nn.Module) -> ModuleOwner:
     """A part of the model, its keys at the top level."""
     return ModuleOwner(part, lambda name: (fqn(part, name),))
+
+
+class PerRankOwner:
+    """A part that was saved for each rank. On the same layout each rank gets its own state back.
+
+    On another one the object's ``reshard(states)`` is called with all saved states, in the order of the old ranks, and
+    returns the state for this rank.
+    """
+
+    def __init__(self, stateful: Any, part: str, rank: int, *, same_layout: bool):
+        self._stateful = stateful
+        self._part = part
+        self._rank = rank
+        self._same_layout = same_layout
+        self._nodes: list[Node] = []
+
+    def prepare(self, target: Target) -> None:
+        whole = target.at((self._part,))
+        found = whole if isinstance(whole, Mapping) else {}
+        ranks = sorted(int(name[4:]) for name in found if re.fullmatch(r"rank\d{1,6}", str(name)))
+        if self._same_layout:
+            if self._rank not in ranks:
+                target.want_missing([f"{self._part}.rank{self._rank}"])
+            else:
+                self._nodes = [found[f"rank{self._rank}"]]
+            for rank in ranks:
+                if rank != self._rank:
+                    target.leave(found[f"rank{rank}"])
+        elif callable(getattr(self._stateful, "reshard", None)):
+            self._nodes = [found[f"rank{rank}"] for rank in ranks]
+        else:
+            raise StateMismatchError(
+                f"the checkpoint holds the state of {self._part} for each of {len(ranks)} ranks, and this run has "
+                "other ranks or degrees of parallelism; nothing was changed. Resume on the same ones, give the object "
+                "a method reshard(states) that makes this rank's state of all of them, or set "
+                f"checkpoint.exclude_from_loading = {self._part}: it then begins anew",
+                mismatched=[f"{self._part}: saved for each of {len(ranks)} ranks"],
+            )
+        for node in self._nodes:
+            target.want_node(node)
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """What fits is for the object to say."""
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        states = [assemble(node, values) for node in self._nodes]
+        if states:
+            self._stateful.load_state_dict(states[0] if self._same_layout else self._stateful.reshard(states))
 
 
 class RngOwner:

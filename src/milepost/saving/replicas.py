@@ -1,0 +1,207 @@
+"""What several ranks hold under one key must be the same on all of them, since it is stored once.
+
+Values are compared at every save, by a digest of their encoded bytes; tensors by a sample of their elements when the
+structure of the state is new, and whole when asked to. Ranks that hold the same keys form a group, and of a group only
+one digest travels: which keys differ is asked for when two digests do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from milepost.errors import SaveError, listed
+from milepost.format.box import Box
+from milepost.tensors.layout import TensorLeaf
+from milepost.tensors.plan import LocalLayout
+
+Depth = Literal["values", "sample", "whole"]
+"""What is compared: values alone; tensors too, by a sample; tensors too, by every byte."""
+
+SAMPLE_NUMEL = 256
+"""Elements of a tensor that a sample takes, evenly spaced."""
+MAX_RANKS_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The keys that exactly these ranks hold."""
+
+    ranks: tuple[int, ...]
+    tensors: tuple[tuple[str, Box], ...]
+    objects: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One rank's digests of the keys of one group: of its tensors' boxes, then of its values, in the group's order."""
+
+    tensors: tuple[bytes, ...]
+    objects: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A key under which ranks hold different things: ``camps`` are the ranks that agree with each other."""
+
+    key: str
+    is_tensor: bool
+    camps: tuple[tuple[int, ...], ...]
+
+
+def groups_in_common(layouts: Sequence[LocalLayout]) -> list[Group]:
+    """The groups of two or more ranks that hold something in common. A rank is in as many as it shares keys with."""
+    holders: dict[tuple[str, Box | None], list[int]] = defaultdict(list)
+    for rank, layout in enumerate(layouts):
+        for spec in layout.tensors:
+            for box in dict.fromkeys(spec.boxes):
+                if box.numel:
+                    holders[spec.key, box].append(rank)
+        for key in layout.objects:
+            holders[key, None].append(rank)
+    by_ranks: dict[tuple[int, ...], list[tuple[str, Box | None]]] = defaultdict(list)
+    for held, ranks in holders.items():
+        if len(ranks) > 1:
+            by_ranks[tuple(ranks)].append(held)
+    return [
+        Group(
+            ranks,
+            tuple((key, box) for key, box in held if box is not None),
+            tuple(key for key, box in held if box is None),
+        )
+        for ranks, held in by_ranks.items()
+    ]
+
+
+def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Held:
+    """This rank's digests of what it shares with the others of a group."""
+    return Held(
+        () if depth == "values" else tuple(_tensor_digests(group, tensors, whole=depth == "whole")),
+        tuple(_digest(objects[key]) for key in group.objects),
+    )
+
+
+def summary_of(held: Held) -> bytes:
+    """One digest for all of a group's."""
+    return _digest(b"".join((*held.tensors, b"|", *held.objects)))
+
+
+def _digest(data: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _tensor_digests(group: Group, tensors: Mapping[str, TensorLeaf], *, whole: bool) -> list[bytes]:
+    parts = [_elements(tensors[key], box, whole=whole) for key, box in group.tensors]
+    if not whole:  # small: one copy from each device for all of them
+        parts = _moved_together(parts)
+    return [_digest(part.cpu().numpy().data) for part in parts]
+
+
+def _elements(leaf: TensorLeaf, box: Box, *, whole: bool) -> torch.Tensor:
+    """Some or all elements of a piece, as a flat tensor of bytes, in an order that depends on the shape alone."""
+    view = leaf.view([piece.box for piece in leaf.pieces].index(box)).detach()
+    if not whole and view.numel() > SAMPLE_NUMEL:
+        at = torch.linspace(0, view.numel() - 1, SAMPLE_NUMEL, dtype=torch.float64, device=view.device).long()
+        if view.element_size() == 1:  # `take` knows no 8-bit floats
+            view = view.view(torch.uint8)
+        view = torch.take(view, at)
+    return view.contiguous().view(-1).view(torch.uint8)
+
+
+def _moved_together(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for index, part in enumerate(parts):
+        by_device[part.device].append(index)
+    moved: dict[int, torch.Tensor] = {}
+    for indices in by_device.values():
+        joined = torch.cat([parts[index] for index in indices]).cpu()
+        moved |= zip(indices, joined.split([parts[index].numel() for index in indices]), strict=True)
+    return [moved[index] for index in range(len(parts))]
+
+
+def unlike_groups(groups: Sequence[Group], brought: Sequence[Mapping[int, bytes]]) -> list[int]:
+    """The groups (indices) whose ranks brought different summaries. ``brought`` is by rank."""
+    return [index for index, group in enumerate(groups) if len({brought[rank].get(index) for rank in group.ranks}) > 1]
+
+
+def differences(
+    groups: Sequence[Group], indices: Sequence[int], brought: Sequence[Mapping[int, Held]]
+) -> list[Difference]:
+    """The keys of some groups that differ. ``brought`` is by rank."""
+    found: dict[str, Difference] = {}
+    for index in indices:
+        group = groups[index]
+        held = [brought[rank][index] for rank in group.ranks]
+        columns = [
+            (key, True, [h.tensors[n] for h in held]) for n, (key, _) in enumerate(group.tensors) if held[0].tensors
+        ]
+        columns += [(key, False, [h.objects[n] for h in held]) for n, key in enumerate(group.objects)]
+        for key, is_tensor, digests in columns:
+            camps: dict[bytes, list[int]] = defaultdict(list)
+            for rank, digest in zip(group.ranks, digests, strict=True):
+                camps[digest].append(rank)
+            if len(camps) > 1:
+                found.setdefault(key, Difference(key, is_tensor, tuple(map(tuple, camps.values()))))
+    return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of the differences: stored for each rank, let pass, or refused."""
+
+    per_rank: frozenset[str] = frozenset()
+    """Top-level names whose values are to be stored for each rank."""
+    buffers: tuple[str, ...] = ()
+    """Keys of buffers that differ: the lowest rank's are stored."""
+    error: SaveError | None = None
+
+
+def judge(
+    found: Sequence[Difference],
+    *,
+    per_rank: Collection[str],
+    roots: Mapping[str, str],
+    buffers: Collection[str],
+    hosts: Sequence[str],
+) -> Verdict:
+    """Decide. ``roots`` has the top-level name that each key stood under, ``hosts`` the host of each rank."""
+    own = frozenset(roots[d.key] for d in found if roots.get(d.key) in per_rank)
+    let_pass = tuple(d.key for d in found if d.is_tensor and d.key in buffers)
+    refused = [d for d in found if roots.get(d.key) not in own and d.key not in let_pass]
+    return Verdict(own, let_pass, _refusal(refused, hosts) if refused else None)
+
+
+def _refusal(found: Sequence[Difference], hosts: Sequence[str]) -> SaveError:
+    several_hosts = len(set(hosts)) > 1
+
+    def named(ranks: tuple[int, ...]) -> str:
+        shown = [f"{rank} on {hosts[rank]}" if several_hosts else str(rank) for rank in ranks[:MAX_RANKS_NAMED]]
+        more = f" and {len(ranks) - MAX_RANKS_NAMED} more" if len(ranks) > MAX_RANKS_NAMED else ""
+        return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(shown)}{more}"
+
+    lines = listed([f"{d.key}: {' / '.join(named(camp) for camp in d.camps)}" for d in found])
+    if any(d.is_tensor for d in found):
+        cause = (
+            "Tensors that should be replicas differ: two pipeline stages or models use the same names (give each its "
+            "own), a gradient all-reduce is missing, or a device computes wrongly"
+        )
+    else:
+        cause = (
+            "One value is stored under a key: make it the same on all ranks, declare what belongs to each rank "
+            'with CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own'
+        )
+    text = "\n  ".join(lines)
+    return SaveError(
+        f"ranks hold different values under the same key, nothing was saved:\n  {text}\n{cause}", key=found[0].key
+    )
+
+
+def host_name() -> str:
+    """This rank's host, for messages."""
+    return socket.gethostname()

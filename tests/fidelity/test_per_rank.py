@@ -1,0 +1,218 @@
+"""State that differs by rank: each rank gets its own back, and nothing of one rank is given to another in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import milepost
+from milepost import CheckpointConfig, CheckpointManager, MilepostError
+from milepost.testing.world import run_world
+
+CONFIG: dict[str, Any] = {"enable": True, "interval": 1, "last_save_model_only": False}
+
+
+class Loader:
+    """A loader whose position is its rank's own, as torchdata's ``StatefulDataLoader`` over an iterable data set."""
+
+    def __init__(self, position: int):
+        self.position = position
+        self.buffer = torch.full((3,), float(position))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "buffer": self.buffer, "names": [f"shard-{self.position}"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["names"] == [f"shard-{state['position']}"]  # all of it from one rank
+        self.position, self.buffer = state["position"], state["buffer"]
+
+
+class Resharding(Loader):
+    def reshard(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        least = min(states, key=lambda state: state["position"])
+        return {**least, "position": least["position"], "buffer": torch.tensor([float(len(states))])}
+
+
+class Values:
+    def __init__(self, **values: Any):
+        self.values = values
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = dict(state)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def refused(act: Any) -> str:
+    """The message of the error that ``act`` raises; the same on every rank."""
+    with pytest.raises(MilepostError) as caught:
+        act()
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, caught.value.message)
+    assert len(set(messages)) == 1, messages
+    return caught.value.message
+
+
+def loaders(folder: str, mode: str) -> list[tuple[int, list[float]]]:
+    """Positions are equal at first, differ from the second save on; a new manager resumes."""
+    rank = dist.get_rank()
+    loader = Loader(5)
+    config = CheckpointConfig(**CONFIG, async_mode=mode)
+    with CheckpointManager(folder, config, model=linear(), dataloader=loader) as manager:
+        manager.save(1)
+        loader.position, loader.buffer = 10 + rank, torch.full((3,), 10.0 + rank)
+        manager.save(2)
+        loader.position, loader.buffer = 20 + rank, torch.full((3,), 20.0 + rank)
+        manager.save(3)
+    found = []
+    for step in (1, 2, 3):
+        fresh = Loader(0)
+        config = CheckpointConfig(**CONFIG, load_step=step, load_only=True)
+        with CheckpointManager(folder, config, model=linear(), dataloader=fresh) as manager:
+            manager.load()
+        found.append((fresh.position, fresh.buffer.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_each_rank_gets_its_own_loader_state_back(memory_path: Path, mode: str) -> None:
+    for rank, found in enumerate(run_world(loaders, 2, str(memory_path), mode)):
+        assert found == [(5, [5.0] * 3), (10 + rank, [10.0 + rank] * 3), (20 + rank, [20.0 + rank] * 3)]
+
+
+def save_of_two(folder: str) -> None:
+    with CheckpointManager(
+        folder, CheckpointConfig(**CONFIG), model=linear(), dataloader=Loader(7 - dist.get_rank())
+    ) as m:
+        m.save(1)
+
+
+def resume_on_three(folder: str) -> tuple[str, int, list[float]]:
+    config = CheckpointConfig(**CONFIG, load_only=True)
+    plain, resharding = Loader(1), Resharding(1)
+    with CheckpointManager(folder, config, model=linear(), dataloader=plain) as manager:
+        message = refused(manager.load)
+    assert plain.position == 1
+    with CheckpointManager(folder, config, model=linear(), dataloader=resharding) as manager:
+        manager.load()
+    return message, resharding.position, resharding.buffer.tolist()
+
+
+def test_at_another_number_of_ranks_the_loader_reshards_or_the_load_is_refused(memory_path: Path) -> None:
+    run_world(save_of_two, 2, str(memory_path))
+    for message, position, buffer in run_world(resume_on_three, 3, str(memory_path)):
+        assert "the state of dataloader for each of 2 ranks" in message
+        assert "reshard(states)" in message
+        assert "checkpoint.exclude_from_loading = dataloader" in message
+        assert (position, buffer) == (6, [2.0])
+
+
+def differing(folder: str) -> dict[str, str]:
+    """What must not be stored for one rank alone: every rank hears the same, and nothing is there afterwards."""
+    rank = dist.get_rank()
+    found = {}
+
+    def save(state: dict[str, Any]) -> None:
+        milepost.save(f"{folder}/x", state)
+
+    found["value"] = refused(lambda: save({"a": {"same": 1, "seed": rank}}))
+    found["tensor"] = refused(lambda: save({"same": torch.ones(4), "ema": torch.full((4,), float(rank))}))
+    stage = nn.ModuleDict({"layer0": nn.Linear(300, 300)})  # each stage numbers its layers from 0
+    found["stages"] = refused(lambda: save(dict(stage.state_dict())) if torch.manual_seed(rank) is None else save(
+        {key: value + rank for key, value in stage.state_dict().items()}
+    ))  # fmt: skip
+    manager = CheckpointManager(
+        f"{folder}/run", CheckpointConfig(**CONFIG), model=linear(), train_state=Values(seen=rank % 2)
+    )
+    found["train state"] = refused(lambda: manager.save(1))
+    manager.close()
+    with CheckpointManager(
+        f"{folder}/run",
+        CheckpointConfig(**CONFIG),
+        model=linear(),
+        train_state=Values(seen=rank),
+        per_rank=["train_state"],
+    ) as manager:
+        manager.save(1)
+    fresh = Values(seen=-1)
+    with CheckpointManager(f"{folder}/run", CheckpointConfig(**CONFIG), model=linear(), train_state=fresh) as manager:
+        manager.load()
+    assert fresh.values == {"seen": rank}
+    return found
+
+
+def test_what_differs_otherwise_is_refused_on_every_rank_with_key_and_ranks(memory_path: Path) -> None:
+    found = run_world(differing, 4, str(memory_path))[0]
+    assert "a.seed: rank 0 / rank 1 / rank 2 / rank 3" in found["value"]
+    assert "per_rank" in found["value"]
+    assert "ema: rank 0" in found["tensor"]
+    assert "same" not in found["tensor"].split("Tensors that")[0].replace("the same key", "")
+    assert "layer0.weight" in found["stages"]
+    assert "two pipeline stages" in found["stages"]
+    assert "train_state.seen: ranks 0, 2 / ranks 1, 3" in found["train state"]
+    assert not (memory_path / "x").exists()
+
+
+def batch_norm(folder: str) -> tuple[bool, int]:
+    """Under DDP each rank has its own running mean: rank 0's is stored, and the variance that goes with it."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Linear(64, 1)), broadcast_buffers=False
+    )
+    torch.manual_seed(rank)
+    model(torch.randn(8, 4)).sum().backward()
+    norm = model.module[1]
+    mine = [buffer.clone() for buffer in norm.buffers()]
+    milepost.save(f"{folder}/model", {"model": model})
+    with CheckpointManager(f"{folder}/run", CheckpointConfig(**CONFIG), model=model) as manager:
+        manager.save(1)
+        for buffer in norm.buffers():
+            buffer.zero_()
+        manager.load()
+    dist.broadcast_object_list(box := [mine], src=0)
+    return all(torch.equal(a, b) for a, b in zip(norm.buffers(), box[0], strict=True)), len(mine)
+
+
+def test_buffers_under_data_parallelism_are_all_of_one_rank(memory_path: Path) -> None:
+    assert run_world(batch_norm, 2, str(memory_path)) == [(True, 3), (True, 3)]
+
+
+def drifting(folder: str) -> tuple[str, str]:
+    """One element of a large replica is off: a sample may miss it, a look at all of it does not."""
+    model = nn.Linear(512, 512)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    off = CheckpointConfig(**CONFIG, check_replicas=2)
+    manager = CheckpointManager(folder, off, model=model)
+    manager.save(1)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.weight[77, 3] += 1e-3
+    manager.save(2)  # not one that looks
+    message = refused(lambda: manager.save(3))
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    manager.save(4)
+    manager.close()
+    return message, str(sorted(path.name for path in Path(folder).glob("step-*")))
+
+
+def test_a_replica_that_has_drifted_is_found_when_it_is_looked_for(memory_path: Path) -> None:
+    for message, steps in run_world(drifting, 2, str(memory_path)):
+        assert "weight: rank 0 / rank 1" in message
+        assert "all-reduce" in message
+        assert steps == "['step-1', 'step-2', 'step-4']"
