@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,16 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME
-from milepost.format.manifest import Manifest
+from milepost.interop.hf.config import identity_of
 from milepost.interop.hf.extras import check_config, hf_extras
 from milepost.interop.names.families import META, family_of
+from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.match import Match, match, repeated, tied_fault
-from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import Correspondence, Family, Recipe, correspond
 from milepost.interop.options import ConvertOptions, ConvertReport
 from milepost.interop.weights.boxes import Assembled, Readable, Source, as_bytes, total_nbytes
-from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.open import Weights, open_weights, read_json
 from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.stream import SlabReader
 
@@ -58,18 +60,18 @@ def convert(
                 "of PEFT), save that, and convert the result",
                 path=source.path,
             )
-        name, flavor, args = _model(options, weights.manifest, source.path)
-        family = family_of(name, args)
-        notes = _check_config(source, weights.config, family, args)
-        found = match(source, family, args, source.path)
+        model, settings = _model(options, weights, source.path)
+        family = family_of(model.name, model.sizes)
+        notes = settings + _check_config(source, weights.config, family, model)
+        found = match(source, family, model.sizes, source.path)
         _check_vocabulary(weights.config, found, source.path)
         plan = plan_conversion(found, family, options)
-        sink = _make_sink(dst, options, plan, family, found.args, {"name": name, "flavor": flavor})
+        sink = _make_sink(dst, options, plan, family, replace(model, sizes=found.args))
         checked = _run(source, found, plan, sink, options, progress)
     return ConvertReport(
         path=sink.path,
-        model=name,
-        flavor=flavor,
+        model=model.name,
+        flavor=model.flavor,
         source_kind=source.kind,
         source_names=found.found.scheme.name,
         num_tensors=len(plan.recipes),
@@ -81,26 +83,53 @@ def convert(
     )
 
 
-def _model(options: ConvertOptions, manifest: Manifest | None, path: str) -> tuple[str, str, ModelArgs]:
-    """Name, flavor and sizes, from the options or from what the checkpoint says of itself."""
+def _model(options: ConvertOptions, weights: Weights, path: str) -> tuple[ModelIdentity, tuple[str, ...]]:
+    """The model to convert, and notes: from the options, or from what the source says of itself.
+
+    The settings that weights don't depend on (RoPE, norm, context) are the source's wherever it tells them.
+    """
+    recorded = ModelIdentity.recorded(weights.manifest.extra) if weights.manifest is not None else None
+    own = recorded or (identity_of(weights.config) if weights.config is not None else None)
     name, flavor = options.model, options.flavor
     if name is not None and options.sizes is not None:
-        return name, flavor or "custom", options.sizes
+        return ModelIdentity(name=name, flavor=flavor or CUSTOM, sizes=options.sizes), ()
     if name is None or flavor is None:
-        said = manifest.extra.get("model") if manifest is not None else None
-        if not isinstance(said, Mapping) or not {"name", "flavor"} <= said.keys():
+        if own is None:
             raise ConfigError(f"{path} does not say which model it is: give --model and --flavor")
-        name, flavor = str(said["name"]), str(said["flavor"])
-    return name, flavor, model_args(name, flavor)
+        return own, ()
+    given = ModelIdentity(name=name, flavor=flavor, sizes=model_args(name, flavor))
+    if own is None and options.hf_assets is not None:
+        own = _identity_of_assets(options.hf_assets, given)
+    if own is None:
+        return given, ()
+    if own.name != name:
+        raise ConversionError(f"{path} holds {own}, not {given}", path=path)
+    differences = size_differences(own.sizes, replace(given.sizes, vocab_size=own.sizes.vocab_size))
+    if differences and own.flavor != CUSTOM:
+        raise ConversionError(
+            f"{path} holds {own}, not {given}: {', '.join(differences)}", path=path, problems=differences
+        )
+    sizes, changed = with_settings(given.sizes, own.sizes)
+    notes = (f"of another model than {given} as published: {', '.join(changed)}",) if changed else ()
+    return replace(given, sizes=sizes), notes
 
 
-def _check_config(source: Source, config: Mapping[str, Any] | None, family: Family, args: ModelArgs) -> tuple[str, ...]:
+def _identity_of_assets(folder: Path, given: ModelIdentity) -> ModelIdentity | None:
+    """The model of the folder that lends its config, if it is the given one but for settings."""
+    config = read_json(folder / CONFIG_NAME)
+    found = identity_of(config) if config is not None else None
+    return found if found is not None and found.name == given.name else None
+
+
+def _check_config(
+    source: Source, config: Mapping[str, Any] | None, family: Family, model: ModelIdentity
+) -> tuple[str, ...]:
     """Refuse a Hugging Face source of another model, from its config alone; a note when there is none."""
     if source.kind != "hf":
         return ()
     if config is None:
         return (f"{source.path} has no {CONFIG_NAME}: RoPE and norm settings could not be checked",)
-    check_config(config, family.name, args, f"{source.path}/{CONFIG_NAME}")
+    check_config(config, family.name, model.sizes, f"{source.path}/{CONFIG_NAME}")
     return ()
 
 
@@ -145,14 +174,13 @@ def _make_sink(
     options: ConvertOptions,
     plan: Plan,
     family: Family,
-    args: ModelArgs,
-    model: Mapping[str, str],
+    model: ModelIdentity,
 ) -> Sink:
     if options.to == "dcp":
-        return DcpSink(dst, {"model": dict(model)})
+        return DcpSink(dst, {RECORD: model.record()})
     if options.to == "pt":
         return TorchFileSink(dst)
-    extras = hf_extras(family.name, args, plan.content.tensors, options.hf_assets, options.max_shard_nbytes)
+    extras = hf_extras(family.name, model.sizes, plan.content.tensors, options.hf_assets, options.max_shard_nbytes)
     return HfSink(dst, extras)
 
 

@@ -18,6 +18,7 @@ from milepost.format.box import Box, contiguous_runs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 from milepost.interop.names.families import family_of
+from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import correspond, key_faults
 from milepost.interop.options import OWN
@@ -90,8 +91,9 @@ def plan_resume(
 ) -> ResumePlan:
     """Plan a resume of ``manifest`` under ``degrees``.
 
-    With ``model`` and ``flavor`` the stored keys and shapes are held against the model's; without, against each
-    other: every layer must have what any layer has, and every parameter the optimizer state that any has.
+    With ``model`` and ``flavor``, or those that the step records, the stored keys and shapes are held against the
+    model's; without, against each other: every layer must have what any layer has, and every parameter the optimizer
+    state that any has.
 
     Raises:
         ConfigError: only one of ``model`` and ``flavor`` is given, or there is no such model.
@@ -99,6 +101,9 @@ def plan_resume(
     if (model is None) != (flavor is None):
         raise ConfigError("--model and --flavor go together")
     args = model_args(model, flavor) if model is not None and flavor is not None else None
+    recorded = ModelIdentity.recorded(manifest.extra)
+    if args is None and recorded is not None:
+        model, args = recorded.name, recorded.sizes
     faults = _Faults(manifest, model or "", args)
     same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
     notes = []

@@ -8,6 +8,7 @@ Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in 
     tokenizer  text -> token ids
     corpus     text files -> one array of token ids on disk
     data       global sample index -> sequence of tokens; what a data-parallel rank reads at each step
+    sizes      the sizes and settings of the model that the run starts from
     models     the architectures; parallel: how they are spread over the ranks
     optim      optimizers and the course of the learning rate
     metrics    the log line and TensorBoard

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from milepost import CheckpointConfig, CheckpointManager, HfModel
-from milepost.collective.comm import default_comm, failure_on, raise_together
+from milepost.collective.comm import default_comm, failure_on, on_rank_0, raise_together
 from milepost.errors import ConfigError, MilepostError
 from milepost.loading.load import LoadReport
 from milepost.parallelism.degrees import Degrees
@@ -26,11 +26,12 @@ from milepost.train.config import TrainConfig
 from milepost.train.corpus import Corpus, load_corpus
 from milepost.train.data import DataLoader
 from milepost.train.metrics import Meter, StepFigures
-from milepost.train.models import ModelArgs, build_model, model_args
+from milepost.train.models import ModelArgs, make_model
 from milepost.train.optim import LRSchedule, build_optimizers
 from milepost.train.options import to_toml
 from milepost.train.parallel import Meshes, ParallelModel, parallelize
 from milepost.train.process import accept_save_requests, write_line
+from milepost.train.sizes import flavor_sizes, settled_sizes
 from milepost.train.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger("milepost.train")
@@ -98,7 +99,8 @@ class Trainer:
 
         tokenizer = build_tokenizer(config.model.hf_assets_path)
         self.data = self._build_data(tokenizer, meshes)
-        self.model = self._build_model(tokenizer, meshes)
+        sizes = self._settle_sizes(tokenizer)
+        self.model = self._build_model(sizes, meshes)
         self.optimizers = build_optimizers(self.model.parts, config.optimizer)
         self.lr_schedule = LRSchedule(
             self.optimizers, lr=config.optimizer.lr, num_steps=config.training.steps, config=config.lr_scheduler
@@ -118,7 +120,12 @@ class Trainer:
             dataloader=self.data,
             train_state=self.state,
             layout=degrees.as_dict(),
-            hf=HfModel(name=config.model.name, args=self._sizes(tokenizer), assets=config.model.hf_assets_path),
+            hf=HfModel(
+                name=config.model.name,
+                flavor=config.model.flavor,
+                args=sizes,
+                assets=config.model.hf_assets_path,
+            ),
         )
         self.tokens_per_step = self.data.global_batch_size * config.training.seq_len
         self.meter = Meter(
@@ -282,24 +289,19 @@ class Trainer:
         raise_together(default_comm(), failure)
         return load()
 
-    def _sizes(self, tokenizer: Tokenizer) -> ModelArgs:
-        """The flavor's sizes, with as many tokens as the tokenizer needs."""
-        model = self.config.model
-        published = model_args(model.name, model.flavor).vocab_size
-        # A published size has room for more tokens than its tokenizer has; bytes need 256 whatever the model.
-        vocab_size = tokenizer.vocab_size if tokenizer.name == "bytes" else max(published, tokenizer.vocab_size)
-        return model_args(model.name, model.flavor, vocab_size=vocab_size)
+    def _settle_sizes(self, tokenizer: Tokenizer) -> ModelArgs:
+        """The model's sizes and settings; rank 0 looks where the run starts from."""
+        sizes = flavor_sizes(self.config, tokenizer)
+        sizes, note = on_rank_0(default_comm(), partial(settled_sizes, self.config, sizes))
+        if note is not None:
+            log.info(note)
+        return sizes
 
-    def _build_model(self, tokenizer: Tokenizer, meshes: Meshes) -> ParallelModel:
+    def _build_model(self, sizes: ModelArgs, meshes: Meshes) -> ParallelModel:
         """The model with its initial weights, spread over the ranks. It begins on the meta device, never whole."""
         config = self.config
         with torch.device("meta"):
-            whole = build_model(
-                config.model.name,
-                config.model.flavor,
-                vocab_size=self._sizes(tokenizer).vocab_size,
-                seq_len=config.training.seq_len,
-            )
+            whole = make_model(config.model.name, sizes, config.training.seq_len)
         num_parameters = sum(p.numel() for p in whole.parameters())
         model = parallelize(whole, meshes, config.training, config.parallelism, config.activation_checkpoint)
         model.init_weights(config.training.seed)

@@ -370,7 +370,12 @@ class CheckpointManager:
         return SaveRequest(
             target=join(self._folder, catalog.step_name(step)),
             make_state=partial(self._state.state_dict, ("model",) if model_only else self._state.present()),
-            info=SaveInfo(step=step, kind="model" if model_only else "full", layout=self._layout),
+            info=SaveInfo(
+                step=step,
+                kind="model" if model_only else "full",
+                layout=self._layout,
+                extra=self._format.record() if self._format is not None else {},
+            ),
             dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
             keep=Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected)),
             make_form=self._format.form_of if in_other_format and self._format is not None else None,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig, part_of
@@ -40,6 +40,16 @@ class WeightsFormat(Protocol):
 
         Raises:
             ConversionError: such tensors can't be stored in this format.
+        """
+
+    def record(self) -> Mapping[str, Any]:
+        """What each step is to record of the model, in its manifest's ``extra``."""
+
+    def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
+        """Notes on the step at ``path`` that has recorded ``extra``.
+
+        Raises:
+            StateMismatchError: it is of another model.
         """
 
     def load(self, path: str, leaves: Mapping[str, TensorLeaf], *, num_threads: int, logs_progress: bool) -> LoadReport:
@@ -185,11 +195,12 @@ class Loader:
                 return self._load_weights(choice)
             into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout)
             storage, path = (self._storage, choice.path) if choice.step is not None else open_storage(choice.path)
+            model_notes: list[str] = []
             try:
                 report = load_from(
                     storage,
                     path,
-                    partial(self._make_target, into),
+                    partial(self._make_target, into, join(storage.root, path), model_notes),
                     check=into.check,
                     strict=True,
                     comm=self._comm,
@@ -203,15 +214,17 @@ class Loader:
                     rejected[choice.step] = error.message
                 # Else it was replaced while it was read: look again.
                 continue
-            notes = [*choice.notes, *self._restore(into)]
+            notes = [*choice.notes, *dict.fromkeys(model_notes), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes))
 
     def _wanted(self, choice: Choice) -> tuple[str, ...]:
         parts = ("model",) if choice.model_only else self._state.present()
         return tuple(part for part in parts if part not in self._config.exclude_from_loading)
 
-    def _make_target(self, into: _Into, manifest: Manifest) -> Target:
+    def _make_target(self, into: _Into, path: str, notes: list[str], manifest: Manifest) -> Target:
         self._reading = manifest.save_id
+        if self._format is not None and into.wants_model:
+            notes += self._format.check_record(manifest.extra, path)
         return into.prepare(manifest)
 
     def _restore(self, into: _Into) -> list[str]:
@@ -287,6 +300,10 @@ class _Into:
         self._world_size = world_size
         self._layout = layout
         self._load: StateLoad | None = None
+
+    @property
+    def wants_model(self) -> bool:
+        return "model" in self._wanted
 
     def prepare(self, manifest: Manifest) -> Target:
         """What to read into; the live objects are not changed."""

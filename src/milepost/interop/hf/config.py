@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
+from milepost.interop.names.identity import ModelIdentity, are_possible, flavor_of
 from milepost.interop.names.model_sizes import ModelArgs, RopeScaling
 
 _ABSENT = object()
@@ -183,3 +186,55 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if name in changed:
             changed[name] = dtype
     return changed if {"dtype", "torch_dtype"} & changed.keys() else changed | {"torch_dtype": dtype}
+
+
+def identity_of(config: Mapping[str, Any]) -> ModelIdentity | None:
+    """The model that a ``config.json`` describes, in our words; None if it is of a kind that we don't know.
+
+    What we have no word for (``hidden_act``, biases, other scalings of RoPE) is left to :func:`config_faults`.
+    """
+    family = next((name for name, (kind, _) in _ARCHITECTURES.items() if kind == config.get("model_type")), None)
+    if family is None:
+        return None
+    name = family.removesuffix("_moe")
+    theta, scaling = _rope(config)
+    heads, dim = config.get("num_attention_heads"), config.get("hidden_size")
+    default_head_dim = dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else None
+    said = {
+        "dim": dim,
+        "n_layers": config.get("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": config.get("num_key_value_heads", heads),
+        "head_dim": config.get("head_dim") or default_head_dim,
+        "hidden_dim": config.get("intermediate_size"),
+        "vocab_size": config.get("vocab_size"),
+        "max_seq_len": config.get("max_position_embeddings", 2048),
+        "rope_theta": theta,
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tied_embeddings": config.get("tie_word_embeddings", False),
+        "rope_scaling": _scaling_sizes(scaling),
+        "moe": None,
+    }
+    if family == "qwen3_moe":
+        said["moe"] = {
+            "num_experts": config.get("num_experts", config.get("num_local_experts")),
+            "top_k": config.get("num_experts_per_tok", 8),
+            "hidden_dim": config.get("moe_intermediate_size"),
+        }
+    try:
+        sizes = msgspec.convert(said, ModelArgs)
+    except msgspec.ValidationError:
+        return None
+    return ModelIdentity(name=name, flavor=flavor_of(name, sizes), sizes=sizes) if are_possible(sizes) else None
+
+
+def _scaling_sizes(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Llama 3.1's scaling in our words; None for none and for kinds that we don't have."""
+    if scaling is None or scaling.get("rope_type") != "llama3":
+        return None
+    return {
+        "factor": scaling.get("factor"),
+        "low_freq_factor": scaling.get("low_freq_factor"),
+        "high_freq_factor": scaling.get("high_freq_factor"),
+        "original_seq_len": scaling.get("original_max_position_embeddings"),
+    }

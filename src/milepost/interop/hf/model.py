@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, StateMismatchError
 from milepost.interop.hf.form import HfForm
 from milepost.interop.hf.load import load_hf
 from milepost.interop.hf.save import HfTarget, plan_image
+from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.loading.load import LoadReport
 from milepost.tensors.layout import TensorLeaf
@@ -26,6 +28,38 @@ class HfModel:
     name: str
     args: ModelArgs
     assets: str = ""
+    flavor: str = CUSTOM
+    """The name of these sizes, as it is recorded and shown."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model by name, flavor and sizes."""
+        return ModelIdentity(name=self.name, flavor=self.flavor, sizes=self.args)
+
+    def record(self) -> Mapping[str, Any]:
+        """What each step records, so that it can be converted and exported without being told the model."""
+        return {RECORD: self.identity.record()}
+
+    def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
+        """Notes on a step of this model that was saved with other settings; none if the step does not say.
+
+        Raises:
+            StateMismatchError: the step at ``path`` says that it is of another model, or of other sizes.
+        """
+        saved, here = ModelIdentity.recorded(extra), self.identity
+        if saved is None:
+            return []
+        differences = size_differences(saved.sizes, here.sizes)
+        if saved.name != here.name or differences:
+            what = "" if saved.name != here.name else f" ({', '.join(differences)})"
+            raise StateMismatchError(
+                f"{path} holds {saved}, but this run trains {here}{what}: choose the model that was saved, or another "
+                "folder for the checkpoints of this one",
+                path=path,
+                mismatched=differences,
+            )
+        _, changed = with_settings(here.sizes, saved.sizes)
+        return [f"it was saved with {', '.join(changed)}, which this run does not use"] if changed else []
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
         """How a save of tensors of these keys and dtypes, all ranks' together, is written.

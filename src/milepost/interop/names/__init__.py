@@ -4,6 +4,7 @@ In reading order::
 
     rules        one rule: pattern <-> pattern, and the tensor operation with its inverse
     model_sizes  the sizes of a model
+    identity     which model a checkpoint is of, as it is recorded
     llama3, qwen3, qwen3_moe, torchtitan  the tables
     families     all of them by name
     match        which table fits which keys

@@ -1,7 +1,8 @@
 """The sizes of every model that Milepost trains and converts: plain tables, read without torch.
 
 Sources: the ``params.json`` / ``config.json`` files published with Llama 3.1, Llama 3.2 and Qwen 3.
-The debug flavors are ours; Llama's has the shape of torchtitan's, so that checkpoints of the two can be exchanged.
+The debug flavors are ours; Llama's has the shape and the RoPE of torchtitan's, so that checkpoints of the two can be
+exchanged.
 """
 
 from __future__ import annotations
@@ -117,8 +118,11 @@ _DEBUG = ModelArgs(
     max_seq_len=2048,
     rope_theta=500_000.0,
     norm_eps=1e-5,
+    rope_scaling=RopeScaling(factor=8.0),
 )
-_QWEN_DEBUG = replace(_DEBUG, n_heads=8, n_kv_heads=4, head_dim=32, rope_theta=1_000_000.0, norm_eps=1e-6)
+_QWEN_DEBUG = replace(
+    _DEBUG, n_heads=8, n_kv_heads=4, head_dim=32, rope_theta=1_000_000.0, norm_eps=1e-6, rope_scaling=None
+)
 
 _LLAMA3 = {
     "debugmodel": _DEBUG,

@@ -12,7 +12,7 @@ from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, model_arg
 if TYPE_CHECKING:
     from milepost.train.models.decoder import Decoder
 
-__all__ = ["MODEL_NAMES", "ModelArgs", "build_model", "model_args", "model_flavors"]
+__all__ = ["MODEL_NAMES", "ModelArgs", "build_model", "make_model", "model_args", "model_flavors"]
 
 
 def build_model(name: str, flavor: str, *, vocab_size: int | None, seq_len: int) -> Decoder:
@@ -23,9 +23,13 @@ def build_model(name: str, flavor: str, *, vocab_size: int | None, seq_len: int)
     Raises:
         ConfigError: no such model or flavor.
     """
+    return make_model(name, model_args(name, flavor, vocab_size=vocab_size), seq_len)
+
+
+def make_model(name: str, sizes: ModelArgs, seq_len: int) -> Decoder:
+    """Model ``name`` (one of ``MODEL_NAMES``) in ``sizes``, on torch's current default device."""
     from milepost.train.models.llama3 import Llama3
     from milepost.train.models.qwen3 import Qwen3
 
-    args = model_args(name, flavor, vocab_size=vocab_size)
     classes: dict[str, type[Decoder]] = {"llama3": Llama3, "qwen3": Qwen3}
-    return classes[name](args, seq_len)
+    return classes[name](sizes, seq_len)

@@ -1,0 +1,116 @@
+"""Which model a checkpoint is of: name, flavor and all sizes, as its manifest records them. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import msgspec
+
+from milepost.errors import ConfigError
+from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, model_args, model_flavors
+
+RECORD = "model"
+"""Name of the record in a manifest's ``extra``."""
+
+CUSTOM = "custom"
+"""The flavor of sizes that none of the known flavors has."""
+
+_MAX_SIZE = 1 << 31
+_MAX_COUNT = 1 << 14
+"""Of layers and experts: tables are made of them, so a hostile record must not ask for billions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """A model by name and flavor, with the sizes and settings that it was really built with."""
+
+    name: str
+    flavor: str
+    sizes: ModelArgs
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.flavor}"
+
+    def record(self) -> dict[str, Any]:
+        """As it goes into a manifest's ``extra``."""
+        return {"name": self.name, "flavor": self.flavor, "sizes": asdict(self.sizes)}
+
+    @classmethod
+    def recorded(cls, extra: Mapping[str, Any]) -> ModelIdentity | None:
+        """What a manifest's ``extra`` says; None if it says nothing, or nothing that makes sense."""
+        said = extra.get(RECORD)
+        if not isinstance(said, Mapping):
+            return None
+        name, flavor = said.get("name"), said.get("flavor")
+        if name not in MODEL_NAMES or not isinstance(flavor, str):
+            return None
+        try:
+            sizes = msgspec.convert(said["sizes"], ModelArgs) if "sizes" in said else model_args(name, flavor)
+        except (ConfigError, msgspec.ValidationError):
+            return None
+        return cls(name=name, flavor=flavor, sizes=sizes) if are_possible(sizes) else None
+
+
+def are_possible(sizes: ModelArgs) -> bool:
+    """Whether all numbers are positive and none is absurd."""
+    numbers = [sizes.dim, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.hidden_dim, sizes.vocab_size]
+    counts, settings = [sizes.n_layers], [sizes.rope_theta, sizes.norm_eps]
+    if sizes.moe is not None:
+        numbers.append(sizes.moe.hidden_dim)
+        counts += [sizes.moe.num_experts, sizes.moe.top_k]
+    if sizes.rope_scaling is not None:
+        scaling = sizes.rope_scaling
+        numbers.append(scaling.original_seq_len)
+        settings += [scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor]
+    return (
+        all(0 < number < _MAX_SIZE for number in (*numbers, sizes.max_seq_len))
+        and all(0 < count < _MAX_COUNT for count in counts)
+        and all(math.isfinite(setting) and setting > 0 for setting in settings)
+    )
+
+
+_WEIGHTS_DEPEND_ON = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "hidden_dim",
+    "vocab_size",
+    "tied_embeddings",
+)
+
+
+def size_differences(found: ModelArgs, expected: ModelArgs) -> list[str]:
+    """What the weights depend on and is not the same, such as ``n_layers 32 instead of 16``."""
+    pairs = [(name, getattr(found, name), getattr(expected, name)) for name in _WEIGHTS_DEPEND_ON]
+    if found.moe is not None and expected.moe is not None:
+        pairs = [pair for pair in pairs if pair[0] != "hidden_dim"]
+        pairs.append(("num_experts", found.moe.num_experts, expected.moe.num_experts))
+        pairs.append(("expert hidden_dim", found.moe.hidden_dim, expected.moe.hidden_dim))
+    elif found.moe is not expected.moe:
+        pairs.append(("experts", found.moe and found.moe.num_experts, expected.moe and expected.moe.num_experts))
+    return [f"{name} {one} instead of {other}" for name, one, other in pairs if one != other]
+
+
+def flavor_of(name: str, sizes: ModelArgs) -> str:
+    """The flavor whose weights have these sizes, whatever the vocabulary; ``custom`` if there is none."""
+    for flavor in model_flavors(name):
+        if not size_differences(replace(model_args(name, flavor), vocab_size=sizes.vocab_size), sizes):
+            return flavor
+    return CUSTOM
+
+
+def with_settings(sizes: ModelArgs, of: ModelArgs) -> tuple[ModelArgs, list[str]]:
+    """``sizes`` with what weights don't depend on (RoPE, norm, context) as another model has it, and what changed."""
+    names = ("rope_theta", "rope_scaling", "norm_eps", "max_seq_len")
+    changed = {name: getattr(of, name) for name in names if getattr(of, name) != getattr(sizes, name)}
+    words = [f"{name} {_shown(value)} instead of {_shown(getattr(sizes, name))}" for name, value in changed.items()]
+    return replace(sizes, **changed), words
+
+
+def _shown(value: Any) -> str:
+    return f"by {value.factor:g} from {value.original_seq_len}" if hasattr(value, "factor") else str(value or "none")

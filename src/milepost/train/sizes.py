@@ -1,0 +1,113 @@
+"""The sizes and settings that a run's model is built with: the flavor's, as the weights that it starts from have them.
+
+RoPE, norms and context length are no part of the weights, yet weights are worth nothing under others. So they come
+from what the run resumes or starts from wherever that tells them; the flavor's published values are for a fresh start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from milepost.errors import ConfigError, MilepostError
+from milepost.format.huggingface import CONFIG_NAME
+from milepost.interop.hf.config import config_faults, identity_of
+from milepost.interop.names.families import family_of
+from milepost.interop.names.identity import ModelIdentity, size_differences, with_settings
+from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.weights.open import read_json
+from milepost.run import catalog
+from milepost.storage import open_storage
+from milepost.storage.base import join
+from milepost.train.config import TrainConfig
+from milepost.train.tokenizer import Tokenizer
+
+
+def flavor_sizes(config: TrainConfig, tokenizer: Tokenizer) -> ModelArgs:
+    """The flavor's published sizes, with as many tokens as the tokenizer needs."""
+    model = config.model
+    published = model_args(model.name, model.flavor).vocab_size
+    # A published size has room for more tokens than its tokenizer has; bytes need 256 whatever the model.
+    vocab_size = tokenizer.vocab_size if tokenizer.name == "bytes" else max(published, tokenizer.vocab_size)
+    return model_args(model.name, model.flavor, vocab_size=vocab_size)
+
+
+def settled_sizes(config: TrainConfig, sizes: ModelArgs) -> tuple[ModelArgs, str | None]:
+    """``sizes`` with the settings of what the run starts from, and a line for the log if they are others. Reads files.
+
+    What is of another model is left for the load to refuse.
+
+    Raises:
+        ConfigError: the last save is to be written with the config of another model.
+    """
+    note = None
+    for place, found in _origins(config):
+        if found is None or found.name != config.model.name:
+            continue
+        if size_differences(replace(found.sizes, vocab_size=sizes.vocab_size), sizes):
+            continue
+        sizes, changed = with_settings(sizes, found.sizes)
+        if changed:
+            flavor = config.model.flavor
+            note = f"model settings are those of {place}, not of {flavor} as published: {', '.join(changed)}"
+        break
+    _check_assets(config, sizes)
+    return sizes, note
+
+
+def _origins(config: TrainConfig) -> Iterator[tuple[str, ModelIdentity | None]]:
+    """Where a run may start from, most binding first, and the model there as far as it is told."""
+    checkpoint, assets = config.checkpoint, config.model.hf_assets_path
+    if checkpoint.enable:
+        yield _of_run(config.checkpoint_folder(), checkpoint.load_step)
+        if checkpoint.initial_load_in_hf:
+            yield _of_folder(checkpoint.initial_load_path or assets)
+        elif checkpoint.initial_load_path:
+            yield _of_step(checkpoint.initial_load_path)
+    if assets:
+        yield _of_folder(assets)
+
+
+def _of_run(folder: str, load_step: int) -> tuple[str, ModelIdentity | None]:
+    try:
+        storage, name = open_storage(folder)
+        usable = [entry for entry in catalog.scan(storage, name) if entry.is_usable]
+    except MilepostError:
+        return folder, None
+    steps = [entry for entry in usable if load_step in (-1, entry.step)]
+    chosen = catalog.newest(steps) or catalog.newest(steps, ("model", "state"))
+    return (folder, None) if chosen is None else _of_step(join(folder, catalog.step_name(chosen.step)))
+
+
+def _of_step(path: str) -> tuple[str, ModelIdentity | None]:
+    try:
+        return path, ModelIdentity.recorded(catalog.read_manifest(*open_storage(path)).extra)
+    except MilepostError:  # the load says what is wrong
+        return path, None
+
+
+def _of_folder(folder: str) -> tuple[str, ModelIdentity | None]:
+    path = Path(folder) / CONFIG_NAME
+    try:
+        config = read_json(path)
+    except MilepostError:
+        return str(path), None
+    return str(path), identity_of(config) if config is not None else None
+
+
+def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
+    """Refuse at the start what would fail at the last save, when training is done."""
+    checkpoint, assets = config.checkpoint, config.model.hf_assets_path
+    if not (checkpoint.enable and checkpoint.last_save_in_hf and assets):
+        return
+    path = Path(assets) / CONFIG_NAME
+    described = read_json(path)
+    if described is not None:
+        faults = config_faults(
+            described | {"vocab_size": sizes.vocab_size}, family_of(config.model.name, sizes).name, sizes
+        )
+        if faults:
+            raise ConfigError(
+                [f"checkpoint.last_save_in_hf: {path} is of another model than this run: {fault}" for fault in faults]
+            )
