@@ -29,7 +29,7 @@ from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import Correspondence, Family, Recipe, correspond
 from milepost.interop.options import ConvertOptions, ConvertReport
 from milepost.interop.weights.boxes import Assembled, Readable, Source, as_bytes, total_nbytes
-from milepost.interop.weights.open import Weights, open_weights, read_json
+from milepost.interop.weights.open import Weights, open_weights, read_config
 from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.stream import SlabReader
 
@@ -92,12 +92,13 @@ def _model(options: ConvertOptions, weights: Weights, path: str) -> tuple[ModelI
     own = recorded or (identity_of(weights.config) if weights.config is not None else None)
     name, flavor = options.model, options.flavor
     if name is not None and options.sizes is not None:
-        return ModelIdentity(name=name, flavor=flavor or CUSTOM, sizes=options.sizes), ()
-    if name is None or flavor is None:
-        if own is None:
-            raise ConfigError(f"{path} does not say which model it is: give --model and --flavor")
+        given = ModelIdentity(name=name, flavor=flavor or CUSTOM, sizes=options.sizes)
+    elif name is not None and flavor is not None:
+        given = ModelIdentity(name=name, flavor=flavor, sizes=model_args(name, flavor))
+    elif own is None:
+        raise ConfigError(f"{path} does not say which model it is: give --model and --flavor")
+    else:
         return own, ()
-    given = ModelIdentity(name=name, flavor=flavor, sizes=model_args(name, flavor))
     if own is None and options.hf_assets is not None:
         own = _identity_of_assets(options.hf_assets, given)
     if own is None:
@@ -116,7 +117,7 @@ def _model(options: ConvertOptions, weights: Weights, path: str) -> tuple[ModelI
 
 def _identity_of_assets(folder: Path, given: ModelIdentity) -> ModelIdentity | None:
     """The model of the folder that lends its config, if it is the given one but for settings."""
-    config = read_json(folder / CONFIG_NAME)
+    config = read_config(folder)
     found = identity_of(config) if config is not None else None
     return found if found is not None and found.name == given.name else None
 

@@ -42,6 +42,7 @@ def save_arrays(
     kind: str = "full",
     num_ranks: int = 1,
     now: float = 0.0,
+    extra: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Save ``arrays`` as ``num_ranks`` ranks would that shard them along their first dim, through the whole protocol.
 
@@ -64,7 +65,7 @@ def save_arrays(
         storage.sync_folder(data_folder(attempt))
         sign_off(storage, attempt, SignOff(rank, save_id, files))
     signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
-    return publish(storage, attempt, path, signed, SaveInfo(step=step, kind=kind), now=now)
+    return publish(storage, attempt, path, signed, SaveInfo(step=step, kind=kind, extra=extra or {}), now=now)
 
 
 def _spec(key: str, array: Array, rank: int, num_ranks: int) -> TensorSpec:

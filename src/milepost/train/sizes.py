@@ -16,7 +16,7 @@ from milepost.interop.hf.config import config_faults, identity_of
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity, size_differences, with_settings
 from milepost.interop.names.model_sizes import ModelArgs, model_args
-from milepost.interop.weights.open import read_json
+from milepost.interop.weights.open import read_config
 from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import join
@@ -90,7 +90,7 @@ def _of_step(path: str) -> tuple[str, ModelIdentity | None]:
 def _of_folder(folder: str) -> tuple[str, ModelIdentity | None]:
     path = Path(folder) / CONFIG_NAME
     try:
-        config = read_json(path)
+        config = read_config(path.parent)
     except MilepostError:
         return str(path), None
     return str(path), identity_of(config) if config is not None else None
@@ -102,7 +102,7 @@ def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
     if not (checkpoint.enable and checkpoint.last_save_in_hf and assets):
         return
     path = Path(assets) / CONFIG_NAME
-    described = read_json(path)
+    described = read_config(path.parent)
     if described is not None:
         faults = config_faults(
             described | {"vocab_size": sizes.vocab_size}, family_of(config.model.name, sizes).name, sizes

@@ -116,12 +116,13 @@ def _open_hf(folder: Path, names: set[str]) -> Weights:
         stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (stretch,))
     with ExitStack() as stack:
         handles = [stack.enter_context(open_linked(storage, name, anywhere=True)) for name in position]
-        config = _read_config(folder)
+        config = read_config(folder)
         stack.pop_all()
     return Weights(Source(str(folder), "hf", handles, stored), config=config, is_adapter=is_adapter(names))
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of a Hugging Face folder; None where there is none. Raises FormatError for anything else."""
     path = folder / CONFIG_NAME
     if not os.path.lexists(path):
         return None
