@@ -269,7 +269,7 @@ commit.publish = publish
 
 
 def test_a_writer_that_dies_after_the_commit_has_lost_nothing(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
-    boot = writer_link._BOOT.replace("; from milepost", f"; exec({KILLED_AFTER_THE_COMMIT!r}); from milepost", 1)
+    boot = writer_link._BOOT.replace("from milepost", KILLED_AFTER_THE_COMMIT + "from milepost", 1)
     monkeypatch.setattr(writer_link, "_BOOT", boot)
     with manager_of(tmp_path / "run", "async_with_pinned_mem") as manager:
         manager.save(1)

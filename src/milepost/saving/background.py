@@ -201,6 +201,8 @@ def finish_saves(grace_s: float = GRACE_S) -> None:
     for save in list(_running):
         ended = threading.Event()
         save.when_done(ended.set)
+        if not save.done():
+            log.info("finishing the save of %s, which was staged, before this process ends", save.path)
         written, deadline = save.progress, time.monotonic() + grace_s
         while not ended.wait(0.5) and time.monotonic() < deadline:
             if save.progress != written:

@@ -79,7 +79,7 @@ class Saver:
         agreed = self._agreement.agree(request)
         prepared, job = agreed.prepared, agreed.job
         planned = time.monotonic()
-        watch = _Watch(self._comm, job, f"{self._storage.root}/{job.target}")
+        watch = _Foreground(self._comm, job, f"{self._storage.root}/{job.target}")
         failure = None
         try:
             with watched(watch.doing):
@@ -89,7 +89,7 @@ class Saver:
         self._exchange(watch, failure)
         return SaveReport.of(watch.where, job, result, plan_s=planned - started, reused_plan=agreed.reused_plan)
 
-    def _exchange(self, watch: _Watch, failure: MilepostError | None) -> None:
+    def _exchange(self, watch: _Foreground, failure: MilepostError | None) -> None:
         """Return if no rank has failed, else raise on all of them. Collective."""
         if failure is not None:
             watch.notice.post(failure)  # rank 0 may wait for a record that this rank's storage refused
@@ -104,7 +104,7 @@ class Saver:
             raise
 
 
-class _Watch(JobMonitor):
+class _Foreground(JobMonitor):
     """Logs how far a save is that training waits for, and ends it when another rank has failed."""
 
     def __init__(self, comm: Comm, job: SaveJob, where: str):

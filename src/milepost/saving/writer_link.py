@@ -37,7 +37,13 @@ RELAY_S = 1.0
 LEAVE_S = 20.0
 """How long a writer process without work may take to leave before it is killed."""
 
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from milepost.saving.writer_process import start; start()"
+_BOOT = """\
+import os, sys
+sys.path.append(sys.argv[1])
+from milepost.saving.writer_process import prepare, serve
+serve(*prepare())
+os._exit(0)
+"""
 """``-P`` keeps the working directory off the path: a ``json.py`` there must not become a module of the writer's."""
 
 

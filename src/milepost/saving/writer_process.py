@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import logging
 import mmap
-import os
 import sys
 import threading
 import time
@@ -55,13 +54,12 @@ NO_PLAN = WritePlan(0, "", (), (), 0)
 """Stands in a request for the plan that the writer process has already."""
 
 
-def start() -> None:
-    """Be the writer process: ``... <connection fd> <arena fd>`` are the last arguments."""
+def prepare() -> tuple[Connection, int]:
+    """Become a writer process, whose last arguments are ``<connection fd> <arena fd>``; both, for :func:`serve`."""
     faulthandler.enable()
     logging.captureWarnings(True)
     logging.getLogger("milepost").setLevel(logging.INFO)
-    serve(Connection(int(sys.argv[-2])), int(sys.argv[-1]))
-    os._exit(0)
+    return Connection(int(sys.argv[-2])), int(sys.argv[-1])
 
 
 def serve(connection: Connection, arena_fd: int) -> None:
