@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +196,36 @@ def test_a_step_that_a_load_has_marked_is_exported_when_it_is_named(
     catalog.mark_damaged(storage, "run/step-2", "bytes 0 to 9 of 'x' changed", now=1.0)
     assert step_to_export("run", None).endswith("step-1")
     assert step_to_export("run", 2).endswith("step-2")
+
+
+def test_the_keys_can_be_had_alone(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert output(capsys, "inspect", "run/step-1", "--keys")[1].split() == [
+        "b",
+        "train_state.loss",
+        "train_state.step",
+        "w",
+    ]
+    assert output(capsys, "inspect", "hf", "--keys", "--tensors", "w*")[1] == "w\n"
+
+
+def test_a_shell_completes_models_flavors_and_keys(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = output(capsys, "completion", "bash")[1]
+    (tmp_path / "milepost").write_text(f'#!/bin/sh\nexec {sys.executable} -m milepost "$@"\n')
+    (tmp_path / "milepost").chmod(0o755)
+    lines = [script]
+    for words in ("convert a b --model ''", "convert a b --flavor 30", "show run/step-1 train_state.l", "ls --js"):
+        parts = words.split()
+        lines.append(f"COMP_WORDS=(milepost {words}); COMP_CWORD={len(parts)}; COMPREPLY=()")
+        lines.append('_shtab_milepost; echo "${COMPREPLY[@]}"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "--norc"],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.stdout.splitlines() == ["llama3 qwen3", "30B-A3B", "train_state.loss", "--json"], done.stderr

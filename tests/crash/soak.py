@@ -31,9 +31,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 import milepost
 from milepost.report.diff import diff
-from milepost.report.resume_test import children, kill_tree
+from milepost.report.resume_test import kill_tree
 from milepost.run import catalog
 from milepost.run.lock import LOCK_NAME
 from milepost.storage import open_storage
@@ -310,6 +312,10 @@ _SIGNS = {
     "retention": re.escape(catalog.DELETING_PREFIX),
 }
 """By what name in the folder a moment is known."""
+
+
+def children(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def _is_writer(pid: int) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from milepost.errors import ConfigError, StorageError
 from milepost.storage import LocalStorage, open_storage, syscalls, write_back
 from milepost.storage.base import ReadHandle, format_nbytes
+from milepost.storage.local import storage_error
 from milepost.testing.storage_suite import StorageSuite
 
 
@@ -192,7 +194,7 @@ def test_a_full_disk_says_what_where_and_what_to_do(tmp_path: Path, monkeypatch:
     error = caught.value
     assert str(error) == (
         f"no space left on device while writing 8.0 MiB at offset 16 of {tmp_path}/x; "
-        "free space or change checkpoint.folder"
+        "free some space, or write to another place"
     )
     assert (error.operation, error.path, error.errno) == ("write", f"{tmp_path}/x", errno.ENOSPC)
 
@@ -373,3 +375,18 @@ def test_open_storage_refuses_what_it_does_not_know(path: str) -> None:
 )
 def test_sizes_for_people(nbytes: int, text: str) -> None:
     assert format_nbytes(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("fstype", "is_network"), [("ext4", False), ("nfs4", True), ("fuse.weedfs", True), ("ceph", True), ("tmpfs", False)]
+)
+def test_a_failing_server_is_not_called_a_failing_disk(
+    fstype: str, is_network: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=fstype)]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: mounts)
+    error = storage_error(OSError(errno.EIO, "Input/output error"), "write", f"{tmp_path}/run/x", "writing x")
+    assert ("do not trust this disk" in error.message) != is_network
+    assert ("network file system" in error.message) == is_network
+    elsewhere = storage_error(OSError(errno.EIO, "Input/output error"), "write", f"{tmp_path}-2/x", "writing x")
+    assert "do not trust this disk" in elsewhere.message

@@ -1,4 +1,4 @@
-"""``milepost completion``: a script with which a shell completes commands, options and paths."""
+"""``milepost completion``: a script with which a shell completes commands, options, paths, models and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost completion``."""
-    parser.description = "Print a script that completes commands, options and paths in a shell."
+    parser.description = "Print a script that completes commands, options, paths, models, flavors and keys in a shell."
     parser.epilog = (
         "examples:\n"
         "  milepost completion bash > ~/.local/share/bash-completion/completions/milepost\n"
@@ -32,19 +32,54 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+KEYS = {
+    "bash": "_milepost_keys",
+    "zsh": "{_milepost_keys}",
+    "fish": "(_milepost_keys)",
+    "preamble": {
+        "bash": """_milepost_keys() {
+  local word
+  for word in "${COMP_WORDS[@]:2}"; do
+    if [[ -d $word ]]; then compgen -W "$(milepost inspect "$word" --keys 2>/dev/null)" -- "$1"; return; fi
+  done
+}""",
+        "zsh": """_milepost_keys() {
+  local word
+  for word in ${words[3,-1]}; do
+    if [[ -d $word ]]; then compadd -- ${(f)"$(milepost inspect $word --keys 2>/dev/null)"}; return; fi
+  done
+}""",
+        "fish": """function _milepost_keys
+  for word in (commandline -opc)[3..-1]
+    test -d $word; and milepost inspect $word --keys 2>/dev/null; and return
+  end
+end""",
+    },
+}
+"""Completes to the keys of the first folder on the command line."""
+
+
 def whole_parser() -> argparse.ArgumentParser:
-    """The parser with the options of every command; positional arguments and folders complete to paths."""
+    """The parser with the options of every command; paths, models, flavors and keys complete to those that exist."""
     import shtab
 
     from milepost.cli.main import COMMANDS, CommandModule, build_parser
+    from milepost.interop.names.model_sizes import MODEL_NAMES, model_flavors
 
     modules = {name: cast("CommandModule", importlib.import_module(COMMANDS[name].module)) for name in COMMANDS}
     parser = build_parser(modules)
+    choices = {
+        "--model": list(MODEL_NAMES),
+        "--flavor": list(dict.fromkeys(flavor for model in MODEL_NAMES for flavor in model_flavors(model))),
+    }
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for sub in action.choices.values():
-                for argument in sub._actions:
-                    is_path = not argument.option_strings or argument.metavar == "DIR"
-                    if is_path and argument.choices is None:
-                        argument.complete = shtab.FILE
+            for argument in (argument for sub in action.choices.values() for argument in sub._actions):
+                option = argument.option_strings[-1] if argument.option_strings else ""
+                if option in choices:
+                    argument.choices = choices[option]
+                elif (option in ("--tensors", "--keys") and argument.nargs != 0) or argument.dest in ("key", "keys"):
+                    argument.complete = KEYS  # type: ignore[attr-defined]
+                elif argument.choices is None and (not option or argument.metavar in ("DIR", "FILE")):
+                    argument.complete = shtab.FILE  # type: ignore[attr-defined]
     return parser

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from milepost.cli.paths import not_a_checkpoint
-from milepost.cli.render import bar, console, print_json, print_line, print_table
+from milepost.cli.render import bar, console, print_json, print_line, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
 from milepost.config import part_of
 from milepost.errors import CheckpointNotFoundError, shortened
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shards", action="store_true", help="list each shard with its file and offsets, and draw maps of them"
     )
+    parser.add_argument("--keys", action="store_true", help="print the keys alone, one a line")
     parser.add_argument("--json", action="store_true", help="print everything as JSON; with --shards also the shards")
 
 
@@ -64,11 +65,15 @@ def run(args: argparse.Namespace) -> int:
     """Read the commit record and print it."""
     shown = _open(args.path)
     manifest = shown.manifest
-    pattern = args.tensors or ("*" if args.shards or args.json else None)
+    pattern = args.tensors or ("*" if args.shards or args.json or args.keys else None)
     tensors = _matching(manifest.tensors, pattern)
     objects = _matching(manifest.objects, pattern)
     if args.tensors and not tensors and not objects:
         raise CheckpointNotFoundError(f"{args.path}: no key matches {args.tensors}", path=args.path)
+    if args.keys:
+        for key in sorted({*tensors, *objects}):
+            print(printable(key))
+        return 0
     if args.shards and shown.needs_locating:
         located = catalog.locate_foreign(shown.storage, shown.name, dataclasses.replace(manifest, tensors=tensors))
         tensors = dict(located.tensors)

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
@@ -19,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from milepost.config import part_of
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, MilepostError
@@ -295,21 +296,11 @@ def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and its descendants, which torchrun puts into sessions of their own."""
-    victims = [pid]
-    for victim in victims:  # grows while it is read
-        victims += children(victim)
-    for victim in victims:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-
-
-def children(pid: int) -> list[int]:
-    """The children of a process, of all its threads. (``/proc/<pid>/task/<tid>/children``, proc(5).)"""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for victim in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
 
 
 def _global_batch_size(settings: Settings) -> int:

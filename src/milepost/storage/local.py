@@ -32,23 +32,41 @@ _MAX_CALL_NBYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 _MAX_CALL_BUFFERS = 1024  # IOV_MAX
 
 _ADVICE = {
-    errno.ENOSPC: "free space or change checkpoint.folder",
-    errno.EDQUOT: "free some of the quota or change checkpoint.folder",
+    errno.ENOSPC: "free some space, or write to another place",
+    errno.EDQUOT: "free some of the quota, or write to another place",
     errno.EACCES: "check the owner and the mode of the folder",
     errno.EPERM: "check the owner and the mode of the folder",
-    errno.EROFS: "mount it writable or change checkpoint.folder",
+    errno.EROFS: "mount it writable, or write to another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "the device is failing: see the kernel's log, and do not trust this disk",
     errno.ESTALE: "the file server has lost the file; mount it again",
 }
+_NETWORK_ADVICE = "the network file system or its server failed: see their logs, and try again when it answers"
+_NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "lustre", "gluster", "beegfs", "gpfs", "9p", "afs", "fuse", "virtiofs")
+"""How the names of file systems begin whose data is on another machine."""
 
 
 def storage_error(error: OSError, operation: str, path: str, doing: str) -> StorageError:
     """The StorageError for a system error: cause, what was going on, where, and what to do about it."""
     cause = (error.strerror or "unknown error").lower()
     advice = _ADVICE.get(error.errno or 0)
+    if error.errno == errno.EIO and is_on_network(path):
+        advice = _NETWORK_ADVICE
     message = f"{cause} while {doing}" + (f"; {advice}" if advice else "")
     return StorageError(message, operation=operation, path=path, errno=error.errno)
+
+
+def is_on_network(path: str) -> bool:
+    """True if the file system that holds ``path`` is mounted from another machine. The path itself is not touched."""
+    import psutil  # 20 ms that only failures pay for
+
+    full = os.path.abspath(path)
+    mounts = [
+        (len(part.mountpoint), part.fstype)
+        for part in psutil.disk_partitions(all=True)
+        if os.path.commonpath((full, part.mountpoint)) == part.mountpoint
+    ]
+    return max(mounts, default=(0, ""))[1].startswith(_NETWORK_TYPES)
 
 
 @contextlib.contextmanager
