@@ -79,7 +79,7 @@ def whole_parser() -> argparse.ArgumentParser:
                 if option in choices:
                     argument.choices = choices[option]
                 elif (option in ("--tensors", "--keys") and argument.nargs != 0) or argument.dest in ("key", "keys"):
-                    argument.complete = KEYS  # type: ignore[attr-defined]
+                    argument.complete = KEYS
                 elif argument.choices is None and (not option or argument.metavar in ("DIR", "FILE")):
-                    argument.complete = shtab.FILE  # type: ignore[attr-defined]
+                    argument.complete = shtab.FILE
     return parser
