@@ -14,7 +14,7 @@ from contextlib import contextmanager
 log = logging.getLogger("milepost")
 
 SLOW_S = 30.0
-"""What takes longer than this is logged, and again each time as long has passed."""
+"""Work that takes longer than this many seconds is logged, again and again."""
 
 
 def writing(rank: int, where: str, part: float) -> str:
@@ -66,7 +66,7 @@ class ProgressLog:
 
     @property
     def part(self) -> float:
-        """How much is done, from 0 to 1."""
+        """The part that is done, from 0 to 1."""
         return min(1.0, self._done_nbytes / self._nbytes) if self._nbytes else 1.0
 
     def add(self, nbytes: int) -> None:

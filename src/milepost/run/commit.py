@@ -45,7 +45,7 @@ OWNERLESS_LIFETIME_S = 3600.0
 """An attempt without an owner's record was cut short while being made, or is being made right now."""
 
 VISIBILITY_S = 60.0
-"""What another machine wrote, or how long it is, may show only this many seconds later: NFS caches both."""
+"""Another machine's files, and their sizes, may show only this many seconds later: NFS caches both."""
 
 _FAILED_NAME = "failed"
 _COMMITTED_NAME = "committed"
@@ -65,7 +65,7 @@ def new_save_id() -> str:
 
 
 def data_folder(attempt: str) -> str:
-    """Where the ranks write their files: the folder that becomes the checkpoint."""
+    """The folder for the ranks' files, which becomes the checkpoint."""
     return f"{attempt}/data"
 
 
@@ -366,7 +366,7 @@ def discard(storage: Storage, path: str) -> bool:
 
 
 def discard_quietly(storage: Storage, path: str) -> bool:
-    """Whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
+    """Remove a folder; return whether it is gone. A failure is logged, not raised: the next sweep tries again."""
     try:
         discard(storage, path)
     except StorageError as error:

@@ -51,7 +51,7 @@ class WrittenObject:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """What one rank wrote. ``nbytes`` is the exact size of the file."""
+    """The file that one rank wrote. ``nbytes`` is the exact size of the file."""
 
     file: str
     nbytes: int
@@ -61,7 +61,7 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True)
 class SignOff:
-    """What one rank did: the files it wrote and synced, or the error that kept it from that."""
+    """One rank's record: the files it wrote and synced, or the error that kept it from that."""
 
     rank: int
     save_id: str
@@ -181,7 +181,7 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
 
 
 def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
-    """Whether a rank has left a sign-off that does not report a failure."""
+    """Return whether a rank has left a sign-off that does not report a failure."""
     found = _look(storage, attempt, rank, {entry.name for entry in storage.list(attempt)})
     return found is not None and found.error is None
 

@@ -1,4 +1,4 @@
-"""How the ranks agree on a save before it begins: one gather, one scatter, and a plan that is made once."""
+"""The agreement of the ranks on a save before it begins: one gather, one scatter, and a plan that is made once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 _Brought = tuple[dict[int, Held], dict[str, str], frozenset[str], str]
 
 TIMEOUT_S = 600.0
-"""How long a rank waits for the others' records before it gives a save up."""
+"""Seconds that a rank waits for the others' records before it gives a save up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +67,7 @@ class SaveRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What this rank brings to a save. An ``error`` is kept for the exchange, where every rank hears of it."""
+    """This rank's part of a save. An ``error`` is kept for the exchange, where every rank hears of it."""
 
     state: Mapping[str, Any]
     """The nested state, as the owners gave it."""

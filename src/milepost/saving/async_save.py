@@ -85,7 +85,7 @@ class AsyncSaver:
         return self._writer.pid if self._writer is not None else None
 
     def is_for(self, comm: Comm) -> bool:
-        """Whether this saver's ranks are those of ``comm``."""
+        """Return whether this saver's ranks are those of ``comm``."""
         return (self._comm.rank, self._comm.world_size) == (comm.rank, comm.world_size)
 
     def save(self, request: SaveRequest) -> SaveHandle:

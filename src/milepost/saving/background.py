@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("milepost")
 
 GRACE_S = 30.0
-"""How long a process that ends waits for a save on which nothing moves: the other ranks may be gone."""
+"""Seconds that a process that ends waits for a save without progress: the other ranks may be gone."""
 
 
 class SaveHandle:
@@ -52,7 +52,7 @@ class SaveHandle:
         self._staged.result(timeout_s)
 
     def is_staged(self) -> bool:
-        """Whether the tensors may be changed again, or staging has failed."""
+        """Return whether the tensors may be changed again, or staging has failed."""
         return self._staged.done()
 
     def committed(self, timeout_s: float | None = None) -> None:
@@ -69,7 +69,7 @@ class SaveHandle:
         return self._committed.result()
 
     def done(self) -> bool:
-        """Whether the save has ended, one way or the other."""
+        """Return whether the save has ended, one way or the other."""
         return self._committed.done()
 
     @property

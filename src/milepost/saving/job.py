@@ -1,4 +1,4 @@
-"""What is left of a save once it is planned: write, sign off, publish, prune. No torch and no collective: any thread or
+"""The rest of a save once it is planned: write, sign off, publish, prune. No torch and no collective: any thread or
 process can do it, and the ranks agree through storage records alone.
 """
 
@@ -26,7 +26,7 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What to keep of a run's older steps once a save is committed; see ``retention.plan``."""
+    """The rules for keeping a run's older steps once a save is committed; see ``retention.plan``."""
 
     folder: str
     latest_k: int
@@ -73,7 +73,7 @@ class SaveJob:
     keep: Keep | None
     """Rank 0 only: which steps to prune after the commit; None prunes nothing."""
     timeout_s: float
-    """How long rank 0 waits for the other ranks' records, and they for its commit."""
+    """Seconds that rank 0 waits for the other ranks' records, and they for its commit."""
     form: Form | None = None
     """None: DCP's records, Milepost's own format."""
     num_threads: int = NUM_IO_THREADS
@@ -86,7 +86,7 @@ class SaveJob:
 
 
 class JobMonitor:
-    """What a job reports while it runs, and what it asks while it waits. This base class takes no notice."""
+    """Receives what a job reports while it runs, and answers while it waits. This base class takes no notice."""
 
     def wrote(self, nbytes: int) -> None:
         """Take note that ``nbytes`` more are written. Called from any thread."""
@@ -105,7 +105,7 @@ class JobMonitor:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a job did. On ranks but 0, ``commit_s`` is the wait for rank 0 (if it was waited for at all)."""
+    """The outcome of a job. On ranks but 0, ``commit_s`` is the wait for rank 0 (if it was waited for at all)."""
 
     write_s: float
     commit_s: float
@@ -117,7 +117,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """What a save did, as this rank saw it. Times are in seconds of wall clock."""
+    """The outcome of a save, as this rank saw it. Times are in seconds of wall clock."""
 
     path: str
     save_id: str

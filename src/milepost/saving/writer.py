@@ -34,7 +34,7 @@ PIECE_NBYTES = 512 << 10
 
 
 class BlockSource(Protocol):
-    """Where the bytes of planned items come from. Called from several threads, for different items."""
+    """The source of the bytes of planned items. Called from several threads, for different items."""
 
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
         """The item's raw row-major bytes, in order and in blocks of any size.

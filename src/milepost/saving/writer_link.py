@@ -33,9 +33,9 @@ from milepost.tensors.plan import WritePlan
 log = logging.getLogger("milepost")
 
 RELAY_S = 1.0
-"""How often a trainer that waits for its writer process looks whether another rank has failed."""
+"""Seconds between looks of a waiting trainer for the failure of another rank."""
 LEAVE_S = 20.0
-"""How long a writer process without work may take to leave before it is killed."""
+"""Seconds that a writer process without work may take to leave before it is killed."""
 
 _BOOT = """\
 import os, sys

@@ -46,7 +46,7 @@ log = logging.getLogger("milepost")
 MAX_FAILURES = 3
 """This many failed saves in a row stop a run even with ``on_save_error = "warn"``."""
 WRITERS_TIMEOUT_S = 120.0
-"""How long a run that starts waits for the writer processes of a run that died."""
+"""Seconds that a run that starts waits for the writer processes of a run that died."""
 
 
 class CheckpointManager:
@@ -173,7 +173,7 @@ class CheckpointManager:
 
     @property
     def folder(self) -> str:
-        """Where the steps are kept."""
+        """The folder of the steps."""
         return join(self._storage.root, self._folder)
 
     @property

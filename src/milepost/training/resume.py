@@ -1,4 +1,4 @@
-"""Where a run resumes from, and how it is loaded: which step, into what, and what if its bytes are damaged."""
+"""Resuming a run: from which step, into what, and what happens when its bytes are damaged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WeightsFormat(Protocol):
     """Another format that a run may start from and end in, as a manager knows it. See ``milepost.HfModel``."""
 
     def form_of(self, dtypes: Mapping[str, str]) -> Form:
-        """How a save of tensors of these keys and dtypes, all ranks' together, is written. Pure.
+        """Return the form of a save of tensors of these keys and dtypes, all ranks' together. Pure.
 
         Raises:
             ConversionError: such tensors can't be stored in this format.
@@ -61,7 +61,7 @@ class WeightsFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
+    """The checkpoint to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
 
     path: str
     """Relative to the run's storage for a step; as configured for an initial load."""
@@ -75,7 +75,7 @@ class Choice:
 def choose(
     entries: Sequence[StepEntry], config: CheckpointConfig, rejected: Mapping[int, str], folder: str
 ) -> Choice | None:
-    """What a run loads at its start; None for a new run, which needs a folder without any saved step.
+    """Choose what a run loads at its start; None for a new run, which needs a folder without any saved step.
 
     ``rejected`` maps steps that were tried and found damaged to what was wrong. ``folder`` is for messages.
 

@@ -62,7 +62,7 @@ class HfModel:
         return [f"it was saved with {', '.join(changed)}, which this run does not use"] if changed else []
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
-        """How a save of tensors of these keys and dtypes, all ranks' together, is written.
+        """Return the form of a save of tensors of these keys and dtypes, all ranks' together.
 
         Raises:
             ConversionError: the model is not one that the tables know, or the assets are of another.
