@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Comm(Protocol):
-    """The exchanges that the engine asks of a group of ranks. All methods are collective but the properties and the last two."""
+    """The exchanges of a group of ranks. All methods are collective but the properties and the last two."""
 
     @property
     def rank(self) -> int: ...

@@ -15,7 +15,7 @@ from milepost.version import __version__
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveInfo:
-    """The description of a checkpoint beside its data, from a saver; see the fields of the same names in ``Manifest``."""
+    """The description of a checkpoint beside its data; see the fields of the same names in ``Manifest``."""
 
     step: int | None
     kind: str

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from milepost.errors import StorageError
 from milepost.saving.job import SaveReport
 from milepost.storage.base import Storage, join
+
+log = logging.getLogger("milepost")
 
 EVENTS_NAME = "events.jsonl"
 
@@ -61,6 +65,35 @@ class SaveEvent:
             f"{self.commit_s:.3f} s; "
             f"rank 0 wrote {self.nbytes / 1e6:.1f} MB ({rate:.0f} MB/s)"
         )
+
+
+class SaveLog:
+    """The saves of a run, for the log, for ``events.jsonl`` and for who takes them. On rank 0."""
+
+    def __init__(self, storage: Storage, folder: str):
+        self._storage = storage
+        self._folder = folder
+        self._events: list[SaveEvent] = []
+        self._contents: Mapping[str, str] = {}  # of the save before
+
+    def record(self, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float) -> None:
+        """Record a committed save, and warn if it looks as if training does not proceed. Never fails."""
+        event = SaveEvent.of(report, step=step, reason=reason, kind=kind, stall_s=stall_s)
+        self._events.append(event)
+        log.info("%s", event)
+        odd = suspicion(self._contents, report.contents)
+        if odd is not None:
+            log.warning("step %d: %s", step, odd)
+        self._contents = report.contents
+        try:
+            append_event(self._storage, self._folder, event)
+        except StorageError as error:  # the checkpoint itself is safe
+            log.warning("the event of step %d could not be logged: %s", step, error)
+
+    def take(self) -> list[SaveEvent]:
+        """The saves that were recorded since the last call, oldest first."""
+        events, self._events = self._events, []
+        return events
 
 
 def append_event(storage: Storage, folder: str, event: SaveEvent) -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import CheckpointConfig
-from milepost.errors import ConfigError, MilepostError, SaveError, StorageError
+from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
@@ -35,7 +35,7 @@ from milepost.saving.job import Keep, SaveReport
 from milepost.saving.save import Saver
 from milepost.storage import open_storage
 from milepost.storage.base import join
-from milepost.training.events import SaveEvent, append_event, suspicion
+from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.training.signals import DUE, FAILED, SAVE, SignalFlags
@@ -130,8 +130,7 @@ class CheckpointManager:
         self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
-        self._contents: Mapping[str, str] = {}
-        self._events: list[SaveEvent] = []
+        self._log = SaveLog(self._storage, self._folder)
         self._signals = SignalFlags()
         self._blocked_s = 0.0
         self._stall_s: float | None = None
@@ -325,8 +324,7 @@ class CheckpointManager:
 
     def take_events(self) -> list[SaveEvent]:
         """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
-        events, self._events = self._events, []
-        return events
+        return self._log.take()
 
     def _reason_to_save_now(self) -> str | None:
         """By the clock of rank 0, or a signal on any rank. Collective if any of these is in use."""
@@ -400,21 +398,10 @@ class CheckpointManager:
         if report is None:
             return
         self._num_failures = 0
-        if self._comm.rank != 0:
-            return
-        event = SaveEvent.of(
-            report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
-        )
-        self._events.append(event)
-        log.info("%s", event)
-        odd = suspicion(self._contents, report.contents)
-        if odd is not None:
-            log.warning("step %d: %s", pending.step, odd)
-        self._contents = report.contents
-        try:
-            append_event(self._storage, self._folder, event)
-        except StorageError as error:  # the checkpoint itself is safe
-            log.warning("the event of step %d could not be logged: %s", pending.step, error)
+        if self._comm.rank == 0:
+            self._log.record(
+                report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
+            )
 
     def _clear_leftovers(self) -> None:
         """Lock the folder for this run, let the writers of one that died finish, and remove stale save attempts."""
