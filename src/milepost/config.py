@@ -43,9 +43,9 @@ class CheckpointConfig:
     folder: str = "checkpoint"
     """Folder of the checkpoints, below the run's dump folder."""
     interval: int | Literal["auto"] = 500
-    """Save every so many steps; ``auto`` picks the time between saves from what one costs and ``mtbf_hours``."""
+    """Save every N steps; ``auto`` picks the time between saves from what one costs and ``mtbf_hours``."""
     interval_seconds: float = 0.0
-    """Save also when so many seconds have passed since the last save; 0 is no such rule."""
+    """Save also when this many seconds have passed since the last save; 0 disables."""
     mtbf_hours: float = 24.0
     """Mean time between failures of the whole job, in hours, for ``interval = "auto"``."""
     initial_load_path: str = ""
@@ -70,9 +70,9 @@ class CheckpointConfig:
     num_io_threads: int = NUM_IO_THREADS
     """Threads of each rank that copy, write and read the files of a checkpoint."""
     keep_latest_k: int = 10
-    """Keep so many of the newest committed steps; 0 keeps all."""
+    """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0
-    """Of older steps, keep those that are multiples of this; 0 is no such rule."""
+    """Of older steps, keep the multiples of N; 0 disables."""
     load_step: int = -1
     """Resume from this step; -1 means the newest committed one."""
     exclude_from_loading: tuple[str, ...] = field(default=())
@@ -96,7 +96,7 @@ class CheckpointConfig:
         if self.interval != "auto" and self.interval < 1:
             found.append(f"checkpoint.interval must be at least 1, or auto, not {self.interval}")
         if self.interval_seconds < 0:
-            found.append(f"checkpoint.interval_seconds must be 0 (no such rule) or more, not {self.interval_seconds:g}")
+            found.append(f"checkpoint.interval_seconds must be 0 (disabled) or more, not {self.interval_seconds:g}")
         if self.mtbf_hours <= 0:
             found.append(f"checkpoint.mtbf_hours must be above 0, not {self.mtbf_hours:g}")
         if self.check_replicas < 0:
@@ -106,9 +106,7 @@ class CheckpointConfig:
         if self.keep_latest_k < 0:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
         if self.keep_every_n_steps < 0:
-            found.append(
-                f"checkpoint.keep_every_n_steps must be 0 (no such rule) or more, not {self.keep_every_n_steps}"
-            )
+            found.append(f"checkpoint.keep_every_n_steps must be 0 (disabled) or more, not {self.keep_every_n_steps}")
         if self.load_step < -1:
             found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
         if not self.folder:

@@ -12,7 +12,7 @@
     ├── SaveError                      6  a save failed on some rank; the previous checkpoints are untouched
     │   └── PlanError                     the ranks' shards leave a gap or overlap
     ├── StorageError                   7  the operating system or the network refused an operation
-    ├── ConversionError                8  source, rules and target of a conversion do not fit
+    ├── ConversionError                8  source, sizes and target of a conversion do not fit
     └── RunLockedError                 10 another run writes to the same folder
 
 Attributes hold what a program may want (``path``, ``key``, ``rank``, ...); the message holds what a person
@@ -138,7 +138,7 @@ class ConfigError(MilepostError):
 
 
 class CheckpointNotFoundError(MilepostError):
-    """There is no such checkpoint. ``available`` lists the steps that do exist, oldest first."""
+    """No such checkpoint. ``available`` lists the steps that do exist, oldest first."""
 
     exit_status = 3
 
@@ -168,7 +168,7 @@ class StateMismatchError(MilepostError):
 
 
 class CheckpointDamagedError(MilepostError):
-    """What is stored is not what was written. The step must not be used; others may be sound."""
+    """What is stored is not what was written. The step must not be used; others may be undamaged."""
 
     exit_status = 5
 
@@ -196,7 +196,7 @@ class DigestMismatchError(CheckpointDamagedError):
 
 
 class FormatError(CheckpointDamagedError):
-    """A file is not of the form it must have: truncated, malformed, or made to do harm."""
+    """A file is truncated, malformed or malicious."""
 
 
 class SaveError(MilepostError):
@@ -206,7 +206,7 @@ class SaveError(MilepostError):
 
 
 class PlanError(SaveError):
-    """The shards that the ranks hold do not cover a tensor exactly once. ``key`` names it."""
+    """The ranks' shards leave a gap in a tensor, or overlap. ``key`` names it."""
 
 
 class StorageError(MilepostError):

@@ -201,7 +201,7 @@ def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: 
     status, wet, _ = output(capsys, *rules)
     assert status == 0
     assert wet.splitlines()[:-1] == dry.splitlines()[:-1]
-    assert wet.splitlines()[-1] == f"deleted 1 step of 4, {size}; swept 1 leftovers of dead saves"
+    assert wet.splitlines()[-1] == f"deleted 1 step of 4, {size}; removed 1 stale save attempt"
     assert [entry.name for entry in run.list("run")] == [".pinned-step-100", "step-100", "step-300", "step-400"]
 
 
@@ -224,7 +224,7 @@ def test_prune_tells_all_that_is_wrong_with_its_options_at_once(
     assert err == (
         "milepost: error: 3 problems:\n"
         "  - --keep-latest must be at least 1, not 0\n"
-        "  - --keep-every must be 0 (no such rule) or more, not -1\n"
+        "  - --keep-every must be 0 (disabled) or more, not -1\n"
         "  - --keep-within 2 days is no time span: write 90min, 12h, 2d or 1w\n"
     )
 

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="what to compare it with")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--values", action="store_true", help="read both whole and compare element by element, whatever the digests say"
+        "--values", action="store_true", help="read every element of both and compare them, whatever the digests say"
     )
     how.add_argument("--quick", action="store_true", help="read metadata alone: which bytes differ, not by how much")
     parser.add_argument(

@@ -37,20 +37,22 @@ class Command:
 
 
 COMMANDS = {
-    "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run: state, age, size"),
+    "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run, or one: state, age, size"),
     "inspect": Command("milepost.cli.inspect_cmd", "show what a checkpoint holds, and where it is stored"),
-    "pin": Command("milepost.cli.pin_cmd", "keep steps from ever being pruned"),
-    "unpin": Command("milepost.cli.unpin_cmd", "let the rules decide about steps again"),
-    "verify": Command("milepost.cli.verify_cmd", "check that checkpoints are what was saved"),
+    "pin": Command("milepost.cli.pin_cmd", "protect steps from being pruned"),
+    "unpin": Command("milepost.cli.unpin_cmd", "let the retention rules decide about steps again"),
+    "verify": Command("milepost.cli.verify_cmd", "check that checkpoints and weights are undamaged"),
     "diff": Command("milepost.cli.diff_cmd", "compare two checkpoints, or weights across formats"),
     "stats": Command("milepost.cli.stats_cmd", "statistics of tensors: norm, mean, NaN, zeros"),
     "show": Command("milepost.cli.show_cmd", "print values of a tensor"),
     "report": Command("milepost.cli.report_cmd", "write a run's checkpoints as one HTML page"),
     "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
     "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),
-    "plan-resume": Command("milepost.cli.plan_resume_cmd", "say what a resume on a layout would read, rank by rank"),
+    "plan-resume": Command(
+        "milepost.cli.plan_resume_cmd", "show what a resume on other ranks would read, rank by rank"
+    ),
     "resume-test": Command("milepost.cli.resume_test_cmd", "kill a training run, resume it, compare bit for bit"),
-    "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and the leftovers of dead saves"),
+    "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and stale save attempts"),
     "completion": Command("milepost.cli.completion_cmd", "print a completion script for bash, zsh or fish"),
 }
 
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # From the content of a file: readers refuse such with its name; this is for what slipped through.
         message = f"a file holds text that is not Unicode, or is nested too deeply: {error}"
         return _fail(shortened(message, MAX_MESSAGE_LENGTH), CheckpointDamagedError.exit_status)
-    except Exception as error:  # a traceback tells a user nothing
+    except Exception as error:  # a traceback says nothing to a user
         if os.environ.get("MILEPOST_TRACEBACK"):
             raise
         message = f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}"

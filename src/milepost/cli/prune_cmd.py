@@ -12,7 +12,7 @@ from milepost.cli.render import console, print_json, print_table
 from milepost.errors import ConfigError
 from milepost.run import catalog, retention
 from milepost.run.commit import sweep_leftovers
-from milepost.storage.base import format_nbytes
+from milepost.storage.base import counted, format_nbytes
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")
 _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -21,7 +21,7 @@ _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost prune``."""
     parser.description = (
-        "Delete the committed steps of a run that no rule keeps, and the leftovers of saves that died.\n"
+        "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
         "Whatever the rules say, these stay: the newest committed step, the newest one to resume from, pinned\n"
         "steps, links, and what is external, incomplete or damaged. Rules add up: a step goes only if none keeps it.\n"
         "Hours and days without a step are not counted."
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"dry_run": args.dry_run, "freed_nbytes": freed, "steps": listed, "swept": swept})
     else:
         verb = "would delete" if args.dry_run else "deleted"
-        steps = "1 step" if len(gone) == 1 else f"{len(gone)} steps"
-        extra = f"; swept {len(swept)} leftovers of dead saves" if swept else ""
+        steps = counted(len(gone), "step")
+        extra = f"; removed {counted(len(swept), 'stale save attempt')}" if swept else ""
         console().print(f"{verb} {steps} of {len(decisions)}, {format_nbytes(freed)}{extra}")
     return 0
 
@@ -103,7 +103,7 @@ def _checked(args: argparse.Namespace) -> float:
     for option in ("keep_every", "keep_hourly", "keep_daily"):
         number = getattr(args, option)
         if number < 0:
-            problems.append(f"--{option.replace('_', '-')} must be 0 (no such rule) or more, not {number}")
+            problems.append(f"--{option.replace('_', '-')} must be 0 (disabled) or more, not {number}")
     span = _DURATION.fullmatch(args.keep_within)
     if span is None:
         problems.append(f"--keep-within {args.keep_within} is no time span: write 90min, 12h, 2d or 1w")

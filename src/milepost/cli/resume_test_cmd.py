@@ -1,4 +1,4 @@
-"""``milepost resume-test``: kill a training run and see whether it goes on as if nothing had happened."""
+"""``milepost resume-test``: kill a training run, resume it, and compare with a run that was not killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost resume-test``."""
     parser.description = (
-        "Prove for a model and a configuration that a killed run goes on as if it had not been killed. The trainer\n"
+        "Prove for a model and a configuration that a killed run resumes exactly. The trainer\n"
         "runs to the end; runs again and gets SIGKILL on every rank; and is resumed on each layout. On the layout\n"
         "that saved, the last checkpoint must be the same bit for bit; on others, the losses must be, up to the order\n"
         "of sums. Needs torch, and the time of three short runs."
@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost resume-test configs/debug_cpu.toml --steps 8 --kill-at 5 --layouts fsdp2,tp2\n"
         "  milepost resume-test my.toml --layouts fsdp2xtp2,fsdp4 --set training.local_batch_size=1\n\n"
         "exit status: 0 it resumes exactly, 9 it does not, 1 a run failed, 2 wrong usage or configuration,\n"
-        "3 or 5 the killed run left no sound checkpoint\n"
+        "3 or 5 the killed run left no undamaged checkpoint\n"
     )
     parser.add_argument("config", metavar="CONFIG", help="TOML file of the trainer")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of the whole run (default 6)")
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of each run (default 6)")
     parser.add_argument(
         "--kill-at", type=int, metavar="M", help="kill the run when step M is done; step M-1 is saved (default: half)"
     )
@@ -116,7 +116,7 @@ def _print(report: ResumeTestReport) -> None:
     out = console()
     out.print(
         f"killed after step {report.killed_after} of {report.num_steps}; step {report.committed_step} was committed, "
-        "and every byte of it is sound"
+        "and every byte of it is verified"
     )
     print_table(
         ("LAYOUT", "RESUMED FROM", "LAST LOSS", "LOSS DIFFERENCE", "RESULT"),
