@@ -69,6 +69,10 @@ class CheckpointConfig:
     missing all-reduce; 0: only a sample of them, when the structure of the state is new."""
     num_io_threads: int = NUM_IO_THREADS
     """Threads of each rank that copy, write and read the files of a checkpoint."""
+    page_cache: Literal["auto", "keep", "drop", "direct"] = "auto"
+    """What becomes of written files in the operating system's page cache: ``keep`` them, so that a resume on the same
+    machine reads memory; ``drop`` each part once the disk has it; ``direct`` writes past the cache (O_DIRECT). ``auto``
+    keeps what is smaller than half of the free memory, and drops what is larger."""
     keep_latest_k: int = 10
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0

@@ -82,7 +82,8 @@ class WriterLink:
         known = self._sent_plan == job.plan
         sent = replace(job, plan=NO_PLAN) if known else job
         try:
-            connection.send(Request(self._storage.root, sent, known, self._arena.nbytes, objects))
+            storage = self._storage
+            connection.send(Request(storage.root, storage.page_cache, sent, known, self._arena.nbytes, objects))
             self._sent_plan = job.plan
             save.accepted()
             answer = self._answer(connection, job, save)

@@ -21,7 +21,8 @@ from milepost.errors import MilepostError, SaveError
 from milepost.run import commit
 from milepost.saving.job import JobMonitor, JobResult, SaveJob, run_job
 from milepost.saving.writer import FileImage
-from milepost.storage import LocalStorage
+from milepost.storage import open_root
+from milepost.storage.base import PageCache
 from milepost.tensors.plan import WritePlan
 
 PROGRESS_S = 0.5
@@ -35,6 +36,7 @@ class Request:
     """A job for the writer process. ``plan`` of the job is left out when it is the one sent before."""
 
     root: str
+    page_cache: PageCache
     job: SaveJob
     plan_is_known: bool
     arena_nbytes: int
@@ -90,7 +92,7 @@ def _next_request(connection: Connection) -> Request | None:
 
 
 def _run(link: _Link, request: Request, job: SaveJob, memory: memoryview) -> JobResult | MilepostError:
-    storage = LocalStorage(request.root)
+    storage = open_root(request.root, page_cache=request.page_cache)
     watch = _Watch(link, job.data_nbytes)
     try:
         commit.adopt_attempt(storage, job.attempt)

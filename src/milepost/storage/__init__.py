@@ -24,7 +24,7 @@ from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from milepost.errors import ConfigError
-from milepost.storage.base import Storage, split
+from milepost.storage.base import PageCache, Storage, split
 from milepost.storage.local import LocalStorage
 
 __all__ = ["LocalStorage", "Storage", "is_url", "join_path", "open_root", "open_storage"]
@@ -75,10 +75,10 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     return LocalStorage(os.path.dirname(full)), os.path.basename(full)
 
 
-def open_root(root: str) -> Storage:
+def open_root(root: str, *, page_cache: PageCache = "auto") -> Storage:
     """The storage whose ``root`` this is: for another process, which can't be handed the object."""
     if not is_url(root):
-        return LocalStorage(root)
+        return LocalStorage(root, page_cache=page_cache)
     from milepost.storage.objectstore import ObjectStorage
 
     return ObjectStorage(root)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from milepost.errors import StorageError
 
@@ -95,6 +95,12 @@ class Entry:
     is_link: bool = False
 
 
+PageCache = Literal["auto", "keep", "drop", "direct"]
+"""``keep`` written pages in the operating system's cache for the next load, ``drop`` each once the device has it,
+``direct`` goes past the cache. ``auto`` keeps a file that is smaller than half of the memory that is free, and drops a
+larger one."""
+
+
 class ReadHandle(ABC):
     """An open file. Safe to use from several threads at once."""
 
@@ -165,6 +171,8 @@ class Storage(ABC):
 
     root: str
     """How the root is named to people, and to another process that opens it: a path, or a URL."""
+    page_cache: PageCache = "auto"
+    """What becomes of the pages of large files that are written. Without meaning for a store, which has no pages."""
 
     @property
     @abstractmethod

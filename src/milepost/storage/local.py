@@ -15,6 +15,7 @@ from milepost.storage import syscalls
 from milepost.storage.base import (
     Bytes,
     Entry,
+    PageCache,
     ReadHandle,
     Storage,
     WriteHandle,
@@ -22,7 +23,7 @@ from milepost.storage.base import (
     check_name,
     format_nbytes,
 )
-from milepost.storage.write_back import PageCache, WriteBack, chosen
+from milepost.storage.write_back import WriteBack, chosen
 
 PAGE_NBYTES = 4096
 """O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
@@ -265,7 +266,7 @@ class LocalStorage(Storage):
 
     def __init__(self, root: str | os.PathLike[str], *, page_cache: PageCache = "auto"):
         self.root = os.path.abspath(os.fspath(root))
-        self.page_cache: PageCache = page_cache
+        self.page_cache = page_cache
 
     def _full(self, path: str) -> str:
         if path == "":

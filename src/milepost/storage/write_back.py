@@ -14,15 +14,9 @@ import errno
 import os
 import threading
 from collections import deque
-from typing import Literal
-
-import psutil
 
 from milepost.storage import syscalls
-
-PageCache = Literal["auto", "keep", "drop", "direct"]
-"""What becomes of a file's pages: ``keep`` them for the next load, ``drop`` each once the device has it, ``direct``
-goes past the cache. ``auto`` keeps a file that is smaller than half of the memory that is free, and drops others."""
+from milepost.storage.base import PageCache
 
 STRETCH_NBYTES = 8 << 20
 """Each thread's consecutive bytes are handed to the device in stretches of about this size."""
@@ -34,6 +28,8 @@ def chosen(page_cache: PageCache, nbytes: int) -> PageCache:
     """What ``auto`` comes to for a file of ``nbytes``."""
     if page_cache != "auto":
         return page_cache
+    import psutil  # 10 ms that only a process which writes needs
+
     return "keep" if nbytes < psutil.virtual_memory().available // 2 else "drop"
 
 

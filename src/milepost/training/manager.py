@@ -104,6 +104,7 @@ class CheckpointManager:
         self._config = config if config is not None else CheckpointConfig(enable=True)
         self._comm = comm if comm is not None else default_comm()
         parent, name = open_storage(fspath(folder))
+        parent.page_cache = self._config.page_cache
         self._storage, self._folder = parent, name
         self._layout = dict(layout or {})
         self._per_rank = _checked_per_rank(per_rank)
