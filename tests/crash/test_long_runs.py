@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -22,12 +23,16 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.config import AsyncMode
-from milepost.report.resume_test import children
 from milepost.run.commit import OWNERLESS_LIFETIME_S, sweep_leftovers
 from milepost.run.lock import LOCK_NAME
 from milepost.saving.async_save import MAX_SAVERS
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
+
+
+def children(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
+
 
 MODES = get_args(AsyncMode)
 NUM_SAVES = 200

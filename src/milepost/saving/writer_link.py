@@ -114,7 +114,9 @@ class WriterLink:
         """Let the writer process go, which has no work now. Never fails."""
         if self._process is not None:
             self._let_go()
-        self._process, self._connection = None, None
+        if self._stderr is not None:
+            self._stderr.close()
+        self._process = self._connection = self._stderr = None
 
     def _start(self) -> None:
         ours, theirs = Pipe()
