@@ -120,7 +120,6 @@ def bench_load(state: dict[str, torch.Tensor], folder: Path, args: argparse.Name
 def slice_of_columns(folder: Path, columns: dict[str, torch.Tensor]) -> None:
     """Load columns 0 to 255 of each tensor, as a rank of an 8-way row-parallel layer would."""
     from milepost.format.box import Box
-    from milepost.loading.load import read_digests
     from milepost.loading.reader import read_tensors
     from milepost.run import catalog
     from milepost.storage import open_storage
@@ -135,7 +134,7 @@ def slice_of_columns(folder: Path, columns: dict[str, torch.Tensor]) -> None:
     }
     started = time.perf_counter()
     items = plan_load(manifest, [leaf.spec for leaf in leaves.values()])
-    stats = read_tensors(storage, path, items, leaves, read_digests(storage, path, manifest))
+    stats = read_tensors(storage, path, items, leaves, catalog.read_digests(storage, path, manifest))
     seconds = time.perf_counter() - started
     # Every 4 MiB digest block holds rows, and each row a wanted column: rounded to blocks, all bytes are wanted.
     rounded = sum(shard.data_nbytes for entry in manifest.tensors.values() for shard in entry.shards)

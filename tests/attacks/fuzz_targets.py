@@ -199,11 +199,23 @@ def read_manifest(data: bytes, scratch: Path) -> object:
     return manifest.kind
 
 
+class NoFile(ReadHandle):
+    """A file of which nothing is read."""
+
+    path, nbytes = "fuzz", 0
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        raise AssertionError("a plan reads no data")
+
+    def close(self) -> None:
+        raise AssertionError("a plan closes no file")
+
+
 def read_digests(data: bytes, scratch: Path) -> object:
     digests = parse_digests(data, LAYOUT.manifest)
     for records in records_of(LAYOUT.manifest).values():
         for placed in records:
-            list(own_record(placed, digests))
+            list(own_record(NoFile(), placed, digests))
     for key, tensor in LAYOUT.manifest.tensors.items():
         for index, shard in enumerate(tensor.shards):
             combine_blocks(digests.of_shard(key, index), shard.data_nbytes, digests.block_nbytes)

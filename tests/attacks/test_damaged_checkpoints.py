@@ -34,7 +34,6 @@ from milepost.errors import (
 from milepost.format import manifest_json
 from milepost.format.box import Box
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest, ShardEntry
-from milepost.loading.load import read_digests
 from milepost.loading.reader import read_tensors
 from milepost.run import catalog
 from milepost.storage import LocalStorage
@@ -305,7 +304,7 @@ def test_partial_reads_check_every_block_they_touch(memory_path: Path) -> None:
 
     storage = LocalStorage(memory_path)
     manifest = catalog.read_manifest(storage, "step-1")
-    digests = read_digests(storage, "step-1", manifest)
+    digests = catalog.read_digests(storage, "step-1", manifest)
 
     def read(first: int, stop: int, columns: tuple[int, int] = (0, 1024)) -> torch.Tensor:
         box = Box((first, columns[0]), (stop - first, columns[1] - columns[0]))
@@ -319,7 +318,7 @@ def test_partial_reads_check_every_block_they_touch(memory_path: Path) -> None:
     assert torch.equal(read(2048, 3000), whole[2048:])
     assert torch.equal(read(0, 1000, (5, 17)), whole[:1000, 5:17])
     for wanted in ((1024, 1030), (1000, 1025), (2047, 2048), (0, 3000)):  # not the damaged row itself, but its block
-        with pytest.raises(DigestMismatchError, match="of 'w'") as caught:
+        with pytest.raises(DigestMismatchError, match="digest mismatch in 'w'") as caught:
             read(*wanted)
         low, high = caught.value.byte_range
         assert (low - (shard.data_offset or 0), high - low) == (1024 * row_nbytes, 4 << 20)

@@ -64,7 +64,7 @@ IN_A_LOAD = {
     "target": "milepost.training.training_state.TrainingState.loading",
     "flatten": "milepost.loading.load.flatten",
     "compare": "milepost.loading.load.compare",
-    "digests": "milepost.loading.load.read_digests",
+    "digests": "milepost.run.catalog.read_digests",
     "plan": "milepost.loading.load.plan_load",
     "open a file": "milepost.loading.reader._Session",
     "read": "milepost.storage.local._LocalRead.read_into",

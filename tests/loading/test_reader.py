@@ -14,7 +14,6 @@ import milepost
 from milepost.errors import StorageError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.loading.load import read_digests
 from milepost.loading.reader import ReadStats, read_objects, read_tensors
 from milepost.run import catalog
 from milepost.storage import LocalStorage, Storage
@@ -44,7 +43,7 @@ def whole() -> torch.Tensor:
 
 def read(storage: Storage, box: Box, local: torch.Tensor, num_threads: int = 2) -> ReadStats:
     manifest = catalog.read_manifest(storage, "step-1")
-    digests = read_digests(storage, "step-1", manifest)
+    digests = catalog.read_digests(storage, "step-1", manifest)
     leaf = TensorLeaf("w", local.dtype, (ROWS, COLUMNS), (Piece(box, Box.whole(box.sizes)),), local)
     stats = read_tensors(
         storage, "step-1", plan_load(manifest, [leaf.spec]), {"w": leaf}, digests, num_threads=num_threads
@@ -114,7 +113,7 @@ def test_truncation_after_the_scan_is_an_error(folder: Path, memory_path: Path) 
     milepost.save(memory_path / "step-1", {"w": torch.ones(100_000)})
     storage = LocalStorage(memory_path)
     manifest = catalog.read_manifest(storage, "step-1")
-    digests = read_digests(storage, "step-1", manifest)
+    digests = catalog.read_digests(storage, "step-1", manifest)
     data = next((memory_path / "step-1").glob("*.distcp"))
     with data.open("r+b") as file:
         file.truncate(200_000)

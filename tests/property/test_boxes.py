@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milepost.format.box import Box, contiguous_runs, cover_faults
+from milepost.format.box import Box, boxes_of_run, contiguous_runs, cover_faults
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 
@@ -72,6 +72,18 @@ def test_runs_are_the_elements_of_the_box_in_order_and_as_long_as_can_be(data: s
     wanted = np.arange(int(np.prod(shape))).reshape(shape)[region].reshape(-1).tolist()
     assert [element for start, stop in runs for element in range(start, stop)] == wanted
     assert len(runs) <= max(1, box.numel // max(box.sizes[-1:], default=1)) if box.numel else not runs
+
+
+@given(st.data(), shapes)
+def test_a_run_is_made_up_of_few_boxes_in_order(data: st.DataObject, shape: tuple[int, ...]):
+    numel = int(np.prod(shape))
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    boxes = list(boxes_of_run(start, stop, shape))
+    assert len(boxes) <= max(1, 2 * len(shape))
+    runs = [run for box in boxes for run in contiguous_runs(box, shape)]
+    assert len(runs) == len(boxes)
+    assert [element for run in runs for element in range(*run)] == list(range(start, stop))
 
 
 @given(st.data(), shapes)

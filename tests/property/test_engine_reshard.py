@@ -25,7 +25,6 @@ from milepost.format.box import Box
 from milepost.format.digest import BlockDigests, block_crcs
 from milepost.format.manifest import Manifest
 from milepost.loading import reader
-from milepost.loading.load import read_digests
 from milepost.loading.reader import read_tensors
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
@@ -208,9 +207,9 @@ def test_any_sharding_onto_any_other(
         manifest = catalog.read_manifest(storage, "step-1")
         stored = sum(shard.data_nbytes for tensor in manifest.tensors.values() for shard in tensor.shards)
         assert stored == sum(whole.nbytes for whole in wholes)
-        own = read_digests(storage, "step-1", manifest)
+        own = catalog.read_digests(storage, "step-1", manifest)
         small = small_digests(Path(folder) / "step-1", manifest, block_nbytes)
-        with mock.patch.multiple(reader, SLAB_NBYTES=slab_nbytes, TASK_NBYTES=task_nbytes):
+        with mock.patch.multiple(reader, TASK_NBYTES=task_nbytes):
             for rank in range(num_loading):
                 for digests in (own, small, None):
                     check_load(storage, manifest, digests, rank, cases, wholes)

@@ -9,7 +9,6 @@ import torch
 
 import milepost
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.loading import reader
 from milepost.parallelism.degrees import Degrees
 from milepost.report.resume_plan import READ_BUFFER_NBYTES, plan_resume
 from milepost.storage import LocalStorage
@@ -38,10 +37,6 @@ def test_whole_blocks_are_read_for_a_part(memory_path: Path) -> None:
     assert [rank.wanted_nbytes for rank in halves] == [6 << 20] * 2
     assert [rank.read_nbytes for rank in halves] == [2 * BLOCK_NBYTES] * 2
     assert halves[0].memory_nbytes == (6 << 20) + READ_BUFFER_NBYTES
-
-
-def test_the_read_buffers_are_the_readers() -> None:
-    assert 2 * (reader.SLAB_NBYTES + 2 * BLOCK_NBYTES) == READ_BUFFER_NBYTES
 
 
 def test_replicas_read_the_same_and_stages_only_their_layers(memory_path: Path) -> None:

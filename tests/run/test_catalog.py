@@ -16,6 +16,7 @@ from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import Entry
 from milepost.testing.sample import save_arrays
 from milepost.testing.wrap import TraceStorage, WrappedStorage
+from milepost.verification.external import locate_manifest
 
 
 @pytest.fixture
@@ -353,7 +354,7 @@ def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: Loc
     make_external(storage, "run/step-6")
     foreign = catalog.read_manifest(storage, "run/step-6")
     assert all(shard.data_offset is None for tensor in foreign.tensors.values() for shard in tensor.shards)
-    located = catalog.locate_foreign(storage, "run/step-6", foreign)
+    located = locate_manifest(storage, "run/step-6", foreign)
     assert located.tensors == own.tensors
 
 
@@ -368,4 +369,4 @@ def test_a_foreign_record_of_another_shape_or_form_is_refused(storage: LocalStor
     data[at : at + 12] = b"FloatStoragf"
     file.write_bytes(data)
     with pytest.raises(FormatError, match="'w' at byte"):
-        catalog.locate_foreign(storage, "run/step-6", manifest)
+        locate_manifest(storage, "run/step-6", manifest)

@@ -22,6 +22,7 @@ from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import ReadHandle
 from milepost.testing.sample import save_arrays
 from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
+from milepost.verification.external import locate_manifest
 from milepost.verification.verify import LEVELS, VerifyReport, verify_in, verify_run
 
 STEP = "run/step-5"
@@ -364,7 +365,7 @@ def test_a_checkpoint_of_stock_dcp_is_verified(storage: LocalStorage) -> None:
     report = verify_in(storage, STEP)
     assert (report.problems, report.verdict) == ((), "not_verified")
     assert (report.state, report.num_items) == ("external", 4)
-    manifest = catalog.locate_foreign(storage, STEP, catalog.read_manifest(storage, STEP))
+    manifest = locate_manifest(storage, STEP, catalog.read_manifest(storage, STEP))
     (shard,) = manifest.tensors["model.w"].shards
     assert shard.data_offset is not None
     flip(data_file(storage, shard.file), shard.data_offset + 1234)

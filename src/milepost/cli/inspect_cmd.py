@@ -24,6 +24,7 @@ from milepost.run.hf_folder import described, is_hf_folder, manifest_of, manifes
 from milepost.run.values import Unreadable, read_values
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, counted, format_duration, format_nbytes
+from milepost.verification.external import locate_manifest
 from milepost.verification.weights import WEIGHTS_SUFFIXES
 
 MAX_MAPS = 20
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             print(printable(key))
         return 0
     if args.shards and shown.needs_locating:
-        located = catalog.locate_foreign(shown.storage, shown.name, dataclasses.replace(manifest, tensors=tensors))
+        located = locate_manifest(shown.storage, shown.name, dataclasses.replace(manifest, tensors=tensors))
         tensors = dict(located.tensors)
     values = read_values(shown.storage, shown.name, manifest, objects if pattern else _notable(manifest.objects))
     if args.json:

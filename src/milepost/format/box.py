@@ -109,6 +109,32 @@ def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int
             return
 
 
+def boxes_of_run(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
+    """The boxes that make up the elements ``[start, stop)`` of a row-major tensor of ``shape``, ascending.
+
+    Each is contiguous; there are at most two for each dim. The inverse of :func:`contiguous_runs`.
+    """
+    if start >= stop:
+        return
+    inner = math.prod(shape[1:])
+    if stop - start == inner * (shape[0] if shape else 1):
+        yield Box.whole(shape)
+        return
+    first, last = -(-start // inner), stop // inner  # the rows that are taken whole
+    if first > last:  # all within one row
+        yield from _in_row(last, start - last * inner, stop - last * inner, shape)
+        return
+    yield from _in_row(first - 1, start - (first - 1) * inner, inner, shape)
+    if first < last:
+        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    yield from _in_row(last, 0, stop - last * inner, shape)
+
+
+def _in_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
+    for box in boxes_of_run(start, stop, shape[1:]):
+        yield Box((row, *box.offsets), (1, *box.sizes))
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
     """A box that is contiguous in a row-major tensor: ``nbytes`` from byte ``start`` of the tensor's data."""

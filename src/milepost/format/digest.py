@@ -22,6 +22,8 @@ from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 MAGIC = b"MILEDIG\x01"
 _HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
 _MAX_SAVE_ID_NBYTES = 256
+MAX_ELEMENT_NBYTES = 16
+"""Of any dtype. Blocks are whole multiples of it, so that no element is cut."""
 
 
 def to_bytes(crcs: Iterable[int]) -> bytes:
@@ -117,7 +119,7 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
         raise fault(f"its length of {len(data)} bytes is not what its header says")
     if crc32(memoryview(data)[:-4]) != struct.unpack_from("<I", data, len(data) - 4)[0]:
         raise fault("its own CRC-32 does not match")
-    if not 1 <= block_nbytes <= 1 << 30:
+    if not 0 < block_nbytes <= 1 << 30 or block_nbytes % MAX_ELEMENT_NBYTES:
         raise fault(f"a block size of {block_nbytes} bytes is not allowed")
     save_id = data[_HEAD.size : _HEAD.size + name_nbytes].decode("utf-8", "replace")
     if save_id != manifest.save_id:

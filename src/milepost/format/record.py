@@ -97,14 +97,16 @@ class LocatedTensor:
     crc32: int | None
 
     @property
+    def is_row_major(self) -> bool:
+        """Whether the tensor's elements are one run of the storage, in row-major order."""
+        strides = zip(self.sizes, self.strides, strides_of(self.sizes), strict=True)
+        return 0 in self.sizes or all(size == 1 or stride == wanted for size, stride, wanted in strides)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the storage is the tensor's elements in row-major order and nothing else."""
-        numel = math.prod(self.sizes)
-        row_major = all(
-            n == 1 or s == r for n, s, r in zip(self.sizes, self.strides, strides_of(self.sizes), strict=True)
-        )
-        exact = self.storage_offset == 0 and self.data_nbytes == numel * itemsize(self.dtype)
-        return exact and (row_major or numel == 0)
+        nbytes = math.prod(self.sizes) * itemsize(self.dtype)
+        return self.is_row_major and self.storage_offset == 0 and self.data_nbytes == nbytes
 
 
 def strides_of(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -46,7 +46,6 @@ from milepost.errors import SaveError
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import Manifest
-from milepost.loading.load import read_digests
 from milepost.loading.reader import read_objects, read_tensors
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
@@ -259,10 +258,7 @@ class StorageReader(DcpStorageReader):
         return dcp_metadata_of(self._manifest)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        manifest = self._known_manifest()
-        self._digests = read_digests(self._storage, self._folder, manifest)
-        if self._digests is None:
-            self._manifest = catalog.locate_foreign(self._storage, self._folder, manifest)
+        self._digests = catalog.read_digests(self._storage, self._folder, self._known_manifest())
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan

@@ -10,23 +10,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import call
 from os import PathLike, fspath
 from typing import Any
 
 from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched
+from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import MAX_LISTED, MilepostError, StateMismatchError, listed, near
-from milepost.format.digest import BlockDigests, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, Manifest
-from milepost.loading.reader import ReadStats, read_objects, read_tensors
+from milepost.format.manifest import Manifest
+from milepost.loading.reader import ReadStats, TensorReads, read_objects
 from milepost.loading.target import Target
 from milepost.loading.template import Template
 from milepost.run import catalog
 from milepost.storage import open_storage
-from milepost.storage.base import Storage, join
+from milepost.storage.base import Storage
 from milepost.tensors.layout import dtype_name
 from milepost.tensors.plan import plan_load
 from milepost.tensors.state import FlatState, flatten
@@ -122,36 +123,55 @@ def load_from(
     then. Stored keys for which ``must_be_wanted`` holds must have a place on some rank: else they are refused.
     """
     started = time.monotonic()
-    failure = None
+    path, failure = f"{storage.root}/{folder}", None
     unwanted: set[str] = set()
     try:
-        with watched(f"rank {comm.rank} is reading the manifest of {storage.root}/{folder}"):
+        with watched(f"rank {comm.rank} is reading the manifest of {path}"):
             manifest = catalog.read_manifest(storage, folder)
         target = make_target(manifest)
         flat = flatten(target.values)
         fit = compare(manifest, flat, left=target.left)
         unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
-        fit.check(f"{storage.root}/{folder}", strict=strict)
+        fit.check(path, strict=strict)
         for key in fit.missing:
             target.values.pop(key, None)  # nothing is read for it
     except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
-    _check_unwanted(comm, unwanted, f"{storage.root}/{folder}")
-    reading = _Reading(storage, folder, comm.rank, num_threads)
+    _check_unwanted(comm, unwanted, path)
+    wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
+    read = ReadStats()
     for live in (False, True):  # what can be refused is read first, then what is filled in place
         try:
-            with watched(f"rank {comm.rank} is reading {storage.root}/{folder}"):
-                if live:
-                    reading.read_tensors(target.live)
-                else:
-                    reading.open(manifest, flat, fit)
-                    reading.read_tensors(flat.tensors.keys() - target.live)
+            with watched(f"rank {comm.rank} is reading {path}"):
+                if not live:
+                    digests, items = catalog.read_digests(storage, folder, manifest), plan_load(manifest, wanted)
+                    progress = ProgressLog(f"loading {path}", sum(item.shard.data_nbytes for item in items))
+                    objects = [key for key in flat.objects if key not in fit.missing]
+                    for key, value in read_objects(storage, folder, manifest, objects):
+                        flat.slots[key].fill(value)
+                part = [item for item in items if (item.leaf in target.live) is live]
+                on_read = progress.add if comm.rank == 0 else None
+                with TensorReads(storage, folder, part, flat.tensors, digests, on_read=on_read) as reads:
+                    map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
+                read += reads.stats
+                if not live:
                     check()
         except BaseException as cause:  # noqa: BLE001 - as above
             failure = failure_on(comm.rank, cause, MilepostError)
         raise_together(comm, failure)
-    return reading.report(time.monotonic() - started)
+    return LoadReport(
+        path=path,
+        step=manifest.step,
+        kind=manifest.kind,
+        num_tensors=len(wanted),
+        wanted_nbytes=read.wanted_nbytes,
+        read_nbytes=read.read_nbytes,
+        seconds=time.monotonic() - started,
+        unexpected=fit.unexpected,
+        missing=fit.missing,
+        cast=fit.cast,
+    )
 
 
 def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
@@ -166,68 +186,6 @@ def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
             path=path,
             unexpected=nowhere,
         )
-
-
-class _Reading:
-    """One rank's reads of one checkpoint."""
-
-    def __init__(self, storage: Storage, folder: str, rank: int, num_threads: int):
-        self._storage = storage
-        self._folder = folder
-        self._path = f"{storage.root}/{folder}"
-        self._is_first = rank == 0
-        self._num_threads = num_threads
-        self._stats = ReadStats(0, 0)
-
-    def open(self, manifest: Manifest, flat: FlatState, fit: Fit) -> None:
-        """Plan all reads, and read the values that are not tensors."""
-        self._manifest, self._flat, self._fit = manifest, flat, fit
-        wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
-        self._num_tensors = len(wanted)
-        self._digests = read_digests(self._storage, self._folder, manifest)
-        if self._digests is None:
-            found = {spec.key: manifest.tensors[spec.key] for spec in wanted}
-            manifest = catalog.locate_foreign(self._storage, self._folder, replace(manifest, tensors=found))
-        self._items = plan_load(manifest, wanted)
-        self._progress = ProgressLog(f"loading {self._path}", sum(item.shard.data_nbytes for item in self._items))
-        keys = [key for key in flat.objects if key not in fit.missing]
-        for key, value in read_objects(self._storage, self._folder, manifest, keys):
-            flat.slots[key].fill(value)
-
-    def read_tensors(self, keys: Collection[str]) -> None:
-        """Fill the tensors of ``keys``."""
-        before = self._stats.read_nbytes
-        items = [item for item in self._items if item.leaf in keys]
-        reach = (lambda nbytes: self._progress.reach(before + nbytes)) if self._is_first else None
-        stats = read_tensors(
-            *(self._storage, self._folder, items, self._flat.tensors, self._digests),
-            num_threads=self._num_threads,
-            on_progress=reach,
-        )
-        self._stats = ReadStats(self._stats.wanted_nbytes + stats.wanted_nbytes, before + stats.read_nbytes)
-
-    def report(self, seconds: float) -> LoadReport:
-        """What was done."""
-        return LoadReport(
-            path=self._path,
-            step=self._manifest.step,
-            kind=self._manifest.kind,
-            num_tensors=self._num_tensors,
-            wanted_nbytes=self._stats.wanted_nbytes,
-            read_nbytes=self._stats.read_nbytes,
-            seconds=seconds,
-            unexpected=self._fit.unexpected,
-            missing=self._fit.missing,
-            cast=self._fit.cast,
-        )
-
-
-def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
-    """The block digests of a checkpoint, or None for one that has none."""
-    if DIGESTS_NAME not in manifest.files:
-        return None  # stock DCP keeps none
-    name = join(folder, DIGESTS_NAME)
-    return parse_digests(storage.read(name), manifest, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.run import catalog
 from milepost.run.hf_folder import is_hf_step
 from milepost.storage import open_storage
+from milepost.verification.external import locate_manifest
 
 Progress = Callable[[int, int], None]
 """Told how many bytes of how many have been compared."""
@@ -250,7 +251,7 @@ def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
     if not with_values:
         return side
     if not (full / MANIFEST_NAME).exists():
-        manifest = catalog.locate_foreign(storage, folder, manifest)
+        manifest = locate_manifest(storage, folder, manifest)
     source = stack.enter_context(manifest_source(storage, folder, manifest, None))
     return replace(side, readable=source, source=source)
 

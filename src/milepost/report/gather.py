@@ -18,6 +18,7 @@ from milepost.run import catalog
 from milepost.run.catalog import StepEntry
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join, split
+from milepost.verification.external import locate_manifest
 
 MAX_STEPS = 12
 """Steps whose weights are read, unless asked for more: the newest one and others evenly between."""
@@ -173,7 +174,7 @@ def open_tensors(storage: Storage, folder: str, manifest: Manifest) -> Iterator[
     with ExitStack() as stack:
         if manifest.tensors:
             if any(shard.data_offset is None for entry in manifest.tensors.values() for shard in entry.shards):
-                manifest = catalog.locate_foreign(storage, folder, manifest)
+                manifest = locate_manifest(storage, folder, manifest)
             yield stack.enter_context(manifest_source(storage, folder, manifest, None))
         else:
             yield stack.enter_context(open_weights(f"{storage.root}/{folder}").source)

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from milepost.config import PARTS, part_of
+from milepost.config import NUM_IO_THREADS, PARTS, part_of
 from milepost.errors import ConfigError
-from milepost.format.box import Box, contiguous_runs
+from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 from milepost.interop.names.families import family_of
@@ -27,8 +27,8 @@ from milepost.parallelism.fit import degree_problems, stage_problems
 from milepost.parallelism.placement import Coordinates, Stage, box_of, layer_of, stages_of
 from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
 
-READ_BUFFER_NBYTES = 2 * ((8 << 20) + 2 * BLOCK_NBYTES)
-"""What the reader's two threads may hold at most beside the tensors: a slab, and the blocks that it sticks out of."""
+READ_BUFFER_NBYTES = NUM_IO_THREADS * BLOCK_NBYTES
+"""What the reader's threads hold at most beside the tensors: each a block."""
 
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
@@ -164,7 +164,7 @@ class _Planner:
         specs = [spec for key in self._manifest.tensors if (spec := self._spec(key, rank, stages)) is not None]
         items = plan_load(self._manifest, specs)
         wanted = sum(box.numel * itemsize(spec.dtype) for spec in specs for box in spec.boxes)
-        direct = all(item.is_whole_shard for item in items)
+        direct = all(item.src == Box.whole(item.shard.box.sizes) for item in items)
         return RankPlan(
             rank=rank,
             place=place,
@@ -193,25 +193,10 @@ class _Planner:
         return replace(whole, boxes=(box,) if box.numel else ())
 
     def _read_nbytes(self, item: ReadItem) -> int:
-        """Bytes read for an item: the blocks that its region touches, or the region itself where no digests are."""
-        size = itemsize(item.dtype)
+        """Bytes read for an item: the blocks that hold a part of it, or its own where there are no digests of them."""
         if not self._has_digests:
-            return item.src.numel * size
-        shape = item.shard.box.sizes
-        runs = list(_first_and_last(item.src, shape))
-        start, stop = runs[0][0] * size, runs[-1][1] * size
-        # Rows that are shorter than a block touch every block from the first to the last.
-        first = start // BLOCK_NBYTES * BLOCK_NBYTES
-        last = min(-(-stop // BLOCK_NBYTES) * BLOCK_NBYTES, item.shard.data_nbytes)
-        return last - first
-
-
-def _first_and_last(inner: Box, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The first and the last contiguous run of ``inner``."""
-    first = next(contiguous_runs(inner, shape))
-    corner = Box(tuple(stop - 1 for stop in inner.stops), (1,) * len(shape))
-    last = next(contiguous_runs(corner, shape))
-    return [first, last]
+            return item.src.numel * itemsize(item.dtype)
+        return sum(stop - start for start, stop in item.blocks(BLOCK_NBYTES))
 
 
 def parameter_of(key: str) -> str | None:

@@ -20,7 +20,6 @@ Names in a run's folder:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import re
@@ -38,13 +37,12 @@ from milepost.errors import (
     listed,
 )
 from milepost.format import dcp_metadata
-from milepost.format.digest import crc32
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest, ShardEntry, TensorEntry
+from milepost.format.digest import BlockDigests, crc32, parse_digests
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
-from milepost.format.record import locate_tensor
 from milepost.format.summary import model_total
 from milepost.format.typed_json import convert, parse_json
-from milepost.storage.base import Entry, ReadHandle, Storage, join, split
+from milepost.storage.base import Entry, Storage, join, split
 
 State = Literal["committed", "incomplete", "damaged", "external", "unreadable"]
 """``unreadable``: the storage refused, so that nothing is known. Only a listing goes on then."""
@@ -363,53 +361,16 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
     return record.manifest
 
 
-def locate_foreign(storage: Storage, path: str, manifest: Manifest) -> Manifest:
-    """Fill in where the raw data of each shard lies, by reading the head and the tail of each record.
-
-    Shards whose record is no plain row-major tensor keep ``data_offset`` None: they can only be read whole.
+def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
+    """The block digests of the checkpoint in ``folder``; None for one of another program, which has none.
 
     Raises:
-        FormatError: a record is malformed, or holds another dtype or shape than the commit record says.
+        FormatError: they are damaged, or of another save.
     """
-    tensors = {}
-    with contextlib.ExitStack() as stack:
-        handles: dict[str, ReadHandle] = {}
-        for key, entry in manifest.tensors.items():
-            shards = []
-            for shard in entry.shards:
-                if shard.file not in handles:
-                    handles[shard.file] = stack.enter_context(storage.open_read(join(path, shard.file)))
-                shards.append(_locate(handles[shard.file], key, entry, shard))
-            tensors[key] = replace(entry, shards=tuple(shards))
-    return replace(manifest, tensors=tensors)
-
-
-def _locate(handle: ReadHandle, key: str, entry: TensorEntry, shard: ShardEntry) -> ShardEntry:
-    if shard.data_offset is not None:
-        return shard
-
-    def read_at(offset: int, nbytes: int) -> bytes:
-        buffer = bytearray(nbytes)
-        handle.read_into(shard.record_offset + offset, [memoryview(buffer)])
-        return bytes(buffer)
-
-    try:
-        found = locate_tensor(read_at, shard.record_nbytes)
-    except FormatError as error:
-        message = f"{handle.path}: the record of '{key}' at byte {shard.record_offset}: {error.message}"
-        raise FormatError(message, path=handle.path, key=key) from error
-    if (found.dtype, found.sizes) != (entry.dtype, shard.box.sizes):
-        raise FormatError(
-            f"{handle.path}: '{key}' is stored as {found.dtype} {list(found.sizes)} at byte {shard.record_offset}, "
-            f"but the checkpoint's metadata says {entry.dtype} {list(shard.box.sizes)}",
-            path=handle.path,
-            key=key,
-        )
-    if not found.is_plain:
-        return shard
-    return replace(
-        shard, data_offset=shard.record_offset + found.data_offset, data_nbytes=found.data_nbytes, crc32=found.crc32
-    )
+    if DIGESTS_NAME not in manifest.files:
+        return None  # stock DCP keeps none
+    name = join(folder, DIGESTS_NAME)
+    return parse_digests(storage.read(name), manifest, name)
 
 
 def newest(entries: Iterable[StepEntry], kinds: Collection[str] = ("full",)) -> StepEntry | None:

@@ -114,6 +114,12 @@ class ReadHandle(ABC):
         Raises StorageError when the file ends before they are full.
         """
 
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """``nbytes`` from ``offset`` on. Raises as :meth:`read_into`."""
+        data = bytearray(nbytes)
+        self.read_into(offset, [memoryview(data)])
+        return bytes(data)
+
     def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - most have no use for it
         """Be told which byte ranges (half-open) will be read, each once, about in ascending order.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from milepost.errors import PlanError, listed
 from milepost.format import dtype as dtypes
 from milepost.format import record
-from milepost.format.box import Box, cover_faults
+from milepost.format.box import Box, boxes_of_run, contiguous_runs, cover_faults
 from milepost.format.manifest import Manifest, ShardEntry
 
 SMALL_ALIGNMENT = 64
@@ -233,9 +233,28 @@ class ReadItem:
     """Key of the tensor to fill; the same as ``key`` but where one stored tensor fills several."""
 
     @property
-    def is_whole_shard(self) -> bool:
-        """Whether the region is all of the stored shard."""
-        return self.src.sizes == self.shard.box.sizes
+    def run(self) -> tuple[int, int]:
+        """The data bytes ``[start, stop)`` of the shard from the region's first to its last."""
+        shape, size = self.shard.box.sizes, dtypes.itemsize(self.dtype)
+        corner = Box(tuple(stop - 1 for stop in self.src.stops), (1,) * len(shape))
+        return next(contiguous_runs(self.src, shape))[0] * size, next(contiguous_runs(corner, shape))[1] * size
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the region is contiguous in the shard's data."""
+        start, stop = self.run
+        return stop - start == self.src.numel * dtypes.itemsize(self.dtype)
+
+    def blocks(self, block_nbytes: int) -> Iterator[tuple[int, int]]:
+        """The blocks of the shard's data that hold elements of the region, ascending, as half-open byte ranges."""
+        start, stop = self.run
+        is_one_run, size = self.is_one_run, dtypes.itemsize(self.dtype)
+        for low in range(start - start % block_nbytes, stop, block_nbytes):
+            high = min(low + block_nbytes, self.shard.data_nbytes)
+            if is_one_run or any(
+                box.intersect(self.src) for box in boxes_of_run(low // size, high // size, self.shard.box.sizes)
+            ):
+                yield low, high
 
 
 def plan_load(manifest: Manifest, wanted: Iterable[TensorSpec]) -> tuple[ReadItem, ...]:

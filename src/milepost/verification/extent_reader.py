@@ -7,15 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 from milepost.collective.threads import map_in_threads
-from milepost.errors import Problem, StorageError
-from milepost.format.digest import crc32
-from milepost.format.dtype import itemsize
-from milepost.format.nan import count_nan, has_nan
-from milepost.storage.base import ReadHandle, counted
-from milepost.verification.extents import Digested, Extent, Known, Unknown, Values, batches
+from milepost.errors import DigestMismatchError, Problem, StorageError
+from milepost.storage.base import ReadHandle
+from milepost.verification.extents import PIECE_NBYTES, Data, Extent, Known, Unknown, Values, batches
 
-BUFFER_NBYTES = 8 << 20
-"""What each thread reads at once, and all the memory it holds."""
 MAX_PROBLEMS = 1000
 """So many problems are kept; the rest is counted."""
 
@@ -80,7 +75,7 @@ class ExtentReader:
         """Compare ``extents`` (ascending) of the file ``name``. Errors of ``extents`` itself are raised."""
         map_in_threads(
             lambda batch: self._check_batch(handle, name, batch),
-            batches(self._inside(handle, name, extents), BUFFER_NBYTES),
+            batches(self._inside(handle, name, extents), PIECE_NBYTES),
             self._num_threads,
             name="milepost-verify",
         )
@@ -96,63 +91,39 @@ class ExtentReader:
 
     def _check_batch(self, handle: ReadHandle, name: str, batch: list[Extent]) -> None:
         start, stop = batch[0].start, batch[-1].stop
-        if stop - start > BUFFER_NBYTES:
-            self._check_large(handle, name, batch[0])
-            return
-        view = memoryview(self._buffer())[: stop - start]
+        view = self._buffer()[: stop - start]
         try:
             handle.read_into(start, [view])
         except StorageError as error:
             self._findings.add(Problem(f"can't be read: {error.message}", name, _key(batch[0]), (start, stop)))
             return
         for extent in batch:
-            problem = compare(extent, view[extent.start - start : extent.stop - start], name)
+            problem = _compare(extent, view[extent.start - start : extent.stop - start], name)
             if problem is not None:
                 self._findings.add(problem)
-        self._findings.count_read(stop - start, sum(_unchecked(extent) for extent in batch))
+        unchecked = sum(extent.stop - extent.start for extent in batch if isinstance(extent, Unknown | Values))
+        self._findings.count_read(stop - start, unchecked)
 
-    def _check_large(self, handle: ReadHandle, name: str, extent: Extent) -> None:
-        """One extent that does not fit the buffer: digested piece by piece."""
-        view = memoryview(self._buffer())
-        value = num_nan = 0
-        for start in range(extent.start, extent.stop, BUFFER_NBYTES):
-            piece = view[: min(BUFFER_NBYTES, extent.stop - start)]
-            try:
-                handle.read_into(start, [piece])
-            except StorageError as error:
-                where = (start, start + len(piece))
-                self._findings.add(Problem(f"can't be read: {error.message}", name, _key(extent), where))
-                return
-            if isinstance(extent, Digested):
-                value = crc32(piece, value)
-            elif isinstance(extent, Values):
-                num_nan += count_nan(piece, extent.dtype) if has_nan(extent.dtype) else 0
-            else:
-                problem = compare(_cut(extent, start, start + len(piece)), piece, name)
-                if problem is not None:
-                    self._findings.add(problem)
-            self._findings.count_read(len(piece), len(piece) if isinstance(extent, Unknown | Values) else 0)
-        if isinstance(extent, Digested) and value != extent.crc32:
-            self._findings.add(_changed(extent, name))
-        elif isinstance(extent, Values) and num_nan:
-            self._findings.add(_nan(extent, num_nan, name))
-
-    def _buffer(self) -> bytearray:
+    def _buffer(self) -> memoryview:
         held: bytearray | None = getattr(self._local, "buffer", None)
         if held is None:
-            held = self._local.buffer = bytearray(BUFFER_NBYTES)
-        return held
+            held = self._local.buffer = bytearray(PIECE_NBYTES)
+        return memoryview(held)
 
 
-def compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
+def _compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
     """What is wrong with the bytes ``view`` of the file ``name``, which are those of ``extent``."""
-    if isinstance(extent, Digested):
-        return _changed(extent, name) if crc32(view) != extent.crc32 else None
     if isinstance(extent, Unknown):
         return None
+    if isinstance(extent, Data):
+        try:
+            extent.reader.passed(extent.start - extent.reader.offset, view)
+        except DigestMismatchError as error:
+            return Problem(f"{extent.what} changed after it was written", name, extent.key, error.byte_range)
+        return None
     if isinstance(extent, Values):
-        num_nan = count_nan(view, extent.dtype) if has_nan(extent.dtype) else 0
-        return _nan(extent, num_nan, name) if num_nan else None
+        message = extent.nan.passed(view)
+        return Problem(message, name, extent.key, (extent.nan.start, extent.nan.stop)) if message else None
     expected = extent.expected if isinstance(extent, Known) else bytes(len(view))
     found = bytes(view)
     if found == expected:
@@ -164,26 +135,5 @@ def compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
     return Problem("padding is not zero", name, byte_range=where)
 
 
-def _changed(extent: Digested, name: str) -> Problem:
-    return Problem(f"{extent.what} changed after it was written", name, extent.key, (extent.start, extent.stop))
-
-
-def _nan(extent: Values, num_nan: int, name: str) -> Problem:
-    total = (extent.stop - extent.start) // itemsize(extent.dtype)
-    return Problem(f"NaN in {num_nan} of {counted(total, 'value')}", name, extent.key, (extent.start, extent.stop))
-
-
-def _cut(extent: Extent, start: int, stop: int) -> Extent:
-    if isinstance(extent, Known):
-        return dataclasses.replace(
-            extent, start=start, expected=extent.expected[start - extent.start : stop - extent.start]
-        )
-    return dataclasses.replace(extent, start=start, stop=stop)
-
-
 def _key(extent: Extent) -> str | None:
-    return extent.key if isinstance(extent, Known | Digested | Values) else None
-
-
-def _unchecked(extent: Extent) -> int:
-    return extent.stop - extent.start if isinstance(extent, Unknown | Values) else 0
+    return extent.key if isinstance(extent, Known | Data | Values) else None

@@ -1,21 +1,29 @@
-"""What every byte of a checkpoint's files must be, told from its metadata alone: the plan of a verification.
+"""What every byte of a checkpoint's files must be, from its metadata alone: the plan of a verification.
 
-A data file is tiled by *extents*: bytes that are known, bytes of which a CRC-32 is known, zeros, and, in
-files that Milepost did not write, bytes and values of which nothing is known.
+A data file is tiled by *extents*: bytes that are known, bytes that a digest is recorded of, zeros and, in files that
+Milepost did not write, bytes and values of which nothing is recorded.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from milepost.errors import FormatError
 from milepost.format.digest import BlockDigests
+from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, ObjectEntry, ShardEntry
-from milepost.format.record import locate_tensor, record_footer, tensor_record
+from milepost.format.nan import count_nan, has_nan
+from milepost.format.record import record_footer, tensor_record
 from milepost.format.zip_directory import ZipDirectory
-from milepost.storage.base import ReadHandle
+from milepost.storage.base import ReadHandle, counted
+from milepost.verification.block_reader import BlockReader, shard_reader
+from milepost.verification.external import locate_shard
+
+PIECE_NBYTES = 8 << 20
+"""No extent is larger: what is larger is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +40,18 @@ class Known:
         return self.start + len(self.expected)
 
 
-@dataclass(frozen=True, slots=True)
-class Digested:
-    """Bytes ``[start, stop)`` that must have this CRC-32."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Data:
+    """Bytes ``[start, stop)`` of the file that ``reader`` has a digest of, whole or as a part."""
 
     start: int
     stop: int
-    crc32: int
-    key: str | None
+    reader: BlockReader
     what: str
+
+    @property
+    def key(self) -> str | None:
+        return self.reader.key or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +70,42 @@ class Unknown:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+class NanCount:
+    """Counts the NaN among the values of a tensor, whose bytes pass in any order, by several threads."""
+
+    def __init__(self, start: int, stop: int, dtype: str, key: str):
+        self.start = start
+        self.stop = stop
+        self.key = key
+        self._dtype = dtype
+        self._passed_nbytes = self._count = 0
+        self._lock = threading.Lock()
+
+    def passed(self, data: memoryview) -> str | None:
+        """Note some of the values; with the last of them, what is wrong with all."""
+        count = count_nan(data, self._dtype) if has_nan(self._dtype) else 0
+        with self._lock:
+            self._count += count
+            self._passed_nbytes += len(data)
+            if not self._count or self._passed_nbytes < self.stop - self.start:
+                return None
+        return f"NaN in {self._count} of {counted(self._passed_nbytes // itemsize(self._dtype), 'value')}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Values:
-    """Elements ``[start, stop)`` of a tensor of which no digest is known: only NaN can be told."""
+    """Bytes ``[start, stop)`` of a tensor of which no digest is recorded: only NaN can be told."""
 
     start: int
     stop: int
-    dtype: str
-    key: str
+    nan: NanCount
+
+    @property
+    def key(self) -> str:
+        return self.nan.key
 
 
-Extent = Known | Digested | Zeros | Unknown | Values
+Extent = Known | Data | Zeros | Unknown | Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +139,7 @@ def records_of(manifest: Manifest) -> dict[str, list[Placed]]:
     return placed
 
 
-def own_record(record: Placed, digests: BlockDigests) -> Iterator[Extent]:
+def own_record(handle: ReadHandle, record: Placed, digests: BlockDigests) -> Iterator[Extent]:
     """The extents of one record that Milepost wrote, in order, from its first byte to its last.
 
     Raises:
@@ -111,64 +147,77 @@ def own_record(record: Placed, digests: BlockDigests) -> Iterator[Extent]:
     """
     entry, key = record.entry, record.key
     if isinstance(entry, ObjectEntry):
-        if entry.crc32 is not None:
-            yield Digested(record.start, record.stop, entry.crc32, key, "the record")
+        yield from _data(BlockReader(handle, key, record.start, entry.record_nbytes, entry.crc32), "the record")
         return
+    reader = shard_reader(handle, key, record.dtype, entry, record.shard, digests)
     layout = tensor_record(record.dtype, entry.box.sizes)
-    data_start = entry.record_offset + layout.data_offset
-    if entry.crc32 is None or (entry.data_offset, entry.record_nbytes) != (data_start, layout.nbytes):
-        raise FormatError(f"the manifest gives the record of '{key}' an impossible layout", key=key)
-    yield Known(entry.record_offset, layout.header, key, "the record's header")
-    data_stop = data_start + entry.data_nbytes
-    crcs = digests.of_shard(key, record.shard)
-    for start, crc in zip(range(data_start, data_stop, digests.block_nbytes), crcs, strict=True):
-        yield Digested(start, min(start + digests.block_nbytes, data_stop), crc, key, "data")
-    yield Known(data_stop, record_footer(layout, entry.crc32), key, "the record's footer")
+    assert entry.crc32 is not None, "shard_reader has refused it"
+    yield Known(record.start, layout.header, key, "the record's header")
+    yield from _data(reader, "data")
+    yield Known(reader.offset + reader.nbytes, record_footer(layout, entry.crc32), key, "the record's footer")
 
 
-def foreign_record(handle: ReadHandle, record: Placed) -> Iterator[Extent]:
-    """The extents of one record that another program wrote: its zip entries, as far as they have CRCs.
+def _data(reader: BlockReader, what: str) -> Iterator[Data]:
+    for low, high in reader.digested():
+        for start, stop in _pieces(reader.offset + low, reader.offset + high):
+            yield Data(start, stop, reader, what)
+
+
+def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for low in range(start, stop, PIECE_NBYTES):
+        yield low, min(low + PIECE_NBYTES, stop)
+
+
+def zeros(start: int, stop: int) -> Iterator[Extent]:
+    """The padding ``[start, stop)``."""
+    return (Zeros(*piece) for piece in _pieces(start, stop))
+
+
+def unknown(start: int, stop: int) -> Iterator[Extent]:
+    """The bytes ``[start, stop)``, of which nothing is recorded."""
+    return (Unknown(*piece) for piece in _pieces(start, stop))
+
+
+def values(start: int, stop: int, dtype: str, key: str) -> Iterator[Extent]:
+    """A tensor's values, of which no digest is recorded."""
+    nan = NanCount(start, stop, dtype, key)
+    return (Values(*piece, nan) for piece in _pieces(start, stop))
+
+
+def external_record(handle: ReadHandle, record: Placed) -> Iterator[Extent]:
+    """The extents of one record that another program wrote.
 
     Raises:
-        FormatError: the record is no zip archive of the form that ``torch.save`` writes, or holds another tensor than
-            the metadata says.
+        FormatError: the record is not a zip archive of the form that ``torch.save`` writes, or holds another tensor
+            than the metadata says.
     """
-
-    def read_at(offset: int, nbytes: int) -> bytes:
-        buffer = bytearray(nbytes)
-        handle.read_into(record.start + offset, [memoryview(buffer)])
-        return bytes(buffer)
-
     if isinstance(record.entry, ShardEntry):
-        found = locate_tensor(read_at, record.entry.record_nbytes)
-        if (found.dtype, found.sizes) != (record.dtype, record.entry.box.sizes):
-            raise FormatError(
-                f"it holds {found.dtype} {list(found.sizes)}, but the metadata says "
-                f"{record.dtype} {list(record.entry.box.sizes)}",
-                key=record.key,
-            )
-    yield from zip_extents(ZipDirectory(read_at, record.entry.record_nbytes), record.start, record.stop, record.key)
+        locate_shard(handle, record.key, record.dtype, record.entry)
+    yield from zip_extents(handle, record.start, record.stop, record.key)
 
 
-def zip_extents(directory: ZipDirectory, start: int, stop: int, key: str | None) -> Iterator[Extent]:
+def zip_extents(
+    handle: ReadHandle, start: int, stop: int, key: str = "", *, max_entries: int = 1024
+) -> Iterator[Extent]:
     """The extents of an archive that is at ``[start, stop)`` of a file: its entries, as far as they have CRCs.
 
     Raises:
-        FormatError: entries overlap.
+        FormatError: entries overlap, or are not as ``torch.save`` writes them.
     """
+    directory = ZipDirectory(lambda at, n: handle.read(start + at, n), stop - start, max_entries=max_entries)
     position = start
     for entry in sorted(directory.entries.values(), key=lambda entry: entry.header_offset):
         begin = start + directory.data_offset(entry)
         if begin < position:
-            raise FormatError(f"zip entry {entry.name!r:.100} overlaps the one before it", key=key)
-        yield Unknown(position, begin)  # a zip header and padding: parsed, but without a CRC of its own
+            raise FormatError(f"zip entry {entry.name!r:.100} overlaps the one before it", key=key or None)
+        yield from unknown(position, begin)  # a zip header and padding: parsed, but without a CRC of its own
         position = begin + entry.nbytes
         # torch.serialization.set_crc32_options(False) leaves zero in place of a CRC.
         if entry.crc32 or not entry.nbytes:
-            yield Digested(begin, position, entry.crc32, key, f"zip entry {entry.name}")
+            yield from _data(BlockReader(handle, key, begin, entry.nbytes, entry.crc32), f"zip entry {entry.name}")
         else:
-            yield Unknown(begin, position)
-    yield Unknown(position, stop)
+            yield from unknown(begin, position)
+    yield from unknown(position, stop)
 
 
 def sampled(

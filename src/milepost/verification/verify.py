@@ -38,12 +38,12 @@ from milepost.verification.extent_reader import ExtentReader, Findings, Progress
 from milepost.verification.extents import (
     Extent,
     Placed,
-    Unknown,
-    Zeros,
-    foreign_record,
+    external_record,
     own_record,
     records_of,
     sampled,
+    unknown,
+    zeros,
 )
 from milepost.verification.weights import WEIGHTS_SUFFIXES, WeightsCheck
 
@@ -291,6 +291,7 @@ def _check(
             continue
         with handle:
             file_nbytes = record.manifest.files[name].nbytes if level == "full" and not is_cut else None
+            handle.will_read([(one.start, one.stop) for one in records] if file_nbytes is None else [(0, file_nbytes)])
             reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
 
 
@@ -316,18 +317,18 @@ def _extents(
 
     A record that can't even be laid out becomes a problem.
     """
-    gap = Zeros if digests is not None else Unknown
+    gap = zeros if digests is not None else unknown
     position = 0
     for record in records:
         if file_nbytes is not None and record.start > position:
-            yield gap(position, record.start)
+            yield from gap(position, record.start)
         position = record.stop
         try:
-            yield from own_record(record, digests) if digests is not None else foreign_record(handle, record)
+            yield from own_record(handle, record, digests) if digests is not None else external_record(handle, record)
         except (FormatError, StorageError) as error:
             findings.add(Problem(error.message, name, record.key, (record.start, record.stop)))
     if file_nbytes is not None and file_nbytes > position:
-        yield gap(position, file_nbytes)
+        yield from gap(position, file_nbytes)
 
 
 def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings: Findings) -> BlockDigests | None:

@@ -12,12 +12,11 @@ from milepost.errors import FormatError, MilepostError, Problem, StorageError
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
 from milepost.format.manifest import TensorEntry
 from milepost.format.torch_file import MAX_ENTRIES, locate_tensors
-from milepost.format.zip_directory import ZipDirectory
 from milepost.run.hf_folder import HfFolder, is_adapter, read_headers, read_hf_folder
 from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
 from milepost.verification.extent_reader import ExtentReader, Findings
-from milepost.verification.extents import Extent, Unknown, Values, zip_extents
+from milepost.verification.extents import Extent, unknown, values, zip_extents
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Files that are verified as weights on their own."""
@@ -86,17 +85,11 @@ class WeightsCheck:
                 self._reader.check(handle, name, extents)
 
     def _torch_file(self, handle: ReadHandle, name: str) -> None:
-        def read_at(offset: int, nbytes: int) -> bytes:
-            buffer = bytearray(nbytes)
-            handle.read_into(offset, [memoryview(buffer)])
-            return bytes(buffer)
-
-        self.num_items = len(locate_tensors(read_at, handle.nbytes))
+        self.num_items = len(locate_tensors(handle.read, handle.nbytes))
         if not self._values:
             self._findings.count_read(0, unchecked_nbytes=handle.nbytes)
             return
-        directory = ZipDirectory(read_at, handle.nbytes, max_entries=MAX_ENTRIES)
-        self._reader.check(handle, name, zip_extents(directory, 0, handle.nbytes, key=None))
+        self._reader.check(handle, name, zip_extents(handle, 0, handle.nbytes, max_entries=MAX_ENTRIES))
 
     def _add(self, error: MilepostError, path: str, name: str) -> None:
         self._findings.add(Problem(error.message.removeprefix(f"{path}: "), name))
@@ -107,9 +100,9 @@ def _extents(places: Sequence[tuple[int, str]], nbytes: int, tensors: Mapping[st
     position = 0
     for start, key in places:
         if start > position:
-            yield Unknown(position, start)
+            yield from unknown(position, start)
         position = start + tensors[key].shards[0].data_nbytes
         if position > start:
-            yield Values(start, position, tensors[key].dtype, key)
+            yield from values(start, position, tensors[key].dtype, key)
     if nbytes > position:
-        yield Unknown(position, nbytes)
+        yield from unknown(position, nbytes)

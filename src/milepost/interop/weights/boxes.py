@@ -1,14 +1,13 @@
 """Reading boxes of stored tensors, whatever file they are in, and checking every byte on the way.
 
 A ``Source`` knows for each tensor which stretches of which files hold it; folders of Hugging Face, DCP folders and
-``.pt`` files differ only in how that is found out (``sources.py``). ``assembled`` puts a recipe of ``rules.py`` on
+``.pt`` files differ only in how that is found out (``open``). ``Assembled`` puts a recipe of ``names.rules`` on
 top, so that a tensor of another program reads like a stored one.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,13 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from milepost.errors import ConversionError, DigestMismatchError
-from milepost.format import digest
+from milepost.errors import ConversionError
 from milepost.format.box import Box, contiguous_runs
 from milepost.format.dtype import itemsize, numpy_dtype
-from milepost.format.manifest import BLOCK_NBYTES
 from milepost.interop.names.rules import Op, Piece, Recipe
 from milepost.storage.base import ReadHandle
+from milepost.verification.block_reader import BlockReader
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -53,16 +51,13 @@ class Readable(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """One stored box: its row-major bytes begin at ``offset`` of ``file`` (an index). Digests are None if unknown."""
+    """One stored box: its row-major bytes begin ``start`` bytes into what ``reader`` reads."""
 
     box: Box
-    file: int
-    offset: int
-    nbytes: int
-    crc32: int | None = None
-    block_crcs: Sequence[int] | None = None
+    reader: BlockReader
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,37 +69,30 @@ class Stored:
 
 
 class Source:
-    """Tensors in open files. Takes ownership of ``files``.
+    """Tensors in open files. Takes ownership of ``files``."""
 
-    While it is read it keeps the CRC-32 of every stretch of bytes that passed, so that ``check_digests`` afterwards
-    costs no second read.
-    """
-
-    def __init__(self, path: str, kind: str, files: list[ReadHandle], tensors: Mapping[str, Stored]):
+    def __init__(self, path: str, kind: str, files: Sequence[ReadHandle], tensors: Mapping[str, Stored]):
         self.path = path
         self.kind = kind
         self._files = files
         self.tensors: Mapping[str, TensorInfo] = {key: stored.info for key, stored in tensors.items()}
         self._stretches = {key: stored.stretches for key, stored in tensors.items()}
-        self._seen: dict[tuple[str, int], PassedBytes] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(s.nbytes for stretches in self._stretches.values() for s in stretches)
 
     def read_into(self, key: str, box: Box, out: Array) -> None:
         """See :class:`Readable`."""
         stored = array_dtype(self.tensors[key].dtype)
-        for index, stretch in enumerate(self._stretches[key]):
+        for stretch in self._stretches[key]:
             common = stretch.box.intersect(box)
             if common is None:
                 continue
             target = out[common.relative_to(box).index()]
             direct = target.dtype == stored and target.flags.c_contiguous
             raw = target if direct else np.empty(common.sizes, stored)
-            self._read_runs(key, index, common, raw)
+            view, size, position = raw_bytes(raw), stored.itemsize, 0
+            for start, stop in contiguous_runs(common.relative_to(stretch.box), stretch.box.sizes):
+                part = view[position : position + (stop - start) * size]
+                stretch.reader.read(stretch.start + start * size, part)
+                position += len(part)
             if not direct:
                 cast_into(target, raw)
 
@@ -112,49 +100,16 @@ class Source:
         """See :class:`Readable`."""
         return 1
 
-    def _read_runs(self, key: str, index: int, common: Box, raw: Array) -> None:
-        """Fill contiguous ``raw`` with the box ``common`` of one stretch, noting the CRCs of what passes."""
-        stretch = self._stretches[key][index]
-        size = raw.dtype.itemsize
-        view = raw_bytes(raw)
-        position = 0
-        for start, stop in contiguous_runs(common.relative_to(stretch.box), stretch.box.sizes):
-            part = view[position : position + (stop - start) * size]
-            self._files[stretch.file].read_into(stretch.offset + start * size, [part])
-            if stretch.crc32 is not None:
-                self._passed(key, index).add(start * size, part)
-            position += len(part)
-
-    def _passed(self, key: str, index: int) -> PassedBytes:
-        with self._lock:
-            return self._seen.setdefault((key, index), PassedBytes())
-
     def check_digests(self) -> int:
-        """Compare what was read with the recorded CRC-32s; returns how many bytes were compared.
+        """Check what was read against the recorded digests; returns how many bytes they are of.
 
-        A CRC is of a whole stretch: one that was read in part, or in parts that overlap, is read again.
+        What a digest is of is checked as a whole: where only a part was read, the rest is read for it now.
 
         Raises:
             DigestMismatchError: naming file, key and byte range.
         """
-        checked = 0
-        for (key, index), passed in self._seen.items():
-            stretch = self._stretches[key][index]
-            handle = self._files[stretch.file]
-            if not passed.tile(stretch.nbytes):
-                passed = self._read_again(stretch, handle)
-            _compare(key, stretch, handle.path, passed.blocks(stretch.nbytes))
-            checked += stretch.nbytes
-        return checked
-
-    def _read_again(self, stretch: Stretch, handle: ReadHandle) -> PassedBytes:
-        passed = PassedBytes()
-        buffer = memoryview(bytearray(min(stretch.nbytes, BLOCK_NBYTES)))
-        for start in range(0, stretch.nbytes, BLOCK_NBYTES):
-            part = buffer[: min(stretch.nbytes - start, BLOCK_NBYTES)]
-            handle.read_into(stretch.offset + start, [part])
-            passed.add(start, part)
-        return passed
+        readers = {id(s.reader): s.reader for stretches in self._stretches.values() for s in stretches}
+        return sum(reader.finish() for reader in readers.values() if reader.has_digests)
 
     def close(self) -> None:
         """Close the files."""
@@ -166,75 +121,6 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class PassedBytes:
-    """CRC-32s of the parts of one run of bytes that passed by, in any order, cut at the digests' block boundaries."""
-
-    __slots__ = ("_lock", "_parts")
-
-    def __init__(self) -> None:
-        self._parts: dict[int, tuple[int, int]] = {}  # start -> (nbytes, crc32)
-        self._lock = threading.Lock()
-
-    def add(self, start: int, data: memoryview) -> None:
-        """Note ``data``, which stands at ``start``. A part that passes twice counts once."""
-        found = {}
-        position = 0
-        while position < len(data):
-            room = BLOCK_NBYTES - (start + position) % BLOCK_NBYTES
-            part = data[position : position + room]
-            found[start + position] = (len(part), digest.crc32(part))
-            position += len(part)
-        with self._lock:
-            self._parts.update(found)
-
-    def tile(self, nbytes: int) -> bool:
-        """Whether the noted parts make up a run of ``nbytes``, each byte once."""
-        end = 0
-        for start, (length, _) in sorted(self._parts.items()):
-            if start != end:
-                return False
-            end += length
-        return end == nbytes
-
-    def blocks(self, nbytes: int) -> list[int]:
-        """The CRC-32 of each block of a run of ``nbytes`` that the parts tile."""
-        crcs = [0] * digest.num_blocks(nbytes)
-        for start, (length, crc) in sorted(self._parts.items()):
-            index = start // BLOCK_NBYTES
-            crcs[index] = digest.combine(crcs[index], crc, length)
-        return crcs
-
-    def crc32(self) -> int:
-        """The CRC-32 of all parts together, which must tile a run of bytes."""
-        value = 0
-        for _, (length, crc) in sorted(self._parts.items()):
-            value = digest.combine(value, crc, length)
-        return value
-
-
-def _compare(key: str, stretch: Stretch, path: str, blocks: list[int]) -> None:
-    found = digest.combine_blocks(blocks, stretch.nbytes)
-    if found == stretch.crc32 or stretch.crc32 is None:
-        return
-    start, stop, expected = 0, stretch.nbytes, stretch.crc32
-    if stretch.block_crcs is not None:
-        for index, (crc, wanted) in enumerate(zip(blocks, stretch.block_crcs, strict=True)):
-            if crc != wanted:
-                start, found, expected = index * BLOCK_NBYTES, crc, wanted
-                stop = min(start + BLOCK_NBYTES, stretch.nbytes)
-                break
-    begin, end = stretch.offset + start, stretch.offset + stop
-    raise DigestMismatchError(
-        f"{path} is damaged: bytes {begin} to {end} of tensor '{key}' have CRC-32 {found:08x}, {expected:08x} was "
-        "written; convert another step",
-        path=path,
-        key=key,
-        byte_range=(begin, end),
-        expected=expected,
-        found=found,
-    )
 
 
 class Assembled:

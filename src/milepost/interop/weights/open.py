@@ -11,7 +11,7 @@ from typing import Any
 
 from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError
 from milepost.format.box import Box
-from milepost.format.digest import BlockDigests, parse_digests
+from milepost.format.digest import BlockDigests
 from milepost.format.dtype import itemsize
 from milepost.format.huggingface import (
     CONFIG_NAME,
@@ -20,17 +20,18 @@ from milepost.format.huggingface import (
     SINGLE_NAME,
     parse_object,
 )
-from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
-from milepost.format.record import LocatedTensor, strides_of
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.safetensors import read_header
 from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
 from milepost.run.hf_folder import is_adapter, read_hf_folder
 from milepost.storage import open_storage
-from milepost.storage.base import ReadHandle, Storage
+from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
 from milepost.storage.local import LocalStorage
+from milepost.verification.block_reader import BlockReader, shard_reader
+from milepost.verification.external import locate_manifest
 
 _OTHER_PARTS = tuple(f"{part}." for part in ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng"))
 """Prefixes of what a training checkpoint holds beside the model."""
@@ -93,7 +94,7 @@ def _open_file(full: Path) -> Weights:
     with ExitStack() as stack:
         stack.callback(handle.close)
         if full.suffix == ".safetensors":
-            stored = _safetensors_tensors(handle, 0)
+            stored = _safetensors_tensors(handle)
         else:
             stored = _torch_file_tensors(handle)
         stack.pop_all()
@@ -108,17 +109,16 @@ def _open_hf(folder: Path, names: set[str]) -> Weights:
     storage = LocalStorage(folder)
     found = read_hf_folder(storage, "", names)
     found.require(str(folder))
-    position = {name: index for index, name in enumerate(found.files)}
     stored = {}
-    for key, entry in found.tensors.items():
-        (shard,) = entry.shards
-        stretch = Stretch(shard.box, position[shard.file], shard.record_offset, shard.data_nbytes)
-        stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (stretch,))
     with ExitStack() as stack:
-        handles = [stack.enter_context(open_linked(storage, name, anywhere=True)) for name in position]
+        handles = {name: stack.enter_context(open_linked(storage, name, anywhere=True)) for name in found.files}
+        for key, entry in found.tensors.items():
+            (shard,) = entry.shards
+            reader = BlockReader(handles[shard.file], key, shard.record_offset, shard.data_nbytes, None)
+            stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (Stretch(shard.box, reader),))
         config = read_config(folder)
         stack.pop_all()
-    return Weights(Source(str(folder), "hf", handles, stored), config=config, is_adapter=is_adapter(names))
+    return Weights(Source(str(folder), "hf", tuple(handles.values()), stored), config=config, is_adapter=is_adapter(names))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -129,11 +129,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return parse_object(read_linked(LocalStorage(folder), CONFIG_NAME, MAX_CONFIG_NBYTES), str(path))
 
 
-def _safetensors_tensors(handle: ReadHandle, file: int) -> dict[str, Stored]:
+def _safetensors_tensors(handle: ReadHandle) -> dict[str, Stored]:
     return {
         key: Stored(
             TensorInfo(tensor.dtype, tensor.shape),
-            (Stretch(Box.whole(tensor.shape), file, tensor.offset, tensor.nbytes),),
+            (Stretch(Box.whole(tensor.shape), BlockReader(handle, key, tensor.offset, tensor.nbytes, None)),),
         )
         for key, tensor in read_header(handle).tensors.items()
     }
@@ -145,70 +145,57 @@ def _safetensors_tensors(handle: ReadHandle, file: int) -> dict[str, Stored]:
 def _open_dcp(storage: Storage, folder: str) -> Weights:
     manifest = catalog.read_manifest(storage, folder)
     model = {key: entry for key, entry in manifest.tensors.items() if not key.startswith(_OTHER_PARTS)}
-    digests = None
-    if DIGESTS_NAME in manifest.files:
-        path = f"{folder}/{DIGESTS_NAME}"
-        digests = parse_digests(storage.read(path), manifest, f"{storage.root}/{path}")
-        if digests.block_nbytes != BLOCK_NBYTES:
-            digests = None  # of another version: the CRC-32 of each whole shard still is checked
-    else:
-        model = dict(catalog.locate_foreign(storage, folder, replace(manifest, tensors=model)).tensors)
+    digests = catalog.read_digests(storage, folder, manifest)
+    if digests is None:
+        model = dict(locate_manifest(storage, folder, replace(manifest, tensors=model)).tensors)
     source = manifest_source(storage, folder, replace(manifest, tensors=model), digests)
     return Weights(source, manifest=manifest)
 
 
 def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests | None) -> Source:
     """The tensors that a manifest describes, from the files in ``folder``."""
-    names = sorted({shard.file for entry in manifest.tensors.values() for shard in entry.shards})
-    position = {name: index for index, name in enumerate(names)}
     stored = {}
-    for key, entry in manifest.tensors.items():
-        stretches = []
-        for index, shard in enumerate(entry.shards):
-            if shard.data_offset is None:
+    with ExitStack() as stack:
+        names = sorted({shard.file for entry in manifest.tensors.values() for shard in entry.shards})
+        handles = {name: stack.enter_context(storage.open_read(join(folder, name))) for name in names}
+        for key, entry in manifest.tensors.items():
+            strided = next((shard.file for shard in entry.shards if shard.data_offset is None), None)
+            if strided is not None:
                 raise ConversionError(
-                    f"'{key}' is stored strided in {shard.file}: load the checkpoint with torch and save it again",
+                    f"'{key}' is stored strided in {strided}: load the checkpoint with torch and save it again",
                     path=f"{storage.root}/{folder}",
                 )
-            blocks = digests.of_shard(key, index) if digests is not None else None
-            stretches.append(
-                Stretch(shard.box, position[shard.file], shard.data_offset, shard.data_nbytes, shard.crc32, blocks)
+            stretches = (
+                Stretch(shard.box, shard_reader(handles[shard.file], key, entry.dtype, shard, number, digests))
+                for number, shard in enumerate(entry.shards)
             )
-        stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), tuple(stretches))
-    with ExitStack() as stack:
-        handles: list[ReadHandle] = [stack.enter_context(storage.open_read(f"{folder}/{name}")) for name in names]
+            stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), tuple(stretches))
         stack.pop_all()
-    return Source(f"{storage.root}/{folder}", "dcp", handles, stored)
+    return Source(f"{storage.root}/{folder}", "dcp", tuple(handles.values()), stored)
 
 
 # ---- .pt ----
 
 
 def _torch_file_tensors(handle: ReadHandle) -> dict[str, Stored]:
-    def read_at(offset: int, nbytes: int) -> bytes:
-        data = bytearray(nbytes)
-        handle.read_into(offset, [memoryview(data)])
-        return bytes(data)
-
     try:
-        found = locate_tensors(read_at, handle.nbytes)
+        found = locate_tensors(handle.read, handle.nbytes)
     except FormatError as error:
         raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
-    return {
-        key: Stored(TensorInfo(tensor.dtype, tensor.sizes), (_torch_stretch(handle.path, key, tensor),))
-        for key, tensor in found.items()
-    }
-
-
-def _torch_stretch(path: str, key: str, tensor: LocatedTensor) -> Stretch:
-    box = Box.whole(tensor.sizes)
-    nbytes = box.numel * itemsize(tensor.dtype)
-    if tensor.is_plain:
-        return Stretch(box, 0, tensor.data_offset, nbytes, tensor.crc32)
-    if tensor.strides != strides_of(tensor.sizes):
-        raise ConversionError(
-            f"{path}: '{key}' is stored with strides {list(tensor.strides)}: save it again after .contiguous()",
-            path=path,
-        )
-    # A row-major part of a larger storage, whose CRC is of the whole.
-    return Stretch(box, 0, tensor.data_offset + tensor.storage_offset * itemsize(tensor.dtype), nbytes)
+    # A storage is read, and checked against its CRC, as one, whatever number of tensors are views of it.
+    storages: dict[int, BlockReader] = {}
+    stored = {}
+    for key, tensor in found.items():
+        if not tensor.is_row_major:
+            raise ConversionError(
+                f"{handle.path}: '{key}' is stored with strides {list(tensor.strides)}: save it again after "
+                ".contiguous()",
+                path=handle.path,
+            )
+        reader = storages.get(tensor.data_offset)
+        if reader is None:
+            reader = BlockReader(handle, key, tensor.data_offset, tensor.data_nbytes, tensor.crc32)
+            storages[tensor.data_offset] = reader
+        stretch = Stretch(Box.whole(tensor.sizes), reader, tensor.storage_offset * itemsize(tensor.dtype))
+        stored[key] = Stored(TensorInfo(tensor.dtype, tensor.sizes), (stretch,))
+    return stored

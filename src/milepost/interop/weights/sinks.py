@@ -20,12 +20,12 @@ from milepost.format.digest import combine_blocks
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.torch_file import plan_torch_file
 from milepost.interop.hf.extras import HfExtras, split_into_files
-from milepost.interop.weights.boxes import PassedBytes, Source, TensorInfo
+from milepost.interop.weights.boxes import Source, TensorInfo
 from milepost.interop.weights.open import (
     manifest_source,
     open_weights,
 )
-from milepost.interop.weights.stream import Placed, SlabReader, write_image
+from milepost.interop.weights.stream import PassedBytes, Placed, SlabReader, write_image
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor

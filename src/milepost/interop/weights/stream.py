@@ -15,9 +15,11 @@ import numpy as np
 
 from milepost.collective.threads import map_in_threads
 from milepost.errors import ConversionError
+from milepost.format import digest
 from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
-from milepost.interop.weights.boxes import Array, Bytes, PassedBytes, Readable, array_dtype, raw_bytes
+from milepost.format.manifest import BLOCK_NBYTES
+from milepost.interop.weights.boxes import Array, Bytes, Readable, array_dtype, raw_bytes
 from milepost.storage.base import WriteHandle
 
 SLAB_NBYTES = 4 << 20
@@ -89,6 +91,43 @@ class Placed:
 
     key: str
     offset: int
+
+
+class PassedBytes:
+    """CRC-32s of the parts of one run of bytes that passed by, in any order, cut at the digests' block boundaries."""
+
+    __slots__ = ("_lock", "_parts")
+
+    def __init__(self) -> None:
+        self._parts: dict[int, tuple[int, int]] = {}  # start -> (nbytes, crc32)
+        self._lock = threading.Lock()
+
+    def add(self, start: int, data: memoryview) -> None:
+        """Note ``data``, which stands at ``start``. A part that passes twice counts once."""
+        found = {}
+        position = 0
+        while position < len(data):
+            room = BLOCK_NBYTES - (start + position) % BLOCK_NBYTES
+            part = data[position : position + room]
+            found[start + position] = (len(part), digest.crc32(part))
+            position += len(part)
+        with self._lock:
+            self._parts.update(found)
+
+    def blocks(self, nbytes: int) -> list[int]:
+        """The CRC-32 of each block of a run of ``nbytes`` that the parts tile."""
+        crcs = [0] * digest.num_blocks(nbytes)
+        for start, (length, crc) in sorted(self._parts.items()):
+            index = start // BLOCK_NBYTES
+            crcs[index] = digest.combine(crcs[index], crc, length)
+        return crcs
+
+    def crc32(self) -> int:
+        """The CRC-32 of all parts together, which must tile a run of bytes."""
+        value = 0
+        for _, (length, crc) in sorted(self._parts.items()):
+            value = digest.combine(value, crc, length)
+        return value
 
 
 def write_image(

@@ -1,0 +1,266 @@
+"""The data of one stored item, read in any parts, and every byte that was read compared with the recorded digests.
+
+Loads, verifications and conversions all read through a ``BlockReader``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NoReturn
+
+from milepost.errors import DigestMismatchError, FormatError
+from milepost.format import digest, record
+from milepost.format.digest import BlockDigests
+from milepost.format.manifest import BLOCK_NBYTES, ShardEntry
+from milepost.storage.base import ReadHandle
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What has passed of the bytes of one digest: the CRC-32 of each part, and how many bytes they are together."""
+
+    crcs: dict[tuple[int, int], int] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+class BlockReader:
+    """Reads parts of ``nbytes`` of data that begin at ``offset`` of an open file. Safe to use from several threads.
+
+    The digests are CRC-32s: of each block (``block_crcs``), or of all the data (``crc32``), or none. ``frame`` is what
+    must stand before and after the data; it is compared when the block beside it is read whole. ``on_read`` is told
+    the bytes of each read.
+    """
+
+    def __init__(
+        self,
+        handle: ReadHandle,
+        key: str,
+        offset: int,
+        nbytes: int,
+        crc32: int | None,
+        block_crcs: Sequence[int] | None = None,
+        block_nbytes: int = BLOCK_NBYTES,
+        *,
+        frame: tuple[bytes, bytes] = (b"", b""),
+        on_read: Callable[[int], None] = lambda nbytes: None,
+    ):
+        self.handle = handle
+        self.key = key
+        self.offset = offset
+        self.nbytes = nbytes
+        self._crc32 = crc32
+        self._block_crcs = block_crcs
+        self._step = block_nbytes if block_crcs is not None else BLOCK_NBYTES
+        self._unit_nbytes = block_nbytes if block_crcs is not None else max(nbytes, 1)
+        self._frame = frame
+        self._on_read = on_read
+        self._passed: dict[int, _Parts] = {}
+        self._checked: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether anything is recorded that the data can be checked against."""
+        return self._crc32 is not None or self._block_crcs is not None
+
+    @property
+    def checked_nbytes(self) -> int:
+        """How much of the data has been compared with its digest."""
+        return sum(min(low + self._unit_nbytes, self.nbytes) - low for low in self._checked)
+
+    def digested(self) -> Iterator[tuple[int, int]]:
+        """The ranges of the data that have a digest each: its blocks, or all of it."""
+        if self.has_digests:
+            for low in range(0, self.nbytes, self._unit_nbytes):
+                yield low, min(low + self._unit_nbytes, self.nbytes)
+
+    def file_range(self, low: int, high: int) -> tuple[int, int]:
+        """The bytes of the file that reading the blocks of ``[low, high)`` takes, what frames the data included."""
+        before = len(self._frame[0]) if low == 0 else 0
+        after = len(self._frame[1]) if high == self.nbytes else 0
+        return self.offset + low - before, self.offset + high + after
+
+    def read(self, start: int, into: memoryview, spare: Callable[[], memoryview] | None = None) -> None:
+        """Fill ``into`` with the data from byte ``start`` on.
+
+        With ``spare`` (which gives memory of a block to this thread), blocks of which ``into`` is a part are read
+        whole, and all of it is checked when this returns. Without, and where there are no blocks' digests, a digest is
+        compared as soon as all that it is of has passed; see :meth:`finish`.
+
+        Raises:
+            DigestMismatchError: the data changed after it was written.
+            FormatError: what stands around the data is not what must.
+            StorageError: a read failed or came short.
+        """
+        stop = start + len(into)
+        for low in range(start - start % self._step, stop, self._step):
+            first, last = max(low, start), min(low + self._step, stop)
+            at, views = self._place(low, first, into[first - start : last - start], spare)
+            self.handle.read_into(at, views)
+            self._arrived(low, first, views)
+
+    def read_through(
+        self, start: int, stop: int, spare: Callable[[], memoryview], take: Callable[[int, memoryview], None]
+    ) -> None:
+        """Read whole blocks, the first of which begins at ``start``, and give each to ``take`` once it is checked.
+
+        ``take(low, data)`` gets the data from byte ``low`` on, in spare memory. Raises as :meth:`read`.
+        """
+        for low in range(start, stop, self._step):
+            data = spare()[: min(self._step, stop - low)]
+            at, views = self._place(low, low, data, spare)
+            self.handle.read_into(at, views)
+            self._arrived(low, low, views)
+            take(low, data)
+
+    def _place(
+        self, low: int, first: int, part: memoryview, spare: Callable[[], memoryview] | None
+    ) -> tuple[int, list[memoryview]]:
+        """Where in the file to read from and into what, to get ``part`` of the block at ``low``, from byte ``first`` on.
+
+        If the block can be checked and there is ``spare`` memory, that is all of it, and what frames the data.
+        """
+        if spare is None or self._block_crcs is None:
+            return self.offset + first, [part]
+        high = min(low + self._step, self.nbytes)
+        before = memoryview(bytearray(len(self._frame[0]) if low == 0 else 0))
+        after = memoryview(bytearray(len(self._frame[1]) if high == self.nbytes else 0))
+        skipped, nbytes = first - low, high - low
+        rest = spare() if len(part) < nbytes else memoryview(b"")
+        views = [before, rest[:skipped], part, rest[skipped : nbytes - len(part)], after]
+        return self.offset + low - len(before), views
+
+    def _arrived(self, low: int, first: int, views: Sequence[memoryview]) -> None:
+        """Check what was read: a part, or a whole block and what frames the data."""
+        self._on_read(sum(map(len, views)))
+        if len(views) == 1:
+            self.passed(first, views[0])
+            return
+        before, *block, after = views
+        if (before and before != self._frame[0]) or (after and after != self._frame[1]):
+            raise FormatError(
+                f"{self.handle.path}: the record of '{self.key}' has a damaged header or footer; "
+                "run `milepost verify` on the checkpoint",
+                path=self.handle.path,
+                key=self.key,
+            )
+        crc = 0
+        for view in block:
+            crc = digest.crc32(view, crc)
+        self._compare(low, min(low + self._step, self.nbytes), crc)
+
+    def passed(self, start: int, data: memoryview) -> None:
+        """Take note of ``data``, which was read from byte ``start`` on, and of no more than one block.
+
+        Raises:
+            DigestMismatchError: with it a block, or all the data, is complete and is not what was written.
+        """
+        if not self.has_digests:
+            return
+        crc, part = digest.crc32(data), (start, start + len(data))
+        low = start - start % self._unit_nbytes
+        high = min(low + self._unit_nbytes, self.nbytes)
+        if part == (low, high):
+            self._compare(low, high, crc)
+            return
+        with self._lock:
+            parts = self._passed.setdefault(low, _Parts())
+            parts.nbytes += len(data) if part not in parts.crcs else 0
+            expected = parts.crcs.setdefault(part, crc)
+            if parts.nbytes == high - low:
+                del self._passed[low]
+        if expected != crc:
+            self._raise_mismatch(*part, expected, crc)
+        if parts.nbytes == high - low:
+            self._compare_parts(low, high, parts.crcs)
+
+    def finish(self) -> int:
+        """Check what has passed in part, reading the rest of the digested bytes; returns ``checked_nbytes``.
+
+        Raises:
+            DigestMismatchError: the data changed after it was written.
+        """
+        while self._passed:
+            low, parts = self._passed.popitem()
+            self._compare_parts(low, min(low + self._unit_nbytes, self.nbytes), parts.crcs)
+        return self.checked_nbytes
+
+    def _compare_parts(self, low: int, high: int, parts: Mapping[tuple[int, int], int]) -> None:
+        """Compare the digest of ``[low, high)`` with that of its parts, which may overlap and leave gaps."""
+        value, upto = 0, {low: 0}
+        for start, stop in pairwise(sorted({low, high, *(edge for part in parts for edge in part)})):
+            crc = parts.get((start, stop))
+            value = digest.combine(value, self._read_digest(start, stop) if crc is None else crc, stop - start)
+            upto[stop] = value
+        self._compare(low, high, value)
+        for (start, stop), crc in parts.items():  # those that were read again: was the first reading the same?
+            found = digest.combine(upto[start], 0, stop - start) ^ upto[stop]
+            if found != crc:
+                self._raise_mismatch(start, stop, found, crc)
+
+    def _read_digest(self, start: int, stop: int) -> int:
+        """The CRC-32 of the data bytes ``[start, stop)``, which are read for nothing else."""
+        buffer = memoryview(bytearray(min(stop - start, BLOCK_NBYTES)))
+        value = 0
+        for low in range(start, stop, BLOCK_NBYTES):
+            view = buffer[: min(stop - low, BLOCK_NBYTES)]
+            self.handle.read_into(self.offset + low, [view])
+            self._on_read(len(view))
+            value = digest.crc32(view, value)
+        return value
+
+    def _compare(self, low: int, high: int, found: int) -> None:
+        expected = self._block_crcs[low // self._unit_nbytes] if self._block_crcs is not None else self._crc32
+        if expected is not None and expected != found:
+            self._raise_mismatch(low, high, expected, found)
+        self._checked.add(low)
+
+    def _raise_mismatch(self, start: int, stop: int, expected: int, found: int) -> NoReturn:
+        begin, end = self.offset + start, self.offset + stop
+        named = f" in '{self.key}'" if self.key else ""
+        raise DigestMismatchError(
+            f"digest mismatch{named}, bytes {begin} to {end} of {self.handle.path} (CRC-32 {found:08x}, "
+            f"recorded {expected:08x}): they changed after they were written; run `milepost verify` on the checkpoint",
+            path=self.handle.path,
+            key=self.key or None,
+            byte_range=(begin, end),
+            expected=expected,
+            found=found,
+        )
+
+
+def shard_reader(
+    handle: ReadHandle,
+    key: str,
+    dtype: str,
+    shard: ShardEntry,
+    number: int,
+    digests: BlockDigests | None,
+    on_read: Callable[[int], None] = lambda nbytes: None,
+) -> BlockReader:
+    """The reader of shard ``number`` of tensor ``key``. ``digests`` are those of a checkpoint that Milepost wrote.
+
+    Raises:
+        FormatError: the offsets are not those that dtype and sizes imply.
+    """
+    assert shard.data_offset is not None, "a shard of another program is located before it is read"
+    if digests is None:
+        return BlockReader(handle, key, shard.data_offset, shard.data_nbytes, shard.crc32, on_read=on_read)
+    layout = record.tensor_record(dtype, shard.box.sizes)
+    where = (shard.record_offset + layout.data_offset, layout.data_nbytes, layout.nbytes)
+    if shard.crc32 is None or (shard.data_offset, shard.data_nbytes, shard.record_nbytes) != where:
+        raise FormatError(f"the manifest gives the record of '{key}' impossible offsets", path=handle.path, key=key)
+    return BlockReader(
+        handle,
+        key,
+        shard.data_offset,
+        shard.data_nbytes,
+        shard.crc32,
+        digests.of_shard(key, number),
+        digests.block_nbytes,
+        frame=(layout.header, record.record_footer(layout, shard.crc32)),
+        on_read=on_read,
+    )

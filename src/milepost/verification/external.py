@@ -1,0 +1,71 @@
+"""Records that another program wrote: where in them a shard's data lies. Nothing is loaded, and nothing run.
+
+Stock DCP's ``.metadata`` says in which record of which file a shard is, but not where its data begins: that takes two
+to four small reads of the record itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from milepost.collective.threads import map_in_threads
+from milepost.errors import FormatError
+from milepost.format.manifest import Manifest, ShardEntry
+from milepost.format.record import locate_tensor
+from milepost.storage.base import ReadHandle, Storage, join
+
+NUM_THREADS = 8
+"""Small reads wait for the disk or the network, not for the processor."""
+
+Shard = tuple[str, str, ShardEntry]
+"""The key and the dtype of a tensor, and one of its shards."""
+
+
+def locate_manifest(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """``manifest`` with the places of all its shards' data: see :func:`locate_shards`."""
+    wanted = [(key, entry.dtype, shard) for key, entry in manifest.tensors.items() for shard in entry.shards]
+    found = iter(locate_shards(storage, folder, wanted))
+    tensors = {
+        key: replace(entry, shards=tuple(next(found) for _ in entry.shards)) for key, entry in manifest.tensors.items()
+    }
+    return replace(manifest, tensors=tensors)
+
+
+def locate_shards(storage: Storage, folder: str, shards: Sequence[Shard]) -> list[ShardEntry]:
+    """The shards with the place of their data, and its CRC-32 if there is one, by the records' own headers.
+
+    One whose record is not a plain row-major tensor keeps ``data_offset`` None: it can only be loaded as a whole.
+
+    Raises:
+        FormatError: a record is malformed, or holds another dtype or shape than the commit record says.
+    """
+    with ExitStack() as stack:
+        names = {shard.file for _, _, shard in shards if shard.data_offset is None}
+        handles = {name: stack.enter_context(storage.open_read(join(folder, name))) for name in sorted(names)}
+
+        def located(one: Shard) -> ShardEntry:
+            return one[2] if one[2].data_offset is not None else locate_shard(handles[one[2].file], *one)
+
+        return map_in_threads(located, shards, NUM_THREADS, name="milepost-locate")
+
+
+def locate_shard(handle: ReadHandle, key: str, dtype: str, shard: ShardEntry) -> ShardEntry:
+    """:func:`locate_shards` for one shard in an open file."""
+    start = shard.record_offset
+    try:
+        found = locate_tensor(lambda offset, nbytes: handle.read(start + offset, nbytes), shard.record_nbytes)
+    except FormatError as error:
+        message = f"{handle.path}: the record of '{key}' at byte {start}: {error.message}"
+        raise FormatError(message, path=handle.path, key=key) from error
+    if (found.dtype, found.sizes) != (dtype, shard.box.sizes):
+        raise FormatError(
+            f"{handle.path}: the record of '{key}' at byte {start}: expected {dtype} {list(shard.box.sizes)}, as the "
+            f"checkpoint's metadata says, found {found.dtype} {list(found.sizes)}",
+            path=handle.path,
+            key=key,
+        )
+    if not found.is_plain:
+        return shard
+    return replace(shard, data_offset=start + found.data_offset, data_nbytes=found.data_nbytes, crc32=found.crc32)
