@@ -97,7 +97,6 @@ def test_few_frames_to_the_disk_in_the_writer_process(tmp_path: Path) -> None:
     assert 0 < len(seen.stack) <= MOST["async_with_pinned_mem"], "\n".join(seen.stack)
 
 
-@pytest.mark.xfail(strict=True, reason="the reader's own frames are still to be cut: manager, loader and load are 3")
 def test_few_frames_from_the_disk(tmp_path: Path) -> None:
     with manager_of(tmp_path / "run") as manager:
         manager.save(1)
