@@ -19,6 +19,7 @@ import torch
 from tiny_models import KINDS
 
 from milepost.errors import ConfigError, ConversionError, MilepostError, StorageError
+from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME, INDEX_NAME
 from milepost.format.safetensors import plan_layout
 from milepost.interop.convert import convert
@@ -27,7 +28,9 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import correspond
 from milepost.interop.options import NAMES, ConvertOptions
+from milepost.interop.weights.boxes import Array, Bytes
 from milepost.interop.weights.sinks import DcpSink
+from milepost.interop.weights.stream import SlabReader
 from milepost.run import catalog
 from milepost.saving.save import save
 from milepost.storage import LocalStorage, syscalls
@@ -295,7 +298,30 @@ def test_an_interrupt_leaves_nothing(memory_path: Path, hf_folders: Callable[[st
     assert untouched(memory_path, set())
 
 
-def test_verification_finds_a_wrong_byte_and_publishes_nothing(
+def test_verification_finds_a_wrong_value_and_publishes_nothing(
+    memory_path: Path, hf_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    """One that was written as it is, so that its digest is right."""
+    write = DcpSink.write
+
+    def spoil_and_write(self: DcpSink, reader: SlabReader, *args: object) -> None:
+        read_into = reader.read_into
+
+        def spoiled(key: str, slab: Slab, raw: Bytes) -> Array:
+            array = read_into(key, slab, raw)
+            raw[0] ^= 1
+            return array
+
+        reader.read_into = spoiled  # type: ignore[method-assign]
+        write(self, reader, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DcpSink, "write", spoil_and_write)
+    with pytest.raises(MilepostError, match="does not convert back"):
+        convert(hf_folders("llama"), memory_path / "out", KIND.options("dcp", verify=True))
+    assert untouched(memory_path, set())
+
+
+def test_verification_finds_a_changed_byte_and_publishes_nothing(
     memory_path: Path, hf_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
     write = DcpSink.write
@@ -309,7 +335,7 @@ def test_verification_finds_a_wrong_byte_and_publishes_nothing(
             file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(DcpSink, "write", write_and_spoil)
-    with pytest.raises(MilepostError, match="does not convert back"):
+    with pytest.raises(MilepostError, match="digest mismatch"):
         convert(hf_folders("llama"), memory_path / "out", KIND.options("dcp", verify=True))
     assert untouched(memory_path, set())
 

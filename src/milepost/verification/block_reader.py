@@ -119,7 +119,7 @@ class BlockReader:
     def _place(
         self, low: int, first: int, part: memoryview, spare: Callable[[], memoryview] | None
     ) -> tuple[int, list[memoryview]]:
-        """Where in the file to read from and into what, to get ``part`` of the block at ``low``, from byte ``first`` on.
+        """Where to read from and into what, to get ``part`` of the block at ``low``, from byte ``first`` on.
 
         If the block can be checked and there is ``spare`` memory, that is all of it, and what frames the data.
         """
