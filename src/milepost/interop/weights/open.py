@@ -118,7 +118,8 @@ def _open_hf(folder: Path, names: set[str]) -> Weights:
             stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (Stretch(shard.box, reader),))
         config = read_config(folder)
         stack.pop_all()
-    return Weights(Source(str(folder), "hf", tuple(handles.values()), stored), config=config, is_adapter=is_adapter(names))
+    source = Source(str(folder), "hf", tuple(handles.values()), stored)
+    return Weights(source, config=config, is_adapter=is_adapter(names))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
