@@ -168,7 +168,7 @@ class StateMismatchError(MilepostError):
 
 
 class CheckpointDamagedError(MilepostError):
-    """What is stored is not what was written. The step must not be used; others may be undamaged."""
+    """Stored bytes are not those that were written. The step must not be used; others may be undamaged."""
 
     exit_status = 5
 

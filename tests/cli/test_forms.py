@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from zoo import save_model
 
 from milepost.cli.main import main
 from milepost.errors import StorageError
@@ -229,3 +230,18 @@ def test_a_shell_completes_models_flavors_and_keys(
         env={**os.environ, "PATH": path},
     )
     assert done.stdout.splitlines() == ["llama3 qwen3", "30B-A3B", "train_state.loss", "--json"], done.stderr
+
+
+def test_the_model_of_a_marked_step_is_rescued(
+    memory_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(memory_path)
+    storage = LocalStorage(memory_path)
+    save_model(storage, "run/step-7")
+    catalog.mark_damaged(storage, "run/step-7", "bytes 0 to 9 of 'optimizer.x' changed", now=1.0)
+    status, out, _ = output(
+        capsys, *["export", "run", "rescued", "--step", "7", "--model", "llama3", "--flavor", "debugmodel"]
+    )
+    assert (status, Path("rescued/model.safetensors").exists()) == (0, True)
+    assert "of the source matched their digests" in out
+    assert output(capsys, *["export", "run", "newest", "--model", "llama3", "--flavor", "debugmodel"])[0] == 3

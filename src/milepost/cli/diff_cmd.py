@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milepost.cli.main import NOT_CHECKED
-from milepost.cli.render import console, print_json, print_table, printable, progress_bar
-from milepost.errors import CheckpointNotFoundError, listed
+from milepost.cli.render import console, print_json, print_list, print_table, progress_bar
+from milepost.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from milepost.report.diff import DiffReport, Held, ValueChange
@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
-    _print_list(f"only in {report.a}", [_held(held) for held in report.only_a])
-    _print_list(f"only in {report.b}", [_held(held) for held in report.only_b])
+    print_list(f"only in {report.a}", [_held(held) for held in report.only_a], limit=MAX_LINES)
+    print_list(f"only in {report.b}", [_held(held) for held in report.only_b], limit=MAX_LINES)
     kinds = [f"{change.key}: {_kind(change.a)} in A, {_kind(change.b)} in B" for change in report.kinds]
-    _print_list("of another dtype or shape", kinds)
-    _print_list("stored with other bytes", report.other_bytes)
+    print_list("of another dtype or shape", kinds, limit=MAX_LINES)
+    print_list("stored with other bytes", report.other_bytes, limit=MAX_LINES)
     if report.values:
         _print_changes(report.by_change(), limit)
     console().print(_summary(report, quick=quick), markup=False)
@@ -130,7 +130,7 @@ def _print_changes(changes: Sequence[ValueChange], limit: int | None) -> None:
 
 
 def _print_groups(changes: Sequence[ValueChange]) -> None:
-    """What changed by part and layer, in one line each."""
+    """Print the changes by part and layer, in one line each."""
     groups: dict[str, list[ValueChange]] = {}
     for change in changes:
         groups.setdefault(change.group, []).append(change)
@@ -157,15 +157,6 @@ def _summary(report: DiffReport, *, quick: bool) -> str:
     if quick:
         return f"{same}; of {report.num_unknown} the values were not compared: do so without --quick"
     return f"{same}; {report.num_unknown} are values that are not tensors and could not be compared"
-
-
-def _print_list(title: str, lines: Sequence[str]) -> None:
-    if not lines:
-        return
-    out = console()
-    out.print(printable(f"{title} ({len(lines)}):"), markup=False)
-    for line in listed(lines, MAX_LINES, hint="; --json lists them"):
-        out.print(f"  {printable(line)}", markup=False)
 
 
 def _held(held: Held) -> str:

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """What is at a path: a checkpoint's state, or the name of another form of weights."""
+    """A checkpoint or weights of another form: ``what`` is the state of the one, the name of the other."""
 
     storage: Storage
     name: str
@@ -154,18 +154,18 @@ def _matching(entries: Mapping[str, Any], pattern: str | None) -> dict[str, Any]
 
 
 def _headline(state: str, reason: str, manifest: Manifest) -> str:
-    told = [state + (f" ({reason})" if reason else ""), manifest.kind]
+    parts = [state + (f" ({reason})" if reason else ""), manifest.kind]
     if manifest.step is not None:
-        told.append(f"step {manifest.step}")
+        parts.append(f"step {manifest.step}")
     if manifest.created_s:
-        told.append(f"{format_duration(max(0.0, time.time() - manifest.created_s))} old")
+        parts.append(f"{format_duration(max(0.0, time.time() - manifest.created_s))} old")
     if state in get_args(catalog.State) and state != "external":
         ranks = counted(manifest.world_size, "rank")
         degrees = degrees_text(manifest.layout) if manifest.world_size > 1 else ""
-        told.append(f"saved by {ranks}" + (f" ({degrees})" if degrees else ""))
+        parts.append(f"saved by {ranks}" + (f" ({degrees})" if degrees else ""))
     if manifest.producer:
-        told.append("with " + " and ".join(f"{name} {version}" for name, version in manifest.producer.items()))
-    return ", ".join(told)
+        parts.append("with " + " and ".join(f"{name} {version}" for name, version in manifest.producer.items()))
+    return ", ".join(parts)
 
 
 def _print_totals(totals: Sequence[PartTotal]) -> None:

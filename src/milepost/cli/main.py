@@ -74,7 +74,7 @@ NOT_CHECKED = 11
 
 
 class CommandModule(Protocol):
-    """What the module of a command must offer."""
+    """The module of a command."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's options, its description and its examples."""
@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
         super().error("; ".join([message, *hints]))
 
     def hint(self, word: str) -> str:
-        """What to write in place of the option ``word``; empty if it exists, or is none."""
+        """A hint about the unknown option ``word``; empty if it exists, or is not an option."""
         option = word.partition("=")[0]
         if not option.startswith("--") or option == "--" or option in self._option_string_actions:
             return ""

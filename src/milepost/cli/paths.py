@@ -1,4 +1,4 @@
-"""What the paths on the command line stand for: a run's folder, one of its steps, any checkpoint."""
+"""Paths on the command line: a run's folder, one of its steps, any checkpoint."""
 
 from __future__ import annotations
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from milepost.cli.paths import read_manifest
-from milepost.cli.render import console, print_json, print_table, printable
-from milepost.errors import ConfigError, StateMismatchError, listed
+from milepost.cli.render import console, print_json, print_line, print_list, print_table
+from milepost.errors import ConfigError, StateMismatchError
 from milepost.parallelism.degrees import SHORT_DEGREES, Degrees, degrees_text
 from milepost.storage.base import format_nbytes
 
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         saved = degrees_text(manifest.layout)
         title = f"{args.path}: {manifest.kind}, saved by {manifest.world_size} ranks" + (f" ({saved})" if saved else "")
         now = degrees_text(degrees.as_dict())
-        console().print(printable(f"{title}; to be resumed by {degrees.world_size} ({now})"), markup=False)
+        print_line(f"{title}; to be resumed by {degrees.world_size} ({now})")
         _print(plan)
     return 0 if plan.fits else StateMismatchError.exit_status
 
@@ -137,26 +136,17 @@ def _print(plan: ResumePlan) -> None:
         f"memory at the load's peak: at most {format_nbytes(memory)} a rank"
     )
     for note in plan.notes:
-        out.print(f"note: {note}", markup=False)
+        print_line(f"note: {note}")
     for reason in plan.refused:
-        out.print(f"refused: {reason}", markup=False)
+        print_line(f"refused: {reason}")
     for title, keys in (
         ("missing from the checkpoint", plan.missing),
         ("of the checkpoint have no place in the run", plan.unexpected),
         ("of another shape", plan.misshapen),
         ("not read under these degrees", plan.left_out),
     ):
-        _print_keys(title, keys)
+        print_list(title, keys, limit=MAX_KEYS)
     out.print("it fits" if plan.fits else "[bold red]it does not fit[/]: a resume would be refused")
-
-
-def _print_keys(title: str, keys: Sequence[str]) -> None:
-    if not keys:
-        return
-    out = console()
-    out.print(f"{title} ({len(keys)}):")
-    for line in listed(keys, MAX_KEYS, hint="; --json lists them"):
-        out.print(f"  {printable(line)}", markup=False)
 
 
 def _row(rank: RankPlan) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, progress for the impatient.
+"""Output of the commands: tables for people, JSON for programs, progress for the impatient.
 
 Results go to standard output, progress to standard error. Colour and moving bars appear on a terminal only;
 ``NO_COLOR`` is heeded.
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from milepost.errors import shortened
+from milepost.errors import listed, shortened
 from milepost.storage.base import format_duration, format_nbytes
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BAR_AFTER_S = 0.5
 """Work that is done sooner shows no bar."""
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
-"""Where there is no terminal, the first line of progress comes after the one time, more of them at most so often."""
+"""Without a terminal: when the first line of progress is printed, and the least time between two lines."""
 MIN_WIDTH_OF_RATE = 60
 """On a narrower terminal the bar and the amounts leave no room for rate and time."""
 MAX_TITLE_LENGTH = 24
@@ -83,10 +83,8 @@ def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
     if not lines:
         return
     print_line(f"{title} ({len(lines)}):")
-    for line in lines[:limit]:
+    for line in listed(lines, limit, hint="; --json lists them"):
         print_line(f"  {line}")
-    if len(lines) > limit:
-        print_line(f"  ... and {len(lines) - limit} more; --json lists them")
 
 
 def print_json(value: Any) -> None:
@@ -119,7 +117,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
 
 
 def _fits(headers: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:
-    """Whether a line for each row is possible; the last column may be folded to ``MIN_LAST_WIDTH``."""
+    """True if a line for each row is possible; the last column may be folded to ``MIN_LAST_WIDTH``."""
     widths = [max(cell_len(header), *(row[i].cell_len for row in rows), 0) for i, header in enumerate(headers)]
     return sum(widths[:-1]) + min(widths[-1], MIN_LAST_WIDTH) + GAP * (len(widths) - 1) <= width
 
@@ -161,7 +159,7 @@ def bar(share: float, width: int) -> str:
 
 
 def can_show(text: str) -> bool:
-    """Whether the encoding of standard output has these characters."""
+    """True if the encoding of standard output has these characters."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

@@ -25,7 +25,7 @@ VERDICTS = {
     "not_verified": (Text("not verified", style="yellow"), NOT_CHECKED),
     "damaged": (Text("damaged", style="bold red"), CheckpointDamagedError.exit_status),
 }
-"""What is printed for each verdict, and the exit status: the best first."""
+"""The words and the exit status of each verdict, the best first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ def shard_file_name(index: int, count: int) -> str:
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether ``name`` is one that a file of weights may have: a plain name, which no shell takes for an option."""
+    """True if ``name`` is one that a file of weights may have: a plain name, which no shell takes for an option."""
     return (
         name.endswith(".safetensors")
         and len(name) <= MAX_NAME_LENGTH

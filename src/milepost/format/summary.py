@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in a few totals: for listings and reports. Torch-free, from the manifest alone."""
+"""Totals of what a checkpoint holds: for listings and reports. Torch-free, from the manifest alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def shard_counts(entry: TensorEntry) -> tuple[int, ...] | None:
 
 
 def placement_text(entry: TensorEntry) -> str:
-    """How a tensor is stored, in DTensor's words: ``whole``, ``Shard(0) over 2 x Shard(1) over 4``, ``irregular``."""
+    """A tensor's placement, in DTensor's words: ``whole``, ``Shard(0) over 2 x Shard(1) over 4``, ``irregular``."""
     counts = shard_counts(entry)
     if counts is None:
         return f"irregular, {len(_filled(entry))} shards"

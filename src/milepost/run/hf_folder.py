@@ -29,7 +29,7 @@ from milepost.storage.links import open_linked, read_linked
 
 @dataclass(frozen=True, slots=True)
 class HfFolder:
-    """What the headers of a folder's safetensors files say, and what is wrong with them."""
+    """Content of the headers of a folder's safetensors files, and problems in them."""
 
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
@@ -44,17 +44,17 @@ class HfFolder:
 
 
 def is_hf_folder(names: Collection[str]) -> bool:
-    """Whether a folder with files of these names holds weights, or an adapter, for Hugging Face's programs."""
+    """True if a folder with files of these names holds weights, or an adapter, for Hugging Face's programs."""
     return any(name.endswith(".safetensors") for name in names) or INDEX_NAME in names
 
 
 def is_adapter(names: Collection[str]) -> bool:
-    """Whether the folder holds an adapter (LoRA and the like) of PEFT, not a whole model."""
+    """True if the folder holds an adapter (LoRA and the like) of PEFT, not a whole model."""
     return ADAPTER_CONFIG_NAME in names or (ADAPTER_NAME in names and SINGLE_NAME not in names)
 
 
 def is_hf_step(manifest: Manifest) -> bool:
-    """Whether a step's own manifest says that its model was saved as Hugging Face files."""
+    """True if a step's own manifest says that its model was saved as Hugging Face files."""
     return manifest.extra.get("format") == HF_FORMAT
 
 
@@ -83,7 +83,7 @@ def read_hf_folder(storage: Storage, folder: str, names: Collection[str]) -> HfF
 
 
 def read_headers(storage: Storage, folder: str, names: Sequence[str]) -> HfFolder:
-    """What the headers of the safetensors files ``names`` of a folder say."""
+    """Read the headers of the safetensors files ``names`` of a folder."""
     problems: list[Problem] = []
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}

@@ -58,7 +58,7 @@ def _refusal(link: Path, reason: str) -> StorageError:
 
 
 def _homes(folder: Path) -> list[str]:
-    """Where the files of a folder may be: in it, or in the ``blobs`` beside ``snapshots/<revision>``."""
+    """Folders in which the files of a folder may be: in it, or in the ``blobs`` beside ``snapshots/<revision>``."""
     homes = [os.path.realpath(folder)]
     if folder.parent.name == "snapshots":
         homes.append(os.path.realpath(folder.parent.parent / "blobs"))

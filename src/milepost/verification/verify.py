@@ -245,13 +245,13 @@ def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
 
 
 def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, findings: Findings) -> tuple[str, ...]:
-    """Let a loader's mark of damage count, unless every byte was just found to be sound."""
+    """Let a loader's mark of damage count, unless every byte was just verified."""
     said = catalog.read_mark(storage, info.path, info.record_id)
     if said is None:
         return ()
     if level == "full" and not findings.num_problems:
         mark = f"{storage.root}/{catalog.damage_mark(info.path)}"
-        return (f"a loader found it damaged ({said}), but now every byte is sound; to use it again remove {mark}",)
+        return (f"a loader found it damaged ({said}), but now every byte is verified; to use it again remove {mark}",)
     findings.add(Problem(f"a loader found it damaged: {said}", info.name))
     return ()
 

@@ -1,4 +1,4 @@
-"""What lies beside the tensors of a Hugging Face folder: config, index, and the tokenizer's files of another folder.
+"""Files beside the tensors of a Hugging Face folder: config, index, and the tokenizer's files of another folder.
 
 That other folder (``--hf-assets``) may be a stranger's. All of it is looked at before anything is written: of what it
 holds only files of known names are taken, links lead nowhere but into the hub's own cache, and sizes are bounded.
@@ -47,7 +47,7 @@ _LIMITS = {CONFIG_NAME: MAX_CONFIG_NBYTES, INDEX_NAME: MAX_INDEX_NBYTES}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfExtras:
-    """What lies beside the tensors of a Hugging Face folder."""
+    """Files beside the tensors of a Hugging Face folder."""
 
     config: Mapping[str, Any]
     folder: Path | None = None
@@ -76,7 +76,7 @@ def hf_extras(
     folder: Path | None,
     max_shard_nbytes: int | None,
 ) -> HfExtras:
-    """What goes beside ``tensors``: from the assets in ``folder``, or made. A size given overrules its index.
+    """Gather what goes beside ``tensors``: from the assets in ``folder``, or made. A size given overrules its index.
 
     Raises:
         ConversionError: the config is of another model, or files of the folder can't be taken: all of them at once.
