@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from milepost.data import SampleOrder
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.train.corpus import Corpus
-from milepost.train.data import DataLoader, SampleOrder
+from milepost.train.data import DataLoader
 
 SEQ_LEN = 4
 

@@ -1,8 +1,4 @@
-"""Which sequence of tokens comes when: one global order of samples, whatever the number of ranks that read it.
-
-Samples are counted globally from 0. The order is a pure function of (count, seed), so that the state of the data is
-the number of samples consumed, and a run goes on at another data-parallel degree without missing or repeating one.
-"""
+"""Sequences of tokens in the global order of ``milepost.data``, whatever the number of ranks that read them."""
 
 from __future__ import annotations
 
@@ -12,60 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from milepost.data import Indices, SampleOrder
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.train.corpus import Corpus
 
-Indices = np.ndarray[Any, np.dtype[np.uint64]]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
-
-_FEISTEL_ROUNDS = 6
-
-
-class SampleOrder:
-    """A permutation of ``num_samples`` samples for every epoch, without a table of it.
-
-    A balanced Feistel network permutes the numbers of an even count of bits; those that fall outside the range are
-    sent through it again until they don't (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Unlike
-    ``numpy.random`` it is the same in every version, and needs no memory for a billion samples.
-    """
-
-    def __init__(self, num_samples: int, seed: int):
-        self.num_samples = num_samples
-        self.seed = seed
-        bits = max(2, (num_samples - 1).bit_length())
-        self._half_bits = np.uint64((bits + 1) // 2)
-        self._half_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
-
-    def samples(self, counts: Indices) -> Indices:
-        """The samples that come at these global counts."""
-        epochs, positions = counts // np.uint64(self.num_samples), counts % np.uint64(self.num_samples)
-        keys = _mix(_mix(np.full_like(epochs, self.seed % 2**64)) + epochs)
-        result = self._permute_bits(positions, keys)
-        outside = result >= self.num_samples
-        while outside.any():
-            result[outside] = self._permute_bits(result[outside], keys[outside])
-            outside = result >= self.num_samples
-        return result
-
-    def _permute_bits(self, numbers: Indices, keys: Indices) -> Indices:
-        left, right = numbers >> self._half_bits, numbers & self._half_mask
-        for round_number in range(_FEISTEL_ROUNDS):
-            mixed = _mix(right + keys + np.uint64(round_number << 60))
-            left, right = right, left ^ (mixed & self._half_mask)
-        return (left << self._half_bits) | right
-
-
-def _mix(x: Indices) -> Indices:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each input bit changes half of the output bits."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What the order and content of the samples depend on. A resumed run must agree in all of it."""
+    """All that the order and content of the samples depend on; a resumed run must agree in it."""
 
     dataset: str
     """Its name, for messages."""
@@ -128,7 +80,7 @@ class DataLoader:
         return {"samples_consumed": self.samples_consumed, "fingerprint": asdict(self.fingerprint)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue where ``state`` was taken.
 
         Raises:
             StateMismatchError: data set, tokenizer, sequence length or seed differ; the message says which.
@@ -138,9 +90,9 @@ class DataLoader:
         if changed not in ([], ["dataset"]):  # the same tokens under another name are the same data
             changes = [f"{name} was {saved.get(name)!r} and is {present[name]!r}" for name in changed]
             raise StateMismatchError(
-                "the checkpoint was trained on other data, so the samples already seen can't be told: "
+                "the checkpoint was trained on other data, so which samples were seen is unknown: "
                 + "; ".join(changes)
-                + ". Restore these, or start the data afresh with --checkpoint.exclude_from_loading dataloader",
+                + ". Restore these, or start the data anew with --checkpoint.exclude_from_loading dataloader",
                 mismatched=changes,
             )
         self.samples_consumed = int(state["samples_consumed"])

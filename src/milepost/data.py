@@ -1,0 +1,187 @@
+"""Which sample comes when: one global order, whatever the number of ranks that read it.
+
+Samples are counted globally from 0. The order is a pure function of (count, seed), so that the state of the data is
+the number of samples consumed, and a run continues at another data-parallel degree without missing or repeating one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from milepost.errors import ConfigError, StateMismatchError
+
+Indices = np.ndarray[Any, np.dtype[np.uint64]]
+T = TypeVar("T")
+
+_FEISTEL_ROUNDS = 6
+
+
+class SampleOrder:
+    """A permutation of ``num_samples`` samples for every epoch, without a table of it.
+
+    A balanced Feistel network permutes the numbers of an even count of bits; those that fall outside the range are
+    sent through it again until they don't (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Unlike
+    ``numpy.random`` it is the same in every version, and needs no memory for a billion samples.
+    """
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples = num_samples
+        self.seed = seed
+        bits = max(2, (num_samples - 1).bit_length())
+        self._half_bits = np.uint64((bits + 1) // 2)
+        self._half_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
+
+    def samples(self, counts: Indices) -> Indices:
+        """The samples that come at these global counts."""
+        epochs, positions = counts // np.uint64(self.num_samples), counts % np.uint64(self.num_samples)
+        keys = _mix(_mix(np.full_like(epochs, self.seed % 2**64)) + epochs)
+        result = self._permute_bits(positions, keys)
+        outside = result >= self.num_samples
+        while outside.any():
+            result[outside] = self._permute_bits(result[outside], keys[outside])
+            outside = result >= self.num_samples
+        return result
+
+    def _permute_bits(self, numbers: Indices, keys: Indices) -> Indices:
+        left, right = numbers >> self._half_bits, numbers & self._half_mask
+        for round_number in range(_FEISTEL_ROUNDS):
+            mixed = _mix(right + keys + np.uint64(round_number << 60))
+            left, right = right, left ^ (mixed & self._half_mask)
+        return (left << self._half_bits) | right
+
+
+def _mix(x: Indices) -> Indices:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each input bit changes half of the output bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class ResumableSampler:
+    """A batch sampler that resumes exactly once each sample, on any number of ranks.
+
+    Epoch after epoch, each in an order of its own, it yields this rank's batches of indices without end. Its state is
+    the count of samples that all ranks together have consumed, so it is the same on every rank and fits any other
+    number of ranks or batch size. What a loader's workers have fetched ahead is not consumed: only :meth:`batches`
+    counts, as it hands a batch out.
+
+    Example::
+
+        sampler = ResumableSampler(len(dataset), batch_size=32, seed=0)
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2)
+        manager = CheckpointManager(..., dataloader=sampler)
+        manager.load()
+        for step, batch in zip(range(start, num_steps), sampler.batches(loader)):
+            ...
+
+    Args:
+        num_samples: of the data set.
+        batch_size: samples of one batch of one rank.
+        seed: of the order; a resumed run must give the same.
+        rank, world_size: which of how many ranks that read different samples; by default those of the default process
+            group. Ranks that share samples (tensor, pipeline, context parallelism) give the same ``rank``.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        default_rank, default_world_size = _ranks()
+        self.batch_size = batch_size
+        self.rank = default_rank if rank is None else rank
+        self.world_size = default_world_size if world_size is None else world_size
+        problems = [
+            f"{name} must be at least 1, not {number}"
+            for name, number in (
+                ("num_samples", num_samples),
+                ("batch_size", batch_size),
+                ("world_size", self.world_size),
+            )
+            if number < 1
+        ]
+        if not 0 <= self.rank < max(self.world_size, 1):
+            problems.append(f"rank must be from 0 to {self.world_size - 1}, not {self.rank}")
+        if problems:
+            raise ConfigError([f"ResumableSampler: {problem}" for problem in problems])
+        self.order = SampleOrder(num_samples, seed)
+        self.samples_consumed = 0
+        """By all ranks together, since the beginning of the first epoch."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one batch over all ranks."""
+        return self.batch_size * self.world_size
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next sample, from 0."""
+        return self.samples_consumed // self.order.num_samples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's batches of indices from the samples consumed on, without end. What is drawn is not counted."""
+        own = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(self.rank * self.batch_size)
+        first = self.samples_consumed
+        while True:
+            yield self.order.samples(own + np.uint64(first)).tolist()
+            first += self.global_batch_size
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """The batches of a loader over this sampler, each counted as consumed when it is handed out.
+
+        Starting a loader draws a number from torch's generator; it is put back, so that a run which resumes in the
+        middle of an epoch draws the same numbers (of dropout, for instance) as one that was never stopped.
+        """
+        torch = sys.modules.get("torch")
+        before = torch.get_rng_state() if torch is not None else None
+        iterator = iter(loader)
+        if torch is not None and before is not None:
+            torch.set_rng_state(before)
+        for batch in iterator:
+            self.samples_consumed += self.global_batch_size
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run is; the same on every rank."""
+        return {
+            "samples_consumed": self.samples_consumed,
+            "num_samples": self.order.num_samples,
+            "seed": self.order.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken, on whatever number of ranks. Call it before :meth:`batches`.
+
+        Raises:
+            StateMismatchError: the data set has another number of samples, or the seed is another.
+        """
+        present = self.state_dict()
+        changed = [name for name in ("num_samples", "seed") if state.get(name) != present[name]]
+        if changed:
+            changes = [f"{name} was {state.get(name)!r} and is {present[name]!r}" for name in changed]
+            raise StateMismatchError(
+                f"the checkpoint was trained on other data, so the samples seen are unknown: {'; '.join(changes)}",
+                mismatched=changes,
+            )
+        self.samples_consumed = int(state["samples_consumed"])
+
+
+def _ranks() -> tuple[int, int]:
+    """Rank and world size of the default process group; of torchrun's environment before there is one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
