@@ -28,8 +28,8 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import correspond
 from milepost.interop.options import NAMES, ConvertOptions
+from milepost.interop.sinks import DcpSink
 from milepost.interop.weights.boxes import Array, Bytes
-from milepost.interop.weights.sinks import DcpSink
 from milepost.interop.weights.stream import SlabReader
 from milepost.run import catalog
 from milepost.saving.save import save

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milepost.format.box import Box, cover_faults
+from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, MoEArgs, RopeScaling, model_args, model_flavors
 from milepost.interop.names.rules import Correspondence, correspond, key_faults
-from milepost.interop.weights.boxes import Array, Assembled, TensorInfo
+from milepost.interop.weights.boxes import Array, TensorInfo
 from milepost.train.models import build_model
 
 FLAVORS = [(model, flavor) for model in MODEL_NAMES for flavor in model_flavors(model)]

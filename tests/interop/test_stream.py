@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from milepost.errors import ConversionError, StorageError
 from milepost.format.box import Box, contiguous_runs, cut_into_slabs
 from milepost.format.digest import crc32
+from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import correspond
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
 from milepost.interop.weights import stream
-from milepost.interop.weights.boxes import Array, Assembled, TensorInfo
+from milepost.interop.weights.boxes import Array, TensorInfo
 from milepost.interop.weights.stream import PassedBytes, Placed, SlabReader, write_image
 from milepost.storage import LocalStorage
 

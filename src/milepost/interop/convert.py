@@ -22,15 +22,16 @@ from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.hf.config import identity_of
 from milepost.interop.hf.extras import check_config, hf_extras
+from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import META, family_of
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.match import Match, match, repeated, tied_fault
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import Correspondence, Family, Recipe, correspond
 from milepost.interop.options import ConvertOptions, ConvertReport
-from milepost.interop.weights.boxes import Assembled, Readable, Source, as_bytes, total_nbytes
+from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
+from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.open import Weights, open_weights, read_config
-from milepost.interop.weights.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.stream import SlabReader
 
 Progress = Callable[[str, int, int], None]

@@ -8,11 +8,10 @@ from typing import Literal
 
 from milepost.errors import ConfigError
 from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.rules import OWN
 
 Target = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")
-OWN = "milepost"
-"""The scheme of our own names."""
 NAMES = (OWN, "torchtitan-0.2", "torchtitan-0.3")
 """The schemes of names that a DCP checkpoint can be written in."""
 

@@ -26,10 +26,11 @@ from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, Con
 from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import model_args
-from milepost.interop.weights.boxes import Array, Assembled, Readable, Source, TensorInfo, array_dtype, as_bytes
+from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.run import catalog

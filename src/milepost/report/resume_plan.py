@@ -20,8 +20,7 @@ from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.model_sizes import ModelArgs, model_args
-from milepost.interop.names.rules import correspond, key_faults
-from milepost.interop.options import OWN
+from milepost.interop.names.rules import OWN, correspond, key_faults
 from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.fit import degree_problems, stage_problems
 from milepost.parallelism.placement import Coordinates, Stage, box_of, layer_of, stages_of

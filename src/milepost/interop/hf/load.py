@@ -20,10 +20,11 @@ from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.hf.extras import check_config
+from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import ModelArgs
-from milepost.interop.weights.boxes import Array, Assembled, Readable, array_dtype, as_bytes
+from milepost.interop.weights.boxes import Array, Readable, array_dtype, as_bytes
 from milepost.interop.weights.open import open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.tensors.layout import TensorLeaf

@@ -7,6 +7,7 @@ In reading order::
     identity     which model a checkpoint is of, as it is recorded
     llama3, qwen3, qwen3_moe, torchtitan  the tables
     families     all of them by name
+    assembled    a recipe put on top of stored tensors: those of one program read as another's
     match        which table fits which keys
 """
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from milepost.interop.names import llama3, qwen3, qwen3_moe
 from milepost.interop.names.model_sizes import ModelArgs
-from milepost.interop.names.rules import Family
+from milepost.interop.names.rules import OWN, Family
 from milepost.interop.names.torchtitan import own_scheme, torchtitan_schemes
-from milepost.interop.options import OWN
 
 META = "meta"
 """Our names as Meta's own files have them: the output projection is there even when it is tied."""

@@ -15,6 +15,9 @@ from enum import Enum
 from milepost.format.box import Box
 from milepost.interop.names.model_sizes import ModelArgs
 
+OWN = "milepost"
+"""The scheme of our own names."""
+
 
 class Op(Enum):
     """How the elements of a source box become those of a target box."""

@@ -5,7 +5,6 @@ In reading order::
     boxes   a source: which tensors there are, and any box of one
     open    path -> source, whatever format lies there
     stream  source -> sink in bounded memory
-    sinks   DCP folder, Hugging Face folder, ``.pt``
 """
 
 from __future__ import annotations
