@@ -2,7 +2,7 @@
 
 Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in the order in which a run meets them::
 
-    launch     torchrun with quiet ends: one message and an exit status instead of a stack of tracebacks
+    launch     torchrun that ends quietly: one message and an exit status instead of a stack of tracebacks
     __main__   one rank, from its command line to its exit status
     options    TOML file and flags -> config; checks: what can't work is refused, all of it at once
     tokenizer  text -> token ids
@@ -10,7 +10,7 @@ Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in 
     data       global sample index -> sequence of tokens; what a data-parallel rank reads at each step
     sizes      the sizes and settings of the model that the run starts from
     models     the architectures; parallel: how they are spread over the ranks
-    optim      optimizers and the course of the learning rate
+    optim      optimizers and the learning rate schedule
     metrics    the log line and TensorBoard
     loop       the training loop
 """

@@ -1,4 +1,4 @@
-"""What can't work, found before a process group, a model or a file exists. Torch-free and complete.
+"""Checks of a configuration, before a process group, a model or a file exists. Torch-free and complete.
 
 A problem is one sentence that names its options as ``section.key``; ``options.Settings.locate`` puts the file and line
 or the flag in front of it.

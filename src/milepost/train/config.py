@@ -23,18 +23,18 @@ class JobConfig:
     """The run as a whole."""
 
     config_file: str = ""
-    """TOML file with the options; flags go over it."""
+    """TOML file with the options; flags override it."""
     dump_folder: str = "./outputs"
     """Folder for everything that the run writes."""
     description: str = "milepost training"
-    """A word on the run, for its log."""
+    """Description of the run, for people."""
     print_config: bool = False
-    """Print the options that are in effect, as TOML, when the run starts."""
+    """Print the options in effect as TOML when the run starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, of which size."""
+    """The model and its size."""
 
     name: str = "llama3"
     """Architecture: llama3 or qwen3."""
@@ -46,28 +46,28 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Data, batches and numbers."""
+    """Data, batches and precision."""
 
     dataset: str = "python_docs"
     """Data set: python_docs (the language reference that ships inside every Python)."""
     dataset_path: str = ""
     """Your own text instead: a .txt, .jsonl (field `text`) or .parquet (column `text`) file, or a folder of such."""
     local_batch_size: int = 8
-    """Sequences that a data-parallel rank takes through the model at a time."""
+    """Sequences of one forward and backward pass on a data-parallel rank."""
     global_batch_size: int = -1
     """Sequences per step over all ranks, by gradient accumulation; -1 is local_batch_size x data-parallel ranks."""
     seq_len: int = 2048
     """Tokens in a sequence."""
     steps: int = 10000
-    """Number of steps of the whole run, those before a resume included."""
+    """Steps of the whole run, those before a resume included."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this norm when theirs is larger; 0 leaves them."""
+    """Gradient clipping: the largest norm of the gradient; 0 disables it."""
     dtype: Dtype = "float32"
     """Dtype of the parameters and of the optimizer's state."""
     mixed_precision_param: Dtype = "bfloat16"
-    """Dtype in which parameters take part in forward and backward."""
+    """Dtype of the parameters in the forward and backward pass."""
     mixed_precision_reduce: Dtype = "float32"
-    """Dtype in which gradients are summed over ranks."""
+    """Dtype of the gradients when they are summed over ranks."""
     seed: int = 0
     """Seed of the initial weights and of the order of the samples."""
     deterministic: bool = False
@@ -76,20 +76,20 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    """How the work is spread over the ranks. The degrees but expert_parallel's multiply to the number of ranks."""
+    """Degrees of parallelism. All but expert_parallel_degree multiply to the number of ranks."""
 
     data_parallel_replicate_degree: int = 1
-    """Copies of the model that each see other data (with a shard degree above 1: HSDP)."""
+    """Replicas of the model, each on other data (with a shard degree above 1: HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Ranks that share one copy of the model and each see other data (FSDP); -1 takes what the others leave."""
+    """Ranks that one replica is sharded over, each on other data (FSDP); -1 takes the ranks that the others leave."""
     tensor_parallel_degree: int = 1
     """Ranks that split each matrix product."""
     pipeline_parallel_degree: int = 1
     """Ranks that hold consecutive layers."""
     pipeline_parallel_schedule: PipelineSchedule = "1F1B"
-    """Order of the micro-batches in a pipeline."""
+    """Pipeline schedule."""
     pipeline_parallel_microbatch_size: int = 1
-    """Sequences in a micro-batch of a pipeline."""
+    """Sequences of one pipeline microbatch."""
     context_parallel_degree: int = 1
     """Ranks that split each sequence."""
     expert_parallel_degree: int = 1
@@ -102,52 +102,52 @@ class ParallelismConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How weights follow gradients."""
+    """The optimizer."""
 
     name: Literal["AdamW", "Adam"] = "AdamW"
-    """Optimizer; AdamW decays weights apart from the gradient."""
+    """Optimizer; AdamW has decoupled weight decay."""
     lr: float = 8e-4
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
     beta2: float = 0.95
     """Decay of the running mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Adam epsilon."""
     weight_decay: float = 0.1
-    """Part of each weight that a step at learning rate 1 would take away."""
+    """Weight decay; decoupled in AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedulerConfig:
-    """The course of the learning rate: up, along, down."""
+    """The learning rate schedule: warm-up, stable, decay."""
 
     warmup_steps: int = 200
-    """Steps over which the learning rate rises to optimizer.lr."""
+    """Warm-up: steps over which the learning rate rises to optimizer.lr."""
     decay_ratio: float | None = None
-    """Part of training.steps, at the end, over which it falls. Unset: it falls from the end of the warm-up on."""
+    """Share of training.steps, at the end, in which it decays. Unset: it decays from the end of the warm-up on."""
     decay_type: DecayType = "linear"
-    """Shape of the fall."""
+    """Shape of the decay."""
     min_lr_factor: float = 0.0
-    """Where the fall ends, as a part of optimizer.lr."""
+    """Where the decay ends, as a fraction of optimizer.lr."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointConfig:
-    """Trading time for memory."""
+    """Activation checkpointing: less memory for more time."""
 
     mode: Literal["none", "full"] = "none"
-    """full: keep only each layer's input and compute the rest again in the backward pass."""
+    """full: keep only each layer's input and recompute the rest in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is told while training."""
+    """Logging while training."""
 
     log_freq: int = 10
-    """Steps between two log lines."""
+    """Log every N steps."""
     enable_tensorboard: bool = False
-    """Write the same figures for TensorBoard."""
+    """Write the same metrics for TensorBoard."""
     save_tb_folder: str = "tb"
     """Folder of the TensorBoard files, below job.dump_folder."""
 

@@ -1,4 +1,4 @@
-"""torchrun with quiet ends: ``python -m milepost.train.launch <torchrun's options> -- <the trainer's options>``.
+"""torchrun that ends quietly: ``python -m milepost.train.launch <torchrun's options> -- <the trainer's options>``.
 
 torchrun itself answers a failed rank, and even Ctrl-C, with its own traceback and exit status 1. Here a mistake in the
 configuration is reported before anything is started, a failure is reported once, in the words of the rank that failed

@@ -70,7 +70,7 @@ def join_process_group(device_type: str) -> None:
 
 @dataclass
 class TrainState:
-    """How far the run is. Part of every full checkpoint."""
+    """The progress of the run; part of every full checkpoint."""
 
     step: int = 0
     ntokens_seen: int = 0
@@ -211,12 +211,12 @@ class Trainer:
                 log.info(f"  {note}")
         elif self.config.parallelism.pipeline_parallel_degree > 1:
             log.warning(
-                "there is no checkpoint to start from, so every pipeline rank draws its own stage's weights, "
-                "slowly for a large model. --checkpoint.create_seed_checkpoint draws them once, for any layout"
+                "there is no checkpoint to start from, so every pipeline rank initialises its own stage's weights, "
+                "slowly for a large model. --checkpoint.create_seed_checkpoint does it once, for any degrees"
             )
 
     def _is_finished(self) -> bool:
-        """Whether an earlier start has already made the last step; says so."""
+        """True, with a line in the log, if an earlier start has already made the last step."""
         latest, num_steps = self.checkpoints.latest_step, self.config.training.steps
         if self.config.checkpoint.load_step != -1 or latest is None or latest < num_steps:
             return False
@@ -245,7 +245,7 @@ class Trainer:
     # Setting up.
 
     def _seed_random_numbers(self) -> None:
-        """Every rank has its own stream of random numbers; weights and data have their own."""
+        """Seed this rank's own stream of random numbers; weights and data have streams of their own."""
         training = self.config.training
         seed = int(np.random.SeedSequence([training.seed, dist.get_rank()]).generate_state(1)[0])
         random.seed(seed)
@@ -276,7 +276,7 @@ class Trainer:
         return data
 
     def _load_corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """One process a node encodes the text; the others then find it done."""
+        """Encode the text in one process a node; the others then find it done."""
         training = self.config.training
         cache_folder = Path(self.config.job.dump_folder) / "tokens"
         load = partial(load_corpus, training.dataset, training.dataset_path, tokenizer, cache_folder)

@@ -1,4 +1,4 @@
-"""What a run tells: one log line every so many steps, and the same figures for TensorBoard."""
+"""Metrics of a run: one log line every N steps, and the same values for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SAVE_SECONDS = ("stall_s", "plan_s", "stage_s", "write_s", "commit_s")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFigures:
-    """What a step knows of itself."""
+    """Metrics of one step."""
 
     step: int
     loss: float
@@ -32,7 +32,7 @@ class StepFigures:
 
 
 class Meter:
-    """Logs figures; between two lines it measures tokens a second and the time taken by checkpoints.
+    """Log metrics; between two lines, measure tokens per second and the time blocked by checkpoints.
 
     ``tokens_per_step`` are those of the whole job. Only the process with ``writes_tensorboard`` writes files.
     """
@@ -49,7 +49,7 @@ class Meter:
         self._measure_from(0, 0.0)
 
     def start(self, *, step: int, blocked_s: float) -> None:
-        """Training begins: ``step`` steps are done, and checkpoints have taken ``blocked_s`` seconds so far."""
+        """Begin after ``step`` steps, when checkpoints have blocked training for ``blocked_s`` seconds."""
         self._measure_from(step, blocked_s)
         if self._writes_tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra dependency
@@ -66,9 +66,9 @@ class Meter:
         self._since_step, self._since_s, self._since_blocked_s = step, time.perf_counter(), blocked_s
 
     def log(self, figures: StepFigures, *, blocked_s: float) -> None:
-        """Log the figures of a step, if it is one to be told.
+        """Log the metrics of a step, if it is one to be logged.
 
-        ``blocked_s`` is the running total of seconds taken by checkpoints.
+        ``blocked_s`` is the running total of seconds blocked by checkpoints.
         """
         step = figures.step
         if not (step == 1 or step == self._num_steps or step % self._config.log_freq == 0):
@@ -97,7 +97,7 @@ class Meter:
         self._measure_from(step, blocked_s)
 
     def log_saves(self, events: Sequence[SaveEvent]) -> None:
-        """Write what committed saves took for TensorBoard. The manager has logged it already."""
+        """Write the times of committed saves for TensorBoard; the manager has logged them already."""
         for event in events:
             seconds = {f"checkpoint/{name}": getattr(event, name) for name in _SAVE_SECONDS}
             self._write(event.step, {**seconds, "checkpoint/nbytes": event.nbytes})

@@ -1,4 +1,4 @@
-"""Optimizers, and the course of the learning rate as a pure function of the step."""
+"""Optimizers, and the learning rate schedule as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_optimizers(parts: Sequence[nn.Module], config: OptimizerConfig) -> lis
 
 
 def lr_factor(step: int, num_steps: int, config: LRSchedulerConfig) -> float:
-    """What ``optimizer.lr`` is multiplied by in ``step``, counted from 1: warm-up, stable, decay (WSD).
+    """The factor of ``optimizer.lr`` in ``step``, counted from 1: warm-up, stable, decay (WSD).
 
     The warm-up rises to 1 at ``warmup_steps``; the decay ends at ``min_lr_factor`` in the last step. Without a
     ``decay_ratio`` nothing is stable: the decay follows the warm-up. A warm-up longer than the run is cut to it.
@@ -53,7 +53,7 @@ def lr_factor(step: int, num_steps: int, config: LRSchedulerConfig) -> float:
 
 
 class LRSchedule:
-    """Sets the learning rate of every optimizer for the step that comes. Its state is the number of steps done."""
+    """Set the learning rate of every optimizer for the next step. The state is the number of steps done."""
 
     def __init__(
         self, optimizers: Sequence[torch.optim.Optimizer], *, lr: float, num_steps: int, config: LRSchedulerConfig
@@ -67,16 +67,16 @@ class LRSchedule:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step that comes."""
+        """The learning rate of the next step."""
         return self._lr * lr_factor(self.last_epoch + 1, self._num_steps, self._config)
 
     def step(self) -> None:
-        """Note that an optimizer step was made."""
+        """Count an optimizer step."""
         self.last_epoch += 1
         self.apply()
 
     def apply(self) -> None:
-        """Set the learning rate of the step that comes."""
+        """Set the learning rate of the next step."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -85,6 +85,6 @@ class LRSchedule:
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after ``last_epoch`` steps, on the course that the present options give."""
+        """Continue after ``last_epoch`` steps, on the schedule of the present options."""
         self.last_epoch = int(state["last_epoch"])
         self.apply()

@@ -1,4 +1,4 @@
-"""One rank as a process: who speaks, how signals and errors end it. Torch-free.
+"""One rank as a process: what it prints, how signals and errors end it. Torch-free.
 
 Every way to end goes through ``leave``: it exits without finalising Python, during which a thread of gloo may abort
 the process (after all work is done, and torchrun would report a failure).
@@ -31,7 +31,7 @@ _LOST_PEER = re.compile(
 
 
 def speaks() -> bool:
-    """Whether this rank prints: the local ranks in LOG_RANK do (comma-separated, default 0), and a process alone."""
+    """True if this rank prints: the local ranks in LOG_RANK do (comma-separated, default 0), and a process alone."""
     return "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] in os.environ.get("LOG_RANK", "0").split(",")
 
 
@@ -100,7 +100,7 @@ def _leave_on_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def ignore_signals() -> None:
-    """Go on through SIGINT and SIGTERM: the process is about to end by itself."""
+    """Ignore SIGINT and SIGTERM: the process is about to end by itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
