@@ -354,7 +354,7 @@ def keep_looking(folder: Path, command: str, hear: Callable[[], str], tell: Call
             steps = list((folder / "run").glob("step-*"))
             arguments = [command, str(chance.choice(steps)) if steps and chance.random() < 0.5 else run]
         elif command == "diff":
-            steps = sorted((folder / "run").glob("step-*"))
+            steps = sorted((folder / "run").glob("step-[1-9]*"))  # step-0 has no key that the others have
             if len(steps) < 2:
                 continue
             arguments = [command, *map(str, chance.sample(steps, 2)), *chance.choice([(), ("--values",)])]
