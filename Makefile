@@ -6,6 +6,7 @@
 # make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
 # make test-browser   the report in headless Chromium (Debian: apt-get install chromium npm)
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
+# make house   what the code is made of, in figures (AGAINST=<revision> beside them)
 # make docs    the documentation, into build/docs; every warning is an error
 # make lint    formatting, lint, types and the import contracts; make format puts the first in order
 #
@@ -21,7 +22,7 @@ KILLS ?= 50
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: help setup train test test-slow test-browser reliability soak fuzz bench docs lint format clean
+.PHONY: house help setup train test test-slow test-browser reliability soak fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -66,6 +67,9 @@ bench: $(STAMP)
 	timeout 1200 $(BIN)/python benchmarks/bench_sharded.py
 	timeout 1800 $(BIN)/python benchmarks/bench_async.py
 	timeout 1800 $(BIN)/python benchmarks/bench_convert.py
+
+house: $(STAMP)
+	$(BIN)/python docs/house.py $(if $(AGAINST),--against $(AGAINST))
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

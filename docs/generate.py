@@ -1,7 +1,8 @@
 """Write the reference pages from the code: ``python docs/generate.py``; with ``--check``, say whether they are current.
 
 The command line's page comes from the parsers that the commands use, the configuration's from the dataclasses and the
-docstrings under their fields, Python's from the signatures and docstrings of what ``milepost`` exports.
+docstrings under their fields, Python's from the signatures and docstrings of what ``milepost`` exports, and the picture
+of the folders from their imports.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import house
+
 import milepost
 from milepost.cli.main import COMMANDS, EXIT_STATUSES, build_parser
 from milepost.train.config import TrainConfig
@@ -34,6 +37,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "api.md": api_page(),
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "config.md": config_page(),
+        REFERENCE.parent / "house.svg": house.picture(),
     }
 
 
