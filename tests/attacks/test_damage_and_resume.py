@@ -503,7 +503,7 @@ def save_hf(folder: Path, shift: float) -> None:
     storage = LocalStorage(folder.parent)
     save_id = commit.new_save_id()
     attempt = commit.begin_attempt(storage, folder.name, save_id)
-    data = folder.parent / commit.data_folder(attempt)
+    data = folder.parent / attempt / "data"
     names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for name in names:
         tensors = {f"{name[:11]}.{n}": torch.full((40, 9), n + shift) for n in range(3)}

@@ -35,7 +35,7 @@ def save_hf_step(storage: LocalStorage, path: str, step: int) -> None:
     """As the last save of a run in that form is committed."""
     save_id = commit.new_save_id()
     attempt = commit.begin_attempt(storage, path, save_id)
-    data = Path(storage.root, commit.data_folder(attempt))
+    data = Path(storage.root, attempt, "data")
     safetensors.numpy.save_file(ARRAYS, data / "model.safetensors")
     (data / "config.json").write_text("{}")
     sizes = {file.name: file.stat().st_size for file in data.iterdir()}
@@ -180,7 +180,7 @@ def test_a_step_that_can_not_be_read_does_not_hide_the_others(
 
 def test_ls_says_what_is_being_written_and_by_whom(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     attempt = commit.begin_attempt(storage, "run/step-3", commit.new_save_id())
-    storage.write(f"{commit.data_folder(attempt)}/__0_0.distcp", b"x" * 2048)
+    storage.write(f"{attempt}/data/__0_0.distcp", b"x" * 2048)
     _, out, _ = output(capsys, "ls", "run")
     last = out.splitlines()[-1]
     assert last.startswith(

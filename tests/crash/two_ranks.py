@@ -195,10 +195,10 @@ def _be_writer(name: str, connection: int, arena: int, *, keep: Sequence[int]) -
                     os.close(fd)
         storages: dict[str, Storage] = {}
 
-        def open_once(root: str) -> Storage:
+        def open_once(root: str, **_: object) -> Storage:
             return storages.setdefault(root, storage_of(name, LocalStorage(root)))
 
-        with mock.patch.object(writer_process, "LocalStorage", open_once):
+        with mock.patch.object(writer_process, "open_root", open_once):
             writer_process.serve(Connection(connection), arena)
     except BaseException:  # noqa: BLE001 - the top of a process
         traceback.print_exc()

@@ -103,7 +103,7 @@ def save_as_hf(folder: Path, target: str, layout: Layout, leaves: dict[str, Tens
     dist.broadcast_object_list(save_ids)
     attempts = [commit.begin_attempt(storage, target, save_ids[0]) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(attempts)
-    data = commit.data_folder(attempts[0])
+    data = f"{attempts[0]}/data"
     write_part(storage, data, image, plans[dist.get_rank()].items, TensorBlocks(leaves))
     if dist.get_rank() == 0:
         write_frame(storage, data, image)

@@ -328,7 +328,7 @@ def test_verification_finds_a_changed_byte_and_publishes_nothing(
 
     def write_and_spoil(self: DcpSink, *args: object) -> None:
         write(self, *args)  # type: ignore[arg-type]
-        with open(f"{self.storage.root}/{self.data}/__0_0.distcp", "r+b") as file:
+        with open(f"{self.storage.root}/{self.place.path('__0_0.distcp')}", "r+b") as file:
             file.seek(20_000)
             byte = file.read(1)
             file.seek(20_000)

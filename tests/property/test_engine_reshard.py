@@ -28,6 +28,7 @@ from milepost.loading import reader
 from milepost.loading.reader import read_tensors
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.place import Place
 from milepost.run.signoff import SignOff, sign_off, wait_for_sign_offs
 from milepost.saving import stage
 from milepost.saving.stage import TensorBlocks
@@ -139,7 +140,7 @@ def save(storage: LocalStorage, num_ranks: int, cases: Sequence[Tensor], wholes:
     for rank, (plan, leaves) in enumerate(zip(plans, ranks, strict=True)):
         files = ()
         if not plan.is_empty:
-            files = (write_file(storage, commit.data_folder(attempt), plan, TensorBlocks(leaves), {}),)
+            files = (write_file(storage, Place(f"{attempt}/data"), plan, TensorBlocks(leaves), {}),)
         sign_off(storage, attempt, SignOff(rank, save_id, files))
     signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
     return commit.publish(storage, attempt, "step-1", signed, SaveInfo(step=1, kind="state"), now=0.0)

@@ -241,7 +241,7 @@ def test_ranks_that_contradict_each_other_are_named() -> None:
 
 def begin(storage: Storage, name: str = "__0_0.distcp", nbytes: int = 4096) -> tuple[str, SignOff]:
     attempt = commit.begin_attempt(storage, "run/step-5", "ab")
-    storage.write(f"{commit.data_folder(attempt)}/{name}", bytes(nbytes))
+    storage.write(f"{attempt}/data/{name}", bytes(nbytes))
     return attempt, file_of(0, written("w", Box((0,), (4,)), (4,)))
 
 
@@ -347,7 +347,7 @@ def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:
 def attempt_of(storage: Storage, save_id: str, **changes: object) -> str:
     """An attempt whose owner is this process, but for ``changes`` of its record."""
     path = f"run/{catalog.ATTEMPT_PREFIX}{save_id}"
-    storage.make_folder(commit.data_folder(path))
+    storage.make_folder(f"{path}/data")
     record = replace(owner.this_process(NOW), **changes)  # type: ignore[arg-type]
     storage.write(f"{path}/{commit.OWNER_PREFIX}0.json", record.dump())
     return path.rpartition("/")[2]

@@ -179,7 +179,7 @@ def test_uploads_of_the_dead_are_aborted_and_those_of_the_living_kept() -> None:
     deadline = time.monotonic() + 30
     aborted = 0
     while not aborted and time.monotonic() < deadline:  # the uploads begin in the background
-        aborted = storage.abort_uploads("step-1", keep=["alive"])
+        aborted = storage.abort_uploads("step-1", lambda name: name.startswith("dead/"))
     assert aborted == 1
     handles[1].sync()
     assert storage.list_files("").keys() == {"step-1/alive/big"}

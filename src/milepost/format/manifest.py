@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from milepost.format.box import Box
+from milepost.format.tags import tagged
 from milepost.format.typed_json import MAX_COUNT, Count
 
 MANIFEST_NAME = "milepost.json"
@@ -130,3 +131,7 @@ class Manifest:
     """None for a checkpoint that belongs to no run, or is older than lineages."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Values that were measured at this step, by name. NaN stands for all that is not finite."""
+
+    def file_named(self, name: str) -> str | None:
+        """What the file ``name`` is called in this checkpoint: so, or with the save id in it; None if it has none."""
+        return next((known for known in (name, tagged(name, self.save_id)) if known in self.files), None)

@@ -19,6 +19,7 @@ from milepost.format.manifest import (
     ShardEntry,
     TensorEntry,
 )
+from milepost.format.tags import untagged
 from milepost.format.typed_json import MAX_COUNT
 
 MAX_DIMS = 64
@@ -101,7 +102,7 @@ def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterato
 def _place_faults(key: str, entry: ShardEntry | ObjectEntry, manifest: Manifest) -> Iterator[Problem]:
     file = manifest.files.get(entry.file)
     start, nbytes = entry.record_offset, entry.record_nbytes
-    if file is None or entry.file in _RESERVED:
+    if file is None or untagged(entry.file) in _RESERVED:
         what = f"{key!r} is said to be in {entry.file!r:.200}, which is no data file of this checkpoint"
         yield Problem(what, key=key)
     elif start < 0 or nbytes <= 0 or start + nbytes > file.nbytes:

@@ -52,7 +52,7 @@ from milepost.run.assemble import SaveInfo
 from milepost.run.signoff import WrittenFile, wait_for_sign_offs
 from milepost.saving.job import JobMonitor, SaveJob, run_job
 from milepost.saving.stage import tensor_blocks
-from milepost.storage import Storage, open_storage
+from milepost.storage import Storage, is_known, open_storage
 from milepost.tensors import plan
 from milepost.tensors.layout import Piece, TensorLeaf, dtype_name
 from milepost.tensors.state import decode_object
@@ -173,7 +173,7 @@ class StorageWriter(DcpStorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return is_known(checkpoint_id)
 
 
 def _abort_here(storage: Storage, attempt: str, pid: int) -> None:
@@ -295,7 +295,7 @@ class StorageReader(DcpStorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return is_known(checkpoint_id)
 
 
 def _leaf(key: str, tensor: torch.Tensor) -> TensorLeaf:

@@ -17,6 +17,7 @@ from milepost.errors import ConversionError
 from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.digest import combine_blocks
+from milepost.format.huggingface import CONFIG_NAME
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.torch_file import plan_torch_file
 from milepost.interop.hf.extras import HfExtras, split_into_files
@@ -28,9 +29,10 @@ from milepost.interop.weights.open import (
 from milepost.interop.weights.stream import PassedBytes, Placed, SlabReader, write_image
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor
 from milepost.storage import open_storage
-from milepost.storage.base import split
+from milepost.storage.base import join, split
 from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
 
 
@@ -57,9 +59,17 @@ class Sink(ABC):
         self._attempt = commit.begin_attempt(self.storage, self.target, self.save_id)
 
     @property
-    def data(self) -> str:
-        """The folder of the attempt's files."""
-        return commit.data_folder(self._attempt)
+    def place(self) -> Place:
+        """Where the attempt's files are.
+
+        Of files with names of their own (not a checkpoint's), in a store, at once where they will stay: the target
+        holds nothing, and what is looked for first is written last.
+        """
+        place = Place.of(self.storage, self._attempt, self.target, self.save_id)
+        return place if self.has_manifest else replace(place, tag="")
+
+    has_manifest = False
+    """Whether names are found through a manifest, so that they may carry the save id."""
 
     @abstractmethod
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
@@ -80,10 +90,15 @@ class Sink(ABC):
     def abort(self) -> None:
         """Take everything away."""
         if self._attempt:
+            if not self.has_manifest and not self.storage.can_rename:
+                self.storage.remove_tree(self.target)
             commit.abort_attempt(self.storage, self._attempt)
 
     def _publish_by_rename(self, name: str) -> None:
         """Rename ``name`` within the attempt to the target, which is nothing or an empty folder."""
+        if not self.storage.can_rename:
+            commit.abort_attempt(self.storage, self._attempt)
+            return
         folder = split(self.target)[0]
         self.storage.sync_folder(split(name)[0])
         if self.storage.stat(self.target) is not None:
@@ -99,6 +114,8 @@ class Sink(ABC):
 class DcpSink(Sink):
     """A checkpoint folder, committed as one that training saved. ``extra`` goes into its manifest."""
 
+    has_manifest = True
+
     def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, Any]):
         super().__init__(path)
         self._extra = extra
@@ -110,19 +127,19 @@ class DcpSink(Sink):
         tensors = reader.content.tensors
         plan = lay_out_file(0, [(_spec(key, info), Box.whole(info.shape)) for key, info in tensors.items()], ())
         nbytes = plan.objects_offset
-        with self.storage.open_write(f"{self.data}/{plan.file}", nbytes) as handle:
+        with self.storage.open_write(self.place.path(plan.file), nbytes) as handle:
             passed = write_image(handle, [Placed(item.key, item.data_offset) for item in plan.items], reader)
             written = tuple(_written(item, passed[item.key]) for item in plan.items)
             for offset, part in _frame(written, nbytes):
                 handle.write(offset, [part])
             handle.sync()
-        self.storage.sync_folder(self.data)
-        self._signed = (SignOff(0, self.save_id, (WrittenFile(plan.file, nbytes, written, ()),)),)
+        self.storage.sync_folder(self.place.folder)
+        self._signed = (SignOff(0, self.save_id, (WrittenFile(self.place.name(plan.file), nbytes, written, ()),)),)
         self._info = replace(self._info, paths={key: (key,) for key in tensors}, extra=self._extra)
 
     def reopen(self) -> Source:
         manifest, _ = assemble(self._signed, self._info, now=time.time())
-        return manifest_source(self.storage, self.data, manifest, None)
+        return manifest_source(self.storage, self.place.folder, manifest, None)
 
     def publish(self) -> None:
         commit.publish(self.storage, self._attempt, self.target, self._signed, self._info, now=time.time())
@@ -164,9 +181,10 @@ class HfSink(Sink):
         files = split_into_files(tensors, self._extras.weight_map, self._extras.max_shard_nbytes)
         for name, keys in files.items():
             layout = plan_layout({key: (tensors[key].dtype, tensors[key].shape) for key in keys})
-            self._write_file(f"{self.data}/{name}", layout, reader)
-        for name, data in self._extras.files(files, tensors):
-            self.storage.write(f"{self.data}/{name}", data)
+            self._write_file(self.place.path(name), layout, reader)
+        small = dict(self._extras.files(files, tensors))
+        for name in sorted(small, key=lambda name: name == CONFIG_NAME):  # without a config nobody takes it for a model
+            self.storage.write(self.place.path(name), small[name])
 
     def _write_file(self, name: str, layout: SafetensorsLayout, reader: SlabReader) -> None:
         placed = [Placed(key, tensor.offset) for key, tensor in layout.tensors.items()]
@@ -176,10 +194,10 @@ class HfSink(Sink):
             handle.sync()
 
     def reopen(self) -> Source:
-        return open_weights(f"{self.storage.root}/{self.data}").source
+        return open_weights(join(self.storage.root, self.place.folder)).source
 
     def publish(self) -> None:
-        self._publish_by_rename(self.data)
+        self._publish_by_rename(self.place.folder)
 
 
 # ---- .pt ----
@@ -190,7 +208,9 @@ class TorchFileSink(Sink):
 
     @property
     def _file(self) -> str:
-        return f"{self.data}/{split(self.target)[1]}"
+        if not self.storage.can_rename:
+            return self.target
+        return self.place.path(split(self.target)[1])
 
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
         """See ``Sink``. Shared tensors share one storage, as after ``torch.save`` of tied weights."""
@@ -205,7 +225,7 @@ class TorchFileSink(Sink):
             handle.sync()
 
     def reopen(self) -> Source:
-        return open_weights(f"{self.storage.root}/{self._file}").source
+        return open_weights(join(self.storage.root, self._file)).source
 
     def publish(self) -> None:
         self._publish_by_rename(self._file)

@@ -31,7 +31,7 @@ class Template:
         self.target = Target(Stored(manifest))
         self._owners: list[Owner] = []
         self._slots: list[tuple[Slot, Node]] = []
-        self._is_foreign = DIGESTS_NAME not in manifest.files
+        self._is_foreign = manifest.file_named(DIGESTS_NAME) is None
         self._walk(into, ())
         for owner in self._owners:
             owner.prepare(self.target)

@@ -139,7 +139,7 @@ class _Planner:
         self._degrees = degrees
         self._stages_per_rank = stages_per_rank
         self._same_degrees = same_degrees
-        self._has_digests = DIGESTS_NAME in manifest.files
+        self._has_digests = manifest.file_named(DIGESTS_NAME) is not None
         model = [key for key in manifest.tensors if part_of(key) == "model"]
         self.num_layers = max((layer for key in model if (layer := layer_of(key)) is not None), default=-1) + 1
         self._tied = "output.weight" not in manifest.tensors

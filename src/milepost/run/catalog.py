@@ -28,6 +28,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
@@ -41,6 +42,7 @@ from milepost.format.digest import BlockDigests, crc32, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
 from milepost.format.summary import model_total
+from milepost.format.tags import tag_of, tagged
 from milepost.format.typed_json import convert, parse_json
 from milepost.storage.base import Entry, Storage, join, split
 
@@ -158,16 +160,22 @@ def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[Ste
     Raises:
         StorageError: the storage can't be read. What is merely broken is listed as damaged.
     """
-    names = _list_steady(storage, folder)
-    entries = []
-    for step, name in sorted(_steps(names).items()):
-        path = join(folder, name)
+    names, inside = _list_run(storage, folder)
+    steps = sorted(_steps(names).items())
+
+    def look(numbered: tuple[int, str]) -> CheckpointInfo | None:
+        path = join(folder, numbered[1])
         try:
-            info = examine(storage, path, marks=names)
+            return examine(storage, path, marks=names, files=inside.get(numbered[1]))
         except StorageError as error:
             if not keep_going:
                 raise
-            info = CheckpointInfo(path=path, state="unreadable", reason=error.message)
+            return CheckpointInfo(path=path, state="unreadable", reason=error.message)
+
+    # Where each look is a request, several at a time.
+    infos = map_in_threads(look, steps, storage.num_streams if inside else 1, name="milepost-scan")
+    entries = []
+    for (step, name), info in zip(steps, infos, strict=True):
         if info is not None:  # deleted while we looked
             entries.append(
                 StepEntry(
@@ -178,6 +186,20 @@ def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[Ste
                 )
             )
     return entries
+
+
+def _list_run(storage: Storage, folder: str) -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
+    """What is in a run's folder, and, where one listing tells that too, what is in each folder in it."""
+    if storage.can_rename:
+        return _list_steady(storage, folder), {}
+    names: dict[str, Entry] = {}
+    inside: dict[str, dict[str, Entry]] = {}
+    for path, entry in storage.list_files(folder).items():
+        first, _, rest = path.partition("/")
+        names.setdefault(first, Entry(first, True, 0, 0.0) if rest else entry)
+        if rest and "/" not in rest:
+            inside.setdefault(first, {})[rest] = replace(entry, name=rest)
+    return names, inside
 
 
 def _list_steady(storage: Storage, folder: str) -> dict[str, Entry]:
@@ -207,14 +229,22 @@ def _steps(names: dict[str, Entry]) -> dict[int, str]:
     return steps
 
 
-def examine(storage: Storage, path: str, *, marks: Collection[str] | None = None) -> CheckpointInfo | None:
+def examine(
+    storage: Storage,
+    path: str,
+    *,
+    marks: Collection[str] | None = None,
+    files: Mapping[str, Entry] | None = None,
+) -> CheckpointInfo | None:
     """What the folder at ``path`` is; None if there is no folder.
 
-    ``marks`` are the names beside it, if they are known already.
+    ``marks`` are the names beside it, and ``files`` what is in it, if they are known already.
     """
-    info = _look(storage, path)
+    info = _look(storage, path, _files(storage, path) if files is None else files)
     if info is not None and info.state == "damaged":
-        info = _look(storage, path)  # it may have been replaced by a new save between two of our reads
+        info = _look(
+            storage, path, _files(storage, path)
+        )  # it may have been replaced by a new save between two of our reads
     if info is None or not info.is_usable:
         return info
     if marks is not None and split(damage_mark(path))[1] not in marks:
@@ -223,13 +253,14 @@ def examine(storage: Storage, path: str, *, marks: Collection[str] | None = None
     return replace(info, state="damaged", reason=said) if said is not None else info
 
 
-def _look(storage: Storage, path: str) -> CheckpointInfo | None:
-    files = _files(storage, path)
+def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> CheckpointInfo | None:
     nbytes = sum(entry.nbytes for entry in files.values())
     name = _record_name(files)
     if name is None:
         if not files and storage.stat(path) is None:
             return None
+        if files and all(map(tag_of, files)):
+            return None  # of a save under way, or what is left of one, where saves have no folder of their own
         reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
         return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
     record_id = ""
@@ -245,6 +276,7 @@ def _look(storage: Storage, path: str) -> CheckpointInfo | None:
             raise  # a server that is down, too many open files: nothing is known about the step then
         return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
     faults += misnamed(manifest, path)
+    nbytes = sum(entry.nbytes for file, entry in files.items() if tag_of(file) in ("", manifest.save_id))
     model = model_total(manifest)
     return CheckpointInfo(
         path=path,
@@ -280,11 +312,15 @@ def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tup
     if name == MANIFEST_NAME:
         manifest = from_json(data, where)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
-    if DIGESTS_NAME in files:  # DCP writes none: it is one of ours, in which nothing but its commit record says so much
-        lost = Problem(f"missing, but {DIGESTS_NAME} is there (without it, it would be external)", MANIFEST_NAME)
-        raise FormatError(str(lost), path=join(path, MANIFEST_NAME))
     metadata = dcp_metadata.parse_metadata(data, where)
-    faults = _file_faults(dict.fromkeys(place.path for place in metadata.storage.values()), files)
+    places = {place.path for place in metadata.storage.values()}
+    # DCP writes no digests: with those of its save it is one of ours, in which only its commit record says so much.
+    digests = (tagged(DIGESTS_NAME, tag) for tag in {"", *map(tag_of, places)})
+    own = next((found for found in digests if found in files), None)
+    if own is not None:
+        lost = Problem(f"missing, but {own} is there (without it, it would be external)", MANIFEST_NAME)
+        raise FormatError(str(lost), path=join(path, MANIFEST_NAME))
+    faults = _file_faults(dict.fromkeys(places), files)
     if faults:
         raise FormatError("; ".join(listed(faults)), path=where)
     sizes = {name: entry.nbytes for name, entry in files.items() if not entry.is_link}
@@ -367,9 +403,10 @@ def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDige
     Raises:
         FormatError: they are damaged, or of another save.
     """
-    if DIGESTS_NAME not in manifest.files:
+    file = manifest.file_named(DIGESTS_NAME)
+    if file is None:
         return None  # stock DCP keeps none
-    name = join(folder, DIGESTS_NAME)
+    name = join(folder, file)
     return parse_digests(storage.read(name), manifest, name)
 
 
@@ -390,8 +427,12 @@ def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> Non
         return
     mark = _DamageMark(_record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)), reason, now)
     final = damage_mark(path)
+    content = json.dumps(asdict(mark), indent=1).encode()
+    if not storage.can_rename:
+        storage.replace(final, content)
+        return
     draft = f"{final}.{uuid.uuid4().hex}.part"
-    storage.write(draft, json.dumps(asdict(mark), indent=1).encode())
+    storage.write(draft, content)
     storage.remove(final)
     storage.rename(draft, final)
     storage.sync_folder(split(path)[0])

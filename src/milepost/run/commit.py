@@ -31,24 +31,22 @@ from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
-from milepost.run import catalog
+from milepost.format.tags import tag_of, untagged
+from milepost.run import catalog, object_commit, object_sweep
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.catalog import ATTEMPT_PREFIX, DAMAGED_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
-from milepost.run.owner import Owner, is_alive, parse_owner, this_process
+from milepost.run.object_commit import COMMITTED_NAME
+from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, Owner, is_alive, owners_of, this_process
+from milepost.run.place import Place
 from milepost.run.signoff import SignOff
 from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, split
 
 _log = logging.getLogger(__name__)
 
-OWNER_PREFIX = "owner-"
-OWNERLESS_LIFETIME_S = 3600.0
-"""An attempt without an owner's record was cut short while being made, or is being made right now."""
-
 VISIBILITY_S = 60.0
 """Another machine's files, and their sizes, may show only this many seconds later: NFS caches both."""
 
 _FAILED_NAME = "failed"
-_COMMITTED_NAME = "committed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
 _LEFTOVER_NAME = re.compile(
     rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+"
@@ -62,11 +60,6 @@ _HEAD_NBYTES = 4096
 def new_save_id() -> str:
     """32 hex digits that no other save has."""
     return uuid.uuid4().hex
-
-
-def data_folder(attempt: str) -> str:
-    """The folder for the ranks' files, which becomes the checkpoint."""
-    return f"{attempt}/data"
 
 
 def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
@@ -88,7 +81,10 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
         _log.warning("stale save attempts in %s/%s could not be removed: %s", storage.root, folder, error)
     attempt = join(folder, ATTEMPT_PREFIX + save_id)
     try:
-        storage.make_folder(data_folder(attempt))
+        if storage.can_rename:
+            storage.make_folder(Place.of(storage, attempt, target, save_id).folder)
+        else:
+            object_commit.note_target(storage, attempt, target)
         adopt_attempt(storage, attempt)
     except BaseException:  # Ctrl-C too
         discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
@@ -115,7 +111,7 @@ def _why_not_replace(storage: Storage, target: str) -> str:
     if any(entry.is_folder for entry in names):
         return "holds other folders, so it is no checkpoint"
     if {MANIFEST_NAME, METADATA_NAME}.isdisjoint(entry.name for entry in names):
-        others = [entry.name for entry in names if not _CHECKPOINT_FILE.fullmatch(entry.name)]
+        others = [entry.name for entry in names if not _CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
         if others:
             return f"is no checkpoint (it holds {others[0]!r})"
     return ""
@@ -143,10 +139,11 @@ def publish(
         StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
     """
     manifest, crcs = assemble(signed, info, now=now)
-    data = data_folder(attempt)
-    _check_sizes(storage, data, manifest, visibility_s)
-    manifest = _write_records(storage, data, manifest, crcs)
-    _put_in_place_and_sweep(storage, attempt, target, manifest.save_id)
+    place = Place.of(storage, attempt, target, manifest.save_id)
+    # A store shows at once what it has taken.
+    _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
+    manifest = _write_records(storage, place, manifest, crcs)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest)
     return manifest
 
 
@@ -160,36 +157,40 @@ def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[st
         SaveError: a file is missing or has another size.
         StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
     """
-    data = data_folder(attempt)
+    place = Place.of(storage, attempt, target, record.save_id)
     found = {
-        entry.name: FileEntry(entry.nbytes, crc32(storage.read(f"{data}/{entry.name}")))
-        for entry in storage.list(data)
-        if entry.name not in sizes
+        entry.name: FileEntry(entry.nbytes, crc32(storage.read(join(place.folder, entry.name))))
+        for entry in storage.list(place.folder)
+        if place.holds(entry.name) and entry.name not in sizes
     }
     record = replace(record, files=found | {name: FileEntry(nbytes) for name, nbytes in sizes.items()})
-    _check_sizes(storage, data, record, VISIBILITY_S)
-    storage.write(f"{data}/{MANIFEST_NAME}", to_json(record))
-    storage.sync_folder(data)
-    _put_in_place_and_sweep(storage, attempt, target, record.save_id)
+    _check_sizes(storage, place, record, VISIBILITY_S if storage.can_rename else 0.0)
+    _put_in_place_and_sweep(storage, attempt, place, target, record)
     return record
 
 
-def _put_in_place_and_sweep(storage: Storage, attempt: str, target: str, save_id: str) -> None:
-    aside = _put_in_place(storage, data_folder(attempt), target, save_id)
+def _put_in_place_and_sweep(storage: Storage, attempt: str, place: Place, target: str, manifest: Manifest) -> None:
+    if not storage.can_rename:
+        object_commit.put_manifest(storage, attempt, target, manifest, to_json(manifest))
+        return
+    # Last, since it names the digests of the others; and synced before the rename, which must not outrun it.
+    storage.write(place.path(MANIFEST_NAME), to_json(manifest))
+    storage.sync_folder(place.folder)
+    aside = _put_in_place(storage, place.folder, target, manifest.save_id)
     # The save is committed. What can't be removed now is removed by a later sweep, so it can't fail the save.
     if not discard_quietly(storage, attempt):
         with contextlib.suppress(StorageError):  # else those who wait see the attempt stay, and must wait in vain
-            storage.write(f"{attempt}/{_COMMITTED_NAME}", b"")
+            storage.write(f"{attempt}/{COMMITTED_NAME}", b"")
     if aside is not None:
         discard_quietly(storage, aside)
 
 
-def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: float) -> None:
+def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_s: float) -> None:
     """Check that the storage holds what the ranks recorded: no file missing, none too short, none unexpected."""
     deadline = time.monotonic() + visibility_s
     wait_s = 0.01
     while True:
-        found = {entry.name: entry.nbytes for entry in storage.list(data)}
+        found = {entry.name: entry.nbytes for entry in storage.list(place.folder) if place.holds(entry.name)}
         faults = [
             f"{name}: expected {entry.nbytes} bytes, as its rank recorded, found {found.get(name, 'no file')}"
             for name, entry in sorted(manifest.files.items())
@@ -201,23 +202,21 @@ def _check_sizes(storage: Storage, data: str, manifest: Manifest, visibility_s: 
         wait_s = min(2 * wait_s, 1.0)
     faults += [f"unexpected file {name} (in no rank's record)" for name in sorted(found.keys() - manifest.files.keys())]
     if faults:
-        raise SaveError(f"the save is incomplete, nothing was committed: {'; '.join(listed(faults))}", path=data)
+        raise SaveError(
+            f"the save is incomplete, nothing was committed: {'; '.join(listed(faults))}", path=place.folder
+        )
 
 
-def _write_records(storage: Storage, data: str, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:
-    """Write and sync the digests, ``.metadata`` and, last, the manifest, which then names the other two."""
+def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:
+    """Write the digests and ``.metadata``; the manifest that names them too."""
     files = dict(manifest.files)
     for name, content in (
         (DIGESTS_NAME, dump_digests(manifest.save_id, crcs)),
         (METADATA_NAME, dump_metadata(manifest)),
     ):
-        storage.write(f"{data}/{name}", content)
-        files[name] = FileEntry(len(content), crc32(content))
-    manifest = replace(manifest, files=files)
-    # Last, since it names the digests of the other two; and synced before the rename, which must not outrun it.
-    storage.write(f"{data}/{MANIFEST_NAME}", to_json(manifest))
-    storage.sync_folder(data)
-    return manifest
+        storage.write(place.path(name), content)
+        files[place.name(name)] = FileEntry(len(content), crc32(content))
+    return replace(manifest, files=files)
 
 
 def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str | None:
@@ -252,8 +251,12 @@ def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | No
         StorageError: not even that could be left.
     """
     name = f"{attempt}/{_FAILED_NAME}"
+    content = json.dumps({"rank": rank, "message": message}).encode()
+    if not storage.can_rename:
+        storage.write(name, content)
+        return
     try:
-        storage.write(f"{name}.part", json.dumps({"rank": rank, "message": message}).encode())
+        storage.write(f"{name}.part", content)
         storage.rename(f"{name}.part", name)
     except StorageError:
         storage.write(name, b"")
@@ -267,7 +270,7 @@ def wait_for_outcome(
     *,
     timeout_s: float,
     give_up: Callable[[], str | None] = lambda: None,
-    poll_s: float = 0.002,
+    poll_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
@@ -279,6 +282,7 @@ def wait_for_outcome(
         SaveError: the save failed, or there was no outcome within ``timeout_s``.
     """
     deadline = clock() + timeout_s
+    poll_s = storage.poll_s if poll_s is None else poll_s
     gone_until: float | None = None
     while True:
         # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
@@ -290,7 +294,7 @@ def wait_for_outcome(
                 raise SaveError("rank 0 failed to commit and could not record the reason; see its log", path=target)
             told = json.loads(said)
             raise SaveError(told["message"], path=target, rank=told["rank"])
-        if _COMMITTED_NAME in names:
+        if COMMITTED_NAME in names:
             return
         if not names:
             if save_id_at(storage, target) == save_id:
@@ -341,7 +345,7 @@ def delete_checkpoint(storage: Storage, path: str) -> None:
     if found.is_link:
         storage.remove(path)
         storage.sync_folder(split(path)[0])
-    elif not discard(storage, path):
+    elif not (discard(storage, path) if storage.can_rename else object_sweep.delete_files(storage, path)):
         raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
     storage.remove(catalog.damage_mark(path))
 
@@ -368,8 +372,11 @@ def discard(storage: Storage, path: str) -> bool:
 def discard_quietly(storage: Storage, path: str) -> bool:
     """Remove a folder; return whether it is gone. A failure is logged, not raised: the next sweep tries again."""
     try:
-        discard(storage, path)
-    except StorageError as error:
+        if storage.can_rename:
+            discard(storage, path)
+        else:
+            object_sweep.remove_attempt(storage, path)
+    except (StorageError, FormatError) as error:
         _log.warning("%s/%s could not be removed yet: %s", storage.root, path, error)
         return False
     return True
@@ -381,6 +388,8 @@ def sweep_leftovers(storage: Storage, folder: str, *, now: float) -> list[str]:
     An attempt whose owner may still live is left alone, with all that belongs to it. A replacement that was cut short
     is undone: the old checkpoint gets its name back. ``now`` is in seconds since the epoch.
     """
+    if not storage.can_rename:
+        return object_sweep.sweep(storage, folder, now=now)
     entries = {entry.name: entry for entry in storage.list(folder)}
     alive = {
         name
@@ -404,7 +413,7 @@ def live_owners(storage: Storage, folder: str, *, now: float) -> list[Owner]:
     for entry in storage.list(folder):
         if entry.name.startswith(ATTEMPT_PREFIX):
             with contextlib.suppress(StorageError):  # the owner is removing it this moment
-                found += [owner for owner in _owners(storage, join(folder, entry.name)) if is_alive(owner, now)]
+                found += [owner for owner in owners_of(storage, join(folder, entry.name)) if is_alive(owner, now)]
     return found
 
 
@@ -416,30 +425,30 @@ def activity(storage: Storage, folder: str, *, now: float) -> list[str]:
             continue
         with contextlib.suppress(StorageError):  # it is committed or removed this moment
             attempt = join(folder, entry.name)
-            owners = [str(owner) for owner in _owners(storage, attempt) if is_alive(owner, now)]
-            data = [file for file in storage.list(data_folder(attempt)) if not file.is_folder]
+            owners = [str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)]
+            data = _files_of(storage, attempt)
             written = f"{counted(len(data), 'file')}, {format_nbytes(sum(file.nbytes for file in data))}"
             lines.append(f"being written: {entry.name} ({written} so far) by {', '.join(owners) or 'a process'}")
     return lines
 
 
+def _files_of(storage: Storage, attempt: str) -> list[Entry]:
+    """The files that a save has written so far."""
+    if storage.can_rename:
+        return [file for file in storage.list(f"{attempt}/data") if not file.is_folder]
+    note = object_commit.read_note(storage, attempt)
+    save_id = split(attempt)[1].removeprefix(ATTEMPT_PREFIX)
+    return [file for file in storage.list(note.target) if tag_of(file.name) == save_id] if note is not None else []
+
+
 def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:
     try:
-        owners = _owners(storage, join(folder, attempt.name))
+        owners = owners_of(storage, join(folder, attempt.name))
     except StorageError:
         return True  # in doubt: the owner may be removing it this moment
     if not owners:
         return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
     return any(is_alive(owner, now) for owner in owners)
-
-
-def _owners(storage: Storage, attempt: str) -> list[Owner]:
-    owners = []
-    for entry in storage.list(attempt):
-        if entry.name.startswith(OWNER_PREFIX):
-            with contextlib.suppress(FormatError):  # torn by a crash
-                owners.append(parse_owner(storage.read(join(attempt, entry.name), 1 << 16), entry.name))
-    return owners
 
 
 def _settle(storage: Storage, folder: str, replaced: str, name: str) -> bool:

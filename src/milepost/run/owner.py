@@ -7,6 +7,7 @@ on another machine), only age decides.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -16,10 +17,16 @@ from typing import Annotated
 
 import msgspec
 
+from milepost.errors import FormatError
 from milepost.format.typed_json import convert, parse_json
+from milepost.storage.base import Storage, join
 
 FOREIGN_LIFETIME_S = 24 * 3600.0
 """An attempt from another machine is taken for dead after this time: no save takes a day."""
+
+OWNER_PREFIX = "owner-"
+OWNERLESS_LIFETIME_S = 3600.0
+"""An attempt without an owner's record was cut short while being made, or is being made right now."""
 
 _MAX_TIME_S = 1e11
 """The year 5138: later ones are beyond what calendars are made for."""
@@ -64,6 +71,16 @@ def this_process(now: float) -> Owner:
 def parse_owner(data: bytes, path: str) -> Owner:
     """Read what ``Owner.dump`` wrote. Raises FormatError if it is torn or something else."""
     return convert(parse_json(data, path, "a process's record"), Owner, path)
+
+
+def owners_of(storage: Storage, attempt: str) -> list[Owner]:
+    """The processes that have declared that they work on an attempt."""
+    owners = []
+    for entry in storage.list(attempt):
+        if entry.name.startswith(OWNER_PREFIX):
+            with contextlib.suppress(FormatError):  # torn by a crash
+                owners.append(parse_owner(storage.read(join(attempt, entry.name), 1 << 16), entry.name))
+    return owners
 
 
 def is_here(owner: Owner) -> bool:

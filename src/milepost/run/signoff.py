@@ -12,9 +12,11 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from milepost.collective.progress import SLOW_S
+from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.digest import crc32, from_bytes, to_bytes
@@ -182,8 +184,8 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
 
 def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
     """Return whether a rank has left a sign-off that does not report a failure."""
-    found = _look(storage, attempt, rank, {entry.name for entry in storage.list(attempt)})
-    return found is not None and found.error is None
+    names = {entry.name for entry in storage.list(attempt)} & _names_of(rank)
+    return bool(names) and _look(storage, attempt, names, rank).error is None
 
 
 def wait_for_sign_offs(
@@ -194,14 +196,15 @@ def wait_for_sign_offs(
     *,
     timeout_s: float,
     give_up: Callable[[], str | None] = lambda: None,
-    poll_s: float = 0.002,
+    poll_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[SignOff, ...]:
     """The sign-offs of all ranks, by rank.
 
-    Looks every ``poll_s`` at first, then less and less often (at least twice a second), and logs every ``SLOW_S``
-    seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the error to end with.
+    Looks every ``poll_s`` at first (by default as the storage wishes), then less and less often (at least twice a
+    second), and logs every ``SLOW_S`` seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the
+    error to end with.
 
     Raises:
         SaveError: a rank signed off with an error (``rank`` names it), the attempt is gone, or ranks are missing
@@ -209,16 +212,16 @@ def wait_for_sign_offs(
     """
     started = logged = clock()
     deadline = started + timeout_s
+    poll_s = storage.poll_s if poll_s is None else poll_s
     signed: dict[int, SignOff] = {}
     while True:
         names = {entry.name for entry in storage.list(attempt)}
         if not names:
             raise SaveError(f"the save's folder {attempt} is gone: was it deleted by another program?", path=attempt)
-        for rank in range(world_size):
-            if rank not in signed:
-                found = _look(storage, attempt, rank, names)
-                if found is not None:
-                    signed[rank] = found
+        arrived = [rank for rank in range(world_size) if rank not in signed and names & _names_of(rank)]
+        look = partial(_look, storage, attempt, names)
+        found = map_in_threads(look, arrived, storage.num_streams, name="milepost-sign-offs")
+        signed |= dict(zip(arrived, found, strict=True))
         _raise_failures(signed, save_id, attempt)
         if len(signed) == world_size:
             return tuple(signed[rank] for rank in range(world_size))
@@ -245,13 +248,15 @@ def wait_for_sign_offs(
         poll_s = min(poll_s * 1.5, 0.5)
 
 
-def _look(storage: Storage, attempt: str, rank: int, names: set[str]) -> SignOff | None:
+def _names_of(rank: int) -> set[str]:
+    return {f"{_PREFIX}{rank}", f"{_PREFIX}{rank}{_FAILED}"}
+
+
+def _look(storage: Storage, attempt: str, names: set[str], rank: int) -> SignOff:
     name = f"{_PREFIX}{rank}"
     if name in names:
         return parse_sign_off(storage.read(f"{attempt}/{name}"), f"{attempt}/{name}")
-    if name + _FAILED in names:
-        return SignOff(rank, "", error="it failed and could not record the reason; see its log")
-    return None
+    return SignOff(rank, "", error="it failed and could not record the reason; see its log")
 
 
 def _raise_failures(signed: dict[int, SignOff], save_id: str, attempt: str) -> None:

@@ -16,6 +16,7 @@ from milepost.config import NUM_IO_THREADS, part_of
 from milepost.errors import MilepostError, SaveError, StorageError
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
+from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
 from milepost.saving.writer import BlockSource, FileImage, write_file
 from milepost.storage.base import Storage
@@ -40,7 +41,7 @@ class Form(Protocol):
     def write(
         self,
         storage: Storage,
-        folder: str,
+        place: Place,
         plan: WritePlan,
         source: BlockSource | FileImage,
         *,
@@ -48,7 +49,7 @@ class Form(Protocol):
         num_threads: int,
         on_progress: Callable[[int], None] | None,
     ) -> None:
-        """Write and sync what this rank holds into ``folder``; on the first rank also what belongs to all."""
+        """Write and sync what this rank holds at ``place``; on the first rank also what belongs to all."""
 
     def publish(
         self, storage: Storage, attempt: str, target: str, info: SaveInfo, *, save_id: str, world_size: int
@@ -169,25 +170,25 @@ def run_job(
         StorageError: an operation on the storage failed on this rank.
     """
     monitor = JobMonitor() if monitor is None else monitor
-    folder, is_first = commit.data_folder(job.attempt), job.rank == 0
+    place, is_first = Place.of(storage, job.attempt, job.target, job.save_id), job.rank == 0
     started = time.monotonic()
     contents: Mapping[str, str] = {}
     files: tuple[WrittenFile, ...] = ()
     try:
         if job.form is not None:
             job.form.write(
-                *(storage, folder, job.plan, source),
+                *(storage, place, job.plan, source),
                 is_first=is_first,
                 num_threads=job.num_threads,
                 on_progress=monitor.wrote,
             )
         elif not job.plan.is_empty:
             written = write_file(
-                storage, folder, job.plan, source, objects, num_threads=job.num_threads, on_progress=monitor.wrote
+                storage, place, job.plan, source, objects, num_threads=job.num_threads, on_progress=monitor.wrote
             )
             files = (written,)
         # The names must be durable before the sign-off says so: rank 0 commits on the strength of it.
-        storage.sync_folder(folder)
+        storage.sync_folder(place.folder)
         sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, files))
         monitor.signed_off(files)
         wrote = time.monotonic()

@@ -19,6 +19,7 @@ from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS
 from milepost.format import digest, record
 from milepost.format.manifest import BLOCK_NBYTES
+from milepost.run.place import Place
 from milepost.run.signoff import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage.base import Bytes, Storage, WriteHandle
 from milepost.tensors.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
@@ -66,7 +67,7 @@ class _Group:
 
 def write_file(
     storage: Storage,
-    folder: str,
+    place: Place,
     plan: WritePlan,
     source: BlockSource | FileImage,
     objects: Mapping[str, bytes],
@@ -74,7 +75,7 @@ def write_file(
     num_threads: int = NUM_IO_THREADS,
     on_progress: Callable[[int], None] | None = None,
 ) -> WrittenFile:
-    """Write and sync the file of ``plan`` in ``folder``; the folder's own sync is the caller's.
+    """Write and sync the file of ``plan`` at ``place``; the folder's own sync is the caller's.
 
     Memory beside the source: ``BUFFER_NBYTES`` a thread, or ``GATHER_NBYTES`` where the source has to copy.
     ``on_progress`` is called with the bytes of each group that is written, from any thread.
@@ -84,13 +85,13 @@ def write_file(
     """
     placed, end = _place_objects(plan, objects)
     nbytes = align(end, LARGE_ALIGNMENT)
-    with storage.open_write(f"{folder}/{plan.file}", nbytes) as handle:
+    with storage.open_write(place.path(plan.file), nbytes) as handle:
         writer = _GroupWriter(handle, source, on_progress)
-        threads = 1 if handle.is_sequential else num_threads
+        threads = 1 if handle.is_sequential and not isinstance(source, FileImage) else num_threads
         batches = map_in_threads(writer.write, _groups(plan.items), threads, name="milepost-write")
         write_stream(handle, plan.objects_offset, _object_pieces(plan.objects_offset, placed, objects), writer.buffer())
         handle.sync()
-    return WrittenFile(plan.file, nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
+    return WrittenFile(place.name(plan.file), nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
 
 
 def write_stream(handle: WriteHandle, offset: int, pieces: Iterable[Bytes], buffer: mmap.mmap | None) -> None:

@@ -21,7 +21,7 @@ from milepost.errors import MilepostError, SaveError
 from milepost.run import commit
 from milepost.saving.job import JobMonitor, JobResult, SaveJob, run_job
 from milepost.saving.writer import FileImage
-from milepost.storage import open_root
+from milepost.storage import Storage, open_root
 from milepost.storage.base import PageCache
 from milepost.tensors.plan import WritePlan
 
@@ -70,6 +70,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
     logging.getLogger().addHandler(link)
     memory = memoryview(b"")
     plan: WritePlan | None = None
+    storage: Storage | None = None
     try:
         while (request := _next_request(connection)) is not None:
             if len(memory) != request.arena_nbytes:
@@ -77,7 +78,10 @@ def serve(connection: Connection, arena_fd: int) -> None:
             if not request.plan_is_known:
                 plan = request.job.plan
             assert plan is not None, "the first request brings its plan"
-            link.send(_run(link, request, replace(request.job, plan=plan), memory))
+            if storage is None or (storage.root, storage.page_cache) != (request.root, request.page_cache):
+                # Kept: to a store it is a connection.
+                storage = open_root(request.root, page_cache=request.page_cache)
+            link.send(_run(link, storage, request, replace(request.job, plan=plan), memory))
     finally:
         logging.getLogger().removeHandler(link)
 
@@ -91,8 +95,9 @@ def _next_request(connection: Connection) -> Request | None:
     return request
 
 
-def _run(link: _Link, request: Request, job: SaveJob, memory: memoryview) -> JobResult | MilepostError:
-    storage = open_root(request.root, page_cache=request.page_cache)
+def _run(
+    link: _Link, storage: Storage, request: Request, job: SaveJob, memory: memoryview
+) -> JobResult | MilepostError:
     watch = _Watch(link, job.data_nbytes)
     try:
         commit.adopt_attempt(storage, job.attempt)

@@ -27,7 +27,7 @@ from milepost.errors import ConfigError
 from milepost.storage.base import PageCache, Storage, split
 from milepost.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "is_url", "join_path", "open_root", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "is_known", "is_url", "join_path", "open_root", "open_storage"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _STORES = ("s3", "gs", "az")
@@ -38,6 +38,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is the URL of an object store."""
     found = _SCHEME.match(os.fspath(path))
     return found is not None and found[1].lower() in _STORES
+
+
+def is_known(path: str | os.PathLike[str]) -> bool:
+    """Whether ``open_storage`` knows where ``path`` is."""
+    found = _SCHEME.match(os.fspath(path))
+    return found is None or found[1].lower() in ("file", *_STORES)
 
 
 def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
@@ -86,13 +86,17 @@ def check_name(root: str, path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch."""
+    """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch.
+
+    ``tag`` stands for this version of a file, for ``put_if``; empty where there are no conditional puts.
+    """
 
     name: str
     is_folder: bool
     nbytes: int
     mtime_s: float
     is_link: bool = False
+    tag: str = ""
 
 
 PageCache = Literal["auto", "keep", "drop", "direct"]
@@ -265,10 +269,10 @@ class Storage(ABC):
         """
         raise self._has_no("put_if", path)
 
-    def abort_uploads(self, path: str, keep: Collection[str] = ()) -> int:
+    def abort_uploads(self, path: str, is_dead: Callable[[str], bool] = lambda name: True) -> int:
         """Abort the uploads of files below a folder that were never ended; how many there were.
 
-        Not those with a folder of a name in ``keep`` on their way.
+        ``is_dead`` says of a file's name, relative to the folder, whether nobody is at work on it.
         """
         return 0
 
@@ -299,6 +303,11 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, path: str) -> None:
         """Delete one file; no error if it is absent."""
+
+    def remove_files(self, folder: str, names: Sequence[str]) -> None:
+        """Delete files of one folder, in any order; no error if some are absent."""
+        for name in names:
+            self.remove(join(folder, name))
 
     @abstractmethod
     def remove_tree(self, path: str) -> None:

@@ -28,7 +28,7 @@ MAX_PARTS = 9_000
 NUM_STREAMS = 8
 """Parts of one object on their way at the same time."""
 MAX_HELD_NBYTES = 4 * MIN_PART_NBYTES
-"""Copied bytes held in memory until their upload; what comes too early for its turn goes to a file without a name."""
+"""Held in memory until the upload takes it; what is copied and comes too early goes to a file without a name."""
 SILENCE_S = 20.0
 """An upload that has taken no bytes for this long is told of in the log."""
 
@@ -43,7 +43,6 @@ class _Piece:
 
     nbytes: int
     view: memoryview | None = None
-    is_copy: bool = True
     place: int = 0
 
 
@@ -64,7 +63,7 @@ class ObjectWriter(WriteHandle):
         self._changed = threading.Condition()
         self._waiting: dict[int, _Piece] = {}  # by offset; each ends where the next may begin
         self._next = 0  # the offset up to which all bytes are there, or sent
-        self._held_nbytes = 0  # copies in memory
+        self._held_nbytes = 0  # of what waits, in memory
         self._spill: IO[bytes] | None = None
         self._spilt_nbytes = 0
         self._end = 0
@@ -86,15 +85,13 @@ class ObjectWriter(WriteHandle):
         if offset < self._next or offset in self._waiting:
             raise StorageError(f"byte {offset} of {self.path} is written twice", operation="write", path=self.path)
         # A writer waits only while the upload has something to send: what is missing may come from this very thread.
-        while not is_stable and self._held_nbytes > MAX_HELD_NBYTES and self._upload and self._next in self._waiting:
+        while self._held_nbytes > MAX_HELD_NBYTES and self._upload and self._next in self._waiting:
             self._changed.wait(1.0)
             self._raise_failure()
-        if is_stable:
-            self._waiting[offset] = _Piece(len(view), view, is_copy=False)
-        elif self._held_nbytes > MAX_HELD_NBYTES and offset != self._next:
+        if not is_stable and self._held_nbytes > MAX_HELD_NBYTES and offset != self._next:
             self._waiting[offset] = self._spill_out(view)
         else:
-            self._waiting[offset] = _Piece(len(view), memoryview(bytes(view)))
+            self._waiting[offset] = _Piece(len(view), view if is_stable else memoryview(bytes(view)))
             self._held_nbytes += len(view)
         self._end = max(self._end, offset + len(view))
         self._changed.notify_all()
@@ -149,7 +146,7 @@ class ObjectWriter(WriteHandle):
             view = memoryview(bytes(min(min(self._waiting) - self._next, MIN_PART_NBYTES)))
         elif piece.view is not None:
             view = piece.view
-            self._held_nbytes -= piece.nbytes if piece.is_copy else 0
+            self._held_nbytes -= piece.nbytes
         else:
             assert self._spill is not None
             self._spill.seek(piece.place)

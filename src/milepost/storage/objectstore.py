@@ -11,9 +11,10 @@ import builtins
 import datetime
 import errno
 import importlib.util
+import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -152,8 +153,10 @@ class ObjectStorage(Storage):
         found = self._do(
             "list", path, f"listing {self.describe(path)}", lambda: self._client().list_with_delimiter(self._key(path))
         )
-        entries = {name: Entry(name, True, 0, 0.0) for prefix in found["common_prefixes"] if (name := _last(prefix))}
-        entries |= {name: _entry(name, meta) for meta in found["objects"] if (name := _last(meta["path"]))}
+        objects = [meta for meta in found["objects"] if meta["path"] != self._key(path)]  # the mark of a folder itself
+        entries = {name: Entry(name, True, 0, 0.0) for name in map(_last, found["common_prefixes"])}
+        for meta in objects:
+            entries.setdefault(_last(meta["path"]), _entry(_last(meta["path"]), meta))
         return sorted(entries.values(), key=lambda entry: entry.name)
 
     def list_files(self, path: str) -> dict[str, Entry]:
@@ -162,8 +165,9 @@ class ObjectStorage(Storage):
         found = self._do(
             "list", path, f"listing {self.describe(path)}", lambda: self._client().list(prefix or None).collect()
         )
-        names = ((meta["path"][start:], meta) for meta in found)
-        return {name: _entry(name, meta) for name, meta in sorted(names, key=lambda pair: pair[0]) if name}
+        metas = {meta["path"][start:]: meta for meta in found}
+        folders = {name[:end] for name in metas for end in _slashes(name)}  # may have an empty object as their mark
+        return {name: _entry(name, metas[name]) for name in sorted(metas) if name and name not in folders}
 
     def stat(self, path: str) -> Entry | None:
         if path:
@@ -217,7 +221,7 @@ class ObjectStorage(Storage):
             data = bytes(result.bytes())
             if len(data) != nbytes:
                 raise _CutShort
-            return data, result.meta["e_tag"] or ""
+            return data, _tag(result.meta)
 
         try:
             return self._do("read", path, f"reading {self.describe(path)}", act)
@@ -233,7 +237,7 @@ class ObjectStorage(Storage):
         self._put("overwrite", path, data, f"replacing {self.describe(path)}")
 
     def put_if(self, path: str, data: Bytes, tag: str | None) -> None:
-        mode = "create" if tag is None else {"e_tag": tag}
+        mode = "create" if tag is None else json.loads(tag)
         self._put(mode, path, data, f"replacing {self.describe(path)}")
 
     def append(self, path: str, data: Bytes) -> None:
@@ -267,12 +271,15 @@ class ObjectStorage(Storage):
     def remove(self, path: str) -> None:
         self._delete(path, [self._key(path)])
 
+    def remove_files(self, folder: str, names: Sequence[str]) -> None:
+        self._delete(folder, [self._key(join(folder, name)) for name in names])
+
     def remove_tree(self, path: str) -> None:
         names = self.list_files(path)
         keys = [join(self._key(path), name) for name in names]
         self._delete(path, keys if keys or not path else [self._key(path)])
 
-    def abort_uploads(self, path: str, keep: Collection[str] = ()) -> int:
+    def abort_uploads(self, path: str, is_dead: Callable[[str], bool] = lambda name: True) -> int:
         if self._url.scheme != "s3" or not self._url.bucket:
             return 0  # Azure drops blocks of its own accord; for GCS a lifecycle rule does
         prefix = self._key(path)
@@ -280,7 +287,7 @@ class ObjectStorage(Storage):
             "abort",
             path,
             f"looking for unfinished uploads below {self.describe(path)}",
-            lambda: abort_s3_uploads(self._url.bucket, f"{prefix}/" if prefix else "", keep),
+            lambda: abort_s3_uploads(self._url.bucket, f"{prefix}/" if prefix else "", is_dead),
         )
 
     # ---- requests ----
@@ -351,7 +358,12 @@ class ObjectStorage(Storage):
         if self._is_proved:
             return
         try:
-            self._put("create", path, _PROBE, f"looking whether {self.root} has conditional puts")
+            self._do(
+                "write",
+                path,
+                f"looking whether {self.root} has conditional puts",
+                lambda: self._client().put(self._key(path), _PROBE, mode="create", use_multipart=False),
+            )
         except StorageError as error:
             if error.errno == errno.EEXIST:
                 self._is_proved = True
@@ -436,12 +448,22 @@ def _given(url: str) -> StoreUrl:
     return StoreUrl(scheme, "", path.strip("/"))
 
 
+def _slashes(name: str) -> list[int]:
+    return [index for index, letter in enumerate(name) if letter == "/"]
+
+
 def _last(key: str) -> str:
     return key.rstrip("/").rpartition("/")[2]
 
 
 def _entry(name: str, meta: Any) -> Entry:
-    return Entry(name, False, meta["size"], meta["last_modified"].timestamp())
+    return Entry(name, False, meta["size"], meta["last_modified"].timestamp(), tag=_tag(meta))
+
+
+def _tag(meta: Any) -> str:
+    """What ``put_if`` needs to know a version again: S3 and Azure go by the entity tag, GCS by the generation."""
+    known = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
+    return json.dumps(known, sort_keys=True) if known else ""
 
 
 _pid: int | None = None

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Callable
 
 from milepost.errors import StorageError
 
 
-def abort_s3_uploads(bucket: str, prefix: str, keep: Collection[str]) -> int:
+def abort_s3_uploads(bucket: str, prefix: str, is_dead: Callable[[str], bool]) -> int:
     """Abort every unfinished upload of a key that begins with ``prefix``; how many there were.
 
-    Not those with a part of a name in ``keep``. 0 where botocore is not installed: a lifecycle rule of the bucket must
-    do it then.
+    Of those that ``is_dead`` says, by the rest of their key. 0 where botocore is not installed: a lifecycle rule of the
+    bucket must do it then.
 
     Raises:
         StorageError: the store refused.
@@ -32,7 +32,7 @@ def abort_s3_uploads(bucket: str, prefix: str, keep: Collection[str]) -> int:
         client = botocore.session.get_session().create_client("s3", region_name=region)
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for upload in page.get("Uploads", ()):
-                if not set(upload["Key"].split("/")).isdisjoint(keep):
+                if not is_dead(upload["Key"].removeprefix(prefix)):
                     continue
                 client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                 count += 1

@@ -12,7 +12,8 @@ from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Manifest
 from milepost.run.assemble import SaveInfo
-from milepost.run.commit import begin_attempt, data_folder, new_save_id, publish
+from milepost.run.commit import begin_attempt, new_save_id, publish
+from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
 from milepost.saving.writer import write_file
 from milepost.storage.base import Storage
@@ -58,11 +59,12 @@ def save_arrays(
     ]
     save_id = new_save_id()
     attempt = begin_attempt(storage, path, save_id)
+    place = Place.of(storage, attempt, path, save_id)
     for rank, plan in enumerate(plan_save(layouts)):
         files: tuple[WrittenFile, ...] = ()
         if not plan.is_empty:
-            files = (write_file(storage, data_folder(attempt), plan, _Arrays(arrays), stored, num_threads=1),)
-        storage.sync_folder(data_folder(attempt))
+            files = (write_file(storage, place, plan, _Arrays(arrays), stored, num_threads=1),)
+        storage.sync_folder(place.folder)
         sign_off(storage, attempt, SignOff(rank, save_id, files))
     signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
     return publish(storage, attempt, path, signed, SaveInfo(step=step, kind=kind, extra=extra or {}), now=now)

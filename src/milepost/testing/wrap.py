@@ -9,7 +9,7 @@ import builtins
 import errno
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -126,8 +126,8 @@ class WrappedStorage(Storage):
         operation = Operation("put_if", path, nbytes=memoryview(data).nbytes)
         self.around(operation, lambda: self.inner.put_if(path, data, tag))
 
-    def abort_uploads(self, path: str, keep: Collection[str] = ()) -> int:
-        return self.around(Operation("abort_uploads", path), lambda: self.inner.abort_uploads(path, keep))
+    def abort_uploads(self, path: str, is_dead: Callable[[str], bool] = lambda name: True) -> int:
+        return self.around(Operation("abort_uploads", path), lambda: self.inner.abort_uploads(path, is_dead))
 
     def append(self, path: str, data: Bytes) -> None:
         operation = Operation("append", path, nbytes=memoryview(data).nbytes)
@@ -147,6 +147,9 @@ class WrappedStorage(Storage):
 
     def remove(self, path: str) -> None:
         self.around(Operation("remove", path), lambda: self.inner.remove(path))
+
+    def remove_files(self, folder: str, names: Sequence[str]) -> None:
+        self.around(Operation("remove_files", folder), lambda: self.inner.remove_files(folder, names))
 
     def remove_tree(self, path: str) -> None:
         self.around(Operation("remove_tree", path), lambda: self.inner.remove_tree(path))
@@ -228,7 +231,7 @@ TRANSIENT = frozenset(
 )
 """Errors of a network file system that may be gone a moment later. ENOSPC, EIO and the like never are."""
 
-REPEATABLE = READS | {"write_at", "make_folder", "remove", "remove_tree"}
+REPEATABLE = READS | {"write_at", "make_folder", "remove", "remove_files", "remove_tree"}
 """Operations that may be done twice.
 
 Not ``sync`` and ``sync_folder``: after a failed fsync the kernel may have dropped what was not written, and a second

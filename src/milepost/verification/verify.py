@@ -29,6 +29,7 @@ from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, P
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, combine_blocks, crc32, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, METADATA_NAME, Manifest
+from milepost.format.tags import tag_of
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
 from milepost.run.hf_folder import is_hf_folder, is_hf_step
@@ -271,7 +272,9 @@ def _check(
     if level == "metadata":
         return
     for name in sorted(record.files):
-        if name.endswith(".distcp") and name not in record.manifest.files:
+        # One with the id of another save is of a checkpoint that this one has replaced, or of one under way.
+        is_own = tag_of(name) in ("", record.manifest.save_id)
+        if name.endswith(".distcp") and name not in record.manifest.files and is_own:
             findings.add(Problem("it is not part of this checkpoint", name))
     if level == "sizes" or (record.is_own and digests is None):
         return  # without digests nothing can be said of the data
@@ -349,19 +352,32 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
             findings.add(Problem("it changed after it was written", name, byte_range=(0, entry.nbytes)))
     if is_hf_step(record.manifest):
         return None
-    for name in (METADATA_NAME, DIGESTS_NAME):
-        if name not in record.manifest.files:
+    metadata, block_digests = (record.manifest.file_named(name) for name in (METADATA_NAME, DIGESTS_NAME))
+    for name, found in ((METADATA_NAME, metadata), (DIGESTS_NAME, block_digests)):
+        if found is None:
             findings.add(Problem("the manifest does not list it", name))
     digests = None
     try:
-        if METADATA_NAME in contents:
-            _check_agreement(contents[METADATA_NAME], record.manifest, findings)
-        if DIGESTS_NAME in contents:
-            digests = parse_digests(contents[DIGESTS_NAME], record.manifest)
+        if metadata in contents:
+            _check_agreement(contents[metadata], record.manifest, findings)
+            _check_alias(storage, path, metadata, contents[metadata], findings)
+        if block_digests in contents:
+            digests = parse_digests(contents[block_digests], record.manifest)
             _check_item_digests(record.manifest, digests, findings)
     except FormatError as error:
         findings.add(_problem_of(error, path))
     return digests
+
+
+def _check_alias(storage: Storage, path: str, name: str, content: bytes, findings: Findings) -> None:
+    """Where saves have names of their own, stock DCP finds the checkpoint by a copy under the plain name."""
+    if name == METADATA_NAME:
+        return
+    try:
+        if storage.read(join(path, METADATA_NAME)) != content:
+            findings.add(Problem("it is of another save than milepost.json", METADATA_NAME))
+    except StorageError as error:
+        findings.add(Problem(error.message, METADATA_NAME))
 
 
 def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from milepost.interop.hf.save import HfTarget, commit_record, plan_image, write_frame, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.place import Place
 from milepost.saving.writer import BlockSource, FileImage
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
@@ -23,7 +24,7 @@ class HfForm:
     def write(
         self,
         storage: Storage,
-        folder: str,
+        place: Place,
         plan: WritePlan,
         source: BlockSource | FileImage,
         *,
@@ -33,8 +34,8 @@ class HfForm:
     ) -> None:
         image = plan_image(self.target)
         if is_first:
-            write_frame(storage, folder, image)
-        write_part(storage, folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress)
+            write_frame(storage, place.folder, image)
+        write_part(storage, place.folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress)
 
     def publish(
         self, storage: Storage, attempt: str, target: str, info: SaveInfo, *, save_id: str, world_size: int

@@ -1,0 +1,164 @@
+"""The commit where nothing can be renamed: in an object store. Used by ``commit`` and ``sweep`` alone.
+
+::
+
+    <attempt>/target             note_target     what is to be replaced: the manifest's version, the files beside it
+    <attempt>/owner-<id>.json    adopt_attempt
+    step-<N>/__0_0.<save id>.distcp, ...         <- each rank's files, and the records of the save
+    <attempt>/sign-off-<rank>    sign_off
+    step-<N>/milepost.json       put_manifest    the one act: put on the condition that it still is what was noted
+    step-<N>/.metadata           settle_aliases  a copy, for programs that look for it under this name
+    <attempt>/committed          put_manifest    what was replaced is to be removed, once its readers are done
+
+Every file of a save has a name of its own, so nothing that a reader of the old checkpoint may be reading is changed.
+Before the manifest all readers see the old checkpoint, whole; after it those who read manifests see the new one, whole,
+and those who read ``.metadata`` the old one, whole, until that is replaced too, by whoever comes first: the saver, or,
+if it died, the next sweep.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from dataclasses import dataclass
+
+from milepost.errors import SaveError, StorageError
+from milepost.format.manifest import MANIFEST_NAME, Manifest
+from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.format.tags import tag_of, untagged
+from milepost.storage.base import Storage, join, split
+
+_log = logging.getLogger(__name__)
+
+TARGET_NAME = "target"
+COMMITTED_NAME = "committed"
+_MAX_NOTE_NBYTES = 64 << 20
+_NO_ALIAS = (".distcp", ".safetensors", ".shards", ".digests")
+"""Files that are found through the manifest, ``.metadata`` or an index, by whatever name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What an attempt found at its target, beside it, when it began."""
+
+    target: str
+    tag: str | None
+    """The version of the manifest; None if there was none."""
+    files: tuple[str, ...]
+    """The files of the checkpoint there."""
+
+
+def note_target(storage: Storage, attempt: str, target: str) -> None:
+    """Record in the attempt what it would replace. The first thing in it, so that a sweep knows where to look.
+
+    Raises:
+        StorageError: the storage refused.
+    """
+    manifest = storage.stat(join(target, MANIFEST_NAME))  # a listing need not tell all of a version
+    names = [entry.name for entry in storage.list(target) if not entry.is_folder and entry.name != MANIFEST_NAME]
+    # The name alone: who sweeps may have another root.
+    note = {"target": split(target)[1], "tag": manifest.tag if manifest is not None else None, "files": names}
+    storage.write(join(attempt, TARGET_NAME), json.dumps(note).encode())
+
+
+def read_note(storage: Storage, attempt: str) -> Note | None:
+    """What ``note_target`` left; None if nothing, or it is not of that form."""
+    try:
+        said = json.loads(storage.read(join(attempt, TARGET_NAME), _MAX_NOTE_NBYTES))
+        note = Note(join(split(attempt)[0], said["target"]), said["tag"], tuple(said["files"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return note if all(isinstance(name, str) for name in note.files) else None
+
+
+def put_manifest(storage: Storage, attempt: str, target: str, manifest: Manifest, data: bytes) -> None:
+    """Commit: put the manifest, if what is there still is what the attempt began with.
+
+    Raises:
+        SaveError: another process has committed a checkpoint there meanwhile, or has taken this one for dead.
+        StorageError: the store refused; the manifest is as it was, or is the new one.
+    """
+    note = read_note(storage, attempt)
+    if note is None:
+        raise SaveError(
+            f"the save of {storage.root}/{target} was removed before it was committed: another run has taken its "
+            "process for dead",
+            path=target,
+        )
+    try:
+        storage.put_if(join(target, MANIFEST_NAME), data, note.tag)
+    except StorageError as error:
+        if error.errno != errno.EEXIST:
+            raise
+        raise SaveError(
+            f"another process has saved {storage.root}/{target} since this save began: its checkpoint stands, this one "
+            "was given up. Do two runs write to the same folder?",
+            path=target,
+        ) from error
+    # The save is done: what follows is done again by the next sweep, so it can't fail the save.
+    try:
+        settle_aliases(storage, target, manifest)
+        if note.files:
+            storage.write(join(attempt, COMMITTED_NAME), b"")
+            for entry in storage.list(attempt):
+                if entry.name not in (COMMITTED_NAME, TARGET_NAME):
+                    storage.remove(join(attempt, entry.name))
+        else:
+            storage.remove_tree(attempt)
+    except StorageError as error:
+        _log.warning("%s is committed, but is not readable for other programs yet: %s", target, error)
+
+
+def settle_aliases(storage: Storage, target: str, manifest: Manifest | None = None) -> None:
+    """Make each file that other programs look for by its plain name (``.metadata``) a copy of the committed one.
+
+    ``manifest`` is the committed one, if it was read or put this moment. Several processes may do it at once: the
+    version of a file that is to be replaced is noted before it is looked what is committed, so whoever has been
+    overtaken replaces nothing.
+    """
+    manifest = current_manifest(storage, target) if manifest is None else manifest
+    while manifest is not None:
+        names = aliases(manifest)
+        found = {alias: storage.read_tagged(join(target, alias)) for alias in names}
+        current = current_manifest(storage, target)
+        is_current = current is not None and current.save_id == manifest.save_id
+        if is_current and all(_settle(storage, target, alias, names[alias], found[alias]) for alias in names):
+            return
+        manifest = current_manifest(storage, target) if is_current else current
+
+
+def _settle(storage: Storage, target: str, alias: str, name: str, found: tuple[bytes, str] | None) -> bool:
+    """False if another process has changed the alias since it was ``found``."""
+    data = storage.read(join(target, name))
+    if found is not None and found[0] == data:
+        return True
+    try:
+        storage.put_if(join(target, alias), data, found[1] if found is not None else None)
+    except StorageError as error:
+        if error.errno == errno.EEXIST:
+            return False
+        raise
+    return True
+
+
+def aliases(manifest: Manifest) -> dict[str, str]:
+    """The plain names that other programs look for: the files that they are copies of."""
+    own = [name for name in manifest.files if tag_of(name) and not name.endswith(_NO_ALIAS)]
+    return {untagged(name): name for name in own}
+
+
+def current_manifest(storage: Storage, target: str) -> Manifest | None:
+    """The manifest that is committed at ``target``; None if there is none.
+
+    Raises:
+        FormatError: it is damaged.
+        StorageError: it can't be read.
+    """
+    path = join(target, MANIFEST_NAME)
+    found = storage.read_tagged(path, MAX_MANIFEST_NBYTES)
+    return from_json(found[0], path) if found is not None else None
