@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tiny_layouts import MODELS, Layout, build, on
 
-from milepost.errors import ConversionError, StateMismatchError
+from milepost.errors import ConversionError, DigestMismatchError, StateMismatchError
 from milepost.format.box import Box
 from milepost.interop.convert import convert
 from milepost.interop.hf.config import make_config
@@ -26,6 +26,7 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import correspond
 from milepost.interop.options import ConvertOptions
+from milepost.interop.weights.open import open_weights
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
 from milepost.saving.stage import TensorBlocks
@@ -220,6 +221,35 @@ def test_weights_that_do_not_fit_change_nothing(memory_path: Path):
         load_hf(memory_path / "hf", "llama3", replace(args, rope_theta=1.0), flatten(state).tensors)
     with pytest.raises(ConversionError, match="vocabulary of 101, the model one of 100"):
         load_hf(memory_path / "hf", "llama3", replace(args, vocab_size=100), flatten(state).tensors)
+
+
+def test_a_changed_byte_of_a_torch_file_is_found_by_a_rank_that_reads_a_part(memory_path: Path):
+    args = sizes("llama3")
+    family = family_of("llama3", args)
+    state = {key: torch.zeros(shape) for key, shape in correspond(family, family.scheme("milepost"), args).ours.items()}
+    state["norm.weight"] = torch.full_like(state["norm.weight"], 1234.5)
+    file = memory_path / "model.pt"
+    torch.save(state, file)
+    leaves = flatten({"norm.weight": torch.zeros_like(state["norm.weight"])}).tensors
+    load_hf(file, "llama3", args, leaves)
+    assert torch.equal(leaves["norm.weight"].local, state["norm.weight"])
+    data = bytearray(file.read_bytes())
+    data[data.index(np.float32(1234.5).tobytes()) + 8] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DigestMismatchError, match=r"norm\.weight"):
+        load_hf(file, "llama3", args, leaves)
+
+
+def test_views_of_one_storage_are_checked_against_its_digest(memory_path: Path):
+    base = torch.arange(1000.0)
+    torch.save({"a": base[:400].view(20, 20), "b": base[400:]}, memory_path / "model.pt")
+    data = bytearray((memory_path / "model.pt").read_bytes())
+    data[data.index(np.float32(777.0).tobytes())] ^= 1
+    (memory_path / "model.pt").write_bytes(data)
+    with open_weights(memory_path / "model.pt").source as source:
+        source.read_into("a", Box((0, 0), (20, 20)), np.empty((20, 20), np.float32))
+        with pytest.raises(DigestMismatchError):
+            source.check_digests()
 
 
 def test_a_model_that_hugging_face_does_not_know_is_refused():

@@ -16,6 +16,7 @@ import torch
 from milepost.errors import FormatError
 from milepost.format.digest import crc32
 from milepost.format.torch_file import locate_tensors, plan_torch_file
+from milepost.format.zip_directory import CENTRAL_HEADER
 
 TENSORS = {
     "a": torch.arange(15.0).reshape(3, 5),
@@ -159,6 +160,18 @@ def test_a_state_dict_that_unfolds_without_end_is_refused():
 def test_what_is_no_torch_file_is_refused(data: bytes):
     with pytest.raises(FormatError):
         located(data)
+
+
+def test_storages_that_overlap_are_refused():
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(4), "b": torch.zeros(4)}, buffer)
+    data = bytearray(buffer.getvalue())
+    assert list(located(bytes(data))) == ["a", "b"]
+    line = data.rindex(b"archive/data/0") - CENTRAL_HEADER.size  # of the directory: the last mention
+    for field in (20, 24):  # the two sizes
+        data[line + field : line + field + 4] = (200).to_bytes(4, "little")
+    with pytest.raises(FormatError, match="'a' and 'b' overlap"):
+        located(bytes(data))
 
 
 def test_a_truncated_file_is_refused():

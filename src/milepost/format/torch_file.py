@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from milepost.errors import FormatError
 from milepost.format.dtype import itemsize
@@ -64,7 +65,16 @@ def locate_tensors(read_at: Callable[[int, int], bytes], nbytes: int) -> dict[st
         if key in found:
             raise FormatError(f"two tensors of the file are both called {key!r:.200}")
         found[key] = located(archive, prefix, tensor)
+    _check_storages(found)
     return found
+
+
+def _check_storages(found: Mapping[str, LocatedTensor]) -> None:
+    """Refuse storages that share bytes without being one: torch writes none, and refuses to read them."""
+    storages = sorted({(tensor.data_offset, tensor.data_nbytes): key for key, tensor in found.items()}.items())
+    for ((start, nbytes), key), ((next_start, _), next_key) in pairwise(storages):
+        if start + nbytes > next_start:
+            raise FormatError(f"the storages of {key!r:.200} and {next_key!r:.200} overlap at byte {next_start}")
 
 
 def _tensors_in(state: object) -> Iterator[tuple[str, Rebuild]]:

@@ -74,6 +74,7 @@ def load_hf(
         ours = Assembled(found.tensors, found.found.into_ours())
         cast = _check_fit(ours, leaves, source.path)
         nbytes = _fill(ours, leaves, num_threads, f"loading {source.path}" if tell else None)
+        source.check_digests()  # of a `.pt` file or a checkpoint: what was read in part is completed for it
     return HfLoadReport(source.path, len(leaves), nbytes, cast, found.notes)
 
 
