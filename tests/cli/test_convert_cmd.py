@@ -109,6 +109,17 @@ def test_the_command_lines_of_torchtitans_docs_work(run_folder: Path, memory_pat
     assert sorted(os.listdir(again)) == sorted(os.listdir(hf))
 
 
+@pytest.mark.skipif(not (SCRIPTS.parent / ".venv").is_dir(), reason="installed elsewhere than in .venv")
+@pytest.mark.parametrize("script", ["convert_from_hf.py", "checkpoint_conversion/convert_to_hf.py"])
+def test_the_scripts_find_the_environment_of_the_repository_by_themselves(script: str):
+    """Started by a Python that has no milepost, from anywhere."""
+    command = [sys.executable, "-S", str(SCRIPTS / script), "/nowhere", "/x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd="/")
+    assert done.returncode == 3, done.stderr
+    assert "there is nothing at /nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_every_command_line_of_the_documentation_is_understood():
     text = (SCRIPTS.parent / "docs" / "conversion.md").read_text()
     lines = [line.split()[1:] for line in text.splitlines() if line.startswith("milepost ")]

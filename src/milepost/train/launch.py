@@ -102,8 +102,8 @@ def _log_rank_problems(num_local_ranks: int | None) -> list[str]:
     if not all(rank.isascii() and rank.isdecimal() for rank in ranks):
         return [f"LOG_RANK must be local ranks separated by commas, such as 0 or 0,1, not {shown!r}"]
     if num_local_ranks is not None and all(int(rank) >= num_local_ranks for rank in ranks):
-        there_are = "is 0" if num_local_ranks == 1 else f"are 0 to {num_local_ranks - 1}"
-        return [f"LOG_RANK={shown} shows no rank: of the local ranks, which {there_are}, it names none"]
+        there = "0" if num_local_ranks == 1 else f"0 to {num_local_ranks - 1}"
+        return [f"LOG_RANK={shown} names none of the local ranks, {there}, so nothing would be printed"]
     return []
 
 
