@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,21 @@ def test_small_values_are_read_together(folder: Path) -> None:
     found = dict(read_objects(storage, "step-1", manifest, [f"objects.o{n}" for n in range(40)]))
     assert found == {f"objects.o{n}": n for n in range(40)}
     assert sum(op.name == "read_into" and op.path.endswith(".distcp") for op in storage.operations) == 1
+
+
+def test_of_an_external_step_only_the_shards_that_are_read_are_looked_into(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "step-1", tmp_path / "step-1")
+    for name in ("milepost.json", "milepost.digests"):
+        (tmp_path / "step-1" / name).unlink()
+    storage = TraceStorage(LocalStorage(tmp_path))
+    manifest = catalog.read_manifest(storage, "step-1")
+    assert len(manifest.tensors) == 41
+    local = torch.zeros(5)
+    leaf = TensorLeaf("small.n7", local.dtype, (5,), (Piece(Box((0,), (5,)), Box((0,), (5,))),), local)
+    read_tensors(storage, "step-1", plan_load(manifest, [leaf.spec]), {leaf.key: leaf}, None)
+    assert torch.equal(local, torch.full((5,), 7.0))
+    reads = [op for op in storage.operations if op.name == "read_into" and op.path.endswith(".distcp")]
+    assert len(reads) <= 5
 
 
 class FailsLate(WrappedStorage):
