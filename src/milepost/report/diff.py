@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,8 @@ from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.run import catalog
 from milepost.run.hf_folder import is_hf_step
-from milepost.storage import open_storage
+from milepost.storage import is_url, open_storage
+from milepost.storage.base import join
 from milepost.verification.external import locate_manifest
 
 Progress = Callable[[int, int], None]
@@ -231,19 +231,24 @@ def _changes_told(*paths: str | os.PathLike[str]) -> Iterator[None]:
 
 def _record_id(path: str | os.PathLike[str]) -> str:
     """Tells the checkpoint at ``path`` from a later one; empty if there is none."""
-    if not os.path.isdir(path):
+    if not is_url(path) and not os.path.isdir(path):
         return ""
     storage, folder = open_storage(path)
     info = catalog.examine(storage, folder)
     return info.record_id if info is not None else ""
 
 
+def _is_checkpoint(path: str) -> bool:
+    """Whether a commit record is there, ours or DCP's."""
+    storage, folder = open_storage(path)
+    return any(storage.stat(join(folder, name)) is not None for name in (MANIFEST_NAME, METADATA_NAME))
+
+
 def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
-    full = Path(os.path.abspath(path))
-    if not (full / MANIFEST_NAME).exists() and not (full / METADATA_NAME).exists():
+    if not _is_checkpoint(path):
         source = stack.enter_context(open_weights(path).source)
         return _Side(path, source.tensors, readable=source, source=source)
-    storage, folder = open_storage(full)
+    storage, folder = open_storage(path)
     manifest = catalog.read_manifest(storage, folder)
     if is_hf_step(manifest):
         source = stack.enter_context(open_weights(path).source)
@@ -251,7 +256,7 @@ def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
     side = _metadata_side(path, manifest)
     if not with_values:
         return side
-    if not (full / MANIFEST_NAME).exists():
+    if storage.stat(join(folder, MANIFEST_NAME)) is None:
         manifest = locate_manifest(storage, folder, manifest)
     source = stack.enter_context(manifest_source(storage, folder, manifest, None))
     return replace(side, readable=source, source=source)

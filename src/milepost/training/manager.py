@@ -28,6 +28,7 @@ from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
 from milepost.run.commit import live_owners, sweep_leftovers
 from milepost.run.lock import RunLock
+from milepost.run.object_sweep import remove_orphans
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle, log_wait
@@ -423,6 +424,9 @@ class CheckpointManager:
             time.sleep(0.05)
         for name in sweep_leftovers(self._storage, self._folder, now=time.time()):
             log.info("removed stale save attempt %s", name)
+        if not self._storage.can_rename:
+            for name in remove_orphans(self._storage, self._folder):
+                log.info("removed %s, a file of a save that was not committed", name)
 
     @contextmanager
     def _blocked(self) -> Iterator[_Stopwatch]:

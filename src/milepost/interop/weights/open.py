@@ -26,7 +26,7 @@ from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
 from milepost.run.hf_folder import is_adapter, read_hf_folder
-from milepost.storage import open_storage
+from milepost.storage import is_url, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
 from milepost.storage.local import LocalStorage
@@ -57,6 +57,8 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         CheckpointNotFoundError: there is nothing, or nothing that is known.
         CheckpointDamagedError: files are missing, truncated or malformed.
     """
+    if is_url(path):
+        return _open_dcp(*open_storage(path))
     full = Path(os.path.abspath(path))
     if full.is_file():
         return _open_file(full)
