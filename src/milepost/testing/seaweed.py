@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import http.client
 import os
 import shutil
 import signal
@@ -98,15 +97,26 @@ class Seaweed:
             time.sleep(0.05)
 
     def _answers(self) -> bool:
-        """Whether the bucket is there: without a signature it is refused, not unknown."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        """Whether the bucket is there. Only a signed request tells: others are refused before and after alike."""
+        import botocore.config
+        import botocore.exceptions
+        import botocore.session
+
+        client = botocore.session.get_session().create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            config=botocore.config.Config(connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1}),
+        )
         try:
-            connection.request("HEAD", f"/{BUCKET}")
-            return connection.getresponse().status in (200, 403)
-        except (OSError, http.client.HTTPException):
+            client.head_bucket(Bucket=BUCKET)
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
             return False
         finally:
-            connection.close()
+            client.close()
+        return True
 
     def stop(self, *, kill: bool = False) -> None:
         """End it, with ``kill`` as a machine that loses power would."""
