@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +23,7 @@ from milepost.testing.world import run_world
 SAMPLES = 24
 
 
+@settings(deadline=None)  # other processes may take the CPU
 @given(
     num_samples=st.integers(1, 50),
     degrees=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5),
