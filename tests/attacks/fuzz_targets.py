@@ -440,7 +440,7 @@ FLAGS = (
     b"--training.steps\n100\n--training.seq_len=8\n--checkpoint.enable\n--checkpoint.interval\nauto\n--optimizer.lr=1"
 )
 TOML = to_toml(TrainConfig()).encode()
-SHORT_TOML = b"[training]\nsteps = 5\n\n[parallelism]\ntensor_parallel_degree = 2\n\n[checkpoint]\ninterval = 'auto'\n"
+SHORT_TOML = b"[training]\nsteps = 5\n\n[parallelism]\ntensor_parallel_degree = 2\n\n[checkpoint]\nenable = true\n"
 OWN = this_process(1.7e9)
 OWNERS = [
     OWN.dump(),

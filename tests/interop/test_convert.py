@@ -206,9 +206,7 @@ def test_a_wrong_flavor_is_told_from_the_config_alone(memory_path: Path, hf_fold
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, "rope_theta"),
         ({"rope_parameters": {"rope_theta": 500000.0, "rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"rms_norm_eps": 1e-6}, "rms_norm_eps"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -226,6 +224,23 @@ def test_a_config_that_does_not_match_is_refused(
     with pytest.raises(ConversionError, match=said):
         convert(source, memory_path / "out", KIND.options("dcp"))
     assert untouched(memory_path, {"source"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, "rope_theta"),
+        ({"rms_norm_eps": 1e-6}, "norm_eps"),
+    ],
+)
+def test_what_the_weights_do_not_depend_on_is_taken_from_the_config_and_noted(
+    memory_path: Path, hf_folders: Callable[[str], Path], changes: dict[str, object], said: str
+):
+    source = Path(shutil.copytree(hf_folders("llama"), memory_path / "source"))
+    config = json.loads((source / CONFIG_NAME).read_text()) | changes
+    (source / CONFIG_NAME).write_text(json.dumps(config))
+    report = convert(source, memory_path / "out", KIND.options("dcp"))
+    assert any(said in note for note in report.notes), report.notes
 
 
 def test_keys_that_do_not_fit_are_all_listed(memory_path: Path, hf_folders: Callable[[str], Path]):
