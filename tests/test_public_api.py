@@ -20,6 +20,7 @@ NAMES = [
     "SaveHandle",
     "load",
     "LoadReport",
+    "register_value",
     "verify",
     "VerifyReport",
     "StorageReader",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from milepost.saving.background import SaveHandle
     from milepost.saving.job import SaveReport
     from milepost.saving.save import save
+    from milepost.tensors.registry import register_value
     from milepost.training.manager import CheckpointManager
     from milepost.verification.verify import VerifyReport, verify
 
@@ -47,6 +48,8 @@ _HOMES = {
     "SaveReport": "milepost.saving.job",
     "StorageReader": "milepost.interop.dcp",
     "StorageWriter": "milepost.interop.dcp",
+    "make_registered": "milepost.tensors.registry",
+    "register_value": "milepost.tensors.registry",
     "VerifyReport": "milepost.verification.verify",
     "load": "milepost.loading.load",
     "save": "milepost.saving.save",
@@ -75,6 +78,7 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "SaveHandle",
     "load",
     "LoadReport",
+    "register_value",
     "verify",
     "VerifyReport",
     "StorageReader",

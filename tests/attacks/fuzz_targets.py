@@ -69,7 +69,7 @@ from milepost.storage import LocalStorage
 from milepost.storage.base import ReadHandle
 from milepost.storage.links import read_linked
 from milepost.tensors.plan import WriteItem
-from milepost.tensors.state import decode_object
+from milepost.tensors.values import decode_object
 from milepost.testing.manifests import Piece, lay_out
 from milepost.testing.sample import save_arrays
 from milepost.train.config import TrainConfig

@@ -1,8 +1,9 @@
-"""Equality to the last bit, types included, and a digest of everything that a run holds."""
+"""Equality to the last bit, types and order included, and a digest of everything that a run holds."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 def assert_same(found: Any, expected: Any, what: str = "state") -> None:
-    """Type and every bit (of NaNs and signed zeros too) are the same."""
+    """Type, order and every bit (of NaNs and signed zeros too) are the same."""
     assert type(found) is type(expected), f"{what}: {type(found)} instead of {type(expected)}"
     if isinstance(expected, torch.Tensor):
         assert (found.dtype, found.shape, found.device) == (expected.dtype, expected.shape, expected.device), what
@@ -23,11 +24,13 @@ def assert_same(found: Any, expected: Any, what: str = "state") -> None:
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape), what
         assert found.tobytes() == expected.tobytes(), what
     elif isinstance(expected, Mapping):
-        assert sorted(map(repr, found)) == sorted(map(repr, expected)), what
-        for key in expected:
-            assert_same(found[key], expected[key], f"{what}.{key}")
-    elif isinstance(expected, list | tuple):
+        assert getattr(found, "default_factory", None) == getattr(expected, "default_factory", None), what
+        for (other, value), (key, wanted) in zip(found.items(), expected.items(), strict=True):
+            assert_same(other, key, f"{what}, key")
+            assert_same(value, wanted, f"{what}.{key}")
+    elif isinstance(expected, list | tuple | deque):
         assert len(found) == len(expected), what
+        assert getattr(found, "maxlen", None) == getattr(expected, "maxlen", None), what
         for number, value in enumerate(expected):
             assert_same(found[number], value, f"{what}.{number}")
     elif isinstance(expected, float):

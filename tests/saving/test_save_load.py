@@ -377,7 +377,7 @@ def test_empty_dicts_are_remembered(step: Path) -> None:
     milepost.load(step, into)
     assert_same(into, state)
     manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
-    assert manifest.extra == {"empty_mappings": [["part", "empty"], ["list", 0]]}
+    assert manifest.extra["empty_mappings"] == [["part", "empty"], ["list", 0]]
     without_list = {key: value for key, value in state.items() if key != "list"}
     milepost.save(step, without_list)
     stock = blank(without_list)

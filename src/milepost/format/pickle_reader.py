@@ -15,10 +15,12 @@ The opcodes are documented in CPython's ``Lib/pickletools.py``.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from milepost.errors import FormatError
 
@@ -45,6 +47,8 @@ class Global:
     call: Callable[..., object] | None = None
     new: bool = False
     value: object = None
+    is_value: bool = False
+    """Whether ``value`` itself takes the place of the global."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,15 +70,18 @@ def read_pickle(
     data: bytes,
     globals_by_name: Mapping[str, Global],
     persistent: Persistent | None = None,
+    *,
+    dialect: Dialect | None = None,
+    max_nbytes: int = MAX_PICKLE_NBYTES,
 ) -> object:
     """The value that a pickle describes, built of plain values, Globals, Instances and what their ``call`` returns.
 
-    ``persistent`` receives the id of each ``BINPERSID``; without it they are refused. Raises FormatError for anything
-    that is not allowed, is malformed, or asks for too much memory.
+    ``persistent`` receives the id of each ``BINPERSID``; without it they are refused. ``dialect`` allows more than
+    plain containers. Raises FormatError for anything that is not allowed, is malformed, or asks for too much memory.
     """
-    if len(data) > MAX_PICKLE_NBYTES:
-        raise FormatError(f"a pickle of {len(data)} bytes: at most {MAX_PICKLE_NBYTES} are read")
-    machine = _Machine(bytes(data), globals_by_name, persistent)
+    if len(data) > max_nbytes:
+        raise FormatError(f"a pickle of {len(data)} bytes: at most {max_nbytes} are read")
+    machine = _Machine(bytes(data), globals_by_name, persistent, dialect or PLAIN)
     try:
         return machine.run()
     except (IndexError, struct.error):
@@ -83,15 +90,34 @@ def read_pickle(
         raise FormatError(f"a pickle holds text that is not text near byte {machine.pos}") from None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Dialect:
+    """What a pickle may hold beside lists and dicts with keys of text and numbers."""
+
+    check_key: Callable[[object], None]
+    """Raises FormatError for a dict key that is not allowed (or takes long to hash)."""
+    lists: tuple[type, ...] = (list,)
+    """Types that are appended to."""
+    dicts: tuple[type, ...] = (dict, OrderedDict)
+    """Types whose items are set."""
+    build: Callable[[object, object], bool] = lambda target, state: False
+    """Gives an object the state that a ``BUILD`` brings; whether it did."""
+
+
 class _Machine:
     """One run over one pickle. Each method is the opcode it is entered under in ``_OPCODES``."""
 
-    __slots__ = ("allowance", "data", "globals", "marks", "memo", "persistent", "pos", "stack")
+    __slots__ = ("allowance", "data", "dialect", "globals", "marks", "memo", "persistent", "pos", "stack")
 
     def __init__(
-        self, data: bytes, globals_by_name: Mapping[str, Global], persistent: Callable[[object], object] | None
+        self,
+        data: bytes,
+        globals_by_name: Mapping[str, Global],
+        persistent: Callable[[object], object] | None,
+        dialect: Dialect,
     ):
         self.data = data
+        self.dialect = dialect
         self.pos = 0
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
@@ -166,8 +192,25 @@ class _Machine:
     def binint(self) -> None:
         self.stack.append(int.from_bytes(self.take(4), "little", signed=True))
 
+    def run_of_numbers(self) -> None:
+        """Many numbers of one form, as in a long list: taken at once."""
+        self.pos -= 1
+        opcode = self.data[self.pos]
+        found = _RUNS[opcode].match(self.data, self.pos)
+        if found is None:
+            self.pos += 1
+            _ONE_NUMBER[opcode](self)
+            return
+        self.pos = found.end()
+        code, nbytes = _NUMBERS[opcode]
+        count = (found.end() - found.start()) // nbytes
+        self.stack.extend(struct.unpack(f"{'>' if code == 'd' else '<'}{f'x{code}' * count}", found.group()))
+
     def long1(self) -> None:
         self.stack.append(int.from_bytes(self.take(self.take(1)[0]), "little", signed=True))
+
+    def long4(self) -> None:
+        self.stack.append(int.from_bytes(self.take(int.from_bytes(self.take(4), "little")), "little", signed=True))
 
     def binfloat(self) -> None:
         self.stack.append(struct.unpack(">d", self.take(8))[0])
@@ -232,10 +275,10 @@ class _Machine:
 
     def extend(self, items: list[object]) -> None:
         target = self.stack[-1]
-        if type(target) is not list:
+        if type(target) not in self.dialect.lists:
             raise FormatError(f"a pickle appends to a {type(target).__name__}")
         self.charge(8 * len(items))
-        target.extend(items)
+        cast("list[object]", target).extend(items)
 
     def append(self) -> None:
         item = self.stack.pop()
@@ -250,8 +293,9 @@ class _Machine:
 
     def update(self, items: list[object]) -> None:
         target = self.stack[-1]
-        if type(target) is not dict and type(target) is not OrderedDict:
+        if type(target) not in self.dialect.dicts:
             raise FormatError(f"a pickle sets items of a {type(target).__name__}")
+        mapping = cast("dict[object, object]", target)
         if len(items) % 2:
             raise FormatError("a pickle sets a dict key without a value")
         self.charge(_ITEM_NBYTES * (len(items) // 2))
@@ -259,8 +303,8 @@ class _Machine:
             key = items[index]
             # Nothing that is hashed by content and nested: hashing it can take time exponential in its depth.
             if type(key) is not str and type(key) is not Instance:
-                _check_scalar_key(key)
-            target[key] = items[index + 1]
+                self.dialect.check_key(key)
+            mapping[key] = items[index + 1]
 
     def setitem(self) -> None:
         value = self.stack.pop()
@@ -305,7 +349,7 @@ class _Machine:
         found = self.globals.get(f"{module}.{name}")
         if found is None:
             raise FormatError(f"a pickle asks for {f'{module}.{name}'!r:.200}, which is not allowed; nothing was run")
-        self.stack.append(found)
+        self.stack.append(found.value if found.is_value else found)
 
     def line(self) -> str:
         stop = self.data.find(b"\n", self.pos, self.pos + _MAX_NAME_NBYTES)
@@ -347,6 +391,8 @@ class _Machine:
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
+        if self.dialect.build(target, state):
+            return
         if type(target) is OrderedDict and type(state) is dict:
             return  # ``module.state_dict()`` hangs its modules' versions on the dict: no content of it
         if type(target) is not Instance or target.state is not None or type(state) not in (dict, tuple):
@@ -366,6 +412,16 @@ def _check_scalar_key(key: object) -> None:
         )
 
 
+PLAIN = Dialect(_check_scalar_key)
+
+_NUMBERS = {0x4B: ("B", 2), 0x4D: ("H", 3), 0x4A: ("i", 5), 0x47: ("d", 9)}
+_RUNS = {
+    opcode: re.compile(b"(?:%c.{%d}){16,1024}" % (opcode, nbytes - 1), re.DOTALL)
+    for opcode, (_, nbytes) in _NUMBERS.items()
+}
+_ONE_NUMBER = {0x4B: _Machine.binint1, 0x4D: _Machine.binint2, 0x4A: _Machine.binint, 0x47: _Machine.binfloat}
+
+
 def _opcode_table() -> list[Callable[[_Machine], None]]:
     table: list[Callable[[_Machine], None]] = [_Machine.refuse] * 256
     for opcode, method in {
@@ -374,11 +430,12 @@ def _opcode_table() -> list[Callable[[_Machine], None]]:
         b"N": _Machine.none,
         b"\x88": _Machine.true,
         b"\x89": _Machine.false,
-        b"K": _Machine.binint1,
-        b"M": _Machine.binint2,
-        b"J": _Machine.binint,
+        b"K": _Machine.run_of_numbers,
+        b"M": _Machine.run_of_numbers,
+        b"J": _Machine.run_of_numbers,
         b"\x8a": _Machine.long1,
-        b"G": _Machine.binfloat,
+        b"\x8b": _Machine.long4,
+        b"G": _Machine.run_of_numbers,
         b"\x8c": _Machine.short_binunicode,
         b"X": _Machine.binunicode,
         b"\x8d": _Machine.binunicode8,

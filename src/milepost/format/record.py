@@ -153,6 +153,43 @@ def object_record(value: object) -> bytes:
     return small + directory + directory_end(3, len(small), len(directory), zip64=False)
 
 
+def archive(pickled: bytes | memoryview, storages: Mapping[str, memoryview]) -> bytes:
+    """A ``torch.save`` stream of a pickle and the storages that it refers to, by their names."""
+    if not storages and len(pickled) < _ZIP64_FROM:
+        small, directory = small_entries(bytes(pickled))
+        return b"".join((small, directory, directory_end(3, len(small), len(directory), zip64=False)))
+    contents: list[tuple[bytes, bytes | memoryview]] = [(b"archive/data.pkl", pickled)]
+    contents += [(b"archive/byteorder", b"little"), (b"archive/version", b"3\n")]
+    contents += [(b"archive/data/" + key.encode(), content) for key, content in storages.items()]
+    out: list[bytes | memoryview] = []
+    listed, position = [], 0
+    for name, content in contents:
+        local, central = _known_entry(name, content, position)
+        out += [local, content]
+        listed.append(central)
+        position += len(local) + len(content)
+    directory = b"".join(listed)
+    end = directory_end(len(contents), position, len(directory), zip64=position >= _ZIP64_FROM)
+    return b"".join([*out, directory, end])
+
+
+def _known_entry(name: bytes, content: bytes | memoryview, header_offset: int) -> tuple[bytes, bytes]:
+    """Local header, padded so that the content is aligned, and directory entry of a content that is there."""
+    nbytes, crc = len(content), crc32(content)
+    wide = nbytes >= _ZIP64_FROM or header_offset >= _ZIP64_FROM
+    version = _VERSION_ZIP64 if wide else _VERSION
+    extra = struct.pack("<2H2Q", ZIP64_EXTRA_ID, 16, nbytes, nbytes) if wide else b""
+    padding = -(header_offset + LOCAL_HEADER.size + len(name) + len(extra) + 4) % DATA_ALIGNMENT
+    padded = extra + _PADDING_EXTRA_ID + struct.pack("<H", padding) + b"Z" * padding
+    shown = SATURATED if wide else nbytes
+    common = (_FLAG_UTF8, 0, 0, _DOS_DATE, crc, shown, shown, len(name))
+    local = LOCAL_HEADER.pack(LOCAL_MAGIC, version, *common, len(padded)) + name + padded
+    place = SATURATED if wide else header_offset
+    known = struct.pack("<2H3Q", ZIP64_EXTRA_ID, 24, nbytes, nbytes, header_offset) if wide else b""
+    central = CENTRAL_HEADER.pack(CENTRAL_MAGIC, version, version, *common, len(known), 0, 0, 0, 0, place)
+    return local, central + name + known
+
+
 def _tensor_pickle(dtype: str, sizes: tuple[int, ...], numel: int) -> bytes:
     """``data.pkl`` of a contiguous tensor: the very bytes that ``torch.save`` writes."""
     return PROTO_2 + tensor_opcodes(dtype, sizes, numel) + STOP

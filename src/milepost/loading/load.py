@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import call
 from os import PathLike, fspath
 from typing import Any
@@ -31,6 +32,7 @@ from milepost.storage.base import Storage
 from milepost.tensors.layout import dtype_name
 from milepost.tensors.plan import plan_load
 from milepost.tensors.state import FlatState, flatten
+from milepost.tensors.tree import Read
 
 log = logging.getLogger("milepost")
 
@@ -86,9 +88,9 @@ def load(
     comm = comm if comm is not None else default_comm()
     template: Template | None = None
 
-    def make_target(manifest: Manifest) -> Target:
+    def make_target(manifest: Manifest, read: Read) -> Target:
         nonlocal template
-        template = Template(into, manifest)
+        template = Template(into, manifest, read)
         return template.target
 
     def check() -> None:
@@ -109,7 +111,7 @@ def load(
 def load_from(
     storage: Storage,
     folder: str,
-    make_target: Callable[[Manifest], Target],
+    make_target: Callable[[Manifest, Read], Target],
     *,
     check: Callable[[], None],
     strict: bool,
@@ -128,9 +130,9 @@ def load_from(
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
             manifest = catalog.read_manifest(storage, folder)
-        target = make_target(manifest)
+        target = make_target(manifest, partial(_read_value, storage, folder, manifest))
         flat = flatten(target.values)
-        fit = compare(manifest, flat, left=target.left)
+        fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
         unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
         fit.check(path, strict=strict)
         for key in fit.missing:
@@ -155,7 +157,9 @@ def load_from(
                 with TensorReads(storage, folder, part, flat.tensors, digests, on_read=on_read) as reads:
                     map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
                 read += reads.stats
-                if not live:
+                if live:
+                    target.copy_held()
+                else:
                     check()
         except BaseException as cause:  # noqa: BLE001 - as above
             failure = failure_on(comm.rank, cause, MilepostError)
@@ -213,31 +217,38 @@ class Fit:
         )
 
 
-def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = ()) -> Fit:
+def _read_value(storage: Storage, folder: str, manifest: Manifest, key: str) -> Any:
+    """The value of one key that is not a tensor; None if there is none."""
+    if key not in manifest.objects:
+        return None
+    return dict(read_objects(storage, folder, manifest, [key]))[key]
+
+
+def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = (), mismatched: Sequence[str] = ()) -> Fit:
     """Compare keys, shapes and dtypes of a checkpoint with those of a state dict; keys in ``left`` are not expected."""
     stored = manifest.tensors.keys() | manifest.objects.keys()
     wanted = flat.tensors.keys() | flat.objects.keys()
-    mismatched, cast = [], []
+    unfit, cast = [*mismatched], []
     for key, leaf in flat.tensors.items():
         entry = manifest.tensors.get(key)
         if entry is None:
             if key in manifest.objects:
-                mismatched.append(f"{key}: not a tensor in the checkpoint, a tensor here")
+                unfit.append(f"{key}: not a tensor in the checkpoint, a tensor here")
             continue
         here = dtype_name(leaf.dtype)
         if entry.shape != leaf.shape:
-            mismatched.append(f"{key}: shape {list(entry.shape)} in the checkpoint, {list(leaf.shape)} here")
+            unfit.append(f"{key}: shape {list(entry.shape)} in the checkpoint, {list(leaf.shape)} here")
         elif entry.dtype != here and _numeric_kind(entry.dtype) != _numeric_kind(here):
-            mismatched.append(f"{key}: dtype {entry.dtype} in the checkpoint, {here} here")
+            unfit.append(f"{key}: dtype {entry.dtype} in the checkpoint, {here} here")
         elif entry.dtype != here:
             cast.append(f"{key}: {entry.dtype} -> {here}")
     for key in flat.objects:
         if key in manifest.tensors:
-            mismatched.append(f"{key}: a tensor in the checkpoint, not a tensor here")
+            unfit.append(f"{key}: a tensor in the checkpoint, not a tensor here")
     return Fit(
         missing=tuple(sorted(wanted - stored)),
         unexpected=tuple(sorted(stored - wanted - set(left))),
-        mismatched=tuple(sorted(mismatched)),
+        mismatched=tuple(sorted(unfit)),
         cast=tuple(sorted(cast)),
     )
 

@@ -29,7 +29,7 @@ from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.tensors.layout import TensorLeaf, dtype_name
 from milepost.tensors.plan import ReadItem
-from milepost.tensors.state import decode_object
+from milepost.tensors.values import decode_object
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shards
 

@@ -14,15 +14,16 @@ from torch.distributed.tensor import DTensor
 
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.tensors.layout import can_be_boxes
-from milepost.tensors.tree import Node, Tree, assemble, refs
+from milepost.tensors.state import ByName
+from milepost.tensors.tree import Held, Node, Read, Tree, assemble, refs
 
 
 class Stored:
     """What a checkpoint holds: its manifest and the tree of its values."""
 
-    def __init__(self, manifest: Manifest):
+    def __init__(self, manifest: Manifest, read: Read | None = None):
         self.manifest = manifest
-        self.tree = Tree.of(manifest)
+        self.tree = Tree.of(manifest, read)
 
 
 MakeTensor = Callable[[str, TensorEntry], torch.Tensor]
@@ -38,15 +39,23 @@ class Target:
 
     def __init__(self, stored: Stored | None):
         self._stored = stored
-        self.values: dict[str, Any] = {}
+        self._stored_keys = set() if stored is None else {*stored.manifest.tensors, *stored.manifest.objects}
+        self.values: dict[str, Any] = ByName()
         self.live: set[str] = set()
         """Keys whose tensors belong to the caller's objects already: filled where they are, last."""
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.mismatched: list[str] = []
+        """One line for each value that is known not to fit."""
         self.left: set[str] = set()
         """Keys of the checkpoint that are of no use here."""
 
-    def want(self, key: str, tensor: torch.Tensor, *, live: bool) -> None:
-        """Read ``key`` into ``tensor``."""
+    def want(self, key: str, tensor: torch.Tensor, *, live: bool, path: Sequence[Any] = ()) -> None:
+        """Read ``key`` into ``tensor``; ``path`` is where it stands, should it be in a container stored as one."""
         self.values[key] = tensor
+        node = self.at(path or (key,)) if key not in self._stored_keys else None
+        if isinstance(node, Held):
+            self._want_held(key, tensor, node.value)
+            return
         if live:
             self.live.add(key)
 
@@ -63,6 +72,22 @@ class Target:
         for key in refs(node):
             entry = self.entry(key)
             self.values[key] = None if entry is None else make(key, entry)
+
+    def _want_held(self, key: str, tensor: torch.Tensor, value: Any) -> None:
+        """A tensor that is there already, in a container that was read: it is copied with the live tensors."""
+        del self.values[key]
+        if not isinstance(value, torch.Tensor):
+            self.mismatched.append(f"{key}: not a tensor in the checkpoint, a tensor here")
+        elif value.shape != tensor.shape:
+            self.mismatched.append(f"{key}: shape {list(value.shape)} in the checkpoint, {list(tensor.shape)} here")
+        else:
+            self.copies.append((tensor, value))
+
+    def copy_held(self) -> None:
+        """Fill the tensors whose values are there already."""
+        with torch.no_grad():
+            for tensor, value in self.copies:
+                tensor.copy_(value)
 
     def leave(self, node: Node) -> None:
         """Note values that are of no use here: they count neither as wanted nor as unexpected."""

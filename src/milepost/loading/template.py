@@ -15,7 +15,7 @@ from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.target import Owner, StatefulOwner, Stored, Target
 from milepost.tensors.layout import can_be_boxes
 from milepost.tensors.state import Slot, is_stateful, is_terminal
-from milepost.tensors.tree import Node, Ref, assemble
+from milepost.tensors.tree import Held, Node, Read, Ref, assemble
 
 Path = tuple[Any, ...]
 
@@ -27,8 +27,8 @@ class Template:
     containers take whatever was saved in their place; other values are replaced.
     """
 
-    def __init__(self, into: Mapping[str, Any], manifest: Manifest):
-        self.target = Target(Stored(manifest))
+    def __init__(self, into: Mapping[str, Any], manifest: Manifest, read: Read | None = None):
+        self.target = Target(Stored(manifest, read))
         self._owners: list[Owner] = []
         self._slots: list[tuple[Slot, Node]] = []
         self._is_foreign = manifest.file_named(DIGESTS_NAME) is None
@@ -42,7 +42,7 @@ class Template:
         for index, value in items:
             here = (*path, index)
             if isinstance(value, torch.Tensor) and can_be_boxes(value):
-                self.target.want(".".join(map(str, here)), value, live=True)
+                self.target.want(".".join(map(str, here)), value, live=True, path=here)
             elif isinstance(value, nn.Module):
                 self._owners.append(ModuleOwner(value, lambda name, here=here: (*here, name)))  # type: ignore[misc]
             elif isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict:
@@ -60,6 +60,9 @@ class Template:
         takes_all = value is None or isinstance(value, Mapping | list)
         if node is None and isinstance(value, Mapping) and self._is_foreign:
             return  # stock DCP keeps no trace of a mapping without items
+        if isinstance(node, Held):
+            self._slots.append((slot, node))
+            return
         if node is None or not (takes_all or isinstance(node, Ref)):
             self.target.want_missing([key])
             return

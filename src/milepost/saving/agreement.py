@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,9 @@ from milepost.saving.replicas import (
 from milepost.storage.base import Storage
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.plan import LocalLayout, WritePlan, plan_save
-from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, FlatState, Path, encode_object, flatten, unwrap_stateful
+from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, ByName, FlatState, Path, flatten, unwrap_stateful
+from milepost.tensors.tree import STRUCTURE, dump_parts, merge_parts
+from milepost.tensors.values import encode_object
 
 log = logging.getLogger("milepost")
 
@@ -77,6 +80,7 @@ class Prepared:
     objects: Mapping[str, bytes]
     layout: LocalLayout
     fingerprint: str
+    skeleton: Mapping[str, bytes] = field(default_factory=dict)
     error: MilepostError | None = None
 
     @property
@@ -92,6 +96,7 @@ class _Structure:
     layout: LocalLayout
     paths: Mapping[str, Path]
     empty: Sequence[Path]
+    skeleton: Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,7 @@ class Agreement:
         self._structures: list[_Structure] = []  # every rank's last one; on rank 0 only
         self._all_groups: list[Group] = []  # on rank 0 only
         self._noted: frozenset[str] = frozenset()
+        self._recorded = ""  # of all ranks' structures; on rank 0 only
 
     def agree(self, request: SaveRequest) -> Agreed:
         """Flatten this rank's state, and agree with the others on who writes what. Collective.
@@ -213,13 +219,15 @@ class Agreement:
                 given = request.make_state()
                 state, modules = unwrap_stateful(given), [v for v in given.values() if isinstance(v, nn.Module)]
             own = {name: {f"rank{self._comm.rank}": state[name]} for name in self._per_rank if name in state}
-            flat = flatten({**state, **own})
+            flat = flatten(ByName({**state, **own}) if isinstance(state, ByName) else {**state, **own})
             if (dtype := request.dtype) is not None:
                 flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
             objects = {key: encode_object(key, value) for key, value in flat.objects.items()}
             buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
             layout = replace(flat.layout(), buffers=buffers)
-            return Prepared(state, modules, flat, objects, layout, f"{layout.fingerprint(flat.paths)} {flat.empty}")
+            skeleton = dump_parts(flat.skeleton)
+            fingerprint = f"{layout.fingerprint(flat.paths)} {_digest(skeleton)}"
+            return Prepared(state, modules, flat, objects, layout, fingerprint, skeleton)
         except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
             return _nothing(failure_on(self._comm.rank, cause, SaveError))
 
@@ -264,7 +272,9 @@ class Agreement:
         if prepared.error is not None:
             return _Offer(None, prepared.error)
         if self._plan is None or prepared.fingerprint != self._fingerprint:
-            return _Offer(_Structure(prepared.layout, prepared.flat.paths, prepared.flat.empty), None)
+            return _Offer(
+                _Structure(prepared.layout, prepared.flat.paths, prepared.flat.empty, prepared.skeleton), None
+            )
         try:
             return _Offer(None, None, self._summaries(prepared, "values"))
         except BaseException as cause:  # noqa: BLE001 - an interrupt: rank 0 waits for the offer
@@ -396,10 +406,11 @@ class Agreement:
 
     def _learn(self, offers: list[_Offer]) -> None:
         if not self._structures:
-            self._structures = [_Structure(LocalLayout((), ()), {}, ())] * len(offers)
+            self._structures = [_Structure(LocalLayout((), ()), {}, (), {})] * len(offers)
         for rank, offer in enumerate(offers):
             if offer.structure is not None:
                 self._structures[rank] = offer.structure
+        self._recorded = merge_parts([found.skeleton for found in self._structures])
 
     def _dtypes(self) -> dict[str, str]:
         """The dtype in which each tensor is stored, of all ranks' tensors."""
@@ -409,10 +420,19 @@ class Agreement:
         paths = {key: path for found in self._structures for key, path in found.paths.items()}
         empty = list(dict.fromkeys(path for found in self._structures for path in found.empty))
         # `str`: a TorchVersion would make the writer process import torch to unpickle it.
-        extra = {**info.extra, EMPTY_MAPPINGS: empty} if empty else dict(info.extra)
+        extra = {**info.extra, STRUCTURE: self._recorded}
+        if empty:
+            extra[EMPTY_MAPPINGS] = empty
         if self._per_rank:
             extra[PER_RANK] = sorted(self._per_rank)
         return replace(info, paths=paths, extra=extra, producer={"torch": str(torch.__version__)})
+
+
+def _digest(skeleton: Mapping[str, bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, part in skeleton.items():
+        digest.update(f"{name} {len(part)} ".encode() + part)
+    return digest.hexdigest()
 
 
 def _as_save_error(cause: BaseException) -> MilepostError:

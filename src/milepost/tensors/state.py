@@ -1,24 +1,26 @@
-"""Between Python objects and leaves: a nested state dict is flattened to ``{key: leaf}`` and filled again.
+"""Between Python objects and leaves: a nested state dict is flattened to ``{key: leaf}``.
 
 Keys are those of stock DCP (path elements joined by dots; mappings are always entered, lists only when they hold
-tensors or mappings), so that it reads what we write and we read what it writes.
+tensors or mappings), so that it reads what we write and we read what it writes. Thousands of small values under one
+container are one leaf: a record for each would take more room and time than the values.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
+from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from milepost.errors import FormatError, SaveError
-from milepost.format import record
-from milepost.tensors.layout import TensorLeaf, tensor_leaf
+from milepost.errors import SaveError
+from milepost.tensors.layout import TensorLeaf, can_be_boxes, tensor_leaf
 from milepost.tensors.plan import LocalLayout
+from milepost.tensors.registry import registered
 
 Path = tuple[str | int, ...]
 
@@ -27,6 +29,22 @@ PER_RANK = "per_rank"
 ``rank<N>``."""
 EMPTY_MAPPINGS = "empty_mappings"
 """Under this name the manifest's ``extra`` lists the paths of mappings without items, which have no keys."""
+PACKED = "milepost.packed"
+"""The key of the values at the top level of a state dict, where they are many and small."""
+PACK_FROM = 4096
+"""Values below one container, from which on they are stored as one."""
+PACK_NBYTES = 512
+"""Only if their tensors have no more bytes than this, on average."""
+_PACK_MAX_NBYTES = 64 << 10
+
+MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+"""Types of mappings that come back as they were; what ``state_dict()`` itself returns comes back as a dict."""
+_ATOMS = (type(None), bool, int, float, complex, str, bytes)
+_PLAIN = frozenset((*_ATOMS, tuple, set, frozenset, np.ndarray, torch.Size, torch.dtype, torch.device))
+
+
+class ByName(dict[str, Any]):
+    """A mapping whose keys are names that others look for: never stored as one value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +69,8 @@ class FlatState:
     slots: dict[str, Slot]
     empty: list[Path] = field(default_factory=list)
     """Where mappings without items stood. A key for them would keep stock DCP from finding the others."""
+    skeleton: dict[Any, Any] = field(default_factory=dict)
+    """The containers of the state dict, of their types and in their order, with None in place of each leaf."""
 
     def layout(self) -> LocalLayout:
         return LocalLayout(tuple(leaf.spec for leaf in self.tensors.values()), tuple(self.objects))
@@ -58,101 +78,150 @@ class FlatState:
 
 def unwrap_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Replace each top-level value that has a ``state_dict()`` by what it returns, as stock DCP does."""
-    return {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
+    unwrapped = {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
+    return ByName(unwrapped) if isinstance(state_dict, ByName) else unwrapped
 
 
 def is_stateful(value: Any) -> TypeGuard[Stateful]:
     """Whether a value hands out its state itself. Tensors and mappings go first: asking a protocol is slow."""
-    return not isinstance(value, (torch.Tensor, Mapping)) and isinstance(value, Stateful)
+    if type(value) in _PLAIN or isinstance(value, (torch.Tensor, Mapping, list, type)):
+        return False
+    return isinstance(value, Stateful)
 
 
-def flatten(state_dict: Mapping[str, Any]) -> FlatState:
+def flatten(state_dict: Mapping[Any, Any]) -> FlatState:
     """Flatten nested mappings and lists. Empty mappings get no key, only a place in ``empty``.
 
     Raises:
         SaveError: two values would get the same key, or a tensor of a kind that can't be stored.
     """
     flat = FlatState({}, {}, {}, {})
-    for path, value, slot in _walk(state_dict, ()):
-        if isinstance(value, Mapping):
-            flat.empty.append(path)
-            continue
-        key = ".".join(map(str, path))
-        if key in flat.paths:
-            raise SaveError(
-                f"two values would be stored under the key '{key}': {flat.paths[key]} and {path}; rename one", key=key
-            )
-        flat.paths[key] = path
-        flat.slots[key] = slot
-        if isinstance(value, torch.Tensor):
-            flat.tensors[key] = tensor_leaf(key, value)
-        else:
-            flat.objects[key] = value
+    packed = _Packing().packed_below(state_dict)
+    if id(state_dict) in packed:
+        state_dict = {PACKED: dict(state_dict)}
+        packed = {id(state_dict[PACKED])}
+    flat.skeleton.update(_enter(flat, state_dict, (), packed))
     return flat
 
 
-def _walk(container: Any, path: Path) -> Iterator[tuple[Path, Any, Slot]]:
-    """The leaves and the empty mappings."""
-    if isinstance(container, Mapping):
-        items: Iterator[tuple[Any, Any]] = iter(container.items())
-    else:
-        items = iter(enumerate(container))
+def _enter(flat: FlatState, container: Any, path: Path, packed: set[int]) -> Any:
+    """Add what stands below a container, and return its skeleton."""
+    items: Iterable[tuple[Any, Any]]
+    items = container.items() if isinstance(container, Mapping) else enumerate(container)
+    blank: list[tuple[Any, Any]] = []
     for index, value in items:
         here: Path = (*path, index if isinstance(container, list) else str(index))
-        if (isinstance(value, Mapping) and value) or (isinstance(value, list) and not is_terminal(value)):
-            yield from _walk(value, here)
-        else:
-            yield here, value, Slot(container, index)
+        if type(value) not in _PLAIN and is_stateful(value):
+            value = value.state_dict()
+        if id(value) in packed or not is_open(value):
+            _add(flat, here, value, Slot(container, index))
+            blank.append((index, None))
+            continue
+        if isinstance(value, Mapping) and len(here) > 1 and type(value) not in MAPPINGS:
+            key = ".".join(map(str, here))
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise SaveError(f"{key} is a {kind}, a type that can't be kept: store dict(...) of it", key=key)
+        if not value:
+            flat.empty.append(here)
+        blank.append((index, _enter(flat, value, here, packed)))
+    return alike(container, blank)
+
+
+def _add(flat: FlatState, path: Path, value: Any, slot: Slot) -> None:
+    key = ".".join(map(str, path))
+    if key in flat.paths:
+        raise SaveError(
+            f"two values would be stored under the key '{key}': {flat.paths[key]} and {path}; rename one", key=key
+        )
+    flat.paths[key] = path
+    flat.slots[key] = slot
+    if isinstance(value, torch.Tensor) and has_own_record(value):
+        flat.tensors[key] = tensor_leaf(key, value.resolve_conj().resolve_neg() if is_lazy(value) else value)
+    else:
+        flat.objects[key] = value
+
+
+def has_own_record(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is stored as one, and not as a value (as are quantized and sparse tensors)."""
+    return can_be_boxes(tensor) or not (tensor.is_quantized or tensor.layout != torch.strided)
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a view that is conjugated or negated whenever it is read."""
+    return type(tensor) is torch.Tensor and (tensor.is_conj() or tensor.is_neg())
+
+
+def is_open(value: Any) -> bool:
+    """Whether what a container holds is stored one by one: mappings, and lists of tensors and mappings."""
+    if type(value) not in MAPPINGS and registered(type(value)) is not None:
+        return False
+    return isinstance(value, Mapping) or (isinstance(value, list) and not is_terminal(value))
 
 
 def is_terminal(values: list[Any]) -> bool:
     """Whether a list is stored as one value: it holds neither tensors nor mappings, at any depth."""
-    for value in values:
-        if isinstance(value, (torch.Tensor, Mapping)):
+    for kind in set(map(type, values)):
+        if issubclass(kind, torch.Tensor | Mapping):
             return False
-        if isinstance(value, list) and not is_terminal(value):
+        if issubclass(kind, list) and not all(is_terminal(value) for value in values if type(value) is kind):
             return False
     return True
 
 
-def encode_object(key: str, value: Any) -> bytes:
-    """A value that is not a tensor, as a ``torch.save`` stream that loads without running code.
+def alike(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+    """A new container of the type and order of another one, with other values.
 
-    Raises:
-        SaveError: it would need code to load (an instance of a class of the user's, a function, ...).
+    A mapping of a type that is not known becomes a dict.
     """
-    try:
-        return record.object_record(value)
-    except TypeError:
-        pass  # not one of the plain types: let torch try
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True, map_location="cpu")
-    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError, RuntimeError) as error:
-        raise SaveError(
-            f"{key} holds a {type(value).__module__}.{type(value).__qualname__}, which can't be loaded without running "
-            f"code; store plain values or tensors instead (its state_dict(), say). The cause: {error}",
-            key=key,
-        ) from error
-    return buffer.getvalue()
+    kind = type(container)
+    if kind is list:
+        return [value for _, value in items]
+    if kind is OrderedDict:
+        ordered = OrderedDict(items)
+        if hasattr(container, "_metadata"):
+            ordered._metadata = container._metadata  # type: ignore[attr-defined]
+        return ordered
+    if kind is defaultdict:
+        return defaultdict(container.default_factory, items)
+    if kind is Counter:
+        counter: Counter[Any] = Counter()
+        dict.update(counter, items)
+        return counter
+    return dict(items)
 
 
-def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> Any:
-    """The value in a ``torch.save`` stream. Never runs code from it.
+class _Packing:
+    """Finds the containers with many small values, the lowest ones that have enough of them."""
 
-    Raises:
-        FormatError: the stream is malformed, or would run code.
-    """
-    try:
-        return record.read_object(bytes(data))
-    except FormatError:
-        pass  # more than plain values: torch's restricted unpickler decides
-    try:
-        record.check_archive(data)  # torch would unpack compressed entries, whatever they unpack to
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise FormatError(
-            f"{path}: the value of '{key}' can't be loaded safely: {error}", path=path, key=key
-        ) from error
+    def __init__(self) -> None:
+        self._packed: set[int] = set()
+
+    def packed_below(self, state_dict: Any) -> set[int]:
+        """The ids of containers that are to be stored as one value."""
+        self._count(state_dict)
+        return self._packed
+
+    def _count(self, node: Any) -> tuple[int, int, bool]:
+        """Leaves below a container and bytes of their tensors, and whether all are small."""
+        parts = node.values() if isinstance(node, Mapping) else node
+        kinds = set(map(type, parts))
+        leaves, nbytes, is_small = 0, 0, type(node) in (dict, list, OrderedDict) and not hasattr(node, "_metadata")
+        if not kinds - set(_ATOMS):
+            leaves = len(node) if isinstance(node, Mapping) else 1  # a list of these is one value
+        else:
+            for part in parts:
+                below = self._count_part(part)
+                leaves, nbytes, is_small = leaves + below[0], nbytes + below[1], is_small and below[2]
+        if leaves >= PACK_FROM and is_small and nbytes <= PACK_NBYTES * leaves:
+            self._packed.add(id(node))
+            return 1, nbytes, False
+        return leaves, nbytes, is_small
+
+    def _count_part(self, part: Any) -> tuple[int, int, bool]:
+        if isinstance(part, torch.Tensor):
+            is_plain = type(part) in (torch.Tensor, nn.Parameter) and part.layout == torch.strided
+            nbytes = part.nbytes if is_plain else _PACK_MAX_NBYTES + 1
+            return 1, nbytes, nbytes <= _PACK_MAX_NBYTES
+        if isinstance(part, Mapping | list):
+            return self._count(part)
+        return 1, 0, True

@@ -6,14 +6,20 @@ saved for it, whatever it holds itself at that moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import base64
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from milepost.errors import FormatError
 from milepost.format.manifest import Manifest
-from milepost.tensors.state import EMPTY_MAPPINGS, Path
+from milepost.tensors.state import EMPTY_MAPPINGS, PACKED, Path, alike, is_terminal
+from milepost.tensors.values import decode_object, encode_object
 
+STRUCTURE = "structure"
+"""Under this name the manifest's ``extra`` has the containers of the state dict, which :func:`merge_parts` wrote."""
+MAX_STRUCTURE_NBYTES = 256 << 20
 MAX_LIST = 1 << 20
 """No list has more elements that are stored one by one."""
 
@@ -28,39 +34,152 @@ class Ref:
     key: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A value that is there already: of a container that is stored as one."""
+
+    value: Any
+
+
+Read = Callable[[str], Any]
+"""Reads the value of a key of a checkpoint that is not a tensor."""
+
+
 class Tree:
     """The nested containers of a checkpoint, with a :class:`Ref` in place of each value."""
 
-    def __init__(self, root: Mapping[Any, Node]):
+    def __init__(self, root: dict[Any, Node], read: Read | None = None):
         self.root = root
+        self._read = read
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Tree:
-        """The tree of a checkpoint, from the paths of its keys.
+    def of(cls, manifest: Manifest, read: Read | None = None) -> Tree:
+        """The tree of a checkpoint: as it was recorded, or from the paths of its keys.
+
+        ``read`` is asked for containers that are stored as one value, when something in them is looked for.
 
         Raises:
-            FormatError: the paths contradict each other, or are absurd.
+            FormatError: what is recorded is malformed, or the paths contradict each other.
         """
-        root: dict[str, Node] = {}
-        for path in _empty_mappings(manifest):
+        stored = {*manifest.tensors, *manifest.objects}
+        root = _with_refs(skeleton_of(manifest), (), stored)
+        for path in _empty_mappings(manifest) if not root else ():
             _put(root, path, {})
         for key in (*manifest.tensors, *manifest.objects):
-            _put(root, manifest.paths.get(key, tuple(key.split("."))), Ref(key))
-        return cls(root)
+            if key in stored:
+                _put(root, manifest.paths.get(key, tuple(key.split("."))), Ref(key))
+        tree = cls(root, read)
+        if PACKED in root and read is not None:
+            root.update(tree._held(root.pop(PACKED)))
+        return tree
 
     def at(self, path: Sequence[Any]) -> Node | None:
         """The node at ``path``, whose elements are compared as text; None if there is none."""
-        found = _descend(self.root, path)
+        found = self._descend(path)
         # Keys of others' checkpoints may come without paths: then every dot of a name divides.
-        return found if found is not None else _descend(self.root, ".".join(map(str, path)).split("."))
+        return found if found is not None else self._descend(".".join(map(str, path)).split("."))
+
+    def _descend(self, path: Sequence[Any]) -> Node | None:
+        node: Node = self.root
+        for element in path:
+            if isinstance(node, Ref):
+                node = self._held(node)
+            node = child(node, element)
+            if node is None:
+                return None
+        return node
+
+    def _held(self, ref: Ref) -> Node:
+        """The nodes of a container that is stored as one value; nothing for any other value."""
+        value = self._read(ref.key) if self._read is not None else None
+        return as_held(value) if isinstance(value, Mapping | list) else {}
 
 
-def _descend(node: Node, path: Sequence[Any]) -> Node | None:
-    for element in path:
-        node = child(node, element)
-        if node is None:
-            return None
-    return node
+def as_held(value: Any) -> Node:
+    """The nodes of a container that is there already."""
+    if isinstance(value, Mapping):
+        return alike(value, [(key, as_held(part)) for key, part in value.items()])
+    if isinstance(value, list) and not is_terminal(value):
+        return [as_held(part) for part in value]
+    return Held(value)
+
+
+# ---- the record ----
+
+
+def dump_parts(skeleton: Mapping[Any, Any]) -> dict[str, bytes]:
+    """A rank's skeleton, part by part, so that what ranks have in common is sent as the same bytes.
+
+    Under the empty name stands the order of the parts.
+    """
+    parts = {str(name): encode_object(str(name), part) for name, part in skeleton.items() if part is not None}
+    return {"": encode_object("", list(skeleton)), **parts}
+
+
+def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> str:
+    """What is recorded of the skeletons of all ranks."""
+    merged: dict[Any, Any] = {}
+    for order in dict.fromkeys(parts[""] for parts in brought if parts):
+        merged.update(dict.fromkeys(key for key in _load(order) if key not in merged))
+    for name in merged:
+        for part in dict.fromkeys(parts[str(name)] for parts in brought if str(name) in parts):
+            merged[name] = _merge(merged[name], _load(part))
+    packed = zlib.compress(encode_object("the structure", merged), 1)
+    return base64.b64encode(packed).decode()
+
+
+def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
+    """The containers of a checkpoint with None in place of each value; empty where none are recorded.
+
+    Raises:
+        FormatError: the record is malformed.
+    """
+    text = manifest.extra.get(STRUCTURE)
+    if not isinstance(text, str):
+        return {}
+    try:
+        inflate = zlib.decompressobj()
+        data = inflate.decompress(base64.b64decode(text, validate=True), MAX_STRUCTURE_NBYTES)
+    except (ValueError, zlib.error) as error:
+        raise FormatError(f"the structure that a checkpoint records is malformed: {error}") from error
+    skeleton = _load(data)
+    if type(skeleton) is not dict or not inflate.eof:
+        raise FormatError("the structure that a checkpoint records is malformed")
+    return skeleton
+
+
+def _load(data: bytes) -> Any:
+    return decode_object(STRUCTURE, data, "the structure")
+
+
+def _merge(one: Any, other: Any) -> Any:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        both = dict(one)
+        for key, part in other.items():
+            both[key] = _merge(both[key], part) if key in both else part
+        return alike(one, both.items())
+    if isinstance(one, list) and isinstance(other, list):
+        longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+        return [_merge(part, shorter[n]) if n < len(shorter) else part for n, part in enumerate(longer)]
+    return other if one is None else one
+
+
+def _with_refs(skeleton: Any, path: Path, stored: set[str]) -> Any:
+    """A skeleton with a :class:`Ref` for each value; their keys are taken out of ``stored``."""
+    blank: list[tuple[Any, Any]] = []
+    for index, part in skeleton.items() if isinstance(skeleton, Mapping) else enumerate(skeleton):
+        here = (*path, str(index))
+        if isinstance(part, Mapping | list) and (part or isinstance(part, Mapping)):
+            blank.append((index, _with_refs(part, here, stored)))
+            continue
+        key = ".".join(map(str, here))
+        if key in stored:  # not where a save of the model alone has left out the rest
+            stored.discard(key)
+            blank.append((index, Ref(key)))
+    return alike(skeleton, blank)
+
+
+# ---- nodes ----
 
 
 def child(node: Node, element: Any) -> Node | None:
@@ -90,8 +209,10 @@ def assemble(node: Node, values: Mapping[str, Any]) -> Any:
     """The nested value of a node, made of new containers and the values of its keys."""
     if isinstance(node, Ref):
         return values[node.key]
+    if isinstance(node, Held):
+        return node.value
     if isinstance(node, Mapping):
-        return {key: assemble(value, values) for key, value in node.items()}
+        return alike(node, [(key, assemble(value, values)) for key, value in node.items()])
     if isinstance(node, list):
         return [assemble(value, values) for value in node]
     return node

@@ -19,6 +19,7 @@ from milepost.errors import ConfigError, SaveError, StateMismatchError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.optimizer import each_parameter, hand_over, indexed, state_tensor, want_state
 from milepost.loading.target import Target, empty_tensor
+from milepost.tensors.state import ByName
 from milepost.tensors.tree import Node, assemble, child
 
 PART = "optimizer"
@@ -66,7 +67,7 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
     Raises:
         SaveError: two optimizers would be stored under the same key.
     """
-    merged: dict[str, Any] = {}
+    merged = ByName()
     for number, optimizer in enumerate(optimizers):
         state_dict = optimizer.state_dict()
         if not has_numbered_parameters(state_dict, optimizer):  # of a form of its own, or made so by a hook

@@ -27,6 +27,7 @@ from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten
+from milepost.tensors.tree import Read
 from milepost.training.training_state import StateLoad, TrainingState
 
 log = logging.getLogger("milepost")
@@ -221,11 +222,11 @@ class Loader:
         parts = ("model",) if choice.model_only else self._state.present()
         return tuple(part for part in parts if part not in self._config.exclude_from_loading)
 
-    def _make_target(self, into: _Into, path: str, notes: list[str], manifest: Manifest) -> Target:
+    def _make_target(self, into: _Into, path: str, notes: list[str], manifest: Manifest, read: Read) -> Target:
         self._reading = manifest.save_id
         if self._format is not None and into.wants_model:
             notes += self._format.check_record(manifest.extra, path)
-        return into.prepare(manifest)
+        return into.prepare(manifest, read)
 
     def _restore(self, into: _Into) -> list[str]:
         """Hand what was read to the live objects; what there is to note. Collective."""
@@ -305,10 +306,10 @@ class _Into:
     def wants_model(self) -> bool:
         return "model" in self._wanted
 
-    def prepare(self, manifest: Manifest) -> Target:
+    def prepare(self, manifest: Manifest, read: Read) -> Target:
         """What to read into; the live objects are not changed."""
         same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
-        self._load = self._state.loading(self._wanted, Stored(manifest), same_layout=same_layout)
+        self._load = self._state.loading(self._wanted, Stored(manifest, read), same_layout=same_layout)
         return self._load.prepare()
 
     def check(self) -> None:

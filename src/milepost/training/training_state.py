@@ -15,7 +15,7 @@ from milepost.config import PARTS, part_of
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.module import ModuleOwner
 from milepost.loading.target import Owner, StatefulOwner, Stored, Target
-from milepost.tensors.state import PER_RANK
+from milepost.tensors.state import PER_RANK, ByName
 from milepost.tensors.tree import Node, assemble
 from milepost.training.modules import fqn, model_state, parameter_names
 from milepost.training.optimizers import (
@@ -80,7 +80,7 @@ class TrainingState:
 
     def state_dict(self, wanted: Collection[str]) -> dict[str, Any]:
         """The state of the ``wanted`` parts. Model and optimizer tensors share memory with the live ones."""
-        state: dict[str, Any] = {}
+        state = ByName()
         if "model" in wanted:
             state.update(model_state(self.models))
         if "optimizer" in wanted:
