@@ -20,8 +20,10 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.collective.comm import Comm, SingleProcess
-from milepost.run import catalog, commit
+from milepost.run import catalog
 from milepost.run.lock import RunLock
+from milepost.run.owner import OWNERLESS_LIFETIME_S
+from milepost.run.sweep import sweep_leftovers
 from milepost.saving import writer
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.save import Saver
@@ -247,7 +249,7 @@ def check_the_sweep(storage: LocalStorage, found: Shown) -> None:
     """What a run does first takes all leftovers away, and no step."""
     RunLock(storage, RUN, lease_s=0.0).release()
     # Within its first moments an attempt has no owner yet; such a one is swept when it is old.
-    commit.sweep_leftovers(storage, RUN, now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
+    sweep_leftovers(storage, RUN, now=time.time() + 2 * OWNERLESS_LIFETIME_S)
     names = {entry.name for entry in storage.list(RUN)} - {"events.jsonl"}
     names -= {f".damaged-step-{step}.json" for step in found if found[step] == DAMAGED}
     assert names == {f"step-{step}" for step in found}
