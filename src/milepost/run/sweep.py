@@ -183,7 +183,7 @@ def sweep_leftovers(storage: Storage, folder: str, *, now: float, dead: Collecti
             continue
         if replaced is not None and _can_go_back(storage, folder, entry, replaced[3]):
             removed += [name] if _put_back(storage, folder, name, replaced[3]) else []
-        elif not _is_ours(storage, folder, entry):
+        elif not is_ours(storage, folder, entry):
             left.append(name)
         elif _may_go(storage, folder, entry, now):
             removed += [name] if _take_away(storage, folder, entry) else []
@@ -203,7 +203,7 @@ def name_left(storage: Storage, folder: str, left: Collection[str]) -> None:
         )
 
 
-def _is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
+def is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
     """Whether a name with one of the prefixes is provably Milepost's."""
     path = join(folder, entry.name)
     if _DRAFT_NAME.fullmatch(entry.name):
