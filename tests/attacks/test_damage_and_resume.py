@@ -437,7 +437,8 @@ def test_several_damaged_steps_are_each_told_of_and_none_left_is_an_error(sound:
     assert "step-3" in lines[0]
     assert "__1_0.distcp: missing" in lines[0]
     assert "step-2" in lines[1]
-    assert "__1_0.distcp: bytes" in lines[1]
+    assert "digest mismatch in" in lines[1]
+    assert "/step-2/__1_0.distcp" in lines[1]
     assert others == []
     assert states == ["damaged"] * 3
 

@@ -67,7 +67,7 @@ class Tree:
             _put(root, path, {})
         for key in (*manifest.tensors, *manifest.objects):
             if key in stored:
-                _put(root, manifest.paths.get(key, tuple(key.split("."))), Ref(key))
+                _put(root, _path_of(key, manifest), Ref(key))
         tree = cls(root, read)
         if PACKED in root and read is not None:
             root.update(tree._held(root.pop(PACKED)))
@@ -216,6 +216,14 @@ def assemble(node: Node, values: Mapping[str, Any]) -> Any:
     if isinstance(node, list):
         return [assemble(value, values) for value in node]
     return node
+
+
+def _path_of(key: str, manifest: Manifest) -> Path:
+    """Where a key stood. A path that is not the key's own would put the value in another's place."""
+    path = manifest.paths.get(key, tuple(key.split(".")))
+    if ".".join(map(str, path)) != key:
+        raise FormatError(f"the checkpoint gives the key '{key}' the path {path}, which is another key's", key=key)
+    return path
 
 
 def _empty_mappings(manifest: Manifest) -> list[Path]:
