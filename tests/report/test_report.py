@@ -12,7 +12,7 @@ import pytest
 
 from milepost.cli.main import main
 from milepost.report.gather import gather
-from milepost.report.profile import sampled
+from milepost.report.profile import every_nth_run
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 
@@ -63,10 +63,8 @@ def run(memory_path: Path) -> Path:
         moments = {f"optimizer.state.{key}.exp_avg": array / 2 for key, array in arrays.items() if key != EVIL}
         save_arrays(storage, f"checkpoint/step-{step}", {**arrays, **moments}, step=step, kind="full", num_ranks=2)
     event = {"step": 20, "reason": EVIL, "kind": "full", "finished": 1.7e9, "nbytes": 10**6}
-    lines = [
-        {**event, **dict.fromkeys(("stall_s", "stage_s", "write_s", "commit_s"), 0.25)},
-        {"event": "resumed", "time": 1},
-    ]
+    seconds = dict.fromkeys(("stall_s", "stage_s", "write_s", "commit_s"), 0.25)
+    lines = [{**event, **seconds}, {"event": "another program's"}, {**event, **seconds, "nbytes": "many"}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"torn'
     (memory_path / "checkpoint" / "events.jsonl").write_text(text)
     return memory_path
@@ -148,5 +146,5 @@ def test_nothing_there_is_said(memory_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("stride", [1, 2, 7])
 def test_a_sample_is_every_nth_run_of_elements(numel: int, stride: int) -> None:
     flat = np.arange(numel)
-    taken = sampled(flat, stride)
+    taken = every_nth_run(flat, stride)
     assert np.array_equal(taken, flat[flat // 64 % stride == 0])

@@ -171,9 +171,9 @@ def test_a_device_that_fails_late_fails_the_sync(tmp_path: Path, monkeypatch: py
 
 def test_a_file_that_memory_has_no_room_for_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     available = psutil.virtual_memory().available
-    assert write_back.chosen("auto", available // 4) == "keep"
-    assert write_back.chosen("auto", available * 2) == "drop"
-    assert write_back.chosen("direct", 1) == "direct"
+    assert write_back.page_cache_for("auto", available // 4) == "keep"
+    assert write_back.page_cache_for("auto", available * 2) == "drop"
+    assert write_back.page_cache_for("direct", 1) == "direct"
 
 
 def test_a_system_that_writes_nothing_is_an_error_not_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from milepost.cli.render import print_json
-from milepost.cli.stats_cmd import chosen
+from milepost.cli.stats_cmd import matching_keys
 from milepost.errors import ConfigError
 
 MAX_NUMEL = 1 << 24
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     with open_any(args.path) as source:
         shown: dict[str, Any] = {}
-        for key in chosen(source.tensors, [args.key], args.path):
+        for key in matching_keys(source.tensors, [args.key], args.path):
             info = source.tensors[key]
             box, drop = parse_slice(args.slice, info.shape)
             if box.numel > MAX_NUMEL:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from milepost.report.statistics import is_countable, tensor_statistics
 
     with open_any(args.path) as source, progress_bar("reading") as progress:
-        keys = sorted(chosen(source.tensors, args.keys, args.path), key=natural)
+        keys = sorted(matching_keys(source.tensors, args.keys, args.path), key=natural)
         countable = [key for key in keys if is_countable(source.tensors[key].dtype)]
         found = tensor_statistics(source, countable, progress=progress)
         source.check_digests()
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen(keys: Iterable[str], patterns: Sequence[str], path: str) -> list[str]:
+def matching_keys(keys: Iterable[str], patterns: Sequence[str], path: str) -> list[str]:
     """The keys that match a glob, or all. Raises CheckpointNotFoundError for a glob that matches none."""
     known = list(keys)
     found: dict[str, None] = {} if patterns else dict.fromkeys(known)

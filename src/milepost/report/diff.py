@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,10 +36,8 @@ from milepost.run import catalog
 from milepost.run.hf_folder import is_hf_step
 from milepost.storage import is_url, open_storage
 from milepost.storage.base import join
+from milepost.verification.extent_reader import Progress
 from milepost.verification.external import locate_manifest
-
-Progress = Callable[[int, int], None]
-"""Told how many bytes of how many have been compared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.manifest import Manifest
 from milepost.interop.weights.boxes import Source
 from milepost.interop.weights.open import manifest_source, open_weights
-from milepost.report.history import Forecast, Note, Save, forecast, read_events
+from milepost.report.history import Forecast, Save, forecast, read_saves
 from milepost.report.profile import Samples, TensorProfile, profile_tensors, sample_numel
-from milepost.report.statistics import Progress, nbytes_of
+from milepost.report.statistics import nbytes_of
 from milepost.run import catalog
 from milepost.run.catalog import StepEntry
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join, split
+from milepost.verification.extent_reader import Progress
 from milepost.verification.external import locate_manifest
 
 MAX_STEPS = 12
@@ -48,7 +49,6 @@ class RunView:
     made_s: float
     steps: Sequence[StepView]
     saves: Sequence[Save]
-    notes: Sequence[Note]
     forecast: Forecast
 
     @property
@@ -71,7 +71,7 @@ def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progr
     entries = [entry for entry in catalog.scan(storage, folder) if only is None or entry.step == only]
     if not entries:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint", path=path)
-    saves, notes = read_events(storage, folder)
+    saves = read_saves(storage, folder)
     chosen = _chosen([entry.step for entry in entries if entry.is_usable], max_steps) if weights else set()
     views = list(_views(storage, entries, chosen, progress))
     return RunView(
@@ -80,7 +80,6 @@ def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progr
         made_s=time.time(),
         steps=views,
         saves=[save for save in saves if only is None or save.step == only],
-        notes=notes if only is None else [],
         forecast=forecast(entries),
     )
 

@@ -37,36 +37,22 @@ class Save:
         return self.nbytes / self.write_s if self.write_s > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A line of ``events.jsonl`` about something else: a failed save, a resume, a deleted step."""
+def read_saves(storage: Storage, folder: str) -> list[Save]:
+    """Return the saves that the log in ``folder`` records, oldest first. Torn lines and others' are left out.
 
-    event: str
-    time: float
-    step: int | None
-    text: str
-
-
-def read_events(storage: Storage, folder: str) -> tuple[list[Save], list[Note]]:
-    """What the log in ``folder`` records, oldest first. Lines that are torn or are of another form are left out."""
+    Raises:
+        StorageError: the storage can't be read.
+    """
     path = join(folder, EVENTS_NAME)
     found = storage.stat(path)
     if found is None:
-        return [], []
+        return []
     start = max(0, found.nbytes - MAX_EVENTS_NBYTES)
     data = bytearray(found.nbytes - start)
     with storage.open_read(path) as handle:
         handle.read_into(start, [memoryview(data)])
-    saves, notes = [], []
-    for line in bytes(data).split(b"\n")[-MAX_EVENTS:]:
-        event = _decoded(line)
-        if event is None:
-            continue
-        if "event" in event:
-            notes += _note(event)
-        else:
-            saves += _save(event)
-    return saves, notes
+    events = (_decoded(line) for line in bytes(data).split(b"\n")[-MAX_EVENTS:])
+    return [save for event in events if event is not None for save in _save(event)]
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
@@ -96,13 +82,6 @@ def _save(event: Mapping[str, Any]) -> list[Save]:
             kind=str(event.get("kind", "")),
         )
     ]
-
-
-def _note(event: Mapping[str, Any]) -> list[Note]:
-    time, step = event.get("time"), event.get("step")
-    if not isinstance(time, int | float) or not math.isfinite(time):
-        return []
-    return [Note(str(event["event"]), float(time), step if isinstance(step, int) else None, str(event.get("text", "")))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,7 @@ def _key(key: str) -> str:
 
 def _saves(view: RunView) -> str:
     parts = (("p0", "stalled"), ("p1", "stage"), ("p2", "write"), ("p3", "commit"))
-    if not view.saves and not view.notes:
+    if not view.saves:
         return ""
     recent = view.saves[-40:]
     bars = [
@@ -210,17 +210,6 @@ def _saves(view: RunView) -> str:
     seconds = tuple(f"#{name.upper()} s" for _, name in parts)
     heads = ("#STEP", "TIME (UTC)", "HOLDS", "REASON", *seconds, "#BYTES (rank 0)", "#GB/s")
     body = f"<p>{legend}</p>{stacked_bars(bars, 's')}{_table('save-table', 'Saves, oldest first', heads, rows)}"
-    if view.notes:
-        notes: list[list[Cell]] = [
-            [
-                (_when(note.time), note.time),
-                _text(note.event),
-                str(note.step if note.step is not None else ""),
-                _text(note.text),
-            ]
-            for note in view.notes
-        ]
-        body += _table("note-table", "Other events", ("TIME (UTC)", "EVENT", "#STEP", "WHAT"), notes)
     lead = (
         "What each committed save cost, as rank 0 measured it. Training was stalled for the first part only; in the "
         "background modes the rest passed while training went on."

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from milepost.collective.threads import map_in_threads
+from milepost.config import NUM_IO_THREADS
 from milepost.interop.weights.boxes import Readable
 from milepost.report.statistics import (
-    NUM_THREADS,
     Accumulator,
     TensorStatistics,
     is_countable,
@@ -82,7 +82,7 @@ def profile_tensors(
     def work(key: str) -> tuple[TensorProfile, Any]:
         return _profile(source, key, before.get(key), max_numel, progress)
 
-    done = dict(zip(keys, map_in_threads(work, keys, NUM_THREADS, name="milepost-report"), strict=True))
+    done = dict(zip(keys, map_in_threads(work, keys, NUM_IO_THREADS, name="milepost-report"), strict=True))
     profiles = {key: done[key][0] for key in sorted(keys, key=natural)}
     return profiles, {key: sample for key, (_, sample) in done.items()}
 
@@ -96,7 +96,7 @@ def _profile(
     found = Accumulator(key, info.dtype, info.shape)
     taken = []
     for box, slab in slabs_of(source, key):
-        part = sampled(slab.reshape(-1), stride)
+        part = every_nth_run(slab.reshape(-1), stride)
         found.add(part.reshape(slab.shape) if stride == 1 else part, box if stride == 1 else None)
         taken.append(widened(part).astype(np.float64 if slab.dtype.itemsize > 4 else np.float32))
         if progress is not None:
@@ -112,7 +112,7 @@ def _profile(
     return profile, sample
 
 
-def sampled(flat: Any, stride: int) -> Any:
+def every_nth_run(flat: Any, stride: int) -> Any:
     """Of a flat array every ``stride``-th run of ``RUN_NUMEL`` elements, from the first on; all of it at stride 1."""
     if stride == 1:
         return flat

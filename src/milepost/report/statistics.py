@@ -8,7 +8,7 @@ algorithm for computing sample variances" (1979), so that the order of the slabs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,15 @@ import ml_dtypes
 import numpy as np
 
 from milepost.collective.threads import map_in_threads
+from milepost.config import NUM_IO_THREADS
 from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize, numpy_dtype
 from milepost.interop.weights.boxes import Array, Readable
+from milepost.verification.extent_reader import Progress
 
 PIECE_NUMEL = 1 << 16
 """Elements are widened to float64 in pieces of this many, which stay in a core's cache."""
 SLAB_NBYTES = 4 << 20
-NUM_THREADS = 2
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes read so far, and the bytes in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +71,7 @@ class TensorStatistics:
 
 
 def tensor_statistics(
-    source: Readable, keys: Sequence[str], *, progress: Progress | None = None, num_threads: int = NUM_THREADS
+    source: Readable, keys: Sequence[str], *, progress: Progress | None = None, num_threads: int = NUM_IO_THREADS
 ) -> list[TensorStatistics]:
     """Statistics of every element of the tensors ``keys``, in that order.
 

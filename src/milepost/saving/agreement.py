@@ -21,8 +21,8 @@ from milepost.run.assemble import SaveInfo
 from milepost.saving.job import Form, Keep, SaveJob
 from milepost.saving.replicas import (
     Depth,
+    Digests,
     Group,
-    Held,
     differences,
     digests_of,
     groups_in_common,
@@ -41,7 +41,7 @@ from milepost.tensors.values import encode_object
 log = logging.getLogger("milepost")
 
 T = TypeVar("T")
-_Brought = tuple[dict[int, Held], dict[str, str], frozenset[str], str]
+_Brought = tuple[dict[int, Digests], dict[str, str], frozenset[str], str]
 
 TIMEOUT_S = 600.0
 """Seconds that a rank waits for the others' records before it gives a save up."""
@@ -280,7 +280,7 @@ class Agreement:
         except BaseException as cause:  # noqa: BLE001 - an interrupt: rank 0 waits for the offer
             return _Offer(None, failure_on(self._comm.rank, cause, SaveError))
 
-    def _held(self, prepared: Prepared, index: int, depth: Depth) -> Held:
+    def _held(self, prepared: Prepared, index: int, depth: Depth) -> Digests:
         return digests_of(self._groups[index], prepared.flat.tensors, prepared.objects, depth)
 
     def _summaries(self, prepared: Prepared, depth: Depth) -> dict[int, bytes]:

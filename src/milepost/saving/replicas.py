@@ -39,7 +39,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Digests:
     """One rank's digests of the keys of one group: of its tensors' boxes, then of its values, in the group's order."""
 
     tensors: tuple[bytes, ...]
@@ -79,15 +79,15 @@ def groups_in_common(layouts: Sequence[LocalLayout]) -> list[Group]:
     ]
 
 
-def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Held:
+def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Digests:
     """This rank's digests of what it shares with the others of a group."""
-    return Held(
+    return Digests(
         () if depth == "values" else tuple(_tensor_digests(group, tensors, whole=depth == "whole")),
         tuple(_digest(objects[key]) for key in group.objects),
     )
 
 
-def summary_of(held: Held) -> bytes:
+def summary_of(held: Digests) -> bytes:
     """One digest for all of a group's."""
     return _digest(b"".join((*held.tensors, b"|", *held.objects)))
 
@@ -131,7 +131,7 @@ def unlike_groups(groups: Sequence[Group], brought: Sequence[Mapping[int, bytes]
 
 
 def differences(
-    groups: Sequence[Group], indices: Sequence[int], brought: Sequence[Mapping[int, Held]]
+    groups: Sequence[Group], indices: Sequence[int], brought: Sequence[Mapping[int, Digests]]
 ) -> list[Difference]:
     """The keys of some groups that differ. ``brought`` is by rank."""
     found: dict[str, Difference] = {}
@@ -152,7 +152,7 @@ def differences(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Ruling:
     """What becomes of the differences: stored for each rank, let pass, or refused."""
 
     per_rank: frozenset[str] = frozenset()
@@ -169,12 +169,12 @@ def judge(
     roots: Mapping[str, str],
     buffers: Collection[str],
     hosts: Sequence[str],
-) -> Verdict:
+) -> Ruling:
     """Decide. ``roots`` has the top-level name that each key stood under, ``hosts`` the host of each rank."""
     own = frozenset(roots[d.key] for d in found if roots.get(d.key) in per_rank)
     let_pass = tuple(d.key for d in found if d.is_tensor and d.key in buffers)
     refused = [d for d in found if roots.get(d.key) not in own and d.key not in let_pass]
-    return Verdict(own, let_pass, _refusal(refused, hosts) if refused else None)
+    return Ruling(own, let_pass, _refusal(refused, hosts) if refused else None)
 
 
 def _refusal(found: Sequence[Difference], hosts: Sequence[str]) -> SaveError:

@@ -23,7 +23,7 @@ from milepost.storage.base import (
     check_name,
     format_nbytes,
 )
-from milepost.storage.write_back import WriteBack, chosen
+from milepost.storage.write_back import WriteBack, page_cache_for
 
 PAGE_NBYTES = 4096
 """O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
@@ -188,7 +188,7 @@ class _LocalWrite(WriteHandle):
             raise
         if nbytes < LARGE_NBYTES or syscalls.lives_in_memory(self._fd):
             return
-        mode = chosen(page_cache, nbytes)
+        mode = page_cache_for(page_cache, nbytes)
         if mode == "direct":
             self._open_direct()
         elif reserved:

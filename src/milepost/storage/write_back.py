@@ -24,7 +24,7 @@ IN_FLIGHT_NBYTES = 128 << 20
 """So much of a file may be on its way to the device: dirty pages never pile up until training waits for memory."""
 
 
-def chosen(page_cache: PageCache, nbytes: int) -> PageCache:
+def page_cache_for(page_cache: PageCache, nbytes: int) -> PageCache:
     """What ``auto`` comes to for a file of ``nbytes``."""
     if page_cache != "auto":
         return page_cache
