@@ -22,7 +22,7 @@ from milepost.storage import LocalStorage
 Tally = Callable[..., None]
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
-ADVICE = "mount it writable or change checkpoint.folder"
+ADVICE = "mount it writable, or write to another place"
 
 
 class Run:

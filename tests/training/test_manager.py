@@ -722,5 +722,12 @@ def test_hostile_paths_are_refused(folder: Path) -> None:
     paths = {**manifest.paths, "train_state.history.1.n": ("train_state", "history", 10**15, "n")}
     # As in a checkpoint of before structures were recorded: then the paths tell what the containers were.
     path.write_bytes(manifest_json.to_json(replace(manifest, paths=paths, extra={})))
+    with pytest.raises(CheckpointDamagedError, match="which is another key's"):
+        Run(folder, load_step=2).manager.load()
+    absurd = f"train_state.history.{10**15}.n"
+    paths = {k: v for k, v in manifest.paths.items() if k != "train_state.history.1.n"}
+    objects = {absurd if key == "train_state.history.1.n" else key: entry for key, entry in manifest.objects.items()}
+    paths[absurd] = ("train_state", "history", 10**15, "n")
+    path.write_bytes(manifest_json.to_json(replace(manifest, paths=paths, objects=objects, extra={})))
     with pytest.raises(CheckpointDamagedError, match="contradicts its other paths or is absurd"):
         Run(folder, load_step=2).manager.load()
