@@ -77,8 +77,17 @@ class CheckpointConfig:
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0
     """Of older steps, keep the multiples of N; 0 disables."""
+    keep_best_k: int = 0
+    """Keep also the N steps with the best value of ``metric``; 0 disables."""
+    metric: str = ""
+    """Name of the value that ``keep_best_k`` compares, of those that ``save(step, metrics=...)`` records."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest value of ``metric`` is best."""
     load_step: int = -1
-    """Resume from this step; -1 means the newest committed one."""
+    """Begin at this step; -1 means the end of the branch that was written last. Once steps have been saved that descend
+    from it, the same command resumes from these."""
+    restart_branch: bool = False
+    """Begin at ``load_step`` once more, though steps have been saved that descend from it: another branch."""
     exclude_from_loading: tuple[str, ...] = field(default=())
     """Parts to leave as freshly built: of model, optimizer, lr_scheduler, dataloader, train_state, rng."""
     enable_first_step_checkpoint: bool = False
@@ -113,6 +122,14 @@ class CheckpointConfig:
             found.append(f"checkpoint.keep_every_n_steps must be 0 (disabled) or more, not {self.keep_every_n_steps}")
         if self.load_step < -1:
             found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
+        if self.keep_best_k < 0:
+            found.append(f"checkpoint.keep_best_k must be 0 (disabled) or more, not {self.keep_best_k}")
+        if bool(self.keep_best_k) != bool(self.metric):
+            found.append("checkpoint.keep_best_k and checkpoint.metric need each other: which steps are best, by what")
+        if self.mode not in ("min", "max"):
+            found.append(f"checkpoint.mode must be min or max, not {self.mode!r}")
+        if self.restart_branch and self.load_step == -1:
+            found.append("checkpoint.restart_branch needs checkpoint.load_step: the step where the branch begins")
         if not self.folder:
             found.append("checkpoint.folder must not be empty")
         for name in self.exclude_from_loading:

@@ -16,6 +16,7 @@ import numpy as np
 from milepost.format.box import Box
 from milepost.interop.weights.open import open_weights
 from milepost.run import catalog
+from milepost.run.branches import History
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 
@@ -28,7 +29,7 @@ def main() -> None:
     storage = LocalStorage(option("--job.dump_folder"))
     num_steps, interval = int(option("--training.steps")), int(option("--checkpoint.interval"))
     storage.make_folder("checkpoint")
-    start = catalog.newest(catalog.scan(storage, "checkpoint"))
+    start = History.of(catalog.scan(storage, "checkpoint")).newest_resumable
     weight = np.ones(4, "float32")
     done = 0
     if start is not None:

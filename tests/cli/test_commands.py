@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from milepost.cli.main import COMMANDS, main
-from milepost.run import catalog
+from milepost.run import catalog, sweep
 from milepost.storage import LocalStorage
 from milepost.storage.base import format_nbytes
 from milepost.testing.sample import save_arrays
@@ -69,7 +69,7 @@ def test_ls_shows_each_step_with_its_state(run: LocalStorage, capsys: pytest.Cap
     assert out == (
         "STEP  STATE       HOLDS         AGE      SIZE  PARAMS  DTYPE    LAYOUT   NOTES\n"
         f" 100  committed   full          4 h  {sizes[100]}  3.01 K  float32  2 ranks  pinned\n"
-        f" 200  external    state  1 min 30 s  {sizes[200]}  3.01 K  float32  -\n"
+        f" 200  external    model  1 min 30 s  {sizes[200]}  3.01 K  float32  -\n"
         f" 300  damaged     full          2 h  {sizes[300]}  3.01 K  float32  2 ranks  __0_0.distcp: missing\n"
         f" 400  committed   model         1 h  {sizes[400]}  3.01 K  float32  2 ranks\n"
         " 500  incomplete  -               -   0 bytes       -  -        -        it was never committed: neither "
@@ -183,7 +183,9 @@ def test_a_file_in_place_of_a_folder_is_told_plainly(run: LocalStorage, capsys: 
 
 
 def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
-    run.make_folder("run/.deleting-1")
+    run.make_folder(f"run/{catalog.DELETING_PREFIX}{0:032x}/step-90")
+    run.write(f"run/{catalog.DELETING_PREFIX}{0:032x}/{sweep.MARKER_NAME}", b"")
+    run.make_folder("run/.deleting-2024")
     rules = ("prune", "run", "--keep-latest", "1")
     before = [entry.name for entry in run.list("run")]
     status, dry, _ = output(capsys, *rules, "--dry-run")
@@ -200,8 +202,12 @@ def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: 
     assert [entry.name for entry in run.list("run")] == before
     status, wet, _ = output(capsys, *rules)
     assert status == 0
-    assert wet.splitlines()[:-1] == dry.splitlines()[:-1]
-    assert wet.splitlines()[-1] == f"deleted 1 step of 4, {size}; removed 1 stale save attempt"
+    assert wet.splitlines()[:-2] == dry.splitlines()[:-1]
+    assert wet.splitlines()[-2:] == [
+        f"deleted 1 step of 4, {size}; removed 1 stale save attempt",
+        "left alone, not recognised as Milepost's: .deleting-2024",
+    ]
+    run.remove_tree("run/.deleting-2024")
     assert [entry.name for entry in run.list("run")] == [".pinned-step-100", "step-100", "step-300", "step-400"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_files import compare
-from zoo import NOW, age_by_a_version, make_zoo, save, save_model, stable
+from zoo import NOW, age_by_a_version, make_branched, make_zoo, save, save_model, stable
 
 from milepost.cli.main import COMMANDS, main
 from milepost.storage import LocalStorage
@@ -49,6 +49,8 @@ RESULTS = {
     "unpin.json": "unpin run/step-200 --json",
     "prune": "prune run --keep-latest 1",
     "prune-dry-run": "prune run --keep-latest 1 --keep-every 600 --keep-daily 2 --dry-run",
+    "ls-branches": "ls branched",
+    "prune-branches": "prune branched --keep-latest 1 --keep-best 2 --metric loss --dry-run",
     "prune.json": "prune run --keep-latest 2 --dry-run --json",
     "convert": "convert model/step-7 out.pt --to pt --model llama3 --flavor debugmodel --verify",
     "convert.json": "convert model/step-7 out --to hf --model llama3 --flavor debugmodel --json",
@@ -116,6 +118,7 @@ def root(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         os.utime(f"run/step-{step}/.metadata", (NOW - 5 * 3600, NOW - 5 * 3600))
     save_arrays(storage, "other/step-1", {"norm.weight": np.ones(8, "float16"), "w": np.ones((2, 3), "int8")}, now=NOW)
     save_model(storage, "model/step-7")
+    make_branched(storage)
     Path("notes.toml").write_text("[training]\n")
     return memory_path
 

@@ -13,7 +13,7 @@ import pytest
 from zoo import save_model
 
 from milepost.cli.main import main
-from milepost.run import catalog, commit
+from milepost.run import catalog, sweep
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 from milepost.verification.verify import verify
@@ -78,7 +78,7 @@ def test_a_conversion_leaves_its_destination_whole_or_not_there(
             assert found.stat().st_size == (memory_path / "whole").stat().st_size
     assert INTERRUPTED in statuses
     # Interrupted while it swept, an attempt may be left. The next one there sweeps it once this process is gone.
-    monkeypatch.setattr(commit, "is_alive", lambda owner, now: False)
+    monkeypatch.setattr(sweep, "is_alive", lambda owner, now: False)
     seconds_of(to("last"))
     assert sorted(os.listdir(memory_path)) == sorted(
         ["model", "first", "whole", "last", *(name for name in os.listdir(memory_path) if name.startswith("out-"))]

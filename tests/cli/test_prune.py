@@ -10,9 +10,10 @@ import pytest
 from zoo import HOUR, NOW, make_zoo, save
 
 from milepost.cli.main import main
-from milepost.run import catalog
+from milepost.run import catalog, sweep
 from milepost.storage import LocalStorage
 
+LEFTOVER = f"{catalog.DELETING_PREFIX}{0:032x}"
 NEVER = {"step-200", "step-300", "step-400", "step-500", "step-600", "step-700", "step-800"}
 """Pinned, external, damaged, of a newer version, newest to resume from, newest, incomplete."""
 
@@ -24,7 +25,9 @@ def zoo(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
     storage = make_zoo(memory_path)
     for step, age in ((110, 80.5), (120, 80.2), (130, 55), (140, 54.9), (150, 30)):
         save(storage, f"run/step-{step}", step, NOW - HOUR * age)
-    storage.make_folder("run/.deleting-1")
+    storage.make_folder(f"run/{LEFTOVER}/step-90")
+    storage.write(f"run/{LEFTOVER}/{sweep.MARKER_NAME}", b"")
+    storage.make_folder("run/.deleting-2024")
     return storage
 
 
@@ -60,10 +63,11 @@ def test_the_dry_run_says_exactly_what_is_deleted(
     done = prune(capsys, *rules)
     assert (done["steps"], done["freed_nbytes"]) == (planned["steps"], planned["freed_nbytes"])
     gone = before - names(zoo)
-    assert gone == {step["name"] for step in planned["steps"] if not step["keep"]} | {".deleting-1"}  # type: ignore[attr-defined]
+    assert gone == {step["name"] for step in planned["steps"] if not step["keep"]} | {LEFTOVER}  # type: ignore[attr-defined]
     steps = {name for name in names(zoo) if catalog.step_of(name) is not None and name != "step-900"}
     assert steps == NEVER | kept
-    assert {"step-900", "step-0100", "notes", ".pinned-step-200"} <= names(zoo)
+    assert {"step-900", "step-0100", "notes", ".pinned-step-200", ".deleting-2024"} <= names(zoo)
+    assert (done["swept"], done["left_alone"]) == ([LEFTOVER], [".deleting-2024"])
 
 
 def test_every_step_that_stays_is_left_untouched(zoo: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:

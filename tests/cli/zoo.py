@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from milepost.format.digest import crc32
+from milepost.format.manifest import BranchStart, Lineage
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import named_sizes
@@ -53,6 +54,19 @@ def save(storage: LocalStorage, path: str, step: int, now: float, *, kind: str =
     arrays["norm.weight"] = ARRAYS["norm.weight"] * step
     objects = dict.fromkeys(OBJECTS, step) if kind == "full" else {}
     save_arrays(storage, path, arrays, objects=objects, step=step, kind=kind, num_ranks=2, now=now)
+
+
+def make_branched(storage: LocalStorage) -> None:
+    """The run ``branched``: to step 4000, then back to step 2000 and on from there."""
+    trunk = ((1000, 2.5), (2000, 1.5), (3000, 1.25), (4000, 9.75))
+    places = [(step, loss, Lineage(run="r", order=order, branch="b1")) for order, (step, loss) in enumerate(trunk)]
+    back = Lineage(run="r", order=4, branch="b2", trail=(("b1", 1),), start=BranchStart(2000), parent_step=2000)
+    for step, loss, lineage in [*places, (2500, 1.375, back)]:
+        when = NOW - HOUR * (5 - lineage.order)
+        weights = {"norm.weight": ARRAYS["norm.weight"]}
+        save_arrays(
+            storage, f"branched/step-{step}", weights, step=step, now=when, lineage=lineage, metrics={"loss": loss}
+        )
 
 
 def make_external(storage: LocalStorage, path: str) -> None:

@@ -20,8 +20,10 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.collective.comm import Comm, SingleProcess
-from milepost.run import catalog, commit
+from milepost.run import catalog
 from milepost.run.lock import RunLock
+from milepost.run.owner import OWNERLESS_LIFETIME_S
+from milepost.run.sweep import is_ours, sweep_leftovers
 from milepost.saving import writer
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.save import Saver
@@ -244,11 +246,18 @@ def value_of(storage: LocalStorage, path: str, step: int) -> float:
 
 
 def check_the_sweep(storage: LocalStorage, found: Shown) -> None:
-    """What a run does first takes all leftovers away, and no step."""
+    """What a run does first takes all leftovers away that carry our marker, and no step.
+
+    Of names that were not synced a power cut may keep a folder and lose the owner's record in it, or keep a draft and
+    lose its bytes: nobody can tell such a one from another program's, so it stays, and is named.
+    """
     RunLock(storage, RUN, lease_s=0.0).release()
     # Within its first moments an attempt has no owner yet; such a one is swept when it is old.
-    commit.sweep_leftovers(storage, RUN, now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
-    names = {entry.name for entry in storage.list(RUN)} - {"events.jsonl"}
+    sweep_leftovers(storage, RUN, now=time.time() + 2 * OWNERLESS_LIFETIME_S)
+    listed = storage.list(RUN)
+    unsure = [entry for entry in listed if entry.name.startswith(".milepost-") or entry.name.endswith(".part")]
+    left = [entry for entry in unsure if not is_ours(storage, RUN, entry)]
+    names = {entry.name for entry in listed} - {"events.jsonl"} - {entry.name for entry in left}
     names -= {f".damaged-step-{step}.json" for step in found if found[step] == DAMAGED}
     assert names == {f"step-{step}" for step in found}
 

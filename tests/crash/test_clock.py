@@ -33,9 +33,10 @@ from small_runs import (
 from two_ranks import Outcome, PairComm, run_pair
 
 from milepost import CheckpointConfig, CheckpointManager, RunLockedError
-from milepost.run import catalog, commit, retention
+from milepost.run import catalog, commit, retention, sweep
 from milepost.run.lock import RunLock
-from milepost.run.owner import this_process
+from milepost.run.owner import OWNER_PREFIX, this_process
+from milepost.run.takeover import Attempts
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 
@@ -152,14 +153,14 @@ def test_an_attempt_is_swept_when_its_owner_is_dead_whatever_the_clock_says(
     with another_living(lambda: commit.begin_attempt(storage, "run/step-1", ours)), set_to(offset_s):
         attempt = commit.begin_attempt(storage, "run/step-2", elsewhere)
         for entry in storage.list(attempt):
-            if entry.name.startswith(commit.OWNER_PREFIX):
+            if entry.name.startswith(OWNER_PREFIX):
                 storage.remove(f"{attempt}/{entry.name}")
         owner = replace(this_process(REAL()), host="elsewhere", machine_id="another")
-        storage.write(f"{attempt}/{commit.OWNER_PREFIX}0.json", owner.dump())
-        assert commit.sweep_leftovers(storage, "run", now=time.time()) == []
-        assert len(commit.live_owners(storage, "run", now=time.time())) == 2
+        storage.write(f"{attempt}/{OWNER_PREFIX}0.json", owner.dump())
+        assert sweep.sweep_leftovers(storage, "run", now=time.time()).removed == ()
+        assert len(Attempts(storage, "run").look(now=time.time())) == 2
     with set_to(offset_s):
-        assert commit.sweep_leftovers(storage, "run", now=time.time()) == [catalog.ATTEMPT_PREFIX + ours]
+        assert sweep.sweep_leftovers(storage, "run", now=time.time()).removed == (catalog.ATTEMPT_PREFIX + ours,)
     tally(f"attempts under way while the clock is {offset_s / HOUR_S:+g} hours off", tried=2, lost=0)
 
 

@@ -24,8 +24,10 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import MilepostError
-from milepost.run import catalog, commit
+from milepost.run import catalog
 from milepost.run.lock import RunLock
+from milepost.run.owner import OWNERLESS_LIFETIME_S
+from milepost.run.sweep import sweep_leftovers
 from milepost.saving import writer
 from milepost.storage import LocalStorage, Storage
 from milepost.testing.faulty import FaultyStorage
@@ -145,7 +147,7 @@ def check_the_next_run(
     manager.close()
     assert any(entry.step == 9 and entry.state == "committed" for entry in catalog.scan(storage, "run")), where
     if killed:  # within its first moments an attempt has no owner yet; such a one is swept when it is old
-        commit.sweep_leftovers(storage, "run", now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
+        sweep_leftovers(storage, "run", now=time.time() + 2 * OWNERLESS_LIFETIME_S)
     names = {entry.name for entry in storage.list("run")} - {"events.jsonl"}
     assert all(name.startswith("step-") for name in names), (where, names)
 
@@ -243,7 +245,7 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next(memory_path: Path) -> 
     """Of ``save()`` too, which no manager cleans up after."""
     status = in_a_child(partial(killed_save, memory_path))
     assert os.WIFSIGNALED(status)
-    assert any(path.name.startswith(".attempt-") for path in memory_path.iterdir())
+    assert any(path.name.startswith(catalog.ATTEMPT_PREFIX) for path in memory_path.iterdir())
     (memory_path / ".attempt-notes").mkdir()
     milepost.save(memory_path / "other", {"w": torch.ones(3)})
     assert sorted(path.name for path in memory_path.iterdir()) == [".attempt-notes", "other"]

@@ -23,8 +23,9 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.config import AsyncMode
-from milepost.run.commit import OWNERLESS_LIFETIME_S, sweep_leftovers
 from milepost.run.lock import LOCK_NAME
+from milepost.run.owner import OWNERLESS_LIFETIME_S
+from milepost.run.sweep import sweep_leftovers
 from milepost.saving.async_save import MAX_SAVERS
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world

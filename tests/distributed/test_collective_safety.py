@@ -82,8 +82,8 @@ IN_A_LOAD_ON_RANK_0 = {
 }
 AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.manager.Saver"}
 AT_THE_START_ON_RANK_0 = {
-    "lock": "milepost.training.manager.RunLock",
-    "sweep": "milepost.training.manager.sweep_leftovers",
+    "lock": "milepost.run.takeover.RunLock",
+    "sweep": "milepost.run.takeover.sweep_leftovers",
 }
 ON_SIGNALS = {"signals": "milepost.training.signals.SignalFlags.take"}
 IN_THE_BACKGROUND = {

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
-from milepost.run.catalog import read_manifest
+from milepost.run.catalog import read_manifest, scan
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 from milepost.train.config import TrainConfig
@@ -183,6 +184,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
 class Undisturbed:
     """The run on two ranks that nothing happens to."""
 
+    folder: Path
     losses: dict[int, float]
     contents: dict[str, Any]
 
@@ -191,7 +193,7 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = load_config([f"--job.config_file={ROOT}/configs/debug_cpu.toml", *flags(folder)], 2)
-    return Undisturbed(run_world(_train, 2, config)[0].losses, contents(folder))
+    return Undisturbed(folder, run_world(_train, 2, config)[0].losses, contents(folder))
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -221,6 +223,27 @@ def test_a_killed_rank_is_started_again_and_the_job_resumes_by_itself(
     assert re.search(r"resumed from .*/step-\d \(full\): [36] steps are done", output), output
     check_losses(output, undisturbed.losses)
     assert contents(tmp_path) == undisturbed.contents
+
+
+def test_load_step_begins_a_branch_once_in_a_job_that_is_started_again(
+    start: Callable[..., Agent], tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    """Back from the last step to the third; a rank is killed after the sixth, and all ranks are started again."""
+    shutil.copytree(undisturbed.folder / "checkpoint", tmp_path / "checkpoint", dirs_exist_ok=True)
+    abandoned = {entry.step: entry.save_id for entry in scan(LocalStorage(tmp_path), "checkpoint")}
+    assert sorted(abandoned) == [3, 6, 9]
+    back = {"checkpoint__load_step": 3, "checkpoint__restart_branch": "true", "checkpoint__keep_latest_k": 2}
+    agent = start(2, "--max-restarts 1", **back)
+    agent.wait_for("step 7/")
+    os.kill(agent.ranks()[0], signal.SIGKILL)
+    output = agent.finish()
+    assert re.findall(r"resumed from .*/step-(\d) ", output) == ["3", "6"], output
+    assert "checkpoint.load_step = 3: resuming from a later step that descends from it" in output
+    check_losses(output, {step: loss for step, loss in undisturbed.losses.items() if step > 3})
+    assert contents(tmp_path) == undisturbed.contents
+    left = {entry.step: entry.save_id for entry in scan(LocalStorage(tmp_path), "checkpoint")}
+    assert sorted(left) == [6, 9]
+    assert all(abandoned[step] != left[step] for step in left)
 
 
 def meeting(nodes: str) -> Iterator[str]:

@@ -112,11 +112,10 @@ def test_the_manifest_of_a_stock_folder_leads_to_every_value(stock: Path):
 
 
 def test_a_state_without_optimizer_is_not_taken_for_one_to_resume_from(tmp_path: Path):
-    dcp.save({"w": torch.zeros(1)}, checkpoint_id=tmp_path)
-    assert (
-        manifest_from_metadata(parse_metadata((tmp_path / ".metadata").read_bytes()), sizes_of(tmp_path)).kind
-        == "state"
-    )
+    for state, kind in (({"w": torch.zeros(1)}, "model"), ({"rng": {"seed": torch.zeros(1)}}, "state")):
+        dcp.save(state, checkpoint_id=tmp_path / kind)
+        metadata = parse_metadata((tmp_path / kind / ".metadata").read_bytes())
+        assert manifest_from_metadata(metadata, sizes_of(tmp_path / kind)).kind == kind
 
 
 def _save_sharded(folder: str) -> None:

@@ -384,7 +384,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_sw
     assert run_child(source, memory_path / "out", to, kill=True).returncode == -signal.SIGKILL
     left = {entry.name for entry in memory_path.iterdir()} - {"source"}
     assert len(left) == 1
-    assert left.pop().startswith(".attempt-")
+    assert left.pop().startswith(".milepost-attempt-")
     done = run_child(source, memory_path / "out", to)
     assert done.returncode == 0, done.stderr
     assert untouched(memory_path, {"source", "out"})

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
-from milepost.run import catalog
+from milepost.run import catalog, sweep
 from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage, Storage
-from milepost.storage.base import Entry
+from milepost.storage.base import Bytes, Entry
 from milepost.testing.sample import save_arrays
-from milepost.testing.wrap import TraceStorage, WrappedStorage
+from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
 from milepost.verification.external import locate_manifest
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -97,7 +101,14 @@ def test_a_scan_reads_metadata_only(storage: LocalStorage) -> None:
 
 def test_what_else_lies_in_a_run_is_not_a_step(storage: LocalStorage) -> None:
     save(storage, "run/step-1")
-    for name in (".attempt-ab/data", ".deleting-cd", "step-2.tmp", "tensorboard"):
+    for name in (
+        ".attempt-ab/data",
+        ".milepost-attempt-ab/data",
+        ".deleting-cd",
+        ".milepost-deleting-cd",
+        "step-2.tmp",
+        "tensorboard",
+    ):
         storage.make_folder(f"run/{name}")
     storage.write("run/step-3", b"a file")
     assert only(storage).step == 1
@@ -204,7 +215,6 @@ def test_a_step_under_replacement_is_found_by_its_other_name(storage: LocalStora
     storage.rename("run/step-5", "run/.replaced-ab-step-5")
     entry = only(storage)
     assert (entry.step, entry.state, entry.path, entry.created_s) == (5, "committed", "run/.replaced-ab-step-5", 1.0)
-    assert catalog.newest([entry]) == entry
     save(storage, "run/step-5", now=2.0)
     assert only(storage).created_s == 2.0
 
@@ -262,6 +272,22 @@ def test_a_step_that_is_deleted_while_we_look_is_left_out(storage: LocalStorage)
 # ---- marks ----
 
 
+def test_a_valid_mark_of_damage_is_never_gone_for_a_moment(storage: LocalStorage) -> None:
+    """Not while another one takes its place, either."""
+    save(storage, "run/step-5")
+    catalog.mark_damaged(storage, "run/step-5", "bits flipped", now=1.0)
+
+    class Watched(WrappedStorage):
+        def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
+            result = act()
+            assert only(storage).state == "damaged", operation
+            return result
+
+    catalog.mark_damaged(Watched(storage), "run/step-5", "seen again", now=2.0)
+    assert only(storage).reason == "seen again"
+    assert {entry.name for entry in storage.list("run")} == {"step-5", ".damaged-step-5.json"}
+
+
 def test_a_mark_of_damage_holds_for_that_save_only(storage: LocalStorage) -> None:
     save(storage, "run/step-5")
     save(storage, "run/step-6")
@@ -304,25 +330,32 @@ def test_pins(storage: LocalStorage) -> None:
     assert not only(storage).pinned
 
 
-# ---- choosing ----
+def test_two_pins_at_once_are_one(storage: LocalStorage) -> None:
+    save(storage, "run/step-5")
+
+    class Slower(WrappedStorage):
+        def write(self, path: str, data: Bytes) -> None:
+            catalog.pin(storage, "run", 5)
+            super().write(path, data)
+
+    catalog.pin(Slower(storage), "run", 5)
+    assert only(storage).pinned
 
 
-def test_the_newest_is_the_highest_usable_step_of_a_wanted_kind(storage: LocalStorage) -> None:
-    save(storage, "run/step-1")
-    make_external(storage, "run/step-2")
-    save(storage, "run/step-3", kind="model")
-    save(storage, "run/step-4")
-    storage.remove("run/step-4/__0_0.distcp")
-    storage.make_folder("run/step-5")
-    entries = catalog.scan(storage, "run")
-    assert [e.state for e in entries] == ["committed", "external", "committed", "damaged", "incomplete"]
-    newest = catalog.newest(entries)
-    assert newest is not None
-    assert newest.step == 2
-    newest = catalog.newest(entries, kinds=("model", "full"))
-    assert newest is not None
-    assert newest.step == 3
-    assert catalog.newest(entries, kinds=("state",)) is None
+def test_a_pin_that_comes_too_late_says_so(storage: LocalStorage) -> None:
+    save(storage, "run/step-5")
+
+    class DeletedMeanwhile(WrappedStorage):
+        def write(self, path: str, data: Bytes) -> None:
+            sweep.delete_checkpoint(storage, "run/step-5")
+            super().write(path, data)
+
+    with pytest.raises(CheckpointNotFoundError, match="was deleted before it could be pinned"):
+        catalog.pin(DeletedMeanwhile(storage), "run", 5)
+    assert storage.list("run") == []
+
+
+# ---- finding ----
 
 
 def test_the_folder_of_a_run_is_found_from_its_dump_folder(storage: LocalStorage) -> None:

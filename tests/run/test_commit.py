@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from milepost.errors import CheckpointNotFoundError, ConfigError, MilepostError, PlanError, SaveError, StorageError
+from milepost.errors import ConfigError, MilepostError, PlanError, SaveError, StorageError
 from milepost.format.box import Box
-from milepost.run import catalog, commit, owner
+from milepost.run import catalog, commit, sweep
 from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.owner import OWNERLESS_LIFETIME_S
 from milepost.run.signoff import SignOff, WrittenFile, WrittenObject, WrittenTensor, sign_off
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.plan import WriteItem
@@ -137,8 +135,8 @@ def test_a_kill_at_any_operation_leaves_the_old_state_or_the_new(
         assert value_at(storage, "run", 4) == 0
         seen.append(found)
         # The next run sweeps, sees the same, and saves.
-        commit.sweep_leftovers(storage, "run", now=time.time() + 2 * commit.OWNERLESS_LIFETIME_S)
-        assert [entry.name for entry in storage.list("run")] == ["step-4"] + (["step-5"] if found else [])
+        sweep.sweep_leftovers(storage, "run", now=time.time() + 2 * OWNERLESS_LIFETIME_S)
+        assert [entry.name for entry in storage.list("run")] == ["step-4"] + (["step-5"] if found else []), k
         assert value_at(storage, "run", 5) == found
         save(storage, "run/step-5", 3)
         assert value_at(storage, "run", 5) == 3
@@ -172,17 +170,18 @@ def test_an_error_at_any_operation_leaves_the_old_state_or_the_new(memory_path: 
 def test_a_kill_while_deleting_shows_the_step_whole_or_not_at_all(memory_path: Path) -> None:
     rehearsal = LocalStorage(memory_path / "rehearsal")
     save(rehearsal, "run/step-5", 1)
-    count = num_operations(rehearsal, lambda s: commit.delete_checkpoint(s, "run/step-5"))
+    count = num_operations(rehearsal, lambda s: sweep.delete_checkpoint(s, "run/step-5"))
+    seen: list[int | None] = []
     for k in range(count):
         storage = LocalStorage(memory_path / str(k))
         save(storage, "run/step-5", 1)
-        in_a_child(
-            lambda k=k, s=storage: commit.delete_checkpoint(FaultyStorage(s, fail_at=k, hook=kill), "run/step-5")
-        )
+        in_a_child(lambda k=k, s=storage: sweep.delete_checkpoint(FaultyStorage(s, fail_at=k, hook=kill), "run/step-5"))
         found = value_at(storage, "run", 5)
-        assert found == 1 if k == 0 else found is None
-        commit.sweep_leftovers(storage, "run", now=time.time())
-        assert [entry.name for entry in storage.list("run")] == (["step-5"] if k == 0 else [])
+        seen.append(found)
+        sweep.sweep_leftovers(storage, "run", now=time.time() + 2 * OWNERLESS_LIFETIME_S)
+        assert [entry.name for entry in storage.list("run")] == ([] if found is None else ["step-5"])
+    assert seen == sorted(seen, key=lambda value: value is None)
+    assert {1, None} == set(seen)
 
 
 # ---- what publish refuses ----
@@ -301,7 +300,7 @@ def test_what_could_not_be_cleaned_up_after_the_commit_does_not_fail_the_save(me
     save(CantRemove(storage), "run/step-5", 2)
     assert value_at(storage, "run", 5) == 2
     assert len(storage.list("run")) == 2
-    commit.sweep_leftovers(storage, "run", now=time.time())
+    sweep.sweep_leftovers(storage, "run", now=time.time())
     assert [entry.name for entry in storage.list("run")] == ["step-5"]
 
 
@@ -312,7 +311,7 @@ def test_the_outcome_of_a_commit_is_seen_in_storage_alone(memory_path: Path) -> 
     storage = LocalStorage(memory_path)
     save(storage, "run/step-5", 1)
     save_id = catalog.read_manifest(storage, "run/step-5").save_id
-    commit.wait_for_outcome(storage, f"run/.attempt-{save_id}", "run/step-5", save_id, timeout_s=0)
+    commit.wait_for_outcome(storage, f"run/{catalog.ATTEMPT_PREFIX}{save_id}", "run/step-5", save_id, timeout_s=0)
 
 
 def test_the_outcome_of_a_failure_carries_its_message(memory_path: Path) -> None:
@@ -331,7 +330,7 @@ def test_an_attempt_that_vanished_is_a_failure_even_if_an_older_step_is_there(
     if before is not None:
         save(storage, "run/step-5", before)
     with pytest.raises(SaveError, match="aborted before it was committed"):
-        commit.wait_for_outcome(storage, "run/.attempt-ab", "run/step-5", "ab", timeout_s=0)
+        commit.wait_for_outcome(storage, f"run/{catalog.ATTEMPT_PREFIX}ab", "run/step-5", "ab", timeout_s=0)
 
 
 def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:
@@ -339,125 +338,6 @@ def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:
     attempt, _ = begin(storage)
     with pytest.raises(SaveError, match="within 0 s"):
         commit.wait_for_outcome(storage, attempt, "run/step-5", "ab", timeout_s=0)
-
-
-# ---- leftovers ----
-
-
-def attempt_of(storage: Storage, save_id: str, **changes: object) -> str:
-    """An attempt whose owner is this process, but for ``changes`` of its record."""
-    path = f"run/{catalog.ATTEMPT_PREFIX}{save_id}"
-    storage.make_folder(f"{path}/data")
-    record = replace(owner.this_process(NOW), **changes)  # type: ignore[arg-type]
-    storage.write(f"{path}/{commit.OWNER_PREFIX}0.json", record.dump())
-    return path.rpartition("/")[2]
-
-
-def test_only_attempts_whose_owner_is_dead_are_swept(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    dead_pid = os.fork()
-    if dead_pid == 0:
-        os._exit(0)
-    os.waitpid(dead_pid, 0)
-    kept = {
-        attempt_of(storage, "a1"),
-        attempt_of(storage, "a2", host="elsewhere", created_s=NOW - 3600),
-        attempt_of(storage, "a3", pid_namespace="pid:[1]", pid=1, created_s=NOW - 3600),
-        attempt_of(storage, "a4", machine_id="another machine of that name", boot_id="x", created_s=NOW - 3600),
-    }
-    dead = {
-        attempt_of(storage, "b1", pid=dead_pid),
-        attempt_of(storage, "b2", started="12345"),  # the pid was given to another process
-        attempt_of(storage, "b3", boot_id="an earlier boot"),
-        attempt_of(storage, "b4", host="elsewhere", created_s=NOW - 25 * 3600),
-    }
-    assert set(commit.sweep_leftovers(storage, "run", now=NOW)) == dead
-    assert {entry.name for entry in storage.list("run")} == kept
-
-
-def test_a_killed_process_that_nobody_reaped_is_dead(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    pid = os.fork()
-    if pid == 0:
-        commit.begin_attempt(storage, "run/step-9", "ab")
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
-    try:
-        assert commit.sweep_leftovers(storage, "run", now=time.time()) == [".attempt-ab"]
-    finally:
-        os.waitpid(pid, 0)
-
-
-def test_an_attempt_lives_while_any_of_its_owners_does(memory_path: Path) -> None:
-    """The training process died; its writer process has adopted the attempt and is still at work."""
-    storage = LocalStorage(memory_path)
-    name = attempt_of(storage, "ab", pid=2**22 + 1)
-    commit.adopt_attempt(storage, f"run/{name}")
-    assert commit.sweep_leftovers(storage, "run", now=NOW) == []
-
-
-def test_an_attempt_without_an_owner_is_swept_once_it_is_old(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    storage.make_folder("run/.attempt-ab/data")
-    now = time.time()
-    assert commit.sweep_leftovers(storage, "run", now=now) == []
-    storage.write("run/.attempt-ab/owner-0.json", b'{"host": "torn')
-    assert commit.sweep_leftovers(storage, "run", now=now + 30 * 60) == []
-    assert commit.sweep_leftovers(storage, "run", now=now + 61 * 60) == [".attempt-ab"]
-
-
-def test_sweeping_leaves_alone_what_it_does_not_know(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    for name in ("step-7", "notes", ".git", "attempt-1", "wandb"):
-        storage.make_folder(f"run/{name}")
-    storage.write("run/.pinned-step-7", b"")
-    assert commit.sweep_leftovers(storage, "run", now=NOW) == []
-    assert commit.sweep_leftovers(storage, "nowhere", now=NOW) == []
-    assert len(storage.list("run")) == 6
-
-
-def test_a_leftover_that_cannot_be_removed_is_no_error(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    storage = LocalStorage(memory_path)
-    storage.make_folder("run/.deleting-1")
-    faulty = FaultyStorage(storage, fail_at=0, number=errno.EACCES)
-    assert commit.sweep_leftovers(faulty, "run", now=NOW) == []
-    assert "permission denied" in caplog.text
-    assert commit.sweep_leftovers(storage, "run", now=NOW) == [".deleting-1"]
-
-
-def test_owner_records_are_readable_and_checked() -> None:
-    record = owner.this_process(NOW)
-    assert owner.parse_owner(record.dump(), "x") == record
-    assert str(record) == f"process {os.getpid()} on {socket.gethostname()}"
-    for torn in (b"", b"{}", b"[1]", record.dump()[:-5], json.dumps({"pid": 1}).encode()):
-        with pytest.raises(MilepostError):
-            owner.parse_owner(torn, "x")
-
-
-# ---- deleting ----
-
-
-def test_deleting_a_link_leaves_what_it_points_to(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    save(storage, "archive/step-5", 1)
-    (memory_path / "run").mkdir()
-    (memory_path / "run" / "step-5").symlink_to("../archive/step-5")
-    commit.delete_checkpoint(storage, "run/step-5")
-    assert storage.list("run") == []
-    assert value_at(storage, "archive", 5) == 1
-
-
-def test_deleting_what_is_not_there_is_an_error(memory_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError):
-        commit.delete_checkpoint(LocalStorage(memory_path), "run/step-5")
-
-
-def test_deleting_a_step_takes_its_mark_of_damage_along(memory_path: Path) -> None:
-    storage = LocalStorage(memory_path)
-    save(storage, "run/step-5", 1)
-    catalog.mark_damaged(storage, "run/step-5", "bits flipped", now=NOW)
-    commit.delete_checkpoint(storage, "run/step-5")
-    assert storage.list("run") == []
 
 
 def test_aborting_never_fails(memory_path: Path) -> None:

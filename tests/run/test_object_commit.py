@@ -19,7 +19,7 @@ from milepost.errors import SaveError, StorageError
 from milepost.format.dcp_metadata import manifest_from_metadata, parse_metadata
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.tags import tag_of
-from milepost.run import catalog, commit, object_sweep
+from milepost.run import catalog, commit, object_sweep, sweep
 from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.lock import RunLock
 from milepost.run.object_commit import aliases
@@ -110,7 +110,7 @@ def finish(store: object) -> None:
         patch.object(object_sweep, "OWNERLESS_LIFETIME_S", -60.0),
         patch.object(object_sweep, "is_alive", lambda *_: False),
     ):
-        commit.sweep_leftovers(storage, "run", now=time.time())
+        sweep.sweep_leftovers(storage, "run", now=time.time())
         object_sweep.remove_orphans(storage, "run")
 
 
@@ -234,7 +234,7 @@ def test_a_reader_of_the_old_step_finishes_while_it_is_replaced() -> None:
     storage = storage_on(obstore.store.MemoryStore())
     manifest = save(storage, OLD)
     save(storage, NEW)
-    commit.sweep_leftovers(storage, "run", now=time.time())
+    sweep.sweep_leftovers(storage, "run", now=time.time())
     assert which(contents(storage, manifest)) == "old"
     finish(storage)
     with pytest.raises(StorageError):
@@ -245,12 +245,12 @@ def test_a_step_is_gone_for_every_reader_at_once_when_it_is_deleted(tmp_path: Pa
     begun = obstore.store.MemoryStore()
     begin_with(begun, "own", tmp_path)
     client = FaultyClient(copy_of(begun))
-    commit.delete_checkpoint(storage_on(client), TARGET)
+    sweep.delete_checkpoint(storage_on(client), TARGET)
     assert storage_on(client).list_files("run") == {}
     for fault, number in itertools.product(("killed", "killed after"), range(len(client.requests))):
         store = copy_of(begun)
         with contextlib.suppress(Killed):
-            commit.delete_checkpoint(storage_on(FaultyClient(store, fail_at=number, fault=fault)), TARGET)
+            sweep.delete_checkpoint(storage_on(FaultyClient(store, fail_at=number, fault=fault)), TARGET)
         clean = storage_on(store)
         ours, stock = seen_by_milepost(clean), seen_by_stock(clean)
         assert (ours, stock) in {("old", "old"), ("old", "nothing"), ("nothing", "nothing")}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from milepost.errors import StorageError
 from milepost.run import catalog, retention
+from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
@@ -128,11 +129,10 @@ def test_a_resume_loses_nothing_whatever_the_rules(
     rules = {"keep_latest_k": k, "keep_every_n": n, "protected": dict.fromkeys(protected, "needed")}
     gone = set(deleted(entries, **rules))
     left = [e for e in entries if e.step not in gone]
-    for kinds in (("full",), ("full", "model")):
-        before, after = catalog.newest(entries, kinds), catalog.newest(left, kinds)
-        own_before = catalog.newest([e for e in entries if e.state == "committed"], kinds)
-        own_after = catalog.newest([e for e in left if e.state == "committed"], kinds)
-        assert (before, own_before) == (after, own_after)
+    before, after = History.of(entries), History.of(left)
+    assert (before.newest, before.newest_resumable) == (after.newest, after.newest_resumable)
+    own = [History.of([e for e in some if e.state == "committed" and not e.is_link]) for some in (entries, left)]
+    assert (own[0].newest, own[0].newest_resumable) == (own[1].newest, own[1].newest_resumable)
     assert not gone & protected
     assert all(e.state == "committed" and not e.pinned and not e.is_link for e in entries if e.step in gone)
     assert k or not gone

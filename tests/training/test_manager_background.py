@@ -253,7 +253,7 @@ def test_what_the_writer_logs_is_in_the_log_of_the_trainer(tmp_path: Path, caplo
     with manager_of(tmp_path / "run", "async_with_pinned_mem", keep_latest_k=1) as manager:
         manager.save(1)
         manager.save(2)
-    assert "deleted step-1: keep_latest_k = 1" in caplog.text
+    assert "deleted step-1: no rule keeps it (keep_latest_k = 1)" in caplog.text
 
 
 KILLED_AFTER_THE_COMMIT = """

@@ -17,7 +17,7 @@ from milepost.errors import CheckpointNotFoundError, ConfigError, StorageError
 from milepost.format.digest import crc32
 from milepost.format.manifest import BLOCK_NBYTES, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
-from milepost.run import catalog, commit
+from milepost.run import catalog, sweep
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import ReadHandle
 from milepost.testing.sample import save_arrays
@@ -428,7 +428,7 @@ def test_a_step_that_goes_while_it_is_verified_is_no_damage(storage: LocalStorag
     class Racing(WrappedStorage):
         def open_read(self, path: str) -> ReadHandle:
             if path.startswith("run/step-5/"):
-                commit.delete_checkpoint(self.inner, "run/step-5")
+                sweep.delete_checkpoint(self.inner, "run/step-5")
             return self.inner.open_read(path)
 
     reports: list[VerifyReport] = verify_run(Racing(storage), "run")

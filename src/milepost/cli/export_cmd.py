@@ -8,6 +8,7 @@ from milepost.cli.convert_cmd import add_conversion_arguments, run_conversion
 from milepost.cli.paths import open_run
 from milepost.errors import CheckpointNotFoundError
 from milepost.run import catalog
+from milepost.run.branches import History
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def step_to_export(path: str, step: int | None) -> str:
-    """The path of step ``step`` of the run at ``path``, None for the newest usable one.
+    """The path of step ``step`` of the run at ``path``, None for the newest usable one of the branch written last.
 
     Raises:
         CheckpointNotFoundError: there is no such step; lists those that are.
@@ -44,9 +45,10 @@ def step_to_export(path: str, step: int | None) -> str:
     entries = catalog.scan(storage, folder)
     usable = [entry for entry in entries if entry.is_usable]
     # A step that is named may be damaged: every byte that is read of it is checked.
-    for entry in reversed(usable if step is None else [entry for entry in entries if entry.state != "incomplete"]):
-        if step is None or entry.step == step:
-            return f"{storage.root}/{entry.path}"
+    readable = [entry for entry in entries if entry.state != "incomplete"]
+    chosen = History.of(entries).newest if step is None else next((e for e in readable if e.step == step), None)
+    if chosen is not None:
+        return f"{storage.root}/{chosen.path}"
     steps = [entry.step for entry in usable]
     wanted = f"no usable step {step}" if step is not None else "no usable step"
     listed = f"; usable are {', '.join(map(str, steps))}" if steps else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -12,7 +13,8 @@ from milepost.cli.render import print_json, print_line, print_table, state_text
 from milepost.errors import MilepostError
 from milepost.format.summary import format_count, model_total
 from milepost.parallelism.degrees import degrees_text
-from milepost.run import catalog, commit
+from milepost.run import catalog, sweep
+from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
 from milepost.run.hf_folder import described
 from milepost.storage import open_storage
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  damaged     committed once, and changed since\n"
         "  unreadable  the storage refused to read it\n\n"
         "PARAMS counts the model's elements, DTYPE is what most of them are. LAYOUT is how many ranks saved, and the\n"
-        "degrees of parallelism above 1.\n\n"
+        "degrees of parallelism above 1. METRICS are what the run recorded with a step. A step of an abandoned branch\n"
+        "is one that a run went back behind: it is resumed only if checkpoint.load_step names it.\n\n"
         "examples:\n"
         "  milepost ls outputs/checkpoint\n"
         "  milepost ls outputs --json\n\n"
@@ -44,31 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the steps."""
-    storage, folder, entries = _listed(args.path)
+    storage, folder, entries, history = _listed(args.path)
+    ends = history.ends()
     if args.json:
-        print_json([_json(entry) for entry in entries])
-    else:
-        now = time.time()
-        print_table(
-            ("STEP", "STATE", "HOLDS", "AGE", "SIZE", "PARAMS", "DTYPE", "LAYOUT", "NOTES"),
-            [_row(entry, now) for entry in entries],
-            numeric=("STEP", "AGE", "SIZE", "PARAMS"),
-        )
-        for line in commit.activity(storage, folder, now=now):
-            print_line(line)
+        print_json([_json(entry, ends.get(entry.step)) for entry in entries])
+        return 0
+    now = time.time()
+    headers = ["STEP", "STATE", "HOLDS", "AGE", "SIZE", "PARAMS", "DTYPE", "LAYOUT", "METRICS", "NOTES"]
+    rows = [_row(entry, now, ends.get(entry.step)) for entry in entries]
+    if not any(entry.metrics for entry in entries):
+        column = headers.index("METRICS")
+        headers, rows = [*headers[:column], *headers[column + 1 :]], [(*r[:column], *r[column + 1 :]) for r in rows]
+    print_table(headers, rows, numeric=("STEP", "AGE", "SIZE", "PARAMS"))
+    for line in sweep.activity(storage, folder, now=now):
+        print_line(line)
     return 0
 
 
-def _listed(path: str) -> tuple[Storage, str, list[StepEntry]]:
+def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:
     """The run at ``path`` with its steps, or with the one that ``path`` is. Hugging Face steps get their totals."""
     storage, name = open_storage(path)
     step = catalog.step_of(name)
     if step is not None and storage.stat(name) is not None:
-        folder, entries = split(name)[0], [find_step(storage, split(name)[0], step, path)]
+        folder, listed = split(name)[0], [find_step(storage, split(name)[0], step, path)]
     else:
         storage, folder = open_run(path)
-        entries = catalog.scan(storage, folder, keep_going=True)
-    return storage, folder, [_with_totals(storage, entry) for entry in entries]
+        listed = []
+    entries = catalog.scan(storage, folder, keep_going=True)
+    return storage, folder, [_with_totals(storage, entry) for entry in listed or entries], History.of(entries)
 
 
 def _with_totals(storage: Storage, entry: StepEntry) -> StepEntry:
@@ -83,12 +89,17 @@ def _with_totals(storage: Storage, entry: StepEntry) -> StepEntry:
     return dataclasses.replace(entry, num_parameters=total.num_elements, dtype=next(iter(total.dtypes), ""))
 
 
-def _json(entry: StepEntry) -> dict[str, Any]:
-    return dataclasses.asdict(entry)
+def _json(entry: StepEntry, branch_end: int | None) -> dict[str, Any]:
+    fields = dataclasses.asdict(entry)
+    del fields["has_training_state"]
+    metrics = {name: value if math.isfinite(value) else None for name, value in entry.metrics.items()}
+    more = {"is_resumable": entry.is_resumable, "is_abandoned": branch_end is not None, "branch_end": branch_end}
+    return fields | {"metrics": metrics} | more
 
 
-def _row(entry: StepEntry, now: float) -> tuple[Any, ...]:
+def _row(entry: StepEntry, now: float, branch_end: int | None) -> tuple[Any, ...]:
     notes = [text for holds, text in ((entry.pinned, "pinned"), (entry.is_link, "link")) if holds]
+    notes += [f"abandoned branch (ended at step {branch_end})"] if branch_end is not None else []
     notes += [entry.reason] if entry.reason else []
     return (
         str(entry.step),
@@ -99,6 +110,7 @@ def _row(entry: StepEntry, now: float) -> tuple[Any, ...]:
         format_count(entry.num_parameters) if entry.num_parameters else "-",
         entry.dtype or "-",
         _layout(entry),
+        ", ".join(f"{name} {value:.4g}" for name, value in entry.metrics.items()),
         "; ".join(notes),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.format.manifest import Manifest
 from milepost.run import catalog
+from milepost.run.branches import History
 from milepost.run.catalog import CheckpointInfo, StepEntry
 from milepost.run.hf_folder import is_adapter, is_hf_folder
 from milepost.storage import open_storage
@@ -73,7 +74,7 @@ def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInf
     folder = catalog.find_run(storage, name)
     if folder is not None:
         entries = catalog.scan(storage, folder)
-        newest = ([entry for entry in entries if entry.is_usable] or entries)[-1]
+        newest = History.of(entries).newest or entries[-1]
         message = f"{path} is a run, not a checkpoint: give one of its steps, such as {storage.root}/{newest.path}"
     else:
         message = f"{path} is not a checkpoint: {info.reason if info is not None else 'there is no such folder'}"

@@ -8,10 +8,10 @@ import re
 import time
 
 from milepost.cli.paths import open_run
-from milepost.cli.render import console, print_json, print_table
+from milepost.cli.render import console, print_json, print_table, printable
 from milepost.errors import ConfigError
 from milepost.run import catalog, retention
-from milepost.run.commit import sweep_leftovers
+from milepost.run.sweep import Sweep, sweep_leftovers
 from milepost.storage.base import counted, format_nbytes
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")
@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
         "Whatever the rules say, these stay: the newest committed step, the newest one to resume from, pinned\n"
         "steps, links, and what is external, incomplete or damaged. Rules add up: a step goes only if none keeps it.\n"
+        "They count on the branch that was written last. Of abandoned branches the newest steps fill what room\n"
+        "--keep-latest leaves, and what is within --keep-within stays; the rest goes first.\n"
         "Hours and days without a step are not counted."
     )
     parser.epilog = (
@@ -51,6 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-daily", type=int, default=0, metavar="N", help="keep the newest step of each of the last N days (UTC)"
     )
     parser.add_argument(
+        "--keep-best", type=int, default=0, metavar="K", help="keep the K steps with the best value of --metric"
+    )
+    parser.add_argument(
+        "--metric", default="", metavar="NAME", help="the value that --keep-best compares, such as loss"
+    )
+    parser.add_argument(
+        "--mode", choices=("min", "max"), default="min", help="which value of --metric is best (default: min)"
+    )
+    parser.add_argument(
         "--keep-within", default="0s", metavar="TIME", help="keep what was committed within TIME: 90min, 12h, 2d, 1w"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
@@ -69,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
         keep_within_s=keep_within_s,
         keep_hourly=args.keep_hourly,
         keep_daily=args.keep_daily,
+        keep_best_k=args.keep_best,
+        metric=args.metric,
+        mode=args.mode,
         protected={},
         now=now,
     )
@@ -78,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             [(str(d.step), format_nbytes(d.nbytes), "keep" if d.keep else "delete", d.reason) for d in decisions],
             numeric=("STEP", "SIZE"),
         )
-    swept: list[str] = []
+    swept = Sweep((), ())
     if not args.dry_run:
         retention.apply(storage, folder, decisions)
         swept = sweep_leftovers(storage, folder, now=now)
@@ -86,12 +100,15 @@ def run(args: argparse.Namespace) -> int:
     freed = sum(decision.nbytes for decision in gone)
     if args.json:
         listed = [dataclasses.asdict(decision) for decision in decisions]
-        print_json({"dry_run": args.dry_run, "freed_nbytes": freed, "steps": listed, "swept": swept})
-    else:
-        verb = "would delete" if args.dry_run else "deleted"
-        steps = counted(len(gone), "step")
-        extra = f"; removed {counted(len(swept), 'stale save attempt')}" if swept else ""
-        console().print(f"{verb} {steps} of {len(decisions)}, {format_nbytes(freed)}{extra}")
+        steps_and_leftovers = {"steps": listed, "swept": swept.removed, "left_alone": swept.left}
+        print_json({"dry_run": args.dry_run, "freed_nbytes": freed, **steps_and_leftovers})
+        return 0
+    verb = "would delete" if args.dry_run else "deleted"
+    extra = f"; removed {counted(len(swept.removed), 'stale save attempt')}" if swept.removed else ""
+    console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {format_nbytes(freed)}{extra}")
+    if swept.left:
+        names = printable(", ".join(swept.left))
+        console().print(f"left alone, not recognised as Milepost's: {names}", markup=False)
     return 0
 
 
@@ -100,14 +117,23 @@ def _checked(args: argparse.Namespace) -> float:
     problems = []
     if args.keep_latest is not None and args.keep_latest < 1:
         problems.append(f"--keep-latest must be at least 1, not {args.keep_latest}")
-    for option in ("keep_every", "keep_hourly", "keep_daily"):
+    for option in ("keep_every", "keep_hourly", "keep_daily", "keep_best"):
         number = getattr(args, option)
         if number < 0:
             problems.append(f"--{option.replace('_', '-')} must be 0 (disabled) or more, not {number}")
+    if bool(args.keep_best) != bool(args.metric):
+        problems.append("--keep-best and --metric go together: which steps are best, and by which of their metrics")
     span = _DURATION.fullmatch(args.keep_within)
     if span is None:
         problems.append(f"--keep-within {args.keep_within} is no time span: write 90min, 12h, 2d or 1w")
-    rules = (args.keep_latest, args.keep_every, args.keep_hourly, args.keep_daily, span and float(span[1]))
+    rules = (
+        args.keep_latest,
+        args.keep_every,
+        args.keep_hourly,
+        args.keep_daily,
+        args.keep_best,
+        span and float(span[1]),
+    )
     if not problems and not any(rules):
         problems.append("give at least one rule that says what to keep, for instance --keep-latest 3")
     if problems or span is None:

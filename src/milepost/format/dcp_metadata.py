@@ -6,11 +6,12 @@ Accepted is what stock DCP of torch 2.0 and later writes: the classes of ``torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from milepost.config import part_of
 from milepost.errors import FormatError, listed
 from milepost.format.box import Box
 from milepost.format.dtype import DTYPES, itemsize
@@ -274,9 +275,10 @@ def manifest_from_metadata(
     """The manifest of a folder that has none, from its ``.metadata`` and the sizes in bytes of the files in it.
 
     Where the raw data begins and its digest are None: ``record.locate_tensor`` finds them. ``kind`` is ``full`` if
-    there is any key under ``optimizer.`` or ``train_state.``, else ``state``. ``world_size`` is 1: it isn't recorded.
-    Raises FormatError for items that were transformed (compressed, encrypted) by a DCP extension, and for all that
-    ``manifest_faults`` finds: names that leave the folder, files that are absent or too short, overlaps and gaps.
+    there is any key under ``optimizer.`` or ``train_state.``, ``model`` if all are the model's, else ``state``.
+    ``world_size`` is 1: it isn't recorded. Raises FormatError for items that were transformed (compressed, encrypted)
+    by a DCP extension, and for all that ``manifest_faults`` finds: names that leave the folder, files that are absent
+    or too short, overlaps and gaps.
     """
     problems: list[str] = []
     tensors = {key: _tensor_entry(key, tensor, metadata, problems) for key, tensor in metadata.tensors.items()}
@@ -286,13 +288,12 @@ def manifest_from_metadata(
         if place is not None:
             objects[key] = ObjectEntry(place.path, place.offset, place.nbytes, None)
     keys = metadata.tensors.keys() | set(metadata.objects)
-    is_full = any(key.startswith(("optimizer.", "train_state.")) for key in keys)
     used = {item.file for item in _items(tensors, objects)}
     manifest = Manifest(
         step=step,
         save_id=metadata.save_id or "",
         created_s=created_s,
-        kind="full" if is_full else "state",
+        kind=_kind(keys),
         world_size=1,
         layout={},
         producer={"torch.distributed.checkpoint": metadata.version or "unknown"},
@@ -305,6 +306,14 @@ def manifest_from_metadata(
     if problems:
         raise FormatError(f"{path}: {'; '.join(listed(problems))}", path=path)
     return manifest
+
+
+def _kind(keys: Collection[str]) -> str:
+    """What training state the keys show: a whole one, weights alone, or a state dict of some other kind."""
+    parts = {part_of(key) for key in keys}
+    if not parts.isdisjoint(("optimizer", "train_state")):
+        return "full"
+    return "model" if parts == {"model"} else "state"
 
 
 def _items(

@@ -84,7 +84,7 @@ class BranchStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """Where a step stands in the history of its run. See ``milepost.run.lineage``."""
+    """Where a step stands in the history of its run. See ``milepost.run.branches``."""
 
     run: str
     """Id of the run: the same for all steps that descend from one beginning."""

@@ -26,13 +26,16 @@ from milepost.format.manifest import (
 )
 from milepost.format.manifest_1 import manifest_of_format_1
 from milepost.format.manifest_check import manifest_faults
-from milepost.format.typed_json import parse_json
+from milepost.format.typed_json import convert, parse_json
 
 FORMAT_NAME = "milepost"
 MAX_MANIFEST_NBYTES = 512 << 20
 _TAIL = '"crc32": "%08x"\n}\n'
 _TAIL_PATTERN = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
 _TAIL_NBYTES = len(_TAIL % 0)
+_LINEAGE_PATTERN = re.compile(rb'^"lineage": (\{.*\}),$', re.MULTILINE)
+_MAX_HEAD_NBYTES = 64 << 10
+"""The lineage stands in front of the files and tensors."""
 
 
 # ---- writing ----
@@ -159,3 +162,17 @@ def _parse(data: bytes, path: str) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         fail(f"format version {version!r:.50} does not exist")
     return document
+
+
+def lineage_of_torn(data: bytes) -> Lineage | None:
+    """The lineage in a manifest that ``from_json`` refuses, if its line is legible; None else.
+
+    It is not covered by any digest then: fit to say which steps the damaged one may have descended from, no more.
+    """
+    found = _LINEAGE_PATTERN.search(data, 0, _MAX_HEAD_NBYTES)
+    if found is None:
+        return None
+    try:
+        return convert(parse_json(found[1], MANIFEST_NAME, "a lineage"), Lineage, MANIFEST_NAME, "lineage")
+    except FormatError:
+        return None

@@ -54,8 +54,6 @@ class Sink(ABC):
         found = self.storage.stat(self.target)
         if found is not None and not (found.is_folder and not self.storage.list(self.target)):
             raise ConversionError(f"{self.path} exists already: remove it or give another destination", path=self.path)
-        folder = split(self.target)[0]
-        commit.sweep_leftovers(self.storage, folder, now=time.time())
         self._attempt = commit.begin_attempt(self.storage, self.target, self.save_id)
 
     @property

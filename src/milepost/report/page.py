@@ -21,6 +21,7 @@ from milepost.parallelism.degrees import degrees_text
 from milepost.report.gather import RunView, StepView, step_path
 from milepost.report.pictures import attribute, histogram, line_chart, number, shard_map, stacked_bars
 from milepost.report.profile import Grid, Movement, TensorProfile, grid_of
+from milepost.run.branches import History
 from milepost.storage.base import format_duration, format_nbytes
 
 MAX_KEY = 300
@@ -78,7 +79,8 @@ def _sections(view: RunView) -> Iterable[str]:
 
 
 def _header(view: RunView) -> str:
-    newest = next((step for step in reversed(view.steps) if step.entry.is_usable), view.steps[-1])
+    last = History.of([step.entry for step in view.steps]).newest
+    newest = next((step for step in view.steps if step.entry is last), view.steps[-1])
     facts = [
         ("steps", str(len(view.steps))),
         ("newest", f"step {newest.entry.step}"),

@@ -26,6 +26,7 @@ from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, Con
 from milepost.parallelism.degrees import SHORT_DEGREES
 from milepost.report.diff import DiffReport, diff
 from milepost.run import catalog
+from milepost.run.branches import History
 from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.verification.verify import verify
@@ -174,7 +175,7 @@ def resume_test(settings: Settings, folder: Path, tell: Callable[[str], None] = 
 def _committed_step(folder: Path) -> int:
     """The step that the killed run left, every byte of it verified."""
     storage, name = open_storage(folder)
-    entry = catalog.newest(catalog.scan(storage, name))
+    entry = History.of(catalog.scan(storage, name)).newest_resumable
     if entry is None:
         raise CheckpointNotFoundError(f"the killed run left no committed step in {folder}", path=str(folder))
     report = verify(join(storage.root, entry.path))

@@ -6,16 +6,17 @@ say; a load that finds they are not leaves a mark here.
 
 Names in a run's folder:
 
-===============================  =========================================================================
-``step-<N>``                     a step; N in decimal without leading zeros
-``.attempt-<save id>``           a save that is not committed; never a checkpoint
-``.replaced-<save id>-step-<N>`` the old step N, for the moment in which its replacement takes its name
-``.deleting-<id>``               being deleted; never a checkpoint
-``.pinned-step-<N>``             an empty file: never prune that step
-``.damaged-step-<N>.json``       a loader found bytes of that step changed
-``.lock``, ``.lock-<id>``        the run that writes here; see ``checkpoint/lock.py``
-``events.jsonl``                 one line for each save, for people and dashboards; never read back
-===============================  =========================================================================
+======================================  ==================================================================
+``step-<N>``                            a step; N in decimal without leading zeros
+``.milepost-attempt-<save id>``         a save that is not committed; never a checkpoint
+``.milepost-replaced-<save id>-<name>`` an old step, for the moment in which its replacement takes its name
+``.milepost-deleting-<id>``             holds what is being deleted; never a checkpoint
+``.pinned-step-<N>``                    an empty file: never prune that step
+``.damaged-step-<N>.json``              a loader found bytes of that step changed
+``.lock``, ``.lock-<id>``               the run that writes here; see ``run/lock.py``
+``SAVE``, ``STOP``                      made by a user: what is asked of the run; see ``training/signals.py``
+``events.jsonl``                        one line for each save, for people and dashboards; never read back
+======================================  ==================================================================
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from __future__ import annotations
 import errno
 import json
 import re
-import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from milepost.collective.threads import map_in_threads
+from milepost.config import part_of
 from milepost.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
@@ -39,8 +40,8 @@ from milepost.errors import (
 )
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, crc32, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
-from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Lineage, Manifest
+from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json, lineage_of_torn
 from milepost.format.summary import model_total
 from milepost.format.tags import tag_of, tagged
 from milepost.format.typed_json import convert, parse_json
@@ -49,9 +50,12 @@ from milepost.storage.base import Entry, Storage, join, split
 State = Literal["committed", "incomplete", "damaged", "external", "unreadable"]
 """``unreadable``: the storage refused, so that nothing is known. Only a listing goes on then."""
 
-ATTEMPT_PREFIX = ".attempt-"
-REPLACED_PREFIX = ".replaced-"
-DELETING_PREFIX = ".deleting-"
+ATTEMPT_PREFIX = ".milepost-attempt-"
+REPLACED_PREFIX = ".milepost-replaced-"
+DELETING_PREFIX = ".milepost-deleting-"
+OLD_ATTEMPT_PREFIX = ".attempt-"
+OLD_PREFIXES = (OLD_ATTEMPT_PREFIX, ".replaced-", ".deleting-")
+"""Of Milepost 0.1. Other programs use such names too, so they are read, and never removed."""
 PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
 
@@ -61,7 +65,7 @@ MAX_LISTINGS = 8
 
 _UNFIT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG}  # gone, a link, no regular file, absurdly large
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"[0-9a-f]+-(step-.+)")
+_REPLACED_NAME = re.compile(rf"(?:{re.escape(REPLACED_PREFIX)}|\.replaced-)[0-9a-f]+-(step-.+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +74,8 @@ class CheckpointInfo:
 
     ``reason`` says why it is not simply committed. ``kind`` and ``layout`` are the manifest's, empty when unknown;
     ``dtype`` is the one that most of the model has. ``record_id`` identifies the commit record, so that a mark of
-    damage is not taken for one of a later save at the same place.
+    damage is not taken for one of a later save at the same place. ``lineage`` is also given for a step whose record is
+    damaged in another place. ``has_training_state``: the optimizer's state or the train state is there.
     """
 
     path: str
@@ -85,6 +90,9 @@ class CheckpointInfo:
     dtype: str = ""
     num_parameters: int = 0
     layout: Mapping[str, int] = field(default_factory=dict)
+    lineage: Lineage | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    has_training_state: bool = False
 
     @property
     def name(self) -> str:
@@ -95,6 +103,11 @@ class CheckpointInfo:
     def is_usable(self) -> bool:
         """Whether it can be loaded, as far as metadata tells."""
         return self.state in ("committed", "external")
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it: it can be loaded, and holds more than weights."""
+        return self.is_usable and (self.kind == "full" or (self.kind == "state" and self.has_training_state))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +219,7 @@ def _list_steady(storage: Storage, folder: str) -> dict[str, Entry]:
     """A listing in which no step is between two names: listing a folder is not atomic, a rename meanwhile may hide."""
     names = {entry.name: entry for entry in storage.list(folder)}
     for _ in range(MAX_LISTINGS):
-        if not any(name.startswith((ATTEMPT_PREFIX, REPLACED_PREFIX)) for name in names):
+        if not any(name.startswith((ATTEMPT_PREFIX, REPLACED_PREFIX, *OLD_PREFIXES)) for name in names):
             break
         before, names = names, {entry.name: entry for entry in storage.list(folder)}
         if before.keys() == names.keys():
@@ -263,14 +276,21 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
             return None  # of a save under way, or what is left of one, where saves have no folder of their own
         reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
         return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
-    record_id = ""
+    record_id, data = "", b""
     try:
         data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
         record_id = _record_id(data)
         manifest, faults = _parse(data, name, path, files)
     except FormatError as error:
         reason = error.message.removeprefix(f"{path}/")  # the step is named where this is shown
-        return CheckpointInfo(path=path, state="damaged", reason=reason, nbytes=nbytes, record_id=record_id)
+        return CheckpointInfo(
+            path=path,
+            state="damaged",
+            reason=reason,
+            nbytes=nbytes,
+            record_id=record_id,
+            lineage=lineage_of_torn(data) if name == MANIFEST_NAME else None,
+        )
     except StorageError as error:
         if error.errno not in _UNFIT:
             raise  # a server that is down, too many open files: nothing is known about the step then
@@ -291,6 +311,11 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         dtype=model.dtypes[0] if model.dtypes else "",
         num_parameters=model.num_elements,
         layout=manifest.layout,
+        lineage=manifest.lineage,
+        metrics=manifest.metrics,
+        has_training_state=any(
+            part_of(key) in ("optimizer", "train_state") for key in (*manifest.tensors, *manifest.objects)
+        ),
     )
 
 
@@ -410,12 +435,6 @@ def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDige
     return parse_digests(storage.read(name), manifest, name)
 
 
-def newest(entries: Iterable[StepEntry], kinds: Collection[str] = ("full",)) -> StepEntry | None:
-    """The step to resume from: the newest that can be loaded and is of one of ``kinds``; None if there is none."""
-    fitting = [entry for entry in entries if entry.is_usable and entry.kind in kinds]
-    return max(fitting, key=lambda entry: entry.step, default=None)
-
-
 def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> None:
     """Leave word beside the checkpoint at ``path`` that its bytes are not sound: scans then list it as damaged.
 
@@ -427,15 +446,7 @@ def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> Non
         return
     mark = _DamageMark(_record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)), reason, now)
     final = damage_mark(path)
-    content = json.dumps(asdict(mark), indent=1).encode()
-    if not storage.can_rename:
-        storage.replace(final, content)
-        return
-    draft = f"{final}.{uuid.uuid4().hex}.part"
-    storage.write(draft, content)
-    storage.remove(final)
-    storage.rename(draft, final)
-    storage.sync_folder(split(path)[0])
+    storage.replace(final, json.dumps(asdict(mark), indent=1).encode())
 
 
 def damage_mark(path: str) -> str:
@@ -460,15 +471,32 @@ def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
         return None
 
 
+def pin_mark(path: str) -> str:
+    """Where the pin of the step at ``path`` is."""
+    folder, name = split(path)
+    return join(folder, PINNED_PREFIX + name)
+
+
 def pin(storage: Storage, folder: str, step: int) -> None:
-    """Keep a step from ever being pruned. No error if it is pinned already."""
-    mark = join(folder, PINNED_PREFIX + step_name(step))
-    if storage.stat(mark) is None:
-        storage.write(mark, b"")
-    storage.sync_folder(folder)  # also if another process has made it this moment
+    """Keep a step from ever being pruned. No error if it is pinned already.
+
+    Raises:
+        CheckpointNotFoundError: it was deleted before the pin was there.
+    """
+    path = join(folder, step_name(step))
+    try:
+        if storage.stat(pin_mark(path)) is None:
+            storage.write(pin_mark(path), b"")
+    except StorageError as error:
+        if error.errno != errno.EEXIST:  # another process has pinned it this moment
+            raise
+    storage.sync_folder(folder)
+    if step not in _steps(_list_run(storage, folder)[0]):
+        storage.remove(pin_mark(path))
+        raise CheckpointNotFoundError(f"{storage.root}/{path} was deleted before it could be pinned", path=path)
 
 
 def unpin(storage: Storage, folder: str, step: int) -> None:
     """Take the pin away. No error if there is none."""
-    storage.remove(join(folder, PINNED_PREFIX + step_name(step)))
+    storage.remove(pin_mark(join(folder, step_name(step))))
     storage.sync_folder(folder)

@@ -1,8 +1,8 @@
-"""The commit protocol: the only code that makes a checkpoint visible, replaces one, or takes one away.
+"""The commit protocol: the only code that makes a checkpoint visible, or replaces one.
 
 ::
 
-    .attempt-<save id>/          begin_attempt        no reader takes it for a checkpoint
+    .milepost-attempt-<save id>/ begin_attempt        no reader takes it for a checkpoint
         owner-<id>.json          begin_attempt, adopt the processes that may still finish it
         data/                    <- each rank's files
         sign-off-<rank>          signoff.sign_off     one for each rank, when its files are durable
@@ -17,7 +17,6 @@ point, a scan shows the state before the save or the state after it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import re
@@ -26,20 +25,21 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
+from milepost.errors import ConfigError, SaveError, StorageError, listed
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
-from milepost.format.tags import tag_of, untagged
-from milepost.run import catalog, object_commit, object_sweep
+from milepost.format.tags import untagged
+from milepost.run import object_commit
 from milepost.run.assemble import SaveInfo, assemble
-from milepost.run.catalog import ATTEMPT_PREFIX, DAMAGED_PREFIX, DELETING_PREFIX, REPLACED_PREFIX
+from milepost.run.catalog import ATTEMPT_PREFIX, REPLACED_PREFIX
 from milepost.run.object_commit import COMMITTED_NAME
-from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, Owner, is_alive, owners_of, this_process
+from milepost.run.owner import OWNER_PREFIX, this_process
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff
-from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, split
+from milepost.run.sweep import discard_quietly, name_left, sweep_leftovers
+from milepost.storage.base import Storage, join, split
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +48,6 @@ VISIBILITY_S = 60.0
 
 _FAILED_NAME = "failed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
-_LEFTOVER_NAME = re.compile(
-    rf"({re.escape(ATTEMPT_PREFIX)}|{re.escape(DELETING_PREFIX)})[0-9a-f]+"
-    rf"|{re.escape(DAMAGED_PREFIX)}.+\.json\.[0-9a-f]+\.part"  # a mark that was being left
-)
-_REPLACED_NAME = re.compile(re.escape(REPLACED_PREFIX) + r"([0-9a-f]+)-(.+)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
 
@@ -76,18 +71,20 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
         raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
     folder = split(target)[0]
     try:
-        sweep_leftovers(storage, folder, now=time.time())
+        name_left(storage, folder, sweep_leftovers(storage, folder, now=time.time()).left)
     except StorageError as error:
         _log.warning("stale save attempts in %s/%s could not be removed: %s", storage.root, folder, error)
     attempt = join(folder, ATTEMPT_PREFIX + save_id)
     try:
         if storage.can_rename:
-            storage.make_folder(Place.of(storage, attempt, target, save_id).folder)
+            storage.make_folder(attempt)
         else:
             object_commit.note_target(storage, attempt, target)
-        adopt_attempt(storage, attempt)
+        adopt_attempt(storage, attempt)  # first of all: without its owner's record nobody may remove what is in it
+        if storage.can_rename:
+            storage.make_folder(Place.of(storage, attempt, target, save_id).folder)
     except BaseException:  # Ctrl-C too
-        discard_quietly(storage, attempt)  # without its owner's record it would lie about for an hour
+        discard_quietly(storage, attempt)  # without its owner's record it would stay for an hour
         raise
     return attempt
 
@@ -330,137 +327,3 @@ def save_id_at(storage: Storage, target: str) -> str:
 def abort_attempt(storage: Storage, attempt: str) -> None:
     """Remove an attempt. Never fails: what can't be removed now is removed by a later run."""
     discard_quietly(storage, attempt)
-
-
-def delete_checkpoint(storage: Storage, path: str) -> None:
-    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link goes.
-
-    Raises:
-        CheckpointNotFoundError: there is nothing at ``path``.
-        StorageError: it can't be deleted; it is complete, or it is no longer there for any reader.
-    """
-    found = storage.stat(path)
-    if found is None:
-        raise CheckpointNotFoundError(f"there is nothing to delete at {storage.root}/{path}", path=path)
-    if found.is_link:
-        storage.remove(path)
-        storage.sync_folder(split(path)[0])
-    elif not (discard(storage, path) if storage.can_rename else object_sweep.delete_files(storage, path)):
-        raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
-    storage.remove(catalog.damage_mark(path))
-
-
-def discard(storage: Storage, path: str) -> bool:
-    """Remove a folder: first out of every reader's sight, in one atomic act, then for good. False if it is gone."""
-    folder, name = split(path)
-    if storage.stat(path) is None:
-        return False
-    if not name.startswith(DELETING_PREFIX):
-        path, shown = join(folder, DELETING_PREFIX + uuid.uuid4().hex), path
-        try:
-            storage.rename(shown, path)
-        except StorageError as error:
-            if error.errno == errno.ENOENT:
-                return False  # another process was quicker
-            raise
-    # Also of what was renamed before, by a run that was killed then: after a power cut it would be shown again, half.
-    storage.sync_folder(folder)
-    storage.remove_tree(path)
-    return True
-
-
-def discard_quietly(storage: Storage, path: str) -> bool:
-    """Remove a folder; return whether it is gone. A failure is logged, not raised: the next sweep tries again."""
-    try:
-        if storage.can_rename:
-            discard(storage, path)
-        else:
-            object_sweep.remove_attempt(storage, path)
-    except (StorageError, FormatError) as error:
-        _log.warning("%s/%s could not be removed yet: %s", storage.root, path, error)
-        return False
-    return True
-
-
-def sweep_leftovers(storage: Storage, folder: str, *, now: float) -> list[str]:
-    """Remove from a run's folder what dead processes left there; the names of what was dealt with.
-
-    An attempt whose owner may still live is left alone, with all that belongs to it. A replacement that was cut short
-    is undone: the old checkpoint gets its name back. ``now`` is in seconds since the epoch.
-    """
-    if not storage.can_rename:
-        return object_sweep.sweep(storage, folder, now=now)
-    entries = {entry.name: entry for entry in storage.list(folder)}
-    alive = {
-        name
-        for name, entry in entries.items()
-        if name.startswith(ATTEMPT_PREFIX) and _attempt_lives(storage, folder, entry, now)
-    }
-    swept = []
-    for name in entries:
-        replaced = _REPLACED_NAME.fullmatch(name)
-        if replaced is not None:
-            if ATTEMPT_PREFIX + replaced[1] not in alive and _settle(storage, folder, name, replaced[2]):
-                swept.append(name)
-        elif name not in alive and _LEFTOVER_NAME.fullmatch(name):
-            swept += [name] if discard_quietly(storage, join(folder, name)) else []
-    return swept
-
-
-def live_owners(storage: Storage, folder: str, *, now: float) -> list[Owner]:
-    """The processes that still work on saves in a run's folder, as far as their records tell."""
-    found = []
-    for entry in storage.list(folder):
-        if entry.name.startswith(ATTEMPT_PREFIX):
-            with contextlib.suppress(StorageError):  # the owner is removing it this moment
-                found += [owner for owner in owners_of(storage, join(folder, entry.name)) if is_alive(owner, now)]
-    return found
-
-
-def activity(storage: Storage, folder: str, *, now: float) -> list[str]:
-    """A line for each save that living processes are writing in a run's folder."""
-    lines = []
-    for entry in storage.list(folder):
-        if not entry.name.startswith(ATTEMPT_PREFIX) or not _attempt_lives(storage, folder, entry, now):
-            continue
-        with contextlib.suppress(StorageError):  # it is committed or removed this moment
-            attempt = join(folder, entry.name)
-            owners = [str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)]
-            data = _files_of(storage, attempt)
-            written = f"{counted(len(data), 'file')}, {format_nbytes(sum(file.nbytes for file in data))}"
-            lines.append(f"being written: {entry.name} ({written} so far) by {', '.join(owners) or 'a process'}")
-    return lines
-
-
-def _files_of(storage: Storage, attempt: str) -> list[Entry]:
-    """The files that a save has written so far."""
-    if storage.can_rename:
-        return [file for file in storage.list(f"{attempt}/data") if not file.is_folder]
-    note = object_commit.read_note(storage, attempt)
-    save_id = split(attempt)[1].removeprefix(ATTEMPT_PREFIX)
-    return [file for file in storage.list(note.target) if tag_of(file.name) == save_id] if note is not None else []
-
-
-def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:
-    try:
-        owners = owners_of(storage, join(folder, attempt.name))
-    except StorageError:
-        return True  # in doubt: the owner may be removing it this moment
-    if not owners:
-        return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
-    return any(is_alive(owner, now) for owner in owners)
-
-
-def _settle(storage: Storage, folder: str, replaced: str, name: str) -> bool:
-    """Whether a replacement that stopped half-way is now undone, or its remains removed."""
-    old, target = join(folder, replaced), join(folder, name)
-    if storage.stat(target) is None:
-        try:
-            storage.rename(old, target)
-            storage.sync_folder(folder)
-        except StorageError as error:
-            _log.warning("%s could not get its name back: %s", target, error)
-            return False
-        return True
-    info = catalog.examine(storage, target)
-    return info is not None and info.is_usable and discard_quietly(storage, old)

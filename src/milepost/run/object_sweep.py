@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 
 from milepost.errors import FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, Manifest
@@ -21,7 +22,7 @@ from milepost.run.object_commit import (
     read_note,
     settle_aliases,
 )
-from milepost.run.owner import OWNERLESS_LIFETIME_S, is_alive, owners_of
+from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, is_alive, owners_of
 from milepost.storage.base import Entry, Storage, join, split
 
 _log = logging.getLogger(__name__)
@@ -29,26 +30,29 @@ _log = logging.getLogger(__name__)
 READERS_S = 600.0
 """What was replaced stays for so long after its replacement, for readers that have begun."""
 
+_ATTEMPT_NAME = re.compile(re.escape(ATTEMPT_PREFIX) + r"[0-9a-f]{32}")
 _PLAIN = re.compile(r"__[0-9]+_[0-9]+\.distcp|milepost\.(shards|digests)")
 """Files of a checkpoint that was not saved here, but copied here or saved by stock DCP."""
 
 
-def sweep(storage: Storage, folder: str, *, now: float) -> list[str]:
+def sweep(storage: Storage, folder: str, *, now: float, dead: Collection[str] = ()) -> list[str]:
     """Remove the attempts in a folder that nobody works on, with their files, and what attempts have replaced.
 
-    The names of the attempts that were removed. ``now`` is in seconds since the epoch.
+    The names of the attempts that were removed. ``now`` is in seconds since the epoch; ``dead`` names attempts that
+    are known to be dead. What was not made by ``commit``, as its name and what is in it show, is left alone.
     """
     removed = []
     for entry in storage.list(folder):
         attempt = join(folder, entry.name)
-        if not entry.name.startswith(ATTEMPT_PREFIX):
+        if not _ATTEMPT_NAME.fullmatch(entry.name):
             continue
         try:
             files = {found.name: found for found in storage.list(attempt)}
             if COMMITTED_NAME in files:
                 gone = _remove_replaced(storage, attempt, files[COMMITTED_NAME], now)
             else:
-                gone = bool(files) and not _lives(storage, attempt, files, now)
+                is_ours = TARGET_NAME in files or any(name.startswith(OWNER_PREFIX) for name in files)
+                gone = is_ours and (entry.name in dead or not _lives(storage, attempt, files, now))
                 if gone:
                     remove_attempt(storage, attempt)
         except (StorageError, FormatError) as error:

@@ -1,19 +1,32 @@
 """Which steps to keep: pure rules over what the catalog found, each decision with its reason.
 
-Only committed steps of Milepost's own are ever deleted. Kept in any case are: the newest committed step and the
-newest that can be resumed from, pinned and protected steps, links, and all that is external, incomplete or damaged,
-since nobody can say what those are worth.
+Only committed steps of Milepost's own are ever deleted. The rules count on the current branch. Steps of abandoned
+branches fill what room ``keep_latest_k`` leaves, and go first; none of them goes before a newer step of the current
+branch can be resumed from. Kept in any case are: the newest committed step of the current branch and its newest that
+can be resumed from, pinned and protected steps, links, and all that is external, incomplete or damaged, since nobody
+can say what those are worth.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from milepost.errors import CheckpointNotFoundError, StorageError
+from milepost.errors import CheckpointNotFoundError, SaveError, StorageError
+from milepost.format.manifest import Lineage
+from milepost.run import catalog
+from milepost.run.branches import History, commit_order
 from milepost.run.catalog import StepEntry
-from milepost.run.commit import delete_checkpoint
-from milepost.storage.base import Storage, format_duration, join
+from milepost.run.sweep import delete_checkpoint
+from milepost.storage.base import Storage, format_duration, join, split
+
+log = logging.getLogger("milepost")
+
+Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +38,8 @@ class Decision:
     keep: bool
     reason: str
     nbytes: int
+    is_abandoned: bool = False
+    """Whether it is of a branch that a run went back from."""
 
 
 def plan(
@@ -35,89 +50,136 @@ def plan(
     keep_within_s: float = 0.0,
     keep_hourly: int = 0,
     keep_daily: int = 0,
+    keep_best_k: int = 0,
+    metric: str = "",
+    mode: Mode = "min",
     protected: Mapping[int, str],
     now: float,
 ) -> list[Decision]:
-    """A decision for each step, oldest first. Rules add up: a step goes only if none keeps it.
+    """A decision for each step, in order of their numbers. Rules add up: a step goes only if none keeps it.
 
     Args:
         entries: what ``catalog.scan`` found.
-        keep_latest_k: keep so many of the newest committed steps; 0 keeps all.
-        keep_every_n: keep the steps that are multiples of this; 0 is no such rule.
-        keep_within_s: keep what was committed in the last so many seconds before ``now``; 0 is no such rule.
-        keep_hourly: keep the newest step of each of the last so many hours that have one; 0 is no such rule.
+        keep_latest_k: keep the N newest committed steps; 0 keeps all.
+        keep_every_n: keep the steps that are multiples of this; 0 disables.
+        keep_within_s: keep what was committed in the last N seconds before ``now``, of any branch; 0 disables.
+        keep_hourly: keep the newest step of each of the last N hours that have one; 0 disables.
         keep_daily: the same for days, which begin at midnight UTC.
+        keep_best_k: keep the N steps with the best value of ``metric``; 0 disables.
+        metric: the name under which the value was recorded; steps without one are not compared.
+        mode: whether the lowest or the highest value is best.
         protected: steps that the caller needs, with the reason.
         now: seconds since the epoch.
     """
-    own = sorted((entry for entry in entries if entry.state == "committed" and not entry.is_link), key=_step)
-    latest = {entry.step for entry in own[-keep_latest_k:]} if keep_latest_k else {entry.step for entry in own}
-    newest = {entry.step: "it is the newest committed step" for entry in own[-1:]}
-    resumable = [entry for entry in own if entry.kind != "model"]
-    newest |= {entry.step: "it is the newest step to resume from" for entry in resumable[-1:] if entry not in own[-1:]}
-    hourly = set(_newest_of_each(own, 3600, keep_hourly))
-    daily = set(_newest_of_each(own, 86400, keep_daily))
-
-    def why_keep(entry: StepEntry) -> str:
-        if entry.state != "committed":
-            return f"it is {entry.state}" + (f": {entry.reason}" if entry.reason else ", written by another program")
-        if entry.is_link:
-            return "it is a link to a folder elsewhere"
-        if entry.pinned:
-            return "it is pinned"
-        if entry.step in protected:
-            return protected[entry.step]
-        if entry.step in newest:
-            return newest[entry.step]
-        if entry.step in latest:
-            return f"it is one of the {keep_latest_k} newest" if keep_latest_k else "all are kept (keep_latest_k = 0)"
-        if keep_every_n and entry.step % keep_every_n == 0:
-            return f"it is a multiple of {keep_every_n}"
-        if keep_within_s and now - entry.created_s <= keep_within_s:
-            return f"it was committed in the last {format_duration(keep_within_s)}"
-        if entry.step in hourly:
-            return "it is the newest of its hour"
-        if entry.step in daily:
-            return "it is the newest of its day"
-        return ""
-
-    decisions = []
-    for entry in sorted(entries, key=_step):
-        reason = why_keep(entry)
-        decisions.append(Decision(entry.step, entry.name, bool(reason), reason or "no rule keeps it", entry.nbytes))
-    return decisions
+    history = History.of(entries)
+    own = [entry for entry in history.current if _is_own(entry)]
+    ends = history.ends()
+    # What stands further down has the last word.
+    reasons = {entry.step: "it belongs to no run" for entry in entries if entry.step not in ends}
+    reasons |= dict.fromkeys((entry.step for entry in own), "")
+    reasons |= dict.fromkeys(_newest_of_each(own, 86400, keep_daily), "it is the newest of its day")
+    reasons |= dict.fromkeys(_newest_of_each(own, 3600, keep_hourly), "it is the newest of its hour")
+    reasons |= {
+        entry.step: f"it was committed in the last {format_duration(keep_within_s)}"
+        for entry in entries
+        if keep_within_s and now - entry.created_s <= keep_within_s
+    }
+    for entry in _best(own, keep_best_k, metric, mode):
+        reasons[entry.step] = f"it is one of the {keep_best_k} best by {metric}: {entry.metrics[metric]:g}"
+    if keep_every_n:
+        reasons |= {e.step: f"it is a multiple of {keep_every_n}" for e in own if e.step % keep_every_n == 0}
+    reasons |= dict.fromkeys((entry.step for entry in own[-keep_latest_k:]), _latest(keep_latest_k))
+    reasons |= {e.step: "it is the newest step to resume from" for e in [e for e in own if e.is_resumable][-1:]}
+    reasons |= {entry.step: "it is the newest committed step" for entry in own[-1:]}
+    reasons |= _abandoned_to_keep(history, own, ends, keep_latest_k)
+    reasons |= protected
+    reasons |= {entry.step: reason for entry in entries if (reason := _why_untouchable(entry))}
+    return [
+        Decision(
+            step=entry.step,
+            name=entry.name,
+            keep=bool(reasons.get(entry.step)),
+            reason=reasons.get(entry.step) or (_of(ends[entry.step]) if entry.step in ends else "no rule keeps it"),
+            nbytes=entry.nbytes,
+            is_abandoned=entry.step in ends,
+        )
+        for entry in sorted(entries, key=lambda entry: entry.step)
+    ]
 
 
-def _step(entry: StepEntry) -> int:
-    return entry.step
+def _why_untouchable(entry: StepEntry) -> str:
+    if entry.state != "committed":
+        return f"it is {entry.state}" + (f": {entry.reason}" if entry.reason else ", written by another program")
+    if entry.is_link:
+        return "it is a link to a folder elsewhere"
+    return "it is pinned" if entry.pinned else ""
+
+
+def _abandoned_to_keep(
+    history: History, own: Sequence[StepEntry], ends: Mapping[int, int], keep_latest_k: int
+) -> dict[int, str]:
+    """Of abandoned branches: the newest for which there is room, and all while nothing newer can be resumed from."""
+    abandoned = [entry for entry in history.abandoned if _is_own(entry)]
+    reached = max((commit_order(entry) for entry in own if entry.is_resumable), default=None)
+    found = {
+        entry.step: f"{_of(ends[entry.step])}, but no newer step can be resumed from"
+        for entry in abandoned
+        if reached is None or commit_order(entry) > reached
+    }
+    room = max(0, keep_latest_k - len(own)) if keep_latest_k else len(abandoned)
+    for entry in abandoned[max(0, len(abandoned) - room) :]:
+        found[entry.step] = f"{_latest(keep_latest_k)}, {_of(ends[entry.step])}" if keep_latest_k else _latest(0)
+    return found
+
+
+def _latest(keep_latest_k: int) -> str:
+    return f"it is one of the {keep_latest_k} newest" if keep_latest_k else "all are kept (keep_latest_k = 0)"
+
+
+def _of(end: int) -> str:
+    return f"abandoned branch (ended at step {end})"
+
+
+def _is_own(entry: StepEntry) -> bool:
+    return entry.state == "committed" and not entry.is_link
+
+
+def _best(entries: Sequence[StepEntry], count: int, metric: str, mode: Mode) -> list[StepEntry]:
+    """The steps with the best values; of equal ones the newest."""
+    sign = 1.0 if mode == "max" else -1.0
+    valued = [entry for entry in entries if math.isfinite(entry.metrics.get(metric, math.nan))]
+    ranked = sorted(valued, key=lambda entry: (sign * entry.metrics[metric], commit_order(entry)))
+    return ranked[max(0, len(ranked) - count) :]
 
 
 def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> Iterator[int]:
-    """The newest step of each of the latest ``count`` spans of time in which any of ``entries`` was committed.
+    """The newest step of each of the latest ``count`` spans of time in which any of ``entries``, by age, was committed.
 
     (As restic's and borg's rules of these names count: spans without a step do not use up the count.) The latest are
     those of the newest steps: after a clock was set back, hours that never were would else go before all to come.
     """
-    newest = {int(entry.created_s // span_s): entry.step for entry in sorted(entries, key=_step)}
+    newest = {int(entry.created_s // span_s): entry.step for entry in entries}
     yield from sorted(newest.values(), reverse=True)[:count]
 
 
 def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:
-    """Delete from the run's ``folder`` what is not to be kept, oldest first; the names of what was deleted.
+    """Delete from the run's ``folder`` what is not to be kept; the names of what was deleted.
 
-    A step that is gone already, or goes meanwhile by another's hand, is no error.
+    Abandoned branches go first, then what is oldest. A step that is gone already, or goes meanwhile by another's hand,
+    is no error; one that was pinned meanwhile stays.
 
     Raises:
         StorageError: a step could not be deleted. The others were tried all the same.
     """
     deleted = []
     failure: StorageError | None = None
-    for decision in decisions:
+    for decision in sorted(decisions, key=lambda decision: not decision.is_abandoned):
         if decision.keep:
             continue
         path = join(folder, decision.name)
         try:
-            delete_checkpoint(storage, path)
+            if not delete_checkpoint(storage, path, unless=catalog.pin_mark(path)):
+                continue
         except CheckpointNotFoundError:
             continue  # somebody else prunes at the same time: the trainer, `milepost prune`
         except StorageError as error:
@@ -128,3 +190,36 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
     if failure is not None:
         raise failure
     return deleted
+
+
+def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
+    """Keep a step that a save of another branch is about to replace, if it is pinned or external, under another name.
+
+    Its new name is no step's, so that nothing deletes it; its pin goes. Any other step is replaced, as always.
+
+    Raises:
+        SaveError: the storage can't rename it.
+        StorageError: it could not be renamed.
+    """
+    if storage.stat(path) is None:
+        return
+    info = catalog.examine(storage, path)
+    pin = catalog.pin_mark(path)
+    is_pinned = storage.stat(pin) is not None
+    if info is None or not (is_pinned or info.state == "external"):
+        return
+    if info.lineage is not None and info.lineage.branch == lineage.branch:
+        return
+    why = "pinned" if is_pinned else "of another program"
+    if not storage.can_rename:
+        raise SaveError(
+            f"{storage.root}/{path} is {why}, so it is not replaced by a save of another branch. Copy it to another "
+            "folder, then delete or unpin it",
+            path=path,
+        )
+    place = f"{path}.aside-{uuid.uuid4().hex[:8]}"
+    storage.rename(path, place)
+    storage.sync_folder(split(path)[0])
+    if is_pinned:
+        storage.remove(pin)
+    log.warning("%s/%s is %s and about to be replaced: kept as %s", storage.root, path, why, split(place)[1])

@@ -33,6 +33,9 @@ class Keep:
     latest_k: int
     every_n: int = 0
     protected: Mapping[int, str] = field(default_factory=dict)
+    best_k: int = 0
+    metric: str = ""
+    mode: retention.Mode = "min"
 
 
 class Form(Protocol):
@@ -258,6 +261,8 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
     signed = wait_for_sign_offs(
         storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
     )
+    if info.lineage is not None:
+        retention.set_aside(storage, job.target, info.lineage)
     if job.form is not None:
         job.form.publish(storage, job.attempt, job.target, info, save_id=job.save_id, world_size=job.world_size)
     else:
@@ -275,11 +280,15 @@ def prune(storage: Storage, keep: Keep) -> None:
             catalog.scan(storage, keep.folder),
             keep_latest_k=keep.latest_k,
             keep_every_n=keep.every_n,
+            keep_best_k=keep.best_k,
+            metric=keep.metric,
+            mode=keep.mode,
             protected=keep.protected,
             now=time.time(),
         )
+        reasons = {decision.name: decision.reason for decision in decisions}
         for name in retention.apply(storage, keep.folder, decisions):
-            log.info("deleted %s: keep_latest_k = %d", name, keep.latest_k)
+            log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.latest_k)
     except StorageError as error:
         log.warning("an old step could not be deleted: %s", error)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from milepost.format import record
 from milepost.format.box import Box
-from milepost.format.manifest import BLOCK_NBYTES, Manifest
+from milepost.format.manifest import BLOCK_NBYTES, Lineage, Manifest
 from milepost.run.assemble import SaveInfo
 from milepost.run.commit import begin_attempt, new_save_id, publish
 from milepost.run.place import Place
@@ -44,6 +44,8 @@ def save_arrays(
     num_ranks: int = 1,
     now: float = 0.0,
     extra: Mapping[str, object] | None = None,
+    lineage: Lineage | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Manifest:
     """Save ``arrays`` as ``num_ranks`` ranks would that shard them along their first dim, through the whole protocol.
 
@@ -67,7 +69,8 @@ def save_arrays(
         storage.sync_folder(place.folder)
         sign_off(storage, attempt, SignOff(rank, save_id, files))
     signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
-    return publish(storage, attempt, path, signed, SaveInfo(step=step, kind=kind, extra=extra or {}), now=now)
+    info = SaveInfo(step=step, kind=kind, extra=extra or {}, lineage=lineage, metrics=metrics or {})
+    return publish(storage, attempt, path, signed, info, now=now)
 
 
 def _spec(key: str, array: Array, rank: int, num_ranks: int) -> TensorSpec:

@@ -151,10 +151,18 @@ class Trainer:
         self.meter.log_saves(self.checkpoints.take_events())
         self.meter.close()
         stop = self.checkpoints.stop_signal
-        if stop is not None and self.state.step < self.config.training.steps:
-            log.info(f"stopped by {stop.name} after step {self.state.step}; the same command resumes from there")
-            return 128 + stop
-        return 0
+        return self._stopped(stop) if stop is not None and self.state.step < self.config.training.steps else 0
+
+    def _stopped(self, number: signal.Signals) -> int:
+        """Say how to resume after a request to stop; the exit status, which is 0 for a file: nobody starts it again."""
+        reason = self.checkpoints.stop_reason
+        command = "the same command"
+        if self.config.checkpoint.restart_branch:
+            command += " without checkpoint.restart_branch"
+        is_saved = self.checkpoints.committed_step == self.state.step
+        where = "there" if is_saved else "the newest step: this save failed"
+        log.info(f"stopped by {reason} after step {self.state.step}; {command} resumes from {where}")
+        return 128 + number if reason == number.name else 0
 
     def _train(self) -> None:
         num_steps = self.config.training.steps
@@ -167,7 +175,8 @@ class Trainer:
             figures = self.train_step()
             self.meter.log(figures, blocked_s=self.checkpoints.blocked_s)
             self._step_at_work = None
-            self.checkpoints.save(self.state.step, last_step=self.state.step == num_steps)
+            is_last = self.state.step == num_steps
+            self.checkpoints.save(self.state.step, last_step=is_last, metrics={"loss": self.state.loss})
             self.meter.log_saves(self.checkpoints.take_events())
 
     def _say_when_it_stops(self, number: signal.Signals) -> None:
@@ -217,11 +226,12 @@ class Trainer:
 
     def _is_finished(self) -> bool:
         """True, with a line in the log, if an earlier start has already made the last step."""
-        latest, num_steps = self.checkpoints.latest_step, self.config.training.steps
-        if self.config.checkpoint.load_step != -1 or latest is None or latest < num_steps:
+        num_steps = self.config.training.steps
+        last = self.checkpoints.finished_step(num_steps)
+        if last is None:
             return False
         log.info(
-            f"this run is finished: {self.checkpoint_folder}/step-{latest} is there and training.steps is {num_steps}. "
+            f"this run is finished: {self.checkpoint_folder}/step-{last} is there and training.steps is {num_steps}. "
             "To train on, raise training.steps; to train anew, choose another job.dump_folder"
         )
         return True

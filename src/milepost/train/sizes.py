@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError
 from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.hf.config import config_faults, identity_of
@@ -22,6 +23,7 @@ from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.train.config import TrainConfig
 from milepost.train.tokenizer import Tokenizer
+from milepost.training.choice import choose, launch_id
 
 
 def flavor_sizes(config: TrainConfig, tokenizer: Tokenizer) -> ModelArgs:
@@ -60,7 +62,7 @@ def _origins(config: TrainConfig) -> Iterator[tuple[str, ModelIdentity | None]]:
     """Where a run may start from, most binding first, and the model there as far as it is told."""
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
     if checkpoint.enable:
-        yield _of_run(config.checkpoint_folder(), checkpoint.load_step)
+        yield _of_run(config.checkpoint_folder(), checkpoint)
         if checkpoint.initial_load_in_hf:
             yield _of_folder(checkpoint.initial_load_path or assets)
         elif checkpoint.initial_load_path:
@@ -69,15 +71,15 @@ def _origins(config: TrainConfig) -> Iterator[tuple[str, ModelIdentity | None]]:
         yield _of_folder(assets)
 
 
-def _of_run(folder: str, load_step: int) -> tuple[str, ModelIdentity | None]:
+def _of_run(folder: str, checkpoint: CheckpointConfig) -> tuple[str, ModelIdentity | None]:
     try:
         storage, name = open_storage(folder)
-        usable = [entry for entry in catalog.scan(storage, name) if entry.is_usable]
-    except MilepostError:
+        choice = choose(catalog.scan(storage, name), checkpoint, {}, folder, launch=launch_id())
+    except MilepostError:  # the load says what is wrong
         return folder, None
-    steps = [entry for entry in usable if load_step in (-1, entry.step)]
-    chosen = catalog.newest(steps) or catalog.newest(steps, ("model", "state"))
-    return (folder, None) if chosen is None else _of_step(join(folder, catalog.step_name(chosen.step)))
+    if choice is None or choice.step is None:
+        return folder, None
+    return _of_step(join(storage.root, choice.path))
 
 
 def _of_step(path: str) -> tuple[str, ModelIdentity | None]:

@@ -26,9 +26,9 @@ from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
-from milepost.run.commit import live_owners, sweep_leftovers
+from milepost.run.branches import History
 from milepost.run.lock import RunLock
-from milepost.run.object_sweep import remove_orphans
+from milepost.run.takeover import take_over
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle, log_wait
@@ -37,17 +37,17 @@ from milepost.saving.save import Saver
 from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.training.events import SaveEvent, SaveLog
+from milepost.training.history import SaveHistory
+from milepost.training.metrics import MetricRecorder
 from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
-from milepost.training.signals import DUE, FAILED, SAVE, SignalFlags
+from milepost.training.signals import DUE, FAILED, RequestFiles, SignalFlags
 from milepost.training.training_state import TrainingState
 
 log = logging.getLogger("milepost")
 
 MAX_FAILURES = 3
 """This many failed saves in a row stop a run even with ``on_save_error = "warn"``."""
-WRITERS_TIMEOUT_S = 120.0
-"""Seconds that a run that starts waits for the writer processes of a run that died."""
 
 
 class CheckpointManager:
@@ -132,15 +132,18 @@ class CheckpointManager:
         self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
+        self._metrics = MetricRecorder(self._config.metric)
         self._log = SaveLog(self._storage, self._folder)
         self._signals = SignalFlags()
+        self._files = RequestFiles(self._storage, self._folder)
         self._blocked_s = 0.0
         self._stall_s: float | None = None
         self._num_failures = 0  # in a row
         self._loader = Loader(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf)
+        self._history = SaveHistory(self._comm, self._loader.scan)
         self._last_save = time.monotonic()
         if self._saver is not None:
-            on_rank_0(self._comm, self._clear_leftovers)
+            on_rank_0(self._comm, self._lock_folder)
 
     def _make_saver(self) -> Saver | AsyncSaver | None:
         if not self._config.enable or self._config.load_only:
@@ -180,36 +183,59 @@ class CheckpointManager:
     @property
     @interrupts_held()
     def latest_step(self) -> int | None:
-        """The newest step that can be loaded, of whatever kind; None if there is none. Collective."""
+        """The newest step of the branch that was written last, of whatever kind; None if there is none. Collective."""
         if not self._config.enable:
             return None
-        steps = [entry.step for entry in on_rank_0(self._comm, self._loader.scan) if entry.is_usable]
-        return max(steps, default=None)
+        newest = History.of(on_rank_0(self._comm, self._loader.scan)).newest
+        return newest.step if newest is not None else None
 
     @interrupts_held()
-    def load(self) -> LoadReport | None:
-        """Resume, or start from ``initial_load_path``; None when there is nothing to load and a new run starts.
+    def finished_step(self, num_steps: int) -> int | None:
+        """The last step, if a run of ``num_steps`` steps has nothing left to train; else None. Collective."""
+        if not self._config.enable:
+            return None
+        return on_rank_0(self._comm, partial(self._loader.finished_step, num_steps))
 
-        The newest committed step with the full state is taken, or ``load_step``. When its bytes prove damaged, it is
-        marked so and the next older one is taken, on all ranks together; ``load_step`` never falls back.
+    @interrupts_held()
+    def load(self, num_steps: int | None = None) -> LoadReport | None:
+        """Resume, or start from ``initial_load_path``; None when there is nothing to load: a new run.
+
+        Of the branch that was written last the newest committed step with the full state is taken. If its bytes are
+        damaged, it is marked so and the one that it descends from is taken, on all ranks together. With ``load_step``
+        that step is taken, and never another, until steps have been saved that descend from it: then these are resumed,
+        unless ``restart_branch`` is set. A save that still runs is waited for.
+
+        Args:
+            num_steps: the last step of the run. If that is saved already, it is loaded, weights alone if it holds no
+                more, and ``report.step`` is its number, so that there is nothing left to train.
         """
         if not self._config.enable:
             return None
         with self._blocked():
-            self._record_pending()  # a step that is being written is there to be resumed from
-            report = self._loader.load()
+            try:
+                self._wait_for_pending()  # a step that is being written is there to be resumed from
+            except SaveError as error:
+                self._stop_or_warn(error)
+            found = self._loader.load(num_steps)
+        report, descent = found if found is not None else (None, None)
+        self._history.resumed(descent)
         if report is not None and report.resumed_step is not None:
             self._protected[report.resumed_step] = "this run resumed from it"
         return report
 
     @interrupts_held()
-    def save(self, step: int, *, last_step: bool = False) -> bool:
+    def save(self, step: int, *, last_step: bool = False, metrics: Mapping[str, float] | None = None) -> bool:
         """Save if a checkpoint is due after ``step``; returns whether one was begun.
 
         It is due by ``interval``, by the clock (``interval_seconds``, ``interval = "auto"``), at the last step, or
         because a rank got a signal (:meth:`listen_to_signals`). The steps before are untouched until the new one is
         committed; then ``keep_latest_k`` is applied. When this returns, it is committed (``async_mode = "disabled"``),
         or staged (``"async"``), or being staged (``"async_with_pinned_mem"``: see :meth:`maybe_wait_for_staging`).
+
+        Args:
+            last_step: whether training ends here.
+            metrics: values measured at this step, by name, such as ``{"loss": 2.3}``. Those of rank 0 are recorded in
+                the step: ``milepost ls`` shows them, and ``keep_best_k`` compares them.
 
         Raises:
             SaveError: this save failed, or the one before did in the background; on every rank. Or the manager is
@@ -219,16 +245,18 @@ class CheckpointManager:
             raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; make a new one")
         if self._saver is None:
             return False
-        reason = reason_to_save(self._config, step, is_last=last_step) or self._reason_to_save_now()
+        asked = self._reason_to_save_now()  # always: a request must not wait for a step at which no save is due
+        due = reason_to_save(self._config, step, is_last=last_step)
+        reason = asked if self.stop_requested else due or asked
         if reason is None:
             return False
-        request = self._request(step, is_last=last_step)
         with self._blocked() as blocked:
             try:
                 self._wait_for_pending()
             except SaveError as error:
                 self._stop_or_warn(error)
             try:
+                request = self._request(step, is_last=last_step, metrics=metrics or {})
                 begun = self._saver.save(request)
             except SaveError as error:
                 self._stop_or_warn(error)
@@ -304,6 +332,7 @@ class CheckpointManager:
     ) -> None:
         """Save at the next :meth:`save` when any rank gets SIGUSR1; on SIGTERM, save and ask to stop.
 
+        A file ``SAVE`` or ``STOP`` in the run's folder does the same, once: it is removed when it is acted on.
         Call it on the main thread of every rank. Ranks then exchange a number at every call of :meth:`save`. A second
         request to stop does what that signal did before; the same signal within a second counts as one.
 
@@ -321,8 +350,21 @@ class CheckpointManager:
 
     @property
     def stop_signal(self) -> signal.Signals | None:
-        """The signal that asked a rank to stop, as of the last :meth:`save`; None if there was none."""
+        """The signal that asked a rank to stop, as of the last :meth:`save`; None if there was none.
+
+        SIGTERM also stands for a file ``STOP``; see :attr:`stop_reason`.
+        """
         return self._signals.stop_signal
+
+    @property
+    def stop_reason(self) -> str | None:
+        """What asked to stop, as of the last :meth:`save`: a signal's name or ``file STOP``; None if nothing did."""
+        return self._signals.reason if self.stop_requested else None
+
+    @property
+    def committed_step(self) -> int | None:
+        """The last step that this manager has committed, as far as it has been waited for; None before the first."""
+        return self._history.committed_step
 
     def take_events(self) -> list[SaveEvent]:
         """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
@@ -336,6 +378,7 @@ class CheckpointManager:
         try:
             flags = self._signals.take()
             if self._comm.rank == 0:
+                flags |= self._files.take() if self._signals.listening else 0
                 since = time.monotonic() - self._last_save
                 by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
                 flags |= DUE if by_clock is not None else 0
@@ -344,10 +387,8 @@ class CheckpointManager:
         self._signals.agreed = agreed = self._comm.union(flags)
         if agreed & FAILED:
             raise_together(self._comm, failure)
-        if self._signals.stop_signal is not None:
-            return self._signals.stop_signal.name
-        if agreed & SAVE:
-            return "SIGUSR1"
+        if self._signals.reason is not None:
+            return self._signals.reason
         return (by_clock or "by the clock of rank 0") if agreed & DUE else None
 
     def _stop_or_warn(self, error: SaveError) -> None:
@@ -362,26 +403,44 @@ class CheckpointManager:
         if self._comm.rank == 0:
             log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
 
-    def _request(self, step: int, *, is_last: bool) -> SaveRequest:
+    def _request(self, step: int, *, is_last: bool, metrics: Mapping[str, float]) -> SaveRequest:
         config = self._config
+        values, mistake = self._metrics.values(metrics) if self._comm.rank == 0 else ({}, None)  # rank 0's count
         model_only = config.create_seed_checkpoint or (is_last and config.last_save_model_only)
         is_export = model_only and not config.create_seed_checkpoint
         in_other_format = is_export and config.last_save_in_hf and self._format is not None
+        parts = ("model",) if model_only else self._state.present()
         return SaveRequest(
             target=join(self._folder, catalog.step_name(step)),
-            make_state=partial(self._state.state_dict, ("model",) if model_only else self._state.present()),
+            make_state=partial(self._make_state, parts, mistake),
             info=SaveInfo(
                 step=step,
                 kind="model" if model_only else "full",
                 layout=self._layout,
                 extra=self._format.record() if self._format is not None else {},
+                lineage=self._history.next_lineage(step),
+                metrics=values,
             ),
             dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
-            keep=Keep(self._folder, config.keep_latest_k, config.keep_every_n_steps, dict(self._protected)),
+            keep=Keep(
+                self._folder,
+                config.keep_latest_k,
+                config.keep_every_n_steps,
+                dict(self._protected),
+                config.keep_best_k,
+                config.metric,
+                config.mode,
+            ),
             make_form=self._format.form_of if in_other_format and self._format is not None else None,
             per_rank=self._per_rank,
             modules=self._state.models,
         )
+
+    def _make_state(self, parts: tuple[str, ...], mistake: ConfigError | None) -> dict[str, Any]:
+        """What is saved. Here a mistake of this rank's caller fails the save on every rank."""
+        if mistake is not None:
+            raise mistake
+        return self._state.state_dict(parts)
 
     def _wait_for_pending(self) -> None:
         """Wait for the save that runs, and log it. Its failure is raised on every rank. Collective."""
@@ -400,33 +459,15 @@ class CheckpointManager:
         if report is None:
             return
         self._num_failures = 0
+        self._history.committed(pending.step, report.save_id)
         if self._comm.rank == 0:
             self._log.record(
                 report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
             )
 
-    def _clear_leftovers(self) -> None:
-        """Lock the folder for this run, let the writers of one that died finish, and remove stale save attempts."""
-        self._lock = RunLock(self._storage, self._folder)
-        deadline = time.monotonic() + WRITERS_TIMEOUT_S
-        logged = False
-        while owners := live_owners(self._storage, self._folder, now=time.time()):
-            if not logged:
-                logged = True
-                log.info(
-                    "waiting up to %.0f s for %s to commit what an earlier run had staged",
-                    WRITERS_TIMEOUT_S,
-                    ", ".join(map(str, owners)),
-                )
-            if time.monotonic() > deadline:
-                log.warning("not waiting any longer: %s still runs", owners[0])
-                break
-            time.sleep(0.05)
-        for name in sweep_leftovers(self._storage, self._folder, now=time.time()):
-            log.info("removed stale save attempt %s", name)
-        if not self._storage.can_rename:
-            for name in remove_orphans(self._storage, self._folder):
-                log.info("removed %s, a file of a save that was not committed", name)
+    def _lock_folder(self) -> None:
+        """Lock the folder for this run, once the writers of one that died have finished."""
+        self._lock = take_over(self._storage, self._folder)
 
     @contextmanager
     def _blocked(self) -> Iterator[_Stopwatch]:

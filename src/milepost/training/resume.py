@@ -1,26 +1,22 @@
-"""Resuming a run: from which step, into what, and what happens when its bytes are damaged."""
+"""How a run's state is loaded: into what, and what if its bytes are damaged. ``choice`` says which step."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig, part_of
-from milepost.errors import (
-    CheckpointDamagedError,
-    CheckpointNotFoundError,
-    StateMismatchError,
-    StorageError,
-)
-from milepost.format.manifest import Manifest
+from milepost.errors import CheckpointDamagedError, ConfigError, StorageError
+from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.loading.load import LoadReport, load_from
 from milepost.loading.target import Stored, Target
 from milepost.run import catalog
+from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
 from milepost.saving.job import Form
 from milepost.storage import open_storage
@@ -28,6 +24,7 @@ from milepost.storage.base import Storage, join
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
+from milepost.training.choice import Choice, choose, launch_id
 from milepost.training.training_state import StateLoad, TrainingState
 
 log = logging.getLogger("milepost")
@@ -60,104 +57,6 @@ class WeightsFormat(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The checkpoint to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
-
-    path: str
-    """Relative to the run's storage for a step; as configured for an initial load."""
-    step: int | None
-    model_only: bool
-    may_fall_back: bool
-    """Whether an older step may be taken when this one turns out to be damaged."""
-    notes: tuple[str, ...] = field(default=())
-
-
-def choose(
-    entries: Sequence[StepEntry], config: CheckpointConfig, rejected: Mapping[int, str], folder: str
-) -> Choice | None:
-    """Choose what a run loads at its start; None for a new run, which needs a folder without any saved step.
-
-    ``rejected`` maps steps that were tried and found damaged to what was wrong. ``folder`` is for messages.
-
-    Raises:
-        CheckpointNotFoundError: ``load_step`` is not there.
-        CheckpointDamagedError: ``load_step`` is damaged, or every step is.
-        StateMismatchError: only steps without optimizer and train state are there.
-    """
-    usable = [entry for entry in entries if entry.is_usable and entry.step not in rejected]
-    if config.load_step >= 0:
-        return _named_step(entries, usable, config.load_step, rejected, folder)
-    full = max((e for e in usable if e.kind != "model"), key=lambda e: e.step, default=None)
-    if full is not None:
-        return Choice(full.path, full.step, False, True, tuple(_notes(entries, full.step, rejected)))
-    seed = next((e for e in usable if e.step == 0), None)
-    if seed is not None:
-        return Choice(seed.path, 0, True, False, ("step 0 is a seed checkpoint: it holds the initial weights",))
-    if usable:
-        raise StateMismatchError(
-            f"{folder} holds no step to resume from: {_steps(usable)} "
-            f"{'is' if len(usable) == 1 else 'are'} model-only, without optimizer and train state. To start a new run "
-            f"from those weights, set checkpoint.initial_load_path = {folder}/step-{usable[-1].step} and another "
-            "job.dump_folder or checkpoint.folder",
-        )
-    damaged = [e for e in entries if e.state == "damaged" or e.step in rejected]
-    if damaged:
-        lines = "".join(f"\n  step {e.step}: {rejected.get(e.step, e.reason)}" for e in damaged)
-        raise CheckpointDamagedError(
-            f"every step in {folder} is damaged; refusing to start a new run over existing steps. "
-            "Look at them with `milepost verify`, "
-            f"restore one from a backup, or move the folder away to start anew:{lines}",
-            path=folder,
-        )
-    if config.initial_load_path or config.initial_load_in_hf:
-        return Choice(config.initial_load_path, None, config.initial_load_model_only, False)
-    return None
-
-
-def _named_step(
-    entries: Sequence[StepEntry], usable: Sequence[StepEntry], step: int, rejected: Mapping[int, str], folder: str
-) -> Choice:
-    entry = next((e for e in entries if e.step == step), None)
-    available = [e.step for e in usable]
-    if entry is None or entry.state == "incomplete":
-        what = "was never committed" if entry is not None else "does not exist"
-        there = f"steps that do: {', '.join(map(str, available))}" if available else "there are no committed steps"
-        raise CheckpointNotFoundError(
-            f"checkpoint.load_step = {step}: step {step} {what} in {folder}; {there}",
-            path=folder,
-            available=available,
-        )
-    if not entry.is_usable or step in rejected:
-        raise CheckpointDamagedError(
-            f"checkpoint.load_step = {step}: {folder}/step-{step} is damaged: {rejected.get(step, entry.reason)}. "
-            "Choose another step, or leave load_step at -1 to resume from the newest verified one",
-            path=entry.path,
-        )
-    # Step 0 holds no optimizer state worth loading; a later model-only step is refused when its parts are missed.
-    return Choice(entry.path, step, step == 0 and entry.kind == "model", False)
-
-
-def _notes(entries: Sequence[StepEntry], chosen: int, rejected: Mapping[int, str]) -> list[str]:
-    """Notes on newer steps that were passed over."""
-    notes = []
-    for entry in entries:
-        if entry.step <= chosen:
-            continue
-        if entry.state == "damaged" or entry.step in rejected:
-            notes.append(f"step {entry.step} is newer but damaged: {rejected.get(entry.step, entry.reason)}")
-        elif entry.is_usable:
-            notes.append(f"step {entry.step} is newer but holds only the model: resuming from step {chosen}")
-        else:
-            notes.append(f"step {entry.step} is newer but was never committed: {entry.reason}")
-    return notes
-
-
-def _steps(entries: Sequence[StepEntry]) -> str:
-    numbers = ", ".join(str(e.step) for e in entries)
-    return f"step {numbers}" if len(entries) == 1 else f"steps {numbers}"
-
-
 class Loader:
     """Loads into the live objects of a run. All methods are collective but :meth:`scan`."""
 
@@ -185,15 +84,20 @@ class Loader:
         """The steps of the run's folder."""
         return catalog.scan(self._storage, self._folder)
 
-    def load(self) -> LoadReport | None:
-        """See ``CheckpointManager.load``."""
+    def finished_step(self, num_steps: int) -> int | None:
+        """The last step, if a start of this run would find nothing left to train up to ``num_steps``. On rank 0."""
+        choice, _ = self._choose({}, num_steps)
+        return choice.step if choice is not None and choice.is_finished else None
+
+    def load(self, num_steps: int | None) -> tuple[LoadReport, Descent | None] | None:
+        """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
         rejected: dict[int, str] = {}
         while True:
-            choice = on_rank_0(self._comm, partial(self._choose, rejected))
+            choice, descent = on_rank_0(self._comm, partial(self._choose, rejected, num_steps))
             if choice is None:
                 return None
-            if choice.step is None and self._config.initial_load_in_hf:
-                return self._load_weights(choice)
+            if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
+                return self._load_weights(choice), descent
             into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout)
             storage, path = (self._storage, choice.path) if choice.step is not None else open_storage(choice.path)
             model_notes: list[str] = []
@@ -216,7 +120,7 @@ class Loader:
                 # Else it was replaced while it was read: look again.
                 continue
             notes = [*choice.notes, *dict.fromkeys(model_notes), *self._restore(into)]
-            return replace(report, resumed_step=choice.step, notes=tuple(notes))
+            return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
 
     def _wanted(self, choice: Choice) -> tuple[str, ...]:
         parts = ("model",) if choice.model_only else self._state.present()
@@ -241,12 +145,14 @@ class Loader:
 
     def _load_weights(self, choice: Choice) -> LoadReport:
         """Start from weights in another format; each rank reads only the ranges that it holds."""
-        assert self._format is not None, "the manager has checked it"
         report, failure = None, None
         try:
+            if self._format is None:
+                raise ConfigError(f"{choice.path} holds Hugging Face files: give CheckpointManager `hf`")
+            path = choice.path if choice.step is None else join(self._storage.root, choice.path)
             load = self._state.loading_weights()
             report = self._format.load(
-                choice.path,
+                path,
                 flatten(load.prepare().values).tensors,
                 num_threads=self._config.num_io_threads,
                 logs_progress=self._comm.rank == 0,
@@ -256,25 +162,30 @@ class Loader:
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         assert report is not None
-        return replace(report, notes=(*choice.notes, *report.notes))
+        return replace(report, step=choice.step, resumed_step=choice.step, notes=(*choice.notes, *report.notes))
 
-    def _choose(self, rejected: dict[int, str]) -> Choice | None:
-        """What to load; steps that are passed over for it are warned of, once. On rank 0."""
+    def _choose(self, rejected: dict[int, str], num_steps: int | None) -> tuple[Choice | None, Descent | None]:
+        """What to load, and what then descends from it; steps passed over are warned of, once. On rank 0."""
         entries = self.scan()
-        choice = choose(entries, self._config, rejected, join(self._storage.root, self._folder))
-        if choice is None or choice.step is None or not choice.may_fall_back:
-            return choice
-        for entry in entries:
-            if entry.step > choice.step and not entry.is_usable and entry.step not in {*rejected, *self._warned}:
-                what = f"damaged: {entry.reason}" if entry.state == "damaged" else f"{entry.state}: {entry.reason}"
+        where = join(self._storage.root, self._folder)
+        choice = choose(entries, self._config, rejected, where, launch=launch_id(), num_steps=num_steps)
+        if choice is None or choice.step is None:
+            return choice, None
+        chosen = next(entry for entry in entries if entry.step == choice.step)
+        for entry in entries if choice.may_fall_back else ():
+            is_newer = commit_order(entry) > commit_order(chosen) if entry.lineage else entry.step > choice.step
+            if is_newer and not entry.is_usable and entry.step not in {*rejected, *self._warned}:
                 log.warning(
                     "%s/%s is %s\nFalling back to an older step; this one is left where it is.",
                     self._storage.root,
                     entry.path,
-                    what,
+                    f"{entry.state}: {entry.reason}",
                 )
                 self._warned.add(entry.step)
-        return choice
+        if choice.is_finished and choice.model_only:
+            form = catalog.read_manifest(self._storage, chosen.path).extra.get("format")
+            choice = replace(choice, in_hf=form == HF_FORMAT)
+        return choice, descend(entries, chosen, start=choice.start)
 
     def _mark_damaged(self, path: str, reason: str) -> bool:
         """Mark the step that was being read; False if another save has taken its place meanwhile."""

@@ -1,7 +1,11 @@
-"""Signals that ask for a save: noted when they arrive, acted on when all ranks have agreed."""
+"""Requests to save, and to stop: signals that a rank got, and files that somebody made in the run's folder.
+
+They are noted when they arrive and acted on when all ranks have agreed.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -9,13 +13,34 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from milepost.errors import StorageError
+from milepost.storage.base import Storage, join
+
+log = logging.getLogger("milepost")
+
 DUE = 1
 SAVE = 2
 STOP = 4
 FAILED = 8
 INTERRUPT = 16
+SAVE_BY_FILE = 32
+STOP_BY_FILE = 64
 """Bits that ranks exchange: a save is due by the clock, was asked for by SIGUSR1, or by SIGTERM (STOP) or SIGINT
-(INTERRUPT) before stopping; or a rank failed to decide (FAILED)."""
+(INTERRUPT) before stopping, or by a file; or a rank failed to decide (FAILED)."""
+
+REASONS = {
+    INTERRUPT: signal.SIGINT.name,
+    STOP: signal.SIGTERM.name,
+    STOP_BY_FILE: "file STOP",
+    SAVE: signal.SIGUSR1.name,
+    SAVE_BY_FILE: "file SAVE",
+}
+"""Why a save was asked for, the strongest request first."""
+
+FILES = {"SAVE": SAVE_BY_FILE, "STOP": STOP_BY_FILE}
+"""What a file of this name in the run's folder asks for."""
+LOOK_EVERY_S = 1.0
+"""A folder is looked at for such files at most this often."""
 
 _BITS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: INTERRUPT}
 
@@ -40,10 +65,15 @@ class SignalFlags:
 
     @property
     def stop_signal(self) -> signal.Signals | None:
-        """Why the ranks have agreed to stop; None if they have not."""
+        """The signal that the ranks have agreed to stop by; None if they have not. A file STOP counts as SIGTERM."""
         if self.agreed & INTERRUPT:
             return signal.SIGINT
-        return signal.SIGTERM if self.agreed & STOP else None
+        return signal.SIGTERM if self.agreed & (STOP | STOP_BY_FILE) else None
+
+    @property
+    def reason(self) -> str | None:
+        """What asked the ranks to save, as they have agreed; None if nothing did."""
+        return next((reason for bit, reason in REASONS.items() if self.agreed & bit), None)
 
     def listen(self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None) -> None:
         """Install the handlers; on the main thread. With ``interrupt``, SIGINT is handled as SIGTERM is.
@@ -81,3 +111,35 @@ class SignalFlags:
         elif number != self._stop[0] or now - self._stop[1] >= ECHO_S:
             signal.signal(number, self._before[number])
             os.kill(os.getpid(), number)
+
+
+class RequestFiles:
+    """Files ``SAVE`` and ``STOP`` in the run's folder, for those who can't send a signal. Each is consumed once."""
+
+    def __init__(self, storage: Storage, folder: str, *, clock: Callable[[], float] = time.monotonic):
+        self._storage = storage
+        self._folder = folder
+        self._clock = clock
+        self._looked = -LOOK_EVERY_S
+        self._warned = False
+
+    def take(self) -> int:
+        """What was asked for since the last call. Removes the files; one that can't be removed asks for nothing.
+
+        Else it would ask again and again, and end every later start too.
+        """
+        if self._clock() - self._looked < LOOK_EVERY_S:
+            return 0
+        self._looked = self._clock()
+        asked = 0
+        for name, bit in FILES.items():
+            path = join(self._folder, name)
+            try:
+                if self._storage.stat(path) is not None:
+                    self._storage.remove(path)
+                    asked |= bit
+            except StorageError as error:
+                if not self._warned:
+                    log.warning("the file %s is not acted on, since it can't be removed: %s", name, error)
+                self._warned = True
+        return asked

@@ -1,0 +1,309 @@
+"""Taking things away from a run's folder: steps, attempts, and what dead processes left there.
+
+Nothing is removed for its name alone. A leftover is Milepost's if its name has one of the prefixes of ``catalog`` and a
+full id, and a marker lies inside: the record of an owner in an attempt, the commit record in a step that was replaced,
+``MARKER_NAME`` in what is being deleted. Whatever only looks like one stays where it is, and is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import re
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from milepost.errors import CheckpointNotFoundError, FormatError, StorageError
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME
+from milepost.format.tags import tag_of
+from milepost.run import catalog, object_commit, object_sweep
+from milepost.run.catalog import (
+    ATTEMPT_PREFIX,
+    DAMAGED_PREFIX,
+    DELETING_PREFIX,
+    OLD_PREFIXES,
+    REPLACED_PREFIX,
+)
+from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, is_alive, owners_of
+from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, split
+
+_log = logging.getLogger(__name__)
+
+MARKER_NAME = "milepost-is-deleting-this"
+
+_ID = r"[0-9a-f]{32}"
+_ATTEMPT_NAME = re.compile(re.escape(ATTEMPT_PREFIX) + _ID)
+_DELETING_NAME = re.compile(re.escape(DELETING_PREFIX) + _ID)
+_DRAFT_NAME = re.compile(rf"{re.escape(DAMAGED_PREFIX)}.+\.json\.{_ID}\.part")
+_REPLACED_NAME = re.compile(rf"({re.escape(REPLACED_PREFIX)}|\.replaced-)({_ID})-(.+)")
+_OWNER_NAME = re.compile(re.escape(OWNER_PREFIX) + r"[0-9a-f]{8}\.json")
+_PREFIXES = (ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX, *OLD_PREFIXES)
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None) -> bool:
+    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link goes.
+
+    False, and it stays, if there is a file ``unless``: whoever makes that in time keeps the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at ``path``.
+        StorageError: it can't be deleted; it is whole, or it is no longer there for any reader.
+    """
+    found = storage.stat(path)
+    if found is None:
+        raise CheckpointNotFoundError(f"there is nothing to delete at {storage.root}/{path}", path=path)
+    if unless is not None and storage.stat(unless) is not None:
+        return False
+    if found.is_link:
+        storage.remove(path)
+        storage.sync_folder(split(path)[0])
+    elif not storage.can_rename:
+        if not object_sweep.delete_files(storage, path):
+            raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
+    else:
+        hidden = _hide(storage, path)
+        if hidden is None:
+            raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
+        if unless is not None and storage.stat(unless) is not None:  # it came between the look and the rename
+            _show(storage, hidden, path)
+            return False
+        _remove(storage, hidden)
+    storage.remove(catalog.damage_mark(path))
+    return True
+
+
+def discard(storage: Storage, path: str) -> bool:
+    """Remove a folder: first out of every reader's sight, in one atomic act, then for good. False if it is gone."""
+    hidden = _hide(storage, path)
+    if hidden is None:
+        return False
+    _remove(storage, hidden)
+    return True
+
+
+def discard_quietly(storage: Storage, path: str) -> bool:
+    """Whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
+    try:
+        if storage.can_rename:
+            discard(storage, path)
+        else:
+            object_sweep.remove_attempt(storage, path)
+    except (StorageError, FormatError) as error:
+        _log.warning("%s/%s could not be removed yet: %s", storage.root, path, error)
+        return False
+    return True
+
+
+def _hide(storage: Storage, path: str) -> str | None:
+    """Move a folder out of every reader's sight; where it is then, or None if it is gone."""
+    folder, name = split(path)
+    while storage.stat(path) is not None:
+        place = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
+        try:
+            storage.make_folder(place)
+            storage.write(f"{place}/{MARKER_NAME}", b"")
+            hidden = f"{place}/{name}"
+        except StorageError as error:
+            storage.remove_tree(place)
+            if error.errno not in _FULL:
+                raise
+            hidden = place  # on a full disk there is no room for the marker
+        try:
+            storage.rename(path, hidden)
+        except StorageError as error:
+            storage.remove_tree(place)
+            if error.errno != errno.ENOENT:
+                raise
+            continue  # another process was quicker, or has taken the empty place for a leftover
+        return hidden
+    return None
+
+
+def _show(storage: Storage, hidden: str, path: str) -> None:
+    """Undo what ``_hide`` did."""
+    storage.rename(hidden, path)
+    if split(hidden)[0] != split(path)[0]:
+        storage.remove_tree(split(hidden)[0])
+    storage.sync_folder(split(path)[0])
+
+
+def _remove(storage: Storage, hidden: str) -> None:
+    place, name = split(hidden)
+    if _DELETING_NAME.fullmatch(name):
+        place = hidden
+    # After a power cut it would be shown again, half.
+    storage.sync_folder(place)
+    storage.sync_folder(split(place)[0])
+    if hidden != place:
+        storage.remove_tree(hidden)  # the marker goes last
+    storage.remove_tree(place)
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What was done to the leftovers in a folder."""
+
+    removed: tuple[str, ...]
+    """Names of stale save attempts, half deleted steps and the like, that are no longer there."""
+    left: tuple[str, ...]
+    """Names that only look like such: of another program, or of an older Milepost. They are the user's to delete."""
+
+
+def sweep_leftovers(storage: Storage, folder: str, *, now: float, dead: Collection[str] = ()) -> Sweep:
+    """Remove from a run's folder what dead processes left there.
+
+    An attempt whose owner may still live is left alone, with all that belongs to it, unless ``dead`` names it. A
+    replacement that was cut short is undone: the old checkpoint gets its name back. ``now`` is in seconds since the
+    epoch.
+    """
+    entries = {
+        entry.name: entry
+        for entry in storage.list(folder)
+        if entry.name.startswith(_PREFIXES) or _DRAFT_NAME.fullmatch(entry.name)
+    }
+    if not storage.can_rename:
+        removed = object_sweep.sweep(storage, folder, now=now, dead=dead)
+        known = (name for name in entries if _ATTEMPT_NAME.fullmatch(name) or _DRAFT_NAME.fullmatch(name))
+        return Sweep(tuple(removed), tuple(sorted(entries.keys() - known)))
+    alive = {
+        name
+        for name, entry in entries.items()
+        if entry.is_folder
+        and _ATTEMPT_NAME.fullmatch(name)
+        and name not in dead
+        and _attempt_lives(storage, folder, entry, now)
+    }
+    removed, left = [], []
+    for name, entry in entries.items():
+        replaced = _REPLACED_NAME.fullmatch(name)
+        if name in alive or (replaced is not None and ATTEMPT_PREFIX + replaced[2] in alive):
+            continue
+        if replaced is not None and _can_go_back(storage, folder, entry, replaced[3]):
+            removed += [name] if _put_back(storage, folder, name, replaced[3]) else []
+        elif not is_ours(storage, folder, entry):
+            left.append(name)
+        elif _may_go(storage, folder, entry, now):
+            removed += [name] if _take_away(storage, folder, entry) else []
+    return Sweep(tuple(removed), tuple(left))
+
+
+_named: set[str] = set()
+
+
+def name_left(storage: Storage, folder: str, left: Collection[str]) -> None:
+    """Log what a sweep has left alone, each name once in a process."""
+    paths = [path for name in left if (path := join(storage.root, join(folder, name))) not in _named]
+    _named.update(paths)
+    if paths:
+        _log.warning(
+            "left alone, not recognised as Milepost's: %s. Delete what you know to be useless", ", ".join(paths)
+        )
+
+
+def is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
+    """Whether a name with one of the prefixes is provably Milepost's."""
+    path = join(folder, entry.name)
+    if _DRAFT_NAME.fullmatch(entry.name):
+        return not entry.is_folder and not entry.is_link and _is_draft(storage.read(path, catalog.MAX_MARK_NBYTES))
+    if not entry.is_folder or entry.is_link:
+        return False
+    inside = {found.name for found in storage.list(path)}
+    if _ATTEMPT_NAME.fullmatch(entry.name):
+        is_bare = inside <= {"data"} and not storage.list(join(path, "data"))
+        return is_bare or any(_OWNER_NAME.fullmatch(name) for name in inside)
+    if _DELETING_NAME.fullmatch(entry.name):
+        return not inside or MARKER_NAME in inside or MANIFEST_NAME in inside
+    is_replaced = entry.name.startswith(REPLACED_PREFIX) and _REPLACED_NAME.fullmatch(entry.name) is not None
+    return is_replaced and MANIFEST_NAME in inside
+
+
+def _is_draft(data: bytes) -> bool:
+    head = b'{\n "record_id"'
+    return data[: len(head)] == head[: len(data)]
+
+
+def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
+    """Not while another process may be about to use it: a place for a deletion that holds nothing yet, a new draft."""
+    if _DELETING_NAME.fullmatch(entry.name):
+        is_used = any(found.name != MARKER_NAME for found in storage.list(join(folder, entry.name)))
+        return is_used or now - entry.mtime_s >= OWNERLESS_LIFETIME_S
+    replaced = _REPLACED_NAME.fullmatch(entry.name)
+    if replaced is None:
+        return True
+    info = catalog.examine(storage, join(folder, replaced[3]))
+    return info is not None and info.is_usable
+
+
+def _take_away(storage: Storage, folder: str, entry: Entry) -> bool:
+    path = join(folder, entry.name)
+    if not entry.is_folder:
+        storage.remove(path)
+        return True
+    if not _DELETING_NAME.fullmatch(entry.name):
+        return discard_quietly(storage, path)
+    try:
+        storage.sync_folder(folder)  # see `_remove`
+        for inside in storage.list(path):
+            if inside.is_folder:
+                storage.remove_tree(join(path, inside.name))
+        storage.remove_tree(path)
+    except StorageError as error:
+        _log.warning("%s/%s could not be removed yet: %s", storage.root, path, error)
+        return False
+    return True
+
+
+def _can_go_back(storage: Storage, folder: str, replaced: Entry, name: str) -> bool:
+    """Whether a folder is a checkpoint whose replacement has not come, so that it needs its name back."""
+    if not replaced.is_folder or storage.stat(join(folder, name)) is not None:
+        return False
+    inside = {entry.name for entry in storage.list(join(folder, replaced.name))}
+    return not inside.isdisjoint((MANIFEST_NAME, METADATA_NAME))
+
+
+def _put_back(storage: Storage, folder: str, replaced: str, name: str) -> bool:
+    """Whether a replacement that stopped half-way is now undone."""
+    try:
+        storage.rename(join(folder, replaced), join(folder, name))
+        storage.sync_folder(folder)
+    except StorageError as error:
+        _log.warning("%s/%s could not get its name back: %s", storage.root, join(folder, name), error)
+        return False
+    return True
+
+
+def activity(storage: Storage, folder: str, *, now: float) -> list[str]:
+    """A line for each save that living processes are writing in a run's folder."""
+    lines = []
+    for entry in storage.list(folder):
+        if not _ATTEMPT_NAME.fullmatch(entry.name) or not _attempt_lives(storage, folder, entry, now):
+            continue
+        with contextlib.suppress(StorageError):  # it is committed or removed this moment
+            attempt = join(folder, entry.name)
+            owners = [str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)]
+            data = files_of(storage, attempt)
+            written = f"{counted(len(data), 'file')}, {format_nbytes(sum(file.nbytes for file in data))}"
+            lines.append(f"being written: {entry.name} ({written} so far) by {', '.join(owners) or 'a process'}")
+    return lines
+
+
+def files_of(storage: Storage, attempt: str) -> list[Entry]:
+    """The files that a save has written so far."""
+    if storage.can_rename:
+        return [file for file in storage.list(f"{attempt}/data") if not file.is_folder]
+    note = object_commit.read_note(storage, attempt)
+    save_id = split(attempt)[1].removeprefix(ATTEMPT_PREFIX)
+    return [file for file in storage.list(note.target) if tag_of(file.name) == save_id] if note is not None else []
+
+
+def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) -> bool:
+    try:
+        owners = owners_of(storage, join(folder, attempt.name))
+    except StorageError:
+        return True  # in doubt: the owner may be removing it this moment
+    if not owners:
+        return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
+    return any(is_alive(owner, now) for owner in owners)

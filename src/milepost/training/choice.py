@@ -1,0 +1,204 @@
+"""Which step a run resumes from: a pure choice out of what the catalog found."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import psutil
+
+from milepost.config import CheckpointConfig
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, StateMismatchError
+from milepost.format.manifest import BranchStart
+from milepost.run.branches import History
+from milepost.run.catalog import StepEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
+
+    path: str
+    """Relative to the run's storage for a step; as configured for an initial load."""
+    step: int | None
+    model_only: bool
+    may_fall_back: bool
+    """Whether an older step may be taken when this one turns out to be damaged."""
+    notes: tuple[str, ...] = field(default=())
+    start: BranchStart | None = None
+    """The step itself, if a user has named it for a branch to begin at."""
+    is_finished: bool = False
+    """Whether it is the last step of the run, after which there is nothing left to train."""
+    in_hf: bool = False
+    """Whether that step is of Hugging Face files."""
+
+
+def choose(
+    entries: Sequence[StepEntry],
+    config: CheckpointConfig,
+    rejected: Mapping[int, str],
+    folder: str,
+    *,
+    launch: str = "",
+    num_steps: int | None = None,
+) -> Choice | None:
+    """What a run loads at its start; None for a fresh start, which needs a folder without any saved step.
+
+    ``rejected`` maps steps that were tried and found damaged to what was wrong. ``folder`` is for messages. ``launch``
+    identifies the job (see :func:`launch_id`); ``num_steps`` is the last step of the run, if it is known.
+
+    Raises:
+        CheckpointNotFoundError: ``load_step`` is not there.
+        CheckpointDamagedError: ``load_step`` is damaged, or every step of the current branch is.
+        StateMismatchError: only steps without optimizer and train state are there.
+    """
+    entries = [_rejected(entry, rejected.get(entry.step)) for entry in entries]
+    history = History.of(entries)
+    line: tuple[StepEntry, ...] = history.current
+    notes: tuple[str, ...] = ()
+    if config.load_step >= 0:
+        if not _goes_on(entries, history, config, launch):
+            return _named_step(entries, config.load_step, folder, launch)
+        line = tuple(history.since_start())
+        again = "checkpoint.restart_branch begins another branch there"
+        if config.restart_branch:
+            again = f"checkpoint.restart_branch has taken effect in this job ({launch}) before"
+        notes = (
+            f"checkpoint.load_step = {config.load_step}: resuming from a later step that descends from it; {again}",
+        )
+    finished = _finished(line, num_steps)
+    if finished is not None:
+        return finished
+    full = next((entry for entry in reversed(line) if entry.is_resumable), None)
+    if config.load_step >= 0 and (full is None or full.step == config.load_step):  # all that descends is damaged
+        return _named_step(entries, config.load_step, folder, launch)
+    if full is not None:
+        notes += tuple(_passed_over(entries, history, full))
+        return Choice(full.path, full.step, False, True, notes)
+    return _without_full_step(entries, line, history, config, folder)
+
+
+def launch_id(environ: Mapping[str, str] = os.environ) -> str:
+    """An id that all restarts of a job have and no other job has; empty if nothing is known.
+
+    Slurm requeues a job under its old number. torchrun starts ranks again under one run id, if it was given one; else
+    its agent, their parent process, tells one launch from another.
+    """
+    if "SLURM_JOB_ID" in environ:
+        return f"slurm-{environ['SLURM_JOB_ID']}"
+    run_id = environ.get("TORCHELASTIC_RUN_ID")
+    if run_id == "none":
+        agent = psutil.Process(os.getppid())
+        return f"torchrun-{socket.gethostname()}-{agent.pid}-{agent.create_time():.2f}"
+    return f"torchrun-{run_id}" if run_id else ""
+
+
+def _rejected(entry: StepEntry, reason: str | None) -> StepEntry:
+    return entry if reason is None else replace(entry, state="damaged", reason=reason)
+
+
+def _goes_on(entries: Sequence[StepEntry], history: History, config: CheckpointConfig, launch: str) -> bool:
+    """Whether the branch that was written last is the one that ``load_step`` has begun already."""
+    start = history.start
+    if start is None or start.step != config.load_step:
+        return False
+    if config.restart_branch and (not launch or start.launch != launch):
+        return False
+    # An older save under this number, or a newer one, is another beginning.
+    return all(entry.save_id in ("", start.save_id) for entry in entries if entry.step == start.step)
+
+
+def _finished(line: Sequence[StepEntry], num_steps: int | None) -> Choice | None:
+    """The end of the run, if it is there already."""
+    end = next((entry for entry in reversed(line) if entry.is_usable), None)
+    if num_steps is None or end is None or end.step < num_steps:
+        return None
+    note = f"this run is finished: step {end.step} is there, and its last step is {num_steps}"
+    return Choice(end.path, end.step, end.kind == "model", True, (note,), is_finished=True)
+
+
+def _without_full_step(
+    entries: Sequence[StepEntry],
+    line: Sequence[StepEntry],
+    history: History,
+    config: CheckpointConfig,
+    folder: str,
+) -> Choice | None:
+    """What to do if no step of the current branch can be resumed from."""
+    usable = [entry for entry in line if entry.is_usable]
+    damaged = [entry for entry in entries if entry.state == "damaged"]
+    if [entry.step for entry in usable] == [0] and not damaged:
+        note = "step 0 is a seed checkpoint: it holds the initial weights"
+        return Choice(usable[0].path, 0, True, False, (note,))
+    others = [entry for entry in history.abandoned if entry.is_resumable]
+    instead = f"; or resume {_steps(others)}, of an abandoned branch, with checkpoint.load_step" if others else ""
+    if usable:
+        raise StateMismatchError(
+            f"{folder} holds no step to resume from: {_steps(usable)} "
+            f"{'is' if len(usable) == 1 else 'are'} model-only, without optimizer and train state. To start a new run "
+            f"from those weights, set checkpoint.initial_load_path = {folder}/step-{usable[-1].step} and another "
+            f"job.dump_folder or checkpoint.folder{instead}",
+        )
+    if damaged or others:
+        lines = "".join(f"\n  step {entry.step}: {entry.reason}" for entry in damaged)
+        of = " of the branch that was written last" if others else ""
+        raise CheckpointDamagedError(
+            f"every step{of} in {folder} is damaged; refusing to start a new run over existing steps. "
+            "Look at them with `milepost verify`, restore one from a backup, or move the folder away to start anew"
+            f"{instead}:{lines}",
+            path=folder,
+        )
+    if config.initial_load_path or config.initial_load_in_hf:
+        return Choice(config.initial_load_path, None, config.initial_load_model_only, False)
+    return None
+
+
+def _named_step(entries: Sequence[StepEntry], step: int, folder: str, launch: str) -> Choice:
+    entry = next((e for e in entries if e.step == step), None)
+    available = [e.step for e in entries if e.is_usable]
+    if entry is None or entry.state == "incomplete":
+        what = "was never committed" if entry is not None else "does not exist"
+        there = f"steps that do: {', '.join(map(str, available))}" if available else "there are no committed steps"
+        raise CheckpointNotFoundError(
+            f"checkpoint.load_step = {step}: step {step} {what} in {folder}; {there}",
+            path=folder,
+            available=available,
+        )
+    if not entry.is_usable:
+        raise CheckpointDamagedError(
+            f"checkpoint.load_step = {step}: {folder}/step-{step} is damaged: {entry.reason}. "
+            "Choose another step, or leave load_step at -1 to resume from the newest verified one",
+            path=entry.path,
+        )
+    # Step 0 holds no optimizer state worth loading; a later model-only step is refused when its parts are missed.
+    start = BranchStart(step, entry.save_id, launch)
+    return Choice(entry.path, step, step == 0 and entry.kind == "model", False, start=start)
+
+
+def _passed_over(entries: Sequence[StepEntry], history: History, chosen: StepEntry) -> list[str]:
+    """What a user should know of newer steps that were passed over."""
+    ends = history.ends()
+    notes = []
+    for entry in entries:
+        if entry.step <= chosen.step or entry.step in ends:
+            continue
+        if entry.state == "damaged":
+            notes.append(f"step {entry.step} is newer but damaged: {entry.reason}")
+        elif entry.is_usable:
+            notes.append(f"step {entry.step} is newer but holds only the model: resuming from step {chosen.step}")
+        else:
+            notes.append(f"step {entry.step} is newer but was never committed: {entry.reason}")
+    higher = [entry for entry in entries if entry.step in ends and entry.step > chosen.step]
+    if higher:
+        notes.append(
+            f"{_steps(higher)} {'is' if len(higher) == 1 else 'are'} of an abandoned branch: "
+            "resumed only if checkpoint.load_step names one"
+        )
+    return notes
+
+
+def _steps(entries: Sequence[StepEntry]) -> str:
+    numbers = ", ".join(str(entry.step) for entry in entries)
+    return f"step {numbers}" if len(entries) == 1 else f"steps {numbers}"

@@ -1,0 +1,50 @@
+"""What the saves of a run descend from, kept from one save to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from milepost.collective.comm import Comm, on_rank_0
+from milepost.errors import SaveError, StorageError
+from milepost.format.manifest import Lineage
+from milepost.run.branches import Descent, begin
+from milepost.run.catalog import StepEntry
+
+
+class SaveHistory:
+    """The lineage of each save of a run: a loaded step, or the save before, is its parent. The same on every rank."""
+
+    def __init__(self, comm: Comm, scan: Callable[[], list[StepEntry]]):
+        self._comm = comm
+        self._scan = scan
+        self._next: Descent | None = None
+        self.committed_step: int | None = None
+        """The last step that was committed, as far as it has been waited for."""
+
+    def resumed(self, descent: Descent | None) -> None:
+        """Take note of what was loaded; None if it is no step of the run's folder."""
+        self._next = descent
+
+    def next_lineage(self, step: int) -> Lineage:
+        """Where a save of ``step`` stands. Collective for the first save of a run that has loaded no step.
+
+        Raises:
+            SaveError: on every rank, if the folder can't be read.
+        """
+        if self._next is None:
+            self._next = on_rank_0(self._comm, partial(self._begin, step))
+        lineage, self._next = self._next.lineage(), self._next.tried()
+        return lineage
+
+    def committed(self, step: int, save_id: str) -> None:
+        """Take note that the last save is committed, so that the next one descends from it."""
+        self.committed_step = step
+        if self._next is not None:
+            self._next = self._next.committed(step, save_id)
+
+    def _begin(self, step: int) -> Descent:
+        try:
+            return begin(self._scan(), step)
+        except StorageError as error:
+            raise SaveError(error.message, path=error.path) from error
