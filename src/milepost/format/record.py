@@ -153,9 +153,13 @@ def object_record(value: object) -> bytes:
     return small + directory + directory_end(3, len(small), len(directory), zip64=False)
 
 
+_COPIED_NBYTES = 64 << 10
+"""Pickles up to this size are put together like other small entries, by copies."""
+
+
 def archive(pickled: bytes | memoryview, storages: Mapping[str, memoryview]) -> bytes:
     """A ``torch.save`` stream of a pickle and the storages that it refers to, by their names."""
-    if not storages and len(pickled) < _ZIP64_FROM:
+    if not storages and len(pickled) < _COPIED_NBYTES:
         small, directory = small_entries(bytes(pickled))
         return b"".join((small, directory, directory_end(3, len(small), len(directory), zip64=False)))
     contents: list[tuple[bytes, bytes | memoryview]] = [(b"archive/data.pkl", pickled)]

@@ -40,6 +40,7 @@ _PACK_MAX_NBYTES = 64 << 10
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 """Types of mappings that come back as they were; what ``state_dict()`` itself returns comes back as a dict."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
+_ATOMIC = frozenset(_ATOMS)
 _PLAIN = frozenset((*_ATOMS, tuple, set, frozenset, np.ndarray, torch.Size, torch.dtype, torch.device))
 
 
@@ -203,25 +204,36 @@ class _Packing:
 
     def _count(self, node: Any) -> tuple[int, int, bool]:
         """Leaves below a container and bytes of their tensors, and whether all are small."""
-        parts = node.values() if isinstance(node, Mapping) else node
-        kinds = set(map(type, parts))
-        leaves, nbytes, is_small = 0, 0, type(node) in (dict, list, OrderedDict) and not hasattr(node, "_metadata")
-        if not kinds - set(_ATOMS):
-            leaves = len(node) if isinstance(node, Mapping) else 1  # a list of these is one value
+        is_dict = type(node) is dict or isinstance(node, Mapping)
+        parts = node.values() if is_dict else node
+        if _ATOMIC.issuperset(map(type, parts)):
+            leaves = len(node) if is_dict else 1  # a list of these is one value
+            nbytes, is_small = 0, True
         else:
-            for part in parts:
-                below = self._count_part(part)
-                leaves, nbytes, is_small = leaves + below[0], nbytes + below[1], is_small and below[2]
+            leaves, nbytes, is_small = self._count_parts(parts)
+        is_small = is_small and type(node) in (dict, list, OrderedDict) and not hasattr(node, "_metadata")
         if leaves >= PACK_FROM and is_small and nbytes <= PACK_NBYTES * leaves:
             self._packed.add(id(node))
             return 1, nbytes, False
         return leaves, nbytes, is_small
 
-    def _count_part(self, part: Any) -> tuple[int, int, bool]:
-        if isinstance(part, torch.Tensor):
-            is_plain = type(part) in (torch.Tensor, nn.Parameter) and part.layout == torch.strided
-            nbytes = part.nbytes if is_plain else _PACK_MAX_NBYTES + 1
-            return 1, nbytes, nbytes <= _PACK_MAX_NBYTES
-        if isinstance(part, Mapping | list):
-            return self._count(part)
-        return 1, 0, True
+    def _count_parts(self, parts: Iterable[Any]) -> tuple[int, int, bool]:
+        leaves, total_nbytes, is_small = 0, 0, True
+        for part in parts:
+            kind = type(part)
+            if kind in _ATOMIC:
+                leaves += 1
+            elif kind is dict and len(part) < PACK_FROM and _ATOMIC.issuperset(map(type, part.values())):
+                leaves += len(part)
+            elif issubclass(kind, torch.Tensor):
+                is_plain = kind in (torch.Tensor, nn.Parameter) and part.layout == torch.strided
+                nbytes = part.nbytes if is_plain else _PACK_MAX_NBYTES + 1
+                leaves, total_nbytes = leaves + 1, total_nbytes + nbytes
+                is_small = is_small and nbytes <= _PACK_MAX_NBYTES
+            elif kind is list or issubclass(kind, Mapping):
+                below, nbytes, are_small = self._count(part)
+                leaves, total_nbytes = leaves + below, total_nbytes + nbytes
+                is_small = is_small and are_small
+            else:
+                leaves += 1
+        return leaves, total_nbytes, is_small

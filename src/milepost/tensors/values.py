@@ -308,7 +308,12 @@ def _traits(key: str, value: Any) -> _Traits:
             return
         open_ids.add(id(node))
         for part in parts:
-            if type(part) not in _ATOMS:
+            kind = type(part)
+            if kind in _ATOMS:
+                continue
+            if kind is dict and depth < MAX_DEPTH and _ATOMS.issuperset(map(type, part.values())):
+                found.num_parts += len(part)
+            else:
                 visit(part, depth + 1)
         open_ids.remove(id(node))
 
