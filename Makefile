@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (a minute on two cores)
 # make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
+# make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
 # make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
@@ -22,7 +23,7 @@ KILLS ?= 50
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: house help setup train test test-slow test-browser reliability soak fuzz bench docs lint format clean
+.PHONY: house help setup train test test-slow test-browser test-integrations reliability soak fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -40,7 +41,7 @@ train: $(STAMP)
 	NGPU=$(NGPU) CONFIG_FILE=$(CONFIG_FILE) timeout 3000 ./run_train.sh
 
 test: $(STAMP)
-	timeout 1800 $(BIN)/python -m pytest -q -m "not slow and not browser" -n $(JOBS) --dist loadfile
+	timeout 1800 $(BIN)/python -m pytest -q -m "not slow and not browser and not integration" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)
 	timeout 3000 $(BIN)/python -m pytest -q -m slow
@@ -49,6 +50,9 @@ test-browser: $(STAMP)
 	@command -v chromium >/dev/null || echo "no Chromium on the path: apt-get install chromium; its tests are skipped" >&2
 	test -e build/axe/node_modules/axe-core || timeout 300 npm install --silent --no-save --prefix build/axe axe-core
 	timeout 600 $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
+
+test-integrations: $(STAMP)
+	timeout 900 $(BIN)/python -m pytest -q -m "integration and not slow" tests/integrations
 
 reliability: $(STAMP)
 	@mkdir -p build && rm -f build/tally.jsonl

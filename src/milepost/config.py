@@ -17,7 +17,7 @@ ExportDtype = Literal["float32", "bfloat16", "float16"]
 NUM_IO_THREADS = 2
 """Threads of each rank that copy, write and read the files of a checkpoint, unless told otherwise."""
 
-PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
 
 
@@ -89,7 +89,7 @@ class CheckpointConfig:
     restart_branch: bool = False
     """Begin at ``load_step`` once more, though steps have been saved that descend from it: another branch."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """Parts to leave as freshly built: of model, optimizer, lr_scheduler, dataloader, train_state, rng."""
+    """Parts to leave as freshly built: of model, optimizer, lr_scheduler, dataloader, train_state, states, rng."""
     enable_first_step_checkpoint: bool = False
     """Also save after the first step: shows early that saving works."""
     create_seed_checkpoint: bool = False

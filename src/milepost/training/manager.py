@@ -75,6 +75,8 @@ class CheckpointManager:
         optimizer: one or several optimizers over the model's parameters.
         lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
+        states: further objects by name, each with ``state_dict()`` and ``load_state_dict()``: an averaged model
+            (EMA), a gradient scaler, a second optimizer. They must be alike on all ranks.
         layout: degrees of parallelism by name. Recorded; random generators are restored only under the same one.
         per_rank: parts that may belong to each rank (of lr_scheduler, dataloader, train_state): where they differ
             between ranks they are stored for each, and given back by rank. At another number of ranks the object's
@@ -97,6 +99,7 @@ class CheckpointManager:
         lr_scheduler: Any = None,
         dataloader: Stateful | None = None,
         train_state: Stateful | None = None,
+        states: Mapping[str, Any] | None = None,
         layout: Mapping[str, int] | None = None,
         per_rank: Collection[str] = ("dataloader",),
         hf: WeightsFormat | None = None,
@@ -122,6 +125,7 @@ class CheckpointManager:
                 lr_scheduler=lr_scheduler,
                 dataloader=dataloader,
                 train_state=train_state,
+                states=states or {},
                 rank=self._comm.rank,
             )
             self._saver = self._make_saver()
@@ -197,7 +201,7 @@ class CheckpointManager:
         return on_rank_0(self._comm, partial(self._loader.finished_step, num_steps))
 
     @interrupts_held()
-    def load(self, num_steps: int | None = None) -> LoadReport | None:
+    def load(self, num_steps: int | None = None, *, step: int | None = None) -> LoadReport | None:
         """Resume, or start from ``initial_load_path``; None when there is nothing to load: a new run.
 
         Of the branch that was written last the newest committed step with the full state is taken. If its bytes are
@@ -208,6 +212,7 @@ class CheckpointManager:
         Args:
             num_steps: the last step of the run. If that is saved already, it is loaded, weights alone if it holds no
                 more, and ``report.step`` is its number, so that there is nothing left to train.
+            step: load this step, and never another, whatever ``load_step`` says; what is saved next descends from it.
         """
         if not self._config.enable:
             return None
@@ -216,7 +221,7 @@ class CheckpointManager:
                 self._wait_for_pending()  # a step that is being written is there to be resumed from
             except SaveError as error:
                 self._stop_or_warn(error)
-            found = self._loader.load(num_steps)
+            found = self._loader.load(num_steps, step)
         report, descent = found if found is not None else (None, None)
         self._history.resumed(descent)
         if report is not None and report.resumed_step is not None:
@@ -433,7 +438,7 @@ class CheckpointManager:
             ),
             make_form=self._format.form_of if in_other_format and self._format is not None else None,
             per_rank=self._per_rank,
-            modules=self._state.models,
+            modules=self._state.modules,
         )
 
     def _make_state(self, parts: tuple[str, ...], mistake: ConfigError | None) -> dict[str, Any]:

@@ -89,11 +89,11 @@ class Loader:
         choice, _ = self._choose({}, num_steps)
         return choice.step if choice is not None and choice.is_finished else None
 
-    def load(self, num_steps: int | None) -> tuple[LoadReport, Descent | None] | None:
+    def load(self, num_steps: int | None, step: int | None = None) -> tuple[LoadReport, Descent | None] | None:
         """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
         rejected: dict[int, str] = {}
         while True:
-            choice, descent = on_rank_0(self._comm, partial(self._choose, rejected, num_steps))
+            choice, descent = on_rank_0(self._comm, partial(self._choose, rejected, num_steps, step))
             if choice is None:
                 return None
             if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
@@ -164,11 +164,16 @@ class Loader:
         assert report is not None
         return replace(report, step=choice.step, resumed_step=choice.step, notes=(*choice.notes, *report.notes))
 
-    def _choose(self, rejected: dict[int, str], num_steps: int | None) -> tuple[Choice | None, Descent | None]:
+    def _choose(
+        self, rejected: dict[int, str], num_steps: int | None, step: int | None = None
+    ) -> tuple[Choice | None, Descent | None]:
         """What to load, and what then descends from it; steps passed over are warned of, once. On rank 0."""
         entries = self.scan()
         where = join(self._storage.root, self._folder)
-        choice = choose(entries, self._config, rejected, where, launch=launch_id(), num_steps=num_steps)
+        config, launch = self._config, launch_id()
+        if step is not None:  # asked for by the program itself: a branch begins there each time
+            config, launch = replace(config, load_step=step, restart_branch=True), ""
+        choice = choose(entries, config, rejected, where, launch=launch, num_steps=num_steps)
         if choice is None or choice.step is None:
             return choice, None
         chosen = next(entry for entry in entries if entry.step == choice.step)

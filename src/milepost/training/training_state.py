@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from milepost.config import PARTS, part_of
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.module import ModuleOwner
+from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.target import Owner, StatefulOwner, Stored, Target
 from milepost.tensors.state import PER_RANK, ByName
 from milepost.tensors.tree import Node, assemble
@@ -39,21 +40,34 @@ class TrainingState:
     dataloader: Any
     train_state: Any
     rank: int
+    states: Mapping[str, Any] = field(default_factory=dict)
+    """Further objects by name."""
     own_form: frozenset[Optimizer] = frozenset()
     """Optimizers with a ``state_dict()`` of a form of their own. Asked once: some make their state when asked."""
 
     @classmethod
     def of(
-        cls, *, model: Any, optimizer: Any, lr_scheduler: Any, dataloader: Any, train_state: Any, rank: int
+        cls,
+        *,
+        model: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        dataloader: Any,
+        train_state: Any,
+        states: Mapping[str, Any],
+        rank: int,
     ) -> TrainingState:
         """From what a :class:`CheckpointManager` is given.
 
         Raises:
-            ConfigError: there is no model, or the model has a name that is kept for a part.
+            ConfigError: there is no model, the model has a name that is kept for a part, or one of ``states`` has no
+                state.
         """
         optimizers = unfold(_several(optimizer))
         state = cls(
-            _several(model), optimizers, _several(lr_scheduler), dataloader, train_state, rank, of_own_form(optimizers)
+            *(_several(model), optimizers, _several(lr_scheduler), dataloader, train_state, rank),
+            states=_checked_states(states),
+            own_form=of_own_form(optimizers),
         )
         if not state.models:
             raise ConfigError("CheckpointManager needs a model")
@@ -66,6 +80,11 @@ class TrainingState:
             )
         return state
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of this run: the model's parts, and those among the further objects."""
+        return (*self.models, *(state for state in self.states.values() if isinstance(state, nn.Module)))
+
     def present(self) -> tuple[str, ...]:
         """The parts that this run has, in the order of ``PARTS``."""
         has = {
@@ -74,6 +93,7 @@ class TrainingState:
             "lr_scheduler": bool(self.schedulers),
             "dataloader": self.dataloader is not None,
             "train_state": self.train_state is not None,
+            "states": bool(self.states),
             "rng": True,
         }
         return tuple(part for part in PARTS if has[part])
@@ -92,6 +112,8 @@ class TrainingState:
             state["dataloader"] = self.dataloader.state_dict()
         if "train_state" in wanted:
             state["train_state"] = self.train_state.state_dict()
+        if "states" in wanted:
+            state["states"] = {name: stateful.state_dict() for name, stateful in self.states.items()}
         if "rng" in wanted:
             state["rng"] = {f"rank{self.rank}": rng_state()}
         return state
@@ -117,6 +139,7 @@ class TrainingState:
         owners["lr_scheduler"] = self._scheduler_owners(stored)
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         owners["train_state"] = [StatefulOwner(self.train_state, ("train_state",))]
+        owners["states"] = [state_owner(name, stateful) for name, stateful in self.states.items()]
         saved_per_rank = stored.manifest.extra.get(PER_RANK)
         per_rank = saved_per_rank if isinstance(saved_per_rank, list) else []
         for part in (
@@ -195,6 +218,16 @@ class StateLoad:
 def module_owner(part: nn.Module) -> ModuleOwner:
     """A part of the model, its keys at the top level."""
     return ModuleOwner(part, lambda name: (fqn(part, name),))
+
+
+def state_owner(name: str, stateful: Any) -> Owner:
+    """One of the further objects of a run, below ``states.<name>``."""
+    path = ("states", name)
+    if isinstance(stateful, nn.Module):
+        return ModuleOwner(stateful, lambda entry: (*path, entry))
+    if isinstance(stateful, Optimizer) and type(stateful).state_dict is Optimizer.state_dict:
+        return OptimizerOwner(stateful, path)
+    return StatefulOwner(stateful, path)
 
 
 class PerRankOwner:
@@ -276,3 +309,16 @@ def _several(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _checked_states(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises ConfigError for names and objects that could not be saved and found again."""
+    problems = [
+        f"states[{name!r}] must be an object with state_dict() and load_state_dict() under a name without a dot"
+        for name, stateful in states.items()
+        if not (isinstance(name, str) and name and "." not in name)
+        or not all(callable(getattr(stateful, door, None)) for door in ("state_dict", "load_state_dict"))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return dict(states)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from milepost.config import PARTS
 from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests
@@ -33,7 +34,7 @@ from milepost.storage.local import LocalStorage
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_manifest
 
-_OTHER_PARTS = tuple(f"{part}." for part in ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng"))
+_OTHER_PARTS = tuple(f"{part}." for part in PARTS if part != "model")
 """Prefixes of what a training checkpoint holds beside the model."""
 
 

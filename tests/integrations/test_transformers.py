@@ -1,0 +1,192 @@
+"""Hugging Face's Trainer and Accelerate with Milepost: killed and resumed, against a run that was not disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from milepost import CheckpointConfig
+from milepost.errors import ConfigError
+from milepost.integrations.transformers import MilepostCallback
+from milepost.run import catalog
+from milepost.storage import LocalStorage
+from milepost.testing.world import run_world
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+class KillAt(TrainerCallback):
+    """Dies at the beginning of a step, with whatever is being written."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trainer_in(folder: Path, **options: Any) -> Trainer:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=0.2, **sizes))
+    settings = {"max_steps": 14, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-2, "warmup_steps": 4}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **(settings | options),
+    )
+    return Trainer(model, args, train_dataset=Samples(), eval_dataset=Samples())
+
+
+def digest(state: Any) -> str:
+    """A digest of all tensors and numbers of a nested state."""
+    found = hashlib.sha256()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
+            found.update(repr(value.item() if not value.dim() else tuple(value.shape)).encode())
+        elif isinstance(value, dict):
+            for key in value:
+                found.update(repr(key).encode())
+                walk(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                walk(item)
+        else:
+            found.update(repr(value).encode())
+
+    walk(state)
+    return found.hexdigest()
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    state = trainer.state
+    return {
+        "losses": [
+            (entry["step"], entry["loss"], entry["learning_rate"]) for entry in state.log_history if "loss" in entry
+        ],
+        "model": digest(trainer.model.state_dict()),
+        "optimizer": digest(trainer.optimizer.state_dict()),
+        "scheduler": digest(trainer.lr_scheduler.state_dict()),
+        "rng": digest(torch.get_rng_state()),
+        "step": state.global_step,
+    }
+
+
+def train(folder: Path, kill_at: int = 0, mode: str = "async", **options: Any) -> dict[str, Any]:
+    trainer = trainer_in(folder, **options)
+    config = CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=0)  # type: ignore[arg-type]
+    MilepostCallback(trainer, config=config)
+    if kill_at:
+        trainer.add_callback(KillAt(kill_at))
+    trainer.train(resume_from_checkpoint=True)
+    return outcome(trainer)
+
+
+def steps_in(folder: Path) -> dict[int, catalog.StepEntry]:
+    return {entry.step: entry for entry in catalog.scan(LocalStorage(str(folder)), "milepost")}
+
+
+@pytest.mark.parametrize(("world_size", "mode"), [(1, "disabled"), (1, "async_with_pinned_mem"), (2, "async")])
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path: Path, world_size: int, mode: str) -> None:
+    undisturbed = run_world(train, world_size, tmp_path / "whole", 0, mode)
+    for kill_at in (4, 11):  # in mid-epoch, and at the end of the second
+        run_world(train, world_size, tmp_path / "killed", kill_at, mode, allow_death=True)
+    resumed = run_world(train, world_size, tmp_path / "killed", 0, mode)
+    assert resumed == undisturbed
+    assert undisturbed[0]["step"] == 14
+    assert not list((tmp_path / "killed").glob("checkpoint-*")), "the Trainer writes none of its own"
+    assert sorted(steps_in(tmp_path / "killed")) == [3, 6, 9, 12, 14]
+
+
+def train_for_the_best(folder: Path) -> dict[str, Any]:
+    """Rising losses after a while: the learning rate is absurd."""
+    options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = trainer_in(folder, learning_rate=0.5, lr_scheduler_type="constant", **options)
+    MilepostCallback(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    loss = trainer.evaluate()["eval_loss"]
+    return {"best": trainer.state.best_global_step, "metric": trainer.state.best_metric, "loss": loss}
+
+
+def test_the_best_step_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:
+    (found,) = run_world(train_for_the_best, 1, tmp_path)
+    steps = steps_in(tmp_path)
+    assert set(steps) == {found["best"], 14}, "save_total_limit = 1: the newest, and the best beside it"
+    assert found["best"] < 14
+    assert steps[found["best"]].metrics["eval_loss"] == found["metric"] == found["loss"]
+
+
+def resume_past_damage(folder: Path) -> dict[str, Any]:
+    trainer = trainer_in(folder)
+    callback = MilepostCallback(trainer)
+    seen: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.global_step)
+
+    trainer.add_callback(Watch())
+    trainer.train(resume_from_checkpoint=True)
+    assert callback is not None
+    return {**outcome(trainer), "first": seen[0]}
+
+
+def test_a_damaged_or_incomplete_step_is_passed_over(tmp_path: Path) -> None:
+    (undisturbed,) = run_world(train, 1, tmp_path / "whole")
+    run_world(train, 1, tmp_path / "killed", 13, allow_death=True)
+    folder = tmp_path / "killed/milepost"
+    (folder / "step-12/milepost.json").unlink()
+    (folder / "step-12/.metadata").unlink()
+    file = folder / "step-9/__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    (resumed,) = run_world(resume_past_damage, 1, tmp_path / "killed")
+    assert resumed.pop("first") == 6
+    assert resumed == undisturbed
+
+
+def load_named(folder: Path) -> int:
+    trainer = trainer_in(folder, max_steps=7)
+    MilepostCallback(trainer)
+    trainer.train(resume_from_checkpoint=str(folder / "milepost/step-6"))
+    return len([entry for entry in trainer.state.log_history if "loss" in entry])
+
+
+def test_a_named_step_is_loaded_and_no_other(tmp_path: Path) -> None:
+    run_world(train, 1, tmp_path)
+    assert run_world(load_named, 1, tmp_path) == [3]
+    assert steps_in(tmp_path)[7].is_usable
+
+
+def test_arguments_that_can_not_be_honoured_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_only_model"):
+        MilepostCallback(trainer_in(tmp_path, save_only_model=True))
