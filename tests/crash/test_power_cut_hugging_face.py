@@ -1,6 +1,6 @@
 """A power cut at every moment of a save as Hugging Face files, which two ranks write together.
 
-Their data has no digests, so what is there afterwards is compared byte for byte.
+What is there afterwards is compared byte for byte.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from milepost.interop.hf.save import HfTarget
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import correspond
-from milepost.run import commit
+from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
 from milepost.saving.job import SaveJob, run_job
 from milepost.storage import LocalStorage
@@ -109,5 +109,5 @@ def test_a_power_cut_leaves_the_old_files_or_the_new(memory_path: Path, tally: C
 def step_of(tree: Tree) -> Tree:
     """The step under the name by which the catalog knows it."""
     name = next((name for name in tree if name == STEP), None)
-    name = name or next(name for name in tree if name.startswith(".replaced-"))
+    name = name or next(name for name in tree if name.startswith(catalog.REPLACED_PREFIX))
     return {STEP: tree[name]}

@@ -18,10 +18,11 @@ from tiny_layouts import MODELS, Layout, build, on
 
 from milepost.errors import ConversionError, DigestMismatchError, StateMismatchError
 from milepost.format.box import Box
+from milepost.format.shares import Share
 from milepost.interop.convert import convert
 from milepost.interop.hf.config import make_config
 from milepost.interop.hf.load import load_hf
-from milepost.interop.hf.save import HfTarget, commit_record, plan_image, write_frame, write_part
+from milepost.interop.hf.save import HfTarget, commit_record, join_shares, plan_image, write_frame, write_part
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import correspond
@@ -105,14 +106,15 @@ def save_as_hf(folder: Path, target: str, layout: Layout, leaves: dict[str, Tens
     attempts = [commit.begin_attempt(storage, target, save_ids[0]) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(attempts)
     data = f"{attempts[0]}/data"
-    write_part(storage, data, image, plans[dist.get_rank()].items, TensorBlocks(leaves))
+    shares = [write_part(storage, data, image, plans[dist.get_rank()].items, TensorBlocks(leaves))]
     if dist.get_rank() == 0:
-        write_frame(storage, data, image)
-    dist.barrier()
+        shares.append(write_frame(storage, data, image))
+    of_all: list[list[dict[str, Share]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_all, shares)
     if dist.get_rank() == 0:
         info = SaveInfo(step=7, kind="model", layout={"data_parallel_shard_degree": 4})
         record = commit_record(info, save_id=save_ids[0], world_size=dist.get_world_size(), now=time.time())
-        commit.publish_files(storage, attempts[0], target, image.sizes, record)
+        commit.publish_files(storage, attempts[0], target, join_shares(image, list(itertools.chain(*of_all))), record)
     dist.barrier()
 
 

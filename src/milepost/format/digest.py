@@ -17,7 +17,7 @@ from typing import Any
 from isal import isal_zlib
 
 from milepost.errors import FormatError
-from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
+from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, HF_FORMAT, Manifest
 
 MAGIC = b"MILEDIG\x01"
 _HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
@@ -72,7 +72,7 @@ class BlockDigests:
     """The parsed ``milepost.digests`` of one checkpoint.
 
     ``starts[key][i]`` is where the CRCs of shard ``i`` of ``key`` begin in ``crcs``, with one more entry at the end,
-    so that no Python object exists per block.
+    so that no Python object exists per block. Of a step of Hugging Face files, they are those of whole files, by name.
     """
 
     save_id: str
@@ -85,11 +85,26 @@ class BlockDigests:
         bounds = self.starts[key]
         return self.crcs[bounds[shard] : bounds[shard + 1]]
 
+    def of_file(self, name: str) -> Sequence[int]:
+        """CRC-32s of the blocks of a file (one of ``files_in_blocks``)."""
+        return self.of_shard(name, 0)
+
+
+def files_in_blocks(manifest: Manifest) -> list[str]:
+    """The files that have a digest for each block of the whole file, in the order of the digests.
+
+    In a step of Hugging Face files those with tensors; else none, as shards have digests of their own.
+    """
+    if manifest.extra.get("format") != HF_FORMAT:
+        return []
+    return sorted(name for name in manifest.files if name.endswith(".safetensors"))
+
 
 def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int = BLOCK_NBYTES) -> bytes:
     """The bytes of ``milepost.digests``.
 
-    ``crcs`` yields the block CRCs of each shard, in the manifest's order: keys sorted, then shards as they stand.
+    ``crcs`` yields the block CRCs of each shard, in the manifest's order: keys sorted, then shards as they stand; or
+    those of each of ``files_in_blocks``.
     """
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
@@ -133,10 +148,14 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
 def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
     starts: dict[str, tuple[int, ...]] = {}
     position = 0
-    for key in sorted(manifest.tensors):
+    runs = {key: [shard.data_nbytes for shard in manifest.tensors[key].shards] for key in sorted(manifest.tensors)}
+    files = files_in_blocks(manifest)
+    if files:
+        runs = {name: [manifest.files[name].nbytes] for name in files}
+    for key, sizes in runs.items():
         bounds = [position]
-        for shard in manifest.tensors[key].shards:
-            position += num_blocks(shard.data_nbytes, block_nbytes)
+        for nbytes in sizes:
+            position += num_blocks(nbytes, block_nbytes)
             bounds.append(position)
         starts[key] = tuple(bounds)
     return starts, position

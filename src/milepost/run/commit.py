@@ -27,9 +27,10 @@ from dataclasses import replace
 
 from milepost.errors import ConfigError, SaveError, StorageError, listed
 from milepost.format.dcp_writer import dump_metadata
-from milepost.format.digest import crc32, dump_digests
+from milepost.format.digest import crc32, dump_digests, files_in_blocks
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
+from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
 from milepost.run import object_commit
 from milepost.run.assemble import SaveInfo, assemble
@@ -144,24 +145,23 @@ def publish(
     return manifest
 
 
-def publish_files(storage: Storage, attempt: str, target: str, sizes: Mapping[str, int], record: Manifest) -> Manifest:
+def publish_files(
+    storage: Storage, attempt: str, target: str, written: Mapping[str, FileDigests], record: Manifest
+) -> Manifest:
     """As :func:`publish`, for an attempt whose files are of another format (Hugging Face's): it has no ``.metadata``.
 
-    ``sizes`` are the files that must be there, with their bytes; smaller ones beside them are taken along. ``record``
-    becomes the commit record, with all files named.
+    ``written`` are the files that must be there. ``record`` becomes the commit record, with all files named.
 
     Raises:
         SaveError: a file is missing or has another size.
         StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
     """
     place = Place.of(storage, attempt, target, record.save_id)
-    found = {
-        entry.name: FileEntry(entry.nbytes, crc32(storage.read(join(place.folder, entry.name))))
-        for entry in storage.list(place.folder)
-        if place.holds(entry.name) and entry.name not in sizes
-    }
-    record = replace(record, files=found | {name: FileEntry(nbytes) for name, nbytes in sizes.items()})
+    record = replace(record, files={name: FileEntry(found.nbytes, found.crc32) for name, found in written.items()})
     _check_sizes(storage, place, record, VISIBILITY_S if storage.can_rename else 0.0)
+    crcs = dump_digests(record.save_id, [written[name].blocks for name in files_in_blocks(record)])
+    storage.write(place.path(DIGESTS_NAME), crcs)
+    record = replace(record, files={**record.files, place.name(DIGESTS_NAME): FileEntry(len(crcs), crc32(crcs))})
     _put_in_place_and_sweep(storage, attempt, place, target, record)
     return record
 

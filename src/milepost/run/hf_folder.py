@@ -5,7 +5,7 @@ A step whose model was saved in this form is described likewise: its own manifes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
@@ -23,8 +23,11 @@ from milepost.format.huggingface import (
 from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
 from milepost.format.safetensors import read_header
 from milepost.format.torch_file import locate_tensors
-from milepost.storage.base import Storage, join, split
+from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
+
+OpenFile = Callable[[str], ReadHandle]
+"""Opens a file of a folder, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,12 @@ def is_hf_step(manifest: Manifest) -> bool:
     return manifest.extra.get("format") == HF_FORMAT
 
 
-def read_hf_folder(storage: Storage, folder: str, names: Collection[str]) -> HfFolder:
+def read_hf_folder(
+    storage: Storage, folder: str, names: Collection[str], open_file: OpenFile | None = None
+) -> HfFolder:
     """Read the headers of the weights among the files ``names`` of a folder. What is wrong is listed, not raised.
+
+    ``open_file`` opens those files; by default also through links, unchecked.
 
     Raises:
         StorageError: the storage can't be read at all.
@@ -75,29 +82,33 @@ def read_hf_folder(storage: Storage, folder: str, names: Collection[str]) -> HfF
     wanted = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
     missing = [name for name in wanted if name not in names]
     problems += [Problem(f"missing: one of {len(wanted)} files; download it again", name) for name in missing]
-    found = read_headers(storage, folder, [name for name in wanted if name in names])
+    found = read_headers(storage, folder, [name for name in wanted if name in names], open_file)
     problems += found.problems
     if weight_map is not None and not problems:
         problems += _misplaced(weight_map, found.tensors)
     return replace(found, problems=tuple(problems))
 
 
-def read_headers(storage: Storage, folder: str, names: Sequence[str]) -> HfFolder:
-    """Read the headers of the safetensors files ``names`` of a folder."""
+def read_headers(storage: Storage, folder: str, names: Sequence[str], open_file: OpenFile | None = None) -> HfFolder:
+    """Read the headers of the safetensors files ``names`` of a folder; see :func:`read_hf_folder`."""
+
+    def open_by_default(name: str) -> ReadHandle:
+        return open_linked(storage, join(folder, name), anywhere=True)
+
     problems: list[Problem] = []
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
     for name in names:
-        problems += _read_file(storage, folder, name, tensors, files)
+        problems += _read_file(open_file or open_by_default, name, tensors, files)
     return HfFolder(tensors, files, tuple(problems))
 
 
 def _read_file(
-    storage: Storage, folder: str, name: str, tensors: dict[str, TensorEntry], files: dict[str, FileEntry]
+    open_file: OpenFile, name: str, tensors: dict[str, TensorEntry], files: dict[str, FileEntry]
 ) -> list[Problem]:
     """Add what a file holds to ``tensors`` and ``files``."""
     try:
-        with open_linked(storage, join(folder, name), anywhere=True) as handle:
+        with open_file(name) as handle:
             header = read_header(handle)
     except (FormatError, StorageError) as error:
         return [Problem(error.message, name)]

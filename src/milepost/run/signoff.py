@@ -10,7 +10,7 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.digest import crc32, from_bytes, to_bytes
+from milepost.format.shares import Share
 from milepost.format.typed_json import MAX_COUNT
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
@@ -69,6 +70,8 @@ class SignOff:
     save_id: str
     files: tuple[WrittenFile, ...] = ()
     error: str | None = None
+    shares: tuple[Mapping[str, Share], ...] = ()
+    """Of the digests of files that several ranks write: by file name."""
 
 
 def dump_sign_off(sign_off: SignOff) -> bytes:
@@ -89,7 +92,9 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
             )
         objects = [(o.key, o.record_offset, o.record_nbytes, o.crc32) for o in file.objects]
         files.append((file.file, file.nbytes, tensors, objects))
+    shares = [{name: (one.nbytes, list(one.crcs.items())) for name, one in some.items()} for some in sign_off.shares]
     head = {"rank": sign_off.rank, "save_id": sign_off.save_id, "error": sign_off.error, "files": files}
+    head["shares"] = shares
     text = json.dumps(head, separators=(",", ":")).encode()
     body = _HEAD.pack(_MAGIC, len(text), len(crcs)) + text + to_bytes(crcs)
     return body + struct.pack("<I", crc32(body))
@@ -126,7 +131,14 @@ def _sign_off(head: Any, crcs: Sequence[int]) -> SignOff:
         files.append(WrittenFile(_text(name), nbytes, tuple(tensors), objects))
     error = head["error"]
     (rank,) = _counts([head["rank"]])
-    return SignOff(rank, _text(head["save_id"]), tuple(files), None if error is None else _text(error))
+    shares = tuple({_text(name): _share(*row) for name, row in some.items()} for some in head["shares"])
+    return SignOff(rank, _text(head["save_id"]), tuple(files), None if error is None else _text(error), shares)
+
+
+def _share(nbytes: object, crcs: Sequence[Any]) -> Share:
+    (count,) = _counts([nbytes])
+    pairs = [_counts(pair) for pair in crcs]
+    return Share(count, {pair[0]: pair[1] for pair in pairs})
 
 
 def _item(row: Sequence[Any]) -> WriteItem:

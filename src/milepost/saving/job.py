@@ -14,6 +14,7 @@ from typing import Protocol
 
 from milepost.config import NUM_IO_THREADS, part_of
 from milepost.errors import MilepostError, SaveError, StorageError
+from milepost.format.shares import Share
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
@@ -51,12 +52,13 @@ class Form(Protocol):
         is_first: bool,
         num_threads: int,
         on_progress: Callable[[int], None] | None,
-    ) -> None:
-        """Write and sync what this rank holds at ``place``; on the first rank also what belongs to all."""
+    ) -> tuple[Mapping[str, Share], ...]:
+        """Write and sync what this rank holds at ``place``; on the first rank also what belongs to all.
 
-    def publish(
-        self, storage: Storage, attempt: str, target: str, info: SaveInfo, *, save_id: str, world_size: int
-    ) -> None:
+        Returns this rank's shares of the digests of the files.
+        """
+
+    def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
         """Check that all is there and make it the checkpoint at ``target``."""
 
 
@@ -177,9 +179,10 @@ def run_job(
     started = time.monotonic()
     contents: Mapping[str, str] = {}
     files: tuple[WrittenFile, ...] = ()
+    shares: tuple[Mapping[str, Share], ...] = ()
     try:
         if job.form is not None:
-            job.form.write(
+            shares = job.form.write(
                 *(storage, place, job.plan, source),
                 is_first=is_first,
                 num_threads=job.num_threads,
@@ -192,7 +195,7 @@ def run_job(
             files = (written,)
         # The names must be durable before the sign-off says so: rank 0 commits on the strength of it.
         storage.sync_folder(place.folder)
-        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, files))
+        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, files, shares=shares))
         monitor.signed_off(files)
         wrote = time.monotonic()
         if job.info is not None:
@@ -264,7 +267,7 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
     if info.lineage is not None:
         retention.set_aside(storage, job.target, info.lineage)
     if job.form is not None:
-        job.form.publish(storage, job.attempt, job.target, info, save_id=job.save_id, world_size=job.world_size)
+        job.form.publish(storage, job.attempt, job.target, signed, info)
     else:
         commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
     # Only now: nothing is deleted before what replaces it is durable.

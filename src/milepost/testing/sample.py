@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Lineage, Manifest
+from milepost.format.shares import FileDigests, ShareCount, joined
 from milepost.run.assemble import SaveInfo
 from milepost.run.commit import begin_attempt, new_save_id, publish
 from milepost.run.place import Place
@@ -81,3 +83,14 @@ def _spec(key: str, array: Array, rank: int, num_ranks: int) -> TensorSpec:
     start, stop = min(rank * share, shape[0]), min((rank + 1) * share, shape[0])
     box = Box((start, *(0,) * (len(shape) - 1)), (stop - start, *shape[1:]))
     return TensorSpec(key, array.dtype.name, shape, (box,))
+
+
+def digests_of(folder: Path) -> dict[str, FileDigests]:
+    """The digests of the files of a folder, as the ranks that write a step of Hugging Face files compute them."""
+    found = {}
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        count = ShareCount(len(data))
+        count.add(0, memoryview(data))
+        found[path.name] = joined(len(data), [count.share()])
+    return found

@@ -7,6 +7,7 @@ In reading order::
     block_reader   one item's data, read in any parts and checked: for loads and conversions too
     external       where the data lies in records of other programs
     extent_reader  reads and checks them
+    hf_step        a step of Hugging Face files: its digests, its files checked against them
     weights        Hugging Face folders, safetensors and ``torch.save`` files, as far as they can be checked
 """
 

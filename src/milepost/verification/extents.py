@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from milepost.errors import FormatError
 from milepost.format.digest import BlockDigests
@@ -22,6 +23,10 @@ from milepost.storage.base import ReadHandle, counted
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shard
 
+Level = Literal["metadata", "sizes", "sample", "full"]
+"""What a verification looks at: see ``verify``."""
+SAMPLE_RECORDS = 256
+"""A sample has at most so many records, or blocks of files that have no records."""
 PIECE_NBYTES = 8 << 20
 """No extent is larger: what is larger is cut."""
 

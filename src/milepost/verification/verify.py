@@ -28,7 +28,7 @@ from typing import Literal, get_args
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError, listed
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, combine_blocks, crc32, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, METADATA_NAME, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.tags import tag_of
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
@@ -37,7 +37,9 @@ from milepost.storage import open_storage
 from milepost.storage.base import ReadHandle, Storage, counted, join
 from milepost.verification.extent_reader import ExtentReader, Findings, Progress
 from milepost.verification.extents import (
+    SAMPLE_RECORDS,
     Extent,
+    Level,
     Placed,
     external_record,
     own_record,
@@ -46,15 +48,14 @@ from milepost.verification.extents import (
     unknown,
     zeros,
 )
+from milepost.verification.hf_step import read_hf_step
 from milepost.verification.weights import WEIGHTS_SUFFIXES, WeightsCheck
 
 __all__ = ["LEVELS", "Level", "Problem", "Progress", "Verdict", "VerifyReport", "verify", "verify_in", "verify_run"]
 
-Level = Literal["metadata", "sizes", "sample", "full"]
 Verdict = Literal["ok", "not_verified", "damaged"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
-SAMPLE_RECORDS = 256
 SAMPLE_NBYTES = 2 << 30
 """A sample takes records until it has this many bytes to read, but at least one."""
 
@@ -127,6 +128,10 @@ def verify_in(
     found = storage.stat(path)
     if found is not None and not found.is_folder and path.endswith(WEIGHTS_SUFFIXES):
         return _verify_weights(storage, path, None, level, num_threads, progress)
+    record = storage.stat(join(path, MANIFEST_NAME))
+    if record is not None and record.is_link:  # one of our steps that went through the hub
+        names = [entry.name for entry in storage.list(path) if not entry.is_folder]
+        return _verify_weights(storage, path, names, level, num_threads, progress)
     info = catalog.examine(storage, path)
     if info is None or info.state == "incomplete":
         names = [entry.name for entry in storage.list(path) if not entry.is_folder]
@@ -181,11 +186,14 @@ def _verify_weights(
     """A report on weights that belong to no run: of a folder with the files ``names``, or of one file if None."""
     started = time.monotonic()
     findings = Findings(progress)
-    check = WeightsCheck(storage, findings, num_threads=num_threads, values=level == "full")
+    check = WeightsCheck(storage, findings, num_threads=num_threads, level=level)
     if names is None:
         check.file(path)
     else:
-        check.hf_folder(path, names)
+        try:
+            check.hf_folder(path, names, read_hf_step(storage, path, names))
+        except FormatError as error:
+            findings.add(_problem_of(error, path))
     return VerifyReport(
         path=f"{storage.root}/{path}",
         state="external",
@@ -260,15 +268,15 @@ def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, finding
 def _check(
     storage: Storage, path: str, record: CommitRecord, level: Level, findings: Findings, num_threads: int
 ) -> None:
-    digests = _check_metadata(storage, path, record, findings) if record.is_own else None
+    is_hf = is_hf_step(record.manifest)
+    digests = _check_metadata(storage, path, record, findings) if record.is_own and not is_hf else None
     placed = records_of(record.manifest)
     if level != "metadata":
         for fault in record.faults:
             findings.add(_with_lost_keys(fault, record, placed.get(fault.file, [])))
-    if is_hf_step(record.manifest):
-        broken = {fault.file for fault in record.faults}
-        check = WeightsCheck(storage, findings, num_threads=num_threads, values=level == "full")
-        check.hf_folder(path, [name for name in record.manifest.files if name not in broken])
+    if is_hf:
+        _check_hf_step(storage, path, record, level, findings, num_threads)
+        return
     if level == "metadata":
         return
     for name in sorted(record.files):
@@ -296,6 +304,19 @@ def _check(
             file_nbytes = record.manifest.files[name].nbytes if level == "full" and not is_cut else None
             handle.will_read([(one.start, one.stop) for one in records] if file_nbytes is None else [(0, file_nbytes)])
             reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
+
+
+def _check_hf_step(
+    storage: Storage, path: str, record: CommitRecord, level: Level, findings: Findings, num_threads: int
+) -> None:
+    broken = {fault.file for fault in record.faults}
+    names = [name for name in record.manifest.files if name not in broken]
+    try:
+        step = read_hf_step(storage, path, [record.name, *names])
+    except FormatError as error:
+        findings.add(_problem_of(error, path))
+        return
+    WeightsCheck(storage, findings, num_threads=num_threads, level=level).hf_folder(path, names, step)
 
 
 def _with_lost_keys(fault: Problem, record: CommitRecord, records: Sequence[Placed]) -> Problem:
@@ -350,8 +371,6 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
             contents[name] = content
         else:
             findings.add(Problem("it changed after it was written", name, byte_range=(0, entry.nbytes)))
-    if is_hf_step(record.manifest):
-        return None
     metadata, block_digests = (record.manifest.file_named(name) for name in (METADATA_NAME, DIGESTS_NAME))
     for name, found in ((METADATA_NAME, metadata), (DIGESTS_NAME, block_digests)):
         if found is None:

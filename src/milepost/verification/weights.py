@@ -1,14 +1,19 @@
 """Verification of weights outside a run: a Hugging Face folder, a safetensors or a ``torch.save`` file.
 
-Safetensors carry no digests. What can be told: headers and sizes are what they must be, no two tensors overlap, and no
-value is NaN. The zip entries of a ``torch.save`` file have CRC-32s.
+Safetensors carry no digests; only a step that Milepost saved in this form has some beside them. What can be told
+elsewhere: headers and sizes are what they must be, no two tensors overlap, and no value is NaN. The zip entries of a
+``torch.save`` file have CRC-32s.
 """
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 
-from milepost.errors import FormatError, MilepostError, Problem, StorageError
+from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
+from milepost.format.digest import files_in_blocks
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
 from milepost.format.manifest import TensorEntry
 from milepost.format.torch_file import MAX_ENTRIES, locate_tensors
@@ -16,26 +21,30 @@ from milepost.run.hf_folder import HfFolder, is_adapter, read_headers, read_hf_f
 from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
 from milepost.verification.extent_reader import ExtentReader, Findings
-from milepost.verification.extents import Extent, unknown, values, zip_extents
+from milepost.verification.extents import SAMPLE_RECORDS, Data, Extent, Level, unknown, values, zip_extents
+from milepost.verification.hf_step import CheckedFile, HfStep
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Files that are verified as weights on their own."""
 
 
 class WeightsCheck:
-    """Checks weights and adds what it finds to ``findings``. ``values``: reads every byte, not only headers."""
+    """Checks weights and adds what it finds to ``findings``. Only level ``full`` reads every byte, not only headers."""
 
-    def __init__(self, storage: Storage, findings: Findings, *, num_threads: int, values: bool):
+    def __init__(self, storage: Storage, findings: Findings, *, num_threads: int, level: Level):
         self._storage = storage
         self._findings = findings
-        self._values = values
+        self._level = level
         self._reader = ExtentReader(findings, num_threads)
         self.num_items = 0
         self.nbytes = 0
         self.notes: list[str] = []
 
-    def hf_folder(self, folder: str, names: Collection[str]) -> None:
-        """Check the weights and the configs among the files ``names`` of a folder."""
+    def hf_folder(self, folder: str, names: Collection[str], step: HfStep | None = None) -> None:
+        """Check the weights and the configs among the files ``names`` of a folder, against the digests of ``step``."""
+        if step is not None:
+            for problem in (*step.small_faults(), *step.block_faults()):
+                self._findings.add(problem)
         for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME):
             if name in names:
                 self._config(folder, name)
@@ -43,7 +52,7 @@ class WeightsCheck:
             self.notes.append("an adapter, not a whole model")
         elif CONFIG_NAME not in names:
             self.notes.append(f"{CONFIG_NAME} is missing: it is not known which model this is")
-        self._safetensors(folder, read_hf_folder(self._storage, folder, names))
+        self._safetensors(folder, read_hf_folder(self._storage, folder, names), step)
 
     def file(self, path: str) -> None:
         """Check one file of weights."""
@@ -65,34 +74,71 @@ class WeightsCheck:
         except MilepostError as error:
             self._add(error, where, name)
 
-    def _safetensors(self, folder: str, found: HfFolder) -> None:
+    def _safetensors(self, folder: str, found: HfFolder, step: HfStep | None = None) -> None:
         for problem in found.problems:
             self._findings.add(problem)
         self.num_items = len(found.tensors)
         self.nbytes = sum(entry.nbytes for entry in found.files.values())
-        if found.files:
-            self.notes.append("safetensors files hold no digests: a changed value can't be told from the right one")
-        if not self._values:
-            self._findings.count_read(0, unchecked_nbytes=self.nbytes)
-            return
-        self._findings.total_nbytes += self.nbytes
         held: dict[str, list[tuple[int, str]]] = {name: [] for name in found.files}
         for key, entry in found.tensors.items():
             held[entry.shards[0].file].append((entry.shards[0].record_offset, key))
+        if step is not None and step.digests is not None:
+            self._blocks(step, {name: sorted(places) for name, places in held.items()})
+            return
+        if found.files:
+            self.notes.append("safetensors files hold no digests: a changed value can't be told from the right one")
+        if self._level != "full":
+            self._findings.count_read(0, unchecked_nbytes=self.nbytes)
+            return
+        self._findings.total_nbytes += self.nbytes
         for name, places in held.items():
             extents = _extents(sorted(places), found.files[name].nbytes, found.tensors)
             with open_linked(self._storage, join(folder, name), anywhere=True) as handle:
                 self._reader.check(handle, name, extents)
 
+    def _blocks(self, step: HfStep, held: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+        """Compare the blocks of the step's files, all or a sample of them, with their digests."""
+        if self._level not in ("sample", "full"):
+            return
+        blocks = [
+            (name, start)
+            for name in files_in_blocks(step.manifest)
+            for start in range(0, step.manifest.files[name].nbytes, step.block_nbytes)
+        ]
+        if self._level == "sample":
+            blocks = sorted(random.sample(blocks, min(SAMPLE_RECORDS, len(blocks))))
+        self._findings.total_nbytes += step.block_nbytes * len(blocks)
+        for name, group in groupby(blocks, key=lambda block: block[0]):
+            try:
+                handle = step.open_file(name)
+            except (FormatError, StorageError) as error:
+                self._add(error, join(step.folder, name), name)
+                continue
+            with handle:
+                assert isinstance(handle, CheckedFile), "it has digests"
+                reader = handle.reader
+                stops = ((start, min(start + step.block_nbytes, reader.nbytes)) for _, start in group)
+                extents = (Data(*range_, reader, _what(held.get(name, ()), *range_)) for range_ in stops)
+                self._reader.check(reader.handle, name, extents)
+
     def _torch_file(self, handle: ReadHandle, name: str) -> None:
         self.num_items = len(locate_tensors(handle.read, handle.nbytes))
-        if not self._values:
+        if self._level != "full":
             self._findings.count_read(0, unchecked_nbytes=handle.nbytes)
             return
         self._reader.check(handle, name, zip_extents(handle, 0, handle.nbytes, max_entries=MAX_ENTRIES))
 
     def _add(self, error: MilepostError, path: str, name: str) -> None:
         self._findings.add(Problem(error.message.removeprefix(f"{path}: "), name))
+
+
+def _what(places: Sequence[tuple[int, str]], start: int, stop: int) -> str:
+    """The tensors, of those at ``places`` in a file, of which bytes are in ``[start, stop)``."""
+    first = max(bisect_right(places, start, key=lambda place: place[0]) - 1, 0)
+    last = bisect_left(places, stop, key=lambda place: place[0])
+    keys = [key for _, key in places[first:last]]
+    whose = f"data of {', '.join(listed(keys, 3))}"
+    return whose if start else f"the header, or {whose}"
 
 
 def _extents(places: Sequence[tuple[int, str]], nbytes: int, tensors: Mapping[str, TensorEntry]) -> Iterator[Extent]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from milepost.interop.hf.save import HfTarget, commit_record, plan_image, write_frame, write_part
+from milepost.format.shares import Share
+from milepost.interop.hf.save import HfTarget, commit_record, join_shares, plan_image, write_frame, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
+from milepost.run.signoff import SignOff
 from milepost.saving.writer import BlockSource, FileImage
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
@@ -31,14 +33,15 @@ class HfForm:
         is_first: bool,
         num_threads: int,
         on_progress: Callable[[int], None] | None,
-    ) -> None:
+    ) -> tuple[Mapping[str, Share], ...]:
         image = plan_image(self.target)
-        if is_first:
-            write_frame(storage, place.folder, image)
-        write_part(storage, place.folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress)
+        frame = (write_frame(storage, place.folder, image),) if is_first else ()
+        part = write_part(
+            storage, place.folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress
+        )
+        return *frame, part
 
-    def publish(
-        self, storage: Storage, attempt: str, target: str, info: SaveInfo, *, save_id: str, world_size: int
-    ) -> None:
-        record = commit_record(info, save_id=save_id, world_size=world_size, now=time.time())
-        commit.publish_files(storage, attempt, target, plan_image(self.target).sizes, record)
+    def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
+        record = commit_record(info, save_id=signed[0].save_id, world_size=len(signed), now=time.time())
+        shares = [share for sign_off in signed for share in sign_off.shares]
+        commit.publish_files(storage, attempt, target, join_shares(plan_image(self.target), shares), record)

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from milepost.collective.threads import map_in_threads
-from milepost.errors import ConversionError, listed
+from milepost.errors import ConversionError, SaveError, listed
 from milepost.format.box import Box, Slab, contiguous_runs, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
+from milepost.format.shares import FileDigests, Share, ShareCount, joined
 from milepost.interop.hf.extras import hf_extras, split_into_files
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
@@ -65,11 +66,6 @@ class HfImage:
     places: Mapping[str, _Place]
     links: Mapping[str, tuple[Link, ...]]
     head_dim: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """File name: bytes."""
-        return {name: layout.nbytes for name, layout in self.files.items()}
 
 
 def plan_image(target: HfTarget) -> HfImage:
@@ -124,8 +120,8 @@ def _foreign_tensors(found: Correspondence, target: HfTarget) -> dict[str, Tenso
     return {key: TensorInfo(next(iter(dtypes[key])), shape) for key, shape in found.theirs.items()}
 
 
-def write_frame(storage: Storage, folder: str, image: HfImage) -> None:
-    """Write all but the tensors: headers, index, config and the assets' files. Called by one rank.
+def write_frame(storage: Storage, folder: str, image: HfImage) -> dict[str, Share]:
+    """Write all but the tensors: headers, index, config and the assets' files. Called by one rank; returns its shares.
 
     Raises:
         StorageError: the storage refused.
@@ -136,14 +132,24 @@ def write_frame(storage: Storage, folder: str, image: HfImage) -> None:
         for layout in image.files.values()
         for key, stored in layout.tensors.items()
     }
+    shares = {}
     for name, layout in image.files.items():
         with storage.open_write(join(folder, name), layout.nbytes, shared=True) as handle:
+            shares[name] = _share_of(layout.prefix, layout.nbytes)
             handle.write(0, [layout.prefix])
             handle.sync()
     extras = hf_extras(family.name, image.target.args, tensors, _folder(image.target.assets), None)
     keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
     for name, data in extras.files(keys, tensors):
+        shares[name] = _share_of(data, len(data))
         storage.write(join(folder, name), data)
+    return shares
+
+
+def _share_of(beginning: bytes, file_nbytes: int) -> Share:
+    count = ShareCount(file_nbytes)
+    count.add(0, memoryview(beginning))
+    return count.share()
 
 
 def write_part(
@@ -155,8 +161,8 @@ def write_part(
     *,
     num_threads: int = 2,
     on_progress: Callable[[int], None] | None = None,
-) -> int:
-    """Write and sync this rank's boxes (``items``) into the final files; returns the bytes written.
+) -> dict[str, Share]:
+    """Write and sync this rank's boxes (``items``) into the final files; returns its shares of them.
 
     Files are created by whoever comes first. Memory beside the source: two slabs and a buffer a thread.
 
@@ -164,6 +170,7 @@ def write_part(
         StorageError: the first failure on any thread.
     """
     names = {image.places[link.theirs_key].file for item in items for link in image.links[item.key]}
+    counts = {name: ShareCount(image.files[name].nbytes) for name in names}
     with ExitStack() as stack:
         handles = {
             name: stack.enter_context(storage.open_write(join(folder, name), image.files[name].nbytes, shared=True))
@@ -174,19 +181,20 @@ def write_part(
         def work(item: WriteItem) -> None:
             if not hasattr(local, "buffer"):
                 local.buffer = mmap.mmap(-1, BUFFER_NBYTES)
-            _write_item(image, handles, item, source, local.buffer)
+            _write_item(image, handles, counts, item, source, local.buffer)
             if on_progress is not None:
                 on_progress(item.data_nbytes)
 
         map_in_threads(work, items, num_threads, name="milepost-write")
         for handle in handles.values():
             handle.sync()
-    return sum(item.data_nbytes for item in items)
+    return {name: count.share() for name, count in counts.items()}
 
 
 def _write_item(
     image: HfImage,
     handles: Mapping[str, WriteHandle],
+    counts: Mapping[str, ShareCount],
     item: WriteItem,
     source: BlockSource | FileImage,
     buffer: mmap.mmap,
@@ -205,7 +213,8 @@ def _write_item(
                     if streams is None or streams[0] != place.file:
                         if streams is not None:
                             streams[1].flush()
-                        streams = place.file, ImageStream(handles[place.file], buffer)
+                        note = counts[place.file].add
+                        streams = place.file, ImageStream(handles[place.file], buffer, on_write=note)
                     streams[1].put_at(offset, data[position : position + (stop - start) * size])
                     position += (stop - start) * size
     if streams is not None:
@@ -284,6 +293,26 @@ def _rows_as_halves(start: int, rows: Array, head_dim: int) -> Iterator[tuple[in
 
 def _swapped(values: tuple[int, ...]) -> tuple[int, ...]:
     return (*values[:-2], values[-1], values[-2])
+
+
+def join_shares(image: HfImage, shares: Sequence[Mapping[str, Share]]) -> dict[str, FileDigests]:
+    """The digests of all files, from every rank's shares of them.
+
+    Raises:
+        SaveError: bytes of a file were written by no rank, or by several.
+    """
+    names = sorted({*image.files, *(name for share in shares for name in share)})
+    found, faults = {}, []
+    for name in names:
+        parts = [share[name] for share in shares if name in share]
+        nbytes = image.files[name].nbytes if name in image.files else parts[0].nbytes
+        try:
+            found[name] = joined(nbytes, parts)
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise SaveError(f"the save is incomplete, nothing was committed: {'; '.join(listed(faults))}")
+    return found
 
 
 def commit_record(info: SaveInfo, *, save_id: str, world_size: int, now: float) -> Manifest:

@@ -21,7 +21,7 @@ from milepost.format.huggingface import (
     SINGLE_NAME,
     parse_object,
 )
-from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.safetensors import read_header
 from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
@@ -33,6 +33,7 @@ from milepost.storage.links import open_linked, read_linked
 from milepost.storage.local import LocalStorage
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_manifest
+from milepost.verification.hf_step import CheckedFile, HfStep, read_hf_step
 
 _OTHER_PARTS = tuple(f"{part}." for part in PARTS if part != "model")
 """Prefixes of what a training checkpoint holds beside the model."""
@@ -67,12 +68,13 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         raise CheckpointNotFoundError(f"there is nothing at {full}", path=str(full))
     names = {entry.name for entry in os.scandir(full)}
     is_hf = INDEX_NAME in names or SINGLE_NAME in names
-    # A last save in Hugging Face's format has our commit record too.
-    if names & {MANIFEST_NAME, METADATA_NAME} and not is_hf:
+    # A last save in Hugging Face's format has our commit record too: it says what the folder is.
+    step = read_hf_step(LocalStorage(full), "", names)
+    if step is None and (MANIFEST_NAME in names or (METADATA_NAME in names and not is_hf)):
         storage, folder = open_storage(full)
         return _open_dcp(storage, folder)
     if is_hf or any(name.endswith(".safetensors") for name in names):
-        return _open_hf(full, names)
+        return _open_hf(full, names, step)
     raise CheckpointNotFoundError(_not_weights(full, names), path=str(full))
 
 
@@ -108,17 +110,24 @@ def _open_file(full: Path) -> Weights:
 # ---- Hugging Face ----
 
 
-def _open_hf(folder: Path, names: set[str]) -> Weights:
+def _open_hf(folder: Path, names: set[str], step: HfStep | None) -> Weights:
     storage = LocalStorage(folder)
-    found = read_hf_folder(storage, "", names)
+    if step is not None:
+        step.require({CONFIG_NAME, INDEX_NAME, DIGESTS_NAME})
+    open_file = step.open_file if step is not None else lambda name: open_linked(storage, name, anywhere=True)
+    found = read_hf_folder(storage, "", names, open_file)
     found.require(str(folder))
     stored = {}
     with ExitStack() as stack:
-        handles = {name: stack.enter_context(open_linked(storage, name, anywhere=True)) for name in found.files}
+        handles = {name: stack.enter_context(open_file(name)) for name in found.files}
         for key, entry in found.tensors.items():
             (shard,) = entry.shards
-            reader = BlockReader(handles[shard.file], key, shard.record_offset, shard.data_nbytes, None)
-            stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (Stretch(shard.box, reader),))
+            handle = handles[shard.file]
+            if isinstance(handle, CheckedFile):
+                stretch = Stretch(shard.box, handle.reader, shard.record_offset)
+            else:
+                stretch = Stretch(shard.box, BlockReader(handle, key, shard.record_offset, shard.data_nbytes, None))
+            stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (stretch,))
         config = read_config(folder)
         stack.pop_all()
     source = Source(str(folder), "hf", tuple(handles.values()), stored)

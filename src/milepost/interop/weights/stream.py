@@ -177,11 +177,20 @@ def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple
 class ImageStream:
     """Ranges of a file, gathered in ``buffer`` so that all but the outermost edges are written as whole, aligned pages.
 
-    With ``fill_gaps``, short gaps between ascending ranges are filled with zeros.
+    With ``fill_gaps``, short gaps between ascending ranges are filled with zeros. ``on_write`` is told the offset and
+    the bytes of each write.
     """
 
-    def __init__(self, handle: WriteHandle, buffer: mmap.mmap, *, fill_gaps: bool = False):
+    def __init__(
+        self,
+        handle: WriteHandle,
+        buffer: mmap.mmap,
+        *,
+        fill_gaps: bool = False,
+        on_write: Callable[[int, memoryview], None] | None = None,
+    ):
         self._handle = handle
+        self._on_write = on_write
         self._fill_gaps = fill_gaps
         self._array = np.frombuffer(buffer, dtype=np.uint8)
         self._memory = memoryview(buffer)
@@ -234,4 +243,6 @@ class ImageStream:
 
     def _write(self, start: int, stop: int) -> None:
         if start < stop:
+            if self._on_write is not None:
+                self._on_write(self._base + start, self._memory[start:stop])
             self._handle.write(self._base + start, [self._memory[start:stop]])
