@@ -389,10 +389,9 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
     report = diff(undisturbed / "checkpoint" / last, run.checkpoints / last)
     if not report.is_same or report.num_unknown:
         raise SoakError(f"the last step is not the undisturbed run's: {report}")
-    into = {"dataloader": {"samples_consumed": None}}
-    milepost.load(run.checkpoints / last, into)
+    into = milepost.load(run.checkpoints / last)
     if into["dataloader"]["samples_consumed"] != GLOBAL_BATCH * run.num_steps:
-        raise SoakError(f"not every sample came once: {into}, of {GLOBAL_BATCH * run.num_steps}")
+        raise SoakError(f"not every sample came once: {into['dataloader']}, of {GLOBAL_BATCH * run.num_steps}")
     saved = sorted({*range(INTERVAL, run.num_steps, INTERVAL), run.num_steps})
     kept = set(map(catalog.step_name, saved[-KEEP:]))
     kept |= set(re.findall(r"\bresumed from .*/(step-\d+) ", run.log())[-1:])  # never deleted by that run

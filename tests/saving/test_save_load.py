@@ -273,9 +273,17 @@ def test_objects_with_state_dict(step: Path) -> None:
 def test_part_of_a_checkpoint_can_be_loaded(step: Path) -> None:
     milepost.save(step, {"a": torch.ones(2), "b": {"c": torch.ones(3), "d": 4}})
     into = {"b": {"d": 0}}
-    report = milepost.load(step, into)
+    with pytest.raises(StateMismatchError, match=r'give allow_unexpected=\["a", "b.c"\]') as caught:
+        milepost.load(step, into)
+    assert caught.value.unexpected == ("a", "b.c")
+    assert into == {"b": {"d": 0}}
+    report = milepost.load(step, into, allow_unexpected=["a", "b.*"])
     assert into == {"b": {"d": 4}}
     assert report.unexpected == ("a", "b.c")
+    assert [str(passed) for passed in report.let_pass] == [
+        "allow_unexpected a: 1 key left out: a",
+        "allow_unexpected b.*: 1 key left out: b.c",
+    ]
 
 
 def test_module_and_its_parameters(step: Path) -> None:

@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from operator import call
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, overload
 
 from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched
 from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS
-from milepost.errors import MAX_LISTED, MilepostError, StateMismatchError, listed, near
+from milepost.errors import ConfigError, MilepostError, StateMismatchError, listed
 from milepost.format.manifest import Manifest
+from milepost.loading.fit import LetPass, Policy, compare, unexpected_error
 from milepost.loading.reader import ReadStats, TensorReads, read_objects
 from milepost.loading.target import Target
-from milepost.loading.template import Template
+from milepost.loading.template import Template, Whole
 from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
-from milepost.tensors.layout import dtype_name
 from milepost.tensors.plan import plan_load
-from milepost.tensors.state import FlatState, flatten
+from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
 
 log = logging.getLogger("milepost")
@@ -51,53 +51,86 @@ class LoadReport:
     """Bytes that this rank read from the storage, whole digest blocks included."""
     seconds: float
     unexpected: tuple[str, ...]
-    """Keys that the checkpoint holds and the state dict has no place for. They were left out."""
+    """Keys that the checkpoint holds and this rank has no place for. They were left out."""
     missing: tuple[str, ...]
-    """Keys that the state dict has and the checkpoint does not. Only with ``strict = False``: left as they were."""
+    """Keys that the checkpoint lacks and that were let pass: left as they were."""
     cast: tuple[str, ...]
     """Tensors whose stored dtype differs: ``key: float32 -> bfloat16``."""
+    let_pass: tuple[LetPass, ...] = ()
+    """For each pattern of ``allow_missing`` and ``allow_unexpected`` the keys that it let pass."""
     resumed_step: int | None = None
     """The step of the run's own folder that a ``CheckpointManager`` resumed from; None for any other load."""
     notes: tuple[str, ...] = ()
     """What a user should know: which newer steps were passed over, what was not restored."""
 
 
-@interrupts_held()
+@overload
+def load(path: str | PathLike[str], *, comm: Comm | None = None) -> dict[str, Any]: ...
+
+
+@overload
 def load(
     path: str | PathLike[str],
     into: MutableMapping[str, Any],
     *,
     strict: bool = True,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
     comm: Comm | None = None,
-) -> LoadReport:
-    """Load the checkpoint at ``path`` into ``into``, in place. Collective over all ranks.
+) -> LoadReport: ...
 
-    ``into`` is a state dict like the one that was saved, or a part of it, under any layout: tensors are filled where
-    they are (each rank reads only what it holds), other values are replaced, objects with ``load_state_dict()`` get
-    theirs. Every byte that lands is checked against its digest. Nothing in the checkpoint is executed.
+
+@interrupts_held()
+def load(
+    path: str | PathLike[str],
+    into: MutableMapping[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    comm: Comm | None = None,
+) -> LoadReport | dict[str, Any]:
+    """Load the checkpoint at ``path`` into ``into``, in place; without it, return all of it. Collective over all ranks.
+
+    ``into`` is a state dict like the one that was saved, under any layout: tensors are filled where they are (each
+    rank reads only what it holds), other values are replaced, objects with ``load_state_dict()`` get theirs, None and
+    empty containers take what stood in their place. Without ``into`` the whole state dict is returned, with the
+    containers and values that were saved and tensors on the CPU, on every rank. Every byte that lands is checked
+    against its digest. Nothing in the checkpoint is executed.
+
+    Args:
+        strict: whether all keys must be on both sides. ``False`` lets any be missing or left out; the report lists
+            them.
+        allow_missing: globs of keys that the checkpoint may lack: they stay as they are. ``"head"`` and ``"head.*"``
+            both match all below ``head``.
+        allow_unexpected: globs of keys of the checkpoint that may have no place in ``into`` (of any rank): they are
+            left out.
 
     Raises:
-        StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is read.
-            ``strict = False`` lets missing keys pass.
+        StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
+            in ``into`` is in the checkpoint.
+        ConfigError: ``into`` is no state dict, or ``path`` no path.
         DigestMismatchError, FormatError: stored bytes are damaged. Some tensors may have been filled already.
         CheckpointNotFoundError: there is no checkpoint at ``path``.
         MilepostError: something else went wrong, in a ``load_state_dict()`` of the caller's for instance.
         All are raised on every rank when one rank meets them.
     """
+    _check_arguments(path, into)
     storage, folder = open_storage(fspath(path))
     comm = comm if comm is not None else default_comm()
-    template: Template | None = None
+    policy = Policy.of(strict, allow_missing, allow_unexpected)
+    template: Template | Whole | None = None
 
     def make_target(manifest: Manifest, read: Read) -> Target:
         nonlocal template
-        template = Template(into, manifest, read)
+        template = Whole(manifest, read) if into is None else Template(into, manifest, read)
         return template.target
 
     def check() -> None:
         assert template is not None
         template.check()
 
-    report = load_from(storage, folder, make_target, check=check, strict=strict, comm=comm)
+    report = load_from(storage, folder, make_target, check=check, policy=policy, comm=comm)
     assert template is not None
     failure = None
     try:
@@ -105,7 +138,23 @@ def load(
     except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
-    return report
+    return template.state_dict if isinstance(template, Whole) else report
+
+
+def _check_arguments(path: object, into: object) -> None:
+    """Explain first mistakes where they are made. The same on every rank, as the program is."""
+    if not isinstance(path, str | PathLike):
+        swapped = "; the path comes first: load(path, into)" if isinstance(into, str | PathLike) else ""
+        raise ConfigError(f"milepost.load: expected the path of a checkpoint, found a {type(path).__name__}{swapped}")
+    if into is None or isinstance(into, MutableMapping):
+        return
+    kind = type(into).__name__
+    instead = f"a dict, and load(path) returns the whole state dict: expected a dict to fill, found a {kind}"
+    if hasattr(into, "load_state_dict"):
+        instead = (
+            f'the state dict that was saved with the object in it, such as {{"model": model}}: found the {kind} itself'
+        )
+    raise ConfigError(f"milepost.load(path, into): `into` is {instead}")
 
 
 def load_from(
@@ -114,33 +163,38 @@ def load_from(
     make_target: Callable[[Manifest, Read], Target],
     *,
     check: Callable[[], None],
-    strict: bool,
+    policy: Policy,
     comm: Comm,
-    must_be_wanted: Callable[[str], bool] = lambda key: False,
+    must_be_wanted: Callable[[str], bool] = lambda key: True,
     num_threads: int = NUM_IO_THREADS,
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
     ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
-    then. Stored keys for which ``must_be_wanted`` holds must have a place on some rank: else they are refused.
+    then. Stored keys for which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy.
     """
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
-    unwanted: set[str] = set()
+    looked = _Looked()
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
             manifest = catalog.read_manifest(storage, folder)
         target = make_target(manifest, partial(_read_value, storage, folder, manifest))
         flat = flatten(target.values)
         fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
-        unwanted = {key for key in fit.unexpected if must_be_wanted(key)}
-        fit.check(path, strict=strict)
+        must = [key for key in fit.unexpected if must_be_wanted(key)]
+        looked = _Looked(
+            unwanted=policy.refused_unexpected(must),
+            fits_something=fit.num_common > 0,
+            let_pass=policy.let_pass(fit.missing, must),
+        )
+        fit.check(path, policy)
         for key in fit.missing:
             target.values.pop(key, None)  # nothing is read for it
     except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
-    _check_unwanted(comm, unwanted, path)
+    _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects})
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
     read = ReadStats()
     for live in (False, True):  # what can be refused is read first, then what is filled in place
@@ -160,6 +214,7 @@ def load_from(
                 if live:
                     target.copy_held()
                 else:
+                    target.check()
                     check()
         except BaseException as cause:  # noqa: BLE001 - as above
             failure = failure_on(comm.rank, cause, MilepostError)
@@ -174,47 +229,42 @@ def load_from(
         seconds=time.monotonic() - started,
         unexpected=fit.unexpected,
         missing=fit.missing,
-        cast=fit.cast,
+        cast=tuple(sorted((*fit.cast, *target.cast))),
+        let_pass=looked.let_pass,
     )
 
 
-def _check_unwanted(comm: Comm, unwanted: set[str], path: str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """How a checkpoint fits what a rank holds."""
+
+    unwanted: frozenset[str] | set[str] = frozenset()
+    """Stored keys that it has no place for, and that are not to be left out."""
+    fits_something: bool = False
+    """Whether any stored key has a place, or the checkpoint has none at all."""
+    let_pass: tuple[LetPass, ...] = ()
+
+
+def _check_looked(comm: Comm, looked: _Looked, path: str, policy: Policy, stored: Collection[str]) -> None:
     """Refuse stored keys that no rank has a place for: a model with fewer layers would lose the rest silently."""
-    brought = comm.gather(unwanted)
-    nowhere = sorted(set.intersection(*brought)) if brought is not None else []
-    nowhere = comm.broadcast(nowhere)
-    if nowhere:
+    brought = comm.gather((looked.unwanted, looked.fits_something))
+    verdict = None
+    if brought is not None:
+        nowhere = sorted(set.intersection(*(set(unwanted) for unwanted, _ in brought)))
+        verdict = nowhere, any(fits for _, fits in brought)
+    verdict = comm.broadcast(verdict)
+    assert verdict is not None
+    nowhere, fits_something = verdict
+    if not fits_something:
         raise StateMismatchError(
-            f"{path} does not fit what it is loaded into; nothing was changed:\n"
-            + "\n".join(_listed("of the checkpoint have no place in this run", nowhere)),
+            f"nothing was loaded: what {path} is loaded into is empty, or has none of its {len(stored)} keys "
+            f"({', '.join(listed(sorted(stored), 3))}). milepost.load(path) without a state dict to load into "
+            "returns all of it",
             path=path,
             unexpected=nowhere,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """How a checkpoint and a state dict go together. All keys are sorted."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    """One line each: ``key: shape [8, 4] in the checkpoint, [8, 5] here``."""
-    cast: tuple[str, ...]
-
-    def check(self, path: str, *, strict: bool) -> None:
-        """Raise one StateMismatchError for all that keeps the checkpoint from being loaded."""
-        missing = self.missing if strict else ()
-        if not missing and not self.mismatched:
-            return
-        lines = [*_missing_lines(missing, self.unexpected), *_listed("do not fit", self.mismatched)]
-        raise StateMismatchError(
-            f"{path} does not fit what it is loaded into; nothing was changed:\n" + "\n".join(lines),
-            path=path,
-            missing=missing,
-            unexpected=self.unexpected,
-            mismatched=self.mismatched,
-        )
+    if nowhere:
+        raise unexpected_error(path, nowhere, policy, set(stored) - set(nowhere))
 
 
 def _read_value(storage: Storage, folder: str, manifest: Manifest, key: str) -> Any:
@@ -222,54 +272,3 @@ def _read_value(storage: Storage, folder: str, manifest: Manifest, key: str) -> 
     if key not in manifest.objects:
         return None
     return dict(read_objects(storage, folder, manifest, [key]))[key]
-
-
-def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = (), mismatched: Sequence[str] = ()) -> Fit:
-    """Compare keys, shapes and dtypes of a checkpoint with those of a state dict; keys in ``left`` are not expected."""
-    stored = manifest.tensors.keys() | manifest.objects.keys()
-    wanted = flat.tensors.keys() | flat.objects.keys()
-    unfit, cast = [*mismatched], []
-    for key, leaf in flat.tensors.items():
-        entry = manifest.tensors.get(key)
-        if entry is None:
-            if key in manifest.objects:
-                unfit.append(f"{key}: not a tensor in the checkpoint, a tensor here")
-            continue
-        here = dtype_name(leaf.dtype)
-        if entry.shape != leaf.shape:
-            unfit.append(f"{key}: shape {list(entry.shape)} in the checkpoint, {list(leaf.shape)} here")
-        elif entry.dtype != here and _numeric_kind(entry.dtype) != _numeric_kind(here):
-            unfit.append(f"{key}: dtype {entry.dtype} in the checkpoint, {here} here")
-        elif entry.dtype != here:
-            cast.append(f"{key}: {entry.dtype} -> {here}")
-    for key in flat.objects:
-        if key in manifest.tensors:
-            unfit.append(f"{key}: a tensor in the checkpoint, not a tensor here")
-    return Fit(
-        missing=tuple(sorted(wanted - stored)),
-        unexpected=tuple(sorted(stored - wanted - set(left))),
-        mismatched=tuple(sorted(unfit)),
-        cast=tuple(sorted(cast)),
-    )
-
-
-def _numeric_kind(dtype: str) -> str:
-    """Dtypes of one kind are cast on the way; between kinds meaning would be lost."""
-    if dtype == "float4_e2m1fn_x2":  # two numbers to an element
-        return dtype
-    for kind in ("float", "complex", "int", "uint"):
-        if dtype.removeprefix("b").startswith(kind):
-            return kind
-    return dtype
-
-
-def _missing_lines(missing: Sequence[str], unexpected: Collection[str]) -> Iterator[str]:
-    hints = {key: near(key, unexpected, cutoff=0.8) for key in missing[:MAX_LISTED]}
-    lines = [key + (f" (did you mean '{hint}', which it has?)" if (hint := hints.get(key)) else "") for key in missing]
-    yield from _listed("are not in the checkpoint", lines)
-
-
-def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:
-    if lines:
-        yield f"  {len(lines)} {'key' if len(lines) == 1 else 'keys'} {what}:"
-        yield from (f"    {line}" for line in listed(lines))

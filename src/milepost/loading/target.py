@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
+from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
-from milepost.tensors.layout import can_be_boxes
+from milepost.tensors.layout import can_be_boxes, dtype_name
 from milepost.tensors.state import ByName
 from milepost.tensors.tree import Held, Node, Read, Tree, assemble, refs
 
@@ -44,6 +45,9 @@ class Target:
         self.live: set[str] = set()
         """Keys whose tensors belong to the caller's objects already: filled where they are, last."""
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._narrowed: dict[str, torch.dtype] = {}
+        self.cast: list[str] = []
+        """One line for each tensor that is read in another dtype than that of its place."""
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
         self.left: set[str] = set()
@@ -51,11 +55,15 @@ class Target:
 
     def want(self, key: str, tensor: torch.Tensor, *, live: bool, path: Sequence[Any] = ()) -> None:
         """Read ``key`` into ``tensor``; ``path`` is where it stands, should it be in a container stored as one."""
-        self.values[key] = tensor
         node = self.at(path or (key,)) if key not in self._stored_keys else None
         if isinstance(node, Held):
             self._want_held(key, tensor, node.value)
             return
+        entry = self.entry(key)
+        if entry is not None and is_narrower(tensor.dtype, getattr(torch, entry.dtype)):
+            self._want_narrowed(key, tensor, getattr(torch, entry.dtype))
+            return
+        self.values[key] = tensor
         if live:
             self.live.add(key)
 
@@ -75,13 +83,34 @@ class Target:
 
     def _want_held(self, key: str, tensor: torch.Tensor, value: Any) -> None:
         """A tensor that is there already, in a container that was read: it is copied with the live tensors."""
-        del self.values[key]
         if not isinstance(value, torch.Tensor):
             self.mismatched.append(f"{key}: not a tensor in the checkpoint, a tensor here")
         elif value.shape != tensor.shape:
             self.mismatched.append(f"{key}: shape {list(value.shape)} in the checkpoint, {list(tensor.shape)} here")
         else:
             self.copies.append((tensor, value))
+
+    def _want_narrowed(self, key: str, tensor: torch.Tensor, stored: torch.dtype) -> None:
+        """Integers of a wider dtype: read as they are, checked, and copied with the live tensors."""
+        self.values[key] = wide = fresh_like(tensor, dtype=stored)
+        self._narrowed[key] = tensor.dtype
+        self.cast.append(f"{key}: {dtype_name(stored)} -> {dtype_name(tensor.dtype)}")
+        self.copies.append((tensor, wide))
+
+    def check(self) -> None:
+        """Refuse numbers that their place can't hold, once all but the live tensors is read."""
+        unfit = []
+        for key, dtype in self._narrowed.items():
+            found = self.values.get(key)
+            values, range_ = local_tensor(found) if found is not None else torch.empty(0), torch.iinfo(dtype)
+            if values.numel() and not (range_.min <= int(values.min()) and int(values.max()) <= range_.max):
+                unfit.append(f"{key}: {int(values.min())} to {int(values.max())} in the checkpoint, {dtype} here")
+        if unfit:
+            raise StateMismatchError(
+                "numbers of the checkpoint do not fit the dtype of their place; nothing was changed:\n  "
+                + "\n  ".join(listed(unfit)),
+                mismatched=unfit,
+            )
 
     def copy_held(self) -> None:
         """Fill the tensors whose values are there already."""
@@ -96,6 +125,15 @@ class Target:
     def want_missing(self, keys: Iterable[str]) -> None:
         """Note keys that an object needs and the checkpoint lacks: they are reported, and refused when strict."""
         self.values.update(dict.fromkeys(keys))
+
+
+def is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether integers of dtype ``stored`` may be too large for ``dtype``."""
+    if dtype.is_floating_point or stored.is_floating_point or torch.bool in (dtype, stored):
+        return False
+    if dtype.is_complex or stored.is_complex:
+        return False
+    return dtype.itemsize < stored.itemsize and dtype.is_signed == stored.is_signed
 
 
 class Owner(Protocol):

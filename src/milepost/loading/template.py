@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
-from milepost.loading.target import Owner, StatefulOwner, Stored, Target
+from milepost.loading.target import Owner, StatefulOwner, Stored, Target, fresh_like, local_tensor
 from milepost.tensors.layout import can_be_boxes
 from milepost.tensors.state import Slot, is_stateful, is_terminal
 from milepost.tensors.tree import Held, Node, Read, Ref, assemble
@@ -20,17 +20,37 @@ from milepost.tensors.tree import Held, Node, Read, Ref, assemble
 Path = tuple[Any, ...]
 
 
+class Whole:
+    """All that a checkpoint holds, as a new state dict: its containers and values, and tensors on the CPU."""
+
+    def __init__(self, manifest: Manifest, read: Read):
+        stored = Stored(manifest, read)
+        self.target = Target(stored)
+        self._root = stored.tree.root
+        self.target.want_node(self._root)
+        self.state_dict: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Nothing to check: there is nothing that it could not fit."""
+
+    def restore(self) -> None:
+        """Put the state dict together."""
+        self.state_dict = assemble(self._root, self.target.values)
+
+
 class Template:
     """A nested state dict to load into.
 
-    Tensors are filled in place. Objects with ``load_state_dict()`` are given what was saved for them. None and empty
-    containers take whatever was saved in their place; other values are replaced.
+    Tensors are filled in place; ones on the meta device are replaced by others that hold data. Objects with
+    ``load_state_dict()`` are given what was saved for them. None and empty containers take whatever was saved in their
+    place; other values are replaced.
     """
 
     def __init__(self, into: Mapping[str, Any], manifest: Manifest, read: Read | None = None):
         self.target = Target(Stored(manifest, read))
         self._owners: list[Owner] = []
         self._slots: list[tuple[Slot, Node]] = []
+        self._made: dict[str, tuple[Slot, torch.Tensor]] = {}  # in place of tensors on the meta device
         self._is_foreign = manifest.file_named(DIGESTS_NAME) is None
         self._walk(into, ())
         for owner in self._owners:
@@ -42,6 +62,9 @@ class Template:
         for index, value in items:
             here = (*path, index)
             if isinstance(value, torch.Tensor) and can_be_boxes(value):
+                if local_tensor(value).is_meta:
+                    self._want_in_place_of(Slot(container, index), value, here)
+                    continue
                 self.target.want(".".join(map(str, here)), value, live=True, path=here)
             elif isinstance(value, nn.Module):
                 self._owners.append(ModuleOwner(value, lambda name, here=here: (*here, name)))  # type: ignore[misc]
@@ -53,6 +76,14 @@ class Template:
                 self._walk(value, here)
             else:
                 self._want_value(Slot(container, index), value, here)
+
+    def _want_in_place_of(self, slot: Slot, value: torch.Tensor, path: Path) -> None:
+        """Read a tensor that is to stand where one on the meta device is."""
+        fresh = fresh_like(value)
+        key = ".".join(map(str, path))
+        self.target.want(key, fresh, live=False, path=path)
+        is_parameter = isinstance(value, nn.Parameter)
+        self._made[key] = slot, nn.Parameter(fresh, value.requires_grad) if is_parameter else fresh
 
     def _want_value(self, slot: Slot, value: Any, path: Path) -> None:
         key = ".".join(map(str, path))
@@ -81,5 +112,9 @@ class Template:
         """Put the values into the caller's containers and objects."""
         for slot, node in self._slots:
             slot.fill(assemble(node, self.target.values))
+        copied = {id(tensor) for tensor, _ in self.target.copies}
+        for key, (slot, tensor) in self._made.items():
+            if key in self.target.values or id(tensor) in copied:  # else it is not in the checkpoint
+                slot.fill(tensor)
         for owner in self._owners:
             owner.restore(self.target.values)

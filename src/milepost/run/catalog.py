@@ -376,6 +376,11 @@ def _file_faults(wanted: Mapping[str, int | None], files: Mapping[str, Entry]) -
     return faults
 
 
+def is_checkpoint(storage: Storage, path: str) -> bool:
+    """Whether the folder at ``path`` is a checkpoint itself, of whatever state."""
+    return any(storage.stat(join(path, name)) is not None for name in (MANIFEST_NAME, METADATA_NAME))
+
+
 def read_record(storage: Storage, path: str) -> CommitRecord:
     """The commit record of the checkpoint at ``path``, and how the files that are there fit it.
 
@@ -386,10 +391,7 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
     files = _files(storage, path)
     name = _record_name(files)
     if name is None:
-        raise CheckpointNotFoundError(
-            f"{storage.root}/{path} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there",
-            path=path,
-        )
+        raise _no_checkpoint(storage, path)
     try:
         data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
     except StorageError as error:
@@ -398,6 +400,29 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
         raise FormatError(error.message, path=join(path, name)) from error
     manifest, faults = _parse(data, name, path, files)
     return CommitRecord(name, _record_id(data), manifest, files, tuple(faults))
+
+
+def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
+    """The error for a place without a commit record: of a run's folder it names the steps."""
+    where = f"{storage.root}/{path}"
+    found = storage.stat(path)
+    if found is None:
+        return CheckpointNotFoundError(f"{where} holds no checkpoint: there is no such folder", path=path)
+    if not found.is_folder and storage.can_rename:
+        return CheckpointNotFoundError(f"{where} is a file, not the folder of a checkpoint", path=path)
+    run = find_run(storage, path)
+    if run is not None:
+        steps = sorted(_steps({entry.name: entry for entry in storage.list(run)}))
+        shown = ", ".join(listed(steps[::-1], 5))
+        return CheckpointNotFoundError(
+            f"{where} is the folder of a run, not a checkpoint: give the path of one of its steps, such as "
+            f"{join(storage.root, run)}/{step_name(steps[-1])} (it has steps {shown})",
+            path=path,
+            available=steps,
+        )
+    return CheckpointNotFoundError(
+        f"{where} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there", path=path
+    )
 
 
 def read_manifest(storage: Storage, path: str) -> Manifest:

@@ -35,7 +35,7 @@ from milepost.saving.background import SaveHandle, log_wait
 from milepost.saving.job import Keep, SaveReport
 from milepost.saving.save import Saver
 from milepost.storage import open_storage
-from milepost.storage.base import join
+from milepost.storage.base import join, split
 from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
 from milepost.training.metrics import MetricRecorder
@@ -146,6 +146,8 @@ class CheckpointManager:
         self._loader = Loader(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf)
         self._history = SaveHistory(self._comm, self._loader.scan)
         self._last_save = time.monotonic()
+        if self._config.enable:
+            on_rank_0(self._comm, self._check_folder)
         if self._saver is not None:
             on_rank_0(self._comm, self._lock_folder)
 
@@ -468,6 +470,19 @@ class CheckpointManager:
         if self._comm.rank == 0:
             self._log.record(
                 report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
+            )
+
+    def _check_folder(self) -> None:
+        """Refuse a checkpoint where the folder of a run is wanted: steps would be saved inside it."""
+        if catalog.is_checkpoint(self._storage, self._folder):
+            parent, name = split(self._folder)
+            step = catalog.step_of(name)
+            run = join(self._storage.root, parent)
+            resume = f", and load_step={step}" if step is not None else ""
+            raise ConfigError(
+                f"{self.folder} is a checkpoint, not the folder of a run. To resume from it, give the folder that "
+                f"it is in, {run}{resume}; to begin a new run with its weights, give another folder and "
+                f'initial_load_path="{self.folder}"'
             )
 
     def _lock_folder(self) -> None:

@@ -13,6 +13,7 @@ from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig, part_of
 from milepost.errors import CheckpointDamagedError, ConfigError, StorageError
 from milepost.format.manifest import HF_FORMAT, Manifest
+from milepost.loading.fit import Policy
 from milepost.loading.load import LoadReport, load_from
 from milepost.loading.target import Stored, Target
 from milepost.run import catalog
@@ -28,6 +29,8 @@ from milepost.training.choice import Choice, choose, launch_id
 from milepost.training.training_state import StateLoad, TrainingState
 
 log = logging.getLogger("milepost")
+
+SPELLING = "set checkpoint.{option} = {patterns}"
 
 
 class WeightsFormat(Protocol):
@@ -107,7 +110,7 @@ class Loader:
                     path,
                     partial(self._make_target, into, join(storage.root, path), model_notes),
                     check=into.check,
-                    strict=True,
+                    policy=Policy(spelling=SPELLING),
                     comm=self._comm,
                     must_be_wanted=into.is_complete,
                     num_threads=self._config.num_io_threads,
