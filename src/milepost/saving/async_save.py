@@ -25,6 +25,7 @@ from milepost.run.catalog import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
+from milepost.saving.save import Kind
 from milepost.saving.stage import Arena, Staging, pin, unpin
 from milepost.saving.writer import FileImage
 from milepost.saving.writer_link import WriterLink
@@ -235,6 +236,8 @@ def async_save(
     mode: Mode = "async",
     comm: Comm | None = None,
     step: int | None = None,
+    kind: Kind = "state",
+    layout: Mapping[str, int] | None = None,
 ) -> SaveHandle:
     """Begin to save ``state_dict`` at ``path`` and return at once. Collective over all ranks.
 
@@ -242,14 +245,15 @@ def async_save(
     ``"async_with_pinned_mem"`` staging continues in the background (call ``handle.staged()`` before the weights change;
     buffers of modules in ``state_dict`` are copied already) and a process writes, which finishes even if this one is
     killed. Staging memory of the state's size is kept and used again by the next call for the same folder (of the
-    last few); a save that still runs is waited for first.
+    last few); a save that still runs is waited for first. ``step``, ``kind`` and ``layout`` are recorded, as by
+    :func:`milepost.save`.
 
     Raises:
         SaveError: on every rank, when any rank failed before staging, or the previous save of this folder failed.
     """
     storage, target = open_storage(fspath(path))
     saver = _saver_for(storage, comm if comm is not None else default_comm(), mode)
-    info = SaveInfo(step=step_of(target) if step is None else step, kind="state")
+    info = SaveInfo(step=step_of(target) if step is None else step, kind=kind, layout=dict(layout or {}))
     return saver.save(SaveRequest(target, lambda: state_dict, info))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, Literal
 
 from milepost.collective.comm import Comm, FailureNotice, default_comm, raise_together
 from milepost.collective.interrupt import interrupts_held
@@ -26,6 +26,8 @@ from milepost.saving.stage import TensorBlocks
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
 
+Kind = Literal["state", "full", "model"]
+
 
 @interrupts_held()
 def save(
@@ -34,13 +36,16 @@ def save(
     *,
     comm: Comm | None = None,
     step: int | None = None,
+    kind: Kind = "state",
+    layout: Mapping[str, int] | None = None,
 ) -> SaveReport:
     """Save ``state_dict`` as a checkpoint at ``path``. Returns when it is committed; collective over all ranks.
 
     ``state_dict`` may nest mappings and lists; its values are tensors (DTensors too), plain values, or objects with
     ``state_dict()``. What was at ``path`` before stays as it is until the moment the new checkpoint takes its place.
     Stock ``torch.distributed.checkpoint.load`` reads the folder. ``step`` is recorded; by default it is read off a
-    path that ends in ``step-<N>``.
+    path that ends in ``step-<N>``. So are ``kind`` (``full``: all that a run needs to be resumed; ``model``: weights
+    alone) and ``layout``, degrees of parallelism by name.
 
     Raises:
         SaveError: on every rank, when any rank failed; the message names the rank. Nothing visible has changed.
@@ -48,7 +53,7 @@ def save(
     """
     storage, target = open_storage(fspath(path))
     saver = Saver(storage, comm if comm is not None else default_comm())
-    info = SaveInfo(step=step_of(target) if step is None else step, kind="state")
+    info = SaveInfo(step=step_of(target) if step is None else step, kind=kind, layout=dict(layout or {}))
     return saver.save(SaveRequest(target, lambda: state_dict, info))
 
 
