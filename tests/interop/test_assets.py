@@ -23,7 +23,7 @@ TENSORS = {"w": TensorInfo("float32", (4, 4)), "v": TensorInfo("float32", (4,))}
 
 
 def extras(folder: Path) -> HfExtras:
-    return hf_extras("llama3", ARGS, TENSORS, folder, None)
+    return hf_extras("llama3", ARGS, TENSORS, str(folder), None)
 
 
 def written(folder: Path) -> dict[str, bytes]:

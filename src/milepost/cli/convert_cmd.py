@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from milepost.cli.render import print_json, print_line, progress_bar
 from milepost.errors import ConfigError
@@ -62,7 +61,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hf-assets",
-        type=Path,
+        default="",
         metavar="DIR",
         help="with --to hf: a Hugging Face folder that lends config, tokenizer files and the split into files",
     )

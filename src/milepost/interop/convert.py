@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,8 +99,8 @@ def _model(options: ConvertOptions, weights: Weights, path: str) -> tuple[ModelI
         raise ConfigError(f"{path} does not say which model it is: give --model and --flavor")
     else:
         return own, ()
-    if own is None and options.hf_assets is not None:
-        own = _identity_of_assets(options.hf_assets, given)
+    if own is None and options.hf_assets:
+        own = _identity_of_assets(os.fspath(options.hf_assets), given)
     if own is None:
         return given, ()
     if own.name != name:
@@ -116,7 +115,7 @@ def _model(options: ConvertOptions, weights: Weights, path: str) -> tuple[ModelI
     return replace(given, sizes=sizes), notes
 
 
-def _identity_of_assets(folder: Path, given: ModelIdentity) -> ModelIdentity | None:
+def _identity_of_assets(folder: str, given: ModelIdentity) -> ModelIdentity | None:
     """The model of the folder that lends its config, if it is the given one but for settings."""
     config = read_config(folder)
     found = identity_of(config) if config is not None else None
@@ -182,7 +181,8 @@ def _make_sink(
         return DcpSink(dst, {RECORD: model.record()})
     if options.to == "pt":
         return TorchFileSink(dst)
-    extras = hf_extras(family.name, model.sizes, plan.content.tensors, options.hf_assets, options.max_shard_nbytes)
+    assets = os.fspath(options.hf_assets)
+    extras = hf_extras(family.name, model.sizes, plan.content.tensors, assets, options.max_shard_nbytes)
     return HfSink(dst, extras)
 
 

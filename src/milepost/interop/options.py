@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from milepost.errors import ConfigError
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import OWN
+from milepost.storage import is_folder
 
 Target = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,8 +39,8 @@ class ConvertOptions:
     """Cast every tensor to this; None keeps each one's."""
     names: str = OWN
     """Of a DCP target: ours, or those of a release of torchtitan."""
-    hf_assets: Path | None = None
-    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index."""
+    hf_assets: str | os.PathLike[str] = ""
+    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index; empty: none."""
     max_shard_nbytes: int | None = None
     """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
     verify: bool = False
@@ -55,9 +56,9 @@ class ConvertOptions:
             problems.append(f"--names {self.names}: choose one of {', '.join(NAMES)}")
         if self.names != OWN and self.to != "dcp":
             problems.append(f"--names {self.names} is for --to dcp only")
-        if self.to != "hf" and (self.hf_assets is not None or self.max_shard_nbytes is not None):
+        if self.to != "hf" and (self.hf_assets or self.max_shard_nbytes is not None):
             problems.append("--hf-assets and --max-shard-size are for --to hf only")
-        if self.hf_assets is not None and not self.hf_assets.is_dir():
+        if self.hf_assets and not is_folder(self.hf_assets):
             problems.append(f"--hf-assets {self.hf_assets} is no folder")
         if (self.model is None) != (self.flavor is None and self.sizes is None):
             problems.append("--model and --flavor go together")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -126,13 +126,24 @@ class DcpSink(Sink):
         plan = lay_out_file(0, [(_spec(key, info), Box.whole(info.shape)) for key, info in tensors.items()], ())
         nbytes = plan.objects_offset
         with self.storage.open_write(self.place.path(plan.file), nbytes) as handle:
-            passed = write_image(handle, [Placed(item.key, item.data_offset) for item in plan.items], reader)
-            written = tuple(_written(item, passed[item.key]) for item in plan.items)
-            for offset, part in _frame(written, nbytes):
-                handle.write(offset, [part])
+            # In ascending order where that is asked for, else few large writes, and what stands between the data last.
+            groups = [(item,) for item in plan.items] if handle.is_sequential else [plan.items]
+            frame, written = _Frame(), list[WrittenTensor]()
+            for group in groups:
+                if handle.is_sequential:
+                    handle.write(*frame.before(group[0]))
+                passed = write_image(handle, [Placed(item.key, item.data_offset) for item in group], reader)
+                for item in group:
+                    if not handle.is_sequential:
+                        handle.write(*frame.before(item))
+                    written.append(_written(item, passed[item.key]))
+                    frame.passed(written[-1])
+            handle.write(*frame.end(nbytes))
             handle.sync()
         self.storage.sync_folder(self.place.folder)
-        self._signed = (SignOff(0, self.save_id, (WrittenFile(self.place.name(plan.file), nbytes, written, ()),)),)
+        self._signed = (
+            SignOff(0, self.save_id, (WrittenFile(self.place.name(plan.file), nbytes, tuple(written), ()),)),
+        )
         self._info = replace(self._info, paths={key: (key,) for key in tensors}, extra=self._extra)
 
     def reopen(self) -> Source:
@@ -148,15 +159,26 @@ def _written(item: WriteItem, passed: PassedBytes) -> WrittenTensor:
     return WrittenTensor(item, combine_blocks(blocks, item.data_nbytes), tuple(blocks))
 
 
-def _frame(written: Sequence[WrittenTensor], nbytes: int) -> Iterator[tuple[int, bytes]]:
-    """What stands between the tensors' data: each one's footer, padding, and the next one's header."""
-    end, footer = 0, b""
-    for tensor in written:
+class _Frame:
+    """What stands between the tensors' data, in order: each one's footer, padding, and the next one's header."""
+
+    def __init__(self) -> None:
+        self._end, self._footer = 0, b""
+
+    def before(self, item: WriteItem) -> tuple[int, list[bytes]]:
+        """Where the bytes before a tensor's data go, and these."""
+        header = record.tensor_record(item.dtype, item.box.sizes).header
+        return self._end, [self._footer, bytes(item.record_offset - self._end - len(self._footer)), header]
+
+    def passed(self, tensor: WrittenTensor) -> None:
+        """Take note of a tensor that was written."""
         item = tensor.item
         layout = record.tensor_record(item.dtype, item.box.sizes)
-        yield end, footer + bytes(item.record_offset - end - len(footer)) + layout.header
-        end, footer = item.data_offset + item.data_nbytes, record.record_footer(layout, tensor.crc32)
-    yield end, footer + bytes(nbytes - end - len(footer))
+        self._end, self._footer = item.data_offset + item.data_nbytes, record.record_footer(layout, tensor.crc32)
+
+    def end(self, nbytes: int) -> tuple[int, list[bytes]]:
+        """Where the bytes after the last tensor of a file of ``nbytes`` go, and these."""
+        return self._end, [self._footer, bytes(nbytes - self._end - len(self._footer))]
 
 
 def _spec(key: str, info: TensorInfo) -> TensorSpec:
@@ -187,8 +209,8 @@ class HfSink(Sink):
     def _write_file(self, name: str, layout: SafetensorsLayout, reader: SlabReader) -> None:
         placed = [Placed(key, tensor.offset) for key, tensor in layout.tensors.items()]
         with self.storage.open_write(name, layout.nbytes) as handle:
-            write_image(handle, placed, reader, digests=False)
             handle.write(0, [layout.prefix])
+            write_image(handle, placed, reader, digests=False)
             handle.sync()
 
     def reopen(self) -> Source:

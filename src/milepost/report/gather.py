@@ -183,7 +183,8 @@ def open_tensors(storage: Storage, folder: str, manifest: Manifest) -> Iterator[
 def open_any(path: str) -> Iterator[Source]:
     """All tensors at a path: a step of any program, a Hugging Face folder, a ``.pt`` or a safetensors file."""
     storage, name = open_storage(path)
-    info = catalog.examine(storage, name)
+    found = storage.stat(name)
+    info = catalog.examine(storage, name) if found is not None and found.is_folder else None
     if info is not None and info.is_usable:
         with open_tensors(storage, name, catalog.read_manifest(storage, name)) as source:
             yield source

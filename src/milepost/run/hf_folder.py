@@ -22,6 +22,7 @@ from milepost.format.huggingface import (
 )
 from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
 from milepost.format.safetensors import read_header
+from milepost.format.tags import untagged
 from milepost.format.torch_file import locate_tensors
 from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
@@ -73,12 +74,13 @@ def read_hf_folder(
     """
     problems: list[Problem] = []
     weight_map: Mapping[str, str] | None = None
-    if INDEX_NAME in names:
-        where = join(folder, INDEX_NAME)
+    index = plain_or_tagged(INDEX_NAME, names)
+    if index is not None:
+        where = join(folder, index)
         try:
             weight_map = parse_weight_map(read_linked(storage, where, MAX_INDEX_NBYTES), where)
         except MilepostError as error:
-            problems.append(Problem(error.message.removeprefix(f"{where}: "), INDEX_NAME))
+            problems.append(Problem(error.message.removeprefix(f"{where}: "), index))
     wanted = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
     missing = [name for name in wanted if name not in names]
     problems += [Problem(f"missing: one of {len(wanted)} files; download it again", name) for name in missing]
@@ -87,6 +89,11 @@ def read_hf_folder(
     if weight_map is not None and not problems:
         problems += _misplaced(weight_map, found.tensors)
     return replace(found, problems=tuple(problems))
+
+
+def plain_or_tagged(name: str, names: Collection[str]) -> str | None:
+    """What the file ``name`` is called among ``names``: so, or with the id of a save in it; None if it is not there."""
+    return name if name in names else next((found for found in sorted(names) if untagged(found) == name), None)
 
 
 def read_headers(storage: Storage, folder: str, names: Sequence[str], open_file: OpenFile | None = None) -> HfFolder:

@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from milepost.errors import FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, Manifest
-from milepost.format.tags import tag_of
+from milepost.format.tags import tag_of, untagged
 from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.object_commit import (
     COMMITTED_NAME,
@@ -98,15 +98,11 @@ def _remove_replaced(storage: Storage, attempt: str, committed: Entry, now: floa
     settle_aliases(storage, note.target)
     manifest = current_manifest(storage, note.target)
     wanted = _wanted(manifest)
+    copies = {untagged(name) for name in note.files if tag_of(name)}
     # Without a manifest of ours a plain name may be another program's by now.
-    storage.remove_files(
-        note.target,
-        [
-            name
-            for name in note.files
-            if name not in wanted and (tag_of(name) or (manifest is not None and _PLAIN.fullmatch(name)))
-        ],
-    )
+    plain = [name for name in note.files if manifest is not None and (_PLAIN.fullmatch(name) or name in copies)]
+    gone = {name for name in (*plain, *filter(tag_of, note.files)) if name not in wanted}
+    storage.remove_files(note.target, sorted(gone))
     storage.remove_tree(attempt)
     return True
 

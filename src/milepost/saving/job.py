@@ -52,10 +52,10 @@ class Form(Protocol):
         is_first: bool,
         num_threads: int,
         on_progress: Callable[[int], None] | None,
-    ) -> tuple[Mapping[str, Share], ...]:
+    ) -> tuple[tuple[WrittenFile, ...], tuple[Mapping[str, Share], ...]]:
         """Write and sync what this rank holds at ``place``; on the first rank also what belongs to all.
 
-        Returns this rank's shares of the digests of the files.
+        Returns the files that are this rank's own, and its shares of the digests of those that it is not alone with.
         """
 
     def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
@@ -182,7 +182,7 @@ def run_job(
     shares: tuple[Mapping[str, Share], ...] = ()
     try:
         if job.form is not None:
-            shares = job.form.write(
+            files, shares = job.form.write(
                 *(storage, place, job.plan, source),
                 is_first=is_first,
                 num_threads=job.num_threads,

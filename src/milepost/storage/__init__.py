@@ -27,7 +27,7 @@ from milepost.errors import ConfigError
 from milepost.storage.base import PageCache, Storage, split
 from milepost.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "is_known", "is_url", "join_path", "open_root", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "is_folder", "is_known", "is_url", "join_path", "open_root", "open_storage"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _STORES = ("s3", "gs", "az")
@@ -79,6 +79,13 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     if os.path.islink(full):
         full = os.path.realpath(full)
     return LocalStorage(os.path.dirname(full)), os.path.basename(full)
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder at ``path``, a path or a URL."""
+    storage, name = open_storage(path)
+    found = storage.stat(name)
+    return found is not None and found.is_folder
 
 
 def open_root(root: str, *, page_cache: PageCache = "auto") -> Storage:

@@ -141,6 +141,10 @@ class ObjectWriter(WriteHandle):
         """The next bytes: what was written there, zeros where nothing was, None at the end."""
         piece = self._waiting.pop(self._next, None)
         if piece is None:
+            if self._waiting and min(self._waiting) < self._next:
+                raise StorageError(
+                    f"byte {min(self._waiting)} of {self.path} was written twice", operation="write", path=self.path
+                )
             if self._next >= self._end:
                 return None
             view = memoryview(bytes(min(min(self._waiting) - self._next, MIN_PART_NBYTES)))

@@ -132,6 +132,8 @@ class ObjectStorage(Storage):
             )
         except Aborted:
             return
+        except StorageError:  # from the pieces
+            raise
         except Exception as error:
             cause = cause_of(error)
             # The last answer may have been lost although the upload was ended. Nobody else writes under this name.

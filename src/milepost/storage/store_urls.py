@@ -21,6 +21,7 @@ SCHEMES = ("s3", "gs", "az")
 _URL = re.compile(
     r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})(?P<path>/[^?#]*)?", re.IGNORECASE
 )
+_ENDPOINT = re.compile(r"https?://[^\s/?#]+/?[^\s?#]*", re.IGNORECASE)
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
 _AWS_CONTAINER = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 _AZURE_NAMES = {"AZURE_STORAGE_ACCOUNT": "account_name", "AZURE_STORAGE_KEY": "account_key"}
@@ -99,6 +100,8 @@ def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
             endpoint = config["endpoint"] = profile.endpoint
         if profile.region and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
             config["region"] = profile.region
+    if endpoint and not _ENDPOINT.fullmatch(endpoint):
+        raise ConfigError("AWS_ENDPOINT_URL must be http://<host>:<port> or https://<host>")  # it may hold a secret
     if endpoint.startswith("http://"):
         client_options = {**client_options, "allow_http": True}
     arguments: dict[str, Any] = {"config": config, "client_options": client_options}

@@ -16,7 +16,7 @@ from milepost.errors import ConfigError
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.parallelism.degrees import ALL_DEGREES, Degrees
 from milepost.parallelism.fit import run_problems
-from milepost.storage import open_storage
+from milepost.storage import is_folder, open_storage
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
 
@@ -160,9 +160,16 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
             f"training.dataset: there is no data set '{config.training.dataset}'; built in: {', '.join(BUILT_IN)}; "
             "your own files go to training.dataset_path"
         )
-    assets = config.model.hf_assets_path
-    if assets and not os.path.isdir(assets):
-        yield f"model.hf_assets_path {assets}: there is no such folder"
+    yield from _assets_problems(config.model.hf_assets_path)
+
+
+def _assets_problems(assets: str) -> Iterator[str]:
+    """What is wrong with the folder, a path or a URL. A store that does not answer is heard of when it is read."""
+    try:
+        if assets and not is_folder(assets):
+            yield f"model.hf_assets_path {assets}: there is no such folder"
+    except ConfigError as error:
+        yield from (f"model.hf_assets_path {assets}: {problem}" for problem in error.problems)
 
 
 def _hf_problems(config: TrainConfig) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError
@@ -19,7 +18,7 @@ from milepost.interop.names.identity import ModelIdentity, size_differences, wit
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.weights.open import read_config
 from milepost.run import catalog
-from milepost.storage import open_storage
+from milepost.storage import join_path, open_storage
 from milepost.storage.base import join
 from milepost.train.config import TrainConfig
 from milepost.train.tokenizer import Tokenizer
@@ -90,12 +89,12 @@ def _of_step(path: str) -> tuple[str, ModelIdentity | None]:
 
 
 def _of_folder(folder: str) -> tuple[str, ModelIdentity | None]:
-    path = Path(folder) / CONFIG_NAME
+    path = join_path(folder, CONFIG_NAME)
     try:
-        config = read_config(path.parent)
+        config = read_config(folder)
     except MilepostError:
-        return str(path), None
-    return str(path), identity_of(config) if config is not None else None
+        return path, None
+    return path, identity_of(config) if config is not None else None
 
 
 def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
@@ -103,8 +102,8 @@ def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
     if not (checkpoint.enable and checkpoint.last_save_in_hf and assets):
         return
-    path = Path(assets) / CONFIG_NAME
-    described = read_config(path.parent)
+    path = join_path(assets, CONFIG_NAME)
+    described = read_config(assets)
     if described is not None:
         faults = config_faults(
             described | {"vocab_size": sizes.vocab_size}, family_of(config.model.name, sizes).name, sizes

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, StorageError
+from milepost.storage import join_path, open_storage
+
+TOKENIZER_NAME = "tokenizer.json"
 
 TokenIds = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -57,7 +59,8 @@ class HFTokenizer:
     ``begin`` and ``end`` are the tokens that ``tokenizer_config.json`` beside it names as bos and eos, if any.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, folder: str):
+        path = join_path(folder, TOKENIZER_NAME)
         try:
             from tokenizers import Tokenizer as RustTokenizer  # only with such a file: it is an extra dependency
         except ImportError as error:
@@ -65,22 +68,18 @@ class HFTokenizer:
                 f"model.hf_assets_path: {path} needs the package tokenizers: pip install 'milepost[train]'"
             ) from error
         try:
-            content = path.read_bytes()
+            content = _read(path)
             self._tokenizer = RustTokenizer.from_buffer(content)
-        except (OSError, ValueError) as error:
+        except (StorageError, ValueError) as error:
             raise ConfigError(f"model.hf_assets_path: {path} is not a tokenizer: {error}") from error
-        self.name = str(path)
+        self.name = path
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.begin, self.end = (self._special(path.with_name("tokenizer_config.json"), k) for k in ("bos", "eos"))
+        config = _read_config(join_path(folder, "tokenizer_config.json"))
+        self.begin, self.end = (self._special(config, kind) for kind in ("bos", "eos"))
 
-    def _special(self, config_path: Path, kind: str) -> tuple[int, ...]:
-        if not config_path.is_file():
-            return ()
-        try:
-            token = dict(json.loads(config_path.read_text(encoding="utf-8"))).get(f"{kind}_token")
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"model.hf_assets_path: {config_path} is not a tokenizer's config: {error}") from error
+    def _special(self, config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+        token = config.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
         token_id = self._tokenizer.token_to_id(text) if text else None
         return () if token_id is None else (token_id,)
@@ -92,5 +91,27 @@ class HFTokenizer:
 
 def build_tokenizer(hf_assets_path: str) -> Tokenizer:
     """The tokenizer of ``hf_assets_path`` where that folder has a ``tokenizer.json``; bytes otherwise."""
-    path = Path(hf_assets_path) / "tokenizer.json"
-    return HFTokenizer(path) if hf_assets_path and path.is_file() else ByteTokenizer()
+    if hf_assets_path and _is_file(join_path(hf_assets_path, TOKENIZER_NAME)):
+        return HFTokenizer(hf_assets_path)
+    return ByteTokenizer()
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """A ``tokenizer_config.json``; empty if there is none."""
+    if not _is_file(path):
+        return {}
+    try:
+        return dict(json.loads(_read(path).decode()))
+    except (StorageError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"model.hf_assets_path: {path} is not a tokenizer's config: {error}") from error
+
+
+def _is_file(path: str) -> bool:
+    storage, name = open_storage(path)  # follows a link: the hub's cache consists of them
+    found = storage.stat(name)
+    return found is not None and not found.is_folder
+
+
+def _read(path: str) -> bytes:
+    storage, name = open_storage(path)
+    return storage.read(name)

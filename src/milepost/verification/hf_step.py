@@ -14,6 +14,7 @@ from milepost.format.digest import BlockDigests, combine_blocks, crc32, files_in
 from milepost.format.huggingface import MAX_INDEX_NBYTES
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.format.tags import untagged
 from milepost.run.hf_folder import is_hf_folder, is_hf_step
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
@@ -55,11 +56,11 @@ class HfStep:
         return CheckedFile(handle, self.digests.of_file(name), self.digests.block_nbytes)
 
     def small_faults(self, names: Collection[str] | None = None) -> list[Problem]:
-        """Of the files without tensors (of those of ``names``): which are missing, or are not what was written."""
+        """Of the files without tensors (of those of ``names``, without a save id): which are missing, or are not what was written."""
         faults = []
         blocks = {*files_in_blocks(self.manifest)}
         for name, entry in sorted(self.manifest.files.items()):
-            if name in blocks or entry.crc32 is None or (names is not None and name not in names):
+            if name in blocks or entry.crc32 is None or (names is not None and untagged(name) not in names):
                 continue
             try:
                 data = read_linked(self.storage, join(self.folder, name), max(MAX_SMALL_NBYTES, entry.nbytes))
@@ -91,7 +92,7 @@ class HfStep:
 
 
 def _hint(name: str) -> str:
-    if name == DIGESTS_NAME:
+    if untagged(name) == DIGESTS_NAME:
         return ""
     return f" (if you changed it on purpose: without {MANIFEST_NAME} and {DIGESTS_NAME} the folder is an external one)"
 
@@ -114,10 +115,9 @@ def read_hf_step(storage: Storage, folder: str, names: Collection[str]) -> HfSte
     if not is_hf_step(manifest):
         return None
     digests = None
-    if DIGESTS_NAME in manifest.files:
-        digests = parse_digests(
-            _read_digests(storage, join(folder, DIGESTS_NAME)), manifest, join(folder, DIGESTS_NAME)
-        )
+    name = manifest.file_named(DIGESTS_NAME)
+    if name is not None:
+        digests = parse_digests(_read_digests(storage, join(folder, name)), manifest, join(folder, name))
     return HfStep(storage, folder, manifest, digests)
 
 

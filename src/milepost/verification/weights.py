@@ -17,7 +17,7 @@ from milepost.format.digest import files_in_blocks
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
 from milepost.format.manifest import TensorEntry
 from milepost.format.torch_file import MAX_ENTRIES, locate_tensors
-from milepost.run.hf_folder import HfFolder, is_adapter, read_headers, read_hf_folder
+from milepost.run.hf_folder import HfFolder, is_adapter, plain_or_tagged, read_headers, read_hf_folder
 from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
 from milepost.verification.extent_reader import ExtentReader, Findings
@@ -45,12 +45,13 @@ class WeightsCheck:
         if step is not None:
             for problem in (*step.small_faults(), *step.block_faults()):
                 self._findings.add(problem)
-        for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME):
-            if name in names:
+        config = plain_or_tagged(CONFIG_NAME, names)
+        for name in (config, ADAPTER_CONFIG_NAME):
+            if name in names and name is not None:
                 self._config(folder, name)
         if is_adapter(names):
             self.notes.append("an adapter, not a whole model")
-        elif CONFIG_NAME not in names:
+        elif config is None:
             self.notes.append(f"{CONFIG_NAME} is missing: it is not known which model this is")
         self._safetensors(folder, read_hf_folder(self._storage, folder, names), step)
 

@@ -7,6 +7,7 @@ In reading order::
     model   ``HfModel``: what a training run knows of Hugging Face's files
     form    a save in this form, as a job writes it (torch-free)
     save    safetensors written by the ranks, without a pass that consolidates (torch-free)
+    merge   safetensors made of the ranks' files, in a store, where no two ranks can write one (torch-free)
     load    safetensors into a sharded model
 """
 

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from milepost.errors import ConversionError, StorageError
@@ -30,7 +29,8 @@ from milepost.interop.hf.config import config_faults, make_config, with_dtype
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import TensorInfo, total_nbytes
-from milepost.storage import LocalStorage
+from milepost.storage import open_storage
+from milepost.storage.base import join
 from milepost.storage.links import open_linked, read_linked
 
 _ASSETS = re.compile(
@@ -50,7 +50,8 @@ class HfExtras:
     """Files beside the tensors of a Hugging Face folder."""
 
     config: Mapping[str, Any]
-    folder: Path | None = None
+    folder: str = ""
+    """A path or URL; empty: no other folder lends files."""
     assets: Sequence[str] = ()
     """Files of ``folder`` to take along as they are."""
     weight_map: Mapping[str, str] = field(default_factory=dict)
@@ -58,13 +59,16 @@ class HfExtras:
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
 
     def files(
-        self, weights: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo]
+        self, weights: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo], *, has_index: bool = False
     ) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each file beside those of the tensors; ``weights`` are those and the keys in them."""
-        if len(weights) > 1 or self.weight_map:
+        """Name and content of each file beside those of the tensors; ``weights`` are those and the keys in them.
+
+        ``has_index``: also of a single file, which has another name than the usual one.
+        """
+        if len(weights) > 1 or self.weight_map or has_index:
             yield INDEX_NAME, _json(_index(weights, tensors))
         yield CONFIG_NAME, _json(self.config)
-        if self.folder is not None:
+        if self.folder:
             for name in self.assets:
                 yield name, _read(self.folder, name)
 
@@ -73,7 +77,7 @@ def hf_extras(
     family: str,
     args: ModelArgs,
     tensors: Mapping[str, TensorInfo],
-    folder: Path | None,
+    folder: str,
     max_shard_nbytes: int | None,
 ) -> HfExtras:
     """Gather what goes beside ``tensors``: from the assets in ``folder``, or made. A size given overrules its index.
@@ -83,15 +87,15 @@ def hf_extras(
         CheckpointDamagedError: its config or index is malformed.
     """
     dtype = _main_dtype(tensors)
-    assets = _assets_of(folder) if folder is not None else []
-    if folder is None or CONFIG_NAME not in assets:
+    assets = _assets_of(folder) if folder else []
+    if CONFIG_NAME not in assets:
         config = make_config(family, args, dtype)
     else:
         config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
         check_config(config, family, args, f"{folder}/{CONFIG_NAME}")
         config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
     weight_map = {}
-    if folder is not None and INDEX_NAME in assets and max_shard_nbytes is None:
+    if INDEX_NAME in assets and max_shard_nbytes is None:
         weight_map = parse_weight_map(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}")
     return HfExtras(
         config=config,
@@ -102,32 +106,33 @@ def hf_extras(
     )
 
 
-def _assets_of(folder: Path) -> list[str]:
+def _assets_of(folder: str) -> list[str]:
     """The files of a folder that are taken, or read: each is there, of a size that it may have, and no link elsewhere.
 
     Raises:
         ConversionError: with every file that is not so.
     """
-    storage = LocalStorage(folder)
-    names = [entry.name for entry in storage.list("") if not entry.is_folder]
+    storage, inside = open_storage(folder)
+    names = [entry.name for entry in storage.list(inside) if not entry.is_folder]
     names = [name for name in names if name in _LIMITS or _ASSETS.fullmatch(name)]
     problems = [f"{len(names)} files by a tokenizer's names"] if len(names) > MAX_ASSETS else []
     for name in names[:MAX_ASSETS]:
         try:
-            open_linked(storage, name, _LIMITS.get(name, MAX_ASSET_NBYTES)).close()
+            open_linked(storage, join(inside, name), _LIMITS.get(name, MAX_ASSET_NBYTES)).close()
         except StorageError as error:
             problems.append(error.message)
     if problems:
         raise ConversionError(
             f"the assets in {folder} are not taken, nothing was written:\n  " + "\n  ".join(problems),
-            path=str(folder),
+            path=folder,
             problems=problems,
         )
     return names
 
 
-def _read(folder: Path, name: str) -> bytes:
-    return read_linked(LocalStorage(folder), name, _LIMITS.get(name, MAX_ASSET_NBYTES))
+def _read(folder: str, name: str) -> bytes:
+    storage, inside = open_storage(folder)
+    return read_linked(storage, join(inside, name), _LIMITS.get(name, MAX_ASSET_NBYTES))
 
 
 def check_config(config: Mapping[str, Any], family: str, args: ModelArgs, path: str) -> None:

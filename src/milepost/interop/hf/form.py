@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milepost.format.shares import Share
+from milepost.interop.hf.merge import merge
 from milepost.interop.hf.save import HfTarget, commit_record, join_shares, plan_image, write_frame, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
-from milepost.run.signoff import SignOff
-from milepost.saving.writer import BlockSource, FileImage
+from milepost.run.signoff import SignOff, WrittenFile
+from milepost.saving.writer import BlockSource, FileImage, write_file
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
 
 
 @dataclass(frozen=True, slots=True)
 class HfForm:
-    """A save as a Hugging Face folder, ready for ``from_pretrained``; see ``saving.job.Form``."""
+    """A save as a Hugging Face folder, ready for ``from_pretrained``; see ``saving.job.Form``.
+
+    Where several ranks can write one file, each writes its ranges of the final files. Where they can't (an object
+    store), each writes a file of its own, and whoever publishes makes the final files of them.
+    """
 
     target: HfTarget
 
@@ -33,15 +38,26 @@ class HfForm:
         is_first: bool,
         num_threads: int,
         on_progress: Callable[[int], None] | None,
-    ) -> tuple[Mapping[str, Share], ...]:
+    ) -> tuple[tuple[WrittenFile, ...], tuple[Mapping[str, Share], ...]]:
+        if not storage.can_share:
+            if not plan.items:
+                return (), ()
+            tensors = replace(plan, objects=())
+            file = write_file(storage, place, tensors, source, {}, num_threads=num_threads, on_progress=on_progress)
+            return (file,), ()
         image = plan_image(self.target)
         frame = (write_frame(storage, place.folder, image),) if is_first else ()
         part = write_part(
             storage, place.folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress
         )
-        return *frame, part
+        return (), (*frame, part)
 
     def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
-        record = commit_record(info, save_id=signed[0].save_id, world_size=len(signed), now=time.time())
-        shares = [share for sign_off in signed for share in sign_off.shares]
-        commit.publish_files(storage, attempt, target, join_shares(plan_image(self.target), shares), record)
+        save_id = signed[0].save_id
+        record = commit_record(info, save_id=save_id, world_size=len(signed), now=time.time())
+        if storage.can_share:
+            shares = [share for sign_off in signed for share in sign_off.shares]
+            written = join_shares(plan_image(self.target), shares)
+        else:
+            written = merge(storage, Place.of(storage, attempt, target, save_id), self.target, signed, info)
+        commit.publish_files(storage, attempt, target, written, record)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -78,7 +77,7 @@ def plan_image(target: HfTarget) -> HfImage:
     found = correspond(family, family.scheme("hf"), target.args)
     _check_keys(found, target)
     tensors = _foreign_tensors(found, target)
-    weight_map = hf_extras(family.name, target.args, tensors, _folder(target.assets), None).weight_map
+    weight_map = hf_extras(family.name, target.args, tensors, target.assets, None).weight_map
     files = {
         name: plan_layout({key: (tensors[key].dtype, tensors[key].shape) for key in keys})
         for name, keys in split_into_files(tensors, weight_map, target.max_shard_nbytes).items()
@@ -92,10 +91,6 @@ def plan_image(target: HfTarget) -> HfImage:
     for link in found.links:
         links.setdefault(link.ours_key, []).append(link)
     return HfImage(target, files, places, {key: tuple(group) for key, group in links.items()}, found.head_dim)
-
-
-def _folder(path: str) -> Path | None:
-    return Path(path) if path else None
 
 
 def _check_keys(found: Correspondence, target: HfTarget) -> None:
@@ -138,7 +133,7 @@ def write_frame(storage: Storage, folder: str, image: HfImage) -> dict[str, Shar
             shares[name] = _share_of(layout.prefix, layout.nbytes)
             handle.write(0, [layout.prefix])
             handle.sync()
-    extras = hf_extras(family.name, image.target.args, tensors, _folder(image.target.assets), None)
+    extras = hf_extras(family.name, image.target.args, tensors, image.target.assets, None)
     keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
     for name, data in extras.files(keys, tensors):
         shares[name] = _share_of(data, len(data))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from milepost.config import PARTS
@@ -27,10 +26,9 @@ from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
 from milepost.run.hf_folder import is_adapter, read_hf_folder
-from milepost.storage import is_url, open_storage
+from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
-from milepost.storage.local import LocalStorage
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_manifest
 from milepost.verification.hf_step import CheckedFile, HfStep, read_hf_step
@@ -59,64 +57,68 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         CheckpointNotFoundError: there is nothing, or nothing that is known.
         CheckpointDamagedError: files are missing, truncated or malformed.
     """
-    if is_url(path):
-        return _open_dcp(*open_storage(path))
-    full = Path(os.path.abspath(path))
-    if full.is_file():
-        return _open_file(full)
-    if not full.is_dir():
-        raise CheckpointNotFoundError(f"there is nothing at {full}", path=str(full))
-    names = {entry.name for entry in os.scandir(full)}
+    storage, name = open_storage(path)
+    full = join_path(storage.root, name) if name else storage.root
+    found = storage.stat(name)
+    if found is None:
+        raise CheckpointNotFoundError(f"there is nothing at {full}", path=full)
+    if not found.is_folder:
+        # Of a link into the hub's cache only the link's name tells what it is.
+        return _open_file(storage, name, is_safetensors=os.fspath(path).endswith(".safetensors"))
+    names = {entry.name for entry in storage.list(name)}
     is_hf = INDEX_NAME in names or SINGLE_NAME in names
     # A last save in Hugging Face's format has our commit record too: it says what the folder is.
-    step = read_hf_step(LocalStorage(full), "", names)
+    step = read_hf_step(storage, name, names)
     if step is None and (MANIFEST_NAME in names or (METADATA_NAME in names and not is_hf)):
-        storage, folder = open_storage(full)
-        return _open_dcp(storage, folder)
-    if is_hf or any(name.endswith(".safetensors") for name in names):
-        return _open_hf(full, names, step)
-    raise CheckpointNotFoundError(_not_weights(full, names), path=str(full))
+        return _open_dcp(storage, name)
+    if is_hf or any(file.endswith(".safetensors") for file in names):
+        return _open_hf(storage, name, names, step)
+    raise CheckpointNotFoundError(_not_weights(full, names), path=full)
 
 
-def _not_weights(full: Path, names: Iterable[str]) -> str:
+def _not_weights(full: str, names: Iterable[str]) -> str:
     """Why a folder is no source, and what to give instead."""
     steps = sorted(step for name in names if (step := catalog.step_of(name)) is not None)
     if steps:
-        return f"{full} is a run, not a checkpoint: give one of its steps, for instance {full / f'step-{steps[-1]}'}"
+        return f"{full} is a run, not a checkpoint: give one of its steps, for instance {full}/step-{steps[-1]}"
     torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
     if torch_files:
-        return f"{full} is a folder of torch files: give one of them, for instance {full / torch_files[0]}"
+        return f"{full} is a folder of torch files: give one of them, for instance {full}/{torch_files[0]}"
     if "snapshots" in names:
-        return f"{full} is a model in the Hugging Face cache: give its folder {full / 'snapshots'}/<revision>"
+        return f"{full} is a model in the Hugging Face cache: give its folder {full}/snapshots/<revision>"
     return (
         f"{full} holds no weights: neither a checkpoint ({MANIFEST_NAME}, {METADATA_NAME}) nor safetensors files "
         "are there"
     )
 
 
-def _open_file(full: Path) -> Weights:
-    handle = open_linked(LocalStorage(full.parent), full.name, anywhere=True)
+def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
+    handle = open_linked(storage, name, anywhere=True)
     with ExitStack() as stack:
         stack.callback(handle.close)
-        if full.suffix == ".safetensors":
+        if is_safetensors:
             stored = _safetensors_tensors(handle)
         else:
             stored = _torch_file_tensors(handle)
         stack.pop_all()
-    kind = "hf" if full.suffix == ".safetensors" else "pt"
-    return Weights(Source(str(full), kind, [handle], stored))
+    kind = "hf" if is_safetensors else "pt"
+    return Weights(Source(join_path(storage.root, name), kind, [handle], stored))
 
 
 # ---- Hugging Face ----
 
 
-def _open_hf(folder: Path, names: set[str], step: HfStep | None) -> Weights:
-    storage = LocalStorage(folder)
+def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None) -> Weights:
+    path = join_path(storage.root, folder) if folder else storage.root
     if step is not None:
+        names = names & step.manifest.files.keys()  # in a store there may be files of other saves
         step.require({CONFIG_NAME, INDEX_NAME, DIGESTS_NAME})
-    open_file = step.open_file if step is not None else lambda name: open_linked(storage, name, anywhere=True)
-    found = read_hf_folder(storage, "", names, open_file)
-    found.require(str(folder))
+
+    def open_file(name: str) -> ReadHandle:
+        return step.open_file(name) if step is not None else open_linked(storage, join(folder, name), anywhere=True)
+
+    found = read_hf_folder(storage, folder, names, open_file)
+    found.require(path)
     stored = {}
     with ExitStack() as stack:
         handles = {name: stack.enter_context(open_file(name)) for name in found.files}
@@ -128,18 +130,19 @@ def _open_hf(folder: Path, names: set[str], step: HfStep | None) -> Weights:
             else:
                 stretch = Stretch(shard.box, BlockReader(handle, key, shard.record_offset, shard.data_nbytes, None))
             stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (stretch,))
-        config = read_config(folder)
+        config = read_config(path)
         stack.pop_all()
-    source = Source(str(folder), "hf", tuple(handles.values()), stored)
+    source = Source(path, "hf", tuple(handles.values()), stored)
     return Weights(source, config=config, is_adapter=is_adapter(names))
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The ``config.json`` of a Hugging Face folder; None where there is none. Raises FormatError for anything else."""
-    path = folder / CONFIG_NAME
-    if not os.path.lexists(path):
+    storage, inside = open_storage(folder)
+    name = join(inside, CONFIG_NAME)
+    if storage.stat(name) is None:
         return None
-    return parse_object(read_linked(LocalStorage(folder), CONFIG_NAME, MAX_CONFIG_NBYTES), str(path))
+    return parse_object(read_linked(storage, name, MAX_CONFIG_NBYTES), join_path(storage.root, name))
 
 
 def _safetensors_tensors(handle: ReadHandle) -> dict[str, Stored]:

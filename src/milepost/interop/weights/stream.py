@@ -131,12 +131,18 @@ class PassedBytes:
 
 
 def write_image(
-    handle: WriteHandle, tensors: Sequence[Placed], reader: SlabReader, *, digests: bool = True
+    handle: WriteHandle,
+    tensors: Sequence[Placed],
+    reader: SlabReader,
+    *,
+    digests: bool = True,
+    on_write: Callable[[int, memoryview], None] | None = None,
 ) -> dict[str, PassedBytes]:
     """Write tensors at their places in an open file, several threads at once. Returns the ``digests`` of each's bytes.
 
     ``tensors`` are in the order of their offsets. What lies between them is the caller's, to be written afterwards:
-    short gaps are filled with zeros.
+    short gaps are filled with zeros where bytes can be written twice. ``on_write`` is told the offset and the bytes of
+    each write, from several threads.
 
     Raises:
         StorageError: the first failure on any thread.
@@ -147,7 +153,7 @@ def write_image(
     def work(task: list[tuple[Placed, Slab]]) -> None:
         if not hasattr(local, "buffer"):
             local.buffer = mmap.mmap(-1, reader.buffer_nbytes)
-        stream = ImageStream(handle, local.buffer, fill_gaps=True)
+        stream = ImageStream(handle, local.buffer, fill_gaps=not handle.is_sequential, on_write=on_write)
         for placed, slab in task:
             raw = stream.place(placed.offset + slab.start, slab.nbytes)
             reader.read_into(placed.key, slab, raw)

@@ -1,0 +1,67 @@
+"""Hugging Face files out of the files of all ranks, where no two ranks can write one file: in an object store.
+
+Every rank's tensors are there, in its own file, with digests. One rank streams them into the final files, in memory
+that does not grow with the model, and takes the ranks' files away. Torch-free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from milepost.format.safetensors import SafetensorsLayout
+from milepost.format.shares import FileDigests, ShareCount, joined
+from milepost.interop.hf.extras import hf_extras
+from milepost.interop.hf.save import HfTarget, plan_image
+from milepost.interop.names.assembled import Assembled
+from milepost.interop.names.families import family_of
+from milepost.interop.names.rules import correspond
+from milepost.interop.options import DEFAULT_BUDGET_NBYTES
+from milepost.interop.weights.open import manifest_source
+from milepost.interop.weights.stream import Placed, SlabReader, write_image
+from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.place import Place
+from milepost.run.signoff import SignOff
+from milepost.storage.base import Storage
+
+
+def merge(
+    storage: Storage, place: Place, target: HfTarget, signed: Sequence[SignOff], info: SaveInfo
+) -> dict[str, FileDigests]:
+    """Make the final files at ``place`` of what the ranks have ``signed``. Returns their names there and digests.
+
+    Raises:
+        DigestMismatchError: what a rank wrote is no longer what it signed.
+        StorageError: the storage refused.
+    """
+    image = plan_image(target)
+    family = family_of(target.model, target.args)
+    manifest, _ = assemble(signed, info, now=time.time())
+    with manifest_source(storage, place.folder, manifest, None) as source:
+        recipes = correspond(family, family.scheme("hf"), target.args).into_theirs()
+        reader = SlabReader(Assembled(source, recipes), DEFAULT_BUDGET_NBYTES)
+        written = {
+            place.name(name): _write_weights(storage, place.path(name), image.files[name], reader)
+            for name in image.files
+        }
+        source.check_digests()
+    extras = hf_extras(family.name, target.args, reader.content.tensors, target.assets, None)
+    keys = {place.name(name): tuple(layout.tensors) for name, layout in image.files.items()}
+    for name, data in extras.files(keys, reader.content.tensors, has_index=True):
+        storage.write(place.path(name), data)
+        count = ShareCount(len(data))
+        count.add(0, memoryview(data))
+        written[place.name(name)] = joined(len(data), [count.share()])
+    storage.remove_files(place.folder, [file.file for sign_off in signed for file in sign_off.files])
+    return written
+
+
+def _write_weights(storage: Storage, path: str, layout: SafetensorsLayout, reader: SlabReader) -> FileDigests:
+    placed = [Placed(key, stored.offset) for key, stored in layout.tensors.items()]
+    count = ShareCount(layout.nbytes)
+    with storage.open_write(path, layout.nbytes) as handle:
+        count.add(0, memoryview(layout.prefix))
+        handle.write(0, [layout.prefix])  # first: bytes go out in ascending order
+        write_image(handle, placed, reader, digests=False, on_write=count.add)
+        handle.sync()
+    return joined(layout.nbytes, [count.share()])
