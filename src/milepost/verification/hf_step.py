@@ -56,7 +56,10 @@ class HfStep:
         return CheckedFile(handle, self.digests.of_file(name), self.digests.block_nbytes)
 
     def small_faults(self, names: Collection[str] | None = None) -> list[Problem]:
-        """Of the files without tensors (of those of ``names``, without a save id): which are missing, or are not what was written."""
+        """Of the files without tensors: which are missing, or are not what was written.
+
+        ``names``: only of these, where a file that carries a save id counts by its name without it.
+        """
         faults = []
         blocks = {*files_in_blocks(self.manifest)}
         for name, entry in sorted(self.manifest.files.items()):
