@@ -20,7 +20,7 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.collective.comm import Comm, SingleProcess
-from milepost.run import catalog
+from milepost.run import catalog, takeover
 from milepost.run.lock import RunLock
 from milepost.run.owner import OWNERLESS_LIFETIME_S
 from milepost.run.sweep import is_ours, sweep_leftovers
@@ -106,6 +106,11 @@ class Case:
         return found
 
     @property
+    def everything(self) -> Shown:
+        """What would be shown if nothing were ever deleted."""
+        return {**self.before, **{save.step: save.value for save in self.saves}}
+
+    @property
     def after(self) -> Shown:
         return self.stages()[-1][1]
 
@@ -132,7 +137,7 @@ def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None
     """Each large record is written by itself, and nobody is waited for as long as in production."""
     with (
         mock.patch.object(writer, "GROUP_NBYTES", 1),
-        mock.patch.object(manager_module, "RunLock", partial(RunLock, lease_s=lease_s)),
+        mock.patch.object(takeover, "RunLock", partial(RunLock, lease_s=lease_s)),
         mock.patch.object(manager_module, "Saver", partial(Saver, timeout_s=timeout_s)),
         mock.patch.object(manager_module, "AsyncSaver", ImpatientSaver),
         mock.patch.object(ImpatientSaver, "timeout_s", timeout_s),

@@ -24,10 +24,11 @@ from torch import nn
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import MilepostError
-from milepost.run import catalog
+from milepost.run import catalog, takeover
+from milepost.run.catalog import DELETING_PREFIX
 from milepost.run.lock import RunLock
 from milepost.run.owner import OWNERLESS_LIFETIME_S
-from milepost.run.sweep import sweep_leftovers
+from milepost.run.sweep import MARKER_NAME, sweep_leftovers
 from milepost.saving import writer
 from milepost.storage import LocalStorage, Storage
 from milepost.testing.faulty import FaultyStorage
@@ -146,8 +147,12 @@ def check_the_next_run(
     manager.save(9)
     manager.close()
     assert any(entry.step == 9 and entry.state == "committed" for entry in catalog.scan(storage, "run")), where
-    if killed:  # within its first moments an attempt has no owner yet; such a one is swept when it is old
-        sweep_leftovers(storage, "run", now=time.time() + 2 * OWNERLESS_LIFETIME_S)
+    if not killed:  # a place for a deletion that holds nothing may be another process's that is about to use it
+        left = {entry.name for entry in storage.list("run") if not entry.name.startswith(("step-", "events.jsonl"))}
+        assert all(name.startswith(DELETING_PREFIX) for name in left), (where, left)
+        assert all({found.name for found in storage.list(f"run/{name}")} <= {MARKER_NAME} for name in left), where
+    # Such a place, and an attempt that was killed before it had an owner, is swept when it is old.
+    sweep_leftovers(storage, "run", now=time.time() + 2 * OWNERLESS_LIFETIME_S)
     names = {entry.name for entry in storage.list("run")} - {"events.jsonl"}
     assert all(name.startswith("step-") for name in names), (where, names)
 
@@ -177,7 +182,7 @@ def in_a_child(do: Callable[[], None]) -> int:
 def quick_but_threaded() -> Iterator[None]:
     """Each large record is a group of its own; a lock that a crash left half-written is not watched for its lease."""
     impatient = partial(RunLock, lease_s=0.0)
-    with mock.patch.object(writer, "GROUP_NBYTES", 1), mock.patch.object(manager_module, "RunLock", impatient):
+    with mock.patch.object(writer, "GROUP_NBYTES", 1), mock.patch.object(takeover, "RunLock", impatient):
         yield
 
 
