@@ -84,7 +84,7 @@ def test_remounted_read_only_under_a_run(tmp_path: Path, mode: str, tally: Tally
         shown = [(entry.step, entry.state) for entry in catalog.scan(LocalStorage(folder), "run")]
         left = {path.name for path in (folder / "run").iterdir()}
     assert messages[0] == messages[1]
-    assert re.search(rf"read-only file system while creating the folder \S*/run/\.attempt-\S+; {ADVICE}", messages[0])
+    assert re.search(rf"read-only file system while creating the folder \S*/run/\.milepost-attempt-\S+; {ADVICE}", messages[0])
     assert shown == [(2, "committed"), (4, "committed")]
     assert left == {"step-2", "step-4", "events.jsonl"}
     tally(f"a file system that turns read-only between saves ({mode}), on 2 ranks", tried=1, lost=0)
@@ -122,7 +122,8 @@ def test_what_works_on_a_read_only_file_system(
         assert main(["prune", str(run_folder), "--keep-latest", "1", "--dry-run"]) == 0
         assert main(["prune", str(run_folder), "--keep-latest", "1"]) == 7
         said = capsys.readouterr().err
-        assert re.search(rf"^milepost: error: read-only file system while renaming .*step-1.*; {ADVICE}$", said, re.M)
+        refusal_to_delete = r"read-only file system while creating the folder \S*/run/\.milepost-deleting-"
+        assert re.search(rf"^milepost: error: {refusal_to_delete}\S+; {ADVICE}$", said, re.M)
         assert main(["pin", str(run_folder / "step-1")]) == 7
         assert ADVICE in capsys.readouterr().err
 

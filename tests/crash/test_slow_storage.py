@@ -159,7 +159,7 @@ def test_slow_writes_are_waited_for_and_told_of_by_rank(memory_path: Path, mode:
         logs[0], r"^rank 0 has written its part of \S*step-1\b.* and is waiting for the disk, the other ranks or "
     )
     if mode != "async_with_pinned_mem":  # there it is the writer process that waits for sign-offs
-        assert says(logs[0], r"^rank 0 has waited \d+ s for rank 1 of 2 to finish writing run/\.attempt-")
+        assert says(logs[0], r"^rank 0 has waited \d+ s for rank 1 of 2 to finish writing run/\.milepost-attempt-")
     tally(f"writes on rank 1 of 2 that take long ({mode})", tried=1, lost=0)
 
 
@@ -371,7 +371,7 @@ def test_a_size_that_stays_wrong(memory_path: Path, mode: str, tally: Tally) -> 
     visibility_s = 2 * DELAY_S + 0.4
 
     def cut(operation: Operation) -> None:
-        for path in memory_path.glob("run/.attempt-*/data/__1_0.distcp"):
+        for path in memory_path.glob("run/.milepost-attempt-*/data/__1_0.distcp"):
             if operation.name == "sync_folder":
                 os.truncate(path, path.stat().st_size - 4096)
 
