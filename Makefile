@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (a minute on two cores)
 # make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
+# make test-crash  kills, errors and power cuts at the operations of a run, and hostile input, a sample of each (JOBS=2)
 # make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
@@ -23,7 +24,7 @@ KILLS ?= 50
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: house help setup train test test-slow test-browser test-integrations reliability soak fuzz bench docs lint format clean
+.PHONY: house help setup train test test-slow test-crash test-browser test-integrations reliability soak fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
