@@ -84,7 +84,9 @@ def test_remounted_read_only_under_a_run(tmp_path: Path, mode: str, tally: Tally
         shown = [(entry.step, entry.state) for entry in catalog.scan(LocalStorage(folder), "run")]
         left = {path.name for path in (folder / "run").iterdir()}
     assert messages[0] == messages[1]
-    assert re.search(rf"read-only file system while creating the folder \S*/run/\.milepost-attempt-\S+; {ADVICE}", messages[0])
+    assert re.search(
+        rf"read-only file system while creating the folder \S*/run/\.milepost-attempt-\S+; {ADVICE}", messages[0]
+    )
     assert shown == [(2, "committed"), (4, "committed")]
     assert left == {"step-2", "step-4", "events.jsonl"}
     tally(f"a file system that turns read-only between saves ({mode}), on 2 ranks", tried=1, lost=0)
