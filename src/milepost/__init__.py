@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         StateMismatchError,
         StorageError,
     )
-    from milepost.interop.dcp import StorageReader, StorageWriter
+    from milepost.interop.dcp.read import StorageReader
+    from milepost.interop.dcp.write import StorageWriter
     from milepost.interop.hf.model import HfModel
     from milepost.loading.load import LoadReport, load
     from milepost.saving.async_save import async_save
@@ -46,8 +47,8 @@ _HOMES = {
     "SaveHandle": "milepost.saving.background",
     "async_save": "milepost.saving.async_save",
     "SaveReport": "milepost.saving.job",
-    "StorageReader": "milepost.interop.dcp",
-    "StorageWriter": "milepost.interop.dcp",
+    "StorageReader": "milepost.interop.dcp.read",
+    "StorageWriter": "milepost.interop.dcp.write",
     "make_registered": "milepost.tensors.registry",
     "register_value": "milepost.tensors.registry",
     "VerifyReport": "milepost.verification.verify",

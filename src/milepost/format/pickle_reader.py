@@ -40,7 +40,8 @@ class Global:
     """What a global of a pickle stands for.
 
     ``call`` builds the data for a ``REDUCE`` and must raise FormatError for arguments it does not like; ``new`` allows
-    ``NEWOBJ`` without arguments. ``value`` is for globals that are merely named, such as a dtype.
+    ``NEWOBJ`` without arguments, which makes an Instance if there is no ``call``. ``value`` is for globals that are
+    merely named, such as a dtype.
     """
 
     name: str
@@ -386,11 +387,13 @@ class _Machine:
             named = f"{cls.name!r}" if isinstance(cls, Global) else f"a {type(cls).__name__}"
             raise FormatError(f"a pickle makes an instance of {named}, which is not allowed; nothing was run")
         self.charge(_SMALL_NBYTES)
-        self.stack.append(Instance(cls.name))
+        self.stack.append(Instance(cls.name) if cls.call is None else cls.call())
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
+        if type(state) is tuple:  # an object may copy what it is given, again and again
+            self.charge(sum(len(part) for part in state if type(part) is bytes))
         if self.dialect.build(target, state):
             return
         if type(target) is OrderedDict and type(state) is dict:

@@ -281,6 +281,15 @@ def build(target: object, state: object) -> bool:
     if type(target) is OrderedDict and isinstance(state, Mapping) and set(state) == {"_metadata"}:
         target._metadata = state["_metadata"]  # type: ignore[attr-defined]
         return True
+    if type(target) is io.BytesIO:
+        _require(isinstance(state, tuple) and len(state) == 3, "a stream of bytes with a strange state")
+        assert isinstance(state, tuple)
+        content, position, _ = state
+        _require(type(content) is bytes and type(position) is int and not state[2], "a strange stream of bytes")
+        _require(0 <= position <= len(content), "a stream of bytes at a strange position")
+        target.write(content)
+        target.seek(position)
+        return True
     if type(target) is not np.ndarray:
         return False
     _require(isinstance(state, tuple) and len(state) == 5, "a numpy array with a strange state")
@@ -348,6 +357,7 @@ def _table() -> dict[str, Global]:
         make = _path(kind if is_ours else getattr(pathlib, f"Pure{name}"))
         calls[f"pathlib.{name}"] = calls[f"pathlib._local.{name}"] = make
     table = {name: Global(name, call=call) for name, call in calls.items()}
+    table["_io.BytesIO"] = Global("_io.BytesIO", call=_checked(io.BytesIO, ()), new=True)
     table["numpy.ndarray"] = Global("numpy.ndarray", value=np.ndarray)
     for kind in FACTORIES:
         name = f"{kind.__module__}.{kind.__name__}"
