@@ -14,6 +14,7 @@ NAMES = [
     "HfModel",
     "CheckpointManager",
     "CheckpointConfig",
+    "Commit",
     "save",
     "SaveReport",
     "async_save",

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from milepost.saving.job import SaveReport
     from milepost.saving.save import save
     from milepost.tensors.registry import register_value
+    from milepost.training.hooks import Commit
     from milepost.training.manager import CheckpointManager
     from milepost.verification.verify import VerifyReport, verify
 
 _HOMES = {
     "CheckpointConfig": "milepost.config",
     "CheckpointManager": "milepost.training.manager",
+    "Commit": "milepost.training.hooks",
     "LoadReport": "milepost.loading.load",
     "HfModel": "milepost.interop.hf.model",
     "SaveHandle": "milepost.saving.background",
@@ -72,6 +74,7 @@ _HOMES = {
 __all__ = [  # noqa: RUF022 - by what they are for
     "CheckpointManager",
     "CheckpointConfig",
+    "Commit",
     "HfModel",
     "save",
     "SaveReport",

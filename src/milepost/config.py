@@ -64,6 +64,10 @@ class CheckpointConfig:
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """When a save fails: ``stop`` raises; ``warn`` logs it and trains on, but raises after 3 failed saves in a row."""
+    on_commit: str = ""
+    """Command line that rank 0 runs, beside the training, after each step that is committed. It finds MILEPOST_STEP,
+    MILEPOST_PATH, MILEPOST_CONTENTS, MILEPOST_METRICS (JSON) and MILEPOST_TIER in its environment. Its failure is
+    logged. Empty: none."""
     check_replicas: int = 0
     """At every N-th save compare whole tensors that several ranks hold, to find a device that computes wrongly or a
     missing all-reduce; 0: only a sample of them, when the structure of the state is new."""

@@ -14,6 +14,7 @@ In reading order::
     choice          which step to resume from: pure
     resume          loading it
     events          what happened, for logs and TensorBoard
+    hooks           what is done after a commit: a function, a command line
 """
 
 from __future__ import annotations

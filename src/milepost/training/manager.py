@@ -38,6 +38,7 @@ from milepost.storage import open_storage
 from milepost.storage.base import join, split
 from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
+from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.metrics import MetricRecorder
 from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
@@ -83,6 +84,8 @@ class CheckpointManager:
             ``reshard(states)`` makes a state for this rank of all of the saved ones; without that method the load is
             refused. Anything else that differs between ranks is refused by :meth:`save`.
         hf: which model this is (:class:`milepost.HfModel`), for ``initial_load_in_hf`` and ``last_save_in_hf``.
+        on_commit: called on rank 0 with each :class:`milepost.Commit`, in a thread of its own, as soon as a step is
+            committed; ``config.on_commit`` is a command line for the same. A failure is logged and fails no save.
         comm: how ranks exchange; by default the default process group, or one process.
 
     Raises (from every method, on every rank): subclasses of :class:`milepost.MilepostError`.
@@ -103,6 +106,7 @@ class CheckpointManager:
         layout: Mapping[str, int] | None = None,
         per_rank: Collection[str] = ("dataloader",),
         hf: WeightsFormat | None = None,
+        on_commit: Callable[[Commit], None] | None = None,
         comm: Comm | None = None,
     ):
         self._config = config if config is not None else CheckpointConfig(enable=True)
@@ -138,6 +142,7 @@ class CheckpointManager:
         self._protected: dict[int, str] = {}
         self._metrics = MetricRecorder(self._config.metric)
         self._log = SaveLog(self._storage, self._folder)
+        self._hooks = CommitHooks(on_commit, self._config.on_commit)
         self._signals = SignalFlags()
         self._files = RequestFiles(self._storage, self._folder)
         self._blocked_s = 0.0
@@ -270,10 +275,26 @@ class CheckpointManager:
                 return False
         self._last_save = time.monotonic()
         self._pending = _Pending(step, reason, request.info.kind, begun, stall_s=blocked.seconds)
+        self._tell_when_committed(begun, request)
         self._stall_s = blocked.seconds
         if isinstance(begun, SaveReport) or self.stop_requested:
             self._record_pending()
         return True
+
+    def _tell_when_committed(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
+        """Have the hooks run when a save is committed: now, or from the thread that commits it."""
+        if self._comm.rank != 0 or request.info.step is None:
+            return
+        commit = Commit(
+            step=request.info.step,
+            path=join(self._storage.root, request.target),
+            contents=request.info.kind,
+            metrics=dict(request.info.metrics),
+        )
+        if isinstance(begun, SaveReport):
+            self._hooks.tell(commit)
+        else:
+            begun.when_done(lambda: self._hooks.tell(commit) if begun.failure is None else None)
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the weights may be changed again. To be called before ``optimizer.step()``.
@@ -319,6 +340,7 @@ class CheckpointManager:
             # Not before: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
             self._record_pending()
+            self._hooks.close()
             if self._lock is not None:
                 self._lock.release()
 

@@ -1,0 +1,112 @@
+"""What is done after a step is committed: a function, a command line, or both, off the training thread. On rank 0."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+log = logging.getLogger("milepost")
+
+CLOSE_TIMEOUT_S = 600.0
+"""A run that ends waits this long for what is still being done after its last commits."""
+MAX_OUTPUT = 2000
+
+Tier = Literal["folder", "remote_folder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """A step that may be relied on from now on, in one of the run's folders."""
+
+    step: int
+    path: str
+    """Of the step's folder: a path or a URL."""
+    contents: str
+    """``full`` or ``model``."""
+    metrics: Mapping[str, float]
+    """The values that were recorded with it."""
+    tier: Tier = "folder"
+    """The option that names the folder: ``checkpoint.folder`` or ``checkpoint.remote_folder``."""
+
+    def environment(self) -> dict[str, str]:
+        """The same for a command line, which finds it in its environment."""
+        return {
+            "MILEPOST_STEP": str(self.step),
+            "MILEPOST_PATH": self.path,
+            "MILEPOST_CONTENTS": self.contents,
+            "MILEPOST_METRICS": json.dumps(dict(self.metrics)),
+            "MILEPOST_TIER": self.tier,
+        }
+
+
+class CommitHooks:
+    """Calls ``act`` and runs ``command`` for each commit, one after the other, in a thread of its own.
+
+    Whatever fails there is logged, and changes nothing for training or for the checkpoint.
+    """
+
+    def __init__(self, act: Callable[[Commit], None] | None, command: str):
+        self._act = act
+        self._command = command
+        self._commits: queue.SimpleQueue[Commit | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def tell(self, commit: Commit) -> None:
+        """Take note of a commit, from any thread. Returns at once."""
+        if self._act is None and not self._command:
+            return
+        self._commits.put(commit)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="milepost-on-commit", daemon=True)
+            self._thread.start()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Return when all that was told is done, or after ``timeout_s``, which is logged."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._commits.put(None)
+        thread.join(10.0)
+        if thread.is_alive():
+            log.info("waiting up to %.0f s for on_commit to end", timeout_s)
+            thread.join(timeout_s)
+        if thread.is_alive():
+            log.warning("on_commit has not ended after %.0f s: going on without it", timeout_s)
+
+    def _run(self) -> None:
+        while (commit := self._commits.get()) is not None:
+            if self._act is not None:
+                try:
+                    self._act(commit)
+                except Exception:  # it is the user's code
+                    log.exception("on_commit failed for step %d", commit.step)
+            if self._command:
+                self._run_command(commit)
+
+    def _run_command(self, commit: Commit) -> None:
+        try:
+            done = subprocess.run(
+                self._command,
+                shell=True,
+                env=os.environ | commit.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the training
+                check=False,
+            )
+        except OSError as error:
+            log.error("checkpoint.on_commit failed for step %d: %s", commit.step, error.strerror)
+            return
+        if done.returncode:
+            said = done.stdout.decode(errors="replace").strip()[-MAX_OUTPUT:]
+            text = f": {said}" if said else ""
+            log.error("checkpoint.on_commit failed for step %d (exit status %d)%s", commit.step, done.returncode, text)

@@ -1,0 +1,77 @@
+"""What a run does after each commit: functions and command lines, beside the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from milepost import CheckpointConfig, CheckpointManager, Commit
+from milepost.config import AsyncMode
+from milepost.format.manifest import MANIFEST_NAME
+
+MODES: tuple[AsyncMode, ...] = ("disabled", "async", "async_with_pinned_mem")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_commit_is_told_once_it_may_be_relied_on(memory_path: Path, mode: AsyncMode) -> None:
+    seen: list[Commit] = []
+
+    def act(commit: Commit) -> None:
+        assert (Path(commit.path) / MANIFEST_NAME).exists()
+        assert threading.current_thread() is not threading.main_thread()
+        seen.append(commit)
+
+    command = f'echo "$MILEPOST_STEP $MILEPOST_CONTENTS $MILEPOST_TIER $MILEPOST_METRICS" >> {memory_path}/said'
+    config = CheckpointConfig(enable=True, interval=1, async_mode=mode, on_commit=command)
+    with CheckpointManager(memory_path / "run", config, model=torch.nn.Linear(2, 2), on_commit=act) as manager:
+        manager.save(1, metrics={"loss": 0.5})
+        manager.maybe_wait_for_staging()
+        # Without another call of the manager's.
+        deadline = time.monotonic() + 20
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [commit.step for commit in seen] == [1]
+        manager.save(2, last_step=True)
+    assert [(commit.step, commit.contents, commit.tier) for commit in seen] == [
+        (1, "full", "folder"),
+        (2, "model", "folder"),
+    ]
+    assert seen[0].metrics == {"loss": 0.5}
+    first, second = (memory_path / "said").read_text().splitlines()
+    assert first == f"1 full folder {json.dumps({'loss': 0.5})}"
+    assert second == "2 model folder {}"
+
+
+def test_a_failure_is_logged_and_fails_nothing(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def act(commit: Commit) -> None:
+        raise ValueError("of the user's")
+
+    config = CheckpointConfig(enable=True, interval=1, on_commit="echo what went wrong; exit 3")
+    with (
+        caplog.at_level(logging.INFO, "milepost"),
+        CheckpointManager(memory_path, config, model=torch.nn.Linear(2, 2), on_commit=act) as manager,
+    ):
+        assert manager.save(1)
+        assert manager.save(2)
+    assert "on_commit failed for step 1" in caplog.text
+    assert "of the user's" in caplog.text
+    assert "checkpoint.on_commit failed for step 2 (exit status 3): what went wrong" in caplog.text
+    assert manager.committed_step == 2
+
+
+def test_training_does_not_wait_for_it(memory_path: Path) -> None:
+    may_end = threading.Event()
+    config = CheckpointConfig(enable=True, interval=1)
+    manager = CheckpointManager(
+        memory_path, config, model=torch.nn.Linear(2, 2), on_commit=lambda commit: may_end.wait(30) and None
+    )
+    for step in (1, 2, 3):
+        assert manager.save(step)
+    may_end.set()
+    manager.close()
