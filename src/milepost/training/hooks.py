@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-
 log = logging.getLogger("milepost")
 
 CLOSE_TIMEOUT_S = 600.0
