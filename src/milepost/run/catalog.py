@@ -24,7 +24,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -130,6 +130,8 @@ class CommitRecord:
     """What is in the folder."""
     faults: tuple[Problem, ...]
     """Its files that are not as the record says."""
+    note: str = ""
+    """What is strange, and no fault."""
 
     @property
     def is_own(self) -> bool:
@@ -276,11 +278,15 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
             return None  # of a save under way, or what is left of one, where saves have no folder of their own
         reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
         return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
-    record_id, data = "", b""
+    record_id, data, note = "", b"", ""
     try:
         data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
         record_id = _record_id(data)
         manifest, faults = _parse(data, name, path, files)
+        other = _saved_over(storage, path, files, manifest, faults)
+        if other is not None:
+            name, data, manifest, note = METADATA_NAME, *other
+            record_id, faults = _record_id(data), []
     except FormatError as error:
         reason = error.message.removeprefix(f"{path}/")  # the step is named where this is shown
         return CheckpointInfo(
@@ -301,7 +307,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
     return CheckpointInfo(
         path=path,
         state="damaged" if faults else "committed" if name == MANIFEST_NAME else "external",
-        reason="; ".join(listed(faults)),
+        reason="; ".join(listed(faults)) or note,
         kind=manifest.kind,
         nbytes=nbytes,
         created_s=manifest.created_s,
@@ -354,6 +360,29 @@ def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tup
     return dcp_metadata.manifest_from_metadata(metadata, sizes, step=step, created_s=created_s, path=where), []
 
 
+def _saved_over(
+    storage: Storage, path: str, files: Mapping[str, Entry], manifest: Manifest, faults: Sequence[Problem]
+) -> tuple[bytes, Manifest, str] | None:
+    """Where another program has saved over a checkpoint of ours: its ``.metadata``, the manifest of that, and a note.
+
+    Ours is then left behind as it was, and says other sizes. None if it is not so. Stock DCP's writer records its path
+    and a save id of its own; what is ours has the manifest's.
+    """
+    if not any(fault.file == METADATA_NAME for fault in faults) or METADATA_NAME not in files:
+        return None
+    try:
+        data = storage.read(join(path, METADATA_NAME), MAX_MANIFEST_NBYTES)
+        found = dcp_metadata.parse_metadata(data, join(path, METADATA_NAME))
+        if found.checkpoint_id is None or found.save_id == manifest.save_id:
+            return None
+        others = {name: entry for name, entry in files.items() if not name.startswith("milepost.")}
+        external, _ = _parse(data, METADATA_NAME, path, others)
+    except (FormatError, StorageError):
+        return None
+    note = f"{MANIFEST_NAME} is of an older save, over which another program has saved: it is not used"
+    return data, external, note
+
+
 def misnamed(manifest: Manifest, path: str) -> list[Problem]:
     """The fault of a step's folder that holds another step; no fault of one that is no step, or doesn't say."""
     step = step_of(split(path)[1])
@@ -399,6 +428,10 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
             raise
         raise FormatError(error.message, path=join(path, name)) from error
     manifest, faults = _parse(data, name, path, files)
+    other = _saved_over(storage, path, files, manifest, faults)
+    if other is not None:
+        data, manifest, note = other
+        return CommitRecord(METADATA_NAME, _record_id(data), manifest, files, (), note)
     return CommitRecord(name, _record_id(data), manifest, files, tuple(faults))
 
 
@@ -466,10 +499,10 @@ def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> Non
     The mark holds for the save that is there now, not for a later one at the same place. ``now`` is in seconds since
     the epoch. Does nothing when the checkpoint is gone.
     """
-    name = _record_name(_files(storage, path))
-    if name is None:
+    info = _look(storage, path, _files(storage, path))
+    if info is None or not info.record_id:
         return
-    mark = _DamageMark(_record_id(storage.read(join(path, name), MAX_MANIFEST_NBYTES)), reason, now)
+    mark = _DamageMark(info.record_id, reason, now)
     final = damage_mark(path)
     storage.replace(final, json.dumps(asdict(mark), indent=1).encode())
 

@@ -25,16 +25,17 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from milepost.errors import ConfigError, SaveError, StorageError, listed
+from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests, files_in_blocks
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
-from milepost.run import object_commit
+from milepost.run import catalog, object_commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.catalog import ATTEMPT_PREFIX, REPLACED_PREFIX
+from milepost.run.hf_folder import is_hf_folder
 from milepost.run.object_commit import COMMITTED_NAME
 from milepost.run.owner import OWNER_PREFIX, this_process
 from milepost.run.place import Place
@@ -83,7 +84,10 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
             object_commit.note_target(storage, attempt, target)
         adopt_attempt(storage, attempt)  # first of all: without its owner's record nobody may remove what is in it
         if storage.can_rename:
-            storage.make_folder(Place.of(storage, attempt, target, save_id).folder)
+            place = Place.of(storage, attempt, target, save_id).folder
+            storage.make_folder(place)
+            if storage.stat(target) is not None:
+                storage.keep_access(target, place)  # before any data is in it
     except BaseException:  # Ctrl-C too
         discard_quietly(storage, attempt)  # without its owner's record it would stay for an hour
         raise
@@ -105,6 +109,9 @@ def _why_not_replace(storage: Storage, target: str) -> str:
         return ""
     if not found.is_folder:
         return "is not a folder"
+    fixed = storage.why_fixed(target)
+    if fixed:
+        return fixed
     names = storage.list(target)
     if any(entry.is_folder for entry in names):
         return "holds other folders, so it is no checkpoint"
@@ -172,6 +179,7 @@ def _put_in_place_and_sweep(storage: Storage, attempt: str, place: Place, target
         return
     # Last, since it names the digests of the others; and synced before the rename, which must not outrun it.
     storage.write(place.path(MANIFEST_NAME), to_json(manifest))
+    _carry_over(storage, target, place, manifest)
     storage.sync_folder(place.folder)
     aside = _put_in_place(storage, place.folder, target, manifest.save_id)
     # The save is committed. What can't be removed now is removed by a later sweep, so it can't fail the save.
@@ -180,6 +188,37 @@ def _put_in_place_and_sweep(storage: Storage, attempt: str, place: Place, target
             storage.write(f"{attempt}/{COMMITTED_NAME}", b"")
     if aside is not None:
         discard_quietly(storage, aside)
+
+
+def _carry_over(storage: Storage, target: str, place: Place, manifest: Manifest) -> None:
+    """Take along what the user has laid beside the checkpoint that is to be replaced, for it goes with its folder.
+
+    Raises:
+        SaveError: it has the name of a file of the new checkpoint.
+    """
+    names = _names_beside(storage, target)
+    taken = [name for name in names if name in {MANIFEST_NAME, *manifest.files}]
+    if taken:
+        raise SaveError(
+            f"nothing was committed: {', '.join(listed(taken))} in {storage.root}/{target} is no file of the "
+            "checkpoint there, and would be lost to a file of this save of the same name; move it elsewhere",
+            path=target,
+        )
+    for name in names:
+        storage.carry(join(target, name), place.path(name))
+
+
+def _names_beside(storage: Storage, target: str) -> list[str]:
+    """The files in the folder ``target`` that belong to no checkpoint."""
+    names = [entry.name for entry in storage.list(target) if not _CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
+    if not names:
+        return []
+    try:
+        own = {*catalog.read_record(storage, target).manifest.files}
+    except (CheckpointNotFoundError, FormatError):
+        own = set()
+    # Weights of a checkpoint of which the record is lost are not mixed with those of another.
+    return [name for name in names if name not in own and (own or not is_hf_folder([name]))]
 
 
 def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_s: float) -> None:

@@ -300,6 +300,18 @@ class Storage(ABC):
     def exchange(self, one: str, other: str) -> bool:
         """Swap two names in one atomic act. False (and nothing done) where the file system can't."""
 
+    def why_fixed(self, path: str) -> str:
+        """Why another folder can't take the place of the one at ``path``; empty if it can."""
+        return ""
+
+    def keep_access(self, src: str, dst: str) -> None:
+        """Give the folder ``dst`` mode, owner and group of ``src``, as far as that is allowed, where there are any."""
+        return
+
+    def carry(self, src: str, dst: str) -> None:
+        """Make ``dst`` (which must not exist) the same file as ``src``, or a copy, whatever kind of file it is."""
+        self.write(dst, self.read(src))
+
     @abstractmethod
     def remove(self, path: str) -> None:
         """Delete one file; no error if it is absent."""

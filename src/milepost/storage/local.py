@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat as stat_modes
 import threading
 import uuid
@@ -23,6 +24,7 @@ from milepost.storage.base import (
     check_name,
     format_nbytes,
 )
+from milepost.storage.mounts import why_fixed
 from milepost.storage.write_back import WriteBack, page_cache_for
 
 PAGE_NBYTES = 4096
@@ -373,6 +375,33 @@ class LocalStorage(Storage):
         full_one, full_other = self._full(one), self._full(other)
         with _explained("exchange", full_other, f"exchanging {full_one} and {full_other}"):
             return syscalls.exchange(full_one, full_other)
+
+    def why_fixed(self, path: str) -> str:
+        return why_fixed(self._full(path))
+
+    def keep_access(self, src: str, dst: str) -> None:
+        full_src, full_dst = self._full(src), self._full(dst)
+        with _explained("keep access", full_dst, f"giving {full_dst} the mode of {full_src}"):
+            wanted, found = os.stat(full_src), os.stat(full_dst)
+            if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
+                for uid, gid in ((wanted.st_uid, wanted.st_gid), (-1, wanted.st_gid)):
+                    try:
+                        os.chown(full_dst, uid, gid)
+                        break
+                    except PermissionError:
+                        continue  # only root may give a file away, and only to a group of one's own
+            # Last, as a change of owner takes the set-group-id bit away. The owner must be able to write into it.
+            os.chmod(full_dst, stat_modes.S_IMODE(wanted.st_mode) | stat_modes.S_IRWXU)
+
+    def carry(self, src: str, dst: str) -> None:
+        full_src, full_dst = self._full(src), self._full(dst)
+        with _explained("carry", full_dst, f"carrying {full_src} over to {full_dst}"):
+            try:
+                os.link(full_src, full_dst, follow_symlinks=False)
+            except FileExistsError:
+                raise
+            except OSError:  # there are no hard links, or not to files of others
+                shutil.copy2(full_src, full_dst, follow_symlinks=False)
 
     def remove(self, path: str) -> None:
         full = self._full(path)

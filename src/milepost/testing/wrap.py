@@ -145,6 +145,15 @@ class WrappedStorage(Storage):
     def exchange(self, one: str, other: str) -> bool:
         return self.around(Operation("exchange", one, other=other), lambda: self.inner.exchange(one, other))
 
+    def why_fixed(self, path: str) -> str:
+        return self.inner.why_fixed(path)
+
+    def keep_access(self, src: str, dst: str) -> None:
+        self.around(Operation("keep_access", dst, other=src), lambda: self.inner.keep_access(src, dst))
+
+    def carry(self, src: str, dst: str) -> None:
+        self.around(Operation("carry", dst, other=src), lambda: self.inner.carry(src, dst))
+
     def remove(self, path: str) -> None:
         self.around(Operation("remove", path), lambda: self.inner.remove(path))
 

@@ -148,6 +148,7 @@ def _verify_checkpoint(
     started = time.monotonic()
     findings = Findings(progress, total_nbytes=info.nbytes if level == "full" else 0)
     num_items = 0
+    notes: tuple[str, ...] = ()
     try:
         record = catalog.read_record(storage, path)
     except FormatError as error:
@@ -159,6 +160,7 @@ def _verify_checkpoint(
         manifest = record.manifest
         record_nbytes = record.files[record.name].nbytes
         findings.count_read(record_nbytes, unchecked_nbytes=0 if record.is_own else record_nbytes)
+        notes = _notes(record)
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
         for fault in catalog.misnamed(manifest, path):
             findings.add(fault)
@@ -169,7 +171,7 @@ def _verify_checkpoint(
         path=f"{storage.root}/{path}",
         state=info.state,
         level=level,
-        notes=_consider_mark(storage, info, level, findings),
+        notes=(*notes, *_consider_mark(storage, info, level, findings)),
         problems=findings.merged(),
         num_problems=findings.num_problems,
         num_items=num_items,
@@ -238,6 +240,16 @@ def verify_run(
     return reports
 
 
+def _notes(record: CommitRecord) -> tuple[str, ...]:
+    notes = [record.note] if record.note else []
+    if not record.is_own:  # another program does not remove what an older save, or one of more ranks, has left
+        stale = [name for name in sorted(record.files) if name.endswith(".distcp")]
+        stale = [name for name in stale if name not in record.manifest.files]
+        if stale:
+            notes.append(f"not part of this checkpoint, left by another save: {', '.join(listed(stale))}")
+    return tuple(notes)
+
+
 def _problem_of(error: FormatError, path: str) -> Problem:
     """What is wrong with a small file of the checkpoint at ``path``. The file is named once, relative to it."""
     file = (error.path or path).rpartition("/")[2]
@@ -282,7 +294,7 @@ def _check(
     for name in sorted(record.files):
         # One with the id of another save is of a checkpoint that this one has replaced, or of one under way.
         is_own = tag_of(name) in ("", record.manifest.save_id)
-        if name.endswith(".distcp") and name not in record.manifest.files and is_own:
+        if name.endswith(".distcp") and name not in record.manifest.files and is_own and record.is_own:
             findings.add(Problem("it is not part of this checkpoint", name))
     if level == "sizes" or (record.is_own and digests is None):
         return  # without digests nothing can be said of the data

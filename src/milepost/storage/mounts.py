@@ -1,0 +1,31 @@
+"""Folders whose name can't be given to another folder: mount points, and the working directory of this process."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+def why_fixed(full: str) -> str:
+    """Why the folder ``full`` can't be replaced by a rename; empty if it can."""
+    real = os.path.realpath(full)
+    if os.path.ismount(real) or real in _mount_points():
+        return "is a mount point, so no other folder can take its place"
+    try:
+        here = os.path.realpath(os.getcwd())
+    except FileNotFoundError:
+        return ""
+    if here == real or here.startswith(f"{real}/"):
+        return "is the working directory, which would be gone once another folder took its place"
+    return ""
+
+
+def _mount_points() -> set[str]:
+    """Those of this process's mount namespace, bind mounts of one file system included."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            return {_OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split()[4]) for line in lines}
+    except (OSError, IndexError):
+        return set()
