@@ -18,6 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
+TITAN := .venv-torchtitan
 NGPU ?= 2
 JOBS ?= 2
 KILLS ?= 50
@@ -52,8 +53,20 @@ test-browser: $(STAMP)
 	test -e build/axe/node_modules/axe-core || timeout 300 npm install --silent --no-save --prefix build/axe axe-core
 	timeout 600 $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
 
-test-integrations: $(STAMP)
+test-integrations: $(STAMP) $(TITAN)/.installed
 	timeout 900 $(BIN)/python -m pytest -q -m "integration and not slow" tests/integrations
+	test ! -s $(TITAN)/packages || timeout 900 $(TITAN)/bin/python -m pytest -q -m integration tests/integrations/test_torchtitan.py
+
+# torchtitan wants another torchao than torchtune: an environment of its own, before the packages of .venv. Where it
+# can't be installed its tests say that they were not run.
+$(TITAN)/.installed: $(STAMP)
+	test -x $(TITAN)/bin/pip || $(PYTHON) -m venv $(TITAN)
+	timeout 1200 $(TITAN)/bin/python -m pip install --quiet --no-deps \
+		torchtitan==0.3.0 spmd-types==0.3.1 einops==0.8.2 torchao==0.18.0 && echo installed > $(TITAN)/packages || true
+	$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/src", sysconfig.get_path("purelib"), sep="\n")' \
+		> $$($(TITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/milepost.pth
+	test -s $(TITAN)/packages || echo "torchtitan could not be installed: its tests are not run" >&2
+	touch $@
 
 reliability: $(STAMP)
 	@mkdir -p build && rm -f build/tally.jsonl
@@ -91,4 +104,4 @@ format: $(STAMP)
 	timeout 120 $(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(TITAN) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

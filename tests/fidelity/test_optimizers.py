@@ -353,3 +353,38 @@ def test_a_refused_load_leaves_no_step_behind(memory_path: Path) -> None:
     with pytest.raises(StateMismatchError):
         load(memory_path / "run", other, fresh)
     assert not fresh.state
+
+
+class MadeWhenAsked(torch.optim.AdamW):
+    """Makes its state by a step when it is asked for it, in a form of its own, as torchtitan's container does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.state:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+            rate, self.param_groups[0]["lr"] = self.param_groups[0]["lr"], 0.0
+            self.step()
+            self.param_groups[0]["lr"] = rate
+            self.zero_grad()
+        return {str(number): dict(entry) for number, entry in enumerate(self.state.values())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for entry, saved in zip(self.state.values(), state_dict.values(), strict=True):
+            entry.update(saved)
+
+
+@pytest.mark.parametrize("excluded", [(), ("optimizer",)])
+def test_an_optimizer_is_not_asked_for_its_state_before_a_run_that_begins_anew(
+    memory_path: Path, excluded: tuple[str, ...]
+) -> None:
+    model = nn.Linear(2, 2)
+    for _ in range(2 if excluded else 1):
+        optimizer = MadeWhenAsked(model.parameters())
+        config = CheckpointConfig(enable=True, interval=1, exclude_from_loading=excluded)
+        with CheckpointManager(memory_path, config, model=model, optimizer=optimizer) as manager:
+            manager.load()
+            assert not optimizer.state, "it has taken a step"
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+            assert all(entry["step"] == 1 for entry in optimizer.state.values())
+            manager.save(1)

@@ -395,6 +395,12 @@ class CheckpointManager:
         """The last step that this manager has committed, as far as it has been waited for; None before the first."""
         return self._history.committed_step
 
+    @property
+    def pending(self) -> SaveHandle | None:
+        """The save that was begun last, if it is written in the background and was not waited for since."""
+        outcome = self._pending.outcome if self._pending is not None else None
+        return outcome if isinstance(outcome, SaveHandle) else None
+
     def take_events(self) -> list[SaveEvent]:
         """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
         return self._log.take()

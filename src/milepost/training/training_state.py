@@ -42,8 +42,6 @@ class TrainingState:
     rank: int
     states: Mapping[str, Any] = field(default_factory=dict)
     """Further objects by name."""
-    own_form: frozenset[Optimizer] = frozenset()
-    """Optimizers with a ``state_dict()`` of a form of their own. Asked once: some make their state when asked."""
 
     @classmethod
     def of(
@@ -67,7 +65,6 @@ class TrainingState:
         state = cls(
             *(_several(model), optimizers, _several(lr_scheduler), dataloader, train_state, rank),
             states=_checked_states(states),
-            own_form=of_own_form(optimizers),
         )
         if not state.models:
             raise ConfigError("CheckpointManager needs a model")
@@ -135,7 +132,10 @@ class TrainingState:
                 missing=lacking,
             )
         owners: dict[str, list[Owner]] = {"model": [module_owner(part) for part in self.models]}
-        owners["optimizer"] = [OptimizersOwner(self.optimizers, parameter_names(self.models), self.own_form)]
+        if "optimizer" in wanted:
+            # Not asked before: some make their state when asked, by a step that a new run must not have taken.
+            own_form = of_own_form(self.optimizers)
+            owners["optimizer"] = [OptimizersOwner(self.optimizers, parameter_names(self.models), own_form)]
         owners["lr_scheduler"] = self._scheduler_owners(stored)
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         owners["train_state"] = [StatefulOwner(self.train_state, ("train_state",))]

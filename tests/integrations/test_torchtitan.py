@@ -1,0 +1,79 @@
+"""torchtitan 0.3 with Milepost's checkpoint manager, on CPUs: killed, resumed, damaged, and to and from its own.
+
+torchtitan needs packages that don't go with those of the other tests: it has an environment of its own, in which
+``make test-integrations`` runs this file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchtitan", reason="torchtitan is not installed here; make test-integrations has a place for it")
+
+from titan_run import train
+
+from milepost.run import catalog
+from milepost.storage import LocalStorage
+from milepost.testing.world import run_world
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+def run(folder: Path, world_size: int = 1, *, allow_death: bool = False, **options: Any) -> list[dict[str, Any]]:
+    return run_world(_run, world_size, str(folder), options, allow_death=allow_death)
+
+
+def _run(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    return train(folder, **options)
+
+
+def steps_in(folder: Path) -> dict[int, catalog.StepEntry]:
+    return {entry.step: entry for entry in catalog.scan(LocalStorage(str(folder)), "checkpoint")}
+
+
+def agree(resumed: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -> int:
+    """Assert that a run ended as the undisturbed one did, to the last bit; the first step that it has trained."""
+    for again, whole in zip(resumed, undisturbed, strict=True):
+        count = len(again["losses"])
+        assert again["losses"] == whole["losses"][len(whole["losses"]) - count :]
+        assert {**again, "losses": []} == {**whole, "losses": []}
+    return resumed[0]["losses"][0][0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tp", "mode"), [(1, 1, "async"), (2, 1, "disabled"), (4, 2, "async_with_pinned_mem")]
+)
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path: Path, world_size: int, tp: int, mode: str) -> None:
+    options = {"tp": tp, "async_mode": mode, "last_save_model_only": False, "steps": 8}
+    undisturbed = run(tmp_path / "whole", world_size, **options)
+    assert sorted(steps_in(tmp_path / "whole")) == [6, 8], "keep_latest_k = 2, after the last step too"
+    for kill_at in (4, 7) if world_size == 1 else (7,):
+        run(tmp_path / "killed", world_size, kill_at=kill_at, allow_death=True, **options)
+    first = agree(run(tmp_path / "killed", world_size, **options), undisturbed)
+    assert first > 1
+    assert sorted(steps_in(tmp_path / "killed")) == sorted({first - 1, 6, 8}), "and what the run has resumed from"
+
+
+def test_a_flipped_bit_is_passed_over(tmp_path: Path) -> None:
+    options = {"last_save_model_only": False, "keep_latest_k": 0}
+    undisturbed = run(tmp_path, steps=6, **options)
+    for step in (4, 6):
+        file = tmp_path / f"checkpoint/step-{step}/__0_0.distcp"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    assert agree(run(tmp_path, steps=6, **options), undisturbed) == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_either_resumes_from_what_the_other_has_written(tmp_path: Path, world_size: int) -> None:
+    options = {"last_save_model_only": False, "keep_latest_k": 0}
+    undisturbed = run(tmp_path / "whole", world_size, steps=6, **options)
+    assert agree(run(tmp_path / "stock", world_size, steps=6, stock=True, **options), undisturbed) == 1
+    for first, second in ((True, False), (False, True)):
+        folder = tmp_path / f"from-{first}"
+        run(folder, world_size, steps=4, stock=first, **options)
+        assert agree(run(folder, world_size, steps=6, stock=second, **options), undisturbed) == 5
