@@ -43,7 +43,11 @@ train: $(STAMP)
 	NGPU=$(NGPU) CONFIG_FILE=$(CONFIG_FILE) timeout 3000 ./run_train.sh
 
 test: $(STAMP)
-	timeout 1800 $(BIN)/python -m pytest -q -m "not slow and not browser and not integration" -n $(JOBS) --dist loadfile
+	timeout 1800 $(BIN)/python -m pytest -q -m "not slow and not browser and not integration" -n $(JOBS) --dist loadfile \
+		--ignore tests/crash --ignore tests/attacks
+
+test-crash: $(STAMP)
+	timeout 1800 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile tests/crash tests/attacks
 
 test-slow: $(STAMP)
 	timeout 3000 $(BIN)/python -m pytest -q -m slow
