@@ -303,7 +303,10 @@ class DeletesFirst(WrappedStorage):
 
 @pytest.mark.parametrize(
     ("broken", "loss"),
-    [(ForgetsFolders, "1 saves told: {2: 1.0, 4: 3.0}"), (DeletesFirst, "0 saves told: {2: 1.0}")],
+    [
+        (ForgetsFolders, "1 saves told: AssertionError: StepEntry(path='outputs/run/step-4', state='incomplete'"),
+        (DeletesFirst, "0 saves told: {2: 1.0}"),
+    ],
 )
 def test_a_protocol_that_loses_something_is_found_out(
     memory_path: Path, broken: type[WrappedStorage], loss: str

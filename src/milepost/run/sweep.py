@@ -40,7 +40,7 @@ _DRAFT_NAME = re.compile(rf"{re.escape(DAMAGED_PREFIX)}.+\.json\.{_ID}\.part")
 _REPLACED_NAME = re.compile(rf"({re.escape(REPLACED_PREFIX)}|\.replaced-)({_ID})-(.+)")
 _OWNER_NAME = re.compile(re.escape(OWNER_PREFIX) + r"[0-9a-f]{8}\.json")
 _PREFIXES = (ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX, *OLD_PREFIXES)
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
 def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None) -> bool:
@@ -107,10 +107,12 @@ def _hide(storage: Storage, path: str) -> str | None:
             storage.write(f"{place}/{MARKER_NAME}", b"")
             hidden = f"{place}/{name}"
         except StorageError as error:
-            storage.remove_tree(place)
-            if error.errno not in _FULL:
+            with contextlib.suppress(StorageError):
+                storage.remove_tree(place)
+            if error.errno not in _NO_ROOM:
                 raise
-            hidden = place  # on a full disk there is no room for the marker
+            # A full disk has no room for the marker; a rename needs neither that nor a descriptor.
+            hidden = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
         try:
             storage.rename(path, hidden)
         except StorageError as error:
@@ -211,11 +213,12 @@ def is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
     if not entry.is_folder or entry.is_link:
         return False
     inside = {found.name for found in storage.list(path)}
+    is_attempts = any(_OWNER_NAME.fullmatch(name) for name in inside)
+    is_attempts = is_attempts or (inside <= {"data"} and not storage.list(join(path, "data")))
     if _ATTEMPT_NAME.fullmatch(entry.name):
-        is_bare = inside <= {"data"} and not storage.list(join(path, "data"))
-        return is_bare or any(_OWNER_NAME.fullmatch(name) for name in inside)
+        return is_attempts
     if _DELETING_NAME.fullmatch(entry.name):
-        return not inside or MARKER_NAME in inside or MANIFEST_NAME in inside
+        return is_attempts or MARKER_NAME in inside or MANIFEST_NAME in inside
     is_replaced = entry.name.startswith(REPLACED_PREFIX) and _REPLACED_NAME.fullmatch(entry.name) is not None
     return is_replaced and MANIFEST_NAME in inside
 
