@@ -88,6 +88,8 @@ def test_signatures_of_the_functions() -> None:
         "path": (by_position, None),
         "into": (by_position, None),
         "strict": (by_name, True),
+        "allow_missing": (by_name, ()),
+        "allow_unexpected": (by_name, ()),
         "comm": (by_name, None),
     }
     assert list(parameters(milepost.verify))[:2] == ["path", "level"]

@@ -6,10 +6,14 @@ kept here, at the border, and nowhere below.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+import numbers
+import os
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
 
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, near
 
 AsyncMode = Literal["disabled", "async", "async_with_pinned_mem"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -38,8 +42,8 @@ class CheckpointConfig:
         ConfigError: at construction, with every problem at once.
     """
 
-    enable: bool = False
-    """Whether to save and resume. A manager with ``enable = False`` does neither."""
+    enable: bool = True
+    """Whether to save and resume. A manager with ``enable = False`` does neither. The trainer's is off by default."""
     folder: str = "checkpoint"
     """Folder of the checkpoints, below the run's dump folder."""
     interval: int | Literal["auto"] = 500
@@ -102,11 +106,26 @@ class CheckpointConfig:
     """Load, but never save."""
 
     def __post_init__(self) -> None:
+        problems = list(self._settle_types())
         parts = tuple(_PART_ALIASES.get(name, name) for name in self.exclude_from_loading)
         object.__setattr__(self, "exclude_from_loading", parts)
-        problems = list(self._problems())
+        problems += self._problems()
         if problems:
             raise ConfigError(problems)
+
+    def _settle_types(self) -> list[str]:
+        """Give every field a value of its type; what has none gets its default, for the other checks, and a problem."""
+        problems = []
+        hints = typing.get_type_hints(type(self))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            try:
+                settled = settle(value, hints[option.name])
+            except ValueError as error:
+                problems.append(f"checkpoint.{option.name} must be {error}, not {value!r:.80}")
+                settled = option.default if option.default_factory is MISSING else option.default_factory()
+            object.__setattr__(self, option.name, settled)
+        return problems
 
     def _problems(self) -> list[str]:
         found = []
@@ -130,8 +149,6 @@ class CheckpointConfig:
             found.append(f"checkpoint.keep_best_k must be 0 (disabled) or more, not {self.keep_best_k}")
         if bool(self.keep_best_k) != bool(self.metric):
             found.append("checkpoint.keep_best_k and checkpoint.metric need each other: which steps are best, by what")
-        if self.mode not in ("min", "max"):
-            found.append(f"checkpoint.mode must be min or max, not {self.mode!r}")
         if self.restart_branch and self.load_step == -1:
             found.append("checkpoint.restart_branch needs checkpoint.load_step: the step where the branch begins")
         if not self.folder:
@@ -157,3 +174,52 @@ class CheckpointConfig:
         if self.last_save_in_hf and not self.last_save_model_only:
             found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
         return found
+
+
+def settle(value: object, hint: Any) -> Any:
+    """``value`` as one of the type ``hint``: whole numbers and paths of any kind, lists for tuples.
+
+    Raises:
+        ValueError: it is of another type; the text says what is expected.
+    """
+    words = [choice for choice in _choices(hint) if isinstance(choice, str)]
+    kinds = [choice for choice in _choices(hint) if not isinstance(choice, str)]
+    if (value is None and type(None) in kinds) or (isinstance(value, str) and value in words):
+        return value
+    if bool in kinds and isinstance(value, bool):
+        return value
+    is_number = not isinstance(value, bool)
+    if is_number and isinstance(value, numbers.Integral) and int in kinds:
+        return int(value)
+    if is_number and isinstance(value, numbers.Real) and float in kinds and math.isfinite(value):
+        return float(value)
+    if str in kinds and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    is_list = tuple in kinds and isinstance(value, list | tuple)
+    if is_list and all(isinstance(part, str) for part in value):  # type: ignore[attr-defined]
+        return tuple(value)  # type: ignore[arg-type]
+    raise ValueError(_expected(value, kinds, words))
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The types that a value may have, and the words of a Literal."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return list(typing.get_args(hint))
+    if origin is tuple:
+        return [tuple]
+    if origin is not None:
+        return [choice for part in typing.get_args(hint) for choice in _choices(part)]
+    return [hint]
+
+
+def _expected(value: object, kinds: list[Any], words: list[str]) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text or a path"}
+    names |= {type(None): "None", tuple: "a list of names"}
+    text = " or ".join([*(names[kind] for kind in kinds if kind is not type(None)), *words])
+    if tuple in kinds and isinstance(value, str):
+        return f'{text}, such as ["{value}"]'
+    known = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+    meant = str(value).removeprefix("torch.").lower()
+    hint = known.get(meant, meant if meant in words else near(meant, words))
+    return f'{text} (did you mean "{hint}"?)' if words and hint in words else text

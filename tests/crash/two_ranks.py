@@ -8,6 +8,7 @@ a pipe instead of gloo, and a writer process is a fork that runs the same ``serv
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import select
@@ -40,6 +41,7 @@ class PairComm:
     """A ``Comm`` of two ranks that hold the ends of one pipe. Broken, as gloo would be, if one dies."""
 
     world_size = 2
+    name = "a pair"
 
     def __init__(self, rank: int, connection: Connection):
         self.rank = rank
@@ -73,6 +75,12 @@ class PairComm:
 
     def look_up(self, name: str) -> str | None:
         return None
+
+    def arrive(self, name: str) -> None:
+        """Not counted."""
+
+    def num_arrived(self, name: str) -> float:
+        return math.inf
 
 
 @dataclass(frozen=True)

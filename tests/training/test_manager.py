@@ -99,6 +99,8 @@ class Run:
         seed: int = 0,
         **config: Any,
     ):
+        while opened and not config.get("load_only"):  # as if its process had ended
+            opened.pop().close()
         seed_all(seed)
         self.model = model if model is not None else nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 3))
         self.optimizer = optimizer(self.model)
@@ -515,11 +517,11 @@ def test_initial_load(folder: Path, tmp_path: Path) -> None:
     assert (report.kind, weights.progress.step, len(weights.optimizer.state)) == ("full", 0, 0)
     assert_same(weights.model.state_dict(), trained.model.state_dict())
 
-    everything = Run(folder, initial_load_path=path, initial_load_model_only=False, seed=8)
+    weights.train(2)
+    everything = Run(tmp_path / "other", initial_load_path=path, initial_load_model_only=False, seed=8)
     everything.load()
     assert_same(everything.everything(), trained.everything())
 
-    weights.train(2)
     again = Run(folder, initial_load_path=path)
     assert (again.load().path, again.progress.step) == (str(folder / "step-2"), 2)
 
@@ -670,7 +672,8 @@ def test_damaged_newest_step_is_marked_and_the_older_one_taken(folder: Path) -> 
     assert_same(run.everything(), reference)
     assert states_in(folder) == {2: "committed", 4: "committed", 6: "damaged"}
     assert run.manager.latest_step == 4
-    assert Run(folder).load().step == 4
+    run = Run(folder)
+    assert run.load().step == 4
 
     run.train(6)
     assert states_in(folder) == {2: "committed", 4: "committed", 6: "committed"}

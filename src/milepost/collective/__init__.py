@@ -3,6 +3,7 @@
 In reading order::
 
     comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
+    meeting    ranks that come together for a save; one that does not is named within seconds
     interrupt  Ctrl-C held until no rank waits for this one
     progress   lines in the log while work takes long: how far it is, what it waits for
     threads    work spread over threads

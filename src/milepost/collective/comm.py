@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
-from milepost.errors import MilepostError, SaveError
+from milepost.errors import MilepostError, SaveError, listed
 
 T = TypeVar("T")
 
@@ -28,6 +29,11 @@ class Comm(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """Tells this group from others of the job."""
+        ...
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value on rank 0, in rank order; None elsewhere."""
@@ -50,12 +56,19 @@ class Comm(Protocol):
     def look_up(self, name: str) -> str | None:
         """Return what a rank has posted under ``name``, if anything. Never waits; from any thread."""
 
+    def arrive(self, name: str) -> None:
+        """Add one to the count under ``name``; from any thread."""
+
+    def num_arrived(self, name: str) -> float:
+        """Return the count under ``name``; infinity where nothing can be counted. Never waits; from any thread."""
+
 
 class SingleProcess:
     """A group of one."""
 
     rank = 0
     world_size = 1
+    name = ""
 
     def gather(self, value: T) -> list[T] | None:
         return [value]
@@ -79,6 +92,12 @@ class SingleProcess:
     def look_up(self, name: str) -> str | None:
         return None
 
+    def arrive(self, name: str) -> None:
+        return None
+
+    def num_arrived(self, name: str) -> float:
+        return math.inf
+
 
 class ProcessGroupComm:
     """Ranks of a ``torch.distributed`` process group that can move CPU objects.
@@ -90,6 +109,7 @@ class ProcessGroupComm:
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.name = str(getattr(group if group is not None else dist.group.WORLD, "group_name", ""))
         # Objects are exchanged with the rank that is 0 in this group.
         self._root = 0 if group is None else dist.get_global_rank(group, 0)
         # Where the ranks of the job found each other: a server of small values, on no one's file system.
@@ -111,7 +131,7 @@ class ProcessGroupComm:
         return box[0]
 
     def union(self, flags: int) -> int:
-        bits = torch.tensor([flags], dtype=torch.int64)
+        bits = torch.tensor([flags], dtype=torch.int64, device="cpu")
         dist.all_reduce(bits, op=dist.ReduceOp.BOR, group=self._group)
         return int(bits.item())
 
@@ -127,6 +147,15 @@ class ProcessGroupComm:
             if self._store.check([name]):
                 return self._store.get(name).decode("utf-8", "replace")
         return None
+
+    def arrive(self, name: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.add(name, 1)
+
+    def num_arrived(self, name: str) -> float:
+        with contextlib.suppress(RuntimeError):
+            return int(self._store.add(name, 0))
+        return math.inf
 
 
 class FailureNotice:
@@ -245,6 +274,17 @@ def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | N
         chosen.message = f"rank {chosen.rank}: {chosen.message}{more}"
         chosen.args = (chosen.message, *chosen.args[1:])
     return chosen
+
+
+def by_ranks(values: Sequence[object]) -> list[str]:
+    """What each rank brought, one line for each value: ``ranks 0, 2: step 3``."""
+    ranks: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return [
+        f"{'rank' if len(found) == 1 else 'ranks'} {', '.join(listed(found, 8))}: {value}"
+        for value, found in ranks.items()
+    ]
 
 
 def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:

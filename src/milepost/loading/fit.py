@@ -44,7 +44,7 @@ class Fit:
 def unexpected_error(path: str, keys: Sequence[str], policy: Policy, others: Collection[str]) -> StateMismatchError:
     """The error for ``keys`` of a checkpoint that no rank has a place for. ``others`` are its other keys."""
     lines = [
-        *_listed("of the checkpoint have no place in this run", keys),
+        *_listed(f"of the checkpoint {_has(keys)} no place in this run", keys),
         policy.advice("allow_unexpected", "leave them out", keys, others),
     ]
     return StateMismatchError(
@@ -197,7 +197,11 @@ def _numeric_kind(dtype: str) -> str:
 def _missing_lines(missing: Sequence[str], unexpected: Collection[str]) -> Iterator[str]:
     hints = {key: near(key, unexpected, cutoff=0.8) for key in missing[:MAX_LISTED]}
     lines = [key + (f" (did you mean '{hint}', which it has?)" if (hint := hints.get(key)) else "") for key in missing]
-    yield from _listed("are not in the checkpoint", lines)
+    yield from _listed(f"{'is' if len(lines) == 1 else 'are'} not in the checkpoint", lines)
+
+
+def _has(keys: Sequence[str]) -> str:
+    return "has" if len(keys) == 1 else "have"
 
 
 def _keys(keys: Sequence[str]) -> str:

@@ -102,7 +102,9 @@ class Target:
         unfit = []
         for key, dtype in self._narrowed.items():
             found = self.values.get(key)
-            values, range_ = local_tensor(found) if found is not None else torch.empty(0), torch.iinfo(dtype)
+            if found is None:
+                continue
+            values, range_ = local_tensor(found), torch.iinfo(dtype)
             if values.numel() and not (range_.min <= int(values.min()) and int(values.max()) <= range_.max):
                 unfit.append(f"{key}: {int(values.min())} to {int(values.max())} in the checkpoint, {dtype} here")
         if unfit:

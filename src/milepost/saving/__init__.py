@@ -3,6 +3,7 @@
 In reading order::
 
     save            ``save()``: flatten, agree, stage, write, sign off, publish
+    arguments       what it is given, checked
     agreement       the request, and what all ranks agree on before a byte is written
     replicas        what several ranks hold under one key is the same on all of them, or is stored for each
     stage           the arena, and how tensors become the bytes of this rank's file

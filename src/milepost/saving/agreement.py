@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from milepost.collective.comm import Comm, failure_on, merge_failures, raise_interrupt
+from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt
+from milepost.collective.meeting import meeting
 from milepost.collective.progress import watched
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError, SaveError, StorageError, listed
@@ -107,6 +108,8 @@ class _Offer:
     error: MilepostError | None
     common: Mapping[int, bytes] = field(default_factory=dict)
     """For each group that the rank is in, a digest of its values: of a structure that is known."""
+    target: str = ""
+    """Where this rank saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +239,10 @@ class Agreement:
 
         Rank 0 plans for all, begins the attempt, and gives each rank its part.
         """
-        offers = self._comm.gather(self._offer(prepared))
-        answer = self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
+        offer = replace(self._offer(prepared), target=f"{self._storage.root}/{request.target}")
+        with meeting(self._comm, f"saving {offer.target}"):
+            offers = self._comm.gather(offer)
+            answer = self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
         if answer.error is not None:
             self._forget(prepared)
             raise answer.error
@@ -292,6 +297,10 @@ class Agreement:
             failure = merge_failures([offer.error for offer in offers])
             if failure is not None:
                 raise failure
+            targets = [offer.target for offer in offers]
+            if len(set(targets)) > 1:
+                lines = "".join(f"\n  {line}" for line in listed(by_ranks(targets)))
+                raise SaveError(f"every rank must save the same step in the same folder, found{lines}")
             is_new = any(offer.structure is not None for offer in offers)
             plans: list[WritePlan | None] = [None] * len(offers)
             groups: list[Mapping[int, Group] | None] = [None] * len(offers)

@@ -13,16 +13,17 @@ import weakref
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike, fspath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from milepost.collective.comm import Comm, FailureNotice, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import NUM_IO_THREADS
-from milepost.errors import MilepostError, SaveError
+from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.catalog import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
+from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.save import Kind
@@ -251,9 +252,12 @@ def async_save(
     Raises:
         SaveError: on every rank, when any rank failed before staging, or the previous save of this folder failed.
     """
+    check_given("async_save", path, state_dict)
+    if mode not in get_args(Mode):
+        raise ConfigError(f"milepost.async_save(mode={mode!r}): expected {' or '.join(get_args(Mode))}")
     storage, target = open_storage(fspath(path))
     saver = _saver_for(storage, comm if comm is not None else default_comm(), mode)
-    info = SaveInfo(step=step_of(target) if step is None else step, kind=kind, layout=dict(layout or {}))
+    info = SaveInfo(step=step_of(target) if step is None else checked_step(step), kind=kind, layout=dict(layout or {}))
     return saver.save(SaveRequest(target, lambda: state_dict, info))
 
 

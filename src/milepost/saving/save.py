@@ -21,6 +21,7 @@ from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.catalog import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
+from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
 from milepost.saving.stage import TensorBlocks
 from milepost.storage import open_storage
@@ -51,9 +52,10 @@ def save(
         SaveError: on every rank, when any rank failed; the message names the rank. Nothing visible has changed.
         ConfigError: on every rank; what is at ``path`` is not a checkpoint, so it is not replaced.
     """
+    check_given("save", path, state_dict)
     storage, target = open_storage(fspath(path))
     saver = Saver(storage, comm if comm is not None else default_comm())
-    info = SaveInfo(step=step_of(target) if step is None else step, kind=kind, layout=dict(layout or {}))
+    info = SaveInfo(step=step_of(target) if step is None else checked_step(step), kind=kind, layout=dict(layout or {}))
     return saver.save(SaveRequest(target, lambda: state_dict, info))
 
 

@@ -26,7 +26,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
     Goes through the storage, since ``view(torch.uint8)`` does not take every dtype and 0-d tensors.
     """
-    raw = torch.empty(0, dtype=torch.uint8)
+    raw = torch.empty(0, dtype=torch.uint8, device="cpu")
     offset = tensor.storage_offset() * tensor.element_size()
     raw.set_(tensor.untyped_storage(), offset, (tensor.numel() * tensor.element_size(),))  # type: ignore[call-overload]
     return memoryview(cast("Any", raw.numpy()))
@@ -113,7 +113,8 @@ class Staging:
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watched: list[tuple[str, torch.Tensor, int]] = []
         # An image of zero bytes has no memory that torch could take; then nothing is planned either.
-        memory = torch.frombuffer(image, dtype=torch.uint8) if plan.items else torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+        memory = torch.frombuffer(image, dtype=torch.uint8) if plan.items else empty
         devices = set()
         for item in plan.items:
             leaf = leaves[item.key]

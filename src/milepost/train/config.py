@@ -7,6 +7,7 @@ Neither they nor this module import torch, so a mistake is reported at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from milepost.config import CheckpointConfig
@@ -164,7 +165,7 @@ class TrainConfig:
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=partial(CheckpointConfig, enable=False))
 
     def checkpoint_folder(self) -> str:
         """Where the steps go: ``checkpoint.folder`` below ``job.dump_folder``, or on its own if it is a URL."""

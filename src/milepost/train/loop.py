@@ -36,7 +36,7 @@ from milepost.train.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger("milepost.train")
 
-_UNCHANGED = CheckpointConfig()
+_UNCHANGED = CheckpointConfig(enable=False)
 
 
 def train(config: TrainConfig) -> int:

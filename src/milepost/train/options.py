@@ -111,6 +111,8 @@ def build(values: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
     problems: list[str] = []
     for section, cls in SECTIONS.items():
         chosen = {f.name: values[f"{section}.{f.name}"] for f in fields(cls) if f"{section}.{f.name}" in values}
+        if section == "checkpoint":
+            chosen.setdefault("enable", False)  # the trainer's is off unless told otherwise, as torchtitan's
         try:
             sections[section] = cls(**chosen)
         except ConfigError as error:

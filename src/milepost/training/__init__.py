@@ -3,6 +3,7 @@
 In reading order::
 
     manager         ``CheckpointManager``: when to save, what to keep, where to resume from
+    arguments       what it is given, checked
     schedule        when a save is due
     history         what each save descends from
     metrics         values that a loop measures and a save records

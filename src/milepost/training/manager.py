@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import Comm, by_ranks, default_comm, failure_on, on_rank_0, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import CheckpointConfig
-from milepost.errors import ConfigError, MilepostError, SaveError
+from milepost.errors import ConfigError, MilepostError, RunLockedError, SaveError, listed
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
@@ -30,12 +33,14 @@ from milepost.run.branches import History
 from milepost.run.lock import RunLock
 from milepost.run.takeover import take_over
 from milepost.saving.agreement import SaveRequest
+from milepost.saving.arguments import checked_step
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle, log_wait
 from milepost.saving.job import Keep, SaveReport
 from milepost.saving.save import Saver
 from milepost.storage import open_storage
 from milepost.storage.base import join, split
+from milepost.training.arguments import check_arguments
 from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
@@ -49,6 +54,10 @@ log = logging.getLogger("milepost")
 
 MAX_FAILURES = 3
 """This many failed saves in a row stop a run even with ``on_save_error = "warn"``."""
+
+
+_open_here: weakref.WeakValueDictionary[tuple[int, str, str], CheckpointManager] = weakref.WeakValueDictionary()
+"""Managers that write, by process, root of the storage and folder: two would take each other's steps for theirs."""
 
 
 class CheckpointManager:
@@ -72,7 +81,7 @@ class CheckpointManager:
     Args:
         folder: where the steps are kept, as ``step-<N>`` folders.
         config: see :class:`milepost.CheckpointConfig`.
-        model: a module, or this rank's pipeline stages.
+        model: a module, or this rank's pipeline stages. It must be given.
         optimizer: one or several optimizers over the model's parameters.
         lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
@@ -97,7 +106,7 @@ class CheckpointManager:
         folder: str | PathLike[str],
         config: CheckpointConfig | None = None,
         *,
-        model: nn.Module | Sequence[nn.Module],
+        model: nn.Module | Sequence[nn.Module] | None = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         lr_scheduler: Any = None,
         dataloader: Stateful | None = None,
@@ -109,8 +118,17 @@ class CheckpointManager:
         on_commit: Callable[[Commit], None] | None = None,
         comm: Comm | None = None,
     ):
-        self._config = config if config is not None else CheckpointConfig(enable=True)
         self._comm = comm if comm is not None else default_comm()
+        self._check_given(
+            folder=folder,
+            config=config,
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            parts={"dataloader": dataloader, "train_state": train_state},
+            layout=layout,
+        )
+        self._config = config if config is not None else CheckpointConfig()
         parent, name = open_storage(fspath(folder))
         parent.page_cache = self._config.page_cache
         self._storage, self._folder = parent, name
@@ -155,6 +173,19 @@ class CheckpointManager:
             on_rank_0(self._comm, self._check_folder)
         if self._saver is not None:
             on_rank_0(self._comm, self._lock_folder)
+
+    def _check_given(self, **given: Any) -> None:
+        """Refuse wrong arguments on every rank, and another folder than the other ranks have. Collective."""
+        failure = None
+        try:
+            check_arguments(**given)
+        except ConfigError as error:
+            failure = failure_on(self._comm.rank, error)
+        folders = self._comm.gather(str(given["folder"]))
+        if folders is not None and failure is None and len(set(folders)) > 1:
+            lines = "".join(f"\n  {shown}" for shown in listed(by_ranks(folders)))
+            failure = ConfigError(f"CheckpointManager: every rank must be given the same folder, found{lines}")
+        raise_together(self._comm, failure)
 
     def _make_saver(self) -> Saver | AsyncSaver | None:
         if not self._config.enable or self._config.load_only:
@@ -236,7 +267,7 @@ class CheckpointManager:
         return report
 
     @interrupts_held()
-    def save(self, step: int, *, last_step: bool = False, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(self, step: SupportsIndex, *, last_step: bool = False, metrics: Mapping[str, float] | None = None) -> bool:
         """Save if a checkpoint is due after ``step``; returns whether one was begun.
 
         It is due by ``interval``, by the clock (``interval_seconds``, ``interval = "auto"``), at the last step, or
@@ -245,6 +276,7 @@ class CheckpointManager:
         or staged (``"async"``), or being staged (``"async_with_pinned_mem"``: see :meth:`maybe_wait_for_staging`).
 
         Args:
+            step: a whole number of any integral type, the same on every rank.
             last_step: whether training ends here.
             metrics: values measured at this step, by name, such as ``{"loss": 2.3}``. Those of rank 0 are recorded in
                 the step: ``milepost ls`` shows them, and ``keep_best_k`` compares them.
@@ -253,6 +285,7 @@ class CheckpointManager:
             SaveError: this save failed, or the one before did in the background; on every rank. Or the manager is
                 closed.
         """
+        step = checked_step(step)
         if self._is_closed:
             raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; make a new one")
         if self._saver is None:
@@ -341,8 +374,7 @@ class CheckpointManager:
             self._signals.restore()
             self._record_pending()
             self._hooks.close()
-            if self._lock is not None:
-                self._lock.release()
+            self._unlock_folder()
 
     def _leave(self) -> None:
         """As :meth:`close` after an error of this rank: not collective, for the others may not be coming."""
@@ -353,8 +385,7 @@ class CheckpointManager:
                 saver.leave()
         finally:
             self._signals.restore()
-            if self._lock is not None:
-                self._lock.release()
+            self._unlock_folder()
 
     def listen_to_signals(
         self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None
@@ -515,7 +546,22 @@ class CheckpointManager:
 
     def _lock_folder(self) -> None:
         """Lock the folder for this run, once the writers of one that died have finished."""
+        place = (os.getpid(), self._storage.root, self._folder)
+        if place in _open_here:
+            gc.collect()  # one that nobody has any more, but in a cycle of references
+        if place in _open_here:
+            raise RunLockedError(
+                f"another CheckpointManager of this process writes to {self.folder}: close() it first, or use "
+                "`with CheckpointManager(...) as manager:`; to only read, set load_only",
+                path=self.folder,
+            )
         self._lock = take_over(self._storage, self._folder)
+        _open_here[place] = self
+
+    def _unlock_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            _open_here.pop((os.getpid(), self._storage.root, self._folder), None)
 
     @contextmanager
     def _blocked(self) -> Iterator[_Stopwatch]:

@@ -293,5 +293,5 @@ def take_place(optimizers: Sequence[Optimizer], replaced: Mapping[Any, Any]) -> 
 
 def _differs(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return not torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+        return not torch.equal(torch.as_tensor(one, device="cpu"), torch.as_tensor(other, device="cpu"))
     return bool(one != other)

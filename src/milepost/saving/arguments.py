@@ -1,0 +1,54 @@
+"""What savers are given, checked where it is given: first mistakes are explained there."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+
+from milepost.errors import ConfigError
+
+MAX_STEP = 10**18 - 1
+"""What fits the name of a step's folder."""
+
+
+def checked_step(step: Any) -> int:
+    """The number of a step: of any integral type, numpy's and tensors without dims too.
+
+    Raises:
+        ConfigError: it is no whole number, negative or absurdly large.
+    """
+    is_flag = isinstance(step, bool) or getattr(step, "dtype", None) in (torch.bool, bool)
+    try:
+        number = None if is_flag or getattr(step, "shape", None) else operator.index(step)
+    except (TypeError, RuntimeError):  # what torch raises for a tensor of floats
+        number = None
+    if number is None:
+        raise ConfigError(f"step {step!r:.80}: expected a whole number, found a {type(step).__name__}")
+    if not 0 <= number <= MAX_STEP:
+        raise ConfigError(f"step {number!r:.80}: expected a number from 0 to {MAX_STEP}")
+    return number
+
+
+def check_given(function: str, path: object, state_dict: object) -> None:
+    """Explain first mistakes of a caller of ``save`` and ``async_save``.
+
+    Raises:
+        ConfigError: ``path`` is no path, or ``state_dict`` no mapping.
+    """
+    if not isinstance(path, str | PathLike):
+        is_swapped = isinstance(state_dict, str | PathLike)
+        hint = f"; the path comes first: {function}(path, state_dict)" if is_swapped else ""
+        raise ConfigError(
+            f"milepost.{function}: expected the path of a checkpoint, found a {type(path).__name__}{hint}"
+        )
+    if isinstance(state_dict, Mapping):
+        return
+    kind = type(state_dict).__name__
+    hint = ""
+    if hasattr(state_dict, "state_dict"):
+        hint = f': write {function}(path, {{"model": model}})'
+    raise ConfigError(f"milepost.{function}(path, state_dict): expected a dict of what to save, found a {kind}{hint}")

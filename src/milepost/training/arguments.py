@@ -1,0 +1,121 @@
+"""What a ``CheckpointManager`` is given, checked where it is made: first mistakes are explained there, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from milepost.config import CheckpointConfig
+from milepost.errors import ConfigError, listed
+
+
+def check_arguments(
+    *,
+    folder: Any,
+    config: Any,
+    model: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    parts: Mapping[str, Any],
+    layout: Any,
+) -> None:
+    """Refuse arguments of a kind that can't be saved. ``parts`` are the loader and the train state, by name.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    problems = []
+    if not isinstance(folder, str | PathLike):
+        swapped = "; the folder comes first" if isinstance(folder, nn.Module) else ""
+        problems.append(f"folder: expected a path, found a {_kind(folder)}{swapped}")
+    if config is not None and not isinstance(config, CheckpointConfig):
+        hint = ": write CheckpointConfig(**config)" if isinstance(config, Mapping) else ""
+        problems.append(f"config: expected a CheckpointConfig, found a {_kind(config)}{hint}")
+    problems += _model_problems(model)
+    problems += _optimizer_problems(optimizer)
+    for scheduler in _each(lr_scheduler):
+        problems += _stateful_problems("lr_scheduler", scheduler)
+    for name, part in parts.items():
+        problems += _stateful_problems(name, part) if part is not None else ()
+    if layout is not None and not isinstance(layout, Mapping):
+        problems.append(f'layout: expected degrees by name, such as {{"fsdp": 8}}, found a {_kind(layout)}')
+    if problems:
+        raise ConfigError([f"CheckpointManager: {problem}" for problem in problems])
+
+
+_LAZY = (UninitializedParameter, UninitializedBuffer)
+
+
+def _model_problems(model: Any) -> Iterator[str]:
+    if isinstance(model, Mapping):
+        if model and all(isinstance(part, nn.Module) for part in model.values()):
+            yield "model: expected a module or a list of modules, found a dict: give nn.ModuleDict(models)"
+        else:
+            yield "model: expected a module, found a dict: give the module itself, not its state_dict()"
+        return
+    if model is None:
+        yield "model: expected a module or a list of modules: give model=..."
+        return
+    parts = list(model) if isinstance(model, Sequence) and not isinstance(model, str) else [model]
+    if not parts:
+        yield "model: expected a module or a list of modules, found none"
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            hint = ": give an instance, not the class" if isinstance(part, type) else ""
+            yield f"model: expected a module or a list of modules, found a {_kind(part)}{hint}"
+            continue
+        lazy = [name for name, tensor in _tensors(part) if isinstance(tensor, _LAZY)]
+        if lazy:
+            yield (
+                f"model: {', '.join(listed(lazy, 3))} of lazy modules have no shape yet: run a batch through the model "
+                "before the manager is made"
+            )
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+_OPTIMIZER = ("state_dict", "load_state_dict", "param_groups")
+
+
+def _optimizer_problems(optimizer: Any) -> Iterator[str]:
+    if isinstance(optimizer, Mapping):
+        yield "optimizer: expected an optimizer or a list of them, found a dict: give list(optimizers.values())"
+        return
+    for item in _each(optimizer):
+        if isinstance(item, type) or not all(hasattr(item, name) for name in _OPTIMIZER):
+            hint = ": give an instance, not the class" if isinstance(item, type) else ""
+            yield f"optimizer: expected an optimizer or a list of them, found a {_kind(item)}{hint}"
+
+
+def _stateful_problems(name: str, part: Any) -> Iterator[str]:
+    if not isinstance(part, type) and hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
+        return
+    hint = ""
+    if isinstance(part, type):
+        hint = ": give an instance, not the class"
+    elif isinstance(part, torch.utils.data.DataLoader):
+        hint = (
+            ", which can't tell where it is: give torchdata's StatefulDataLoader, or a DataLoader's "
+            "milepost.data.ResumableSampler"
+        )
+    elif isinstance(part, Mapping | int | float):
+        hint = ": give an object with these two methods, whose state_dict() returns it"
+    yield f"{name}: expected an object with state_dict() and load_state_dict(), found a {_kind(part)}{hint}"
+
+
+def _each(value: Any) -> Sequence[Any]:
+    if value is None:
+        return ()
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+
+
+def _kind(value: Any) -> str:
+    return f"class {value.__name__}" if isinstance(value, type) else type(value).__name__
