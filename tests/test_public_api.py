@@ -80,7 +80,7 @@ def test_signatures_of_the_functions() -> None:
 
     by_position, by_name = "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"
     comm = {"comm": (by_name, None)}
-    step = {"step": (by_name, None)}
+    step = {"step": (by_name, None), "kind": (by_name, "state"), "layout": (by_name, None)}
     state = {"path": (by_position, None), "state_dict": (by_position, None)}
     assert parameters(milepost.save) == state | comm | step
     assert parameters(milepost.async_save) == state | {"mode": (by_name, "async")} | comm | step

@@ -27,7 +27,7 @@ from milepost.errors import ConfigError
 from milepost.storage.base import PageCache, Storage, split
 from milepost.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "expanded", "is_folder", "is_known", "is_url", "join_path", "open_root", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "is_folder", "is_known", "is_url", "join_path", "open_root", "open_storage"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _STORES = ("s3", "gs", "az")
@@ -56,7 +56,7 @@ def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> s
     return os.path.join(text, last)
 
 
-def expanded(path: str | os.PathLike[str]) -> str:
+def _expanded(path: str | os.PathLike[str]) -> str:
     """A path or URL with ``~`` and ``$VARIABLE`` replaced; a variable that is not set stays as it is written."""
     return os.path.expanduser(os.path.expandvars(os.fspath(path)))
 
@@ -72,7 +72,7 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     Raises:
         ConfigError: the path is empty, its scheme is not known, or obstore is not installed.
     """
-    text = expanded(path)
+    text = _expanded(path)
     scheme = _SCHEME.match(text)
     if scheme is not None and scheme[1].lower() in _STORES:
         return _open_store(text)
