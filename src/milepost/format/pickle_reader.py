@@ -35,6 +35,10 @@ _ALLOWANCE_PER_BYTE = 32
 _DICT_NBYTES, _ITEM_NBYTES, _SMALL_NBYTES = 64, 100, 56
 
 
+class OverLimitError(FormatError):
+    """A pickle asks for too much: no other reader is to try it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
     """What a global of a pickle stands for.
@@ -81,7 +85,7 @@ def read_pickle(
     plain containers. Raises FormatError for anything that is not allowed, is malformed, or asks for too much memory.
     """
     if len(data) > max_nbytes:
-        raise FormatError(f"a pickle of {len(data)} bytes: at most {max_nbytes} are read")
+        raise OverLimitError(f"a pickle of {len(data)} bytes: at most {max_nbytes} are read")
     machine = _Machine(bytes(data), globals_by_name, persistent, dialect or PLAIN)
     try:
         return machine.run()
@@ -144,7 +148,7 @@ class _Machine:
     def charge(self, nbytes: int) -> None:
         self.allowance -= nbytes
         if self.allowance < 0:
-            raise FormatError(f"a pickle of {len(self.data)} bytes unfolds to far more memory than that warrants")
+            raise OverLimitError(f"a pickle of {len(self.data)} bytes unfolds to far more memory than that warrants")
 
     def take(self, nbytes: int) -> bytes:
         start = self.pos
@@ -241,7 +245,7 @@ class _Machine:
 
     def mark(self) -> None:
         if len(self.marks) >= _MAX_MARKS:
-            raise FormatError(f"a pickle is nested deeper than {_MAX_MARKS} levels")
+            raise OverLimitError(f"a pickle is nested deeper than {_MAX_MARKS} levels")
         self.charge(_SMALL_NBYTES)
         self.marks.append(self.stack)
         self.stack = []

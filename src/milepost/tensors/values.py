@@ -27,7 +27,7 @@ from milepost.errors import ConfigError, FormatError, SaveError
 from milepost.format import record
 from milepost.format.digest import crc32
 from milepost.format.dtype import DTYPES, from_storage_class, lookup
-from milepost.format.pickle_reader import Global, Instance, read_pickle
+from milepost.format.pickle_reader import Global, Instance, OverLimitError, read_pickle
 from milepost.format.plain_pickle import MAX_NODES
 from milepost.format.zip_directory import ZipDirectory
 from milepost.tensors.layout import dtype_name
@@ -88,6 +88,8 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
     """
     try:
         return _decode(bytes(data))
+    except OverLimitError as error:
+        raise FormatError(f"{path}: the value of '{key}' is not read: {error}", path=path, key=key) from error
     except FormatError:
         pass  # what others' versions of torch write that is not in the tables: torch's own restricted reader decides
     try:
@@ -546,14 +548,16 @@ def _check_read(value: Any, nbytes: int) -> None:
         known = sizes.get(id(node))
         if known is not None:
             return known
-        _require(id(node) not in open_ids and depth <= MAX_DEPTH, f"a value holds itself or is over {MAX_DEPTH} deep")
+        if id(node) in open_ids or depth > MAX_DEPTH:
+            raise OverLimitError(f"a value holds itself or is over {MAX_DEPTH} deep")
         parts = node.values() if isinstance(node, dict) else node
         total = 1 + len(node)
         if not _ATOMS.issuperset(map(type, parts)):
             open_ids.add(id(node))
             total = 1 + sum(measure(part, depth + 1) for part in parts)
             open_ids.remove(id(node))
-        _require(total <= limit, f"a value unfolds to more than {limit} parts")
+        if total > limit:
+            raise OverLimitError(f"a value unfolds to more than {limit} parts")
         sizes[id(node)] = total
         return total
 

@@ -18,6 +18,7 @@ from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, ObjectEntry, ShardEntry
 from milepost.format.nan import count_nan, has_nan
 from milepost.format.record import record_footer, tensor_record
+from milepost.format.value_names import check_value
 from milepost.format.zip_directory import ZipDirectory
 from milepost.storage.base import ReadHandle, counted
 from milepost.verification.block_reader import BlockReader, shard_reader
@@ -194,10 +195,15 @@ def external_record(handle: ReadHandle, record: Placed) -> Iterator[Extent]:
 
     Raises:
         FormatError: the record is not a zip archive of the form that ``torch.save`` writes, or holds another tensor
-            than the metadata says.
+            than the metadata says, or a value that a load refuses.
     """
     if isinstance(record.entry, ShardEntry):
         locate_shard(handle, record.key, record.dtype, record.entry)
+    else:
+        try:
+            check_value(lambda at, nbytes: handle.read(record.start + at, nbytes), record.entry.record_nbytes)
+        except FormatError as error:
+            raise FormatError(f"a load refuses this value: {error.message}", key=record.key) from error
     yield from zip_extents(handle, record.start, record.stop, record.key)
 
 
