@@ -91,6 +91,16 @@ class CheckpointConfig:
     """Name of the value that ``keep_best_k`` compares, of those that ``save(step, metrics=...)`` records."""
     mode: Literal["min", "max"] = "min"
     """Whether the lowest or the highest value of ``metric`` is best."""
+    remote_folder: str = ""
+    """A second folder behind ``folder``, a path or the URL of a store: committed steps are copied there beside the
+    training, and a run resumes from the newest step of either. Empty: none."""
+    remote_every_n_steps: int = 0
+    """Copy only steps that are multiples of N, and the last one; 0: every one, or the newest where copying is slower
+    than saving."""
+    remote_keep_latest_k: int = 10
+    """As ``keep_latest_k``, in ``remote_folder``."""
+    remote_keep_every_n_steps: int = 0
+    """As ``keep_every_n_steps``, in ``remote_folder``."""
     load_step: int = -1
     """Begin at this step; -1 means the end of the branch that was written last. Once steps have been saved that descend
     from it, the same command resumes from these."""
@@ -143,6 +153,13 @@ class CheckpointConfig:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
         if self.keep_every_n_steps < 0:
             found.append(f"checkpoint.keep_every_n_steps must be 0 (disabled) or more, not {self.keep_every_n_steps}")
+        for name in ("remote_every_n_steps", "remote_keep_every_n_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"checkpoint.{name} must be 0 (disabled) or more, not {getattr(self, name)}")
+        if self.remote_keep_latest_k < 0:
+            found.append(
+                f"checkpoint.remote_keep_latest_k must be 0 (keep all) or more, not {self.remote_keep_latest_k}"
+            )
         if self.load_step < -1:
             found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
         if self.keep_best_k < 0:
@@ -151,6 +168,8 @@ class CheckpointConfig:
             found.append("checkpoint.keep_best_k and checkpoint.metric need each other: which steps are best, by what")
         if self.restart_branch and self.load_step == -1:
             found.append("checkpoint.restart_branch needs checkpoint.load_step: the step where the branch begins")
+        if self.remote_folder and self.remote_folder == self.folder:
+            found.append(f"checkpoint.remote_folder is checkpoint.folder ({self.folder}): give another one, or none")
         if not self.folder:
             found.append("checkpoint.folder must not be empty")
         for name in self.exclude_from_loading:

@@ -54,6 +54,8 @@ RESULTS = {
     "prune.json": "prune run --keep-latest 2 --dry-run --json",
     "convert": "convert model/step-7 out.pt --to pt --model llama3 --flavor debugmodel --verify",
     "convert.json": "convert model/step-7 out --to hf --model llama3 --flavor debugmodel --json",
+    "sync": "sync run/step-600 copies",
+    "sync.json": "sync run/step-600 copies --json",
     "export.json": "export model exported --to dcp --model llama3 --flavor debugmodel --json",
     "export": "export model exported --model llama3 --flavor debugmodel --dtype bfloat16",
 }
@@ -97,6 +99,9 @@ MISTAKES = [
     "convert model/step-7 out --to hf --model llama3 --flavor 9B",
     "convert model/step-7 model --to hf --model llama3 --flavor debugmodel",
     "convert model/step-7 out --to hf --model llama3 --flavor debugmodel --max-shard-size huge",
+    "sync run/step-600 copies/step-500",
+    "sync run/step-300 copies",
+    "sync nowhere copies",
     "export run out --step 5",
     "export nowhere out",
     "resume-test no-such.toml --steps 3 --kill-at 3 --tolerance -1 --set seq_len",

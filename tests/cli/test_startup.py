@@ -29,10 +29,11 @@ QUICK = {
     "show": ["show", "model/step-7", "norm.weight"],
     "report": ["report", "run", "--steps", "1"],
     "convert": ["convert", "model/step-7", "out.pt", "--to", "pt", "--model", "llama3", "--flavor", "debugmodel"],
+    "sync": ["sync", "run/step-600", "copies"],
     "export": ["export", "model", "out", "--model", "llama3", "--flavor", "debugmodel"],
 }
 """Run in this order in one process: those that need numpy come last."""
-NEED_NUMPY = {"diff", "stats", "show", "report", "convert", "export"}
+NEED_NUMPY = {"sync", "diff", "stats", "show", "report", "convert", "export"}
 START_CPU_S = 0.4
 """Processor time to start, on a machine that is idle: there it is what a user waits for."""
 REFERENCE = "import argparse, asyncio, dataclasses, json, logging, re, tempfile, typing"

@@ -13,6 +13,7 @@ import pytest
 import zoo
 
 from milepost.cli.main import main
+from milepost.run import catalog
 from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.storage.retry import Retry
@@ -127,3 +128,29 @@ def test_no_credential_is_shown(
     said = "".join(capsys.readouterr()) + caplog.text
     for secret in (ACCESS_KEY, SECRET_KEY, "secret"):
         assert secret not in said
+
+
+def test_steps_are_copied_to_another_place_and_back(base: str, tmp_path: Path) -> None:
+    run("sync", f"{base}/run", f"{base}/copies")
+    run("sync", f"{base}/run/step-7", f"{base}/copies")
+    run("sync", f"{base}/copies", str(tmp_path / "copies"), "--json")
+    run("verify", str(tmp_path / "copies"))
+    run("diff", f"{base}/run/step-2", str(tmp_path / "copies/step-2"), "--values")
+    run("sync", f"{base}/run/step-7", f"{base}/copies/step-8", status=2)
+    run("sync", f"{base}/nothing", f"{base}/copies", status=3)
+
+
+def test_both_folders_of_a_run_are_listed(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage, _ = open_storage(tmp_path / "run")
+    save_arrays(storage, "run/step-3", {"a": zoo.ARRAYS["norm.weight"]}, step=3)
+    save_arrays(storage, "run/step-4", {"a": zoo.ARRAYS["norm.weight"]}, step=4)
+    run("ls", str(tmp_path / "run"), "--remote", status=2)
+    run("sync", str(tmp_path / "run/step-3"), f"{base}/behind")
+    run("sync", f"{base}/run/step-1", f"{base}/behind")
+    catalog.note_remote(storage, "run", f"{base}/behind")
+    capsys.readouterr()
+    run("ls", str(tmp_path / "run"), "--remote")
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["STEP", "WHERE"], ["1", "remote"], ["3", "both"], ["4", "folder"]]
+    run("ls", str(tmp_path / "run"))
+    assert f"steps are copied to {base}/behind: --remote lists those too" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any
 
 from milepost.cli.paths import find_step, open_run
 from milepost.cli.render import print_json, print_line, print_table, state_text
-from milepost.errors import MilepostError
+from milepost.errors import ConfigError, MilepostError
 from milepost.format.summary import format_count, model_total
 from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog, sweep
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  unreadable  the storage refused to read it\n\n"
         "PARAMS counts the model's elements, DTYPE is what most of them are. LAYOUT is how many ranks saved, and the\n"
         "degrees of parallelism above 1. METRICS are what the run recorded with a step. A step of an abandoned branch\n"
-        "is one that a run went back behind: it is resumed only if checkpoint.load_step names it.\n\n"
+        "is one that a run went back behind: it is resumed only if checkpoint.load_step names it. WHERE (--remote):\n"
+        "in the folder, in checkpoint.remote_folder (remote), in both, or on its way there.\n\n"
         "examples:\n"
         "  milepost ls outputs/checkpoint\n"
         "  milepost ls outputs --json\n\n"
@@ -42,15 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="FOLDER", nargs="?", default=".", help="the folder of a run, or of a step (default: this one)"
     )
+    parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="list also the steps of checkpoint.remote_folder, and what is on its way there",
+    )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """List the steps."""
     storage, folder, entries, history = _listed(args.path)
+    remote = catalog.remote_of(storage, folder)
+    places: dict[int, str] = {}
+    if args.remote:
+        if not remote:
+            raise ConfigError(f"nothing is known of a remote folder of {args.path}: no run has copied its steps")
+        entries, places = both_places(storage, entries, *open_storage(remote))
     ends = history.ends()
     if args.json:
-        print_json([_json(entry, ends.get(entry.step)) for entry in entries])
+        print_json([_json(entry, ends.get(entry.step)) | _where(places, entry) for entry in entries])
         return 0
     now = time.time()
     headers = ["STEP", "STATE", "HOLDS", "AGE", "SIZE", "PARAMS", "DTYPE", "LAYOUT", "METRICS", "NOTES"]
@@ -58,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
     if not any(entry.metrics for entry in entries):
         column = headers.index("METRICS")
         headers, rows = [*headers[:column], *headers[column + 1 :]], [(*r[:column], *r[column + 1 :]) for r in rows]
+    if places:
+        headers = [headers[0], "WHERE", *headers[1:]]
+        rows = [(row[0], places[entry.step], *row[1:]) for row, entry in zip(rows, entries, strict=True)]
     print_table(headers, rows, numeric=("STEP", "AGE", "SIZE", "PARAMS"))
+    if remote and not args.remote:
+        print_line(f"steps are copied to {remote}: --remote lists those too")
     for line in sweep.activity(storage, folder, now=now):
         print_line(line)
     return 0
@@ -75,6 +92,28 @@ def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:
         listed = []
     entries = catalog.scan(storage, folder, keep_going=True)
     return storage, folder, [_with_totals(storage, entry) for entry in listed or entries], History.of(entries)
+
+
+def both_places(
+    storage: Storage, entries: list[StepEntry], remote: Storage, remote_folder: str
+) -> tuple[list[StepEntry], dict[int, str]]:
+    """The steps of a run's two folders, each once, and where each is: in one of them, in both, on its way."""
+    there = {entry.step: _with_totals(remote, entry) for entry in catalog.scan(remote, remote_folder, keep_going=True)}
+    names = {entry.name for entry in remote.list(remote_folder)}
+    places = dict.fromkeys(there, "remote")
+    for entry in entries:
+        copy = there.get(entry.step)
+        if copy is not None and (copy.is_usable or not entry.is_usable) and copy.save_id == entry.save_id:
+            places[entry.step] = "both"
+        else:
+            is_moving = catalog.ATTEMPT_PREFIX + entry.save_id in names  # see `saving.copy_step`
+            places[entry.step] = "folder, on its way" if is_moving else "folder"
+    merged = there | {entry.step: entry for entry in entries}
+    return [merged[step] for step in sorted(merged)], places
+
+
+def _where(places: dict[int, str], entry: StepEntry) -> dict[str, str]:
+    return {"where": places[entry.step]} if places else {}
 
 
 def _with_totals(storage: Storage, entry: StepEntry) -> StepEntry:

@@ -52,6 +52,7 @@ COMMANDS = {
         "milepost.cli.plan_resume_cmd", "show what a resume on other ranks would read, rank by rank"
     ),
     "resume-test": Command("milepost.cli.resume_test_cmd", "kill a training run, resume it, compare bit for bit"),
+    "sync": Command("milepost.cli.sync_cmd", "copy checkpoints to another folder or a store, and verify the copies"),
     "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and stale save attempts"),
     "completion": Command("milepost.cli.completion_cmd", "print a completion script for bash, zsh or fish"),
 }

@@ -45,6 +45,7 @@ from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json, lineag
 from milepost.format.summary import model_total
 from milepost.format.tags import tag_of, tagged
 from milepost.format.typed_json import convert, parse_json
+from milepost.storage import is_known
 from milepost.storage.base import Entry, Storage, join, split
 
 State = Literal["committed", "incomplete", "damaged", "external", "unreadable"]
@@ -58,6 +59,7 @@ OLD_PREFIXES = (OLD_ATTEMPT_PREFIX, ".replaced-", ".deleting-")
 """Of Milepost 0.1. Other programs use such names too, so they are read, and never removed."""
 PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
+REMOTE_NAME = ".remote.json"
 
 MAX_MARK_NBYTES = 1 << 20
 MAX_LISTINGS = 8
@@ -527,6 +529,23 @@ def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
         if error.errno not in _UNFIT:
             raise
         return None
+
+
+def note_remote(storage: Storage, folder: str, remote: str) -> None:
+    """Record in a run's folder where its steps are copied to, for those who list them."""
+    storage.replace(join(folder, REMOTE_NAME), json.dumps({"remote_folder": remote}).encode())
+
+
+def remote_of(storage: Storage, folder: str) -> str:
+    """Where the steps of a run's folder are copied to; empty if nowhere, or nothing is known of it."""
+    name = join(folder, REMOTE_NAME)
+    if storage.stat(name) is None:
+        return ""
+    try:
+        said = json.loads(storage.read(name, MAX_MARK_NBYTES))["remote_folder"]
+    except (ValueError, KeyError, TypeError, RecursionError, StorageError):
+        return ""
+    return said if isinstance(said, str) and is_known(said) else ""
 
 
 def pin_mark(path: str) -> str:

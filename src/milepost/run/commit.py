@@ -27,7 +27,7 @@ from dataclasses import replace
 
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
 from milepost.format.dcp_writer import dump_metadata
-from milepost.format.digest import crc32, dump_digests, files_in_blocks
+from milepost.format.digest import BlockDigests, crc32, dump_digests, files_in_blocks
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
 from milepost.format.shares import FileDigests
@@ -94,6 +94,22 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     return attempt
 
 
+def resume_attempt(storage: Storage, attempt: str, target: str, save_id: str) -> None:
+    """Go on with an attempt of a dead process, which the caller has adopted: with the target as it is now.
+
+    Raises:
+        ConfigError, StorageError: as :func:`begin_attempt`.
+    """
+    fault = _why_not_replace(storage, target)
+    if fault:
+        raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
+    place = Place.of(storage, attempt, target, save_id)
+    if storage.can_rename:
+        storage.make_folder(place.folder)
+    else:
+        object_commit.note_target(storage, attempt, target, again=True)
+
+
 def adopt_attempt(storage: Storage, attempt: str) -> None:
     """Declare that the calling process works on the attempt too: while it lives, nobody sweeps it.
 
@@ -148,6 +164,22 @@ def publish(
     # A store shows at once what it has taken.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
     manifest = _write_records(storage, place, manifest, crcs)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest)
+    return manifest
+
+
+def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest, digests: BlockDigests) -> Manifest:
+    """As :func:`publish`, for a copy of a checkpoint that is committed elsewhere.
+
+    ``manifest`` is that one's, with the files of data as they are called here, and no others.
+
+    Raises:
+        SaveError: a file is missing or has another size.
+        StorageError: the storage refused; ``target`` is as it was, or is the copy.
+    """
+    place = Place.of(storage, attempt, target, manifest.save_id)
+    _check_sizes(storage, place, manifest, VISIBILITY_S if storage.can_rename else 0.0)
+    manifest = _write_records(storage, place, manifest, [digests.crcs])
     _put_in_place_and_sweep(storage, attempt, place, target, manifest)
     return manifest
 
@@ -253,6 +285,19 @@ def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: Seq
         storage.write(place.path(name), content)
         files[place.name(name)] = FileEntry(len(content), crc32(content))
     return replace(manifest, files=files)
+
+
+def finish(storage: Storage, target: str) -> None:
+    """Do what a process that died right after the commit of ``target`` may have left undone."""
+    if not storage.can_rename:
+        object_commit.settle_aliases(storage, target)
+
+
+def remove_records(storage: Storage, place: Place) -> None:
+    """Take away the records that an attempt that goes on has left: they are written anew."""
+    for name in (MANIFEST_NAME, DIGESTS_NAME, METADATA_NAME):
+        if name != MANIFEST_NAME or storage.can_rename:  # else that is the committed one's
+            storage.remove(place.path(name))
 
 
 def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str | None:

@@ -49,8 +49,10 @@ class Note:
     """The files of the checkpoint there."""
 
 
-def note_target(storage: Storage, attempt: str, target: str) -> None:
+def note_target(storage: Storage, attempt: str, target: str, *, again: bool = False) -> None:
     """Record in the attempt what it would replace. The first thing in it, so that a sweep knows where to look.
+
+    ``again``: the attempt is another process's that died, and has a record already.
 
     Raises:
         StorageError: the storage refused.
@@ -59,7 +61,8 @@ def note_target(storage: Storage, attempt: str, target: str) -> None:
     names = [entry.name for entry in storage.list(target) if not entry.is_folder and entry.name != MANIFEST_NAME]
     # The name alone: who sweeps may have another root.
     note = {"target": split(target)[1], "tag": manifest.tag if manifest is not None else None, "files": names}
-    storage.write(join(attempt, TARGET_NAME), json.dumps(note).encode())
+    put = storage.replace if again else storage.write
+    put(join(attempt, TARGET_NAME), json.dumps(note).encode())
 
 
 def read_note(storage: Storage, attempt: str) -> Note | None:

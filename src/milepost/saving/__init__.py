@@ -13,6 +13,7 @@ In reading order::
     background      one save in the background, and all that becomes of it (torch-free)
     writer_link     the trainer's end of its link to a writer process
     writer_process  that process (torch-free)
+    copy_step       a committed step copied to another place, and committed there (torch-free)
 """
 
 from __future__ import annotations

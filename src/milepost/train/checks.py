@@ -119,6 +119,8 @@ def _folder_problems(config: TrainConfig) -> Iterator[str]:
     """Why the run could not write where it is told to. What only the system knows is reported when it happens."""
     saves = config.checkpoint.enable and not config.checkpoint.load_only
     folders = {"job.dump_folder": config.job.dump_folder, "checkpoint.folder": config.checkpoint_folder()}
+    if config.checkpoint.remote_folder:
+        folders["checkpoint.remote_folder"] = config.checkpoint_options().remote_folder
     problems = []
     for option, folder in folders.items():
         if "://" in folder:

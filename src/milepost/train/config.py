@@ -6,7 +6,7 @@ Neither they nor this module import torch, so a mistake is reported at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -170,3 +170,10 @@ class TrainConfig:
     def checkpoint_folder(self) -> str:
         """Where the steps go: ``checkpoint.folder`` below ``job.dump_folder``, or on its own if it is a URL."""
         return join_path(self.job.dump_folder, self.checkpoint.folder)
+
+    def checkpoint_options(self) -> CheckpointConfig:
+        """The options of checkpointing, with ``remote_folder`` below ``job.dump_folder`` as ``folder`` is."""
+        if not self.checkpoint.remote_folder:
+            return self.checkpoint
+        remote = join_path(self.job.dump_folder, self.checkpoint.remote_folder)
+        return replace(self.checkpoint, remote_folder=remote)

@@ -113,7 +113,7 @@ class Trainer:
         self._say_what_has_no_effect()
         self.checkpoints = CheckpointManager(
             self.checkpoint_folder,
-            config.checkpoint,
+            config.checkpoint_options(),
             model=self.model.parts,
             optimizer=self.optimizers,
             lr_scheduler=self.lr_schedule,

@@ -211,6 +211,7 @@ PATHS = (
     "model.hf_assets_path",
     "training.dataset_path",
     "checkpoint.folder",
+    "checkpoint.remote_folder",
     "checkpoint.initial_load_path",
     "metrics.save_tb_folder",
 )

@@ -62,6 +62,8 @@ def _origins(config: TrainConfig) -> Iterator[tuple[str, ModelIdentity | None]]:
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
     if checkpoint.enable:
         yield _of_run(config.checkpoint_folder(), checkpoint)
+        if checkpoint.remote_folder:
+            yield _of_run(config.checkpoint_options().remote_folder, checkpoint)
         if checkpoint.initial_load_in_hf:
             yield _of_folder(checkpoint.initial_load_path or assets)
         elif checkpoint.initial_load_path:

@@ -15,6 +15,7 @@ In reading order::
     choice          which step to resume from: pure
     resume          loading it
     events          what happened, for logs and TensorBoard
+    remote          the tier behind the folder: committed steps copied on, beside the training
     hooks           what is done after a commit: a function, a command line
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -12,7 +12,7 @@ import psutil
 from milepost.config import CheckpointConfig
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, StateMismatchError
 from milepost.format.manifest import BranchStart
-from milepost.run.branches import History
+from milepost.run.branches import History, commit_order
 from milepost.run.catalog import StepEntry
 
 
@@ -33,6 +33,8 @@ class Choice:
     """Whether it is the last step of the run, after which there is nothing left to train."""
     in_hf: bool = False
     """Whether that step is of Hugging Face files."""
+    in_remote: bool = False
+    """Whether it is read from the run's remote folder."""
 
 
 def choose(
@@ -78,6 +80,30 @@ def choose(
         notes += tuple(_passed_over(entries, history, full))
         return Choice(full.path, full.step, False, True, notes)
     return _without_full_step(entries, line, history, config, folder)
+
+
+def both_tiers(
+    here: Sequence[StepEntry], remote: Sequence[StepEntry], bad_here: Collection[int] = ()
+) -> list[tuple[StepEntry, bool]]:
+    """The steps of a run's two folders, each once, and whether it is to be read from the remote one.
+
+    The nearer one is, unless only the other has it whole, or has committed it later. ``bad_here`` are steps whose bytes
+    were found damaged in the nearer one.
+    """
+    near = {entry.step: entry for entry in here}
+    far = {entry.step: entry for entry in remote}
+    found = []
+    for step in sorted(near.keys() | far.keys()):
+        one, other = near.get(step), far.get(step)
+        if one is not None and step in bad_here and one.is_usable:
+            one = _rejected(one, "a loader found it damaged")
+        if one is None or other is None:
+            found.append((one or far[step], one is None))
+            continue
+        is_later = other.save_id != one.save_id and commit_order(other) > commit_order(one)
+        is_remote = other.is_usable and (not one.is_usable or is_later)
+        found.append((other, True) if is_remote else (one, False))
+    return found
 
 
 def launch_id(environ: Mapping[str, str] = os.environ) -> str:

@@ -36,6 +36,7 @@ from milepost.saving.agreement import SaveRequest
 from milepost.saving.arguments import checked_step
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle, log_wait
+from milepost.saving.copy_step import Spot
 from milepost.saving.job import Keep, SaveReport
 from milepost.saving.save import Saver
 from milepost.storage import open_storage
@@ -45,6 +46,7 @@ from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.metrics import MetricRecorder
+from milepost.training.remote import RemoteTier
 from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.training.signals import DUE, FAILED, RequestFiles, SignalFlags
@@ -166,13 +168,17 @@ class CheckpointManager:
         self._blocked_s = 0.0
         self._stall_s: float | None = None
         self._num_failures = 0  # in a row
-        self._loader = Loader(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf)
+        remote = Spot(*open_storage(self._config.remote_folder)) if self._config.remote_folder else None
+        self._loader = Loader(
+            self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf, remote
+        )
+        self._remote: RemoteTier | None = None  # on rank 0
         self._history = SaveHistory(self._comm, self._loader.scan)
         self._last_save = time.monotonic()
         if self._config.enable:
             on_rank_0(self._comm, self._check_folder)
         if self._saver is not None:
-            on_rank_0(self._comm, self._lock_folder)
+            on_rank_0(self._comm, partial(self._lock_folder, remote))
 
     def _check_given(self, **given: Any) -> None:
         """Refuse wrong arguments on every rank, and another folder than the other ranks have. Collective."""
@@ -325,9 +331,15 @@ class CheckpointManager:
             metrics=dict(request.info.metrics),
         )
         if isinstance(begun, SaveReport):
-            self._hooks.tell(commit)
+            self._committed(commit)
         else:
-            begun.when_done(lambda: self._hooks.tell(commit) if begun.failure is None else None)
+            begun.when_done(lambda: self._committed(commit) if begun.failure is None else None)
+
+    def _committed(self, commit: Commit) -> None:
+        """Pass on that a step is committed. Called in any thread."""
+        self._hooks.tell(commit)
+        if self._remote is not None:
+            self._remote.offer(commit, self._protected)
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the weights may be changed again. To be called before ``optimizer.step()``.
@@ -373,6 +385,8 @@ class CheckpointManager:
             # Not before: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
             self._record_pending()
+            if self._remote is not None:
+                self._remote.close()
             self._hooks.close()
             self._unlock_folder()
 
@@ -385,6 +399,8 @@ class CheckpointManager:
                 saver.leave()
         finally:
             self._signals.restore()
+            if self._remote is not None:
+                self._remote.leave()
             self._unlock_folder()
 
     def listen_to_signals(
@@ -492,7 +508,7 @@ class CheckpointManager:
                 self._folder,
                 config.keep_latest_k,
                 config.keep_every_n_steps,
-                dict(self._protected),
+                self._protected | (self._remote.needed() if self._remote is not None else {}),
                 config.keep_best_k,
                 config.metric,
                 config.mode,
@@ -544,8 +560,8 @@ class CheckpointManager:
                 f'initial_load_path="{self.folder}"'
             )
 
-    def _lock_folder(self) -> None:
-        """Lock the folder for this run, once the writers of one that died have finished."""
+    def _lock_folder(self, remote: Spot | None) -> None:
+        """Lock the folder for this run, once the writers of one that died have finished; the remote one likewise."""
         place = (os.getpid(), self._storage.root, self._folder)
         if place in _open_here:
             gc.collect()  # one that nobody has any more, but in a cycle of references
@@ -557,6 +573,12 @@ class CheckpointManager:
             )
         self._lock = take_over(self._storage, self._folder)
         _open_here[place] = self
+        if remote is not None:
+            try:
+                self._remote = RemoteTier(Spot(self._storage, self._folder), remote, self._config, self._hooks)
+            except BaseException:
+                self._unlock_folder()
+                raise
 
     def _unlock_folder(self) -> None:
         if self._lock is not None:

@@ -19,13 +19,14 @@ from milepost.loading.target import Stored, Target
 from milepost.run import catalog
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
+from milepost.saving.copy_step import Spot
 from milepost.saving.job import Form
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
-from milepost.training.choice import Choice, choose, launch_id
+from milepost.training.choice import Choice, both_tiers, choose, launch_id
 from milepost.training.training_state import StateLoad, TrainingState
 
 log = logging.getLogger("milepost")
@@ -72,6 +73,7 @@ class Loader:
         state: TrainingState,
         layout: Mapping[str, int],
         weights_format: WeightsFormat | None,
+        remote: Spot | None = None,
     ):
         self._storage = storage
         self._folder = folder
@@ -80,12 +82,20 @@ class Loader:
         self._state = state
         self._layout = layout
         self._format = weights_format
+        self._remote = remote
+        self._remote_steps: frozenset[int] = frozenset()  # those of the last scan that are to be read there
+        self._bad_here: set[int] = set()  # found damaged in the folder; not in the remote one
         self._reading = ""  # save id of the checkpoint that is being loaded
         self._warned: set[int] = set()  # of these steps
 
     def scan(self) -> list[StepEntry]:
-        """The steps of the run's folder."""
-        return catalog.scan(self._storage, self._folder)
+        """The steps of the run's folder, with those of the remote one that are not there, or are newer or whole."""
+        here = catalog.scan(self._storage, self._folder)
+        if self._remote is None:
+            return here
+        found = both_tiers(here, catalog.scan(self._remote.storage, self._remote.path), self._bad_here)
+        self._remote_steps = frozenset(entry.step for entry, is_remote in found if is_remote)
+        return [entry for entry, _ in found]
 
     def finished_step(self, num_steps: int) -> int | None:
         """The last step, if a start of this run would find nothing left to train up to ``num_steps``. On rank 0."""
@@ -102,7 +112,7 @@ class Loader:
             if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
                 return self._load_weights(choice), descent
             into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout)
-            storage, path = (self._storage, choice.path) if choice.step is not None else open_storage(choice.path)
+            storage, path = self._place(choice)
             model_notes: list[str] = []
             try:
                 report = load_from(
@@ -118,12 +128,23 @@ class Loader:
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None:
                     raise
-                if on_rank_0(self._comm, partial(self._mark_damaged, choice.path, error.message)):
-                    rejected[choice.step] = error.message
+                if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error.message)):
+                    if self._remote is not None and not choice.in_remote:
+                        self._bad_here.add(choice.step)  # the other folder may have it whole
+                    else:
+                        rejected[choice.step] = error.message
                 # Else it was replaced while it was read: look again.
                 continue
             notes = [*choice.notes, *dict.fromkeys(model_notes), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _place(self, choice: Choice) -> tuple[Storage, str]:
+        """Where a choice is read."""
+        if choice.step is None:
+            return open_storage(choice.path)
+        if choice.in_remote and self._remote is not None:
+            return self._remote.storage, choice.path
+        return self._storage, choice.path
 
     def _wanted(self, choice: Choice) -> tuple[str, ...]:
         parts = ("model",) if choice.model_only else self._state.present()
@@ -152,7 +173,7 @@ class Loader:
         try:
             if self._format is None:
                 raise ConfigError(f"{choice.path} holds Hugging Face files: give CheckpointManager `hf`")
-            path = choice.path if choice.step is None else join(self._storage.root, choice.path)
+            path = choice.path if choice.step is None else join(self._place(choice)[0].root, choice.path)
             load = self._state.loading_weights()
             report = self._format.load(
                 path,
@@ -190,14 +211,15 @@ class Loader:
                     f"{entry.state}: {entry.reason}",
                 )
                 self._warned.add(entry.step)
+        choice = replace(choice, in_remote=choice.step in self._remote_steps)
         if choice.is_finished and choice.model_only:
-            form = catalog.read_manifest(self._storage, chosen.path).extra.get("format")
+            form = catalog.read_manifest(self._place(choice)[0], chosen.path).extra.get("format")
             choice = replace(choice, in_hf=form == HF_FORMAT)
         return choice, descend(entries, chosen, start=choice.start)
 
-    def _mark_damaged(self, path: str, reason: str) -> bool:
+    def _mark_damaged(self, storage: Storage, path: str, reason: str) -> bool:
         """Mark the step that was being read; False if another save has taken its place meanwhile."""
-        found = catalog.examine(self._storage, path)
+        found = catalog.examine(storage, path)
         if found is not None and found.is_usable and found.save_id != self._reading:
             return False
         left = "" if self._config.load_only else ", marked: it is not tried again"
@@ -205,7 +227,7 @@ class Loader:
         if self._config.load_only:
             return True
         try:
-            catalog.mark_damaged(self._storage, path, reason, now=time.time())
+            catalog.mark_damaged(storage, path, reason, now=time.time())
         except StorageError as error:  # it is passed over in this run all the same
             log.warning("the mark could not be left: %s", error)
         return True

@@ -1,0 +1,107 @@
+"""A process that copies one step to another place and prunes there. Never imports torch.
+
+Its last argument is a request as JSON, its output lines of JSON: ``{"done": ..., "total": ...}`` now and then, at the
+end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ...}``. It ends its work when the process that started it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import CheckpointDamagedError, MilepostError, listed
+from milepost.saving.copy_step import CopyReport, Spot, copy_step
+from milepost.saving.job import Keep, prune
+from milepost.storage import open_root
+from milepost.verification.verify import verify_in
+
+PROGRESS_S = 0.5
+_BOOT = "import sys; sys.path.insert(0, sys.argv[-2]); from milepost.saving.copy_process import main; sys.exit(main())"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyRequest:
+    """What to copy where, and which steps to keep there. Roots and paths of storages."""
+
+    src_root: str
+    src_path: str
+    dst_root: str
+    dst_path: str
+    keep: Keep
+
+
+def start(request: CopyRequest) -> subprocess.Popen[bytes]:
+    """Start the process. What it says comes from ``stdout``; what libraries say goes to ``stderr``."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).parents[2]), json.dumps(asdict(request))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for the training
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+
+
+def messages(process: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any]]:
+    """What the process says, as it says it. Lines of others are logged."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if isinstance(said, dict):
+            yield said
+        elif text := line.decode(errors="replace").strip():
+            logging.getLogger("milepost").warning("%s", text)
+
+
+def main() -> int:
+    """Do what the last argument of the command line asks for."""
+    given = json.loads(sys.argv[-1])
+    protected = {int(step): reason for step, reason in given["keep"].pop("protected").items()}
+    request = CopyRequest(**given | {"keep": Keep(**given["keep"], protected=protected)})
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        report = _copy(request)
+    except MilepostError as error:
+        _say({"error": error.message, "is_damage": isinstance(error, CheckpointDamagedError)})
+        return 1
+    except Exception as error:  # noqa: BLE001 - the top of a process: whoever asked is told
+        _say({"error": f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}", "is_damage": False})
+        return 1
+    _say({"nbytes": report.nbytes, "seconds": report.seconds})
+    return 0
+
+
+def _copy(request: CopyRequest) -> CopyReport:
+    src = Spot(open_root(request.src_root), request.src_path)
+    dst = Spot(open_root(request.dst_root), request.dst_path)
+    found = verify_in(src.storage, src.path)  # near, and in the page cache still
+    if found.problems:
+        raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(found.problems))}", path=src.path)
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_S:
+            last = time.monotonic()
+            _say({"done": done, "total": total})
+
+    report = copy_step(src, dst, progress)
+    prune(dst.storage, request.keep)
+    return report
+
+
+def _say(message: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # whoever asked is gone
+        print(json.dumps(message), flush=True)

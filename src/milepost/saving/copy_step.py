@@ -1,0 +1,223 @@
+"""A committed step in another place: its files copied, and committed there by the same protocol. Torch-free.
+
+The copy is the same checkpoint: same save id, same bytes of data, same digests. Only names differ, where one place is
+an object store (see ``run.place``) and the other is not. A copy that was cut short goes on with the files that are
+complete: its attempt is named after the save id, so whoever copies the same step finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from milepost.collective.threads import map_in_threads
+from milepost.errors import CheckpointDamagedError, ConfigError, SaveError, listed
+from milepost.format.digest import block_crcs, files_in_blocks
+from milepost.format.huggingface import INDEX_NAME, parse_object, parse_weight_map
+from milepost.format.manifest import DIGESTS_NAME, FileEntry, Manifest
+from milepost.format.shares import FileDigests
+from milepost.format.tags import untagged
+from milepost.run import catalog, commit, retention
+from milepost.run.catalog import ATTEMPT_PREFIX, CommitRecord
+from milepost.run.hf_folder import is_hf_step, read_headers
+from milepost.run.owner import is_alive, owners_of, this_process
+from milepost.run.place import Place
+from milepost.storage.base import Storage, join, split
+from milepost.verification.hf_step import read_hf_step
+
+PIECE_NBYTES = 8 << 20
+NUM_THREADS = 2
+_PART = ".part"
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many are copied, from several threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A storage and a name in it."""
+
+    storage: Storage
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.storage.root}/{self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyReport:
+    """The outcome of a copy."""
+
+    path: str
+    nbytes: int
+    """Bytes that were sent: without those of an earlier copy that was cut short."""
+    seconds: float
+    was_there: bool
+    """Whether the step was there already, and nothing was done."""
+
+
+def attempt_of(target: str, save_id: str) -> str:
+    """The folder of the attempt to copy the step of ``save_id`` to ``target``: it is there while that is under way."""
+    return join(split(target)[0], ATTEMPT_PREFIX + save_id)
+
+
+def copy_step(src: Spot, dst: Spot, progress: Progress | None = None) -> CopyReport:
+    """Copy the committed step at ``src`` to ``dst``. What is committed there under another save id is replaced.
+
+    Raises:
+        CheckpointNotFoundError: there is no step at ``src``.
+        CheckpointDamagedError: files of it are missing or of another size.
+        ConfigError: it was written by another program.
+        SaveError: another process is at it, or a step at ``dst`` must not be replaced.
+        StorageError: one of the two refused. What is copied already is not copied again the next time.
+    """
+    started = time.monotonic()
+    record = catalog.read_record(src.storage, src.path)
+    if not record.is_own:
+        raise ConfigError(f"{src} was written by another program: copy its folder as it is")
+    if record.faults:
+        raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
+    manifest = record.manifest
+    found = catalog.examine(dst.storage, dst.path)
+    if found is not None and found.is_usable and found.save_id == manifest.save_id:
+        commit.finish(dst.storage, dst.path)
+        return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
+    attempt = _begin(dst, manifest.save_id)
+    place = Place.of(dst.storage, attempt, dst.path, manifest.save_id)
+    nbytes = _copy_files(src, dst.storage, place, _data_files(manifest), progress)
+    commit.remove_records(dst.storage, place)
+    if manifest.lineage is not None:
+        retention.set_aside(dst.storage, dst.path, manifest.lineage)
+    if is_hf_step(manifest):
+        written = _copy_small_files(src, dst.storage, place, record)
+        commit.publish_files(dst.storage, attempt, dst.path, written, manifest)
+    else:
+        digests = catalog.read_digests(src.storage, src.path, manifest)
+        if digests is None:
+            raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
+        commit.publish_copy(dst.storage, attempt, dst.path, _renamed(manifest, place), digests)
+    return CopyReport(path=str(dst), nbytes=nbytes, seconds=time.monotonic() - started, was_there=False)
+
+
+def _begin(dst: Spot, save_id: str) -> str:
+    """The attempt: a fresh one, or that of a copy that was cut short, taken over."""
+    storage, attempt = dst.storage, attempt_of(dst.path, save_id)
+    if storage.stat(attempt) is None:
+        return commit.begin_attempt(storage, dst.path, save_id)
+    now = time.time()
+    me = replace(this_process(now), created_s=0.0)
+    alive = [one for one in owners_of(storage, attempt) if is_alive(one, now) and replace(one, created_s=0.0) != me]
+    if alive:
+        raise SaveError(f"{alive[0]} is copying to {dst} already: wait for it, or stop it", path=dst.path)
+    commit.adopt_attempt(storage, attempt)  # before anything else: a sweep would take it away
+    commit.resume_attempt(storage, attempt, dst.path, save_id)
+    return attempt
+
+
+def _data_files(manifest: Manifest) -> dict[str, int]:
+    """The files that hold data, largest first. The others are small, and written anew."""
+    blocks = files_in_blocks(manifest)
+    used = {shard.file for entry in manifest.tensors.values() for shard in entry.shards}
+    names = {*blocks, *used, *(entry.file for entry in manifest.objects.values())}
+    return {name: manifest.files[name].nbytes for name in sorted(names, key=lambda n: (-manifest.files[n].nbytes, n))}
+
+
+def _copy_files(src: Spot, storage: Storage, place: Place, files: Mapping[str, int], progress: Progress | None) -> int:
+    """Copy what is not there whole. Returns the bytes that were sent."""
+    present = {entry.name: entry.nbytes for entry in storage.list(place.folder) if place.holds(entry.name)}
+    for name in present:
+        if name.endswith(_PART):
+            storage.remove(join(place.folder, name))
+    missing = {name: nbytes for name, nbytes in files.items() if present.get(place.name(untagged(name))) != nbytes}
+    done = total = sum(files.values())
+    done -= sum(missing.values())
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    copy = partial(_copy_file, src, storage, place, files, count)
+    map_in_threads(copy, list(missing), NUM_THREADS, name="milepost-copy")
+    storage.sync_folder(place.folder)
+    return sum(missing.values())
+
+
+def _copy_file(
+    src: Spot, storage: Storage, place: Place, files: Mapping[str, int], count: Callable[[int], None], name: str
+) -> None:
+    final = place.path(untagged(name))
+    # Where a file is seen before it is complete, it gets its name when it is.
+    draft = final + _PART if storage.can_rename else final
+    if not storage.can_rename and storage.stat(final) is not None:
+        storage.remove(final)
+    buffer = memoryview(bytearray(min(PIECE_NBYTES, files[name])))
+    with (
+        src.storage.open_read(join(src.path, name)) as reader,
+        storage.open_write(draft, files[name]) as writer,
+    ):
+        reader.will_read([(0, files[name])])
+        for start in range(0, files[name], PIECE_NBYTES):
+            piece = buffer[: min(PIECE_NBYTES, files[name] - start)]
+            reader.read_into(start, [piece])
+            writer.write(start, [piece])
+            count(len(piece))
+        writer.sync()
+    if draft != final:
+        storage.rename(draft, final)
+
+
+def _renamed(manifest: Manifest, place: Place) -> Manifest:
+    """The manifest with its files of data under the names that they have at ``place``, and none of the others."""
+    names = {name: place.name(untagged(name)) for name in _data_files(manifest)}
+    tensors = {
+        key: replace(entry, shards=tuple(replace(shard, file=names[shard.file]) for shard in entry.shards))
+        for key, entry in manifest.tensors.items()
+    }
+    objects = {key: replace(entry, file=names[entry.file]) for key, entry in manifest.objects.items()}
+    files = {new: FileEntry(manifest.files[old].nbytes) for old, new in names.items()}
+    return replace(manifest, tensors=tensors, objects=objects, files=files)
+
+
+def _copy_small_files(src: Spot, storage: Storage, place: Place, record: CommitRecord) -> dict[str, FileDigests]:
+    """Copy the files of a step of Hugging Face files that hold no tensors; the digests of all its files."""
+    step = read_hf_step(src.storage, src.path, [record.name, *record.files])
+    if step is None or step.digests is None:
+        raise ConfigError(f"{src} has no digests: it was saved by an older Milepost. Copy its folder as it is")
+    step.require([untagged(name) for name in record.manifest.files])
+    digests = step.digests
+    weights = files_in_blocks(record.manifest)
+    contents = {
+        untagged(name): src.storage.read(join(src.path, name))
+        for name in record.manifest.files
+        if name not in weights and untagged(name) != DIGESTS_NAME
+    }
+    if INDEX_NAME in contents or place.tag:  # it names the files that hold the tensors
+        contents[INDEX_NAME] = _index(src, contents.get(INDEX_NAME), weights, place)
+    written = {
+        place.name(untagged(name)): FileDigests(record.manifest.files[name].nbytes, tuple(digests.of_file(name)))
+        for name in weights
+    }
+    for plain, data in contents.items():
+        storage.remove(place.path(plain))  # of a copy that was cut short
+        storage.write(place.path(plain), data)
+        written[place.name(plain)] = FileDigests(len(data), tuple(block_crcs(data)))
+    return written
+
+
+def _index(src: Spot, known: bytes | None, weights: Sequence[str], place: Place) -> bytes:
+    """The index of the files that hold tensors, under the names that they have at ``place``."""
+    if known is not None:
+        index = parse_object(known, join(src.path, INDEX_NAME))
+        weight_map = parse_weight_map(known, join(src.path, INDEX_NAME))
+    else:
+        headers = read_headers(src.storage, src.path, weights)
+        headers.require(str(src))
+        index = {"metadata": {"total_size": sum(entry.shards[0].data_nbytes for entry in headers.tensors.values())}}
+        weight_map = {key: entry.shards[0].file for key, entry in sorted(headers.tensors.items())}
+    renamed = {key: place.name(untagged(name)) for key, name in weight_map.items()}
+    return (json.dumps({**index, "weight_map": renamed}, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,181 @@
+"""The tier behind a run's folder: committed steps, copied to ``checkpoint.remote_folder`` beside the training.
+
+On rank 0. One step is copied at a time, in a process of its own; of those that wait, only the newest is: a slow link
+gets fewer steps, not a queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from milepost.config import CheckpointConfig
+from milepost.run import catalog
+from milepost.run.branches import History
+from milepost.run.lock import RunLock
+from milepost.run.takeover import take_over
+from milepost.saving import copy_process
+from milepost.saving.copy_process import CopyRequest
+from milepost.saving.copy_step import Spot
+from milepost.saving.job import Keep
+from milepost.storage.base import format_nbytes, join
+from milepost.training.hooks import Commit, CommitHooks
+
+log = logging.getLogger("milepost")
+
+RETRY_S = 10.0
+LAST_TRIES = 3
+"""Once the run has ended, a copy that fails this often is given up."""
+LOG_EVERY_S = 10.0
+
+
+class RemoteTier:
+    """Copies what is offered, from construction to :meth:`close` or :meth:`leave`.
+
+    Raises:
+        RunLockedError: another run writes to the remote folder.
+        StorageError: it can't be read or written.
+    """
+
+    def __init__(
+        self, local: Spot, remote: Spot, config: CheckpointConfig, hooks: CommitHooks, *, retry_s: float | None = None
+    ):
+        self._local = local
+        self._remote = remote
+        self._config = config
+        self._hooks = hooks
+        self._retry_s = RETRY_S if retry_s is None else retry_s
+        self._changed = threading.Condition()
+        self._waiting: Commit | None = None
+        self._current: Commit | None = None
+        self._newest: Commit | None = None  # of those that were offered, also if it is not to be copied
+        self._protected: Mapping[int, str] = {}
+        self._ends = self._has_left = False
+        self._copied_step: int | None = None
+        self._lock: RunLock = take_over(remote.storage, remote.path)
+        catalog.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
+        self._thread = threading.Thread(target=self._run, name="milepost-remote", daemon=True)
+        self._thread.start()
+        self._offer_what_is_left()
+
+    def offer(self, commit: Commit, protected: Mapping[int, str]) -> None:
+        """Take note of a step that is committed locally. Returns at once; from any thread.
+
+        ``protected``: steps that are not to be pruned in the remote folder.
+        """
+        every = self._config.remote_every_n_steps
+        with self._changed:
+            self._newest, self._protected = commit, dict(protected)
+            if not every or commit.step % every == 0:
+                self._waiting = commit
+                self._changed.notify_all()
+
+    def needed(self) -> dict[int, str]:
+        """The local steps that must stay until they are copied, with the reason."""
+        with self._changed:
+            wanted = [commit for commit in (self._current, self._waiting) if commit is not None]
+        return {commit.step: "it is being copied to checkpoint.remote_folder" for commit in wanted}
+
+    def close(self) -> None:
+        """Return when the newest step is copied too, or can't be, which is logged."""
+        with self._changed:
+            if self._newest is not None and self._newest.step not in (self._copied_step, self._current_step()):
+                self._waiting = self._newest
+            self._ends = True
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            self._thread.join(LOG_EVERY_S)
+            if self._thread.is_alive():
+                log.info("waiting for the newest step to be copied to %s", self._remote)
+        self._lock.release()
+
+    def leave(self) -> None:
+        """Let go after an error: the step that is being copied is finished by its process, no other is begun."""
+        with self._changed:
+            self._ends = self._has_left = True
+            self._waiting = None
+            self._changed.notify_all()
+        self._lock.release()
+
+    def _current_step(self) -> int | None:
+        return self._current.step if self._current is not None else None
+
+    def _offer_what_is_left(self) -> None:
+        """What a run before this one has committed, but not copied any more."""
+        newest = History.of(catalog.scan(self._local.storage, self._local.path)).newest
+        if newest is None or newest.state != "committed":
+            return
+        there = {entry.save_id for entry in catalog.scan(self._remote.storage, self._remote.path) if entry.is_usable}
+        if newest.save_id not in there:
+            path = join(self._local.storage.root, newest.path)
+            contents = newest.kind or "full"
+            commit = Commit(step=newest.step, path=path, contents=contents, metrics=dict(newest.metrics))
+            self.offer(commit, {})
+
+    def _run(self) -> None:
+        num_failures = 0
+        while (commit := self._next()) is not None:
+            failure = self._copy(commit)
+            with self._changed:
+                self._current = None
+                if failure is None:
+                    num_failures, self._copied_step = 0, commit.step
+                    continue
+                num_failures += 1
+                gives_up = self._has_left or (self._ends and num_failures >= LAST_TRIES)
+                if not gives_up and self._waiting is None:
+                    self._waiting = commit
+            what = "given up: `milepost sync` copies it by hand" if gives_up else "tried again"
+            log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure)
+            with self._changed:
+                if not gives_up:
+                    self._changed.wait_for(lambda: self._has_left, self._retry_s)
+
+    def _next(self) -> Commit | None:
+        """The next step to copy; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or self._ends)
+            self._current, self._waiting = self._waiting, None
+            return self._current
+
+    def _copy(self, commit: Commit) -> str | None:
+        """Copy a step, and tell the hooks. Returns the reason why it failed; None if it is there."""
+        name = catalog.step_name(commit.step)
+        dst_path = join(self._remote.path, name)
+        request = CopyRequest(
+            src_root=self._local.storage.root,
+            src_path=join(self._local.path, name),
+            dst_root=self._remote.storage.root,
+            dst_path=dst_path,
+            keep=self._keep(),
+        )
+        started = time.monotonic()
+        outcome: Mapping[str, object] = {}
+        try:
+            with copy_process.start(request) as process:
+                for message in copy_process.messages(process):
+                    outcome = message
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"{type(error).__name__}: {error}"
+        if "seconds" not in outcome:
+            return str(outcome.get("error") or f"its process ended with status {process.returncode}")
+        nbytes, seconds = outcome["nbytes"], time.monotonic() - started
+        log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, format_nbytes(int(nbytes)), seconds)  # type: ignore[call-overload]
+        self._hooks.tell(replace(commit, path=join(self._remote.storage.root, dst_path), tier="remote_folder"))
+        return None
+
+    def _keep(self) -> Keep:
+        config = self._config
+        return Keep(
+            self._remote.path,
+            config.remote_keep_latest_k,
+            config.remote_keep_every_n_steps,
+            dict(self._protected),
+            config.keep_best_k,
+            config.metric,
+            config.mode,
+        )

@@ -1,0 +1,149 @@
+"""A step copied to another place: whole there or not at all, whatever happens, and not copied twice."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import obstore.store
+import pytest
+
+from milepost.errors import CheckpointDamagedError, ConfigError, SaveError, StorageError
+from milepost.format.tags import tag_of
+from milepost.run import catalog
+from milepost.run.owner import OWNER_PREFIX
+from milepost.saving.copy_step import Spot, attempt_of, copy_step
+from milepost.storage import LocalStorage
+from milepost.storage.base import Storage
+from milepost.storage.objectstore import ObjectStorage
+from milepost.storage.retry import Retry
+from milepost.testing.faulty import FaultyStorage
+from milepost.testing.faulty_client import CLIENT_FAULTS, FaultyClient, Killed
+from milepost.testing.sample import save_arrays
+from milepost.verification.verify import verify_in
+
+Tally = Callable[..., None]
+ARRAYS = {"a": np.arange(24, dtype=np.float32).reshape(6, 4), "b.c": np.full((4,), 7, np.float32)}
+STEP = "run/step-5"
+
+
+def memory(client: object | None = None) -> ObjectStorage:
+    store = client if client is not None else obstore.store.MemoryStore()
+    return ObjectStorage("memory://bucket", store=store, retry=Retry(num_tries=3, first_wait_s=0.0))
+
+
+def saved(storage: Storage, path: str = STEP, scale: float = 1.0) -> Spot:
+    arrays = {key: array * np.float32(scale) for key, array in ARRAYS.items()}
+    save_arrays(storage, path, arrays, objects={"n": 3}, step=5, num_ranks=2, now=1.0)
+    return Spot(storage, path)
+
+
+def copy_of(store: obstore.store.MemoryStore) -> obstore.store.MemoryStore:
+    other = obstore.store.MemoryStore()
+    for meta in store.list().collect():
+        other.put(meta["path"], store.get(meta["path"]).bytes())
+    return other
+
+
+def test_there_and_back_is_the_same_checkpoint(tmp_path: Path) -> None:
+    src = saved(LocalStorage(tmp_path))
+    there, back = Spot(memory(), "elsewhere/step-5"), Spot(LocalStorage(tmp_path / "back"), "step-5")
+    assert not copy_step(src, there).was_there
+    assert copy_step(src, there).was_there
+    assert all(tag_of(name) for name in there.storage.list_files("elsewhere/step-5") if name.startswith("__"))
+    copy_step(there, back)
+    for spot in (there, back):
+        assert verify_in(spot.storage, spot.path).is_sound
+    names = sorted(entry.name for entry in src.storage.list(STEP))
+    assert names == sorted(entry.name for entry in back.storage.list("step-5"))
+    for name in names:
+        assert src.storage.read(f"{STEP}/{name}") == back.storage.read(f"step-5/{name}")
+
+
+def test_every_fault_leaves_the_step_that_was_there_or_the_copy(tmp_path: Path, tally: Tally) -> None:
+    src = saved(LocalStorage(tmp_path))
+    src_id = catalog.read_manifest(src.storage, STEP).save_id
+    empty, begun = obstore.store.MemoryStore(), obstore.store.MemoryStore()
+    old_id = catalog.read_manifest(memory(begun), saved(memory(begun), scale=2.0).path).save_id
+    tried = 0
+    for before, fault in itertools.product((empty, begun), CLIENT_FAULTS):
+        counting = FaultyClient(copy_of(before))
+        copy_step(src, Spot(memory(counting), STEP))
+        # What is answered is not changed by a request that fails and is made again: a few of these will do.
+        for number in range(0, len(counting.requests), 5 if fault in ("busy", "cut") else 1):
+            store = copy_of(before)
+            with contextlib.suppress(Killed, SaveError, StorageError):
+                copy_step(src, Spot(memory(FaultyClient(store, fail_at=number, fault=fault)), STEP))
+            storage = memory(store)
+            found = [(entry.save_id, entry.is_usable) for entry in catalog.scan(storage, "run")]
+            assert found in ([(src_id, True)], [(old_id, True)] if before is begun else []), (fault, number)
+            copy_step(src, Spot(storage, STEP))
+            assert verify_in(storage, STEP).is_sound, (fault, number)
+            tried += 1
+    tally("A copy of a step to an object store, cut short at any request", tried=tried, lost=0)
+
+
+def test_every_fault_on_a_disk_leaves_nothing_or_the_copy(tmp_path: Path) -> None:
+    src = saved(LocalStorage(tmp_path / "src"))
+    counting = FaultyStorage(LocalStorage(tmp_path / "count"))
+    copy_step(src, Spot(counting, STEP))
+    for number in range(len(counting.operations)):
+        storage = LocalStorage(tmp_path / str(number))
+        with contextlib.suppress(StorageError, SaveError):
+            copy_step(src, Spot(FaultyStorage(storage, fail_at=number), STEP))
+        assert [entry.is_usable for entry in catalog.scan(storage, "run")] in ([], [True])
+        copy_step(src, Spot(storage, STEP))
+        assert verify_in(storage, STEP).is_sound
+
+
+@pytest.mark.parametrize("kind", ["store", "disk"])
+def test_a_copy_that_was_cut_short_goes_on_where_it_stopped(tmp_path: Path, kind: str) -> None:
+    src = saved(LocalStorage(tmp_path / "src"))
+    dst = Spot(memory() if kind == "store" else LocalStorage(tmp_path / "dst"), STEP)
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt  # before the last file has its name
+
+    with pytest.raises(KeyboardInterrupt):
+        copy_step(src, dst, stop)
+    assert catalog.scan(dst.storage, "run") == []
+    whole = sum(entry.nbytes for entry in src.storage.list(STEP) if entry.name.startswith("__"))
+    assert 0 < copy_step(src, dst).nbytes < whole
+    assert verify_in(dst.storage, STEP).is_sound
+
+
+def test_another_process_that_copies_the_same_is_left_to_it(tmp_path: Path) -> None:
+    src, dst = saved(LocalStorage(tmp_path / "src")), LocalStorage(tmp_path / "dst")
+    attempt = attempt_of(STEP, catalog.read_manifest(src.storage, STEP).save_id)
+    dst.make_folder(attempt)
+    says_who = (
+        "from milepost.run.owner import this_process\n"
+        "print(this_process(0.0).dump().decode().replace(chr(10), ' '), flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", says_who], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        dst.write(f"{attempt}/{OWNER_PREFIX}0000abcd.json", process.stdout.readline())
+        with pytest.raises(SaveError, match="is copying to"):
+            copy_step(src, Spot(dst, STEP))
+        process.communicate(b"\n", timeout=20)
+    copy_step(src, Spot(dst, STEP))
+
+
+def test_what_is_not_whole_or_not_ours_is_not_copied(tmp_path: Path) -> None:
+    src, dst = saved(LocalStorage(tmp_path)), Spot(memory(), STEP)
+    src.storage.remove(f"{STEP}/__1_0.distcp")
+    with pytest.raises(CheckpointDamagedError, match=r"__1_0\.distcp: missing"):
+        copy_step(src, dst)
+    src = saved(LocalStorage(tmp_path), "other/step-5")
+    for name in ("milepost.json", "milepost.digests"):
+        src.storage.remove(f"other/step-5/{name}")
+    with pytest.raises(ConfigError, match="another program"):
+        copy_step(src, dst)
+    assert dst.storage.list_files("") == {}

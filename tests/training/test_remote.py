@@ -1,0 +1,151 @@
+"""A run with a second folder behind its own: what is copied, what is kept, what it resumes from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from milepost import CheckpointConfig, CheckpointManager, Commit
+from milepost.errors import StorageError
+from milepost.run import catalog
+from milepost.storage import open_storage
+from milepost.testing.seaweed import BUCKET
+from milepost.verification.verify import verify
+
+
+@pytest.fixture(params=["folder", "store"])
+def remote(request: pytest.FixtureRequest, memory_path: Path) -> str:
+    if request.param == "folder":
+        return str(memory_path / "remote")
+    request.getfixturevalue("store_environment")
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+def model(value: float) -> torch.nn.Module:
+    made = torch.nn.Linear(4, 4)
+    torch.nn.init.constant_(made.weight, value)
+    return made
+
+
+def config(remote: str, **more: object) -> CheckpointConfig:
+    return CheckpointConfig(enable=True, interval=1, remote_folder=remote, **more)  # type: ignore[arg-type]
+
+
+def steps(url: str) -> list[int]:
+    entries = catalog.scan(*open_storage(url))
+    assert all(entry.state == "committed" for entry in entries), entries
+    return [entry.step for entry in entries]
+
+
+def wait_until(is_so) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_steps_are_copied_and_a_wiped_disk_is_no_loss(memory_path: Path, remote: str) -> None:
+    seen: list[Commit] = []
+    trained = model(0.0)
+    kept = config(remote, keep_latest_k=1, remote_keep_latest_k=2, async_mode="async")
+    with CheckpointManager(memory_path / "run", kept, model=trained, on_commit=seen.append) as manager:
+        for step in (1, 2, 3):
+            torch.nn.init.constant_(trained.weight, step)
+            manager.save(step)
+            manager.maybe_wait_for_saving()
+            wait_until(lambda step=step: (step, "remote_folder") in {(one.step, one.tier) for one in seen})
+    assert steps(str(memory_path / "run")) == [3]
+    assert steps(remote) == [2, 3]
+    assert all(verify(f"{remote}/step-{step}").is_sound for step in (2, 3))
+    assert {one.path for one in seen if one.tier == "remote_folder"} == {f"{remote}/step-{n}" for n in (1, 2, 3)}
+
+    shutil.rmtree(memory_path / "run")
+    resumed = model(-1.0)
+    with CheckpointManager(memory_path / "run", kept, model=resumed) as manager:
+        report = manager.load()
+        assert report is not None
+        assert report.resumed_step == 3
+        assert torch.equal(resumed.weight, trained.weight)  # type: ignore[arg-type]
+        assert manager.save(4)
+    assert steps(str(memory_path / "run")) == [4]
+    assert steps(remote) == [3, 4]
+    lineage = catalog.read_manifest(*open_storage(f"{remote}/step-4")).lineage
+    assert lineage is not None
+    assert lineage.parent_step == 3
+
+
+def test_a_slow_copy_gets_the_newest_and_the_last(memory_path: Path) -> None:
+    remote = str(memory_path / "remote")
+    with CheckpointManager(
+        memory_path / "run", config(remote, keep_latest_k=2, remote_keep_latest_k=0), model=model(0)
+    ) as manager:
+        for step in range(1, 41):
+            assert manager.save(step)
+    copied = steps(remote)
+    assert copied[-1] == 40
+    assert len(copied) < 20
+
+
+def test_only_every_nth_step_is_copied_and_the_last(memory_path: Path) -> None:
+    remote = str(memory_path / "remote")
+    with CheckpointManager(memory_path / "run", config(remote, remote_every_n_steps=2), model=model(0)) as manager:
+        for step in (1, 2, 3):
+            manager.save(step)
+            if step == 2:
+                wait_until(lambda: Path(remote, "step-2").exists())
+    assert steps(remote) == [2, 3]
+
+
+def test_what_a_run_that_died_has_not_copied_is_copied_by_the_next(memory_path: Path) -> None:
+    with CheckpointManager(memory_path / "run", config(""), model=model(1)) as manager:
+        manager.save(1)
+        manager.save(2)
+    remote = str(memory_path / "remote")
+    with CheckpointManager(memory_path / "run", config(remote), model=model(0)) as manager:
+        manager.load()
+    assert steps(remote) == [2]
+
+
+def test_a_step_that_is_damaged_here_is_read_there(memory_path: Path) -> None:
+    remote, trained = str(memory_path / "remote"), model(7.0)
+    with CheckpointManager(memory_path / "run", config(remote), model=trained) as manager:
+        manager.save(1)
+    path = memory_path / "run/step-1/__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.tensor([7.0] * 4).numpy().tobytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    resumed = model(0.0)
+    with CheckpointManager(memory_path / "run", config(remote), model=resumed) as manager:
+        report = manager.load()
+    assert report is not None
+    assert report.path.startswith(remote)
+    assert torch.equal(resumed.weight, trained.weight)  # type: ignore[arg-type]
+
+
+def test_a_copy_that_fails_is_logged_and_fails_nothing(
+    memory_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milepost.training.remote.RETRY_S", 0.05)
+    remote = memory_path / "remote"
+    with (
+        caplog.at_level(logging.INFO, "milepost"),
+        CheckpointManager(memory_path / "run", config(str(remote)), model=model(0)) as manager,
+    ):
+        (remote / "step-1").write_text("in the way")
+        manager.save(1)
+    assert "step 1 could not be copied" in caplog.text
+    assert "`milepost sync` copies it by hand" in caplog.text
+    assert steps(str(memory_path / "run")) == [1]
+
+
+@pytest.mark.usefixtures("store_environment")
+def test_a_remote_folder_that_can_not_be_read_is_told_before_training(memory_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such bucket"):
+        CheckpointManager(memory_path / "run", config("s3://no-such-bucket/run"), model=model(0))
