@@ -59,7 +59,8 @@ test-browser: $(STAMP)
 
 test-integrations: $(STAMP) $(TITAN)/.installed
 	timeout 900 $(BIN)/python -m pytest -q -m "integration and not slow" tests/integrations
-	test ! -s $(TITAN)/packages || timeout 900 $(TITAN)/bin/python -m pytest -q -m integration tests/integrations/test_torchtitan.py
+	test ! -s $(TITAN)/packages || timeout 900 $(TITAN)/bin/python -m pytest -q -k "torchtitan or example" \
+		tests/integrations/test_torchtitan.py tests/integrations/test_pages.py
 
 # torchtitan wants another torchao than torchtune: an environment of its own, before the packages of .venv. Where it
 # can't be installed its tests say that they were not run.

@@ -29,6 +29,10 @@ NOT_RUN_HERE = {
 """Commands that are parsed and checked, but not run by this test, and why."""
 SHOWN_ELSEWHERE = {
     "README.md": {"python": "tests/test_readme.py runs it as it stands, stopped and resumed"},
+    **{
+        f"docs/howto/{page}.md": {"python": "tests/integrations/test_pages.py runs it, with the frameworks"}
+        for page in ("transformers", "lightning", "torchtitan", "more")
+    },
     "docs/format.md": {"json": "tests/format/test_format_doc.py", "text": "tests/format/test_format_doc.py"},
     "docs/design.md": {"text": "a diagram"},
     "docs/reference/cli.md": {"text": "an excerpt of the help; test_docs.py holds the page to the code"},

@@ -72,9 +72,7 @@ class MilepostCheckpointIO(CheckpointIO):
         if os.path.isfile(path):
             is_safe = weights_only is None or weights_only
             return self._stock.load_checkpoint(path, map_location or "cpu", weights_only=is_safe)
-        saved = dict.fromkeys(keys_of(os.fspath(path)))
-        milepost.load(path, saved, comm=SingleProcess())
-        return from_parts(saved)
+        return from_parts(milepost.load(path, comm=SingleProcess()))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint once the one that takes its place is committed. What is none is left where it is."""
@@ -242,7 +240,7 @@ class _Sharded:
         is_training = "optimizer" in keys and bool(self._strategy.optimizers)
         if is_training:
             wanted["optimizer"] = dict(enumerate(self._optimizer_states()))
-        milepost.load(path, wanted)
+        milepost.load(path, wanted, allow_unexpected=() if is_training else ("optimizer",))
         self._strategy.model.load_state_dict({key: wanted[key] for key in model_keys})
         for number, optimizer in enumerate(self._strategy.optimizers if is_training else ()):
             set_optimizer_state_dict(self._strategy.model, optimizer, optim_state_dict=wanted["optimizer"][number])

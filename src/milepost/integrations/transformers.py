@@ -100,7 +100,7 @@ class MilepostCallback(TrainerCallback):
             return
         saved: dict[str, Any] = {"rng": {f"rank{default_comm().rank}": None}}
         if self._resuming.world_size == default_comm().world_size:
-            milepost.load(self._resuming.path, saved)
+            milepost.load(self._resuming.path, saved, allow_unexpected=["*"])
             set_rng_state(saved["rng"][f"rank{default_comm().rank}"])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -194,7 +194,7 @@ class MilepostCallback(TrainerCallback):
         """A folder with the state of the Trainer at the step, which it reads before there is anything to load into."""
         assert self._resuming is not None
         saved: dict[str, Any] = {"train_state": None}
-        milepost.load(self._resuming.path, saved)
+        milepost.load(self._resuming.path, saved, allow_unexpected=["*"])
         state = saved["train_state"]
         rank = default_comm().rank
         state = state.get(f"rank{rank}", state.get("rank0", state))
