@@ -107,7 +107,12 @@ class CheckpointConfig:
     restart_branch: bool = False
     """Begin at ``load_step`` once more, though steps have been saved that descend from it: another branch."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """Parts to leave as freshly built: of model, optimizer, lr_scheduler, dataloader, train_state, states, rng."""
+    """What to leave as freshly built: parts (model, optimizer, lr_scheduler, dataloader, train_state, states, rng), or
+    globs of keys, such as ``head.*``."""
+    allow_missing: tuple[str, ...] = field(default=())
+    """Globs of keys of this run that the checkpoint may lack: they stay as freshly built. All others must be there."""
+    allow_unexpected: tuple[str, ...] = field(default=())
+    """Globs of keys of the checkpoint that this run may have no place for: they are left out. Others are refused."""
     enable_first_step_checkpoint: bool = False
     """Also save after the first step: shows early that saving works."""
     create_seed_checkpoint: bool = False
@@ -173,9 +178,10 @@ class CheckpointConfig:
         if not self.folder:
             found.append("checkpoint.folder must not be empty")
         for name in self.exclude_from_loading:
-            if name not in PARTS:
+            if name not in PARTS and (not name or not is_pattern(name)):
                 found.append(
                     f"checkpoint.exclude_from_loading: there is no part '{name}'; parts are {', '.join(PARTS)}"
+                    " (of keys, write the whole key or a glob, such as head.*)"
                 )
         if self.load_only and self.create_seed_checkpoint:
             found.append("checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other")
@@ -193,6 +199,11 @@ class CheckpointConfig:
         if self.last_save_in_hf and not self.last_save_model_only:
             found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
         return found
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for keys, not for a part: it has a dot or a wildcard."""
+    return any(sign in name for sign in ".*?[")
 
 
 def settle(value: object, hint: Any) -> Any:

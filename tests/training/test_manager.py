@@ -498,9 +498,16 @@ def test_excluded_parts_stay_as_built(folder: Path, part: str) -> None:
     found = run.everything()
     names = {"lr_scheduler": "scheduler", "dataloader": "loader", "train_state": "progress", "rng": "draws"}
     left = names.get(part, part)
+    # Rates are the schedule's: a loaded one sets those of a fresh optimizer, a fresh one begins with this run's.
+    (group,), (built_group,), (trained_group,) = (
+        state["optimizer"]["param_groups"] for state in (found, built, trained)
+    )
+    rates = {"optimizer": trained_group["lr"], "lr_scheduler": built_group["lr"]}
+    assert group["lr"] == rates.get(part, trained_group["lr"])
+    for each in (group, built_group, trained_group):
+        each["lr"] = 0.0
     assert_same(found[left], built[left])
     for name in found:
-        # Options of the optimizer are the scheduler's work too.
         if name != left:
             assert_same(found[name], trained[name], name)
     assert f"left as freshly built: {part}" in report.notes

@@ -4,6 +4,7 @@ In reading order::
 
     load       ``load()``: read the record, compare, plan, read, restore
     fit        keys of both sides compared, and the policy of what may be missing or left out
+    names      keys of a model that stand under the names of its wrappers
     template   a nested state dict of the caller's to load into
     target     what is read into what, and the owners of state: each is loaded through its own door
     module     a module, with its hooks; optimizer: an optimizer, without a step of it

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import call
 from os import PathLike, fspath
@@ -24,6 +24,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, MilepostError, StateMismatchError, listed
 from milepost.format.manifest import Manifest
 from milepost.loading.fit import LetPass, Policy, compare, unexpected_error
+from milepost.loading.names import renamed, renames
 from milepost.loading.reader import ReadStats, TensorReads, read_objects
 from milepost.loading.target import Target
 from milepost.loading.template import Template, Whole
@@ -167,18 +168,22 @@ def load_from(
     comm: Comm,
     must_be_wanted: Callable[[str], bool] = lambda key: True,
     num_threads: int = NUM_IO_THREADS,
+    wanted_keys: Collection[str] = (),
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
     ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
-    then. Stored keys for which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy.
+    then. ``wanted_keys`` are those of a model by its own names, where the stored ones may be a wrapper's. Stored
+    keys for which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy.
     """
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
     looked = _Looked()
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
-            manifest = catalog.read_manifest(storage, folder)
+            recorded = catalog.read_manifest(storage, folder)
+        names = renames({*recorded.tensors, *recorded.objects}, wanted_keys)
+        manifest = renamed(recorded, names) if names else recorded
         target = make_target(manifest, partial(_read_value, storage, folder, manifest))
         flat = flatten(target.values)
         fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
@@ -201,7 +206,8 @@ def load_from(
         try:
             with watched(f"rank {comm.rank} is reading {path}"):
                 if not live:
-                    digests, items = catalog.read_digests(storage, folder, manifest), plan_load(manifest, wanted)
+                    digests, items = catalog.read_digests(storage, folder, recorded), plan_load(manifest, wanted)
+                    items = tuple(replace(item, key=names.get(item.key, item.key)) for item in items)
                     progress = ProgressLog(f"loading {path}", sum(item.shard.data_nbytes for item in items))
                     objects = [key for key in flat.objects if key not in fit.missing]
                     for key, value in read_objects(storage, folder, manifest, objects):
@@ -231,6 +237,7 @@ def load_from(
         missing=fit.missing,
         cast=tuple(sorted((*fit.cast, *target.cast))),
         let_pass=looked.let_pass,
+        notes=tuple(target.notes),
     )
 
 

@@ -14,11 +14,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from milepost.loading.target import Target, fresh_like, same_memory
+from milepost.errors import StateMismatchError
+from milepost.format.manifest import TensorEntry
+from milepost.loading.target import Target, fresh_like, local_tensor, same_memory
 from milepost.tensors.layout import can_be_boxes
 from milepost.tensors.tree import Node, assemble
 
 EXTRA_STATE = "_extra_state"
+DERIVED = ("freqs_cis", "inv_freq", "position_ids")
+"""Buffers that models compute from their sizes, and that some store: a model that has no such name needs none."""
 
 
 class ModuleOwner:
@@ -32,17 +36,27 @@ class ModuleOwner:
         self._nodes: dict[str, Node] = {}  # of all else
         self._on_meta: dict[str, torch.Tensor] = {}
         self._all_live = True
+        self._copies_of: dict[str, str] = {}  # names of tied tensors -> the name under which they are read
+        self._alike: list[tuple[str, str]] = []  # keys of tied tensors whose values must be found equal
         self.replaced: dict[torch.Tensor, torch.Tensor] = {}
         """Parameters and buffers that were on the meta device -> those that stand in their place now."""
 
     def prepare(self, target: Target) -> None:
         held = dict(tensors_of(self._module))
         self._own = self._module.state_dict()
+        self._look_at_tied(target, held)
+        buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
+        left_fresh = []
         for name, value in self._own.items():
             path = self._path_of(name)
             key = ".".join(path)
+            if name in self._copies_of or target.is_excluded(key):
+                continue
             if is_plain_entry(name, value):
-                live = same_memory(value, held.get(name))
+                if name in buffers and not target.has(key, path):
+                    left_fresh.append(key)
+                    continue
+                live = same_memory(value, held.get(name)) and not any(key in pair for pair in self._alike)
                 self._keys[name] = key
                 self._all_live = self._all_live and live
                 target.want(key, value if live else fresh_like(value), live=live)
@@ -56,8 +70,53 @@ class ModuleOwner:
                 target.want_node(node)
                 self._nodes[name] = node
 
+        target.note("buffers that the checkpoint lacks, left as freshly built", left_fresh)
+        not_kept = [".".join(self._path_of(name)) for name in buffers if name not in self._own]
+        derived = [key for key in target.stored_keys if key.rpartition(".")[2] in DERIVED and key not in target.values]
+        unused = sorted(target.stored_keys.intersection((*not_kept, *derived)))
+        target.left.update(unused)
+        target.note("buffers of the checkpoint that this model computes itself, left out", unused)
+
+    def _look_at_tied(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
+        """Of a tensor with several names one is read, and what is stored under the others must be equal."""
+        groups: dict[int, list[str]] = {}
+        for name, value in self._own.items():
+            if is_plain_entry(name, value) and name in held:
+                groups.setdefault(id(held[name]), []).append(name)
+        for names in groups.values():
+            keys = {name: ".".join(self._path_of(name)) for name in names}
+            stored = [name for name in names if target.has(keys[name], self._path_of(name))]
+            if len(names) == 1 or not stored:
+                continue
+            first = stored[0]
+            for name in names:
+                if name == first:
+                    continue
+                if name not in stored:
+                    target.note(f"tied to {keys[first]}, which is stored", [keys[name]])
+                    self._copies_of[name] = first
+                    continue
+                are_equal = _are_equal(target.entry(keys[first]), target.entry(keys[name]))
+                if are_equal is None:
+                    self._alike.append((keys[first], keys[name]))
+                else:
+                    target.left.add(keys[name])
+                    self._copies_of[name] = first
+                if are_equal is False:
+                    target.mismatched.append(_untied(keys[first], keys[name]))
+
     def check(self, values: Mapping[str, Any]) -> None:
-        """Nothing to check beyond shapes and dtypes."""
+        """Raises StateMismatchError for values that differ where this module has one tensor for them."""
+        unfit = [
+            _untied(one, other)
+            for one, other in self._alike
+            if one in values and other in values and not _same_bits(values[one], values[other])
+        ]
+        if unfit:
+            raise StateMismatchError(
+                "the checkpoint does not fit what it is loaded into; nothing was changed:\n  " + "\n  ".join(unfit),
+                mismatched=unfit,
+            )
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._all_live and not self._nodes and not has_own_way(self._module):
@@ -68,6 +127,9 @@ class ModuleOwner:
                 state[name] = values[self._keys[name]]
             elif name in self._nodes:
                 state[name] = assemble(self._nodes[name], values)
+        for name, first in self._copies_of.items():
+            if first in state:
+                state[name] = state[first]
         metadata = getattr(self._own, "_metadata", None)
         if metadata is not None:  # versions of the modules' state, which some read
             cast("Any", state)._metadata = metadata
@@ -79,6 +141,27 @@ class ModuleOwner:
             self._module.load_state_dict(state)
         else:
             self._module.load_state_dict(state, strict=False)
+
+
+def _are_equal(one: TensorEntry | None, other: TensorEntry | None) -> bool | None:
+    """Whether two stored tensors have the same bytes, as far as their digests tell; None where they don't."""
+    if one is None or other is None:
+        return None
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = ([(shard.box, shard.crc32) for shard in entry.shards] for entry in (one, other))
+    if any(crc32 is None for _, crc32 in first + second) or [box for box, _ in first] != [box for box, _ in second]:
+        return None
+    return first == second
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    a, b = local_tensor(one), local_tensor(other)
+    return torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _untied(one: str, other: str) -> str:
+    return f"{one} and {other}: one tensor here (tied), two of different values in the checkpoint"
 
 
 def is_plain_entry(name: str, value: object) -> bool:

@@ -7,6 +7,7 @@ load that is refused has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +17,20 @@ from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.tensors.layout import can_be_boxes, dtype_name
 from milepost.tensors.state import ByName
-from milepost.tensors.tree import Held, Node, Read, Tree, assemble, refs
+from milepost.tensors.tree import Held, Node, Read, Ref, Tree, assemble, refs
 
 
 class Stored:
     """What a checkpoint holds: its manifest and the tree of its values."""
 
-    def __init__(self, manifest: Manifest, read: Read | None = None):
+    def __init__(self, manifest: Manifest, read: Read | None = None, is_excluded: Callable[[str], bool] | None = None):
+        self.keys = frozenset((*manifest.tensors, *manifest.objects))
+        """All that are stored, those too that are excluded from the rest."""
+        self.is_excluded = is_excluded if is_excluded is not None else lambda key: False
+        if is_excluded is not None:
+            tensors = {key: entry for key, entry in manifest.tensors.items() if not is_excluded(key)}
+            objects = {key: entry for key, entry in manifest.objects.items() if not is_excluded(key)}
+            manifest = replace(manifest, tensors=tensors, objects=objects)
         self.manifest = manifest
         self.tree = Tree.of(manifest, read)
 
@@ -40,7 +48,13 @@ class Target:
 
     def __init__(self, stored: Stored | None):
         self._stored = stored
-        self._stored_keys = set() if stored is None else {*stored.manifest.tensors, *stored.manifest.objects}
+        self.is_excluded: Callable[[str], bool] = stored.is_excluded if stored is not None else lambda key: False
+        """Whether the value of a key is to stay as it is here; the stored tree has none of these."""
+        self.notes: list[str] = []
+        """What a user should know of values that are not restored."""
+        self._stored_keys = frozenset[str]()
+        if stored is not None:
+            self._stored_keys = frozenset((*stored.manifest.tensors, *stored.manifest.objects))
         self.values: dict[str, Any] = ByName()
         self.live: set[str] = set()
         """Keys whose tensors belong to the caller's objects already: filled where they are, last."""
@@ -55,6 +69,8 @@ class Target:
 
     def want(self, key: str, tensor: torch.Tensor, *, live: bool, path: Sequence[Any] = ()) -> None:
         """Read ``key`` into ``tensor``; ``path`` is where it stands, should it be in a container stored as one."""
+        if self.is_excluded(key):
+            return
         node = self.at(path or (key,)) if key not in self._stored_keys else None
         if isinstance(node, Held):
             self._want_held(key, tensor, node.value)
@@ -70,6 +86,26 @@ class Target:
     def at(self, path: Sequence[Any]) -> Node | None:
         """The node of the checkpoint's tree at ``path``."""
         return None if self._stored is None else self._stored.tree.at(path)
+
+    @property
+    def stored_keys(self) -> frozenset[str]:
+        """All keys of the checkpoint."""
+        return self._stored_keys
+
+    @property
+    def excluded_keys(self) -> frozenset[str]:
+        """Keys of the checkpoint whose values are to stay as they are here."""
+        return self._stored.keys - self._stored_keys if self._stored is not None else frozenset()
+
+    def has(self, key: str, path: Sequence[Any]) -> bool:
+        """Whether the checkpoint has a value for a key, perhaps in a container that is stored as one."""
+        return self._stored is None or key in self._stored_keys or self.at(path) is not None
+
+    def value_of(self, node: Node) -> Any:
+        """The value of a node that is no container; None for a tensor."""
+        if isinstance(node, Held):
+            return node.value
+        return self._stored.tree.read(node.key) if self._stored is not None and isinstance(node, Ref) else None
 
     def entry(self, key: str) -> TensorEntry | None:
         """The stored tensor of a key; None if there is none, or another kind of value."""
@@ -123,6 +159,11 @@ class Target:
     def leave(self, node: Node) -> None:
         """Note values that are of no use here: they count neither as wanted nor as unexpected."""
         self.left.update(refs(node))
+
+    def note(self, what: str, keys: Sequence[str]) -> None:
+        """Note that ``keys`` are treated in some way, if there are any."""
+        if keys:
+            self.notes.append(f"{what}: {', '.join(listed(keys, 5))}")
 
     def want_missing(self, keys: Iterable[str]) -> None:
         """Note keys that an object needs and the checkpoint lacks: they are reported, and refused when strict."""
@@ -206,9 +247,14 @@ class StatefulOwner:
         self._own = own
         self._in_place = in_place
         self._node: Node = None
+        self._excludes = False
+        self._is_excluded: Callable[[str], bool] = lambda key: False
 
     def prepare(self, target: Target) -> None:
         self._node = target.at(self._path)
+        self._is_excluded = target.is_excluded
+        start = ".".join(map(str, self._path)) + "."
+        self._excludes = any(key.startswith(start) for key in target.excluded_keys)
         if self._node is None:
             target.want_missing([".".join(map(str, self._path))])
         else:
@@ -236,7 +282,23 @@ class StatefulOwner:
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is not None:
-            self._stateful.load_state_dict(assemble(self._node, values))
+            state = assemble(self._node, values)
+            if self._excludes:
+                _fill_excluded(state, self._stateful.state_dict(), self._path, self._is_excluded)
+            self._stateful.load_state_dict(state)
+
+
+def _fill_excluded(state: Any, own: Any, path: Sequence[Any], is_excluded: Callable[[str], bool]) -> None:
+    """Put what an object has itself in the places of excluded keys, so that it finds all that it looks for."""
+    if not isinstance(state, dict) or not isinstance(own, Mapping):
+        return
+    for name, value in own.items():
+        here = (*path, name)
+        if name not in state:
+            if is_excluded(".".join(map(str, here))):
+                state[name] = value
+        else:
+            _fill_excluded(state[name], value, here, is_excluded)
 
 
 def item(container: Any, name: Any) -> Any:

@@ -89,6 +89,10 @@ class Tree:
                 return None
         return node
 
+    def read(self, key: str) -> Any:
+        """The value of a key that is not a tensor; None if it can't be read."""
+        return self._read(key) if self._read is not None else None
+
     def _held(self, ref: Ref) -> Node:
         """The nodes of a container that is stored as one value; nothing for any other value."""
         value = self._read(ref.key) if self._read is not None else None

@@ -46,6 +46,7 @@ from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.metrics import MetricRecorder
+from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.remote import RemoteTier
 from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
@@ -165,6 +166,7 @@ class CheckpointManager:
         self._hooks = CommitHooks(on_commit, self._config.on_commit)
         self._signals = SignalFlags()
         self._files = RequestFiles(self._storage, self._folder)
+        self._rng: Mapping[str, Any] | None = None  # as `load` left it
         self._blocked_s = 0.0
         self._stall_s: float | None = None
         self._num_failures = 0  # in a row
@@ -268,9 +270,19 @@ class CheckpointManager:
             found = self._loader.load(num_steps, step)
         report, descent = found if found is not None else (None, None)
         self._history.resumed(descent)
+        self._rng = rng_state()
         if report is not None and report.resumed_step is not None:
             self._protected[report.resumed_step] = "this run resumed from it"
         return report
+
+    def restore_rng(self) -> None:
+        """Set this rank's random generators to where :meth:`load` left them, if it was called.
+
+        Call it where training goes on, after what draws from them on the way there: ``iter(loader)`` takes the seed of
+        its workers from torch's generator, so that dropout would go on one number later than it did.
+        """
+        if self._rng is not None:
+            set_rng_state(self._rng)
 
     @interrupts_held()
     def save(self, step: SupportsIndex, *, last_step: bool = False, metrics: Mapping[str, float] | None = None) -> bool:

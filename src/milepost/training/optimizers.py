@@ -26,6 +26,11 @@ PART = "optimizer"
 NAMES = "param_names"
 """An option of groups that were made of named parameters. It says what the keys say: stored nowhere."""
 
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+"""Options that a schedule sets."""
+_CYCLED = ("momentum", "betas")
+"""Those too, where a schedule has stored the bounds between which they move."""
+
 COUNTER = "step"
 """What torch's optimizers put first in a parameter's state. Older checkpoints don't tell the order."""
 
@@ -50,10 +55,16 @@ def check_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Paramete
     """Refuse what could not be found again.
 
     Raises:
-        ConfigError: an optimizer steps a parameter that no model part holds.
+        ConfigError: an optimizer steps a parameter that no model part holds, or two step the same.
     """
+    owner_of: dict[nn.Parameter, Optimizer] = {}
     for optimizer in optimizers:
         for _, parameter in each_parameter(optimizer) if isinstance(optimizer, Optimizer) else ():
+            if owner_of.setdefault(parameter, optimizer) is not optimizer and parameter in names:
+                raise ConfigError(
+                    f"{type(owner_of[parameter]).__name__} and {type(optimizer).__name__} both step "
+                    f"'{names[parameter]}': each parameter may be in one optimizer"
+                )
             if parameter not in names:
                 raise ConfigError(
                     f"{type(optimizer).__name__} steps a parameter of shape {list(parameter.shape)} that is in no "
@@ -179,13 +190,20 @@ class OptimizersOwner:
     """All optimizers of a run, to load from what :func:`optimizer_state` saved, or stock PyTorch."""
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str], own_form: Collection[Optimizer]
+        self,
+        optimizers: Sequence[Optimizer],
+        names: Mapping[nn.Parameter, str],
+        own_form: Collection[Optimizer],
+        *,
+        keeps_rates: bool = False,
     ):
         self._optimizers = optimizers
         self._names = names
         self._saved = _Saved({}, {}, None, {})
         self._own_form = {number for number, optimizer in enumerate(optimizers) if optimizer in own_form}
         self._keeps_dtype: dict[str, bool] = {}
+        self._keeps_rates = keeps_rates
+        self._notes: dict[str, dict[str, None]] = {}
 
     def prepare(self, target: Target) -> None:
         self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()))
@@ -196,20 +214,52 @@ class OptimizersOwner:
             for group, parameter in each_parameter(optimizer):
                 self._want(target, optimizer, group, parameter)
             target.want_node(child(self._saved.extra, str(number)))
+        self._leave_frozen(target)
+        for what, keys in self._notes.items():
+            target.note(what, list(keys))
         for parameter, name in self._names.items():
             entry = target.entry(name)
             self._keeps_dtype[name] = entry is None or getattr(torch, entry.dtype) == parameter.dtype
 
     def _want(self, target: Target, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
         name = self._names[parameter]
+        if self._has_any and name not in self._saved.state and name not in self._saved.options:
+            self._note("parameters new to the optimizer, begun afresh", name)
+            return
         want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
         saved = self._saved.options.get(name, {})
         for option in _options(group):
-            if option in saved:
+            if option in saved and not self._is_kept(option, saved):
                 target.want_node(saved[option])
+            elif option in saved or target.is_excluded(key := f"{PART}.param_groups.{name}.{option}"):
+                target.leave(saved.get(option))
+            elif option not in optimizer.defaults or group[option] is None or isinstance(group[option], bool):
+                self._note("optimizer options that the checkpoint lacks, as in this run", option)
             else:
-                target.want_missing([f"{PART}.param_groups.{name}.{option}"])
-        target.leave(saved.get(NAMES))
+                target.want_missing([key])
+        for option in [option for option in saved if option not in group]:
+            value = target.value_of(saved[option])
+            if option in (NAMES, *SCHEDULED) or value is None or isinstance(value, bool):
+                target.leave(saved[option])
+            if option != NAMES and (option in SCHEDULED or value is None or isinstance(value, bool)):
+                self._note("optimizer options of the checkpoint that are not in this run, left out", option)
+
+    def _is_kept(self, option: str, saved: Mapping[str, Node]) -> bool:
+        """Whether an option stays as it is in this run: one that the schedule sets, which is not loaded."""
+        is_cycled = option in _CYCLED and "max_momentum" in saved
+        return self._keeps_rates and (option in SCHEDULED or is_cycled)
+
+    def _note(self, what: str, key: str) -> None:
+        self._notes.setdefault(what, {})[key] = None
+
+    def _leave_frozen(self, target: Target) -> None:
+        """State of parameters that the model has, and no optimizer any more."""
+        stepped = {self._names[p] for optimizer in self._optimizers for _, p in each_parameter(optimizer)}
+        known = set(self._names.values()) - stepped if not self._own_form else set[str]()
+        for name in sorted(known & (self._saved.state.keys() | self._saved.options.keys())):
+            target.leave(self._saved.state.get(name, {}))
+            target.leave(self._saved.options.get(name, {}))
+            self._note("parameters that no optimizer steps any more, their state left out", name)
 
     def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
         name = _longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
@@ -223,8 +273,10 @@ class OptimizersOwner:
                 self._check_group(group, values)
 
     def _check_group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        names = [self._names[parameter] for parameter in group["params"]]
+        names = self._known(group)
         for option in _options(group):
+            if names and self._is_kept(option, self._saved.options[names[0]]):
+                continue
             first: Any = None
             for name in names:
                 node = self._saved.options.get(name, {}).get(option)
@@ -236,6 +288,15 @@ class OptimizersOwner:
                         f"the optimizer puts {name} in one group with {names[0]}, but they were saved with different "
                         f"values of {option} ({value} and {first}); group them as they were. Nothing was changed",
                     )
+
+    def _known(self, group: Mapping[str, Any]) -> list[str]:
+        """The names of a group's parameters that the checkpoint has options of."""
+        names = [self._names[parameter] for parameter in group["params"]]
+        return [name for name in names if name in self._saved.options]
+
+    @property
+    def _has_any(self) -> bool:
+        return bool(self._saved.state or self._saved.options)
 
     def adopt(self, replaced: Mapping[Any, Any]) -> None:
         """Go on with parameters that have taken the place of others (see ``ModuleOwner.replaced``)."""
@@ -267,9 +328,10 @@ class OptimizersOwner:
     def _group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """A group's options: as they were saved, and as they are here where the checkpoint has none."""
         found = {option: group[option] for option in group if option != "params"}
-        saved = self._saved.options.get(self._names[group["params"][0]], {}) if group["params"] else {}
+        known = self._known(group)
+        saved = self._saved.options[known[0]] if known else {}
         for option in _options(group):
-            if option in saved:
+            if option in saved and not self._is_kept(option, saved):
                 value = assemble(saved[option], values)
                 here = group[option]
                 if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
-from milepost.config import CheckpointConfig, part_of
-from milepost.errors import CheckpointDamagedError, ConfigError, StorageError
+from milepost.config import PARTS, CheckpointConfig, part_of
+from milepost.errors import CheckpointDamagedError, ConfigError, StateMismatchError, StorageError, near
 from milepost.format.manifest import HF_FORMAT, Manifest
-from milepost.loading.fit import Policy
+from milepost.interop.any_weights import Loaded, load_any
+from milepost.loading.fit import Policy, first_match
 from milepost.loading.load import LoadReport, load_from
 from milepost.loading.target import Stored, Target
 from milepost.run import catalog
@@ -21,7 +22,7 @@ from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Form
-from milepost.storage import open_storage
+from milepost.storage import is_folder, open_storage
 from milepost.storage.base import Storage, join
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten
@@ -31,6 +32,7 @@ from milepost.training.training_state import StateLoad, TrainingState
 
 log = logging.getLogger("milepost")
 
+_OPTIMIZER_KEYS = ("optimizer.state.", "optimizer.param_groups.")
 SPELLING = "set checkpoint.{option} = {patterns}"
 
 
@@ -59,6 +61,11 @@ class WeightsFormat(Protocol):
 
         Not collective. Nothing is changed when the weights do not fit.
         """
+
+
+def is_weights_file(path: str) -> bool:
+    """Whether a path names one file of weights, not a folder."""
+    return path.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and not is_folder(path)
 
 
 class Loader:
@@ -111,7 +118,9 @@ class Loader:
                 return None
             if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
                 return self._load_weights(choice), descent
-            into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout)
+            if choice.step is None and is_weights_file(choice.path):
+                return self._load_file(choice), descent
+            into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout, self._config)
             storage, path = self._place(choice)
             model_notes: list[str] = []
             try:
@@ -120,10 +129,11 @@ class Loader:
                     path,
                     partial(self._make_target, into, join(storage.root, path), model_notes),
                     check=into.check,
-                    policy=Policy(spelling=SPELLING),
+                    policy=self._policy(choice),
                     comm=self._comm,
                     must_be_wanted=into.is_complete,
                     num_threads=self._config.num_io_threads,
+                    wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
                 )
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None:
@@ -135,7 +145,8 @@ class Loader:
                         rejected[choice.step] = error.message
                 # Else it was replaced while it was read: look again.
                 continue
-            notes = [*choice.notes, *dict.fromkeys(model_notes), *self._restore(into)]
+            notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
+            notes += self._restore(into)
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
 
     def _place(self, choice: Choice) -> tuple[Storage, str]:
@@ -145,6 +156,12 @@ class Loader:
         if choice.in_remote and self._remote is not None:
             return self._remote.storage, choice.path
         return self._storage, choice.path
+
+    def _policy(self, choice: Choice) -> Policy:
+        """What may be missing: whatever a new run adds to the weights that it begins with, where it says which."""
+        config = self._config
+        added = ("*",) if choice.step is None else ()
+        return Policy((*config.allow_missing, *added), config.allow_unexpected, SPELLING)
 
     def _wanted(self, choice: Choice) -> tuple[str, ...]:
         parts = ("model",) if choice.model_only else self._state.present()
@@ -187,6 +204,43 @@ class Loader:
         raise_together(self._comm, failure)
         assert report is not None
         return replace(report, step=choice.step, resumed_step=choice.step, notes=(*choice.notes, *report.notes))
+
+    def _load_file(self, choice: Choice) -> LoadReport:
+        """Start from the weights in one file, of any model."""
+        into = _Into(self._state, ("model",), self._comm.world_size, self._layout, self._config)
+        loaded: Loaded | None = None
+        failure = None
+        try:
+            load = self._state.loading_weights()
+            leaves = flatten(load.prepare().values).tensors
+            loaded = load_any(
+                choice.path,
+                {key: leaf for key, leaf in leaves.items() if not into.is_excluded(key)},
+                self._state.model_keys(),
+                self._policy(choice),
+                must_be_wanted=into.is_complete,
+                num_threads=self._config.num_io_threads,
+                tell=self._comm.rank == 0,
+            )
+            load.restore()
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+            failure = failure_on(self._comm.rank, cause)
+        raise_together(self._comm, failure)
+        assert loaded is not None
+        return LoadReport(
+            path=loaded.path,
+            step=None,
+            kind="model",
+            num_tensors=loaded.num_tensors,
+            wanted_nbytes=loaded.read_nbytes,
+            read_nbytes=loaded.read_nbytes,
+            seconds=0.0,
+            unexpected=loaded.unexpected,
+            missing=loaded.missing,
+            cast=loaded.cast,
+            let_pass=loaded.let_pass,
+            notes=(*choice.notes, *map(str, loaded.let_pass)),
+        )
 
     def _choose(
         self, rejected: dict[int, str], num_steps: int | None, step: int | None = None
@@ -236,22 +290,53 @@ class Loader:
 class _Into:
     """The parts of a training state that are wanted, and their load once the checkpoint's manifest is known."""
 
-    def __init__(self, state: TrainingState, wanted: tuple[str, ...], world_size: int, layout: Mapping[str, int]):
+    def __init__(
+        self,
+        state: TrainingState,
+        wanted: tuple[str, ...],
+        world_size: int,
+        layout: Mapping[str, int],
+        config: CheckpointConfig,
+    ):
         self._state = state
-        self._wanted = wanted
+        self.wanted = wanted
+        self._excluded_parts = [name for name in config.exclude_from_loading if name in PARTS]
+        self._excluded_keys = [name for name in config.exclude_from_loading if name not in PARTS]
+        self._allow_unexpected = config.allow_unexpected
+        self._left_models: frozenset[str] = frozenset()
         self._world_size = world_size
         self._layout = layout
         self._load: StateLoad | None = None
 
     @property
     def wants_model(self) -> bool:
-        return "model" in self._wanted
+        return "model" in self.wanted
 
     def prepare(self, manifest: Manifest, read: Read) -> Target:
         """What to read into; the live objects are not changed."""
         same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
-        self._load = self._state.loading(self._wanted, Stored(manifest, read), same_layout=same_layout)
+        stored = Stored(manifest, read, self.is_excluded if self._excluded_keys else None)
+        self._check_exclusions(stored.keys)
+        self._left_models = frozenset(
+            key for key in manifest.tensors if part_of(key) == "model" and first_match(self._allow_unexpected, key)
+        )
+        self._load = self._state.loading(self.wanted, stored, same_layout=same_layout, excluded=self._excluded_parts)
         return self._load.prepare()
+
+    def is_excluded(self, key: str) -> bool:
+        """Whether the user wishes a key's value to stay as it is here."""
+        return first_match(self._excluded_keys, key) is not None
+
+    def _check_exclusions(self, stored: Collection[str]) -> None:
+        """Refuse a pattern that names nothing: what it was meant to keep would be overwritten."""
+        known = {*stored, *self._state.model_keys()}
+        for pattern in self._excluded_keys:
+            if not any(first_match([pattern], key) for key in known):
+                hint = near(pattern, known)
+                raise StateMismatchError(
+                    f"checkpoint.exclude_from_loading: no key of the checkpoint or the model matches '{pattern}'"
+                    + (f"; did you mean '{hint}'?" if hint else "")
+                )
 
     def check(self) -> None:
         """Refuse what does not fit, once all but the live tensors is read."""
@@ -260,7 +345,13 @@ class _Into:
 
     def is_complete(self, key: str) -> bool:
         """Whether a stored key must have a place: weights and optimizer state are never left out silently."""
-        return part_of(key) in self._wanted and part_of(key) in ("model", "optimizer")
+        if self.is_excluded(key):
+            return False
+        if key.startswith(_OPTIMIZER_KEYS):  # of a parameter that is left out itself
+            name = key.split(".", 2)[2]
+            if any(name.startswith(f"{left}.") for left in self._left_models):
+                return False
+        return part_of(key) in self.wanted and part_of(key) in ("model", "optimizer")
 
     def restore(self) -> list[str]:
         """Hand what was read to the live objects. Returns remarks for the log."""

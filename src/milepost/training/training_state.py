@@ -82,6 +82,10 @@ class TrainingState:
         """All modules of this run: the model's parts, and those among the further objects."""
         return (*self.models, *(state for state in self.states.values() if isinstance(state, nn.Module)))
 
+    def model_keys(self) -> frozenset[str]:
+        """The keys of the model's state."""
+        return frozenset(model_state(self.models))
+
     def present(self) -> tuple[str, ...]:
         """The parts that this run has, in the order of ``PARTS``."""
         has = {
@@ -115,14 +119,16 @@ class TrainingState:
             state["rng"] = {f"rank{self.rank}": rng_state()}
         return state
 
-    def loading(self, wanted: Collection[str], stored: Stored, *, same_layout: bool) -> StateLoad:
-        """How a checkpoint is loaded into the live objects.
+    def loading(
+        self, wanted: Collection[str], stored: Stored, *, same_layout: bool, excluded: Collection[str] = ()
+    ) -> StateLoad:
+        """How a checkpoint is loaded into the live objects. ``excluded`` parts are left out by the user's wish.
 
         Raises:
             StateMismatchError: the checkpoint lacks a whole part that is wanted.
         """
         found = {part if part in PARTS[1:] else "model" for part in map(str, stored.tree.root)}
-        found |= {part_of(key) for key in (*stored.manifest.tensors, *stored.manifest.objects)}
+        found |= {part_of(key) for key in stored.keys}
         lacking = [part for part in wanted if part not in found and part != "rng"]
         if lacking:
             raise StateMismatchError(
@@ -135,8 +141,12 @@ class TrainingState:
         if "optimizer" in wanted:
             # Not asked before: some make their state when asked, by a step that a new run must not have taken.
             own_form = of_own_form(self.optimizers)
-            owners["optimizer"] = [OptimizersOwner(self.optimizers, parameter_names(self.models), own_form)]
-        owners["lr_scheduler"] = self._scheduler_owners(stored)
+            names = parameter_names(self.models)
+            # A schedule that is left out was to begin with this run's rates, not where the saved one was.
+            keeps_rates = "lr_scheduler" in excluded and (bool(self.schedulers) or "lr_scheduler" in found)
+            owners["optimizer"] = [OptimizersOwner(self.optimizers, names, own_form, keeps_rates=keeps_rates)]
+        if "lr_scheduler" in wanted:
+            owners["lr_scheduler"] = self._scheduler_owners(stored)
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         owners["train_state"] = [StatefulOwner(self.train_state, ("train_state",))]
         owners["states"] = [state_owner(name, stateful) for name, stateful in self.states.items()]
@@ -148,7 +158,8 @@ class TrainingState:
             owners[part] = [PerRankOwner(self._owner_of(part), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
         chosen = [owner for part in PARTS if part in wanted for owner in owners[part]]
-        return StateLoad(Target(stored), chosen, self.optimizers)
+        sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
+        return StateLoad(Target(stored), chosen, self.optimizers, self.schedulers if sets_rates else ())
 
     def loading_weights(self) -> StateLoad:
         """How weights that are read elsewhere are loaded: into the tensors of the target."""
@@ -187,6 +198,8 @@ class StateLoad:
     target: Target
     owners: Sequence[Owner]
     optimizers: Sequence[Optimizer]
+    rate_setters: Sequence[Any] = ()
+    """Schedulers that are loaded while their optimizers are not: these get the rates that the schedule has reached."""
 
     def prepare(self) -> Target:
         """Collect what the objects want; they are not changed."""
@@ -212,7 +225,30 @@ class StateLoad:
             if isinstance(owner, RngOwner) and owner.note:
                 notes.append(owner.note)
         take_place(self.optimizers, replaced)  # also where their state is not loaded
+        for scheduler in self.rate_setters:
+            set_rates(scheduler)
         return notes
+
+
+def set_rates(scheduler: Any) -> None:
+    """Set an optimizer's learning rates to where its schedule is: it computes the next ones from these."""
+    optimizer, rates = getattr(scheduler, "optimizer", None), getattr(scheduler, "_last_lr", None)
+    bases = getattr(scheduler, "base_lrs", ())
+    groups = getattr(optimizer, "param_groups", ())
+    if rates is None or len(rates) != len(groups):
+        return
+    for group, rate in zip(groups, rates, strict=True):
+        _set_rate(group, "lr", rate)
+    if len(bases) == len(groups):
+        for group, rate in zip(groups, bases, strict=True):
+            _set_rate(group, "initial_lr", rate)
+
+
+def _set_rate(group: dict[str, Any], option: str, rate: Any) -> None:
+    if isinstance(group.get(option), torch.Tensor):
+        group[option].fill_(rate)
+    else:
+        group[option] = rate
 
 
 def module_owner(part: nn.Module) -> ModuleOwner:

@@ -1,0 +1,153 @@
+"""Weights of any model by their own names, from any source that ``open_weights`` knows: a ``.pt`` file, safetensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from milepost.collective.progress import ProgressLog
+from milepost.collective.threads import map_in_threads
+from milepost.errors import StateMismatchError, listed
+from milepost.format.box import Box, Slab, cut_into_slabs
+from milepost.format.dtype import itemsize
+from milepost.interop.weights.boxes import Array, Readable, TensorInfo, array_dtype, as_bytes
+from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.stream import SLAB_NBYTES
+from milepost.loading.fit import LetPass, Policy, unexpected_error
+from milepost.loading.names import renames
+from milepost.tensors.layout import TensorLeaf
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did, as this rank saw it."""
+
+    path: str
+    num_tensors: int
+    read_nbytes: int
+    cast: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    let_pass: tuple[LetPass, ...]
+
+
+class _Renamed:
+    """Stored tensors under other keys: ``names`` maps those to the stored ones."""
+
+    def __init__(self, base: Readable, names: Mapping[str, str]):
+        self._base = base
+        self._names = names
+        self.tensors: Mapping[str, TensorInfo] = {key: base.tensors[stored] for key, stored in names.items()}
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
+        """See ``Readable``."""
+        self._base.read_into(self._names[key], box, out)
+
+    def unit_rows(self, key: str) -> int:
+        """See ``Readable``."""
+        return self._base.unit_rows(self._names[key])
+
+
+def load_any(
+    path: str,
+    leaves: Mapping[str, TensorLeaf],
+    model_keys: frozenset[str],
+    policy: Policy,
+    *,
+    must_be_wanted: Callable[[str], bool],
+    num_threads: int,
+    tell: bool,
+) -> Loaded:
+    """Fill this rank's ``leaves`` from the weights at ``path``, prefixes and wrappers in their names aside.
+
+    ``model_keys`` are those of this rank's model: stored ones without a place there are refused, unless
+    ``must_be_wanted`` does not hold for them or the policy lets them pass. Not collective.
+
+    Raises:
+        StateMismatchError: keys or shapes do not fit; nothing was changed.
+        CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
+    """
+    weights = open_weights(path)
+    with weights.source as source:
+        moved = renames(source.tensors, leaves)
+        names = {key: key for key in source.tensors if key not in set(moved.values())} | moved
+        view = _Renamed(source, names)
+        missing = sorted(key for key in leaves if key not in view.tensors)
+        unexpected = sorted(key for key in view.tensors if key not in model_keys and must_be_wanted(key))
+        found = {key: leaf for key, leaf in leaves.items() if key in view.tensors}
+        refused = sorted(policy.refused_unexpected(unexpected))
+        if not found:
+            raise StateMismatchError(
+                f"nothing was loaded: {source.path} has none of the model's keys", path=source.path, missing=missing
+            )
+        if refused:
+            raise unexpected_error(source.path, refused, policy, set(view.tensors) - set(refused))
+        cast = check_fit(view, {**found, **{key: leaves[key] for key in policy.refused_missing(missing)}}, source.path)
+        nbytes = fill(view, found, num_threads, f"loading {source.path}" if tell else None)
+        source.check_digests()
+    return Loaded(
+        path=source.path,
+        num_tensors=len(found),
+        read_nbytes=nbytes,
+        cast=cast,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        let_pass=policy.let_pass(missing, unexpected),
+    )
+
+
+def check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> tuple[str, ...]:
+    """The casts that ``leaves`` need, one line each. Raises StateMismatchError for what is missing or misshapen."""
+    missing = sorted(key for key in leaves if key not in ours.tensors)
+    mismatched, cast = [], []
+    for key, leaf in leaves.items():
+        stored = ours.tensors.get(key)
+        here = leaf.spec
+        if stored is not None and stored.shape != here.shape:
+            mismatched.append(f"{key}: shape {list(stored.shape)} in the weights, {list(here.shape)} here")
+        elif stored is not None and stored.dtype != here.dtype:
+            cast.append(f"{key}: {stored.dtype} -> {here.dtype}")
+    if missing or mismatched:
+        lines = [*(f"{key} is not in the weights" for key in missing), *sorted(mismatched)]
+        raise StateMismatchError(
+            f"{path} does not fit the model; nothing was changed:\n  " + "\n  ".join(listed(lines)),
+            path=path,
+            missing=missing,
+            mismatched=sorted(mismatched),
+        )
+    return tuple(sorted(cast))
+
+
+def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, told_as: str | None) -> int:
+    """Read into ``leaves``, slab by slab; returns the bytes read. ``told_as`` names it in the log."""
+    local = threading.local()
+
+    def work(task: tuple[str, int, Slab]) -> None:
+        key, piece, slab = task
+        leaf = leaves[key]
+        stored = ours.tensors[key].dtype
+        if not hasattr(local, "buffer") or len(local.buffer) < slab.nbytes:
+            local.buffer = np.empty(slab.nbytes, np.uint8)
+        values: Array = local.buffer[: slab.nbytes].view(array_dtype(stored)).reshape(slab.box.sizes)
+        ours.read_into(key, slab.box.shifted(leaf.pieces[piece].box.offsets), values)
+        raw = torch.from_numpy(as_bytes(values)).view(getattr(torch, stored)).view(slab.box.sizes)
+        target = leaf.view(piece)
+        target[slab.box.index()].copy_(raw)
+        if progress is not None:
+            progress.add(slab.nbytes)
+
+    tasks = [
+        (key, index, slab)
+        for key, leaf in leaves.items()
+        for index, piece in enumerate(leaf.pieces)
+        for slab in cut_into_slabs(piece.box.sizes, itemsize(ours.tensors[key].dtype), SLAB_NBYTES, ours.unit_rows(key))
+    ]
+    nbytes = sum(slab.nbytes for _, _, slab in tasks)
+    progress = ProgressLog(told_as, nbytes) if told_as is not None else None
+    with torch.no_grad():
+        map_in_threads(work, tasks, num_threads, name="milepost-load")
+    return nbytes

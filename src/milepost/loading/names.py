@@ -1,0 +1,54 @@
+"""Keys of a checkpoint as an unwrapped model would have them: other programs save those of its wrappers too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from milepost.config import part_of
+from milepost.format.manifest import Manifest
+
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "base_layer")
+_ADAPTED = "base_model.model."
+"""Before the keys of a model that PEFT has put adapters over."""
+_PREFIXES = ("module.", "model.", "state_dict.", "model_state_dict.")
+"""Under what a whole model may stand in a checkpoint or a ``.pt`` file."""
+
+
+def renames(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """For each key of a model that is stored under another name, that name: one with wrappers or a prefix in it.
+
+    Prefixes are looked for only where no wanted key is stored under its own name: a model that has lost its prefix has
+    lost all of it. Adapters wrap too: what they are put over is stored under its name without them.
+    """
+    direct = {key for key in wanted if key in stored}
+    model = [key for key in stored if part_of(key) == "model" and key not in direct]
+    bare = {_without_wrappers(key): key for key in model}
+    if len(bare) < len(model):  # two would become one
+        return {}
+    ours = {_without_wrappers(key): key for key in wanted if key not in direct}
+    for prefix in ("",) if direct else ("", *_prefixes_of(bare)):
+        found = {key: bare[prefix + name] for name, key in ours.items() if prefix + name in bare}
+        if found:
+            used = set(found.values())
+            rest = {name[len(prefix) :]: key for name, key in bare.items() if name.startswith(prefix)}
+            return found | {name: key for name, key in rest.items() if key not in used and name not in found and prefix}
+    return {}
+
+
+def _prefixes_of(keys: Collection[str]) -> list[str]:
+    single = [prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)]
+    return [*single, *(f"{outer}{inner}" for outer in single for inner in _PREFIXES)]
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.removeprefix(_ADAPTED).split(".") if part not in _WRAPPERS)
+
+
+def renamed(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
+    """The manifest with other keys; ``names`` maps new ones to those that are stored."""
+    back = {stored: new for new, stored in names.items()}
+    moved = {back.get(key, key): entry for key, entry in manifest.tensors.items()}
+    objects = {back.get(key, key): entry for key, entry in manifest.objects.items()}
+    paths = {key: path for key, path in manifest.paths.items() if key not in back}
+    return replace(manifest, tensors=moved, objects=objects, paths=paths | {key: (key,) for key in names}, extra={})

@@ -1,0 +1,448 @@
+"""Ordinary changes between two runs: what needs no option and is only noted, what an option lets pass, what is refused.
+
+Each is a recipe of docs/howto/change.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from same import assert_same, digest
+from torch import nn
+from torch.optim import lr_scheduler
+
+import milepost
+from milepost import CheckpointConfig, CheckpointManager, ConfigError, StateMismatchError
+
+Optimizer = torch.optim.Optimizer
+
+
+class Net(nn.Module):
+    """A body and a head."""
+
+    def __init__(self, classes: int = 3, *, adapter: bool = False, tied: bool = False):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.body = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        if adapter:
+            self.adapter = nn.Linear(4, 4)
+        self.head = nn.Linear(4, classes, bias=False)
+        if tied:
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.body(self.embedding(x)))
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+class Run:
+    """A small run."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: Any = None, scheduler: Any = None, **config: Any):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        options = CheckpointConfig(interval=1, last_save_model_only=False, **config)
+        self.manager = CheckpointManager(folder, options, model=model, optimizer=optimizer, lr_scheduler=scheduler)
+        opened.append(self.manager)
+
+    def train(self, steps: int) -> Run:
+        for step in range(1, steps + 1):
+            self.model(torch.arange(5)).square().mean().backward()
+            for optimizer in self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]:
+                optimizer.step()
+                optimizer.zero_grad()
+            for scheduler in self.scheduler if isinstance(self.scheduler, list) else [self.scheduler]:
+                if scheduler is not None:
+                    scheduler.step()
+            self.manager.save(step)
+        self.manager.close()
+        return self
+
+    def load(self) -> list[str]:
+        report = self.manager.load()
+        assert report is not None
+        return list(report.notes)
+
+
+opened: list[CheckpointManager] = []
+
+
+@pytest.fixture(autouse=True)
+def close_managers() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()
+
+
+def adamw(model: nn.Module, lr: float = 0.1, **options: Any) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, **options)
+
+
+def saved(folder: Path, **options: Any) -> Run:
+    """A run of two steps."""
+    torch.manual_seed(0)
+    model = Net(**options)
+    return Run(folder, model, adamw(model)).train(2)
+
+
+def moments(optimizer: Optimizer, parameter: Any) -> Any:
+    return optimizer.state[parameter]["exp_avg"]
+
+
+# ---- what needs no option ----
+
+
+def test_options_that_another_version_of_torch_adds_or_lacks(memory_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model)
+    for group in optimizer.param_groups:
+        del group["decoupled_weight_decay"]
+        group["from_the_future"] = None
+    first = Run(memory_path, model, optimizer)
+    first.manager.save(1)
+    first.manager.close()
+    again = Net()
+    run = Run(memory_path, again, adamw(again))
+    notes = run.load()
+    assert "optimizer options that the checkpoint lacks, as in this run: decoupled_weight_decay" in notes
+    assert "optimizer options of the checkpoint that are not in this run, left out: from_the_future" in notes
+    assert run.optimizer.param_groups[0]["decoupled_weight_decay"] is True
+
+
+def test_another_kind_of_optimizer_is_refused(memory_path: Path) -> None:
+    saved(memory_path)
+    model = Net()
+    before = digest(model.state_dict())
+    with pytest.raises(StateMismatchError):
+        Run(memory_path, model, torch.optim.SGD(model.parameters(), lr=0.1)).load()
+    assert digest(model.state_dict()) == before
+
+
+def regrouped(model: nn.Module) -> Optimizer:
+    parameters = list(model.parameters())[::-1]
+    return torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:3]}, {"params": parameters[3:]}])
+
+
+@pytest.mark.parametrize(
+    "make", [regrouped, lambda model: torch.optim.AdamW(model.named_parameters())], ids=["groups", "names"]
+)
+def test_groups_in_another_order_or_split_and_named_parameters(
+    memory_path: Path, make: Callable[[nn.Module], Optimizer]
+) -> None:
+    first = saved(memory_path)
+    model = Net()
+    run = Run(memory_path, model, make(model))
+    run.load()
+    for (name, one), (_, other) in zip(first.model.named_parameters(), model.named_parameters(), strict=True):
+        assert_same(moments(run.optimizer, other), moments(first.optimizer, one), name)
+        assert torch.equal(one, other)
+    assert {group["lr"] for group in run.optimizer.param_groups} == {0.1}
+
+
+def test_parameters_frozen_and_unfrozen(memory_path: Path) -> None:
+    first = saved(memory_path)
+    model = Net()
+    run = Run(memory_path, model, torch.optim.AdamW(model.head.parameters(), lr=0.1))
+    notes = run.load()
+    assert any(note.startswith("parameters that no optimizer steps any more") for note in notes)
+    assert_same(moments(run.optimizer, model.head.weight), moments(first.optimizer, first.model.head.weight))
+    assert list(run.optimizer.state) == [model.head.weight]
+    run.train(3)
+
+    model = Net()
+    run = Run(memory_path, model, adamw(model))
+    notes = run.load()
+    assert any(note.startswith("parameters new to the optimizer, begun afresh: ") for note in notes)
+    assert list(run.optimizer.state) == [model.head.weight]
+    run.train(1)
+
+
+def test_new_parameters(memory_path: Path) -> None:
+    """Those of the model must be let in by name; what is known is restored, what is new is fresh."""
+    first = saved(memory_path)
+    model = Net(adapter=True)
+    before = digest([*model.state_dict().values()])
+    with pytest.raises(StateMismatchError, match=r'set checkpoint.allow_missing = "adapter.\*"'):
+        Run(memory_path, model, adamw(model)).load()
+    opened.pop().close()
+    assert digest([*model.state_dict().values()]) == before
+    fresh = copy.deepcopy(model.adapter.state_dict())
+    run = Run(memory_path, model, adamw(model), allow_missing=["adapter"])
+    notes = run.load()
+    assert "allow_missing adapter: 2 keys left as they were: adapter.bias, adapter.weight" in notes
+    assert_same(model.adapter.state_dict(), fresh)
+    assert_same(model.head.state_dict(), first.model.head.state_dict())
+    assert_same(moments(run.optimizer, model.head.weight), moments(first.optimizer, first.model.head.weight))
+    assert model.adapter.weight not in run.optimizer.state
+    run.train(1)
+
+
+def test_removed_parameters(memory_path: Path) -> None:
+    """Their state in the optimizer goes with them."""
+    saved(memory_path, adapter=True)
+    model = Net()
+    with pytest.raises(StateMismatchError, match=r"set checkpoint.allow_unexpected = "):
+        Run(memory_path, model, adamw(model)).load()
+    opened.pop().close()
+    notes = Run(memory_path, model, adamw(model), allow_unexpected=["adapter.*"]).load()
+    assert "allow_unexpected adapter.*: 2 keys left out: adapter.bias, adapter.weight" in notes
+
+
+def test_buffers_that_are_new_or_no_longer_kept(memory_path: Path) -> None:
+    model = Net()
+    model.register_buffer("freqs_cis", torch.ones(3))
+    model.register_buffer("mask", torch.ones(2))
+    Run(memory_path, model, adamw(model)).train(1)
+    other = Net()
+    other.register_buffer("mask", torch.zeros(2), persistent=False)
+    other.register_buffer("scale", torch.full((2,), 7.0))
+    notes = Run(memory_path, other, adamw(other)).load()
+    assert "buffers that the checkpoint lacks, left as freshly built: scale" in notes
+    assert "buffers of the checkpoint that this model computes itself, left out: freqs_cis, mask" in notes
+    assert other.scale.tolist() == [7, 7]
+    assert not other.mask.any()
+    assert_same(other.norm.state_dict(), model.norm.state_dict())
+
+
+# ---- tied weights ----
+
+
+@pytest.mark.parametrize("kept", ["embedding.weight", "head.weight"])
+def test_a_tied_weight_that_is_stored_once(memory_path: Path, kept: str) -> None:
+    model = Net(tied=True)
+    state = {key: value for key, value in model.state_dict().items() if key == kept or "weight" not in key}
+    state |= {key: model.state_dict()[key] for key in ("body.weight", "norm.weight")}
+    milepost.save(memory_path / "once", state)
+    again = Net(tied=True)
+    run = Run(memory_path / "run", again, adamw(again), initial_load_path=memory_path / "once")
+    run.load()
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.head.weight is again.embedding.weight
+
+
+def test_untied_weights_into_a_tied_model_are_refused(memory_path: Path) -> None:
+    apart = Net(classes=5)
+    milepost.save(memory_path / "apart", apart.state_dict())
+    model = Net(tied=True)
+    before = digest(model.state_dict())
+    with pytest.raises(StateMismatchError, match=r"embedding.weight and head.weight: one tensor here \(tied\)"):
+        Run(memory_path / "run", model, adamw(model), initial_load_path=str(memory_path / "apart")).load()
+    assert digest(model.state_dict()) == before
+    with torch.no_grad():
+        apart.head.weight.copy_(apart.embedding.weight)
+    milepost.save(memory_path / "apart", apart.state_dict())
+    opened.pop().close()
+    Run(memory_path / "run", model, adamw(model), initial_load_path=str(memory_path / "apart")).load()
+    assert_same(model.state_dict(), apart.state_dict())
+
+
+# ---- names of wrappers, files of torch ----
+
+
+def wrapped(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    if prefix == "_checkpoint_wrapped_module.":
+        return {key.replace("body.", "body._checkpoint_wrapped_module."): value for key, value in state.items()}
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_checkpoint_wrapped_module.", "model."]
+)
+@pytest.mark.parametrize("form", ["checkpoint", "file", "nested file"])
+def test_names_with_prefixes(memory_path: Path, prefix: str, form: str) -> None:
+    model, again = Net(), Net()
+    state = wrapped(model.state_dict(), prefix)
+    path = memory_path / ("start" if form == "checkpoint" else "start.pt")
+    if form == "checkpoint":
+        milepost.save(path, state)
+    else:
+        torch.save({"model_state_dict": state, "epoch": 3} if "nested" in form else state, path)
+    Run(memory_path / "run", again, adamw(again), initial_load_path=str(path)).load()
+    assert_same(again.state_dict(), model.state_dict())
+
+
+def test_a_checkpoint_of_the_whole_training_as_a_start(memory_path: Path) -> None:
+    """``{"model": ..., "optimizer": ...}`` of a loop's own."""
+    model, again = Net(), Net()
+    milepost.save(memory_path / "start", {"model": model.state_dict(), "optimizer": adamw(model).state_dict()})
+    Run(memory_path / "run", again, adamw(again), initial_load_path=str(memory_path / "start")).load()
+    assert_same(again.state_dict(), model.state_dict())
+
+
+def test_a_new_head_over_a_base(memory_path: Path) -> None:
+    first = saved(memory_path / "base")
+    model = Net()
+    model.extra = nn.Linear(4, 2)
+    path = str(memory_path / "base" / "step-2")
+    notes = Run(memory_path / "new", model, adamw(model), initial_load_path=path).load()
+    assert "allow_missing *: 2 keys left as they were: extra.bias, extra.weight" in notes
+    assert_same(model.body.state_dict(), first.model.body.state_dict())
+
+    other = Net(classes=7)
+    with pytest.raises(StateMismatchError, match=r"head.weight: shape \[3, 4\] in the checkpoint, \[7, 4\] here"):
+        Run(memory_path / "other", other, adamw(other), initial_load_path=path).load()
+    opened.pop().close()
+    fresh = other.head.weight.detach().clone()
+    run = Run(memory_path / "other", other, adamw(other), initial_load_path=path, exclude_from_loading=["head.*"])
+    run.load()
+    assert torch.equal(other.head.weight, fresh)
+    assert_same(other.body.state_dict(), first.model.body.state_dict())
+
+
+def test_an_adapter_over_a_base(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    # PEFT refuses the torchao of this environment, of which nothing is wanted here.
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    first = saved(memory_path / "base")
+    model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["body", "head"], r=2))
+    notes = Run(
+        memory_path / "lora", model, adamw(model), initial_load_path=str(memory_path / "base" / "step-2")
+    ).load()
+    assert any(note.startswith("allow_missing *: 4 keys left as they were") for note in notes)
+    assert torch.equal(model.base_model.model.body.base_layer.weight, first.model.body.weight)
+    assert torch.equal(model.base_model.model.embedding.weight, first.model.embedding.weight)
+
+
+# ---- what would be lost is refused ----
+
+
+def test_two_optimizers_over_one_parameter(memory_path: Path) -> None:
+    model = Net()
+    with pytest.raises(ConfigError, match=r"both step 'embedding.weight'"):
+        CheckpointManager(memory_path, model=model, optimizer=[adamw(model), adamw(model)])
+
+
+def test_a_pattern_that_names_nothing(memory_path: Path) -> None:
+    saved(memory_path)
+    model = Net()
+    with pytest.raises(StateMismatchError, match=r"matches 'haed.weight'; did you mean 'head.weight'"):
+        Run(memory_path, model, adamw(model), exclude_from_loading=["haed.weight"]).load()
+    with pytest.raises(ConfigError, match="there is no part 'optimzer'"):
+        CheckpointConfig(exclude_from_loading=["optimzer"])  # type: ignore[arg-type]
+
+
+# ---- learning rates ----
+
+
+def cosine(optimizer: Optimizer) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+
+def step_lr(optimizer: Optimizer) -> Any:
+    return lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+
+
+def scheduled(folder: Path, make: Any = cosine, steps: int = 2, **config: Any) -> Run:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model)
+    run = Run(folder, model, optimizer, make(optimizer) if make else None, **config)
+    return run.train(steps) if steps else run
+
+
+@pytest.mark.parametrize("make", [cosine, step_lr], ids=["cosine", "step"])
+def test_a_fresh_optimizer_gets_the_rate_of_the_loaded_schedule(memory_path: Path, make: Any) -> None:
+    first = scheduled(memory_path, make)
+    rates = [first.optimizer.param_groups[0]["lr"]]
+    run = scheduled(memory_path, make, 0, exclude_from_loading=["optimizer"])
+    run.load()
+    assert not run.optimizer.state
+    assert [run.optimizer.param_groups[0]["lr"]] == rates
+    for other in (first, run):
+        other.optimizer.step()
+        other.scheduler.step()
+    assert run.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("make", [cosine, step_lr, None], ids=["cosine", "step", "none"])
+def test_a_new_schedule_begins_with_this_runs_rate(memory_path: Path, make: Any) -> None:
+    first = scheduled(memory_path, cosine, 4)
+    assert first.optimizer.param_groups[0]["lr"] < 1e-9
+    run = scheduled(memory_path, make, 0, exclude_from_loading=["lr_scheduler"])
+    undisturbed = scheduled(memory_path / "fresh", make, 0)
+    run.load()
+    assert run.optimizer.state
+    for _ in range(3):
+        assert run.optimizer.param_groups[0]["lr"] == undisturbed.optimizer.param_groups[0]["lr"]
+        for other in (run, undisturbed):
+            other.optimizer.step()
+            if make:
+                other.scheduler.step()
+
+
+def test_a_schedule_where_there_was_none(memory_path: Path) -> None:
+    scheduled(memory_path, None)
+    with pytest.raises(StateMismatchError, match=r"holds no lr_scheduler.*exclude_from_loading = lr_scheduler"):
+        scheduled(memory_path, cosine, 0).load()
+    opened.pop().close()
+    run = scheduled(memory_path, cosine, 0, exclude_from_loading=["lr_scheduler"])
+    run.load()
+    assert run.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_each_of_several_schedulers_its_own(memory_path: Path) -> None:
+    def two(folder: Path, steps: int, count: int = 2, **config: Any) -> Run:
+        model = Net()
+        optimizers = [
+            torch.optim.AdamW(model.body.parameters(), lr=0.1),
+            torch.optim.AdamW(model.head.parameters(), lr=0.2),
+        ]
+        schedulers = [cosine(optimizers[0]), step_lr(optimizers[1])][:count]
+        run = Run(folder, model, optimizers, schedulers, **config)
+        return run.train(steps) if steps else run
+
+    first = two(memory_path, 3)
+    run = two(memory_path, 0)
+    run.load()
+    for one, other in zip(first.scheduler, run.scheduler, strict=True):
+        assert_same(other.state_dict(), one.state_dict())
+    opened.pop().close()
+    with pytest.raises(StateMismatchError, match="schedulers"):
+        two(memory_path, 0, 1).load()
+    opened.pop().close()
+    two(memory_path, 0, 1, exclude_from_loading=["lr_scheduler"]).load()
+
+
+def test_any_key_or_glob_can_be_left_as_it_is(memory_path: Path) -> None:
+    first = scheduled(memory_path)
+    run = scheduled(
+        memory_path, cosine, 0, exclude_from_loading=["head.*", "optimizer.state.head.*", "*.lr", "lr_scheduler.T_max"]
+    )
+    run.scheduler.T_max = 77
+    fresh = run.model.head.weight.detach().clone()
+    with torch.no_grad():
+        run.model.head.weight.add_(1)
+    run.load()
+    assert torch.equal(run.model.head.weight, fresh + 1)
+    assert run.model.head.weight not in run.optimizer.state
+    assert run.optimizer.param_groups[0]["lr"] == 0.1
+    assert run.scheduler.T_max == 77
+    assert run.scheduler.last_epoch == 2
+    assert_same(run.model.body.state_dict(), first.model.body.state_dict())
+
+
+# ---- random generators where training goes on ----
+
+
+def test_the_generators_are_restored_where_training_goes_on(memory_path: Path) -> None:
+    """What draws from them between ``load()`` and the first step, as ``iter(loader)`` does, changes nothing."""
+    torch.manual_seed(3)
+    first = saved(memory_path)
+    expected = torch.rand(4)  # what the undisturbed run draws next
+    assert first.manager.committed_step == 2
+    model = Net()
+    run = Run(memory_path, model, adamw(model))
+    run.manager.restore_rng()  # nothing was loaded: nothing is set
+    run.load()
+    iter(torch.utils.data.DataLoader([1, 2, 3], shuffle=True))  # type: ignore[arg-type]
+    torch.rand(2)
+    run.manager.restore_rng()
+    assert torch.equal(torch.rand(4), expected)
