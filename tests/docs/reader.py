@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from pages import ROOT
+from safetensors.torch import save_file
 
 import milepost
 from milepost.cli.main import main
@@ -59,6 +60,9 @@ def settle(folder: Path) -> None:
     for name in ("Llama-3.2-1B", "Llama-3.1-8B"):
         convert = f"convert {folder}/outputs/checkpoint/step-500 {folder}/{name} --to hf --model llama3"
         assert main([*convert.split(), "--flavor", "debugmodel"]) == 0
+    (folder / "Mistral-7B").mkdir()
+    (folder / "Mistral-7B" / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    save_file({"model.norm.weight": torch.ones(8)}, folder / "Mistral-7B" / "model.safetensors")
     (folder / "tuned/out").mkdir(parents=True)
     shutil.copytree(folder / "Llama-3.2-1B", folder / "tuned/out/epoch_0")
     (folder / "my_text").mkdir()

@@ -62,7 +62,7 @@ def test_every_published_llama_3_converts_with_its_own_rope(
     """All but the copying of up to 141 GB."""
     written: list[ModelArgs] = []
 
-    def record_only(source: Any, found: Any, plan: Any, sink: Any, *_: Any) -> int:
+    def record_only(source: Any, plan: Any, sink: Any, *_: Any) -> int:
         written.append(ModelIdentity.recorded(sink._extra).sizes)  # type: ignore[union-attr]
         return 0
 

@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that ``convert`` and ``export`` have in common."""
-    parser.add_argument("--model", help="llama3 or qwen3; not needed if the checkpoint says so itself")
+    parser.add_argument(
+        "--model",
+        help="llama3 or qwen3, or hf for any model of transformers (its tensors keep their names); not needed if the "
+        "checkpoint says so itself",
+    )
     parser.add_argument("--flavor", help="the model's size, for instance 8B")
     parser.add_argument(
         "--dtype",

@@ -3,6 +3,8 @@
 ::
 
     source --names of the source -> ours--> our tensors --ours -> names of the target--> sink
+
+Models that there is no table for keep their names (``as_stored``).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME
+from milepost.interop.as_stored import architecture, is_of_the_hub, keep_names
 from milepost.interop.hf.config import identity_of
 from milepost.interop.hf.extras import check_config, hf_extras
 from milepost.interop.names.assembled import Assembled
@@ -26,8 +29,8 @@ from milepost.interop.names.families import META, family_of
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.match import Match, match, repeated, tied_fault
 from milepost.interop.names.model_sizes import model_args
-from milepost.interop.names.rules import Correspondence, Family, Recipe, correspond
-from milepost.interop.options import ConvertOptions, ConvertReport
+from milepost.interop.names.rules import Family, correspond
+from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.open import Weights, open_weights, read_config
@@ -60,43 +63,103 @@ def convert(
                 "of PEFT), save that, and convert the result",
                 path=source.path,
             )
-        model, settings = _model(options, weights, source.path)
-        family = family_of(model.name, model.sizes)
-        notes = settings + _check_config(source, weights.config, family, model)
-        found = match(source, family, model.sizes, source.path)
-        _check_vocabulary(weights.config, found, source.path)
-        plan = plan_conversion(found, family, options)
-        sink = _make_sink(dst, options, plan, family, replace(model, sizes=found.args))
-        checked = _run(source, found, plan, sink, options, progress)
+        recorded = _recorded(weights)
+        if options.model == HUB or (recorded is None and is_of_the_hub(weights, options)):
+            plan, sink = _plan_as_stored(dst, weights, options)
+        else:
+            plan, sink = _plan_by_table(dst, weights, recorded, options)
+        checked = _run(source, plan, sink, options, progress)
     return ConvertReport(
         path=sink.path,
-        model=model.name,
-        flavor=model.flavor,
+        model=plan.model,
+        flavor=plan.flavor,
         source_kind=source.kind,
-        source_names=found.found.scheme.name,
-        num_tensors=len(plan.recipes),
+        source_names=plan.source_names,
+        num_tensors=len(plan.content.tensors),
         written_nbytes=plan.written_nbytes,
         checked_nbytes=checked,
         verified=options.verify,
         seconds=time.monotonic() - started,
-        notes=(*notes, *found.notes),
+        notes=plan.notes,
     )
 
 
-def _model(options: ConvertOptions, weights: Weights, path: str) -> tuple[ModelIdentity, tuple[str, ...]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will be written. ``shared`` keys repeat others."""
+
+    content: Readable
+    shared: Mapping[str, str]
+    written_nbytes: int
+    original: Readable
+    """The source's tensors ..."""
+    back: Callable[[Readable], Readable]
+    """... and what was written, read in the same names, to be compared with them."""
+    model: str
+    flavor: str
+    source_names: str
+    notes: tuple[str, ...]
+
+
+def _plan_as_stored(dst: str | os.PathLike[str], weights: Weights, options: ConvertOptions) -> tuple[Plan, Sink]:
+    kept = keep_names(weights, options)
+    content = kept.content(weights, options.dtype)
+    plan = Plan(
+        content=content,
+        shared={},
+        written_nbytes=total_nbytes(content.tensors.values()),
+        original=weights.source,
+        back=kept.back,
+        model=HUB,
+        flavor=architecture(kept.extras.config if kept.extras is not None else weights.config) or CUSTOM,
+        source_names="as stored",
+        notes=kept.notes,
+    )
+    if kept.extras is not None:
+        return plan, HfSink(dst, kept.extras)
+    return plan, DcpSink(dst, {}) if options.to == "dcp" else TorchFileSink(dst)
+
+
+def _plan_by_table(
+    dst: str | os.PathLike[str], weights: Weights, recorded: ModelIdentity | None, options: ConvertOptions
+) -> tuple[Plan, Sink]:
+    source = weights.source
+    model, settings = _model(options, recorded, weights, source.path)
+    family = family_of(model.name, model.sizes)
+    notes = settings + _check_config(source, weights.config, family, model)
+    found = match(source, family, model.sizes, source.path)
+    _check_vocabulary(weights.config, found, source.path)
+    plan = plan_conversion(found, family, model, notes, options)
+    sink = _make_sink(dst, options, plan, family, replace(model, sizes=found.args))
+    fault = tied_fault(found)
+    if fault is not None:
+        raise ConversionError(f"{source.path}: {fault}", path=source.path)
+    return plan, sink
+
+
+def _recorded(weights: Weights) -> ModelIdentity | None:
+    """The model that the source says it is, if it is one that there are tables for."""
+    recorded = ModelIdentity.recorded(weights.manifest.extra) if weights.manifest is not None else None
+    return recorded or (identity_of(weights.config) if weights.config is not None else None)
+
+
+def _model(
+    options: ConvertOptions, own: ModelIdentity | None, weights: Weights, path: str
+) -> tuple[ModelIdentity, tuple[str, ...]]:
     """The model to convert, and notes: from the options, or from what the source says of itself.
 
     The settings that weights don't depend on (RoPE, norm, context) are the source's wherever it tells them.
     """
-    recorded = ModelIdentity.recorded(weights.manifest.extra) if weights.manifest is not None else None
-    own = recorded or (identity_of(weights.config) if weights.config is not None else None)
     name, flavor = options.model, options.flavor
     if name is not None and options.sizes is not None:
         given = ModelIdentity(name=name, flavor=flavor or CUSTOM, sizes=options.sizes)
     elif name is not None and flavor is not None:
         given = ModelIdentity(name=name, flavor=flavor, sizes=model_args(name, flavor))
     elif own is None:
-        raise ConfigError(f"{path} does not say which model it is: give --model and --flavor")
+        raise ConfigError(
+            f"{path} does not say which model it is: give --model and --flavor, or --model {HUB} if it is a model of "
+            "transformers (or another whose tensors shall keep their names)"
+        )
     else:
         return own, ()
     if own is None and options.hf_assets:
@@ -143,18 +206,9 @@ def _check_vocabulary(config: Mapping[str, Any] | None, found: Match, path: str)
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What will be written: ``content`` reads it, ``recipes`` say how, ``shared`` keys repeat others."""
-
-    target: Correspondence
-    content: Readable
-    recipes: Mapping[str, Recipe]
-    shared: Mapping[str, str]
-    written_nbytes: int
-
-
-def plan_conversion(found: Match, family: Family, options: ConvertOptions) -> Plan:
+def plan_conversion(
+    found: Match, family: Family, model: ModelIdentity, notes: tuple[str, ...], options: ConvertOptions
+) -> Plan:
     """How each tensor of the target is made of those found. Nothing is read yet."""
     scheme = options.names
     if options.to == "hf":
@@ -167,7 +221,23 @@ def plan_conversion(found: Match, family: Family, options: ConvertOptions) -> Pl
     content = Assembled(ours, recipes, options.dtype)
     shared = repeated(recipes)
     stored = [info for key, info in content.tensors.items() if options.to != "pt" or key not in shared]
-    return Plan(target, content, recipes, shared, total_nbytes(stored))
+
+    def back(written: Readable) -> Readable:
+        known = found.found.into_theirs()
+        wanted = {key: recipe for key, recipe in known.items() if key in found.found.theirs}
+        return Assembled(Assembled(written, target.into_ours()), wanted)
+
+    return Plan(
+        content=content,
+        shared=shared,
+        written_nbytes=total_nbytes(stored),
+        original=found.tensors,
+        back=back,
+        model=model.name,
+        flavor=model.flavor,
+        source_names=found.found.scheme.name,
+        notes=(*notes, *found.notes),
+    )
 
 
 def _make_sink(
@@ -186,22 +256,17 @@ def _make_sink(
     return HfSink(dst, extras)
 
 
-def _run(
-    source: Source, found: Match, plan: Plan, sink: Sink, options: ConvertOptions, progress: Progress | None
-) -> int:
+def _run(source: Source, plan: Plan, sink: Sink, options: ConvertOptions, progress: Progress | None) -> int:
     """Write, check, verify, publish; on any failure take away what was written. Returns the bytes checked."""
     advance = _stage(progress, "converting", plan.written_nbytes)
     reader = SlabReader(plan.content, options.budget_nbytes, advance)
     try:
-        fault = tied_fault(found)
-        if fault is not None:
-            raise ConversionError(f"{source.path}: {fault}", path=source.path)
         sink.begin()
         sink.write(reader, plan.shared)
         checked = source.check_digests()
         if options.verify:
             with sink.reopen() as written:
-                verify(found, plan.target, written, options, progress)
+                verify(plan, written, options, progress)
         sink.publish()
     except BaseException:
         sink.abort()
@@ -223,25 +288,21 @@ def _stage(progress: Progress | None, doing: str, total_nbytes: int) -> Callable
     return advance
 
 
-def verify(
-    found: Match, target: Correspondence, written: Source, options: ConvertOptions, progress: Progress | None = None
-) -> None:
+def verify(plan: Plan, written: Source, options: ConvertOptions, progress: Progress | None = None) -> None:
     """Convert ``written`` back to the names of the source and compare every byte, in the dtype that was written.
 
     Raises:
         ConversionError: naming the first tensor that differs.
         DigestMismatchError: what was read back differs from what was written.
     """
-    ours = Assembled(written, target.into_ours())
-    wanted = {key: recipe for key, recipe in found.found.into_theirs().items() if key in found.found.theirs}
-    back = Assembled(ours, wanted)
+    back = plan.back(written)
     reader = SlabReader(back, options.budget_nbytes, _stage(progress, "verifying", total_nbytes(back.tensors.values())))
 
     def compare(task: tuple[str, Slab]) -> None:
         key, slab = task
         values = reader.read(key, slab)
         original = np.empty_like(values)
-        found.tensors.read_into(key, slab.box, original)
+        plan.original.read_into(key, slab.box, original)
         if not np.array_equal(as_bytes(values), as_bytes(original)):
             raise ConversionError(
                 f"verification failed: {slab.box} of '{key}' in {written.path} does not convert back to the source",

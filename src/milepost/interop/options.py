@@ -15,6 +15,8 @@ Target = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")
 NAMES = (OWN, "torchtitan-0.2", "torchtitan-0.3")
 """The schemes of names that a DCP checkpoint can be written in."""
+HUB = "hf"
+"""In place of a model's name: any module of transformers. Its tensors keep the names that they have."""
 
 
 DEFAULT_BUDGET_NBYTES = 256 << 20
@@ -31,7 +33,7 @@ class ConvertOptions:
 
     to: Target
     model: str | None = None
-    """``llama3`` or ``qwen3``; None: what the checkpoint says of itself."""
+    """``llama3``, ``qwen3``, or ``hf`` for any model of transformers; None: what the checkpoint says of itself."""
     flavor: str | None = None
     sizes: ModelArgs | None = None
     """Sizes of a ``model`` that is none of the known flavors, in place of ``flavor``."""
@@ -60,7 +62,12 @@ class ConvertOptions:
             problems.append("--hf-assets and --max-shard-size are for --to hf only")
         if self.hf_assets and not is_folder(self.hf_assets):
             problems.append(f"--hf-assets {self.hf_assets} is no folder")
-        if (self.model is None) != (self.flavor is None and self.sizes is None):
+        if self.model == HUB:
+            if self.flavor is not None or self.sizes is not None:
+                problems.append(f"--model {HUB} takes no --flavor: tensors keep their names, the config tells the rest")
+            if self.names != OWN:
+                problems.append(f"--names {self.names} is for llama3 and qwen3 only")
+        elif (self.model is None) != (self.flavor is None and self.sizes is None):
             problems.append("--model and --flavor go together")
         elif self.model is not None and self.flavor is not None and self.sizes is None:
             try:

@@ -106,6 +106,29 @@ def hf_extras(
     )
 
 
+def lent_extras(folder: str, dtype: str | None, max_shard_nbytes: int | None, *, lends_index: bool) -> HfExtras:
+    """Take all that goes beside the tensors from ``folder``, whatever model it is of. ``dtype``: that of a cast.
+
+    Raises:
+        ConversionError: there is no config, or files of the folder can't be taken: all of them at once.
+        CheckpointDamagedError: its config or index is malformed.
+    """
+    assets = _assets_of(folder)
+    if CONFIG_NAME not in assets:
+        raise ConversionError(f"{folder} has no {CONFIG_NAME}: without one nobody knows what model it is", path=folder)
+    config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
+    weight_map = {}
+    if lends_index and INDEX_NAME in assets:
+        weight_map = parse_weight_map(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}")
+    return HfExtras(
+        config=config if dtype is None else with_dtype(config, dtype),
+        folder=folder,
+        assets=[name for name in assets if name not in _LIMITS],
+        weight_map=weight_map,
+        max_shard_nbytes=max_shard_nbytes or DEFAULT_SHARD_NBYTES,
+    )
+
+
 def _assets_of(folder: str) -> list[str]:
     """The files of a folder that are taken, or read: each is there, of a size that it may have, and no link elsewhere.
 

@@ -130,16 +130,21 @@ def tied_fault(match: Match) -> str | None:
     tied = match.found.tied
     if tied is None or tied[1] not in match.tensors.tensors:
         return None
-    embedding, output = tied
-    first, second = match.tensors.tensors[embedding], match.tensors.tensors[output]
+    found = difference(match.tensors, *tied)
+    return f"{found}, but the flavor ties the two: one would be lost" if found is not None else None
+
+
+def difference(tensors: Readable, one: str, other: str) -> str | None:
+    """How a tensor differs from another; None if the two are equal to the last bit."""
+    first, second = tensors.tensors[one], tensors.tensors[other]
     if first != second:
-        return f"{output} is {second.dtype} {list(second.shape)}, {embedding} is {first.dtype} {list(first.shape)}"
+        return f"{other} is {second.dtype} {list(second.shape)}, {one} is {first.dtype} {list(first.shape)}"
     for slab in cut_into_slabs(first.shape, itemsize(first.dtype), SLAB_NBYTES):
-        one, other = (np.empty(slab.nbytes, np.uint8) for _ in range(2))
-        for key, raw in ((embedding, one), (output, other)):
-            match.tensors.read_into(key, slab.box, raw.view(array_dtype(first.dtype)).reshape(slab.box.sizes))
-        if not np.array_equal(one, other):
-            return f"{output} differs from {embedding}, but the flavor ties the two: it would be lost"
+        left, right = (np.empty(slab.nbytes, np.uint8) for _ in range(2))
+        for key, part in ((one, left), (other, right)):
+            tensors.read_into(key, slab.box, part.view(array_dtype(first.dtype)).reshape(slab.box.sizes))
+        if not np.array_equal(left, right):
+            return f"{other} differs from {one}"
     return None
 
 

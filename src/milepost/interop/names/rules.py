@@ -126,7 +126,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a target tensor is put together. Without pieces it is all zeros, of ``dtype``; else ``dtype`` is None."""
+    """How a target tensor is put together. Without pieces it is zeros of ``dtype``; else None keeps the source's."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]

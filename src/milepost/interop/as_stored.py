@@ -1,0 +1,192 @@
+"""Weights that keep their names: a module of transformers has the hub's names already, so it needs no table.
+
+What is left to do is to find the prefix under which a wrapper has stored them, to leave out what ``save_pretrained``
+leaves out (an output projection that is tied to the embedding), and to carry config and tokenizer along.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from milepost.errors import MAX_LISTED, ConversionError, listed, near
+from milepost.format.box import Box
+from milepost.interop.hf.extras import HfExtras, lent_extras
+from milepost.interop.names.assembled import Assembled
+from milepost.interop.names.match import difference
+from milepost.interop.names.rules import Op, Piece, Recipe
+from milepost.interop.options import HUB, ConvertOptions
+from milepost.interop.weights.boxes import Readable, TensorInfo
+from milepost.interop.weights.open import Weights
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What DDP, torch.compile, FSDP and checkpoint_wrapper put into names, wherever they stand."""
+_NESTS = ("model.", "state_dict.", "model_state_dict.")
+"""Under what whole programs put the model into a checkpoint (Accelerate: ``model.``). The hub has such names too."""
+
+_OUTPUTS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The tensors to write: name in the target: name in the source. ``extras`` stand beside them in a HF folder."""
+
+    names: Mapping[str, str]
+    extras: HfExtras | None
+    notes: tuple[str, ...]
+
+    def content(self, weights: Weights, dtype: str | None) -> Assembled:
+        """What is written, read from the source; floating-point tensors in ``dtype``."""
+        return Assembled(weights.source, _recipes(self.names, weights.source.tensors, dtype))
+
+    def back(self, written: Readable) -> Assembled:
+        """What was written, under the names of the source."""
+        names = {old: new for new, old in self.names.items()}
+        return Assembled(written, _recipes(names, written.tensors, None))
+
+
+def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
+    """Whether the tensors need no other names.
+
+    So it was asked, a config names the class of transformers, or a ``.pt`` file is made of a model that nobody names.
+    """
+    if options.model is not None:
+        return options.model == HUB
+    return architecture(weights.config) is not None or options.to == "pt"
+
+
+def architecture(config: Mapping[str, Any] | None) -> str | None:
+    """The class of transformers that a ``config.json`` names."""
+    named = config.get("architectures") if config is not None else None
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else None
+
+
+def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
+    """Decide what is written under which name. Reads tensors only to see whether two that must be tied are equal.
+
+    Raises:
+        ConversionError: there is nothing to write, no config for a Hugging Face folder, or the index of
+            ``options.hf_assets`` is of another model: with what is missing and unexpected.
+    """
+    source = weights.source
+    if not source.tensors:
+        raise ConversionError(f"{source.path} holds no tensors of a model", path=source.path)
+    _refuse_a_cast_of_quantized(weights, options)
+    extras = _extras(weights, options) if options.to == "hf" else None
+    names = _without_wrappers(source.tensors, extras.weight_map if extras is not None else {})
+    notes: list[str] = []
+    if extras is not None:
+        names, notes = _without_tied(weights, names, extras.config)
+        _check_index(names, extras.weight_map, source.path)
+        if options.max_shard_nbytes is not None:
+            extras = replace(extras, weight_map={})
+    return Kept(names, extras, tuple(notes))
+
+
+def _refuse_a_cast_of_quantized(weights: Weights, options: ConvertOptions) -> None:
+    config = weights.config
+    if options.dtype is None or config is None or config.get("quantization_config") is None:
+        return
+    method = config["quantization_config"]
+    method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else "unknown"
+    raise ConversionError(
+        f"{weights.source.path} holds quantized weights ({method}): they can be carried over as they are, without "
+        "--dtype; for others, load them with transformers, dequantize() and save_pretrained()",
+        path=weights.source.path,
+    )
+
+
+def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
+    folder = os.fspath(options.hf_assets)
+    if not folder and weights.config is not None:
+        folder = weights.source.path
+    if not folder:
+        raise ConversionError(
+            "a Hugging Face folder needs a config.json, which nothing but the model's own can tell: name a folder "
+            "that has it with --hf-assets",
+            path=weights.source.path,
+        )
+    return lent_extras(folder, options.dtype, options.max_shard_nbytes, lends_index=bool(options.hf_assets))
+
+
+def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, Recipe]:
+    recipes = {}
+    for new, old in names.items():
+        info = tensors[old]
+        whole = Box.whole(info.shape)
+        cast = dtype if dtype is not None and info.dtype.startswith(("float", "bfloat")) else None
+        recipes[new] = Recipe(info.shape, (Piece(whole, old, whole, Op.SAME),), cast)
+    return recipes
+
+
+# ---- names ----
+
+
+def _without_wrappers(tensors: Mapping[str, TensorInfo], index: Mapping[str, str]) -> dict[str, str]:
+    """Name without what wrappers have put in: name in the source."""
+    names = {key: key for key in tensors}
+    for wrapper in _WRAPPERS:
+        shorter = {key.replace(wrapper, ""): old for key, old in names.items()}
+        is_wrapped = any(_parts_have(key, wrapper) for key in names) and len(shorter) == len(names)
+        if is_wrapped and not any(_parts_have(key, wrapper) for key in index):
+            names = shorter
+    for nest in _NESTS:
+        if all(key.startswith(nest) for key in names) and _is_nest(nest, names, index):
+            names = {key.removeprefix(nest): old for key, old in names.items()}
+    return names
+
+
+def _parts_have(key: str, wrapper: str) -> bool:
+    return key.startswith(wrapper) or f".{wrapper}" in key
+
+
+def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> bool:
+    """Whether a prefix that all names have is not the model's own. Without an index its repetition tells."""
+    if index:
+        return sum(key.removeprefix(nest) in index for key in names) > sum(key in index for key in names)
+    inner = [key.removeprefix(nest) for key in names]
+    return any(key.startswith(nest) for key in inner) or any(key in _OUTPUTS for key in inner)
+
+
+def _without_tied(
+    weights: Weights, names: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[dict[str, str], list[str]]:
+    """The names without an output projection that the config ties to the embedding."""
+    outputs = [key for key in names if key in _OUTPUTS]
+    embeddings = [key for key in names if key.endswith(_EMBEDDINGS)]
+    if config.get("tie_word_embeddings") is not True or len(outputs) != 1 or len(embeddings) != 1:
+        return dict(names), []
+    output, embedding = outputs[0], embeddings[0]
+    found = difference(weights.source, names[embedding], names[output])
+    if found is not None:
+        raise ConversionError(
+            f"{weights.source.path}: the config ties {output} to {embedding}, but {found}: it would be lost",
+            path=weights.source.path,
+        )
+    kept = {key: old for key, old in names.items() if key != output}
+    return kept, [f"{output} is {embedding}, which is stored once"]
+
+
+def _check_index(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
+    """Refuse an index of another model."""
+    missing = [key for key in index if key not in names]
+    unexpected = [key for key in names if index and key not in index]
+    if missing or unexpected:
+        lines = list(_index_lines(missing, unexpected))
+        raise ConversionError(
+            f"{path} does not hold the model of the index that --hf-assets lends: of its {len(index)} tensors "
+            f"{len(missing)} are missing, {len(unexpected)} are not in it\n  " + "\n  ".join(listed(lines)),
+            path=path,
+            problems=lines,
+        )
+
+
+def _index_lines(missing: list[str], unexpected: list[str]) -> Iterator[str]:
+    for number, key in enumerate(missing):
+        hint = near(key, unexpected) if number < MAX_LISTED else None
+        yield f"missing: {key}" + (f" (there is {hint})" if hint else "")
+    yield from (f"unexpected: {key}" for key in unexpected)

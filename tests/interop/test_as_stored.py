@@ -1,0 +1,203 @@
+"""Models that there is no table for: any class of transformers goes into a checkpoint and back under its own names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from tiny_models import randomize
+
+from milepost import CheckpointConfig, CheckpointManager
+from milepost.cli.main import main
+from milepost.errors import ConfigError, ConversionError
+from milepost.interop.convert import convert
+from milepost.interop.options import ConvertOptions
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of transformers, tiny."""
+
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def model(self) -> torch.nn.Module:
+        config = getattr(transformers, self.config)(**{**SIZES, **self.options})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        randomize(model)
+        return model.eval()
+
+
+KINDS = {
+    "mistral": Kind("MistralConfig"),
+    "qwen2, tied": Kind("Qwen2Config", {"tie_word_embeddings": True}),
+    "gemma3": Kind("Gemma3TextConfig", {"head_dim": 16}),
+    "phi3": Kind("Phi3Config"),
+    "olmo2": Kind("Olmo2Config"),
+    "gpt2": Kind("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 96}),
+    "deepseek_v3": Kind(
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "gpt_oss": Kind("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= safetensors.torch.load_file(file)
+    return found
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[key].reshape(-1).view(torch.uint8)), key
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(1, 17).reshape(1, -1)).logits
+    return found
+
+
+def saved(kind: str, folder: Path) -> torch.nn.Module:
+    model = KINDS[kind].model()
+    model.save_pretrained(folder, max_shard_size="60KB")  # type: ignore[operator]
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return model
+
+
+FAST = ("qwen2, tied", "gpt2", "deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_hub_to_checkpoint_and_back(memory_path: Path, kind: str) -> None:
+    source, middle, back = (memory_path / name for name in ("source", "middle", "back"))
+    model = saved(kind, source)
+    there = convert(source, middle, ConvertOptions(to="dcp", verify=True))
+    assert (there.model, there.flavor) == ("hf", type(model).__name__)
+    report = convert(middle, back, ConvertOptions(to="hf", model="hf", hf_assets=source, verify=True))
+    assert report.checked_nbytes >= report.written_nbytes
+    assert_equal(tensors_of(source), tensors_of(back))
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (back / name).read_bytes().strip() == (source / name).read_bytes().strip(), name
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["qwen2, tied", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_trained_module_is_exported(memory_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of a training state is in the step; the folder has what `save_pretrained` writes, tied weights once."""
+    model = saved(kind, memory_path / "assets")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(1, 17).reshape(1, -1)).logits.sum().backward()
+    optimizer.step()
+    with CheckpointManager(
+        memory_path / "run", CheckpointConfig(enable=True, interval=1), model=model, optimizer=optimizer
+    ) as manager:
+        manager.save(1)
+    model.save_pretrained(memory_path / "expected", max_shard_size="60KB")  # type: ignore[operator]
+    asked = ["export", str(memory_path / "run"), str(memory_path / "out"), "--model", "hf", "--verify"]
+    assert main([*asked, "--hf-assets", str(memory_path / "assets")]) == 0, capsys.readouterr().err
+    assert_equal(tensors_of(memory_path / "out"), tensors_of(memory_path / "expected"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "out").eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert main(["export", str(memory_path / "run"), str(memory_path / "out.pt"), "--model", "hf", "--to", "pt"]) == 0
+    assert_equal(torch.load(memory_path / "out.pt", weights_only=True), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "model.module."])
+def test_what_wrappers_put_before_names_is_left_out(memory_path: Path, prefix: str) -> None:
+    model = saved("mistral", memory_path / "assets")
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    dcp.save(state, checkpoint_id=memory_path / "stock", no_dist=True)
+    torch.save(state, memory_path / "file.pt")
+    for source in ("stock", "file.pt"):
+        out = memory_path / f"from-{source}"
+        options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets")
+        convert(memory_path / source, out, options)
+        assert_equal(tensors_of(out), tensors_of(memory_path / "assets"))
+    convert(memory_path / "stock", memory_path / "out.pt", ConvertOptions(to="pt", model="hf"))
+    assert_equal(torch.load(memory_path / "out.pt", weights_only=True), dict(model.state_dict()))
+
+
+def test_a_cast_leaves_whole_numbers_alone(memory_path: Path) -> None:
+    torch.save({"w": torch.randn(4, 3), "steps": torch.tensor([2**40 + 1])}, memory_path / "in.pt")
+    asked = ConvertOptions(to="pt", dtype="bfloat16", verify=True)
+    assert convert(memory_path / "in.pt", memory_path / "out.pt", asked).verified
+    found = torch.load(memory_path / "out.pt", weights_only=True)
+    assert (found["w"].dtype, found["steps"].item()) == (torch.bfloat16, 2**40 + 1)
+
+
+def test_what_does_not_fit_is_refused(memory_path: Path) -> None:
+    model = saved("mistral", memory_path / "assets")
+    saved("phi3", memory_path / "other")
+    torch.save(model.state_dict(), memory_path / "in.pt")
+    out = memory_path / "out"
+    with pytest.raises(ConversionError, match=r"missing: model\.layers\.0\.mlp\.gate_up_proj\.weight") as caught:
+        convert(memory_path / "in.pt", out, ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "other"))
+    assert any(line.startswith("unexpected: ") for line in caught.value.problems)
+    with pytest.raises(ConversionError, match="name a folder that has it with --hf-assets"):
+        convert(memory_path / "in.pt", out, ConvertOptions(to="hf", model="hf"))
+    with pytest.raises(ConfigError, match="--model hf if it is a model of transformers"):
+        convert(memory_path / "in.pt", out, ConvertOptions(to="dcp"))
+    with pytest.raises(ConfigError, match="takes no --flavor"):
+        ConvertOptions(to="dcp", model="hf", flavor="8B")
+    config = json.loads((memory_path / "assets" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (memory_path / "assets" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=r"quantized weights \(gptq\)"):
+        convert(memory_path / "assets", out, ConvertOptions(to="dcp", dtype="bfloat16"))
+    assert not out.exists()
+
+
+def test_an_output_that_is_no_longer_tied_is_not_lost(memory_path: Path) -> None:
+    model = saved("qwen2, tied", memory_path / "assets")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["lm_head.weight"][0, 0] += 1
+    torch.save(state, memory_path / "in.pt")
+    with pytest.raises(ConversionError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight: it would be"):
+        convert(
+            memory_path / "in.pt",
+            memory_path / "out",
+            ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets"),
+        )
