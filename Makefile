@@ -5,6 +5,8 @@
 # make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
+# make demo-s3 train onto an S3 store on this machine, kill it, resume, verify (a few minutes)
+# make soak-store   kill ranks, launcher, store and network under a run on a store (SEED=, FAULTS=)
 # make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
 # make test-browser   the report in headless Chromium (Debian: apt-get install chromium npm)
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
@@ -22,10 +24,11 @@ TITAN := .venv-torchtitan
 NGPU ?= 2
 JOBS ?= 2
 KILLS ?= 50
+FAULTS ?= 20
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: house help setup train test test-slow test-crash test-browser test-integrations reliability soak fuzz bench docs lint format clean
+.PHONY: house help setup train test test-slow test-crash test-browser test-integrations reliability soak soak-store demo-s3 fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -81,6 +84,13 @@ reliability: $(STAMP)
 
 soak: $(STAMP)
 	timeout 5400 $(BIN)/python tests/crash/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+soak-store: $(STAMP)
+	timeout 5400 $(BIN)/python tests/crash/store_soak.py --faults $(FAULTS) $(if $(SEED),--seed $(SEED))
+	timeout 5400 $(BIN)/python tests/crash/store_soak.py --faults $(FAULTS) --tier $(if $(SEED),--seed $(SEED))
+
+demo-s3: $(STAMP)
+	timeout 1800 $(BIN)/python scripts/demo_s3.py
 
 fuzz: $(STAMP)
 	timeout 3000 $(BIN)/python tests/attacks/fuzz.py --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))

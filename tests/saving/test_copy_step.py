@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +11,7 @@ import numpy as np
 import obstore.store
 import pytest
 
-from milepost.errors import CheckpointDamagedError, ConfigError, SaveError, StorageError
+from milepost.errors import CheckpointDamagedError, ConfigError, SaveError
 from milepost.format.tags import tag_of
 from milepost.run import catalog
 from milepost.run.owner import OWNER_PREFIX
@@ -22,8 +20,6 @@ from milepost.storage import LocalStorage
 from milepost.storage.base import Storage
 from milepost.storage.objectstore import ObjectStorage
 from milepost.storage.retry import Retry
-from milepost.testing.faulty import FaultyStorage
-from milepost.testing.faulty_client import CLIENT_FAULTS, FaultyClient, Killed
 from milepost.testing.sample import save_arrays
 from milepost.verification.verify import verify_in
 
@@ -43,13 +39,6 @@ def saved(storage: Storage, path: str = STEP, scale: float = 1.0) -> Spot:
     return Spot(storage, path)
 
 
-def copy_of(store: obstore.store.MemoryStore) -> obstore.store.MemoryStore:
-    other = obstore.store.MemoryStore()
-    for meta in store.list().collect():
-        other.put(meta["path"], store.get(meta["path"]).bytes())
-    return other
-
-
 def test_there_and_back_is_the_same_checkpoint(tmp_path: Path) -> None:
     src = saved(LocalStorage(tmp_path))
     there, back = Spot(memory(), "elsewhere/step-5"), Spot(LocalStorage(tmp_path / "back"), "step-5")
@@ -63,42 +52,6 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path: Path) -> None:
     assert names == sorted(entry.name for entry in back.storage.list("step-5"))
     for name in names:
         assert src.storage.read(f"{STEP}/{name}") == back.storage.read(f"step-5/{name}")
-
-
-def test_every_fault_leaves_the_step_that_was_there_or_the_copy(tmp_path: Path, tally: Tally) -> None:
-    src = saved(LocalStorage(tmp_path))
-    src_id = catalog.read_manifest(src.storage, STEP).save_id
-    empty, begun = obstore.store.MemoryStore(), obstore.store.MemoryStore()
-    old_id = catalog.read_manifest(memory(begun), saved(memory(begun), scale=2.0).path).save_id
-    tried = 0
-    for before, fault in itertools.product((empty, begun), CLIENT_FAULTS):
-        counting = FaultyClient(copy_of(before))
-        copy_step(src, Spot(memory(counting), STEP))
-        # What is answered is not changed by a request that fails and is made again: a few of these will do.
-        for number in range(0, len(counting.requests), 5 if fault in ("busy", "cut") else 1):
-            store = copy_of(before)
-            with contextlib.suppress(Killed, SaveError, StorageError):
-                copy_step(src, Spot(memory(FaultyClient(store, fail_at=number, fault=fault)), STEP))
-            storage = memory(store)
-            found = [(entry.save_id, entry.is_usable) for entry in catalog.scan(storage, "run")]
-            assert found in ([(src_id, True)], [(old_id, True)] if before is begun else []), (fault, number)
-            copy_step(src, Spot(storage, STEP))
-            assert verify_in(storage, STEP).is_sound, (fault, number)
-            tried += 1
-    tally("A copy of a step to an object store, cut short at any request", tried=tried, lost=0)
-
-
-def test_every_fault_on_a_disk_leaves_nothing_or_the_copy(tmp_path: Path) -> None:
-    src = saved(LocalStorage(tmp_path / "src"))
-    counting = FaultyStorage(LocalStorage(tmp_path / "count"))
-    copy_step(src, Spot(counting, STEP))
-    for number in range(len(counting.operations)):
-        storage = LocalStorage(tmp_path / str(number))
-        with contextlib.suppress(StorageError, SaveError):
-            copy_step(src, Spot(FaultyStorage(storage, fail_at=number), STEP))
-        assert [entry.is_usable for entry in catalog.scan(storage, "run")] in ([], [True])
-        copy_step(src, Spot(storage, STEP))
-        assert verify_in(storage, STEP).is_sound
 
 
 @pytest.mark.parametrize("kind", ["store", "disk"])

@@ -6,6 +6,7 @@ import errno
 import itertools
 import logging
 import os
+import random
 import re
 import signal
 import sys
@@ -24,6 +25,7 @@ from milepost.errors import ConfigError, StorageError
 from milepost.storage import object_writer, open_root, open_storage
 from milepost.storage.objectstore import ObjectStorage
 from milepost.storage.retry import Retry
+from milepost.testing.faulty_client import FaultyClient
 from milepost.testing.proxy import Fault, FaultKind, Proxy
 from milepost.testing.seaweed import ACCESS_KEY, BUCKET, SECRET_KEY, Seaweed
 from milepost.testing.storage_suite import StorageSuite
@@ -374,3 +376,14 @@ def test_a_fork_of_a_process_that_used_a_store_says_so_and_does_not_hang() -> No
     with os.fdopen(reader, "rb") as told:
         assert b"forked" in told.read()
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_request_that_is_made_again_leaves_the_random_generators_of_the_training_alone() -> None:
+    before = random.getstate()
+    storage = ObjectStorage(
+        "memory://bucket",
+        store=FaultyClient(obstore.store.MemoryStore(), fail_at=0, fault="busy"),
+        retry=Retry(first_wait_s=0.001),
+    )
+    storage.write("x", b"1")
+    assert random.getstate() == before

@@ -24,9 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "examples:\n"
-        "  milepost sync outputs/checkpoint s3://my-bucket/run-7\n"
-        "  milepost sync outputs/checkpoint/step-500 s3://my-bucket/run-7\n"
-        "  milepost sync s3://my-bucket/run-7 /local/run-7\n\n"
+        "  milepost sync outputs/checkpoint backup/run-7\n"
+        "  milepost sync outputs/checkpoint/step-500 backup/run-7\n\n"
         "exit status: 0, 2 wrong usage, 3 there is nothing to copy, 5 a step or its copy is damaged, 7 a place\n"
         "can't be read or written\n"
     )

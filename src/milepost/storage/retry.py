@@ -13,6 +13,9 @@ log = logging.getLogger("milepost")
 
 T = TypeVar("T")
 
+_jitter = random.Random()
+"""A generator of its own: the global one is the training's, whose state is saved and must not depend on a network."""
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -43,7 +46,7 @@ class Retry:
                 return act()
             except Exception as error:
                 cause = why_again(error)
-                pause_s = wait_s * random.uniform(0.5, 1.0)
+                pause_s = wait_s * _jitter.uniform(0.5, 1.0)
                 if cause is None or self.clock() + pause_s > deadline:
                     raise
                 log.warning("%s failed (%s): try %d of %d in %.1f s", doing, cause, number, self.num_tries, pause_s)

@@ -107,7 +107,7 @@ class WeightsCheck:
             for start in range(0, step.manifest.files[name].nbytes, step.block_nbytes)
         ]
         if self._level == "sample":
-            blocks = sorted(random.sample(blocks, min(SAMPLE_RECORDS, len(blocks))))
+            blocks = sorted(random.Random().sample(blocks, min(SAMPLE_RECORDS, len(blocks))))
         self._findings.total_nbytes += step.block_nbytes * len(blocks)
         for name, group in groupby(blocks, key=lambda block: block[0]):
             try:
