@@ -9,6 +9,7 @@ import torch
 
 import milepost
 from milepost.format.manifest import BLOCK_NBYTES
+from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
 from milepost.report.resume_plan import READ_BUFFER_NBYTES, plan_resume
 from milepost.storage import LocalStorage
@@ -62,6 +63,10 @@ def test_missing_and_unexpected_keys_are_told(memory_path: Path) -> None:
         "optimizer.state.layers.2.attention.wq.weight.step",
     )
     assert plan.unexpected == ("optimizer.state.gone.weight.step",)
+    policy = Policy(allow_missing=("layers.1", "optimizer.*"), allow_unexpected=("optimizer.state.gone",))
+    let = plan_resume(manifest, Degrees(), policy=policy)
+    assert (let.missing, let.unexpected, let.fits) == ((), (), True)
+    assert "allow_missing layers.1: 1 key left as it was: layers.1.attention.wq.weight" in let.notes
 
 
 def test_what_the_trainer_would_refuse_does_not_fit(memory_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from milepost.cli.paths import read_manifest
 from milepost.cli.render import console, print_json, print_line, print_list, print_table
 from milepost.errors import ConfigError, StateMismatchError
+from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import SHORT_DEGREES, Degrees, degrees_text
 from milepost.storage.base import format_nbytes
 
@@ -52,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="llama3 or qwen3: hold the keys against those of this model")
     parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
+    for option, what in (("missing", "the step may lack"), ("unexpected", "the run may have no place for")):
+        parser.add_argument(
+            f"--allow-{option}",
+            metavar="GLOB,...",
+            default="",
+            help=f"keys that {what}, as checkpoint.allow_{option} of the run",
+        )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -61,7 +69,15 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.path)
     from milepost.report.resume_plan import plan_resume  # with the tables of models, which --help can do without
 
-    plan = plan_resume(manifest, degrees, stages_per_rank=args.stages_per_rank, model=args.model, flavor=args.flavor)
+    policy = Policy(_patterns(args.allow_missing), _patterns(args.allow_unexpected))
+    plan = plan_resume(
+        manifest,
+        degrees,
+        stages_per_rank=args.stages_per_rank,
+        model=args.model,
+        flavor=args.flavor,
+        policy=policy,
+    )
     if args.json:
         print_json({"fits": plan.fits} | _json(plan))
     else:
@@ -71,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
         print_line(f"{title}; to be resumed by {degrees.world_size} ({now})")
         _print(plan)
     return 0 if plan.fits else StateMismatchError.exit_status
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def resolve_degrees(text: str, world_size: int, stages_per_rank: int) -> Degrees:

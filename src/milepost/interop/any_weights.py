@@ -17,8 +17,9 @@ from milepost.format.dtype import itemsize
 from milepost.interop.weights.boxes import Array, Readable, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.open import open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
-from milepost.loading.fit import LetPass, Policy, unexpected_error
+from milepost.loading.fit import unexpected_error
 from milepost.loading.names import renames
+from milepost.loading.policy import LetPass, Policy
 from milepost.tensors.layout import TensorLeaf
 
 

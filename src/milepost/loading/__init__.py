@@ -3,7 +3,8 @@
 In reading order::
 
     load       ``load()``: read the record, compare, plan, read, restore
-    fit        keys of both sides compared, and the policy of what may be missing or left out
+    policy     globs of keys that may be missing or left out (torch-free)
+    fit        keys of both sides compared
     names      keys of a model that stand under the names of its wrappers
     template   a nested state dict of the caller's to load into
     target     what is read into what, and the owners of state: each is loaded through its own door

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from milepost.errors import MAX_LISTED, ConfigError, StateMismatchError, listed, near
+from milepost.errors import MAX_LISTED, StateMismatchError, listed, near
 from milepost.format.manifest import Manifest
+from milepost.loading.policy import Policy, keys_word
 from milepost.tensors.layout import dtype_name
 from milepost.tensors.state import FlatState
 
@@ -52,106 +52,6 @@ def unexpected_error(path: str, keys: Sequence[str], policy: Policy, others: Col
         path=path,
         unexpected=keys,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class LetPass:
-    """The keys that one pattern of a policy let pass."""
-
-    option: str
-    """``allow_missing`` or ``allow_unexpected``."""
-    pattern: str
-    keys: tuple[str, ...]
-
-    def __str__(self) -> str:
-        what = "left as they were" if self.option == "allow_missing" else "left out"
-        if len(self.keys) == 1:
-            what = what.replace("they were", "it was")
-        shown = ", ".join(listed(self.keys, 5))
-        return f"{self.option} {self.pattern}: {len(self.keys)} {_keys(self.keys)} {what}: {shown}"
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Globs of keys that a checkpoint and what it is loaded into need not have in common.
-
-    ``*`` matches dots too, and a pattern that names a whole element of keys matches all below it.
-    """
-
-    allow_missing: tuple[str, ...] = ()
-    """Keys that the checkpoint may lack: they stay as they are."""
-    allow_unexpected: tuple[str, ...] = ()
-    """Keys of the checkpoint that may have no place: they are left out."""
-    spelling: str = "give {option}=[{patterns}]"
-    """How a user sets an option, for messages."""
-
-    @classmethod
-    def of(cls, strict: bool, allow_missing: Iterable[str], allow_unexpected: Iterable[str]) -> Policy:
-        """The policy of a caller of ``load``. Raises ConfigError for what is no list of patterns."""
-        missing = checked_patterns("allow_missing", allow_missing)
-        unexpected = checked_patterns("allow_unexpected", allow_unexpected)
-        return cls(missing, unexpected) if strict else cls(("*",), ("*",))
-
-    def refused_missing(self, keys: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``keys`` that must not be missing."""
-        return tuple(key for key in keys if first_match(self.allow_missing, key) is None)
-
-    def refused_unexpected(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` that must have a place."""
-        return {key for key in keys if first_match(self.allow_unexpected, key) is None}
-
-    def let_pass(self, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[LetPass, ...]:
-        """For each pattern the keys that it lets pass, of those that are missing or unexpected."""
-        found: dict[tuple[str, str], list[str]] = {}
-        for option, patterns, keys in (
-            ("allow_missing", self.allow_missing, missing),
-            ("allow_unexpected", self.allow_unexpected, unexpected),
-        ):
-            for key in keys:
-                pattern = first_match(patterns, key)
-                if pattern is not None:
-                    found.setdefault((option, pattern), []).append(key)
-        return tuple(LetPass(option, pattern, tuple(keys)) for (option, pattern), keys in found.items())
-
-    def advice(self, option: str, purpose: str, keys: Sequence[str], others: Collection[str]) -> str:
-        """The option that would let ``keys`` pass, for a message; it must not cover ``others``."""
-        patterns = list(dict.fromkeys(_pattern_for(key, keys, others) for key in keys))
-        shown = [f'"{pattern}"' for pattern in patterns[:_MAX_ADVISED]]
-        if len(patterns) > _MAX_ADVISED:
-            shown.append("...")
-        return f"  To {purpose}, {self.spelling.format(option=option, patterns=', '.join(shown))}"
-
-
-_MAX_ADVISED = 6
-
-
-def _pattern_for(key: str, keys: Sequence[str], others: Collection[str]) -> str:
-    """A glob for all keys with the first element of ``key``, if it lets nothing else pass; else the key itself."""
-    head = key.partition(".")[0]
-    start = f"{head}."
-    alike = sum(other.startswith(start) for other in keys)
-    if alike < 2 or any(other.startswith(start) for other in others):
-        return key
-    return f"{start}*"
-
-
-def checked_patterns(option: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    """``patterns`` as a tuple. Raises ConfigError for a single text, which would be taken apart, and for no text."""
-    if isinstance(patterns, str):
-        raise ConfigError(f'{option}="{patterns}": expected a list of patterns; write {option}=["{patterns}"]')
-    found = tuple(patterns)
-    for pattern in found:
-        if not isinstance(pattern, str) or not pattern:
-            raise ConfigError(f"{option}: expected patterns of keys, found {pattern!r:.60}")
-    return found
-
-
-def first_match(patterns: Iterable[str], key: str) -> str | None:
-    """The first of the globs that matches a key; one that names an element of it matches all below."""
-    for pattern in patterns:
-        if fnmatch.fnmatchcase(key, pattern) or fnmatch.fnmatchcase(key, f"{pattern}.*"):
-            return pattern
-    return None
 
 
 def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = (), mismatched: Sequence[str] = ()) -> Fit:
@@ -204,11 +104,7 @@ def _has(keys: Sequence[str]) -> str:
     return "has" if len(keys) == 1 else "have"
 
 
-def _keys(keys: Sequence[str]) -> str:
-    return "key" if len(keys) == 1 else "keys"
-
-
 def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:
     if lines:
-        yield f"  {len(lines)} {_keys(lines)} {what}:"
+        yield f"  {len(lines)} {keys_word(lines)} {what}:"
         yield from (f"    {line}" for line in listed(lines))

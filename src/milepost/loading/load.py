@@ -23,8 +23,9 @@ from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, MilepostError, StateMismatchError, listed
 from milepost.format.manifest import Manifest
-from milepost.loading.fit import LetPass, Policy, compare, unexpected_error
+from milepost.loading.fit import compare, unexpected_error
 from milepost.loading.names import renamed, renames
+from milepost.loading.policy import LetPass, Policy
 from milepost.loading.reader import ReadStats, TensorReads, read_objects
 from milepost.loading.target import Target
 from milepost.loading.template import Template, Whole

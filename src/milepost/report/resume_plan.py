@@ -21,6 +21,7 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import OWN, correspond, key_faults
+from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.fit import degree_problems, stage_problems
 from milepost.parallelism.placement import Coordinates, Stage, box_of, layer_of, stages_of
@@ -87,12 +88,13 @@ def plan_resume(
     stages_per_rank: int = 1,
     model: str | None = None,
     flavor: str | None = None,
+    policy: Policy | None = None,
 ) -> ResumePlan:
     """Plan a resume of ``manifest`` under ``degrees``.
 
     With ``model`` and ``flavor``, or those that the step records, the stored keys and shapes are held against the
     model's; without, against each other: every layer must have what any layer has, and every parameter the optimizer
-    state that any has.
+    state that any has. What ``policy`` lets pass is noted.
 
     Raises:
         ConfigError: only one of ``model`` and ``flavor`` is given, or there is no such model.
@@ -114,12 +116,15 @@ def plan_resume(
         refused = degree_problems(args, degrees, stages_per_rank=stages_per_rank)
     else:
         refused = stage_problems(planner.num_layers, degrees, stages_per_rank=stages_per_rank)
+    policy = policy if policy is not None else Policy()
+    notes += map(str, policy.let_pass(faults.missing, faults.unexpected))
+    refused_keys = policy.refused_unexpected(faults.unexpected)
     return ResumePlan(
         degrees=degrees,
         stages_per_rank=stages_per_rank,
         ranks=tuple(planner.plan(rank) for rank in range(degrees.world_size)),
-        missing=tuple(faults.missing),
-        unexpected=tuple(faults.unexpected),
+        missing=policy.refused_missing(faults.missing),
+        unexpected=tuple(key for key in faults.unexpected if key in refused_keys),
         misshapen=tuple(faults.misshapen),
         refused=tuple(refused),
         left_out=tuple(sorted(left_out)),

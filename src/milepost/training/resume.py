@@ -14,8 +14,8 @@ from milepost.config import PARTS, CheckpointConfig, part_of
 from milepost.errors import CheckpointDamagedError, ConfigError, StateMismatchError, StorageError, near
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.interop.any_weights import Loaded, load_any
-from milepost.loading.fit import Policy, first_match
 from milepost.loading.load import LoadReport, load_from
+from milepost.loading.policy import Policy, first_match
 from milepost.loading.target import Stored, Target
 from milepost.run import catalog
 from milepost.run.branches import Descent, commit_order, descend
