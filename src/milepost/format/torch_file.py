@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from milepost.errors import FormatError
+from milepost.errors import ConversionError, FormatError
 from milepost.format.dtype import itemsize
-from milepost.format.pickle_reader import read_pickle
+from milepost.format.kinds import kind_of_pickle, kind_of_zip, names_in_tail
+from milepost.format.pickle_reader import Dialect, Global, read_pickle
 from milepost.format.plain_pickle import PLAIN_GLOBALS, PROTO_2, STOP, str_opcodes
 from milepost.format.record import (
     DATA_ALIGNMENT,
@@ -43,30 +45,111 @@ _MAX_PICKLE_NBYTES = 256 << 20
 _MAX_DEPTH = 20
 _MAX_PATH = 1024
 _MAX_NODES = 1 << 17
+_TAIL_NBYTES = 64 << 10
+_MAX_REPEATS = 64
+"""Tensors that are views of one storage may come to so many times the file's size together."""
 _SMALL_COUNT = 3  # entries that `small_entries` makes
 _UTF8 = 0x0800
 _DOS_DATE = 0x0021  # 1980-01-01: files must not depend on the time
 
 
-def locate_tensors(read_at: Callable[[int, int], bytes], nbytes: int) -> dict[str, LocatedTensor]:
+def locate_tensors(
+    read_at: Callable[[int, int], bytes], nbytes: int, path: str = "the file", *, left_out: list[str] | None = None
+) -> dict[str, LocatedTensor]:
     """Every tensor of a file of ``nbytes``, by its path in the nested state dict, joined by dots.
 
-    ``read_at(offset, nbytes)`` gives bytes of the file. Values that are not tensors are left out. Nothing in the file
-    is executed.
+    ``read_at(offset, nbytes)`` gives bytes of the file, ``path`` is how errors name it. Values that are not tensors are
+    left out; those that are more than numbers and text are noted in ``left_out``. Nothing in the file is executed.
 
     Raises:
         FormatError: the file is no ``torch.save`` zip file, is damaged, or holds anything but plain data and tensors.
+        ConversionError: it is something else that is known, and harmless.
     """
-    archive = ZipDirectory(read_at, nbytes, max_entries=MAX_ENTRIES)
+    try:
+        archive = ZipDirectory(read_at, nbytes, max_entries=MAX_ENTRIES)
+    except FormatError:
+        tail = read_at(max(nbytes - _TAIL_NBYTES, 0), min(nbytes, _TAIL_NBYTES))
+        _refuse_other_zip(names_in_tail(tail), path)  # their entries may be compressed
+        raise
+    _refuse_other_zip(list(archive.entries), path)
     pickled, prefix = read_pickle_entry(archive, _MAX_PICKLE_NBYTES)
-    state = read_pickle(pickled, {**PLAIN_GLOBALS, **TENSOR_GLOBALS}, persistent_storage)
+    try:
+        state = read_pickle(pickled, _GLOBALS, persistent_storage, dialect=_DIALECT)
+    except FormatError as error:
+        what = kind_of_pickle(pickled)
+        if what:
+            raise ConversionError(f"{path} holds {what}", path=path) from error
+        raise
     found: dict[str, LocatedTensor] = {}
-    for key, tensor in _tensors_in(state):
+    for key, tensor in _tensors_in(state, left_out if left_out is not None else []):
         if key in found:
             raise FormatError(f"two tensors of the file are both called {key!r:.200}")
         found[key] = located(archive, prefix, tensor)
     _check_storages(found)
+    total = sum(math.prod(tensor.sizes) * itemsize(tensor.dtype) for tensor in found.values())
+    if total > _MAX_REPEATS * nbytes:
+        raise FormatError(f"its tensors come to {total} bytes, {_MAX_REPEATS} times the file: views of one storage")
     return found
+
+
+def _refuse_other_zip(names: list[str], path: str) -> None:
+    what = kind_of_zip(names)
+    if what:
+        raise ConversionError(f"{path} is {what}", path=path)
+
+
+class _Inert:
+    """A value that is no tensor and no plain container: a set, a scalar of numpy, a namespace."""
+
+    def __init__(self, name: str, parts: list[object]):
+        self.name = name
+        self.parts = parts
+
+    def extend(self, items: list[object]) -> None:
+        self.parts += items
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.parts += [key, value]
+
+
+def _inert(name: str) -> Global:
+    return Global(name, call=lambda *args: _Inert(name, list(args)), new=True)
+
+
+def _build(target: object, state: object) -> bool:
+    if isinstance(target, _Inert):
+        target.parts.append(state)
+        return True
+    return False
+
+
+_INERT = (
+    *("builtins.set", "builtins.frozenset", "builtins.complex", "builtins.bytearray", "builtins.range"),
+    *("__builtin__.set", "__builtin__.frozenset", "__builtin__.complex", "__builtin__.bytearray", "__builtin__.xrange"),
+    *("collections.Counter", "collections.deque", "argparse.Namespace", "types.SimpleNamespace", "_io.BytesIO"),
+    *("datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta", "datetime.timezone"),
+    *("decimal.Decimal", "fractions.Fraction", "uuid.UUID", "pathlib.PosixPath", "pathlib.PurePosixPath"),
+    *("pathlib._local.PosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath", "torch.Size", "torch.device"),
+    *("numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.ndarray"),
+    *("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct"),
+    *(f"{home}.{kind}" for home in ("builtins", "__builtin__") for kind in ("int", "float", "str", "bool", "list")),
+    *(f"{home}.{kind}" for home in ("builtins", "__builtin__") for kind in ("dict", "tuple", "long", "unicode")),
+)
+"""What may stand beside the tensors: nothing of it is made."""
+_GLOBALS: Mapping[str, Global] = {
+    **{name: _inert(name) for name in _INERT},
+    "collections.defaultdict": Global("collections.defaultdict", call=lambda *args: {}),
+    **PLAIN_GLOBALS,
+    **TENSOR_GLOBALS,
+}
+_DIALECT = Dialect(
+    check_key=lambda key: _check_key(key), lists=(list, _Inert), dicts=(dict, OrderedDict, _Inert), build=_build
+)
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, int | float | bytes | bool | None) or (isinstance(key, int) and key.bit_length() > 64):
+        raise FormatError(f"a dict key is a {type(key).__name__}, which is not read")
 
 
 def _check_storages(found: Mapping[str, LocatedTensor]) -> None:
@@ -77,9 +160,10 @@ def _check_storages(found: Mapping[str, LocatedTensor]) -> None:
             raise FormatError(f"the storages of {key!r:.200} and {next_key!r:.200} overlap at byte {next_start}")
 
 
-def _tensors_in(state: object) -> Iterator[tuple[str, Rebuild]]:
-    """The tensors of a nested state dict with their paths, in its order."""
+def _tensors_in(state: object, left_out: list[str]) -> Iterator[tuple[str, Rebuild]]:
+    """The tensors of a nested state dict with their paths, in its order. What else is there goes to ``left_out``."""
     pending: list[tuple[str, object, int]] = [("", state, 0)]
+    hidden: set[str] = set()  # paths inside of values that are left out
     num_nodes = 0
     while pending:
         path, node, depth = pending.pop()
@@ -88,6 +172,8 @@ def _tensors_in(state: object) -> Iterator[tuple[str, Rebuild]]:
         if num_nodes + len(pending) > _MAX_NODES or depth > _MAX_DEPTH:
             raise FormatError(f"a state dict of more than {_MAX_NODES} parts or {_MAX_DEPTH} levels is not read")
         if isinstance(node, Rebuild):
+            if path in hidden:
+                raise FormatError(f"{path!r:.200} is a tensor inside a value of a kind that tensors are not read from")
             yield path, node
             continue
         items: list[tuple[object, object]] = []
@@ -95,14 +181,21 @@ def _tensors_in(state: object) -> Iterator[tuple[str, Rebuild]]:
             items = list(node.items())
         elif isinstance(node, list | tuple):
             items = list(enumerate(node))
+        elif isinstance(node, _Inert):
+            items = list(enumerate(node.parts))
+            if path not in hidden:
+                left_out.append(f"{path} ({node.name.rpartition('.')[2]})")
+        is_hidden = isinstance(node, _Inert) or path in hidden
         for key, value in reversed(items):
-            if not isinstance(value, Rebuild | dict | list | tuple):
+            if not isinstance(value, Rebuild | dict | list | tuple | _Inert):
                 num_nodes += 1
                 continue
             name = str(key)
             if len(path) + len(name) >= _MAX_PATH:  # one long key may be named again and again
                 raise FormatError(f"a path in a state dict has more than {_MAX_PATH} characters: {name!r:.200}")
             pending.append((f"{path}.{name}" if path else name, value, depth + 1))
+            if is_hidden:
+                hidden.add(pending[-1][0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def convert(
         checked_nbytes=checked,
         verified=options.verify,
         seconds=time.monotonic() - started,
-        notes=plan.notes,
+        notes=(*weights.notes, *plan.notes),
     )
 
 

@@ -20,6 +20,7 @@ from milepost.format.huggingface import (
     parse_weight_map,
     unindexed_files,
 )
+from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
 from milepost.format.safetensors import read_header
 from milepost.format.tags import untagged
@@ -100,7 +101,13 @@ def read_headers(storage: Storage, folder: str, names: Sequence[str], open_file:
     """Read the headers of the safetensors files ``names`` of a folder; see :func:`read_hf_folder`."""
 
     def open_by_default(name: str) -> ReadHandle:
-        return open_linked(storage, join(folder, name), anywhere=True)
+        handle = open_linked(storage, join(folder, name), anywhere=True)
+        try:
+            refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors")
+        except BaseException:
+            handle.close()
+            raise
+        return handle
 
     problems: list[Problem] = []
     tensors: dict[str, TensorEntry] = {}
@@ -174,13 +181,14 @@ def manifest_of_file(storage: Storage, path: str) -> Manifest:
         return _manifest("model", found, 0.0)
     tensors = {}
     with open_linked(storage, path, anywhere=True) as handle:
+        refuse_other_kind(handle.read, handle.nbytes, handle.path, name)
 
         def read_at(offset: int, nbytes: int) -> bytes:
             data = bytearray(nbytes)
             handle.read_into(offset, [memoryview(data)])
             return bytes(data)
 
-        for key, stored in locate_tensors(read_at, handle.nbytes).items():
+        for key, stored in locate_tensors(read_at, handle.nbytes, handle.path).items():
             box = Box.whole(stored.sizes)
             nbytes = box.numel * itemsize(stored.dtype)
             start = stored.data_offset + stored.storage_offset * itemsize(stored.dtype)

@@ -49,7 +49,7 @@ from milepost.verification.extents import (
     zeros,
 )
 from milepost.verification.hf_step import read_hf_step
-from milepost.verification.weights import WEIGHTS_SUFFIXES, WeightsCheck
+from milepost.verification.weights import WeightsCheck, may_be_weights
 
 __all__ = ["LEVELS", "Level", "Problem", "Progress", "Verdict", "VerifyReport", "verify", "verify_in", "verify_run"]
 
@@ -126,7 +126,7 @@ def verify_in(
     if level not in LEVELS:
         raise ConfigError(f"there is no verification level {level!r}; levels are {', '.join(LEVELS)}")
     found = storage.stat(path)
-    if found is not None and not found.is_folder and path.endswith(WEIGHTS_SUFFIXES):
+    if found is not None and not found.is_folder and may_be_weights(path):
         return _verify_weights(storage, path, None, level, num_threads, progress)
     record = storage.stat(join(path, MANIFEST_NAME))
     if record is not None and record.is_link:  # one of our steps that went through the hub

@@ -15,6 +15,7 @@ from itertools import groupby
 from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
 from milepost.format.digest import files_in_blocks
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
+from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import TensorEntry
 from milepost.format.torch_file import MAX_ENTRIES, locate_tensors
 from milepost.run.hf_folder import HfFolder, is_adapter, plain_or_tagged, read_headers, read_hf_folder
@@ -26,6 +27,11 @@ from milepost.verification.hf_step import CheckedFile, HfStep
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Files that are verified as weights on their own."""
+
+
+def may_be_weights(path: str) -> bool:
+    """True for a file that is verified as weights: by its ending, or as it has none, like the hub cache's blobs."""
+    return path.endswith(WEIGHTS_SUFFIXES) or "." not in path.rpartition("/")[2]
 
 
 class WeightsCheck:
@@ -58,15 +64,22 @@ class WeightsCheck:
     def file(self, path: str) -> None:
         """Check one file of weights."""
         folder, name = split(path)
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") or self._is_safetensors_blob(path):
             self._safetensors(folder, read_headers(self._storage, folder, [name]))
             return
         with open_linked(self._storage, path, anywhere=True) as handle:
             self.nbytes = self._findings.total_nbytes = handle.nbytes
+            refuse_other_kind(handle.read, handle.nbytes, handle.path, name)
             try:
                 self._torch_file(handle, name)
             except (FormatError, StorageError) as error:
                 self._add(error, handle.path, name)
+
+    def _is_safetensors_blob(self, path: str) -> bool:
+        if path.endswith(WEIGHTS_SUFFIXES):
+            return False
+        with open_linked(self._storage, path, anywhere=True) as handle:
+            return handle.nbytes > 8 and handle.read(8, 1) == b"{"
 
     def _config(self, folder: str, name: str) -> None:
         where = join(folder, name)
@@ -123,7 +136,10 @@ class WeightsCheck:
                 self._reader.check(reader.handle, name, extents)
 
     def _torch_file(self, handle: ReadHandle, name: str) -> None:
-        self.num_items = len(locate_tensors(handle.read, handle.nbytes))
+        left_out: list[str] = []
+        self.num_items = len(locate_tensors(handle.read, handle.nbytes, handle.path, left_out=left_out))
+        if left_out:
+            self.notes.append(f"values that are no tensors: {', '.join(listed(left_out))}")
         if self._level != "full":
             self._findings.count_read(0, unchecked_nbytes=handle.nbytes)
             return

@@ -66,4 +66,4 @@ def load_hf(
         cast = check_fit(ours, leaves, source.path)
         nbytes = fill(ours, leaves, num_threads, f"loading {source.path}" if tell else None)
         source.check_digests()  # of a `.pt` file or a checkpoint: what was read in part is completed for it
-    return HfLoadReport(source.path, len(leaves), nbytes, cast, found.notes)
+    return HfLoadReport(source.path, len(leaves), nbytes, cast, (*weights.notes, *found.notes))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from milepost.config import PARTS
-from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError
+from milepost.errors import CheckpointNotFoundError, ConversionError, FormatError, listed
 from milepost.format.box import Box
 from milepost.format.digest import BlockDigests
 from milepost.format.dtype import itemsize
@@ -20,6 +20,7 @@ from milepost.format.huggingface import (
     SINGLE_NAME,
     parse_object,
 )
+from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.safetensors import read_header
 from milepost.format.torch_file import locate_tensors
@@ -46,6 +47,7 @@ class Weights:
     """``config.json`` of a Hugging Face folder."""
     manifest: Manifest | None = None
     """Of a DCP checkpoint."""
+    notes: tuple[str, ...] = ()
     is_adapter: bool = False
     """A folder that holds an adapter for a model, not the model."""
 
@@ -94,15 +96,18 @@ def _not_weights(full: str, names: Iterable[str]) -> str:
 
 def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
     handle = open_linked(storage, name, anywhere=True)
+    left_out: list[str] = []
     with ExitStack() as stack:
         stack.callback(handle.close)
+        refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors" if is_safetensors else name)
         if is_safetensors:
             stored = _safetensors_tensors(handle)
         else:
-            stored = _torch_file_tensors(handle)
+            stored = _torch_file_tensors(handle, left_out)
         stack.pop_all()
     kind = "hf" if is_safetensors else "pt"
-    return Weights(Source(join_path(storage.root, name), kind, [handle], stored))
+    notes = (f"values that are no tensors were left out: {', '.join(listed(left_out))}",) if left_out else ()
+    return Weights(Source(join_path(storage.root, name), kind, [handle], stored), notes=notes)
 
 
 # ---- Hugging Face ----
@@ -117,7 +122,7 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
     def open_file(name: str) -> ReadHandle:
         return step.open_file(name) if step is not None else open_linked(storage, join(folder, name), anywhere=True)
 
-    found = read_hf_folder(storage, folder, names, open_file)
+    found = read_hf_folder(storage, folder, names, step.open_file if step is not None else None)
     found.require(path)
     stored = {}
     with ExitStack() as stack:
@@ -193,9 +198,9 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
 # ---- .pt ----
 
 
-def _torch_file_tensors(handle: ReadHandle) -> dict[str, Stored]:
+def _torch_file_tensors(handle: ReadHandle, left_out: list[str]) -> dict[str, Stored]:
     try:
-        found = locate_tensors(handle.read, handle.nbytes)
+        found = locate_tensors(handle.read, handle.nbytes, handle.path, left_out=left_out)
     except FormatError as error:
         raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
     # A storage is read, and checked against its CRC, as one, whatever number of tensors are views of it.
