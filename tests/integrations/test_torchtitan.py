@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed here; make test-integrations has a place for it")
 
 from titan_run import train
 
+from milepost import CheckpointConfig, CheckpointManager, HfModel, StateMismatchError
+from milepost.interop.names.model_sizes import model_args
 from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
+from milepost.train.models import make_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
@@ -77,3 +81,33 @@ def test_either_resumes_from_what_the_other_has_written(tmp_path: Path, world_si
         folder = tmp_path / f"from-{first}"
         run(folder, world_size, steps=4, stock=first, **options)
         assert agree(run(folder, world_size, steps=6, stock=second, **options), undisturbed) == 5
+
+
+def start_from_weights(folder: str) -> tuple[float, str]:
+    """The loss of our model with torchtitan's weights of step 4, on its batch of step 5; and why it is not resumed."""
+    sizes = model_args("llama3", "debugmodel", vocab_size=2048)
+    known = HfModel(name="llama3", flavor="debugmodel", args=sizes)
+    model = make_model("llama3", sizes, 32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = {"model": model, "optimizer": optimizer, "hf": known}
+    config = CheckpointConfig(enable=True, initial_load_path=f"{folder}/checkpoint/step-4")
+    with CheckpointManager(f"{folder}/ours", config, **options) as manager:
+        assert manager.load() is not None
+    batch = [torch.randint(0, 2048, (33,), generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
+    tokens = torch.stack(batch)
+    logits = model(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).item()
+    with CheckpointManager(f"{folder}/checkpoint", CheckpointConfig(enable=True), **options) as manager:
+        try:
+            manager.load()
+        except StateMismatchError as error:
+            return loss, str(error)
+    return loss, ""
+
+
+def test_our_trainer_starts_from_its_weights_under_its_names(tmp_path: Path) -> None:
+    (titan,) = run(tmp_path, stock=True, steps=5, last_save_model_only=False)
+    ((loss, refusal),) = run_world(start_from_weights, 1, str(tmp_path))
+    assert loss == pytest.approx(titan["losses"][4][1], abs=2e-5)
+    assert "initial_load_path" in refusal
+    assert "milepost convert" in refusal

@@ -78,7 +78,7 @@ def choose(
         return _named_step(entries, config.load_step, folder, launch)
     if full is not None:
         notes += tuple(_passed_over(entries, history, full))
-        return Choice(full.path, full.step, False, True, notes)
+        return Choice(full.path, full.step, _is_seed(full), True, notes)
     return _without_full_step(entries, line, history, config, folder)
 
 
@@ -200,7 +200,12 @@ def _named_step(entries: Sequence[StepEntry], step: int, folder: str, launch: st
         )
     # Step 0 holds no optimizer state worth loading; a later model-only step is refused when its parts are missed.
     start = BranchStart(step, entry.save_id, launch)
-    return Choice(entry.path, step, step == 0 and entry.kind == "model", False, start=start)
+    return Choice(entry.path, step, _is_seed(entry), False, start=start)
+
+
+def _is_seed(entry: StepEntry) -> bool:
+    """Whether a step holds initial weights; of another program's full one, torchtitan's say, only these are taken."""
+    return entry.step == 0 and (entry.kind == "model" or entry.state == "external")
 
 
 def _passed_over(entries: Sequence[StepEntry], history: History, chosen: StepEntry) -> list[str]:

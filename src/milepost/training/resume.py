@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -11,7 +12,14 @@ from typing import Any, Protocol
 
 from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
 from milepost.config import PARTS, CheckpointConfig, part_of
-from milepost.errors import CheckpointDamagedError, ConfigError, StateMismatchError, StorageError, near
+from milepost.errors import (
+    CheckpointDamagedError,
+    ConfigError,
+    MilepostError,
+    StateMismatchError,
+    StorageError,
+    near,
+)
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.interop.any_weights import Loaded, load_any
 from milepost.loading.load import LoadReport, load_from
@@ -122,6 +130,10 @@ class Loader:
                 return self._load_file(choice), descent
             into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout, self._config)
             storage, path = self._place(choice)
+            if into.wants_model and self._has_other_names(storage, path):
+                if choice.model_only:
+                    return self._load_weights(choice), descent
+                raise _renamed(join(storage.root, path))
             model_notes: list[str] = []
             try:
                 report = load_from(
@@ -148,6 +160,20 @@ class Loader:
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
             notes += self._restore(into)
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _has_other_names(self, storage: Storage, path: str) -> bool:
+        """Whether another program has written a checkpoint, and not under the names of this run's model. Collective."""
+        chosen_keys = [name for name in self._config.exclude_from_loading if name not in PARTS]
+        if self._format is None or self._config.allow_missing or chosen_keys:
+            return False
+        lacks = False
+        with contextlib.suppress(MilepostError):  # what is wrong with it, the load says
+            found = catalog.examine(storage, path)
+            if found is not None and found.state == "external":
+                stored = catalog.read_manifest(storage, path).tensors
+                wanted = self._state.loading_weights().prepare().values
+                lacks = any(key not in stored for key in wanted)
+        return bool(self._comm.union(int(lacks)))
 
     def _place(self, choice: Choice) -> tuple[Storage, str]:
         """Where a choice is read."""
@@ -285,6 +311,16 @@ class Loader:
         except StorageError as error:  # it is passed over in this run all the same
             log.warning("the mark could not be left: %s", error)
         return True
+
+
+def _renamed(path: str) -> StateMismatchError:
+    return StateMismatchError(
+        f"{path} was written by another program, under other names than this run's: its weights can be read, its "
+        "optimizer state can't. To begin a new run with the weights, set checkpoint.initial_load_path to it, leave "
+        "checkpoint.initial_load_model_only as it is, and choose another job.dump_folder or checkpoint.folder; or make "
+        "a checkpoint of them with `milepost convert`",
+        path=path,
+    )
 
 
 class _Into:
