@@ -77,7 +77,7 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
         raise ConversionError(f"{source.path} holds no tensors of a model", path=source.path)
     _refuse_a_cast_of_quantized(weights, options)
     extras = _extras(weights, options) if options.to == "hf" else None
-    names = _without_wrappers(source.tensors, extras.weight_map if extras is not None else {})
+    names = _without_wrappers(_bare_of_nest(weights), extras.weight_map if extras is not None else {})
     notes: list[str] = []
     if extras is not None:
         names, notes = _without_tied(weights, names, extras.config)
@@ -126,9 +126,22 @@ def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype:
 # ---- names ----
 
 
-def _without_wrappers(tensors: Mapping[str, TensorInfo], index: Mapping[str, str]) -> dict[str, str]:
+def _bare_of_nest(weights: Weights) -> dict[str, str]:
+    """Name without that of the entry that holds the model, where it is known to be one: name in the source.
+
+    A checkpoint records where each key stood; in a ``.pt`` file only names tell that no module has.
+    """
+    keys = list(weights.source.tensors)
+    paths = weights.manifest.paths if weights.manifest is not None else {}
+    for nest in _NESTS:
+        is_entry = nest != "model." or all(len(paths.get(key, ())) > 1 for key in keys)
+        if is_entry and all(key.startswith(nest) for key in keys):
+            return {key.removeprefix(nest): key for key in keys}
+    return {key: key for key in keys}
+
+
+def _without_wrappers(names: dict[str, str], index: Mapping[str, str]) -> dict[str, str]:
     """Name without what wrappers have put in: name in the source."""
-    names = {key: key for key in tensors}
     for wrapper in _WRAPPERS:
         shorter = {key.replace(wrapper, ""): old for key, old in names.items()}
         is_wrapped = any(_parts_have(key, wrapper) for key in names) and len(shorter) == len(names)
