@@ -33,6 +33,7 @@ NAMES = [
     "ConversionError",
     "DigestMismatchError",
     "FormatError",
+    "NewerFormatError",
     "PlanError",
     "RunLockedError",
     "SaveError",

@@ -9,6 +9,7 @@
     ├── CheckpointDamagedError         5  what is stored is not what was written
     │   ├── DigestMismatchError           a CRC-32 differs: bytes changed
     │   └── FormatError                   a file is malformed, truncated or hostile
+    │       └── NewerFormatError             nothing is wrong with it: a newer Milepost wrote it
     ├── SaveError                      6  a save failed on some rank; the previous checkpoints are untouched
     │   └── PlanError                     the ranks' shards leave a gap or overlap
     ├── StorageError                   7  the operating system or the network refused an operation
@@ -34,6 +35,7 @@ __all__ = [
     "DigestMismatchError",
     "FormatError",
     "MilepostError",
+    "NewerFormatError",
     "PlanError",
     "RunLockedError",
     "SaveError",
@@ -197,6 +199,10 @@ class DigestMismatchError(CheckpointDamagedError):
 
 class FormatError(CheckpointDamagedError):
     """A file is truncated, malformed or malicious."""
+
+
+class NewerFormatError(FormatError):
+    """A file is of a format that a newer Milepost introduced. It may be whole: upgrade to read it."""
 
 
 class SaveError(MilepostError):

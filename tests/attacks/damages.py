@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME
 
 SECTOR = 512
 
@@ -30,7 +30,7 @@ class Damage:
 def damages(sound: Path, older: Path, seed: int, count: int) -> Iterator[Damage]:
     """``count`` damages of a copy of ``sound``, each of which changes something; ``older`` is another save like it."""
     rng = random.Random(seed)
-    small = [name for name in (MANIFEST_NAME, DIGESTS_NAME, METADATA_NAME) if (sound / name).exists()]
+    small = [name for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME) if (sound / name).exists()]
     data = sorted(path.name for path in sound.iterdir() if path.name not in small)
     made = 0
     while made < count:

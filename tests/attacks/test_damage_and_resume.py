@@ -30,7 +30,7 @@ import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError, StorageError
 from milepost.format.box import Box
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
 from milepost.interop.hf.save import commit_record
 from milepost.interop.weights.open import open_weights
 from milepost.run import catalog, commit, retention
@@ -176,7 +176,7 @@ def check_named(damage: Damage, step: Path, sound: Path) -> VerifyReport | None:
         return None
     assert not report.is_sound, f"{damage.what}: nothing was found"
     named = {problem.file for problem in report.problems}
-    if {MANIFEST_NAME, DIGESTS_NAME} & set(damage.files):
+    if {MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME} & set(damage.files):
         # What the data must be is not known then.
         assert named & {*damage.files, MANIFEST_NAME}, (damage.what, report.problems)
         return report

@@ -33,12 +33,22 @@ from milepost.errors import (
 )
 from milepost.format import manifest_json
 from milepost.format.box import Box
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest, ShardEntry
+from milepost.format.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SHARDS_NAME,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+)
+from milepost.format.summary import totals_by_part
 from milepost.loading.reader import read_tensors
 from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf
 from milepost.tensors.plan import plan_load
+from milepost.testing.manifests import record_files
 from milepost.testing.world import run_world
 from milepost.verification.verify import verify
 
@@ -79,7 +89,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sound") / "step-5"
     run_world(save_state, 2, path, timeout_s=60)
     assert sorted(entry.name for entry in path.iterdir()) == sorted(
-        [METADATA_NAME, *DATA_FILES, DIGESTS_NAME, MANIFEST_NAME]
+        [METADATA_NAME, *DATA_FILES, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME]
     )
     return path
 
@@ -177,7 +187,7 @@ def test_bit_flips_where_no_load_looks_are_found_by_verify(sound: Path, step: Pa
             shutil.copyfile(sound / file, step / file)
 
 
-@pytest.mark.parametrize("file", [MANIFEST_NAME, DIGESTS_NAME])
+@pytest.mark.parametrize("file", [MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME])
 def test_bit_flips_in_the_commit_record_are_found(sound: Path, step: Path, file: str) -> None:
     rng = random.Random(7)
     size = (sound / file).stat().st_size
@@ -209,7 +219,7 @@ def test_runs_of_garbage_are_found(sound: Path, step: Path) -> None:
 # ---- files ----
 
 
-@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, DIGESTS_NAME, MANIFEST_NAME])
+@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME])
 def test_truncated_and_grown_files_are_found_before_a_byte_is_loaded(sound: Path, step: Path, file: str) -> None:
     rng = random.Random(9)
     data = (sound / file).read_bytes()
@@ -226,7 +236,7 @@ def test_truncated_and_grown_files_are_found_before_a_byte_is_loaded(sound: Path
         assert not verify(step, "sizes").is_sound
 
 
-@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, DIGESTS_NAME])
+@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME])
 def test_missing_files_are_found(step: Path, file: str) -> None:
     (step / file).unlink()
     error = load_everything(step)
@@ -238,6 +248,7 @@ def test_without_its_commit_record_it_is_foreign_and_still_checked(sound: Path, 
     """What is left is what stock DCP would have written, CRC-32s of its records included."""
     (step / MANIFEST_NAME).unlink()
     (step / DIGESTS_NAME).unlink()
+    (step / SHARDS_NAME).unlink()
     assert load_everything(step) is None
     for start, stop, file, key in places(sound):
         manifest = catalog.read_manifest(LocalStorage(sound.parent), sound.name)
@@ -255,7 +266,7 @@ def test_without_its_commit_record_it_is_foreign_and_still_checked(sound: Path, 
             shutil.copyfile(sound / file, step / file)
 
 
-@pytest.mark.parametrize("file", [*DATA_FILES, DIGESTS_NAME, METADATA_NAME])
+@pytest.mark.parametrize("file", [*DATA_FILES, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME])
 def test_files_of_another_save_are_found(step: Path, memory_path: Path, file: str) -> None:
     """Of the same structure and size, as a backup that was restored in part would leave them."""
     run_world(save_other_values, 2, memory_path / "step-6", timeout_s=60)
@@ -270,7 +281,7 @@ def save_other_values(path: Path) -> None:
     milepost.save(path, {**other, "loop": {**other["loop"], "step": 8}})
 
 
-@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, DIGESTS_NAME, MANIFEST_NAME])
+@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME])
 def test_links_are_not_followed(step: Path, memory_path: Path, file: str) -> None:
     (step / file).rename(memory_path / "elsewhere")
     (step / file).symlink_to(memory_path / "elsewhere")
@@ -281,7 +292,7 @@ def test_links_are_not_followed(step: Path, memory_path: Path, file: str) -> Non
     assert catalog.scan(LocalStorage(step.parent.parent), step.parent.name)[0].state == "damaged"
 
 
-@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, DIGESTS_NAME, MANIFEST_NAME])
+@pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_is_refused_and_not_waited_for(step: Path, file: str, make: Callable[[Path], None]) -> None:
     (step / file).unlink()
@@ -428,14 +439,14 @@ def test_file_names_that_leave_the_folder_are_refused(
         )
 
     forge(step, renamed)
-    refused(step)
+    refused(step, "damaged")
 
     metadata = pickle.loads((foreign_copy / METADATA_NAME).read_bytes())
     index = MetadataIndex("w0", torch.Size([0, 0]), 0)
     place = metadata.storage_data[index]
     metadata.storage_data[index] = _StorageInfo(name, place.offset, place.length)
     (foreign_copy / METADATA_NAME).write_bytes(pickle.dumps(metadata))
-    refused(foreign_copy)
+    refused(foreign_copy, "damaged")
 
 
 @pytest.fixture
@@ -445,21 +456,23 @@ def foreign_copy(memory_path: Path) -> Path:
 
 
 def forge(step: Path, change: Callable[[Manifest], Manifest]) -> None:
-    """Write a manifest that no honest writer would, with a right CRC."""
-    manifest = change(catalog.read_manifest(LocalStorage(step.parent), step.name))
-    with mock.patch.object(manifest_json, "manifest_faults", return_value=[]):
-        (step / MANIFEST_NAME).write_bytes(manifest_json.to_json(manifest))
+    """Write a commit record that no honest writer would, with right CRCs."""
+    honest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = dataclasses.replace(change(honest), parts=tuple(totals_by_part(honest)))
+    with mock.patch.object(manifest_json, "head_faults", return_value=[]):
+        for name, content in record_files(manifest).items():
+            (step / name).write_bytes(content)
 
 
-def refused(step: Path) -> str:
-    """Refused by load, scan and verify, before anything is read; the message."""
+def refused(step: Path, state: str = "committed") -> str:
+    """Refused by load and verify, before any data is read; the message. A scan (of heads) says ``state``."""
     into = blank()
     with pytest.raises(FormatError) as caught:
         milepost.load(step, into)
     assert not into["w1"].any()
     info = catalog.examine(LocalStorage(step.parent), step.name)
     assert info is not None
-    assert info.state == "damaged"
+    assert info.state == state
     assert not verify(step).is_sound
     return caught.value.message
 
@@ -489,7 +502,7 @@ def test_overlapping_records_are_refused(step: Path) -> None:
     assert "overlap in '" in refused(step)
 
 
-@pytest.mark.parametrize("where", [-1, 1 << 40, 1 << 63])
+@pytest.mark.parametrize("where", [-1, 1 << 40, (1 << 63) - 1])
 def test_places_outside_of_the_file_are_refused(step: Path, where: int) -> None:
     mine = shard_of(step, "w0")
     assert mine.data_offset is not None

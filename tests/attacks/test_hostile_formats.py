@@ -25,7 +25,8 @@ from milepost.format.box import Box
 from milepost.format.dcp_metadata import manifest_from_metadata, parse_metadata
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests, parse_digests
-from milepost.format.manifest_json import from_json, to_json
+from milepost.format.manifest import MANIFEST_NAME, SHARDS_NAME
+from milepost.format.manifest_json import from_json
 from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import load_plain
 from milepost.format.record import (
@@ -36,7 +37,9 @@ from milepost.format.record import (
     record_footer,
     tensor_record,
 )
-from milepost.testing.manifests import Piece, lay_out
+from milepost.format.shards_file import parse_shards
+from milepost.testing.format_1 import to_json_1
+from milepost.testing.manifests import Piece, lay_out, manifest_of, record_files
 
 LAYOUT = lay_out(
     {
@@ -47,7 +50,9 @@ LAYOUT = lay_out(
 )
 SIZES = {name: len(content) for name, content in LAYOUT.files.items()}
 METADATA = dump_metadata(LAYOUT.manifest)
-MANIFEST = to_json(LAYOUT.manifest)
+MANIFEST = to_json_1(LAYOUT.manifest)
+RECORD_FILES = record_files(LAYOUT.manifest)
+SHARDS = RECORD_FILES[SHARDS_NAME]
 DIGESTS = dump_digests(LAYOUT.manifest.save_id, LAYOUT.crcs)
 OBJECT = object_record({"a": [1, 2.5, "x", b"y", None, True], "b": {"c": (1, 2)}})
 TENSOR = tensor_record("float32", (4, 2))
@@ -399,6 +404,25 @@ def test_fuzzed_object_pickles_give_a_value_or_a_format_error(pickled: bytes):
 @example(MANIFEST[: MANIFEST.rindex(b'"crc32"')])
 def test_fuzzed_manifests_with_a_right_crc_give_a_manifest_or_a_format_error(body: bytes):
     only_format_errors(lambda: from_json(body + b'"crc32": "%08x"\n}\n' % crc32(body)))
+
+
+@fuzz
+@given(mutations(RECORD_FILES[MANIFEST_NAME]))
+@example(RECORD_FILES[MANIFEST_NAME])
+def test_fuzzed_manifests_of_format_2_with_right_crcs_give_a_manifest_or_a_format_error(data: bytes):
+    head, mark, rest = data.partition(b'"head_crc32": ')
+    body = head + mark + b'"%08x"' % crc32(head) + rest[10:] if mark else data
+    body = body[: body.rfind(b'"crc32"')]
+    files = {**RECORD_FILES, MANIFEST_NAME: body + b'"crc32": "%08x"\n}\n' % crc32(body)}
+    only_format_errors(lambda: manifest_of(files))
+
+
+@fuzz
+@given(mutations(SHARDS))
+@example(SHARDS)
+def test_fuzzed_shards_with_a_right_crc_give_a_table_or_a_format_error(data: bytes):
+    sealed = data[:12] + struct.pack("<I", crc32(data[:12] + bytes(4) + data[16:])) + data[16:]
+    only_format_errors(lambda: parse_shards(sealed, LAYOUT.manifest.save_id))
 
 
 @fuzz

@@ -60,6 +60,7 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, st
 def test_ls_shows_each_step_with_its_state(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     run.remove("run/step-200/milepost.json")
     run.remove("run/step-200/milepost.digests")
+    run.remove("run/step-200/milepost.shards")
     run.remove("run/step-300/__0_0.distcp")
     run.make_folder("run/step-500")
     os.utime(f"{run.root}/run/step-200/.metadata", (NOW - 90, NOW - 90))

@@ -172,4 +172,10 @@ def test_a_step_of_a_newer_version_is_told_apart_from_damage(root: Path, capsys:
     save(LocalStorage(root), "new/step-1", 1, NOW)
     age_by_a_version(Path("new/step-1/milepost.json"))
     assert run(["verify", "new/step-1"]) == 5
-    assert "written by a newer Milepost (format 2; this one reads 1): upgrade Milepost" in capsys.readouterr().out
+    assert "written by a newer Milepost (format 3; this one reads up to 2): upgrade Milepost" in capsys.readouterr().out
+    assert run(["ls", "new"]) == 0
+    listed = capsys.readouterr().out
+    assert "newer" in listed
+    assert "damaged" not in listed
+    assert run(["inspect", "new/step-1"]) == 5
+    assert "upgrade Milepost" in capsys.readouterr().err

@@ -16,14 +16,14 @@ from milepost.storage import LocalStorage
 
 QUICK = {
     "ls": ["ls", "run"],
-    "inspect": ["inspect", "run/step-600", "--tensors", "*", "--shards"],
     "pin": ["pin", "run/step-600"],
     "unpin": ["unpin", "run/step-200"],
-    "verify": ["verify", "run/step-600"],
-    "plan-resume": ["plan-resume", "run/step-600", "--world-size", "2", "--model", "llama3", "--flavor", "debugmodel"],
     "prune": ["prune", "run", "--keep-latest", "1"],
     "resume-test": ["resume-test", "nothing.toml"],
     "completion": ["completion", "bash"],
+    "inspect": ["inspect", "run/step-600", "--tensors", "*", "--shards"],
+    "verify": ["verify", "run/step-600"],
+    "plan-resume": ["plan-resume", "run/step-600", "--world-size", "2", "--model", "llama3", "--flavor", "debugmodel"],
     "diff": ["diff", "run/step-600", "run/step-700"],
     "stats": ["stats", "model/step-7", "norm.weight"],
     "show": ["show", "model/step-7", "norm.weight"],
@@ -33,7 +33,8 @@ QUICK = {
     "export": ["export", "model", "out", "--model", "llama3", "--flavor", "debugmodel"],
 }
 """Run in this order in one process: those that need numpy come last."""
-NEED_NUMPY = {"sync", "diff", "stats", "show", "report", "convert", "export"}
+NEED_NUMPY = {"inspect", "verify", "plan-resume", "sync", "diff", "stats", "show", "report", "convert", "export"}
+"""They read the columns of shards; those that list, mark and delete steps read heads."""
 START_CPU_S = 0.4
 """Processor time to start, on a machine that is idle: there it is what a user waits for."""
 REFERENCE = "import argparse, asyncio, dataclasses, json, logging, re, tempfile, typing"

@@ -73,11 +73,12 @@ def make_external(storage: LocalStorage, path: str) -> None:
     """Leave of a checkpoint what stock DCP writes."""
     storage.remove(f"{path}/milepost.json")
     storage.remove(f"{path}/milepost.digests")
+    storage.remove(f"{path}/milepost.shards")
 
 
 def age_by_a_version(manifest: Path) -> None:
     """As a later release of Milepost might write it."""
-    text = manifest.read_bytes().replace(b'"format_version": 1', b'"format_version": 2')
+    text = manifest.read_bytes().replace(b'"format_version": 2', b'"format_version": 3')
     body, _, _ = text.rpartition(b'"crc32": "')
     manifest.write_bytes(body + b'"crc32": "%08x"\n}\n' % crc32(body))
 

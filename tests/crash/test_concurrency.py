@@ -382,6 +382,7 @@ def test_commands_at_a_run_that_saves_find_no_damage_and_prune_nothing_else(
     save_arrays(storage, "run/step-0", {"w": np.zeros(3, "float32")})
     (memory_path / "run" / "step-0" / "milepost.json").unlink()  # as stock DCP leaves it: nobody's to delete
     (memory_path / "run" / "step-0" / "milepost.digests").unlink()
+    (memory_path / "run" / "step-0" / "milepost.shards").unlink()
     saver = Child(partial(keep_saving, memory_path, mode))
     assert saver.hear() == "ready"
     lookers = {command: Child(partial(keep_looking, memory_path, command)) for command in ALLOWED}

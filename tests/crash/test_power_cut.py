@@ -320,7 +320,15 @@ def test_leaving_out_any_fsync_that_a_checkpoint_needs_is_found_out(memory_path:
     recording = record(memory_path, CASES["the same step again"], "disabled")
     names = {change.inode: change.name[1] for change in recording.changes if isinstance(change, Created)}
     last = {names.get(change.inode): number for number, change in enumerate(recording.changes) if is_sync(change)}
-    needed = ("__0_0.distcp", "__1_0.distcp", "milepost.digests", ".metadata", "milepost.json", "data")
+    needed = (
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "milepost.shards",
+        "milepost.digests",
+        ".metadata",
+        "milepost.json",
+        "data",
+    )
     for name in needed:
         changes = [change for number, change in enumerate(recording.changes) if number != last[name]]
         found = explore(memory_path, replace(recording, changes=changes), cuts=2, start=last[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import struct
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from milepost.format.box import Box
-from milepost.format.digest import dump_digests
-from milepost.format.manifest_json import to_json
-from milepost.testing.manifests import Piece, lay_out
+from milepost.format.digest import crc32, dump_digests
+from milepost.format.manifest import DIGESTS_NAME, FileEntry
+from milepost.testing.format_1 import to_json_1
+from milepost.testing.manifests import Piece, lay_out, record_files
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
 
@@ -31,10 +33,16 @@ def examples() -> dict[str, str]:
     layout = lay_out(
         {"w": ("float32", (2,), [Piece(Box((0,), (2,)), struct.pack("<2f", 1.0, 2.0))])}, {"step": 7}, step=7
     )
+    digests = dump_digests(layout.manifest.save_id, layout.crcs)
+    data = layout.files["__0_0.distcp"]
+    files = {"__0_0.distcp": FileEntry(len(data), crc32(data)), DIGESTS_NAME: FileEntry(len(digests), crc32(digests))}
+    record = record_files(dataclasses.replace(layout.manifest, files=files))
     return {
-        "data file": hexdump(layout.files["__0_0.distcp"]),
-        "milepost.json": to_json(layout.manifest).decode().rstrip("\n"),
-        "milepost.digests": hexdump(dump_digests(layout.manifest.save_id, layout.crcs)),
+        "data file": hexdump(data),
+        "milepost.json": record["milepost.json"].decode().rstrip("\n"),
+        "milepost.shards": hexdump(record["milepost.shards"]),
+        "milepost.digests": hexdump(digests),
+        "milepost.json of format 1": to_json_1(layout.manifest).decode().rstrip("\n"),
     }
 
 

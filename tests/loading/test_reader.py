@@ -95,7 +95,7 @@ def test_small_values_are_read_together(folder: Path) -> None:
 
 def test_of_an_external_step_only_the_shards_that_are_read_are_looked_into(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "step-1", tmp_path / "step-1")
-    for name in ("milepost.json", "milepost.digests"):
+    for name in ("milepost.json", "milepost.shards", "milepost.digests"):
         (tmp_path / "step-1" / name).unlink()
     storage = TraceStorage(LocalStorage(tmp_path))
     manifest = catalog.read_manifest(storage, "step-1")

@@ -29,7 +29,7 @@ from milepost.loading.reader import read_tensors
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
-from milepost.run.signoff import SignOff, sign_off, wait_for_sign_offs
+from milepost.run.signoff import SignOff, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving import stage
 from milepost.saving.stage import TensorBlocks
 from milepost.saving.writer import write_file
@@ -141,7 +141,7 @@ def save(storage: LocalStorage, num_ranks: int, cases: Sequence[Tensor], wholes:
         files = ()
         if not plan.is_empty:
             files = (write_file(storage, Place(f"{attempt}/data"), plan, TensorBlocks(leaves), {}),)
-        sign_off(storage, attempt, SignOff(rank, save_id, files))
+        sign_off(storage, attempt, SignOff(rank, save_id, segment_of(files)))
     signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
     return commit.publish(storage, attempt, "step-1", signed, SaveInfo(step=1, kind="state"), now=0.0)
 

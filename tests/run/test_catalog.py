@@ -38,6 +38,7 @@ def make_external(storage: Storage, path: str) -> None:
     save(storage, path)
     storage.remove(f"{path}/milepost.json")
     storage.remove(f"{path}/milepost.digests")
+    storage.remove(f"{path}/milepost.shards")
 
 
 def only(storage: Storage, folder: str = "run") -> StepEntry:
@@ -137,7 +138,7 @@ def test_any_changed_byte_of_the_commit_record_is_damage(storage: LocalStorage) 
         assert "milepost.json" in entry.reason
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "milepost.digests"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "milepost.digests", "milepost.shards"])
 def test_files_that_are_missing_short_long_or_links_are_damage(storage: LocalStorage, name: str) -> None:
     save(storage, "run/step-1")
     path = Path(storage.root, "run/step-1", name)

@@ -17,7 +17,7 @@ from milepost.format.box import Box
 from milepost.run import catalog, commit, sweep
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.owner import OWNERLESS_LIFETIME_S
-from milepost.run.signoff import SignOff, WrittenFile, WrittenObject, WrittenTensor, sign_off
+from milepost.run.signoff import SignOff, WrittenFile, WrittenObject, WrittenTensor, segment_of, sign_off
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.plan import WriteItem
 from milepost.testing.faulty import FaultyStorage
@@ -68,6 +68,7 @@ def test_a_commit_leaves_the_checkpoint_and_nothing_else(memory_path: Path) -> N
         "__1_0.distcp",
         "milepost.digests",
         "milepost.json",
+        "milepost.shards",
     ]
     manifest = catalog.read_manifest(storage, "run/step-5")
     assert manifest.world_size == 2
@@ -194,7 +195,7 @@ def written(key: str, box: Box, shape: tuple[int, ...], offset: int = 0, dtype: 
 
 
 def file_of(rank: int, *tensors: WrittenTensor, objects: tuple[WrittenObject, ...] = ()) -> SignOff:
-    return SignOff(rank, "ab", (WrittenFile(f"__{rank}_0.distcp", 4096, tensors, objects),))
+    return SignOff(rank, "ab", segment_of([WrittenFile(f"__{rank}_0.distcp", 4096, tensors, objects)]))
 
 
 def test_a_gap_between_shards_names_key_and_region() -> None:
@@ -221,13 +222,15 @@ def test_ranks_that_contradict_each_other_are_named() -> None:
     other = SignOff(
         1,
         "ab",
-        (
-            WrittenFile(
-                "__0_0.distcp",
-                4096,
-                (written("w", Box((4,), (4,)), (8,), dtype="int32"),),
-                (WrittenObject("o", 1000, 10, 1),),
-            ),
+        segment_of(
+            [
+                WrittenFile(
+                    "__0_0.distcp",
+                    4096,
+                    (written("w", Box((4,), (4,)), (8,), dtype="int32"),),
+                    (WrittenObject("o", 1000, 10, 1),),
+                )
+            ]
         ),
     )
     with pytest.raises(SaveError) as caught:

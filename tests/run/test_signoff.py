@@ -9,6 +9,8 @@ import pytest
 
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
+from milepost.format.columns import Objects, Tensors
+from milepost.format.manifest import FileEntry, ObjectEntry, ShardEntry
 from milepost.run import commit
 from milepost.run.signoff import (
     SignOff,
@@ -18,6 +20,7 @@ from milepost.run.signoff import (
     dump_sign_off,
     parse_sign_off,
     rank_list,
+    segment_of,
     sign_off,
     wait_for_sign_offs,
 )
@@ -35,27 +38,63 @@ def sample(rank: int = 0, num_tensors: int = 3) -> SignOff:
             WriteItem(
                 key=f"layers.{i}.w",
                 dtype="bfloat16",
-                shape=(8, 2**33),
-                box=Box((4, 0), (4, 2**33)),
+                shape=(8 * (i + 1), 2**20),
+                box=Box((4, 0), (2 * i, 2**20)),
                 record_offset=i << 40,
-                record_nbytes=(1 << 36) + 1024,
+                record_nbytes=(i << 22) + 1024,
                 data_offset=(i << 40) + 512,
-                data_nbytes=1 << 36,
+                data_nbytes=i << 22,
             ),
             crc32=0xFFFFFFFF - i,
-            block_crcs=tuple(range(i)),
+            block_crcs=tuple(range(i)),  # of 4 MiB each
         )
         for i in range(num_tensors)
     )
     objects = (WrittenObject("train_state.step", 1 << 41, 300, 17),)
-    return SignOff(rank, SAVE_ID, (WrittenFile(f"__{rank}_0.distcp", 1 << 42, tensors, objects),))
+    return SignOff(rank, SAVE_ID, segment_of([WrittenFile(f"__{rank}_0.distcp", 1 << 42, tensors, objects, crc32=5)]))
+
+
+def same(one: SignOff, other: SignOff) -> bool:
+    """Whether two sign-offs say the same, to the byte."""
+    return dump_sign_off(one) == dump_sign_off(other)
 
 
 @pytest.mark.parametrize(
-    "signed", [sample(), SignOff(3, SAVE_ID), SignOff(3, SAVE_ID, error="OSError: [Errno 28] naïve – full")]
+    "signed",
+    [
+        sample(),
+        SignOff(3, SAVE_ID, segment_of([])),
+        SignOff(3, SAVE_ID),
+        SignOff(3, SAVE_ID, error="OSError: [Errno 28] naïve – full"),
+    ],
 )
 def test_a_sign_off_survives_the_way_through_storage(signed: SignOff) -> None:
-    assert parse_sign_off(dump_sign_off(signed), "x") == signed
+    found = parse_sign_off(dump_sign_off(signed), "x")
+    assert same(found, signed)
+    assert (found.rank, found.save_id, found.error) == (signed.rank, signed.save_id, signed.error)
+    assert (found.segment is None) == (signed.segment is None)
+
+
+def test_a_segment_says_what_its_rank_wrote() -> None:
+    segment = parse_sign_off(dump_sign_off(sample(7)), "x").segment
+    assert segment is not None
+    assert segment.files == {"__7_0.distcp": FileEntry(1 << 42, 5)}
+    tensors = Tensors(segment.table)
+    assert list(tensors) == ["layers.0.w", "layers.1.w", "layers.2.w"]
+    assert tensors["layers.2.w"].shape == (24, 2**20)
+    assert list(tensors["layers.2.w"].shards) == [
+        ShardEntry(
+            box=Box((4, 0), (4, 2**20)),
+            file="__7_0.distcp",
+            record_offset=2 << 40,
+            record_nbytes=(2 << 22) + 1024,
+            data_offset=(2 << 40) + 512,
+            data_nbytes=2 << 22,
+            crc32=0xFFFFFFFD,
+        )
+    ]
+    assert segment.block_crcs.tolist() == [0, 0, 1]
+    assert Objects(segment.table)["train_state.step"] == ObjectEntry("__7_0.distcp", 1 << 41, 300, 17)
 
 
 def test_every_damaged_byte_and_every_cut_is_noticed() -> None:
@@ -73,7 +112,8 @@ def test_all_sign_offs_come_back_by_rank(memory_path: Path) -> None:
     for rank in (2, 0, 1):
         sign_off(storage, attempt, sample(rank))
     signed = wait_for_sign_offs(storage, attempt, 3, SAVE_ID, timeout_s=0)
-    assert signed == (sample(0), sample(1), sample(2))
+    assert all(same(found, sample(rank)) for rank, found in enumerate(signed))
+    assert len(signed) == 3
 
 
 def test_late_ranks_are_waited_for_and_missing_ones_named(memory_path: Path) -> None:
@@ -162,7 +202,8 @@ def test_rank_0_may_commit_and_remove_the_attempt_as_soon_as_it_sees_the_last_si
     class Quick(WrappedStorage):
         def rename(self, src: str, dst: str) -> None:
             self.inner.rename(src, dst)
-            assert wait_for_sign_offs(self.inner, attempt, 1, SAVE_ID, timeout_s=0) == (sample(0),)
+            (found,) = wait_for_sign_offs(self.inner, attempt, 1, SAVE_ID, timeout_s=0)
+            assert same(found, sample(0))
             self.inner.remove_tree(attempt)
 
     sign_off(Quick(storage), attempt, sample(0))

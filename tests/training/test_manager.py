@@ -23,13 +23,16 @@ from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
     MilepostError,
+    NewerFormatError,
     SaveError,
     StateMismatchError,
 )
-from milepost.format import manifest_json
+from milepost.format.digest import crc32
+from milepost.format.manifest import Manifest
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.storage import LocalStorage
+from milepost.testing.manifests import record_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
 
@@ -722,22 +725,40 @@ def test_load_only_leaves_no_mark(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_a_step_of_a_newer_milepost_is_never_passed_over_for_an_older_one(folder: Path) -> None:
+    """An older Milepost that took it for damaged would go back, and prune what it can't read."""
+    Run(folder).train(4)
+    path = folder / "step-4" / "milepost.json"
+    body = path.read_bytes().replace(b'"format_version": 2', b'"format_version": 3').rpartition(b'"crc32": "')[0]
+    path.write_bytes(body + b'"crc32": "%08x"\n}\n' % crc32(body))
+    for load_step in (-1, 4):
+        with pytest.raises(NewerFormatError, match=r"step-4 can't be read here: .*written by a newer Milepost"):
+            Run(folder, load_step=load_step).manager.load()
+    assert not list(folder.glob(".damaged*"))
+    assert Run(folder, load_step=2).load().step == 2
+
+
+def change_record(step: Path, manifest: Manifest) -> None:
+    """Give a committed step another record."""
+    entries = {"tensors": dict(manifest.tensors), "objects": dict(manifest.objects)}
+    for name, content in record_files(replace(manifest, **entries)).items():
+        (step / name).write_bytes(content)
+
+
 def test_hostile_paths_are_refused(folder: Path) -> None:
     """A manifest whose paths ask for a list of 10**15 elements costs an error, not the memory."""
     Run(folder).train(2)
-    path = folder / "step-2" / "milepost.json"
-    text = path.read_text()
-    assert '["train_state", "history", 1, "n"]' in text
-    manifest = manifest_json.from_json(text.encode())
+    manifest = catalog.read_manifest(LocalStorage(folder), "step-2")
+    assert manifest.paths["train_state.history.1.n"] == ("train_state", "history", 1, "n")
     paths = {**manifest.paths, "train_state.history.1.n": ("train_state", "history", 10**15, "n")}
     # As in a checkpoint of before structures were recorded: then the paths tell what the containers were.
-    path.write_bytes(manifest_json.to_json(replace(manifest, paths=paths, extra={})))
+    change_record(folder / "step-2", replace(manifest, paths=paths, extra={}))
     with pytest.raises(CheckpointDamagedError, match="which is another key's"):
         Run(folder, load_step=2).manager.load()
     absurd = f"train_state.history.{10**15}.n"
     paths = {k: v for k, v in manifest.paths.items() if k != "train_state.history.1.n"}
     objects = {absurd if key == "train_state.history.1.n" else key: entry for key, entry in manifest.objects.items()}
     paths[absurd] = ("train_state", "history", 10**15, "n")
-    path.write_bytes(manifest_json.to_json(replace(manifest, paths=paths, objects=objects, extra={})))
+    change_record(folder / "step-2", replace(manifest, paths=paths, objects=objects, extra={}))
     with pytest.raises(CheckpointDamagedError, match="contradicts its other paths or is absurd"):
         Run(folder, load_step=2).manager.load()

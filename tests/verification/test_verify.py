@@ -16,10 +16,10 @@ from milepost import verify
 from milepost.errors import CheckpointNotFoundError, ConfigError, StorageError
 from milepost.format.digest import crc32
 from milepost.format.manifest import BLOCK_NBYTES, FileEntry, Manifest
-from milepost.format.manifest_json import to_json
 from milepost.run import catalog, sweep
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import ReadHandle
+from milepost.testing.manifests import record_files
 from milepost.testing.sample import save_arrays
 from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
 from milepost.verification.external import locate_manifest
@@ -50,6 +50,7 @@ def make_external(storage: Storage) -> None:
     save(storage)
     storage.remove(f"{STEP}/milepost.json")
     storage.remove(f"{STEP}/milepost.digests")
+    storage.remove(f"{STEP}/milepost.shards")
 
 
 def data_file(storage: Storage, name: str) -> Path:
@@ -117,7 +118,9 @@ def test_verifying_changes_nothing(storage: LocalStorage) -> None:
 # ---- every byte ----
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "milepost.digests", "milepost.json"])
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "milepost.digests", "milepost.shards", "milepost.json"]
+)
 def test_a_flipped_bit_anywhere_is_found_and_named(storage: LocalStorage, name: str) -> None:
     manifest = save(storage)
     file = data_file(storage, name)
@@ -240,7 +243,7 @@ def test_a_cut_file_with_thousands_of_records_is_one_problem(storage: LocalStora
     assert problem.message.endswith("2000 records lost: k0, k1, k10, k100, k1000, ... and 1995 more")
 
 
-@pytest.mark.parametrize("name", [".metadata", "milepost.digests"])
+@pytest.mark.parametrize("name", [".metadata", "milepost.digests", "milepost.shards"])
 def test_small_files_that_are_gone_are_named(storage: LocalStorage, name: str) -> None:
     save(storage)
     data_file(storage, name).unlink()
@@ -265,7 +268,8 @@ def test_metadata_of_another_save_is_found_though_it_is_whole(storage: LocalStor
     manifest = catalog.read_manifest(storage, STEP)
     forged = replace(manifest, files={**manifest.files, ".metadata": FileEntry(len(stranger), crc32(stranger))})
     data_file(storage, ".metadata").write_bytes(stranger)
-    data_file(storage, "milepost.json").write_bytes(to_json(forged))
+    for name, content in record_files(forged).items():
+        data_file(storage, name).write_bytes(content)
     problems = verify_in(storage, STEP, "metadata").problems
     assert {problem.file for problem in problems} == {".metadata"}
     assert "new" in {problem.key for problem in problems}
@@ -331,6 +335,7 @@ def test_a_flipped_bit_in_foreign_data_is_found(storage: LocalStorage) -> None:
     manifest = save(storage)
     storage.remove(f"{STEP}/milepost.json")
     storage.remove(f"{STEP}/milepost.digests")
+    storage.remove(f"{STEP}/milepost.shards")
     for key in ("w", "large", "scalar"):
         for shard in manifest.tensors[key].shards:
             assert shard.data_offset is not None
@@ -346,6 +351,7 @@ def test_a_foreign_record_that_is_no_record_is_named(storage: LocalStorage, leve
     manifest = save(storage)
     storage.remove(f"{STEP}/milepost.json")
     storage.remove(f"{STEP}/milepost.digests")
+    storage.remove(f"{STEP}/milepost.shards")
     (shard, _) = manifest.tensors["w"].shards
     flip(data_file(storage, shard.file), shard.record_offset + shard.record_nbytes - 20)
     (problem,) = verify_in(storage, STEP, level).problems  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from milepost.config import part_of
 from milepost.errors import CheckpointNotFoundError, shortened
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
-from milepost.format.manifest import Manifest, TensorEntry
-from milepost.format.summary import PartTotal, format_count, placement_text, shard_counts, totals_by_part
+from milepost.format.manifest import Manifest, PartTotal, TensorEntry
+from milepost.format.summary import format_count, placement_text, shard_counts, totals_by_part
 from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog
 from milepost.run.hf_folder import described, is_hf_folder, manifest_of, manifest_of_file

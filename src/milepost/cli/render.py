@@ -45,6 +45,7 @@ STATE_STYLES = {
     "committed": "green",
     "external": "cyan",
     "incomplete": "yellow",
+    "newer": "yellow",
     "damaged": "bold red",
     "unreadable": "red",
 }

@@ -94,12 +94,9 @@ def _print(report: VerifyReport) -> None:
     read = f"{format_nbytes(report.read_nbytes)} read in {report.seconds:.1f} s{rate}"
     count = f": {counted(report.num_problems, 'problem')}" if report.problems else ""
     items = counted(report.num_items, "item")
+    verdict = VERDICTS["not_verified" if report.state == "newer" else report.verdict][0]
     print_line(
-        Text.assemble(
-            f"{printable(report.path)}: ",
-            VERDICTS[report.verdict][0],
-            f"{count} (level {report.level}, {items}, {read})",
-        )
+        Text.assemble(f"{printable(report.path)}: ", verdict, f"{count} (level {report.level}, {items}, {read})")
     )
     for line in listed(report.problems, MAX_LINES, total=report.num_problems, hint="; --json lists them"):
         print_line(f"  {line}")

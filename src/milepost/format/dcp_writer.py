@@ -1,14 +1,24 @@
 """``.metadata`` written without torch: the pickle that stock ``torch.distributed.checkpoint`` reads.
 
 Unpickled, it gives the same objects as DCP's own file: torch's classes with the same attributes. It is emitted opcode
-by opcode, because to pickle instances of torch's classes one would have to import torch. Protocol 4, as CPython 3.11
-writes by default; text, globals and sizes that come again are taken from the memo.
+by opcode, because to pickle instances of torch's classes one would have to import torch. Protocol 4; text, globals,
+sizes and boxes that come again are taken from the memo.
+
+There is an entry for every shard, so these are made by numpy, thousands at a time, of one length: Python's time goes by
+the key and by the tiling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from milepost.format.columns import Ints, ShardTable, Tiling, table_of
 from milepost.format.dcp_metadata import FILESYSTEM_MODULE, METADATA_MODULE
-from milepost.format.manifest import Manifest, ObjectEntry, ShardEntry, TensorEntry
+from milepost.format.manifest import Manifest
 from milepost.format.plain_pickle import STOP, int_opcodes
 
 DCP_VERSION = "1.0.0"
@@ -16,6 +26,7 @@ DCP_VERSION = "1.0.0"
 
 _PROTO_4, _MEMOIZE, _NONE, _FALSE = b"\x80\x04", b"\x94", b"N", b"\x89"
 _NEW_INSTANCE, _BUILD = b")\x81", b"b"
+_BATCH_SHARDS = 1 << 16
 
 
 def dump_metadata(manifest: Manifest) -> bytes:
@@ -23,75 +34,112 @@ def dump_metadata(manifest: Manifest) -> bytes:
 
     Keys without an entry in ``manifest.paths`` stand at the top level of the state dict.
     """
-    writer = _Writer()
-    keys = sorted([*manifest.tensors, *manifest.objects])
+    return b"".join(metadata_pieces(manifest))
+
+
+def metadata_pieces(manifest: Manifest) -> Iterator[bytes]:
+    """:func:`dump_metadata` piece by piece, so that it need not be in memory as a whole."""
+    table = table_of(manifest, whole=False)  # an external checkpoint can be written anew
+    writer = _Writer(table)
+    keys = sorted([*table.keys, *table.objects.keys])
     writer.begin(METADATA_MODULE, "Metadata")
     writer.text("state_dict_metadata")
-    writer.index_of_keys(manifest, keys)
+    writer.index_of_keys(keys)
     writer.text("planner_data")
-    writer.index_of_paths(manifest, keys)
+    writer.index_of_paths(keys)
+    yield _PROTO_4 + writer.take()
     writer.text("storage_data")
-    writer.index_of_places(manifest, keys)
+    writer.put(b"}(")
+    for start, stop in _batches(table):
+        yield from writer.places(start, stop)
+    writer.places_of_objects()
+    writer.put(b"u")
     writer.text("storage_meta")
     writer.storage_meta(manifest.save_id)
     writer.text("version")
     writer.text(DCP_VERSION)
     writer.end()
-    return b"".join([_PROTO_4, *writer.out, STOP])
+    yield writer.take() + STOP
 
 
-def _stored_shards(tensor: TensorEntry) -> tuple[ShardEntry, ...]:
-    """The shards that hold something, or one that doesn't if there is no other.
+def _batches(table: ShardTable) -> Iterator[tuple[int, int]]:
+    """Ranges of tensors, each of about ``_BATCH_SHARDS`` shards or a single tensor."""
+    start = 0
+    while start < len(table.keys):
+        most = int(table.first[start]) + _BATCH_SHARDS
+        stop = max(start + 1, int(np.searchsorted(table.first, most, side="right")) - 1)
+        yield start, stop
+        start = stop
 
-    DCP finds a place by key and offsets, so an empty shard could hide a full one that begins where it does.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunks:
+    """How a tiling stands in the pickle: opcodes for its list of chunks, and of each box whether and where it is in it.
+
+    A shard without elements is left out, as DCP finds a place by key and offsets, so that it could hide a full one that
+    begins where it does. If there is no other, the first is kept.
     """
-    return tuple(shard for shard in tensor.shards if shard.box.numel) or tensor.shards[:1]
+
+    opcodes: bytes
+    number: Ints  # (boxes,) place in the list; -1 for one that is left out
+    offsets: Ints  # (boxes,) memo index of its offsets
 
 
 class _Writer:
     """Opcodes in ``out``, and which values are in the memo already, by the opcodes that fetch them."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: ShardTable) -> None:
+        self.table = table
         self.out: list[bytes] = []
         self.put = self.out.append
         self.memo_count = 0
-        self.texts: dict[str, bytes] = {}
-        self.globals: dict[tuple[str, str], bytes] = {}
-        self.shapes: dict[tuple[int, ...], bytes] = {}
+        self.texts: dict[str, int] = {}
+        self.globals: dict[tuple[str, str], int] = {}
+        self.sizes: dict[tuple[int, ...], int] = {}
+        self.boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        self.chunks: dict[int, _Chunks] = {}
+
+    def take(self) -> bytes:
+        """What was put since the last time."""
+        taken = b"".join(self.out)
+        self.out.clear()
+        return taken
 
     # ---- values ----
 
-    def memoize(self) -> bytes:
-        """Put the top of the stack into the memo. Returns the opcodes that fetch it again."""
-        index = self.memo_count
-        self.memo_count += 1
+    def memoize(self) -> int:
+        """Put the top of the stack into the memo; its place there."""
         self.put(_MEMOIZE)
-        return b"h%c" % index if index < 256 else b"j" + index.to_bytes(4, "little")
+        self.memo_count += 1
+        return self.memo_count - 1
 
-    def text(self, value: str) -> None:
-        fetch = self.texts.get(value)
-        if fetch is not None:
-            self.put(fetch)
-            return
+    def text(self, value: str) -> int:
+        """A text; its place in the memo."""
+        index = self.texts.get(value)
+        if index is not None:
+            self.put(_fetch(index))
+            return index
         encoded = value.encode("utf-8", "surrogatepass")
         if len(encoded) < 256:
             self.put(b"\x8c%c" % len(encoded) + encoded)
         else:
             self.put(b"X" + len(encoded).to_bytes(4, "little") + encoded)
-        self.texts[value] = self.memoize()
+        index = self.texts[value] = self.memoize()
+        return index
 
     def number(self, value: int) -> None:
         self.put(int_opcodes(value))
 
-    def global_(self, module: str, name: str) -> None:
-        fetch = self.globals.get((module, name))
-        if fetch is not None:
-            self.put(fetch)
-            return
+    def global_(self, module: str, name: str) -> int:
+        index = self.globals.get((module, name))
+        if index is not None:
+            self.put(_fetch(index))
+            return index
         self.text(module)
         self.text(name)
         self.put(b"\x93")
-        self.globals[module, name] = self.memoize()
+        index = self.globals[module, name] = self.memoize()
+        return index
 
     def tuple_(self, values: tuple[str | int, ...]) -> None:
         if len(values) > 3:
@@ -103,16 +151,17 @@ class _Writer:
                 self.number(value)
         self.put((b")", b"\x85", b"\x86", b"\x87")[len(values)] if len(values) <= 3 else b"t")
 
-    def size(self, values: tuple[int, ...]) -> None:
-        """A ``torch.Size``."""
-        fetch = self.shapes.get(values)
-        if fetch is not None:
-            self.put(fetch)
-            return
+    def size(self, values: tuple[int, ...]) -> int:
+        """A ``torch.Size``; its place in the memo."""
+        index = self.sizes.get(values)
+        if index is not None:
+            self.put(_fetch(index))
+            return index
         self.global_("torch", "Size")
         self.tuple_(values)
         self.put(b"\x85R")
-        self.shapes[values] = self.memoize()
+        index = self.sizes[values] = self.memoize()
+        return index
 
     def begin(self, module: str, name: str) -> None:
         """An instance; its attributes follow as pairs of text and value, until ``end``."""
@@ -122,37 +171,58 @@ class _Writer:
     def end(self) -> None:
         self.put(b"u" + _BUILD)
 
-    # ---- parts of the metadata ----
+    # ---- keys ----
 
-    def index_of_keys(self, manifest: Manifest, keys: list[str]) -> None:
+    def index_of_keys(self, keys: list[str]) -> None:
         self.put(b"}(")
         for key in keys:
             self.text(key)
-            tensor = manifest.tensors.get(key)
+            tensor = self.table.index.get(key)
             if tensor is None:
                 self.global_(METADATA_MODULE, "BytesStorageMetadata")
                 self.put(_NEW_INSTANCE)
             else:
-                self.tensor(tensor)
+                self.tensor(int(self.table.tiling[tensor]))
         self.put(b"u")
 
-    def tensor(self, tensor: TensorEntry) -> None:
+    def tensor(self, number: int) -> None:
+        tiling = self.table.tilings[number]
         self.begin(METADATA_MODULE, "TensorStorageMetadata")
         self.text("properties")
-        self.properties(tensor.dtype)
+        self.properties(tiling.dtype)
         self.text("size")
-        self.size(tensor.shape)
+        self.size(tiling.shape)
         self.text("chunks")
-        self.put(b"](")
-        for shard in _stored_shards(tensor):
-            self.begin(METADATA_MODULE, "ChunkStorageMetadata")
-            self.text("offsets")
-            self.size(shard.box.offsets)
-            self.text("sizes")
-            self.size(shard.box.sizes)
-            self.end()
-        self.put(b"e")
+        known = self.chunks.get(number)
+        if known is not None:
+            self.put(known.opcodes)
+        else:
+            self.chunks[number] = self.chunks_of(tiling)
         self.end()
+
+    def chunks_of(self, tiling: Tiling) -> _Chunks:
+        """The list of a tiling's chunks, which is put; later ones fetch its items from the memo."""
+        number, offsets = np.full(len(tiling), -1, np.int64), np.zeros(len(tiling), np.int64)
+        stored = np.flatnonzero(tiling.numel) if tiling.numel.any() else np.arange(len(tiling))[:1]
+        fetches = []
+        self.put(b"](")
+        for place, box in enumerate(stored.tolist()):
+            corner = tuple(tiling.offsets[box].tolist()), tuple(tiling.sizes[box].tolist())
+            known = self.boxes.get(corner)
+            if known is None:
+                self.begin(METADATA_MODULE, "ChunkStorageMetadata")
+                self.text("offsets")
+                self.size(corner[0])
+                self.text("sizes")
+                self.size(corner[1])
+                self.end()
+                known = self.boxes[corner] = self.memoize()
+            else:
+                self.put(_fetch(known))
+            fetches.append(_fetch(known))
+            number[box], offsets[box] = place, self.sizes[corner[0]]
+        self.put(b"e")
+        return _Chunks(b"](" + b"".join(fetches) + b"e", number, offsets)
 
     def properties(self, dtype: str) -> None:
         """``TensorProperties``, whose state is (dtype, layout, requires_grad, memory format, pin_memory)."""
@@ -166,48 +236,110 @@ class _Writer:
         self.put(b"K\x00\x85R" + _FALSE)
         self.put(b"t" + _BUILD)
 
-    def index_of_paths(self, manifest: Manifest, keys: list[str]) -> None:
+    def index_of_paths(self, keys: list[str]) -> None:
         self.put(b"}(")
         for key in keys:
             self.text(key)
-            self.tuple_(manifest.paths.get(key, (key,)))
+            self.tuple_(self.table.paths.get(key, (key,)))
         self.put(b"u")
 
-    def index_of_places(self, manifest: Manifest, keys: list[str]) -> None:
-        self.put(b"}(")
-        for key in keys:
-            tensor = manifest.tensors.get(key)
-            if tensor is None:
-                self.place(key, None, None, manifest.objects[key])
-                continue
-            for number, shard in enumerate(_stored_shards(tensor)):
-                self.place(key, shard.box.offsets, number, shard)
-        self.put(b"u")
+    # ---- places ----
 
-    def place(
-        self, key: str, offsets: tuple[int, ...] | None, chunk: int | None, entry: ShardEntry | ObjectEntry
-    ) -> None:
-        """One item of ``storage_data``: a ``MetadataIndex`` and its ``_StorageInfo``."""
+    def places(self, start: int, stop: int) -> Iterator[bytes]:
+        """The items of ``storage_data`` for the shards of the tensors ``[start, stop)``."""
+        table = self.table
+        chunks = [self.chunks.get(number, _unused(tiling)) for number, tiling in enumerate(table.tilings)]
+        number = table.spread([one.number for one in chunks], start, stop)
+        rows = np.flatnonzero(number >= 0)
+        first = int(table.first[start])
+        key = np.repeat(np.arange(start, stop), np.diff(table.first[start : stop + 1]))[rows]
+        file = table.file[first : int(table.first[stop])][rows].astype(np.int64)
+        offset = table.record_offset[first : int(table.first[stop])][rows]
+        length = table.spread([tiling.record_nbytes for tiling in table.tilings], start, stop)[rows]
+        corner = table.spread([one.offsets for one in chunks], start, stop)[rows]
+        number = number[rows]
+        # Texts and classes are put into the memo where they come first: by one item for each file that is new.
+        distinct, where = np.unique(file, return_index=True)
+        is_new = np.array([table.files[name] not in self.texts for name in distinct.tolist()], bool)
+        fresh = np.sort(where[is_new])
+        for row in fresh.tolist():
+            self.place(
+                table.keys[key[row]],
+                int(corner[row]),
+                int(number[row]),
+                table.files[file[row]],
+                int(offset[row]),
+                int(length[row]),
+            )
+        yield self.take()
+        rest = np.ones(len(rows), bool)
+        rest[fresh] = False
+        names = np.array([self.texts[table.files[name]] for name in distinct.tolist()], np.int64)
+        keys = np.array([self.texts[table.keys[number]] for number in range(start, stop)], np.int64)
+        yield self.rows(
+            keys[key[rest] - start],
+            number[rest],
+            corner[rest],
+            names[np.searchsorted(distinct, file[rest])],
+            offset[rest],
+            length[rest],
+        )
+
+    def rows(self, key: Ints, number: Ints, corner: Ints, file: Ints, offset: Ints, length: Ints) -> bytes:
+        """Items as :meth:`place` makes them, all of one length: memo indices and numbers are put into a pattern."""
+        if not len(key):
+            return b""
+        index, info = self.globals[METADATA_MODULE, "MetadataIndex"], self.globals[FILESYSTEM_MODULE, "_StorageInfo"]
+        gap4, gap8 = b"\0" * 4, b"\0" * 8
+        text = {name: _fetch_long(self.texts[name]) for name in _ITEM_TEXTS}
+        pattern = [
+            *(_fetch_long(index) + _NEW_INSTANCE + b"}(", text["fqn"] + b"j", gap4, text["index"] + b"J", gap4),
+            *(text["offset"] + b"j", gap4, b"u" + _BUILD),
+            *(_fetch_long(info) + _NEW_INSTANCE + b"}(", text["relative_path"] + b"j", gap4),
+            *(text["offset"] + b"\x8a\x08", gap8, text["length"] + b"\x8a\x08", gap8, b"u" + _BUILD),
+        ]
+        out = np.empty((len(key), sum(map(len, pattern))), np.uint8)
+        out[:] = np.frombuffer(b"".join(pattern), np.uint8)
+        values = iter((key, number, corner, file, offset, length))
+        start = 0
+        for part in pattern:
+            if part in (gap4, gap8):
+                column = np.ascontiguousarray(next(values).astype("<u4" if part == gap4 else "<i8"))
+                out[:, start : start + len(part)] = _bytes_of(column)
+            start += len(part)
+        return out.tobytes()
+
+    def place(self, key: str, corner: int | None, number: int | None, file: str, offset: int, length: int) -> None:
+        """One item of ``storage_data``: a ``MetadataIndex`` and its ``_StorageInfo``.
+
+        ``corner`` is the memo index of the box's offsets, ``number`` its place among the chunks; None for an object.
+        """
         self.begin(METADATA_MODULE, "MetadataIndex")
         self.text("fqn")
         self.text(key)
         self.text("index")
-        if chunk is None:
+        if number is None:
             self.put(_NONE)
         else:
-            self.number(chunk)
-        if offsets is not None:
+            self.number(number)
+        if corner is not None:
             self.text("offset")
-            self.size(offsets)
+            self.put(_fetch(corner))
         self.end()
         self.begin(FILESYSTEM_MODULE, "_StorageInfo")
         self.text("relative_path")
-        self.text(entry.file)
+        self.text(file)
         self.text("offset")
-        self.number(entry.record_offset)
+        self.number(offset)
         self.text("length")
-        self.number(entry.record_nbytes)
+        self.number(length)
         self.end()
+
+    def places_of_objects(self) -> None:
+        objects = self.table.objects
+        columns = (objects.file.tolist(), objects.record_offset.tolist(), objects.record_nbytes.tolist())
+        for key, file, offset, length in zip(objects.keys, *columns, strict=True):
+            self.place(key, None, None, self.table.files[file], offset, length)
 
     def storage_meta(self, save_id: str) -> None:
         self.begin(METADATA_MODULE, "StorageMeta")
@@ -220,3 +352,23 @@ class _Writer:
         self.text("modules")
         self.put(b"]")
         self.end()
+
+
+def _unused(tiling: Tiling) -> _Chunks:
+    return _Chunks(b"", np.full(len(tiling), -1, np.int64), np.zeros(len(tiling), np.int64))
+
+
+_ITEM_TEXTS = ("fqn", "index", "offset", "relative_path", "length")
+
+
+def _fetch(index: int) -> bytes:
+    """The opcodes that fetch a value from the memo."""
+    return b"h%c" % index if index < 256 else _fetch_long(index)
+
+
+def _fetch_long(index: int) -> bytes:
+    return b"j" + index.to_bytes(4, "little")
+
+
+def _bytes_of(column: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    return column.view(np.uint8).reshape(len(column), -1)

@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import chain
 from typing import Any
 
 from isal import isal_zlib
@@ -28,7 +27,7 @@ MAX_ELEMENT_NBYTES = 16
 
 def to_bytes(crcs: Iterable[int]) -> bytes:
     """CRC-32s as they are stored: 4 bytes each, little-endian, as all machines are that Milepost runs on."""
-    return array("I", crcs).tobytes()
+    return bytes(crcs) if isinstance(crcs, memoryview) else array("I", crcs).tobytes()
 
 
 def from_bytes(data: bytes) -> Sequence[int]:
@@ -109,7 +108,7 @@ def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int 
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
         raise ValueError(f"a save id of {len(name)} bytes: at most {_MAX_SAVE_ID_NBYTES} are allowed")
-    values = to_bytes(chain.from_iterable(crcs))
+    values = b"".join(map(to_bytes, crcs))
     body = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values) // 4) + name + values
     return body + struct.pack("<I", crc32(body))
 

@@ -5,11 +5,12 @@ so that listing, verifying, planning and converting need neither pickle nor torc
 has none; ``catalog`` then builds the same objects from ``.metadata``, with ``None`` where nothing is known.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -18,11 +19,14 @@ from milepost.format.tags import tagged
 from milepost.format.typed_json import MAX_COUNT, Count
 
 MANIFEST_NAME = "milepost.json"
+SHARDS_NAME = "milepost.shards"
+MAX_SHARDS_NBYTES = 16 << 30
+"""Of ``milepost.shards``: the places of a billion shards."""
 DIGESTS_NAME = "milepost.digests"
 METADATA_NAME = ".metadata"
 HF_FORMAT = "huggingface"
 """What ``extra["format"]`` says in the manifest of a folder that holds safetensors in place of records."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_NBYTES = 4 << 20
 """Raw tensor data is digested in blocks of this size, counted from the start of each item's data."""
 
@@ -44,13 +48,32 @@ class ShardEntry:
     crc32: int | None
 
 
+class Overlap(NamedTuple):
+    """A region that a stored shard has in common with some box of its tensor."""
+
+    shard: int
+    """Its number among the tensor's shards."""
+    src: Box
+    """In the coordinates of the shard's box."""
+    dst: Box
+    """In the coordinates of the other box."""
+
+
+class TiledShards(Sequence[ShardEntry]):
+    """Shards in columns, which finds those that overlap a box without looking at them one by one."""
+
+    @abstractmethod
+    def overlaps(self, box: Box) -> Sequence[Overlap]:
+        """All regions that the shards have in common with ``box``, in the order of the shards."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """A stored tensor. ``dtype`` is torch's name without the prefix (``bfloat16``); ``shards`` cover ``shape`` once."""
 
     dtype: str
     shape: tuple[int, ...]
-    shards: tuple[ShardEntry, ...]
+    shards: Sequence[ShardEntry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +88,7 @@ class ObjectEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of the checkpoint. ``crc32`` is given for the small ones (``.metadata``, ``milepost.digests``)."""
+    """A file of the checkpoint. ``crc32`` is of the whole file; None where it is not recorded (format 1)."""
 
     nbytes: int
     crc32: int | None = None
@@ -106,6 +129,21 @@ class Lineage:
 
 
 @dataclass(frozen=True, slots=True)
+class PartTotal:
+    """All that a checkpoint holds of one part of the training state (``model``, ``optimizer``, ...)."""
+
+    part: str
+    num_tensors: Count
+    num_elements: Count
+    nbytes: Count
+    """Of the tensors, without their records' headers."""
+    num_objects: Count
+    dtypes: tuple[str, ...]
+    """Most bytes first."""
+    num_shards: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a checkpoint holds. See ``docs/format.md`` for the JSON form."""
 
@@ -131,6 +169,8 @@ class Manifest:
     """None for a checkpoint that belongs to no run, or is older than lineages."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Values that were measured at this step, by name. NaN stands for all that is not finite."""
+    parts: tuple[PartTotal, ...] = ()
+    """What a checkpoint without ``tensors`` (of Hugging Face files) comes to; else it follows from these."""
 
     def file_named(self, name: str) -> str | None:
         """What the file ``name`` is called in this checkpoint: so, or with the save id in it; None if it has none."""

@@ -12,20 +12,13 @@ import msgspec
 from milepost.errors import FormatError
 from milepost.format.box import Box
 from milepost.format.dtype import DTYPES
-from milepost.format.manifest import FileEntry, Lineage, Manifest, ObjectEntry, ShardEntry, TensorEntry
+from milepost.format.file_rows import FileRow, file_entries
+from milepost.format.manifest import Lineage, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import MAX_DIMS
 from milepost.format.typed_json import Count, Metric, Seconds, convert
 
 Sizes = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMS)]
 PathRow = Annotated[tuple[str | int, ...], msgspec.Meta(min_length=1)]
-
-
-class FileRow(msgspec.Struct, frozen=True):
-    """A file of the checkpoint."""
-
-    name: str
-    nbytes: Count
-    crc32: Count | None = None
 
 
 class _ShardRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -88,16 +81,6 @@ def manifest_of_format_1(document: object, path: str) -> Manifest:
         lineage=said.lineage,
         metrics={name: math.nan if value is None else value for name, value in said.metrics.items()},
     )
-
-
-def file_entries(rows: list[FileRow], path: str) -> dict[str, FileEntry]:
-    """The files by name. Raises FormatError if one is listed twice."""
-    files: dict[str, FileEntry] = {}
-    for row in rows:
-        if row.name in files:
-            raise FormatError(f"{path}: file {row.name!r} is listed twice", path=path)
-        files[row.name] = FileEntry(row.nbytes, row.crc32)
-    return files
 
 
 def _tensor(key: str, row: _TensorRow, names: list[str], path: str) -> TensorEntry:

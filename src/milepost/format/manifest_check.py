@@ -13,6 +13,7 @@ from milepost.format.manifest import (
     DIGESTS_NAME,
     MANIFEST_NAME,
     METADATA_NAME,
+    SHARDS_NAME,
     FileEntry,
     Manifest,
     ObjectEntry,
@@ -26,7 +27,8 @@ MAX_DIMS = 64
 MAX_CRC32 = 0xFFFFFFFF
 KINDS = ("full", "model", "state")
 _MAX_NAME_NBYTES = 255
-_RESERVED = (MANIFEST_NAME, METADATA_NAME, DIGESTS_NAME)
+RESERVED = (MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME)
+"""What is written at a commit: no data is in these files."""
 
 
 def manifest_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
@@ -38,6 +40,11 @@ def manifest_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem
     return list(islice(_faults(manifest), limit))
 
 
+def head_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
+    """As :func:`manifest_faults`, of all but tensors and objects."""
+    return list(islice(_head_faults(manifest), limit))
+
+
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` is one a file of a checkpoint may have: it names an entry of the folder itself, printably."""
     if name in ("", ".", "..") or len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_NBYTES:
@@ -45,10 +52,14 @@ def is_plain_name(name: str) -> bool:
     return name.isprintable() and not set(name) & set("/\\")
 
 
-def _faults(manifest: Manifest) -> Iterator[Problem]:
+def _head_faults(manifest: Manifest) -> Iterator[Problem]:
     yield from _header_faults(manifest)
     for name, file in manifest.files.items():
         yield from _file_faults(name, file)
+
+
+def _faults(manifest: Manifest) -> Iterator[Problem]:
+    yield from _head_faults(manifest)
     for key, tensor in manifest.tensors.items():
         yield from _tensor_faults(key, tensor, manifest)
     for key, entry in manifest.objects.items():
@@ -102,7 +113,7 @@ def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterato
 def _place_faults(key: str, entry: ShardEntry | ObjectEntry, manifest: Manifest) -> Iterator[Problem]:
     file = manifest.files.get(entry.file)
     start, nbytes = entry.record_offset, entry.record_nbytes
-    if file is None or untagged(entry.file) in _RESERVED:
+    if file is None or untagged(entry.file) in RESERVED:
         what = f"{key!r} is said to be in {entry.file!r:.200}, which is no data file of this checkpoint"
         yield Problem(what, key=key)
     elif start < 0 or nbytes <= 0 or start + nbytes > file.nbytes:

@@ -1,41 +1,100 @@
-"""``milepost.json`` to and from :class:`~milepost.format.manifest.Manifest`.
+"""``milepost.json`` of format 2: a head that says what a listing needs, and the list of files.
 
-The file is JSON with one line per file and per item, so that it can be read, searched and compared by people too.
-It ends with the CRC-32 of all that stands before that field. ``docs/format.md`` specifies it.
+It is JSON with one field and one file to a line, so that people can read, search and compare it too. The head comes
+first and is short, with a CRC-32 of its own: whoever only lists steps reads no further. The file ends with the CRC-32
+of all that stands before. The shards are in ``milepost.shards``. ``docs/format.md`` specifies it; format 1, which had
+the shards in here, is read too.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from milepost.errors import FormatError
-from milepost.format.box import Box
+import msgspec
+
+from milepost.config import PARTS
+from milepost.errors import FormatError, NewerFormatError, Problem
 from milepost.format.digest import crc32
+from milepost.format.file_rows import FileRow, file_entries
 from milepost.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    MAX_SHARDS_NBYTES,
+    SHARDS_NAME,
     FileEntry,
     Lineage,
     Manifest,
-    ShardEntry,
+    PartTotal,
 )
 from milepost.format.manifest_1 import manifest_of_format_1
-from milepost.format.manifest_check import manifest_faults
-from milepost.format.typed_json import convert, parse_json
+from milepost.format.manifest_check import head_faults, manifest_faults
+from milepost.format.summary import totals_by_part
+from milepost.format.typed_json import MAX_COUNT, Count, Metric, Seconds, convert, parse_json
 
 FORMAT_NAME = "milepost"
 MAX_MANIFEST_NBYTES = 512 << 20
+MAX_HEAD_NBYTES = 64 << 10
+"""What a scan reads of a step, in one request. A head of the usual fields has less than 4 KiB."""
+
+_DTYPES_NBYTES = 6 * 8 * 20
+"""Bound of the names of dtypes in a head."""
+_SHARD_NBYTES = 96
+"""Bound of a shard's bytes in ``milepost.shards``, if no two tensors of up to three dims are cut alike."""
+
+_HEAD_CRC = re.compile(rb'^"head_crc32": "([0-9a-f]{8})",\n', re.MULTILINE)
 _TAIL = '"crc32": "%08x"\n}\n'
 _TAIL_PATTERN = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
 _TAIL_NBYTES = len(_TAIL % 0)
 _LINEAGE_PATTERN = re.compile(rb'^"lineage": (\{.*\}),$', re.MULTILINE)
-_MAX_HEAD_NBYTES = 64 << 10
-"""The lineage stands in front of the files and tensors."""
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """What the files of a step must come to, so that a listing of the folder can be held against it."""
+
+    files: Count
+    nbytes: Count
+    crc32: Count
+    """Of a line ``<name> <bytes>`` for each file, sorted by name."""
+
+
+class _Head(msgspec.Struct, frozen=True, kw_only=True):
+    save_id: str
+    created_s: Seconds
+    kind: str
+    world_size: Count
+    layout: dict[str, Count]
+    parts: tuple[PartTotal, ...]
+    listing: Listing
+    step: Count | None = None
+    lineage: Lineage | None = None
+    metrics: dict[str, Metric | None] = {}
+
+
+class _Document(_Head, frozen=True, kw_only=True):
+    files: list[FileRow]
+    producer: dict[str, str]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What stands at the beginning of ``milepost.json``. ``manifest`` has no tensors, objects, files and extra."""
+
+    manifest: Manifest
+    listing: Listing
+    crc32: int
+    """Of the head itself."""
+
+
+def listing_of(sizes: Iterable[tuple[str, int]]) -> Listing:
+    """What files of these names and sizes in bytes come to."""
+    pairs = sorted(sizes)
+    lines = "".join(f"{name} {nbytes}\n" for name, nbytes in pairs)
+    return Listing(len(pairs), sum(nbytes for _, nbytes in pairs), crc32(lines.encode("utf-8", "surrogatepass")))
 
 
 # ---- writing ----
@@ -44,14 +103,44 @@ _MAX_HEAD_NBYTES = 64 << 10
 def to_json(manifest: Manifest) -> bytes:
     """The bytes of ``milepost.json``; the same manifest gives the same bytes.
 
-    Raises ValueError for a manifest that is not fit to be a commit record: an item without offsets or digest, or a
-    fault that ``manifest_faults`` finds.
+    Tensors and objects are left to ``shards_file.dump_shards``; only their totals are in here.
+
+    Raises ValueError for a manifest that is not fit to be a commit record, or whose head would be too long.
     """
-    faults = manifest_faults(manifest)
+    faults = head_faults(manifest)
     if faults:
         raise ValueError("this manifest must not be committed: " + "; ".join(fault.message for fault in faults))
-    names = sorted(manifest.files)
-    number = {name: index for index, name in enumerate(names)}
+    head = head_json(manifest, totals_by_part(manifest))
+    if len(head) > MAX_HEAD_NBYTES - 64:
+        raise ValueError(f"the head of {MANIFEST_NAME} would have {len(head)} bytes: at most {MAX_HEAD_NBYTES}")
+    rest = [
+        ("files", _lines(_file_json(name, manifest.files[name]) for name in sorted(manifest.files))),
+        ("producer", _dump(dict(manifest.producer))),
+        ("extra", _dump(dict(manifest.extra))),
+    ]
+    body = head + b'"head_crc32": "%08x",\n' % crc32(head) + _fields(rest)
+    return body + (_TAIL % crc32(body)).encode()
+
+
+def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
+    """What would keep the record of a save from being read again, told before any data is written.
+
+    ``manifest`` is as far filled in as a plan goes: without tensors, and with a file for each rank. Sizes are bounds.
+    """
+    parts = [PartTotal(part, MAX_COUNT, MAX_COUNT, MAX_COUNT, MAX_COUNT, ("",) * 8, MAX_COUNT) for part in PARTS]
+    rest = len(_dump(dict(manifest.producer))) + len(_dump(dict(manifest.extra)))
+    keys_nbytes = len(_dump(dict(manifest.paths)))
+    sizes = (
+        (f"the head of {MANIFEST_NAME}", len(head_json(manifest, parts)) + _DTYPES_NBYTES, MAX_HEAD_NBYTES - 64),
+        (MANIFEST_NAME, rest + 160 * len(manifest.files), MAX_MANIFEST_NBYTES),
+        (SHARDS_NAME, _SHARD_NBYTES * num_shards + 3 * keys_nbytes, MAX_SHARDS_NBYTES),
+    )
+    return [f"{name} would have {size} bytes: at most {most} can be read" for name, size, most in sizes if size > most]
+
+
+def head_json(manifest: Manifest, parts: Iterable[PartTotal]) -> bytes:
+    """All that stands before the head's CRC-32."""
+    listing = listing_of((name, entry.nbytes) for name, entry in manifest.files.items())
     fields = [
         ("format", _dump(FORMAT_NAME)),
         ("format_version", _dump(FORMAT_VERSION)),
@@ -61,19 +150,25 @@ def to_json(manifest: Manifest) -> bytes:
         ("kind", _dump(manifest.kind)),
         ("world_size", _dump(manifest.world_size)),
         ("layout", _dump(dict(manifest.layout))),
-        ("producer", _dump(dict(manifest.producer))),
         *([] if manifest.lineage is None else [("lineage", _dump(_lineage_json(manifest.lineage)))]),
         *([("metrics", _dump(_metrics_json(manifest.metrics)))] if manifest.metrics else []),
-        ("files", _lines("[]", (_dump(_file_json(name, manifest.files[name])) for name in names))),
-        ("tensors", _lines("{}", _tensor_lines(manifest, number))),
-        ("objects", _lines("{}", _object_lines(manifest, number))),
-        ("extra", _dump(dict(manifest.extra))),
+        ("parts", _lines(_row(asdict(part)) for part in parts)),
+        ("listing", _row(msgspec.to_builtins(listing))),
     ]
-    body = ("{\n" + "".join(f'"{name}": {value},\n' for name, value in fields)).encode()
-    return body + (_TAIL % crc32(body)).encode()
+    return b"{\n" + _fields(fields)
 
 
 _dump = json.JSONEncoder(allow_nan=False, sort_keys=True).encode
+_row = json.JSONEncoder(allow_nan=False).encode
+
+
+def _fields(fields: Iterable[tuple[str, str]]) -> bytes:
+    return "".join(f'"{name}": {value},\n' for name, value in fields).encode()
+
+
+def _lines(lines: Iterable[str]) -> str:
+    text = ",\n".join(lines)
+    return f"[\n{text}\n]" if text else "[]"
 
 
 def _lineage_json(lineage: Lineage) -> dict[str, Any]:
@@ -85,82 +180,130 @@ def _metrics_json(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _lines(brackets: str, lines: Iterable[str]) -> str:
-    text = ",\n".join(lines)
-    return f"{brackets[0]}\n{text}\n{brackets[1]}" if text else brackets
-
-
-def _file_json(name: str, entry: FileEntry) -> dict[str, Any]:
+def _file_json(name: str, entry: FileEntry) -> str:
     crc = {} if entry.crc32 is None else {"crc32": entry.crc32}
-    return {"name": name, "nbytes": entry.nbytes} | crc
-
-
-def _path_json(manifest: Manifest, key: str) -> str:
-    path = manifest.paths.get(key)
-    return "" if path is None else f'"path": {_dump(path)}, '
-
-
-def _tensor_lines(manifest: Manifest, number: Mapping[str, int]) -> Iterator[str]:
-    for key in sorted(manifest.tensors):
-        entry = manifest.tensors[key]
-        whole = Box.whole(entry.shape)
-        shards = ", ".join(_shard_json(key, shard, shard.box == whole, number) for shard in entry.shards)
-        head = f'{_dump(key)}: {{"dtype": "{entry.dtype}", "shape": {list(entry.shape)}, '
-        yield f'{head}{_path_json(manifest, key)}"shards": [{shards}]}}'
-
-
-def _shard_json(key: str, shard: ShardEntry, is_whole: bool, number: Mapping[str, int]) -> str:
-    if shard.data_offset is None or shard.crc32 is None:
-        raise ValueError(f"shard {shard.box} of {key!r} has no data offset or no digest: it can't be committed")
-    numbers = f"{number[shard.file]}, {shard.record_offset}, {shard.record_nbytes}, {shard.data_offset}, {shard.crc32}"
-    return f"[{numbers}]" if is_whole else f"[{numbers}, {list(shard.box.offsets)}, {list(shard.box.sizes)}]"
-
-
-def _object_lines(manifest: Manifest, number: Mapping[str, int]) -> Iterator[str]:
-    for key in sorted(manifest.objects):
-        entry = manifest.objects[key]
-        if entry.crc32 is None:
-            raise ValueError(f"object {key!r} has no digest: it can't be committed")
-        place = f"[{number[entry.file]}, {entry.record_offset}, {entry.record_nbytes}, {entry.crc32}]"
-        yield f'{_dump(key)}: {{{_path_json(manifest, key)}"record": {place}}}'
+    return _row({"name": name, "nbytes": entry.nbytes} | crc)
 
 
 # ---- reading ----
 
 
-def from_json(data: bytes, path: str = MANIFEST_NAME) -> Manifest:
-    """Parse and check ``milepost.json``. ``path`` is how errors name it.
+def parse_head(data: bytes, path: str = MANIFEST_NAME) -> Head | None:
+    """The head of a ``milepost.json`` of format 2, from the first ``MAX_HEAD_NBYTES`` of it or all that there is.
 
-    Raises FormatError for a file that is damaged (any changed byte is found), of a newer version, or of which
-    anything could lead a reader astray: see ``manifest_faults``. All such faults are in one message.
+    None if it has none that is whole, as format 1, a later format and a damaged file: ``from_json`` tells these apart.
     """
-    manifest = manifest_of_format_1(_parse(data, path), path)
-    faults = manifest_faults(manifest)
+    match = _HEAD_CRC.search(data, 0, MAX_HEAD_NBYTES)
+    if match is None or int(match[1], 16) != crc32(memoryview(data)[: match.start()]):
+        return None
+    try:
+        document = parse_json(data[: match.start()].rstrip(b",\n") + b"\n}", path, "a head")
+        if document.get("format") != FORMAT_NAME or document.get("format_version") != FORMAT_VERSION:
+            return None
+        said = convert(document, _Head, path)
+    except FormatError:
+        return None
+    manifest = _manifest(said)
+    return None if head_faults(manifest) else Head(manifest, said.listing, int(match[1], 16))
+
+
+def from_json(
+    data: bytes, path: str = MANIFEST_NAME, read_shards: Callable[[str, FileEntry], bytes] | None = None
+) -> Manifest:
+    """Parse and check ``milepost.json`` of any format. ``path`` is how errors name it.
+
+    If it names ``milepost.shards``, the manifest's tensors come from what ``read_shards`` returns for that file's
+    name and entry. Without ``read_shards``, a manifest of format 2 has no tensors, objects and paths.
+
+    Raises:
+        NewerFormatError: a later Milepost wrote it.
+        FormatError: it is damaged (any changed byte is found), or anything in it could lead a reader astray: see
+            ``manifest_faults``. All such faults are in one message.
+    """
+    document = _parse(data, path)
+    if document["format_version"] == 1:
+        manifest = manifest_of_format_1(document, path)
+        _refuse(path, manifest_faults(manifest))
+        return manifest
+    said = convert(document, _Document, path)
+    manifest = _manifest(said)
+    manifest = replace(manifest, files=file_entries(said.files, path), producer=said.producer, extra=said.extra)
+    _refuse(path, head_faults(manifest))
+    head = parse_head(data, path)
+    if head is None or head.listing != listing_of((name, entry.nbytes) for name, entry in manifest.files.items()):
+        raise FormatError(f"{path}: its head is not that of the rest", path=path)
+    name = manifest.file_named(SHARDS_NAME)
+    if name is None or read_shards is None:
+        return manifest
+    entry = manifest.files[name]
+    return _with_shards(manifest, entry, read_shards(name, entry), path, path.removesuffix(MANIFEST_NAME) + name)
+
+
+def _with_shards(manifest: Manifest, entry: FileEntry, data: bytes, path: str, where: str) -> Manifest:
+    """The manifest at ``path`` with the tensors and objects that ``milepost.shards``, at ``where``, holds."""
+    # With numpy, which a scan can do without.
+    from milepost.format.columns import with_table
+    from milepost.format.columns_check import table_faults
+    from milepost.format.shards_file import parse_shards
+
+    table, found = parse_shards(data, manifest.save_id, where)
+    if (len(data), found) != (entry.nbytes, entry.crc32):
+        raise FormatError(f"{where}: it is not the file that {path} names", path=where)
+    _refuse(where, table_faults(table, manifest.files))
+    return with_table(manifest, table)
+
+
+def _refuse(path: str, faults: list[Problem]) -> None:
     if faults:
         key = next((fault.key for fault in faults if fault.key), None)
         raise FormatError(f"{path}: " + "; ".join(fault.message for fault in faults), path=path, key=key)
-    return manifest
+
+
+def _manifest(said: _Head) -> Manifest:
+    return Manifest(
+        step=said.step,
+        save_id=said.save_id,
+        created_s=said.created_s,
+        kind=said.kind,
+        world_size=said.world_size,
+        layout=said.layout,
+        producer={},
+        tensors={},
+        objects={},
+        files={},
+        lineage=said.lineage,
+        metrics={name: math.nan if value is None else value for name, value in said.metrics.items()},
+        parts=said.parts,
+    )
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether a whole manifest, of any format, ends with the CRC-32 of itself."""
+    tail = _TAIL_PATTERN.search(data, max(0, len(data) - _TAIL_NBYTES))
+    return tail is not None and int(tail[1], 16) == crc32(memoryview(data)[: tail.start()])
 
 
 def _parse(data: bytes, path: str) -> dict[str, Any]:
     """The document in a whole and undamaged manifest of a format that this code reads."""
-
-    def fail(what: str) -> NoReturn:
-        raise FormatError(f"{path}: {what}", path=path)
-
     if len(data) > MAX_MANIFEST_NBYTES:
-        fail(f"{len(data)} bytes are too many for a manifest (at most {MAX_MANIFEST_NBYTES})")
-    tail = _TAIL_PATTERN.search(data, max(0, len(data) - _TAIL_NBYTES))
-    if tail is None or int(tail[1], 16) != crc32(memoryview(data)[: tail.start()]):
-        fail("damaged: it does not end with a matching CRC-32 of itself; use another step")
+        raise FormatError(
+            f"{path}: {len(data)} bytes are too many for a manifest (at most {MAX_MANIFEST_NBYTES})", path=path
+        )
+    if not is_intact(data):
+        damaged = f"{path}: damaged: it does not end with a matching CRC-32 of itself; use another step"
+        raise FormatError(damaged, path=path)
     document = parse_json(data, path, "a manifest")
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
-        fail("not a Milepost manifest")
+        raise FormatError(f"{path}: not a Milepost manifest", path=path)
     version = document.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
-        fail(f"written by a newer Milepost (format {version}; this one reads {FORMAT_VERSION}): upgrade Milepost")
-    if version != FORMAT_VERSION:
-        fail(f"format version {version!r:.50} does not exist")
+        raise NewerFormatError(
+            f"{path}: written by a newer Milepost (format {version}; this one reads up to {FORMAT_VERSION}): "
+            "upgrade Milepost",
+            path=path,
+        )
+    if version not in (1, FORMAT_VERSION) or type(version) is not int:
+        raise FormatError(f"{path}: format version {version!r:.50} does not exist", path=path)
     return document
 
 
@@ -169,7 +312,7 @@ def lineage_of_torn(data: bytes) -> Lineage | None:
 
     It is not covered by any digest then: fit to say which steps the damaged one may have descended from, no more.
     """
-    found = _LINEAGE_PATTERN.search(data, 0, _MAX_HEAD_NBYTES)
+    found = _LINEAGE_PATTERN.search(data, 0, MAX_HEAD_NBYTES)
     if found is None:
         return None
     try:

@@ -5,41 +5,34 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from milepost.config import PARTS, part_of
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
-from milepost.format.manifest import Manifest, TensorEntry
+from milepost.format.manifest import Manifest, PartTotal, TensorEntry
 
-
-@dataclass(frozen=True, slots=True)
-class PartTotal:
-    """All that a checkpoint holds of one part of the training state (``model``, ``optimizer``, ...)."""
-
-    part: str
-    num_tensors: int
-    num_elements: int
-    nbytes: int
-    """Of the tensors, without their records' headers."""
-    num_objects: int
-    dtypes: tuple[str, ...]
-    """Most bytes first."""
+_MAX_DTYPES = 8
+"""The head of a manifest is short: of more dtypes those of the most bytes are named."""
 
 
 def totals_by_part(manifest: Manifest) -> list[PartTotal]:
     """One total for each part that is there, the model first."""
-    totals = []
-    for part in PARTS:
-        tensors = [entry for key, entry in manifest.tensors.items() if part_of(key) == part]
-        num_objects = sum(part_of(key) == part for key in manifest.objects)
-        if tensors or num_objects:
-            nbytes = _nbytes_by_dtype(tensors)
-            num_elements = sum(Box.whole(entry.shape).numel for entry in tensors)
-            dtypes = tuple(dtype for dtype, _ in nbytes.most_common())
-            totals.append(PartTotal(part, len(tensors), num_elements, nbytes.total(), num_objects, dtypes))
-    return totals
+    if manifest.parts:
+        return list(manifest.parts)
+    tensors: dict[str, list[TensorEntry]] = {part: [] for part in PARTS}
+    for key, entry in manifest.tensors.items():
+        tensors[part_of(key)].append(entry)
+    num_objects = Counter(map(part_of, manifest.objects))
+    return [_total(part, tensors[part], num_objects[part]) for part in PARTS if tensors[part] or num_objects[part]]
+
+
+def _total(part: str, tensors: Sequence[TensorEntry], num_objects: int) -> PartTotal:
+    nbytes = _nbytes_by_dtype(tensors)
+    num_elements = sum(math.prod(entry.shape) for entry in tensors)
+    dtypes = tuple(dtype for dtype, _ in nbytes.most_common(_MAX_DTYPES))
+    num_shards = sum(len(entry.shards) for entry in tensors)
+    return PartTotal(part, len(tensors), num_elements, nbytes.total(), num_objects, dtypes, num_shards)
 
 
 def model_total(manifest: Manifest) -> PartTotal:
@@ -94,5 +87,5 @@ def format_count(count: int) -> str:
 def _nbytes_by_dtype(tensors: Iterable[TensorEntry]) -> Counter[str]:
     nbytes: Counter[str] = Counter()
     for entry in tensors:
-        nbytes[entry.dtype] += Box.whole(entry.shape).numel * itemsize(entry.dtype)
+        nbytes[entry.dtype] += math.prod(entry.shape) * itemsize(entry.dtype)
     return nbytes

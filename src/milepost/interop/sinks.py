@@ -30,7 +30,7 @@ from milepost.interop.weights.stream import PassedBytes, Placed, SlabReader, wri
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.place import Place
-from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor
+from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor, segment_of
 from milepost.storage import open_storage
 from milepost.storage.base import join, split
 from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
@@ -141,9 +141,8 @@ class DcpSink(Sink):
             handle.write(*frame.end(nbytes))
             handle.sync()
         self.storage.sync_folder(self.place.folder)
-        self._signed = (
-            SignOff(0, self.save_id, (WrittenFile(self.place.name(plan.file), nbytes, tuple(written), ()),)),
-        )
+        file = WrittenFile(self.place.name(plan.file), nbytes, tuple(written), ())
+        self._signed = (SignOff(0, self.save_id, segment_of([file])),)
         self._info = replace(self._info, paths={key: (key,) for key in tensors}, extra=self._extra)
 
     def reopen(self) -> Source:

@@ -210,7 +210,7 @@ def _is_end(parent: StepEntry, lineage: Lineage, entries: Sequence[StepEntry], *
     behind = []
     for entry in entries:
         if entry.lineage is None:
-            if not entry.kind and entry.state == "damaged" and entry.step > parent.step:
+            if not entry.kind and entry.state in ("damaged", "newer") and entry.step > parent.step:
                 return False  # it may have been of this branch
         elif entry.lineage.branch == lineage.branch and entry.lineage.order > lineage.order:
             behind.append(entry)

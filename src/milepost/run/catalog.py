@@ -24,32 +24,51 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from milepost.collective.threads import map_in_threads
-from milepost.config import part_of
 from milepost.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
     FormatError,
+    NewerFormatError,
     Problem,
     StorageError,
     listed,
 )
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, crc32, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Lineage, Manifest
-from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json, lineage_of_torn
-from milepost.format.summary import model_total
+from milepost.format.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    MAX_SHARDS_NBYTES,
+    METADATA_NAME,
+    SHARDS_NAME,
+    FileEntry,
+    Lineage,
+    Manifest,
+)
+from milepost.format.manifest_json import (
+    MAX_HEAD_NBYTES,
+    MAX_MANIFEST_NBYTES,
+    Head,
+    from_json,
+    is_intact,
+    lineage_of_torn,
+    listing_of,
+    parse_head,
+)
+from milepost.format.summary import model_total, totals_by_part
 from milepost.format.tags import tag_of, tagged
 from milepost.format.typed_json import convert, parse_json
 from milepost.storage import is_known
 from milepost.storage.base import Entry, Storage, join, split
 
-State = Literal["committed", "incomplete", "damaged", "external", "unreadable"]
-"""``unreadable``: the storage refused, so that nothing is known. Only a listing goes on then."""
+State = Literal["committed", "incomplete", "damaged", "external", "newer", "unreadable"]
+"""``newer``: committed, as it seems, by a Milepost whose format this one does not know. ``unreadable``: the storage
+refused, so that nothing is known. Only a listing goes on then."""
 
 ATTEMPT_PREFIX = ".milepost-attempt-"
 REPLACED_PREFIX = ".milepost-replaced-"
@@ -134,6 +153,12 @@ class CommitRecord:
     """Its files that are not as the record says."""
     note: str = ""
     """What is strange, and no fault."""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The files that were read, and checked, for it."""
+        shards = self.manifest.file_named(SHARDS_NAME)
+        return (self.name,) if shards is None else (self.name, shards)
 
     @property
     def is_own(self) -> bool:
@@ -281,14 +306,23 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
         return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
     record_id, data, note = "", b"", ""
+    faults: list[Problem] = []
     try:
-        data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
-        record_id = _record_id(data)
-        manifest, faults = _parse(data, name, path, files)
-        other = _saved_over(storage, path, files, manifest, faults)
-        if other is not None:
-            name, data, manifest, note = METADATA_NAME, *other
-            record_id, faults = _record_id(data), []
+        head = _fitting_head(storage, path, files) if name == MANIFEST_NAME else None
+        if head is not None:
+            manifest, record_id = head.manifest, _record_id_of(head, files[name].nbytes)
+        else:
+            data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
+            record_id = _record_id(data)
+            manifest, faults = _parse(data, name, path, files)
+            other = _saved_over(storage, path, files, manifest, faults)
+            if other is not None:
+                name, data, manifest, note = METADATA_NAME, *other
+                record_id, faults = _record_id(data), []
+    except NewerFormatError as error:
+        return CheckpointInfo(
+            path=path, state="newer", reason=error.message.removeprefix(f"{path}/"), nbytes=nbytes, record_id=record_id
+        )
     except FormatError as error:
         reason = error.message.removeprefix(f"{path}/")  # the step is named where this is shown
         return CheckpointInfo(
@@ -321,9 +355,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         layout=manifest.layout,
         lineage=manifest.lineage,
         metrics=manifest.metrics,
-        has_training_state=any(
-            part_of(key) in ("optimizer", "train_state") for key in (*manifest.tensors, *manifest.objects)
-        ),
+        has_training_state=any(total.part in ("optimizer", "train_state") for total in totals_by_part(manifest)),
     )
 
 
@@ -335,21 +367,58 @@ def _record_name(files: Collection[str]) -> str | None:
     return next((name for name in (MANIFEST_NAME, METADATA_NAME) if name in files), None)
 
 
+def _fitting_head(storage: Storage, path: str, files: Mapping[str, Entry]) -> Head | None:
+    """The head of a manifest if it says just what files are there; else the rest must be read to know more.
+
+    This is all that a scan reads of a step: one request, whatever the step holds.
+    """
+    where, nbytes = join(path, MANIFEST_NAME), files[MANIFEST_NAME].nbytes
+    if nbytes <= MAX_HEAD_NBYTES:
+        start = storage.read(where, MAX_HEAD_NBYTES)
+        head = parse_head(start) if is_intact(start) else None
+    else:
+        with storage.open_read(where) as handle:
+            beginning = bytearray(MAX_HEAD_NBYTES)
+            handle.read_into(0, [memoryview(beginning)])
+        head = parse_head(bytes(beginning))
+    if head is None:
+        return None
+    # Where saves share a folder, all files of one carry its id: the others are of another save, or copies for other
+    # programs. Elsewhere none does.
+    others = [file for file in files.values() if file.name != MANIFEST_NAME]
+    own = [file for file in others if tag_of(file.name) == head.manifest.save_id]
+    found = listing_of((file.name, file.nbytes) for file in own or others if not file.is_link)
+    return head if found == head.listing else None
+
+
 def _record_id(data: bytes) -> str:
-    return f"{len(data)}-{crc32(data):08x}"
+    head = parse_head(data)
+    return f"{len(data)}-{crc32(data):08x}" if head is None else _record_id_of(head, len(data))
 
 
-def _parse(data: bytes, name: str, path: str, files: Mapping[str, Entry]) -> tuple[Manifest, list[Problem]]:
+def _record_id_of(head: Head, nbytes: int) -> str:
+    """The same as of the whole commit record of ``nbytes`` bytes."""
+    return f"{nbytes}-{head.crc32:08x}"
+
+
+def _parse(
+    data: bytes,
+    name: str,
+    path: str,
+    files: Mapping[str, Entry],
+    read_shards: Callable[[str, FileEntry], bytes] | None = None,
+) -> tuple[Manifest, list[Problem]]:
     """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
     where = join(path, name)
     if name == MANIFEST_NAME:
-        manifest = from_json(data, where)
+        manifest = from_json(data, where, read_shards)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
     metadata = dcp_metadata.parse_metadata(data, where)
     places = {place.path for place in metadata.storage.values()}
-    # DCP writes no digests: with those of its save it is one of ours, in which only its commit record says so much.
-    digests = (tagged(DIGESTS_NAME, tag) for tag in {"", *map(tag_of, places)})
-    own = next((found for found in digests if found in files), None)
+    # DCP writes neither shards nor digests: with those of its save it is one of ours, which has lost its manifest.
+    tags = {"", *map(tag_of, places)}
+    records = (tagged(name, tag) for name in (SHARDS_NAME, DIGESTS_NAME) for tag in tags)
+    own = next((found for found in records if found in files), None)
     if own is not None:
         lost = Problem(f"missing, but {own} is there (without it, it would be external)", MANIFEST_NAME)
         raise FormatError(str(lost), path=join(path, MANIFEST_NAME))
@@ -429,7 +498,15 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
         if error.errno not in _UNFIT - {errno.ENOENT}:
             raise
         raise FormatError(error.message, path=join(path, name)) from error
-    manifest, faults = _parse(data, name, path, files)
+
+    def read_shards(name: str, entry: FileEntry) -> bytes:
+        where = join(path, name)
+        faults = _file_faults({name: entry.nbytes}, files)
+        if faults:
+            raise FormatError(f"{where}: {faults[0].message}", path=where)
+        return storage.read(where, MAX_SHARDS_NBYTES)
+
+    manifest, faults = _parse(data, name, path, files, read_shards)
     other = _saved_over(storage, path, files, manifest, faults)
     if other is not None:
         data, manifest, note = other

@@ -24,11 +24,11 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
-from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import BlockDigests, crc32, dump_digests, files_in_blocks
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, FileEntry, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import to_json
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
@@ -43,13 +43,16 @@ from milepost.run.signoff import SignOff
 from milepost.run.sweep import discard_quietly, name_left, sweep_leftovers
 from milepost.storage.base import Storage, join, split
 
+if TYPE_CHECKING:
+    from milepost.format.columns import UInts
+
 _log = logging.getLogger(__name__)
 
 VISIBILITY_S = 60.0
 """Another machine's files, and their sizes, may show only this many seconds later: NFS caches both."""
 
 _FAILED_NAME = "failed"
-_CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|digests)")
+_CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|shards|digests)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
 
@@ -275,11 +278,16 @@ def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_
         )
 
 
-def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[Sequence[int]]) -> Manifest:
-    """Write the digests and ``.metadata``; the manifest that names them too."""
+def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: UInts) -> Manifest:
+    """Write the places of all shards, their digests and ``.metadata``; the manifest that names them too."""
+    from milepost.format.columns import table_of  # with numpy, 100 ms that deleting old steps can do without
+    from milepost.format.dcp_writer import dump_metadata
+    from milepost.format.shards_file import dump_shards
+
     files = dict(manifest.files)
     for name, content in (
-        (DIGESTS_NAME, dump_digests(manifest.save_id, crcs)),
+        (SHARDS_NAME, dump_shards(table_of(manifest), manifest.save_id)),
+        (DIGESTS_NAME, dump_digests(manifest.save_id, [crcs.data])),
         (METADATA_NAME, dump_metadata(manifest)),
     ):
         storage.write(place.path(name), content)

@@ -13,22 +13,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain, groupby
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from milepost.collective.progress import SLOW_S
 from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
-from milepost.format.digest import crc32, from_bytes, to_bytes
+from milepost.format.digest import crc32
+from milepost.format.file_rows import FileRow, ShareRow, SignOffHead, file_entries
+from milepost.format.manifest import FileEntry, ObjectEntry
 from milepost.format.shares import Share
-from milepost.format.typed_json import MAX_COUNT
+from milepost.format.typed_json import convert, parse_json
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
 
+if TYPE_CHECKING:
+    from milepost.format.columns import Tiling
+    from milepost.format.segments import Segment
+
 _log = logging.getLogger(__name__)
 
-_MAGIC = b"MILESGN\x01"
-_HEAD = struct.Struct("<8sQQ")  # magic, bytes of JSON, number of block CRCs; then both, then a CRC-32 of all before
+_MAGIC = b"MILESGN\x02"
+_HEAD = struct.Struct("<8sQ")  # magic, bytes of JSON; then the JSON, the segment, and a CRC-32 of all before
 _PREFIX = "sign-off-"
 _FAILED = ".failed"
 
@@ -54,49 +63,105 @@ class WrittenObject:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """The file that one rank wrote. ``nbytes`` is the exact size of the file."""
+    """The file that one rank wrote. ``nbytes`` is its exact size, ``crc32`` is of all its bytes."""
 
     file: str
     nbytes: int
     tensors: tuple[WrittenTensor, ...]
     objects: tuple[WrittenObject, ...]
+    crc32: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SignOff:
-    """One rank's record: the files it wrote and synced, or the error that kept it from that."""
+    """One rank's record: what it wrote and synced, or the error that kept it from that."""
 
     rank: int
     save_id: str
-    files: tuple[WrittenFile, ...] = ()
+    segment: Segment | None = None
+    """None if it failed, or wrote files of another form than records."""
     error: str | None = None
     shares: tuple[Mapping[str, Share], ...] = ()
     """Of the digests of files that several ranks write: by file name."""
 
 
+def segment_of(files: Sequence[WrittenFile]) -> Segment:
+    """What the writers of one rank's ``files`` say, in columns.
+
+    Raises SaveError if one tensor was stored with two dtypes or shapes.
+    """
+    import numpy as np  # 100 ms that deleting old steps can do without
+
+    from milepost.format.columns import ShardTable, object_columns
+    from milepost.format.segments import Segment
+
+    number = {file.file: index for index, file in enumerate(files)}
+    stored = sorted(
+        ((tensor.item.key, tensor.item.box, number[file.file], tensor) for file in files for tensor in file.tensors),
+        key=lambda one: one[:2],
+    )
+    tilings, tiling = _tilings(stored)
+    tensors = [tensor for *_, tensor in stored]
+    objects = {
+        o.key: ObjectEntry(file.file, o.record_offset, o.record_nbytes, o.crc32) for file in files for o in file.objects
+    }
+    table = ShardTable(
+        files=tuple(number),
+        keys=tuple(dict.fromkeys(key for key, *_ in stored)),
+        tilings=tilings,
+        tiling=np.array(tiling, np.uint32),
+        file=np.array([file for _, _, file, _ in stored], np.uint32),
+        record_offset=np.array([tensor.item.record_offset for tensor in tensors], np.int64),
+        crc32=np.array([tensor.crc32 for tensor in tensors], np.uint32),
+        objects=object_columns(objects, number),
+        paths={},
+    )
+    crcs = np.fromiter(chain.from_iterable(tensor.block_crcs for tensor in tensors), np.uint32)
+    return Segment(table, {file.file: FileEntry(file.nbytes, file.crc32) for file in files}, crcs)
+
+
+_Stored = tuple[str, Box, int, WrittenTensor]
+
+
+def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
+    """The distinct ways in which keys are stored, and for each key the number of its own."""
+    import numpy as np
+
+    from milepost.format.columns import Tiling, coordinates
+
+    known: dict[object, int] = {}
+    found: list[Tiling] = []
+    tiling_of = []
+    for key, group in groupby(stored, key=lambda one: one[0]):
+        items = [tensor.item for *_, tensor in group]
+        dtype, shape = items[0].dtype, items[0].shape
+        if any((item.dtype, item.shape) != (dtype, shape) for item in items):
+            raise SaveError(f"'{key}' was stored with two dtypes or shapes by one rank", key=key)
+        header = tuple(item.data_offset - item.record_offset for item in items)
+        record = tuple(item.record_nbytes for item in items)
+        number = known.setdefault((dtype, shape, tuple(item.box for item in items), header, record), len(found))
+        if number == len(found):
+            corners = [coordinates([getattr(i.box, name) for i in items], len(shape)) for name in ("offsets", "sizes")]
+            offsets, sizes = corners
+            found.append(Tiling(dtype, shape, offsets, sizes, np.array(header, np.int64), np.array(record, np.int64)))
+        tiling_of.append(number)
+    return found, tiling_of
+
+
 def dump_sign_off(sign_off: SignOff) -> bytes:
-    """The bytes of a sign-off. Block CRCs follow the JSON as raw numbers: there is one for each 4 MiB of the model."""
-    crcs: list[int] = []
-    files = []
-    for file in sign_off.files:
-        tensors = []
-        for tensor in file.tensors:
-            item = tensor.item
-            crcs.extend(tensor.block_crcs)
-            tensors.append(
-                (
-                    *(item.key, item.dtype, item.shape, item.box.offsets, item.box.sizes),
-                    *(item.record_offset, item.record_nbytes, item.data_offset, item.data_nbytes),
-                    *(tensor.crc32, len(tensor.block_crcs)),
-                )
-            )
-        objects = [(o.key, o.record_offset, o.record_nbytes, o.crc32) for o in file.objects]
-        files.append((file.file, file.nbytes, tensors, objects))
-    shares = [{name: (one.nbytes, list(one.crcs.items())) for name, one in some.items()} for some in sign_off.shares]
-    head = {"rank": sign_off.rank, "save_id": sign_off.save_id, "error": sign_off.error, "files": files}
-    head["shares"] = shares
-    text = json.dumps(head, separators=(",", ":")).encode()
-    body = _HEAD.pack(_MAGIC, len(text), len(crcs)) + text + to_bytes(crcs)
+    """The bytes of a sign-off: who signs, the files or the error, and the segment."""
+    from milepost.format.segments import dump_segment
+
+    segment = sign_off.segment
+    files = {} if segment is None else segment.files
+    rows = [FileRow(name, entry.nbytes, entry.crc32) for name, entry in files.items()]
+    shares = [{name: ShareRow(one.nbytes, list(one.crcs.items())) for name, one in some.items()} for some in sign_off.shares]
+    head = SignOffHead(sign_off.rank, sign_off.save_id, rows, sign_off.error, shares)
+    text = json.dumps(msgspec.to_builtins(head)).encode()
+    text += b" " * (-len(text) % 8)  # so that the columns of the segment are aligned
+    body = _HEAD.pack(_MAGIC, len(text)) + text
+    if segment is not None:
+        body += dump_segment(segment, sign_off.save_id)
     return body + struct.pack("<I", crc32(body))
 
 
@@ -104,68 +169,20 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
     """Read what ``dump_sign_off`` wrote. Raises FormatError if it is truncated or damaged."""
     if len(data) < _HEAD.size + 4 or crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise FormatError(f"{path}: the sign-off is damaged; save again", path=path)
-    magic, text_nbytes, num_crcs = _HEAD.unpack_from(data)
-    if magic != _MAGIC or len(data) != _HEAD.size + text_nbytes + 4 * num_crcs + 4:
+    magic, text_nbytes = _HEAD.unpack_from(data)
+    end = _HEAD.size + text_nbytes
+    if magic != _MAGIC or end > len(data) - 4:
         raise FormatError(
             f"{path} is not a sign-off of this version of Milepost: do all ranks run the same?", path=path
         )
-    crcs = from_bytes(data[_HEAD.size + text_nbytes : -4])
-    try:
-        return _sign_off(json.loads(data[_HEAD.size : _HEAD.size + text_nbytes].decode()), crcs)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError(f"{path}: invalid sign-off: {error!s:.200}", path=path) from error
+    head = convert(parse_json(data[_HEAD.size : end], path, "a sign-off"), SignOffHead, path)
+    shares = tuple({name: Share(row.nbytes, dict(row.crcs)) for name, row in some.items()} for some in head.shares)
+    if end == len(data) - 4:
+        return SignOff(head.rank, head.save_id, None, head.error, shares)
+    from milepost.format.segments import parse_segment
 
-
-def _sign_off(head: Any, crcs: Sequence[int]) -> SignOff:
-    """What the JSON of a sign-off says. Raises ValueError, TypeError or KeyError where it is not of the right form."""
-    files = []
-    position = 0
-    for name, nbytes, tensor_rows, object_rows in head["files"]:
-        tensors = []
-        for row in tensor_rows:
-            *_, crc, num_crcs = _counts(row[5:])
-            tensors.append(WrittenTensor(_item(row), crc, tuple(crcs[position : position + num_crcs])))
-            position += num_crcs
-        objects = tuple(WrittenObject(_text(key), *_counts(rest)) for key, *rest in object_rows)
-        (nbytes,) = _counts([nbytes])
-        files.append(WrittenFile(_text(name), nbytes, tuple(tensors), objects))
-    error = head["error"]
-    (rank,) = _counts([head["rank"]])
-    shares = tuple({_text(name): _share(*row) for name, row in some.items()} for some in head["shares"])
-    return SignOff(rank, _text(head["save_id"]), tuple(files), None if error is None else _text(error), shares)
-
-
-def _share(nbytes: object, crcs: Sequence[Any]) -> Share:
-    (count,) = _counts([nbytes])
-    pairs = [_counts(pair) for pair in crcs]
-    return Share(count, {pair[0]: pair[1] for pair in pairs})
-
-
-def _item(row: Sequence[Any]) -> WriteItem:
-    key, dtype, shape, offsets, sizes, *rest = row
-    record_offset, record_nbytes, data_offset, data_nbytes, _, _ = _counts(rest)
-    return WriteItem(
-        key=_text(key),
-        dtype=_text(dtype),
-        shape=_counts(shape),
-        box=Box(_counts(offsets), _counts(sizes)),
-        record_offset=record_offset,
-        record_nbytes=record_nbytes,
-        data_offset=data_offset,
-        data_nbytes=data_nbytes,
-    )
-
-
-def _counts(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= MAX_COUNT for value in values):
-        raise ValueError("expected a number of at least 0, found something else")
-    return tuple(values)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a name is missing")
-    return value
+    segment = parse_segment(memoryview(data)[end:-4], file_entries(head.files, path), head.save_id, path)
+    return SignOff(head.rank, head.save_id, segment, head.error, shares)
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:

@@ -18,7 +18,7 @@ from milepost.collective.progress import watched
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError, SaveError, StorageError, listed
 from milepost.run import commit
-from milepost.run.assemble import SaveInfo
+from milepost.run.assemble import SaveInfo, check_fits
 from milepost.saving.job import Form, Keep, SaveJob
 from milepost.saving.replicas import (
     Depth,
@@ -191,6 +191,7 @@ class Agreement:
         self._per_rank: frozenset[str] = frozenset()  # names found to differ between ranks: the same on all of them
         self._structures: list[_Structure] = []  # every rank's last one; on rank 0 only
         self._all_groups: list[Group] = []  # on rank 0 only
+        self._num_shards = 0  # on rank 0 only
         self._noted: frozenset[str] = frozenset()
         self._recorded = ""  # of all ranks' structures; on rank 0 only
 
@@ -307,6 +308,7 @@ class Agreement:
             if is_new:
                 self._learn(offers)
                 plans = list(plan_save([found.layout for found in self._structures]))
+                self._num_shards = sum(len(plan.items) for plan in plans if plan is not None)
                 self._all_groups = groups_in_common([found.layout for found in self._structures])
                 groups = [
                     {n: group for n, group in enumerate(self._all_groups) if rank in group.ranks}
@@ -330,6 +332,8 @@ class Agreement:
         return "values" if unlike_groups(self._all_groups, [offer.common for offer in offers]) else None
 
     def _begin(self, request: SaveRequest) -> _Begun:
+        info = self._with_structure(request.info)
+        check_fits(info, num_shards=self._num_shards, world_size=self._comm.world_size)
         save_id = commit.new_save_id()
         with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{request.target}"):
             return _Begun(save_id, commit.begin_attempt(self._storage, request.target, save_id))

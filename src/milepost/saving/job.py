@@ -14,11 +14,12 @@ from typing import Protocol
 
 from milepost.config import NUM_IO_THREADS, part_of
 from milepost.errors import MilepostError, SaveError, StorageError
+from milepost.format.manifest import Manifest
 from milepost.format.shares import Share
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
-from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
+from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.writer import BlockSource, FileImage, write_file
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
@@ -195,7 +196,7 @@ def run_job(
             files = (written,)
         # The names must be durable before the sign-off says so: rank 0 commits on the strength of it.
         storage.sync_folder(place.folder)
-        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, files, shares=shares))
+        sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, segment_of(files), shares=shares))
         monitor.signed_off(files)
         wrote = time.monotonic()
         if job.info is not None:
@@ -268,12 +269,13 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
         retention.set_aside(storage, job.target, info.lineage)
     if job.form is not None:
         job.form.publish(storage, job.attempt, job.target, signed, info)
+        manifest = None
     else:
-        commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
+        manifest = commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
     # Only now: nothing is deleted before what replaces it is durable.
     if job.keep is not None:
         prune(storage, job.keep)
-    return contents_of(signed)
+    return contents_of(manifest) if manifest is not None else {}
 
 
 def prune(storage: Storage, keep: Keep) -> None:
@@ -296,16 +298,14 @@ def prune(storage: Storage, keep: Keep) -> None:
         log.warning("an old step could not be deleted: %s", error)
 
 
-def contents_of(signed: Sequence[SignOff]) -> dict[str, str]:
+def contents_of(manifest: Manifest) -> dict[str, str]:
     """For each part of the state, a digest over the CRC-32s of all its tensors."""
-    crcs = sorted(
-        (tensor.item.key, tensor.item.box, tensor.crc32)
-        for record in signed
-        for file in record.files
-        for tensor in file.tensors
-    )
+    from milepost.format.columns import table_of
+
+    table = table_of(manifest)
     hashes: dict[str, hashlib.blake2b] = {}
-    for key, box, crc in crcs:
+    for number, key in enumerate(table.keys):
         digest = hashes.setdefault(part_of(key), hashlib.blake2b(digest_size=16))
-        digest.update(f"{key}{box}{crc}".encode())
+        digest.update(key.encode("utf-8", "surrogatepass"))
+        digest.update(table.crc32[table.first[number] : table.first[number + 1]].tobytes())
     return {part: digest.hexdigest() for part, digest in hashes.items()}

@@ -15,7 +15,7 @@ from milepost.errors import PlanError, listed
 from milepost.format import dtype as dtypes
 from milepost.format import record
 from milepost.format.box import Box, boxes_of_run, contiguous_runs, cover_faults
-from milepost.format.manifest import Manifest, ShardEntry
+from milepost.format.manifest import Manifest, Overlap, ShardEntry, TiledShards
 
 SMALL_ALIGNMENT = 64
 """Every record starts at a multiple of this, and so does its raw data."""
@@ -270,26 +270,35 @@ def plan_load(manifest: Manifest, wanted: Iterable[TensorSpec]) -> tuple[ReadIte
     for spec in wanted:
         entry = manifest.tensors[spec.key]
         for piece, box in enumerate(spec.boxes):
-            found = 0
-            for index, shard in enumerate(entry.shards):
-                common = box.intersect(shard.box)
-                if common is None:
-                    continue
-                found += common.numel
-                items.append(
-                    ReadItem(
-                        key=spec.key,
-                        dtype=entry.dtype,
-                        shard=shard,
-                        shard_index=index,
-                        src=common.relative_to(shard.box),
-                        piece=piece,
-                        dst=common.relative_to(box),
-                        leaf=spec.key,
-                    )
+            overlaps = _overlaps(entry.shards, box)
+            items += [
+                ReadItem(
+                    key=spec.key,
+                    dtype=entry.dtype,
+                    shard=entry.shards[index],
+                    shard_index=index,
+                    src=src,
+                    piece=piece,
+                    dst=dst,
+                    leaf=spec.key,
                 )
+                for index, src, dst in overlaps
+            ]
+            found = sum(overlap.dst.numel for overlap in overlaps)
             if found != box.numel:
                 raise PlanError(
                     f"{spec.key}: the checkpoint stores {found} of the {box.numel} elements of {box}", key=spec.key
                 )
     return tuple(sorted(items, key=lambda item: (item.shard.file, item.shard.record_offset, item.src)))
+
+
+def _overlaps(shards: Sequence[ShardEntry], box: Box) -> Sequence[Overlap]:
+    """What ``box`` has in common with each of the shards."""
+    if isinstance(shards, TiledShards):
+        return shards.overlaps(box)
+    common = [(index, shard.box, box.intersect(shard.box)) for index, shard in enumerate(shards)]
+    return [
+        Overlap(index, region.relative_to(stored), region.relative_to(box))
+        for index, stored, region in common
+        if region is not None
+    ]

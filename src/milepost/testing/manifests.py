@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milepost.format import record
 from milepost.format.box import Box
+from milepost.format.columns import table_of
 from milepost.format.digest import block_crcs, combine_blocks, crc32
-from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
+from milepost.format.manifest import (
+    MANIFEST_NAME,
+    SHARDS_NAME,
+    FileEntry,
+    Manifest,
+    ObjectEntry,
+    ShardEntry,
+    TensorEntry,
+)
+from milepost.format.manifest_json import from_json, to_json
+from milepost.format.shards_file import dump_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +38,18 @@ class Layout:
     manifest: Manifest
     files: Mapping[str, bytes]
     crcs: Sequence[Sequence[int]]
+
+
+def record_files(manifest: Manifest) -> dict[str, bytes]:
+    """``milepost.shards`` and ``milepost.json`` of a manifest, which need not be one that could be committed."""
+    shards = bytes(dump_shards(table_of(manifest), manifest.save_id))
+    files = {**manifest.files, SHARDS_NAME: FileEntry(len(shards), crc32(shards))}
+    return {SHARDS_NAME: shards, MANIFEST_NAME: to_json(replace(manifest, files=files))}
+
+
+def manifest_of(files: Mapping[str, bytes]) -> Manifest:
+    """What a reader makes of ``milepost.json`` and ``milepost.shards``."""
+    return from_json(files[MANIFEST_NAME], read_shards=lambda name, _: files[name])
 
 
 def lay_out(

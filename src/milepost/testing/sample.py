@@ -16,7 +16,7 @@ from milepost.format.shares import FileDigests, ShareCount, joined
 from milepost.run.assemble import SaveInfo
 from milepost.run.commit import begin_attempt, new_save_id, publish
 from milepost.run.place import Place
-from milepost.run.signoff import SignOff, WrittenFile, sign_off, wait_for_sign_offs
+from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.writer import write_file
 from milepost.storage.base import Storage
 from milepost.tensors.plan import LocalLayout, TensorSpec, WriteItem, plan_save
@@ -69,7 +69,7 @@ def save_arrays(
         if not plan.is_empty:
             files = (write_file(storage, place, plan, _Arrays(arrays), stored, num_threads=1),)
         storage.sync_folder(place.folder)
-        sign_off(storage, attempt, SignOff(rank, save_id, files))
+        sign_off(storage, attempt, SignOff(rank, save_id, segment_of(files)))
     signed = wait_for_sign_offs(storage, attempt, num_ranks, save_id, timeout_s=10)
     info = SaveInfo(step=step, kind=kind, extra=extra or {}, lineage=lineage, metrics=metrics or {})
     return publish(storage, attempt, path, signed, info, now=now)

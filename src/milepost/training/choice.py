@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import psutil
 
 from milepost.config import CheckpointConfig
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, StateMismatchError
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, NewerFormatError, StateMismatchError
 from milepost.format.manifest import BranchStart
 from milepost.run.branches import History, commit_order
 from milepost.run.catalog import StepEntry
@@ -55,7 +55,9 @@ def choose(
         CheckpointNotFoundError: ``load_step`` is not there.
         CheckpointDamagedError: ``load_step`` is damaged, or every step of the current branch is.
         StateMismatchError: only steps without optimizer and train state are there.
+        NewerFormatError: a newer Milepost wrote the step to load, or one that may be the newest.
     """
+    _refuse_newer(entries, config.load_step, folder)
     entries = [_rejected(entry, rejected.get(entry.step)) for entry in entries]
     history = History.of(entries)
     line: tuple[StepEntry, ...] = history.current
@@ -104,6 +106,17 @@ def both_tiers(
         is_remote = other.is_usable and (not one.is_usable or is_later)
         found.append((other, True) if is_remote else (one, False))
     return found
+
+
+def _refuse_newer(entries: Sequence[StepEntry], load_step: int, folder: str) -> None:
+    """An older Milepost must not go on from an older step, as if what a newer one saved were damaged."""
+    newer = [entry for entry in entries if entry.state == "newer" and load_step in (-1, entry.step)]
+    if newer:
+        raise NewerFormatError(
+            f"{folder}/{newer[-1].name} can't be read here: {newer[-1].reason}. To resume from an older step all the "
+            "same, name it with checkpoint.load_step",
+            path=newer[-1].path,
+        )
 
 
 def launch_id(environ: Mapping[str, str] = os.environ) -> str:

@@ -16,6 +16,7 @@ from milepost.errors import (
     CheckpointDamagedError,
     ConfigError,
     MilepostError,
+    NewerFormatError,
     StateMismatchError,
     StorageError,
     near,
@@ -148,7 +149,7 @@ class Loader:
                     wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
                 )
             except CheckpointDamagedError as error:
-                if not choice.may_fall_back or choice.step is None:
+                if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):
                     raise
                 if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error.message)):
                     if self._remote is not None and not choice.in_remote:
@@ -278,6 +279,8 @@ class Loader:
         if step is not None:  # asked for by the program itself: a branch begins there each time
             config, launch = replace(config, load_step=step, restart_branch=True), ""
         choice = choose(entries, config, rejected, where, launch=launch, num_steps=num_steps)
+        # Already now: of a step whose record can't be read, nothing else will say which save it is.
+        self._reading = next((e.save_id for e in entries if choice is not None and e.step == choice.step), "")
         if choice is None or choice.step is None:
             return choice, None
         chosen = next(entry for entry in entries if entry.step == choice.step)

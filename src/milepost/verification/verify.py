@@ -28,8 +28,8 @@ from typing import Literal, get_args
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError, listed
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, combine_blocks, crc32, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
-from milepost.format.tags import tag_of
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
+from milepost.format.tags import tag_of, untagged
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
 from milepost.run.hf_folder import is_hf_folder, is_hf_step
@@ -158,7 +158,7 @@ def _verify_checkpoint(
         raise
     else:
         manifest = record.manifest
-        record_nbytes = record.files[record.name].nbytes
+        record_nbytes = sum(record.files[name].nbytes for name in record.read)
         findings.count_read(record_nbytes, unchecked_nbytes=0 if record.is_own else record_nbytes)
         notes = _notes(record)
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
@@ -371,7 +371,9 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
     """The small files of our own commit; the digests if they can be relied on."""
     contents: dict[str, bytes] = {}
     for name, entry in record.manifest.files.items():
-        if entry.crc32 is None or any(fault.file == name for fault in record.faults):
+        is_record = untagged(name) in (METADATA_NAME, DIGESTS_NAME)
+        is_small = is_record or record.manifest.file_named(SHARDS_NAME) is None
+        if not is_small or entry.crc32 is None or any(fault.file == name for fault in record.faults):
             continue
         try:
             content = storage.read(join(path, name))

@@ -1,0 +1,44 @@
+"""The list of files as it stands in manifests and sign-offs."""
+
+# No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
+import msgspec
+
+from milepost.errors import FormatError
+from milepost.format.manifest import FileEntry
+from milepost.format.typed_json import Count
+
+
+class FileRow(msgspec.Struct, frozen=True):
+    """A file of the checkpoint."""
+
+    name: str
+    nbytes: Count
+    crc32: Count | None = None
+
+
+class ShareRow(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank wrote of a file that several write."""
+
+    nbytes: Count
+    crcs: list[tuple[Count, Count]]
+    """Number of a block, and what the rank's bytes contribute to its CRC-32."""
+
+
+class SignOffHead(msgspec.Struct, frozen=True):
+    """Who signs off, and the files that were written, or what went wrong."""
+
+    rank: Count
+    save_id: str
+    files: list[FileRow]
+    error: str | None = None
+    shares: list[dict[str, ShareRow]] = []
+
+
+def file_entries(rows: list[FileRow], path: str) -> dict[str, FileEntry]:
+    """The files by name. Raises FormatError if one is listed twice; ``path`` is the file that lists them."""
+    files: dict[str, FileEntry] = {}
+    for row in rows:
+        if row.name in files:
+            raise FormatError(f"{path}: file {row.name!r} is listed twice", path=path)
+        files[row.name] = FileEntry(row.nbytes, row.crc32)
+    return files

@@ -1,0 +1,311 @@
+"""``milepost.shards``: the bytes of a :class:`~milepost.format.columns.ShardTable`, specified in ``docs/format.md``.
+
+The same bytes, of a part of the shards, are in each rank's sign-off. A header of fixed length holds the number of
+everything, so that a reader knows the length of the file, and of each column in it, before it allocates anything.
+"""
+
+# No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from operator import lt
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from milepost.errors import FormatError, NewerFormatError
+from milepost.format.columns import ObjectColumns, Path, ShardTable, Tiling
+from milepost.format.digest import combine, crc32
+from milepost.format.dtype import DTYPES
+from milepost.format.manifest import MAX_SHARDS_NBYTES, SHARDS_NAME
+from milepost.format.manifest_check import MAX_DIMS
+from milepost.format.typed_json import convert, parse_json
+
+MAGIC = b"MILESHD\x01"
+MAX_SAVE_ID_NBYTES = 256
+_MAX_COUNT = 1 << 32  # tilings, boxes, tensors, shards and objects are numbered in 32 bits
+_HEADER = struct.Struct("<8s2I10Q")
+_CRC_OFFSET = 12  # not at the end: with its own CRC-32 behind it, the CRC-32 of every file would be the same
+_ALIGNMENT = 8
+_MAX_REMEMBERED_NBYTES = 8 << 20
+
+
+class _Counts(NamedTuple):
+    """The numbers in the header, in its order."""
+
+    files_nbytes: int
+    keys_nbytes: int
+    paths_nbytes: int
+    tilings: int
+    dims: int
+    boxes: int
+    coordinates: int
+    tensors: int
+    shards: int
+    objects: int
+
+
+class _Files(msgspec.Struct, frozen=True):
+    files: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+class _Keys(msgspec.Struct, frozen=True):
+    tensors: tuple[str, ...]
+    objects: tuple[str, ...]
+
+
+def _columns(counts: _Counts, save_id_nbytes: int) -> list[tuple[str, int]]:
+    """dtype and length of each section, in the order of the file."""
+    return [
+        ("u1", save_id_nbytes),
+        ("u1", counts.files_nbytes),
+        ("u1", counts.keys_nbytes),
+        ("u1", counts.paths_nbytes),
+        ("u1", counts.tilings),  # dtype
+        ("u1", counts.tilings),  # number of dims
+        ("<u4", counts.tilings),  # number of boxes
+        ("<i8", counts.dims),  # shapes
+        ("<i8", counts.coordinates),  # offsets of boxes
+        ("<i8", counts.coordinates),  # sizes of boxes
+        ("<u4", counts.boxes),  # bytes of a record before its data
+        ("<i8", counts.boxes),  # bytes of a record
+        ("<u4", counts.tensors),  # tiling
+        ("<u4", counts.shards),  # file
+        ("<i8", counts.shards),  # where the record starts
+        ("<u4", counts.shards),  # CRC-32 of the data
+        ("<u4", counts.objects),  # file
+        ("<i8", counts.objects),  # where the record starts
+        ("<i8", counts.objects),  # bytes of the record
+        ("<u4", counts.objects),  # CRC-32 of the record
+    ]
+
+
+def _placed(counts: _Counts, save_id_nbytes: int) -> tuple[list[tuple[str, int, int]], int]:
+    """dtype, length and start of each section; and the length of the file."""
+    columns = _columns(counts, save_id_nbytes)
+    sizes = [-(-np.dtype(kind).itemsize * count // _ALIGNMENT) * _ALIGNMENT for kind, count in columns]
+    *starts, end = accumulate(sizes, initial=_HEADER.size)
+    return [(kind, count, start) for (kind, count), start in zip(columns, starts, strict=True)], end
+
+
+# ---- writing ----
+
+
+def dump_shards(table: ShardTable, save_id: str) -> bytearray:
+    """The bytes of ``milepost.shards``; the same table gives the same bytes.
+
+    Raises ValueError if they would be too many, or if the save id is too long.
+    """
+    dtypes = sorted({tiling.dtype for tiling in table.tilings})
+    files = _dump({"files": table.files, "dtypes": dtypes})
+    keys = _dump({"tensors": table.keys, "objects": table.objects.keys})
+    paths = _dump([_path_json(key, table.paths.get(key)) for key in (*table.keys, *table.objects.keys)])
+    tilings = table.tilings
+    counts = _Counts(
+        files_nbytes=len(files),
+        keys_nbytes=len(keys),
+        paths_nbytes=len(paths),
+        tilings=len(tilings),
+        dims=sum(len(tiling.shape) for tiling in tilings),
+        boxes=sum(map(len, tilings)),
+        coordinates=sum(tiling.offsets.size for tiling in tilings),
+        tensors=len(table.keys),
+        shards=len(table),
+        objects=len(table.objects.keys),
+    )
+    name = save_id.encode()
+    placed, nbytes = _placed(counts, len(name))
+    if nbytes > MAX_SHARDS_NBYTES or len(name) > MAX_SAVE_ID_NBYTES:
+        raise ValueError(f"{SHARDS_NAME} would have {nbytes} bytes: at most {MAX_SHARDS_NBYTES} are allowed")
+    out = bytearray(nbytes)
+    values: list[Any] = [
+        np.frombuffer(name, np.uint8),
+        np.frombuffer(files, np.uint8),
+        np.frombuffer(keys, np.uint8),
+        np.frombuffer(paths, np.uint8),
+        [dtypes.index(tiling.dtype) for tiling in tilings],
+        [len(tiling.shape) for tiling in tilings],
+        [len(tiling) for tiling in tilings],
+        [size for tiling in tilings for size in tiling.shape],
+        _joined([tiling.offsets.reshape(-1) for tiling in tilings]),
+        _joined([tiling.sizes.reshape(-1) for tiling in tilings]),
+        _joined([tiling.header_nbytes for tiling in tilings]),
+        _joined([tiling.record_nbytes for tiling in tilings]),
+        *(table.tiling, table.file, table.record_offset, table.crc32),
+        *(table.objects.file, table.objects.record_offset, table.objects.record_nbytes, table.objects.crc32),
+    ]
+    for (kind, count, start), column in zip(placed, values, strict=True):
+        np.frombuffer(out, kind, count, start)[:] = column
+    _HEADER.pack_into(out, 0, MAGIC, len(name), 0, *counts)
+    struct.pack_into("<I", out, _CRC_OFFSET, crc32(out))
+    return out
+
+
+def _joined(arrays: Sequence[Any]) -> Any:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _path_json(key: str, path: Path | None) -> object:
+    """``null`` for none, ``true`` for a key that stands at the top level under its own name."""
+    return True if path == (key,) else path
+
+
+# ---- reading ----
+
+
+def parse_shards(
+    data: bytes | bytearray | memoryview, save_id: str, path: str = SHARDS_NAME, *, is_segment: bool = False
+) -> tuple[ShardTable, int]:
+    """Read ``milepost.shards``, or a segment of it, as far as the file by itself tells; and the CRC-32 of the file.
+
+    What it says of other files is for ``columns_check.table_faults`` to hold against them. Columns are views of
+    ``data``, which must not change.
+
+    Raises FormatError if it is damaged, of another save, or holds numbers that can't be; ``NewerFormatError`` if it is
+    of a later version.
+    """
+
+    def fault(what: str) -> FormatError:
+        advice = "do all ranks run the same Milepost?" if is_segment else "the checkpoint is damaged, use another step"
+        return FormatError(f"{path}: {what}; {advice}", path=path)
+
+    if len(data) < _HEADER.size:
+        raise fault(f"{len(data)} bytes are too few")
+    magic, save_id_nbytes, own_crc, *numbers = _HEADER.unpack_from(data)
+    view = memoryview(data)
+    end = _CRC_OFFSET + 4
+    rest = crc32(view[end:]), len(data) - end
+    is_intact = own_crc == combine(crc32(bytes(view[:_CRC_OFFSET]) + bytes(4)), *rest)
+    if magic[:7] == MAGIC[:7] and magic[7] > MAGIC[7] and is_intact:
+        raise NewerFormatError(
+            f"{path} was written by a newer Milepost (version {magic[7]}): upgrade Milepost", path=path
+        )
+    if magic != MAGIC:
+        raise fault("it does not begin as it must")
+    counts = _Counts(*numbers)
+    if max(counts) > MAX_SHARDS_NBYTES or max(counts[3:]) >= _MAX_COUNT or save_id_nbytes > MAX_SAVE_ID_NBYTES:
+        raise fault("a number in its header is too large")
+    placed, nbytes = _placed(counts, save_id_nbytes)
+    if len(data) != nbytes:
+        raise fault(f"it has {len(data)} bytes, its header says {nbytes}")
+    if not is_intact:
+        raise fault("its own CRC-32 does not match")
+    sections = [np.frombuffer(view, kind, count, start) for kind, count, start in placed]
+    said = sections[0].tobytes().decode("utf-8", "replace")
+    if said != save_id:
+        raise fault(f"it belongs to save {said!r}, not to save {save_id!r}")
+    names = convert(parse_json(sections[1].tobytes(), path, "a list of files"), _Files, path)
+    keys = _keys_in(sections[2].tobytes(), path)
+    problem = _names_problem(names, keys, counts)
+    if problem:
+        raise fault(problem)
+    tilings = _tilings(names.dtypes, sections[4:12], counts)
+    if tilings is None or _largest(sections[12]) >= len(tilings):
+        raise fault("its tilings do not fit each other")
+    if max(_largest(sections[13]), _largest(sections[16])) >= len(names.files):
+        raise fault("a record is said to be in a file that is not listed")
+    table = ShardTable(
+        files=names.files,
+        keys=keys.tensors,
+        tilings=tilings,
+        tiling=sections[12],
+        file=sections[13],
+        record_offset=sections[14],
+        crc32=sections[15],
+        objects=ObjectColumns(keys.objects, *sections[16:20]),
+        paths=LazyPaths(sections[3].tobytes(), (*keys.tensors, *keys.objects), path),
+    )
+    if int(table.first[-1]) != counts.shards:
+        raise fault(f"its tensors have {int(table.first[-1])} shards, its header says {counts.shards}")
+    return table, combine(crc32(view[:end]), *rest)
+
+
+def _largest(column: Any) -> int:
+    return int(column.max()) if len(column) else -1
+
+
+def _keys_in(data: bytes, path: str) -> _Keys:
+    """The keys. Segments of one save often have the same ones: these are decoded once."""
+    try:
+        return _decoded_keys(data) if len(data) <= _MAX_REMEMBERED_NBYTES else _decoded_keys.__wrapped__(data)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error.message}", path=path) from None
+
+
+@lru_cache(maxsize=4)
+def _decoded_keys(data: bytes) -> _Keys:
+    return convert(parse_json(data, "keys", "a list of keys"), _Keys, "keys")
+
+
+def _names_problem(names: _Files, said: _Keys, counts: _Counts) -> str:
+    if (len(said.tensors), len(said.objects)) != (counts.tensors, counts.objects):
+        return "it has another number of keys than its header says"
+    for keys in (said.tensors, said.objects, names.dtypes):
+        if not all(map(lt, keys, keys[1:])):
+            return "its keys are not in order, or one is given twice"
+    if len(set(names.files)) != len(names.files):
+        return "a file is listed twice"
+    unknown = [name for name in names.dtypes if name not in DTYPES]
+    if unknown:
+        return f"dtype {unknown[0]!r:.50} is unknown"
+    both = set(said.objects).intersection(said.tensors)
+    return f"{min(both)!r} is both a tensor and an object" if both else ""
+
+
+def _tilings(dtypes: Sequence[str], sections: Sequence[Any], counts: _Counts) -> tuple[Tiling, ...] | None:
+    """The tilings; None if the sections' numbers contradict each other."""
+    dtype, num_dims, num_boxes, shapes, offsets, sizes, header, record = sections
+    dims, boxes = num_dims.astype(np.int64), num_boxes.astype(np.int64)
+    if counts.tilings and (int(dtype.max()) >= len(dtypes) or int(dims.max()) > MAX_DIMS):
+        return None
+    sums = (int(dims.sum()), int(boxes.sum()), int((dims * boxes).sum()))
+    if sums != (counts.dims, counts.boxes, counts.coordinates):
+        return None
+    header = header.astype(np.int64)
+    found, dim, box, coordinate = [], 0, 0, 0
+    for kind, d, m in zip(dtype.tolist(), dims.tolist(), boxes.tolist(), strict=True):
+        shape = tuple(shapes[dim : dim + d].tolist())
+        corner = slice(coordinate, coordinate + d * m)
+        columns = (offsets[corner].reshape(m, d), sizes[corner].reshape(m, d))
+        found.append(Tiling(dtypes[kind], shape, *columns, header[box : box + m], record[box : box + m]))
+        dim, box, coordinate = dim + d, box + m, coordinate + d * m
+    return tuple(found)
+
+
+_PATH_ROWS = list[bool | tuple[str | int, ...] | None]
+
+
+class LazyPaths(Mapping[str, Path]):
+    """Where each key stood in the nested state dict, decoded when it is asked for first."""
+
+    def __init__(self, data: bytes, keys: Sequence[str], path: str):
+        self._data = data
+        self._keys = keys
+        self._path = path
+        self._found: dict[str, Path] | None = None
+
+    def _decoded(self) -> dict[str, Path]:
+        if self._found is None:
+            rows = convert(parse_json(self._data, self._path, "its paths"), _PATH_ROWS, self._path, "paths")
+            if len(rows) != len(self._keys) or any(row in (False, ()) for row in rows):
+                raise FormatError(f"{self._path}: its paths do not fit its keys", path=self._path)
+            pairs = zip(self._keys, rows, strict=True)
+            self._found = {key: (key,) if row is True else row for key, row in pairs if row is not None and row}  # type: ignore[misc]
+        return self._found
+
+    def __getitem__(self, key: str) -> Path:
+        return self._decoded()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decoded())
+
+    def __len__(self) -> int:
+        return len(self._decoded())
