@@ -40,7 +40,7 @@ def manifest() -> Manifest:
         {"train_state.step": 500, "optimizer.param_groups.0.lr": 0.1},
         paths={"optimizer.param_groups.0.lr": ("optimizer", "param_groups", 0, "lr")},
     )  # fmt: skip
-    return dataclasses.replace(laid.manifest, extra={"data": {"seed": 1, "names": ["a"]}})
+    return dataclasses.replace(laid.manifest, extra={"data": {"seed": 1, "names": ["a"]}}, structure=b"not told")
 
 
 def edited(manifest: Manifest, edit: Callable[[dict[str, Any]], object]) -> bytes:
@@ -54,6 +54,12 @@ def edited(manifest: Manifest, edit: Callable[[dict[str, Any]], object]) -> byte
 
 def test_a_manifest_comes_back_equal(manifest: Manifest):
     assert from_json(to_json_1(manifest)) == manifest
+
+
+@pytest.mark.parametrize("text", ["#", "YQ", "é"])
+def test_a_structure_that_is_no_base64_is_refused(manifest: Manifest, text: str):
+    with pytest.raises(FormatError, match="the structure that it records is malformed"):
+        from_json(edited(manifest, lambda document: document["extra"].update(structure=text)))
 
 
 LINEAGE = Lineage(

@@ -28,7 +28,7 @@ GRID = [Piece(Box((r, c), (2, 3)), bytes(24), f"__{r}_0.distcp") for r in (0, 2)
 
 @pytest.fixture
 def manifest() -> Manifest:
-    return lay_out(
+    laid = lay_out(
         {
             "layers.0.w": ("float32", (4, 6), GRID),
             "layers.1.w": ("float32", (4, 6), GRID),
@@ -39,7 +39,8 @@ def manifest() -> Manifest:
         },
         {"train_state.step": 500, "lr": 0.1},
         paths={"lr": ("optimizer", "param_groups", 0, "lr")},
-    ).manifest
+    )
+    return dataclasses.replace(laid.manifest, structure=b"not a zlib stream")
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ def test_what_was_written_comes_back(manifest: Manifest, data: bytes):
     assert Tensors(table) == manifest.tensors
     assert Objects(table) == manifest.objects
     assert table.paths == manifest.paths
+    assert table.structure == manifest.structure
     assert not table_faults(table, manifest.files)
     assert dump_shards(table, SAVE_ID) == data
 
@@ -88,10 +90,10 @@ def test_single_shards_are_made_as_they_are_asked_for(manifest: Manifest, data: 
 
 def test_numpy_alone_reads_the_columns(manifest: Manifest, data: bytes):
     """As docs/format.md describes them, without a line of Milepost's."""
-    magic, n, _, *counts = struct.unpack_from("<8s2I10Q", data)
+    magic, n, _, *counts = struct.unpack_from("<8s2I11Q", data)
     assert magic == b"MILESHD\x01"
-    files, keys, paths, g, dims, boxes, coords, tensors, shards, objects = counts
-    position = 96
+    files, keys, paths, structure, g, dims, boxes, coords, tensors, shards, objects = counts
+    position = 104
 
     def column(kind: str, count: int) -> np.ndarray:
         nonlocal position
@@ -102,7 +104,7 @@ def test_numpy_alone_reads_the_columns(manifest: Manifest, data: bytes):
     assert column("u1", n).tobytes().decode() == SAVE_ID
     assert json.loads(column("u1", files).tobytes())["files"] == ["__0_0.distcp", "__2_0.distcp"]
     assert "layers.0.w" in json.loads(column("u1", keys).tobytes())["tensors"]
-    column("u1", paths), column("u1", g), column("u1", g)
+    column("u1", paths), column("u1", structure), column("u1", g), column("u1", g)
     num_boxes = column("<u4", g)
     column("<i8", dims), column("<i8", coords), column("<i8", coords)
     column("<u4", boxes), column("<i8", boxes)
@@ -136,7 +138,7 @@ def test_a_later_version_asks_for_an_upgrade(data: bytes):
         parse_shards(resealed(data[:7] + b"\2" + data[8:]), SAVE_ID)
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(11))
 @pytest.mark.parametrize("value", [1 << 31, 1 << 40, (1 << 62) + 1, (1 << 64) - 1])
 def test_a_huge_number_in_the_header_allocates_nothing(data: bytes, number: int, value: int):
     changed = bytearray(data)
@@ -154,7 +156,7 @@ def test_a_huge_number_in_the_header_allocates_nothing(data: bytes, number: int,
 def test_no_resealed_byte_leads_out_of_the_files(manifest: Manifest, data: bytes):
     """Each byte in turn is changed in several ways: refused, or what is left lies inside of the files, once."""
     rng = random.Random(0)
-    for position in range(96, len(data)):
+    for position in range(104, len(data)):
         changed = bytearray(data)
         changed[position] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, changed[position] ^ 1))
         try:

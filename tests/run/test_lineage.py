@@ -504,8 +504,8 @@ def test_a_pinned_or_external_step_is_set_aside_when_another_branch_takes_its_nu
     old, new = (Lineage(run="r", order=order, branch=branch) for order, branch in ((1, "b1"), (2, "b2")))
     for step in (1, 2, 3):
         save(step, old, 1.0)
-    storage.remove("run/step-3/milepost.json")
-    storage.remove("run/step-3/milepost.digests")
+    for record in ("json", "shards", "digests"):
+        storage.remove(f"run/step-3/milepost.{record}")
     catalog.pin(storage, "run", 2)
     retention.set_aside(storage, "run/step-2", old)  # a save of the same branch replaces it
     assert {entry.name for entry in storage.list("run")} == {"step-1", "step-2", "step-3", ".pinned-step-2"}

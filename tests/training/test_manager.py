@@ -28,10 +28,11 @@ from milepost.errors import (
     StateMismatchError,
 )
 from milepost.format.digest import crc32
-from milepost.format.manifest import Manifest
+from milepost.format.manifest import MANIFEST_NAME, SHARDS_NAME, Manifest
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.storage import LocalStorage
+from milepost.testing.format_1 import to_json_1
 from milepost.testing.manifests import record_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
@@ -738,6 +739,30 @@ def test_a_step_of_a_newer_milepost_is_never_passed_over_for_an_older_one(folder
     assert Run(folder, load_step=2).load().step == 2
 
 
+def test_a_step_of_format_1_is_resumed_as_it_was_saved(folder: Path) -> None:
+    run = Run(folder).train(2)
+    manifest = catalog.read_manifest(LocalStorage(folder), "step-2")
+    assert manifest.structure
+    files = {name: entry for name, entry in manifest.files.items() if name != SHARDS_NAME}
+    (folder / "step-2" / MANIFEST_NAME).write_bytes(to_json_1(replace(manifest, files=files)))
+    (folder / "step-2" / SHARDS_NAME).unlink()
+    (info,) = catalog.scan(LocalStorage(folder), "")
+    assert (info.lineage, info.is_resumable) == (manifest.lineage, True)
+    resumed = Run(folder, seed=1)
+    assert resumed.load().step == 2
+    assert_same(resumed.everything(), run.everything())
+
+
+def test_the_commit_record_stays_small_whatever_the_train_state_holds(folder: Path) -> None:
+    run = Run(folder)
+    run.progress.notes = {f"worker {worker}": {"shards": {f"file {n}": n for n in range(60)}} for worker in range(60)}
+    run.train(2)
+    assert (folder / "step-2" / MANIFEST_NAME).stat().st_size < 4096
+    resumed = Run(folder, seed=1)
+    resumed.load()
+    assert resumed.progress.notes == run.progress.notes
+
+
 def change_record(step: Path, manifest: Manifest) -> None:
     """Give a committed step another record."""
     entries = {"tensors": dict(manifest.tensors), "objects": dict(manifest.objects)}
@@ -752,13 +777,13 @@ def test_hostile_paths_are_refused(folder: Path) -> None:
     assert manifest.paths["train_state.history.1.n"] == ("train_state", "history", 1, "n")
     paths = {**manifest.paths, "train_state.history.1.n": ("train_state", "history", 10**15, "n")}
     # As in a checkpoint of before structures were recorded: then the paths tell what the containers were.
-    change_record(folder / "step-2", replace(manifest, paths=paths, extra={}))
+    change_record(folder / "step-2", replace(manifest, paths=paths, structure=b""))
     with pytest.raises(CheckpointDamagedError, match="which is another key's"):
         Run(folder, load_step=2).manager.load()
     absurd = f"train_state.history.{10**15}.n"
     paths = {k: v for k, v in manifest.paths.items() if k != "train_state.history.1.n"}
     objects = {absurd if key == "train_state.history.1.n" else key: entry for key, entry in manifest.objects.items()}
     paths[absurd] = ("train_state", "history", 10**15, "n")
-    change_record(folder / "step-2", replace(manifest, paths=paths, objects=objects, extra={}))
+    change_record(folder / "step-2", replace(manifest, paths=paths, objects=objects, structure=b""))
     with pytest.raises(CheckpointDamagedError, match="contradicts its other paths or is absurd"):
         Run(folder, load_step=2).manager.load()

@@ -124,6 +124,7 @@ class ShardTable:
     crc32: UInts  # (shards,) of the raw data
     objects: ObjectColumns
     paths: Mapping[str, Path]
+    structure: bytes = b""
 
     def __len__(self) -> int:
         return len(self.file)
@@ -317,6 +318,7 @@ def table_of(manifest: Manifest, *, whole: bool = True) -> ShardTable:
         crc32=np.array([row[2] for row in rows], np.uint32),
         objects=object_columns(manifest.objects, number, whole=whole),
         paths=manifest.paths,
+        structure=manifest.structure,
     )
 
 
@@ -369,5 +371,6 @@ def coordinates(rows: Sequence[Sequence[int]], num_dims: int) -> Ints:
 
 
 def with_table(manifest: Manifest, table: ShardTable) -> Manifest:
-    """``manifest`` with the tensors, objects and paths of ``table``."""
-    return replace(manifest, tensors=Tensors(table), objects=Objects(table), paths=table.paths, parts=())
+    """``manifest`` with all that ``table`` holds."""
+    found = replace(manifest, tensors=Tensors(table), objects=Objects(table), parts=())
+    return replace(found, paths=table.paths, structure=table.structure)

@@ -163,6 +163,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     """Where each key stood in the nested state dict, as stock DCP records it in ``planner_data``."""
+    structure: bytes = b""
+    """The containers of the state dict, deflated, as ``milepost.tensors.tree`` records them; empty if unknown."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """JSON that the saver wished to keep beside it (``CheckpointManager`` stores the data fingerprint here)."""
     lineage: Lineage | None = None

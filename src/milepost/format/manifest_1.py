@@ -4,6 +4,7 @@
 """
 
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
+import base64
 import math
 from typing import Annotated, Any
 
@@ -16,6 +17,9 @@ from milepost.format.file_rows import FileRow, file_entries
 from milepost.format.manifest import Lineage, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import MAX_DIMS
 from milepost.format.typed_json import Count, Metric, Seconds, convert
+
+STRUCTURE = "structure"
+"""Under this name ``extra`` has what ``Manifest.structure`` is."""
 
 Sizes = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMS)]
 PathRow = Annotated[tuple[str | int, ...], msgspec.Meta(min_length=1)]
@@ -77,10 +81,19 @@ def manifest_of_format_1(document: object, path: str) -> Manifest:
         objects={key: _object(key, row, names, path) for key, row in said.objects.items()},
         files=files,
         paths={key: row.path for key, row in rows.items() if row.path is not None},
-        extra=said.extra,
+        structure=_structure(said.extra.get(STRUCTURE), path),
+        extra={name: value for name, value in said.extra.items() if name != STRUCTURE},
         lineage=said.lineage,
         metrics={name: math.nan if value is None else value for name, value in said.metrics.items()},
     )
+
+
+def _structure(text: object, path: str) -> bytes:
+    """What format 1 has in ``extra``, as text; empty if nothing that could be it."""
+    try:
+        return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except ValueError as error:
+        raise FormatError(f"{path}: the structure that it records is malformed: {error}", path=path) from error
 
 
 def _tensor(key: str, row: _TensorRow, names: list[str], path: str) -> TensorEntry:

@@ -133,7 +133,7 @@ def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
     sizes = (
         (f"the head of {MANIFEST_NAME}", len(head_json(manifest, parts)) + _DTYPES_NBYTES, MAX_HEAD_NBYTES - 64),
         (MANIFEST_NAME, rest + 160 * len(manifest.files), MAX_MANIFEST_NBYTES),
-        (SHARDS_NAME, _SHARD_NBYTES * num_shards + 3 * keys_nbytes, MAX_SHARDS_NBYTES),
+        (SHARDS_NAME, _SHARD_NBYTES * num_shards + 3 * keys_nbytes + len(manifest.structure), MAX_SHARDS_NBYTES),
     )
     return [f"{name} would have {size} bytes: at most {most} can be read" for name, size, most in sizes if size > most]
 

@@ -27,7 +27,7 @@ from milepost.format.typed_json import convert, parse_json
 MAGIC = b"MILESHD\x01"
 MAX_SAVE_ID_NBYTES = 256
 _MAX_COUNT = 1 << 32  # tilings, boxes, tensors, shards and objects are numbered in 32 bits
-_HEADER = struct.Struct("<8s2I10Q")
+_HEADER = struct.Struct("<8s2I11Q")
 _CRC_OFFSET = 12  # not at the end: with its own CRC-32 behind it, the CRC-32 of every file would be the same
 _ALIGNMENT = 8
 _MAX_REMEMBERED_NBYTES = 8 << 20
@@ -39,6 +39,7 @@ class _Counts(NamedTuple):
     files_nbytes: int
     keys_nbytes: int
     paths_nbytes: int
+    structure_nbytes: int
     tilings: int
     dims: int
     boxes: int
@@ -65,6 +66,7 @@ def _columns(counts: _Counts, save_id_nbytes: int) -> list[tuple[str, int]]:
         ("u1", counts.files_nbytes),
         ("u1", counts.keys_nbytes),
         ("u1", counts.paths_nbytes),
+        ("u1", counts.structure_nbytes),
         ("u1", counts.tilings),  # dtype
         ("u1", counts.tilings),  # number of dims
         ("<u4", counts.tilings),  # number of boxes
@@ -109,6 +111,7 @@ def dump_shards(table: ShardTable, save_id: str) -> bytearray:
         files_nbytes=len(files),
         keys_nbytes=len(keys),
         paths_nbytes=len(paths),
+        structure_nbytes=len(table.structure),
         tilings=len(tilings),
         dims=sum(len(tiling.shape) for tiling in tilings),
         boxes=sum(map(len, tilings)),
@@ -127,6 +130,7 @@ def dump_shards(table: ShardTable, save_id: str) -> bytearray:
         np.frombuffer(files, np.uint8),
         np.frombuffer(keys, np.uint8),
         np.frombuffer(paths, np.uint8),
+        np.frombuffer(table.structure, np.uint8),
         [dtypes.index(tiling.dtype) for tiling in tilings],
         [len(tiling.shape) for tiling in tilings],
         [len(tiling) for tiling in tilings],
@@ -191,7 +195,7 @@ def parse_shards(
     if magic != MAGIC:
         raise fault("it does not begin as it must")
     counts = _Counts(*numbers)
-    if max(counts) > MAX_SHARDS_NBYTES or max(counts[3:]) >= _MAX_COUNT or save_id_nbytes > MAX_SAVE_ID_NBYTES:
+    if max(counts) > MAX_SHARDS_NBYTES or max(counts[4:]) >= _MAX_COUNT or save_id_nbytes > MAX_SAVE_ID_NBYTES:
         raise fault("a number in its header is too large")
     placed, nbytes = _placed(counts, save_id_nbytes)
     if len(data) != nbytes:
@@ -207,21 +211,22 @@ def parse_shards(
     problem = _names_problem(names, keys, counts)
     if problem:
         raise fault(problem)
-    tilings = _tilings(names.dtypes, sections[4:12], counts)
-    if tilings is None or _largest(sections[12]) >= len(tilings):
+    tilings = _tilings(names.dtypes, sections[5:13], counts)
+    if tilings is None or _largest(sections[13]) >= len(tilings):
         raise fault("its tilings do not fit each other")
-    if max(_largest(sections[13]), _largest(sections[16])) >= len(names.files):
+    if max(_largest(sections[14]), _largest(sections[17])) >= len(names.files):
         raise fault("a record is said to be in a file that is not listed")
     table = ShardTable(
         files=names.files,
         keys=keys.tensors,
         tilings=tilings,
-        tiling=sections[12],
-        file=sections[13],
-        record_offset=sections[14],
-        crc32=sections[15],
-        objects=ObjectColumns(keys.objects, *sections[16:20]),
+        tiling=sections[13],
+        file=sections[14],
+        record_offset=sections[15],
+        crc32=sections[16],
+        objects=ObjectColumns(keys.objects, *sections[17:21]),
         paths=LazyPaths(sections[3].tobytes(), (*keys.tensors, *keys.objects), path),
+        structure=sections[4].tobytes(),
     )
     if int(table.first[-1]) != counts.shards:
         raise fault(f"its tensors have {int(table.first[-1])} shards, its header says {counts.shards}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from milepost.errors import MAX_LISTED, PlanError, SaveError
@@ -27,6 +27,7 @@ class SaveInfo:
     producer: Mapping[str, str] = field(default_factory=dict)
     """Software beside Milepost itself, for instance ``{"torch": "2.13.0"}``."""
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    structure: bytes = b""
     extra: Mapping[str, Any] = field(default_factory=dict)
     lineage: Lineage | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -42,6 +43,7 @@ def check_fits(info: SaveInfo, *, num_shards: int, world_size: int) -> None:
     manifest = Manifest(
         *(info.step, "0" * 32, 0.0, info.kind, world_size, info.layout, info.producer, {}, {}, files),
         paths=info.paths,
+        structure=info.structure,
         extra=info.extra,
         lineage=info.lineage,
         metrics=info.metrics,
@@ -88,4 +90,4 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
         key = next((fault.key for fault in faults if fault.key), None)
         told = "; ".join(fault.message for fault in faults[:MAX_LISTED])
         raise PlanError(f"the save is incomplete: {told}", key=key)
-    return with_table(manifest, table), crcs
+    return with_table(manifest, replace(table, structure=info.structure)), crcs

@@ -36,7 +36,7 @@ from milepost.storage.base import Storage
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.plan import LocalLayout, WritePlan, plan_save
 from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, ByName, FlatState, Path, flatten, unwrap_stateful
-from milepost.tensors.tree import STRUCTURE, dump_parts, merge_parts
+from milepost.tensors.tree import dump_parts, merge_parts
 from milepost.tensors.values import encode_object
 
 log = logging.getLogger("milepost")
@@ -193,7 +193,7 @@ class Agreement:
         self._all_groups: list[Group] = []  # on rank 0 only
         self._num_shards = 0  # on rank 0 only
         self._noted: frozenset[str] = frozenset()
-        self._recorded = ""  # of all ranks' structures; on rank 0 only
+        self._recorded = b""  # of all ranks' structures; on rank 0 only
 
     def agree(self, request: SaveRequest) -> Agreed:
         """Flatten this rank's state, and agree with the others on who writes what. Collective.
@@ -433,12 +433,14 @@ class Agreement:
         paths = {key: path for found in self._structures for key, path in found.paths.items()}
         empty = list(dict.fromkeys(path for found in self._structures for path in found.empty))
         # `str`: a TorchVersion would make the writer process import torch to unpickle it.
-        extra = {**info.extra, STRUCTURE: self._recorded}
+        extra = dict(info.extra)
         if empty:
             extra[EMPTY_MAPPINGS] = empty
         if self._per_rank:
             extra[PER_RANK] = sorted(self._per_rank)
-        return replace(info, paths=paths, extra=extra, producer={"torch": str(torch.__version__)})
+        return replace(
+            info, paths=paths, structure=self._recorded, extra=extra, producer={"torch": str(torch.__version__)}
+        )
 
 
 def _digest(skeleton: Mapping[str, bytes]) -> str:

@@ -6,7 +6,6 @@ saved for it, whatever it holds itself at that moment.
 
 from __future__ import annotations
 
-import base64
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from milepost.format.manifest import Manifest
 from milepost.tensors.state import EMPTY_MAPPINGS, PACKED, Path, alike, is_terminal
 from milepost.tensors.values import decode_object, encode_object
 
-STRUCTURE = "structure"
-"""Under this name the manifest's ``extra`` has the containers of the state dict, which :func:`merge_parts` wrote."""
 MAX_STRUCTURE_NBYTES = 256 << 20
 MAX_LIST = 1 << 20
 """No list has more elements that are stored one by one."""
@@ -120,16 +117,15 @@ def dump_parts(skeleton: Mapping[Any, Any]) -> dict[str, bytes]:
     return {"": encode_object("", list(skeleton)), **parts}
 
 
-def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> str:
-    """What is recorded of the skeletons of all ranks."""
+def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> bytes:
+    """What a manifest records, as its ``structure``, of the skeletons of all ranks."""
     merged: dict[Any, Any] = {}
     for order in dict.fromkeys(parts[""] for parts in brought if parts):
         merged.update(dict.fromkeys(key for key in _load(order) if key not in merged))
     for name in merged:
         for part in dict.fromkeys(parts[str(name)] for parts in brought if str(name) in parts):
             merged[name] = _merge(merged[name], _load(part))
-    packed = zlib.compress(encode_object("the structure", merged), 1)
-    return base64.b64encode(packed).decode()
+    return zlib.compress(encode_object("the structure", merged), 1)
 
 
 def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
@@ -138,13 +134,12 @@ def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
     Raises:
         FormatError: the record is malformed.
     """
-    text = manifest.extra.get(STRUCTURE)
-    if not isinstance(text, str):
+    if not manifest.structure:
         return {}
     try:
         inflate = zlib.decompressobj()
-        data = inflate.decompress(base64.b64decode(text, validate=True), MAX_STRUCTURE_NBYTES)
-    except (ValueError, zlib.error) as error:
+        data = inflate.decompress(manifest.structure, MAX_STRUCTURE_NBYTES)
+    except zlib.error as error:
         raise FormatError(f"the structure that a checkpoint records is malformed: {error}") from error
     skeleton = _load(data)
     if type(skeleton) is not dict or not inflate.eof:
@@ -153,7 +148,7 @@ def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
 
 
 def _load(data: bytes) -> Any:
-    return decode_object(STRUCTURE, data, "the structure")
+    return decode_object("structure", data, "the structure")
 
 
 def _merge(one: Any, other: Any) -> Any:

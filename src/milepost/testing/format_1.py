@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from milepost.format.box import Box
 from milepost.format.digest import crc32
 from milepost.format.manifest import FileEntry, Lineage, Manifest, ShardEntry
+from milepost.format.manifest_1 import STRUCTURE
 from milepost.format.manifest_check import manifest_faults
 from milepost.format.manifest_json import FORMAT_NAME
 
@@ -43,7 +45,7 @@ def to_json_1(manifest: Manifest) -> bytes:
         ("files", _lines("[]", (_dump(_file_json(name, manifest.files[name])) for name in names))),
         ("tensors", _lines("{}", _tensor_lines(manifest, number))),
         ("objects", _lines("{}", _object_lines(manifest, number))),
-        ("extra", _dump(dict(manifest.extra))),
+        ("extra", _dump(_extra_json(manifest))),
     ]
     body = ("{\n" + "".join(f'"{name}": {value},\n' for name, value in fields)).encode()
     return body + (_TAIL % crc32(body)).encode()
@@ -59,6 +61,11 @@ def _lineage_json(lineage: Lineage) -> dict[str, Any]:
 
 def _metrics_json(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _extra_json(manifest: Manifest) -> dict[str, Any]:
+    structure = {STRUCTURE: base64.b64encode(manifest.structure).decode()} if manifest.structure else {}
+    return {**manifest.extra, **structure}
 
 
 def _lines(brackets: str, lines: Iterable[str]) -> str:
