@@ -5,7 +5,10 @@ record's files; the processor time to write one rank's segment, to commit (on ra
 together, prove that nothing is missing or stored twice, and make every file of the record), to read the head, to read
 and check the whole record, and to plan one rank's load; and the memory that the commit takes at its peak.
 
-Run: python benchmarks/bench_scale.py [--ranks 64 256 1024] [--tensors 291 3411 10000]
+Then, with ``--commands``, the wall time of ``ls``, ``inspect``, ``verify`` and ``plan-resume`` on a step of each size,
+whose data files are holes, and what each rank spends before it reads the first byte of data.
+
+Run: python benchmarks/bench_scale.py [--ranks 64 256 1024] [--tensors 291 3411 10000] [--commands]
 """
 
 from __future__ import annotations
@@ -16,23 +19,29 @@ import math
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from milepost.errors import StateMismatchError
 from milepost.format.box import Box
 from milepost.format.columns import ObjectColumns, ShardTable, Tiling, coordinates, with_table
 from milepost.format.columns_check import table_faults
-from milepost.format.dcp_writer import metadata_pieces
+from milepost.format.dcp_writer import dump_metadata
 from milepost.format.digest import crc32, dump_digests
-from milepost.format.manifest import MANIFEST_NAME, SHARDS_NAME, FileEntry, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import from_json, parse_head, to_json
 from milepost.format.record import tensor_record
 from milepost.format.segments import Segment, dump_segment, merge, parse_segment
+from milepost.format.shard_crcs import shard_crcs
 from milepost.format.shards_file import dump_shards
+from milepost.run import catalog
+from milepost.storage import open_storage
 from milepost.tensors.plan import TensorSpec, plan_load
 
 SAVE_ID = "0123456789abcdef0123456789abcdef"
@@ -87,12 +96,13 @@ def segment_of(rank: int, num_ranks: int, keys: tuple[str, ...]) -> Segment:
         tiling=tiling,
         file=np.zeros(len(keys), np.uint32),
         record_offset=np.concatenate(([0], stops[:-1])),
-        crc32=np.random.default_rng(rank).integers(0, 1 << 32, len(keys), dtype=np.uint32),
+        crc32=np.zeros(len(keys), np.uint32),
         objects=ObjectColumns((), no_u4, none, none, no_u4),
         paths={},
     )
     blocks = table.spread([one.num_blocks(4 << 20) for one in tilings])
     crcs = np.random.default_rng(rank).integers(0, 1 << 32, int(blocks.sum()), dtype=np.uint32)
+    table = replace(table, crc32=shard_crcs(table, crcs, 4 << 20))
     return Segment(table, {f"__{rank}_0.distcp": FileEntry(int(stops[-1]), 7)}, crcs)
 
 
@@ -115,7 +125,16 @@ class Committed:
 
     document: bytes
     shards: bytes
-    nbytes: dict[str, int]
+    digests: bytes
+    metadata: bytes
+    files: Mapping[str, FileEntry]
+    """Of the data."""
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of each file of the record."""
+        names = {"json": self.document, "shards": self.shards, "digests": self.digests, "metadata": self.metadata}
+        return {name: len(data) for name, data in names.items()}
 
 
 def commit(clock: Clock, written: Sequence[tuple[bytes, Mapping[str, FileEntry]]]) -> Committed:
@@ -133,21 +152,28 @@ def commit(clock: Clock, written: Sequence[tuple[bytes, Mapping[str, FileEntry]]
     manifest = with_table(bare, table)
     shards = clock("commit shards", lambda: bytes(dump_shards(table, SAVE_ID)))
     digests = clock("commit digests", lambda: dump_digests(SAVE_ID, [crcs.data]))
-    metadata_nbytes = clock("commit .metadata", lambda: sum(map(len, metadata_pieces(manifest))))
-    files[SHARDS_NAME] = FileEntry(len(shards), clock("commit crc", lambda: crc32(shards)))
+    metadata = clock("commit .metadata", lambda: dump_metadata(manifest))
+    data_files = dict(files)
+    for name, content in ((SHARDS_NAME, shards), (DIGESTS_NAME, digests), (METADATA_NAME, metadata)):
+        files[name] = FileEntry(len(content), clock("commit crc", lambda one=content: crc32(one)))
     document = clock("commit json", lambda: to_json(manifest))
-    sizes = {"json": len(document), "shards": len(shards), "digests": len(digests), "metadata": metadata_nbytes}
-    return Committed(document, shards, sizes)
+    return Committed(document, shards, digests, metadata, data_files)
 
 
-def measure(num_ranks: int, num_tensors: int) -> dict[str, Any]:
-    """One size, in this process."""
-    clock = Clock()
+def sign_offs(clock: Clock, num_ranks: int, num_tensors: int) -> list[tuple[bytes, Mapping[str, FileEntry]]]:
+    """What all ranks would have signed off."""
     keys = tuple(keys_of(num_tensors))
     written = []
     for rank in range(num_ranks):
         segment = segment_of(rank, num_ranks, keys)
         written.append((clock("segments", lambda one=segment: dump_segment(one, SAVE_ID)), segment.files))
+    return written
+
+
+def measure(num_ranks: int, num_tensors: int) -> dict[str, Any]:
+    """One size, in this process."""
+    clock = Clock()
+    written = sign_offs(clock, num_ranks, num_tensors)
     base_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     record = commit(clock, written)
     commit_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -175,12 +201,71 @@ def measure(num_ranks: int, num_tensors: int) -> dict[str, Any]:
     }
 
 
+def fabricate(step: Path, num_ranks: int, num_tensors: int) -> None:
+    """A committed step whose data files are holes of the right length."""
+    record = commit(Clock(), sign_offs(Clock(), num_ranks, num_tensors))
+    step.mkdir(parents=True)
+    names = {MANIFEST_NAME: record.document, SHARDS_NAME: record.shards}
+    for name, content in {**names, DIGESTS_NAME: record.digests, METADATA_NAME: record.metadata}.items():
+        (step / name).write_bytes(content)
+    for name, entry in record.files.items():
+        with (step / name).open("wb") as file:
+            file.truncate(entry.nbytes)
+
+
+_RUN_CLI = "import sys; from milepost.cli.main import main; sys.exit(main())"
+
+
+def before_reading(step: Path, num_ranks: int) -> float:
+    """Processor seconds that a rank spends on the record and its plan, before it reads the first byte of data."""
+    storage, name = open_storage(step)
+    rank = num_ranks // 2
+    started = time.process_time()
+    manifest = catalog.read_manifest(storage, name)
+    digests = catalog.read_digests(storage, name, manifest)
+    specs = [
+        TensorSpec(key, "float32", entry.shape, (box_of(entry.shape, rank, num_ranks),))
+        for key, entry in manifest.tensors.items()
+    ]
+    items = plan_load(manifest, specs)
+    assert digests is not None
+    assert all(len(digests.of_shard(item.key, item.shard_index)) for item in items)
+    return time.process_time() - started
+
+
+def measure_commands(num_ranks: int, num_tensors: int) -> dict[str, float]:
+    """Wall seconds of each command on a step of this size, start of Python included; and a rank's processor seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = Path(folder) / "step-7"
+        fabricate(step, num_ranks, num_tensors)
+        commands = {
+            "ls": ["ls", folder],
+            "inspect": ["inspect", str(step)],
+            "inspect *": ["inspect", str(step), "--tensors", "*"],
+            "verify metadata": ["verify", str(step), "--level", "metadata"],
+            "verify sizes": ["verify", str(step), "--level", "sizes"],
+            "plan-resume": ["plan-resume", str(step), "--world-size", str(num_ranks)],
+            "plan-resume half": ["plan-resume", str(step), "--world-size", str(num_ranks // 2)],
+        }
+        found = {"before reading": before_reading(step, num_ranks)}
+        for name, command in commands.items():
+            started = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-c", _RUN_CLI, *command], capture_output=True, text=True, timeout=1800
+            )
+            found[name] = time.monotonic() - started
+            if done.returncode not in (0, StateMismatchError.exit_status):  # there is no optimizer, and so on
+                raise SystemExit(f"milepost {' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
+        return found
+
+
 def main() -> None:
     """Measure each size in a process of its own, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--tensors", type=int, nargs="+", default=[291, 3411])
     parser.add_argument("--one", action="store_true", help="measure the one size given here, and print it as JSON")
+    parser.add_argument("--commands", action="store_true", help="measure the commands too")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.ranks[0], args.tensors[0])))
@@ -195,6 +280,9 @@ def main() -> None:
             found = json.loads(done.stdout)
             print("  ".join(_cell(found[name]) for name in columns), flush=True)
             print("    commit: " + ", ".join(f"{k} {s:.2f} s" for k, s in found["commit_parts_s"].items()), flush=True)
+            if args.commands:
+                timed = measure_commands(num_ranks, num_tensors)
+                print("    commands: " + ", ".join(f"{k} {s:.2f} s" for k, s in timed.items()), flush=True)
 
 
 def _cell(value: float) -> str:

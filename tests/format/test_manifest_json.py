@@ -207,7 +207,7 @@ def test_every_flipped_bit_and_every_truncation_is_found(record: dict[str, bytes
 
 def test_shards_of_another_save_are_refused(manifest: Manifest, record: dict[str, bytes]):
     other = record_files(dataclasses.replace(manifest, save_id="fedcba9876543210"))
-    with pytest.raises(FormatError, match=r"milepost\.shards: it belongs to save 'fedcba9876543210'"):
+    with pytest.raises(FormatError, match=r"milepost\.json: it is of save .*, milepost\.shards beside it of"):
         manifest_of({**record, SHARDS_NAME: other[SHARDS_NAME]})
     again = record_files(dataclasses.replace(manifest, paths={}))  # of the same save id, and whole
     with pytest.raises(FormatError, match=r"milepost\.shards: it is not the file that milepost\.json names"):

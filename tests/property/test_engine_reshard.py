@@ -151,14 +151,14 @@ def small_digests(folder: Path, manifest: Manifest, block_nbytes: int) -> BlockD
     crcs, starts = [np.empty(0, dtype="<u4")], {}
     total = 0
     for key, tensor in manifest.tensors.items():
-        bounds = [total]
+        bounds = [0]
         for shard in tensor.shards:
             offset = shard.data_offset or 0
             data = (folder / shard.file).read_bytes()[offset : offset + shard.data_nbytes]
             crcs.append(block_crcs(data, block_nbytes))
-            total += len(crcs[-1])
-            bounds.append(total)
-        starts[key] = tuple(bounds)
+            bounds.append(bounds[-1] + len(crcs[-1]))
+        starts[key] = total, bounds
+        total += bounds[-1]
     return BlockDigests(manifest.save_id, block_nbytes, np.concatenate(crcs), starts)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import milepost
+from milepost.format.box import Box
+from milepost.format.dtype import itemsize
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
-from milepost.report.resume_plan import READ_BUFFER_NBYTES, plan_resume
+from milepost.parallelism.placement import box_of, stages_of
+from milepost.report.resume_plan import READ_BUFFER_NBYTES, parameter_of, plan_resume
 from milepost.storage import LocalStorage
+from milepost.tensors.plan import TensorSpec, plan_load
 from milepost.testing.sample import Array, save_arrays
 
 
@@ -48,6 +53,39 @@ def test_replicas_read_the_same_and_stages_only_their_layers(memory_path: Path) 
     ranks = plan_resume(manifest, Degrees(data_parallel_replicate_degree=2, pipeline_parallel_degree=2)).ranks
     assert [rank.num_tensors for rank in ranks] == [3, 3, 3, 3]
     assert [(rank.place.pp, rank.place.replica) for rank in ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        Degrees(data_parallel_shard_degree=3),
+        Degrees(tensor_parallel_degree=2, data_parallel_shard_degree=2, pipeline_parallel_degree=2),
+        Degrees(data_parallel_shard_degree=4, expert_parallel_degree=2),
+    ],
+)
+def test_a_plan_is_the_sum_of_the_plans_of_each_tensor(memory_path: Path, degrees: Degrees) -> None:
+    arrays: dict[str, Array] = {f"layers.{i}.attention.w{n}.weight": np.ones((12, 8)) for i in range(5) for n in "qko"}
+    arrays |= {f"layers.{i}.moe.experts.w1": np.ones((4, 6, 2), "float32") for i in range(5)}
+    arrays |= {"tok_embeddings.weight": np.ones((9, 8)), "norm.weight": np.ones(8), "output.weight": np.ones((9, 8))}
+    arrays |= {f"optimizer.state.{key}.exp_avg": array for key, array in arrays.items()}
+    arrays |= {f"optimizer.state.{key}.step": np.array(1.0) for key in arrays if not key.startswith("optimizer")}
+    manifest = save_arrays(LocalStorage(memory_path), "a", arrays, num_ranks=3)
+    plan = plan_resume(manifest, degrees)
+    for rank in plan.ranks:
+        (stage,) = stages_of(rank.place.pp, degrees, stages_per_rank=1, num_layers=5, tied=False)
+        specs = []
+        for key, entry in manifest.tensors.items():
+            owner = parameter_of(key)
+            assert owner is not None
+            if stage.holds(owner):
+                is_step = key.endswith(".step")
+                box = Box.whole(()) if is_step else box_of(owner, entry.shape, degrees, rank.rank)
+                specs.append(TensorSpec(key, entry.dtype, entry.shape, (box,) if box.numel else ()))
+        items = plan_load(manifest, specs)
+        assert rank.wanted_nbytes == sum(item.src.numel * itemsize(item.dtype) for item in items)
+        assert rank.read_nbytes == sum(stop - start for item in items for start, stop in item.blocks(BLOCK_NBYTES))
+        assert rank.num_files == len({item.shard.file for item in items})
+        assert rank.num_tensors == sum(bool(spec.boxes) for spec in specs)
 
 
 def test_missing_and_unexpected_keys_are_told(memory_path: Path) -> None:

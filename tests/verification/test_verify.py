@@ -14,7 +14,7 @@ import pytest
 
 from milepost import verify
 from milepost.errors import CheckpointNotFoundError, ConfigError, StorageError
-from milepost.format.digest import crc32
+from milepost.format.digest import crc32, dump_digests, parse_digests
 from milepost.format.manifest import BLOCK_NBYTES, FileEntry, Manifest
 from milepost.run import catalog, sweep
 from milepost.storage import LocalStorage, Storage
@@ -274,6 +274,35 @@ def test_metadata_of_another_save_is_found_though_it_is_whole(storage: LocalStor
     assert {problem.file for problem in problems} == {".metadata"}
     assert "new" in {problem.key for problem in problems}
     assert "w" in {problem.key for problem in problems}
+
+
+def test_metadata_in_other_words_is_no_fault(storage: LocalStorage) -> None:
+    """Another version, or torch itself, writes other bytes for the same: what they say is compared then."""
+    manifest = save(storage)
+    # Protocol 5 begins like 4, and each of its opcodes is in it.
+    again = b"\x80\x05" + storage.read(f"{STEP}/.metadata")[2:]
+    same = replace(manifest, files={**manifest.files, ".metadata": FileEntry(len(again), crc32(again))})
+    data_file(storage, ".metadata").write_bytes(again)
+    for name, content in record_files(same).items():
+        data_file(storage, name).write_bytes(content)
+    assert verify_in(storage, STEP, "metadata").verdict == "ok"
+
+
+def test_digests_that_are_not_the_shards_are_named(storage: LocalStorage) -> None:
+    """Both files have their right CRC-32s; the digest of one block is another."""
+    manifest = save(storage)
+    digests = parse_digests(storage.read(f"{STEP}/milepost.digests"), manifest)
+    crcs = list(digests.crcs)
+    start, bounds = digests.starts["large"]
+    crcs[start + bounds[0] + 1] ^= 1 << 20
+    forged = dump_digests(manifest.save_id, [crcs])
+    other = replace(manifest, files={**manifest.files, "milepost.digests": FileEntry(len(forged), crc32(forged))})
+    data_file(storage, "milepost.digests").write_bytes(forged)
+    for name, content in record_files(other).items():
+        data_file(storage, name).write_bytes(content)
+    (problem,) = verify_in(storage, STEP, "metadata").problems
+    assert (problem.file, problem.key) == ("milepost.digests", "large")
+    assert str(manifest.tensors["large"].shards[0].box) in problem.message
 
 
 def test_a_sample_finds_gross_damage(storage: LocalStorage) -> None:

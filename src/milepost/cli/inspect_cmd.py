@@ -17,7 +17,7 @@ from milepost.errors import CheckpointNotFoundError, shortened
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, PartTotal, TensorEntry
-from milepost.format.summary import format_count, placement_text, shard_counts, totals_by_part
+from milepost.format.summary import files_of, format_count, placement_text, shard_counts, totals_by_part
 from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog
 from milepost.run.hf_folder import described, is_hf_folder, manifest_of, manifest_of_file
@@ -201,7 +201,7 @@ def _print_tensors(tensors: Mapping[str, TensorEntry], objects: Mapping[str, Any
     rows = []
     for key, entry in tensors.items():
         nbytes = Box.whole(entry.shape).numel * itemsize(entry.dtype)
-        files = sorted({shard.file for shard in entry.shards})
+        files = files_of(entry)
         where = ", ".join(files) if len(files) <= 2 else f"{len(files)} files"
         rows.append((key, entry.dtype, str(list(entry.shape)), format_nbytes(nbytes), placement_text(entry), where))
     for key, value in objects.items():
@@ -236,7 +236,7 @@ def _print_maps(tensors: Mapping[str, TensorEntry]) -> None:
     alike: dict[object, list[str]] = {}
     for key, entry in tensors.items():
         alike.setdefault(same_map(entry), []).append(key)
-    colour_of = colours(sorted({shard.file for entry in tensors.values() for shard in entry.shards}))
+    colour_of = colours(sorted({name for entry in tensors.values() for name in files_of(entry)}))
     out = console()
     for keys in list(alike.values())[:MAX_MAPS]:
         entry = tensors[keys[0]]

@@ -59,11 +59,16 @@ class Tiling:
         """Blocks of each box's raw data; the last may be short."""
         return -(-self.data_nbytes // block_nbytes)
 
-    def block_bounds(self, block_nbytes: int) -> Ints:
+    def block_bounds(self, block_nbytes: int) -> Sequence[int]:
         """Where each box's blocks begin, counted over all boxes; one more entry than boxes."""
-        bounds = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(self.num_blocks(block_nbytes), out=bounds[1:])
+        bounds = self._bounds.get(block_nbytes)
+        if bounds is None:
+            bounds = self._bounds[block_nbytes] = [0, *np.cumsum(self.num_blocks(block_nbytes)).tolist()]
         return bounds
+
+    @cached_property
+    def _bounds(self) -> dict[int, Sequence[int]]:
+        return {}
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
@@ -189,9 +194,15 @@ class Shards(TiledShards):
         return slice(self._first, self._first + len(self))
 
     @property
+    def boxes(self) -> tuple[Box, ...]:
+        return self.tiling.boxes
+
+    @property
     def files(self) -> list[str]:
-        """The files that hold any of them."""
         return sorted(self._table.files[number] for number in np.unique(self._table.file[self.rows]))
+
+    def block_bounds(self, block_nbytes: int) -> Sequence[int]:
+        return self.tiling.block_bounds(block_nbytes)
 
     def overlaps(self, box: Box) -> Sequence[Overlap]:
         return self.tiling.overlaps(box)
@@ -210,15 +221,15 @@ class Shards(TiledShards):
             return tuple(self[number] for number in range(*index.indices(len(self))))
         number = range(len(self))[index]
         table, tiling, row = self._table, self.tiling, self._first + number
-        record_offset = int(table.record_offset[row])
+        record_offset = table.record_offset.item(row)
         return ShardEntry(
             box=Box(tuple(tiling.offsets[number].tolist()), tuple(tiling.sizes[number].tolist())),
-            file=table.files[table.file[row]],
+            file=table.files[table.file.item(row)],
             record_offset=record_offset,
-            record_nbytes=int(tiling.record_nbytes[number]),
-            data_offset=record_offset + int(tiling.header_nbytes[number]),
-            data_nbytes=int(tiling.data_nbytes[number]),
-            crc32=int(table.crc32[row]),
+            record_nbytes=tiling.record_nbytes.item(number),
+            data_offset=record_offset + tiling.header_nbytes.item(number),
+            data_nbytes=tiling.data_nbytes.item(number),
+            crc32=table.crc32.item(row),
         )
 
     def __iter__(self) -> Iterator[ShardEntry]:

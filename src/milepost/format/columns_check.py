@@ -19,6 +19,7 @@ from milepost.format.columns import Ints, ShardTable, Tiling
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import FileEntry
 from milepost.format.manifest_check import RESERVED
+from milepost.format.tags import untagged
 from milepost.format.typed_json import MAX_COUNT
 
 _BATCH_ROWS = 1 << 18
@@ -49,7 +50,7 @@ def _faults(table: ShardTable, files: Mapping[str, FileEntry], must_cover: bool)
             key = table.keys[tensor]
             yield Problem(f"{key!r}{bad[int(table.tiling[tensor])]}", key=key)
         return
-    unknown = [name for name in table.files if name not in files or name in RESERVED]
+    unknown = [name for name in table.files if name not in files or untagged(name) in RESERVED]
     if unknown:
         yield Problem(f"records are said to be in {unknown[0]!r:.200}, which is no data file of this checkpoint")
         return

@@ -37,6 +37,16 @@ def dump_metadata(manifest: Manifest) -> bytes:
     return b"".join(metadata_pieces(manifest))
 
 
+def is_metadata_of(data: bytes, manifest: Manifest) -> bool:
+    """True if ``data`` is what :func:`dump_metadata` writes today. Another version may have written other bytes."""
+    view, position = memoryview(data), 0
+    for piece in metadata_pieces(manifest):
+        if view[position : position + len(piece)] != piece:
+            return False
+        position += len(piece)
+    return position == len(data)
+
+
 def metadata_pieces(manifest: Manifest) -> Iterator[bytes]:
     """:func:`dump_metadata` piece by piece, so that it need not be in memory as a whole."""
     table = table_of(manifest, whole=False)  # an external checkpoint can be written anew

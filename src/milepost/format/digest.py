@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 from isal import isal_zlib
 
 from milepost.errors import FormatError
-from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, HF_FORMAT, Manifest
+from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, HF_FORMAT, Manifest, ShardEntry, TiledShards
 
 MAGIC = b"MILEDIG\x01"
 _HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
@@ -70,19 +71,20 @@ def combine_blocks(crcs: Sequence[int], data_nbytes: int, block_nbytes: int = BL
 class BlockDigests:
     """The parsed ``milepost.digests`` of one checkpoint.
 
-    ``starts[key][i]`` is where the CRCs of shard ``i`` of ``key`` begin in ``crcs``, with one more entry at the end,
-    so that no Python object exists per block. Of a step of Hugging Face files, they are those of whole files, by name.
+    ``starts[key]`` is where the CRCs of a key begin in ``crcs``, and where, from there on, those of each shard do, with
+    one more entry at the end. No Python object exists per block, nor per shard where tensors are cut alike. Of a step
+    of Hugging Face files, they are those of whole files, by name.
     """
 
     save_id: str
     block_nbytes: int
     crcs: Sequence[int]
-    starts: Mapping[str, tuple[int, ...]]
+    starts: Mapping[str, tuple[int, Sequence[int]]]
 
     def of_shard(self, key: str, shard: int) -> Sequence[int]:
         """CRC-32s of the blocks of one shard's raw data (``shard`` as in the manifest's ``TensorEntry.shards``)."""
-        bounds = self.starts[key]
-        return self.crcs[bounds[shard] : bounds[shard + 1]]
+        start, bounds = self.starts[key]
+        return self.crcs[start + bounds[shard] : start + bounds[shard + 1]]
 
     def of_file(self, name: str) -> Sequence[int]:
         """CRC-32s of the blocks of a file (one of ``files_in_blocks``)."""
@@ -144,17 +146,19 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
     return BlockDigests(save_id, block_nbytes, from_bytes(data[_HEAD.size + name_nbytes : -4]), starts)
 
 
-def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tuple[int, ...]], int]:
-    starts: dict[str, tuple[int, ...]] = {}
+def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tuple[int, Sequence[int]]], int]:
+    starts: dict[str, tuple[int, Sequence[int]]] = {}
     position = 0
-    runs = {key: [shard.data_nbytes for shard in manifest.tensors[key].shards] for key in sorted(manifest.tensors)}
-    files = files_in_blocks(manifest)
-    if files:
-        runs = {name: [manifest.files[name].nbytes] for name in files}
-    for key, sizes in runs.items():
-        bounds = [position]
-        for nbytes in sizes:
-            position += num_blocks(nbytes, block_nbytes)
-            bounds.append(position)
-        starts[key] = tuple(bounds)
+    bounds = {key: _block_bounds(manifest.tensors[key].shards, block_nbytes) for key in sorted(manifest.tensors)}
+    for name in files_in_blocks(manifest):
+        bounds[name] = [0, num_blocks(manifest.files[name].nbytes, block_nbytes)]
+    for key, found in bounds.items():
+        starts[key] = position, found
+        position += found[-1]
     return starts, position
+
+
+def _block_bounds(shards: Sequence[ShardEntry], block_nbytes: int) -> Sequence[int]:
+    if isinstance(shards, TiledShards):
+        return shards.block_bounds(block_nbytes)
+    return list(accumulate((num_blocks(shard.data_nbytes, block_nbytes) for shard in shards), initial=0))

@@ -60,7 +60,21 @@ class Overlap(NamedTuple):
 
 
 class TiledShards(Sequence[ShardEntry]):
-    """Shards in columns, which finds those that overlap a box without looking at them one by one."""
+    """Shards in columns: what can be had of them without looking at them one by one."""
+
+    @property
+    @abstractmethod
+    def boxes(self) -> tuple[Box, ...]:
+        """The box of each shard. The same object for tensors that are cut alike."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Sequence[str]:
+        """The files that hold any of the shards, sorted."""
+
+    @abstractmethod
+    def block_bounds(self, block_nbytes: int) -> Sequence[int]:
+        """Where each shard's blocks of raw data begin, counted over all shards; one more entry than shards."""
 
     @abstractmethod
     def overlaps(self, box: Box) -> Sequence[Overlap]:

@@ -244,9 +244,13 @@ def _with_shards(manifest: Manifest, entry: FileEntry, data: bytes, path: str, w
     # With numpy, which a scan can do without.
     from milepost.format.columns import with_table
     from milepost.format.columns_check import table_faults
-    from milepost.format.shards_file import parse_shards
+    from milepost.format.shards_file import OtherSaveError, parse_shards
 
-    table, found = parse_shards(data, manifest.save_id, where)
+    try:
+        table, found = parse_shards(data, manifest.save_id, where)
+    except OtherSaveError as error:
+        mixed = f"it is of save {manifest.save_id!r}, {SHARDS_NAME} beside it of save {error.save_id!r}"
+        raise FormatError(f"{path}: {mixed}: files of two saves were mixed up; use another step", path=path) from error
     if (len(data), found) != (entry.nbytes, entry.crc32):
         raise FormatError(f"{where}: it is not the file that {path} names", path=where)
     _refuse(where, table_faults(table, manifest.files))

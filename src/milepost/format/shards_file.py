@@ -33,6 +33,14 @@ _ALIGNMENT = 8
 _MAX_REMEMBERED_NBYTES = 8 << 20
 
 
+class OtherSaveError(FormatError):
+    """The file is whole, and of another save."""
+
+    def __init__(self, message: str, save_id: str, path: str):
+        super().__init__(message, path=path)
+        self.save_id = save_id
+
+
 class _Counts(NamedTuple):
     """The numbers in the header, in its order."""
 
@@ -205,7 +213,7 @@ def parse_shards(
     sections = [np.frombuffer(view, kind, count, start) for kind, count, start in placed]
     said = sections[0].tobytes().decode("utf-8", "replace")
     if said != save_id:
-        raise fault(f"it belongs to save {said!r}, not to save {save_id!r}")
+        raise OtherSaveError(f"{path}: it belongs to save {said!r}, not to save {save_id!r}", said, path)
     names = convert(parse_json(sections[1].tobytes(), path, "a list of files"), _Files, path)
     keys = _keys_in(sections[2].tobytes(), path)
     problem = _names_problem(names, keys, counts)

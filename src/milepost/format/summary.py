@@ -6,11 +6,12 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from milepost.config import PARTS, part_of
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
-from milepost.format.manifest import Manifest, PartTotal, TensorEntry
+from milepost.format.manifest import Manifest, PartTotal, TensorEntry, TiledShards
 
 _MAX_DTYPES = 8
 """The head of a manifest is short: of more dtypes those of the most bytes are named."""
@@ -43,9 +44,25 @@ def model_total(manifest: Manifest) -> PartTotal:
 
 def cuts_of(entry: TensorEntry) -> tuple[tuple[tuple[int, int], ...], ...]:
     """For each dim, the half-open intervals between all the places where a stored shard begins or ends."""
-    filled = _filled(entry) or [Box.whole(entry.shape)]
+    return _cuts(entry.shape, boxes_of(entry))
+
+
+def files_of(entry: TensorEntry) -> Sequence[str]:
+    """The files that hold any of the shards, sorted."""
+    shards = entry.shards
+    return shards.files if isinstance(shards, TiledShards) else sorted({shard.file for shard in shards})
+
+
+def boxes_of(entry: TensorEntry) -> tuple[Box, ...]:
+    """The box of each shard."""
+    return entry.shards.boxes if isinstance(entry.shards, TiledShards) else tuple(shard.box for shard in entry.shards)
+
+
+def _cuts(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    # A rank past the end of an uneven shard stores an empty box.
+    filled = [box for box in boxes if box.numel] or [Box.whole(shape)]
     cuts = []
-    for dim in range(len(entry.shape)):
+    for dim in range(len(shape)):
         edges = sorted({edge for box in filled for edge in (box.offsets[dim], box.stops[dim])})
         cuts.append(tuple(itertools.pairwise(edges)))
     return tuple(cuts)
@@ -56,10 +73,15 @@ def shard_counts(entry: TensorEntry) -> tuple[int, ...] | None:
 
     A checkpoint stores boxes, each once: of the mesh that they came from it shows the shards, not the replicas.
     """
-    num_filled = len(_filled(entry))
+    return _counts(entry.shape, boxes_of(entry))
+
+
+@lru_cache(maxsize=64)  # layers are cut alike
+def _counts(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | None:
+    num_filled = sum(box.numel > 0 for box in boxes)
     if num_filled <= 1:
-        return (1,) * len(entry.shape)
-    counts = tuple(len(cuts) for cuts in cuts_of(entry))
+        return (1,) * len(shape)
+    counts = tuple(len(cuts) for cuts in _cuts(shape, boxes))
     return counts if math.prod(counts) == num_filled else None  # boxes cover a tensor once, so each is one cell
 
 
@@ -67,13 +89,8 @@ def placement_text(entry: TensorEntry) -> str:
     """A tensor's placement, in DTensor's words: ``whole``, ``Shard(0) over 2 x Shard(1) over 4``, ``irregular``."""
     counts = shard_counts(entry)
     if counts is None:
-        return f"irregular, {len(_filled(entry))} shards"
+        return f"irregular, {sum(box.numel > 0 for box in boxes_of(entry))} shards"
     return " x ".join(f"Shard({dim}) over {count}" for dim, count in enumerate(counts) if count > 1) or "whole"
-
-
-def _filled(entry: TensorEntry) -> list[Box]:
-    """The stored boxes that have elements: a rank past the end of an uneven shard stores an empty one."""
-    return [shard.box for shard in entry.shards if shard.box.numel]
 
 
 def format_count(count: int) -> str:

@@ -65,7 +65,7 @@ def box_of(key: str, shape: tuple[int, ...], degrees: Degrees, rank: int) -> Box
     if not shape:
         return Box.whole(shape)
     cut = [(0, size) for size in shape]
-    if len(shape) == 3 and _EXPERTS.fullmatch(key):
+    if len(shape) == 3 and _is_of_experts(key):
         _, _, shard, expert = _unravel(rank, degrees.expert_mesh)
         cut[0] = _chunk(cut[0], degrees.expert_parallel_degree, expert)
         dim = expert_shard_dim(shape, degrees)
@@ -77,6 +77,15 @@ def box_of(key: str, shape: tuple[int, ...], degrees: Degrees, rank: int) -> Box
             cut[dim_or_none] = _chunk(cut[dim_or_none], degrees.tensor_parallel_degree, here.tp)
         cut[0] = _chunk(cut[0], degrees.num_weight_shards, here.shard)
     return Box(tuple(start for start, _ in cut), tuple(size for _, size in cut))
+
+
+def cut_class(key: str) -> tuple[bool, int | None]:
+    """Equal for parameters of which each rank holds the same part, if they have one shape."""
+    return _is_of_experts(key), tensor_split_dim(key)
+
+
+def _is_of_experts(key: str) -> bool:
+    return _EXPERTS.fullmatch(key) is not None
 
 
 def tensor_split_dim(key: str) -> int | None:

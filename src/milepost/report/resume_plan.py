@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from milepost.config import NUM_IO_THREADS, PARTS, part_of
 from milepost.errors import ConfigError
 from milepost.format.box import Box
+from milepost.format.columns import Ints, table_of
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
 from milepost.interop.names.families import family_of
@@ -24,7 +27,7 @@ from milepost.interop.names.rules import OWN, correspond, key_faults
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.fit import degree_problems, stage_problems
-from milepost.parallelism.placement import Coordinates, Stage, box_of, layer_of, stages_of
+from milepost.parallelism.placement import Coordinates, box_of, cut_class, layer_of, stages_of
 from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
 
 READ_BUFFER_NBYTES = NUM_IO_THREADS * BLOCK_NBYTES
@@ -136,11 +139,21 @@ def _is_left_out(key: str, same_degrees: bool) -> bool:
     return _RNG.match(key) is not None and not same_degrees and key != "rng.rank0.torch"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alike:
+    """Tensors that are stored alike, and of which a rank wants the same box, if any. One of them is planned."""
+
+    key: str
+    numbers: Ints
+    """Of all of them, in the table."""
+
+
 class _Planner:
     """Plans rank after rank; replicas of the same shards share one plan."""
 
     def __init__(self, manifest: Manifest, degrees: Degrees, stages_per_rank: int, *, same_degrees: bool):
         self._manifest = manifest
+        self._table = table_of(manifest, whole=False)
         self._degrees = degrees
         self._stages_per_rank = stages_per_rank
         self._same_degrees = same_degrees
@@ -148,7 +161,10 @@ class _Planner:
         model = [key for key in manifest.tensors if part_of(key) == "model"]
         self.num_layers = max((layer for key in model if (layer := layer_of(key)) is not None), default=-1) + 1
         self._tied = "output.weight" not in manifest.tensors
+        self._alike = self._tensors_alike()
+        self._held: dict[int, list[_Alike]] = {}
         self._planned: dict[Coordinates, RankPlan] = {}
+        self._read_nbytes: dict[object, int] = {}
 
     def plan(self, rank: int) -> RankPlan:
         place = Coordinates.of(rank, self._degrees)
@@ -157,50 +173,84 @@ class _Planner:
             known = self._planned[replace(place, replica=0)] = self._plan(rank, place)
         return replace(known, rank=rank, place=place)
 
+    def _tensors_alike(self) -> list[_Alike]:
+        found: dict[object, list[int]] = defaultdict(list)
+        for number, (key, tiling) in enumerate(zip(self._table.keys, self._table.tiling.tolist(), strict=True)):
+            found[(tiling, self._kind(key))].append(number)
+        return [_Alike(self._table.keys[numbers[0]], np.array(numbers)) for numbers in found.values()]
+
+    def _kind(self, key: str) -> object:
+        """Equal for tensors of which a rank wants the same box, if they have one shape."""
+        parameter = self._cut_as(key)
+        return key if part_of(key) == "rng" else parameter and cut_class(parameter)
+
+    def _cut_as(self, key: str) -> str | None:
+        """The parameter that a tensor is cut as; None for one that is not cut, such as a state of one number."""
+        parameter = parameter_of(key)
+        owner = self._manifest.tensors.get(parameter or "")
+        return parameter if owner is not None and owner.shape == self._manifest.tensors[key].shape else None
+
+    def _on_stages(self, pp_rank: int) -> list[_Alike]:
+        """What of the tensors a pipeline rank holds a part of."""
+        if pp_rank not in self._held:
+            stages = stages_of(
+                pp_rank,
+                self._degrees,
+                stages_per_rank=self._stages_per_rank,
+                num_layers=self.num_layers,
+                tied=self._tied,
+            )
+            owners = map(parameter_of, self._table.keys)
+            holds = np.array([owner is None or any(stage.holds(owner) for stage in stages) for owner in owners], bool)
+            here = [replace(alike, numbers=alike.numbers[holds[alike.numbers]]) for alike in self._alike]
+            self._held[pp_rank] = [alike for alike in here if len(alike.numbers)]
+        return self._held[pp_rank]
+
     def _plan(self, rank: int, place: Coordinates) -> RankPlan:
-        stages = stages_of(
-            place.pp,
-            self._degrees,
-            stages_per_rank=self._stages_per_rank,
-            num_layers=self.num_layers,
-            tied=self._tied,
-        )
-        specs = [spec for key in self._manifest.tensors if (spec := self._spec(key, rank, stages)) is not None]
-        items = plan_load(self._manifest, specs)
-        wanted = sum(box.numel * itemsize(spec.dtype) for spec in specs for box in spec.boxes)
-        direct = all(item.src == Box.whole(item.shard.box.sizes) for item in items)
+        num_tensors = wanted = read = 0
+        direct, rows = True, [np.empty(0, np.int64)]
+        for alike in self._on_stages(place.pp):
+            spec = self._spec(alike.key, rank)
+            if spec is None or not spec.boxes:
+                continue
+            items = plan_load(self._manifest, [spec])
+            count = len(alike.numbers)
+            num_tensors += count if any(box.numel for box in spec.boxes) else 0
+            wanted += count * sum(box.numel * itemsize(spec.dtype) for box in spec.boxes)
+            read += count * sum(map(self._nbytes_of, items))
+            direct = direct and all(item.src == Box.whole(item.shard.box.sizes) for item in items)
+            hits = np.array([item.shard_index for item in items], np.int64)
+            rows.append((self._table.first[alike.numbers][:, None] + hits).ravel())
         return RankPlan(
             rank=rank,
             place=place,
-            num_tensors=sum(any(box.numel for box in spec.boxes) for spec in specs),
+            num_tensors=num_tensors,
             wanted_nbytes=wanted,
-            read_nbytes=sum(map(self._read_nbytes, items)),
-            num_files=len({item.shard.file for item in items}),
+            read_nbytes=read,
+            num_files=len(np.unique(self._table.file[np.concatenate(rows)])),
             buffer_nbytes=0 if direct else READ_BUFFER_NBYTES,
         )
 
-    def _spec(self, key: str, rank: int, stages: Sequence[Stage]) -> TensorSpec | None:
-        """What the rank wants of a stored tensor; None if nothing."""
+    def _spec(self, key: str, rank: int) -> TensorSpec | None:
+        """What the rank wants of a stored tensor that its stages hold; None if nothing."""
         entry = self._manifest.tensors[key]
         whole = TensorSpec(key, entry.dtype, entry.shape, (Box.whole(entry.shape),))
         if part_of(key) == "rng":
             return whole if key.startswith(f"rng.rank{rank}." if self._same_degrees else "rng.rank0.torch") else None
-        parameter = parameter_of(key)
+        parameter = self._cut_as(key)
         if parameter is None:
-            return whole
-        if not any(stage.holds(parameter) for stage in stages):
-            return None
-        owner = self._manifest.tensors.get(parameter)
-        if owner is None or owner.shape != entry.shape:  # a state of one number
             return whole
         box = box_of(parameter, entry.shape, self._degrees, rank)
         return replace(whole, boxes=(box,) if box.numel else ())
 
-    def _read_nbytes(self, item: ReadItem) -> int:
+    def _nbytes_of(self, item: ReadItem) -> int:
         """Bytes read for an item: the blocks that hold a part of it, or its own where there are no digests of them."""
         if not self._has_digests:
             return item.src.numel * itemsize(item.dtype)
-        return sum(stop - start for start, stop in item.blocks(BLOCK_NBYTES))
+        where = (item.src, item.shard.box.sizes, item.dtype)
+        if where not in self._read_nbytes:
+            self._read_nbytes[where] = sum(stop - start for start, stop in item.blocks(BLOCK_NBYTES))
+        return self._read_nbytes[where]
 
 
 def parameter_of(key: str) -> str | None:

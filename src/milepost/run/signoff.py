@@ -155,7 +155,9 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
     segment = sign_off.segment
     files = {} if segment is None else segment.files
     rows = [FileRow(name, entry.nbytes, entry.crc32) for name, entry in files.items()]
-    shares = [{name: ShareRow(one.nbytes, list(one.crcs.items())) for name, one in some.items()} for some in sign_off.shares]
+    shares = [
+        {name: ShareRow(one.nbytes, list(one.crcs.items())) for name, one in some.items()} for some in sign_off.shares
+    ]
     head = SignOffHead(sign_off.rank, sign_off.save_id, rows, sign_off.error, shares)
     text = json.dumps(msgspec.to_builtins(head)).encode()
     text += b" " * (-len(text) % 8)  # so that the columns of the segment are aligned

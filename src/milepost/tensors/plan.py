@@ -248,7 +248,8 @@ class ReadItem:
     def blocks(self, block_nbytes: int) -> Iterator[tuple[int, int]]:
         """The blocks of the shard's data that hold elements of the region, ascending, as half-open byte ranges."""
         start, stop = self.run
-        is_one_run, size = self.is_one_run, dtypes.itemsize(self.dtype)
+        size = dtypes.itemsize(self.dtype)
+        is_one_run = stop - start == self.src.numel * size
         for low in range(start - start % block_nbytes, stop, block_nbytes):
             high = min(low + block_nbytes, self.shard.data_nbytes)
             if is_one_run or any(
