@@ -150,8 +150,9 @@ def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tupl
     starts: dict[str, tuple[int, Sequence[int]]] = {}
     position = 0
     bounds = {key: _block_bounds(manifest.tensors[key].shards, block_nbytes) for key in sorted(manifest.tensors)}
-    for name in files_in_blocks(manifest):
-        bounds[name] = [0, num_blocks(manifest.files[name].nbytes, block_nbytes)]
+    files = files_in_blocks(manifest)
+    if files:
+        bounds = {name: [0, num_blocks(manifest.files[name].nbytes, block_nbytes)] for name in files}
     for key, found in bounds.items():
         starts[key] = position, found
         position += found[-1]

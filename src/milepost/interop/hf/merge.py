@@ -52,7 +52,7 @@ def merge(
         count = ShareCount(len(data))
         count.add(0, memoryview(data))
         written[place.name(name)] = joined(len(data), [count.share()])
-    storage.remove_files(place.folder, [file.file for sign_off in signed for file in sign_off.files])
+    storage.remove_files(place.folder, list(manifest.files))
     return written
 
 
