@@ -134,9 +134,10 @@ def verify_in(
     if found is not None and not found.is_folder and may_be_weights(path):
         return _verify_weights(storage, path, None, level, num_threads, progress)
     record = storage.stat(join(path, MANIFEST_NAME))
-    if record is not None and record.is_link:  # one of our steps that went through the hub
+    if record is not None and record.is_link:
         names = [entry.name for entry in storage.list(path) if not entry.is_folder]
-        return _verify_weights(storage, path, names, level, num_threads, progress)
+        if is_hf_folder(names):  # one of our steps that went through the hub
+            return _verify_weights(storage, path, names, level, num_threads, progress)
     info = catalog.examine(storage, path)
     if info is None or info.state == "incomplete":
         names = [entry.name for entry in storage.list(path) if not entry.is_folder]
