@@ -130,5 +130,5 @@ def test_a_command_heeds_the_width_of_its_terminal(width: int, memory_path: Path
     )
     plain = Text.from_ansi(done.stdout).plain
     assert max(map(len, plain.splitlines())) <= width
-    for value in ("committed", "pinned", "damaged", "upgrade Milepost", "34.1 KiB"):
+    for value in ("committed", "pinned", "damaged", "upgrade Milepost", "34.9 KiB"):
         assert value in " ".join(plain.split())

@@ -114,19 +114,21 @@ def read_hf_step(storage: Storage, folder: str, names: Collection[str]) -> HfSte
                 f"{where}: missing, but {DIGESTS_NAME} is there (without it, the folder would be external)", path=where
             )
         return None
-    manifest = from_json(read_linked(storage, where, MAX_MANIFEST_NBYTES), where)
+    manifest = from_json(_read_record(storage, where, MAX_MANIFEST_NBYTES), where)
     if not is_hf_step(manifest):
         return None
     digests = None
     name = manifest.file_named(DIGESTS_NAME)
     if name is not None:
-        digests = parse_digests(_read_digests(storage, join(folder, name)), manifest, join(folder, name))
+        digests = parse_digests(
+            _read_record(storage, join(folder, name), _MAX_DIGESTS_NBYTES), manifest, join(folder, name)
+        )
     return HfStep(storage, folder, manifest, digests)
 
 
-def _read_digests(storage: Storage, where: str) -> bytes:
+def _read_record(storage: Storage, where: str, limit_nbytes: int) -> bytes:
     try:
-        return read_linked(storage, where, _MAX_DIGESTS_NBYTES)
+        return read_linked(storage, where, limit_nbytes)
     except StorageError as error:
         if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ELOOP):
             raise

@@ -25,15 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import numpy as np
-
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError, listed
 from milepost.format import dcp_metadata
-from milepost.format.columns import table_of
-from milepost.format.dcp_writer import is_metadata_of
 from milepost.format.digest import BlockDigests, crc32, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
-from milepost.format.shard_crcs import shard_crcs
 from milepost.format.tags import tag_of, untagged
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
@@ -422,6 +417,8 @@ def _check_alias(storage: Storage, path: str, name: str, content: bytes, finding
 
 def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> None:
     """Stock DCP reads ``.metadata``, Milepost the manifest: both must lead to the same bytes."""
+    from milepost.format.dcp_writer import is_metadata_of  # with numpy, which listing the options can do without
+
     if is_metadata_of(data, manifest):
         return
     sizes = {name: entry.nbytes for name, entry in manifest.files.items()}
@@ -448,6 +445,11 @@ def _places(manifest: Manifest, key: str) -> object:
 
 def _check_item_digests(manifest: Manifest, digests: BlockDigests, findings: Findings) -> None:
     """The digest of each shard must be that of its blocks one after the other."""
+    import numpy as np
+
+    from milepost.format.columns import table_of
+    from milepost.format.shard_crcs import shard_crcs
+
     table = table_of(manifest)
     unlike = np.flatnonzero(shard_crcs(table, digests.crcs, digests.block_nbytes) != table.crc32)
     for row in unlike.tolist():
