@@ -95,7 +95,7 @@ def test_what_is_not_whole_or_not_ours_is_not_copied(tmp_path: Path) -> None:
     with pytest.raises(CheckpointDamagedError, match=r"__1_0\.distcp: missing"):
         copy_step(src, dst)
     src = saved(LocalStorage(tmp_path), "other/step-5")
-    for name in ("milepost.json", "milepost.digests"):
+    for name in ("milepost.json", "milepost.shards", "milepost.digests"):
         src.storage.remove(f"other/step-5/{name}")
     with pytest.raises(ConfigError, match="another program"):
         copy_step(src, dst)

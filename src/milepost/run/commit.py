@@ -24,7 +24,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
 from milepost.format.digest import BlockDigests, crc32, dump_digests, files_in_blocks
@@ -42,9 +41,6 @@ from milepost.run.place import Place
 from milepost.run.signoff import SignOff
 from milepost.run.sweep import discard_quietly, name_left, sweep_leftovers
 from milepost.storage.base import Storage, join, split
-
-if TYPE_CHECKING:
-    from milepost.format.columns import UInts
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +162,7 @@ def publish(
     place = Place.of(storage, attempt, target, manifest.save_id)
     # A store shows at once what it has taken.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
-    manifest = _write_records(storage, place, manifest, crcs)
+    manifest = _write_records(storage, place, manifest, crcs.data)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest)
     return manifest
 
@@ -182,7 +178,7 @@ def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest
     """
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S if storage.can_rename else 0.0)
-    manifest = _write_records(storage, place, manifest, [digests.crcs])
+    manifest = _write_records(storage, place, manifest, digests.crcs)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest)
     return manifest
 
@@ -278,7 +274,7 @@ def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_
         )
 
 
-def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: UInts) -> Manifest:
+def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[int]) -> Manifest:
     """Write the places of all shards, their digests and ``.metadata``; the manifest that names them too."""
     from milepost.format.columns import table_of  # with numpy, 100 ms that deleting old steps can do without
     from milepost.format.dcp_writer import dump_metadata
@@ -287,7 +283,7 @@ def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: UIn
     files = dict(manifest.files)
     for name, content in (
         (SHARDS_NAME, dump_shards(table_of(manifest), manifest.save_id)),
-        (DIGESTS_NAME, dump_digests(manifest.save_id, [crcs.data])),
+        (DIGESTS_NAME, dump_digests(manifest.save_id, [crcs])),
         (METADATA_NAME, dump_metadata(manifest)),
     ):
         storage.write(place.path(name), content)
@@ -303,7 +299,7 @@ def finish(storage: Storage, target: str) -> None:
 
 def remove_records(storage: Storage, place: Place) -> None:
     """Take away the records that an attempt that goes on has left: they are written anew."""
-    for name in (MANIFEST_NAME, DIGESTS_NAME, METADATA_NAME):
+    for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME):
         if name != MANIFEST_NAME or storage.can_rename:  # else that is the committed one's
             storage.remove(place.path(name))
 

@@ -119,9 +119,10 @@ def _begin(dst: Spot, save_id: str) -> str:
 
 def _data_files(manifest: Manifest) -> dict[str, int]:
     """The files that hold data, largest first. The others are small, and written anew."""
+    from milepost.format.columns import table_of  # with numpy, which listing the options can do without
+
     blocks = files_in_blocks(manifest)
-    used = {shard.file for entry in manifest.tensors.values() for shard in entry.shards}
-    names = {*blocks, *used, *(entry.file for entry in manifest.objects.values())}
+    names = {*blocks, *table_of(manifest).files}
     return {name: manifest.files[name].nbytes for name in sorted(names, key=lambda n: (-manifest.files[n].nbytes, n))}
 
 
@@ -173,14 +174,12 @@ def _copy_file(
 
 def _renamed(manifest: Manifest, place: Place) -> Manifest:
     """The manifest with its files of data under the names that they have at ``place``, and none of the others."""
-    names = {name: place.name(untagged(name)) for name in _data_files(manifest)}
-    tensors = {
-        key: replace(entry, shards=tuple(replace(shard, file=names[shard.file]) for shard in entry.shards))
-        for key, entry in manifest.tensors.items()
-    }
-    objects = {key: replace(entry, file=names[entry.file]) for key, entry in manifest.objects.items()}
+    from milepost.format.columns import table_of, with_table
+
+    table = table_of(manifest)
+    names = {name: place.name(untagged(name)) for name in table.files}
     files = {new: FileEntry(manifest.files[old].nbytes) for old, new in names.items()}
-    return replace(manifest, tensors=tensors, objects=objects, files=files)
+    return with_table(replace(manifest, files=files), replace(table, files=tuple(names.values())))
 
 
 def _copy_small_files(src: Spot, storage: Storage, place: Place, record: CommitRecord) -> dict[str, FileDigests]:
