@@ -21,7 +21,7 @@ ExportDtype = Literal["float32", "bfloat16", "float16"]
 NUM_IO_THREADS = 2
 """Threads of each rank that copy, write and read the files of a checkpoint, unless told otherwise."""
 
-PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng")
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng", "attached")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
 
 

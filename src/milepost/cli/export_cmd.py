@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 
 from milepost.cli.convert_cmd import add_conversion_arguments, run_conversion
 from milepost.cli.paths import open_run
-from milepost.errors import CheckpointNotFoundError
+from milepost.errors import CheckpointNotFoundError, ConversionError
 from milepost.run import catalog
 from milepost.run.branches import History
+from milepost.run.values import Unreadable, read_values
+from milepost.storage import open_storage
+
+FILES = "attached.files."
+"""Keys of the files that `CheckpointManager.save(files=...)` has stored with a step."""
+MAX_FILE_NBYTES = 130 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost export``."""
     parser.description = (
         "Write the model of a run's newest good step (or of --step) as a Hugging Face folder, a .pt file or a\n"
-        "model-only checkpoint. For anything but a run, use `milepost convert`."
+        "model-only checkpoint. For anything but a run, use `milepost convert`. Files that were saved with\n"
+        "the step, such as a tokenizer, are laid beside the weights, unless --hf-assets gives others."
     )
     parser.epilog = (
         "examples:\n"
@@ -32,7 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the step, convert it, print what was done."""
-    return run_conversion(args, step_to_export(args.run_folder, args.step))
+    step = step_to_export(args.run_folder, args.step)
+    if args.to != "hf" or args.hf_assets:
+        return run_conversion(args, step)
+    with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
+        if _lay_out_files(step, folder):
+            args.hf_assets = folder
+        return run_conversion(args, step)
+
+
+def _lay_out_files(step: str, folder: str) -> bool:
+    """Write the files that were saved with a step, a tokenizer for instance; whether there are any.
+
+    Raises:
+        ConversionError: one of them can't be read.
+    """
+    storage, path = open_storage(step)
+    manifest = catalog.read_manifest(storage, path)
+    keys = {key: key.removeprefix(FILES) for key in manifest.objects if key.startswith(FILES)}
+    values = read_values(storage, path, manifest, keys, max_nbytes=MAX_FILE_NBYTES)
+    for key, name in keys.items():
+        value = values[key]
+        if not isinstance(value, bytes) or os.path.basename(name) != name:
+            reason = value.reason if isinstance(value, Unreadable) else "it is no file"
+            raise ConversionError(f"{step}: '{key}' can't be laid beside the weights: {reason}; give --hf-assets")
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(value)
+    return bool(keys)
 
 
 def step_to_export(path: str, step: int | None) -> str:

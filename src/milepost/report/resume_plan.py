@@ -273,7 +273,7 @@ class _Faults:
         shapes = {key: entry.shape for key, entry in manifest.tensors.items() if part_of(key) == "model"}
         stored_parts = {part_of(key) for key in (*manifest.tensors, *manifest.objects)}
         for part in PARTS:
-            if part not in ("rng", "dataloader", "lr_scheduler", "states") and part not in stored_parts:
+            if part not in ("rng", "dataloader", "lr_scheduler", "states", "attached") and part not in stored_parts:
                 self.missing.append(f"{part}.*" if part != "model" else "the model")
         if args is None:
             self._compare_layers(shapes)

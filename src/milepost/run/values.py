@@ -22,13 +22,20 @@ class Unreadable:
     reason: str
 
 
-def read_values(storage: Storage, folder: str, manifest: Manifest, keys: Iterable[str]) -> dict[str, object]:
+def read_values(
+    storage: Storage,
+    folder: str,
+    manifest: Manifest,
+    keys: Iterable[str],
+    *,
+    max_nbytes: int = MAX_VALUE_NBYTES,
+) -> dict[str, object]:
     """The values of ``keys``, each checked against its digest. What can't be read is an :class:`Unreadable`."""
-    return {key: _read(storage, folder, manifest.objects[key]) for key in keys}
+    return {key: _read(storage, folder, manifest.objects[key], max_nbytes) for key in keys}
 
 
-def _read(storage: Storage, folder: str, entry: ObjectEntry) -> object:
-    if entry.record_nbytes > MAX_VALUE_NBYTES:
+def _read(storage: Storage, folder: str, entry: ObjectEntry, max_nbytes: int) -> object:
+    if entry.record_nbytes > max_nbytes:
         return Unreadable("too large to show")
     data = bytearray(entry.record_nbytes)
     try:

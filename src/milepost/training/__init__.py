@@ -11,6 +11,7 @@ In reading order::
     training_state  the whole state of a run as one state dict, and back
     modules         the model's parts, their tensors by FQN
     optimizers      their state by FQN, or in a form of their own
+    attached        files and values that belong to a step
     random_state    random generators, restored or derived
     choice          which step to resume from: pure
     resume          loading it

@@ -42,6 +42,8 @@ from milepost.saving.save import Saver
 from milepost.storage import open_storage
 from milepost.storage.base import join, split
 from milepost.training.arguments import check_arguments
+from milepost.training.attached import PART as ATTACHED
+from milepost.training.attached import attached
 from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
@@ -285,7 +287,15 @@ class CheckpointManager:
             set_rng_state(self._rng)
 
     @interrupts_held()
-    def save(self, step: SupportsIndex, *, last_step: bool = False, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(
+        self,
+        step: SupportsIndex,
+        *,
+        last_step: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        files: Mapping[str, bytes | str | PathLike[str]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Save if a checkpoint is due after ``step``; returns whether one was begun.
 
         It is due by ``interval``, by the clock (``interval_seconds``, ``interval = "auto"``), at the last step, or
@@ -298,6 +308,10 @@ class CheckpointManager:
             last_step: whether training ends here.
             metrics: values measured at this step, by name, such as ``{"loss": 2.3}``. Those of rank 0 are recorded in
                 the step: ``milepost ls`` shows them, and ``keep_best_k`` compares them.
+            files: small files that belong to the step, by name: bytes, or the path of each, read now. Those of rank 0
+                are stored: ``milepost inspect`` lists them, and ``milepost export`` takes a tokenizer from them.
+            extra: values that describe the step, by name, such as a configuration or a revision. Those of rank 0 are
+                stored; ``milepost inspect`` shows them.
 
         Raises:
             SaveError: this save failed, or the one before did in the background; on every rank. Or the manager is
@@ -319,7 +333,9 @@ class CheckpointManager:
             except SaveError as error:
                 self._stop_or_warn(error)
             try:
-                request = self._request(step, is_last=last_step, metrics=metrics or {})
+                request = self._request(
+                    step, is_last=last_step, metrics=metrics or {}, attach=partial(attached, files, extra)
+                )
                 begun = self._saver.save(request)
             except SaveError as error:
                 self._stop_or_warn(error)
@@ -497,7 +513,9 @@ class CheckpointManager:
         if self._comm.rank == 0:
             log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
 
-    def _request(self, step: int, *, is_last: bool, metrics: Mapping[str, float]) -> SaveRequest:
+    def _request(
+        self, step: int, *, is_last: bool, metrics: Mapping[str, float], attach: Callable[[], dict[str, Any]]
+    ) -> SaveRequest:
         config = self._config
         values, mistake = self._metrics.values(metrics) if self._comm.rank == 0 else ({}, None)  # rank 0's count
         model_only = config.create_seed_checkpoint or (is_last and config.last_save_model_only)
@@ -506,7 +524,7 @@ class CheckpointManager:
         parts = ("model",) if model_only else self._state.present()
         return SaveRequest(
             target=join(self._folder, catalog.step_name(step)),
-            make_state=partial(self._make_state, parts, mistake),
+            make_state=partial(self._make_state, parts, mistake, None if in_other_format else attach),
             info=SaveInfo(
                 step=step,
                 kind="model" if model_only else "full",
@@ -530,11 +548,16 @@ class CheckpointManager:
             modules=self._state.modules,
         )
 
-    def _make_state(self, parts: tuple[str, ...], mistake: ConfigError | None) -> dict[str, Any]:
+    def _make_state(
+        self, parts: tuple[str, ...], mistake: ConfigError | None, attach: Callable[[], dict[str, Any]] | None
+    ) -> dict[str, Any]:
         """What is saved. Here a mistake of this rank's caller fails the save on every rank."""
         if mistake is not None:
             raise mistake
-        return self._state.state_dict(parts)
+        state = self._state.state_dict(parts)
+        if attach is not None and self._comm.rank == 0 and (beside := attach()):
+            state[ATTACHED] = beside
+        return state
 
     def _wait_for_pending(self) -> None:
         """Wait for the save that runs, and log it. Its failure is raised on every rank. Collective."""

@@ -96,6 +96,7 @@ class TrainingState:
             "train_state": self.train_state is not None,
             "states": bool(self.states),
             "rng": True,
+            "attached": False,  # of a save, not of the run
         }
         return tuple(part for part in PARTS if has[part])
 

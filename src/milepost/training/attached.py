@@ -1,0 +1,55 @@
+"""What belongs to a step beside the state of a run: small files, and values that describe it.
+
+They travel with the step, and are checked as all of it is: ``milepost inspect`` shows them, ``milepost export`` lays a
+tokenizer beside the weights, and ``milepost.load(path)`` returns them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import ConfigError
+
+PART = "attached"
+FILES = "files"
+EXTRA = "extra"
+MAX_FILE_NBYTES = 128 << 20
+"""Three times the largest tokenizer that is published."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+Content = bytes | str | os.PathLike[str]
+
+
+def attached(files: Mapping[str, Content] | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of the state that holds ``files``, read now, and ``extra``; empty if there are none.
+
+    Raises:
+        ConfigError: naming each file that is missing, too large or of a name that is no file's, and each name in
+            ``extra`` that is no text.
+    """
+    problems: list[str] = []
+    found: dict[str, bytes] = {}
+    for name, content in (files or {}).items():
+        try:
+            found[name] = _checked(name, content)
+        except (ConfigError, OSError) as error:
+            problems.append(f"files[{name!r}]: {error}")
+    problems += [f"extra[{name!r}]: a name must be text" for name in extra or {} if not isinstance(name, str)]
+    if problems:
+        raise ConfigError(problems)
+    state = {FILES: found, EXTRA: dict(extra or {})}
+    return {name: values for name, values in state.items() if values}
+
+
+def _checked(name: str, content: Content) -> bytes:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError("expected the name of a file: letters, digits, and . _ - within")
+    data = content if isinstance(content, bytes) else Path(content).read_bytes()
+    if len(data) > MAX_FILE_NBYTES:
+        raise ConfigError(f"{len(data)} bytes are more than the {MAX_FILE_NBYTES} that a file may have")
+    return data
