@@ -149,3 +149,19 @@ def test_a_copy_that_fails_is_logged_and_fails_nothing(
 def test_a_remote_folder_that_can_not_be_read_is_told_before_training(memory_path: Path) -> None:
     with pytest.raises(StorageError, match="no such bucket"):
         CheckpointManager(memory_path / "run", config("s3://no-such-bucket/run"), model=model(0))
+
+
+def test_a_damaged_step_is_not_copied(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CheckpointManager(memory_path / "run", config(""), model=model(7.0)) as manager:
+        manager.save(1)
+    path = memory_path / "run/step-1/__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.tensor([7.0] * 4).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with (
+        caplog.at_level(logging.INFO, "milepost"),
+        CheckpointManager(memory_path / "run", config(str(memory_path / "remote")), model=model(0)),
+    ):
+        wait_until(lambda: "step 1 could not be copied" in caplog.text)
+    assert "is damaged" in caplog.text
+    assert steps(str(memory_path / "remote")) == []

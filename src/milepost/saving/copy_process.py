@@ -1,7 +1,7 @@
 """A process that copies one step to another place and prunes there. Never imports torch.
 
 Its last argument is a request as JSON, its output lines of JSON: ``{"done": ..., "total": ...}`` now and then, at the
-end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ...}``. It ends its work when the process that started it dies.
+end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It ends its work when the process that started it dies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.errors import CheckpointDamagedError, MilepostError, listed
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, MilepostError, listed
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
 from milepost.saving.job import Keep, prune
 from milepost.storage import open_root
@@ -74,10 +74,11 @@ def main() -> int:
     try:
         report = _copy(request)
     except MilepostError as error:
-        _say({"error": error.message, "is_damage": isinstance(error, CheckpointDamagedError)})
+        is_final = isinstance(error, CheckpointDamagedError | CheckpointNotFoundError | ConfigError)
+        _say({"error": error.message, "is_final": is_final})
         return 1
     except Exception as error:  # noqa: BLE001 - the top of a process: whoever asked is told
-        _say({"error": f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}", "is_damage": False})
+        _say({"error": f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}", "is_final": True})
         return 1
     _say({"nbytes": report.nbytes, "seconds": report.seconds})
     return 0

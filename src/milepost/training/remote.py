@@ -11,13 +11,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from milepost.config import CheckpointConfig
 from milepost.run import catalog
 from milepost.run.branches import History
 from milepost.run.lock import RunLock
-from milepost.run.takeover import take_over
+from milepost.run.object_sweep import remove_orphans
+from milepost.run.sweep import name_left, sweep_leftovers
 from milepost.saving import copy_process
 from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
@@ -31,6 +32,14 @@ RETRY_S = 10.0
 LAST_TRIES = 3
 """Once the run has ended, a copy that fails this often is given up."""
 LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a step could not be copied. ``is_final``: because of the step itself, so it is not tried again."""
+
+    text: str
+    is_final: bool = False
 
 
 class RemoteTier:
@@ -56,11 +65,21 @@ class RemoteTier:
         self._protected: Mapping[int, str] = {}
         self._ends = self._has_left = False
         self._copied_step: int | None = None
-        self._lock: RunLock = take_over(remote.storage, remote.path)
+        remote.storage.list(remote.path)  # a bucket that is not there is refused before something is put in it
+        self._lock = RunLock(remote.storage, remote.path)
+        # A process of a run before this one may still be copying: it is let, and its attempt is not swept.
+        swept = sweep_leftovers(remote.storage, remote.path, now=time.time())
+        name_left(remote.storage, remote.path, swept.left)
+        if not remote.storage.can_rename:
+            remove_orphans(remote.storage, remote.path)
         catalog.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-remote", daemon=True)
         self._thread.start()
-        self._offer_what_is_left()
+        try:
+            self._offer_what_is_left()
+        except BaseException:
+            self.leave()
+            raise
 
     def offer(self, commit: Commit, protected: Mapping[int, str]) -> None:
         """Take note of a step that is committed locally. Returns at once; from any thread.
@@ -126,11 +145,11 @@ class RemoteTier:
                     num_failures, self._copied_step = 0, commit.step
                     continue
                 num_failures += 1
-                gives_up = self._has_left or (self._ends and num_failures >= LAST_TRIES)
+                gives_up = failure.is_final or self._has_left or (self._ends and num_failures >= LAST_TRIES)
                 if not gives_up and self._waiting is None:
                     self._waiting = commit
             what = "given up: `milepost sync` copies it by hand" if gives_up else "tried again"
-            log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure)
+            log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure.text)
             with self._changed:
                 if not gives_up:
                     self._changed.wait_for(lambda: self._has_left, self._retry_s)
@@ -142,8 +161,8 @@ class RemoteTier:
             self._current, self._waiting = self._waiting, None
             return self._current
 
-    def _copy(self, commit: Commit) -> str | None:
-        """Copy a step, and tell the hooks. Returns the reason why it failed; None if it is there."""
+    def _copy(self, commit: Commit) -> _Failure | None:
+        """Copy a step, and tell the hooks. Returns why it failed; None if it is there."""
         name = catalog.step_name(commit.step)
         dst_path = join(self._remote.path, name)
         request = CopyRequest(
@@ -160,9 +179,10 @@ class RemoteTier:
                 for message in copy_process.messages(process):
                     outcome = message
         except (OSError, subprocess.SubprocessError) as error:
-            return f"{type(error).__name__}: {error}"
+            return _Failure(f"{type(error).__name__}: {error}")
         if "seconds" not in outcome:
-            return str(outcome.get("error") or f"its process ended with status {process.returncode}")
+            text = outcome.get("error") or f"its process ended with status {process.returncode}"
+            return _Failure(str(text), is_final=bool(outcome.get("is_final")))
         nbytes, seconds = outcome["nbytes"], time.monotonic() - started
         log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, format_nbytes(int(nbytes)), seconds)  # type: ignore[call-overload]
         self._hooks.tell(replace(commit, path=join(self._remote.storage.root, dst_path), tier="remote_folder"))

@@ -1,0 +1,164 @@
+"""Saving to and loading from an S3 store, against obstore's plain parallel put and get, and against stock DCP.
+
+Run: ``python benchmarks/bench_store.py [--nbytes 1e9] [--rounds 3] [--skip-stock]``. One process, one SeaweedFS on
+this machine; each round does everything once, in turn, and the figures are medians. Requests are counted by a proxy,
+with small tensors, in a part of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+
+import obstore
+import obstore.store
+import torch
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+import milepost
+from milepost.storage import open_storage
+from milepost.storage.object_writer import MIN_PART_NBYTES, NUM_STREAMS
+from milepost.testing.proxy import Proxy
+from milepost.testing.seaweed import BUCKET, Seaweed, seaweed
+
+TENSOR_NBYTES = 16 << 20
+
+
+def state_of(nbytes: int) -> dict[str, torch.Tensor]:
+    """Tensors of 16 MiB, ``nbytes`` in all."""
+    count = max(1, nbytes // TENSOR_NBYTES)
+    return {f"layers.{number}.weight": torch.randn(2048, TENSOR_NBYTES // 4 // 2048) for number in range(count)}
+
+
+def seconds(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def measure(server: Seaweed, nbytes: int, rounds: int, *, with_stock: bool) -> dict[str, list[float]]:
+    """Seconds of each kind of work, one entry a round."""
+    state = state_of(nbytes)
+    total = sum(tensor.nbytes for tensor in state.values())
+    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in state.values()]).numpy()
+    options = {"timeout": "300s"} | {"allow_http": True}
+    plain = obstore.store.S3Store(BUCKET, client_options=options)
+    part = max(MIN_PART_NBYTES, -(-total // 9000))
+    into = {key: torch.empty_like(tensor) for key, tensor in state.items()}
+    found: dict[str, list[float]] = {}
+    url = f"s3://{BUCKET}/bench"
+
+    def put() -> None:
+        obstore.put(plain, "plain", memoryview(flat), use_multipart=True, chunk_size=part, max_concurrency=NUM_STREAMS)
+
+    def get() -> None:
+        starts = list(range(0, total, part))
+        lengths = [min(part, total - start) for start in starts]
+        for pieces in zip(*[iter(zip(starts, lengths, strict=True))] * NUM_STREAMS, strict=False):
+            obstore.get_ranges(plain, "plain", starts=[s for s, _ in pieces], lengths=[n for _, n in pieces])
+
+    works: dict[str, Callable[[], object]] = {
+        "plain put": put,
+        "plain get": get,
+        "milepost save": lambda: milepost.save(f"{url}/ours", state),
+        "milepost load": lambda: milepost.load(f"{url}/ours", into),
+    }
+    if with_stock:
+        stock = {"endpoint_url": server.endpoint}
+        works |= {
+            "stock DCP save": lambda: dcp.save(
+                dict(state), storage_writer=FsspecWriter(f"{url}/stock", **stock), no_dist=True
+            ),
+            "stock DCP load": lambda: dcp.load(
+                dict(into), storage_reader=FsspecReader(f"{url}/stock", **stock), no_dist=True
+            ),
+        }
+    storage, folder = open_storage(url)
+    for _ in range(rounds):
+        for name, act in works.items():
+            found.setdefault(name, []).append(seconds(act))
+        assert all(torch.equal(into[key], state[key]) for key in state)
+        storage.remove_tree(folder)
+        obstore.delete(plain, "plain")
+    return found
+
+
+def requests(server: Seaweed, num_tensors: int) -> tuple[int, int]:
+    """Requests that a save and a load of so many small tensors make."""
+    with Proxy(server.port) as proxy:
+        before = os.environ["AWS_ENDPOINT_URL"]
+        os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
+        try:
+            state = {f"t.{number}": torch.full((64, 64), float(number)) for number in range(num_tensors)}
+            path = f"s3://{BUCKET}/requests-{num_tensors}"
+            milepost.save(path, state)
+            saved = sum(proxy.count().values())
+            proxy.forget()
+            milepost.load(path, {key: torch.empty_like(tensor) for key, tensor in state.items()})
+            return saved, sum(proxy.count().values())
+        finally:
+            os.environ["AWS_ENDPOINT_URL"] = before
+
+
+def stalls(nbytes: int, num_saves: int, remote_folder: str) -> list[float]:
+    """Seconds that each save stalls the training thread, with a remote folder or (empty) without."""
+    model = torch.nn.Linear(2048, nbytes // 4 // 2048, bias=False)
+    config = milepost.CheckpointConfig(
+        enable=True, interval=1, keep_latest_k=1, async_mode="async", remote_folder=remote_folder
+    )
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        manager = milepost.CheckpointManager(f"{folder}/run", config, model=model)
+        for step in range(1, num_saves + 1):
+            manager.save(step)
+            manager.maybe_wait_for_staging()
+            time.sleep(2.0)  # steps of training
+        manager.close()
+        return [event.stall_s for event in manager.take_events()][1:]  # the first allocates
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nbytes", type=lambda text: int(float(text)), default=10**9)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip-stock", action="store_true")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    torch.set_num_threads(1)
+    console = Console()
+    with seaweed() as server:
+        os.environ.update(server.environment())
+        found = measure(server, args.nbytes, args.rounds, with_stock=not args.skip_stock)
+        table = Table("work", "median s", "MB/s", "of plain")
+        for name, each in found.items():
+            against = "plain put" if name.endswith(("save", "put")) else "plain get"
+            # Each round against its own: a machine that is busy is so for both.
+            ratios = [plain / own for plain, own in zip(found[against], each, strict=True)]
+            middle = statistics.median(each)
+            table.add_row(
+                name, f"{middle:.2f}", f"{args.nbytes / middle / 1e6:.0f}", f"{statistics.median(ratios):.2f}"
+            )
+        console.print(table)
+        counts = Table("tensors", "requests of a save", "requests of a load")
+        for num_tensors in (1, 100, 1000):
+            saved, loaded = requests(server, num_tensors)
+            counts.add_row(str(num_tensors), str(saved), str(loaded))
+        console.print(counts)
+        size = args.nbytes // 4
+        alone, tiered = stalls(size, 6, ""), stalls(size, 6, f"s3://{BUCKET}/tier")
+        console.print(
+            f"training stalled by an async save of {size / 1e6:.0f} MB to /dev/shm: {statistics.median(alone):.3f} s; "
+            f"with the store behind it: {statistics.median(tiered):.3f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
