@@ -1,7 +1,8 @@
 """A process that copies one step to another place and prunes there. Never imports torch.
 
 Its last argument is a request as JSON, its output lines of JSON: ``{"done": ..., "total": ...}`` now and then, at the
-end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It ends its work when the process that started it dies.
+end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It ends its work also when the process
+that started it has died.
 """
 
 from __future__ import annotations
