@@ -263,13 +263,17 @@ def has_distinct_keys(value: Any, path: str = "", seen: set[str] | None = None) 
 @given(
     state=st.dictionaries(
         st.text("ab", max_size=2), st.recursive(scalars | tensors, containers, max_leaves=12), max_size=3
-    )
+    ),
+    mode=st.sampled_from(["disabled", "async", "async_with_pinned_mem"]),
 )
-def test_nested_states_of_all_types(memory_path: Path, state: dict[str, Any]) -> None:
+def test_nested_states_of_all_types(memory_path: Path, state: dict[str, Any], mode: Any) -> None:
     if not has_distinct_keys(state):
         return
     holder, loaded = Holder(state), Holder(None)
-    milepost.save(memory_path / "step-1", {"holder": holder})
+    if mode == "disabled":
+        milepost.save(memory_path / "step-1", {"holder": holder})
+    else:
+        milepost.async_save(memory_path / "step-1", {"holder": holder}, mode=mode).committed(60)
     milepost.load(memory_path / "step-1", {"holder": loaded})
     assert_same(loaded.state, state)
 

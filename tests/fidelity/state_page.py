@@ -1,0 +1,82 @@
+"""``docs/reference/state.md``, made of the samples that the tests save and load.
+
+``python tests/fidelity/state_page.py`` writes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import test_optimizers
+import test_schedulers
+import test_values
+
+from milepost.tensors.values import decode_object, encode_object
+
+PAGE = Path(__file__).parents[2] / "docs/reference/state.md"
+SINCE = "0.1"
+NEWER: dict[str, str] = {}
+"""Kinds that came later, and with which version."""
+NOTES = {
+    "Enum": "of a class given to `register_value`",
+    "dataclass, NamedTuple": "of a class given to `register_value`",
+    "registered class": "what its `decode` makes of what its `encode` made",
+    "many small values": "the same; stored as one value",
+    "sparse tensor": "the same, coalesced",
+    "tensors inside": "the same, on the CPU, with memory of their own",
+    "Parameter inside a tuple": "a Parameter",
+}
+
+HEAD = """<!-- Written by tests/fidelity/state_page.py from the samples that the tests save and load. -->
+# What a state may hold
+
+Keys and values keep their type and order; reading runs no code. What can't be kept is refused at the save, with its
+place and what to write instead.
+
+| kind of value | types tried | what comes back | since |
+|---|---|---|---|
+"""
+
+
+def text() -> str:
+    """The page. Every sample is written and read for it."""
+    rows = "".join(_row(kind, samples) for kind, samples in test_values.KINDS.items())
+    return (
+        HEAD + rows + "\n## Tensors\n\n"
+        "A tensor of its own in a nested dict or list is stored by itself, whatever its dtype, strides and device: it "
+        "is read into the tensor that is there. DTensors are stored by shards and read under any other placements. "
+        "Tensors inside other values (tuples, sets of values) are stored with them.\n"
+        "\n## Modules, optimizers, schedulers\n\n"
+        "Each through its own `state_dict()` and `load_state_dict()`, with its hooks. A run that is resumed equals the "
+        "undisturbed one to the last bit with every one of torch's classes:\n\n"
+        f"- optimizers: {_names(test_optimizers.CLASSES)}\n"
+        f"- schedulers: {_names(test_schedulers.CLASSES)}\n"
+    )
+
+
+def _names(classes: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(classes))
+
+
+def _row(kind: str, samples: list[Any]) -> str:
+    types = list(dict.fromkeys(_type_name(sample) for sample in samples))
+    comes_back = NOTES.get(kind, "the same")
+    for sample in samples:
+        found = decode_object("sample", encode_object("sample", sample), "memory")
+        if type(found) is not type(sample):
+            comes_back = f"a {_type_name(found)}"
+    return f"| {kind} | {', '.join(types)} | {comes_back} | {NEWER.get(kind, SINCE)} |\n"
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return (
+        f"`{kind.__module__}.{kind.__qualname__}`"
+        if kind.__module__ not in ("builtins", "test_values")
+        else (f"`{kind.__qualname__}`")
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text())

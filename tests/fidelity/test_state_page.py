@@ -1,0 +1,9 @@
+"""The page on what a state may hold says what the tests find."""
+
+from __future__ import annotations
+
+import state_page
+
+
+def test_the_page_is_current() -> None:
+    assert state_page.PAGE.read_text() == state_page.text(), "run python tests/fidelity/state_page.py"
