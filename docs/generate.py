@@ -194,7 +194,7 @@ def _table_text(text: str) -> str:
 
 def api_page() -> str:
     """Every name that ``milepost`` exports, with its signature and docstring."""
-    exported = {name: getattr(milepost, name) for name in milepost.__all__}
+    exported = {name: getattr(milepost, name) for name in ("open", *milepost.__all__)}
     names = [name for name, value in exported.items() if not _is_error(value)]
     parts = [
         NOTE,

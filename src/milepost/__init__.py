@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         StateMismatchError,
         StorageError,
     )
+    from milepost.interop.arrays import OpenCheckpoint, StoredArray
+    from milepost.interop.arrays import open_checkpoint as open  # noqa: F401 - see `__all__`
     from milepost.interop.dcp.read import StorageReader
     from milepost.interop.dcp.write import StorageWriter
     from milepost.interop.hf.model import HfModel
@@ -52,6 +54,8 @@ _HOMES = {
     "SaveReport": "milepost.saving.job",
     "StorageReader": "milepost.interop.dcp.read",
     "StorageWriter": "milepost.interop.dcp.write",
+    "OpenCheckpoint": "milepost.interop.arrays",
+    "StoredArray": "milepost.interop.arrays",
     "make_registered": "milepost.tensors.registry",
     "register_value": "milepost.tensors.registry",
     "VerifyReport": "milepost.verification.verify",
@@ -73,6 +77,7 @@ _HOMES = {
     "StorageError": "milepost.errors",
 }
 
+# `open` is public too, but not for `from milepost import *`, which would hide Python's.
 __all__ = [  # noqa: RUF022 - by what they are for
     "CheckpointManager",
     "CheckpointConfig",
@@ -84,6 +89,8 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "SaveHandle",
     "load",
     "LoadReport",
+    "OpenCheckpoint",
+    "StoredArray",
     "register_value",
     "verify",
     "VerifyReport",
@@ -106,6 +113,11 @@ __all__ = [  # noqa: RUF022 - by what they are for
 
 
 def __getattr__(name: str) -> Any:
+    if name == "open":  # a name of its own at home: there it would hide Python's
+        from milepost.interop.arrays import open_checkpoint
+
+        globals()[name] = open_checkpoint
+        return open_checkpoint
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'milepost' has no attribute {name!r}")
@@ -115,4 +127,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, "__version__", "open"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from milepost.cli.main import main
-from milepost.report.gather import open_any
+from milepost.interop.weights.open import open_all
 from milepost.report.statistics import TensorStatistics, tensor_statistics
 from milepost.storage import LocalStorage
 from milepost.testing.sample import Array, save_arrays
@@ -21,7 +21,7 @@ RNG = np.random.default_rng(7)
 
 def measured(folder: Path, array: Array) -> TensorStatistics:
     save_arrays(LocalStorage(folder), "a", {"w": array}, num_ranks=2)
-    with open_any(str(folder / "a")) as source:
+    with open_all(str(folder / "a")) as source:
         (found,) = tensor_statistics(source, ["w"])
         source.check_digests()
     return found

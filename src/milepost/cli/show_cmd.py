@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     from milepost.format.box import Box
     from milepost.interop.weights.boxes import array_dtype
-    from milepost.report.gather import open_any
+    from milepost.interop.weights.open import open_all
 
-    with open_any(args.path) as source:
+    with open_all(args.path) as source:
         shown: dict[str, Any] = {}
         for key in matching_keys(source.tensors, [args.key], args.path):
             info = source.tensors[key]

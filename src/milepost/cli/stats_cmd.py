@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    from milepost.report.gather import open_any  # with numpy and the readers, which --help can do without
+    from milepost.interop.weights.open import open_all  # with numpy and the readers, which --help can do without
     from milepost.report.profile import natural
     from milepost.report.statistics import is_countable, tensor_statistics
 
-    with open_any(args.path) as source, progress_bar("reading") as progress:
+    with open_all(args.path) as source, progress_bar("reading") as progress:
         keys = sorted(matching_keys(source.tensors, args.keys, args.path), key=natural)
         countable = [key for key in keys if is_countable(source.tensors[key].dtype)]
         found = tensor_statistics(source, countable, progress=progress)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.manifest import Manifest
-from milepost.interop.weights.boxes import Source
-from milepost.interop.weights.open import manifest_source, open_weights
+from milepost.interop.weights.open import open_step
 from milepost.report.history import Forecast, Save, forecast, read_saves
 from milepost.report.profile import Samples, TensorProfile, profile_tensors, sample_numel
 from milepost.report.statistics import nbytes_of
@@ -19,7 +17,6 @@ from milepost.run.catalog import StepEntry
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.verification.extent_reader import Progress
-from milepost.verification.external import locate_manifest
 
 MAX_STEPS = 12
 """Steps whose weights are read, unless asked for more: the newest one and others evenly between."""
@@ -156,7 +153,7 @@ def _read(
 ) -> tuple[Mapping[str, TensorProfile], Samples, str]:
     """Profiles of a step's tensors, samples for the next, and what came of the digests."""
     try:
-        with open_tensors(storage, entry.path, manifest) as source:
+        with open_step(storage, entry.path, manifest) as source:
             profiles, samples = profile_tensors(source, before, max_numel=max_numel, progress=add)
             checked = source.check_digests()
             whole = sum(nbytes_of(source, key) for key in profiles)
@@ -165,32 +162,6 @@ def _read(
     if checked >= whole and len(profiles) == len(manifest.tensors):
         return profiles, samples, "verified"
     return profiles, samples, "read, no digests to compare with" if not checked else "read, digests of a part"
-
-
-@contextmanager
-def open_tensors(storage: Storage, folder: str, manifest: Manifest) -> Iterator[Source]:
-    """All tensors of a committed step (of all parts), whatever form it was saved in."""
-    with ExitStack() as stack:
-        if manifest.tensors:
-            if any(shard.data_offset is None for entry in manifest.tensors.values() for shard in entry.shards):
-                manifest = locate_manifest(storage, folder, manifest)
-            yield stack.enter_context(manifest_source(storage, folder, manifest, None))
-        else:
-            yield stack.enter_context(open_weights(f"{storage.root}/{folder}").source)
-
-
-@contextmanager
-def open_any(path: str) -> Iterator[Source]:
-    """All tensors at a path: a step of any program, a Hugging Face folder, a ``.pt`` or a safetensors file."""
-    storage, name = open_storage(path)
-    found = storage.stat(name)
-    info = catalog.examine(storage, name) if found is not None and found.is_folder else None
-    if info is not None and info.is_usable:
-        with open_tensors(storage, name, catalog.read_manifest(storage, name)) as source:
-            yield source
-    else:
-        with open_weights(path).source as source:
-            yield source
 
 
 def step_path(view: RunView, step: StepView) -> str:

@@ -109,6 +109,12 @@ class Source:
         readers = {id(s.reader): s.reader for stretches in self._stretches.values() for s in stretches}
         return sum(reader.finish() for reader in readers.values() if reader.has_digests)
 
+    def check(self, key: str) -> None:
+        """Check what was read of one tensor, as :meth:`check_digests` does of all."""
+        for reader in {stretch.reader for stretch in self._stretches[key]}:
+            if reader.has_digests:
+                reader.finish()
+
     def close(self) -> None:
         """Close the files."""
         for handle in self._files:

@@ -141,6 +141,29 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
     return Weights(source, config=config, is_adapter=is_adapter(names))
 
 
+def open_all(path: str | os.PathLike[str]) -> Source:
+    """All tensors at a path, not the model's alone: of a step, a Hugging Face folder, a ``.pt`` or a safetensors file.
+
+    Raises as :func:`open_weights`.
+    """
+    storage, name = open_storage(path)
+    found = storage.stat(name)
+    info = catalog.examine(storage, name) if found is not None and found.is_folder else None
+    if info is not None and info.is_usable:
+        return open_step(storage, name, catalog.read_manifest(storage, name))
+    return open_weights(path).source
+
+
+def open_step(storage: Storage, folder: str, manifest: Manifest) -> Source:
+    """All tensors of a committed step (of all parts), whatever form it was saved in."""
+    if not manifest.tensors:
+        return open_weights(join_path(storage.root, folder)).source
+    digests = catalog.read_digests(storage, folder, manifest)
+    if any(shard.data_offset is None for entry in manifest.tensors.values() for shard in entry.shards):
+        manifest = locate_manifest(storage, folder, manifest)
+    return manifest_source(storage, folder, manifest, digests)
+
+
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The ``config.json`` of a Hugging Face folder; None where there is none. Raises FormatError for anything else."""
     storage, inside = open_storage(folder)

@@ -1,0 +1,172 @@
+"""Stored tensors as numpy arrays, read when they are asked for, without torch (the idea is ``h5py``'s)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, SupportsIndex, TypeAlias
+
+import numpy as np
+
+from milepost.errors import CheckpointNotFoundError, near
+from milepost.format.box import Box
+from milepost.interop.weights.boxes import Array, Source, array_dtype
+from milepost.interop.weights.open import open_all
+
+Index: TypeAlias = "SupportsIndex | slice | Any"
+"""What selects along one dim: a number or a slice; ``...`` stands for all dims that are not named."""
+
+
+class StoredArray:
+    """One tensor of an open checkpoint. Indexing reads what is selected, checks its digests and gives an array.
+
+    bfloat16 and the 8-bit floats are those of ``ml_dtypes``.
+    """
+
+    def __init__(self, source: Source, key: str):
+        self._source = source
+        self._key = key
+        info = source.tensors[key]
+        self.shape = info.shape
+        self.dtype: np.dtype[Any] = array_dtype(info.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return Box.whole(self.shape).numel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError(f"'{self._key}' has no dims")
+        return self.shape[0]
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> Array:
+        """The elements that ``index`` (numbers, slices of any step, ``...``) selects, as numpy would give them.
+
+        Raises:
+            DigestMismatchError: bytes changed after they were written.
+            IndexError: an index is out of range, there are too many, or it is of another kind.
+            StorageError: a read failed or came short.
+        """
+        offsets, sizes, then = [], [], []
+        for dim, part in enumerate(_by_dim(index, self.ndim)):
+            start, stop, pick = _bounds(part, dim, self.shape[dim])
+            offsets.append(start)
+            sizes.append(stop - start)
+            then.append(pick)
+        out = np.empty(sizes, self.dtype)
+        if out.size:
+            self._source.read_into(self._key, Box(tuple(offsets), tuple(sizes)), out)
+            self._source.check(self._key)
+        picked: Array = out[tuple(then)] if then else out[()]
+        return picked
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError(f"'{self._key}' is on storage: reading it makes a copy")
+        found = np.asarray(self[...], self.dtype)
+        return found if dtype is None else found.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"<StoredArray '{self._key}' {self.dtype} {list(self.shape)}>"
+
+
+def _by_dim(index: Any, ndim: int) -> list[Any]:
+    """One entry for each dim."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    gaps = [place for place, part in enumerate(parts) if part is Ellipsis]
+    if len(gaps) > 1:
+        raise IndexError("an index can only have a single ellipsis ('...')")
+    if len(parts) - len(gaps) > ndim:
+        raise IndexError(f"too many indices: the tensor has {ndim} dims, {len(parts) - len(gaps)} were indexed")
+    place = gaps[0] if gaps else len(parts)
+    rest = [slice(None)] * (ndim - len(parts) + len(gaps))
+    return [*parts[:place], *rest, *parts[place + len(gaps) :]]
+
+
+def _bounds(part: Any, dim: int, size: int) -> tuple[int, int, Any]:
+    """The rows to read along a dim, and what to take of them."""
+    if isinstance(part, slice):
+        selected = range(size)[part]
+        if not selected:
+            return 0, 0, slice(None)
+        low, high = min(selected[0], selected[-1]), max(selected[0], selected[-1])
+        backwards = selected.step < 0
+        return low, high + 1, slice(None, None, selected.step) if abs(selected.step) > 1 or backwards else slice(None)
+    if isinstance(part, bool | np.bool_) or not hasattr(part, "__index__"):
+        raise IndexError(f"only integers, slices and '...' select elements of a stored tensor, not {part!r}")
+    number = int(part.__index__())
+    if not -size <= number < size:
+        raise IndexError(f"index {number} is out of bounds for dim {dim} with size {size}")
+    number %= size
+    return number, number + 1, 0
+
+
+class OpenCheckpoint(Mapping[str, StoredArray]):
+    """The tensors of a checkpoint by key, read when they are indexed. A context manager; reads of several threads go.
+
+    Keys of tensors with a dtype that numpy lacks are there too; asking for such a tensor raises ConversionError.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    @property
+    def path(self) -> str:
+        """What was opened."""
+        return self._source.path
+
+    def __getitem__(self, key: str) -> StoredArray:
+        if key not in self._source.tensors:
+            hint = near(key, self._source.tensors) if isinstance(key, str) else None
+            raise KeyError(f"{self.path} has no tensor '{key}'" + (f"; did you mean '{hint}'?" if hint else ""))
+        return StoredArray(self._source, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._source.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.tensors)
+
+    def __len__(self) -> int:
+        return len(self._source.tensors)
+
+    def __repr__(self) -> str:
+        return f"<OpenCheckpoint {self.path}: {len(self)} tensors>"
+
+    def close(self) -> None:
+        """Close the files."""
+        self._source.close()
+
+    def __enter__(self) -> OpenCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:
+    """Open the tensors at ``path`` for reading with numpy; torch is not needed.
+
+    ``path`` is a step of Milepost, torchtitan or stock DCP (all its tensors, the optimizer's too), a Hugging Face
+    folder, a ``.pt`` or a ``.safetensors`` file, on a disk or in an object store. Nothing is read but what says where
+    the tensors lie. Public as ``milepost.open``.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing, or nothing that is known.
+        CheckpointDamagedError: files are missing, truncated or malformed.
+        ConversionError: tensors are stored in a form that can't be read in part (strides).
+    """
+    if not os.fspath(path):
+        raise CheckpointNotFoundError("the path is empty: give a step, a Hugging Face folder or a file", path="")
+    return OpenCheckpoint(open_all(path))
