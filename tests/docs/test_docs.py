@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,11 @@ def generator() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "docs"))  # as for a script: it imports house.py beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 

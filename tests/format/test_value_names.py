@@ -72,7 +72,9 @@ def test_the_names_are_those_that_the_loader_and_torch_know() -> None:
     assert VALUE_NAMES - known <= {*_get_allowed_globals(), "torch._utils._rebuild_tensor_v3"}
 
 
-@pytest.mark.parametrize("value", HARMLESS, ids=str)
+@pytest.mark.parametrize(
+    "value", HARMLESS, ids=lambda value: f"{type(value).__name__} {value}".partition(" object at ")[0]
+)
 def test_a_value_that_loads_has_no_fault(value: Any) -> None:
     decode_object("key", stored(value), "path")
     assert fault(stored(value)) is None
