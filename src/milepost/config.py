@@ -6,6 +6,7 @@ kept here, at the border, and nowhere below.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import os
@@ -23,6 +24,11 @@ NUM_IO_THREADS = 2
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng", "attached")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def part_of(key: str) -> str:

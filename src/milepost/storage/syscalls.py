@@ -44,7 +44,12 @@ def _renameat2(src: str, dst: str, flags: int) -> bool:
 
 def exchange(one: str, other: str) -> bool:
     """Swap what two names stand for, in one atomic act. False, and nothing done, where that is not supported."""
-    return _renameat2(one, other, _RENAME_EXCHANGE)
+    try:
+        return _renameat2(one, other, _RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False  # no answer to an exchange: a file system in user space took it for a plain rename
 
 
 def rename_new(src: str, dst: str) -> None:

