@@ -66,8 +66,8 @@ test-netfs: $(STAMP)
 
 test-integrations: $(STAMP) $(TITAN)/.installed
 	timeout 900 $(BIN)/python -m pytest -q -m "integration and not slow" tests/integrations
-	test ! -s $(TITAN)/packages || timeout 900 $(TITAN)/bin/python -m pytest -q -k "torchtitan or example" \
-		tests/integrations/test_torchtitan.py tests/integrations/test_pages.py
+	timeout 900 $(TITAN)/bin/python -m pytest -q -m "integration and not slow" -k "torchtitan or example or trackers" \
+		tests/integrations/test_torchtitan.py tests/integrations/test_pages.py tests/integrations/test_trackers.py
 
 # torchtitan wants another torchao than torchtune: an environment of its own, before the packages of .venv. Where it
 # can't be installed its tests say that they were not run.
@@ -75,6 +75,7 @@ $(TITAN)/.installed: $(STAMP)
 	test -x $(TITAN)/bin/pip || $(PYTHON) -m venv $(TITAN)
 	timeout 1200 $(TITAN)/bin/python -m pip install --quiet --no-deps \
 		torchtitan==0.3.0 spmd-types==0.3.1 einops==0.8.2 torchao==0.18.0 && echo installed > $(TITAN)/packages || true
+	timeout 1200 $(TITAN)/bin/python -m pip install --quiet wandb==0.31.0 mlflow-skinny==3.17.2 || true
 	$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/src", sysconfig.get_path("purelib"), sep="\n")' \
 		> $$($(TITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/milepost.pth
 	test -s $(TITAN)/packages || echo "torchtitan could not be installed: its tests are not run" >&2

@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_passed_over(tmp_path: Path) -> None:
     assert agree(run(tmp_path, steps=6, **options), undisturbed) == 3
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_either_resumes_from_what_the_other_has_written(tmp_path: Path, world_size: int) -> None:
     options = {"last_save_model_only": False, "keep_latest_k": 0}
     undisturbed = run(tmp_path / "whole", world_size, steps=6, **options)

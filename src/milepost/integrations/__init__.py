@@ -7,6 +7,7 @@ In reading order::
     transformers  the Trainer of Hugging Face transformers
     lightning     Lightning's Trainer
     torchtitan    torchtitan's CheckpointManager
+    trackers      Weights & Biases, and MLflow
 """
 
 from __future__ import annotations
