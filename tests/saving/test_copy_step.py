@@ -11,8 +11,10 @@ import numpy as np
 import obstore.store
 import pytest
 
+import milepost
 from milepost.errors import CheckpointDamagedError, ConfigError, SaveError
 from milepost.format.tags import tag_of
+from milepost.interop.weights.open import open_weights
 from milepost.run import catalog
 from milepost.run.owner import OWNER_PREFIX
 from milepost.saving.copy_step import Spot, attempt_of, copy_step
@@ -21,6 +23,7 @@ from milepost.storage.base import Storage
 from milepost.storage.objectstore import ObjectStorage
 from milepost.storage.retry import Retry
 from milepost.testing.sample import save_arrays
+from milepost.train.models import build_model, model_args
 from milepost.verification.verify import verify_in
 
 Tally = Callable[..., None]
@@ -100,3 +103,22 @@ def test_what_is_not_whole_or_not_ours_is_not_copied(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another program"):
         copy_step(src, dst)
     assert dst.storage.list_files("") == {}
+
+
+def test_a_step_of_hugging_face_files_goes_there_and_back(memory_path: Path) -> None:
+    args = model_args("llama3", "debugmodel", vocab_size=256)
+    model = build_model("llama3", "debugmodel", vocab_size=256, seq_len=32)
+    config = milepost.CheckpointConfig(enable=True, last_save_in_hf=True)
+    with milepost.CheckpointManager(
+        memory_path / "run", config, model=model, hf=milepost.HfModel(name="llama3", flavor="debugmodel", args=args)
+    ) as manager:
+        manager.save(5, last_step=True)
+    src, there = Spot(LocalStorage(memory_path), STEP), Spot(memory(), STEP)
+    back = Spot(LocalStorage(memory_path / "back"), STEP)
+    copy_step(src, there)
+    copy_step(there, back)
+    for spot in (src, there, back):
+        assert verify_in(spot.storage, spot.path).is_sound
+    with open_weights(memory_path / "back" / STEP).source as source:
+        assert sum(1 for _ in source.tensors) == len(list(model.parameters()))
+        source.check_digests()
