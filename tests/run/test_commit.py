@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,12 +18,20 @@ from milepost.format.box import Box
 from milepost.run import catalog, commit, sweep
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.owner import OWNERLESS_LIFETIME_S
-from milepost.run.signoff import SignOff, WrittenFile, WrittenObject, WrittenTensor, segment_of, sign_off
+from milepost.run.signoff import (
+    SignOff,
+    WrittenFile,
+    WrittenObject,
+    WrittenTensor,
+    segment_of,
+    sign_off,
+    wait_for_sign_offs,
+)
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.plan import WriteItem
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.sample import save_arrays
-from milepost.testing.wrap import Operation, WrappedStorage
+from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
 from milepost.verification.verify import verify_in
 
 INFO = SaveInfo(step=5, kind="full")
@@ -334,6 +343,30 @@ def test_an_attempt_that_vanished_is_a_failure_even_if_an_older_step_is_there(
         save(storage, "run/step-5", before)
     with pytest.raises(SaveError, match="aborted before it was committed"):
         commit.wait_for_outcome(storage, f"run/{catalog.ATTEMPT_PREFIX}ab", "run/step-5", "ab", timeout_s=0)
+
+
+def test_waiting_costs_the_same_however_many_ranks_have_signed_off(memory_path: Path) -> None:
+    """Each of N ranks looks many times: to list N sign-offs each time, with a look at each, would be N**2."""
+    storage = TraceStorage(LocalStorage(memory_path))
+    attempt, _ = begin(storage)
+    for rank in range(100):
+        sign_off(storage, attempt, SignOff(rank, "ab", error="no space left" if rank == 99 else None))
+    storage.operations.clear()
+    polls = iter(range(5))
+    with pytest.raises(SaveError, match="the training has ended"):
+        commit.wait_for_outcome(
+            *(storage, attempt, "run/step-5", "ab"),
+            timeout_s=60,
+            give_up=lambda: None if next(polls) < 4 else "the training has ended",
+            sleep=lambda _: None,
+        )
+    assert {operation.name for operation in storage.operations} == {"stat"}
+    assert len(storage.operations) <= 3 * 5
+    storage.operations.clear()
+    with pytest.raises(SaveError, match="rank 99: no space left"):
+        wait_for_sign_offs(storage, attempt, 100, "ab", timeout_s=60)
+    counts = Counter(operation.name for operation in storage.operations)
+    assert counts == {"names": 1, "read": 100}
 
 
 def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:

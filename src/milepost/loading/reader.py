@@ -27,6 +27,7 @@ from milepost.format.digest import BlockDigests
 from milepost.format.manifest import BLOCK_NBYTES, Manifest, ObjectEntry
 from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
+from milepost.storage.open_files import OpenFiles
 from milepost.tensors.layout import TensorLeaf, dtype_name
 from milepost.tensors.plan import ReadItem
 from milepost.tensors.values import decode_object
@@ -83,11 +84,11 @@ class TensorReads:
         if digests is None:  # of another program: planned first, so that only what is read is looked into
             shards = locate_shards(storage, folder, [(item.key, item.dtype, item.shard) for item in items])
             items = [replace(item, shard=shard) for item, shard in zip(items, shards, strict=True)]
-        self._files = ExitStack()
-        with self._files:
+        with ExitStack() as closing:
+            self._files = closing.enter_context(OpenFiles(storage))
             by_file = itertools.groupby(sorted(items, key=lambda item: item.shard.file), lambda item: item.shard.file)
-            self.tasks = [task for file, group in by_file for task in self._open(storage, join(folder, file), group)]
-            self._files = self._files.pop_all()
+            self.tasks = [task for file, group in by_file for task in self._open(join(folder, file), group)]
+            closing.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +96,8 @@ class TensorReads:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._files.close()
 
-    def _open(self, storage: Storage, name: str, items: Iterable[ReadItem]) -> Iterator[Task]:
-        handle = self._files.enter_context(storage.open_read(name))
+    def _open(self, name: str, items: Iterable[ReadItem]) -> Iterator[Task]:
+        handle = self._files.open(name)
         ranges: list[tuple[int, int]] = []
         for item in items:
             if item.src.numel:

@@ -35,7 +35,7 @@ from milepost.run import catalog, object_commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.catalog import ATTEMPT_PREFIX, REPLACED_PREFIX
 from milepost.run.hf_folder import is_hf_folder
-from milepost.run.object_commit import COMMITTED_NAME
+from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
 from milepost.run.owner import OWNER_PREFIX, this_process
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff
@@ -372,7 +372,7 @@ def wait_for_outcome(
     while True:
         # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
         # is gone means neither: only the save id at the target tells.
-        names = {entry.name for entry in storage.list(attempt)}
+        names = _marks_in(storage, attempt)
         if _FAILED_NAME in names:
             said = storage.read(f"{attempt}/{_FAILED_NAME}")
             if not said:
@@ -398,6 +398,16 @@ def wait_for_outcome(
             )
         sleep(poll_s)
         poll_s = min(poll_s * 1.5, 0.5)
+
+
+def _marks_in(storage: Storage, attempt: str) -> set[str]:
+    """What there is of the marks that tell an attempt's outcome, and of the attempt itself.
+
+    It is not listed: there is a sign-off of every rank in it, and every rank looks, again and again.
+    """
+    itself = attempt if storage.can_rename else f"{attempt}/{TARGET_NAME}"
+    places = {name: f"{attempt}/{name}" for name in (_FAILED_NAME, COMMITTED_NAME)} | {TARGET_NAME: itself}
+    return {name for name, place in places.items() if storage.stat(place) is not None}
 
 
 def save_id_at(storage: Storage, target: str) -> str:

@@ -215,7 +215,7 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
 
 def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
     """Return whether a rank has left a sign-off that does not report a failure."""
-    names = {entry.name for entry in storage.list(attempt)} & _names_of(rank)
+    names = {name for name in _names_of(rank) if storage.stat(f"{attempt}/{name}") is not None}
     return bool(names) and _look(storage, attempt, names, rank).error is None
 
 
@@ -246,7 +246,7 @@ def wait_for_sign_offs(
     poll_s = storage.poll_s if poll_s is None else poll_s
     signed: dict[int, SignOff] = {}
     while True:
-        names = {entry.name for entry in storage.list(attempt)}
+        names = {*storage.names(attempt)}
         if not names:
             raise SaveError(f"the save's folder {attempt} is gone: was it deleted by another program?", path=attempt)
         arrived = [rank for rank in range(world_size) if rank not in signed and names & _names_of(rank)]

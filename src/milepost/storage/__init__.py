@@ -6,6 +6,7 @@ base           the seam: ``Storage``, its handles, what it can and can't
 syscalls       the Linux calls that Python lacks
 write_back     pages on their way to the device early, and bounded
 local          a folder of a POSIX file system
+open_files     many files, of which a bounded number is open at a time
 ranges         which requests to make for many byte ranges
 retry          what is repeated, how often, how long
 store_errors   what an error of a store means

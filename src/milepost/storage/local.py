@@ -288,6 +288,14 @@ class LocalStorage(Storage):
                 return []
         return sorted(entries, key=lambda entry: entry.name)
 
+    def names(self, path: str) -> Sequence[str]:
+        full = self._full(path)
+        with _explained("names", full, f"listing {full}"):
+            try:
+                return sorted(os.listdir(full))
+            except FileNotFoundError:
+                return []
+
     def stat(self, path: str) -> Entry | None:
         full = self._full(path)
         with _explained("stat", full, f"looking at {full}"):

@@ -18,7 +18,7 @@ from milepost.storage.base import Bytes, Entry, ReadHandle, Storage, WriteHandle
 
 T = TypeVar("T")
 
-READS = frozenset({"list", "list_files", "stat", "open_read", "read", "read_tagged", "read_into"})
+READS = frozenset({"list", "names", "list_files", "stat", "open_read", "read", "read_tagged", "read_into"})
 """Operations that change nothing."""
 
 
@@ -88,6 +88,9 @@ class WrappedStorage(Storage):
 
     def list(self, path: str) -> builtins.list[Entry]:
         return self.around(Operation("list", path), lambda: self.inner.list(path))
+
+    def names(self, path: str) -> Sequence[str]:
+        return self.around(Operation("names", path), lambda: self.inner.names(path))
 
     def list_files(self, path: str) -> dict[str, Entry]:
         return self.around(Operation("list_files", path), lambda: self.inner.list_files(path))

@@ -7,7 +7,6 @@ to four small reads of the record itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 from milepost.collective.threads import map_in_threads
@@ -15,6 +14,7 @@ from milepost.errors import FormatError
 from milepost.format.manifest import Manifest, ShardEntry
 from milepost.format.record import locate_tensor
 from milepost.storage.base import ReadHandle, Storage, join
+from milepost.storage.open_files import OpenFiles
 
 NUM_THREADS = 8
 """Small reads wait for the disk or the network, not for the processor."""
@@ -41,9 +41,9 @@ def locate_shards(storage: Storage, folder: str, shards: Sequence[Shard]) -> lis
     Raises:
         FormatError: a record is malformed, or holds another dtype or shape than the commit record says.
     """
-    with ExitStack() as stack:
+    with OpenFiles(storage) as files:
         names = {shard.file for _, _, shard in shards if shard.data_offset is None}
-        handles = {name: stack.enter_context(storage.open_read(join(folder, name))) for name in sorted(names)}
+        handles = {name: files.open(join(folder, name)) for name in sorted(names)}
 
         def located(one: Shard) -> ShardEntry:
             return one[2] if one[2].data_offset is not None else locate_shard(handles[one[2].file], *one)

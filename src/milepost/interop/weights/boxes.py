@@ -18,6 +18,7 @@ from milepost.errors import ConversionError
 from milepost.format.box import Box, contiguous_runs
 from milepost.format.dtype import itemsize, numpy_dtype
 from milepost.storage.base import ReadHandle
+from milepost.storage.open_files import OpenFiles
 from milepost.verification.block_reader import BlockReader
 
 Array = npt.NDArray[Any]
@@ -69,7 +70,7 @@ class Stored:
 class Source:
     """Tensors in open files. Takes ownership of ``files``."""
 
-    def __init__(self, path: str, kind: str, files: Sequence[ReadHandle], tensors: Mapping[str, Stored]):
+    def __init__(self, path: str, kind: str, files: Sequence[ReadHandle | OpenFiles], tensors: Mapping[str, Stored]):
         self.path = path
         self.kind = kind
         self._files = files

@@ -23,6 +23,7 @@ from milepost.format.huggingface import (
 from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.safetensors import read_header
+from milepost.format.summary import files_of
 from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
 from milepost.run import catalog
@@ -30,6 +31,7 @@ from milepost.run.hf_folder import is_adapter, read_hf_folder
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
+from milepost.storage.open_files import OpenFiles
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_manifest
 from milepost.verification.hf_step import CheckedFile, HfStep, read_hf_step
@@ -200,8 +202,9 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
     """The tensors that a manifest describes, from the files in ``folder``."""
     stored = {}
     with ExitStack() as stack:
-        names = sorted({shard.file for entry in manifest.tensors.values() for shard in entry.shards})
-        handles = {name: stack.enter_context(storage.open_read(join(folder, name))) for name in names}
+        files = stack.enter_context(OpenFiles(storage))
+        names = sorted({name for entry in manifest.tensors.values() for name in files_of(entry)})
+        handles = {name: files.open(join(folder, name)) for name in names}
         for key, entry in manifest.tensors.items():
             strided = next((shard.file for shard in entry.shards if shard.data_offset is None), None)
             if strided is not None:
@@ -215,7 +218,7 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
             )
             stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), tuple(stretches))
         stack.pop_all()
-    return Source(f"{storage.root}/{folder}", "dcp", tuple(handles.values()), stored)
+    return Source(f"{storage.root}/{folder}", "dcp", [files], stored)
 
 
 # ---- .pt ----

@@ -1,0 +1,123 @@
+"""Many files to read from, of which only so many are open at a time: a process may have as few as 1,024 open."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from milepost.storage.base import ReadHandle, Storage
+
+MAX_OPEN_FILES = 128
+"""More are open for a moment if more threads read at once, each from a file of its own."""
+
+
+class OpenFiles:
+    """Files of a storage that are open while they are read from. A context manager.
+
+    The first ones stay open; those for which there is no room then take turns.
+    """
+
+    def __init__(self, storage: Storage, limit: int = MAX_OPEN_FILES):
+        self._storage = storage
+        self._num_turns = limit // 4
+        self._num_kept = limit - self._num_turns
+        self._kept: list[ReadHandle] = []
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # the one last used comes last
+        self._ranges: dict[str, Sequence[tuple[int, int]]] = {}
+
+    def open(self, path: str) -> ReadHandle:
+        """A handle of the file at ``path``, which is opened now: what is missing is known before anything is read.
+
+        Raises:
+            StorageError: it can't be opened.
+        """
+        if len(self._kept) < self._num_kept:
+            self._kept.append(self._storage.open_read(path))
+            return self._kept[-1]
+        with self.using(path) as handle:
+            return _PooledRead(self, path, handle)
+
+    @contextmanager
+    def using(self, path: str) -> Iterator[ReadHandle]:
+        """Hold the file at ``path`` open meanwhile: one of those that take turns."""
+        held = self._take(path)
+        try:
+            yield held.handle
+        finally:
+            with self._lock:
+                held.num_users -= 1
+
+    def _take(self, path: str) -> _Held:
+        with self._lock:
+            held = self._held.get(path)
+            if held is not None:
+                held.num_users += 1
+                self._held.move_to_end(path)
+                return held
+        # Not under the lock: on a network file system others would wait for it.
+        opened = self._storage.open_read(path)
+        if path in self._ranges:
+            opened.will_read(self._ranges[path])
+        with ExitStack() as closing, self._lock:
+            held = self._held.get(path)
+            if held is None:
+                held = self._held[path] = _Held(opened)
+            else:  # another thread was quicker
+                closing.callback(opened.close)
+            held.num_users += 1
+            idle = [name for name, one in self._held.items() if not one.num_users]
+            for name in idle[: max(0, len(self._held) - self._num_turns)]:
+                closing.callback(self._held.pop(name).handle.close)
+            return held
+
+    def will_read(self, path: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Announce what will be read of a file, also to the handle that is opened should this one be closed before."""
+        self._ranges[path] = ranges
+        with self.using(path) as handle:
+            handle.will_read(ranges)
+
+    def close(self) -> None:
+        """Close all of them. Called once nothing reads any more."""
+        with ExitStack() as closing, self._lock:
+            for handle in (*self._kept, *(held.handle for held in self._held.values())):
+                closing.callback(handle.close)
+            self._kept.clear()
+            self._held.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    handle: ReadHandle
+    num_users: int = 0
+
+
+class _PooledRead(ReadHandle):
+    """A file that is opened again when it is read from, should it have been closed to make room."""
+
+    def __init__(self, files: OpenFiles, name: str, opened: ReadHandle):
+        self.path = opened.path
+        self.nbytes = opened.nbytes
+        self._files = files
+        self._name = name
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        with self._files.using(self._name) as handle:
+            handle.read_into(offset, buffers)
+
+    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._files.will_read(self._name, ranges)
+
+    def close(self) -> None:
+        """The files close together."""
