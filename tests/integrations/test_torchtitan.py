@@ -6,6 +6,8 @@ torchtitan needs packages that don't go with those of the other tests: it has an
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from milepost import CheckpointConfig, CheckpointManager, HfModel, StateMismatch
 from milepost.interop.names.model_sizes import model_args
 from milepost.run import catalog
 from milepost.storage import LocalStorage
-from milepost.testing.world import run_world
+from milepost.testing.world import WorldError, run_world
 from milepost.train.models import make_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -111,3 +113,25 @@ def test_our_trainer_starts_from_its_weights_under_its_names(tmp_path: Path) -> 
     assert loss == pytest.approx(titan["losses"][4][1], abs=2e-5)
     assert "initial_load_path" in refusal
     assert "milepost convert" in refusal
+
+
+@pytest.mark.slow
+def test_five_kills_while_a_step_is_written_lose_no_step(tmp_path: Path) -> None:
+    options = {"async_mode": "async", "last_save_model_only": False, "steps": 12}
+    undisturbed = run(tmp_path / "whole", **options)
+    for kill_at in (3, 5, 7, 9, 11):  # right after the save of the step before was staged
+        run(tmp_path / "killed", kill_at=kill_at, allow_death=True, **options)
+    agree(run(tmp_path / "killed", **options), undisturbed)
+    assert {6, 8, 10, 12} >= set(steps_in(tmp_path / "killed")) >= {10, 12}
+
+
+def train_where_files_stay_small(folder: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    train(folder, steps=4)
+
+
+def test_a_save_that_finds_no_room_stops_the_run_and_says_why(tmp_path: Path) -> None:
+    with pytest.raises(WorldError, match=r"SaveError: file too large while reserving .* for .*checkpoint"):
+        run_world(train_where_files_stay_small, 1, str(tmp_path))
+    assert steps_in(tmp_path) == {}
