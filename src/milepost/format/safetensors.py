@@ -74,9 +74,7 @@ def read_header(handle: ReadHandle) -> SafetensorsHeader:
             f"most {MAX_HEADER_NBYTES:,}: it is truncated, or no safetensors file",
             path=path,
         )
-    raw = bytearray(length)
-    handle.read_into(8, [memoryview(raw)])
-    return parse_header(bytes(raw), file_nbytes=handle.nbytes, path=path)
+    return parse_header(handle.read(8, length), file_nbytes=handle.nbytes, path=path)
 
 
 def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeader:
@@ -91,7 +89,8 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
         header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
         metadata = _checked_metadata(header.pop(METADATA_KEY, {}))
         base = 8 + len(raw)
-        found = {name: _checked_entry(name, entry, base) for name, entry in header.items()}
+        # Each entry is let go once it is checked: a header may describe a million tensors.
+        found = {name: _checked_entry(name, header.pop(name), base) for name in list(header)}
         end = _checked_tiling(found, base)
     except (ValueError, RecursionError, FormatError) as error:
         raise FormatError(f"the safetensors header of {path} is malformed: {error}", path=path) from error
