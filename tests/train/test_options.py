@@ -212,7 +212,7 @@ WRONG = [
         "",
         ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "optimiser"],
         "--checkpoint.exclude_from_loading: checkpoint.exclude_from_loading: there is no part 'optimiser'; parts are "
-        "model, optimizer, lr_scheduler, dataloader, train_state, states, rng (of keys, write the whole key or a glob, "
+        "model, optimizer, lr_scheduler, dataloader, train_state, states, rng, attached (of keys, write the whole key or a glob, "
         "such as head.*)",
     ),
     # combinations
