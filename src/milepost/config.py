@@ -113,8 +113,8 @@ class CheckpointConfig:
     restart_branch: bool = False
     """Begin at ``load_step`` once more, though steps have been saved that descend from it: another branch."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """What to leave as freshly built: parts (model, optimizer, lr_scheduler, dataloader, train_state, states, rng), or
-    globs of keys, such as ``head.*``."""
+    """What to leave as freshly built: parts (model, optimizer, lr_scheduler, dataloader, train_state, states, rng,
+    attached), or globs of keys, such as ``head.*``."""
     allow_missing: tuple[str, ...] = field(default=())
     """Globs of keys of this run that the checkpoint may lack: they stay as freshly built. All others must be there."""
     allow_unexpected: tuple[str, ...] = field(default=())
@@ -137,7 +137,7 @@ class CheckpointConfig:
     def _settle_types(self) -> list[str]:
         """Give every field a value of its type; what has none gets its default, for the other checks, and a problem."""
         problems = []
-        hints = typing.get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for option in fields(self):
             value = getattr(self, option.name)
             try:
@@ -205,6 +205,9 @@ class CheckpointConfig:
         if self.last_save_in_hf and not self.last_save_model_only:
             found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
         return found
+
+
+_type_hints(CheckpointConfig)  # here and not where a stranger's file is read: it compiles the annotations
 
 
 def is_pattern(name: str) -> bool:

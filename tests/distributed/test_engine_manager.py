@@ -316,7 +316,7 @@ def failing_rank_0(folder: Path) -> list[Outcome]:
     acts: dict[Fault, Callable[[], object]] = {
         ("list", "run", errno.EIO): lambda: manager.latest_step,
         ("list", "step-1", errno.EIO): manager.load,
-        ("make_folder", ".attempt", errno.ENOSPC): lambda: manager.save(2),
+        ("make_folder", ".milepost-attempt", errno.ENOSPC): lambda: manager.save(2),
         ("rename", "data", errno.EIO): lambda: manager.save(3),
     }
     found = []
