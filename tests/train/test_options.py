@@ -212,8 +212,8 @@ WRONG = [
         "",
         ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "optimiser"],
         "--checkpoint.exclude_from_loading: checkpoint.exclude_from_loading: there is no part 'optimiser'; parts are "
-        "model, optimizer, lr_scheduler, dataloader, train_state, states, rng, attached (of keys, write the whole key or a glob, "
-        "such as head.*)",
+        "model, optimizer, lr_scheduler, dataloader, train_state, states, rng, attached (of keys, write the whole key "
+        "or a glob, such as head.*)",
     ),
     # combinations
     (
