@@ -6,7 +6,6 @@ kept here, at the border, and nowhere below.
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import os
@@ -24,11 +23,6 @@ NUM_IO_THREADS = 2
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng", "attached")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
-
-
-@functools.cache
-def _type_hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def part_of(key: str) -> str:
@@ -137,11 +131,10 @@ class CheckpointConfig:
     def _settle_types(self) -> list[str]:
         """Give every field a value of its type; what has none gets its default, for the other checks, and a problem."""
         problems = []
-        hints = _type_hints(type(self))
         for option in fields(self):
             value = getattr(self, option.name)
             try:
-                settled = settle(value, hints[option.name])
+                settled = settle(value, _HINTS[option.name])
             except ValueError as error:
                 problems.append(f"checkpoint.{option.name} must be {error}, not {value!r:.80}")
                 settled = option.default if option.default_factory is MISSING else option.default_factory()
@@ -207,7 +200,7 @@ class CheckpointConfig:
         return found
 
 
-_type_hints(CheckpointConfig)  # here and not where a stranger's file is read: it compiles the annotations
+_HINTS = typing.get_type_hints(CheckpointConfig)  # not where a stranger's file is read: it compiles the annotations
 
 
 def is_pattern(name: str) -> bool:
