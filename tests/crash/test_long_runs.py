@@ -175,7 +175,8 @@ def _forget(folder: Path) -> tuple[Usage, Usage, Usage]:
     before = Usage.now()
     seen = []
     for step in range(1, NUM_MANAGERS + 1):
-        # As in a notebook: the one before is forgotten when the next is there.
+        # As in a notebook: the one before is forgotten, then the next is made. (Two at a time are refused.)
+        manager = model = None
         manager, model = manager_in(folder, MODES[0 if step % 5 else 2] if step % 2 else MODES[1])
         save(manager, model, step)
         assert (folder / LOCK_NAME).exists(), step

@@ -358,16 +358,18 @@ class CheckpointManager:
             contents=request.info.kind,
             metrics=dict(request.info.metrics),
         )
-        if isinstance(begun, SaveReport):
-            self._committed(commit)
-        else:
-            begun.when_done(lambda: self._committed(commit) if begun.failure is None else None)
+        # Not the manager: a save that runs must not keep alive one that its user has forgotten.
+        hooks, remote, protected = self._hooks, self._remote, self._protected
 
-    def _committed(self, commit: Commit) -> None:
-        """Pass on that a step is committed. Called in any thread."""
-        self._hooks.tell(commit)
-        if self._remote is not None:
-            self._remote.offer(commit, self._protected)
+        def pass_on() -> None:
+            hooks.tell(commit)
+            if remote is not None:
+                remote.offer(commit, protected)
+
+        if isinstance(begun, SaveReport):
+            pass_on()
+        else:
+            begun.when_done(lambda: pass_on() if begun.failure is None else None)
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the weights may be changed again. To be called before ``optimizer.step()``.
