@@ -1,7 +1,7 @@
 # make setup   a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (a minute on two cores)
 # make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
-# make test-crash  kills, errors and power cuts at the operations of a run, and hostile input, a sample of each (JOBS=2)
+# make test-crash  kills, errors, power cuts, restarts of jobs, hostile input: a sample of each (JOBS=2)
 # make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
 # make test-netfs  a run over a network file system, each rank on a client of its own (needs FUSE and the right to mount)
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
