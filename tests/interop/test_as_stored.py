@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from tiny_models import randomize
+from tiny_models import assert_equal, hf_tensors, randomize
 
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
@@ -77,20 +76,6 @@ KINDS = {
 }
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= safetensors.torch.load_file(file)
-    return found
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for key, tensor in one.items():
-        assert tensor.dtype == other[key].dtype, key
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[key].reshape(-1).view(torch.uint8)), key
-
-
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(torch.arange(1, 17).reshape(1, -1)).logits
@@ -117,7 +102,7 @@ def test_hub_to_checkpoint_and_back(memory_path: Path, kind: str) -> None:
     assert (there.model, there.flavor) == ("hf", type(model).__name__)
     report = convert(middle, back, ConvertOptions(to="hf", model="hf", hf_assets=source, verify=True))
     assert report.checked_nbytes >= report.written_nbytes
-    assert_equal(tensors_of(source), tensors_of(back))
+    assert_equal(hf_tensors(source), hf_tensors(back))
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (back / name).read_bytes().strip() == (source / name).read_bytes().strip(), name
     loaded = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
@@ -138,7 +123,7 @@ def test_a_trained_module_is_exported(memory_path: Path, kind: str, capsys: pyte
     model.save_pretrained(memory_path / "expected", max_shard_size="60KB")  # type: ignore[operator]
     asked = ["export", str(memory_path / "run"), str(memory_path / "out"), "--model", "hf", "--verify"]
     assert main([*asked, "--hf-assets", str(memory_path / "assets")]) == 0, capsys.readouterr().err
-    assert_equal(tensors_of(memory_path / "out"), tensors_of(memory_path / "expected"))
+    assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "expected"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "out").eval()
     assert torch.equal(logits(loaded), logits(model.eval()))
     assert main(["export", str(memory_path / "run"), str(memory_path / "out.pt"), "--model", "hf", "--to", "pt"]) == 0
@@ -155,7 +140,7 @@ def test_what_wrappers_put_before_names_is_left_out(memory_path: Path, prefix: s
         out = memory_path / f"from-{source}"
         options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets")
         convert(memory_path / source, out, options)
-        assert_equal(tensors_of(out), tensors_of(memory_path / "assets"))
+        assert_equal(hf_tensors(out), hf_tensors(memory_path / "assets"))
     convert(memory_path / "stock", memory_path / "out.pt", ConvertOptions(to="pt", model="hf"))
     assert_equal(torch.load(memory_path / "out.pt", weights_only=True), dict(model.state_dict()))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_models import KINDS
+from tiny_models import KINDS, assert_equal, hf_tensors
 
 from milepost.errors import ConfigError, ConversionError, MilepostError, StorageError
 from milepost.format.box import Slab
@@ -36,20 +36,6 @@ from milepost.saving.save import save
 from milepost.storage import LocalStorage, syscalls
 
 KIND = KINDS["llama"]
-
-
-def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= safetensors.torch.load_file(file)
-    return found
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for key, tensor in one.items():
-        assert tensor.dtype == other[key].dtype, key
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[key].reshape(-1).view(torch.uint8)), key
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import transformers
 from torch import nn
@@ -49,6 +51,20 @@ KINDS = {
     "qwen3-tied": Kind("qwen3", replace(_QWEN, tied_embeddings=True)),
     "qwen3-moe": Kind("qwen3", replace(_QWEN, moe=MoEArgs(num_experts=4, top_k=2, hidden_dim=48))),
 }
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= safetensors.torch.load_file(file)
+    return found
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[key].reshape(-1).view(torch.uint8)), key
 
 
 def randomize(model: nn.Module) -> None:

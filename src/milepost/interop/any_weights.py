@@ -12,9 +12,9 @@ import torch
 from milepost.collective.progress import ProgressLog
 from milepost.collective.threads import map_in_threads
 from milepost.errors import StateMismatchError, listed
-from milepost.format.box import Box, Slab, cut_into_slabs
+from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
-from milepost.interop.weights.boxes import Array, Readable, TensorInfo, array_dtype, as_bytes
+from milepost.interop.weights.boxes import Array, Readable, Renamed, array_dtype, as_bytes
 from milepost.interop.weights.open import open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.loading.fit import unexpected_error
@@ -34,23 +34,6 @@ class Loaded:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     let_pass: tuple[LetPass, ...]
-
-
-class _Renamed:
-    """Stored tensors under other keys: ``names`` maps those to the stored ones."""
-
-    def __init__(self, base: Readable, names: Mapping[str, str]):
-        self._base = base
-        self._names = names
-        self.tensors: Mapping[str, TensorInfo] = {key: base.tensors[stored] for key, stored in names.items()}
-
-    def read_into(self, key: str, box: Box, out: Array) -> None:
-        """See ``Readable``."""
-        self._base.read_into(self._names[key], box, out)
-
-    def unit_rows(self, key: str) -> int:
-        """See ``Readable``."""
-        return self._base.unit_rows(self._names[key])
 
 
 def load_any(
@@ -76,7 +59,7 @@ def load_any(
     with weights.source as source:
         moved = renames(source.tensors, leaves)
         names = {key: key for key in source.tensors if key not in set(moved.values())} | moved
-        view = _Renamed(source, names)
+        view = Renamed(source, names)
         missing = sorted(key for key in leaves if key not in view.tensors)
         unexpected = sorted(key for key in view.tensors if key not in model_keys and must_be_wanted(key))
         found = {key: leaf for key, leaf in leaves.items() if key in view.tensors}

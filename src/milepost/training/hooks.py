@@ -57,19 +57,22 @@ class CommitHooks:
         self._command = command
         self._commits: queue.SimpleQueue[Commit | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def tell(self, commit: Commit) -> None:
         """Take note of a commit, from any thread. Returns at once."""
         if self._act is None and not self._command:
             return
         self._commits.put(commit)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="milepost-on-commit", daemon=True)
-            self._thread.start()
+        with self._lock:  # a save and a copy may be committed at once: one thread serves both
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="milepost-on-commit", daemon=True)
+                self._thread.start()
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Return when all that was told is done, or after ``timeout_s``, which is logged."""
-        thread, self._thread = self._thread, None
+        with self._lock:
+            thread, self._thread = self._thread, None
         if thread is None:
             return
         self._commits.put(None)

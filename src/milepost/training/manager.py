@@ -88,7 +88,7 @@ class CheckpointManager:
         config: see :class:`milepost.CheckpointConfig`.
         model: a module, or this rank's pipeline stages. It must be given.
         optimizer: one or several optimizers over the model's parameters.
-        lr_scheduler: a scheduler; of several, all are given the first one's state when loading.
+        lr_scheduler: one or several schedulers; each is given its own state back, by position.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
         states: further objects by name, each with ``state_dict()`` and ``load_state_dict()``: an averaged model
             (EMA), a gradient scaler, a second optimizer. They must be alike on all ranks.
@@ -261,6 +261,11 @@ class CheckpointManager:
             num_steps: the last step of the run. If that is saved already, it is loaded, weights alone if it holds no
                 more, and ``report.step`` is its number, so that there is nothing left to train.
             step: load this step, and never another, whatever ``load_step`` says; what is saved next descends from it.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step, or nothing at ``initial_load_path``.
+            CheckpointDamagedError: the step that was named, or all there are, are damaged.
+            StateMismatchError: the checkpoint does not fit this training state; nothing was changed.
         """
         if not self._config.enable:
             return None
@@ -429,6 +434,7 @@ class CheckpointManager:
                 saver.leave()
         finally:
             self._signals.restore()
+            self._hooks.close(timeout_s=0.0)  # what was committed is told, but an error is not held up for long
             if self._remote is not None:
                 self._remote.leave()
             self._unlock_folder()

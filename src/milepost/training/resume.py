@@ -237,6 +237,7 @@ class Loader:
         into = _Into(self._state, ("model",), self._comm.world_size, self._layout, self._config)
         loaded: Loaded | None = None
         failure = None
+        started = time.monotonic()
         try:
             load = self._state.loading_weights()
             leaves = flatten(load.prepare().values).tensors
@@ -261,7 +262,7 @@ class Loader:
             num_tensors=loaded.num_tensors,
             wanted_nbytes=loaded.read_nbytes,
             read_nbytes=loaded.read_nbytes,
-            seconds=0.0,
+            seconds=time.monotonic() - started,
             unexpected=loaded.unexpected,
             missing=loaded.missing,
             cast=loaded.cast,

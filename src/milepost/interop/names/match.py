@@ -8,37 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from milepost.errors import MAX_LISTED, ConversionError, listed, near
-from milepost.format.box import Box, cut_into_slabs
+from milepost.format.box import cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import Correspondence, Family, KeyFaults, Recipe, Scheme, correspond, key_faults
-from milepost.interop.weights.boxes import Array, Readable, TensorInfo, array_dtype
+from milepost.interop.weights.boxes import Readable, Renamed, array_dtype
 from milepost.interop.weights.stream import SLAB_NBYTES
 
 _PREFIXES = ("", "model.", "state_dict.", "module.")
 """Under what a state dict may stand in a checkpoint or a ``.pt`` file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Renamed:
-    """Stored tensors without a common prefix of their names."""
-
-    base: Readable
-    prefix: str
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """See ``Readable``. Tensors without the prefix are not there."""
-        skip = len(self.prefix)
-        return {key[skip:]: info for key, info in self.base.tensors.items() if key.startswith(self.prefix)}
-
-    def read_into(self, key: str, box: Box, out: Array) -> None:
-        """See ``Readable``."""
-        self.base.read_into(self.prefix + key, box, out)
-
-    def unit_rows(self, key: str) -> int:
-        """See ``Readable``."""
-        return self.base.unit_rows(self.prefix + key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +38,7 @@ def match(stored: Readable, family: Family, args: ModelArgs, path: str) -> Match
     """
     nearest: tuple[int, KeyFaults, Scheme] | None = None
     for prefix, scheme in _candidates(stored, family):
-        view = stored if prefix == "" else Renamed(stored, prefix)
+        view = stored if prefix == "" else _without_prefix(stored, prefix)
         shapes = {key: info.shape for key, info in view.tensors.items()}
         fitted = _with_stored_vocabulary(scheme, args, shapes)
         wanted = correspond(family, scheme, fitted)
@@ -71,6 +49,11 @@ def match(stored: Readable, family: Family, args: ModelArgs, path: str) -> Match
             nearest = (len(faults), faults, scheme)
     assert nearest is not None
     raise ConversionError(_report(path, family, nearest[2], nearest[1], stored), path=path, problems=_lines(nearest[1]))
+
+
+def _without_prefix(stored: Readable, prefix: str) -> Readable:
+    """The tensors that have a prefix, without it."""
+    return Renamed(stored, {key.removeprefix(prefix): key for key in stored.tensors if key.startswith(prefix)})
 
 
 def _candidates(stored: Readable, family: Family) -> Iterator[tuple[str, Scheme]]:

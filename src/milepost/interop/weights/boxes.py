@@ -50,6 +50,23 @@ class Readable(Protocol):
         ...
 
 
+class Renamed:
+    """Tensors of ``base`` under other keys: ``names`` maps those to the stored ones."""
+
+    def __init__(self, base: Readable, names: Mapping[str, str]):
+        self._base = base
+        self._names = names
+        self.tensors: Mapping[str, TensorInfo] = {key: base.tensors[stored] for key, stored in names.items()}
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
+        """See :class:`Readable`."""
+        self._base.read_into(self._names[key], box, out)
+
+    def unit_rows(self, key: str) -> int:
+        """See :class:`Readable`."""
+        return self._base.unit_rows(self._names[key])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
     """One stored box: its row-major bytes begin ``start`` bytes into what ``reader`` reads."""
