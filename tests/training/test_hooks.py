@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import threading
 import time
 from pathlib import Path
@@ -63,6 +64,22 @@ def test_a_failure_is_logged_and_fails_nothing(memory_path: Path, caplog: pytest
     assert "of the user's" in caplog.text
     assert "checkpoint.on_commit failed for step 2 (exit status 3): what went wrong" in caplog.text
     assert manager.committed_step == 2
+
+
+def test_of_what_a_command_prints_the_end_is_kept_and_nothing_waits_for_its_children(
+    memory_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = "sleep 60 & head -c 50000000 /dev/zero | tr '\\0' x; echo the end; exit 5"
+    config = CheckpointConfig(enable=True, interval=1, on_commit=command)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    with CheckpointManager(memory_path, config, model=torch.nn.Linear(2, 2)) as manager:
+        assert manager.save(1)
+    assert time.monotonic() - started < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+    message = next(record.getMessage() for record in caplog.records if "exit status 5" in record.getMessage())
+    assert message.endswith("xxxthe end")
+    assert len(message) < 3000
 
 
 def test_training_does_not_wait_for_it(memory_path: Path) -> None:

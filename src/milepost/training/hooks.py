@@ -10,13 +10,17 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 log = logging.getLogger("milepost")
 
 CLOSE_TIMEOUT_S = 600.0
 """A run that ends waits this long for what is still being done after its last commits."""
 MAX_OUTPUT = 2000
+"""Bytes at the end of a command's output that are kept, for the log."""
+OUTPUT_S = 1.0
+"""A command that has ended is given this long for the rest of its output."""
+PIECE_NBYTES = 64 << 10
 
 Tier = Literal["folder", "remote_folder"]
 
@@ -95,7 +99,7 @@ class CommitHooks:
 
     def _run_command(self, commit: Commit) -> None:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 self._command,
                 shell=True,
                 env=os.environ | commit.environment(),
@@ -103,12 +107,37 @@ class CommitHooks:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the training
-                check=False,
             )
         except OSError as error:
             log.error("checkpoint.on_commit failed for step %d: %s", commit.step, error.strerror)
             return
-        if done.returncode:
-            said = done.stdout.decode(errors="replace").strip()[-MAX_OUTPUT:]
+        assert process.stdout is not None
+        output = _Tail(process.stdout)
+        status = process.wait()
+        if status:
+            said = output.text()
             text = f": {said}" if said else ""
-            log.error("checkpoint.on_commit failed for step %d (exit status %d)%s", commit.step, done.returncode, text)
+            log.error("checkpoint.on_commit failed for step %d (exit status %d)%s", commit.step, status, text)
+
+
+class _Tail:
+    """The end of what a command prints. All of it is read, so that it never waits; little of it is kept.
+
+    What the command has left running in the background may hold its output open: that is not waited for.
+    """
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+        self._kept = b""
+        self._thread = threading.Thread(target=self._read, name="milepost-on-commit-output", daemon=True)
+        self._thread.start()
+
+    def text(self) -> str:
+        """What came last, once the command has ended."""
+        self._thread.join(OUTPUT_S)
+        return self._kept.decode(errors="replace").strip()
+
+    def _read(self) -> None:
+        with self._stream:
+            while chunk := os.read(self._stream.fileno(), PIECE_NBYTES):
+                self._kept = (self._kept + chunk)[-MAX_OUTPUT:]
