@@ -3,6 +3,7 @@
 # make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
 # make test-crash  kills, errors, power cuts, restarts of jobs, hostile input: a sample of each (JOBS=2)
 # make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
+# make test-gpu    the tests that need a CUDA device; skipped, one by one, where there is none
 # make test-netfs  a run over a network file system, each rank on a client of its own (needs FUSE and the right to mount)
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
@@ -29,7 +30,7 @@ FAULTS ?= 20
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: house help setup train test test-slow test-crash test-browser test-netfs test-integrations reliability soak soak-store demo-s3 fuzz bench docs lint format clean
+.PHONY: house help setup train test test-slow test-crash test-browser test-gpu test-netfs test-integrations reliability soak soak-store demo-s3 fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -61,6 +62,9 @@ test-browser: $(STAMP)
 	@command -v chromium >/dev/null || echo "no Chromium on the path: apt-get install chromium; its tests are skipped" >&2
 	test -e build/axe/node_modules/axe-core || timeout 300 npm install --silent --no-save --prefix build/axe axe-core
 	timeout 600 $(BIN)/python -m pytest -q -m browser tests/report/test_browser.py
+
+test-gpu: $(STAMP)
+	timeout 1800 $(BIN)/python -m pytest -q -rs -m gpu tests/gpu
 
 test-netfs: $(STAMP)
 	timeout 900 $(BIN)/python -m pytest -q -rs -m slow tests/crash/test_netfs.py

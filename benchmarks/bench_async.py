@@ -1,7 +1,8 @@
 """Saving without stopping training, against one plain copy, a synchronous save and stock ``dcp.async_save``.
 
-Run: ``python benchmarks/bench_async.py [--rounds 5] [--folder DIR]``. One process, one torch thread, 96 fp32 tensors of
-2048 x 2048 (1.6 GB). The training thread does matrix products all the while. Figures are of the second save on.
+Run: ``python benchmarks/bench_async.py [--rounds 5] [--folder DIR] [--device cuda]``. One process, one torch thread, 96
+fp32 tensors of 2048 x 2048 (1.6 GB). The training thread does matrix products all the while. Figures are of the second
+save on. On a GPU the plain copy goes into pinned memory.
 """
 
 from __future__ import annotations
@@ -51,13 +52,17 @@ class Figures:
 class Training:
     """Steps of matrix products on the training thread."""
 
-    def __init__(self) -> None:
-        self.a, self.b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    def __init__(self, device: str) -> None:
+        side = 8192 if device == "cuda" else 1024
+        self.a, self.b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+        self.scale = side**0.5
 
     def step(self) -> float:
         started = time.perf_counter()
         for _ in range(2):
-            self.a = torch.mm(self.a, self.b).div_(32.0)
+            self.a = torch.mm(self.a, self.b).div_(self.scale)
+        if self.a.is_cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
     def run(self, until: Callable[[], bool], at_least_s: float = 0.0) -> list[float]:
@@ -73,13 +78,14 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     with tempfile.NamedTemporaryFile() as rendezvous:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous.name}", rank=0, world_size=1)
-        state = {f"layers.{i}.weight": torch.randn(SIDE, SIDE) for i in range(args.tensors)}
+        state = {f"layers.{i}.weight": torch.randn(SIDE, SIDE, device=args.device) for i in range(args.tensors)}
         args.folder.mkdir(parents=True, exist_ok=True)
         try:
             measure(state, args.folder, args.rounds)
@@ -90,9 +96,11 @@ def main() -> None:
 
 
 def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
-    training = Training()
+    device = next(iter(state.values())).device
+    training = Training(device.type)
     nbytes = sum(t.nbytes for t in state.values())
-    print(f"{len(state)} fp32 tensors of {SIDE} x {SIDE}: {nbytes / 1e9:.2f} GB, {rounds} rounds after a first one")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    print(f"on {where}: {len(state)} fp32 tensors of {SIDE} x {SIDE}: {nbytes / 1e9:.2f} GB, {rounds} rounds after a first one")
     storage, _ = open_storage(folder / "x")
     savers = {mode: AsyncSaver(storage, SingleProcess(), mode) for mode in ("async", "async_with_pinned_mem")}
     contenders: dict[str, Callable[[Figures], None]] = {
@@ -105,7 +113,7 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
     figures = {name: Figures() for name in contenders}
     copies: list[float] = []
     quiet: list[float] = []
-    spare = {key: torch.zeros_like(value) for key, value in state.items()}
+    spare = {key: torch.zeros(v.shape, dtype=v.dtype, pin_memory=v.is_cuda) for key, v in state.items()}
     for round_number in range(rounds + 1):
         if round_number == 1:  # the first round allocates, starts processes and touches memory
             figures = {name: Figures() for name in contenders}
@@ -113,7 +121,9 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
         quiet.append(statistics.median(training.run(lambda: True, at_least_s=1.5)))
         started = time.perf_counter()
         for key, value in state.items():
-            spare[key].copy_(value)
+            spare[key].copy_(value, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         copies.append(time.perf_counter() - started)
         for name, act in contenders.items():
             os.sync()
