@@ -100,7 +100,8 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
     training = Training(device.type)
     nbytes = sum(t.nbytes for t in state.values())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    print(f"on {where}: {len(state)} fp32 tensors of {SIDE} x {SIDE}: {nbytes / 1e9:.2f} GB, {rounds} rounds after a first one")
+    size = f"{len(state)} fp32 tensors of {SIDE} x {SIDE}: {nbytes / 1e9:.2f} GB"
+    print(f"on {where}: {size}, {rounds} rounds after a first one")
     storage, _ = open_storage(folder / "x")
     savers = {mode: AsyncSaver(storage, SingleProcess(), mode) for mode in ("async", "async_with_pinned_mem")}
     contenders: dict[str, Callable[[Figures], None]] = {

@@ -56,7 +56,9 @@ def main(backend: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         for mode in MODES:
             whole = losses(Path(name, mode, "whole"), mode, until=6)
-            halves = losses(Path(name, mode, "halves"), mode, until=3) + losses(Path(name, mode, "halves"), mode, until=6)
+            halves = losses(Path(name, mode, "halves"), mode, until=3) + losses(
+                Path(name, mode, "halves"), mode, until=6
+            )
             assert halves == whole, (mode, halves, whole)
         tensors = {"w": torch.arange(1000.0, device="cuda")}
         milepost.save(Path(name, "own"), tensors)
