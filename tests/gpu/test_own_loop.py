@@ -212,5 +212,5 @@ def test_a_graph_of_kernels_is_saved_between_replays(tmp_path: Path):
             expected[step] = {key: value.cpu().clone() for key, value in module.state_dict().items()}
             manager.save(step)
     for step, weights in expected.items():
-        read = milepost.load(tmp_path / "run" / f"step-{step}")["model"]
+        read = milepost.load(tmp_path / "run" / f"step-{step}")
         assert all(torch.equal(read[key], value) for key, value in weights.items())

@@ -122,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
     # This makes a new one for each, hosted by rank 0.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    args = _parsed([*_DEFAULTS, *argv], torchrun.get_args_parser())
+    args = _parsed(argv, torchrun.get_args_parser())
     if "LOGLEVEL" not in os.environ:  # with it, torchrun's own log is asked for
         _show_in_our_words(args.max_restarts)
     signal.signal(signal.SIGINT, _Interrupt(SignalException))
@@ -149,8 +149,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-_DEFAULTS = ("--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S), "--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT")
-"""Options of torchrun that ours replace; SIGINT is handled here."""
+_DEFAULTS = {"shutdown_timeout": SHUTDOWN_TIMEOUT_S, "signals_to_handle": "SIGTERM,SIGHUP,SIGQUIT"}
+"""What ours replaces of torchrun's defaults, if this torch has the option; SIGINT is handled here."""
 
 
 def _parsed(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -158,6 +158,7 @@ def _parsed(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Na
         raise ConfigError(f"torchrun does not understand its options (TORCHRUN_ARGS): {message}")
 
     parser.error = refuse  # type: ignore[assignment,method-assign]  # its own prints a page of usage
+    parser.set_defaults(**_DEFAULTS)
     return parser.parse_args(argv)
 
 
