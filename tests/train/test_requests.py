@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import milepost
+from milepost.cli.main import main
 from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
@@ -14,6 +17,7 @@ from milepost.train.config import TrainConfig
 from milepost.train.loop import Trainer
 from milepost.train.options import load_config
 from milepost.train.process import show_log
+from milepost.train.provenance import git_revision
 from milepost.training import signals
 
 
@@ -59,3 +63,36 @@ def test_a_file_asks_once_and_ends_the_run_well(memory_path: Path, capfd: pytest
     assert "this run is finished" in capfd.readouterr().out
     entries = catalog.scan(folder, "checkpoint")
     assert [sorted(entry.metrics) for entry in entries] == [["loss"]] * 3
+
+
+def test_options_tokenizer_and_revision_travel_with_each_step(
+    memory_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (memory_path / "assets").mkdir()
+    (memory_path / "assets/tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (memory_path / "assets/somebody.py").write_text("no part of a tokenizer")
+    options = {
+        "job.dump_folder": memory_path,
+        "job.description": "the fourth try",
+        "model.hf_assets_path": memory_path / "assets",
+        "training.steps": 1,
+        "training.seq_len": 16,
+        "training.local_batch_size": 1,
+        "checkpoint.enable": "true",
+        "checkpoint.last_save_model_only": "false",
+    }
+    config = load_config([f"--{name}={value}" for name, value in options.items()], 1)
+    assert run_world(_train, 1, config, {}) == [0]
+    kept = milepost.load(memory_path / "checkpoint/step-1")["attached"]
+    assert sorted(kept["files"]) == ["config.toml", "tokenizer_config.json"]
+    again = memory_path / "again.toml"
+    again.write_bytes(kept["files"]["config.toml"])
+    assert load_config([f"--job.config_file={again}"], 1) == replace(
+        config, job=replace(config.job, config_file=str(again))
+    )
+    assert kept["extra"]["description"] == "the fourth try"
+    assert kept["extra"].get("git_revision") == git_revision()
+    assert main(["inspect", str(memory_path / "checkpoint/step-1")]) == 0
+    assert "the fourth try" in capsys.readouterr().out
+    assert main(["export", str(memory_path / "checkpoint"), str(memory_path / "out")]) == 0
+    assert (memory_path / "out/tokenizer_config.json").read_text() == '{"bos_token": "<s>"}'

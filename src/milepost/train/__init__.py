@@ -12,6 +12,7 @@ Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in 
     models     the architectures; parallel: how they are spread over the ranks
     optim      optimizers and the learning rate schedule
     metrics    the log line and TensorBoard
+    provenance  what travels with each step: the options, the tokenizer, the revision
     loop       the training loop
 """
 

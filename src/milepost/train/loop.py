@@ -31,6 +31,7 @@ from milepost.train.optim import LRSchedule, build_optimizers
 from milepost.train.options import to_toml
 from milepost.train.parallel import Meshes, ParallelModel, parallelize
 from milepost.train.process import accept_save_requests, write_line
+from milepost.train.provenance import Provenance
 from milepost.train.sizes import flavor_sizes, settled_sizes
 from milepost.train.tokenizer import Tokenizer, build_tokenizer
 
@@ -111,6 +112,7 @@ class Trainer:
         dump_folder = Path(config.job.dump_folder)
         self.checkpoint_folder = config.checkpoint_folder()
         self._say_what_has_no_effect()
+        self.provenance = self._read_provenance()
         self.checkpoints = CheckpointManager(
             self.checkpoint_folder,
             config.checkpoint_options(),
@@ -175,9 +177,16 @@ class Trainer:
             figures = self.train_step()
             self.meter.log(figures, blocked_s=self.checkpoints.blocked_s)
             self._step_at_work = None
-            is_last = self.state.step == num_steps
-            self.checkpoints.save(self.state.step, last_step=is_last, metrics={"loss": self.state.loss})
+            self._save(is_last=self.state.step == num_steps)
             self.meter.log_saves(self.checkpoints.take_events())
+
+    def _save(self, *, is_last: bool) -> None:
+        """Save if it is due, with what belongs to the step."""
+        metrics = {"loss": self.state.loss} if self.state.step else {}
+        beside = self.provenance
+        self.checkpoints.save(
+            self.state.step, last_step=is_last, metrics=metrics, files=beside.files, extra=beside.extra
+        )
 
     def _say_when_it_stops(self, number: signal.Signals) -> None:
         """Called in a signal handler. Between steps a save may or may not have heard of the signal already."""
@@ -243,7 +252,7 @@ class Trainer:
                 f"checkpoint.create_seed_checkpoint: {self.checkpoint_folder} already holds step-{latest}; "
                 "a seed is for a run that has not begun. Choose another folder"
             )
-        self.checkpoints.save(0, last_step=True)
+        self._save(is_last=True)
         log.info(f"wrote the seed checkpoint {self.checkpoint_folder}/step-0")
 
     def _say_what_has_no_effect(self) -> None:
@@ -284,6 +293,17 @@ class Trainer:
             f"samples of {training.seq_len}, {data.global_batch_size} a step"
         )
         return data
+
+    def _read_provenance(self) -> Provenance:
+        """What travels with each step; rank 0 has it."""
+        found, failure = Provenance(), None
+        if dist.get_rank() == 0 and self.config.checkpoint.enable:
+            try:
+                found = Provenance.of(self.config)
+            except BaseException as error:  # noqa: BLE001 - the other ranks wait for it
+                failure = failure_on(0, error, MilepostError)
+        raise_together(default_comm(), failure)
+        return found
 
     def _load_corpus(self, tokenizer: Tokenizer) -> Corpus:
         """Encode the text in one process a node; the others then find it done."""

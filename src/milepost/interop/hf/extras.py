@@ -129,6 +129,15 @@ def lent_extras(folder: str, dtype: str | None, max_shard_nbytes: int | None, *,
     )
 
 
+def read_assets(folder: str) -> dict[str, bytes]:
+    """The files of ``folder`` that belong beside weights, such as a tokenizer's, by name. Not its config, nor an index.
+
+    Raises:
+        ConversionError: files of the folder can't be taken: all of them at once.
+    """
+    return {name: _read(folder, name) for name in _assets_of(folder) if name not in _LIMITS}
+
+
 def _assets_of(folder: str) -> list[str]:
     """The files of a folder that are taken, or read: each is there, of a size that it may have, and no link elsewhere.
 
