@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from milepost.cli.paths import read_manifest
 from milepost.cli.render import console, print_json, print_line, print_list, print_table
+from milepost.config import PARTS
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import SHORT_DEGREES, Degrees, degrees_text
@@ -60,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default="",
             help=f"keys that {what}, as checkpoint.allow_{option} of the run",
         )
+    parser.add_argument(
+        "--exclude",
+        metavar="PART,...",
+        default="",
+        help=f"parts that are not loaded, as checkpoint.exclude_from_loading of the run: of {', '.join(PARTS)}",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -77,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         flavor=args.flavor,
         policy=policy,
+        excluded=_parts(args.exclude),
     )
     if args.json:
         print_json({"fits": plan.fits} | _json(plan))
@@ -91,6 +99,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _patterns(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    found = _patterns(text)
+    unknown = [part for part in found if part not in PARTS]
+    if unknown:
+        raise ConfigError([f"--exclude: there is no part '{part}'; parts are {', '.join(PARTS)}" for part in unknown])
+    return found
 
 
 def resolve_degrees(text: str, world_size: int, stages_per_rank: int) -> Degrees:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import call
 from os import PathLike, fspath
@@ -24,7 +24,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, MilepostError, StateMismatchError, listed
 from milepost.format.manifest import Manifest
 from milepost.loading.fit import compare, unexpected_error
-from milepost.loading.names import renamed, renames
+from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.loading.reader import ReadStats, TensorReads, read_objects
 from milepost.loading.target import Target
@@ -170,12 +170,14 @@ def load_from(
     must_be_wanted: Callable[[str], bool] = lambda key: True,
     num_threads: int = NUM_IO_THREADS,
     wanted_keys: Collection[str] = (),
+    translate: Callable[[Manifest], Translation | None] = lambda manifest: None,
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
     ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
-    then. ``wanted_keys`` are those of a model by its own names, where the stored ones may be a wrapper's. Stored
-    keys for which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy.
+    then. ``wanted_keys`` are those of a model by its own names, where the stored ones may be a wrapper's; names of
+    another program are for ``translate``, which returns None where there is nothing to translate. Stored keys for
+    which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy.
     """
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
@@ -183,8 +185,10 @@ def load_from(
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
             recorded = catalog.read_manifest(storage, folder)
-        names = renames({*recorded.tensors, *recorded.objects}, wanted_keys)
-        manifest = renamed(recorded, names) if names else recorded
+        foreign = translate(recorded)
+        stored_keys = {*recorded.tensors, *recorded.objects}
+        translation = foreign if foreign is not None else renamed(recorded, renames(stored_keys, wanted_keys))
+        manifest = translation.manifest
         target = make_target(manifest, partial(_read_value, storage, folder, manifest))
         flat = flatten(target.values)
         fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
@@ -207,8 +211,8 @@ def load_from(
         try:
             with watched(f"rank {comm.rank} is reading {path}"):
                 if not live:
-                    digests, items = catalog.read_digests(storage, folder, recorded), plan_load(manifest, wanted)
-                    items = tuple(replace(item, key=names.get(item.key, item.key)) for item in items)
+                    digests = catalog.read_digests(storage, folder, recorded)
+                    items = plan_load(recorded, wanted, translation.origins)
                     progress = ProgressLog(f"loading {path}", sum(item.shard.data_nbytes for item in items))
                     objects = [key for key in flat.objects if key not in fit.missing]
                     for key, value in read_objects(storage, folder, manifest, objects):
@@ -238,7 +242,7 @@ def load_from(
         missing=fit.missing,
         cast=tuple(sorted((*fit.cast, *target.cast))),
         let_pass=looked.let_pass,
-        notes=tuple(target.notes),
+        notes=(*translation.notes, *target.notes),
     )
 
 

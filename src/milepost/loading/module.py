@@ -96,13 +96,13 @@ class ModuleOwner:
                     target.note(f"tied to {keys[first]}, which is stored", [keys[name]])
                     self._copies_of[name] = first
                     continue
-                are_equal = _are_equal(target.entry(keys[first]), target.entry(keys[name]))
-                if are_equal is None:
+                equal = are_equal(target.entry(keys[first]), target.entry(keys[name]))
+                if equal is None:
                     self._alike.append((keys[first], keys[name]))
                 else:
                     target.left.add(keys[name])
                     self._copies_of[name] = first
-                if are_equal is False:
+                if equal is False:
                     target.mismatched.append(_untied(keys[first], keys[name]))
 
     def check(self, values: Mapping[str, Any]) -> None:
@@ -143,7 +143,7 @@ class ModuleOwner:
             self._module.load_state_dict(state, strict=False)
 
 
-def _are_equal(one: TensorEntry | None, other: TensorEntry | None) -> bool | None:
+def are_equal(one: TensorEntry | None, other: TensorEntry | None) -> bool | None:
     """Whether two stored tensors have the same bytes, as far as their digests tell; None where they don't."""
     if one is None or other is None:
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from milepost.config import part_of
+from milepost.format.box import Box
 from milepost.format.manifest import Manifest
+from milepost.tensors.plan import Origin
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "base_layer")
 _ADAPTED = "base_model.model."
@@ -45,10 +47,44 @@ def _without_wrappers(key: str) -> str:
     return ".".join(part for part in key.removeprefix(_ADAPTED).split(".") if part not in _WRAPPERS)
 
 
-def renamed(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
-    """The manifest with other keys; ``names`` maps new ones to those that are stored."""
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A checkpoint as if it were stored under the names of what it is loaded into."""
+
+    manifest: Manifest
+    """Under the names here. Shards of a tensor that is cut out of another are boxes of it, without digests."""
+    origins: Mapping[str, Sequence[Origin]] = field(default_factory=dict)
+    """What each tensor is made of that is not stored so under its own name."""
+    tied: tuple[str, str] | None = None
+    """Stored tensors of which the manifest has the first only: they must be equal."""
+    notes: tuple[str, ...] = ()
+
+
+def renamed(manifest: Manifest, names: Mapping[str, str]) -> Translation:
+    """The checkpoint with other keys; ``names`` maps new ones to those that are stored."""
+    if not names:
+        return Translation(manifest)
     back = {stored: new for new, stored in names.items()}
     moved = {back.get(key, key): entry for key, entry in manifest.tensors.items()}
     objects = {back.get(key, key): entry for key, entry in manifest.objects.items()}
     paths = {key: path for key, path in manifest.paths.items() if key not in back}
-    return replace(manifest, tensors=moved, objects=objects, paths=paths | {key: (key,) for key in names}, extra={})
+    paths |= {key: (key,) for key in names}
+    return Translation(
+        replace(manifest, tensors=moved, objects=objects, paths=paths, extra={}),
+        {key: (whole(stored, moved[key].shape),) for key, stored in names.items() if key in moved},
+    )
+
+
+def whole(stored: str, shape: Sequence[int]) -> Origin:
+    """The origin of a tensor that is stored under another key."""
+    box = Box.whole(shape)
+    return Origin(box, stored, box)
+
+
+def longest_prefix(text: str, names: Collection[str]) -> str | None:
+    """The longest of ``names`` that ``text`` begins with, up to one of its dots."""
+    while "." in text:
+        text = text.rpartition(".")[0]
+        if text in names:
+            return text
+    return None

@@ -108,6 +108,8 @@ class TensorReads:
         """The tasks that fill one region. The file's ranges that they read are added to ``ranges``."""
         leaf, shard = self._leaves[item.leaf], item.shard
         target = leaf.view(item.piece)[item.dst.index()]
+        if item.is_transposed:
+            target = target.transpose(-1, -2)
         if shard.data_offset is None:
             ranges.append((shard.record_offset, shard.record_offset + shard.record_nbytes))
             yield partial(self._unpickle, item, handle, target)
@@ -220,10 +222,12 @@ def read_objects(storage: Storage, folder: str, manifest: Manifest, keys: Iterab
     """
     entries = sorted((manifest.objects[key].file, manifest.objects[key].record_offset, key) for key in keys)
     for file, group in itertools.groupby(entries, key=lambda entry: entry[0]):
-        key_at = {offset: key for _, offset, key in group}
+        keys_at: dict[int, list[str]] = {}  # several, where a value stands for each of them
+        for _, offset, key in group:
+            keys_at.setdefault(offset, []).append(key)
         with storage.open_read(join(folder, file)) as handle:
-            for run in _merged([manifest.objects[key] for key in key_at.values()]):
-                yield from _read_run(handle, run, key_at)
+            for run in _merged([manifest.objects[names[0]] for names in keys_at.values()]):
+                yield from _read_run(handle, run, keys_at)
 
 
 def _merged(entries: Sequence[ObjectEntry]) -> Iterator[list[ObjectEntry]]:
@@ -241,12 +245,15 @@ def _merged(entries: Sequence[ObjectEntry]) -> Iterator[list[ObjectEntry]]:
         yield run
 
 
-def _read_run(handle: ReadHandle, run: Sequence[ObjectEntry], key_at: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
+def _read_run(
+    handle: ReadHandle, run: Sequence[ObjectEntry], keys_at: Mapping[int, Sequence[str]]
+) -> Iterator[tuple[str, Any]]:
     base = run[0].record_offset
     data = memoryview(bytearray(run[-1].record_offset + run[-1].record_nbytes - base))
     handle.read_into(base, [data])
     for entry in run:
-        key = key_at[entry.record_offset]
+        keys = keys_at[entry.record_offset]
         raw = data[entry.record_offset - base : entry.record_offset - base + entry.record_nbytes]
-        BlockReader(handle, key, entry.record_offset, entry.record_nbytes, entry.crc32).passed(0, raw)
-        yield key, decode_object(key, raw, handle.path)
+        BlockReader(handle, keys[0], entry.record_offset, entry.record_nbytes, entry.crc32).passed(0, raw)
+        for key in keys:
+            yield key, decode_object(key, raw, handle.path)

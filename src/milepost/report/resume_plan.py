@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import OWN, correspond, key_faults
+from milepost.interop.names.translate import translate
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.fit import degree_problems, stage_problems
@@ -33,6 +34,11 @@ from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
 READ_BUFFER_NBYTES = NUM_IO_THREADS * BLOCK_NBYTES
 """What the reader's threads hold at most beside the tensors: each a block."""
 
+_LOADER_OF_TORCHTITAN = "dataloader.dp_rank_"
+OF_TORCHTITAN = (
+    "the data loader's state is torchtitan's, which only torchtitan can read: to start the data anew, set "
+    "checkpoint.exclude_from_loading = dataloader"
+)
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _RNG = re.compile(r"rng\.rank(\d+)\.")
@@ -91,26 +97,34 @@ def plan_resume(
     stages_per_rank: int = 1,
     model: str | None = None,
     flavor: str | None = None,
+    sizes: ModelArgs | None = None,
     policy: Policy | None = None,
+    excluded: Collection[str] = (),
 ) -> ResumePlan:
     """Plan a resume of ``manifest`` under ``degrees``.
 
-    With ``model`` and ``flavor``, or those that the step records, the stored keys and shapes are held against the
-    model's; without, against each other: every layer must have what any layer has, and every parameter the optimizer
-    state that any has. What ``policy`` lets pass is noted.
+    With ``model`` and ``flavor`` (or ``sizes``), or those that the step records, the stored keys and shapes are held
+    against the model's, under whatever names a load would find them; without, against each other: every layer must
+    have what any layer has, and every parameter the optimizer state that any has. What ``policy`` lets pass is noted.
+    ``excluded`` parts are not loaded.
 
     Raises:
         ConfigError: only one of ``model`` and ``flavor`` is given, or there is no such model.
     """
-    if (model is None) != (flavor is None):
+    if (model is None) != (flavor is None and sizes is None):
         raise ConfigError("--model and --flavor go together")
-    args = model_args(model, flavor) if model is not None and flavor is not None else None
+    args = model_args(model, flavor) if model is not None and flavor is not None else sizes
     recorded = ModelIdentity.recorded(manifest.extra)
     if args is None and recorded is not None:
         model, args = recorded.name, recorded.sizes
-    faults = _Faults(manifest, model or "", args)
-    same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
+    translation = translate(manifest, model, args) if model is not None and args is not None else None
     notes = []
+    if translation is not None:
+        manifest = translation.manifest
+        notes += translation.notes
+    manifest = _without(manifest, excluded)
+    faults = _Faults(manifest, model or "", args, excluded)
+    same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
     if not same_degrees and any(key.startswith("rng.") for key in manifest.tensors):
         notes.append("other degrees than the saved ones: random generators are seeded anew from rank 0's")
     left_out = [key for key in (*manifest.tensors, *manifest.objects) if _is_left_out(key, same_degrees)]
@@ -119,6 +133,8 @@ def plan_resume(
         refused = degree_problems(args, degrees, stages_per_rank=stages_per_rank)
     else:
         refused = stage_problems(planner.num_layers, degrees, stages_per_rank=stages_per_rank)
+    if any(key.startswith(_LOADER_OF_TORCHTITAN) for key in manifest.objects):
+        refused = [*refused, OF_TORCHTITAN]
     policy = policy if policy is not None else Policy()
     notes += map(str, policy.let_pass(faults.missing, faults.unexpected))
     refused_keys = policy.refused_unexpected(faults.unexpected)
@@ -133,6 +149,15 @@ def plan_resume(
         left_out=tuple(sorted(left_out)),
         notes=tuple(notes),
     )
+
+
+def _without(manifest: Manifest, excluded: Collection[str]) -> Manifest:
+    """What a manifest holds beside some parts."""
+    if not excluded:
+        return manifest
+    tensors = {key: entry for key, entry in manifest.tensors.items() if part_of(key) not in excluded}
+    objects = {key: entry for key, entry in manifest.objects.items() if part_of(key) not in excluded}
+    return replace(manifest, tensors=tensors, objects=objects)
 
 
 def _is_left_out(key: str, same_degrees: bool) -> bool:
@@ -266,15 +291,18 @@ def parameter_of(key: str) -> str | None:
 class _Faults:
     """What the checkpoint lacks, and what it has too much."""
 
-    def __init__(self, manifest: Manifest, model: str, args: ModelArgs | None):
+    def __init__(self, manifest: Manifest, model: str, args: ModelArgs | None, excluded: Collection[str]):
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
         shapes = {key: entry.shape for key, entry in manifest.tensors.items() if part_of(key) == "model"}
         stored_parts = {part_of(key) for key in (*manifest.tensors, *manifest.objects)}
         for part in PARTS:
-            if part not in ("rng", "dataloader", "lr_scheduler", "states", "attached") and part not in stored_parts:
+            is_asked = part not in ("rng", "dataloader", "lr_scheduler", "states", "attached", *excluded)
+            if is_asked and part not in stored_parts:
                 self.missing.append(f"{part}.*" if part != "model" else "the model")
+        if "model" in excluded:
+            return
         if args is None:
             self._compare_layers(shapes)
         else:

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milepost.errors import PlanError, listed
 from milepost.format import dtype as dtypes
@@ -230,7 +230,9 @@ class ReadItem:
     piece: int
     dst: Box
     leaf: str
-    """Key of the tensor to fill; the same as ``key`` but where one stored tensor fills several."""
+    """Key of the tensor to fill; the same as ``key`` but where it is stored under another, or as part of another."""
+    is_transposed: bool = False
+    """Whether the last two dims of ``dst`` are those of ``src`` swapped."""
 
     @property
     def run(self) -> tuple[int, int]:
@@ -258,34 +260,41 @@ class ReadItem:
                 yield low, high
 
 
-def plan_load(manifest: Manifest, wanted: Iterable[TensorSpec]) -> tuple[ReadItem, ...]:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A box of a tensor, and the box of the stored one that its elements come from."""
+
+    box: Box
+    key: str
+    """Of the stored tensor."""
+    stored: Box
+    is_transposed: bool = False
+    """Whether the last two dims of ``box`` are those of ``stored`` swapped."""
+
+
+def plan_load(
+    manifest: Manifest, wanted: Iterable[TensorSpec], origins: Mapping[str, Sequence[Origin]] | None = None
+) -> tuple[ReadItem, ...]:
     """What to read so that every wanted box is filled exactly once, in the order of files and offsets.
 
     ``wanted`` must have been checked against the manifest for keys and shapes; dtypes may differ (the stored one is
-    in the items).
+    in the items). ``origins`` has what a wanted tensor is made of, where it is not the stored one of the same key.
 
     Raises:
         PlanError: the stored shards leave a part of a wanted box out.
     """
-    items = []
+    origins = origins or {}
+    items: list[ReadItem] = []
     for spec in wanted:
-        entry = manifest.tensors[spec.key]
+        made_of = origins.get(spec.key)
         for piece, box in enumerate(spec.boxes):
-            overlaps = _overlaps(entry.shards, box)
-            items += [
-                ReadItem(
-                    key=spec.key,
-                    dtype=entry.dtype,
-                    shard=entry.shards[index],
-                    shard_index=index,
-                    src=src,
-                    piece=piece,
-                    dst=dst,
-                    leaf=spec.key,
-                )
-                for index, src, dst in overlaps
-            ]
-            found = sum(overlap.dst.numel for overlap in overlaps)
+            first = len(items)
+            if made_of is None:
+                items += _items(manifest, spec.key, spec.key, piece, box)
+            else:
+                for origin in made_of:
+                    items += _items_of_origin(manifest, spec.key, piece, box, origin)
+            found = sum(item.dst.numel for item in items[first:])
             if found != box.numel:
                 raise PlanError(
                     f"{spec.key}: the checkpoint stores {found} of the {box.numel} elements of {box}", key=spec.key
@@ -293,7 +302,42 @@ def plan_load(manifest: Manifest, wanted: Iterable[TensorSpec]) -> tuple[ReadIte
     return tuple(sorted(items, key=lambda item: (item.shard.file, item.shard.record_offset, item.src)))
 
 
-def _overlaps(shards: Sequence[ShardEntry], box: Box) -> Sequence[Overlap]:
+def _items(manifest: Manifest, key: str, leaf: str, piece: int, box: Box) -> Iterator[ReadItem]:
+    """What of the stored tensor ``key`` lies in ``box``, for a piece that is that box."""
+    entry = manifest.tensors[key]
+    for overlap in overlaps(entry.shards, box):
+        yield ReadItem(
+            key=key,
+            dtype=entry.dtype,
+            shard=entry.shards[overlap.shard],
+            shard_index=overlap.shard,
+            src=overlap.src,
+            piece=piece,
+            dst=overlap.dst,
+            leaf=leaf,
+        )
+
+
+def _items_of_origin(manifest: Manifest, leaf: str, piece: int, box: Box, origin: Origin) -> Iterator[ReadItem]:
+    """What of the wanted ``box`` comes from an origin."""
+    common = box.intersect(origin.box)
+    if common is None:
+        return
+    within = common.relative_to(origin.box)
+    stored = (swapped(within) if origin.is_transposed else within).shifted(origin.stored.offsets)
+    corner = common.relative_to(box).offsets
+    for item in _items(manifest, origin.key, leaf, piece, stored):
+        dst = swapped(item.dst) if origin.is_transposed else item.dst
+        yield replace(item, dst=dst.shifted(corner), is_transposed=origin.is_transposed)
+
+
+def swapped(box: Box) -> Box:
+    """The box with its last two dims exchanged."""
+    offsets, sizes = ((*values[:-2], values[-1], values[-2]) for values in (box.offsets, box.sizes))
+    return Box(offsets, sizes)
+
+
+def overlaps(shards: Sequence[ShardEntry], box: Box) -> Sequence[Overlap]:
     """What ``box`` has in common with each of the shards."""
     if isinstance(shards, TiledShards):
         return shards.overlaps(box)

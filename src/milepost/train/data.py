@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from milepost.data import Indices, SampleOrder
-from milepost.errors import ConfigError, StateMismatchError
+from milepost.errors import ConfigError, StateMismatchError, listed
 from milepost.train.corpus import Corpus
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
@@ -83,8 +83,16 @@ class DataLoader:
         """Continue where ``state`` was taken.
 
         Raises:
-            StateMismatchError: data set, tokenizer, sequence length or seed differ; the message says which.
+            StateMismatchError: data set, tokenizer, sequence length or seed differ; the message says which. Or it is
+                the state of another program's loader.
         """
+        if "samples_consumed" not in state:
+            raise StateMismatchError(
+                f"the checkpoint holds the state of another program's data loader ({', '.join(listed(list(state), 3))})"
+                ", from which nobody but that can tell which samples were seen. Start the data anew with "
+                "--checkpoint.exclude_from_loading dataloader",
+                mismatched=[f"dataloader.{key}" for key in state],
+            )
         saved, present = dict(state.get("fingerprint", {})), asdict(self.fingerprint)
         changed = [name for name in present if saved.get(name) != present[name]]
         if changed not in ([], ["dataset"]):  # the same tokens under another name are the same data

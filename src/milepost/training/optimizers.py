@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from milepost.errors import ConfigError, SaveError, StateMismatchError
 from milepost.format.manifest import TensorEntry
+from milepost.loading.names import longest_prefix
 from milepost.loading.optimizer import each_parameter, hand_over, indexed, state_tensor, want_state
 from milepost.loading.target import Target, empty_tensor
 from milepost.tensors.state import ByName
@@ -165,19 +166,11 @@ def saved_optimizers(node: Node, names: Sequence[str]) -> _Saved:
         kind, dot, rest = str(key).partition(".")
         if dot and kind in by_name and rest in known and isinstance(value, Mapping):
             by_name[kind][rest] = dict(value)
-        elif dot and kind in by_name and (name := _longest_prefix(rest, known)) is not None:
+        elif dot and kind in by_name and (name := longest_prefix(rest, known)) is not None:
             _put(by_name[kind].setdefault(name, {}), rest[len(name) + 1 :].split("."), value)
     for name, entry in by_name["state"].items():
         by_name["state"][name] = dict(sorted(entry.items(), key=lambda item: item[0] != COUNTER))
     return _Saved(by_name["state"], by_name["param_groups"], part.get("extra"), part)
-
-
-def _longest_prefix(text: str, names: set[str]) -> str | None:
-    while "." in text:
-        text = text.rpartition(".")[0]
-        if text in names:
-            return text
-    return None
 
 
 def _put(root: dict[str, Node], path: Sequence[str], value: Node) -> None:
@@ -262,7 +255,7 @@ class OptimizersOwner:
             self._note("parameters that no optimizer steps any more, their state left out", name)
 
     def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
-        name = _longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
+        name = longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
         parameter = next((p for p, n in self._names.items() if n == name), None)
         return empty_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
 

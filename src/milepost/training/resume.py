@@ -24,6 +24,8 @@ from milepost.errors import (
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.interop.any_weights import Loaded, load_any
 from milepost.loading.load import LoadReport, load_from
+from milepost.loading.module import are_equal
+from milepost.loading.names import Translation
 from milepost.loading.policy import Policy, first_match
 from milepost.loading.target import Stored, Target
 from milepost.run import catalog
@@ -38,6 +40,7 @@ from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
 from milepost.training.choice import Choice, both_tiers, choose, launch_id
 from milepost.training.training_state import StateLoad, TrainingState
+from milepost.verification.external import locate_manifest
 
 log = logging.getLogger("milepost")
 
@@ -64,6 +67,9 @@ class WeightsFormat(Protocol):
         Raises:
             StateMismatchError: it is of another model.
         """
+
+    def translate(self, manifest: Manifest) -> Translation | None:
+        """What a checkpoint is under this run's names; None where it has them, or others that are not known."""
 
     def load(self, path: str, leaves: Mapping[str, TensorLeaf], *, num_threads: int, logs_progress: bool) -> LoadReport:
         """Fill this rank's ``leaves`` from the weights at ``path``; empty: from where the format itself says.
@@ -147,6 +153,7 @@ class Loader:
                     must_be_wanted=into.is_complete,
                     num_threads=self._config.num_io_threads,
                     wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
+                    translate=partial(self._translate, storage, path),
                 )
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):
@@ -162,8 +169,30 @@ class Loader:
             notes += self._restore(into)
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
 
+    def _translate(self, storage: Storage, path: str, manifest: Manifest) -> Translation | None:
+        """What a checkpoint is under this run's names, if another program's are known.
+
+        Raises:
+            StateMismatchError: it stores two tensors that are one in this run, and they are not known to be equal.
+        """
+        translation = self._format.translate(manifest) if self._format is not None else None
+        if translation is None or translation.tied is None:
+            return translation
+        pair = {key: manifest.tensors[key] for key in translation.tied}
+        if any(shard.crc32 is None for entry in pair.values() for shard in entry.shards):
+            pair = dict(locate_manifest(storage, path, replace(manifest, tensors=pair)).tensors)
+        if not are_equal(*pair.values()):
+            one, other = translation.tied
+            raise StateMismatchError(
+                f"{join(storage.root, path)}: {one} and {other} are one tensor in this run (tied), and what is stored "
+                "of the two is not known to be equal. `milepost convert` compares them, and makes a checkpoint of one",
+                path=path,
+                mismatched=translation.tied,
+            )
+        return translation
+
     def _has_other_names(self, storage: Storage, path: str) -> bool:
-        """Whether another program has written a checkpoint, and not under the names of this run's model. Collective."""
+        """Whether another program has written a checkpoint, and under names that are not known. Collective."""
         chosen_keys = [name for name in self._config.exclude_from_loading if name not in PARTS]
         if self._format is None or self._config.allow_missing or chosen_keys:
             return False
@@ -171,9 +200,9 @@ class Loader:
         with contextlib.suppress(MilepostError):  # what is wrong with it, the load says
             found = catalog.examine(storage, path)
             if found is not None and found.state == "external":
-                stored = catalog.read_manifest(storage, path).tensors
+                manifest = catalog.read_manifest(storage, path)
                 wanted = self._state.loading_weights().prepare().values
-                lacks = any(key not in stored for key in wanted)
+                lacks = any(key not in manifest.tensors for key in wanted) and self._format.translate(manifest) is None
         return bool(self._comm.union(int(lacks)))
 
     def _place(self, choice: Choice) -> tuple[Storage, str]:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from milepost.errors import ConfigError, StateMismatchError
+from milepost.format.manifest import Manifest
 from milepost.interop.hf.form import HfForm
 from milepost.interop.hf.load import load_hf
 from milepost.interop.hf.save import HfTarget, plan_image
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.translate import translate
 from milepost.loading.load import LoadReport
+from milepost.loading.names import Translation
 from milepost.tensors.layout import TensorLeaf
 
 
@@ -60,6 +63,10 @@ class HfModel:
             )
         _, changed = with_settings(here.sizes, saved.sizes)
         return [f"it was saved with {', '.join(changed)}, which this run does not use"] if changed else []
+
+    def translate(self, manifest: Manifest) -> Translation | None:
+        """What a checkpoint is under our names, where it was stored under those of another program."""
+        return translate(manifest, self.name, self.args)
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
         """Return the form of a save of tensors of these keys and dtypes, all ranks' together.

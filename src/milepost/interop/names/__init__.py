@@ -9,6 +9,7 @@ In reading order::
     families     all of them by name
     assembled    a recipe put on top of stored tensors: those of one program read as another's
     match        which table fits which keys
+    translate    a training checkpoint of another program under our names, for a load and for plan-resume
 """
 
 from __future__ import annotations

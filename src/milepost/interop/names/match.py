@@ -40,7 +40,7 @@ def match(stored: Readable, family: Family, args: ModelArgs, path: str) -> Match
     for prefix, scheme in _candidates(stored, family):
         view = stored if prefix == "" else _without_prefix(stored, prefix)
         shapes = {key: info.shape for key, info in view.tensors.items()}
-        fitted = _with_stored_vocabulary(scheme, args, shapes)
+        fitted = with_stored_vocabulary(scheme, args, shapes)
         wanted = correspond(family, scheme, fitted)
         faults = key_faults(wanted, shapes)
         if not len(faults):
@@ -64,7 +64,7 @@ def _candidates(stored: Readable, family: Family) -> Iterator[tuple[str, Scheme]
                 yield prefix, scheme
 
 
-def _with_stored_vocabulary(scheme: Scheme, args: ModelArgs, shapes: Mapping[str, tuple[int, ...]]) -> ModelArgs:
+def with_stored_vocabulary(scheme: Scheme, args: ModelArgs, shapes: Mapping[str, tuple[int, ...]]) -> ModelArgs:
     """``args`` with as many words as the stored embedding has rows."""
     key = next(row.theirs for row in scheme.rows if row.ours == "tok_embeddings.weight")
     shape = shapes.get(key)
