@@ -118,7 +118,7 @@ def plan_resume(
     if args is None and recorded is not None:
         model, args = recorded.name, recorded.sizes
     translation = translate(manifest, model, args) if model is not None and args is not None else None
-    notes = []
+    notes: list[str] = []
     if translation is not None:
         manifest = translation.manifest
         notes += translation.notes
