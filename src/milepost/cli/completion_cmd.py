@@ -80,6 +80,6 @@ def whole_parser() -> argparse.ArgumentParser:
                     argument.choices = choices[option]
                 elif (option in ("--tensors", "--keys") and argument.nargs != 0) or argument.dest in ("key", "keys"):
                     argument.complete = KEYS
-                elif argument.choices is None and (not option or argument.metavar in ("DIR", "FILE")):
+                elif argument.choices is None and (not option or argument.metavar in ("DIR", "FILE", "PATH")):
                     argument.complete = shtab.FILE
     return parser

@@ -104,7 +104,7 @@ def run_conversion(args: argparse.Namespace, source: str) -> int:
     )
     from milepost.interop.convert import convert  # with numpy and the engine, which --help can do without
 
-    with _bars() as progress:
+    with stage_bars() as progress:
         report = convert(source, args.destination, options, progress)
     if args.json:
         print_json(dataclasses.asdict(report))
@@ -129,7 +129,7 @@ def parse_size(option: str, text: str) -> int:
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar for each stage."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Callable[[int, int], None]] = {}

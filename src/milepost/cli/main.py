@@ -48,6 +48,7 @@ COMMANDS = {
     "report": Command("milepost.cli.report_cmd", "write a run's checkpoints as one HTML page"),
     "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
     "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),
+    "merge": Command("milepost.cli.merge_cmd", "average or merge the weights of several checkpoints, streaming"),
     "plan-resume": Command(
         "milepost.cli.plan_resume_cmd", "show what a resume on other ranks would read, rank by rank"
     ),

@@ -11,6 +11,7 @@ In reading order::
     sinks    what weights are written to: a DCP folder, a Hugging Face folder, a ``.pt`` file (torch-free)
     any_weights  weights of any model by their own names, into a rank's tensors
     options  what can be asked of a conversion; convert: doing it (torch-free)
+    merging  weights of one model from several sources into one (torch-free)
 """
 
 from __future__ import annotations

@@ -126,6 +126,16 @@ def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype:
 # ---- names ----
 
 
+def bare_names(weights: Weights) -> dict[str, str]:
+    """Name without what programs and wrappers have put before and into it: name in the source.
+
+    Of Hugging Face files all names are the model's own.
+    """
+    if weights.source.kind == "hf":
+        return {key: key for key in weights.source.tensors}
+    return _without_wrappers(_bare_of_nest(weights), {})
+
+
 def _bare_of_nest(weights: Weights) -> dict[str, str]:
     """Name without that of the entry that holds the model, where it is known to be one: name in the source.
 

@@ -24,6 +24,7 @@ from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.as_stored import architecture, is_of_the_hub, keep_names
 from milepost.interop.hf.config import identity_of
 from milepost.interop.hf.extras import check_config, hf_extras
+from milepost.interop.hf.identity import recorded_identity
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import META, family_of
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
@@ -34,17 +35,14 @@ from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.open import Weights, open_weights, read_config
-from milepost.interop.weights.stream import SlabReader
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""
+from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 
 
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     options: ConvertOptions,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> ConvertReport:
     """Convert the weights at ``src`` to ``dst``, which must not exist yet, and appears only when it is whole.
 
@@ -63,7 +61,7 @@ def convert(
                 "of PEFT), save that, and convert the result",
                 path=source.path,
             )
-        recorded = _recorded(weights)
+        recorded = recorded_identity(weights)
         if options.model == HUB or (recorded is None and is_of_the_hub(weights, options)):
             plan, sink = _plan_as_stored(dst, weights, options)
         else:
@@ -135,12 +133,6 @@ def _plan_by_table(
     if fault is not None:
         raise ConversionError(f"{source.path}: {fault}", path=source.path)
     return plan, sink
-
-
-def _recorded(weights: Weights) -> ModelIdentity | None:
-    """The model that the source says it is, if it is one that there are tables for."""
-    recorded = ModelIdentity.recorded(weights.manifest.extra) if weights.manifest is not None else None
-    return recorded or (identity_of(weights.config) if weights.config is not None else None)
 
 
 def _model(
@@ -256,39 +248,20 @@ def _make_sink(
     return HfSink(dst, extras)
 
 
-def _run(source: Source, plan: Plan, sink: Sink, options: ConvertOptions, progress: Progress | None) -> int:
+def _run(source: Source, plan: Plan, sink: Sink, options: ConvertOptions, progress: StageProgress | None) -> int:
     """Write, check, verify, publish; on any failure take away what was written. Returns the bytes checked."""
-    advance = _stage(progress, "converting", plan.written_nbytes)
+    advance = stage(progress, "converting", plan.written_nbytes)
     reader = SlabReader(plan.content, options.budget_nbytes, advance)
-    try:
-        sink.begin()
+    with sink.writing():
         sink.write(reader, plan.shared)
         checked = source.check_digests()
         if options.verify:
             with sink.reopen() as written:
                 verify(plan, written, options, progress)
-        sink.publish()
-    except BaseException:
-        sink.abort()
-        raise
     return checked
 
 
-def _stage(progress: Progress | None, doing: str, total_nbytes: int) -> Callable[[int], None] | None:
-    """What a ``SlabReader`` tells of each slab, turned into progress. A reader calls it from one thread at a time."""
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(doing, done, total_nbytes)
-
-    return advance
-
-
-def verify(plan: Plan, written: Source, options: ConvertOptions, progress: Progress | None = None) -> None:
+def verify(plan: Plan, written: Source, options: ConvertOptions, progress: StageProgress | None = None) -> None:
     """Convert ``written`` back to the names of the source and compare every byte, in the dtype that was written.
 
     Raises:
@@ -296,7 +269,7 @@ def verify(plan: Plan, written: Source, options: ConvertOptions, progress: Progr
         DigestMismatchError: what was read back differs from what was written.
     """
     back = plan.back(written)
-    reader = SlabReader(back, options.budget_nbytes, _stage(progress, "verifying", total_nbytes(back.tensors.values())))
+    reader = SlabReader(back, options.budget_nbytes, stage(progress, "verifying", total_nbytes(back.tensors.values())))
 
     def compare(task: tuple[str, Slab]) -> None:
         key, slab = task

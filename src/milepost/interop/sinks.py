@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,17 @@ class Sink(ABC):
         self.path = f"{self.storage.root}/{self.target}"
         self.save_id = commit.new_save_id()
         self._attempt = ""
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Begin now; at the end publish what was written, or take everything away after an error."""
+        try:
+            self.begin()
+            yield
+            self.publish()
+        except BaseException:
+            self.abort()
+            raise
 
     def begin(self) -> None:
         """Make the place of the attempt.

@@ -31,7 +31,24 @@ _COPIES = 2
 _MAX_THREADS = 4
 
 Progress = Callable[[int], None]
-"""Told how many further bytes have been produced; called from several threads, one at a time."""
+"""Told how many further bytes are done; called from several threads."""
+StageProgress = Callable[[str, int, int], None]
+"""Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""
+
+
+def stage(progress: StageProgress | None, doing: str, total_nbytes: int) -> Progress | None:
+    """What turns the bytes of one stage into progress. Several threads may call it."""
+    if progress is None:
+        return None
+    done, lock = 0, threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            progress(doing, done, total_nbytes)
+
+    return advance
 
 
 class SlabReader:
@@ -44,7 +61,6 @@ class SlabReader:
     def __init__(self, content: Readable, budget_nbytes: int, progress: Progress | None = None):
         self.content = content
         self._progress = progress
-        self._lock = threading.Lock()
         self._local = threading.local()
         self.slab_nbytes = max((self._largest(key) for key in content.tensors), default=0)
         """No slab is larger."""
@@ -73,8 +89,7 @@ class SlabReader:
         array: Array = raw.view(array_dtype(self.content.tensors[key].dtype)).reshape(slab.box.sizes)
         self.content.read_into(key, slab.box, array)
         if self._progress is not None:
-            with self._lock:
-                self._progress(slab.nbytes)
+            self._progress(slab.nbytes)
         return array
 
     def read(self, key: str, slab: Slab) -> Array:

@@ -1,0 +1,125 @@
+"""The sources of a merge under the names of the first: the same keys and shapes in all, or a report of all faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from milepost.errors import ConversionError, listed
+from milepost.format.dtype import numpy_dtype
+from milepost.interop.as_stored import bare_names
+from milepost.interop.hf.identity import recorded_identity
+from milepost.interop.merging.merged import is_floating
+from milepost.interop.names.assembled import Assembled
+from milepost.interop.names.families import family_of
+from milepost.interop.names.identity import ModelIdentity
+from milepost.interop.names.match import match
+from milepost.interop.weights.boxes import Readable, Renamed, TensorInfo
+from milepost.interop.weights.open import Weights, open_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """An open source, its model's tensors by the names of the first source, and what was done to them."""
+
+    weights: Weights
+    tensors: Readable
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return self.weights.source.path
+
+
+def open_inputs(paths: Sequence[str], stack: ExitStack) -> list[Input]:
+    """Open all ``paths``, to be closed with ``stack``, and see that they hold the same model.
+
+    Wrappers in names aside. A source that says which model it is may have another program's names.
+
+    Raises:
+        ConversionError: they do not hold the same tensors, or some that can't be merged; all faults of all sources.
+        CheckpointNotFoundError, CheckpointDamagedError: one can't be opened.
+    """
+    opened = []
+    for path in paths:
+        weights = open_weights(path)
+        stack.callback(weights.source.close)
+        opened.append(weights)
+    first = Input(opened[0], Renamed(opened[0].source, bare_names(opened[0])))
+    found = [first, *(_by_names_of(first, weights) for weights in opened[1:])]
+    faults = [f"{one.path}: {fault}" for one in found for fault in _own_faults(one)]
+    counts = []
+    for other in found[1:]:
+        differences = list(_differences(first.tensors, other.tensors))
+        faults += [f"{other.path}: {line}" for line in listed(differences)]
+        counts += [f"{other.path}: {len(differences)}"] if differences else []
+    if faults:
+        raise ConversionError(
+            f"these sources can't be merged, nothing was written. They must hold the same tensors as {first.path}:\n  "
+            + "\n  ".join(faults),
+            path=first.path,
+            problems=faults,
+        )
+    return found
+
+
+def _by_names_of(first: Input, weights: Weights) -> Input:
+    """A source by the names of the first: its own, or those that a table translates; faults are found later."""
+    bare = Renamed(weights.source, bare_names(weights))
+    if bare.tensors.keys() == first.tensors.tensors.keys():
+        return Input(weights, bare)
+    for identity in (recorded_identity(first.weights), recorded_identity(weights)):
+        translated = _translated(first, bare, identity) if identity is not None else None
+        if translated is not None:
+            note = f"{weights.source.path} has other names than {first.path}: both are {identity}, and were matched"
+            return Input(weights, translated, (note,))
+    return Input(weights, bare)
+
+
+def _translated(first: Input, tensors: Readable, identity: ModelIdentity) -> Readable | None:
+    """``tensors`` by the names, and in the order of rows, that the first source has; None if a table does not fit."""
+    family = family_of(identity.name, identity.sizes)
+    try:
+        here = match(first.tensors, family, identity.sizes, first.path)
+        there = match(tensors, family, identity.sizes, "")
+    except ConversionError:
+        return None
+    recipes = here.found.into_theirs()
+    wanted = {key: recipe for key, recipe in recipes.items() if key in first.tensors.tensors}
+    if here.args != there.args or wanted.keys() != first.tensors.tensors.keys():
+        return None
+    return Assembled(Assembled(there.tensors, there.found.into_ours()), wanted)
+
+
+def _own_faults(one: Input) -> Iterator[str]:
+    """Why a source can't be merged with anything."""
+    config = one.weights.config
+    if one.weights.is_adapter:
+        yield "a PEFT adapter, not a model: merge it into its base model first (merge_and_unload() of PEFT)"
+    elif config is not None and config.get("quantization_config") is not None:
+        yield "quantized weights, which are no numbers to average: dequantize them first"
+    elif not one.tensors.tensors:
+        yield "no tensors of a model"
+    else:
+        kinds = sorted({info.dtype for info in one.tensors.tensors.values() if not _can_be_merged(info)})
+        if kinds:
+            yield f"tensors of dtype {', '.join(kinds)}, which can't be merged"
+
+
+def _can_be_merged(info: TensorInfo) -> bool:
+    dtype = numpy_dtype(info.dtype)
+    return is_floating(info) or (dtype is not None and dtype.kind in "iub")
+
+
+def _differences(first: Readable, other: Readable) -> Iterator[str]:
+    for key, info in first.tensors.items():
+        found = other.tensors.get(key)
+        if found is None:
+            yield f"missing: {key}"
+        elif found.shape != info.shape:
+            yield f"{key}: shape {list(found.shape)} instead of {list(info.shape)}"
+        elif is_floating(found) != is_floating(info) or (not is_floating(info) and found.dtype != info.dtype):
+            yield f"{key}: {found.dtype} instead of {info.dtype}"
+    yield from (f"unexpected: {key}" for key in other.tensors if key not in first.tensors)

@@ -1,0 +1,95 @@
+"""What some methods need to know of whole tensors before they merge a part: found in passes over all values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from milepost.collective.threads import map_in_threads
+from milepost.format.box import Box
+from milepost.interop.merging.merged import is_floating, parts_of, read_part, wide_dtype
+from milepost.interop.merging.methods import BASE, arc_factors
+from milepost.interop.weights.boxes import Array, Readable
+from milepost.interop.weights.stream import Progress
+
+NUM_THREADS = 4
+LOW_BITS = 15
+"""A magnitude is found in two passes: by the 16 upper bits of its 31, then by these."""
+
+
+def num_elements(inputs: Sequence[Readable]) -> int:
+    """Elements of all tensors that are merged, of one source."""
+    return sum(Box.whole(inputs[0].tensors[key].shape).numel for key in _keys(inputs))
+
+
+def _visited(part: Box, advance: Progress | None) -> None:
+    if advance is not None:
+        advance(part.numel)
+
+
+def _keys(inputs: Sequence[Readable]) -> list[str]:
+    return [key for key, info in inputs[0].tensors.items() if is_floating(info)]
+
+
+def arcs(inputs: Sequence[Readable], share: float, advance: Progress | None) -> dict[str, tuple[float, float]]:
+    """For each tensor the factors that lead ``share`` of the way from the first source to the second."""
+
+    def measure(key: str) -> tuple[str, tuple[float, float]]:
+        sums = np.zeros(3, np.float64)
+        dtype = wide_dtype(key, inputs)
+        for part in parts_of(key, Box.whole(inputs[0].tensors[key].shape), inputs):
+            a, b = (read_part(inputs, number, key, part, dtype).reshape(-1).astype(np.float64) for number in (0, 1))
+            sums += (np.dot(a, b), np.dot(a, a), np.dot(b, b))
+            _visited(part, advance)
+        dot, square_a, square_b = map(float, sums)
+        return key, arc_factors(dot, square_a, square_b, share)
+
+    return dict(map_in_threads(measure, _keys(inputs), NUM_THREADS, name="milepost-merge"))
+
+
+def thresholds(inputs: Sequence[Readable], density: float, advance: Progress | None) -> dict[str, list[float]]:
+    """For each tensor, of each source's difference from the base, the least magnitude in its largest ``density``."""
+
+    def measure(key: str) -> tuple[str, list[float]]:
+        return key, [_threshold(inputs, number, key, density, advance) for number in range(1, len(inputs))]
+
+    return dict(map_in_threads(measure, _keys(inputs), NUM_THREADS, name="milepost-merge"))
+
+
+def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float, advance: Progress | None) -> float:
+    """The exact k-th largest magnitude of a difference, in float32, by counting: no tensor is held or sorted."""
+    shape = inputs[0].tensors[key].shape
+    if 0 in shape:
+        return 0.0
+    count = max(1, int(density * Box.whole(shape).numel))
+    upper, lower = np.zeros(1 << (31 - LOW_BITS), np.int64), np.zeros(1 << LOW_BITS, np.int64)
+    for part in parts_of(key, Box.whole(shape), inputs):
+        upper += np.bincount(_magnitudes(inputs, number, key, part) >> LOW_BITS, minlength=len(upper))
+        _visited(part, advance)
+    high, count = _from_above(upper, count)
+    for part in parts_of(key, Box.whole(shape), inputs):
+        bits = _magnitudes(inputs, number, key, part)
+        lower += np.bincount(bits[bits >> LOW_BITS == high] & (len(lower) - 1), minlength=len(lower))
+        _visited(part, advance)
+    low, _ = _from_above(lower, count)
+    return float(np.array(high << LOW_BITS | low, np.uint32).view(np.float32))
+
+
+def _magnitudes(inputs: Sequence[Readable], number: int, key: str, part: Box) -> npt.NDArray[np.uint32]:
+    """The magnitudes of a difference as bits of float32, which are in the order of the values."""
+    dtype = wide_dtype(key, inputs)
+    values = read_part(inputs, number, key, part, dtype)
+    values -= read_part(inputs, BASE, key, part, dtype)
+    magnitudes: Array = np.abs(values).astype(np.float32)
+    return magnitudes.reshape(-1).view(np.uint32)
+
+
+def _from_above(counts: npt.NDArray[Any], wanted: int) -> tuple[int, int]:
+    """The bin that the ``wanted``-th value from above lies in, and its place from above within that bin."""
+    cumulated = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(cumulated, wanted))
+    before = int(cumulated[place - 1]) if place else 0
+    return len(counts) - 1 - place, wanted - before
