@@ -11,7 +11,7 @@ from milepost.format.digest import crc32
 from milepost.format.manifest import BranchStart, Lineage
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs, model_args
-from milepost.interop.names.rules import named_sizes
+from milepost.interop.names.sizes import sizes_of
 from milepost.run import catalog
 from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage
@@ -86,7 +86,7 @@ def age_by_a_version(manifest: Path) -> None:
 def save_model(storage: LocalStorage, path: str, name: str = "llama3", flavor: str = "debugmodel") -> ModelArgs:
     """A whole small model, as the last save of a run leaves it."""
     args = model_args(name, flavor)
-    sizes = named_sizes(args)
+    sizes = sizes_of(args).named
     arrays = {}
     for parameter in family_of(name, args).parameters:
         shape = tuple(sizes[size] for size in parameter.shape)

@@ -65,11 +65,12 @@ def whole_parser() -> argparse.ArgumentParser:
 
     from milepost.cli.main import COMMANDS, CommandModule, build_parser
     from milepost.interop.names.model_sizes import MODEL_NAMES, model_flavors
+    from milepost.interop.options import MODELS
 
     modules = {name: cast("CommandModule", importlib.import_module(COMMANDS[name].module)) for name in COMMANDS}
     parser = build_parser(modules)
     choices = {
-        "--model": list(MODEL_NAMES),
+        "--model": list(MODELS),
         "--flavor": list(dict.fromkeys(flavor for model in MODEL_NAMES for flavor in model_flavors(model))),
     }
     for action in parser._actions:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from milepost.cli.render import print_json, print_line, progress_bar
 from milepost.errors import ConfigError
+from milepost.interop.names.families import CONFIG_FAMILIES
 from milepost.interop.options import DTYPES, NAMES, ConvertOptions, ConvertReport
 from milepost.storage.base import counted, format_nbytes
 
@@ -53,8 +54,9 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that ``convert`` and ``export`` have in common."""
     parser.add_argument(
         "--model",
-        help="llama3 or qwen3, or hf for any model of transformers (its tensors keep their names); not needed if the "
-        "checkpoint says so itself",
+        help="llama3 or qwen3 with a --flavor; "
+        f"{', '.join(CONFIG_FAMILIES)} with the sizes of their config.json; or hf for any model of transformers (its "
+        "tensors keep their names); not needed if the checkpoint says so itself",
     )
     parser.add_argument("--flavor", help="the model's size, for instance 8B")
     parser.add_argument(
@@ -67,7 +69,8 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
         "--hf-assets",
         default="",
         metavar="DIR",
-        help="with --to hf: a Hugging Face folder that lends config, tokenizer files and the split into files",
+        help="with --to hf: a Hugging Face folder that lends config, tokenizer files and the split into files; of "
+        "models without --flavor it tells the sizes",
     )
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", help="with --to hf: size of the files, such as 5GB (the default) or 512MiB"

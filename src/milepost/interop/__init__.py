@@ -7,6 +7,7 @@ In reading order::
     names    names of parameters between programs, a table read both ways (torch-free)
     hf       Hugging Face: configuration, saving from ranks, loading into them
     as_stored  weights that keep their names: those of any model of transformers (torch-free)
+    by_config  which model of a family that is not trained here a source is of (torch-free)
     arrays   stored tensors as numpy arrays, read when they are indexed (torch-free)
     sinks    what weights are written to: a DCP folder, a Hugging Face folder, a ``.pt`` file (torch-free)
     any_weights  weights of any model by their own names, into a rank's tensors

@@ -22,6 +22,7 @@ from milepost.errors import ConfigError, ConversionError
 from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.as_stored import architecture, is_of_the_hub, keep_names
+from milepost.interop.by_config import Described, described_by
 from milepost.interop.hf.config import identity_of
 from milepost.interop.hf.extras import check_config, hf_extras
 from milepost.interop.hf.identity import recorded_identity
@@ -29,8 +30,10 @@ from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import META, family_of
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.match import Match, match, repeated, tied_fault
-from milepost.interop.names.model_sizes import model_args
+from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.nearest import advice
 from milepost.interop.names.rules import Family, correspond
+from milepost.interop.names.sizes import Args
 from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
@@ -62,7 +65,10 @@ def convert(
                 path=source.path,
             )
         recorded = recorded_identity(weights)
-        if options.model == HUB or (recorded is None and is_of_the_hub(weights, options)):
+        described = described_by(weights, options)
+        if described is not None:
+            plan, sink = _plan_by_config(dst, weights, described, options)
+        elif options.model == HUB or (recorded is None and is_of_the_hub(weights, options)):
             plan, sink = _plan_as_stored(dst, weights, options)
         else:
             plan, sink = _plan_by_table(dst, weights, recorded, options)
@@ -135,6 +141,22 @@ def _plan_by_table(
     return plan, sink
 
 
+def _plan_by_config(
+    dst: str | os.PathLike[str], weights: Weights, model: Described, options: ConvertOptions
+) -> tuple[Plan, Sink]:
+    source = weights.source
+    found = match(source, model.family.tables, model.sizes, source.path)
+    fault = tied_fault(found)
+    if fault is not None:
+        raise ConversionError(f"{source.path}: {fault}", path=source.path)
+    vocab_size = found.args.named["vocab"]
+    model = replace(model, sizes=found.args, config={**model.config, "vocab_size": vocab_size})
+    plan = plan_conversion(found, model.family.tables, model, (), options)
+    if options.to == "hf":
+        return plan, HfSink(dst, model.extras(plan.content.tensors, weights, options))
+    return plan, DcpSink(dst, {RECORD: model.record()}) if options.to == "dcp" else TorchFileSink(dst)
+
+
 def _model(
     options: ConvertOptions, own: ModelIdentity | None, weights: Weights, path: str
 ) -> tuple[ModelIdentity, tuple[str, ...]]:
@@ -150,7 +172,8 @@ def _model(
     elif own is None:
         raise ConfigError(
             f"{path} does not say which model it is: give --model and --flavor, or --model {HUB} if it is a model of "
-            "transformers (or another whose tensors shall keep their names)"
+            "transformers (or another whose tensors shall keep their names)\n  "
+            + "\n  ".join(advice(weights.source.tensors))
         )
     else:
         return own, ()
@@ -189,7 +212,7 @@ def _check_config(
     return ()
 
 
-def _check_vocabulary(config: Mapping[str, Any] | None, found: Match, path: str) -> None:
+def _check_vocabulary(config: Mapping[str, Any] | None, found: Match[ModelArgs], path: str) -> None:
     if config is not None and config.get("vocab_size") != found.args.vocab_size:
         raise ConversionError(
             f"{path}: {CONFIG_NAME} says vocab_size {config.get('vocab_size')}, the embedding has "
@@ -199,7 +222,11 @@ def _check_vocabulary(config: Mapping[str, Any] | None, found: Match, path: str)
 
 
 def plan_conversion(
-    found: Match, family: Family, model: ModelIdentity, notes: tuple[str, ...], options: ConvertOptions
+    found: Match[Args],
+    family: Family,
+    model: ModelIdentity | Described,
+    notes: tuple[str, ...],
+    options: ConvertOptions,
 ) -> Plan:
     """How each tensor of the target is made of those found. Nothing is read yet."""
     scheme = options.names

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from milepost.errors import ConfigError
-from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.errors import ConfigError, near
+from milepost.interop.names.families import ALSO_CALLED, CONFIG_FAMILIES, config_family_named
+from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, model_args
 from milepost.interop.names.rules import OWN
 from milepost.storage import is_folder
 
@@ -18,6 +19,9 @@ NAMES = (OWN, "torchtitan-0.2", "torchtitan-0.3")
 HUB = "hf"
 """In place of a model's name: any module of transformers. Its tensors keep the names that they have."""
 
+
+MODELS = (*MODEL_NAMES, *CONFIG_FAMILIES, *ALSO_CALLED, HUB)
+"""All that can be asked for as a model."""
 
 DEFAULT_BUDGET_NBYTES = 256 << 20
 DEFAULT_SHARD_NBYTES = 5_000_000_000
@@ -33,7 +37,8 @@ class ConvertOptions:
 
     to: Target
     model: str | None = None
-    """``llama3``, ``qwen3``, or ``hf`` for any model of transformers; None: what the checkpoint says of itself."""
+    """``llama3`` or ``qwen3``; a family whose sizes a ``config.json`` tells (``mistral``, ...); ``hf`` for any model of
+    transformers, by its own names. None: what the checkpoint says of itself."""
     flavor: str | None = None
     sizes: ModelArgs | None = None
     """Sizes of a ``model`` that is none of the known flavors, in place of ``flavor``."""
@@ -42,7 +47,9 @@ class ConvertOptions:
     names: str = OWN
     """Of a DCP target: ours, or those of a release of torchtitan."""
     hf_assets: str | os.PathLike[str] = ""
-    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index; empty: none."""
+    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index; empty: none.
+
+    Of a family whose sizes come from a config, it may lend that for any target."""
     max_shard_nbytes: int | None = None
     """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
     verify: bool = False
@@ -58,15 +65,32 @@ class ConvertOptions:
             problems.append(f"--names {self.names}: choose one of {', '.join(NAMES)}")
         if self.names != OWN and self.to != "dcp":
             problems.append(f"--names {self.names} is for --to dcp only")
-        if self.to != "hf" and (self.hf_assets or self.max_shard_nbytes is not None):
-            problems.append("--hf-assets and --max-shard-size are for --to hf only")
         if self.hf_assets and not is_folder(self.hf_assets):
             problems.append(f"--hf-assets {self.hf_assets} is no folder")
-        if self.model == HUB:
+        problems += self._model_problems()
+        if problems:
+            raise ConfigError(problems)
+
+    def _model_problems(self) -> list[str]:
+        problems = []
+        family = config_family_named(self.model)
+        if self.to != "hf" and ((self.hf_assets and family is None) or self.max_shard_nbytes is not None):
+            problems.append("--hf-assets and --max-shard-size are for --to hf only")
+        if self.model == HUB or family is not None:
             if self.flavor is not None or self.sizes is not None:
-                problems.append(f"--model {HUB} takes no --flavor: tensors keep their names, the config tells the rest")
-            if self.names != OWN:
-                problems.append(f"--names {self.names} is for llama3 and qwen3 only")
+                said = (
+                    "tensors keep their names, the config tells the rest" if family is None else "the config tells it"
+                )
+                problems.append(f"--model {self.model} takes no --flavor: {said}")
+            if self.names in NAMES and self.names != OWN and not (family is not None and family.has_scheme(self.names)):
+                trained = [*MODEL_NAMES, *(f.name for f in CONFIG_FAMILIES.values() if f.has_scheme(self.names))]
+                problems.append(f"--names {self.names} is for {', '.join(trained[:-1])} and {trained[-1]} only")
+        elif self.model is not None and self.model not in MODEL_NAMES:
+            hint = near(self.model, MODELS, cutoff=0.4)
+            did_you_mean = f"did you mean {hint!r}? " if hint is not None else ""
+            problems.append(
+                f"--model {self.model}: there is no such family; {did_you_mean}choices: {', '.join(MODELS)}"
+            )
         elif (self.model is None) != (self.flavor is None and self.sizes is None):
             problems.append("--model and --flavor go together")
         elif self.model is not None and self.flavor is not None and self.sizes is None:
@@ -74,8 +98,7 @@ class ConvertOptions:
                 model_args(self.model, self.flavor)
             except ConfigError as error:
                 problems += error.problems
-        if problems:
-            raise ConfigError(problems)
+        return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,7 @@ def hf_extras(
         ConversionError: the config is of another model, or files of the folder can't be taken: all of them at once.
         CheckpointDamagedError: its config or index is malformed.
     """
-    dtype = _main_dtype(tensors)
+    dtype = main_dtype(tensors)
     assets = _assets_of(folder) if folder else []
     if CONFIG_NAME not in assets:
         config = make_config(family, args, dtype)
@@ -183,7 +183,7 @@ def check_config(config: Mapping[str, Any], family: str, args: ModelArgs, path: 
         )
 
 
-def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     """The dtype that most of the bytes have."""
     nbytes: dict[str, int] = {}
     for info in tensors.values():

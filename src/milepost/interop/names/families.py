@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from milepost.interop.names import llama3, qwen3, qwen3_moe
+from milepost.interop.names.config_family import ConfigFamily
+from milepost.interop.names.hub_dense import DENSE
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import OWN, Family
 from milepost.interop.names.torchtitan import own_scheme, torchtitan_schemes
@@ -42,3 +47,21 @@ def family_of(model: str, args: ModelArgs) -> Family:
     if model == "llama3":
         return LLAMA3
     return QWEN3 if args.moe is None else QWEN3_MOE
+
+
+CONFIG_FAMILIES: Mapping[str, ConfigFamily] = {family.name: family for family in DENSE}
+"""Families that the trainer does not train: sizes come from ``config.json``."""
+ALSO_CALLED = {"qwen2.5": "qwen2", "phi4": "phi3"}
+"""Names of models of a family that users know better than the family's."""
+FAMILIES: tuple[Family, ...] = (LLAMA3, QWEN3, QWEN3_MOE, *(family.tables for family in CONFIG_FAMILIES.values()))
+
+
+def config_family_named(model: str | None) -> ConfigFamily | None:
+    """The family called ``model`` whose sizes come from ``config.json``; None if there is none."""
+    return CONFIG_FAMILIES.get(ALSO_CALLED.get(model, model)) if model is not None else None
+
+
+def config_family_of(config: Mapping[str, Any]) -> ConfigFamily | None:
+    """The family of the model that a ``config.json`` is of, if the trainer does not train it."""
+    kind = config.get("model_type")
+    return next((family for family in CONFIG_FAMILIES.values() if kind in family.model_types), None)

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
 from milepost.errors import MAX_LISTED, ConversionError, listed, near
 from milepost.format.box import cut_into_slabs
 from milepost.format.dtype import itemsize
-from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.nearest import PREFIXES, advice
 from milepost.interop.names.rules import Correspondence, Family, KeyFaults, Recipe, Scheme, correspond, key_faults
+from milepost.interop.names.sizes import Args, sizes_of, with_vocabulary
 from milepost.interop.weights.boxes import Readable, Renamed, array_dtype
 from milepost.interop.weights.stream import SLAB_NBYTES
 
-_PREFIXES = ("", "model.", "state_dict.", "module.")
-"""Under what a state dict may stand in a checkpoint or a ``.pt`` file."""
-
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class Match(Generic[Args]):
     """Stored tensors that are the model ``args`` in the names of ``found.scheme``."""
 
     tensors: Readable
     found: Correspondence
-    args: ModelArgs
+    args: Args
     notes: tuple[str, ...] = ()
 
 
-def match(stored: Readable, family: Family, args: ModelArgs, path: str) -> Match:
+def match(stored: Readable, family: Family, args: Args, path: str) -> Match[Args]:
     """Recognise the names of ``stored``. The vocabulary may be another than the flavor's: then the stored one counts.
 
     Raises:
@@ -58,26 +57,25 @@ def _without_prefix(stored: Readable, prefix: str) -> Readable:
 
 def _candidates(stored: Readable, family: Family) -> Iterator[tuple[str, Scheme]]:
     """(prefix, scheme) to try, likely ones first."""
-    for prefix in _PREFIXES:
+    for prefix in PREFIXES:
         if prefix == "" or any(key.startswith(prefix) for key in stored.tensors):
             for scheme in family.schemes:
                 yield prefix, scheme
 
 
-def with_stored_vocabulary(scheme: Scheme, args: ModelArgs, shapes: Mapping[str, tuple[int, ...]]) -> ModelArgs:
+def with_stored_vocabulary(scheme: Scheme, args: Args, shapes: Mapping[str, tuple[int, ...]]) -> Args:
     """``args`` with as many words as the stored embedding has rows."""
     key = next(row.theirs for row in scheme.rows if row.ours == "tok_embeddings.weight")
     shape = shapes.get(key)
-    return replace(args, vocab_size=shape[0]) if shape is not None and len(shape) == 2 else args
+    return with_vocabulary(args, shape[0]) if shape is not None and len(shape) == 2 else args
 
 
-def _notes(
-    args: ModelArgs, fitted: ModelArgs, wanted: Correspondence, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[str, ...]:
+def _notes(args: Args, fitted: Args, wanted: Correspondence, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     notes = []
-    if args.vocab_size != fitted.vocab_size:
-        notes.append(f"the vocabulary has {fitted.vocab_size} words, the flavor's as published {args.vocab_size}")
-    dropped = [key for key in wanted.constants if key in shapes]
+    published, stored = sizes_of(args).named["vocab"], sizes_of(fitted).named["vocab"]
+    if published != stored:
+        notes.append(f"the vocabulary has {stored} words, the flavor's as published {published}")
+    dropped = [key for key in shapes if key in wanted.constants or key.startswith(wanted.left_out)]
     if dropped:
         notes.append(f"left out, as our models have no such tensor: {dropped[0]} and {len(dropped) - 1} like it")
     return tuple(notes)
@@ -97,15 +95,17 @@ def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored
         f"missing: {key}" + (f" (there is {hint})" if (hint := hints.get(key)) else "") for key in faults.missing
     ]
     unexpected = [f"unexpected: {key}" for key in faults.unexpected]
-    lines = [*listed(missing), *listed(unexpected), *listed(faults.misshapen)]
+    lines = [*listed(missing), *listed(unexpected), *listed(faults.misshapen), *advice(stored.tensors, family.name)]
+    matching = len(stored.tensors) - len(faults.unexpected) - len(faults.misshapen)
     counts = f"{len(faults.missing)} missing, {len(faults.unexpected)} unexpected, {len(faults.misshapen)} misshapen"
     return (
         f"{path} does not hold this {family.name} model, is it the right --model and --flavor? Of its "
-        f"{len(stored.tensors)} tensors, by the names of scheme '{scheme.name}': {counts}\n  " + "\n  ".join(lines)
+        f"{len(stored.tensors)} tensors, by the names of scheme '{scheme.name}': {counts}, {matching} match\n  "
+        + "\n  ".join(lines)
     )
 
 
-def tied_fault(match: Match) -> str | None:
+def tied_fault(match: Match[Args]) -> str | None:
     """Why the embedding and the output projection of a tied model are not one tensor; None if they are.
 
     Only a source that stores both is read.

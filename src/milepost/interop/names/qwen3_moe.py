@@ -22,6 +22,7 @@ PARAMETERS = (
 )
 
 _EXPERT = Op.TRANSPOSED  # ours are [in, out], theirs [out, in]
+_GATE, _UP = (Slice(index, ("expert_hidden", "expert_hidden")) for index in range(2))
 _ROUTER = Row("layers.{layer}.moe.router.gate.weight", "model.layers.{layer}.mlp.gate.weight")
 
 HF = Scheme(
@@ -41,9 +42,9 @@ HF_STACKED = Scheme(
     rows=(
         *SHARED_ROWS,
         _ROUTER,
-        Row("layers.{layer}.moe.experts.w1", "model.layers.{layer}.mlp.experts.gate_up_proj", _EXPERT, Slice(0, 2)),
+        Row("layers.{layer}.moe.experts.w1", "model.layers.{layer}.mlp.experts.gate_up_proj", _EXPERT, _GATE),
         Row("layers.{layer}.moe.experts.w2", "model.layers.{layer}.mlp.experts.down_proj", _EXPERT),
-        Row("layers.{layer}.moe.experts.w3", "model.layers.{layer}.mlp.experts.gate_up_proj", _EXPERT, Slice(1, 2)),
+        Row("layers.{layer}.moe.experts.w3", "model.layers.{layer}.mlp.experts.gate_up_proj", _EXPERT, _UP),
     ),
     tied_output="lm_head.weight",
 )

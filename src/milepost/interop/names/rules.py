@@ -8,12 +8,13 @@ between boxes; ``into_ours`` and ``into_theirs`` are the same links read in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from milepost.format.box import Box
 from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.sizes import Sizes, sizes_of
 
 OWN = "milepost"
 """The scheme of our own names."""
@@ -38,18 +39,23 @@ class Op(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One of our parameters. ``shape`` holds names of :func:`named_sizes`; ``{layer}`` in ``key`` is each layer."""
+    """One of our parameters. ``shape`` holds names of ``Sizes.named``; ``{layer}`` in ``key`` is each layer."""
 
     key: str
     shape: tuple[str, ...]
+    layers: str = ""
+    """The kind of layers that have it; empty: all layers."""
+    when: str = ""
+    """What a model must feature to have it; empty: every model has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Our tensor is slice ``index`` of ``count`` equal slices of theirs along the rows (the last dim but one)."""
+    """Our tensor is slice ``index`` of those along a dim of theirs, which have the sizes that ``of`` names."""
 
     index: int
-    count: int
+    of: tuple[str, ...]
+    dim: int = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class Constant:
     theirs: str
     shape: tuple[str, ...]
     dtype: str
+    layers: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,9 @@ class Scheme:
     constants: tuple[Constant, ...] = ()
     ignored: tuple[str, ...] = ()
     """Keys without information of their own (recomputed buffers) that may be present and are not read."""
+    left_out: tuple[str, ...] = ()
+    """Beginnings of keys of what is beside the model (a vision tower, layers of kind ``beyond``): not converted, which
+    the report says."""
     tied_output: str | None = None
     """Their name of the output projection, which for tied embeddings may be stored beside the embedding."""
     writes_tied_output: bool = False
@@ -154,6 +164,7 @@ class Correspondence:
     links: tuple[Link, ...]
     constants: Mapping[str, tuple[tuple[int, ...], str]]
     ignored: frozenset[str]
+    left_out: tuple[str, ...]
     tied: tuple[str, str] | None
     """(their embedding, their output projection) of a model that ties the two."""
     head_dim: int
@@ -189,47 +200,43 @@ class KeyFaults:
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
 
-def named_sizes(args: ModelArgs) -> dict[str, int]:
-    """The sizes that the tables' shapes name."""
-    sizes = {
-        "vocab": args.vocab_size,
-        "dim": args.dim,
-        "head_dim": args.head_dim,
-        "q_rows": args.n_heads * args.head_dim,
-        "kv_rows": args.n_kv_heads * args.head_dim,
-        "hidden": args.hidden_dim,
-    }
-    if args.moe is not None:
-        sizes |= {"experts": args.moe.num_experts, "expert_hidden": args.moe.hidden_dim}
-    return sizes
-
-
-def correspond(family: Family, scheme: Scheme, args: ModelArgs) -> Correspondence:
+def correspond(family: Family, scheme: Scheme, args: ModelArgs | Sizes) -> Correspondence:
     """``scheme`` with the sizes of ``args`` filled in. Needs memory for the names alone."""
-    sizes = named_sizes(args)
-    skipped = {"output.weight"} if args.tied_embeddings else set()
-    shapes = {p.key: tuple(sizes[name] for name in p.shape) for p in family.parameters if p.key not in skipped}
+    sizes = sizes_of(args)
+    parameters = {p.key: p for p in family.parameters if _has(sizes, p)}
     ours: dict[str, tuple[int, ...]] = {}
     theirs: dict[str, tuple[int, ...]] = {}
     links: list[Link] = []
     rows = {row.ours: row for row in scheme.rows}
-    for pattern, shape in shapes.items():
-        for layer in _layers(pattern, args):
+    for pattern, parameter in parameters.items():
+        shape = tuple(sizes.named[name] for name in parameter.shape)
+        for layer in _layers(pattern, parameter.layers, sizes):
             key = pattern.format(layer=layer)
             ours[key] = shape
-            for link, foreign_shape in _links(rows[pattern], key, layer, shape, args):
+            for link, foreign_shape in _links(rows[pattern], key, layer, shape, sizes):
                 links.append(link)
                 theirs[link.theirs_key] = foreign_shape
     constants = {
-        c.theirs.format(layer=layer): (tuple(sizes[name] for name in c.shape), c.dtype)
+        c.theirs.format(layer=layer): (tuple(sizes.named[name] for name in c.shape), c.dtype)
         for c in scheme.constants
-        for layer in _layers(c.theirs, args)
+        for layer in _layers(c.theirs, c.layers, sizes)
     }
-    ignored = frozenset(key.format(layer=layer) for key in scheme.ignored for layer in _layers(key, args))
+    ignored = frozenset(key.format(layer=layer) for key in scheme.ignored for layer in _layers(key, "", sizes))
+    beyond = sizes.kinds.get("beyond", ())
+    left_out = tuple(
+        key.format(layer=layer) for key in scheme.left_out for layer in (beyond if "{layer}" in key else (0,))
+    )
     tied = None
-    if args.tied_embeddings and scheme.tied_output is not None:
+    if sizes.tied_embeddings and scheme.tied_output is not None:
         tied = (rows["tok_embeddings.weight"].theirs, scheme.tied_output)
-    return Correspondence(scheme, ours, theirs, tuple(links), constants, ignored, tied, args.head_dim)
+    return Correspondence(scheme, ours, theirs, tuple(links), constants, ignored, left_out, tied, sizes.head_dim)
+
+
+def _has(sizes: Sizes, parameter: Parameter) -> bool:
+    """Whether a model of these sizes has a parameter of its own."""
+    if parameter.key == "output.weight" and sizes.tied_embeddings:
+        return False
+    return not parameter.when or parameter.when in sizes.features
 
 
 def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) -> KeyFaults:
@@ -238,7 +245,8 @@ def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) ->
     if wanted.tied is not None:
         optional.add(wanted.tied[1])
     missing = tuple(key for key in wanted.theirs if key not in stored)
-    unexpected = tuple(key for key in stored if key not in wanted.theirs and key not in optional)
+    known = wanted.theirs.keys() | optional
+    unexpected = tuple(key for key in stored if key not in known and not key.startswith(wanted.left_out))
     misshapen = tuple(
         f"{key} has shape {list(stored[key])}, the model's sizes make it {list(shape)}"
         for key, shape in wanted.theirs.items()
@@ -247,13 +255,13 @@ def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) ->
     return KeyFaults(missing, unexpected, misshapen)
 
 
-def _layers(pattern: str, args: ModelArgs) -> range:
+def _layers(pattern: str, kind: str, sizes: Sizes) -> Sequence[int]:
     """The layers that a pattern stands for; one pass for a pattern without ``{layer}``."""
-    return range(args.n_layers if "{layer}" in pattern else 1)
+    return sizes.layers(kind) if "{layer}" in pattern else (0,)
 
 
 def _links(
-    row: Row, key: str, layer: int, shape: tuple[int, ...], args: ModelArgs
+    row: Row, key: str, layer: int, shape: tuple[int, ...], sizes: Sizes
 ) -> Iterator[tuple[Link, tuple[int, ...]]]:
     """The links of one of our tensors, each with the shape of the foreign tensor that it leads to."""
     if "{expert}" in row.theirs:
@@ -265,34 +273,35 @@ def _links(
         return
     name = row.theirs.format(layer=layer)
     if isinstance(row.part, QkvGroup):
-        foreign = ((args.n_heads + 2 * args.n_kv_heads) * args.head_dim, *shape[1:])
-        for ours, theirs in _qkv_boxes(row.part, shape, args):
+        foreign = ((sizes.n_heads + 2 * sizes.n_kv_heads) * sizes.head_dim, *shape[1:])
+        for ours, theirs in _qkv_boxes(row.part, shape, sizes):
             yield Link(key, ours, name, theirs, row.op), foreign
         return
     foreign = _foreign_shape(row, shape)
     if row.part is None:
         yield Link(key, Box.whole(shape), name, Box.whole(foreign), row.op), foreign
         return
-    rows = foreign[-2]
-    offsets = (0,) * (len(foreign) - 2) + (rows * row.part.index, 0)
-    theirs = Box(offsets, foreign)
-    yield Link(key, Box.whole(shape), name, theirs, row.op), (*foreign[:-2], rows * row.part.count, foreign[-1])
+    slices = [sizes.named[size] for size in row.part.of]
+    offsets, whole = [0] * len(foreign), list(foreign)
+    offsets[row.part.dim] = sum(slices[: row.part.index])
+    whole[row.part.dim] = sum(slices)
+    yield Link(key, Box.whole(shape), name, Box(tuple(offsets), foreign), row.op), tuple(whole)
 
 
 def _foreign_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2]) if row.op is Op.TRANSPOSED else shape
 
 
-def _qkv_boxes(part: QkvGroup, shape: tuple[int, ...], args: ModelArgs) -> Iterator[tuple[Box, Box]]:
+def _qkv_boxes(part: QkvGroup, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[Box, Box]]:
     """For each key-value head: its rows in our projection, and in the fused one."""
-    queries = args.n_heads // args.n_kv_heads
+    queries = sizes.n_heads // sizes.n_kv_heads
     start, count = {"q": (0, queries), "k": (queries, 1), "v": (queries + 1, 1)}[part.part]
     rest = shape[1:]
-    for group in range(args.n_kv_heads):
-        sizes = (count * args.head_dim, *rest)
-        ours = (group * count * args.head_dim,) + (0,) * len(rest)
-        theirs = ((group * (queries + 2) + start) * args.head_dim,) + (0,) * len(rest)
-        yield Box(ours, sizes), Box(theirs, sizes)
+    for group in range(sizes.n_kv_heads):
+        lengths = (count * sizes.head_dim, *rest)
+        ours = (group * count * sizes.head_dim,) + (0,) * len(rest)
+        theirs = ((group * (queries + 2) + start) * sizes.head_dim,) + (0,) * len(rest)
+        yield Box(ours, lengths), Box(theirs, lengths)
 
 
 def num_parameters(wanted: Correspondence) -> int:

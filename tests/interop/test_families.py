@@ -1,0 +1,236 @@
+"""Families by table: models of transformers under the trainer's names and back, bit for bit and with equal logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from hub_models import logits, saved
+from tiny_models import assert_equal, hf_tensors
+
+from milepost.cli.main import main
+from milepost.errors import ConfigError, ConversionError
+from milepost.interop.convert import convert
+from milepost.interop.names.config_family import read_sizes
+from milepost.interop.names.families import CONFIG_FAMILIES
+from milepost.interop.names.rules import correspond
+from milepost.interop.options import ConvertOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+MODELS = {
+    # kind of tests/interop/hub_models.py: (--model, some of our names with the shapes of the tiny model)
+    "mistral": ("mistral", {"layers.1.attention.wk.weight": (32, 64), "layers.0.feed_forward.w2.weight": (64, 96)}),
+    "qwen2, tied": ("qwen2.5", {"layers.1.attention.wq.bias": (64,), "tok_embeddings.weight": (128, 64)}),
+    "olmo2": ("olmo2", {"layers.0.attention.k_norm.weight": (32,), "layers.1.post_ffn_norm.weight": (64,)}),
+    "phi3": ("phi4", {"layers.0.attention.wv.weight": (32, 64), "layers.0.feed_forward.w3.weight": (96, 64)}),
+    "gemma3": ("gemma3", {"layers.0.attention.q_norm.weight": (16,), "layers.1.post_attention_norm.weight": (64,)}),
+}
+FAST = ("mistral", "qwen2, tied", "phi3")
+SOME = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in metadata.items()}
+    dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+    return state
+
+
+_CONVERT_AND_TELL = """
+import sys
+from milepost.cli.main import main
+assert main(sys.argv[1:]) == 0
+print("peak", *[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
+"""
+
+
+@pytest.fixture
+def tabulate(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``tabulate(family, source, options, tensors, logits_difference)``: a line of the table of docs/conversion.md.
+
+    Lines go to the file that ``MILEPOST_CONVERSIONS`` names, if any (``make conversions`` makes the table of them).
+    Then the conversion is run once more, in a process of its own, for its peak memory.
+    """
+
+    def note(family: str, direction: str, source: Path, options: list[str], tensors: int, difference: float) -> None:
+        path = os.environ.get("MILEPOST_CONVERSIONS")
+        if not path:
+            return
+        target = source.with_name(f"{source.name}-again")
+        command = [sys.executable, "-c", _CONVERT_AND_TELL, "convert", str(source), str(target), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        peak_kb = int(done.stdout.rsplit("peak ", 1)[1])
+        row = {
+            "family": family,
+            "direction": direction,
+            "tensors": tensors,
+            "logits": difference,
+            "peak_mb": round(peak_kb * 1024 / 1e6),
+        }
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return note
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_a_model_of_the_hub_gets_the_trainers_names_and_back(
+    memory_path: Path, kind: str, tabulate: Callable[..., None]
+) -> None:
+    """The checkpoint records the config: the way back needs no option, and gives the same keys, bytes and logits."""
+    source, middle, back = (memory_path / name for name in ("source", "middle", "back"))
+    model = saved(kind, source)
+    name, some = MODELS[kind]
+    there = convert(source, middle, ConvertOptions(to="dcp", model=name, verify=True))
+    ours = stored(middle)
+    assert {key: tuple(ours[key].shape) for key in some} == some
+    assert sum(value.numel() for value in ours.values()) == sum(value.numel() for value in hf_tensors(source).values())
+    report = convert(middle, back, ConvertOptions(to="hf", verify=True))
+    assert report.model == there.model in CONFIG_FAMILIES
+    assert report.checked_nbytes >= report.written_nbytes
+    assert_equal(hf_tensors(source), hf_tensors(back))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).eval()
+    assert type(loaded) is type(model)
+    difference = (logits(loaded) - logits(model)).abs().max().item()
+    assert difference == 0
+    options = ["--to", "dcp", "--model", name]
+    tabulate(there.model, "HF -> DCP", source, options, there.num_tensors, difference)
+    tabulate(there.model, "DCP -> HF", middle, ["--to", "hf"], report.num_tensors, difference)
+
+
+@pytest.mark.parametrize("name", CONFIG_FAMILIES)
+def test_a_table_has_the_keys_and_shapes_of_the_class_in_its_published_size(name: str) -> None:
+    """The default config of each class of transformers is that of a published model."""
+    family = CONFIG_FAMILIES[name]
+    config = transformers.AutoConfig.for_model(family.model_types[0])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    theirs = {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
+    scheme = family.tables.scheme("hf-stacked" if family.has_scheme("hf-stacked") else "hf")
+    sizes = read_sizes(family, json.loads(config.to_json_string(use_diff=False)), "config.json")
+    assert dict(correspond(family.tables, scheme, sizes).theirs) == theirs
+    assert type(model).__name__ == family.architecture
+
+
+def test_sizes_of_a_checkpoint_that_records_none_come_from_the_assets(memory_path: Path) -> None:
+    """Such as one that another trainer has written, with an embedding that was made larger."""
+    source, stock = memory_path / "source", memory_path / "stock"
+    saved("mistral", source)
+    convert(source, memory_path / "ours", ConvertOptions(to="dcp", model="mistral"))
+    state = stored(memory_path / "ours")
+    for key in ("tok_embeddings.weight", "output.weight"):
+        state[key] = torch.cat([state[key], torch.randn(8, 64)])
+    dcp.save(state, checkpoint_id=str(stock), no_dist=True)
+    with pytest.raises(ConfigError, match=r"--hf-assets"):
+        convert(stock, memory_path / "out", ConvertOptions(to="hf", model="mistral"))
+    report = convert(stock, memory_path / "out", ConvertOptions(to="hf", model="mistral", hf_assets=source))
+    assert any("136 words" in note for note in report.notes)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "out")
+    assert loaded.config.vocab_size == 136
+    assert torch.equal(loaded.lm_head.weight, state["output.weight"])
+    assert (memory_path / "out" / "tokenizer.json").exists()
+    again = convert(stock, memory_path / "recorded", ConvertOptions(to="dcp", model="mistral", hf_assets=source))
+    assert again.num_tensors == len(state)
+    convert(memory_path / "recorded", memory_path / "x.pt", ConvertOptions(to="pt"))
+    assert_equal(torch.load(memory_path / "x.pt", weights_only=True), state)
+
+
+def test_the_text_model_of_a_model_that_sees_is_converted(memory_path: Path) -> None:
+    """As Gemma 3 is published from 4B on: the text model below `language_model.`, its config below `text_config`."""
+    source, larger = memory_path / "source", memory_path / "larger"
+    model = saved("gemma3", source)
+    config = json.loads((source / "config.json").read_text())
+    tensors = {f"language_model.{key}": value for key, value in hf_tensors(source).items()}
+    tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.ones(4, 4)
+    tensors["multi_modal_projector.mm_input_projection_weight"] = torch.ones(4, 4)
+    larger.mkdir()
+    safetensors.torch.save_file(tensors, larger / "model.safetensors", metadata={"format": "pt"})
+    text = {key: value for key, value in config.items() if key != "architectures"}
+    (larger / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}, "dtype": "float32"})
+    )
+    report = convert(larger, memory_path / "ours", ConvertOptions(to="dcp", model="gemma3", verify=True))
+    assert any("left out" in note and "and 1 like it" in note for note in report.notes)
+    convert(memory_path / "ours", memory_path / "back", ConvertOptions(to="hf"))
+    assert_equal(hf_tensors(source), hf_tensors(memory_path / "back"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "back", dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+# ---- what no table fits ----
+
+
+def test_a_model_that_fits_half_gets_one_report(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which keys match, which don't, which family is nearest, and what to do."""
+    model = saved("mistral", memory_path / "source")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["model.layers.0.self_attn.sinks"] = torch.ones(4)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    torch.save(state, memory_path / "in.pt")
+    source, out = str(memory_path / "in.pt"), str(memory_path / "out")
+    assert (
+        main(["convert", source, out, "--to", "dcp", "--model", "mistral", "--hf-assets", f"{source[:-5]}source"]) == 8
+    )
+    said = capsys.readouterr().err
+    assert "1 missing, 1 unexpected, 0 misshapen, 20 match" in said
+    assert "missing: model.layers.1.mlp.up_proj.weight" in said
+    assert "unexpected: model.layers.0.self_attn.sinks" in said
+    assert "nearest family: 'llama3' or 'mistral' (scheme 'hf'); 20 of 21 keys match it, 1 do not" in said
+    assert "does not match: model.layers.N.self_attn.sinks" in said
+    assert "do: --model llama3 --flavor SIZE if that is what it is; --model hf to keep the names as they are" in said
+    assert main(["convert", source, out, "--to", "hf"]) == 2
+    assert "nearest family: 'llama3' or 'mistral'" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_a_model_of_another_family_is_told_by_its_config_or_its_keys(memory_path: Path) -> None:
+    model = saved("qwen2, tied", memory_path / "qwen2")
+    saved("mistral", memory_path / "mistral")
+    with pytest.raises(
+        ConversionError, match=r"model_type is 'qwen2', mistral is mistral; --model qwen2 is the family"
+    ):
+        convert(memory_path / "qwen2", memory_path / "out", ConvertOptions(to="dcp", model="mistral"))
+    torch.save(dict(model.state_dict()), memory_path / "in.pt")
+    asked = ConvertOptions(to="dcp", model="mistral", hf_assets=memory_path / "mistral")
+    with pytest.raises(ConversionError, match=r"nearest family: 'qwen2'[^;]*; 27 of 27 keys match(.|\n)*--model qwen2"):
+        convert(memory_path / "in.pt", memory_path / "out", asked)
+    convert(memory_path / "qwen2", memory_path / "ours", ConvertOptions(to="dcp", model="qwen2"))
+    for other in ("hf", "mistral"):
+        with pytest.raises(ConversionError, match=r"holds a qwen2 model: .*leave --model out"):
+            convert(memory_path / "ours", memory_path / "out", ConvertOptions(to="pt", model=other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776: expected a size"),
+        ({"hidden_size": "64", "vocab_size": None}, "hidden_size is '64': expected a size(.|\n)*vocab_size is missing"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1: expected true or false"),
+    ],
+)
+def test_a_config_without_sizes_is_refused(memory_path: Path, changes: dict[str, object], said: str) -> None:
+    saved("mistral", memory_path / "source")
+    path = memory_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConversionError, match=said):
+        convert(memory_path / "source", memory_path / "out", ConvertOptions(to="dcp", model="mistral"))
+
+
+def test_what_a_family_cannot_do_is_told_before_anything_is_opened() -> None:
+    with pytest.raises(ConfigError, match=r"--names torchtitan-0\.3 is for llama3.* and .* only"):
+        ConvertOptions(to="dcp", model="mistral", names="torchtitan-0.3")
+    with pytest.raises(ConfigError, match="--model mistral takes no --flavor: the config tells it"):
+        ConvertOptions(to="dcp", model="mistral", flavor="7B")
+    with pytest.raises(ConfigError, match="there is no such family; did you mean 'mistral'"):
+        ConvertOptions(to="dcp", model="mistrall")
