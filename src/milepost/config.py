@@ -81,6 +81,10 @@ class CheckpointConfig:
     """What becomes of written files in the operating system's page cache: ``keep`` them, so that a resume on the same
     machine reads memory; ``drop`` each part once the disk has it; ``direct`` writes past the cache (O_DIRECT). ``auto``
     keeps what is smaller than half of the free memory, and drops what is larger."""
+    full_every: int = 0
+    """Tensors without gradient that have not changed since the step before are not written again: both steps share a
+    file (by a hard link). Write them anew at every N-th save, so that one damaged file can't damage every step; 1: at
+    each save, 0: only when they have changed."""
     keep_latest_k: int = 10
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0
@@ -153,6 +157,8 @@ class CheckpointConfig:
             found.append(f"checkpoint.check_replicas must be 0 (a sample, once) or more, not {self.check_replicas}")
         if self.num_io_threads < 1:
             found.append(f"checkpoint.num_io_threads must be at least 1, not {self.num_io_threads}")
+        if self.full_every < 0:
+            found.append(f"checkpoint.full_every must be 0 (share what has not changed) or more, not {self.full_every}")
         if self.keep_latest_k < 0:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
         if self.keep_every_n_steps < 0:

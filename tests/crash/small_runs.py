@@ -28,6 +28,7 @@ from milepost.saving import writer
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
+from milepost.tensors import plan
 from milepost.training import manager as manager_module
 from milepost.verification.verify import verify_in
 
@@ -35,6 +36,9 @@ MODES = ("disabled", "async", "async_with_pinned_mem")
 
 WIDTH = 3000
 """Numbers in each tensor: three disk blocks, so that there is something to tear."""
+
+FROZEN = 0.125
+"""The value of two tensors that are frozen, so that their file is shared from step to step."""
 
 RUN = "outputs/run"
 """The run's folder. Neither it nor its parent is there before the first save."""
@@ -54,10 +58,12 @@ class Progress:
 
 
 class Model(nn.Module):
-    """All weights have one value, so that a mixture of two saves shows."""
+    """All weights have one value, so that a mixture of two saves shows; but for two that never change."""
 
     def __init__(self, value: float):
         super().__init__()
+        frozen = (torch.full((WIDTH,), FROZEN) for _ in range(2))
+        self.frozen = nn.ParameterList(nn.Parameter(values, requires_grad=False) for values in frozen)
         self.layers = nn.ParameterList(nn.Parameter(torch.full((WIDTH,), value)) for _ in range(4))
 
     def fill(self, value: float) -> None:
@@ -68,6 +74,7 @@ class Model(nn.Module):
     def value(self) -> float:
         values = {float(v) for p in self.layers for v in (p.detach().min(), p.detach().max())}
         assert len(values) == 1, values
+        assert all(bool((p == FROZEN).all()) for p in self.frozen)
         return values.pop()
 
 
@@ -137,6 +144,7 @@ def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None
     """Each large record is written by itself, and nobody is waited for as long as in production."""
     with (
         mock.patch.object(writer, "GROUP_NBYTES", 1),
+        mock.patch.object(plan, "MIN_FROZEN_NBYTES", 1),
         mock.patch.object(takeover, "RunLock", partial(RunLock, lease_s=lease_s)),
         mock.patch.object(manager_module, "Saver", partial(Saver, timeout_s=timeout_s)),
         mock.patch.object(manager_module, "AsyncSaver", ImpatientSaver),
@@ -244,6 +252,8 @@ def value_of(storage: LocalStorage, path: str, step: int) -> float:
     report = verify_in(storage, path, num_threads=1)
     assert report.is_sound, report.problems
     model = Model(0.0)
+    for parameter in model.frozen:
+        nn.init.zeros_(parameter)
     into: dict[str, Any] = {**model.state_dict(), "train_state": {"step": None}}
     milepost.load(f"{storage.root}/{path}", into, allow_unexpected=["optimizer", "rng"])
     assert into["train_state"] == {"step": step}

@@ -39,6 +39,10 @@ WIDTH = 20_000
 """Numbers in each tensor: enough for a record of its own disk blocks, so that several threads write."""
 
 
+FROZEN = 0.125
+"""The value of a tensor that is frozen, so that its file is shared from step to step."""
+
+
 class Progress:
     step = 0
 
@@ -50,16 +54,18 @@ class Progress:
 
 
 class Model(nn.Module):
-    """All weights have one value, so that a mixture of two saves shows."""
+    """All weights have one value, so that a mixture of two saves shows; but for one that never changes."""
 
     def __init__(self, value: float):
         super().__init__()
+        self.frozen = nn.Parameter(torch.full((WIDTH,), FROZEN), requires_grad=False)
         self.layers = nn.ParameterList(nn.Parameter(torch.full((WIDTH,), value)) for _ in range(3))
 
     @property
     def value(self) -> float:
         values = {float(v) for p in self.layers for v in p.detach().unique()}
         assert len(values) == 1, values
+        assert bool((self.frozen == FROZEN).all())
         return values.pop()
 
 
@@ -99,7 +105,7 @@ def act(folder: Path, storage: Storage, case: Case) -> None:
     """What a run does: take the folder, sweep, resume, save, let go."""
     manager, model, progress = manager_in(folder, storage, 0.0)
     manager.load()
-    for parameter in model.parameters():
+    for parameter in model.layers:
         nn.init.constant_(parameter, case.value)
     progress.step = case.step
     manager.save(case.step)
@@ -128,6 +134,7 @@ def shown(storage: LocalStorage) -> dict[int, float]:
     for entry in catalog.scan(storage, "run"):
         assert entry.state == "committed", entry
         model = Model(0.0)
+        nn.init.zeros_(model.frozen)
         into = {**model.state_dict(), "train_state": {"step": None}}
         milepost.load(f"{storage.root}/{entry.path}", into, allow_unexpected=["optimizer", "rng"])
         assert into["train_state"] == {"step": entry.step}
@@ -162,6 +169,7 @@ def count_operations(folder: Path, case: Case) -> int:
     act(folder, counting, case)
     assert shown(LocalStorage(folder)) == case.after
     assert len({operation.name for operation in counting.operations}) >= 7
+    assert ("share" in {operation.name for operation in counting.operations}) is bool(case.before)
     return len(counting.operations)
 
 

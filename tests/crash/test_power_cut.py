@@ -323,6 +323,8 @@ def test_leaving_out_any_fsync_that_a_checkpoint_needs_is_found_out(memory_path:
     needed = (
         "__0_0.distcp",
         "__1_0.distcp",
+        "__0_1.distcp",
+        "__1_1.distcp",
         "milepost.shards",
         "milepost.digests",
         ".metadata",

@@ -14,6 +14,8 @@ class FileRow(msgspec.Struct, frozen=True):
     name: str
     nbytes: Count
     crc32: Count | None = None
+    content: str = ""
+    since: Count | None = None
 
 
 class ShareRow(msgspec.Struct, frozen=True, array_like=True):
@@ -40,5 +42,5 @@ def file_entries(rows: list[FileRow], path: str) -> dict[str, FileEntry]:
     for row in rows:
         if row.name in files:
             raise FormatError(f"{path}: file {row.name!r} is listed twice", path=path)
-        files[row.name] = FileEntry(row.nbytes, row.crc32)
+        files[row.name] = FileEntry(row.nbytes, row.crc32, row.content, row.since)
     return files

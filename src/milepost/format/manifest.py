@@ -106,6 +106,10 @@ class FileEntry:
 
     nbytes: int
     crc32: int | None = None
+    content: str = ""
+    """Of a file that later steps may share: an identity of its bytes, 32 hex digits; else empty."""
+    since: int | None = None
+    """Of such a file: the order (see ``Lineage``) of the save that wrote it."""
 
 
 @dataclass(frozen=True, slots=True)

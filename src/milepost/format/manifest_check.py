@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice, pairwise
 
@@ -27,6 +28,7 @@ MAX_DIMS = 64
 MAX_CRC32 = 0xFFFFFFFF
 KINDS = ("full", "model", "state")
 _MAX_NAME_NBYTES = 255
+_CONTENT = re.compile(r"[0-9a-f]{32}")
 RESERVED = (MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME)
 """What is written at a commit: no data is in these files."""
 
@@ -92,6 +94,8 @@ def _file_faults(name: str, file: FileEntry) -> Iterator[Problem]:
         yield Problem(f"file {name!r} is said to have {file.nbytes} bytes")
     if file.crc32 is not None and not 0 <= file.crc32 <= MAX_CRC32:
         yield Problem(f"file {name!r} has an impossible CRC-32")
+    if file.content and not _CONTENT.fullmatch(file.content):
+        yield Problem(f"file {name!r} has an impossible identity of its content")
 
 
 def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterator[Problem]:

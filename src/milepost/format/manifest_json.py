@@ -132,7 +132,7 @@ def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
     keys_nbytes = len(_dump(dict(manifest.paths)))
     sizes = (
         (f"the head of {MANIFEST_NAME}", len(head_json(manifest, parts)) + _DTYPES_NBYTES, MAX_HEAD_NBYTES - 64),
-        (MANIFEST_NAME, rest + 160 * len(manifest.files), MAX_MANIFEST_NBYTES),
+        (MANIFEST_NAME, rest + 240 * len(manifest.files), MAX_MANIFEST_NBYTES),
         (SHARDS_NAME, _SHARD_NBYTES * num_shards + 3 * keys_nbytes + len(manifest.structure), MAX_SHARDS_NBYTES),
     )
     return [f"{name} would have {size} bytes: at most {most} can be read" for name, size, most in sizes if size > most]
@@ -182,7 +182,8 @@ def _metrics_json(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 def _file_json(name: str, entry: FileEntry) -> str:
     crc = {} if entry.crc32 is None else {"crc32": entry.crc32}
-    return _row({"name": name, "nbytes": entry.nbytes} | crc)
+    shared = {"content": entry.content, "since": entry.since} if entry.content else {}
+    return _row({"name": name, "nbytes": entry.nbytes} | crc | shared)
 
 
 # ---- reading ----

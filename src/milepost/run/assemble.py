@@ -39,7 +39,7 @@ def check_fits(info: SaveInfo, *, num_shards: int, world_size: int) -> None:
     Raises:
         SaveError: names what is too large, and by how much.
     """
-    files = {f"__{rank}_0.distcp": FileEntry(0) for rank in range(world_size)}
+    files = {f"__{rank}_{number}.distcp": FileEntry(0) for rank in range(world_size) for number in (0, 1)}
     manifest = Manifest(
         *(info.step, "0" * 32, 0.0, info.kind, world_size, info.layout, info.producer, {}, {}, files),
         paths=info.paths,

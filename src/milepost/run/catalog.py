@@ -114,6 +114,8 @@ class CheckpointInfo:
     lineage: Lineage | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     has_training_state: bool = False
+    shared_nbytes: int = 0
+    """Of ``nbytes``, those in files that other steps have too: deleting this step alone does not free them."""
 
     @property
     def name(self) -> str:
@@ -355,6 +357,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         layout=manifest.layout,
         lineage=manifest.lineage,
         metrics=manifest.metrics,
+        shared_nbytes=sum(entry.nbytes for entry in files.values() if entry.link_id),
         has_training_state=any(total.part in ("optimizer", "train_state") for total in totals_by_part(manifest)),
     )
 
@@ -584,6 +587,18 @@ def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> Non
     mark = _DamageMark(info.record_id, reason, now)
     final = damage_mark(path)
     storage.replace(final, json.dumps(asdict(mark), indent=1).encode())
+
+
+def steps_that_share(storage: Storage, path: str, file: str) -> list[str]:
+    """The other steps beside the checkpoint at ``path`` that have its file ``file`` too, by a second name of it."""
+    found = storage.stat(join(path, file)) if file else None
+    if found is None or not found.link_id:
+        return []
+    folder = split(path)[0]
+    steps = sorted(_steps({entry.name: entry for entry in storage.list(folder)}).items())
+    others = (join(folder, name) for _, name in steps if join(folder, name) != path)
+    same = ((other, storage.stat(join(other, file))) for other in others)
+    return [other for other, entry in same if entry is not None and entry.link_id == found.link_id]
 
 
 def damage_mark(path: str) -> str:

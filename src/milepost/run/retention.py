@@ -100,7 +100,7 @@ def plan(
             name=entry.name,
             keep=bool(reasons.get(entry.step)),
             reason=reasons.get(entry.step) or (_of(ends[entry.step]) if entry.step in ends else "no rule keeps it"),
-            nbytes=entry.nbytes,
+            nbytes=entry.nbytes - entry.shared_nbytes,
             is_abandoned=entry.step in ends,
         )
         for entry in sorted(entries, key=lambda entry: entry.step)

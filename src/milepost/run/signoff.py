@@ -63,13 +63,18 @@ class WrittenObject:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """The file that one rank wrote. ``nbytes`` is its exact size, ``crc32`` is of all its bytes."""
+    """A file that one rank wrote, or shares with an earlier step. ``nbytes`` is its exact size, ``crc32`` of all bytes.
+
+    ``content`` and ``since`` are those of ``FileEntry``.
+    """
 
     file: str
     nbytes: int
     tensors: tuple[WrittenTensor, ...]
     objects: tuple[WrittenObject, ...]
     crc32: int | None = None
+    content: str = ""
+    since: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +122,7 @@ def segment_of(files: Sequence[WrittenFile]) -> Segment:
         paths={},
     )
     crcs = np.fromiter(chain.from_iterable(tensor.block_crcs for tensor in tensors), np.uint32)
-    return Segment(table, {file.file: FileEntry(file.nbytes, file.crc32) for file in files}, crcs)
+    return Segment(table, {f.file: FileEntry(f.nbytes, f.crc32, f.content, f.since) for f in files}, crcs)
 
 
 _Stored = tuple[str, Box, int, WrittenTensor]
@@ -154,7 +159,7 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
 
     segment = sign_off.segment
     files = {} if segment is None else segment.files
-    rows = [FileRow(name, entry.nbytes, entry.crc32) for name, entry in files.items()]
+    rows = [FileRow(name, one.nbytes, one.crc32, one.content, one.since) for name, one in files.items()]
     shares = [
         {name: ShareRow(one.nbytes, list(one.crcs.items())) for name, one in some.items()} for some in sign_off.shares
     ]

@@ -19,6 +19,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError, SaveError, StorageError, listed
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo, check_fits
+from milepost.saving.frozen import FrozenFile, frozen_files_of_parent
 from milepost.saving.job import Form, Keep, SaveJob
 from milepost.saving.replicas import (
     Depth,
@@ -67,6 +68,8 @@ class SaveRequest:
     """Top-level names whose values may belong to each rank: stored for each where they differ."""
     modules: tuple[nn.Module, ...] = ()
     """Modules whose buffers are in the state. These are copied before a save returns: ``forward`` changes them."""
+    full_every: int = 1
+    """Frozen tensors are written anew when so many saves have been since they were; 0: only if they have changed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +121,8 @@ class _Answer:
 
     plan: WritePlan | None = None
     groups: Mapping[int, Group] | None = None
+    earlier: FrozenFile | None = None
+    """With a plan: what the step before has of its file of frozen tensors."""
     form: Form | None = None
     depth: Depth | None = None
     """How to compare what ranks have in common before the save begins; None: it was done with the offers."""
@@ -188,6 +193,7 @@ class Agreement:
         self._fingerprint = ""
         self._plan: WritePlan | None = None
         self._groups: Mapping[int, Group] = {}  # those that this rank is in
+        self._frozen: FrozenFile | None = None  # this rank's, in the last committed step
         self._per_rank: frozenset[str] = frozenset()  # names found to differ between ranks: the same on all of them
         self._structures: list[_Structure] = []  # every rank's last one; on rank 0 only
         self._all_groups: list[Group] = []  # on rank 0 only
@@ -214,6 +220,11 @@ class Agreement:
                 self._num_saves += 1
                 return Agreed(prepared, job, reused)
 
+    def committed(self, frozen: FrozenFile | None) -> None:
+        """Take note that the last save is committed, with this file of frozen tensors."""
+        if frozen is not None:
+            self._frozen = frozen
+
     def _prepare(self, request: SaveRequest, before: Prepared | None) -> Prepared:
         """Flatten and encode this rank's state, or again what was got before. An error is kept for the exchange."""
         try:
@@ -228,7 +239,8 @@ class Agreement:
                 flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
             objects = {key: encode_object(key, value) for key, value in flat.objects.items()}
             buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
-            layout = replace(flat.layout(), buffers=buffers)
+            frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules], request)
+            layout = replace(flat.layout(), buffers=buffers, frozen=frozen)
             skeleton = dump_parts(flat.skeleton)
             fingerprint = f"{layout.fingerprint(flat.paths)} {_digest(skeleton)}"
             return Prepared(state, modules, flat, objects, layout, fingerprint, skeleton)
@@ -248,7 +260,7 @@ class Agreement:
             self._forget(prepared)
             raise answer.error
         if answer.plan is not None:
-            self._plan, self._groups = answer.plan, answer.groups or {}
+            self._plan, self._groups, self._frozen = answer.plan, answer.groups or {}, answer.earlier
         self._fingerprint = prepared.fingerprint
         begun = answer.begun or self._compare(request, prepared, answer.depth or "values")
         assert self._plan is not None
@@ -265,8 +277,18 @@ class Agreement:
             timeout_s=self._timeout_s,
             form=answer.form,
             num_threads=self._num_threads,
+            order=request.info.lineage.order if request.info.lineage is not None else 0,
+            earlier=self._earlier(request),
         )
         return job, answer.plan is None
+
+    def _earlier(self, request: SaveRequest) -> FrozenFile | None:
+        """The file of the step that this save descends from, unless it is time to write it anew."""
+        lineage, frozen = request.info.lineage, self._frozen
+        if lineage is None or frozen is None or frozen.save_id != lineage.parent:
+            return None
+        is_due = 0 < request.full_every <= lineage.order - frozen.since
+        return None if is_due else frozen
 
     def _forget(self, prepared: Prepared) -> None:
         """After a failure no rank may count on what rank 0 remembers."""
@@ -308,7 +330,7 @@ class Agreement:
             if is_new:
                 self._learn(offers)
                 plans = list(plan_save([found.layout for found in self._structures]))
-                self._num_shards = sum(len(plan.items) for plan in plans if plan is not None)
+                self._num_shards = sum(plan.num_items for plan in plans if plan is not None)
                 self._all_groups = groups_in_common([found.layout for found in self._structures])
                 groups = [
                     {n: group for n, group in enumerate(self._all_groups) if rank in group.ranks}
@@ -317,9 +339,19 @@ class Agreement:
             depth = self._depth(offers, is_new=is_new)
             form = request.make_form(self._dtypes()) if request.make_form is not None else None
             begun = self._begin(request) if depth is None else None
-            return [_Answer(plan, held, form, depth, begun) for plan, held in zip(plans, groups, strict=True)]
+            earlier = self._files_of_parent(request, plans)
+            return [
+                _Answer(plan, held, earlier.get(plan.frozen.file) if plan and plan.frozen else None, form, depth, begun)
+                for plan, held in zip(plans, groups, strict=True)
+            ]
         except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
             return self._refuse(offers, cause)
+
+    def _files_of_parent(self, request: SaveRequest, plans: Sequence[WritePlan | None]) -> Mapping[str, FrozenFile]:
+        """What new plans may share with the step before: of a run that was resumed, or whose structure has changed."""
+        if request.info.lineage is None or all(plan is None or plan.frozen is None for plan in plans):
+            return {}
+        return frozen_files_of_parent(self._storage, request.target, request.info.lineage)
 
     def _depth(self, offers: list[_Offer], *, is_new: bool) -> Depth | None:
         """How thoroughly to compare what ranks have in common; None if there is nothing more to compare."""
@@ -466,6 +498,28 @@ def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -
             memory.add(_memory_of(local))
     memory.discard(None)
     return frozenset(leaf.key for leaf in leaves if _memory_of(leaf.local) in memory) if memory else frozenset()
+
+
+def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], request: SaveRequest) -> frozenset[str]:
+    """The keys of leaves that are parameters of ``modules`` without gradient, whatever they are called.
+
+    None where steps share nothing: a save without a history, in another format, or one that is always written anew.
+    """
+    if request.full_every == 1 or request.make_form is not None or request.info.lineage is None:
+        return frozenset()
+    memory = set()
+    for module in modules:
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                memory.add(_start_of(parameter.to_local() if isinstance(parameter, DTensor) else parameter))
+    memory.discard(None)
+    return frozenset(leaf.key for leaf in leaves if _start_of(leaf.local) in memory) if memory else frozenset()
+
+
+def _start_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
+    """Where a tensor's elements begin; None where that is nowhere. Parts of one memory (FSDP1's) are told apart."""
+    memory = _memory_of(tensor)
+    return (tensor.device, tensor.data_ptr()) if memory is not None and tensor.numel() else None
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:

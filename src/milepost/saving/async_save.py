@@ -132,6 +132,8 @@ class AsyncSaver:
         failure = self.failure_of_current()
         if not self._comm.union(int(failure is not None)):
             self._is_open = False
+            if self._current is not None:
+                self._agreement.committed(self._current.frozen)
             return
         try:
             raise_together(self._comm, failure)

@@ -22,6 +22,7 @@ from milepost.storage.base import Storage
 
 if TYPE_CHECKING:
     from milepost.collective.comm import FailureNotice
+    from milepost.saving.frozen import FrozenFile
     from milepost.saving.stage import Staging
 
 log = logging.getLogger("milepost")
@@ -101,6 +102,8 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self._notice = notice
         self.staging: Staging | None = None
         """The copies that are to be made still."""
+        self.frozen: FrozenFile | None = None
+        """Once it is committed, this rank's file of frozen tensors in it."""
         self._stage_s = 0.0
         self._lock = threading.Lock()
         _running.add(self)
@@ -147,6 +150,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
             if self.staging is not None:
                 self.stage()
             result = write(self)
+            self.frozen = result.frozen
             report = SaveReport.of(
                 self.path, self.job, result, plan_s=plan_s, stage_s=self._stage_s, reused_plan=reused_plan
             )

@@ -17,19 +17,23 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import CheckpointDamagedError, ConfigError, SaveError, listed
 from milepost.format.digest import block_crcs, files_in_blocks
 from milepost.format.huggingface import INDEX_NAME, parse_object, parse_weight_map
-from milepost.format.manifest import DIGESTS_NAME, FileEntry, Manifest
+from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
 from milepost.run import catalog, commit, retention
+from milepost.run.branches import commit_order
 from milepost.run.catalog import ATTEMPT_PREFIX, CommitRecord
 from milepost.run.hf_folder import is_hf_step, read_headers
 from milepost.run.owner import is_alive, owners_of, this_process
 from milepost.run.place import Place
+from milepost.saving.frozen import FrozenFile, frozen_files_of, share
 from milepost.storage.base import Storage, join, split
 from milepost.verification.hf_step import read_hf_step
 
 PIECE_NBYTES = 8 << 20
 NUM_THREADS = 2
+MAX_LOOKED_AT = 8
+"""Of the steps beside a copy, the newest are looked at for files that it may share with them."""
 _PART = ".part"
 
 Progress = Callable[[int, int], None]
@@ -87,7 +91,7 @@ def copy_step(src: Spot, dst: Spot, progress: Progress | None = None) -> CopyRep
         return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
     attempt = _begin(dst, manifest.save_id)
     place = Place.of(dst.storage, attempt, dst.path, manifest.save_id)
-    nbytes = _copy_files(src, dst.storage, place, _data_files(manifest), progress)
+    nbytes = _copy_files(src, dst.storage, place, _data_files(manifest), _shareable(dst, manifest), progress)
     commit.remove_records(dst.storage, place)
     if manifest.lineage is not None:
         retention.set_aside(dst.storage, dst.path, manifest.lineage)
@@ -126,13 +130,39 @@ def _data_files(manifest: Manifest) -> dict[str, int]:
     return {name: manifest.files[name].nbytes for name in sorted(names, key=lambda n: (-manifest.files[n].nbytes, n))}
 
 
-def _copy_files(src: Spot, storage: Storage, place: Place, files: Mapping[str, int], progress: Progress | None) -> int:
-    """Copy what is not there whole. Returns the bytes that were sent."""
+def _shareable(dst: Spot, manifest: Manifest) -> dict[str, FrozenFile]:
+    """For files of the step that steps of its run beside ``dst`` have too: those, by the name of the step's own."""
+    wanted = {entry.content: name for name, entry in manifest.files.items() if entry.content}
+    if not wanted or manifest.lineage is None:
+        return {}
+    found: dict[str, FrozenFile] = {}
+    steps = sorted(catalog.scan(dst.storage, split(dst.path)[0]), key=commit_order, reverse=True)
+    for step in steps[:MAX_LOOKED_AT]:
+        for file in frozen_files_of(dst.storage, step, manifest.lineage.run).values():
+            if file.content in wanted:
+                found.setdefault(wanted[file.content], file)
+    return found
+
+
+def _copy_files(
+    src: Spot,
+    storage: Storage,
+    place: Place,
+    files: Mapping[str, int],
+    shareable: Mapping[str, FrozenFile],
+    progress: Progress | None,
+) -> int:
+    """Copy what is not there whole, or share it with another step there. Returns the bytes that were sent."""
     present = {entry.name: entry.nbytes for entry in storage.list(place.folder) if place.holds(entry.name)}
     for name in present:
         if name.endswith(_PART):
             storage.remove(join(place.folder, name))
     missing = {name: nbytes for name, nbytes in files.items() if present.get(place.name(untagged(name))) != nbytes}
+    for name in [name for name in missing if name in shareable]:
+        final = place.path(untagged(name))
+        storage.remove(final)  # of a copy that was cut short
+        if share(storage, shareable[name], final):
+            del missing[name]
     done = total = sum(files.values())
     done -= sum(missing.values())
 
@@ -178,7 +208,7 @@ def _renamed(manifest: Manifest, place: Place) -> Manifest:
 
     table = table_of(manifest)
     names = {name: place.name(untagged(name)) for name in table.files}
-    files = {new: FileEntry(manifest.files[old].nbytes) for old, new in names.items()}
+    files = {new: replace(manifest.files[old], crc32=None) for old, new in names.items()}
     return with_table(replace(manifest, files=files), replace(table, files=tuple(names.values())))
 
 

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -20,7 +20,8 @@ from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
-from milepost.saving.writer import BlockSource, FileImage, write_file
+from milepost.saving.frozen import FrozenFile, share_unchanged
+from milepost.saving.writer import BlockSource, FileImage, parts_of, write_file
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
 
@@ -85,11 +86,15 @@ class SaveJob:
     """None: DCP's records, Milepost's own format."""
     num_threads: int = NUM_IO_THREADS
     """Threads that write this rank's file."""
+    order: int = 0
+    """Place of the save in the order of commits, for a file of frozen tensors."""
+    earlier: FrozenFile | None = None
+    """That file in the step before, to be shared if its bytes are the same; None: it is written in any case."""
 
     @property
     def data_nbytes(self) -> int:
-        """Bytes of tensor data that this rank writes."""
-        return sum(item.data_nbytes for item in self.plan.items)
+        """Bytes of tensor data that this rank saves."""
+        return self.plan.data_nbytes
 
 
 class JobMonitor:
@@ -120,6 +125,8 @@ class JobResult:
     """Bytes that this rank wrote."""
     contents: Mapping[str, str]
     """On rank 0: for each part of the state, a digest of all its tensors' CRCs. Equal if nothing changed."""
+    frozen: FrozenFile | None = None
+    """This rank's file of frozen tensors, for the next save to share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +188,7 @@ def run_job(
     contents: Mapping[str, str] = {}
     files: tuple[WrittenFile, ...] = ()
     shares: tuple[Mapping[str, Share], ...] = ()
+    written_nbytes = 0
     try:
         if job.form is not None:
             files, shares = job.form.write(
@@ -189,11 +197,21 @@ def run_job(
                 num_threads=job.num_threads,
                 on_progress=monitor.wrote,
             )
-        elif not job.plan.is_empty:
-            written = write_file(
-                storage, place, job.plan, source, objects, num_threads=job.num_threads, on_progress=monitor.wrote
-            )
-            files = (written,)
+            written_nbytes = sum(file.nbytes for file in files) or job.data_nbytes
+        else:
+            for plan, part in parts_of(job.plan, source):
+                content, shared = "", None
+                if plan is job.plan.frozen:
+                    content, shared = share_unchanged(storage, place, plan, part, job.earlier, job.num_threads)
+                if shared is not None:
+                    monitor.wrote(plan.data_nbytes)
+                    files = (*files, shared)
+                    continue
+                file = write_file(
+                    storage, place, plan, part, objects, num_threads=job.num_threads, on_progress=monitor.wrote
+                )
+                files = (*files, replace(file, content=content, since=job.order if content else None))
+                written_nbytes += file.nbytes
         # The names must be durable before the sign-off says so: rank 0 commits on the strength of it.
         storage.sync_folder(place.folder)
         sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, segment_of(files), shares=shares))
@@ -209,8 +227,14 @@ def run_job(
             storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
         )
     committed = time.monotonic()
-    nbytes = sum(file.nbytes for file in files) or job.data_nbytes
-    return JobResult(wrote - started, committed - wrote, nbytes, contents)
+    return JobResult(wrote - started, committed - wrote, written_nbytes, contents, _frozen_of(job, files))
+
+
+def _frozen_of(job: SaveJob, files: Sequence[WrittenFile]) -> FrozenFile | None:
+    for file in files:
+        if file.content and file.since is not None:
+            return FrozenFile(job.target, job.save_id, file.file, file.nbytes, file.content, file.since)
+    return None
 
 
 def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None:

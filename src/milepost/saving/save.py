@@ -94,6 +94,7 @@ class Saver:
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
         self._exchange(watch, failure)
+        self._agreement.committed(result.frozen)
         return SaveReport.of(watch.where, job, result, plan_s=planned - started, reused_plan=agreed.reused_plan)
 
     def _exchange(self, watch: _Foreground, failure: MilepostError | None) -> None:

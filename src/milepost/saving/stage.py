@@ -15,7 +15,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import SaveError
 from milepost.format.box import cut_into_slabs
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan, align
+from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan
 
 SLAB_NBYTES = 8 << 20
 """Tensors that are not contiguous on the CPU are copied in slabs of at most about this size."""
@@ -58,7 +58,7 @@ def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvi
 
 
 class Arena:
-    """Host memory in the form of one rank's file, all but the objects at its end. Grows when a plan needs more.
+    """Host memory in the form of one rank's files, all but the objects at their end. Grows when a plan needs more.
 
     Staging is one pass of copies into it, writing a few large writes. It is a memfd: nameless shared memory that a
     writer process can map too, and that is gone with its last user, however that ends. Every save reuses it.
@@ -78,7 +78,7 @@ class Arena:
 
     def fit(self, plan: WritePlan) -> bool:
         """Make room for the image of ``plan``; returns whether the memory was allocated anew."""
-        needed = max(align(plan.objects_offset, LARGE_ALIGNMENT), LARGE_ALIGNMENT)
+        needed = max(plan.image_nbytes, LARGE_ALIGNMENT)
         if needed <= self.nbytes:
             return False
         os.ftruncate(self.fd, needed)
@@ -114,12 +114,12 @@ class Staging:
         self._watched: list[tuple[str, torch.Tensor, int]] = []
         # An image of zero bytes has no memory that torch could take; then nothing is planned either.
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
-        memory = torch.frombuffer(image, dtype=torch.uint8) if plan.items else empty
+        memory = torch.frombuffer(image, dtype=torch.uint8) if plan.num_items else empty
         devices = set()
-        for item in plan.items:
+        for item, start in ((item, start + item.data_offset) for file, start in plan.images for item in file.items):
             leaf = leaves[item.key]
             src = leaf.view([piece.box for piece in leaf.pieces].index(item.box))
-            raw = memory[item.data_offset : item.data_offset + item.data_nbytes]
+            raw = memory[start : start + item.data_nbytes]
             dst = raw.view(leaf.dtype).view(src.shape)
             if src.device.type == "cuda":
                 devices.add(src.device)
@@ -130,7 +130,7 @@ class Staging:
             self._copies.append((dst, src))
             if not leaf.local.is_inference():
                 self._watched.append((item.key, leaf.local, leaf.local._version))
-        self.nbytes = sum(item.data_nbytes for item in plan.items)
+        self.nbytes = plan.data_nbytes
         self._ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
     def run(self, *, num_threads: int = NUM_IO_THREADS) -> None:

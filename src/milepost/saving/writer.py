@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS
@@ -55,6 +56,14 @@ class FileImage:
     memory: memoryview
 
 
+def parts_of(plan: WritePlan, source: BlockSource | FileImage) -> Iterator[tuple[WritePlan, BlockSource | FileImage]]:
+    """The plan of each file that a rank writes, with what its bytes come from; of memory, that file's image."""
+    for file, start in plan.images:
+        if file.has_file:
+            stop = start + file.objects_offset
+            yield file, FileImage(source.memory[start:stop]) if isinstance(source, FileImage) else source
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     start: int
@@ -92,6 +101,31 @@ def write_file(
         write_stream(handle, plan.objects_offset, _object_pieces(plan.objects_offset, placed, objects), writer.buffer())
         handle.sync()
     return WrittenFile(place.name(plan.file), nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
+
+
+def digest_file(
+    plan: WritePlan, source: BlockSource | FileImage, *, num_threads: int = NUM_IO_THREADS
+) -> tuple[str, tuple[WrittenTensor, ...]]:
+    """An identity of the bytes that the file of ``plan``, which holds no objects, would have, and its tensors' digests.
+
+    Two files have the same identity (XXH3, 128 bits, over all bytes) only if they are equal: a CRC-32 is for damage,
+    and too short to say of millions of tensors that none has changed.
+    """
+
+    def digested(group: _Group) -> tuple[bytes, list[WrittenTensor]]:
+        written: list[WrittenTensor] = []
+        passed = xxhash.xxh3_128()
+        if isinstance(source, FileImage):
+            stop = _complete_image(group, source.memory, written)
+            passed.update(source.memory[group.start : stop])
+        else:
+            for piece in _record_pieces(group, source, written):
+                passed.update(piece)
+        return passed.digest(), written
+
+    batches = map_in_threads(digested, _groups(plan.items), num_threads, name="milepost-digest")
+    whole = xxhash.xxh3_128(b"".join(content for content, _ in batches))
+    return whole.hexdigest(), tuple(tensor for _, batch in batches for tensor in batch)
 
 
 def write_stream(handle: WriteHandle, offset: int, pieces: Iterable[Bytes], buffer: mmap.mmap | None) -> None:

@@ -88,7 +88,8 @@ def check_name(root: str, path: str) -> str:
 class Entry:
     """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch.
 
-    ``tag`` stands for this version of a file, for ``put_if``; empty where there are no conditional puts.
+    ``tag`` stands for this version of a file, for ``put_if``; empty where there are no conditional puts. ``link_id`` is
+    the same for all names of a file that has several (hard links); empty for a file with one name.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Entry:
     mtime_s: float
     is_link: bool = False
     tag: str = ""
+    link_id: str = ""
 
 
 PageCache = Literal["auto", "keep", "drop", "direct"]
@@ -315,6 +317,14 @@ class Storage(ABC):
     def carry(self, src: str, dst: str) -> None:
         """Make ``dst`` (which must not exist) the same file as ``src``, or a copy, whatever kind of file it is."""
         self.write(dst, self.read(src))
+
+    def share(self, src: str, dst: str) -> bool:
+        """Make ``dst`` (which must not exist) a file with the bytes of ``src``, without moving them; they never change.
+
+        By a second name of the same file, by blocks that two files have in common, or by a copy within a store. False,
+        and nothing done, where there is no such way, or no ``src``. ``dst`` is synced by ``sync_folder`` of its folder.
+        """
+        return False
 
     @abstractmethod
     def remove(self, path: str) -> None:

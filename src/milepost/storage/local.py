@@ -44,6 +44,8 @@ _ADVICE = {
     errno.EIO: "the device is failing: see the kernel's log, and do not trust this disk",
     errno.ESTALE: "the file server has lost the file; mount it again",
 }
+_NO_LINKS = {*syscalls.UNSUPPORTED, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOTDIR}
+"""What a file system answers that has no hard links, not of this file, or no more of them."""
 _NETWORK_ADVICE = "the network file system or its server failed: see their logs, and try again when it answers"
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "lustre", "gluster", "beegfs", "gpfs", "9p", "afs", "fuse", "virtiofs")
 """How the names of file systems begin whose data is on another machine."""
@@ -411,6 +413,23 @@ class LocalStorage(Storage):
             except OSError:  # there are no hard links, or not to files of others
                 shutil.copy2(full_src, full_dst, follow_symlinks=False)
 
+    def share(self, src: str, dst: str) -> bool:
+        full_src, full_dst = self._full(src), self._full(dst)
+        with _explained("share", full_dst, f"linking {full_src} as {full_dst}"):
+            try:
+                os.link(full_src, full_dst, follow_symlinks=False)
+            except FileExistsError:
+                # An answer that a network lost, and a second try: the first had made it.
+                if not os.path.samestat(os.lstat(full_src), os.lstat(full_dst)):
+                    raise
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _clone(full_src, full_dst)
+            return True
+
     def remove(self, path: str) -> None:
         full = self._full(path)
         with _explained("remove", full, f"removing {full}"):
@@ -430,7 +449,26 @@ def _entry(name: str, found: os.stat_result) -> Entry:
         nbytes=0 if is_folder else found.st_size,
         mtime_s=found.st_mtime,
         is_link=stat_modes.S_ISLNK(found.st_mode),
+        link_id=f"{found.st_dev}:{found.st_ino}" if found.st_nlink > 1 and not is_folder else "",
     )
+
+
+def _clone(src: str, dst: str) -> bool:
+    """Make ``dst`` a synced file that has the blocks of ``src``, until one of them is written to; False if none can."""
+    src_fd = os.open(src, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        dst_fd = os.open(dst, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            is_cloned = syscalls.clone(src_fd, dst_fd)
+            if is_cloned:
+                os.fsync(dst_fd)
+        finally:
+            os.close(dst_fd)
+    finally:
+        os.close(src_fd)
+    if not is_cloned:
+        os.unlink(dst)
+    return is_cloned
 
 
 def _sync_folder(full: str) -> None:

@@ -12,6 +12,7 @@ import datetime
 import errno
 import importlib.util
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,8 @@ from milepost.storage.store_errors import cause_of
 from milepost.storage.store_urls import StoreUrl, connect, parse_store_url
 from milepost.storage.unfinished import abort_s3_uploads
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 REQUEST_TIMEOUT_S = 300.0
@@ -45,6 +48,8 @@ CONNECT_TIMEOUT_S = 10.0
 AHEAD_NBYTES = 128 << 20
 """Held of what was fetched before it was asked for, over all open objects of a storage."""
 APPEND_TRIES = 20
+MAX_COPY_NBYTES = 5 << 30
+"""The most that S3 copies in one request."""
 
 _PROBE = b"a store that takes this has no conditional put"
 
@@ -269,6 +274,19 @@ class ObjectStorage(Storage):
     def exchange(self, one: str, other: str) -> bool:
         """Do nothing: a store can't."""
         return False
+
+    def share(self, src: str, dst: str) -> bool:
+        """Have the store copy the object: no byte passes through this process."""
+        doing = f"copying {self.describe(src)} to {self.describe(dst)} within the store"
+        nbytes = self._size(src)
+        if nbytes is None or nbytes > MAX_COPY_NBYTES:
+            return False
+        try:
+            self._do("share", dst, doing, lambda: self._client().copy(self._key(src), self._key(dst)))
+        except StorageError as error:
+            _log.info("not copied by the store, so it is written: %s", error)
+            return False
+        return True
 
     def remove(self, path: str) -> None:
         self._delete(path, [self._key(path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import os
 
@@ -11,6 +12,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE, _WAIT_AFTER = 1, 2, 4  # of linux/fs.h
+_FICLONE = 0x40049409  # of linux/fs.h
 _MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # TMPFS_MAGIC, RAMFS_MAGIC of linux/magic.h
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY})
 """What a kernel or a file system answers when it does not know an operation."""
@@ -62,6 +64,17 @@ def rename_new(src: str, dst: str) -> None:
     if os.path.lexists(dst):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), dst)
     os.rename(src, dst)
+
+
+def clone(src_fd: int, dst_fd: int) -> bool:
+    """Let a file have all blocks of another one, until either is written to. False where the file system can't."""
+    try:
+        fcntl.ioctl(dst_fd, _FICLONE, src_fd)
+    except OSError as error:
+        if error.errno in UNSUPPORTED or error.errno in (errno.EXDEV, errno.EPERM, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def reserve(fd: int, nbytes: int) -> bool:

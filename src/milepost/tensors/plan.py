@@ -22,6 +22,10 @@ SMALL_ALIGNMENT = 64
 LARGE_ALIGNMENT = 4096
 """Records with much data start at a multiple of this, so that a file is written in whole disk blocks."""
 LARGE_RECORD_NBYTES = 64 << 10
+MIN_FROZEN_NBYTES = 64 << 10
+MIN_FROZEN_PART = 16
+"""A rank's frozen tensors get a file of their own if they have so many bytes, and one in so many of all that it writes:
+less would not pay for opening, syncing and linking one more file at each save."""
 
 
 def align(offset: int, alignment: int) -> int:
@@ -47,6 +51,8 @@ class LocalLayout:
     objects: tuple[str, ...]
     buffers: frozenset[str] = frozenset()
     """Keys of tensors that may differ between the ranks that hold them: of all of them the lowest rank's are stored."""
+    frozen: frozenset[str] = frozenset()
+    """Keys of tensors that training does not change, as it seems: they are stored in a file of their own."""
 
     def fingerprint(self, paths: Mapping[str, tuple[str | int, ...]]) -> str:
         """Equal for two layouts (and ``paths``, where their keys stood) exactly when they are equal.
@@ -57,7 +63,8 @@ class LocalLayout:
         for spec in self.tensors:
             boxes = [(box.offsets, box.sizes) for box in spec.boxes]
             digest.update(repr((spec.key, spec.dtype, spec.shape, boxes)).encode())
-        digest.update(repr((self.objects, sorted(self.buffers), list(paths.items()))).encode())
+        marks = (sorted(self.buffers), sorted(self.frozen))
+        digest.update(repr((self.objects, marks, list(paths.items()))).encode())
         return digest.hexdigest()
 
 
@@ -77,7 +84,7 @@ class WriteItem:
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """The one file of a rank. Objects are appended after the tensors, since their sizes change from save to save."""
+    """The file of a rank. Objects are appended after the tensors, since their sizes change from save to save."""
 
     rank: int
     file: str
@@ -85,18 +92,46 @@ class WritePlan:
     objects: tuple[str, ...]
     objects_offset: int
     """Where the first object's record starts: a multiple of ``LARGE_ALIGNMENT``."""
+    frozen: WritePlan | None = None
+    """The rank's second file, of frozen tensors alone, if it has one."""
 
     @property
     def is_empty(self) -> bool:
         """Whether this rank writes nothing: every tensor and object of its is written by another."""
-        return not self.items and not self.objects
+        return self.frozen is None and not self.has_file
+
+    @property
+    def has_file(self) -> bool:
+        """Whether there is anything for this file, whatever is in the one of frozen tensors."""
+        return bool(self.items or self.objects)
+
+    @property
+    def images(self) -> tuple[tuple[WritePlan, int], ...]:
+        """The plan of each of the rank's files, with where its image begins in host memory that holds both."""
+        return ((self, 0),) if self.frozen is None else ((self, 0), (self.frozen, self.objects_offset))
+
+    @property
+    def image_nbytes(self) -> int:
+        """Size of host memory for the images of all of the rank's files, but for the objects."""
+        return sum(plan.objects_offset for plan, _ in self.images)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of tensor data in all of the rank's files."""
+        return sum(item.data_nbytes for plan, _ in self.images for item in plan.items)
+
+    @property
+    def num_items(self) -> int:
+        """Boxes in all of the rank's files."""
+        return sum(len(plan.items) for plan, _ in self.images)
 
 
 def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     """One plan for each rank such that every element of every tensor is stored exactly once.
 
     A box that several ranks hold is written by the one of them that has the least to write so far; buffers and values
-    other than tensors by the lowest rank that has them.
+    other than tensors by the lowest rank that has them. Frozen tensors are balanced by themselves, and go to a file of
+    their own where that pays.
 
     Raises:
         PlanError: ranks disagree on a tensor's dtype or shape, or their boxes leave a gap or overlap. All faults at
@@ -105,7 +140,13 @@ def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     holders, specs = _holders_of_boxes(layouts)
     _check_cover(holders, specs)
     buffers = frozenset[str]().union(*(layout.buffers for layout in layouts))
-    assigned = _assign(holders, specs, len(layouts), buffers)
+    marked = frozenset[str]().union(*(layout.frozen for layout in layouts))
+    moving, frozen = (
+        _assign(
+            {held: ranks for held, ranks in holders.items() if (held[0] in marked) is want}, specs, layouts, buffers
+        )
+        for want in (False, True)
+    )
     object_rank: dict[str, int] = {}
     for rank, layout in enumerate(layouts):
         for key in layout.objects:
@@ -113,14 +154,24 @@ def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     clash = sorted(set(object_rank) & set(specs))
     if clash:
         raise PlanError(f"{clash[0]} is a tensor on one rank and another kind of value on another", key=clash[0])
-    return tuple(
-        lay_out_file(
-            rank,
-            [(specs[key], box) for key, box in sorted(assigned[rank])],
-            [key for key in layout.objects if object_rank[key] == rank],
-        )
-        for rank, layout in enumerate(layouts)
-    )
+    plans = []
+    for rank, layout in enumerate(layouts):
+        objects = [key for key in layout.objects if object_rank[key] == rank]
+        one, other = ([(specs[key], box) for key, box in sorted(found[rank])] for found in (moving, frozen))
+        if other and _pays(_nbytes(other), _nbytes(one)):
+            plan = replace(lay_out_file(rank, one, objects), frozen=lay_out_file(rank, other, (), number=1))
+        else:
+            plan = lay_out_file(rank, sorted([*one, *other], key=lambda held: (held[0].key, held[1])), objects)
+        plans.append(plan)
+    return tuple(plans)
+
+
+def _nbytes(boxes: Iterable[tuple[TensorSpec, Box]]) -> int:
+    return sum(box.numel * dtypes.lookup(spec.dtype).itemsize for spec, box in boxes)
+
+
+def _pays(frozen_nbytes: int, other_nbytes: int) -> bool:
+    return frozen_nbytes >= max(MIN_FROZEN_NBYTES, (frozen_nbytes + other_nbytes) // MIN_FROZEN_PART)
 
 
 def _holders_of_boxes(
@@ -168,11 +219,11 @@ def _raise_faults(faults: Sequence[tuple[str, str]]) -> None:
 def _assign(
     holders: Mapping[tuple[str, Box], Sequence[int]],
     specs: Mapping[str, TensorSpec],
-    world_size: int,
+    layouts: Sequence[LocalLayout],
     buffers: frozenset[str],
 ) -> list[list[tuple[str, Box]]]:
-    load = [0] * world_size
-    assigned: list[list[tuple[str, Box]]] = [[] for _ in range(world_size)]
+    load = [0] * len(layouts)
+    assigned: list[list[tuple[str, Box]]] = [[] for _ in layouts]
     shared = []
     for (key, box), ranks in holders.items():
         if box.numel == 0 and math.prod(specs[key].shape) != 0:
@@ -191,8 +242,10 @@ def _assign(
     return assigned
 
 
-def lay_out_file(rank: int, boxes: Iterable[tuple[TensorSpec, Box]], objects: Iterable[str]) -> WritePlan:
-    """The place of each box's record in the file of ``rank``, in the order given. All sizes follow from the specs."""
+def lay_out_file(
+    rank: int, boxes: Iterable[tuple[TensorSpec, Box]], objects: Iterable[str], *, number: int = 0
+) -> WritePlan:
+    """The place of each box's record in file ``number`` of ``rank``, in the order given; sizes follow from specs."""
     items = []
     offset = 0
     for spec, box in boxes:
@@ -212,7 +265,7 @@ def lay_out_file(rank: int, boxes: Iterable[tuple[TensorSpec, Box]], objects: It
             )
         )
         offset += layout.nbytes
-    return WritePlan(rank, f"__{rank}_0.distcp", tuple(items), tuple(objects), align(offset, LARGE_ALIGNMENT))
+    return WritePlan(rank, f"__{rank}_{number}.distcp", tuple(items), tuple(objects), align(offset, LARGE_ALIGNMENT))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,14 @@ class Renamed:
 
 
 @dataclass(frozen=True, slots=True)
+class Linked:
+    """A file got a second name."""
+
+    src: Name
+    dst: Name
+
+
+@dataclass(frozen=True, slots=True)
 class Exchanged:
     one: Name
     other: Name
@@ -83,7 +91,7 @@ class Marked:
     text: str
 
 
-Change = Created | Written | Resized | Synced | Renamed | Exchanged | Removed | Marked
+Change = Created | Written | Resized | Synced | Renamed | Linked | Exchanged | Removed | Marked
 
 Note = Callable[[Change], None]
 
@@ -200,6 +208,11 @@ class _JournaledOs:
             change = Renamed(_name(src), _name(dst))
             os.replace(src, dst)
             note(change)
+
+    def link(self, src: str, dst: str, *, follow_symlinks: bool = True) -> None:
+        with self._journal.turn() as note:
+            os.link(src, dst, follow_symlinks=follow_symlinks)
+            note(Linked(_name(src), _name(dst)))
 
     def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
         self._remove(os.unlink, path, dir_fd)

@@ -27,6 +27,7 @@ from milepost.testing.journal import (
     Created,
     Exchanged,
     Inode,
+    Linked,
     Marked,
     Name,
     Removed,
@@ -96,8 +97,11 @@ class Disk:
             if item.is_dir(follow_symlinks=False):
                 made.names[item.name] = self._read(item.path)
             else:
-                with open(item.path, "rb") as file:
-                    made.names[item.name] = self._nodes[inode_of(item.path)] = _File([file.read()])
+                inode = inode_of(item.path)
+                if inode not in self._nodes:  # else it is another name of a file that is known
+                    with open(item.path, "rb") as file:
+                        self._nodes[inode] = _File([file.read()])
+                made.names[item.name] = self._nodes[inode]
         made.durable = dict(made.names)
         return made
 
@@ -126,6 +130,10 @@ class Disk:
                 if src[0] in self._nodes:
                     one, other = self._place(src), self._place(dst)
                     self._rename((one, None), (other, one.folder.names[one.name]))
+            case Linked(src, dst):
+                if src[0] in self._nodes:
+                    one = self._place(src)
+                    self._rename((self._place(dst), one.folder.names[one.name]))
             case Exchanged(src, dst):
                 if src[0] in self._nodes:
                     one, other = self._place(src), self._place(dst)

@@ -51,6 +51,24 @@ class StorageSuite:
         storage.write("empty", b"")
         assert storage.read("empty") == b""
 
+    def test_a_shared_file_stays_when_the_other_goes(self, storage: Storage) -> None:
+        storage.make_folder("a")
+        storage.make_folder("b")
+        storage.write("a/data", _pattern(100_000))
+        assert not storage.share("a/none", "b/data")
+        if not storage.share("a/data", "b/data"):
+            assert storage.stat("b/data") is None
+            return
+        one, other = storage.stat("a/data"), storage.stat("b/data")
+        assert one is not None
+        assert other is not None
+        assert one.link_id == other.link_id
+        storage.remove_tree("a")
+        assert storage.read("b/data") == _pattern(100_000)
+        found = storage.stat("b/data")
+        assert found is not None
+        assert found.link_id == ""
+
     def test_a_file_is_never_overwritten(self, storage: Storage) -> None:
         storage.make_folder("")
         storage.write("note", b"first")

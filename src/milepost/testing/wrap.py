@@ -157,6 +157,9 @@ class WrappedStorage(Storage):
     def carry(self, src: str, dst: str) -> None:
         self.around(Operation("carry", dst, other=src), lambda: self.inner.carry(src, dst))
 
+    def share(self, src: str, dst: str) -> bool:
+        return self.around(Operation("share", dst, other=src), lambda: self.inner.share(src, dst))
+
     def remove(self, path: str) -> None:
         self.around(Operation("remove", path), lambda: self.inner.remove(path))
 

@@ -554,6 +554,7 @@ class CheckpointManager:
             make_form=self._format.form_of if in_other_format and self._format is not None else None,
             per_rank=self._per_rank,
             modules=self._state.modules,
+            full_every=config.full_every,
         )
 
     def _make_state(

@@ -34,7 +34,7 @@ from milepost.run.catalog import StepEntry
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Form
 from milepost.storage import is_folder, open_storage
-from milepost.storage.base import Storage, join
+from milepost.storage.base import Storage, join, split
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
@@ -158,7 +158,7 @@ class Loader:
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):
                     raise
-                if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error.message)):
+                if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error)):
                     if self._remote is not None and not choice.in_remote:
                         self._bad_here.add(choice.step)  # the other folder may have it whole
                     else:
@@ -330,8 +330,12 @@ class Loader:
             choice = replace(choice, in_hf=form == HF_FORMAT)
         return choice, descend(entries, chosen, start=choice.start)
 
-    def _mark_damaged(self, storage: Storage, path: str, reason: str) -> bool:
-        """Mark the step that was being read; False if another save has taken its place meanwhile."""
+    def _mark_damaged(self, storage: Storage, path: str, error: CheckpointDamagedError) -> bool:
+        """Mark the step that was being read, and those that have the damaged file too.
+
+        False if another save has taken its place meanwhile.
+        """
+        reason = error.message
         found = catalog.examine(storage, path)
         if found is not None and found.is_usable and found.save_id != self._reading:
             return False
@@ -340,7 +344,11 @@ class Loader:
         if self._config.load_only:
             return True
         try:
+            others = catalog.steps_that_share(storage, path, split(error.path or "")[1])
             catalog.mark_damaged(storage, path, reason, now=time.time())
+            for other in others:
+                log.warning("%s/%s has the same file, so it is marked as damaged too", storage.root, other)
+                catalog.mark_damaged(storage, other, f"shared with {split(path)[1]}: {reason}", now=time.time())
         except StorageError as error:  # it is passed over in this run all the same
             log.warning("the mark could not be left: %s", error)
         return True

@@ -34,7 +34,7 @@ from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
 from milepost.run.hf_folder import is_hf_folder, is_hf_step
 from milepost.storage import open_storage
-from milepost.storage.base import ReadHandle, Storage, counted, join
+from milepost.storage.base import ReadHandle, Storage, counted, join, split
 from milepost.verification.extent_reader import ExtentReader, Findings, Progress
 from milepost.verification.extents import (
     SAMPLE_RECORDS,
@@ -172,7 +172,7 @@ def _verify_checkpoint(
         path=f"{storage.root}/{path}",
         state=info.state,
         level=level,
-        notes=(*notes, *_consider_mark(storage, info, level, findings)),
+        notes=(*notes, *_shared(storage, path, findings), *_consider_mark(storage, info, level, findings)),
         problems=findings.merged(),
         num_problems=findings.num_problems,
         num_items=num_items,
@@ -264,6 +264,14 @@ def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
         raise CheckpointNotFoundError(
             f"{storage.root}/{path} was deleted or replaced while it was being verified", path=path
         )
+
+
+def _shared(storage: Storage, path: str, findings: Findings) -> Iterator[str]:
+    """What the problems found mean for other steps: a file that they share is damaged in each of them."""
+    for file in dict.fromkeys(problem.file for problem in findings.merged() if problem.file):
+        others = [split(other)[1] for other in catalog.steps_that_share(storage, path, file)]
+        if others:
+            yield f"{', '.join(listed(others))} share {file} (by hard links): its damage is damage of these steps too"
 
 
 def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, findings: Findings) -> tuple[str, ...]:

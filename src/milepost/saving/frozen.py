@@ -1,0 +1,110 @@
+"""The file of frozen tensors: written once, and shared with the step before for as long as its bytes stay the same.
+
+Which tensors are in it is a guess, made when the save is planned. Whether they have changed is not: the bytes of this
+save are digested, whatever was guessed, and only if they are those of the earlier file does the new step get it too.
+Its CRC-32s are those of the bytes in memory, so that a file that is not what it should be is found out by every load.
+
+Shared is only with the step that the save descends from, committed and of the same run, and not if it is known to be
+damaged. One that is deleted or replaced at this very moment is not there, or has another save id, and the file is
+written anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from milepost.errors import FormatError, StorageError
+from milepost.format.manifest import MANIFEST_NAME, Lineage
+from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
+from milepost.format.tags import untagged
+from milepost.run import catalog, commit
+from milepost.run.catalog import CheckpointInfo
+from milepost.run.place import Place
+from milepost.run.signoff import WrittenFile
+from milepost.saving.writer import BlockSource, FileImage, digest_file
+from milepost.storage.base import Storage, join, split
+from milepost.tensors.plan import WritePlan
+
+log = logging.getLogger("milepost")
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenFile:
+    """A file of frozen tensors in a committed step. ``content`` and ``since`` are those of ``FileEntry``."""
+
+    step_path: str
+    save_id: str
+    name: str
+    nbytes: int
+    content: str
+    since: int
+
+
+def frozen_files_of_parent(storage: Storage, target: str, lineage: Lineage) -> dict[str, FrozenFile]:
+    """What the step that a save of ``target`` descends from has of such files, by plain name; none if it is not fit."""
+    if lineage.parent_step is None or not lineage.parent:
+        return {}
+    path = join(split(target)[0], catalog.step_name(lineage.parent_step))
+    try:
+        info = catalog.examine(storage, path)
+        fits = info is not None and info.save_id == lineage.parent
+        return frozen_files_of(storage, info, lineage.run) if info is not None and fits else {}
+    except StorageError as error:
+        log.warning("%s/%s can't be read, so nothing is shared with it: %s", storage.root, path, error)
+        return {}
+
+
+def frozen_files_of(storage: Storage, info: CheckpointInfo, run: str) -> dict[str, FrozenFile]:
+    """Such files of a step, by plain name; none if it is damaged, or of another run than ``run``.
+
+    Raises:
+        StorageError: the storage refused.
+    """
+    if info.state != "committed" or info.lineage is None or info.lineage.run != run:
+        return {}
+    record = join(info.path, MANIFEST_NAME)
+    try:
+        manifest = from_json(storage.read(record, MAX_MANIFEST_NBYTES), record)
+    except FormatError:
+        return {}  # it was whole a moment ago
+    return {
+        untagged(name): FrozenFile(info.path, manifest.save_id, name, entry.nbytes, entry.content, entry.since)
+        for name, entry in manifest.files.items()
+        if entry.content and entry.since is not None and manifest.save_id == info.save_id
+    }
+
+
+def share_unchanged(
+    storage: Storage,
+    place: Place,
+    plan: WritePlan,
+    source: BlockSource | FileImage,
+    earlier: FrozenFile | None,
+    num_threads: int,
+) -> tuple[str, WrittenFile | None]:
+    """The identity of the bytes of frozen tensors; and their file, if that of an earlier step has these and is shared.
+
+    Raises:
+        StorageError: the storage failed. That it can't share is no failure.
+    """
+    content, tensors = digest_file(plan, source, num_threads=num_threads)
+    if earlier is None or earlier.content != content or not share(storage, earlier, place.path(plan.file)):
+        return content, None
+    file = WrittenFile(place.name(plan.file), earlier.nbytes, tensors, (), content=content, since=earlier.since)
+    return content, file
+
+
+def share(storage: Storage, earlier: FrozenFile, path: str) -> bool:
+    """Make ``path`` that very file; False, and nothing done, if its step is no longer fit or the storage can't."""
+    if storage.stat(catalog.damage_mark(earlier.step_path)) is not None:
+        return False
+    if not storage.share(join(earlier.step_path, earlier.name), path):
+        return False
+    found = storage.stat(path)
+    is_whole = found is not None and not found.is_link and found.nbytes == earlier.nbytes
+    # Looked at last: the step was there all the time, so the file was its.
+    if is_whole and commit.save_id_at(storage, earlier.step_path) == earlier.save_id:
+        return True
+    storage.remove(path)
+    return False
