@@ -17,13 +17,23 @@ import torch
 pytest.importorskip("torchtitan", reason="torchtitan is not installed here; make test-integrations has a place for it")
 
 from titan_run import train
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from milepost import CheckpointConfig, CheckpointManager, HfModel, StateMismatchError
+import milepost
+from milepost import CheckpointConfig, CheckpointManager, HfModel
+from milepost.interop.convert import convert
 from milepost.interop.names.model_sizes import model_args
+from milepost.interop.options import ConvertOptions
 from milepost.run import catalog
 from milepost.storage import LocalStorage
 from milepost.testing.world import WorldError, run_world
+from milepost.train import loop
+from milepost.train.loop import TrainState
 from milepost.train.models import make_model
+from milepost.train.options import load_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
@@ -85,34 +95,103 @@ def test_either_resumes_from_what_the_other_has_written(tmp_path: Path, world_si
         assert agree(run(folder, world_size, steps=6, stock=second, **options), undisturbed) == 5
 
 
-def start_from_weights(folder: str) -> tuple[float, str]:
-    """The loss of our model with torchtitan's weights of step 4, on its batch of step 5; and why it is not resumed."""
+def resume_in_ours(folder: str, world_size: int) -> dict[str, Any]:
+    """The loss of our model on torchtitan's batch of step 5, resumed from its step 4; and its state after that step."""
     sizes = model_args("llama3", "debugmodel", vocab_size=2048)
-    known = HfModel(name="llama3", flavor="debugmodel", args=sizes)
     model = make_model("llama3", sizes, 32)
-    optimizer = torch.optim.AdamW(model.parameters())
-    options = {"model": model, "optimizer": optimizer, "hf": known}
-    config = CheckpointConfig(enable=True, initial_load_path=f"{folder}/checkpoint/step-4")
-    with CheckpointManager(f"{folder}/ours", config, **options) as manager:
-        assert manager.load() is not None
+    if world_size > 1:
+        mesh = init_device_mesh("cpu", (world_size,))
+        for part in (*model.layers.values(), model):
+            fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4)
+    train_state = TrainState()
+    config = CheckpointConfig(enable=True, load_step=4, exclude_from_loading=("lr_scheduler", "dataloader"))
+    known = HfModel(name="llama3", flavor="debugmodel", args=sizes)
+    options = {"model": model, "optimizer": optimizer, "hf": known, "train_state": train_state}
+    with CheckpointManager(f"{folder}/checkpoint", config, **options) as manager:
+        report = manager.load()
+    assert report is not None
     batch = [torch.randint(0, 2048, (33,), generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
     tokens = torch.stack(batch)
-    logits = model(tokens[:, :-1])
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).item()
-    with CheckpointManager(f"{folder}/checkpoint", CheckpointConfig(enable=True), **options) as manager:
-        try:
-            manager.load()
-        except StateMismatchError as error:
-            return loss, str(error)
-    return loss, ""
+    loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    weights = {
+        name: whole(value).tolist() for name, value in model.state_dict().items() if name.endswith("norm.weight")
+    }
+    return {"loss": loss.item(), "notes": report.notes, "step": train_state.step, "weights": weights}
 
 
-def test_our_trainer_starts_from_its_weights_under_its_names(tmp_path: Path) -> None:
-    (titan,) = run(tmp_path, stock=True, steps=5, last_save_model_only=False)
-    ((loss, refusal),) = run_world(start_from_weights, 1, str(tmp_path))
-    assert loss == pytest.approx(titan["losses"][4][1], abs=2e-5)
-    assert "initial_load_path" in refusal
-    assert "milepost convert" in refusal
+def whole(value: Any) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_our_loop_resumes_its_step_optimizer_and_all(tmp_path: Path, world_size: int) -> None:
+    (titan,) = run(tmp_path, stock=True, steps=5, last_save_model_only=False, keep_latest_k=0)
+    for found in run_world(resume_in_ours, world_size, str(tmp_path), world_size):
+        assert found["loss"] == pytest.approx(titan["losses"][4][1], abs=2e-5)
+        assert found["step"] == 4
+        assert "it has the names of torchtitan-0.3: read under this run's" in found["notes"]
+        after = milepost.load(tmp_path / "checkpoint/step-5")
+        for name, values in found["weights"].items():  # an optimizer begun afresh would move each of them by its rate
+            assert values == pytest.approx(after[name].tolist(), abs=2e-5), name
+
+
+def train_ours(folder: str, steps: int, exclude: str) -> list[float]:
+    argv = {
+        "job.dump_folder": folder,
+        "training.steps": steps,
+        "training.seq_len": 32,
+        "training.local_batch_size": 2,
+        "training.dataset_path": f"{folder}/text.txt",
+        "model.hf_assets_path": f"{folder}/assets",
+        "lr_scheduler.warmup_steps": 2,
+        "checkpoint.enable": "true",
+        "checkpoint.interval": 2,
+        "checkpoint.last_save_model_only": "false",
+        "checkpoint.exclude_from_loading": exclude,
+        "metrics.log_freq": 1,
+    }
+    trainer = loop.Trainer(load_config([f"--{name}={value}" for name, value in argv.items()], 1))
+    losses = []
+    log = trainer.meter.log
+    trainer.meter.log = lambda figures, **rest: (losses.append(figures.loss), log(figures, **rest))  # type: ignore
+    assert trainer.run() == 0
+    return losses
+
+
+@pytest.fixture
+def assets(tmp_path: Path) -> Path:
+    """A text, and a tokenizer of as many tokens as torchtitan's debug model has."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = {word: number for number, word in enumerate([*alphabet, *(f"<{n}>" for n in range(2048 - len(alphabet)))])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    (tmp_path / "assets").mkdir()
+    tokenizer.save(str(tmp_path / "assets/tokenizer.json"))
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 100)
+    return tmp_path
+
+
+def test_our_trainer_resumes_its_run_and_it_resumes_ours_converted(assets: Path) -> None:
+    run(assets, stock=True, steps=4, last_save_model_only=False)
+    with pytest.raises(WorldError, match=r"another program's data loader .*exclude_from_loading dataloader"):
+        run_world(train_ours, 1, str(assets), 6, "")
+    ((_, last),) = run_world(train_ours, 1, str(assets), 6, "dataloader")
+    options = ConvertOptions(
+        to="dcp", model="llama3", flavor="debugmodel", names="torchtitan-0.3", training_state=True, verify=True
+    )
+    ours = milepost.load(assets / "checkpoint/step-6")
+    report = convert(assets / "checkpoint/step-6", assets / "theirs/checkpoint/step-6", options)
+    assert any("not carried over" in note and "dataloader" in note for note in report.notes)
+    (again,) = run(assets / "theirs", stock=True, steps=7, exclude_from_loading=["dataloader"])
+    assert [step for step, _ in again["losses"]] == [7]
+    assert again["schedule"] == {"last_epoch": 7}
+    assert again["steps_of_optimizer"] == {7.0}
+    assert ours["train_state"]["step"] == 6
+    assert last < 8
 
 
 @pytest.mark.slow

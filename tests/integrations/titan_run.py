@@ -129,7 +129,13 @@ def train(
         "optimizer": digest(trainer.optimizers.state_dict()),
         "schedule": trainer.lr_schedulers.state_dict(),
         "step": trainer.step,
+        "steps_of_optimizer": steps_of(trainer.optimizers.state_dict()),
     }
+
+
+def steps_of(state: dict[str, Any]) -> set[float]:
+    """How many steps the optimizer has counted, of all parameters."""
+    return {float(value) for key, value in state.items() if key.startswith("state.") and key.endswith(".step")}
 
 
 def digests(trainer: Trainer) -> dict[str, str]:

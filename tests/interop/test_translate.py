@@ -8,15 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tiny_models import KINDS, Kind
 
+from milepost.errors import ConversionError
 from milepost.format.box import Box
 from milepost.format.manifest import Manifest
+from milepost.interop.convert import convert
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.rules import OWN, correspond
+from milepost.interop.names.torchtitan import OPTIMIZER_NAMES
 from milepost.interop.names.translate import translate
 from milepost.interop.weights.boxes import Array, TensorInfo
+from milepost.interop.weights.open import open_all
 from milepost.loading.reader import read_objects, read_tensors
 from milepost.parallelism.degrees import Degrees
 from milepost.report.resume_plan import OF_TORCHTITAN, plan_resume
@@ -25,6 +30,9 @@ from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf
 from milepost.tensors.plan import plan_load
 from milepost.testing.sample import save_arrays
+from milepost.verification.verify import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 CASES = [
     # kind, names of the model, names of the optimizer's state
@@ -147,3 +155,52 @@ def test_a_name_that_no_table_knows_is_left_for_the_load_to_refuse(memory_path: 
     kind = KINDS["llama"]
     manifest, _, _ = save(memory_path, kind, "torchtitan-0.3", "torchtitan-0.3")
     assert translate(manifest, "qwen3", KINDS["qwen3"].args) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("llama", "torchtitan-0.3"), ("qwen3-moe", "torchtitan-0.3"), ("qwen3-moe", "torchtitan-0.2")],
+)
+def test_a_training_step_is_converted_and_back_with_its_optimizer(memory_path: Path, name: str, names: str) -> None:
+    kind = KINDS[name]
+    of_optimizer = OPTIMIZER_NAMES.get(names, names)
+    theirs_manifest, wanted, values = save(memory_path / "theirs", kind, names, of_optimizer)
+    storage = LocalStorage(memory_path)
+    objects = {key: value for key, value in values.items() if not key.startswith("dataloader")}
+    save_arrays(storage, "ours/step-7", wanted, objects=values, num_ranks=2, step=7)
+    options = kind.options("dcp", names=names, training_state=True, verify=True)
+    report = convert(memory_path / "ours/step-7", memory_path / "made/step-7", options)
+    assert report.verified
+    assert "not carried over: dataloader" in report.notes
+    made, there = all_of(memory_path / "made/step-7"), all_of(memory_path / "theirs/step-7")
+    assert made.keys() == there.keys()
+    assert all(np.array_equal(made[key], there[key]) for key in made)
+    manifest = catalog.read_manifest(storage, "made/step-7")
+    assert manifest.kind == "full"
+    assert set(manifest.objects) == {key for key in theirs_manifest.objects if not key.startswith("dataloader")}
+    convert(memory_path / "made/step-7", memory_path / "back/step-7", kind.options("dcp", training_state=True))
+    back = all_of(memory_path / "back/step-7")
+    assert back.keys() == wanted.keys()
+    assert all(np.array_equal(back[key], wanted[key]) for key in back)
+    kept = catalog.read_manifest(storage, "back/step-7")
+    assert dict(read_objects(storage, "back/step-7", kept, kept.objects)) == objects
+    assert not verify(memory_path / "made/step-7").problems
+    whole = {key: torch.empty(array.shape) for key, array in made.items()}
+    dcp.load(whole, checkpoint_id=str(memory_path / "made/step-7"), no_dist=True)
+    assert all(np.array_equal(whole[key].numpy(), made[key]) for key in made), "stock DCP reads it"
+
+
+def all_of(folder: Path) -> dict[str, Array]:
+    with open_all(folder) as source:
+        found = {key: np.empty(info.shape, info.dtype) for key, info in source.tensors.items()}
+        for key, array in found.items():
+            source.read_into(key, Box.whole(array.shape), array)
+    return found
+
+
+def test_without_an_optimizer_there_is_no_training_state_to_convert(memory_path: Path) -> None:
+    kind = KINDS["llama"]
+    save_arrays(LocalStorage(memory_path), "step-1", ours(kind, 1), kind="model")
+    with pytest.raises(ConversionError, match="holds no optimizer state: leave out --training-state"):
+        convert(memory_path / "step-1", memory_path / "made", kind.options("dcp", training_state=True))
+    assert not (memory_path / "made").exists()

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a checkpoint folder, a Hugging Face folder or a file")
     parser.add_argument("destination", metavar="DST", help="a new folder, for --to pt a new file")
     parser.add_argument("--to", choices=("dcp", "hf", "pt"), required=True, help="what to write")
+    parser.add_argument(
+        "--training-state",
+        action="store_true",
+        help="with --to dcp: carry over the optimizer's state, the schedule and the counters too, so that a run "
+        "resumes from the result",
+    )
     add_conversion_arguments(parser)
 
 
@@ -103,6 +109,7 @@ def run_conversion(args: argparse.Namespace, source: str) -> int:
         hf_assets=args.hf_assets,
         max_shard_nbytes=parse_size("--max-shard-size", args.max_shard_size) if args.max_shard_size else None,
         verify=args.verify,
+        training_state=getattr(args, "training_state", False),
         budget_nbytes=parse_size("--memory", args.memory),
     )
     from milepost.interop.convert import convert  # with numpy and the engine, which --help can do without

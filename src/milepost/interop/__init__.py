@@ -11,6 +11,7 @@ In reading order::
     arrays   stored tensors as numpy arrays, read when they are indexed (torch-free)
     sinks    what weights are written to: a DCP folder, a Hugging Face folder, a ``.pt`` file (torch-free)
     any_weights  weights of any model by their own names, into a rank's tensors
+    training_state  a whole training step from one program's names to another's (torch-free)
     options  what can be asked of a conversion; convert: doing it (torch-free)
     merging  weights of one model from several sources into one (torch-free)
 """

@@ -36,9 +36,11 @@ from milepost.interop.names.rules import Family, correspond
 from milepost.interop.names.sizes import Args
 from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
+from milepost.interop.training_state import plan_training_step
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.open import Weights, open_weights, read_config
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
+from milepost.storage import open_storage
 
 
 def convert(
@@ -56,7 +58,7 @@ def convert(
         StorageError: reading or writing failed; ``dst`` does not appear.
     """
     started = time.monotonic()
-    weights = open_weights(src)
+    weights = open_weights(src, whole=options.training_state)
     with weights.source as source:
         if weights.is_adapter:
             raise ConversionError(
@@ -66,7 +68,9 @@ def convert(
             )
         recorded = recorded_identity(weights)
         described = described_by(weights, options)
-        if described is not None:
+        if options.training_state:
+            plan, sink = _plan_training(src, dst, weights, recorded, options)
+        elif described is not None:
             plan, sink = _plan_by_config(dst, weights, described, options)
         elif options.model == HUB or (recorded is None and is_of_the_hub(weights, options)):
             plan, sink = _plan_as_stored(dst, weights, options)
@@ -155,6 +159,32 @@ def _plan_by_config(
     if options.to == "hf":
         return plan, HfSink(dst, model.extras(plan.content.tensors, weights, options))
     return plan, DcpSink(dst, {RECORD: model.record()}) if options.to == "dcp" else TorchFileSink(dst)
+
+
+def _plan_training(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    weights: Weights,
+    recorded: ModelIdentity | None,
+    options: ConvertOptions,
+) -> tuple[Plan, Sink]:
+    source = weights.source
+    if weights.manifest is None:
+        raise ConversionError(f"{source.path} is no checkpoint: it holds no training state", path=source.path)
+    model, settings = _model(options, recorded, weights, source.path)
+    step = plan_training_step(*open_storage(src), weights.manifest, source, model, options.names)
+    plan = Plan(
+        content=step.content,
+        shared={},
+        written_nbytes=total_nbytes(step.content.tensors.values()),
+        original=step.ours,
+        back=lambda written: Assembled(written, step.back),
+        model=model.name,
+        flavor=model.flavor,
+        source_names="training state",
+        notes=(*settings, *step.notes),
+    )
+    return plan, DcpSink(dst, {RECORD: model.record()}, objects=step.objects, paths=step.paths)
 
 
 def _model(

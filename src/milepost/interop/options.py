@@ -54,6 +54,8 @@ class ConvertOptions:
     """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
     verify: bool = False
     """Read everything back, convert it the other way and compare, before it becomes visible."""
+    training_state: bool = False
+    """Carry over the optimizer's state, the schedule and the counters too, to a DCP target."""
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES
     """At most so many bytes of buffers."""
 
@@ -65,11 +67,20 @@ class ConvertOptions:
             problems.append(f"--names {self.names}: choose one of {', '.join(NAMES)}")
         if self.names != OWN and self.to != "dcp":
             problems.append(f"--names {self.names} is for --to dcp only")
+        if self.training_state and (self.to != "dcp" or self.dtype is not None or not self._is_trained):
+            problems.append(
+                f"--training-state is for --to dcp, without --dtype, of a model that is one of {', '.join(MODEL_NAMES)}"
+            )
         if self.hf_assets and not is_folder(self.hf_assets):
             problems.append(f"--hf-assets {self.hf_assets} is no folder")
         problems += self._model_problems()
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether the model may be one that Milepost trains."""
+        return self.model is None or self.model in MODEL_NAMES
 
     def _model_problems(self) -> list[str]:
         problems = []

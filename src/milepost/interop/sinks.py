@@ -32,6 +32,7 @@ from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor, segment_of
+from milepost.saving.writer import object_pieces, place_objects
 from milepost.storage import open_storage
 from milepost.storage.base import join, split
 from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
@@ -122,21 +123,35 @@ class Sink(ABC):
 
 
 class DcpSink(Sink):
-    """A checkpoint folder, committed as one that training saved. ``extra`` goes into its manifest."""
+    """A checkpoint folder, committed as one that training saved. ``extra`` goes into its manifest.
+
+    ``objects`` are the records of values beside the tensors, of a training state; ``paths`` says where keys of several
+    parts stand.
+    """
 
     has_manifest = True
 
-    def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        extra: Mapping[str, Any],
+        *,
+        objects: Mapping[str, bytes] | None = None,
+        paths: Mapping[str, tuple[str | int, ...]] | None = None,
+    ):
         super().__init__(path)
         self._extra = extra
+        self._objects = objects or {}
+        self._paths = paths or {}
         self._signed: tuple[SignOff, ...] = ()
-        self._info = SaveInfo(step=catalog.step_of(self.target), kind="model")
+        self._info = SaveInfo(step=catalog.step_of(self.target), kind="full" if self._objects else "model")
 
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
         """See ``Sink``. Shared tensors are stored as often as they have names: stock DCP knows no sharing."""
         tensors = reader.content.tensors
-        plan = lay_out_file(0, [(_spec(key, info), Box.whole(info.shape)) for key, info in tensors.items()], ())
-        nbytes = plan.objects_offset
+        boxes = [(_spec(key, info), Box.whole(info.shape)) for key, info in tensors.items()]
+        plan = lay_out_file(0, boxes, tuple(self._objects))
+        objects, nbytes = place_objects(plan, self._objects)
         with self.storage.open_write(self.place.path(plan.file), nbytes) as handle:
             # In ascending order where that is asked for, else few large writes, and what stands between the data last.
             groups = [(item,) for item in plan.items] if handle.is_sequential else [plan.items]
@@ -150,12 +165,15 @@ class DcpSink(Sink):
                         handle.write(*frame.before(item))
                     written.append(_written(item, passed[item.key]))
                     frame.passed(written[-1])
-            handle.write(*frame.end(nbytes))
+            handle.write(*frame.end(plan.objects_offset))
+            if objects:
+                pieces = list(object_pieces(plan.objects_offset, objects, self._objects))[:-1]  # no padding at the end
+                handle.write(plan.objects_offset, pieces)
             handle.sync()
         self.storage.sync_folder(self.place.folder)
-        file = WrittenFile(self.place.name(plan.file), nbytes, tuple(written), ())
+        file = WrittenFile(self.place.name(plan.file), nbytes, tuple(written), objects)
         self._signed = (SignOff(0, self.save_id, segment_of([file])),)
-        self._info = replace(self._info, paths={key: (key,) for key in tensors}, extra=self._extra)
+        self._info = replace(self._info, paths={key: (key,) for key in tensors} | self._paths, extra=self._extra)
 
     def reopen(self) -> Source:
         manifest, _ = assemble(self._signed, self._info, now=time.time())

@@ -92,13 +92,13 @@ def write_file(
     Raises:
         StorageError: the first failure on any thread. The file is left as it is, for the caller to remove.
     """
-    placed, end = _place_objects(plan, objects)
+    placed, end = place_objects(plan, objects)
     nbytes = align(end, LARGE_ALIGNMENT)
     with storage.open_write(place.path(plan.file), nbytes) as handle:
         writer = _GroupWriter(handle, source, on_progress)
         threads = 1 if handle.is_sequential and not isinstance(source, FileImage) else num_threads
         batches = map_in_threads(writer.write, _groups(plan.items), threads, name="milepost-write")
-        write_stream(handle, plan.objects_offset, _object_pieces(plan.objects_offset, placed, objects), writer.buffer())
+        write_stream(handle, plan.objects_offset, object_pieces(plan.objects_offset, placed, objects), writer.buffer())
         handle.sync()
     return WrittenFile(place.name(plan.file), nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
 
@@ -193,7 +193,7 @@ class _GroupWriter:
         return found
 
 
-def _place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[WrittenObject, ...], int]:
+def place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[WrittenObject, ...], int]:
     """Where each object's record goes, and where the last one ends."""
     placed = []
     offset = plan.objects_offset
@@ -205,7 +205,7 @@ def _place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple
     return tuple(placed), offset
 
 
-def _object_pieces(position: int, placed: Sequence[WrittenObject], objects: Mapping[str, bytes]) -> Iterator[bytes]:
+def object_pieces(position: int, placed: Sequence[WrittenObject], objects: Mapping[str, bytes]) -> Iterator[bytes]:
     """The objects' records, and the zeros between and behind them, from ``position`` on."""
     for written in placed:
         yield bytes(written.record_offset - position)

@@ -76,10 +76,11 @@ class LRSchedule:
         self.apply()
 
     def apply(self) -> None:
-        """Set the learning rate of the next step."""
+        """Set the learning rate of the next step, and the one that it is a factor of, as torch's schedules do."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
+                group["initial_lr"] = self._lr
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_epoch": self.last_epoch}

@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 
 from milepost.interop.names.rules import Constant, Op, Parameter, QkvGroup, Row, Scheme
 
+OPTIMIZER_NAMES = {"torchtitan-0.3": "torchtitan between releases (wqkv, lm_head, experts as in 0.3)"}
+"""Of a release whose optimizers have other names than its models: these are fused, and taken apart when it saves."""
+
 _ATTENTION = "layers.{layer}.attention."
 _EXPERTS_02 = {
     f"layers.{{layer}}.moe.experts.{weight}": f"layers.{{layer}}.moe.experts.{weight}" for weight in ("w1", "w2", "w3")

@@ -54,8 +54,10 @@ class Weights:
     """A folder that holds an adapter for a model, not the model."""
 
 
-def open_weights(path: str | os.PathLike[str]) -> Weights:
+def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weights:
     """Open the weights at ``path``, whatever they are. The caller closes ``source``.
+
+    With ``whole``, of a training checkpoint the tensors of all parts.
 
     Raises:
         CheckpointNotFoundError: there is nothing, or nothing that is known.
@@ -74,7 +76,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     # A last save in Hugging Face's format has our commit record too: it says what the folder is.
     step = read_hf_step(storage, name, names)
     if step is None and (MANIFEST_NAME in names or (METADATA_NAME in names and not is_hf)):
-        return _open_dcp(storage, name)
+        return _open_dcp(storage, name, whole=whole)
     if is_hf or any(file.endswith(".safetensors") for file in names):
         return _open_hf(storage, name, names, step)
     raise CheckpointNotFoundError(_not_weights(full, names), path=full)
@@ -188,9 +190,9 @@ def _safetensors_tensors(handle: ReadHandle) -> dict[str, Stored]:
 # ---- DCP ----
 
 
-def _open_dcp(storage: Storage, folder: str) -> Weights:
+def _open_dcp(storage: Storage, folder: str, *, whole: bool) -> Weights:
     manifest = catalog.read_manifest(storage, folder)
-    model = {key: entry for key, entry in manifest.tensors.items() if not key.startswith(_OTHER_PARTS)}
+    model = {key: entry for key, entry in manifest.tensors.items() if whole or not key.startswith(_OTHER_PARTS)}
     digests = catalog.read_digests(storage, folder, manifest)
     if digests is None:
         model = dict(locate_manifest(storage, folder, replace(manifest, tensors=model)).tensors)
