@@ -173,7 +173,7 @@ class DcpSink(Sink):
         self.storage.sync_folder(self.place.folder)
         file = WrittenFile(self.place.name(plan.file), nbytes, tuple(written), objects)
         self._signed = (SignOff(0, self.save_id, segment_of([file])),)
-        self._info = replace(self._info, paths={key: (key,) for key in tensors} | self._paths, extra=self._extra)
+        self._info = replace(self._info, paths={**{key: (key,) for key in tensors}, **self._paths}, extra=self._extra)
 
     def reopen(self) -> Source:
         manifest, _ = assemble(self._signed, self._info, now=time.time())
