@@ -13,12 +13,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from milepost.errors import StateMismatchError
 from milepost.format.manifest import TensorEntry
+from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
 from milepost.loading.target import Target, fresh_like, local_tensor, same_memory
-from milepost.tensors.layout import can_be_boxes
-from milepost.tensors.tree import Node, assemble
+from milepost.tensors.layout import Placed, can_be_boxes
+from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
+from milepost.tensors.tree import Node, Ref, assemble
 
 EXTRA_STATE = "_extra_state"
 DERIVED = ("freqs_cis", "inv_freq", "position_ids")
@@ -36,6 +39,7 @@ class ModuleOwner:
         self._nodes: dict[str, Node] = {}  # of all else
         self._on_meta: dict[str, torch.Tensor] = {}
         self._all_live = True
+        self._in_place = set[str]()  # names of those that are made of others, and are read where they are
         self._copies_of: dict[str, str] = {}  # names of tied tensors -> the name under which they are read
         self._alike: list[tuple[str, str]] = []  # keys of tied tensors whose values must be found equal
         self.replaced: dict[torch.Tensor, torch.Tensor] = {}
@@ -52,7 +56,12 @@ class ModuleOwner:
             key = ".".join(path)
             if name in self._copies_of or target.is_excluded(key):
                 continue
+            if comes_apart(value) or (isinstance(value, DTensor) and is_by_shard(target.at(path))):
+                self._prepare_parts(target, name, value, held.get(name))
+                continue
             if is_plain_entry(name, value):
+                if isinstance(node := target.at(path), TensorParts) and (inner := _wrapped(target, node, value)):
+                    key, path = inner, (inner,)
                 if name in buffers and not target.has(key, path):
                     left_fresh.append(key)
                     continue
@@ -67,7 +76,7 @@ class ModuleOwner:
             if node is None:
                 target.want_missing([key])
             else:
-                target.want_node(node)
+                want_node(target, node)
                 self._nodes[name] = node
 
         target.note("buffers that the checkpoint lacks, left as freshly built", left_fresh)
@@ -76,6 +85,26 @@ class ModuleOwner:
         unused = sorted(target.stored_keys.intersection((*not_kept, *derived)))
         target.left.update(unused)
         target.note("buffers of the checkpoint that this model computes itself, left out", unused)
+
+    def _prepare_parts(self, target: Target, name: str, value: torch.Tensor, held: torch.Tensor | None) -> None:
+        """Read a tensor that is made of others, of the same kind as it was saved."""
+        path = self._path_of(name)
+        key, node = ".".join(path), target.at(path)
+        is_held = held is not None and _share_parts(value, held)
+        if is_held and want_into_wrapper(target, key, value):
+            return
+        if node is None:
+            target.want_missing([key])
+            return
+        self._nodes[name] = node
+        if not isinstance(node, TensorParts):
+            want_node(target, node)  # what becomes of a plain tensor is for the class to say: it may quantize it
+        elif want_parts(target, node, live=value):
+            self._in_place.update([name] if is_held else [])
+        elif local_tensor(value).is_meta and held is not None:
+            self._on_meta[name] = held
+        elif node.tensor is not None and not node.form.is_by_shard:
+            target.refuse(node, f"a {type(local_tensor(value)).__name__} of another form here")
 
     def _look_at_tied(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
         """Of a tensor with several names one is read, and what is stored under the others must be equal."""
@@ -119,7 +148,7 @@ class ModuleOwner:
             )
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        if self._all_live and not self._nodes and not has_own_way(self._module):
+        if self._all_live and self._nodes.keys() <= self._in_place and not has_own_way(self._module):
             return
         state: OrderedDict[str, Any] = OrderedDict()
         for name in self._own:
@@ -141,6 +170,26 @@ class ModuleOwner:
             self._module.load_state_dict(state)
         else:
             self._module.load_state_dict(state, strict=False)
+
+
+def _share_parts(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors that are made of others are made of the same memory."""
+    if not comes_apart(other) or local_tensor(one).is_meta:
+        return False
+    parts, others = ({path: _memory(part) for path, part in leaves(take_apart("", tensor))} for tensor in (one, other))
+    return parts == others
+
+
+def _memory(part: torch.Tensor | Placed) -> int:
+    return (part.local if isinstance(part, Placed) else local_tensor(part)).data_ptr()
+
+
+def _wrapped(target: Target, node: TensorParts, value: torch.Tensor) -> str | None:
+    """The key of the one tensor that a stored wrapper was put around, where ``value`` could be just that."""
+    found = [part.key for _, part in leaves(node) if isinstance(part, Ref)]
+    entry = target.entry(found[0]) if len(found) == 1 else None
+    fits = entry is not None and entry.shape == tuple(value.shape) and getattr(torch, entry.dtype) == value.dtype
+    return found[0] if fits else None
 
 
 def are_equal(one: TensorEntry | None, other: TensorEntry | None) -> bool | None:

@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 
 from milepost.errors import StateMismatchError
 from milepost.format.manifest import TensorEntry
+from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item, local_tensor
+from milepost.tensors.parts import TensorParts
 from milepost.tensors.tree import Node, assemble, child, refs
 
 Index = int
@@ -41,6 +43,9 @@ def want_state(target: Target, parameter: torch.Tensor, live: Mapping[Any, Any],
 
 
 def _want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -> None:
+    if isinstance(node, TensorParts):
+        want_parts(target, node, live=live if isinstance(live, torch.Tensor) else None, like=parameter)
+        return
     if isinstance(node, Mapping | list | tuple):
         for name in node if isinstance(node, Mapping) else range(len(node)):
             _want_state(target, parameter, item(live, name), child(node, name))
@@ -48,7 +53,7 @@ def _want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) 
     for key in refs(node):
         entry = target.entry(key)
         if entry is None:
-            target.want_node(node)
+            want_node(target, node)
         elif _is_alike(live, parameter, entry):
             target.want(key, live, live=True)
         else:
@@ -164,10 +169,10 @@ class OptimizerOwner:
             if number in numbers:
                 want_state(target, numbers[number], self._optimizer.state.get(numbers[number], {}), entry)
             else:
-                target.want_node(entry)
+                want_node(target, entry)
         for name, rest in node.items():
             if name != "state":
-                target.want_node(rest)
+                want_node(target, rest)
 
     def check(self, values: Mapping[str, Any]) -> None:
         if self._node is None:

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
-from milepost.tensors.layout import can_be_boxes, dtype_name
+from milepost.tensors.layout import Placed, can_be_boxes, dtype_name
+from milepost.tensors.parts import TensorParts
 from milepost.tensors.state import ByName
-from milepost.tensors.tree import Held, Node, Read, Ref, Tree, assemble, refs
+from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
 
 
 class Stored:
@@ -35,14 +36,6 @@ class Stored:
         self.tree = Tree.of(manifest, read)
 
 
-MakeTensor = Callable[[str, TensorEntry], torch.Tensor]
-
-
-def empty_tensor(key: str, entry: TensorEntry) -> torch.Tensor:
-    """A plain tensor on the CPU for all of a stored one."""
-    return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
-
-
 class Target:
     """Collects what is to be read. ``values`` holds the results under their keys once the load is done."""
 
@@ -52,6 +45,8 @@ class Target:
         """Whether the value of a key is to stay as it is here; the stored tree has none of these."""
         self.notes: list[str] = []
         """What a user should know of values that are not restored."""
+        self.keeps_parts = False
+        """Whether tensors that can't be put together here are given as dicts of their parts."""
         self._stored_keys = frozenset[str]()
         if stored is not None:
             self._stored_keys = frozenset((*stored.manifest.tensors, *stored.manifest.objects))
@@ -67,17 +62,21 @@ class Target:
         self.left: set[str] = set()
         """Keys of the checkpoint that are of no use here."""
 
-    def want(self, key: str, tensor: torch.Tensor, *, live: bool, path: Sequence[Any] = ()) -> None:
+    def want(self, key: str, tensor: torch.Tensor | Placed, *, live: bool, path: Sequence[Any] = ()) -> None:
         """Read ``key`` into ``tensor``; ``path`` is where it stands, should it be in a container stored as one."""
         if self.is_excluded(key):
             return
         node = self.at(path or (key,)) if key not in self._stored_keys else None
-        if isinstance(node, Held):
+        if isinstance(node, TensorParts):
+            self.refuse(node, "a plain tensor here")
+            return
+        if isinstance(node, Held) and isinstance(tensor, torch.Tensor):
             self._want_held(key, tensor, node.value)
             return
         entry = self.entry(key)
-        if entry is not None and is_narrower(tensor.dtype, getattr(torch, entry.dtype)):
-            self._want_narrowed(key, tensor, getattr(torch, entry.dtype))
+        stored = getattr(torch, entry.dtype) if entry is not None else tensor.dtype
+        if isinstance(tensor, torch.Tensor) and is_narrower(tensor.dtype, stored):
+            self._want_narrowed(key, tensor, stored)
             return
         self.values[key] = tensor
         if live:
@@ -110,12 +109,6 @@ class Target:
     def entry(self, key: str) -> TensorEntry | None:
         """The stored tensor of a key; None if there is none, or another kind of value."""
         return None if self._stored is None else self._stored.manifest.tensors.get(key)
-
-    def want_node(self, node: Node, make: MakeTensor = empty_tensor) -> None:
-        """Read all that stands below a node of the tree, as it was stored; ``make`` gives the tensors to read into."""
-        for key in refs(node):
-            entry = self.entry(key)
-            self.values[key] = None if entry is None else make(key, entry)
 
     def _want_held(self, key: str, tensor: torch.Tensor, value: Any) -> None:
         """A tensor that is there already, in a container that was read: it is copied with the live tensors."""
@@ -155,6 +148,11 @@ class Target:
         with torch.no_grad():
             for tensor, value in self.copies:
                 tensor.copy_(value)
+
+    def refuse(self, node: TensorParts, here: str) -> None:
+        """Note that a tensor that was taken apart does not fit what is here."""
+        self.mismatched.append(f"{node.key}: a {node.form.kind} in the checkpoint, {here}")
+        self.leave(node)
 
     def leave(self, node: Node) -> None:
         """Note values that are of no use here: they count neither as wanted nor as unexpected."""
@@ -232,73 +230,6 @@ def fresh_like(tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> tor
             stride=tensor.stride(),
         )
     return torch.empty_like(tensor, dtype=dtype, device="cpu" if tensor.is_meta else tensor.device)
-
-
-class StatefulOwner:
-    """Anything with ``load_state_dict()``, which is given all that was saved below ``path``, as it was saved.
-
-    ``own`` is what the object's ``state_dict()`` shows now, if that may be asked: where it has a tensor of the saved
-    one's shape, it says on which device and how sharded that one is to be. With ``in_place`` it is filled itself.
-    """
-
-    def __init__(self, stateful: Any, path: Sequence[Any], *, own: Any = None, in_place: bool = False):
-        self._stateful = stateful
-        self._path = path
-        self._own = own
-        self._in_place = in_place
-        self._node: Node = None
-        self._excludes = False
-        self._is_excluded: Callable[[str], bool] = lambda key: False
-
-    def prepare(self, target: Target) -> None:
-        self._node = target.at(self._path)
-        self._is_excluded = target.is_excluded
-        start = ".".join(map(str, self._path)) + "."
-        self._excludes = any(key.startswith(start) for key in target.excluded_keys)
-        if self._node is None:
-            target.want_missing([".".join(map(str, self._path))])
-        else:
-            self._want(target, self._node, self._own)
-
-    def _want(self, target: Target, node: Node, own: Any) -> None:
-        if isinstance(node, Mapping):
-            for name in node:
-                self._want(target, node[name], item(own, name))
-        elif isinstance(node, list | tuple):
-            for index, value in enumerate(node):
-                self._want(target, value, item(own, index))
-        else:
-            for key in refs(node):
-                entry = target.entry(key)
-                if entry is None or not is_place_for(own, entry):
-                    target.want_node(node)
-                elif self._in_place:
-                    target.want(key, own, live=True)
-                else:
-                    target.want(key, fresh_like(own, dtype=getattr(torch, entry.dtype)), live=False)
-
-    def check(self, values: Mapping[str, Any]) -> None:
-        """What fits is for the object to say."""
-
-    def restore(self, values: Mapping[str, Any]) -> None:
-        if self._node is not None:
-            state = assemble(self._node, values)
-            if self._excludes:
-                _fill_excluded(state, self._stateful.state_dict(), self._path, self._is_excluded)
-            self._stateful.load_state_dict(state)
-
-
-def _fill_excluded(state: Any, own: Any, path: Sequence[Any], is_excluded: Callable[[str], bool]) -> None:
-    """Put what an object has itself in the places of excluded keys, so that it finds all that it looks for."""
-    if not isinstance(state, dict) or not isinstance(own, Mapping):
-        return
-    for name, value in own.items():
-        here = (*path, name)
-        if name not in state:
-            if is_excluded(".".join(map(str, here))):
-                state[name] = value
-        else:
-            _fill_excluded(state[name], value, here, is_excluded)
 
 
 def item(container: Any, name: Any) -> Any:

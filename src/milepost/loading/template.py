@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
-from milepost.loading.target import Owner, StatefulOwner, Stored, Target, fresh_like, local_tensor
+from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
+from milepost.loading.stateful import StatefulOwner
+from milepost.loading.target import Owner, Stored, Target, fresh_like, local_tensor
 from milepost.tensors.layout import can_be_boxes
+from milepost.tensors.parts import TensorParts, comes_apart
 from milepost.tensors.state import Slot, is_stateful, is_terminal
 from milepost.tensors.tree import Held, Node, Read, Ref, assemble
+
+log = logging.getLogger("milepost")
 
 Path = tuple[Any, ...]
 
@@ -27,7 +34,8 @@ class Whole:
         stored = Stored(manifest, read)
         self.target = Target(stored)
         self._root = stored.tree.root
-        self.target.want_node(self._root)
+        self.target.keeps_parts = True
+        want_node(self.target, self._root)
         self.state_dict: dict[str, Any] = {}
 
     def check(self) -> None:
@@ -35,6 +43,8 @@ class Whole:
 
     def restore(self) -> None:
         """Put the state dict together."""
+        for note in self.target.notes:
+            log.warning("%s", note)
         self.state_dict = assemble(self._root, self.target.values)
 
 
@@ -61,7 +71,9 @@ class Template:
         items = iter(container.items()) if isinstance(container, Mapping) else iter(enumerate(container))
         for index, value in items:
             here = (*path, index)
-            if isinstance(value, torch.Tensor) and can_be_boxes(value):
+            if comes_apart(value) or (isinstance(value, DTensor) and is_by_shard(self.target.at(here))):
+                self._want_parts(value, here)
+            elif isinstance(value, torch.Tensor) and can_be_boxes(value):
                 if local_tensor(value).is_meta:
                     self._want_in_place_of(Slot(container, index), value, here)
                     continue
@@ -76,6 +88,17 @@ class Template:
                 self._walk(value, here)
             else:
                 self._want_value(Slot(container, index), value, here)
+
+    def _want_parts(self, value: torch.Tensor, path: Path) -> None:
+        """Read into the parts of a tensor that is made of others."""
+        key = ".".join(map(str, path))
+        node = self.target.at(path)
+        if self.target.is_excluded(key) or want_into_wrapper(self.target, key, value):
+            return
+        if not isinstance(node, TensorParts):
+            self.target.want_missing([key])
+        elif not want_parts(self.target, node, live=value) and node.tensor is not None and node.tensor is not value:
+            self.target.refuse(node, f"a {type(value).__name__} of another form here")
 
     def _want_in_place_of(self, slot: Slot, value: torch.Tensor, path: Path) -> None:
         """Read a tensor that is to stand where one on the meta device is."""
@@ -98,7 +121,7 @@ class Template:
             self.target.want_missing([key])
             return
         if value is None or not isinstance(node, Ref):
-            self.target.want_node(node)
+            want_node(self.target, node)
         else:
             self.target.values[key] = None  # a tensor does not go where there is another kind of value
         self._slots.append((slot, node))

@@ -128,6 +128,8 @@ class _Answer:
     """How to compare what ranks have in common before the save begins; None: it was done with the offers."""
     begun: _Begun | None = None
     error: MilepostError | None = None
+    by_shard: frozenset[str] = frozenset()
+    """Keys of DTensors whose shards are to be stored one by one: nothing is agreed on yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +155,15 @@ def _nothing(error: MilepostError) -> Prepared:
 
 
 class _BelongsToRanks(Exception):
-    """Raised on every rank: some parts of the state differ between ranks, and are to be stored for each."""
+    """Raised on every rank: some of the state differs between ranks, and is to be stored for each.
 
-    def __init__(self, parts: frozenset[str]):
-        super().__init__(parts)
+    ``parts`` of the state, or keys of DTensors whose shards are of different kinds.
+    """
+
+    def __init__(self, parts: frozenset[str] = frozenset(), by_shard: frozenset[str] = frozenset()):
+        super().__init__(parts, by_shard)
         self.parts = parts
+        self.by_shard = by_shard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +201,7 @@ class Agreement:
         self._groups: Mapping[int, Group] = {}  # those that this rank is in
         self._frozen: FrozenFile | None = None  # this rank's, in the last committed step
         self._per_rank: frozenset[str] = frozenset()  # names found to differ between ranks: the same on all of them
+        self._by_shard: frozenset[str] = frozenset()  # keys of tensors of different kinds on the ranks, as above
         self._structures: list[_Structure] = []  # every rank's last one; on rank 0 only
         self._all_groups: list[Group] = []  # on rank 0 only
         self._num_shards = 0  # on rank 0 only
@@ -215,6 +222,7 @@ class Agreement:
             except _BelongsToRanks as found:
                 # Once a part is stored for each rank, it stays so: its structure no longer changes with its values.
                 self._per_rank |= found.parts
+                self._by_shard |= found.by_shard
                 prepared = self._prepare(request, prepared)
             else:
                 self._num_saves += 1
@@ -234,7 +242,8 @@ class Agreement:
                 given = request.make_state()
                 state, modules = unwrap_stateful(given), [v for v in given.values() if isinstance(v, nn.Module)]
             own = {name: {f"rank{self._comm.rank}": state[name]} for name in self._per_rank if name in state}
-            flat = flatten(ByName({**state, **own}) if isinstance(state, ByName) else {**state, **own})
+            whole = ByName({**state, **own}) if isinstance(state, ByName) else {**state, **own}
+            flat = flatten(whole, self._by_shard)
             if (dtype := request.dtype) is not None:
                 flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
             objects = {key: encode_object(key, value) for key, value in flat.objects.items()}
@@ -256,9 +265,9 @@ class Agreement:
         with meeting(self._comm, f"saving {offer.target}"):
             offers = self._comm.gather(offer)
             answer = self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
-        if answer.error is not None:
+        if answer.error is not None or answer.by_shard:
             self._forget(prepared)
-            raise answer.error
+            raise answer.error or _BelongsToRanks(by_shard=answer.by_shard)
         if answer.plan is not None:
             self._plan, self._groups, self._frozen = answer.plan, answer.groups or {}, answer.earlier
         self._fingerprint = prepared.fingerprint
@@ -327,8 +336,12 @@ class Agreement:
             is_new = any(offer.structure is not None for offer in offers)
             plans: list[WritePlan | None] = [None] * len(offers)
             groups: list[Mapping[int, Group] | None] = [None] * len(offers)
+            if is_new and (unlike := self._learn(offers)):
+                if unlike <= self._by_shard:
+                    key = min(unlike)
+                    raise SaveError(f"ranks hold values of different kinds under the key '{key}'; rename one", key=key)
+                return [_Answer(by_shard=unlike)] * len(offers)
             if is_new:
-                self._learn(offers)
                 plans = list(plan_save([found.layout for found in self._structures]))
                 self._num_shards = sum(plan.num_items for plan in plans if plan is not None)
                 self._all_groups = groups_in_common([found.layout for found in self._structures])
@@ -449,13 +462,15 @@ class Agreement:
         self._structures = []
         return [_Answer(error=_as_save_error(cause)) for _ in offers]
 
-    def _learn(self, offers: list[_Offer]) -> None:
+    def _learn(self, offers: list[_Offer]) -> frozenset[str]:
+        """Take note of new structures; the keys of tensors that are of different kinds on the ranks."""
         if not self._structures:
             self._structures = [_Structure(LocalLayout((), ()), {}, (), {})] * len(offers)
         for rank, offer in enumerate(offers):
             if offer.structure is not None:
                 self._structures[rank] = offer.structure
-        self._recorded = merge_parts([found.skeleton for found in self._structures])
+        self._recorded, unlike = merge_parts([found.skeleton for found in self._structures])
+        return unlike
 
     def _dtypes(self) -> dict[str, str]:
         """The dtype in which each tensor is stored, of all ranks' tensors."""

@@ -33,6 +33,19 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A rank's part of a tensor that is not cut as a DTensor would be: ``pieces`` say where ``local`` belongs."""
+
+    local: torch.Tensor
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.local.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TensorLeaf:
     """A tensor of a state dict as one rank sees it.
 
@@ -45,6 +58,8 @@ class TensorLeaf:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     local: torch.Tensor
+    is_part: bool = False
+    """Whether it is one of those that a tensor is made of, which mean something in their own dtype alone."""
 
     @property
     def spec(self) -> TensorSpec:
@@ -59,8 +74,8 @@ class TensorLeaf:
 
 
 def stored_as(leaf: TensorLeaf, dtype: torch.dtype) -> TensorLeaf:
-    """The same leaf, stored in ``dtype`` if it is of a floating-point dtype."""
-    return replace(leaf, dtype=dtype) if leaf.dtype.is_floating_point else leaf
+    """The same leaf, stored in ``dtype`` if it is of a floating-point dtype, and not a part of another tensor."""
+    return replace(leaf, dtype=dtype) if leaf.dtype.is_floating_point and not leaf.is_part else leaf
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -68,13 +83,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor_leaf(key: str, tensor: torch.Tensor) -> TensorLeaf:
+def tensor_leaf(key: str, tensor: torch.Tensor | Placed) -> TensorLeaf:
     """The boxes that this rank holds of ``tensor``.
 
     Raises:
         SaveError: a kind of tensor whose bytes can't be stored as a box (sparse, quantized, meta, wrapper
             subclasses, partial sums, ...).
     """
+    if isinstance(tensor, Placed):
+        _check_kind(key, tensor.local)
+        return TensorLeaf(key, tensor.dtype, tensor.shape, tensor.pieces, tensor.local.detach())
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         return _dtensor_leaf(key, tensor)

@@ -8,8 +8,8 @@ container are one leaf: a record for each would take more room and time than the
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from milepost.errors import SaveError
-from milepost.tensors.layout import TensorLeaf, can_be_boxes, tensor_leaf
+from milepost.tensors.layout import Placed, TensorLeaf, can_be_boxes, tensor_leaf
+from milepost.tensors.parts import TensorParts, comes_apart, take_apart
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.registry import registered
 
@@ -90,8 +91,10 @@ def is_stateful(value: Any) -> TypeGuard[Stateful]:
     return isinstance(value, Stateful)
 
 
-def flatten(state_dict: Mapping[Any, Any]) -> FlatState:
+def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> FlatState:
     """Flatten nested mappings and lists. Empty mappings get no key, only a place in ``empty``.
+
+    Tensors that are made of others are taken apart; DTensors under the keys ``by_shard`` too, into their shards.
 
     Raises:
         SaveError: two values would get the same key, or a tensor of a kind that can't be stored.
@@ -101,11 +104,11 @@ def flatten(state_dict: Mapping[Any, Any]) -> FlatState:
     if id(state_dict) in packed:
         state_dict = {PACKED: dict(state_dict)}
         packed = {id(state_dict[PACKED])}
-    flat.skeleton.update(_enter(flat, state_dict, (), packed))
+    flat.skeleton.update(_enter(flat, state_dict, (), packed, frozenset(by_shard)))
     return flat
 
 
-def _enter(flat: FlatState, container: Any, path: Path, packed: set[int]) -> Any:
+def _enter(flat: FlatState, container: Any, path: Path, packed: set[int], by_shard: frozenset[str]) -> Any:
     """Add what stands below a container, and return its skeleton."""
     items: Iterable[tuple[Any, Any]]
     items = container.items() if isinstance(container, Mapping) else enumerate(container)
@@ -114,30 +117,37 @@ def _enter(flat: FlatState, container: Any, path: Path, packed: set[int]) -> Any
         here: Path = (*path, index if isinstance(container, list) else str(index))
         if type(value) not in _PLAIN and is_stateful(value):
             value = value.state_dict()
+        if comes_apart(value) or (by_shard and isinstance(value, torch.Tensor) and _key(here) in by_shard):
+            value = take_apart(_key(here), value, by_shard=_key(here) in by_shard)
         if id(value) in packed or not is_open(value):
-            _add(flat, here, value, Slot(container, index))
+            _add(flat, here, value, Slot(container, index), is_part=isinstance(container, TensorParts))
             blank.append((index, None))
             continue
-        if isinstance(value, Mapping) and len(here) > 1 and type(value) not in MAPPINGS:
-            key = ".".join(map(str, here))
+        if isinstance(value, Mapping) and len(here) > 1 and type(value) not in (*MAPPINGS, TensorParts):
+            key = _key(here)
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise SaveError(f"{key} is a {kind}, a type that can't be kept: store dict(...) of it", key=key)
-        if not value:
+        if not value and not isinstance(value, TensorParts):
             flat.empty.append(here)
-        blank.append((index, _enter(flat, value, here, packed)))
+        blank.append((index, _enter(flat, value, here, packed, by_shard)))
     return alike(container, blank)
 
 
-def _add(flat: FlatState, path: Path, value: Any, slot: Slot) -> None:
-    key = ".".join(map(str, path))
+def _key(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _add(flat: FlatState, path: Path, value: Any, slot: Slot, *, is_part: bool) -> None:
+    key = _key(path)
     if key in flat.paths:
         raise SaveError(
             f"two values would be stored under the key '{key}': {flat.paths[key]} and {path}; rename one", key=key
         )
     flat.paths[key] = path
     flat.slots[key] = slot
-    if isinstance(value, torch.Tensor) and has_own_record(value):
-        flat.tensors[key] = tensor_leaf(key, value.resolve_conj().resolve_neg() if is_lazy(value) else value)
+    if isinstance(value, Placed) or (isinstance(value, torch.Tensor) and has_own_record(value)):
+        leaf = tensor_leaf(key, value.resolve_conj().resolve_neg() if is_lazy(value) else value)
+        flat.tensors[key] = replace(leaf, is_part=True) if is_part else leaf
     else:
         flat.objects[key] = value
 
@@ -147,14 +157,14 @@ def has_own_record(tensor: torch.Tensor) -> bool:
     return can_be_boxes(tensor) or not (tensor.is_quantized or tensor.layout != torch.strided)
 
 
-def is_lazy(tensor: torch.Tensor) -> bool:
+def is_lazy(tensor: object) -> TypeGuard[torch.Tensor]:
     """Whether a tensor is a view that is conjugated or negated whenever it is read."""
-    return type(tensor) is torch.Tensor and (tensor.is_conj() or tensor.is_neg())
+    return isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and (tensor.is_conj() or tensor.is_neg())
 
 
 def is_open(value: Any) -> bool:
     """Whether what a container holds is stored one by one: mappings, and lists of tensors and mappings."""
-    if type(value) not in MAPPINGS and registered(type(value)) is not None:
+    if type(value) not in (*MAPPINGS, TensorParts) and registered(type(value)) is not None:
         return False
     return isinstance(value, Mapping) or (isinstance(value, list) and not is_terminal(value))
 
@@ -182,6 +192,8 @@ def alike(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
         if hasattr(container, "_metadata"):
             ordered._metadata = container._metadata  # type: ignore[attr-defined]
         return ordered
+    if kind is TensorParts:
+        return TensorParts(container.form, items, key=container.key)
     if kind is defaultdict:
         return defaultdict(container.default_factory, items)
     if kind is Counter:

@@ -13,6 +13,7 @@ from typing import Any
 
 from milepost.errors import FormatError
 from milepost.format.manifest import Manifest
+from milepost.tensors.parts import TensorParts
 from milepost.tensors.state import EMPTY_MAPPINGS, PACKED, Path, alike, is_terminal
 from milepost.tensors.values import decode_object, encode_object
 
@@ -117,15 +118,25 @@ def dump_parts(skeleton: Mapping[Any, Any]) -> dict[str, bytes]:
     return {"": encode_object("", list(skeleton)), **parts}
 
 
-def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> bytes:
-    """What a manifest records, as its ``structure``, of the skeletons of all ranks."""
+def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> tuple[bytes, frozenset[str]]:
+    """What a manifest records, as its ``structure``, of the skeletons of all ranks.
+
+    Also the keys of tensors that ranks have taken apart in different ways, or one has and another has not.
+    """
     merged: dict[Any, Any] = {}
-    for order in dict.fromkeys(parts[""] for parts in brought if parts):
-        merged.update(dict.fromkeys(key for key in _load(order) if key not in merged))
+    unlike: set[str] = set()
+    on_their_own: set[Any] = set()  # values at the top level, which have no part
+    for order, named in dict.fromkeys((parts[""], frozenset(parts)) for parts in brought if parts):
+        found = _load(order)
+        on_their_own.update(key for key in found if str(key) not in named)
+        merged.update(dict.fromkeys(key for key in found if key not in merged))
     for name in merged:
         for part in dict.fromkeys(parts[str(name)] for parts in brought if str(name) in parts):
-            merged[name] = _merge(merged[name], _load(part))
-    return zlib.compress(encode_object("the structure", merged), 1)
+            here = merged[name]
+            merged[name] = _load(part) if here is None else _merge(here, _load(part), (name,), unlike)
+        if isinstance(merged[name], TensorParts) and name in on_their_own:
+            unlike.add(str(name))
+    return zlib.compress(encode_object("the structure", merged), 1), frozenset(unlike)
 
 
 def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
@@ -151,16 +162,28 @@ def _load(data: bytes) -> Any:
     return decode_object("structure", data, "the structure")
 
 
-def _merge(one: Any, other: Any) -> Any:
+def _merge(one: Any, other: Any, path: Path, unlike: set[str]) -> Any:
+    if isinstance(one, TensorParts) or isinstance(other, TensorParts):
+        _compare_forms(one, other, path, unlike)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         both = dict(one)
         for key, part in other.items():
-            both[key] = _merge(both[key], part) if key in both else part
-        return alike(one, both.items())
+            both[key] = _merge(both[key], part, (*path, key), unlike) if key in both else part
+        return alike(one if one or not isinstance(one, TensorParts) else other, both.items())
     if isinstance(one, list) and isinstance(other, list):
         longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
-        return [_merge(part, shorter[n]) if n < len(shorter) else part for n, part in enumerate(longer)]
+        return [
+            _merge(part, shorter[n], (*path, n), unlike) if n < len(shorter) else part for n, part in enumerate(longer)
+        ]
     return other if one is None else one
+
+
+def _compare_forms(one: Any, other: Any, path: Path, unlike: set[str]) -> None:
+    """Note a tensor that is made of other parts on one rank than on another. Empty parts are of no rank."""
+    forms = [part.form for part in (one, other) if isinstance(part, TensorParts) and part]
+    is_leaf_elsewhere = not (isinstance(one, TensorParts) and isinstance(other, TensorParts))
+    if is_leaf_elsewhere or (len(forms) == 2 and forms[0] != forms[1]):
+        unlike.add(".".join(map(str, path)))
 
 
 def _with_refs(skeleton: Any, path: Path, stored: set[str]) -> Any:
@@ -169,7 +192,10 @@ def _with_refs(skeleton: Any, path: Path, stored: set[str]) -> Any:
     for index, part in skeleton.items() if isinstance(skeleton, Mapping) else enumerate(skeleton):
         here = (*path, str(index))
         if isinstance(part, Mapping | list) and (part or isinstance(part, Mapping)):
-            blank.append((index, _with_refs(part, here, stored)))
+            node = _with_refs(part, here, stored)
+            if isinstance(node, TensorParts):
+                node.key = ".".join(map(str, here))
+            blank.append((index, node))
             continue
         key = ".".join(map(str, here))
         if key in stored:  # not where a save of the model alone has left out the rest
@@ -210,6 +236,8 @@ def assemble(node: Node, values: Mapping[str, Any]) -> Any:
         return values[node.key]
     if isinstance(node, Held):
         return node.value
+    if isinstance(node, TensorParts):
+        return node.tensor if node.tensor is not None else {key: assemble(value, values) for key, value in node.items()}
     if isinstance(node, Mapping):
         return alike(node, [(key, assemble(value, values)) for key, value in node.items()])
     if isinstance(node, list):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.utils.serialization.config  # else the first `torch.load()` of a value imports it
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from milepost.errors import ConfigError, FormatError, SaveError
 from milepost.format import record
@@ -31,6 +32,7 @@ from milepost.format.pickle_reader import Global, Instance, OverLimitError, read
 from milepost.format.plain_pickle import MAX_NODES
 from milepost.format.zip_directory import ZipDirectory
 from milepost.tensors.layout import dtype_name
+from milepost.tensors.parts import as_value, comes_apart
 from milepost.tensors.registry import is_named_tuple, make_registered, registered
 from milepost.tensors.value_types import DIALECT, NATIVE, REDUCERS, VALUE_GLOBALS, reduce_value
 
@@ -197,6 +199,12 @@ class _TensorPickler(_Pickler):
     def reduce_tensor(self, tensor: torch.Tensor) -> Any:
         if type(tensor) is nn.Parameter:
             return torch._utils._rebuild_parameter, (tensor.detach(), tensor.requires_grad, self.no_hooks)
+        if comes_apart(tensor) and not isinstance(tensor, DTensor):
+            self.is_special = True
+            try:
+                return make_registered, as_value(tensor)
+            except (TypeError, SaveError) as error:
+                raise _Refused(tensor, str(error)) from None
         if type(tensor) is not torch.Tensor or tensor.is_meta:
             raise _Refused(tensor, "it has no data" if tensor.is_meta else "")
         if tensor.is_quantized:

@@ -19,7 +19,8 @@ from milepost.errors import ConfigError, SaveError, StateMismatchError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.names import longest_prefix
 from milepost.loading.optimizer import each_parameter, hand_over, indexed, state_tensor, want_state
-from milepost.loading.target import Target, empty_tensor
+from milepost.loading.parts import empty_tensor, want_node
+from milepost.loading.target import Target
 from milepost.tensors.state import ByName
 from milepost.tensors.tree import Node, assemble, child
 
@@ -202,11 +203,11 @@ class OptimizersOwner:
         self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()))
         for number, optimizer in enumerate(self._optimizers):
             if number in self._own_form:
-                target.want_node(self._saved.keys, self._make_by_name)
+                want_node(target, self._saved.keys, self._make_by_name, self._parameter_of)
                 continue
             for group, parameter in each_parameter(optimizer):
                 self._want(target, optimizer, group, parameter)
-            target.want_node(child(self._saved.extra, str(number)))
+            want_node(target, child(self._saved.extra, str(number)))
         self._leave_frozen(target)
         for what, keys in self._notes.items():
             target.note(what, list(keys))
@@ -223,7 +224,7 @@ class OptimizersOwner:
         saved = self._saved.options.get(name, {})
         for option in _options(group):
             if option in saved and not self._is_kept(option, saved):
-                target.want_node(saved[option])
+                want_node(target, saved[option])
             elif option in saved or target.is_excluded(key := f"{PART}.param_groups.{name}.{option}"):
                 target.leave(saved.get(option))
             elif option not in optimizer.defaults or group[option] is None or isinstance(group[option], bool):
@@ -255,9 +256,13 @@ class OptimizersOwner:
             self._note("parameters that no optimizer steps any more, their state left out", name)
 
     def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
-        name = longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
-        parameter = next((p for p, n in self._names.items() if n == name), None)
+        parameter = self._parameter_of(key)
         return empty_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
+
+    def _parameter_of(self, key: str) -> nn.Parameter | None:
+        """The parameter whose state stands under a key of the checkpoint."""
+        name = longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
+        return next((parameter for parameter, known in self._names.items() if known == name), None)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raises StateMismatchError if parameters of one group were saved with different options."""

@@ -15,7 +15,9 @@ from milepost.config import PARTS, part_of
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
-from milepost.loading.target import Owner, StatefulOwner, Stored, Target
+from milepost.loading.parts import want_node
+from milepost.loading.stateful import StatefulOwner
+from milepost.loading.target import Owner, Stored, Target
 from milepost.tensors.state import PER_RANK, ByName
 from milepost.tensors.tree import Node, assemble
 from milepost.training.modules import fqn, model_state, parameter_names
@@ -304,7 +306,7 @@ class PerRankOwner:
                 mismatched=[f"{self._part}: saved for each of {len(ranks)} ranks"],
             )
         for node in self._nodes:
-            target.want_node(node)
+            want_node(target, node)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """What fits is for the object to say."""
@@ -327,7 +329,7 @@ class RngOwner:
     def prepare(self, target: Target) -> None:
         path = ("rng", f"rank{self._rank}") if self._same_layout else ("rng", "rank0", "torch")
         self._node = target.at(path)
-        target.want_node(self._node)
+        want_node(target, self._node)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Any state fits."""

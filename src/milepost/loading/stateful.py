@@ -1,0 +1,82 @@
+"""Loading anything that has ``load_state_dict()``: it is given all that was saved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from milepost.loading.parts import want_node, want_parts
+from milepost.loading.target import Target, fresh_like, is_place_for, item
+from milepost.tensors.parts import TensorParts
+from milepost.tensors.tree import Node, assemble, refs
+
+
+class StatefulOwner:
+    """Anything with ``load_state_dict()``, which is given all that was saved below ``path``, as it was saved.
+
+    ``own`` is what the object's ``state_dict()`` shows now, if that may be asked: where it has a tensor of the saved
+    one's shape, it says on which device and how sharded that one is to be. With ``in_place`` it is filled itself.
+    """
+
+    def __init__(self, stateful: Any, path: Sequence[Any], *, own: Any = None, in_place: bool = False):
+        self._stateful = stateful
+        self._path = path
+        self._own = own
+        self._in_place = in_place
+        self._node: Node = None
+        self._excludes = False
+        self._is_excluded: Callable[[str], bool] = lambda key: False
+
+    def prepare(self, target: Target) -> None:
+        self._node = target.at(self._path)
+        self._is_excluded = target.is_excluded
+        start = ".".join(map(str, self._path)) + "."
+        self._excludes = any(key.startswith(start) for key in target.excluded_keys)
+        if self._node is None:
+            target.want_missing([".".join(map(str, self._path))])
+        else:
+            self._want(target, self._node, self._own)
+
+    def _want(self, target: Target, node: Node, own: Any) -> None:
+        if isinstance(node, TensorParts):
+            want_parts(target, node, live=own if self._in_place else None, like=own)
+        elif isinstance(node, Mapping):
+            for name in node:
+                self._want(target, node[name], item(own, name))
+        elif isinstance(node, list | tuple):
+            for index, value in enumerate(node):
+                self._want(target, value, item(own, index))
+        else:
+            for key in refs(node):
+                entry = target.entry(key)
+                if entry is None or not is_place_for(own, entry):
+                    want_node(target, node)
+                elif self._in_place:
+                    target.want(key, own, live=True)
+                else:
+                    target.want(key, fresh_like(own, dtype=getattr(torch, entry.dtype)), live=False)
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """What fits is for the object to say."""
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        if self._node is not None:
+            state = assemble(self._node, values)
+            if self._excludes:
+                _fill_excluded(state, self._stateful.state_dict(), self._path, self._is_excluded)
+            self._stateful.load_state_dict(state)
+
+
+def _fill_excluded(state: Any, own: Any, path: Sequence[Any], is_excluded: Callable[[str], bool]) -> None:
+    """Put what an object has itself in the places of excluded keys, so that it finds all that it looks for."""
+    if not isinstance(state, dict) or not isinstance(own, Mapping):
+        return
+    for name, value in own.items():
+        here = (*path, name)
+        if name not in state:
+            if is_excluded(".".join(map(str, here))):
+                state[name] = value
+        else:
+            _fill_excluded(state[name], value, here, is_excluded)

@@ -1,0 +1,469 @@
+"""Tensors that are made of others (``__tensor_flatten__``): taken apart to be stored, and put together again.
+
+Each inner tensor is stored under a key of its own below the tensor's, so that every reader finds it; the class and
+what it keeps beside tensors stand in the record of the structure, as plain data. On reading only classes that this
+program has already loaded are made, and nothing that the data names is imported or called but the class itself.
+
+A DTensor around such a tensor is cut by rows where the class itself says how: what a slice of its rows holds tells
+which inner tensors go with the rows, and which are whole on every rank (lookup tables). Where it does not say, each
+shard is stored by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from milepost.errors import ConfigError, FormatError, SaveError
+from milepost.format.box import Box
+from milepost.tensors.layout import Piece, Placed, shard_pieces
+from milepost.tensors.registry import is_named_tuple, register_reader, register_value, registered
+
+Cut = Literal["as outer", "by rows", "whole"]
+"""How an inner tensor lies on the ranks of the DTensor around: as the outer one, in proportion to its rows, whole."""
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
+_SHAPE, _DEVICE = ("the shape",), ("the device",)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a tensor is beside its parts."""
+
+    class_name: str
+    """``module:qualified name``; empty for a DTensor whose shards are stored one by one."""
+    context: Any
+    """What the class keeps beside tensors, as plain data (see :func:`_to_plain`); the number of shards."""
+    shape: tuple[int, ...]
+    """Of the outer tensor, on all ranks."""
+    dtype: torch.dtype
+    cuts: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
+    """For each attribute, where a DTensor was around; empty for one that is whole."""
+
+    @property
+    def is_by_shard(self) -> bool:
+        """Whether the parts are the shards of a DTensor."""
+        return not self.class_name
+
+    @property
+    def kind(self) -> str:
+        """The name for messages."""
+        return self.class_name.replace(":", ".") if self.class_name else f"DTensor of {self.context} unlike shards"
+
+
+class TensorParts(dict[str, Any]):
+    """The parts of a tensor by attribute, in a state dict or, as nodes, in a checkpoint's tree."""
+
+    def __init__(self, form: Form, parts: Any = (), *, key: str = ""):
+        super().__init__(parts)
+        self.form = form
+        self.key = key
+        """Of a node: the key of the tensor that it stands for."""
+        self.tensor: torch.Tensor | None = None
+        """Of a node: what takes its place once its parts are read."""
+
+
+def comes_apart(tensor: object) -> bool:
+    """Whether a tensor is made of others, perhaps below a DTensor."""
+    if not isinstance(tensor, torch.Tensor) or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    local = local_of(tensor)
+    return _is_made_of_others(local) and not local.is_nested
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor, detached; of another tensor itself, as it is."""
+    return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_made_of_others(tensor: torch.Tensor) -> bool:
+    return is_traceable_wrapper_subclass(cast("object", tensor)) and not isinstance(tensor, DTensor)
+
+
+# ---- taking apart ----
+
+
+def take_apart(key: str, tensor: torch.Tensor, *, by_shard: bool = False) -> TensorParts:
+    """The parts of a tensor that is made of others; they share its memory. ``by_shard``: the shards of any DTensor.
+
+    Raises:
+        SaveError: it keeps something that can't be stored as plain data.
+    """
+    if not isinstance(tensor, DTensor):
+        if by_shard:
+            raise SaveError(f"ranks hold tensors of different kinds under the key '{key}'; rename one", key=key)
+        return _whole(key, tensor)
+    if any(isinstance(p, Partial) for p in tensor.placements):
+        raise SaveError(
+            f"{key} is a DTensor with a pending sum (placements {tensor.placements}); redistribute it first", key=key
+        )
+    local, shard = local_of(tensor), shard_of(tensor)
+    if shard is None:  # this rank is not in the tensor's mesh
+        return TensorParts(Form("", num_shards(tensor), tuple(tensor.shape), tensor.dtype))
+    if not by_shard and num_shards(tensor) == 1:
+        return _whole(key, local)
+    rows = _rows_of(tensor)
+    if not by_shard and rows is not None and _is_made_of_others(local):
+        whole = _whole(key, local)
+        cuts = _cuts(key, whole, local)
+        if cuts is not None and _cut_evenly(whole, cuts, tensor.shape[0], rows):
+            return _placed(whole, cuts, tensor.shape[0], rows)
+    part = _whole(f"{key}.{shard}", local) if _is_made_of_others(local) else local
+    return TensorParts(Form("", num_shards(tensor), tuple(tensor.shape), tensor.dtype), {shard: part})
+
+
+def take_apart_as(form: Form, key: str, tensor: torch.Tensor) -> TensorParts | None:
+    """The parts of a tensor, cut by rows as those of a stored one are; None if that does not go."""
+    local = local_of(tensor)
+    if not _is_made_of_others(local):
+        return None
+    whole = _whole(key, local)
+    if not isinstance(tensor, DTensor) or num_shards(tensor) == 1:
+        return whole
+    rows = _rows_of(tensor)
+    if rows is None or form.cuts.keys() != {path for path, _ in leaves(whole)}:
+        return None
+    fits = _cut_evenly(whole, form.cuts, tensor.shape[0], rows)
+    return _placed(whole, form.cuts, tensor.shape[0], rows) if fits else None
+
+
+def _whole(key: str, tensor: torch.Tensor) -> TensorParts:
+    names, context = cast("Any", tensor).__tensor_flatten__()
+    kind = type(tensor)
+    try:
+        plain = _to_plain(context, tensor)
+    except TypeError as error:
+        raise SaveError(
+            f"{key} is a {kind.__qualname__} that keeps {error}; milepost.register_value() its class with encode and "
+            "decode",
+            key=key,
+        ) from None
+    form = Form(f"{kind.__module__}:{kind.__qualname__}", plain, tuple(tensor.shape), tensor.dtype)
+    inner = {name: getattr(tensor, name) for name in names}
+    return TensorParts(
+        form,
+        {
+            name: _whole(f"{key}.{name}", part) if _is_made_of_others(part) else part.detach()
+            for name, part in inner.items()
+        },
+    )
+
+
+def leaves(parts: TensorParts, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors that parts are made of in the end, with their paths below it."""
+    for name, part in parts.items():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(part, TensorParts):
+            yield from leaves(part, path)
+        else:
+            yield path, part
+
+
+def num_shards(tensor: DTensor) -> int:
+    """The number of different shards of a DTensor; replicas count once."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))
+
+
+def shard_of(tensor: DTensor) -> str | None:
+    """The name of the shard that this rank holds; None where it is not in the mesh."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    number = 0
+    for size, here, placement in zip(tensor.device_mesh.shape, coordinate, tensor.placements, strict=True):
+        if not isinstance(placement, Replicate):
+            number = number * size + here
+    return f"shard{number}"
+
+
+def _rows_of(tensor: DTensor) -> Piece | None:
+    """The piece of a DTensor that this rank holds, if it is some of its rows, whole."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or not tensor.ndim:
+        return None
+    return rows_at(tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, tensor.placements)
+
+
+def rows_at(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], coordinate: Any, placements: tuple[Placement, ...]
+) -> Piece | None:
+    """The piece at a coordinate of a mesh, if it is some of the tensor's rows, whole."""
+    if not all(isinstance(p, Replicate) or (isinstance(p, Shard) and p.dim == 0) for p in placements):
+        return None
+    pieces = shard_pieces(shape, mesh_shape, coordinate, placements)
+    return pieces[0] if len(pieces) == 1 and pieces[0].box.sizes[1:] == shape[1:] else None
+
+
+def _cuts(key: str, whole: TensorParts, local: torch.Tensor) -> dict[str, Cut] | None:
+    """How each part goes with the rows of a tensor, as a slice of them shows; None if that can't be told."""
+    sizes = tuple(local.shape)
+    if all(tuple(part.shape) == sizes for _, part in leaves(whole)):
+        return {path: "as outer" for path, _ in leaves(whole)}
+    rows = sizes[0]
+    for count in dict.fromkeys(n for n in (rows // 2, rows // 4 * 2, *_powers_of_two(rows), 0) if n < rows):
+        try:
+            with torch.no_grad():
+                piece = local[0:count]
+            if type(piece) is not type(local) or tuple(piece.shape) != (count, *sizes[1:]):
+                return None
+            fewer = _whole(key, piece)
+        except Exception:  # noqa: BLE001 - the class does not cut there; it may raise anything
+            continue
+        return _compared(whole, fewer, rows, count)
+    return None
+
+
+def _powers_of_two(limit: int) -> Iterator[int]:
+    return (1 << n for n in reversed(range(limit.bit_length())))
+
+
+def _compared(whole: TensorParts, fewer: TensorParts, rows: int, count: int) -> dict[str, Cut] | None:
+    found: dict[str, Cut] = {}
+    parts, others = list(leaves(whole)), dict(leaves(fewer))
+    if not _alike_but_for_rows(whole, fewer) or len(parts) != len(others):
+        return None
+    for path, part in parts:
+        other = others.get(path)
+        if other is None or part.ndim != other.ndim:
+            return None
+        if part.shape == other.shape:
+            found[path] = "whole"
+        elif part.shape[1:] == other.shape[1:] and other.shape[0] * rows == part.shape[0] * count:
+            found[path] = "by rows"
+        else:
+            return None
+    return found
+
+
+def _alike_but_for_rows(one: TensorParts, other: TensorParts) -> bool:
+    if (one.form.class_name, one.form.context) != (other.form.class_name, other.form.context):
+        return False
+    nested = [(part, other.get(name)) for name, part in one.items() if isinstance(part, TensorParts)]
+    return all(isinstance(more, TensorParts) and _alike_but_for_rows(part, more) for part, more in nested)
+
+
+def _cut_evenly(whole: TensorParts, cuts: Mapping[str, Cut], num_rows: int, rows: Piece) -> bool:
+    """Whether each part begins and ends where this rank's rows do."""
+    begin, count = rows.box.offsets[0], rows.box.sizes[0]
+    sizes = [part.shape[0] for path, part in leaves(whole) if cuts[path] != "whole"]
+    return all(begin * size % count == 0 and num_rows * size % count == 0 for size in sizes)
+
+
+def _placed(whole: TensorParts, cuts: Mapping[str, Cut], num_rows: int, rows: Piece) -> TensorParts:
+    """The parts of this rank's rows, each where it belongs in that of all rows."""
+    found: dict[str, Any] = {}
+    for name, part in whole.items():
+        if isinstance(part, TensorParts):
+            inner = {path.removeprefix(f"{name}."): cut for path, cut in cuts.items() if path.startswith(f"{name}.")}
+            found[name] = _placed(part, inner, num_rows, rows)
+        else:
+            found[name] = part if cuts[name] == "whole" else place_rows(part, rows, num_rows)
+    shape = (num_rows, *whole.form.shape[1:])
+    return TensorParts(dataclasses.replace(whole.form, shape=shape, cuts=dict(cuts)), found)
+
+
+def place_rows(part: torch.Tensor, rows: Piece, num_rows: int) -> Placed:
+    """A rank's part, where it belongs in that of all ``num_rows`` rows of the tensor that it is a part of."""
+    begin = rows.box.offsets[0] * part.shape[0] // rows.box.sizes[0]
+    size = num_rows * part.shape[0] // rows.box.sizes[0]
+    rest = tuple(part.shape[1:])
+    box = Box((begin, *(0 for _ in rest)), tuple(part.shape))
+    return Placed(part, (size, *rest), (Piece(box, Box.whole(part.shape)),))
+
+
+# ---- putting together ----
+
+
+def put_together(form: Form, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of the form, ``shape`` of it on this rank, made of its parts. Shares their memory.
+
+    Raises:
+        ConfigError: this program has not loaded the class, or the class does not take the parts.
+    """
+    kind = find_class(form.class_name)
+    if kind is None:
+        module = form.class_name.partition(":")[0]
+        raise ConfigError(
+            f"the checkpoint holds a tensor of class {form.kind}, which this program has not loaded: import {module} "
+            "before it is loaded"
+        )
+    device = next((part.device for part in parts.values()), torch.device("cpu"))
+    package = form.class_name.partition(".")[0].partition(":")[0]
+    try:
+        context = _from_plain(form.context, shape, device, package)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise FormatError(f"what a tensor of class {form.kind} keeps beside its parts is malformed: {error}") from error
+    stride = torch.empty(shape, device="meta").stride()
+    try:
+        made = cast("Any", kind).__tensor_unflatten__(dict(parts), context, torch.Size(shape), stride)
+    except Exception as error:
+        raise ConfigError(
+            f"a tensor of class {form.kind} can't be put together: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, torch.Tensor) or tuple(made.shape) != tuple(shape):
+        raise ConfigError(f"a tensor of class {form.kind} and shape {list(shape)} can't be put together of its parts")
+    return made
+
+
+def find_class(class_name: str) -> type | None:
+    """The class of tensors of that name, if this program has loaded it. Imports nothing."""
+    pending: list[type] = [torch.Tensor]
+    found = None
+    while pending:
+        kinds: list[type] = pending.pop().__subclasses__()
+        for kind in kinds:
+            pending.append(kind)
+            if f"{kind.__module__}:{kind.__qualname__}" == class_name and hasattr(kind, "__tensor_unflatten__"):
+                found = kind
+    return found
+
+
+def has_functions(form: Form) -> bool:
+    """Whether a tensor keeps functions, which are not looked up by the names in a checkpoint."""
+    pending = [form.context]
+    while pending:
+        plain = pending.pop()
+        if isinstance(plain, tuple) and plain and plain[0] == "function":
+            return True
+        if isinstance(plain, tuple | list):
+            pending.extend(plain)
+    return False
+
+
+# ---- what a class keeps beside tensors ----
+
+
+def _to_plain(value: Any, tensor: torch.Tensor) -> Any:
+    """Tagged tuples of plain values; the tensor's own shape and device by words, since both may change.
+
+    Raises:
+        TypeError: for what has no such form; the text names it.
+    """
+    kind = type(value)
+    if kind is torch.Size and tuple(value) == tuple(tensor.shape):
+        return _SHAPE
+    if kind is torch.device and value == tensor.device:
+        return _DEVICE
+    if kind in _PLAIN or registered(kind) is not None:
+        return ("value", value)
+    if kind in (list, tuple):
+        return (kind.__name__, [_to_plain(part, tensor) for part in value])
+    if isinstance(value, Mapping):
+        return ("dict", [(_to_plain(name, tensor), _to_plain(part, tensor)) for name, part in value.items()])
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    if isinstance(value, enum.Enum):
+        return ("enum", name, value.name)
+    if is_named_tuple(kind):
+        return ("named tuple", name, [_to_plain(part, tensor) for part in value])
+    if dataclasses.is_dataclass(kind):
+        fields = [field.name for field in dataclasses.fields(kind)]
+        return ("dataclass", name, [(field, _to_plain(getattr(value, field), tensor)) for field in fields])
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+        return ("function", f"{value.__module__}:{value.__qualname__}")
+    raise TypeError(f"a {kind.__module__}.{kind.__qualname__}")
+
+
+def _from_plain(plain: Any, shape: tuple[int, ...], device: torch.device, package: str) -> Any:
+    def made(part: Any) -> Any:
+        return _from_plain(part, shape, device, package)
+
+    if plain == _SHAPE:
+        return torch.Size(shape)
+    if plain == _DEVICE:
+        return device
+    _require(isinstance(plain, tuple) and len(plain) in (2, 3), "what a tensor keeps beside its parts")
+    tag, first, *rest = plain
+    if tag == "value":
+        return first
+    if tag in ("list", "tuple"):
+        return (list if tag == "list" else tuple)(made(part) for part in first)
+    if tag == "dict":
+        return {made(name): made(part) for name, part in first}
+    if tag == "function":
+        raise ConfigError(
+            f"a tensor of the checkpoint keeps the function {first!r:.200}, and no function is taken by a name in a "
+            "checkpoint: prepare the model in the same way (quantize it) and load into it"
+        )
+    kind = _loaded_class(first, package)
+    if tag == "enum" and issubclass(kind, enum.Enum) and rest[0] in kind.__members__:
+        return kind[rest[0]]
+    if tag == "named tuple" and is_named_tuple(kind):
+        return tuple.__new__(kind, [made(part) for part in rest[0]])
+    _require(tag == "dataclass" and dataclasses.is_dataclass(kind), f"a {first!r:.200} of a tensor")
+    value: Any = object.__new__(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    for name, part in rest[0]:
+        _require(name in names, f"a {first!r:.200} of a tensor")
+        object.__setattr__(value, name, made(part))
+    return value
+
+
+def _loaded_class(name: object, package: str) -> type:
+    """A class of the tensor's own package, or of torch, that this program has loaded. Imports nothing."""
+    module_name, _, path = str(name).partition(":")
+    found: Any = sys.modules.get(module_name) if module_name.partition(".")[0] in (package, "torch") else None
+    for part in path.split("."):
+        found = vars(found).get(part) if found is not None and hasattr(found, "__dict__") else None
+    if not isinstance(found, type):
+        raise ConfigError(
+            f"a tensor of the checkpoint keeps a value of class {name!r:.200}, which this program has not loaded: "
+            f"import {module_name:.200} before it is loaded"
+        )
+    return found
+
+
+def _require(condition: object, what: str) -> None:
+    if not condition:
+        raise FormatError(f"{what} is malformed")
+
+
+# ---- as values ----
+
+_TENSOR = "milepost.tensor"
+
+
+def _to_record(parts: TensorParts) -> Any:
+    form = parts.form
+    return (form.class_name, form.context, form.shape, form.dtype, dict(form.cuts)), dict(parts)
+
+
+def _from_record(plain: Any) -> TensorParts:
+    _require(isinstance(plain, tuple) and len(plain) == 2 and type(plain[1]) is dict, "a tensor of parts")
+    _require(isinstance(plain[0], tuple) and len(plain[0]) == 5, "a tensor of parts")
+    (class_name, context, shape, dtype, cuts), parts = plain
+    _require(type(class_name) is str and isinstance(dtype, torch.dtype) and type(cuts) is dict, "a tensor of parts")
+    _require(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "a tensor of parts")
+    _require(all(type(name) is str for name in (*parts, *cuts)), "a tensor of parts")
+    _require(class_name or (type(context) is int and context > 0), "a tensor of parts")
+    return TensorParts(Form(class_name, context, shape, dtype, cuts), parts)
+
+
+def _made_of(parts: Any) -> torch.Tensor:
+    _require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, "a tensor of parts")
+    inner = {name: _made_of(part) if isinstance(part, TensorParts) else part for name, part in parts.items()}
+    _require(all(isinstance(part, torch.Tensor) for part in inner.values()), "a tensor of parts")
+    return put_together(parts.form, inner, parts.form.shape)
+
+
+register_value(TensorParts, name="milepost.tensor_parts", encode=_to_record, decode=_from_record)
+register_reader(_TENSOR, _made_of)
+
+
+def as_value(tensor: torch.Tensor) -> tuple[str, TensorParts]:
+    """What stands in a value for a tensor that is made of others: the name of its reader, and what that is given."""
+    parts = take_apart("a tensor", tensor)
+    if has_functions(parts.form):
+        raise TypeError("it keeps functions: give it a place of its own in the state")
+    return _TENSOR, parts
