@@ -8,6 +8,7 @@ In reading order::
     names      keys of a model that stand under the names of its wrappers
     template   a nested state dict of the caller's to load into
     target     what is read into what, and the owners of state: each is loaded through its own door
+    parts      tensors that are made of others; stateful: anything with ``load_state_dict()``
     module     a module, with its hooks; optimizer: an optimizer, without a step of it
     reader     ranged reads, checked block by block, straight into the tensors
 """
