@@ -37,7 +37,7 @@ from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, FileEntry, Manifest
 from milepost.format.manifest_json import from_json, parse_head, to_json
 from milepost.format.record import tensor_record
-from milepost.format.segments import Segment, dump_segment, merge, parse_segment
+from milepost.format.segments import Segment, dump_segment, merge_segments, parse_segment
 from milepost.format.shard_crcs import shard_crcs
 from milepost.format.shards_file import dump_shards
 from milepost.run import catalog
@@ -143,7 +143,7 @@ def commit(clock: Clock, written: Sequence[tuple[bytes, Mapping[str, FileEntry]]
         "commit parse",
         lambda: [parse_segment(memoryview(data), files, SAVE_ID, "sign-off") for data, files in written],
     )
-    table, crcs = clock("commit merge", lambda: merge(segments, range(len(segments)), {}))
+    table, crcs = clock("commit merge", lambda: merge_segments(segments, range(len(segments)), {}))
     files = {name: entry for segment in segments for name, entry in segment.files.items()}
     faults = clock("commit prove", lambda: table_faults(table, files))
     assert not faults, faults

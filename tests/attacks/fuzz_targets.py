@@ -74,7 +74,7 @@ from milepost.storage.links import read_linked
 from milepost.tensors.plan import WriteItem
 from milepost.tensors.values import decode_object
 from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import Piece, lay_out, manifest_of, record_files
+from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
 from milepost.testing.sample import save_arrays
 from milepost.train.config import TrainConfig
 from milepost.train.options import load_config, to_toml
@@ -105,11 +105,11 @@ class Target:
 
 LAYOUT = lay_out(
     {
-        "w": ("float32", (4, 2), [Piece(Box((i, 0), (1, 2)), b"12345678", f"__{i}_0.distcp") for i in range(4)]),
-        "optimizer.state.w.exp_avg": ("bfloat16", (3, 3), [Piece(Box((0, 0), (3, 3)), bytes(range(18)))]),
-        "f8": ("float8_e4m3fn", (3,), [Piece(Box((0,), (3,)), b"abc")]),
-        "scalar": ("int64", (), [Piece(Box((), ()), bytes(8))]),
-        "empty": ("float32", (0, 4), [Piece(Box((0, 0), (0, 4)), b"")]),
+        "w": ("float32", (4, 2), [StoredBox(Box((i, 0), (1, 2)), b"12345678", f"__{i}_0.distcp") for i in range(4)]),
+        "optimizer.state.w.exp_avg": ("bfloat16", (3, 3), [StoredBox(Box((0, 0), (3, 3)), bytes(range(18)))]),
+        "f8": ("float8_e4m3fn", (3,), [StoredBox(Box((0,), (3,)), b"abc")]),
+        "scalar": ("int64", (), [StoredBox(Box((), ()), bytes(8))]),
+        "empty": ("float32", (0, 4), [StoredBox(Box((0, 0), (0, 4)), b"")]),
     },
     {"optimizer.lr": 0.1, "deep": {"a": [1, (2, b"x"), {"b": None}], 3: "text"}},
     paths={"optimizer.lr": ("optimizer", "param_groups", 0, "lr")},
@@ -295,7 +295,7 @@ def read_sign_off(data: bytes, scratch: Path) -> object:
         return signed.error[:10]
     manifest, crcs = assemble([signed], SaveInfo(step=1, kind="state"), now=1.0)
     check_places(manifest)
-    assert manifest_of(record_files(manifest)).tensors == manifest.tensors
+    assert read_back(record_files(manifest)).tensors == manifest.tensors
     return len(crcs)
 
 

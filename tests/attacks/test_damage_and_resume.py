@@ -36,7 +36,7 @@ from milepost.interop.weights.open import open_weights
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
 from milepost.storage import LocalStorage
-from milepost.testing.sample import digests_of
+from milepost.testing.sample import file_digests
 from milepost.testing.world import run_world
 from milepost.verification.verify import VerifyReport, verify
 
@@ -515,7 +515,7 @@ def save_hf(folder: Path, shift: float) -> None:
         safetensors.torch.save_file(tensors, data / name, metadata={"format": "pt"})
     (data / "config.json").write_text(f'{{"model_type": "llama", "rms_norm_eps": {shift}}}')
     record = commit_record(SaveInfo(step=7, kind="model"), save_id=save_id, world_size=1, now=1.0)
-    commit.publish_files(storage, attempt, folder.name, digests_of(data), record)
+    commit.publish_files(storage, attempt, folder.name, file_digests(data), record)
 
 
 def test_damage_in_a_save_in_hugging_faces_form_is_found_in_every_file_of_it(memory_path: Path, tally: Tally) -> None:

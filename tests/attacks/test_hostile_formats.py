@@ -39,12 +39,12 @@ from milepost.format.record import (
 )
 from milepost.format.shards_file import parse_shards
 from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import Piece, lay_out, manifest_of, record_files
+from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
 
 LAYOUT = lay_out(
     {
-        "w": ("float32", (4, 2), [Piece(Box((i, 0), (1, 2)), b"12345678", f"__{i}_0.distcp") for i in range(4)]),
-        "f8": ("float8_e4m3fn", (3,), [Piece(Box((0,), (3,)), b"abc")]),
+        "w": ("float32", (4, 2), [StoredBox(Box((i, 0), (1, 2)), b"12345678", f"__{i}_0.distcp") for i in range(4)]),
+        "f8": ("float8_e4m3fn", (3,), [StoredBox(Box((0,), (3,)), b"abc")]),
     },
     {"optimizer.lr": 0.1, "deep": {"a": [1, (2, b"x"), {"b": None}], 3: "text"}},
 )
@@ -414,7 +414,7 @@ def test_fuzzed_manifests_of_format_2_with_right_crcs_give_a_manifest_or_a_forma
     body = head + mark + b'"%08x"' % crc32(head) + rest[10:] if mark else data
     body = body[: body.rfind(b'"crc32"')]
     files = {**RECORD_FILES, MANIFEST_NAME: body + b'"crc32": "%08x"\n}\n' % crc32(body)}
-    only_format_errors(lambda: manifest_of(files))
+    only_format_errors(lambda: read_back(files))
 
 
 @fuzz

@@ -20,7 +20,7 @@ from milepost.interop.hf.save import commit_record
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
 from milepost.storage import LocalStorage
-from milepost.testing.sample import digests_of, save_arrays
+from milepost.testing.sample import file_digests, save_arrays
 
 ARRAYS = {"w": np.arange(12, dtype="float32").reshape(3, 4), "b": np.ones(5, "float32")}
 
@@ -39,7 +39,7 @@ def save_hf_step(storage: LocalStorage, path: str, step: int) -> None:
     safetensors.numpy.save_file(ARRAYS, data / "model.safetensors")
     (data / "config.json").write_text("{}")
     record = commit_record(SaveInfo(step=step, kind="model"), save_id=save_id, world_size=1, now=1.0)
-    commit.publish_files(storage, attempt, path, digests_of(data), record)
+    commit.publish_files(storage, attempt, path, file_digests(data), record)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from milepost.errors import MilepostError
 from milepost.storage import LocalStorage, Storage
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.journal import Change, Created, Exchanged, Journal, Marked, Synced
-from milepost.testing.powercut import Disk, Tree, frozen, write_tree
+from milepost.testing.powercut import Disk, FileTree, frozen, write_tree
 from milepost.testing.wrap import Operation, WrappedStorage
 
 Tally = Callable[..., None]
@@ -124,7 +124,7 @@ class Explorer:
         self._damaged: frozenset[int] = frozenset()
         self._known: Known = {}
         self._shown: dict[Any, Shown | str] = {}
-        self._sound: list[tuple[Tree, Shown]] = []
+        self._sound: list[tuple[FileTree, Shown]] = []
 
     def explore(self, recording: Recording, cuts: int, next_runs: int, start: int) -> Findings:
         found = Findings()
@@ -149,7 +149,7 @@ class Explorer:
             found.wrong += [f"the next run on {there}: {told}"] if told else []
         return found
 
-    def _look(self, key: object, tree: Tree) -> Shown | str:
+    def _look(self, key: object, tree: FileTree) -> Shown | str:
         """What a scan shows of a disk; or, in words, what is wrong with it."""
         if key not in self._shown:
             there: Shown = {}
@@ -163,7 +163,7 @@ class Explorer:
             self._sound += [] if wrong else [(tree, there)]
         return self._shown[key]
 
-    def _try(self, tree: Tree, check: Callable[[], None]) -> str:
+    def _try(self, tree: FileTree, check: Callable[[], None]) -> str:
         """Make the disk and check it; empty, or what was wrong."""
         write_tree(tree, self._storage.root)
         try:

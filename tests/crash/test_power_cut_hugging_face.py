@@ -26,7 +26,7 @@ from milepost.saving.job import SaveJob, run_job
 from milepost.storage import LocalStorage
 from milepost.tensors.plan import LocalLayout, TensorSpec, WriteItem, plan_save
 from milepost.testing.journal import Journal, Marked
-from milepost.testing.powercut import Disk, Tree, frozen
+from milepost.testing.powercut import Disk, FileTree, frozen
 
 SEED = 22
 CUTS = 20
@@ -106,7 +106,7 @@ def test_a_power_cut_leaves_the_old_files_or_the_new(memory_path: Path, tally: C
     tally(what, tried=tried, lost=len(wrong), seed=SEED)
 
 
-def step_of(tree: Tree) -> Tree:
+def step_of(tree: FileTree) -> FileTree:
     """The step under the name by which the catalog knows it."""
     name = next((name for name in tree if name == STEP), None)
     name = name or next(name for name in tree if name.startswith(catalog.REPLACED_PREFIX))

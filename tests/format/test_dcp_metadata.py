@@ -27,7 +27,7 @@ from milepost.format.dcp_metadata import DcpLocation, DcpMetadata, DcpTensor, ma
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.dtype import DTYPES
 from milepost.format.record import locate_tensor, read_object
-from milepost.testing.manifests import Layout, Piece, lay_out
+from milepost.testing.manifests import Layout, StoredBox, lay_out
 from milepost.testing.world import run_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
@@ -150,7 +150,7 @@ def test_sharded_uneven_and_replicated_tensors_of_four_ranks_are_read(tmp_path: 
 # ---- ours, read by torch ----
 
 
-def pieces_of(tensor: torch.Tensor, cuts: list[int], axis: int = 0) -> list[Piece]:
+def pieces_of(tensor: torch.Tensor, cuts: list[int], axis: int = 0) -> list[StoredBox]:
     """Shards of a tensor along a dim, each in its own file."""
     pieces, start = [], 0
     for number, size in enumerate(cuts):
@@ -158,7 +158,7 @@ def pieces_of(tensor: torch.Tensor, cuts: list[int], axis: int = 0) -> list[Piec
         offsets = [0] * tensor.dim()
         offsets[axis] = start
         data = part.view(torch.uint8).numpy().tobytes() if part.numel() else b""
-        pieces.append(Piece(Box(tuple(offsets), tuple(part.shape)), data, f"__{number}_0.distcp"))
+        pieces.append(StoredBox(Box(tuple(offsets), tuple(part.shape)), data, f"__{number}_0.distcp"))
         start += size
     return pieces
 
@@ -173,9 +173,9 @@ def ours(tmp_path: Path) -> tuple[Path, Layout]:
         {
             "model.w": ("float32", (7, 3), pieces_of(W, [3, 0, 4])),
             "model.v": ("bfloat16", (2, 6), pieces_of(V, [1, 5], axis=1)),
-            "scalar": ("int64", (), [Piece(Box((), ()), (11).to_bytes(8, "little"))]),
-            "empty": ("float32", (0, 5), [Piece(Box((0, 0), (0, 5)), b"")]),
-            "k" * 300: ("uint8", (1,), [Piece(Box((0,), (1,)), b"\7")]),
+            "scalar": ("int64", (), [StoredBox(Box((), ()), (11).to_bytes(8, "little"))]),
+            "empty": ("float32", (0, 5), [StoredBox(Box((0, 0), (0, 5)), b"")]),
+            "k" * 300: ("uint8", (1,), [StoredBox(Box((0,), (1,)), b"\7")]),
         },
         {"optimizer.groups.0.lr": 0.1, "train_state": {"step": 5, "names": ["a", b"b"]}},
         paths={
@@ -241,7 +241,9 @@ def test_our_metadata_comes_back_through_our_reader(ours: tuple[Path, Layout]):
 
 
 def test_an_empty_shard_never_hides_a_full_one_that_begins_at_the_same_place(tmp_path: Path):
-    layout = lay_out({"w": ("float32", (7, 3), [*pieces_of(W, [7]), Piece(Box((0, 0), (0, 3)), b"", "__1_0.distcp")])})
+    layout = lay_out(
+        {"w": ("float32", (7, 3), [*pieces_of(W, [7]), StoredBox(Box((0, 0), (0, 3)), b"", "__1_0.distcp")])}
+    )
     found = pickle.loads(dump_metadata(layout.manifest))
     assert [place.relative_path for place in found.storage_data.values()] == ["__0_0.distcp"]
 
@@ -249,7 +251,7 @@ def test_an_empty_shard_never_hides_a_full_one_that_begins_at_the_same_place(tmp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_goes_both_ways(dtype: str):
     raw = bytes(2 * DTYPES[dtype].itemsize)
-    layout = lay_out({"w": (dtype, (2,), [Piece(Box((0,), (2,)), raw)])})
+    layout = lay_out({"w": (dtype, (2,), [StoredBox(Box((0,), (2,)), raw)])})
     data = dump_metadata(layout.manifest)
     assert pickle.loads(data).state_dict_metadata["w"].properties == metadata.TensorProperties(getattr(torch, dtype))
     assert parse_metadata(data).tensors["w"].dtype == dtype

@@ -20,7 +20,7 @@ from milepost.format.digest import (
     num_blocks,
     parse_digests,
 )
-from milepost.testing.manifests import Layout, Piece, lay_out
+from milepost.testing.manifests import Layout, StoredBox, lay_out
 
 RAW = os.urandom(3 * BLOCK_NBYTES // 2)
 
@@ -34,10 +34,10 @@ def layout() -> Layout:
             "b": (
                 "uint8",
                 (len(RAW),),
-                [Piece(Box((0,), (half,)), RAW[:half]), Piece(Box((half,), (half,)), RAW[half:])],
+                [StoredBox(Box((0,), (half,)), RAW[:half]), StoredBox(Box((half,), (half,)), RAW[half:])],
             ),
-            "a": ("uint8", (len(RAW),), [Piece(Box((0,), (len(RAW),)), RAW)]),
-            "c": ("float32", (0,), [Piece(Box((0,), (0,)), b"")]),
+            "a": ("uint8", (len(RAW),), [StoredBox(Box((0,), (len(RAW),)), RAW)]),
+            "c": ("float32", (0,), [StoredBox(Box((0,), (0,)), b"")]),
         }
     )
 

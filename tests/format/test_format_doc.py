@@ -13,7 +13,7 @@ from milepost.format.box import Box
 from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, FileEntry
 from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import Piece, lay_out, record_files
+from milepost.testing.manifests import StoredBox, lay_out, record_files
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
 
@@ -31,7 +31,7 @@ def hexdump(data: bytes) -> str:
 def examples() -> dict[str, str]:
     """The examples of the page by name: a checkpoint of one tensor and one number."""
     layout = lay_out(
-        {"w": ("float32", (2,), [Piece(Box((0,), (2,)), struct.pack("<2f", 1.0, 2.0))])}, {"step": 7}, step=7
+        {"w": ("float32", (2,), [StoredBox(Box((0,), (2,)), struct.pack("<2f", 1.0, 2.0))])}, {"step": 7}, step=7
     )
     digests = dump_digests(layout.manifest.save_id, layout.crcs)
     data = layout.files["__0_0.distcp"]

@@ -18,7 +18,7 @@ from milepost.format.manifest import BranchStart, FileEntry, Lineage, Manifest
 from milepost.format.manifest_check import is_plain_name, manifest_faults
 from milepost.format.manifest_json import from_json
 from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import Piece, lay_out
+from milepost.testing.manifests import StoredBox, lay_out
 
 W = "layers.0.attention.wq.weight"
 
@@ -30,12 +30,12 @@ def manifest() -> Manifest:
             W: (
                 "bfloat16",
                 (4, 3),
-                [Piece(Box((0, 0), (3, 3)), b"ab" * 9), Piece(Box((3, 0), (1, 3)), b"cd" * 3, "__1_0.distcp")],
+                [StoredBox(Box((0, 0), (3, 3)), b"ab" * 9), StoredBox(Box((3, 0), (1, 3)), b"cd" * 3, "__1_0.distcp")],
             ),
-            "norm.weight": ("float32", (2,), [Piece(Box((0,), (2,)), b"abcdefgh")]),
-            "scalar": ("int64", (), [Piece(Box((), ()), b"abcdefgh")]),
-            "empty": ("float32", (0, 5), [Piece(Box((0, 0), (0, 5)), b"")]),
-            'odd "key"\né\ud800': ("bool", (1,), [Piece(Box((0,), (1,)), b"\1")]),
+            "norm.weight": ("float32", (2,), [StoredBox(Box((0,), (2,)), b"abcdefgh")]),
+            "scalar": ("int64", (), [StoredBox(Box((), ()), b"abcdefgh")]),
+            "empty": ("float32", (0, 5), [StoredBox(Box((0, 0), (0, 5)), b"")]),
+            'odd "key"\né\ud800': ("bool", (1,), [StoredBox(Box((0,), (1,)), b"\1")]),
         },
         {"train_state.step": 500, "optimizer.param_groups.0.lr": 0.1},
         paths={"optimizer.param_groups.0.lr": ("optimizer", "param_groups", 0, "lr")},

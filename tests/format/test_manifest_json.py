@@ -25,7 +25,7 @@ from milepost.format.manifest import (
 )
 from milepost.format.manifest_json import MAX_HEAD_NBYTES, from_json, listing_of, parse_head, to_json
 from milepost.format.summary import totals_by_part
-from milepost.testing.manifests import Piece, lay_out, manifest_of, record_files
+from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
 
 LINEAGE = Lineage(
     run="0123456789abcdef",
@@ -45,10 +45,10 @@ def manifest() -> Manifest:
             "layers.0.w": (
                 "bfloat16",
                 (4, 3),
-                [Piece(Box((0, 0), (3, 3)), b"ab" * 9), Piece(Box((3, 0), (1, 3)), b"cd" * 3, "__1_0.distcp")],
+                [StoredBox(Box((0, 0), (3, 3)), b"ab" * 9), StoredBox(Box((3, 0), (1, 3)), b"cd" * 3, "__1_0.distcp")],
             ),
-            "norm.weight": ("float32", (2,), [Piece(Box((0,), (2,)), b"abcdefgh")]),
-            "optimizer.state.norm.weight.exp_avg": ("float32", (2,), [Piece(Box((0,), (2,)), b"abcdefgh")]),
+            "norm.weight": ("float32", (2,), [StoredBox(Box((0,), (2,)), b"abcdefgh")]),
+            "optimizer.state.norm.weight.exp_avg": ("float32", (2,), [StoredBox(Box((0,), (2,)), b"abcdefgh")]),
         },
         {"train_state.step": 500, "optimizer.param_groups.0.lr": 0.1},
         paths={"optimizer.param_groups.0.lr": ("optimizer", "param_groups", 0, "lr")},
@@ -87,7 +87,7 @@ def read(data: bytes, record: dict[str, bytes]) -> Manifest:
 def test_a_manifest_comes_back_equal(manifest: Manifest, record: dict[str, bytes]):
     shards = record[SHARDS_NAME]
     files = {**manifest.files, SHARDS_NAME: FileEntry(len(shards), crc32(shards))}
-    assert manifest_of(record) == dataclasses.replace(manifest, files=files)
+    assert read_back(record) == dataclasses.replace(manifest, files=files)
 
 
 def test_the_same_manifest_gives_the_same_bytes_whatever_the_order_of_its_keys(
@@ -201,17 +201,17 @@ def test_every_flipped_bit_and_every_truncation_is_found(record: dict[str, bytes
             damaged[position] ^= 1 << position % 8
             for changed in (bytes(damaged), data[:position]):
                 with pytest.raises(FormatError) as caught:
-                    manifest_of({**record, name: changed})
+                    read_back({**record, name: changed})
                 assert not isinstance(caught.value, NewerFormatError)
 
 
 def test_shards_of_another_save_are_refused(manifest: Manifest, record: dict[str, bytes]):
     other = record_files(dataclasses.replace(manifest, save_id="fedcba9876543210"))
     with pytest.raises(FormatError, match=r"milepost\.json: it is of save .*, milepost\.shards beside it of"):
-        manifest_of({**record, SHARDS_NAME: other[SHARDS_NAME]})
+        read_back({**record, SHARDS_NAME: other[SHARDS_NAME]})
     again = record_files(dataclasses.replace(manifest, paths={}))  # of the same save id, and whole
     with pytest.raises(FormatError, match=r"milepost\.shards: it is not the file that milepost\.json names"):
-        manifest_of({**record, SHARDS_NAME: again[SHARDS_NAME]})
+        read_back({**record, SHARDS_NAME: again[SHARDS_NAME]})
 
 
 def test_a_newer_format_asks_for_an_upgrade(record: dict[str, bytes]):

@@ -20,10 +20,10 @@ from milepost.format.columns_check import cover_fault, table_faults
 from milepost.format.digest import crc32
 from milepost.format.manifest import FileEntry, Manifest
 from milepost.format.shards_file import dump_shards, parse_shards
-from milepost.testing.manifests import Piece, lay_out
+from milepost.testing.manifests import StoredBox, lay_out
 
 SAVE_ID = "0123456789abcdef"
-GRID = [Piece(Box((r, c), (2, 3)), bytes(24), f"__{r}_0.distcp") for r in (0, 2) for c in (0, 3)]
+GRID = [StoredBox(Box((r, c), (2, 3)), bytes(24), f"__{r}_0.distcp") for r in (0, 2) for c in (0, 3)]
 
 
 @pytest.fixture
@@ -32,10 +32,10 @@ def manifest() -> Manifest:
         {
             "layers.0.w": ("float32", (4, 6), GRID),
             "layers.1.w": ("float32", (4, 6), GRID),
-            "norm": ("bfloat16", (2,), [Piece(Box((0,), (2,)), b"abcd")]),
-            "scalar": ("int64", (), [Piece(Box((), ()), bytes(8))]),
-            "empty": ("float32", (0, 5), [Piece(Box((0, 0), (0, 5)), b"")]),
-            'odd "key"\né\ud800': ("bool", (1,), [Piece(Box((0,), (1,)), b"\1")]),
+            "norm": ("bfloat16", (2,), [StoredBox(Box((0,), (2,)), b"abcd")]),
+            "scalar": ("int64", (), [StoredBox(Box((), ()), bytes(8))]),
+            "empty": ("float32", (0, 5), [StoredBox(Box((0, 0), (0, 5)), b"")]),
+            'odd "key"\né\ud800': ("bool", (1,), [StoredBox(Box((0,), (1,)), b"\1")]),
         },
         {"train_state.step": 500, "lr": 0.1},
         paths={"lr": ("optimizer", "param_groups", 0, "lr")},

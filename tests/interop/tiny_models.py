@@ -13,7 +13,7 @@ from torch import nn
 from milepost.interop.hf.config import make_config
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs, MoEArgs, RopeScaling
-from milepost.interop.options import ConvertOptions, Target
+from milepost.interop.options import ConvertOptions, TargetKind
 
 _LLAMA = ModelArgs(
     dim=64,
@@ -37,7 +37,7 @@ class Kind:
     model: str
     args: ModelArgs
 
-    def options(self, to: Target, **more: object) -> ConvertOptions:
+    def options(self, to: TargetKind, **more: object) -> ConvertOptions:
         """Options of a conversion to ``to``."""
         return ConvertOptions(to=to, model=self.model, sizes=self.args, **more)  # type: ignore[arg-type]
 

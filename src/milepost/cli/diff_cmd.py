@@ -14,7 +14,7 @@ from milepost.cli.render import console, print_json, print_list, print_table, pr
 from milepost.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from milepost.report.diff import DiffReport, Held, ValueChange
+    from milepost.report.diff import DiffReport, Unmatched, ValueChange
 
 DIFFERENT = 9
 """Exit status when the two differ."""
@@ -159,9 +159,9 @@ def _summary(report: DiffReport, *, quick: bool) -> str:
     return f"{same}; {report.num_unknown} are values that are not tensors and could not be compared"
 
 
-def _held(held: Held) -> str:
+def _held(held: Unmatched) -> str:
     return f"{held.key}: {_kind(held)}"
 
 
-def _kind(held: Held) -> str:
+def _kind(held: Unmatched) -> str:
     return f"{held.dtype} {list(held.shape)}" if held.dtype else "a value"

@@ -35,7 +35,7 @@ def open_run(path: str) -> tuple[Storage, str]:
     return storage, folder
 
 
-def find_run(storage: Storage, name: str) -> str | None:
+def run_at(storage: Storage, name: str) -> str | None:
     """The folder of the run that ``name`` stands for; None if it is a checkpoint, a file, or no run."""
     found = storage.stat(name)
     if found is not None and not found.is_folder:
@@ -44,7 +44,7 @@ def find_run(storage: Storage, name: str) -> str | None:
     return catalog.find_run(storage, name) if info is None or info.state == "incomplete" else None
 
 
-def open_step(path: str) -> tuple[Storage, str, int]:
+def locate_step(path: str) -> tuple[Storage, str, int]:
     """The storage, the run's folder and the number of the step that ``path`` ends with. It need not exist.
 
     Raises:
@@ -81,7 +81,7 @@ def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInf
     return CheckpointNotFoundError(message, path=path)
 
 
-def read_manifest(path: str) -> Manifest:
+def manifest_at(path: str) -> Manifest:
     """The manifest of the checkpoint at ``path``.
 
     Raises:

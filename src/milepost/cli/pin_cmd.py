@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from milepost.cli.paths import find_step, open_step
+from milepost.cli.paths import find_step, locate_step
 from milepost.cli.render import print_json, print_line
 from milepost.run import catalog
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Pin each step, once all are known to be there."""
     found = []
     for path in args.steps:
-        storage, folder, step = open_step(path)
+        storage, folder, step = locate_step(path)
         found.append((path, storage, find_step(storage, folder, step, path), folder))
     for path, storage, entry, folder in found:
         catalog.pin(storage, folder, entry.step)

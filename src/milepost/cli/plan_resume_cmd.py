@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from milepost.cli.paths import read_manifest
+from milepost.cli.paths import manifest_at
 from milepost.cli.render import console, print_json, print_line, print_list, print_table
 from milepost.config import PARTS
 from milepost.errors import ConfigError, StateMismatchError
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print; 4 if the resume would be refused."""
     degrees = resolve_degrees(args.degrees, args.world_size, args.stages_per_rank)
-    manifest = read_manifest(args.path)
+    manifest = manifest_at(args.path)
     from milepost.report.resume_plan import plan_resume  # with the tables of models, which --help can do without
 
     policy = Policy(_patterns(args.allow_missing), _patterns(args.allow_unexpected))

@@ -65,9 +65,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the test in a temporary folder (or ``--folder``) and print what it found."""
     kill_at = args.kill_at if args.kill_at is not None else max(2, args.steps // 2 + 1)
     _check(args, kill_at)
-    from milepost.report.resume_test import Settings, parse_layouts, resume_test  # with numpy, for the comparison
+    from milepost.report.resume_test import (  # with numpy, for the comparison
+        ResumeTestSettings,
+        parse_layouts,
+        resume_test,
+    )
 
-    settings = Settings(
+    settings = ResumeTestSettings(
         config_file=os.path.abspath(args.config),
         layouts=parse_layouts(args.layouts, int(os.environ.get("NGPU", "2"))),
         num_steps=args.steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from milepost.cli.paths import open_step
+from milepost.cli.paths import locate_step
 from milepost.cli.render import print_json, print_line
 from milepost.errors import CheckpointNotFoundError
 from milepost.run import catalog
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Unpin each step, once all are known to be pinned."""
     found = []
     for path in args.steps:
-        storage, folder, step = open_step(path)
+        storage, folder, step = locate_step(path)
         if storage.stat(join(folder, PINNED_PREFIX + step_name(step))) is None:
             raise CheckpointNotFoundError(f"{path} is not pinned; `milepost ls` shows which steps are", path=path)
         found.append((path, storage, folder, step))

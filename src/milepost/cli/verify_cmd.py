@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from milepost.cli.main import NOT_CHECKED
-from milepost.cli.paths import find_run
+from milepost.cli.paths import run_at
 from milepost.cli.render import print_json, print_line, printable, progress_bar
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
 from milepost.run import catalog
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads < 1:
         raise ConfigError(f"--threads must be at least 1, not {args.threads}")
     storage, name = open_storage(args.path)
-    folder = find_run(storage, name)
+    folder = run_at(storage, name)
     with contextlib.ExitStack() as stack:
         if folder is None:
             progress = stack.enter_context(progress_bar(name))

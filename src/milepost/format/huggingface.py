@@ -32,7 +32,7 @@ def shard_file_name(index: int, count: int) -> str:
     return f"model-{index:05d}-of-{count:05d}.safetensors"
 
 
-def is_weights_file(name: str) -> bool:
+def is_weights_name(name: str) -> bool:
     """True if ``name`` is one that a file of weights may have: a plain name, which no shell takes for an option."""
     return (
         name.endswith(".safetensors")
@@ -73,7 +73,7 @@ def parse_weight_map(data: bytes, path: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: weight_map is missing", path=path)
     for name in weight_map.values():
-        if not isinstance(name, str) or not is_weights_file(name):
+        if not isinstance(name, str) or not is_weights_name(name):
             raise FormatError(f"{path} names {name!r:.200}: expected a safetensors file beside it", path=path)
     return weight_map
 

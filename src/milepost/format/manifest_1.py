@@ -16,7 +16,7 @@ from milepost.format.dtype import DTYPES
 from milepost.format.file_rows import FileRow, file_entries
 from milepost.format.manifest import Lineage, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import MAX_DIMS
-from milepost.format.typed_json import Count, Metric, Seconds, convert
+from milepost.format.typed_json import Count, Metric, Seconds, typed
 
 STRUCTURE = "structure"
 """Under this name ``extra`` has what ``Manifest.structure`` is."""
@@ -65,7 +65,7 @@ class _Document(msgspec.Struct, frozen=True):
 
 def manifest_of_format_1(document: object, path: str) -> Manifest:
     """The manifest that a parsed document is, its types checked; ``manifest_faults`` is left to the caller."""
-    said = convert(document, _Document, path)
+    said = typed(document, _Document, path)
     files = file_entries(said.files, path)
     names = list(files)
     rows: dict[str, _TensorRow | _ObjectRow] = {**said.tensors, **said.objects}

@@ -33,7 +33,7 @@ from milepost.format.manifest import (
 from milepost.format.manifest_1 import manifest_of_format_1
 from milepost.format.manifest_check import head_faults, manifest_faults
 from milepost.format.summary import totals_by_part
-from milepost.format.typed_json import MAX_COUNT, Count, Metric, Seconds, convert, parse_json
+from milepost.format.typed_json import MAX_COUNT, Count, Metric, Seconds, parse_json, typed
 
 FORMAT_NAME = "milepost"
 MAX_MANIFEST_NBYTES = 512 << 20
@@ -201,7 +201,7 @@ def parse_head(data: bytes, path: str = MANIFEST_NAME) -> Head | None:
         document = parse_json(data[: match.start()].rstrip(b",\n") + b"\n}", path, "a head")
         if document.get("format") != FORMAT_NAME or document.get("format_version") != FORMAT_VERSION:
             return None
-        said = convert(document, _Head, path)
+        said = typed(document, _Head, path)
     except FormatError:
         return None
     manifest = _manifest(said)
@@ -226,7 +226,7 @@ def from_json(
         manifest = manifest_of_format_1(document, path)
         _refuse(path, manifest_faults(manifest))
         return manifest
-    said = convert(document, _Document, path)
+    said = typed(document, _Document, path)
     manifest = _manifest(said)
     manifest = replace(manifest, files=file_entries(said.files, path), producer=said.producer, extra=said.extra)
     _refuse(path, head_faults(manifest))
@@ -321,6 +321,6 @@ def lineage_of_torn(data: bytes) -> Lineage | None:
     if found is None:
         return None
     try:
-        return convert(parse_json(found[1], MANIFEST_NAME, "a lineage"), Lineage, MANIFEST_NAME, "lineage")
+        return typed(parse_json(found[1], MANIFEST_NAME, "a lineage"), Lineage, MANIFEST_NAME, "lineage")
     except FormatError:
         return None

@@ -58,7 +58,9 @@ def parse_segment(data: memoryview, files: Mapping[str, FileEntry], save_id: str
 # ---- from the parts to the whole ----
 
 
-def merge(segments: Sequence[Segment], ranks: Sequence[int], paths: Mapping[str, Path]) -> tuple[ShardTable, UInts]:
+def merge_segments(
+    segments: Sequence[Segment], ranks: Sequence[int], paths: Mapping[str, Path]
+) -> tuple[ShardTable, UInts]:
     """The table of all segments, and the block CRCs of its shards in its order. Shards are ordered by box.
 
     ``ranks`` are those of the segments, for messages; ``paths`` become the table's.

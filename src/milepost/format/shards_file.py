@@ -22,7 +22,7 @@ from milepost.format.digest import combine, crc32
 from milepost.format.dtype import DTYPES
 from milepost.format.manifest import MAX_SHARDS_NBYTES, SHARDS_NAME
 from milepost.format.manifest_check import MAX_DIMS
-from milepost.format.typed_json import convert, parse_json
+from milepost.format.typed_json import parse_json, typed
 
 MAGIC = b"MILESHD\x01"
 MAX_SAVE_ID_NBYTES = 256
@@ -214,7 +214,7 @@ def parse_shards(
     said = sections[0].tobytes().decode("utf-8", "replace")
     if said != save_id:
         raise OtherSaveError(f"{path}: it belongs to save {said!r}, not to save {save_id!r}", said, path)
-    names = convert(parse_json(sections[1].tobytes(), path, "a list of files"), _Files, path)
+    names = typed(parse_json(sections[1].tobytes(), path, "a list of files"), _Files, path)
     keys = _keys_in(sections[2].tobytes(), path)
     problem = _names_problem(names, keys, counts)
     if problem:
@@ -255,7 +255,7 @@ def _keys_in(data: bytes, path: str) -> _Keys:
 
 @lru_cache(maxsize=4)
 def _decoded_keys(data: bytes) -> _Keys:
-    return convert(parse_json(data, "keys", "a list of keys"), _Keys, "keys")
+    return typed(parse_json(data, "keys", "a list of keys"), _Keys, "keys")
 
 
 def _names_problem(names: _Files, said: _Keys, counts: _Counts) -> str:
@@ -307,7 +307,7 @@ class LazyPaths(Mapping[str, Path]):
 
     def _decoded(self) -> dict[str, Path]:
         if self._found is None:
-            rows = convert(parse_json(self._data, self._path, "its paths"), _PATH_ROWS, self._path, "paths")
+            rows = typed(parse_json(self._data, self._path, "its paths"), _PATH_ROWS, self._path, "paths")
             if len(rows) != len(self._keys) or any(row in (False, ()) for row in rows):
                 raise FormatError(f"{self._path}: its paths do not fit its keys", path=self._path)
             pairs = zip(self._keys, rows, strict=True)

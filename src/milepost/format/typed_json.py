@@ -37,7 +37,7 @@ def parse_json(data: bytes, path: str, what: str) -> Any:
         raise FormatError(f"{path}: not the JSON of {what} ({error!s:.200})", path=path) from error
 
 
-def convert(value: Any, kind: type[T], path: str, where: str = "", key: str | None = None) -> T:
+def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None = None) -> T:
     """A parsed JSON value as ``kind``: a ``msgspec.Struct``, a dataclass or a plain type.
 
     ``where`` is the place of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not fit.
@@ -50,7 +50,7 @@ def convert(value: Any, kind: type[T], path: str, where: str = "", key: str | No
         ) from error
     except msgspec.ValidationError as error:
         for field, name, part, part_kind in _entries(value, kind):  # raises for the very entry
-            convert(part, part_kind, path, f"{where}.{field}.{name}".lstrip("."), name if field in _BY_KEY else key)
+            typed(part, part_kind, path, f"{where}.{field}.{name}".lstrip("."), name if field in _BY_KEY else key)
         raise FormatError(f"{path}: {_explain(str(error), where)}", path=path, key=key) from error
 
 

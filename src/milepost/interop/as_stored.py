@@ -16,7 +16,7 @@ from milepost.format.box import Box
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
-from milepost.interop.names.rules import Op, Piece, Recipe
+from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.options import HUB, ConvertOptions
 from milepost.interop.weights.boxes import Readable, TensorInfo
 from milepost.interop.weights.open import Weights
@@ -119,7 +119,7 @@ def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype:
         info = tensors[old]
         whole = Box.whole(info.shape)
         cast = dtype if dtype is not None and info.dtype.startswith(("float", "bfloat")) else None
-        recipes[new] = Recipe(info.shape, (Piece(whole, old, whole, Op.SAME),), cast)
+        recipes[new] = Recipe(info.shape, (MappedBox(whole, old, whole, Op.SAME),), cast)
     return recipes
 
 

@@ -314,11 +314,13 @@ def _run(source: Source, plan: Plan, sink: Sink, options: ConvertOptions, progre
         checked = source.check_digests()
         if options.verify:
             with sink.reopen() as written:
-                verify(plan, written, options, progress)
+                verify_conversion(plan, written, options, progress)
     return checked
 
 
-def verify(plan: Plan, written: Source, options: ConvertOptions, progress: StageProgress | None = None) -> None:
+def verify_conversion(
+    plan: Plan, written: Source, options: ConvertOptions, progress: StageProgress | None = None
+) -> None:
     """Convert ``written`` back to the names of the source and compare every byte, in the dtype that was written.
 
     Raises:

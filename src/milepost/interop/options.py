@@ -12,7 +12,7 @@ from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, model_arg
 from milepost.interop.names.rules import OWN
 from milepost.storage import is_folder
 
-Target = Literal["dcp", "hf", "pt"]
+TargetKind = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")
 NAMES = (OWN, "torchtitan-0.2", "torchtitan-0.3")
 """The schemes of names that a DCP checkpoint can be written in."""
@@ -35,7 +35,7 @@ class ConvertOptions:
         ConfigError: options that contradict each other.
     """
 
-    to: Target
+    to: TargetKind
     model: str | None = None
     """``llama3`` or ``qwen3``; a family whose sizes a ``config.json`` tells (``mistral``, ...); ``hf`` for any model of
     transformers, by its own names. None: what the checkpoint says of itself."""

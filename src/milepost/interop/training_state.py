@@ -22,7 +22,7 @@ from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.match import difference
-from milepost.interop.names.rules import Correspondence, Op, Piece, Recipe, correspond
+from milepost.interop.names.rules import Correspondence, MappedBox, Op, Recipe, correspond
 from milepost.interop.names.torchtitan import OPTIMIZER_NAMES
 from milepost.interop.names.translate import translate
 from milepost.interop.weights.boxes import Readable
@@ -85,8 +85,10 @@ def plan_training_step(
 def _recipe(key: str, shape: tuple[int, ...], origins: Sequence[Origin] | None = None) -> Recipe:
     if origins is None:
         box = Box.whole(shape)
-        return Recipe(shape, (Piece(box, key, box, Op.SAME),))
-    pieces = (Piece(one.box, one.key, one.stored, Op.TRANSPOSED if one.is_transposed else Op.SAME) for one in origins)
+        return Recipe(shape, (MappedBox(box, key, box, Op.SAME),))
+    pieces = (
+        MappedBox(one.box, one.key, one.stored, Op.TRANSPOSED if one.is_transposed else Op.SAME) for one in origins
+    )
     return Recipe(shape, tuple(pieces))
 
 

@@ -21,7 +21,7 @@ from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, wa
 from milepost.loading.target import Target, fresh_like, local_tensor, same_memory
 from milepost.tensors.layout import Placed, can_be_boxes
 from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
-from milepost.tensors.tree import Node, Ref, assemble
+from milepost.tensors.tree import Node, Ref, rebuild
 
 EXTRA_STATE = "_extra_state"
 DERIVED = ("freqs_cis", "inv_freq", "position_ids")
@@ -155,7 +155,7 @@ class ModuleOwner:
             if name in self._keys and self._keys[name] in values:
                 state[name] = values[self._keys[name]]
             elif name in self._nodes:
-                state[name] = assemble(self._nodes[name], values)
+                state[name] = rebuild(self._nodes[name], values)
         for name, first in self._copies_of.items():
             if first in state:
                 state[name] = state[first]

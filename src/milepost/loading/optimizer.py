@@ -22,7 +22,7 @@ from milepost.format.manifest import TensorEntry
 from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item, local_tensor
 from milepost.tensors.parts import TensorParts
-from milepost.tensors.tree import Node, assemble, child, refs
+from milepost.tensors.tree import Node, child, rebuild, refs
 
 Index = int
 
@@ -178,7 +178,7 @@ class OptimizerOwner:
         if self._node is None:
             return
         groups = child(self._node, "param_groups")
-        saved = [_length(assemble(child(group, "params"), values)) for group in groups or ()]
+        saved = [_length(rebuild(child(group, "params"), values)) for group in groups or ()]
         here = [len(group["params"]) for group in self._optimizer.param_groups]
         if saved != here:
             where = ".".join(self._path)
@@ -191,7 +191,7 @@ class OptimizerOwner:
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is None:
             return
-        state_dict = assemble(self._node, values)
+        state_dict = rebuild(self._node, values)
         state = state_dict.get("state") or {}
         state_dict["state"] = {_number(name): entry for name, entry in state.items()}
         hand_over(self._optimizer, state_dict, keeps_dtype={})

@@ -10,7 +10,7 @@ import torch
 from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item
 from milepost.tensors.parts import TensorParts
-from milepost.tensors.tree import Node, assemble, refs
+from milepost.tensors.tree import Node, rebuild, refs
 
 
 class StatefulOwner:
@@ -63,7 +63,7 @@ class StatefulOwner:
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is not None:
-            state = assemble(self._node, values)
+            state = rebuild(self._node, values)
             if self._excludes:
                 _fill_excluded(state, self._stateful.state_dict(), self._path, self._is_excluded)
             self._stateful.load_state_dict(state)

@@ -177,7 +177,7 @@ def is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:
     return dtype.itemsize < stored.itemsize and dtype.is_signed == stored.is_signed
 
 
-class Owner(Protocol):
+class Restorer(Protocol):
     """Loads one object of the caller's through its own ``load_state_dict()``."""
 
     def prepare(self, target: Target) -> None:

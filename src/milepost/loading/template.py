@@ -16,11 +16,11 @@ from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
 from milepost.loading.stateful import StatefulOwner
-from milepost.loading.target import Owner, Stored, Target, fresh_like, local_tensor
+from milepost.loading.target import Restorer, Stored, Target, fresh_like, local_tensor
 from milepost.tensors.layout import can_be_boxes
 from milepost.tensors.parts import TensorParts, comes_apart
 from milepost.tensors.state import Slot, is_stateful, is_terminal
-from milepost.tensors.tree import Held, Node, Read, Ref, assemble
+from milepost.tensors.tree import Held, Node, Read, Ref, rebuild
 
 log = logging.getLogger("milepost")
 
@@ -45,7 +45,7 @@ class Whole:
         """Put the state dict together."""
         for note in self.target.notes:
             log.warning("%s", note)
-        self.state_dict = assemble(self._root, self.target.values)
+        self.state_dict = rebuild(self._root, self.target.values)
 
 
 class Template:
@@ -58,7 +58,7 @@ class Template:
 
     def __init__(self, into: Mapping[str, Any], manifest: Manifest, read: Read | None = None):
         self.target = Target(Stored(manifest, read))
-        self._owners: list[Owner] = []
+        self._owners: list[Restorer] = []
         self._slots: list[tuple[Slot, Node]] = []
         self._made: dict[str, tuple[Slot, torch.Tensor]] = {}  # in place of tensors on the meta device
         self._is_foreign = manifest.file_named(DIGESTS_NAME) is None
@@ -134,7 +134,7 @@ class Template:
     def restore(self) -> None:
         """Put the values into the caller's containers and objects."""
         for slot, node in self._slots:
-            slot.fill(assemble(node, self.target.values))
+            slot.fill(rebuild(node, self.target.values))
         copied = {id(tensor) for tensor, _ in self.target.copies}
         for key, (slot, tensor) in self._made.items():
             if key in self.target.values or id(tensor) in copied:  # else it is not in the checkpoint

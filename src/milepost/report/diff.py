@@ -41,7 +41,7 @@ from milepost.verification.external import locate_manifest
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Unmatched:
     """Something that one side has: a tensor of ``dtype`` and ``shape``, or (both empty) another value."""
 
     key: str
@@ -53,8 +53,8 @@ class Held:
 class KindChange:
     """A key under which the two sides have tensors of other dtypes or shapes, or one a tensor and the other a value."""
 
-    a: Held
-    b: Held
+    a: Unmatched
+    b: Unmatched
 
     @property
     def key(self) -> str:
@@ -102,8 +102,8 @@ class DiffReport:
 
     a: str
     b: str
-    only_a: tuple[Held, ...]
-    only_b: tuple[Held, ...]
+    only_a: tuple[Unmatched, ...]
+    only_b: tuple[Unmatched, ...]
     kinds: tuple[KindChange, ...]
     values: tuple[ValueChange, ...]
     """Tensors whose elements differ. Empty unless values were compared."""
@@ -153,9 +153,9 @@ class _Side:
     readable: Readable | None = None
     source: Source | None = None
 
-    def held(self, key: str) -> Held:
+    def held(self, key: str) -> Unmatched:
         info = self.tensors.get(key)
-        return Held(key, info.dtype, info.shape) if info is not None else Held(key)
+        return Unmatched(key, info.dtype, info.shape) if info is not None else Unmatched(key)
 
     def crcs_of(self, key: str) -> list[tuple[Box | None, int | None]]:
         """Regions and CRC-32s of what is stored under a key; empty if nothing is known."""

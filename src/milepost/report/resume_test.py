@@ -63,7 +63,7 @@ class LayoutChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ResumeTestSettings:
     """What to test. ``extra`` are more flags for the trainer, such as ``--training.seq_len=128``."""
 
     config_file: str
@@ -141,7 +141,9 @@ def parse_layouts(text: str, num_ranks: int) -> tuple[LayoutChoice, ...]:
     return tuple(layouts) or (LayoutChoice(str(num_ranks), num_ranks, {}),)
 
 
-def resume_test(settings: Settings, folder: Path, tell: Callable[[str], None] = lambda text: None) -> ResumeTestReport:
+def resume_test(
+    settings: ResumeTestSettings, folder: Path, tell: Callable[[str], None] = lambda text: None
+) -> ResumeTestReport:
     """Train, kill, resume, compare. ``folder`` is empty and holds the runs afterwards; ``tell`` hears of each stage.
 
     Raises:
@@ -194,7 +196,7 @@ def _compare(
     whole: Mapping[int, float],
     losses: Mapping[int, float],
     committed: int,
-    settings: Settings,
+    settings: ResumeTestSettings,
 ) -> Resumed:
     last = catalog.step_name(settings.num_steps)
     same = layout == first
@@ -232,7 +234,7 @@ def _relative(a: float, b: float) -> float:
 class _Runs:
     """Starts the trainer with what all runs of a test have in common."""
 
-    def __init__(self, settings: Settings, folder: Path):
+    def __init__(self, settings: ResumeTestSettings, folder: Path):
         self._settings = settings
         self._log = folder / "trainer.log"
         self._batch = _global_batch_size(settings)
@@ -304,7 +306,7 @@ def kill_tree(pid: int) -> None:
                 victim.kill()
 
 
-def _global_batch_size(settings: Settings) -> int:
+def _global_batch_size(settings: ResumeTestSettings) -> int:
     """The sequences of a step on the first layout, for all layouts to have; 0 if one layout is all there is."""
     if len({layout.name for layout in settings.layouts}) == 1:
         return 0

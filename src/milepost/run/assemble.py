@@ -66,10 +66,10 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
     # With numpy, 100 ms that deleting old steps can do without.
     from milepost.format.columns import with_table
     from milepost.format.columns_check import table_faults
-    from milepost.format.segments import merge
+    from milepost.format.segments import merge_segments
 
     parts = [(sign_off.rank, sign_off.segment) for sign_off in signed if sign_off.segment is not None]
-    table, crcs = merge([segment for _, segment in parts], [rank for rank, _ in parts], info.paths)
+    table, crcs = merge_segments([segment for _, segment in parts], [rank for rank, _ in parts], info.paths)
     manifest = Manifest(
         step=info.step,
         save_id=signed[0].save_id,

@@ -62,7 +62,7 @@ from milepost.format.manifest_json import (
 )
 from milepost.format.summary import model_total, totals_by_part
 from milepost.format.tags import tag_of, tagged
-from milepost.format.typed_json import convert, parse_json
+from milepost.format.typed_json import parse_json, typed
 from milepost.storage import is_known
 from milepost.storage.base import Entry, Storage, join, split
 
@@ -613,7 +613,7 @@ def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
     if storage.stat(mark) is None:
         return None
     try:
-        said = convert(parse_json(storage.read(mark, MAX_MARK_NBYTES), mark, "a mark"), _DamageMark, mark)
+        said = typed(parse_json(storage.read(mark, MAX_MARK_NBYTES), mark, "a mark"), _DamageMark, mark)
         return said.reason if said.record_id == record_id else None
     except FormatError:
         return None  # not one of ours

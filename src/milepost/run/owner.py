@@ -18,7 +18,7 @@ from typing import Annotated
 import msgspec
 
 from milepost.errors import FormatError
-from milepost.format.typed_json import convert, parse_json
+from milepost.format.typed_json import parse_json, typed
 from milepost.storage.base import Storage, join
 
 FOREIGN_LIFETIME_S = 24 * 3600.0
@@ -70,7 +70,7 @@ def this_process(now: float) -> Owner:
 
 def parse_owner(data: bytes, path: str) -> Owner:
     """Read what ``Owner.dump`` wrote. Raises FormatError if it is torn or something else."""
-    return convert(parse_json(data, path, "a process's record"), Owner, path)
+    return typed(parse_json(data, path, "a process's record"), Owner, path)
 
 
 def owners_of(storage: Storage, attempt: str) -> list[Owner]:

@@ -26,7 +26,7 @@ from milepost.storage.base import Storage, format_duration, join, split
 
 log = logging.getLogger("milepost")
 
-Mode = Literal["min", "max"]
+MetricMode = Literal["min", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def plan(
     keep_daily: int = 0,
     keep_best_k: int = 0,
     metric: str = "",
-    mode: Mode = "min",
+    mode: MetricMode = "min",
     protected: Mapping[int, str],
     now: float,
 ) -> list[Decision]:
@@ -144,7 +144,7 @@ def _is_own(entry: StepEntry) -> bool:
     return entry.state == "committed" and not entry.is_link
 
 
-def _best(entries: Sequence[StepEntry], count: int, metric: str, mode: Mode) -> list[StepEntry]:
+def _best(entries: Sequence[StepEntry], count: int, metric: str, mode: MetricMode) -> list[StepEntry]:
     """The steps with the best values; of equal ones the newest."""
     sign = 1.0 if mode == "max" else -1.0
     valued = [entry for entry in entries if math.isfinite(entry.metrics.get(metric, math.nan))]

@@ -26,7 +26,7 @@ from milepost.format.digest import crc32
 from milepost.format.file_rows import FileRow, ShareRow, SignOffHead, file_entries
 from milepost.format.manifest import FileEntry, ObjectEntry
 from milepost.format.shares import Share
-from milepost.format.typed_json import convert, parse_json
+from milepost.format.typed_json import parse_json, typed
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
 
@@ -182,7 +182,7 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
         raise FormatError(
             f"{path} is not a sign-off of this version of Milepost: do all ranks run the same?", path=path
         )
-    head = convert(parse_json(data[_HEAD.size : end], path, "a sign-off"), SignOffHead, path)
+    head = typed(parse_json(data[_HEAD.size : end], path, "a sign-off"), SignOffHead, path)
     shares = tuple({name: Share(row.nbytes, dict(row.crcs)) for name, row in some.items()} for some in head.shares)
     if end == len(data) - 4:
         return SignOff(head.rank, head.save_id, None, head.error, shares)

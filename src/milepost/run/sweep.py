@@ -287,13 +287,13 @@ def activity(storage: Storage, folder: str, *, now: float) -> list[str]:
         with contextlib.suppress(StorageError):  # it is committed or removed this moment
             attempt = join(folder, entry.name)
             owners = [str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)]
-            data = files_of(storage, attempt)
+            data = files_of_attempt(storage, attempt)
             written = f"{counted(len(data), 'file')}, {format_nbytes(sum(file.nbytes for file in data))}"
             lines.append(f"being written: {entry.name} ({written} so far) by {', '.join(owners) or 'a process'}")
     return lines
 
 
-def files_of(storage: Storage, attempt: str) -> list[Entry]:
+def files_of_attempt(storage: Storage, attempt: str) -> list[Entry]:
     """The files that a save has written so far."""
     if storage.can_rename:
         return [file for file in storage.list(f"{attempt}/data") if not file.is_folder]

@@ -12,7 +12,7 @@ from milepost.run.catalog import ATTEMPT_PREFIX, OLD_ATTEMPT_PREFIX
 from milepost.run.lock import RunLock
 from milepost.run.object_sweep import remove_orphans
 from milepost.run.owner import Owner, is_alive, is_here, owners_of
-from milepost.run.sweep import files_of, name_left, sweep_leftovers
+from milepost.run.sweep import files_of_attempt, name_left, sweep_leftovers
 from milepost.storage.base import Storage, join
 
 log = logging.getLogger("milepost")
@@ -79,7 +79,7 @@ class Attempts:
             if entry.name.startswith((ATTEMPT_PREFIX, OLD_ATTEMPT_PREFIX)):
                 path = join(self._folder, entry.name)
                 with contextlib.suppress(StorageError):  # its owner is removing it this moment
-                    inside = (self._storage.list(path), files_of(self._storage, path))
+                    inside = (self._storage.list(path), files_of_attempt(self._storage, path))
                     before, since = self._seen.get(entry.name, (None, 0.0))
                     seen[entry.name] = (inside, since if before == inside else self._clock())
                     owners = [owner for owner in owners_of(self._storage, path) if is_alive(owner, now)]

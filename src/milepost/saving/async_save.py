@@ -27,7 +27,7 @@ from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.save import Kind
-from milepost.saving.stage import Arena, Staging, pin, unpin
+from milepost.saving.stage import Arena, Staging, pin_memory, unpin_memory
 from milepost.saving.writer import FileImage
 from milepost.saving.writer_link import WriterLink
 from milepost.storage import open_storage
@@ -188,9 +188,9 @@ class AsyncSaver:
         if self._arena.fit(plan):
             self._unpin_arena()
             # In both modes: from a GPU, a copy into pinned memory takes a fraction of the time.
-            if pin(self._arena.memory):
+            if pin_memory(self._arena.memory):
                 # Not of this object: a save that still runs keeps the arena, when its saver is forgotten.
-                self._unpin = weakref.finalize(self._arena, unpin, self._arena.memory)
+                self._unpin = weakref.finalize(self._arena, unpin_memory, self._arena.memory)
             if self._comm.rank == 0:
                 pinned = "pinned" if self._unpin is not None else "not pinned: there is no CUDA device"
                 kind = "shared memory" if self._mode == "async_with_pinned_mem" else "memory"

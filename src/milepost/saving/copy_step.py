@@ -36,7 +36,7 @@ MAX_LOOKED_AT = 8
 """Of the steps beside a copy, the newest are looked at for files that it may share with them."""
 _PART = ".part"
 
-Progress = Callable[[int, int], None]
+CopyProgress = Callable[[int, int], None]
 """Told how many bytes of how many are copied, from several threads."""
 
 
@@ -68,7 +68,7 @@ def attempt_of(target: str, save_id: str) -> str:
     return join(split(target)[0], ATTEMPT_PREFIX + save_id)
 
 
-def copy_step(src: Spot, dst: Spot, progress: Progress | None = None) -> CopyReport:
+def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> CopyReport:
     """Copy the committed step at ``src`` to ``dst``. What is committed there under another save id is replaced.
 
     Raises:
@@ -150,7 +150,7 @@ def _copy_files(
     place: Place,
     files: Mapping[str, int],
     shareable: Mapping[str, FrozenFile],
-    progress: Progress | None,
+    progress: CopyProgress | None,
 ) -> int:
     """Copy what is not there whole, or share it with another step there. Returns the bytes that were sent."""
     present = {entry.name: entry.nbytes for entry in storage.list(place.folder) if place.holds(entry.name)}

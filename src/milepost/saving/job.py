@@ -38,7 +38,7 @@ class Keep:
     protected: Mapping[int, str] = field(default_factory=dict)
     best_k: int = 0
     metric: str = ""
-    mode: retention.Mode = "min"
+    mode: retention.MetricMode = "min"
 
 
 class Form(Protocol):

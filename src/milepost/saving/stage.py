@@ -175,7 +175,7 @@ class Staging:
             )
 
 
-def pin(image: memoryview) -> bool:
+def pin_memory(image: memoryview) -> bool:
     """Pin host memory for asynchronous copies from the GPU; False (and nothing done) without CUDA."""
     if not torch.cuda.is_available():
         return False
@@ -184,7 +184,7 @@ def pin(image: memoryview) -> bool:
     return True
 
 
-def unpin(image: memoryview) -> None:
-    """Undo :func:`pin`, before the memory is unmapped."""
+def unpin_memory(image: memoryview) -> None:
+    """Undo :func:`pin_memory`, before the memory is unmapped."""
     memory = torch.frombuffer(image, dtype=torch.uint8)
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

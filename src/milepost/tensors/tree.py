@@ -230,18 +230,18 @@ def refs(node: Node) -> Iterator[str]:
             yield from refs(value)
 
 
-def assemble(node: Node, values: Mapping[str, Any]) -> Any:
+def rebuild(node: Node, values: Mapping[str, Any]) -> Any:
     """The nested value of a node, made of new containers and the values of its keys."""
     if isinstance(node, Ref):
         return values[node.key]
     if isinstance(node, Held):
         return node.value
     if isinstance(node, TensorParts):
-        return node.tensor if node.tensor is not None else {key: assemble(value, values) for key, value in node.items()}
+        return node.tensor if node.tensor is not None else {key: rebuild(value, values) for key, value in node.items()}
     if isinstance(node, Mapping):
-        return alike(node, [(key, assemble(value, values)) for key, value in node.items()])
+        return alike(node, [(key, rebuild(value, values)) for key, value in node.items()])
     if isinstance(node, list):
-        return [assemble(value, values) for value in node]
+        return [rebuild(value, values) for value in node]
     return node
 
 

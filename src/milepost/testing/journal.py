@@ -58,7 +58,7 @@ class Synced:
 
 
 @dataclass(frozen=True, slots=True)
-class Renamed:
+class RenameCall:
     src: Name
     dst: Name
 
@@ -91,9 +91,9 @@ class Marked:
     text: str
 
 
-Change = Created | Written | Resized | Synced | Renamed | Linked | Exchanged | Removed | Marked
+Change = Created | Written | Resized | Synced | RenameCall | Linked | Exchanged | Removed | Marked
 
-Note = Callable[[Change], None]
+JournalNote = Callable[[Change], None]
 
 
 class Journal:
@@ -130,7 +130,7 @@ class Journal:
         return found
 
     @contextmanager
-    def turn(self) -> Iterator[Note]:
+    def turn(self) -> Iterator[JournalNote]:
         """Hold all other processes and threads off while a call is performed and noted."""
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
@@ -205,7 +205,7 @@ class _JournaledOs:
 
     def replace(self, src: str, dst: str) -> None:
         with self._journal.turn() as note:
-            change = Renamed(_name(src), _name(dst))
+            change = RenameCall(_name(src), _name(dst))
             os.replace(src, dst)
             note(change)
 
@@ -248,7 +248,7 @@ class _JournaledSyscalls:
 
     def rename_new(self, src: str, dst: str) -> None:
         with self._journal.turn() as note:
-            change = Renamed(_name(src), _name(dst))
+            change = RenameCall(_name(src), _name(dst))
             syscalls.rename_new(src, dst)
             note(change)
 

@@ -23,7 +23,7 @@ from milepost.format.shards_file import dump_shards
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StoredBox:
     """One shard to store: ``data`` are the row-major bytes of ``box``."""
 
     box: Box
@@ -47,13 +47,13 @@ def record_files(manifest: Manifest) -> dict[str, bytes]:
     return {SHARDS_NAME: shards, MANIFEST_NAME: to_json(replace(manifest, files=files))}
 
 
-def manifest_of(files: Mapping[str, bytes]) -> Manifest:
+def read_back(files: Mapping[str, bytes]) -> Manifest:
     """What a reader makes of ``milepost.json`` and ``milepost.shards``."""
     return from_json(files[MANIFEST_NAME], read_shards=lambda name, _: files[name])
 
 
 def lay_out(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[Piece]]],
+    tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[StoredBox]]],
     objects: Mapping[str, object] | None = None,
     *,
     paths: Mapping[str, tuple[str | int, ...]] | None = None,
@@ -84,7 +84,11 @@ def lay_out(
 
 
 def _store(
-    dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], files: dict[str, bytearray], crcs: list[Sequence[int]]
+    dtype: str,
+    shape: tuple[int, ...],
+    pieces: Sequence[StoredBox],
+    files: dict[str, bytearray],
+    crcs: list[Sequence[int]],
 ) -> TensorEntry:
     shards = []
     for piece in pieces:

@@ -31,7 +31,7 @@ from milepost.testing.journal import (
     Marked,
     Name,
     Removed,
-    Renamed,
+    RenameCall,
     Resized,
     Synced,
     Written,
@@ -40,7 +40,7 @@ from milepost.testing.journal import (
 
 BLOCK_NBYTES = 4096
 
-Tree = Mapping[str, Union[bytes, "Tree"]]
+FileTree = Mapping[str, Union[bytes, "FileTree"]]
 """What a folder holds: names, with the bytes of files and the trees of folders."""
 
 
@@ -126,7 +126,7 @@ class Disk:
                     del node.versions[:-1]
                 elif node is not None:
                     self._sync_names(node)
-            case Renamed(src, dst):
+            case RenameCall(src, dst):
                 if src[0] in self._nodes:
                     one, other = self._place(src), self._place(dst)
                     self._rename((one, None), (other, one.folder.names[one.name]))
@@ -170,15 +170,15 @@ class Disk:
                 _put(place.folder.durable, place.name, node)
         self._pending = left[::-1]
 
-    def seen(self) -> Tree:
+    def seen(self) -> FileTree:
         """What processes see: the state after a kill, which loses nothing that was written."""
         return _tree(self._root, lambda folder: folder.names, lambda file: file.versions[-1])
 
-    def durable(self) -> Tree:
+    def durable(self) -> FileTree:
         """The least that a power cut leaves: nothing that was not synced."""
         return _tree(self._root, lambda folder: folder.durable, lambda file: file.versions[0])
 
-    def after_cut(self, rng: random.Random) -> Tree:
+    def after_cut(self, rng: random.Random) -> FileTree:
         """One of the states that a power cut at this moment may leave."""
         chosen = self._some_changes(rng)
         moods = {"all": 2, "torn": 4, "none": 2}
@@ -211,7 +211,9 @@ def _put(names: dict[str, _Node], name: str, node: _Node | None) -> None:
         names[name] = node
 
 
-def _tree(folder: _Folder, names: Callable[[_Folder], Mapping[str, _Node]], content: Callable[[_File], bytes]) -> Tree:
+def _tree(
+    folder: _Folder, names: Callable[[_Folder], Mapping[str, _Node]], content: Callable[[_File], bytes]
+) -> FileTree:
     return {
         name: content(node) if isinstance(node, _File) else _tree(node, names, content)
         for name, node in sorted(names(folder).items())
@@ -231,7 +233,7 @@ def _torn(file: _File, mood: str, rng: random.Random) -> bytes:
     return b"".join(blocks)[:nbytes]
 
 
-def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
+def write_tree(tree: FileTree, folder: str | os.PathLike[str]) -> None:
     """Make ``folder``, which must not exist, hold ``tree``."""
     os.makedirs(folder)
     for name, content in tree.items():
@@ -243,6 +245,6 @@ def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
             write_tree(content, path)
 
 
-def frozen(tree: Tree) -> tuple[tuple[str, object], ...]:
+def frozen(tree: FileTree) -> tuple[tuple[str, object], ...]:
     """The tree as a value that can be a key: equal if and only if names and bytes are."""
     return tuple((name, node if isinstance(node, bytes) else frozen(node)) for name, node in sorted(tree.items()))

@@ -28,7 +28,7 @@ _OWN_HEADERS = frozenset({"connection", "keep-alive", "transfer-encoding", "cont
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class HttpRequest:
     """A request as it came in. ``number`` counts from 0 over the proxy's life; ``path`` is without the query."""
 
     number: int
@@ -75,9 +75,9 @@ class _Answer:
 class Proxy:
     """Serves from construction to :meth:`close`. ``fault`` is asked for each request, from several threads."""
 
-    def __init__(self, port: int, *, fault: Callable[[Request], Fault | None] = lambda request: None):
+    def __init__(self, port: int, *, fault: Callable[[HttpRequest], Fault | None] = lambda request: None):
         self.fault = fault
-        self.requests: list[Request] = []
+        self.requests: list[HttpRequest] = []
         self.num_faults = 0
         self._port = port
         self._lock = threading.Lock()
@@ -116,7 +116,7 @@ class Proxy:
         """Note a request; what is to happen to it."""
         path, _, query = target.partition("?")
         with self._lock:
-            request = Request(len(self.requests), method, path, query, nbytes)
+            request = HttpRequest(len(self.requests), method, path, query, nbytes)
             self.requests.append(request)
         fault = self.fault(request)
         if fault is not None:

@@ -85,7 +85,7 @@ def _spec(key: str, array: Array, rank: int, num_ranks: int) -> TensorSpec:
     return TensorSpec(key, array.dtype.name, shape, (box,))
 
 
-def digests_of(folder: Path) -> dict[str, FileDigests]:
+def file_digests(folder: Path) -> dict[str, FileDigests]:
     """The digests of the files of a folder, as the ranks that write a step of Hugging Face files compute them."""
     found = {}
     for path in folder.iterdir():

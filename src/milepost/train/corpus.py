@@ -29,7 +29,7 @@ _PIECES_AT_ONCE = 256
 _TEXT_PIECE = 1 << 20
 
 
-class Piece(NamedTuple):
+class TextPart(NamedTuple):
     """A document or a part of one. Long files come in parts, so that they need not fit in memory."""
 
     text: str
@@ -37,14 +37,14 @@ class Piece(NamedTuple):
     ends: bool = True
 
 
-def _python_docs() -> Iterator[Piece]:
+def _python_docs() -> Iterator[TextPart]:
     from pydoc_data import topics  # 0.5 MB, and only for this data set
 
     for name in sorted(topics.topics):
-        yield Piece(topics.topics[name])
+        yield TextPart(topics.topics[name])
 
 
-BUILT_IN: dict[str, Callable[[], Iterator[Piece]]] = {"python_docs": _python_docs}
+BUILT_IN: dict[str, Callable[[], Iterator[TextPart]]] = {"python_docs": _python_docs}
 """Data sets that need no files: name -> its documents."""
 
 
@@ -85,7 +85,7 @@ def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_fol
     if dataset_path:
         files = find_files(Path(dataset_path))
         name = Path(dataset_path).resolve().name
-        pieces: Iterator[Piece] = itertools.chain.from_iterable(map(_read_file, files))
+        pieces: Iterator[TextPart] = itertools.chain.from_iterable(map(_read_file, files))
         source = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     else:
         name = dataset
@@ -111,7 +111,7 @@ def _read_entry(entry_path: Path) -> _Entry | None:
     return entry if found_nbytes == expected_nbytes else None
 
 
-def _write_entry(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
+def _write_entry(pieces: Iterator[TextPart], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
     try:
         entry_path.parent.mkdir(parents=True, exist_ok=True)
         return _encode(pieces, tokenizer, entry_path)
@@ -129,7 +129,7 @@ def _data_path(entry_path: Path) -> Path:
     return entry_path.with_suffix(".tokens")
 
 
-def _encode(pieces: Iterator[Piece], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
+def _encode(pieces: Iterator[TextPart], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
     """Write the token file, then its entry, each to a name of this process and, once it is durable, in place."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     data_path = _data_path(entry_path)
@@ -162,12 +162,12 @@ def _make_durable(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _batched(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def _batched(pieces: Iterator[TextPart]) -> Iterator[list[TextPart]]:
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
         yield batch
 
 
-def _read_file(path: Path) -> Iterator[Piece]:
+def _read_file(path: Path) -> Iterator[TextPart]:
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     try:
         yield from readers[path.suffix](path)
@@ -175,7 +175,7 @@ def _read_file(path: Path) -> Iterator[Piece]:
         raise ConfigError(f"training.dataset_path: {path} can't be read: {error}") from error
 
 
-def _read_text(path: Path) -> Iterator[Piece]:
+def _read_text(path: Path) -> Iterator[TextPart]:
     def part() -> str:
         return file.read(_TEXT_PIECE) + file.readline()  # to the end of a line, so that no word is split
 
@@ -183,11 +183,11 @@ def _read_text(path: Path) -> Iterator[Piece]:
         text, begins = part(), True
         while text:
             following = part()
-            yield Piece(text, begins, ends=not following)
+            yield TextPart(text, begins, ends=not following)
             text, begins = following, False
 
 
-def _read_jsonl(path: Path) -> Iterator[Piece]:
+def _read_jsonl(path: Path) -> Iterator[TextPart]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -197,10 +197,10 @@ def _read_jsonl(path: Path) -> Iterator[Piece]:
             if not isinstance(text, str):
                 raise ConfigError(f"training.dataset_path: {path}:{number} is not a JSON object with text in `text`")
             if text:
-                yield Piece(text)
+                yield TextPart(text)
 
 
-def _read_parquet(path: Path) -> Iterator[Piece]:
+def _read_parquet(path: Path) -> Iterator[TextPart]:
     try:
         from pyarrow import ArrowInvalid, parquet  # only with such a file: it is an extra dependency
     except ImportError as error:
@@ -214,4 +214,4 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
     if "text" not in file.schema_arrow.names:
         raise ConfigError(f"training.dataset_path: {path} has no column `text`, only {file.schema_arrow.names}")
     for batch in file.iter_batches(columns=["text"], batch_size=_PIECES_AT_ONCE):
-        yield from (Piece(text) for text in batch.column(0).to_pylist() if text)
+        yield from (TextPart(text) for text in batch.column(0).to_pylist() if text)

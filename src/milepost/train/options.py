@@ -95,7 +95,7 @@ def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
     settings = read_toml(Path(str(path))) if path else Settings()
     settings.update(flags)
     settings.check_that_checkpointing_is_on()
-    config, problems = build(settings.values)
+    config, problems = build_config(settings.values)
     if "-h" in argv or "--help" in argv:
         print_help(config)
     located = [settings.locate(problem) for problem in (*problems, *find_problems(config, world_size))]
@@ -105,7 +105,7 @@ def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
     return config
 
 
-def build(values: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
+def build_config(values: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
     """A config of ``values`` (by dotted name) over the defaults; a section that refuses its values keeps these."""
     sections: dict[str, Any] = {}
     problems: list[str] = []

@@ -22,7 +22,7 @@ from milepost.loading.optimizer import each_parameter, hand_over, indexed, state
 from milepost.loading.parts import empty_tensor, want_node
 from milepost.loading.target import Target
 from milepost.tensors.state import ByName
-from milepost.tensors.tree import Node, assemble, child
+from milepost.tensors.tree import Node, child, rebuild
 
 PART = "optimizer"
 NAMES = "param_names"
@@ -278,7 +278,7 @@ class OptimizersOwner:
             first: Any = None
             for name in names:
                 node = self._saved.options.get(name, {}).get(option)
-                value = assemble(node, values)
+                value = rebuild(node, values)
                 if name == names[0]:
                     first = value
                 elif _differs(value, first):
@@ -304,18 +304,18 @@ class OptimizersOwner:
     def restore(self, values: Mapping[str, Any]) -> None:
         for number, optimizer in enumerate(self._optimizers):
             if number in self._own_form:
-                optimizer.load_state_dict(assemble(self._saved.keys, values))
+                optimizer.load_state_dict(rebuild(self._saved.keys, values))
                 continue
             indices = indexed(optimizer)
             names = {index: self._names[parameter] for parameter, index in indices.items()}
             state = {
-                i: assemble(self._saved.state[name], values) for i, name in names.items() if name in self._saved.state
+                i: rebuild(self._saved.state[name], values) for i, name in names.items() if name in self._saved.state
             }
             groups = [
                 {**self._group(group, values), "params": [indices[parameter] for parameter in group["params"]]}
                 for group in optimizer.param_groups
             ]
-            extra = assemble(child(self._saved.extra, str(number)), values) or {}
+            extra = rebuild(child(self._saved.extra, str(number)), values) or {}
             shared = extra.pop("state", {})
             hand_over(
                 optimizer,
@@ -330,7 +330,7 @@ class OptimizersOwner:
         saved = self._saved.options[known[0]] if known else {}
         for option in _options(group):
             if option in saved and not self._is_kept(option, saved):
-                value = assemble(saved[option], values)
+                value = rebuild(saved[option], values)
                 here = group[option]
                 if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor):
                     value = value.to(here.device)

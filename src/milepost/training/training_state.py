@@ -17,9 +17,9 @@ from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import want_node
 from milepost.loading.stateful import StatefulOwner
-from milepost.loading.target import Owner, Stored, Target
+from milepost.loading.target import Restorer, Stored, Target
 from milepost.tensors.state import PER_RANK, ByName
-from milepost.tensors.tree import Node, assemble
+from milepost.tensors.tree import Node, rebuild
 from milepost.training.modules import fqn, model_state, parameter_names
 from milepost.training.optimizers import (
     OptimizersOwner,
@@ -140,7 +140,7 @@ class TrainingState:
                 f"{','.join(lacking)}",
                 missing=lacking,
             )
-        owners: dict[str, list[Owner]] = {"model": [module_owner(part) for part in self.models]}
+        owners: dict[str, list[Restorer]] = {"model": [module_owner(part) for part in self.models]}
         if "optimizer" in wanted:
             # Not asked before: some make their state when asked, by a step that a new run must not have taken.
             own_form = of_own_form(self.optimizers)
@@ -179,7 +179,7 @@ class TrainingState:
             return self.schedulers[0]
         return self.dataloader if part == "dataloader" else self.train_state
 
-    def _scheduler_owners(self, stored: Stored) -> list[Owner]:
+    def _scheduler_owners(self, stored: Stored) -> list[Restorer]:
         """Several schedulers have their states by position; before they had, all were given the first one's."""
         saved = stored.tree.root.get("lr_scheduler")
         if not isinstance(saved, list):
@@ -199,7 +199,7 @@ class StateLoad:
     """One load into the live objects of a run: first all that is wanted, then the hand-over."""
 
     target: Target
-    owners: Sequence[Owner]
+    owners: Sequence[Restorer]
     optimizers: Sequence[Optimizer]
     rate_setters: Sequence[Any] = ()
     """Schedulers that are loaded while their optimizers are not: these get the rates that the schedule has reached."""
@@ -259,7 +259,7 @@ def module_owner(part: nn.Module) -> ModuleOwner:
     return ModuleOwner(part, lambda name: (fqn(part, name),))
 
 
-def state_owner(name: str, stateful: Any) -> Owner:
+def state_owner(name: str, stateful: Any) -> Restorer:
     """One of the further objects of a run, below ``states.<name>``."""
     path = ("states", name)
     if isinstance(stateful, nn.Module):
@@ -312,7 +312,7 @@ class PerRankOwner:
         """What fits is for the object to say."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        states = [assemble(node, values) for node in self._nodes]
+        states = [rebuild(node, values) for node in self._nodes]
         if states:
             self._stateful.load_state_dict(states[0] if self._same_layout else self._stateful.reshard(states))
 
@@ -338,9 +338,9 @@ class RngOwner:
         if self._node is None:
             self.note = "it holds no random state: the generators stay as this run seeded them"
         elif self._same_layout:
-            set_rng_state(assemble(self._node, values))
+            set_rng_state(rebuild(self._node, values))
         else:
-            derive_rng_state(assemble(self._node, values), self._rank)
+            derive_rng_state(rebuild(self._node, values), self._rank)
             self.note = "saved under another layout: each rank's random generators were seeded anew from the saved ones"
 
 

@@ -115,7 +115,7 @@ Extent = Known | Data | Zeros | Unknown | Values
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedRecord:
     """A record in a file: an object, or shard number ``shard`` of a tensor of ``dtype``."""
 
     key: str
@@ -132,20 +132,20 @@ class Placed:
         return self.entry.record_offset + self.entry.record_nbytes
 
 
-def records_of(manifest: Manifest) -> dict[str, list[Placed]]:
+def records_of(manifest: Manifest) -> dict[str, list[PlacedRecord]]:
     """The records in each data file, by offset."""
-    placed: dict[str, list[Placed]] = {}
+    placed: dict[str, list[PlacedRecord]] = {}
     for key, tensor in manifest.tensors.items():
         for index, shard in enumerate(tensor.shards):
-            placed.setdefault(shard.file, []).append(Placed(key, shard, tensor.dtype, index))
+            placed.setdefault(shard.file, []).append(PlacedRecord(key, shard, tensor.dtype, index))
     for key, entry in manifest.objects.items():
-        placed.setdefault(entry.file, []).append(Placed(key, entry))
+        placed.setdefault(entry.file, []).append(PlacedRecord(key, entry))
     for records in placed.values():
         records.sort(key=lambda record: record.start)
     return placed
 
 
-def own_record(handle: ReadHandle, record: Placed, digests: BlockDigests) -> Iterator[Extent]:
+def own_record(handle: ReadHandle, record: PlacedRecord, digests: BlockDigests) -> Iterator[Extent]:
     """The extents of one record that Milepost wrote, in order, from its first byte to its last.
 
     Raises:
@@ -190,7 +190,7 @@ def values(start: int, stop: int, dtype: str, key: str) -> Iterator[Extent]:
     return (Values(*piece, nan) for piece in _pieces(start, stop))
 
 
-def external_record(handle: ReadHandle, record: Placed) -> Iterator[Extent]:
+def external_record(handle: ReadHandle, record: PlacedRecord) -> Iterator[Extent]:
     """The extents of one record that another program wrote.
 
     Raises:
@@ -232,12 +232,12 @@ def zip_extents(
 
 
 def sampled(
-    placed: Mapping[str, list[Placed]], rng: random.Random, max_records: int, max_nbytes: int
-) -> dict[str, list[Placed]]:
+    placed: Mapping[str, list[PlacedRecord]], rng: random.Random, max_records: int, max_nbytes: int
+) -> dict[str, list[PlacedRecord]]:
     """Some records at random: at most ``max_records``, and about ``max_nbytes`` together, but at least one."""
     pool = [(name, record) for name, records in sorted(placed.items()) for record in records]
     rng.shuffle(pool)
-    chosen: dict[str, list[Placed]] = {}
+    chosen: dict[str, list[PlacedRecord]] = {}
     left = max_nbytes
     for name, record in pool[:max_records]:
         if left <= 0:

@@ -40,7 +40,7 @@ from milepost.verification.extents import (
     SAMPLE_RECORDS,
     Extent,
     Level,
-    Placed,
+    PlacedRecord,
     external_record,
     own_record,
     records_of,
@@ -341,7 +341,7 @@ def _check_hf_step(
     WeightsCheck(storage, findings, num_threads=num_threads, level=level).hf_folder(path, names, step)
 
 
-def _with_lost_keys(fault: Problem, record: CommitRecord, records: Sequence[Placed]) -> Problem:
+def _with_lost_keys(fault: Problem, record: CommitRecord, records: Sequence[PlacedRecord]) -> Problem:
     """A file that is missing or cut, with the records that are lost with it: one problem, however many these are."""
     found = record.files.get(fault.file)
     lost = [one.key for one in records if found is None or one.stop > found.nbytes]
@@ -354,7 +354,7 @@ def _with_lost_keys(fault: Problem, record: CommitRecord, records: Sequence[Plac
 def _extents(
     handle: ReadHandle,
     name: str,
-    records: Sequence[Placed],
+    records: Sequence[PlacedRecord],
     file_nbytes: int | None,
     digests: BlockDigests | None,
     findings: Findings,

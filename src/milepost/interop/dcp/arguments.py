@@ -34,7 +34,7 @@ PLANNER_DATA = "planner_data"
 _noted: set[str] = set()
 
 
-def check_arguments(owner: str, given: Mapping[str, Any]) -> None:
+def check_keywords(owner: str, given: Mapping[str, Any]) -> None:
     """Log each hint that has no effect, once in a process.
 
     Raises:

@@ -27,7 +27,7 @@ from milepost.format.box import Box
 from milepost.format.dcp_metadata import manifest_from_metadata, parse_metadata
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import Manifest
-from milepost.interop.dcp.arguments import PLANNER_DATA, check_arguments, stock_file_system, stock_path
+from milepost.interop.dcp.arguments import PLANNER_DATA, check_keywords, stock_file_system, stock_path
 from milepost.loading.reader import read_objects, read_tensors
 from milepost.run import catalog
 from milepost.storage import Storage, is_known, open_storage
@@ -48,7 +48,7 @@ class StorageReader(DcpStorageReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], **arguments: Any):
-        check_arguments("milepost.StorageReader", arguments)
+        check_keywords("milepost.StorageReader", arguments)
         self._open(path)
 
     def _open(self, path: str | os.PathLike[str]) -> None:

@@ -23,7 +23,7 @@ from torch.futures import Future
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, SaveError
 from milepost.format.box import Box
-from milepost.interop.dcp.arguments import PLANNER_DATA, check_arguments, stock_file_system, stock_path
+from milepost.interop.dcp.arguments import PLANNER_DATA, check_keywords, stock_file_system, stock_path
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.signoff import WrittenFile, wait_for_sign_offs
@@ -69,7 +69,7 @@ class StorageWriter(DcpStorageWriter):
         thread_count: int = NUM_IO_THREADS,
         **arguments: Any,
     ):
-        check_arguments("milepost.StorageWriter", arguments)
+        check_keywords("milepost.StorageWriter", arguments)
         if thread_count < 1:
             raise ConfigError(f"milepost.StorageWriter needs a thread_count of at least 1, not {thread_count}")
         self.overwrite = overwrite

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from milepost.format.shares import Share
-from milepost.interop.hf.merge import merge
+from milepost.interop.hf.merge import merge_ranks
 from milepost.interop.hf.save import HfTarget, commit_record, join_shares, plan_image, write_frame, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
@@ -59,5 +59,5 @@ class HfForm:
             shares = [share for sign_off in signed for share in sign_off.shares]
             written = join_shares(plan_image(self.target), shares)
         else:
-            written = merge(storage, Place.of(storage, attempt, target, save_id), self.target, signed, info)
+            written = merge_ranks(storage, Place.of(storage, attempt, target, save_id), self.target, signed, info)
         commit.publish_files(storage, attempt, target, written, record)

@@ -25,7 +25,7 @@ from milepost.run.signoff import SignOff
 from milepost.storage.base import Storage
 
 
-def merge(
+def merge_ranks(
     storage: Storage, place: Place, target: HfTarget, signed: Sequence[SignOff], info: SaveInfo
 ) -> dict[str, FileDigests]:
     """Make the final files at ``place`` of what the ranks have ``signed``. Returns their names there and digests.

@@ -13,7 +13,7 @@ from milepost.format.box import Box
 from milepost.interop.merging.merged import is_floating, parts_of, read_part, wide_dtype
 from milepost.interop.merging.methods import BASE, arc_factors
 from milepost.interop.weights.boxes import Array, Readable
-from milepost.interop.weights.stream import Progress
+from milepost.interop.weights.stream import Advance
 
 NUM_THREADS = 4
 LOW_BITS = 15
@@ -25,7 +25,7 @@ def num_elements(inputs: Sequence[Readable]) -> int:
     return sum(Box.whole(inputs[0].tensors[key].shape).numel for key in _keys(inputs))
 
 
-def _visited(part: Box, advance: Progress | None) -> None:
+def _visited(part: Box, advance: Advance | None) -> None:
     if advance is not None:
         advance(part.numel)
 
@@ -34,7 +34,7 @@ def _keys(inputs: Sequence[Readable]) -> list[str]:
     return [key for key, info in inputs[0].tensors.items() if is_floating(info)]
 
 
-def arcs(inputs: Sequence[Readable], share: float, advance: Progress | None) -> dict[str, tuple[float, float]]:
+def arcs(inputs: Sequence[Readable], share: float, advance: Advance | None) -> dict[str, tuple[float, float]]:
     """For each tensor the factors that lead ``share`` of the way from the first source to the second."""
 
     def measure(key: str) -> tuple[str, tuple[float, float]]:
@@ -50,7 +50,7 @@ def arcs(inputs: Sequence[Readable], share: float, advance: Progress | None) -> 
     return dict(map_in_threads(measure, _keys(inputs), NUM_THREADS, name="milepost-merge"))
 
 
-def thresholds(inputs: Sequence[Readable], density: float, advance: Progress | None) -> dict[str, list[float]]:
+def thresholds(inputs: Sequence[Readable], density: float, advance: Advance | None) -> dict[str, list[float]]:
     """For each tensor, of each source's difference from the base, the least magnitude in its largest ``density``."""
 
     def measure(key: str) -> tuple[str, list[float]]:
@@ -59,7 +59,7 @@ def thresholds(inputs: Sequence[Readable], density: float, advance: Progress | N
     return dict(map_in_threads(measure, _keys(inputs), NUM_THREADS, name="milepost-merge"))
 
 
-def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float, advance: Progress | None) -> float:
+def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float, advance: Advance | None) -> float:
     """The exact k-th largest magnitude of a difference, in float32, by counting: no tensor is held or sorted."""
     shape = inputs[0].tensors[key].shape
     if 0 in shape:

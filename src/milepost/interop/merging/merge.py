@@ -29,7 +29,7 @@ from milepost.interop.merging.options import DEFAULT_DECAY, DEFAULT_DENSITY, WIT
 from milepost.interop.names.identity import RECORD
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, raw_bytes, total_nbytes
-from milepost.interop.weights.stream import Progress, SlabReader, StageProgress, stage
+from milepost.interop.weights.stream import Advance, SlabReader, StageProgress, stage
 
 RECORD_OF_MERGE = "merge"
 """Name of the record in a manifest's ``extra``: method, sources and weights."""
@@ -176,7 +176,7 @@ class _Noted:
         self.crcs[key, box] = digest.crc32(raw_bytes(out))
 
 
-def _verify(noted: _Noted, written: Source, num_threads: int, advance: Progress | None) -> None:
+def _verify(noted: _Noted, written: Source, num_threads: int, advance: Advance | None) -> None:
     """Read back what was written and compare it with what was computed.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from milepost.format.box import Box
-from milepost.interop.names.rules import Op, Piece, Recipe
+from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.weights.boxes import Array, Readable, TensorInfo
 
 
@@ -44,7 +44,7 @@ class Assembled:
             if common is not None:
                 self._read_piece(piece, common.relative_to(piece.target), out[common.relative_to(box).index()])
 
-    def _read_piece(self, piece: Piece, part: Box, out: Array) -> None:
+    def _read_piece(self, piece: MappedBox, part: Box, out: Array) -> None:
         """Fill ``out`` with the box ``part`` of a piece (in the piece's own coordinates)."""
         # Source and target differ at most in leading dims of size 1.
         ndim = len(piece.source.sizes)
@@ -61,7 +61,7 @@ class Assembled:
         else:
             self._read_heads(piece, offsets, sizes, target)
 
-    def _read_heads(self, piece: Piece, offsets: tuple[int, ...], sizes: tuple[int, ...], target: Array) -> None:
+    def _read_heads(self, piece: MappedBox, offsets: tuple[int, ...], sizes: tuple[int, ...], target: Array) -> None:
         """Read the whole heads that the wanted rows lie in, and reorder the rows of each."""
         head = piece.head_dim
         first = offsets[0] // head * head

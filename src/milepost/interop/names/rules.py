@@ -121,7 +121,7 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class MappedBox:
     """A box of a target tensor and the box of a source tensor that its elements come from, by ``op``.
 
     The boxes may differ in leading dims of size 1. For the RoPE ops, both hold whole heads of ``head_dim`` rows.
@@ -139,7 +139,7 @@ class Recipe:
     """How a target tensor is put together. Without pieces it is zeros of ``dtype``; else None keeps the source's."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[MappedBox, ...]
     dtype: str | None = None
 
 
@@ -171,16 +171,18 @@ class Correspondence:
 
     def into_ours(self) -> dict[str, Recipe]:
         """Each of our tensors, put together from theirs."""
-        pieces: dict[str, list[Piece]] = {key: [] for key in self.ours}
+        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
         for link in self.links:
-            pieces[link.ours_key].append(Piece(link.ours, link.theirs_key, link.theirs, link.op, self.head_dim))
+            pieces[link.ours_key].append(MappedBox(link.ours, link.theirs_key, link.theirs, link.op, self.head_dim))
         return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
 
     def into_theirs(self) -> dict[str, Recipe]:
         """Each of their tensors, put together from ours; the constants among them are zeros."""
-        pieces: dict[str, list[Piece]] = {key: [] for key in self.theirs}
+        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
         for link in self.links:
-            pieces[link.theirs_key].append(Piece(link.theirs, link.ours_key, link.ours, link.op.inverse, self.head_dim))
+            pieces[link.theirs_key].append(
+                MappedBox(link.theirs, link.ours_key, link.ours, link.op.inverse, self.head_dim)
+            )
         recipes = {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
         if self.tied is not None and self.scheme.writes_tied_output:
             embedding, output = self.tied

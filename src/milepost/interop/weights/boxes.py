@@ -77,7 +77,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class TensorStretches:
     """A tensor and the stretches that make it up."""
 
     info: TensorInfo
@@ -87,7 +87,9 @@ class Stored:
 class Source:
     """Tensors in open files. Takes ownership of ``files``."""
 
-    def __init__(self, path: str, kind: str, files: Sequence[ReadHandle | OpenFiles], tensors: Mapping[str, Stored]):
+    def __init__(
+        self, path: str, kind: str, files: Sequence[ReadHandle | OpenFiles], tensors: Mapping[str, TensorStretches]
+    ):
         self.path = path
         self.kind = kind
         self._files = files

@@ -25,7 +25,7 @@ from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME,
 from milepost.format.safetensors import read_header
 from milepost.format.summary import files_of
 from milepost.format.torch_file import locate_tensors
-from milepost.interop.weights.boxes import Source, Stored, Stretch, TensorInfo
+from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog
 from milepost.run.hf_folder import is_adapter, read_hf_folder
 from milepost.storage import join_path, open_storage
@@ -138,7 +138,7 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
                 stretch = Stretch(shard.box, handle.reader, shard.record_offset)
             else:
                 stretch = Stretch(shard.box, BlockReader(handle, key, shard.record_offset, shard.data_nbytes, None))
-            stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), (stretch,))
+            stored[key] = TensorStretches(TensorInfo(entry.dtype, entry.shape), (stretch,))
         config = read_config(path)
         stack.pop_all()
     source = Source(path, "hf", tuple(handles.values()), stored)
@@ -177,9 +177,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return parse_object(read_linked(storage, name, MAX_CONFIG_NBYTES), join_path(storage.root, name))
 
 
-def _safetensors_tensors(handle: ReadHandle) -> dict[str, Stored]:
+def _safetensors_tensors(handle: ReadHandle) -> dict[str, TensorStretches]:
     return {
-        key: Stored(
+        key: TensorStretches(
             TensorInfo(tensor.dtype, tensor.shape),
             (Stretch(Box.whole(tensor.shape), BlockReader(handle, key, tensor.offset, tensor.nbytes, None)),),
         )
@@ -218,7 +218,7 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
                 Stretch(shard.box, shard_reader(handles[shard.file], key, entry.dtype, shard, number, digests))
                 for number, shard in enumerate(entry.shards)
             )
-            stored[key] = Stored(TensorInfo(entry.dtype, entry.shape), tuple(stretches))
+            stored[key] = TensorStretches(TensorInfo(entry.dtype, entry.shape), tuple(stretches))
         stack.pop_all()
     return Source(f"{storage.root}/{folder}", "dcp", [files], stored)
 
@@ -226,7 +226,7 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
 # ---- .pt ----
 
 
-def _torch_file_tensors(handle: ReadHandle, left_out: list[str]) -> dict[str, Stored]:
+def _torch_file_tensors(handle: ReadHandle, left_out: list[str]) -> dict[str, TensorStretches]:
     try:
         found = locate_tensors(handle.read, handle.nbytes, handle.path, left_out=left_out)
     except FormatError as error:
@@ -246,5 +246,5 @@ def _torch_file_tensors(handle: ReadHandle, left_out: list[str]) -> dict[str, St
             reader = BlockReader(handle, key, tensor.data_offset, tensor.data_nbytes, tensor.crc32)
             storages[tensor.data_offset] = reader
         stretch = Stretch(Box.whole(tensor.sizes), reader, tensor.storage_offset * itemsize(tensor.dtype))
-        stored[key] = Stored(TensorInfo(tensor.dtype, tensor.sizes), (stretch,))
+        stored[key] = TensorStretches(TensorInfo(tensor.dtype, tensor.sizes), (stretch,))
     return stored

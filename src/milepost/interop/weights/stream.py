@@ -30,13 +30,13 @@ _COPIES = 2
 """A slab is copied at most so often on its way into the buffer (rows being reordered, elements being cast)."""
 _MAX_THREADS = 4
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 """Told how many further bytes are done; called from several threads."""
 StageProgress = Callable[[str, int, int], None]
 """Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""
 
 
-def stage(progress: StageProgress | None, doing: str, total_nbytes: int) -> Progress | None:
+def stage(progress: StageProgress | None, doing: str, total_nbytes: int) -> Advance | None:
     """What turns the bytes of one stage into progress. Several threads may call it."""
     if progress is None:
         return None
@@ -58,7 +58,7 @@ class SlabReader:
         ConversionError: the budget does not allow for one thread.
     """
 
-    def __init__(self, content: Readable, budget_nbytes: int, progress: Progress | None = None):
+    def __init__(self, content: Readable, budget_nbytes: int, progress: Advance | None = None):
         self.content = content
         self._progress = progress
         self._local = threading.local()

@@ -28,9 +28,9 @@ from milepost.parallelism.placement import Stage
 from milepost.train.models.moe import MoE
 from milepost.train.models.rope import rope_table
 
-__all__ = ["Attention", "Block", "CausalAttention", "Decoder", "FeedForward", "Plan", "TiedOutput"]
+__all__ = ["Attention", "Block", "CausalAttention", "Decoder", "FeedForward", "TensorParallelPlan", "TiedOutput"]
 
-Plan = dict[str, ParallelStyle]
+TensorParallelPlan = dict[str, ParallelStyle]
 Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -144,7 +144,7 @@ class Decoder(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def block_plan(args: ModelArgs) -> Plan:
+    def block_plan(args: ModelArgs) -> TensorParallelPlan:
         """How the modules of one layer are split over a tensor-parallel mesh, by name within the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ class Decoder(nn.Module, ABC):
         """Their mixtures of experts."""
         return [block.moe for block in self.blocks() if block.moe is not None]
 
-    def tensor_parallel_plan(self) -> Plan:
+    def tensor_parallel_plan(self) -> TensorParallelPlan:
         """How every module is split over a tensor-parallel mesh, by name; of the whole model, whatever is held."""
-        plan: Plan = {
+        plan: TensorParallelPlan = {
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),
             "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1)),

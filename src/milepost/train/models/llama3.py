@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.parallelism.placement import LAYER_SPLITS
-from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, Plan
+from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, TensorParallelPlan
 from milepost.train.models.rope import rotate_interleaved
 
 __all__ = ["Llama3", "dense_plan"]
@@ -25,11 +25,11 @@ class Llama3(Decoder):
         return Block(args, attention, FeedForward(args.dim, args.hidden_dim))
 
     @staticmethod
-    def block_plan(args: ModelArgs) -> Plan:
+    def block_plan(args: ModelArgs) -> TensorParallelPlan:
         return dense_plan()
 
 
-def dense_plan() -> Plan:
+def dense_plan() -> TensorParallelPlan:
     """Heads and hidden width are split; norms and the residual stream hold 1/tp of the positions, ``Shard(1)``."""
     return {
         "attention_norm": SequenceParallel(),

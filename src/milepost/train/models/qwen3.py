@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
 
 from milepost.interop.names.model_sizes import ModelArgs
-from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, Plan
+from milepost.train.models.decoder import Attention, Block, Decoder, FeedForward, TensorParallelPlan
 from milepost.train.models.llama3 import dense_plan
 from milepost.train.models.moe import MoE
 from milepost.train.models.rope import rotate_halves
@@ -28,7 +28,7 @@ class Qwen3(Decoder):
         return Block(args, attention, FeedForward(args.dim, args.hidden_dim))
 
     @staticmethod
-    def block_plan(args: ModelArgs) -> Plan:
+    def block_plan(args: ModelArgs) -> TensorParallelPlan:
         plan = dense_plan()
         # Queries and keys are (B, T, H / tp, D) here: the norms, of all heads alike, see a part of dim 2.
         plan["attention.q_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
