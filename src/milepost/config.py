@@ -98,6 +98,9 @@ class CheckpointConfig:
     remote_folder: str = ""
     """A second folder behind ``folder``, a path or the URL of a store: committed steps are copied there beside the
     training, and a run resumes from the newest step of either. Empty: none."""
+    folder_per_node: bool = False
+    """``folder`` is a disk or memory of each node's own: a node keeps what its ranks hold, and a step counts there once
+    all nodes have their part. It needs ``remote_folder``, where steps are complete and any number of ranks resumes."""
     remote_every_n_steps: int = 0
     """Copy only steps that are multiples of N, and the last one; 0: every one, or the newest where copying is slower
     than saving."""
@@ -180,6 +183,15 @@ class CheckpointConfig:
             found.append("checkpoint.restart_branch needs checkpoint.load_step: the step where the branch begins")
         if self.remote_folder and self.remote_folder == self.folder:
             found.append(f"checkpoint.remote_folder is checkpoint.folder ({self.folder}): give another one, or none")
+        if self.folder_per_node and not self.remote_folder:
+            found.append(
+                "checkpoint.folder_per_node needs checkpoint.remote_folder: a node that is lost takes its folder along"
+            )
+        if self.folder_per_node and self.last_save_in_hf:
+            found.append(
+                "checkpoint.folder_per_node and checkpoint.last_save_in_hf contradict each other: all ranks write "
+                "those files together. `milepost convert` makes them from the last step in checkpoint.remote_folder"
+            )
         if not self.folder:
             found.append("checkpoint.folder must not be empty")
         for name in self.exclude_from_loading:

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "states:\n"
         "  committed   complete, as far as metadata and sizes tell\n"
+        "  part        what one node holds of a step whose nodes have a folder each (checkpoint.folder_per_node)\n"
         "  external    complete, written by another program: torchtitan, torch.distributed.checkpoint\n"
         "  incomplete  never committed: no reader uses it\n"
         "  damaged     committed once, and changed since\n"

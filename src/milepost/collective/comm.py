@@ -163,14 +163,16 @@ class FailureNotice:
 
     The ranks of a save agree through storage records. A rank that has run out of open files, or has lost its mount,
     can write none, and the others would wait for it to the time-out. So a failure is posted in the job's own store
-    too. All methods may be called from any thread, and none waits.
+    too. All methods may be called from any thread, and none waits. ``for_all``: several ranks are waited for.
     """
 
-    def __init__(self, comm: Comm, save_id: str):
+    def __init__(self, comm: Comm, save_id: str, *, for_all: bool = False):
         self._comm = comm
         # Rank 0 waits for any of the others, and they for rank 0 alone.
         self._ours, self._theirs = f"{save_id} rank 0", f"{save_id} others"
-        if comm.rank != 0:
+        if for_all:
+            self._ours = self._theirs = f"{save_id} any"
+        elif comm.rank != 0:
             self._ours, self._theirs = self._theirs, self._ours
 
     def post(self, error: MilepostError) -> None:

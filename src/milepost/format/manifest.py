@@ -19,6 +19,8 @@ from milepost.format.tags import tagged
 from milepost.format.typed_json import MAX_COUNT, Count
 
 MANIFEST_NAME = "milepost.json"
+PART_NAME = "milepost.part.json"
+"""As ``milepost.json``, of what one node holds of a step whose nodes have a folder each: no checkpoint by itself."""
 SHARDS_NAME = "milepost.shards"
 MAX_SHARDS_NBYTES = 16 << 30
 """Of ``milepost.shards``: the places of a billion shards."""

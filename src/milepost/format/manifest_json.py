@@ -209,12 +209,17 @@ def parse_head(data: bytes, path: str = MANIFEST_NAME) -> Head | None:
 
 
 def from_json(
-    data: bytes, path: str = MANIFEST_NAME, read_shards: Callable[[str, FileEntry], bytes] | None = None
+    data: bytes,
+    path: str = MANIFEST_NAME,
+    read_shards: Callable[[str, FileEntry], bytes] | None = None,
+    *,
+    must_cover: bool = True,
 ) -> Manifest:
     """Parse and check ``milepost.json`` of any format. ``path`` is how errors name it.
 
     If it names ``milepost.shards``, the manifest's tensors come from what ``read_shards`` returns for that file's
-    name and entry. Without ``read_shards``, a manifest of format 2 has no tensors, objects and paths.
+    name and entry. Without ``read_shards``, a manifest of format 2 has no tensors, objects and paths. Only of one
+    node's part of a step the shards need not cover their tensors (``must_cover``).
 
     Raises:
         NewerFormatError: a later Milepost wrote it.
@@ -237,10 +242,13 @@ def from_json(
     if name is None or read_shards is None:
         return manifest
     entry = manifest.files[name]
-    return _with_shards(manifest, entry, read_shards(name, entry), path, path.removesuffix(MANIFEST_NAME) + name)
+    where = path[: path.rfind("/") + 1] + name
+    return _with_shards(manifest, entry, read_shards(name, entry), path, where, must_cover=must_cover)
 
 
-def _with_shards(manifest: Manifest, entry: FileEntry, data: bytes, path: str, where: str) -> Manifest:
+def _with_shards(
+    manifest: Manifest, entry: FileEntry, data: bytes, path: str, where: str, *, must_cover: bool
+) -> Manifest:
     """The manifest at ``path`` with the tensors and objects that ``milepost.shards``, at ``where``, holds."""
     # With numpy, which a scan can do without.
     from milepost.format.columns import with_table
@@ -254,7 +262,7 @@ def _with_shards(manifest: Manifest, entry: FileEntry, data: bytes, path: str, w
         raise FormatError(f"{path}: {mixed}: files of two saves were mixed up; use another step", path=path) from error
     if (len(data), found) != (entry.nbytes, entry.crc32):
         raise FormatError(f"{where}: it is not the file that {path} names", path=where)
-    _refuse(where, table_faults(table, manifest.files))
+    _refuse(where, table_faults(table, manifest.files, must_cover=must_cover))
     return with_table(manifest, table)
 
 

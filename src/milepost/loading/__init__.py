@@ -10,6 +10,7 @@ In reading order::
     target     what is read into what, and the owners of state: each is loaded through its own door
     parts      tensors that are made of others; stateful: anything with ``load_state_dict()``
     module     a module, with its hooks; optimizer: an optimizer, without a step of it
+    sources    the checkpoint, or, nearer, what this node's own folder has of the same save
     reader     ranged reads, checked block by block, straight into the tensors
 """
 

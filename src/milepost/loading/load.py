@@ -26,13 +26,14 @@ from milepost.format.manifest import Manifest
 from milepost.loading.fit import compare, unexpected_error
 from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
-from milepost.loading.reader import ReadStats, TensorReads, read_objects
+from milepost.loading.reader import ReadStats, read_objects
+from milepost.loading.sources import Near, Sources, read_own_part
 from milepost.loading.target import Target
 from milepost.loading.template import Template, Whole
 from milepost.run import catalog
+from milepost.run.node_part import NodePart
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
-from milepost.tensors.plan import plan_load
 from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
 
@@ -171,20 +172,24 @@ def load_from(
     num_threads: int = NUM_IO_THREADS,
     wanted_keys: Collection[str] = (),
     translate: Callable[[Manifest], Translation | None] = lambda manifest: None,
+    part: NodePart | None = None,
+    near: Near | None = None,
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
     ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
     then. ``wanted_keys`` are those of a model by its own names, where the stored ones may be a wrapper's; names of
     another program are for ``translate``, which returns None where there is nothing to translate. Stored keys for
-    which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy.
+    which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy. With ``part`` the
+    folder holds, on each node, that node's part of the step. ``near`` is such a part of the same save, from which this
+    rank reads what it can.
     """
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
     looked = _Looked()
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
-            recorded = catalog.read_manifest(storage, folder)
+            recorded = catalog.read_manifest(storage, folder) if part is None else read_own_part(storage, folder)
         foreign = translate(recorded)
         stored_keys = {*recorded.tensors, *recorded.objects}
         translation = foreign if foreign is not None else renamed(recorded, renames(stored_keys, wanted_keys))
@@ -204,24 +209,22 @@ def load_from(
     except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
-    _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects})
+    _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part)
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
+    objects = [key for key in flat.objects if key not in fit.missing]
     read = ReadStats()
     for live in (False, True):  # what can be refused is read first, then what is filled in place
         try:
             with watched(f"rank {comm.rank} is reading {path}"):
                 if not live:
-                    digests = catalog.read_digests(storage, folder, recorded)
-                    items = plan_load(recorded, wanted, translation.origins)
-                    progress = ProgressLog(f"loading {path}", sum(item.shard.data_nbytes for item in items))
-                    objects = [key for key in flat.objects if key not in fit.missing]
-                    for key, value in read_objects(storage, folder, manifest, objects):
-                        flat.slots[key].fill(value)
-                part = [item for item in items if (item.leaf in target.live) is live]
+                    sources = Sources(storage, folder, recorded, translation, near, flat, wanted)
+                    progress = ProgressLog(f"loading {path}", sources.nbytes)
+                    sources.read_objects(objects)
                 on_read = progress.add if comm.rank == 0 else None
-                with TensorReads(storage, folder, part, flat.tensors, digests, on_read=on_read) as reads:
-                    map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
-                read += reads.stats
+                for reads in sources.reads(lambda leaf: (leaf in target.live) is live, on_read):  # noqa: B023
+                    with reads, sources.guard(reads):
+                        map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
+                    read += reads.stats
                 if live:
                     target.copy_held()
                 else:
@@ -257,13 +260,21 @@ class _Looked:
     let_pass: tuple[LetPass, ...] = ()
 
 
-def _check_looked(comm: Comm, looked: _Looked, path: str, policy: Policy, stored: Collection[str]) -> None:
-    """Refuse stored keys that no rank has a place for: a model with fewer layers would lose the rest silently."""
-    brought = comm.gather((looked.unwanted, looked.fits_something))
+def _check_looked(
+    comm: Comm, looked: _Looked, path: str, policy: Policy, stored: Collection[str], part: NodePart | None
+) -> None:
+    """Refuse stored keys that no rank has a place for: a model with fewer layers would lose the rest silently.
+
+    Of a node's part of a step: that no rank of this node has a place for.
+    """
+    brought = comm.gather((looked.unwanted, looked.fits_something, part.node if part is not None else 0))
     verdict = None
     if brought is not None:
-        nowhere = sorted(set.intersection(*(set(unwanted) for unwanted, _ in brought)))
-        verdict = nowhere, any(fits for _, fits in brought)
+        by_node: dict[int, list[set[str]]] = {}
+        for unwanted, _, node in brought:
+            by_node.setdefault(node, []).append(set(unwanted))
+        nowhere = sorted(set().union(*(set.intersection(*found) for found in by_node.values())))
+        verdict = nowhere, any(fits for _, fits, _ in brought)
     verdict = comm.broadcast(verdict)
     assert verdict is not None
     nowhere, fits_something = verdict

@@ -3,6 +3,8 @@
 In reading order::
 
     catalog    one scanner: which steps are there, committed, incomplete, damaged or external
+    node_part  one node's part of a step, where each node has a folder of its own
+    node_steps which steps all nodes hold, then
     branches   which steps descend from which, and where a run goes on
     retention  which of them may be deleted, and why; deletes them
     owner      the process that an attempt or a lock belongs to, and whether it lives

@@ -53,11 +53,19 @@ def check_fits(info: SaveInfo, *, num_shards: int, world_size: int) -> None:
         raise SaveError(f"this save could not be read again, nothing was written: {'; '.join(faults)}")
 
 
-def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[Manifest, UInts]:
+def assemble(
+    signed: Sequence[SignOff],
+    info: SaveInfo,
+    *,
+    now: float,
+    world_size: int | None = None,
+    must_cover: bool = True,
+) -> tuple[Manifest, UInts]:
     """The manifest of a save, and the block CRCs of its shards in the manifest's order.
 
     ``signed`` holds the sign-offs of all ranks, none of them a failure. Shards are ordered by box. The files of the
-    commit itself are not in it yet.
+    commit itself are not in it yet. ``world_size`` is given where not each rank has signed by itself; of one node's
+    part of a step the shards need not cover the tensors (``must_cover``).
 
     Raises:
         SaveError: two ranks stored the same file or object, or one tensor with two dtypes or shapes.
@@ -75,7 +83,7 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
         save_id=signed[0].save_id,
         created_s=now,
         kind=info.kind,
-        world_size=len(signed),
+        world_size=len(signed) if world_size is None else world_size,
         layout=info.layout,
         producer={"milepost": __version__, **info.producer},
         tensors={},
@@ -85,7 +93,7 @@ def assemble(signed: Sequence[SignOff], info: SaveInfo, *, now: float) -> tuple[
         lineage=info.lineage,
         metrics=info.metrics,
     )
-    faults = [*head_faults(manifest), *table_faults(table, manifest.files)]
+    faults = [*head_faults(manifest), *table_faults(table, manifest.files, must_cover=must_cover)]
     if faults:
         key = next((fault.key for fault in faults if fault.key), None)
         told = "; ".join(fault.message for fault in faults[:MAX_LISTED])

@@ -13,6 +13,7 @@ Names in a run's folder:
 ``.milepost-deleting-<id>``             holds what is being deleted; never a checkpoint
 ``.pinned-step-<N>``                    an empty file: never prune that step
 ``.damaged-step-<N>.json``              a loader found bytes of that step changed
+``.remote.json``, ``.node.json``        where steps are copied to; which of them all nodes hold, if each has a folder
 ``.lock``, ``.lock-<id>``               the run that writes here; see ``run/lock.py``
 ``SAVE``, ``STOP``                      made by a user: what is asked of the run; see ``training/signals.py``
 ``events.jsonl``                        one line for each save, for people and dashboards; never read back
@@ -45,6 +46,7 @@ from milepost.format.manifest import (
     MANIFEST_NAME,
     MAX_SHARDS_NBYTES,
     METADATA_NAME,
+    PART_NAME,
     SHARDS_NAME,
     FileEntry,
     Lineage,
@@ -63,12 +65,14 @@ from milepost.format.manifest_json import (
 from milepost.format.summary import model_total, totals_by_part
 from milepost.format.tags import tag_of, tagged
 from milepost.format.typed_json import parse_json, typed
+from milepost.run.node_part import NodePart, part_of_manifest
 from milepost.storage import is_known
 from milepost.storage.base import Entry, Storage, join, split
 
-State = Literal["committed", "incomplete", "damaged", "external", "newer", "unreadable"]
-"""``newer``: committed, as it seems, by a Milepost whose format this one does not know. ``unreadable``: the storage
-refused, so that nothing is known. Only a listing goes on then."""
+State = Literal["committed", "part", "incomplete", "damaged", "external", "newer", "unreadable"]
+"""``part``: what one node holds of a step whose nodes have a folder each. ``newer``: committed, as it seems, by a
+Milepost whose format this one does not know. ``unreadable``: the storage refused, so that nothing is known. Only a
+listing goes on then."""
 
 ATTEMPT_PREFIX = ".milepost-attempt-"
 REPLACED_PREFIX = ".milepost-replaced-"
@@ -80,6 +84,8 @@ PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
 REMOTE_NAME = ".remote.json"
 
+_STATES: Mapping[str, State] = {MANIFEST_NAME: "committed", PART_NAME: "part", METADATA_NAME: "external"}
+"""The state of a folder with this commit record, if nothing is wrong with it."""
 MAX_MARK_NBYTES = 1 << 20
 MAX_LISTINGS = 8
 """A folder that changes all the time is listed at most so often."""
@@ -96,7 +102,8 @@ class CheckpointInfo:
     ``reason`` says why it is not simply committed. ``kind`` and ``layout`` are the manifest's, empty when unknown;
     ``dtype`` is the one that most of the model has. ``record_id`` identifies the commit record, so that a mark of
     damage is not taken for one of a later save at the same place. ``lineage`` is also given for a step whose record is
-    damaged in another place. ``has_training_state``: the optimizer's state or the train state is there.
+    damaged in another place. ``has_training_state``: the optimizer's state or the train state is there. ``part`` is
+    given for one node's part of a step.
     """
 
     path: str
@@ -116,6 +123,7 @@ class CheckpointInfo:
     has_training_state: bool = False
     shared_nbytes: int = 0
     """Of ``nbytes``, those in files that other steps have too: deleting this step alone does not free them."""
+    part: NodePart | None = None
 
     @property
     def name(self) -> str:
@@ -289,7 +297,7 @@ def examine(
         info = _look(
             storage, path, _files(storage, path)
         )  # it may have been replaced by a new save between two of our reads
-    if info is None or not info.is_usable:
+    if info is None or not (info.is_usable or info.state == "part"):
         return info
     if marks is not None and split(damage_mark(path))[1] not in marks:
         return info
@@ -299,7 +307,7 @@ def examine(
 
 def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> CheckpointInfo | None:
     nbytes = sum(entry.nbytes for entry in files.values())
-    name = _record_name(files)
+    name = _record_name(files) or (PART_NAME if PART_NAME in files else None)
     if name is None:
         if not files and storage.stat(path) is None:
             return None
@@ -341,11 +349,12 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
     faults += misnamed(manifest, path)
     nbytes = sum(entry.nbytes for file, entry in files.items() if tag_of(file) in ("", manifest.save_id))
+    part = part_of_manifest(manifest.extra, path) if name == PART_NAME and not faults else None
     model = model_total(manifest)
     return CheckpointInfo(
         path=path,
-        state="damaged" if faults else "committed" if name == MANIFEST_NAME else "external",
-        reason="; ".join(listed(faults)) or note,
+        state="damaged" if faults else _STATES[name],
+        reason="; ".join(listed(faults)) or (str(part) if part is not None else note),
         kind=manifest.kind,
         nbytes=nbytes,
         created_s=manifest.created_s,
@@ -359,6 +368,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         metrics=manifest.metrics,
         shared_nbytes=sum(entry.nbytes for entry in files.values() if entry.link_id),
         has_training_state=any(total.part in ("optimizer", "train_state") for total in totals_by_part(manifest)),
+        part=part,
     )
 
 
@@ -413,8 +423,8 @@ def _parse(
 ) -> tuple[Manifest, list[Problem]]:
     """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
     where = join(path, name)
-    if name == MANIFEST_NAME:
-        manifest = from_json(data, where, read_shards)
+    if name in (MANIFEST_NAME, PART_NAME):
+        manifest = from_json(data, where, read_shards, must_cover=name == MANIFEST_NAME)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
     metadata = dcp_metadata.parse_metadata(data, where)
     places = {place.path for place in metadata.storage.values()}
@@ -495,6 +505,20 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
     name = _record_name(files)
     if name is None:
         raise _no_checkpoint(storage, path)
+    return _read_record(storage, path, files, name)
+
+
+def read_part(storage: Storage, path: str) -> CommitRecord:
+    """As :func:`read_record`, of one node's part of a step."""
+    files = _files(storage, path)
+    if PART_NAME not in files:
+        raise _no_checkpoint(storage, path)
+    record = _read_record(storage, path, files, PART_NAME)
+    part_of_manifest(record.manifest.extra, join(path, PART_NAME))
+    return record
+
+
+def _read_record(storage: Storage, path: str, files: Mapping[str, Entry], name: str) -> CommitRecord:
     try:
         data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
     except StorageError as error:
@@ -534,6 +558,12 @@ def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
             f"{join(storage.root, run)}/{step_name(steps[-1])} (it has steps {shown})",
             path=path,
             available=steps,
+        )
+    if storage.stat(join(path, PART_NAME)) is not None:
+        return CheckpointNotFoundError(
+            f"{where} holds one node's part of a step, no whole checkpoint: that is in the run's "
+            "checkpoint.remote_folder",
+            path=path,
         )
     return CheckpointNotFoundError(
         f"{where} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there", path=path

@@ -27,7 +27,15 @@ from dataclasses import replace
 
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, SaveError, StorageError, listed
 from milepost.format.digest import BlockDigests, crc32, dump_digests, files_in_blocks
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, FileEntry, Manifest
+from milepost.format.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    PART_NAME,
+    SHARDS_NAME,
+    FileEntry,
+    Manifest,
+)
 from milepost.format.manifest_json import to_json
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
@@ -35,6 +43,7 @@ from milepost.run import catalog, object_commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.catalog import ATTEMPT_PREFIX, REPLACED_PREFIX
 from milepost.run.hf_folder import is_hf_folder
+from milepost.run.node_part import NodePart
 from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
 from milepost.run.owner import OWNER_PREFIX, this_process
 from milepost.run.place import Place
@@ -48,7 +57,7 @@ VISIBILITY_S = 60.0
 """Another machine's files, and their sizes, may show only this many seconds later: NFS caches both."""
 
 _FAILED_NAME = "failed"
-_CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.(json|shards|digests)")
+_CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.((part\.)?json|shards|digests)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
 
@@ -146,24 +155,50 @@ def publish(
     *,
     now: float,
     visibility_s: float = VISIBILITY_S,
+    world_size: int | None = None,
 ) -> Manifest:
     """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
 
     ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``now`` is in seconds since the epoch. What
     was at ``target`` before is complete and in place until the new checkpoint is. Files that do not show yet with
-    their recorded sizes are waited for, up to ``visibility_s`` seconds.
+    their recorded sizes are waited for, up to ``visibility_s`` seconds. ``world_size`` is given where not each rank has
+    signed by itself.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
         SaveError: sign-offs contradict each other or the storage.
         StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
     """
-    manifest, crcs = assemble(signed, info, now=now)
+    manifest, crcs = assemble(signed, info, now=now, world_size=world_size)
     place = Place.of(storage, attempt, target, manifest.save_id)
     # A store shows at once what it has taken.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
     manifest = _write_records(storage, place, manifest, crcs.data)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest)
+    return manifest
+
+
+def publish_part(
+    storage: Storage,
+    attempt: str,
+    target: str,
+    signed: Sequence[SignOff],
+    info: SaveInfo,
+    part: NodePart,
+    *,
+    now: float,
+    world_size: int,
+) -> Manifest:
+    """As :func:`publish`, of one node's part of a step: ``signed`` are the sign-offs of its ranks.
+
+    Raises: as :func:`publish`. Gaps in tensors are none of its faults: other nodes hold the rest.
+    """
+    info = replace(info, extra={**info.extra, **part.record()})
+    manifest, crcs = assemble(signed, info, now=now, world_size=world_size, must_cover=False)
+    place = Place.of(storage, attempt, target, manifest.save_id)
+    _check_sizes(storage, place, manifest, VISIBILITY_S)
+    manifest = _write_records(storage, place, manifest, crcs.data, for_others=False)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, PART_NAME)
     return manifest
 
 
@@ -204,12 +239,14 @@ def publish_files(
     return record
 
 
-def _put_in_place_and_sweep(storage: Storage, attempt: str, place: Place, target: str, manifest: Manifest) -> None:
+def _put_in_place_and_sweep(
+    storage: Storage, attempt: str, place: Place, target: str, manifest: Manifest, name: str = MANIFEST_NAME
+) -> None:
     if not storage.can_rename:
         object_commit.put_manifest(storage, attempt, target, manifest, to_json(manifest))
         return
     # Last, since it names the digests of the others; and synced before the rename, which must not outrun it.
-    storage.write(place.path(MANIFEST_NAME), to_json(manifest))
+    storage.write(place.path(name), to_json(manifest))
     _carry_over(storage, target, place, manifest)
     storage.sync_folder(place.folder)
     aside = _put_in_place(storage, place.folder, target, manifest.save_id)
@@ -274,18 +311,22 @@ def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_
         )
 
 
-def _write_records(storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[int]) -> Manifest:
-    """Write the places of all shards, their digests and ``.metadata``; the manifest that names them too."""
+def _write_records(
+    storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[int], *, for_others: bool = True
+) -> Manifest:
+    """Write the places of all shards, their digests and, ``for_others``, ``.metadata``; the manifest with them too."""
     from milepost.format.columns import table_of  # with numpy, 100 ms that deleting old steps can do without
     from milepost.format.dcp_writer import dump_metadata
     from milepost.format.shards_file import dump_shards
 
     files = dict(manifest.files)
-    for name, content in (
-        (SHARDS_NAME, dump_shards(table_of(manifest), manifest.save_id)),
-        (DIGESTS_NAME, dump_digests(manifest.save_id, [crcs])),
-        (METADATA_NAME, dump_metadata(manifest)),
-    ):
+    contents: dict[str, bytes | bytearray] = {
+        SHARDS_NAME: dump_shards(table_of(manifest), manifest.save_id),
+        DIGESTS_NAME: dump_digests(manifest.save_id, [crcs]),
+    }
+    if for_others:
+        contents[METADATA_NAME] = dump_metadata(manifest)
+    for name, content in contents.items():
         storage.write(place.path(name), content)
         files[place.name(name)] = FileEntry(len(content), crc32(content))
     return replace(manifest, files=files)
@@ -412,8 +453,9 @@ def _marks_in(storage: Storage, attempt: str) -> set[str]:
 
 def save_id_at(storage: Storage, target: str) -> str:
     """The save id at ``target``, or empty. From the head of the manifest alone, since a thousand ranks may ask."""
-    path = join(target, MANIFEST_NAME)
-    if storage.stat(path) is None:
+    paths = (join(target, name) for name in (MANIFEST_NAME, PART_NAME))
+    path = next((path for path in paths if storage.stat(path) is not None), None)
+    if path is None:
         return ""
     with storage.open_read(path) as handle:
         head = bytearray(min(handle.nbytes, _HEAD_NBYTES))

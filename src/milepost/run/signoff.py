@@ -27,6 +27,7 @@ from milepost.format.file_rows import FileRow, ShareRow, SignOffHead, file_entri
 from milepost.format.manifest import FileEntry, ObjectEntry
 from milepost.format.shares import Share
 from milepost.format.typed_json import parse_json, typed
+from milepost.run.node_part import rank_list
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
 
@@ -231,12 +232,13 @@ def wait_for_sign_offs(
     save_id: str,
     *,
     timeout_s: float,
+    ranks: Sequence[int] | None = None,
     give_up: Callable[[], str | None] = lambda: None,
     poll_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[SignOff, ...]:
-    """The sign-offs of all ranks, by rank.
+    """The sign-offs of all ranks, or of ``ranks`` alone, by rank.
 
     Looks every ``poll_s`` at first (by default as the storage wishes), then less and less often (at least twice a
     second), and logs every ``SLOW_S`` seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the
@@ -250,23 +252,25 @@ def wait_for_sign_offs(
     deadline = started + timeout_s
     poll_s = storage.poll_s if poll_s is None else poll_s
     signed: dict[int, SignOff] = {}
+    wanted = range(world_size) if ranks is None else ranks
     while True:
         names = {*storage.names(attempt)}
         if not names:
             raise SaveError(f"the save's folder {attempt} is gone: was it deleted by another program?", path=attempt)
-        arrived = [rank for rank in range(world_size) if rank not in signed and names & _names_of(rank)]
+        arrived = [rank for rank in wanted if rank not in signed and names & _names_of(rank)]
         look = partial(_look, storage, attempt, names)
         found = map_in_threads(look, arrived, storage.num_streams, name="milepost-sign-offs")
         signed |= dict(zip(arrived, found, strict=True))
         _raise_failures(signed, save_id, attempt)
-        if len(signed) == world_size:
-            return tuple(signed[rank] for rank in range(world_size))
+        if len(signed) == len(wanted):
+            return tuple(signed[rank] for rank in wanted)
         reason = give_up()
-        missing = [rank for rank in range(world_size) if rank not in signed]
+        missing = [rank for rank in wanted if rank not in signed]
         if clock() - logged >= SLOW_S:
             logged = clock()
             _log.warning(
-                "rank 0 has waited %.0f s for %s of %d to finish writing %s",
+                "rank %d has waited %.0f s for %s of %d to finish writing %s",
+                wanted[0],
                 logged - started,
                 rank_list(missing),
                 world_size,
@@ -306,15 +310,3 @@ def _raise_failures(signed: dict[int, SignOff], save_id: str, attempt: str) -> N
     if faults:
         lines = [f"rank {rank}: {text}" for rank, text in faults]
         raise SaveError("the save failed on " + "\n  ".join(lines), path=attempt, rank=faults[0][0])
-
-
-def rank_list(ranks: Sequence[int]) -> str:
-    """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
-    return ("rank " if len(ranks) == 1 else "ranks ") + text

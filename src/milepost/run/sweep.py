@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from milepost.errors import CheckpointNotFoundError, FormatError, StorageError
-from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME
 from milepost.format.tags import tag_of
 from milepost.run import catalog, object_commit, object_sweep
 from milepost.run.catalog import (
@@ -218,9 +218,9 @@ def is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
     if _ATTEMPT_NAME.fullmatch(entry.name):
         return is_attempts
     if _DELETING_NAME.fullmatch(entry.name):
-        return is_attempts or MARKER_NAME in inside or MANIFEST_NAME in inside
+        return is_attempts or not inside.isdisjoint((MARKER_NAME, MANIFEST_NAME, PART_NAME))
     is_replaced = entry.name.startswith(REPLACED_PREFIX) and _REPLACED_NAME.fullmatch(entry.name) is not None
-    return is_replaced and MANIFEST_NAME in inside
+    return is_replaced and not inside.isdisjoint((MANIFEST_NAME, PART_NAME))
 
 
 def _is_draft(data: bytes) -> bool:
@@ -237,7 +237,7 @@ def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
     if replaced is None:
         return True
     info = catalog.examine(storage, join(folder, replaced[3]))
-    return info is not None and info.is_usable
+    return info is not None and (info.is_usable or info.state == "part")
 
 
 def _take_away(storage: Storage, folder: str, entry: Entry) -> bool:
@@ -264,7 +264,7 @@ def _can_go_back(storage: Storage, folder: str, replaced: Entry, name: str) -> b
     if not replaced.is_folder or storage.stat(join(folder, name)) is not None:
         return False
     inside = {entry.name for entry in storage.list(join(folder, replaced.name))}
-    return not inside.isdisjoint((MANIFEST_NAME, METADATA_NAME))
+    return not inside.isdisjoint((MANIFEST_NAME, METADATA_NAME, PART_NAME))
 
 
 def _put_back(storage: Storage, folder: str, replaced: str, name: str) -> bool:

@@ -5,6 +5,7 @@ In reading order::
     save            ``save()``: flatten, agree, stage, write, sign off, publish
     arguments       what it is given, checked
     agreement       the request, and what all ranks agree on before a byte is written
+    nodes           which ranks share a folder, where each node has its own
     replicas        what several ranks hold under one key is the same on all of them, or is stored for each
     stage           the arena, and how tensors become the bytes of this rank's file
     writer          one rank's file, digested on the way to the storage (torch-free)
@@ -15,6 +16,8 @@ In reading order::
     writer_link     the trainer's end of its link to a writer process
     writer_process  that process (torch-free)
     copy_step       a committed step copied to another place, and committed there (torch-free)
+    copy_part       the parts that nodes hold of a step, brought together in another place (torch-free)
+    copy_process    the process that copies, beside the training (torch-free)
 """
 
 from __future__ import annotations

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt
+from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt, raise_together
 from milepost.collective.meeting import meeting
 from milepost.collective.progress import watched
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError, SaveError, StorageError, listed
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo, check_fits
+from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.saving.frozen import FrozenFile, frozen_files_of_parent
 from milepost.saving.job import Form, Keep, SaveJob
+from milepost.saving.nodes import Nodes
 from milepost.saving.replicas import (
     Depth,
     Digests,
@@ -33,7 +35,7 @@ from milepost.saving.replicas import (
     summary_of,
     unlike_groups,
 )
-from milepost.storage.base import Storage
+from milepost.storage.base import Storage, join, split
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.plan import LocalLayout, WritePlan, plan_save
 from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, ByName, FlatState, Path, flatten, unwrap_stateful
@@ -127,6 +129,8 @@ class _Answer:
     depth: Depth | None = None
     """How to compare what ranks have in common before the save begins; None: it was done with the offers."""
     begun: _Begun | None = None
+    info: SaveInfo | None = None
+    """For the first rank of a node: what the manifest of its part says."""
     error: MilepostError | None = None
     by_shard: frozenset[str] = frozenset()
     """Keys of DTensors whose shards are to be stored one by one: nothing is agreed on yet."""
@@ -134,7 +138,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """The attempt that rank 0 has made for a save."""
+    """The attempt that rank 0 has made for a save; where each node has a folder of its own, that is to be made."""
 
     save_id: str
     attempt: str
@@ -189,8 +193,10 @@ class Agreement:
         timeout_s: float,
         num_threads: int = NUM_IO_THREADS,
         check_replicas: int = 0,
+        nodes: Nodes | None = None,
     ):
         self._storage = storage
+        self._nodes = nodes
         self._comm = comm
         self._timeout_s = timeout_s
         self._num_threads = num_threads
@@ -261,8 +267,10 @@ class Agreement:
 
         Rank 0 plans for all, begins the attempt, and gives each rank its part.
         """
-        offer = replace(self._offer(prepared), target=f"{self._storage.root}/{request.target}")
-        with meeting(self._comm, f"saving {offer.target}"):
+        where = f"{self._storage.root}/{request.target}"
+        # Nodes may call their own folders as they like: the step is the same.
+        offer = replace(self._offer(prepared), target=where if self._nodes is None else split(request.target)[1])
+        with meeting(self._comm, f"saving {where}"):
             offers = self._comm.gather(offer)
             answer = self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
         if answer.error is not None or answer.by_shard:
@@ -273,21 +281,23 @@ class Agreement:
         self._fingerprint = prepared.fingerprint
         begun = answer.begun or self._compare(request, prepared, answer.depth or "values")
         assert self._plan is not None
-        is_first = self._comm.rank == 0
+        info = self._with_structure(request.info) if self._comm.rank == 0 else answer.info
+        attempt = begun.attempt if self._nodes is None else self._begin_on_nodes(request, prepared, begun.save_id, info)
         job = SaveJob(
             target=request.target,
-            attempt=begun.attempt,
+            attempt=attempt,
             save_id=begun.save_id,
             rank=self._comm.rank,
             world_size=self._comm.world_size,
             plan=self._plan,
-            info=self._with_structure(request.info) if is_first else None,
-            keep=request.keep if is_first else None,
+            info=info,
+            keep=request.keep if info is not None else None,
             timeout_s=self._timeout_s,
             form=answer.form,
             num_threads=self._num_threads,
             order=request.info.lineage.order if request.info.lineage is not None else 0,
             earlier=self._earlier(request),
+            part=self._nodes.part_of(self._comm.rank) if self._nodes is not None else None,
         )
         return job, answer.plan is None
 
@@ -298,6 +308,23 @@ class Agreement:
             return None
         is_due = 0 < request.full_every <= lineage.order - frozen.since
         return None if is_due else frozen
+
+    def _begin_on_nodes(self, request: SaveRequest, prepared: Prepared, save_id: str, info: SaveInfo | None) -> str:
+        """Have each node's first rank make the attempt in its own folder; its name. Collective."""
+        attempt, failure = None, None
+        if info is not None:
+            try:
+                attempt = commit.begin_attempt(self._storage, request.target, save_id)
+            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+                failure = failure_on(self._comm.rank, cause, SaveError)
+        try:
+            raise_together(self._comm, failure)
+        except BaseException:
+            self._forget(prepared)
+            if attempt is not None:
+                commit.abort_attempt(self._storage, attempt)
+            raise
+        return join(split(request.target)[0], ATTEMPT_PREFIX + save_id)
 
     def _forget(self, prepared: Prepared) -> None:
         """After a failure no rank may count on what rank 0 remembers."""
@@ -342,7 +369,8 @@ class Agreement:
                     raise SaveError(f"ranks hold values of different kinds under the key '{key}'; rename one", key=key)
                 return [_Answer(by_shard=unlike)] * len(offers)
             if is_new:
-                plans = list(plan_save([found.layout for found in self._structures]))
+                nodes = self._nodes.groups if self._nodes is not None else None
+                plans = list(plan_save([found.layout for found in self._structures], nodes))
                 self._num_shards = sum(plan.num_items for plan in plans if plan is not None)
                 self._all_groups = groups_in_common([found.layout for found in self._structures])
                 groups = [
@@ -352,10 +380,19 @@ class Agreement:
             depth = self._depth(offers, is_new=is_new)
             form = request.make_form(self._dtypes()) if request.make_form is not None else None
             begun = self._begin(request) if depth is None else None
-            earlier = self._files_of_parent(request, plans)
+            earlier = self._files_of_parent(request, plans) if self._nodes is None else {}
+            infos = [self._info_for(rank, request) for rank in range(len(offers))]
             return [
-                _Answer(plan, held, earlier.get(plan.frozen.file) if plan and plan.frozen else None, form, depth, begun)
-                for plan, held in zip(plans, groups, strict=True)
+                _Answer(
+                    plan,
+                    held,
+                    earlier.get(plan.frozen.file) if plan and plan.frozen else None,
+                    form,
+                    depth,
+                    begun,
+                    info,
+                )
+                for plan, held, info in zip(plans, groups, infos, strict=True)
             ]
         except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
             return self._refuse(offers, cause)
@@ -380,8 +417,16 @@ class Agreement:
         info = self._with_structure(request.info)
         check_fits(info, num_shards=self._num_shards, world_size=self._comm.world_size)
         save_id = commit.new_save_id()
+        if self._nodes is not None:
+            return _Begun(save_id, "")
         with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{request.target}"):
             return _Begun(save_id, commit.begin_attempt(self._storage, request.target, save_id))
+
+    def _info_for(self, rank: int, request: SaveRequest) -> SaveInfo | None:
+        """What rank 0 tells ``rank`` of the manifest that it is to write; None if it writes none, or is rank 0."""
+        if rank == 0 or self._nodes is None or not self._nodes.is_first(rank):
+            return None
+        return self._with_structure(request.info)
 
     def _compare(self, request: SaveRequest, prepared: Prepared, depth: Depth) -> _Begun:
         """Compare what ranks have in common; the attempt, once nothing differs that must not. Collective.

@@ -26,6 +26,7 @@ from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
 from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
+from milepost.saving.nodes import Nodes
 from milepost.saving.save import Kind
 from milepost.saving.stage import Arena, Staging, pin_memory, unpin_memory
 from milepost.saving.writer import FileImage
@@ -55,12 +56,17 @@ class AsyncSaver:
         timeout_s: float = TIMEOUT_S,
         num_threads: int = NUM_IO_THREADS,
         check_replicas: int = 0,
+        nodes: Nodes | None = None,
     ):
         self._storage = storage
         self._comm = comm
         self._mode = mode
         self._agreement = Agreement(
-            storage, comm, timeout_s=timeout_s, num_threads=num_threads, check_replicas=check_replicas
+            *(storage, comm),
+            timeout_s=timeout_s,
+            num_threads=num_threads,
+            check_replicas=check_replicas,
+            nodes=nodes,
         )
         self._arena = Arena()
         self._unpin: weakref.finalize[..., Arena] | None = None
@@ -100,7 +106,8 @@ class AsyncSaver:
         started = time.monotonic()
         agreed = self._agreement.agree(request)
         prepared, job = agreed.prepared, agreed.job
-        save = self._current = BackgroundSave(self._storage, job, FailureNotice(self._comm, job.save_id))
+        notice = FailureNotice(self._comm, job.save_id, for_all=job.part is not None)
+        save = self._current = BackgroundSave(self._storage, job, notice)
         self._is_open = True
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
         with save.failing():
@@ -180,7 +187,7 @@ class AsyncSaver:
     def _forget_failed(self) -> None:
         """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
         if self._current is not None and self._current.failure is not None:
-            if self._comm.rank == 0:
+            if self._current.job.publishes:
                 commit.abort_attempt(self._storage, self._current.job.attempt)
             self._current = None
 

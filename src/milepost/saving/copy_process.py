@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, MilepostError, listed
+from milepost.saving.copy_part import copy_part
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
 from milepost.saving.job import Keep, prune
 from milepost.storage import open_root
@@ -37,7 +38,10 @@ class CopyRequest:
     src_path: str
     dst_root: str
     dst_path: str
-    keep: Keep
+    keep: Keep | None
+    """None: another node's process prunes there."""
+    is_part: bool = False
+    """Whether it is one node's part of a step, which meets the others' there."""
 
 
 def start(request: CopyRequest) -> subprocess.Popen[bytes]:
@@ -69,8 +73,10 @@ def messages(process: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any]]:
 def main() -> int:
     """Do what the last argument of the command line asks for."""
     given = json.loads(sys.argv[-1])
-    protected = {int(step): reason for step, reason in given["keep"].pop("protected").items()}
-    request = CopyRequest(**given | {"keep": Keep(**given["keep"], protected=protected)})
+    keep = given.pop("keep")
+    if keep is not None:
+        keep = Keep(**keep | {"protected": {int(step): reason for step, reason in keep["protected"].items()}})
+    request = CopyRequest(**given, keep=keep)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         report = _copy(request)
@@ -88,9 +94,6 @@ def main() -> int:
 def _copy(request: CopyRequest) -> CopyReport:
     src = Spot(open_root(request.src_root), request.src_path)
     dst = Spot(open_root(request.dst_root), request.dst_path)
-    found = verify_in(src.storage, src.path)  # near, and in the page cache still
-    if found.problems:
-        raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(found.problems))}", path=src.path)
     last = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -99,8 +102,15 @@ def _copy(request: CopyRequest) -> CopyReport:
             last = time.monotonic()
             _say({"done": done, "total": total})
 
-    report = copy_step(src, dst, progress)
-    prune(dst.storage, request.keep)
+    if request.is_part:
+        report = copy_part(src, dst, progress)
+    else:
+        found = verify_in(src.storage, src.path)  # near, and in the page cache still
+        if found.problems:
+            raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(found.problems))}", path=src.path)
+        report = copy_step(src, dst, progress)
+    if request.keep is not None:
+        prune(dst.storage, request.keep)
     return report
 
 

@@ -89,7 +89,7 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     if found is not None and found.is_usable and found.save_id == manifest.save_id:
         commit.finish(dst.storage, dst.path)
         return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
-    attempt = _begin(dst, manifest.save_id)
+    attempt = begin_copy(dst, manifest.save_id)
     place = Place.of(dst.storage, attempt, dst.path, manifest.save_id)
     nbytes = _copy_files(src, dst.storage, place, _data_files(manifest), _shareable(dst, manifest), progress)
     commit.remove_records(dst.storage, place)
@@ -106,15 +106,22 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     return CopyReport(path=str(dst), nbytes=nbytes, seconds=time.monotonic() - started, was_there=False)
 
 
-def _begin(dst: Spot, save_id: str) -> str:
-    """The attempt: a fresh one, or that of a copy that was cut short, taken over."""
+def begin_copy(dst: Spot, save_id: str, *, is_joint: bool = False) -> str:
+    """The attempt to copy to ``dst``: a fresh one, or that of a copy that was cut short, taken over.
+
+    ``is_joint``: processes of other nodes work on it too.
+
+    Raises:
+        SaveError: another process is at it.
+        ConfigError, StorageError: as ``commit.begin_attempt``.
+    """
     storage, attempt = dst.storage, attempt_of(dst.path, save_id)
     if storage.stat(attempt) is None:
         return commit.begin_attempt(storage, dst.path, save_id)
     now = time.time()
     me = replace(this_process(now), created_s=0.0)
     alive = [one for one in owners_of(storage, attempt) if is_alive(one, now) and replace(one, created_s=0.0) != me]
-    if alive:
+    if alive and not is_joint:
         raise SaveError(f"{alive[0]} is copying to {dst} already: wait for it, or stop it", path=dst.path)
     commit.adopt_attempt(storage, attempt)  # before anything else: a sweep would take it away
     commit.resume_attempt(storage, attempt, dst.path, save_id)

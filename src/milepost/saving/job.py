@@ -18,6 +18,7 @@ from milepost.format.manifest import Manifest
 from milepost.format.shares import Share
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
+from milepost.run.node_part import NodePart
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.frozen import FrozenFile, share_unchanged
@@ -77,11 +78,11 @@ class SaveJob:
     world_size: int
     plan: WritePlan
     info: SaveInfo | None
-    """What the manifest says beside the items; on rank 0 only, which publishes."""
+    """What the manifest says beside the items; only on the rank that publishes: rank 0, or the first of a node."""
     keep: Keep | None
-    """Rank 0 only: which steps to prune after the commit; None prunes nothing."""
+    """On that rank only: which steps to prune after the commit; None prunes nothing."""
     timeout_s: float
-    """Seconds that rank 0 waits for the other ranks' records, and they for its commit."""
+    """Seconds that it waits for the other ranks' records, and they for its commit."""
     form: Form | None = None
     """None: DCP's records, Milepost's own format."""
     num_threads: int = NUM_IO_THREADS
@@ -90,6 +91,13 @@ class SaveJob:
     """Place of the save in the order of commits, for a file of frozen tensors."""
     earlier: FrozenFile | None = None
     """That file in the step before, to be shared if its bytes are the same; None: it is written in any case."""
+    part: NodePart | None = None
+    """The part of the step that this rank's node holds, where each node has a folder of its own."""
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this rank is the one that commits."""
+        return self.info is not None
 
     @property
     def data_nbytes(self) -> int:
@@ -183,7 +191,7 @@ def run_job(
         StorageError: an operation on the storage failed on this rank.
     """
     monitor = JobMonitor() if monitor is None else monitor
-    place, is_first = Place.of(storage, job.attempt, job.target, job.save_id), job.rank == 0
+    place, is_first = Place.of(storage, job.attempt, job.target, job.save_id), job.publishes
     started = time.monotonic()
     contents: Mapping[str, str] = {}
     files: tuple[WrittenFile, ...] = ()
@@ -250,7 +258,7 @@ def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None
     else:
         outcome = text  # it names the rank that this one fails because of
     records = [partial(sign_off, storage, job.attempt, SignOff(job.rank, job.save_id, error=text))]
-    if job.rank == 0:
+    if job.publishes:
         records.append(partial(commit.fail_attempt, storage, job.attempt, outcome, rank=rank))
     for record in records:
         try:
@@ -264,8 +272,11 @@ def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None
 def relay_failure(storage: Storage, job: SaveJob, error: SaveError) -> None:
     """Record the failure of another rank, which could not do so itself, for a writer process that waits for it."""
     try:
-        if job.rank == 0:
-            sign_off(storage, job.attempt, SignOff(error.rank or 0, job.save_id, error=error.message))
+        if job.publishes:
+            failed = error.rank or 0
+            if job.part is not None and failed not in job.part.ranks:  # the writer waits for those of its node
+                failed = job.part.ranks[-1]
+            sign_off(storage, job.attempt, SignOff(failed, job.save_id, error=error.message))
         else:
             commit.fail_attempt(storage, job.attempt, error.message, rank=error.rank)
     except StorageError:
@@ -286,14 +297,22 @@ def save_failure(rank: int, cause: BaseException) -> SaveError:
 
 
 def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor) -> Mapping[str, str]:
+    ranks = job.part.ranks if job.part is not None else None
     signed = wait_for_sign_offs(
-        storage, job.attempt, job.world_size, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
+        *(storage, job.attempt, job.world_size, job.save_id),
+        timeout_s=job.timeout_s,
+        ranks=ranks,
+        give_up=monitor.why_stop,
     )
     if info.lineage is not None:
         retention.set_aside(storage, job.target, info.lineage)
     if job.form is not None:
         job.form.publish(storage, job.attempt, job.target, signed, info)
         manifest = None
+    elif job.part is not None:
+        manifest = commit.publish_part(
+            *(storage, job.attempt, job.target, signed, info, job.part), now=time.time(), world_size=job.world_size
+        )
     else:
         manifest = commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
     # Only now: nothing is deleted before what replaces it is durable.

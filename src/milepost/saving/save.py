@@ -23,6 +23,7 @@ from milepost.run.catalog import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
 from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
+from milepost.saving.nodes import Nodes
 from milepost.saving.stage import TensorBlocks
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
@@ -70,11 +71,16 @@ class Saver:
         timeout_s: float = TIMEOUT_S,
         num_threads: int = NUM_IO_THREADS,
         check_replicas: int = 0,
+        nodes: Nodes | None = None,
     ):
         self._storage = storage
         self._comm = comm
         self._agreement = Agreement(
-            storage, comm, timeout_s=timeout_s, num_threads=num_threads, check_replicas=check_replicas
+            *(storage, comm),
+            timeout_s=timeout_s,
+            num_threads=num_threads,
+            check_replicas=check_replicas,
+            nodes=nodes,
         )
 
     def save(self, request: SaveRequest) -> SaveReport:
@@ -107,7 +113,7 @@ class Saver:
                 raise_together(self._comm, failure)
         except BaseException:
             # Every rank knows by now, so nobody needs the records in the attempt any more.
-            if self._comm.rank == 0:
+            if watch.job.publishes:
                 commit.abort_attempt(self._storage, watch.job.attempt)
             raise
 
@@ -118,7 +124,7 @@ class _Foreground(JobMonitor):
     def __init__(self, comm: Comm, job: SaveJob, where: str):
         self.job = job
         self.where = where
-        self.notice = FailureNotice(comm, job.save_id)
+        self.notice = FailureNotice(comm, job.save_id, for_all=job.part is not None)
         self._progress = ProgressLog(f"saving {where}", job.data_nbytes, is_quiet=job.rank != 0)
 
     def wrote(self, nbytes: int) -> None:

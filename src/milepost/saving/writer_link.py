@@ -157,7 +157,7 @@ class WriterLink:
 
     def _is_committed(self, job: SaveJob, save: BackgroundSave) -> bool:
         """Whether the job that a dead writer had is committed; for a rank that has signed off, once rank 0 is done."""
-        if job.rank != 0 and signoff.has_signed_off(self._storage, job.attempt, job.rank):
+        if not job.publishes and signoff.has_signed_off(self._storage, job.attempt, job.rank):
             commit.wait_for_outcome(
                 *(self._storage, job.attempt, job.target, job.save_id),
                 timeout_s=job.timeout_s,

@@ -100,7 +100,7 @@ def _run(
 ) -> JobResult | MilepostError:
     watch = _Watch(link, job.data_nbytes)
     try:
-        if job.rank == 0:  # without the writer that commits, the others' work is lost
+        if job.publishes:  # without the writer that commits, the others' work is lost
             commit.adopt_attempt(storage, job.attempt)
         return run_job(storage, job, FileImage(memory), request.objects, watch, detached=True)
     except MilepostError as error:

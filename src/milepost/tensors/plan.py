@@ -126,12 +126,12 @@ class WritePlan:
         return sum(len(plan.items) for plan, _ in self.images)
 
 
-def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
+def plan_save(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None) -> tuple[WritePlan, ...]:
     """One plan for each rank such that every element of every tensor is stored exactly once.
 
     A box that several ranks hold is written by the one of them that has the least to write so far; buffers and values
     other than tensors by the lowest rank that has them. Frozen tensors are balanced by themselves, and go to a file of
-    their own where that pays.
+    their own where that pays. With ``nodes``, the ranks of each, every node by itself stores all that its ranks hold.
 
     Raises:
         PlanError: ranks disagree on a tensor's dtype or shape, or their boxes leave a gap or overlap. All faults at
@@ -139,31 +139,53 @@ def plan_save(layouts: Sequence[LocalLayout]) -> tuple[WritePlan, ...]:
     """
     holders, specs = _holders_of_boxes(layouts)
     _check_cover(holders, specs)
+    clash = sorted(key for layout in layouts for key in layout.objects if key in specs)
+    if clash:
+        raise PlanError(f"{clash[0]} is a tensor on one rank and another kind of value on another", key=clash[0])
+    plans: dict[int, WritePlan] = {}
+    for ranks in nodes if nodes is not None else [range(len(layouts))]:
+        plans |= _plans_of_node(ranks, layouts, _held_by(holders, ranks), specs)
+    return tuple(plans[rank] for rank in range(len(layouts)))
+
+
+def _plans_of_node(
+    ranks: Sequence[int],
+    layouts: Sequence[LocalLayout],
+    holders: Mapping[tuple[str, Box], Sequence[int]],
+    specs: Mapping[str, TensorSpec],
+) -> dict[int, WritePlan]:
+    """The plans of ranks that store together all that any of them holds, by rank."""
     buffers = frozenset[str]().union(*(layout.buffers for layout in layouts))
     marked = frozenset[str]().union(*(layout.frozen for layout in layouts))
     moving, frozen = (
         _assign(
-            {held: ranks for held, ranks in holders.items() if (held[0] in marked) is want}, specs, layouts, buffers
+            {held: found for held, found in holders.items() if (held[0] in marked) is want}, specs, layouts, buffers
         )
         for want in (False, True)
     )
     object_rank: dict[str, int] = {}
-    for rank, layout in enumerate(layouts):
-        for key in layout.objects:
+    for rank in ranks:
+        for key in layouts[rank].objects:
             object_rank.setdefault(key, rank)
-    clash = sorted(set(object_rank) & set(specs))
-    if clash:
-        raise PlanError(f"{clash[0]} is a tensor on one rank and another kind of value on another", key=clash[0])
-    plans = []
-    for rank, layout in enumerate(layouts):
-        objects = [key for key in layout.objects if object_rank[key] == rank]
+    plans = {}
+    for rank in ranks:
+        objects = [key for key in layouts[rank].objects if object_rank[key] == rank]
         one, other = ([(specs[key], box) for key, box in sorted(found[rank])] for found in (moving, frozen))
         if other and _pays(_nbytes(other), _nbytes(one)):
             plan = replace(lay_out_file(rank, one, objects), frozen=lay_out_file(rank, other, (), number=1))
         else:
             plan = lay_out_file(rank, sorted([*one, *other], key=lambda held: (held[0].key, held[1])), objects)
-        plans.append(plan)
-    return tuple(plans)
+        plans[rank] = plan
+    return plans
+
+
+def _held_by(
+    holders: Mapping[tuple[str, Box], Sequence[int]], ranks: Sequence[int]
+) -> dict[tuple[str, Box], list[int]]:
+    """The boxes that any of ``ranks`` holds, and which of them do."""
+    among = set(ranks)
+    held = {place: [rank for rank in found if rank in among] for place, found in holders.items()}
+    return {place: found for place, found in held.items() if found}
 
 
 def _nbytes(boxes: Iterable[tuple[TensorSpec, Box]]) -> int:
@@ -388,6 +410,11 @@ def swapped(box: Box) -> Box:
     """The box with its last two dims exchanged."""
     offsets, sizes = ((*values[:-2], values[-1], values[-2]) for values in (box.offsets, box.sizes))
     return Box(offsets, sizes)
+
+
+def has_all(shards: Sequence[ShardEntry], spec: TensorSpec) -> bool:
+    """Whether the shards hold all of the boxes of ``spec``."""
+    return all(sum(found.dst.numel for found in overlaps(shards, box)) == box.numel for box in spec.boxes)
 
 
 def overlaps(shards: Sequence[ShardEntry], box: Box) -> Sequence[Overlap]:

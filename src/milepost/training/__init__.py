@@ -17,6 +17,7 @@ In reading order::
     resume          loading it
     events          what happened, for logs and TensorBoard
     remote          the tier behind the folder: committed steps copied on, beside the training
+    node_tier       the same where each node has a folder of its own: when a step counts there, and what goes
     hooks           what is done after a commit: a function, a command line
 """
 

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field, replace
 import psutil
 
 from milepost.config import CheckpointConfig
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, NewerFormatError, StateMismatchError
+from milepost.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    ConfigError,
+    NewerFormatError,
+    StateMismatchError,
+)
 from milepost.format.manifest import BranchStart
 from milepost.run.branches import History, commit_order
 from milepost.run.catalog import StepEntry
@@ -35,6 +41,8 @@ class Choice:
     """Whether that step is of Hugging Face files."""
     in_remote: bool = False
     """Whether it is read from the run's remote folder."""
+    save_id: str = ""
+    """Of the step."""
 
 
 def choose(
@@ -58,6 +66,7 @@ def choose(
         NewerFormatError: a newer Milepost wrote the step to load, or one that may be the newest.
     """
     _refuse_newer(entries, config.load_step, folder)
+    _refuse_parts(entries, folder)
     entries = [_rejected(entry, rejected.get(entry.step)) for entry in entries]
     history = History.of(entries)
     line: tuple[StepEntry, ...] = history.current
@@ -116,6 +125,17 @@ def _refuse_newer(entries: Sequence[StepEntry], load_step: int, folder: str) -> 
             f"{folder}/{newer[-1].name} can't be read here: {newer[-1].reason}. To resume from an older step all the "
             "same, name it with checkpoint.load_step",
             path=newer[-1].path,
+        )
+
+
+def _refuse_parts(entries: Sequence[StepEntry], folder: str) -> None:
+    """One node's parts must not be passed over, as if nothing were there."""
+    parts = [entry for entry in entries if entry.state == "part"]
+    if parts:
+        raise ConfigError(
+            f"{folder} holds parts of steps ({parts[-1].name}: {parts[-1].reason}), as a run with "
+            "checkpoint.folder_per_node leaves them: set that, or checkpoint.folder to the checkpoint.remote_folder of "
+            "that run, where its steps are complete"
         )
 
 

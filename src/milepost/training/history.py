@@ -15,8 +15,9 @@ from milepost.run.catalog import StepEntry
 class SaveHistory:
     """The lineage of each save of a run: a loaded step, or the save before, is its parent. The same on every rank."""
 
-    def __init__(self, comm: Comm, scan: Callable[[], list[StepEntry]]):
+    def __init__(self, comm: Comm, scan: Callable[[], list[StepEntry]], look: Callable[[], None]):
         self._comm = comm
+        self._look = look
         self._scan = scan
         self._next: Descent | None = None
         self.committed_step: int | None = None
@@ -33,6 +34,7 @@ class SaveHistory:
             SaveError: on every rank, if the folder can't be read.
         """
         if self._next is None:
+            self._look()
             self._next = on_rank_0(self._comm, partial(self._begin, step))
         lineage, self._next = self._next.lineage(), self._next.tried()
         return lineage

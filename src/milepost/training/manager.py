@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle, log_wait
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Keep, SaveReport
+from milepost.saving.nodes import Nodes, find_nodes
 from milepost.saving.save import Saver
 from milepost.storage import open_storage
 from milepost.storage.base import join, split
@@ -48,6 +50,7 @@ from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.metrics import MetricRecorder
+from milepost.training.node_tier import NodeTier
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.remote import RemoteTier
 from milepost.training.resume import Loader, WeightsFormat
@@ -155,10 +158,11 @@ class CheckpointManager:
                 states=states or {},
                 rank=self._comm.rank,
             )
-            self._saver = self._make_saver()
         except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
+        self._nodes = self._find_nodes()
+        self._saver = self._make_saver()
         self._is_closed = False
         self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
@@ -174,15 +178,20 @@ class CheckpointManager:
         self._num_failures = 0  # in a row
         remote = Spot(*open_storage(self._config.remote_folder)) if self._config.remote_folder else None
         self._loader = Loader(
-            self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf, remote
+            *(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf, remote), self._nodes
         )
         self._remote: RemoteTier | None = None  # on rank 0
-        self._history = SaveHistory(self._comm, self._loader.scan)
+        self._tier: NodeTier | None = None  # on the first rank of each node, where nodes have a folder each
+        self._history = SaveHistory(self._comm, self._loader.scan, self._loader.look)
         self._last_save = time.monotonic()
         if self._config.enable:
-            on_rank_0(self._comm, self._check_folder)
+            self._on_first_ranks(self._check_folder)
         if self._saver is not None:
-            on_rank_0(self._comm, partial(self._lock_folder, remote))
+            token = self._comm.broadcast(uuid.uuid4().hex)
+            self._on_first_ranks(partial(self._lock_folder, remote, token))
+            if self._nodes is not None:
+                self._loader.look()
+                on_rank_0(self._comm, self._offer_what_is_left)
 
     def _check_given(self, **given: Any) -> None:
         """Refuse wrong arguments on every rank, and another folder than the other ranks have. Collective."""
@@ -192,9 +201,38 @@ class CheckpointManager:
         except ConfigError as error:
             failure = failure_on(self._comm.rank, error)
         folders = self._comm.gather(str(given["folder"]))
+        config = given["config"]
+        if isinstance(config, CheckpointConfig) and config.folder_per_node:
+            folders = None  # nodes may call theirs as they like
         if folders is not None and failure is None and len(set(folders)) > 1:
             lines = "".join(f"\n  {shown}" for shown in listed(by_ranks(folders)))
             failure = ConfigError(f"CheckpointManager: every rank must be given the same folder, found{lines}")
+        raise_together(self._comm, failure)
+
+    def _find_nodes(self) -> Nodes | None:
+        """Which ranks share the folder, where each node has its own; None where all do. Collective."""
+        config = self._config
+        if not (config.enable and config.folder_per_node) or self._comm.world_size == 1:
+            return None
+        if not self._storage.can_rename:
+            raise ConfigError(
+                f"checkpoint.folder_per_node: {self.folder} is a store, which all nodes see: leave it unset, or give "
+                "checkpoint.folder a path on each node's own disk"
+            )
+        nodes = find_nodes(self._storage, self._folder, self._comm)
+        return nodes if len(nodes.groups) > 1 else None
+
+    def _on_first_ranks(self, act: Callable[[], None]) -> None:
+        """Do something on rank 0, or on the first rank of each node that has a folder. Its error is all ranks'."""
+        if self._nodes is None:
+            on_rank_0(self._comm, act)
+            return
+        failure = None
+        if self._nodes.is_first(self._comm.rank):
+            try:
+                act()
+            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+                failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
 
     def _make_saver(self) -> Saver | AsyncSaver | None:
@@ -203,7 +241,11 @@ class CheckpointManager:
         config = self._config
         if config.async_mode == "disabled":
             return Saver(
-                self._storage, self._comm, num_threads=config.num_io_threads, check_replicas=config.check_replicas
+                self._storage,
+                self._comm,
+                num_threads=config.num_io_threads,
+                check_replicas=config.check_replicas,
+                nodes=self._nodes,
             )
         return AsyncSaver(
             self._storage,
@@ -211,6 +253,7 @@ class CheckpointManager:
             config.async_mode,
             num_threads=config.num_io_threads,
             check_replicas=config.check_replicas,
+            nodes=self._nodes,
         )
 
     def __enter__(self) -> Self:
@@ -238,6 +281,7 @@ class CheckpointManager:
         """The newest step of the branch that was written last, of whatever kind; None if there is none. Collective."""
         if not self._config.enable:
             return None
+        self._loader.look()
         newest = History.of(on_rank_0(self._comm, self._loader.scan)).newest
         return newest.step if newest is not None else None
 
@@ -246,6 +290,7 @@ class CheckpointManager:
         """The last step, if a run of ``num_steps`` steps has nothing left to train; else None. Collective."""
         if not self._config.enable:
             return None
+        self._loader.look()
         return on_rank_0(self._comm, partial(self._loader.finished_step, num_steps))
 
     @interrupts_held()
@@ -355,7 +400,7 @@ class CheckpointManager:
 
     def _tell_when_committed(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
         """Have the hooks run when a save is committed: now, or from the thread that commits it."""
-        if self._comm.rank != 0 or request.info.step is None:
+        if (self._comm.rank != 0 and self._tier is None) or request.info.step is None:
             return
         commit = Commit(
             step=request.info.step,
@@ -364,9 +409,14 @@ class CheckpointManager:
             metrics=dict(request.info.metrics),
         )
         # Not the manager: a save that runs must not keep alive one that its user has forgotten.
-        hooks, remote, protected = self._hooks, self._remote, self._protected
+        hooks, remote, tier, protected = self._hooks, self._remote, self._tier, self._protected
+        lineage = request.info.lineage
 
         def pass_on() -> None:
+            if tier is not None:
+                assert lineage is not None
+                tier.offer(commit, begun.save_id, lineage.order, protected)
+                return
             hooks.tell(commit)
             if remote is not None:
                 remote.offer(commit, protected)
@@ -420,8 +470,9 @@ class CheckpointManager:
             # Not before: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
             self._record_pending()
-            if self._remote is not None:
-                self._remote.close()
+            for tier in (self._remote, self._tier):
+                if tier is not None:
+                    tier.close()
             self._hooks.close()
             self._unlock_folder()
 
@@ -435,8 +486,9 @@ class CheckpointManager:
         finally:
             self._signals.restore()
             self._hooks.close(timeout_s=0.0)  # what was committed is told, but an error is not held up for long
-            if self._remote is not None:
-                self._remote.leave()
+            for tier in (self._remote, self._tier):
+                if tier is not None:
+                    tier.leave()
             self._unlock_folder()
 
     def listen_to_signals(
@@ -542,7 +594,9 @@ class CheckpointManager:
                 metrics=values,
             ),
             dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
-            keep=Keep(
+            keep=None
+            if self._nodes is not None  # see `NodeTier`
+            else Keep(
                 self._folder,
                 config.keep_latest_k,
                 config.keep_every_n_steps,
@@ -604,7 +658,7 @@ class CheckpointManager:
                 f'initial_load_path="{self.folder}"'
             )
 
-    def _lock_folder(self, remote: Spot | None) -> None:
+    def _lock_folder(self, remote: Spot | None, token: str) -> None:
         """Lock the folder for this run, once the writers of one that died have finished; the remote one likewise."""
         place = (os.getpid(), self._storage.root, self._folder)
         if place in _open_here:
@@ -618,11 +672,23 @@ class CheckpointManager:
         self._lock = take_over(self._storage, self._folder)
         _open_here[place] = self
         if remote is not None:
+            local = Spot(self._storage, self._folder)
             try:
-                self._remote = RemoteTier(Spot(self._storage, self._folder), remote, self._config, self._hooks)
+                if self._nodes is not None:
+                    part = self._nodes.part_of(self._comm.rank)
+                    self._tier = NodeTier(local, self._config, self._hooks, self._comm, part, token, remote)
+                else:
+                    self._remote = RemoteTier(local, remote, self._config, self._hooks)
             except BaseException:
                 self._unlock_folder()
                 raise
+
+    def _offer_what_is_left(self) -> None:
+        """Have the newest step that all nodes hold copied, if a run before this one did not get that far. On rank 0."""
+        assert self._tier is not None
+        newest = History.of(self._loader.scan()).newest
+        if newest is not None and not self._loader.is_remote(newest):
+            self._tier.offer_what_is_left(newest)
 
     def _unlock_folder(self) -> None:
         if self._lock is not None:

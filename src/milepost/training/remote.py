@@ -10,8 +10,9 @@ import logging
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from milepost.config import CheckpointConfig
 from milepost.run import catalog
@@ -35,15 +36,38 @@ LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why a step could not be copied. ``is_final``: because of the step itself, so it is not tried again."""
+class CopyOutcome:
+    """What came of a copy. ``is_final``: it failed because of the step itself, so it is not tried again."""
 
-    text: str
+    failure: str = ""
+    """Why the step could not be copied; empty if it is there."""
     is_final: bool = False
+    nbytes: int = 0
+    """What was sent."""
+
+
+def run_copy(
+    request: CopyRequest, started: Callable[[subprocess.Popen[bytes]], None] = lambda process: None
+) -> CopyOutcome:
+    """Copy in a process of its own, which ``started`` is told of; what came of it."""
+    said: Mapping[str, Any] = {}
+    try:
+        with copy_process.start(request) as process:
+            started(process)
+            for message in copy_process.messages(process):
+                said = message
+    except (OSError, subprocess.SubprocessError) as error:
+        return CopyOutcome(f"{type(error).__name__}: {error}")
+    if "seconds" not in said:
+        text = said.get("error") or f"its process ended with status {process.returncode}"
+        return CopyOutcome(str(text), is_final=bool(said.get("is_final")))
+    return CopyOutcome(nbytes=int(said["nbytes"]))
 
 
 class RemoteTier:
     """Copies what is offered, from construction to :meth:`close` or :meth:`leave`.
+
+    ``announce`` is called with each step before it is copied, where each node copies its own part.
 
     Raises:
         RunLockedError: another run writes to the remote folder.
@@ -51,8 +75,16 @@ class RemoteTier:
     """
 
     def __init__(
-        self, local: Spot, remote: Spot, config: CheckpointConfig, hooks: CommitHooks, *, retry_s: float | None = None
+        self,
+        local: Spot,
+        remote: Spot,
+        config: CheckpointConfig,
+        hooks: CommitHooks,
+        *,
+        retry_s: float | None = None,
+        announce: Callable[[Commit], None] | None = None,
     ):
+        self._announce = announce
         self._local = local
         self._remote = remote
         self._config = config
@@ -75,6 +107,8 @@ class RemoteTier:
         catalog.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-remote", daemon=True)
         self._thread.start()
+        if announce is not None:
+            return
         try:
             self._offer_what_is_left()
         except BaseException:
@@ -149,7 +183,7 @@ class RemoteTier:
                 if not gives_up and self._waiting is None:
                     self._waiting = commit
             what = "given up: `milepost sync` copies it by hand" if gives_up else "tried again"
-            log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure.text)
+            log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure.failure)
             with self._changed:
                 if not gives_up:
                     self._changed.wait_for(lambda: self._has_left, self._retry_s)
@@ -161,7 +195,7 @@ class RemoteTier:
             self._current, self._waiting = self._waiting, None
             return self._current
 
-    def _copy(self, commit: Commit) -> _Failure | None:
+    def _copy(self, commit: Commit) -> CopyOutcome | None:
         """Copy a step, and tell the hooks. Returns why it failed; None if it is there."""
         name = catalog.step_name(commit.step)
         dst_path = join(self._remote.path, name)
@@ -171,20 +205,16 @@ class RemoteTier:
             dst_root=self._remote.storage.root,
             dst_path=dst_path,
             keep=self._keep(),
+            is_part=self._announce is not None,
         )
+        if self._announce is not None:
+            self._announce(commit)
         started = time.monotonic()
-        outcome: Mapping[str, object] = {}
-        try:
-            with copy_process.start(request) as process:
-                for message in copy_process.messages(process):
-                    outcome = message
-        except (OSError, subprocess.SubprocessError) as error:
-            return _Failure(f"{type(error).__name__}: {error}")
-        if "seconds" not in outcome:
-            text = outcome.get("error") or f"its process ended with status {process.returncode}"
-            return _Failure(str(text), is_final=bool(outcome.get("is_final")))
-        nbytes, seconds = outcome["nbytes"], time.monotonic() - started
-        log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, format_nbytes(int(nbytes)), seconds)  # type: ignore[call-overload]
+        outcome = run_copy(request)
+        if outcome.failure:
+            return outcome
+        size, seconds = format_nbytes(outcome.nbytes), time.monotonic() - started
+        log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, size, seconds)
         self._hooks.tell(replace(commit, path=join(self._remote.storage.root, dst_path), tier="remote_folder"))
         return None
 

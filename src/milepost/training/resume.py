@@ -27,12 +27,16 @@ from milepost.loading.load import LoadReport, load_from
 from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
 from milepost.loading.policy import Policy, first_match
+from milepost.loading.sources import Near, find_near
 from milepost.loading.target import Stored, Target
-from milepost.run import catalog
+from milepost.run import catalog, node_steps
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
+from milepost.run.node_part import NodePart
+from milepost.run.node_steps import NodeFolder
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Form
+from milepost.saving.nodes import Nodes
 from milepost.storage import is_folder, open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.tensors.layout import TensorLeaf
@@ -84,7 +88,7 @@ def is_weights_file(path: str) -> bool:
 
 
 class Loader:
-    """Loads into the live objects of a run. All methods are collective but :meth:`scan`."""
+    """Loads into the live objects of a run. All methods are collective but :meth:`scan` and :meth:`finished_step`."""
 
     def __init__(
         self,
@@ -96,7 +100,10 @@ class Loader:
         layout: Mapping[str, int],
         weights_format: WeightsFormat | None,
         remote: Spot | None = None,
+        nodes: Nodes | None = None,
     ):
+        self._nodes = nodes
+        self._node_folders: list[NodeFolder] = []  # on rank 0: what all nodes' folders held when it was looked last
         self._storage = storage
         self._folder = folder
         self._config = config
@@ -110,14 +117,38 @@ class Loader:
         self._reading = ""  # save id of the checkpoint that is being loaded
         self._warned: set[int] = set()  # of these steps
 
+    def look(self) -> None:
+        """Gather what the folders of all nodes hold, where each has its own. Before :meth:`scan`. Collective."""
+        if self._nodes is None:
+            return
+        found, failure = None, None
+        if self._nodes.is_first(self._comm.rank):
+            try:
+                found = node_steps.look(self._storage, self._folder, self._nodes.part_of(self._comm.rank))
+            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+                failure = failure_on(self._comm.rank, cause)
+        raise_together(self._comm, failure)
+        brought = self._comm.gather(found)
+        self._node_folders = [folder for folder in brought if folder is not None] if brought is not None else []
+
     def scan(self) -> list[StepEntry]:
         """The steps of the run's folder, with those of the remote one that are not there, or are newer or whole."""
-        here = catalog.scan(self._storage, self._folder)
+        if self._nodes is not None:
+            here = node_steps.merged(self._node_folders, self._comm.world_size, self._layout)
+        else:
+            here = catalog.scan(self._storage, self._folder)
         if self._remote is None:
             return here
         found = both_tiers(here, catalog.scan(self._remote.storage, self._remote.path), self._bad_here)
         self._remote_steps = frozenset(entry.step for entry, is_remote in found if is_remote)
         return [entry for entry, _ in found]
+
+    def is_remote(self, entry: StepEntry) -> bool:
+        """Whether the remote folder has the save that ``entry`` is of. On rank 0."""
+        if self._remote is None:
+            return False
+        found = catalog.scan(self._remote.storage, self._remote.path)
+        return any(one.is_usable and one.save_id == entry.save_id for one in found)
 
     def finished_step(self, num_steps: int) -> int | None:
         """The last step, if a start of this run would find nothing left to train up to ``num_steps``. On rank 0."""
@@ -128,6 +159,7 @@ class Loader:
         """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
         rejected: dict[int, str] = {}
         while True:
+            self.look()
             choice, descent = on_rank_0(self._comm, partial(self._choose, rejected, num_steps, step))
             if choice is None:
                 return None
@@ -154,10 +186,15 @@ class Loader:
                     num_threads=self._config.num_io_threads,
                     wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
                     translate=partial(self._translate, storage, path),
+                    part=self._part_of(choice),
+                    near=self._near(choice),
                 )
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):
                     raise
+                if self._part_of(choice) is not None:
+                    self._mark_damaged_part(choice.path, choice.step, error)
+                    continue
                 if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error)):
                     if self._remote is not None and not choice.in_remote:
                         self._bad_here.add(choice.step)  # the other folder may have it whole
@@ -212,6 +249,26 @@ class Loader:
         if choice.in_remote and self._remote is not None:
             return self._remote.storage, choice.path
         return self._storage, choice.path
+
+    def _part_of(self, choice: Choice) -> NodePart | None:
+        """The part of the chosen step that this rank reads, if nodes have a folder each and it is read there."""
+        if self._nodes is None or choice.step is None or choice.in_remote:
+            return None
+        return self._nodes.part_of(self._comm.rank)
+
+    def _near(self, choice: Choice) -> Near | None:
+        """What this node has of a step that is read from the remote folder."""
+        if self._nodes is None or not choice.in_remote or choice.step is None or not choice.save_id:
+            return None
+        return find_near(self._storage, join(self._folder, catalog.step_name(choice.step)), choice.save_id)
+
+    def _mark_damaged_part(self, path: str, step: int, error: CheckpointDamagedError) -> None:
+        """Mark a step on the node that has found its part damaged; no node reads it there again in this run."""
+        assert self._nodes is not None
+        self._bad_here.add(step)
+        part = self._nodes.part_of(self._comm.rank)
+        if self._comm.rank == part.ranks[0] and error.rank in part.ranks:
+            self._mark_damaged(self._storage, path, error)
 
     def _policy(self, choice: Choice) -> Policy:
         """What may be missing: whatever a new run adds to the weights that it begins with, where it says which."""
@@ -324,7 +381,7 @@ class Loader:
                     f"{entry.state}: {entry.reason}",
                 )
                 self._warned.add(entry.step)
-        choice = replace(choice, in_remote=choice.step in self._remote_steps)
+        choice = replace(choice, in_remote=choice.step in self._remote_steps, save_id=chosen.save_id)
         if choice.is_finished and choice.model_only:
             form = catalog.read_manifest(self._place(choice)[0], chosen.path).extra.get("format")
             choice = replace(choice, in_hf=form == HF_FORMAT)
@@ -337,7 +394,7 @@ class Loader:
         """
         reason = error.message
         found = catalog.examine(storage, path)
-        if found is not None and found.is_usable and found.save_id != self._reading:
+        if found is not None and (found.is_usable or found.state == "part") and found.save_id != self._reading:
             return False
         left = "" if self._config.load_only else ", marked: it is not tried again"
         log.warning("%s\nFalling back to an older step; the damaged one is left where it is%s.", reason, left)

@@ -1,0 +1,174 @@
+"""Where a load's bytes come from: the checkpoint, or, nearer, what this node's own folder has of the same save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, StorageError
+from milepost.format.digest import BlockDigests
+from milepost.format.manifest import Manifest
+from milepost.loading.names import Translation
+from milepost.loading.reader import TensorReads, read_objects
+from milepost.run import catalog
+from milepost.storage.base import Storage
+from milepost.tensors.plan import ReadItem, TensorSpec, has_all, plan_load
+from milepost.tensors.state import FlatState
+
+log = logging.getLogger("milepost")
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A folder of this node's with its part of a save, or all of it."""
+
+    storage: Storage
+    path: str
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        return f"{self.storage.root}/{self.path}"
+
+
+def read_own_part(storage: Storage, path: str) -> Manifest:
+    """The manifest of the part of a step that this node has.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CheckpointDamagedError: files of it are missing or of another size.
+    """
+    record = catalog.read_part(storage, path)
+    if record.faults:
+        faults = "; ".join(map(str, record.faults))
+        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults}", path=path)
+    return record.manifest
+
+
+def find_near(storage: Storage, path: str, save_id: str) -> Near | None:
+    """What this node's folder has at ``path`` of the save ``save_id``; None if nothing that can be relied on."""
+    try:
+        info = catalog.examine(storage, path)
+        if info is None or info.save_id != save_id or info.state not in ("part", "committed"):
+            return None
+        read = read_own_part if info.state == "part" else catalog.read_manifest
+        return Near(storage, path, read(storage, path))
+    except (CheckpointDamagedError, CheckpointNotFoundError, StorageError) as error:
+        log.warning("%s/%s is not read: %s", storage.root, path, error)
+        return None
+
+
+def _digests_of(near: Near) -> BlockDigests | None:
+    """None if they can't be read, which is logged."""
+    try:
+        return catalog.read_digests(near.storage, near.path, near.manifest)
+    except (CheckpointDamagedError, StorageError) as error:
+        log.warning("%s is not read: %s", near, error)
+        return None
+
+
+class Sources:
+    """The reads of one load on this rank.
+
+    What fails to be read nearby is read from the checkpoint itself, and logged.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        recorded: Manifest,
+        translation: Translation,
+        near: Near | None,
+        flat: FlatState,
+        wanted: Sequence[TensorSpec],
+    ):
+        self._storage = storage
+        self._folder = folder
+        self._flat = flat
+        self._recorded = recorded
+        self._manifest = translation.manifest
+        self._origins = translation.origins
+        self._wanted = {spec.key: spec for spec in wanted}
+        self._digests: BlockDigests | None = catalog.read_digests(storage, folder, recorded)
+        self._near_digests = _digests_of(near) if near is not None else None
+        self._near = near if self._near_digests is not None else None
+        self._near_reads: TensorReads | None = None
+        near_keys = self._near_keys()
+        near_wanted = [spec for key, spec in self._wanted.items() if key in near_keys]
+        self._near_items = plan_load(self._near.manifest, near_wanted) if self._near is not None else ()
+        self._items = self._planned(self._wanted.keys() - near_keys)
+
+    @property
+    def nbytes(self) -> int:
+        """About how much will be read."""
+        return sum(item.shard.data_nbytes for item in (*self._items, *self._near_items))
+
+    def _near_keys(self) -> set[str]:
+        """The tensors of which all that this rank wants is nearby."""
+        if self._near is None:
+            return set()
+        tensors = self._near.manifest.tensors
+        return {
+            key
+            for key, spec in self._wanted.items()
+            if key in tensors and key not in self._origins and has_all(tensors[key].shards, spec)
+        }
+
+    def _planned(self, keys: Collection[str]) -> tuple[ReadItem, ...]:
+        return plan_load(self._recorded, [s for key, s in self._wanted.items() if key in keys], self._origins)
+
+    def read_objects(self, keys: Sequence[str]) -> None:
+        """Fill the slots of the values that are not tensors.
+
+        Raises: as ``reader.read_objects``, of the checkpoint itself.
+        """
+        near = self._near
+        left = set(keys)
+        if near is not None:
+            here = [key for key in keys if key in near.manifest.objects]
+            with self._falling_back():
+                for key, value in read_objects(near.storage, near.path, near.manifest, here):
+                    self._flat.slots[key].fill(value)
+                    left.discard(key)
+        for key, value in read_objects(self._storage, self._folder, self._manifest, [k for k in keys if k in left]):
+            self._flat.slots[key].fill(value)
+
+    def reads(self, is_due: Callable[[str], bool], on_read: Callable[[int], None] | None) -> Iterator[TensorReads]:
+        """The reads that fill those tensors of which ``is_due`` holds, given the leaf's key.
+
+        The caller closes each, and does its tasks within :meth:`guard`, before it takes the next. Raises, and the tasks
+        do: as ``reader.read_tensors``, of the checkpoint itself.
+        """
+        tensors = self._flat.tensors
+        items = [item for item in self._items if is_due(item.leaf)]
+        near_items = [item for item in self._near_items if is_due(item.leaf)]
+        if self._near is not None and near_items:
+            near, found = self._near, None
+            with self._falling_back():
+                found = TensorReads(near.storage, near.path, near_items, tensors, self._near_digests, on_read=on_read)
+            if found is not None:
+                self._near_reads = found
+                yield found
+        if self._near is None:
+            items += self._planned({item.leaf for item in near_items})
+        yield TensorReads(self._storage, self._folder, items, tensors, self._digests, on_read=on_read)
+
+    def guard(self, reads: TensorReads) -> AbstractContextManager[None]:
+        """Within, what goes wrong with ``reads`` is logged if they are of this node's own folder, and raised if not."""
+        return self._falling_back() if reads is self._near_reads else nullcontext()
+
+    @contextmanager
+    def _falling_back(self) -> Iterator[None]:
+        """Within, what goes wrong with the part that is nearby is logged, and that is not used any more."""
+        near = self._near
+        assert near is not None
+        try:
+            yield
+        except (CheckpointDamagedError, StorageError) as error:
+            log.warning("%s\nReading from %s/%s instead.", error, self._storage.root, self._folder)
+            with suppress(StorageError):
+                catalog.mark_damaged(near.storage, near.path, str(error), now=time.time())
+            self._near = None

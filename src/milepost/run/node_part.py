@@ -1,0 +1,56 @@
+"""One node's part of a step, where each node has a folder of its own: what a part says of itself.
+
+A part is a folder like a checkpoint's, under the same protocol, with ``milepost.part.json`` in place of
+``milepost.json``: no reader takes it for a checkpoint. It holds all that the ranks of its node held, so these can be
+given it back from there. The parts of all nodes make up the step.
+"""
+
+# No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from milepost.errors import FormatError
+from milepost.format.typed_json import Count, typed
+
+PART_KEY = "part"
+"""In the ``extra`` of a part's manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodePart:
+    """Which part of a step it is."""
+
+    node: Count
+    """Number of the node, from 0."""
+    num_nodes: Count
+    ranks: tuple[Count, ...]
+    """Those of the node, ascending."""
+
+    def __str__(self) -> str:
+        return f"the part of node {self.node} of {self.num_nodes} ({rank_list(self.ranks)})"
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest's ``extra`` gets."""
+        return {PART_KEY: {**asdict(self), "ranks": list(self.ranks)}}
+
+
+def part_of_manifest(extra: Mapping[str, Any], path: str) -> NodePart:
+    """Read what :meth:`NodePart.record` made. Raises FormatError if it is not there, or contradicts itself."""
+    part = typed(extra.get(PART_KEY), NodePart, path, PART_KEY)
+    if part.node >= part.num_nodes or not part.ranks or list(part.ranks) != sorted(set(part.ranks)):
+        raise FormatError(f"{path}: it can't be the part of node {part.node} of {part.num_nodes}", path=path)
+    return part
+
+
+def rank_list(ranks: Sequence[int]) -> str:
+    """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``."""
+    found: list[list[int]] = []
+    for rank in ranks:
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in found)
+    return ("rank " if len(ranks) == 1 else "ranks ") + text

@@ -1,0 +1,121 @@
+"""The steps of a run whose nodes have a folder each: which of them all nodes hold, so that each rank finds its bytes.
+
+Every node commits its part by itself, and nothing in one folder tells of the others. A step is settled once all nodes
+have theirs; each node then notes that in its own folder. So what was committed and has lost a part is told from what
+was never committed: the first is damaged, the second incomplete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from milepost.run import catalog
+from milepost.run.branches import commit_order
+from milepost.run.catalog import StepEntry
+from milepost.run.node_part import NodePart, rank_list
+from milepost.storage.base import Storage, join
+
+NOTE_NAME = ".node.json"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFolder:
+    """What one node's folder holds."""
+
+    part: NodePart
+    """Which part of the run's steps belongs here now."""
+    entries: tuple[StepEntry, ...]
+    settled: Mapping[int, str]
+    """Steps of which all nodes had their part: the save id of each."""
+
+
+def look(storage: Storage, folder: str, part: NodePart) -> NodeFolder:
+    """What this node's folder holds. Raises StorageError if it can't be read."""
+    return NodeFolder(part, tuple(catalog.scan(storage, folder)), settled_steps(storage, folder))
+
+
+def settled_steps(storage: Storage, folder: str) -> dict[int, str]:
+    """The steps that were noted as settled; empty if there is no such note, or it is not legible."""
+    name = join(folder, NOTE_NAME)
+    if storage.stat(name) is None:
+        return {}
+    try:
+        said = json.loads(storage.read(name, catalog.MAX_MARK_NBYTES))["settled"]
+        return {int(step): str(save_id) for step, save_id in said.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def note_settled(storage: Storage, folder: str, step: int, save_id: str) -> None:
+    """Note that all nodes hold their part of a step. Notes of steps that are gone are dropped. Durable at return."""
+    names = {entry.name for entry in storage.list(folder)}
+    kept = {s: i for s, i in settled_steps(storage, folder).items() if catalog.step_name(s) in names}
+    storage.replace(join(folder, NOTE_NAME), json.dumps({"settled": {**kept, step: save_id}}).encode())
+    storage.sync_folder(folder)
+
+
+def merged(folders: Sequence[NodeFolder], world_size: int, layout: Mapping[str, int]) -> list[StepEntry]:
+    """The steps of all nodes' folders, each once: ``committed`` where each rank finds what it held when it was saved.
+
+    ``world_size`` and ``layout`` are this run's: ranks of another one held other things.
+    """
+    steps = sorted({entry.step for folder in folders for entry in folder.entries})
+    return [_merged(step, folders, world_size, layout) for step in steps]
+
+
+def _merged(step: int, folders: Sequence[NodeFolder], world_size: int, layout: Mapping[str, int]) -> StepEntry:
+    found = {folder.part.node: entry for folder in folders for entry in folder.entries if entry.step == step}
+    odd = next((entry for entry in found.values() if entry.state in ("newer", "unreadable")), None)
+    if odd is not None:
+        return odd
+    newest = max(found.values(), key=lambda entry: (bool(entry.save_id), commit_order(entry)))
+    faults = list(_faults(newest, found, folders, world_size, layout))
+    if not faults:
+        nbytes = sum(entry.nbytes for entry in found.values())
+        pinned = any(entry.pinned for entry in found.values())
+        return replace(newest, state="committed", reason="", nbytes=nbytes, pinned=pinned, part=None)
+    was_settled = any(step in folder.settled for folder in folders)
+    why = f"not every rank finds its bytes in its node's folder: {'; '.join(faults)}"
+    return replace(newest, state="damaged" if was_settled else "incomplete", reason=why, part=None)
+
+
+def _faults(
+    newest: StepEntry,
+    found: Mapping[int, StepEntry],
+    folders: Sequence[NodeFolder],
+    world_size: int,
+    layout: Mapping[str, int],
+) -> Iterator[str]:
+    """Why ranks of this run can't all read the save that ``newest`` is of."""
+    for folder in folders:
+        part, entry = folder.part, found.get(folder.part.node)
+        where = f"node {part.node} ({rank_list(part.ranks)})"
+        if entry is None:
+            yield f"{where} has no part of it"
+        elif entry.state == "damaged":
+            yield f"{where}: {entry.reason}"
+        elif entry.save_id != newest.save_id:
+            yield f"{where} holds another save of this step"
+        elif entry.state == "committed":
+            continue  # all of it: any rank can read that
+        elif entry.part is None:
+            yield f"{where}: {entry.reason}"
+        elif entry.world_size != world_size or (entry.part.ranks, entry.part.num_nodes) != (part.ranks, len(folders)):
+            yield f"{where} has the part of {rank_list(entry.part.ranks)} of {entry.world_size}"
+        elif entry.layout and layout and dict(entry.layout) != dict(layout):
+            yield f"{where} has the part of ranks of another layout"
+
+
+def outdated(folder: NodeFolder, kept: Sequence[str], order: int) -> list[StepEntry]:
+    """The parts that may go once a step of ``order`` is settled: older ones of which the save id is not ``kept``."""
+    return [
+        entry
+        for entry in folder.entries
+        if entry.state == "part"
+        and entry.lineage is not None
+        and entry.lineage.order < order
+        and entry.save_id not in kept
+        and not entry.pinned
+    ]

@@ -1,0 +1,358 @@
+"""One node's part of a step, brought to the run's other folder: there the parts of all nodes become one checkpoint.
+
+Each node's process does this for its own part, and they meet in the attempt, as the ranks of a save do::
+
+    <attempt>/part-<node>       offer      what the node holds; with those of lower nodes: what it is to bring
+    __<rank>_0.distcp           copy       the records that no lower node has, packed, each compared with its digest
+    <attempt>/sign-off-<node>   sign_off   its files are durable
+    step-<N>/                   publish    by node 0, once all have signed off
+
+What several nodes hold (replicas) is brought once, by the lowest of them. Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from milepost.errors import CheckpointDamagedError, SaveError, StorageError, listed
+from milepost.format.box import Box
+from milepost.format.columns import Objects, ShardTable, Tensors, table_of
+from milepost.format.digest import BlockDigests, crc32
+from milepost.format.manifest import DIGESTS_NAME, Manifest, ObjectEntry, ShardEntry
+from milepost.format.segments import Segment
+from milepost.run import catalog, commit, retention
+from milepost.run.assemble import SaveInfo
+from milepost.run.node_part import PART_KEY, NodePart, part_of_manifest
+from milepost.run.place import Place
+from milepost.run.signoff import (
+    SignOff,
+    WrittenFile,
+    WrittenObject,
+    WrittenTensor,
+    dump_sign_off,
+    has_signed_off,
+    parse_sign_off,
+    segment_of,
+    sign_off,
+    wait_for_sign_offs,
+)
+from milepost.saving.copy_step import CopyProgress, CopyReport, Spot, attempt_of, begin_copy
+from milepost.saving.writer import write_stream
+from milepost.storage.base import ReadHandle, Storage, join
+from milepost.tensors.plan import LARGE_ALIGNMENT, LARGE_RECORD_NBYTES, SMALL_ALIGNMENT, WriteItem, align
+
+PIECE_NBYTES = 8 << 20
+POLL_S = 0.25
+WAIT_S = 6 * 3600.0
+"""The nodes wait so long for each other: the slowest link decides, and whoever started this may end it before."""
+ORPHAN_S = 120.0
+"""Once the process that asked for the copy is dead, for so long: the others' may be dead too."""
+_DRAFT = ".part"
+_OFFER_PREFIX = "part-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A record of this node's, and what is known of it."""
+
+    key: str
+    entry: ShardEntry | ObjectEntry
+    shard: int = 0
+    """Its number among the shards of its tensor."""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+    @property
+    def is_large(self) -> bool:
+        return isinstance(self.entry, ShardEntry) and self.entry.data_nbytes >= LARGE_RECORD_NBYTES
+
+
+def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> CopyReport:
+    """Copy the part of a step at ``src``, and see the step committed at ``dst`` with the parts of the other nodes.
+
+    Raises:
+        CheckpointNotFoundError: there is no part at ``src``.
+        CheckpointDamagedError: bytes of it are not what was saved.
+        SaveError: another node gave up, or did not come.
+        StorageError: one of the two refused. What is copied already is not copied again the next time.
+    """
+    started = time.monotonic()
+    record = catalog.read_part(src.storage, src.path)
+    if record.faults:
+        raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
+    manifest = record.manifest
+    part = part_of_manifest(manifest.extra, src.path)
+    found = catalog.examine(dst.storage, dst.path)
+    if found is not None and found.is_usable and found.save_id == manifest.save_id:
+        return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
+    digests = catalog.read_digests(src.storage, src.path, manifest)
+    if digests is None:
+        raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
+    waiting = _Patience()
+    attempt = _enter(dst, part, manifest.save_id, waiting)
+    try:
+        offers = _offered(dst.storage, attempt, part, manifest, digests, waiting)
+        nbytes = _bring(src, dst, attempt, part, manifest, digests, offers, progress)
+        _finish(dst, attempt, part, manifest, offers, waiting)
+    except (CheckpointDamagedError, SaveError) as error:
+        with suppress(StorageError):  # it is there already, or can't be left: the others give up in time
+            sign_off(dst.storage, attempt, SignOff(part.node, manifest.save_id, error=error.message))
+        raise
+    return CopyReport(path=str(dst), nbytes=nbytes, seconds=time.monotonic() - started, was_there=False)
+
+
+class _Patience:
+    """How long to wait for other nodes: as long as whoever asked for this copy lives, and a little longer."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._orphan_since: float | None = None
+        self._deadline = time.monotonic() + WAIT_S
+
+    def why_stop(self) -> str | None:
+        """Return the reason to wait no longer, or None."""
+        now = time.monotonic()
+        if os.getppid() != self._parent:
+            self._orphan_since = self._orphan_since or now
+        if self._orphan_since is not None and now - self._orphan_since > ORPHAN_S:
+            return "before this run ended"
+        return f"within {WAIT_S / 3600:.0f} hours" if now > self._deadline else None
+
+    def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
+        """Return when ``is_so``. Raises SaveError, saying that ``what`` did not come, when the wait is over."""
+        while not is_so():
+            reason = self.why_stop()
+            if reason is not None:
+                raise SaveError(f"{what} did not come {reason}")
+            time.sleep(POLL_S)
+
+
+def _enter(dst: Spot, part: NodePart, save_id: str, waiting: _Patience) -> str:
+    """The attempt: made by node 0, entered by the others."""
+    if part.node == 0:
+        attempt = begin_copy(dst, save_id, is_joint=True)
+    else:
+        attempt = attempt_of(dst.path, save_id)
+        waiting.wait_for(lambda: bool(dst.storage.names(attempt)), "node 0, which is to begin the copy,")
+        commit.adopt_attempt(dst.storage, attempt)
+    if not _has_brought(dst.storage, attempt, part.node):
+        dst.storage.remove(f"{attempt}/sign-off-{part.node}")  # an earlier try of this node's has failed
+    return attempt
+
+
+def _offered(
+    storage: Storage,
+    attempt: str,
+    part: NodePart,
+    manifest: Manifest,
+    digests: BlockDigests,
+    waiting: _Patience,
+) -> list[ShardTable]:
+    """What each node holds, in their order; this one's is put beside those of the others."""
+    import numpy as np
+
+    table = table_of(manifest)
+    files = {name: manifest.files[name] for name in table.files}
+    segment = Segment(table, files, np.fromiter(digests.crcs, np.uint32, len(digests.crcs)))
+    mine = f"{attempt}/{_OFFER_PREFIX}{part.node}"
+    storage.replace(mine, dump_sign_off(SignOff(part.node, manifest.save_id, segment)))
+    names = [f"{_OFFER_PREFIX}{node}" for node in range(part.num_nodes)]
+    waiting.wait_for(lambda: {*names} <= {*storage.names(attempt)}, "the copies of the other nodes")
+    tables = []
+    for node, name in enumerate(names):
+        found = table if node == part.node else _table_in(storage, f"{attempt}/{name}")
+        tables.append(found)
+    return tables
+
+
+def _table_in(storage: Storage, path: str) -> ShardTable:
+    segment = parse_sign_off(storage.read(path), path).segment
+    if segment is None:
+        raise SaveError(f"{path} says nothing of what its node holds", path=path)
+    return segment.table
+
+
+# ---- what this node brings ----
+
+
+def _bring(
+    src: Spot,
+    dst: Spot,
+    attempt: str,
+    part: NodePart,
+    manifest: Manifest,
+    digests: BlockDigests,
+    offers: Sequence[ShardTable],
+    progress: CopyProgress | None,
+) -> int:
+    """Copy what no lower node holds, and sign off. Returns the bytes that were sent."""
+    storage, save_id = dst.storage, manifest.save_id
+    if _has_brought(storage, attempt, part.node):
+        return 0
+    place = Place.of(storage, attempt, dst.path, save_id)
+    by_file = _records(offers[part.node], offers[: part.node])
+    sizes = {file: _packed(records)[1] for file, records in by_file.items()}
+    present = {entry.name: entry.nbytes for entry in storage.list(place.folder) if place.holds(entry.name)}
+    total, done, written, sent = sum(sizes.values()), 0, [], 0
+    for file, records in by_file.items():
+        if present.get(place.name(file)) != sizes[file]:
+            _copy_records(src, storage, place, file, records)
+            sent += sizes[file]
+        done += sizes[file]
+        if progress is not None:
+            progress(done, total)
+        written.append(_written(place.name(file), records, digests))
+    storage.sync_folder(place.folder)
+    sign_off(storage, attempt, SignOff(part.node, save_id, segment_of(written) if written else None))
+    return sent
+
+
+def _has_brought(storage: Storage, attempt: str, node: int) -> bool:
+    """Return whether an earlier process of this node has brought all that it had to."""
+    return has_signed_off(storage, attempt, node)
+
+
+def _records(own: ShardTable, lower: Sequence[ShardTable]) -> dict[str, list[_Record]]:
+    """By file, in their order there: the records of which no lower node has another."""
+    taken = {key: _boxes(key, lower) for key in own.keys}
+    known = {key for table in lower for key in table.objects.keys}
+    by_file: dict[str, list[_Record]] = {}
+    for key, tensor in Tensors(own).items():
+        for number, shard in enumerate(tensor.shards):
+            if shard.box not in taken[key]:
+                by_file.setdefault(shard.file, []).append(_Record(key, shard, number, tensor.dtype, tensor.shape))
+    for key, entry in Objects(own).items():
+        if key not in known:
+            by_file.setdefault(entry.file, []).append(_Record(key, entry))
+    return {
+        file: sorted(records, key=lambda record: record.entry.record_offset)
+        for file, records in sorted(by_file.items())
+    }
+
+
+def _boxes(key: str, tables: Sequence[ShardTable]) -> set[Box]:
+    return {
+        box for table in tables if key in table.index for box in table.tilings[table.tiling[table.index[key]]].boxes
+    }
+
+
+def _packed(records: Sequence[_Record]) -> tuple[list[int], int]:
+    """Where each record goes when those left out leave no gap, as ``plan.lay_out_file`` would place it; the size."""
+    offsets, end, in_objects = [], 0, False
+    for record in records:
+        if isinstance(record.entry, ObjectEntry) and not in_objects:
+            in_objects, end = True, align(end, LARGE_ALIGNMENT)
+        end = align(end, LARGE_ALIGNMENT if record.is_large else SMALL_ALIGNMENT)
+        offsets.append(end)
+        end += record.entry.record_nbytes
+    return offsets, align(end, LARGE_ALIGNMENT)
+
+
+def _copy_records(src: Spot, storage: Storage, place: Place, file: str, records: Sequence[_Record]) -> None:
+    final = place.path(file)
+    draft = final + _DRAFT if storage.can_rename else final
+    storage.remove(draft)  # of a copy that was cut short
+    offsets, nbytes = _packed(records)
+    with src.storage.open_read(join(src.path, file)) as reader, storage.open_write(draft, nbytes) as writer:
+        reader.will_read([(r.entry.record_offset, r.entry.record_offset + r.entry.record_nbytes) for r in records])
+        write_stream(writer, 0, _pieces(reader, records, offsets, nbytes), None)
+        writer.sync()
+    if draft != final:
+        storage.rename(draft, final)
+
+
+def _pieces(
+    reader: ReadHandle, records: Sequence[_Record], offsets: Sequence[int], nbytes: int
+) -> Iterator[bytes | bytearray]:
+    """The bytes of the packed file. Raises CheckpointDamagedError when a record is not what was saved."""
+    position = 0
+    for record, offset in zip(records, offsets, strict=True):
+        yield bytes(offset - position)
+        entry = record.entry
+        start, stop = entry.record_offset, entry.record_offset + entry.record_nbytes
+        low, high = start, stop  # what the digest is of
+        if isinstance(entry, ShardEntry) and entry.data_offset is not None:
+            low, high = entry.data_offset, entry.data_offset + entry.data_nbytes
+        crc = 0
+        for at in range(start, stop, PIECE_NBYTES):
+            piece = bytearray(min(PIECE_NBYTES, stop - at))
+            reader.read_into(at, [memoryview(piece)])
+            crc = crc32(memoryview(piece)[max(0, low - at) : max(0, high - at)], crc)
+            yield piece
+        if crc != entry.crc32:
+            raise CheckpointDamagedError(
+                f"digest mismatch in {record.key}, bytes {low} to {high} of {reader.path}: it is not copied",
+                path=reader.path,
+                key=record.key,
+            )
+        position = offset + entry.record_nbytes
+    yield bytes(nbytes - position)
+
+
+def _written(name: str, records: Sequence[_Record], digests: BlockDigests) -> WrittenFile:
+    """What the packed file is, as its writer would have told."""
+    offsets, nbytes = _packed(records)
+    tensors, objects = [], []
+    for record, offset in zip(records, offsets, strict=True):
+        entry = record.entry
+        if isinstance(entry, ObjectEntry):
+            assert entry.crc32 is not None
+            objects.append(WrittenObject(record.key, offset, entry.record_nbytes, entry.crc32))
+            continue
+        assert entry.crc32 is not None
+        assert entry.data_offset is not None
+        item = WriteItem(
+            key=record.key,
+            dtype=record.dtype,
+            shape=record.shape,
+            box=entry.box,
+            record_offset=offset,
+            record_nbytes=entry.record_nbytes,
+            data_offset=offset + entry.data_offset - entry.record_offset,
+            data_nbytes=entry.data_nbytes,
+        )
+        crcs = tuple(digests.of_shard(record.key, record.shard))
+        tensors.append(WrittenTensor(item, entry.crc32, crcs))
+    return WrittenFile(name, nbytes, tuple(tensors), tuple(objects))
+
+
+# ---- the commit ----
+
+
+def _finish(
+    dst: Spot, attempt: str, part: NodePart, manifest: Manifest, offers: Sequence[ShardTable], waiting: _Patience
+) -> None:
+    """Node 0 commits the step, the others wait for that."""
+    storage, save_id = dst.storage, manifest.save_id
+    if part.node != 0:
+        commit.wait_for_outcome(storage, attempt, dst.path, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop)
+        return
+    signed = wait_for_sign_offs(
+        storage, attempt, part.num_nodes, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop, poll_s=POLL_S
+    )
+    if manifest.lineage is not None:
+        retention.set_aside(storage, dst.path, manifest.lineage)
+    commit.remove_records(storage, Place.of(storage, attempt, dst.path, save_id))
+    commit.publish(
+        *(storage, attempt, dst.path, signed, _info(manifest, offers)),
+        now=manifest.created_s,
+        world_size=manifest.world_size,
+    )
+
+
+def _info(manifest: Manifest, offers: Sequence[ShardTable]) -> SaveInfo:
+    return SaveInfo(
+        step=manifest.step,
+        kind=manifest.kind,
+        layout=manifest.layout,
+        producer=manifest.producer,
+        paths={key: path for table in reversed(offers) for key, path in table.paths.items()},
+        structure=manifest.structure,
+        extra={name: value for name, value in manifest.extra.items() if name != PART_KEY},
+        lineage=manifest.lineage,
+        metrics=manifest.metrics,
+    )

@@ -1,0 +1,80 @@
+"""Which ranks share a folder, where it is a disk of each node's own: found out by looking, not by names of hosts."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from milepost.collective.comm import Comm, failure_on, raise_together
+from milepost.errors import ConfigError
+from milepost.run.node_part import NodePart, rank_list
+from milepost.storage.base import Storage, join
+
+PROBE_PREFIX = ".milepost-probe-"
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The ranks of a run by node: those that see the same folder, ascending; nodes by their lowest rank."""
+
+    groups: tuple[tuple[int, ...], ...]
+
+    def part_of(self, rank: int) -> NodePart:
+        """The part of each step that the node of ``rank`` holds."""
+        node = next(number for number, ranks in enumerate(self.groups) if rank in ranks)
+        return NodePart(node, len(self.groups), self.groups[node])
+
+    def is_first(self, rank: int) -> bool:
+        """Whether ``rank`` acts for its node: it is the lowest there."""
+        return any(ranks[0] == rank for ranks in self.groups)
+
+
+def find_nodes(storage: Storage, folder: str, comm: Comm) -> Nodes:
+    """See which ranks share ``folder``: each leaves a file there and looks for those of the others. Collective.
+
+    Raises:
+        ConfigError: on every rank, if some see more of the others than these see of them.
+        StorageError: on every rank, if the folder can't be written on some.
+    """
+    token = comm.broadcast(uuid.uuid4().hex)
+    mine = join(folder, f"{PROBE_PREFIX}{token}-{comm.rank}")
+    failure = None
+    seen: tuple[int, ...] = ()
+    try:
+        storage.make_folder(folder)
+        storage.write(mine, b"")
+    except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+        failure = failure_on(comm.rank, cause)
+    try:
+        raise_together(comm, failure)  # all are there
+        try:
+            seen = _seen(storage, folder, token)
+        except BaseException as cause:  # noqa: BLE001 - as above
+            failure = failure_on(comm.rank, cause)
+        raise_together(comm, failure)  # all have looked
+    finally:
+        storage.remove(mine)
+    brought = comm.gather(seen)
+    verdict = comm.broadcast(_groups(brought) if brought is not None else None)
+    if isinstance(verdict, ConfigError):
+        raise verdict
+    assert verdict is not None
+    return Nodes(verdict)
+
+
+def _seen(storage: Storage, folder: str, token: str) -> tuple[int, ...]:
+    prefix = f"{PROBE_PREFIX}{token}-"
+    names = [name for name in storage.names(folder) if name.startswith(prefix)]
+    return tuple(sorted(int(name.removeprefix(prefix)) for name in names))
+
+
+def _groups(seen: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...] | ConfigError:
+    for rank, others in enumerate(seen):
+        other = next((other for other in others if seen[other] != others), rank)
+        if rank not in others or other != rank:
+            return ConfigError(
+                f"checkpoint.folder_per_node: rank {rank} sees the folder of {rank_list(others)}, but rank {other} "
+                f"that of {rank_list(seen[other])}: give each node one folder, which all its ranks see"
+            )
+    return tuple(sorted(set(seen)))

@@ -1,0 +1,305 @@
+"""The near folder of a run whose nodes have one each: when a step counts there, what goes, and who copies what when.
+
+One :class:`NodeTier` on the first rank of each node. They agree in the background through the job's own store (no
+collective, and no folder that all see)::
+
+    part      each node: its part of a save is committed in its folder
+    noted     each node: it knows that all have theirs, and has noted that beside the step
+    order 1.. rank 0 to the others: which older parts to keep, which step to copy, that the run ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from milepost.collective.comm import Comm
+from milepost.config import CheckpointConfig
+from milepost.errors import CheckpointNotFoundError, MilepostError, StorageError
+from milepost.run import catalog, node_steps, retention
+from milepost.run.catalog import StepEntry
+from milepost.run.node_part import NodePart
+from milepost.run.sweep import delete_checkpoint
+from milepost.saving.copy_process import CopyRequest
+from milepost.saving.copy_step import Spot
+from milepost.storage.base import join
+from milepost.training.hooks import Commit, CommitHooks
+from milepost.training.remote import RemoteTier, run_copy
+
+log = logging.getLogger("milepost")
+
+POLL_S = 0.25
+END_S = 60.0
+"""At the end of a run, nodes wait so long to hear of each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """A save of which this node's part is committed."""
+
+    commit: Commit
+    save_id: str
+    order: int
+    protected: Mapping[int, str]
+    is_noted: bool = False
+
+
+class NodeTier:
+    """Settles what is offered, from construction to :meth:`close` or :meth:`leave`. ``remote`` is given on rank 0."""
+
+    def __init__(
+        self,
+        local: Spot,
+        config: CheckpointConfig,
+        hooks: CommitHooks,
+        comm: Comm,
+        part: NodePart,
+        token: str,
+        remote: Spot,
+    ):
+        self._local = local
+        self._config = config
+        self._hooks = hooks
+        self._comm = comm
+        self._part = part
+        self._token = token
+        self._changed = threading.Condition()
+        self._own: list[_Own] = []
+        self._ends = self._has_left = False
+        self._last: _Own | None = None  # of those that are settled; on rank 0
+        self._num_orders = 0
+        self._remote = RemoteTier(local, remote, config, hooks, announce=self._order_copy) if comm.rank == 0 else None
+        self._copies = _Copies(local, remote) if comm.rank != 0 else None
+        self._thread = threading.Thread(target=self._run, name="milepost-node", daemon=True)
+        self._thread.start()
+
+    def offer(self, commit: Commit, save_id: str, order: int, protected: Mapping[int, str]) -> None:
+        """Take note that this node's part of a save is committed. Returns at once; from any thread."""
+        with self._changed:
+            self._own.append(_Own(commit, save_id, order, dict(protected)))
+            self._comm.arrive(self._key("part", save_id))
+            self._changed.notify_all()
+
+    def offer_what_is_left(self, entry: StepEntry) -> None:
+        """What a run before this one has committed on all nodes, and not copied any more. On rank 0."""
+        assert self._remote is not None
+        path = join(self._local.storage.root, entry.path)
+        metrics = dict(entry.metrics)
+        self._remote.offer(Commit(step=entry.step, path=path, contents=entry.kind or "full", metrics=metrics), {})
+
+    def close(self) -> None:
+        """Return when all saves are settled and the newest is copied. For when the last is over."""
+        self._comm.arrive(self._key("closing"))  # after the last offer of this node's
+        with self._changed:
+            self._ends = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def leave(self) -> None:
+        """Let go after an error: a copy that runs is finished by its process, if the other nodes do their part."""
+        with self._changed:
+            self._has_left = True
+            self._changed.notify_all()
+        if self._remote is not None:
+            self._remote.leave()
+
+    def _key(self, what: str, of: str = "") -> str:
+        return f"{self._token} {what} {of}"
+
+    def _all_have(self, what: str, save_id: str) -> bool:
+        arrived = self._comm.num_arrived(self._key(what, save_id))
+        return math.isfinite(arrived) and arrived >= self._part.num_nodes
+
+    def _run(self) -> None:
+        deadline = math.inf
+        while not self._has_left:
+            with self._changed:
+                ends = self._ends
+            self._settle()
+            if self._copies is not None and not self._follow(self._copies):
+                break
+            if ends and self._copies is not None and not math.isfinite(self._comm.num_arrived(self._key("ended"))):
+                break  # rank 0 is gone
+            if ends and self._remote is not None:
+                deadline = min(deadline, time.monotonic() + END_S)
+                if self._is_over() or time.monotonic() > deadline:
+                    break
+            with self._changed:
+                self._changed.wait(POLL_S)
+        self._end()
+
+    def _is_over(self) -> bool:
+        """Whether nothing is left to settle on rank 0. Of a save that has failed on a node, some parts never come."""
+        has_all = self._all_have("closing", "")
+        with self._changed:
+            if has_all:
+                self._own = [own for own in self._own if self._all_have("part", own.save_id)]
+            return has_all and not self._own
+
+    def _end(self) -> None:
+        if self._copies is not None:
+            self._comm.arrive(self._key("ended"))
+            if not self._has_left:
+                self._copies.close()
+        elif self._remote is not None and not self._has_left:
+            self._remote.close()
+            if self._last is not None:
+                with contextlib.suppress(StorageError):  # what had to stay while it was copied
+                    self._prune_all(self._last, self._remote)
+            self._order({"end": True})
+            deadline = time.monotonic() + END_S
+            # The store that they ask may end with this process.
+            while self._comm.num_arrived(self._key("ended")) < self._part.num_nodes - 1:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+
+    # ---- settling ----
+
+    def _settle(self) -> None:
+        with self._changed:
+            waiting = list(self._own)
+        for own in waiting:
+            try:
+                self._settle_one(own)
+            except MilepostError as error:  # tried again
+                log.warning("step %d is not yet noted as committed on all nodes: %s", own.commit.step, error)
+
+    def _settle_one(self, own: _Own) -> None:
+        if not own.is_noted:
+            if not self._all_have("part", own.save_id):
+                return
+            node_steps.note_settled(self._local.storage, self._local.path, own.commit.step, own.save_id)
+            self._comm.arrive(self._key("noted", own.save_id))
+            with self._changed:
+                # What came before and is not settled never will be: it has failed on a node.
+                self._own = [one for one in self._own if one.order > own.order]
+                if self._remote is not None:
+                    own = replace(own, is_noted=True)
+                    self._own.insert(0, own)
+        if self._remote is None or not self._all_have("noted", own.save_id):
+            return
+        with self._changed:
+            self._own = [one for one in self._own if one.order > own.order]
+        self._hooks.tell(own.commit)
+        self._remote.offer(own.commit, own.protected)  # before the pruning, which spares what is to be copied
+        self._last = own
+        self._prune_all(own, self._remote)
+
+    def _prune_all(self, own: _Own, remote: RemoteTier) -> None:
+        kept = self._prune(own, remote)
+        self._order({"kept": kept, "order": own.order})
+
+    def _prune(self, own: _Own, remote: RemoteTier) -> list[str]:
+        """Apply the rules to the settled steps on rank 0's node; the save ids of those that stay."""
+        config = self._config
+        folder = node_steps.look(self._local.storage, self._local.path, self._part)
+        entries = [
+            replace(entry, state="committed")
+            for entry in folder.entries
+            if entry.state == "part" and folder.settled.get(entry.step) == entry.save_id
+        ]
+        decisions = retention.plan(
+            entries,
+            keep_latest_k=config.keep_latest_k,
+            keep_every_n=config.keep_every_n_steps,
+            keep_best_k=config.keep_best_k,
+            metric=config.metric,
+            mode=config.mode,
+            protected={**own.protected, **remote.needed()},
+            now=time.time(),
+        )
+        keep = {decision.step for decision in decisions if decision.keep}
+        kept = [entry.save_id for entry in entries if entry.step in keep]
+        self._delete(node_steps.outdated(folder, kept, own.order))
+        return kept
+
+    def _delete(self, entries: list[StepEntry]) -> None:
+        for entry in entries:
+            try:
+                if delete_checkpoint(self._local.storage, entry.path, unless=catalog.pin_mark(entry.path)):
+                    log.info(
+                        "deleted %s: no rule keeps it (keep_latest_k = %d)", entry.name, self._config.keep_latest_k
+                    )
+            except CheckpointNotFoundError:
+                continue
+            except StorageError as error:
+                log.warning("an old step could not be deleted: %s", error)
+
+    # ---- orders ----
+
+    def _order_copy(self, commit: Commit) -> None:
+        self._order({"copy": commit.step})
+
+    def _order(self, what: Mapping[str, Any]) -> None:
+        with self._changed:
+            self._num_orders += 1
+            self._comm.post(self._key("order", str(self._num_orders)), json.dumps(what))
+
+    def _follow(self, copies: _Copies) -> bool:
+        """Do what rank 0 has ordered since the last time; False when the run is over."""
+        while (text := self._comm.look_up(self._key("order", str(self._num_orders + 1)))) is not None:
+            self._num_orders += 1
+            order = json.loads(text)
+            if "end" in order:
+                return False
+            if "copy" in order:
+                copies.begin(order["copy"])
+            else:
+                with contextlib.suppress(StorageError):  # at the next order
+                    folder = node_steps.look(self._local.storage, self._local.path, self._part)
+                    self._delete(node_steps.outdated(folder, order["kept"], order["order"]))
+        return True
+
+
+class _Copies:
+    """The copies of this node's parts, one at a time, as rank 0 orders them. On nodes but the first."""
+
+    def __init__(self, local: Spot, remote: Spot):
+        self._local = local
+        self._remote = remote
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+
+    def begin(self, step: int) -> None:
+        """Copy a step; what was to be copied before is given up if it is not done."""
+        self._stop()
+        name = catalog.step_name(step)
+        request = CopyRequest(
+            src_root=self._local.storage.root,
+            src_path=join(self._local.path, name),
+            dst_root=self._remote.storage.root,
+            dst_path=join(self._remote.path, name),
+            keep=None,
+            is_part=True,
+        )
+        self._thread = threading.Thread(target=self._copy, args=(step, request), name="milepost-part", daemon=True)
+        self._thread.start()
+
+    def _copy(self, step: int, request: CopyRequest) -> None:
+        failure = run_copy(request, self._started).failure
+        if failure:
+            log.warning("this node's part of step %d could not be copied to %s: %s", step, self._remote, failure)
+
+    def _started(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def _stop(self) -> None:
+        if self._thread is not None and self._thread.is_alive() and self._process is not None:
+            self._process.terminate()
+            self._thread.join()
+        self._process = None
+
+    def close(self) -> None:
+        """Return when the last copy has ended: it does once rank 0's has."""
+        if self._thread is not None:
+            self._thread.join(END_S)
+        self._stop()
