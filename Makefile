@@ -4,6 +4,7 @@
 # make test-crash  kills, errors, power cuts, restarts of jobs, hostile input: a sample of each (JOBS=2)
 # make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
 # make test-gpu    the tests that need a CUDA device; skipped, one by one, where there is none
+# make test-integrations-slow  those of their tests that take minutes each
 # make test-netfs  a run over a network file system, each rank on a client of its own (needs FUSE and the right to mount)
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
@@ -30,7 +31,7 @@ FAULTS ?= 20
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 
-.PHONY: house help setup train test test-slow test-crash test-browser test-gpu test-netfs test-integrations reliability soak soak-store demo-s3 fuzz bench docs lint format clean
+.PHONY: house help setup train test test-slow test-crash test-browser test-gpu test-netfs test-integrations test-integrations-slow reliability soak soak-store demo-s3 fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -73,6 +74,10 @@ test-integrations: $(STAMP) $(TITAN)/.installed
 	timeout 900 $(BIN)/python -m pytest -q -m "integration and not slow" tests/integrations
 	timeout 900 $(TITAN)/bin/python -m pytest -q -m "integration and not slow" -k "torchtitan or example or trackers" \
 		tests/integrations/test_torchtitan.py tests/integrations/test_pages.py tests/integrations/test_trackers.py
+
+test-integrations-slow: $(STAMP) $(TITAN)/.installed
+	timeout 1200 $(BIN)/python -m pytest -q -m "integration and slow" tests/integrations
+	timeout 1200 $(TITAN)/bin/python -m pytest -q -m "integration and slow" tests/integrations/test_torchtitan.py
 
 # torchtitan wants another torchao than torchtune: an environment of its own, before the packages of .venv. Where it
 # can't be installed its tests say that they were not run.

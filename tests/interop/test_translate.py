@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -204,3 +205,33 @@ def test_without_an_optimizer_there_is_no_training_state_to_convert(memory_path:
     with pytest.raises(ConversionError, match="holds no optimizer state: leave out --training-state"):
         convert(memory_path / "step-1", memory_path / "made", kind.options("dcp", training_state=True))
     assert not (memory_path / "made").exists()
+
+
+def test_a_schedule_of_torchtitan_0_2_finds_all_that_it_loads(memory_path: Path) -> None:
+    kind = KINDS["llama"]
+    arrays = ours(kind, 1)
+    stored = arrays | {f"optimizer.state.{key}.exp_avg": array for key, array in arrays.items()}
+    objects: dict[str, object] = {"lr_scheduler.last_epoch": 3, "train_state.step": 3}
+    for key in arrays:
+        objects |= {f"optimizer.param_groups.{key}.lr": 0.25, f"optimizer.param_groups.{key}.initial_lr": 0.5}
+    storage = LocalStorage(memory_path)
+    save_arrays(storage, "step-3", stored, objects=objects)
+    convert(
+        memory_path / "step-3", memory_path / "made", kind.options("dcp", names="torchtitan-0.2", training_state=True)
+    )
+    manifest = catalog.read_manifest(storage, "made")
+    found = {
+        key.removeprefix("lr_scheduler."): value
+        for key, value in read_objects(storage, "made", manifest, manifest.objects)
+        if key.startswith("lr_scheduler.")
+    }
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, functools.partial(lambda slope, step: 1 - slope * step, 0.1)
+    )
+    assert found.keys() == schedule.state_dict().keys()
+    schedule.load_state_dict(found)
+    assert schedule.get_last_lr() == [0.25]
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [pytest.approx(0.5 * 0.6)]

@@ -13,11 +13,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from milepost.config import part_of
 from milepost.errors import ConversionError
 from milepost.format.box import Box
 from milepost.format.manifest import Manifest, ObjectEntry
+from milepost.format.record import object_record, read_object
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
@@ -32,6 +34,8 @@ from milepost.tensors.plan import Origin
 from milepost.verification.block_reader import BlockReader
 
 CARRIED = ("model", "optimizer", "lr_scheduler", "train_state")
+OF_LAMBDA_LR = ("torchtitan-0.2",)
+"""Releases whose schedule is loaded as torch's LambdaLR has stored it."""
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 
@@ -78,6 +82,8 @@ def plan_training_step(
     left = sorted({part_of(key) for key in (*here.tensors, *here.objects)} - set(CARRIED))
     notes = (*(found.notes if found is not None else ()), *([f"not carried over: {', '.join(left)}"] if left else []))
     objects = _objects(storage, folder, values, optimizer.into_theirs)
+    if names in OF_LAMBDA_LR:
+        objects |= _lambda_schedule(objects)
     paths = {key: _path_of(key, here) for key in (*content.tensors, *objects)}
     return TrainingStep(ours, content, back, objects, paths, notes)
 
@@ -205,6 +211,38 @@ def _objects(
             raise ConversionError(f"{differing[0]} differs from {sources[0]}, but {new} is one value")
         found[new] = records[sources[0]]
     return found
+
+
+def _lambda_schedule(objects: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What torch's LambdaLR stores beside its count of steps, which is all that the others keep.
+
+    For one group of parameters, whose rate is a function of the count: torchtitan 0.2's. Names are torch 2.13's.
+    """
+    count = _value(objects.get("lr_scheduler.last_epoch"))
+    rates = {name: _of_all(objects, f".{name}") for name in ("initial_lr", "lr")}
+    if not isinstance(count, int) or None in rates.values():
+        return {}
+    state = {
+        "base_lrs": [rates["initial_lr"]],
+        "_last_lr": [rates["lr"]],
+        "_step_count": count + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "lr_lambdas": [{}],
+    }
+    made = {f"lr_scheduler.{name}": object_record(value) for name, value in state.items()}
+    return {key: record for key, record in made.items() if key not in objects}
+
+
+def _of_all(objects: Mapping[str, bytes], option: str) -> float | None:
+    """The value of an option that all parameters have alike; None if there is none."""
+    found = {record for key, record in objects.items() if key.startswith(_GROUPS) and key.endswith(option)}
+    value = _value(found.pop()) if len(found) == 1 else None
+    return value if isinstance(value, float) else None
+
+
+def _value(record: bytes | None) -> Any:
+    return None if record is None else read_object(record)
 
 
 def _read_records(storage: Storage, folder: str, entries: Mapping[str, ObjectEntry]) -> dict[str, bytes]:
