@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
+from fsdp_on_cpu import shard_on_cpu
+from torch.distributed.tensor import DTensor
 
 from milepost import CheckpointConfig
 from milepost.errors import ConfigError
@@ -94,6 +97,50 @@ def test_a_killed_loop_resumes_with_all_that_was_prepared_and_registered(tmp_pat
         assert len(losses) in (4, 7), "from step 6, or from step 3 if it was killed before step 6 was committed"
         assert losses == all_losses[-len(losses) :]
         assert end == whole_end
+
+
+def train_sharded(folder: Path, kill_at: int = 0, last: int = NUM_STEPS) -> tuple[list[float], list[Any]]:
+    """As :func:`train`, under FSDP2: a global batch of 8 whatever the number of ranks, and no dropout."""
+    accelerator = Accelerator(cpu=True)
+    shard_on_cpu(accelerator)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    losses = []
+    with checkpoint_manager(accelerator, folder, CheckpointConfig(enable=True, interval=3)) as manager:
+        report = manager.load()
+        for step in range(report.step + 1 if report else 1, last + 1):
+            if step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            loss = model(batch[accelerator.process_index :: accelerator.num_processes]).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            manager.save(step)
+    state = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+    return losses, [
+        (value.full_tensor() if isinstance(value, DTensor) else value).tolist()
+        for value in [*model.parameters(), *state]
+    ]
+
+
+@pytest.mark.slow
+def test_sharded_by_fsdp2_it_resumes_to_the_last_bit_and_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    undisturbed = run_world(train_sharded, 2, tmp_path / "whole")
+    run_world(train_sharded, 2, tmp_path / "killed", 8, allow_death=True)
+    for world_size in (1, 4, 2):
+        folder = shutil.copytree(tmp_path / "killed", tmp_path / f"on-{world_size}")
+        for losses, end in run_world(train_sharded, world_size, folder):
+            (whole, whole_end), *_ = undisturbed
+            assert len(losses) == 4
+            if world_size == 2:
+                assert losses == whole[6:]
+                assert end == whole_end
+            else:
+                assert losses == pytest.approx(whole[6:], rel=1e-5)
 
 
 def test_an_accelerator_without_a_model_is_refused(tmp_path: Path) -> None:
