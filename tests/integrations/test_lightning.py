@@ -111,8 +111,21 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path: Path, world_size: int, k
         assert losses == all_losses[-len(losses) :]
         assert again == whole
     assert len(list((tmp_path / "whole").glob("*.ckpt"))) == 3, "the two best, and the last"
+    assert not list((tmp_path / "whole").glob(".milepost-attempt-*")), "fit() returns when the last save is committed"
+    assert milepost.load(tmp_path / "whole/last.ckpt")["train_state"]["global_step"] == 5 * steps_an_epoch
     for path in (*(tmp_path / "whole").glob("*.ckpt"), *(tmp_path / "killed").glob("*.ckpt")):
         assert milepost.verify(path).is_sound
+
+
+@pytest.mark.slow
+def test_what_sharded_ranks_saved_is_whole_on_other_numbers_of_them(tmp_path: Path) -> None:
+    trained, *_ = run_world(fit, 2, tmp_path / "two", 0, "sharded")
+    for world_size in (1, 4):
+        for again in run_world(fit, world_size, tmp_path / "two", 0, "sharded"):
+            assert again["losses"] == [], "all epochs are trained"
+            assert {name: again[name] for name in ("parameters", "optimizer", "rate", "best")} == {
+                name: trained[name] for name in ("parameters", "optimizer", "rate", "best")
+            }
 
 
 def save_in_place_of(checkpoints: MilepostCheckpointIO, new: Path, old: Path, state: dict[str, Any]) -> None:

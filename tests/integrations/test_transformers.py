@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from fsdp_on_cpu import shard_on_cpu
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from milepost import CheckpointConfig
@@ -100,14 +103,42 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, kill_at: int = 0, mode: str = "async", **options: Any) -> dict[str, Any]:
+def train(
+    folder: Path, kill_at: int = 0, mode: str = "async", is_sharded: bool = False, **options: Any
+) -> dict[str, Any]:
     trainer = trainer_in(folder, **options)
+    if is_sharded:
+        shard_on_cpu(trainer.accelerator, "LlamaDecoderLayer")
+        trainer.is_fsdp_enabled = True
     config = CheckpointConfig(enable=True, async_mode=mode, keep_latest_k=0)  # type: ignore[arg-type]
     MilepostCallback(trainer, config=config)
     if kill_at:
         trainer.add_callback(KillAt(kill_at))
     trainer.train(resume_from_checkpoint=True)
+    assert is_sharded == all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     return outcome(trainer)
+
+
+class Begun(TrainerCallback):
+    """Keeps what a run begins with."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self.found: dict[str, Any] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found = self.found or outcome(self._trainer)
+
+
+def loaded_when_sharded(folder: Path) -> dict[str, Any]:
+    trainer = trainer_in(folder, max_steps=15)
+    shard_on_cpu(trainer.accelerator, "LlamaDecoderLayer")
+    trainer.is_fsdp_enabled = True
+    MilepostCallback(trainer, config=CheckpointConfig(enable=True))
+    begun = Begun(trainer)
+    trainer.add_callback(begun)
+    trainer.train(resume_from_checkpoint=True)
+    return {name: begun.found[name] for name in ("model", "optimizer", "scheduler", "step")}
 
 
 def steps_in(folder: Path) -> dict[int, catalog.StepEntry]:
@@ -134,6 +165,17 @@ def train_for_the_best(folder: Path) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True)
     loss = trainer.evaluate()["eval_loss"]
     return {"best": trainer.state.best_global_step, "metric": trainer.state.best_metric, "loss": loss}
+
+
+@pytest.mark.slow
+def test_a_killed_run_under_fsdp2_resumes_to_the_last_bit_and_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    undisturbed = run_world(train, 2, tmp_path / "whole", 0, "async", True)
+    run_world(train, 2, tmp_path / "killed", 8, "async", True, allow_death=True)
+    saved = {name: undisturbed[0][name] for name in ("model", "optimizer", "scheduler", "step")}
+    for world_size in (1, 4):  # a step is of other samples there: what is loaded is what was saved
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / f"on-{world_size}")
+        assert run_world(loaded_when_sharded, world_size, folder) == [saved] * world_size
+    assert run_world(train, 2, tmp_path / "killed", 0, "async", True) == undisturbed
 
 
 def test_the_best_step_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from milepost.errors import ConfigError, MilepostError
 from milepost.run import catalog
 from milepost.run.sweep import delete_checkpoint
 from milepost.saving.async_save import Mode
-from milepost.saving.background import SaveHandle
+from milepost.saving.background import SaveHandle, finish_saves
 from milepost.saving.save import Kind
 from milepost.storage import open_storage
 from milepost.tensors.tree import Tree
@@ -105,6 +105,7 @@ class MilepostCallback(Callback):
     def __init__(self, mode: Mode | None = "async"):
         self._mode = mode
         self._taken: Strategy | None = None
+        self._sharded: _Sharded | None = None
         self._random: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,12 +118,24 @@ class MilepostCallback(Callback):
         links = any(getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks)
         mode = None if links else self._mode
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-            sharded = _Sharded(strategy, mode)
+            self._sharded = _Sharded(strategy, mode)
             for name in ("save_checkpoint", "load_checkpoint", "remove_checkpoint"):
-                setattr(strategy, name, getattr(sharded, name))
-            strategy.checkpoint_io = _Closing(sharded)
+                setattr(strategy, name, getattr(self._sharded, name))
         elif not isinstance(strategy.checkpoint_io, MilepostCheckpointIO):
             strategy.checkpoint_io = MilepostCheckpointIO(mode)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Return when the last save is committed: these strategies do not tear down what saves for them.
+
+        Raises:
+            SaveError: it has failed.
+        """
+        if self._sharded is not None:
+            self._sharded.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let what was staged be committed, if the other ranks are there: nobody meets them after an error."""
+        finish_saves()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random state of every rank. Collective, as all of this is under Lightning."""
@@ -255,16 +268,6 @@ class _Sharded:
 
     def _optimizer_states(self) -> list[Any]:
         return [get_optimizer_state_dict(self._strategy.model, optimizer) for optimizer in self._strategy.optimizers]
-
-
-class _Closing(TorchCheckpointIO):
-    """Tears down with the strategy what saves in its place."""
-
-    def __init__(self, sharded: _Sharded):
-        self._sharded = sharded
-
-    def teardown(self) -> None:
-        self._sharded.close()
 
 
 def to_parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
