@@ -53,6 +53,13 @@ class PairComm:
             return None
         return [value, self._connection.recv()]
 
+    def collect(self, value: T, ranks: Sequence[int]) -> list[T]:
+        if self.rank == 1:
+            if 1 in ranks:
+                self._connection.send(value)
+            return []
+        return [value if rank == 0 else self._connection.recv() for rank in ranks]
+
     def scatter(self, values: Sequence[T] | None) -> T:
         if self.rank == 1:
             return self._connection.recv()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 import milepost
-from milepost.collective.comm import default_comm
+from milepost.collective.comm import ProcessGroupComm, default_comm
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage
-from milepost.tensors.state import EMPTY_MAPPINGS
+from milepost.tensors.state import EMPTY_MAPPINGS, flatten
 from milepost.testing.world import run_world
 
 
@@ -53,3 +55,48 @@ def save_without_gloo(folder: Path) -> int:
 
 def test_one_gloo_group_is_made_however_many_saves_there_are(tmp_path: Path) -> None:
     assert run_world(save_without_gloo, 2, tmp_path) == [1, 1]
+
+
+class CountingComm(ProcessGroupComm):
+    """Counts the bytes that this rank brings to each exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered: list[int] = []
+        self.collected: list[list[int]] = []
+
+    def gather(self, value: Any) -> list[Any] | None:
+        self.gathered.append(len(pickle.dumps(value)))
+        return super().gather(value)
+
+    def collect(self, value: Any, ranks: Sequence[int]) -> list[Any]:
+        self.collected.append(list(ranks))
+        return super().collect(value, ranks)
+
+
+def save_two_stages(folder: Path) -> tuple[list[int], list[list[int]], int]:
+    """Two stages of a pipeline on two ranks each, saved three times; the last time one has grown."""
+    comm = CountingComm()
+    saver = Saver(LocalStorage(folder), comm)
+    stage = comm.rank // 2
+    state: dict[str, Any] = {
+        f"stage {stage}": {"a module of some depth": {f"of a long name, {n}": torch.full((1,), n) for n in range(300)}}
+    }
+    nesting = len(pickle.dumps([(key, path) for key, path in flatten(state).paths.items()]))
+    for number in range(3):
+        if number == 2 and stage == 1:
+            state["more"] = {"nested": torch.ones(2)}
+        saver.save(SaveRequest(f"step-{number}", lambda: state, SaveInfo(step=number, kind="state")))
+    return comm.gathered, comm.collected, nesting
+
+
+def test_each_nesting_is_brought_by_one_rank_and_only_while_it_is_not_known(tmp_path: Path) -> None:
+    for gathered, collected, nesting in run_world(save_two_stages, 4, tmp_path):
+        assert collected == [[0, 2], [2]]
+        assert gathered[0] < 1.5 * nesting, "the layout, which rank 0 has to know of every rank, and no nesting"
+        assert max(gathered[1:3]) < 1000, "nothing has changed"
+    read = milepost.load(tmp_path / "step-2")
+    assert read["more"]["nested"].tolist() == [1, 1]
+    for stage in (0, 1):
+        values = read[f"stage {stage}"]["a module of some depth"]
+        assert [value.item() for value in values.values()] == list(range(300))

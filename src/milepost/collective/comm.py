@@ -38,6 +38,12 @@ class Comm(Protocol):
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value on rank 0, in rank order; None elsewhere."""
 
+    def collect(self, value: T, ranks: Sequence[int]) -> list[T]:
+        """The values of ``ranks`` on rank 0, in this order, one in memory after the other; nothing elsewhere.
+
+        Unlike :meth:`gather`, where each rank's value takes the room of the largest.
+        """
+
     def scatter(self, values: Sequence[T] | None) -> T:
         """Rank 0 gives one value for each rank; each gets its own."""
 
@@ -72,6 +78,9 @@ class SingleProcess:
 
     def gather(self, value: T) -> list[T] | None:
         return [value]
+
+    def collect(self, value: T, ranks: Sequence[int]) -> list[T]:
+        return [value for _ in ranks]
 
     def scatter(self, values: Sequence[T] | None) -> T:
         assert values is not None
@@ -119,6 +128,19 @@ class ProcessGroupComm:
         out: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(value, out, dst=self._root, group=self._group)
         return out
+
+    def collect(self, value: T, ranks: Sequence[int]) -> list[T]:
+        if self.rank == 0:
+            return [value if rank == 0 else self._receive(rank) for rank in ranks]
+        if self.rank in ranks:
+            dist.send_object_list([value], dst=self._root, group=self._group)
+        return []
+
+    def _receive(self, rank: int) -> Any:
+        box: list[Any] = [None]
+        source = rank if self._group is None else dist.get_global_rank(self._group, rank)
+        dist.recv_object_list(box, src=source, group=self._group)
+        return box[0]
 
     def scatter(self, values: Sequence[T] | None) -> T:
         out: list[Any] = [None]

@@ -96,13 +96,39 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Structure:
-    """A rank's layout, and where its values and empty mappings stood in the state dict."""
+class _Nesting:
+    """Where a rank's values and empty mappings stood in the state dict.
 
-    layout: LocalLayout
+    The most of what ranks would have to tell, and alike on many of them: all but the stages of a pipeline. So ranks
+    tell its digest, and one of those that have it brings it.
+    """
+
     paths: Mapping[str, Path]
     empty: Sequence[Path]
     skeleton: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> _Nesting:
+        return cls(prepared.flat.paths, prepared.flat.empty, prepared.skeleton)
+
+    def digest(self) -> str:
+        told = repr((list(self.paths.items()), list(self.empty))).encode()
+        return hashlib.blake2b(told, digest_size=16).hexdigest() + _digest(self.skeleton)
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    """A rank's layout, and the digest of its nesting."""
+
+    layout: LocalLayout
+    nesting: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """In place of an answer: these ranks have yet to bring their nesting."""
+
+    ranks: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +235,7 @@ class Agreement:
         self._per_rank: frozenset[str] = frozenset()  # names found to differ between ranks: the same on all of them
         self._by_shard: frozenset[str] = frozenset()  # keys of tensors of different kinds on the ranks, as above
         self._structures: list[_Structure] = []  # every rank's last one; on rank 0 only
+        self._nestings: dict[str, _Nesting] = {}  # by digest, those of all ranks; on rank 0 only
         self._all_groups: list[Group] = []  # on rank 0 only
         self._num_shards = 0  # on rank 0 only
         self._noted: frozenset[str] = frozenset()
@@ -272,7 +299,7 @@ class Agreement:
         offer = replace(self._offer(prepared), target=where if self._nodes is None else split(request.target)[1])
         with meeting(self._comm, f"saving {where}"):
             offers = self._comm.gather(offer)
-            answer = self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
+            answer = self._answer(request, prepared, offers)
         if answer.error is not None or answer.by_shard:
             self._forget(prepared)
             raise answer.error or _BelongsToRanks(by_shard=answer.by_shard)
@@ -300,6 +327,26 @@ class Agreement:
             part=self._nodes.part_of(self._comm.rank) if self._nodes is not None else None,
         )
         return job, answer.plan is None
+
+    def _answer(self, request: SaveRequest, prepared: Prepared, offers: list[_Offer] | None) -> _Answer:
+        """What rank 0 answers this rank, once it has been told all that it did not know. Collective."""
+        answers: Sequence[_Answer | _Ask] | None = None
+        if offers is not None:
+            answers = self._ask(offers) or self._plan_for_all(request, offers)
+        answer = self._comm.scatter(answers)
+        if not isinstance(answer, _Ask):
+            return answer
+        brought = self._comm.collect(_Nesting.of(prepared), answer.ranks)
+        self._nestings |= {nesting.digest(): nesting for nesting in brought}
+        return self._comm.scatter(self._plan_for_all(request, offers) if offers is not None else None)
+
+    def _ask(self, offers: list[_Offer]) -> list[_Ask]:
+        """Ask the lowest rank of each nesting that is not known; nobody, if all are or the save fails anyhow."""
+        if any(offer.error is not None for offer in offers):
+            return []
+        told = [offer.structure.nesting if offer.structure is not None else "" for offer in offers]
+        unknown = set(told) - self._nestings.keys() - {""}
+        return [_Ask(sorted(told.index(nesting) for nesting in unknown))] * len(offers) if unknown else []
 
     def _earlier(self, request: SaveRequest) -> FrozenFile | None:
         """The file of the step that this save descends from, unless it is time to write it anew."""
@@ -336,9 +383,7 @@ class Agreement:
         if prepared.error is not None:
             return _Offer(None, prepared.error)
         if self._plan is None or prepared.fingerprint != self._fingerprint:
-            return _Offer(
-                _Structure(prepared.layout, prepared.flat.paths, prepared.flat.empty, prepared.skeleton), None
-            )
+            return _Offer(_Structure(prepared.layout, _Nesting.of(prepared).digest()), None)
         try:
             return _Offer(None, None, self._summaries(prepared, "values"))
         except BaseException as cause:  # noqa: BLE001 - an interrupt: rank 0 waits for the offer
@@ -510,11 +555,13 @@ class Agreement:
     def _learn(self, offers: list[_Offer]) -> frozenset[str]:
         """Take note of new structures; the keys of tensors that are of different kinds on the ranks."""
         if not self._structures:
-            self._structures = [_Structure(LocalLayout((), ()), {}, (), {})] * len(offers)
+            self._structures = [_Structure(LocalLayout((), ()))] * len(offers)
         for rank, offer in enumerate(offers):
             if offer.structure is not None:
                 self._structures[rank] = offer.structure
-        self._recorded, unlike = merge_parts([found.skeleton for found in self._structures])
+        in_use = dict.fromkeys(found.nesting for found in self._structures if found.nesting)
+        self._nestings = {nesting: self._nestings[nesting] for nesting in in_use}
+        self._recorded, unlike = merge_parts([nesting.skeleton for nesting in self._nestings.values()])
         return unlike
 
     def _dtypes(self) -> dict[str, str]:
@@ -522,8 +569,8 @@ class Agreement:
         return {spec.key: spec.dtype for found in self._structures for spec in found.layout.tensors}
 
     def _with_structure(self, info: SaveInfo) -> SaveInfo:
-        paths = {key: path for found in self._structures for key, path in found.paths.items()}
-        empty = list(dict.fromkeys(path for found in self._structures for path in found.empty))
+        paths = {key: path for nesting in self._nestings.values() for key, path in nesting.paths.items()}
+        empty = list(dict.fromkeys(path for nesting in self._nestings.values() for path in nesting.empty))
         # `str`: a TorchVersion would make the writer process import torch to unpickle it.
         extra = dict(info.extra)
         if empty:
