@@ -64,6 +64,16 @@ KINDS = {
         },
     ),
     "gpt_oss": Kind("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    "llama4": Kind(
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "head_dim": 16,
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
 }
 
 

@@ -35,7 +35,21 @@ MODELS = {
     "phi3": ("phi4", {"layers.0.attention.wv.weight": (32, 64), "layers.0.feed_forward.w3.weight": (96, 64)}),
     "gemma3": ("gemma3", {"layers.0.attention.q_norm.weight": (16,), "layers.1.post_attention_norm.weight": (64,)}),
 }
-FAST = ("mistral", "qwen2, tied", "phi3")
+MODELS |= {
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "layers.0.attention.wkv_b.weight": (96, 16),
+            "layers.0.feed_forward.w2.weight": (64, 96),
+            "layers.1.moe.experts.w1": (4, 32, 64),
+            "layers.1.moe.shared_experts.w2.weight": (64, 32),
+            "layers.1.moe.expert_bias": (4,),
+        },
+    ),
+    "gpt_oss": ("gpt_oss", {"layers.0.moe.experts.mlp1_weight": (4, 192, 64), "layers.1.attention.sinks": (4,)}),
+    "llama4": ("llama4", {"layers.0.feed_forward.w1.weight": (80, 64), "layers.1.moe.experts.w3": (4, 96, 64)}),
+}
+FAST = ("mistral", "phi3", "deepseek_v3")
 SOME = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
 
 
@@ -166,6 +180,92 @@ def test_the_text_model_of_a_model_that_sees_is_converted(memory_path: Path) -> 
     assert_equal(hf_tensors(source), hf_tensors(memory_path / "back"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "back", dtype=torch.float32).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+# ---- torchtitan ----
+
+_TITAN_03 = {
+    "deepseek_v3": {
+        "layers.0.attention.wq_a.weight": (24, 64),
+        "layers.0.attention.wkv_a.weight": (24, 64),
+        "layers.1.moe.expert_bias_E": (4,),
+        "layers.1.moe.routed_experts.inner_experts.w1_EFD": (4, 32, 64),
+        "layers.1.moe.routed_experts.inner_experts.w2_EDF": (4, 64, 32),
+        "layers.1.moe.shared_experts.w3.weight": (32, 64),
+        "lm_head.weight": (128, 64),
+    },
+    "gpt_oss": {
+        "layers.0.attention.qkv_linear.wq.bias": (64,),
+        "layers.0.attention.sinks": (4,),
+        "layers.1.moe.expert_bias_E": (4,),
+        "layers.1.moe.routed_experts.inner_experts.mlp1_weight_EGD": (4, 192, 64),
+        "layers.1.moe.routed_experts.inner_experts.mlp2_bias_ED": (4, 64),
+        "lm_head.weight": (128, 64),
+    },
+    "llama4": {
+        "layers.0.attention.qkv_linear.wk.weight": (32, 64),
+        "layers.0.feed_forward.w1.weight": (80, 64),
+        "layers.1.moe.expert_bias_E": (4,),
+        "layers.1.moe.routed_experts.inner_experts.w3_EFD": (4, 96, 64),
+        "layers.1.moe.shared_experts.w2.weight": (64, 96),
+        "lm_head.weight": (128, 64),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt_oss", *(pytest.param(k, marks=pytest.mark.slow) for k in ("llama4", "deepseek_v3"))]
+)
+def test_families_that_torchtitan_trains_get_the_names_of_its_releases_and_back(memory_path: Path, kind: str) -> None:
+    source = memory_path / "source"
+    saved(kind, source)
+    for names in ("torchtitan-0.2", "torchtitan-0.3"):
+        convert(source, memory_path / names, ConvertOptions(to="dcp", model=kind, names=names))
+        report = convert(memory_path / names, memory_path / f"{names}-back", ConvertOptions(to="hf", verify=True))
+        assert report.source_names in (names, "milepost"), "of DeepSeek-V3 ours are those of 0.2"
+        assert_equal(hf_tensors(source), hf_tensors(memory_path / f"{names}-back"))
+    found = {key: tuple(value.shape) for key, value in stored(memory_path / "torchtitan-0.3").items()}
+    assert {key: found.get(key) for key in _TITAN_03[kind]} == _TITAN_03[kind]
+    assert not [key for key in found if ".moe.experts." in key or key.startswith("output.")]
+    older = stored(memory_path / "torchtitan-0.2")
+    bias = older["layers.1.moe.expert_bias"]
+    assert kind == "deepseek_v3" or torch.equal(bias, torch.zeros(4))
+
+
+def test_projections_that_torchtitan_fused_between_its_releases_are_read(memory_path: Path) -> None:
+    """Biases too, as of gpt-oss: for each key-value head its queries, its key, its value."""
+    source = memory_path / "source"
+    saved("gpt_oss", source)
+    convert(source, memory_path / "ours", ConvertOptions(to="dcp", model="gpt_oss"))
+    state = stored(memory_path / "ours")
+    for layer in range(2):
+        for kind in ("weight", "bias"):
+            q, k, v = (state.pop(f"layers.{layer}.attention.w{part}.{kind}") for part in "qkv")
+            parts = [part.view(2, -1, 16, *part.shape[1:]) for part in (q, k, v)]
+            state[f"layers.{layer}.attention.qkv_linear.wqkv.{kind}"] = torch.cat(parts, dim=1).flatten(0, 2)
+    dcp.save(state, checkpoint_id=str(memory_path / "fused"), no_dist=True)
+    asked = ConvertOptions(to="hf", model="gpt_oss", hf_assets=source, verify=True)
+    assert "wqkv" in convert(memory_path / "fused", memory_path / "back", asked).source_names
+    assert_equal(hf_tensors(source), hf_tensors(memory_path / "back"))
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_noted(memory_path: Path) -> None:
+    """DeepSeek-V3 is published with one, as layer 61; transformers' class has none either."""
+    source = memory_path / "source"
+    saved("deepseek_v3", source)
+    tensors = hf_tensors(source)
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    further = {"model.layers.2.eh_proj.weight": torch.ones(64, 128), "model.layers.2.enorm.weight": torch.ones(64)}
+    safetensors.torch.save_file({**tensors, **further}, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert(source, memory_path / "ours", ConvertOptions(to="dcp", model="deepseek_v3", verify=True))
+    assert any("left out" in note and "model.layers.2.eh_proj.weight" in note for note in report.notes)
+    convert(memory_path / "ours", memory_path / "back", ConvertOptions(to="hf"))
+    assert_equal(tensors, hf_tensors(memory_path / "back"))
+    beyond = {key.replace(".2.", ".3."): value for key, value in further.items()}
+    safetensors.torch.save_file({**tensors, **beyond}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"unexpected: model\.layers\.3\.eh_proj\.weight"):
+        convert(source, memory_path / "out", ConvertOptions(to="dcp", model="deepseek_v3"))
 
 
 # ---- what no table fits ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from milepost.errors import StateMismatchError, listed
 from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.weights.boxes import Array, Readable, Renamed, array_dtype, as_bytes
-from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.dequantized import METHODS, method_of, method_of_keys, plain_weights
+from milepost.interop.weights.open import Weights, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.loading.fit import unexpected_error
 from milepost.loading.names import renames
@@ -55,8 +56,9 @@ def load_any(
         StateMismatchError: keys or shapes do not fit; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
-    weights = open_weights(path)
-    with weights.source as source:
+    opened = open_weights(path)
+    with opened.source:
+        source = _as_the_model_has_it(opened, model_keys).source
         moved = renames(source.tensors, leaves)
         names = {key: key for key in source.tensors if key not in set(moved.values())} | moved
         view = Renamed(source, names)
@@ -82,6 +84,14 @@ def load_any(
         unexpected=tuple(unexpected),
         let_pass=policy.let_pass(missing, unexpected),
     )
+
+
+def _as_the_model_has_it(weights: Weights, model_keys: Collection[str]) -> Weights:
+    """``weights``, dequantized if they are fp8 or MXFP4 and the model is not."""
+    method = method_of(weights.source, weights.config)
+    if method not in METHODS or method_of_keys(model_keys) == method:
+        return weights
+    return plain_weights(weights, "float32")
 
 
 def check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> tuple[str, ...]:

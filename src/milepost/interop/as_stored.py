@@ -19,6 +19,7 @@ from milepost.interop.names.match import difference
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.options import HUB, ConvertOptions
 from milepost.interop.weights.boxes import Readable, TensorInfo
+from milepost.interop.weights.dequantized import METHODS, method_of, method_of_keys, without_quantization
 from milepost.interop.weights.open import Weights
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -75,7 +76,6 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     source = weights.source
     if not source.tensors:
         raise ConversionError(f"{source.path} holds no tensors of a model", path=source.path)
-    _refuse_a_cast_of_quantized(weights, options)
     extras = _extras(weights, options) if options.to == "hf" else None
     names = _without_wrappers(_bare_of_nest(weights), extras.weight_map if extras is not None else {})
     notes: list[str] = []
@@ -85,19 +85,6 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
         if options.max_shard_nbytes is not None:
             extras = replace(extras, weight_map={})
     return Kept(names, extras, tuple(notes))
-
-
-def _refuse_a_cast_of_quantized(weights: Weights, options: ConvertOptions) -> None:
-    config = weights.config
-    if options.dtype is None or config is None or config.get("quantization_config") is None:
-        return
-    method = config["quantization_config"]
-    method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else "unknown"
-    raise ConversionError(
-        f"{weights.source.path} holds quantized weights ({method}): they can be carried over as they are, without "
-        "--dtype; for others, load them with transformers, dequantize() and save_pretrained()",
-        path=weights.source.path,
-    )
 
 
 def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
@@ -110,7 +97,11 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
             "that has it with --hf-assets",
             path=weights.source.path,
         )
-    return lent_extras(folder, options.dtype, options.max_shard_nbytes, lends_index=bool(options.hf_assets))
+    extras = lent_extras(folder, options.dtype, options.max_shard_nbytes, lends_index=bool(options.hf_assets))
+    method = method_of(weights.source, extras.config)
+    if method in METHODS and method_of_keys(weights.source.tensors) is None:  # the index is of the quantized files
+        extras = replace(extras, config=without_quantization(extras.config), weight_map={})
+    return extras
 
 
 def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, Recipe]:

@@ -38,6 +38,7 @@ from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.training_state import plan_training_step
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
+from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import Weights, open_weights, read_config
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 from milepost.storage import open_storage
@@ -68,11 +69,14 @@ def convert(
             )
         recorded = recorded_identity(weights)
         described = described_by(weights, options)
+        keeps_names = options.model == HUB or (recorded is None and is_of_the_hub(weights, options))
+        if not options.training_state and (described is not None or not keeps_names or options.dtype is not None):
+            weights = plain_weights(weights, options.dtype)
         if options.training_state:
             plan, sink = _plan_training(src, dst, weights, recorded, options)
         elif described is not None:
             plan, sink = _plan_by_config(dst, weights, described, options)
-        elif options.model == HUB or (recorded is None and is_of_the_hub(weights, options)):
+        elif keeps_names:
             plan, sink = _plan_as_stored(dst, weights, options)
         else:
             plan, sink = _plan_by_table(dst, weights, recorded, options)

@@ -29,6 +29,7 @@ from milepost.interop.hf.config import config_faults, make_config, with_dtype
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import TensorInfo, total_nbytes
+from milepost.interop.weights.dequantized import without_quantization
 from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.storage.links import open_linked, read_linked
@@ -91,7 +92,8 @@ def hf_extras(
     if CONFIG_NAME not in assets:
         config = make_config(family, args, dtype)
     else:
-        config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
+        # What is written is not quantized, whatever the folder's own weights are.
+        config = without_quantization(parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}"))
         check_config(config, family, args, f"{folder}/{CONFIG_NAME}")
         config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
     weight_map = {}

@@ -17,6 +17,7 @@ from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import open_weights
 from milepost.tensors.layout import TensorLeaf
 
@@ -51,8 +52,10 @@ def load_hf(
         StateMismatchError: they do not have what the leaves ask for; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
-    weights = open_weights(path)
-    with weights.source as source:
+    opened = open_weights(path)
+    with opened.source:
+        weights = plain_weights(opened, "float32")
+        source = weights.source
         family = family_of(model, args)
         if weights.config is not None:
             check_config(weights.config, family.name, args, f"{source.path}/{CONFIG_NAME}")

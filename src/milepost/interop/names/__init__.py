@@ -8,7 +8,7 @@ In reading order::
     identity     which model a checkpoint is of, as it is recorded
     llama3, qwen3, qwen3_moe, torchtitan  the tables of models that are trained here
     config_family  families whose sizes a config.json tells: how a table is written
-    hub_dense    their tables
+    hub_dense, hub_experts  their tables
     families     all of them by name
     assembled    a recipe put on top of stored tensors: those of one program read as another's
     nearest      which family a set of keys resembles

@@ -128,19 +128,19 @@ class ConfigValues:
         self._config = config
         self.faults: list[str] = []
 
-    def number(self, name: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
-        """A positive number; ``default`` where there is none, or null."""
+    def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MAX_SIZE) -> int:
+        """A number from ``least`` to ``most`` (exclusive); ``default`` where there is none, or null."""
         value = self._config.get(name)
         if value is None:
             value = default
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < most:
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value < most:
             return value
         self.faults.append(f"{name} is missing" if value is None else f"{name} is {value!r:.50}: expected a size")
         return 1
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A number of layers or experts."""
-        return self.number(name, default, most=_MAX_COUNT)
+        """A number of layers or experts; it may be 0 where that is the ``default``."""
+        return self.number(name, default, least=0 if default == 0 else 1, most=_MAX_COUNT)
 
     def has(self, name: str) -> bool:
         """Whether there is something other than null, zero, false or empty."""

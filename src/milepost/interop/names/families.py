@@ -8,6 +8,7 @@ from typing import Any
 from milepost.interop.names import llama3, qwen3, qwen3_moe
 from milepost.interop.names.config_family import ConfigFamily
 from milepost.interop.names.hub_dense import DENSE
+from milepost.interop.names.hub_experts import EXPERTS
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import OWN, Family
 from milepost.interop.names.torchtitan import own_scheme, torchtitan_schemes
@@ -49,7 +50,7 @@ def family_of(model: str, args: ModelArgs) -> Family:
     return QWEN3 if args.moe is None else QWEN3_MOE
 
 
-CONFIG_FAMILIES: Mapping[str, ConfigFamily] = {family.name: family for family in DENSE}
+CONFIG_FAMILIES: Mapping[str, ConfigFamily] = {family.name: family for family in (*DENSE, *EXPERTS)}
 """Families that the trainer does not train: sizes come from ``config.json``."""
 ALSO_CALLED = {"qwen2.5": "qwen2", "phi4": "phi3"}
 """Names of models of a family that users know better than the family's."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from milepost.interop.names.rules import Constant, Op, Parameter, QkvGroup, Row, Scheme
 
@@ -18,18 +19,34 @@ OPTIMIZER_NAMES = {"torchtitan-0.3": "torchtitan between releases (wqkv, lm_head
 """Of a release whose optimizers have other names than its models: these are fused, and taken apart when it saves."""
 
 _ATTENTION = "layers.{layer}.attention."
-_EXPERTS_02 = {
-    f"layers.{{layer}}.moe.experts.{weight}": f"layers.{{layer}}.moe.experts.{weight}" for weight in ("w1", "w2", "w3")
-}
+_EXPERTS = "layers.{layer}.moe.experts."
+_INNER_EXPERTS = "layers.{layer}.moe.routed_experts.inner_experts."
+_BIAS = "layers.{layer}.moe.expert_bias"
 _EXPERTS_03 = {
-    f"layers.{{layer}}.moe.experts.{ours}": f"layers.{{layer}}.moe.routed_experts.inner_experts.{theirs}"
-    for ours, theirs in (("w1", "w1_EFD"), ("w2", "w2_EDF"), ("w3", "w3_EFD"))
+    f"{_EXPERTS}{ours}": f"{_INNER_EXPERTS}{theirs}"
+    for ours, theirs in (
+        ("w1", "w1_EFD"),
+        ("w2", "w2_EDF"),
+        ("w3", "w3_EFD"),
+        ("mlp1_weight", "mlp1_weight_EGD"),
+        ("mlp1_bias", "mlp1_bias_EG"),
+        ("mlp2_weight", "mlp2_weight_EDF"),
+        ("mlp2_bias", "mlp2_bias_ED"),
+    )
+} | {_BIAS: f"{_BIAS}_E"}
+_MATRICES = tuple(f"{_EXPERTS}{weight}" for weight in ("w1", "w2", "w3"))
+_SEPARATE_QKV = {
+    f"{_ATTENTION}w{part}.{kind}": f"{_ATTENTION}qkv_linear.w{part}.{kind}"
+    for part in "qkv"
+    for kind in ("weight", "bias")
 }
-_EXPERT = Op.TRANSPOSED  # torchtitan's experts are [experts, out, in], ours [experts, in, out]
-_SEPARATE_QKV = {f"{_ATTENTION}{part}.weight": f"{_ATTENTION}qkv_linear.{part}.weight" for part in ("wq", "wk", "wv")}
-_FUSED_QKV = tuple(
-    Row(f"{_ATTENTION}w{part}.weight", f"{_ATTENTION}qkv_linear.wqkv.weight", part=QkvGroup(part)) for part in "qkv"
-)
+_FUSED_QKV = {
+    f"{_ATTENTION}w{part}.{kind}": Row(
+        f"{_ATTENTION}w{part}.{kind}", f"{_ATTENTION}qkv_linear.wqkv.{kind}", part=QkvGroup(part)
+    )
+    for part in "qkv"
+    for kind in ("weight", "bias")
+}
 
 
 def own_scheme(parameters: Sequence[Parameter], name: str, *, writes_tied_output: bool = False) -> Scheme:
@@ -43,46 +60,58 @@ def own_scheme(parameters: Sequence[Parameter], name: str, *, writes_tied_output
     )
 
 
-def torchtitan_schemes(parameters: Sequence[Parameter]) -> tuple[Scheme, ...]:
-    """``torchtitan-0.2`` and ``torchtitan-0.3``, then the names in use between the two (for reading)."""
+def torchtitan_schemes(
+    parameters: Sequence[Parameter], *, has_qkv_linear: bool = True, transposes_experts: bool = True
+) -> tuple[Scheme, ...]:
+    """``torchtitan-0.2`` and ``torchtitan-0.3``, then the names in use between the two (for reading).
+
+    ``has_qkv_linear``: whether the projections of attention are below that name, not those of latent attention.
+    ``transposes_experts``: whether theirs, [experts, out, in], are [experts, in, out] among ours.
+    """
+    separate = _SEPARATE_QKV if has_qkv_linear else {}
+    make = partial(_scheme, parameters=parameters, transposed=_MATRICES if transposes_experts else ())
     releases = (
-        _scheme("torchtitan-0.2", parameters, {}, bias="expert_bias"),
-        _scheme(
-            "torchtitan-0.3",
-            parameters,
-            {**_SEPARATE_QKV, **_EXPERTS_03, "output.weight": "lm_head.weight"},
-            bias="expert_bias_E",
-        ),
+        make("torchtitan-0.2", names={}),
+        make("torchtitan-0.3", names={**separate, **_EXPERTS_03, "output.weight": "lm_head.weight"}),
     )
     between = []
-    for fused, output, experts in itertools.product((True, False), ("output", "lm_head"), (_EXPERTS_02, _EXPERTS_03)):
+    for fused, output, experts in itertools.product(
+        (True, False) if has_qkv_linear else (False,), ("output", "lm_head"), ({}, _EXPERTS_03)
+    ):
         projections = "wqkv" if fused else "qkv_linear"
-        release = "0.2" if experts is _EXPERTS_02 else "0.3"
+        release = "0.3" if experts else "0.2"
         between.append(
-            _scheme(
+            make(
                 f"torchtitan between releases ({projections}, {output}, experts as in {release})",
-                parameters,
-                {**({} if fused else _SEPARATE_QKV), **experts, "output.weight": f"{output}.weight"},
+                names={**({} if fused else separate), **experts, "output.weight": f"{output}.weight"},
                 fused=fused,
-                bias="expert_bias" if experts is _EXPERTS_02 else "expert_bias_E",
             )
         )
     return (*releases, *between)
 
 
 def _scheme(
-    name: str, parameters: Sequence[Parameter], names: Mapping[str, str], *, bias: str, fused: bool = False
+    name: str,
+    *,
+    parameters: Sequence[Parameter],
+    names: Mapping[str, str],
+    transposed: Sequence[str],
+    fused: bool = False,
 ) -> Scheme:
-    fused_rows = {row.ours: row for row in _FUSED_QKV} if fused else {}
+    fused_rows = _FUSED_QKV if fused else {}
     rows = []
     for parameter in parameters:
-        op = _EXPERT if parameter.key in _EXPERTS_02 else Op.SAME
+        op = Op.TRANSPOSED if parameter.key in transposed else Op.SAME
         rows.append(fused_rows.get(parameter.key, Row(parameter.key, names.get(parameter.key, parameter.key), op)))
-    has_experts = any(parameter.key in _EXPERTS_02 for parameter in parameters)
+    keys = {parameter.key: parameter for parameter in parameters}
+    experts = next((parameter for key, parameter in keys.items() if key.startswith(_EXPERTS)), None)
+    constants: tuple[Constant, ...] = ()
+    if experts is not None and _BIAS not in keys:
+        constants = (Constant(names.get(_BIAS, _BIAS), ("experts",), "float32", experts.layers),)
     return Scheme(
         name,
         tuple(rows),
-        constants=(Constant(f"layers.{{layer}}.moe.{bias}", ("experts",), "float32"),) if has_experts else (),
+        constants=constants,
         tied_output=names.get("output.weight", "output.weight"),
         writes_tied_output=True,
     )

@@ -3,6 +3,7 @@
 In reading order::
 
     boxes   a source: which tensors there are, and any box of one
+    dequantized  fp8 and MXFP4 as if they were not quantized
     open    path -> source, whatever format lies there
     stream  source -> sink in bounded memory
 """
