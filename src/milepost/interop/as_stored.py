@@ -14,6 +14,7 @@ from typing import Any
 from milepost.errors import MAX_LISTED, ConversionError, listed, near
 from milepost.format.box import Box
 from milepost.interop.hf.extras import HfExtras, lent_extras
+from milepost.interop.hf.kept import ARCHITECTURE
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
 from milepost.interop.names.rules import MappedBox, Op, Recipe
@@ -52,11 +53,13 @@ class Kept:
 def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
     """Whether the tensors need no other names.
 
-    So it was asked, a config names the class of transformers, or a ``.pt`` file is made of a model that nobody names.
+    So it was asked, a config or the step names the class of transformers, or a ``.pt`` file is made of a model that
+    nobody names.
     """
     if options.model is not None:
         return options.model == HUB
-    return architecture(weights.config) is not None or options.to == "pt"
+    recorded = weights.manifest is not None and isinstance(weights.manifest.extra.get(ARCHITECTURE), str)
+    return recorded or architecture(weights.config) is not None or options.to == "pt"
 
 
 def architecture(config: Mapping[str, Any] | None) -> str | None:

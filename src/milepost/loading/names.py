@@ -25,10 +25,10 @@ def renames(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
     """
     direct = {key for key in wanted if key in stored}
     model = [key for key in stored if part_of(key) == "model" and key not in direct]
-    bare = {_without_wrappers(key): key for key in model}
+    bare = {without_wrappers(key): key for key in model}
     if len(bare) < len(model):  # two would become one
         return {}
-    ours = {_without_wrappers(key): key for key in wanted if key not in direct}
+    ours = {without_wrappers(key): key for key in wanted if key not in direct}
     for prefix in ("",) if direct else ("", *_prefixes_of(bare)):
         found = {key: bare[prefix + name] for name, key in ours.items() if prefix + name in bare}
         if found:
@@ -43,7 +43,8 @@ def _prefixes_of(keys: Collection[str]) -> list[str]:
     return [*single, *(f"{outer}{inner}" for outer in single for inner in _PREFIXES)]
 
 
-def _without_wrappers(key: str) -> str:
+def without_wrappers(key: str) -> str:
+    """A key without what wrappers have put before and into it."""
     return ".".join(part for part in key.removeprefix(_ADAPTED).split(".") if part not in _WRAPPERS)
 
 

@@ -75,10 +75,13 @@ class WeightsFormat(Protocol):
     def translate(self, manifest: Manifest) -> Translation | None:
         """What a checkpoint is under this run's names; None where it has them, or others that are not known."""
 
-    def load(self, path: str, leaves: Mapping[str, TensorLeaf], *, num_threads: int, logs_progress: bool) -> LoadReport:
+    def load(
+        self, path: str, leaves: Mapping[str, TensorLeaf], policy: Policy, *, num_threads: int, logs_progress: bool
+    ) -> LoadReport:
         """Fill this rank's ``leaves`` from the weights at ``path``; empty: from where the format itself says.
 
-        Not collective. Nothing is changed when the weights do not fit.
+        ``policy`` says what may be missing or unexpected. Not collective. Nothing is changed when the weights do not
+        fit.
         """
 
 
@@ -305,9 +308,15 @@ class Loader:
                 raise ConfigError(f"{choice.path} holds Hugging Face files: give CheckpointManager `hf`")
             path = choice.path if choice.step is None else join(self._place(choice)[0].root, choice.path)
             load = self._state.loading_weights()
+            into = _Into(self._state, ("model",), self._comm.world_size, self._layout, self._config)
             report = self._format.load(
                 path,
-                flatten(load.prepare().values).tensors,
+                {
+                    key: leaf
+                    for key, leaf in flatten(load.prepare().values).tensors.items()
+                    if not into.is_excluded(key)
+                },
+                Policy(self._config.allow_missing, self._config.allow_unexpected, SPELLING),
                 num_threads=self._config.num_io_threads,
                 logs_progress=self._comm.rank == 0,
             )

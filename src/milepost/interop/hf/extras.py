@@ -55,6 +55,8 @@ class HfExtras:
     """A path or URL; empty: no other folder lends files."""
     assets: Sequence[str] = ()
     """Files of ``folder`` to take along as they are."""
+    made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further files, by name, as JSON; they take the place of the folder's."""
     weight_map: Mapping[str, str] = field(default_factory=dict)
     """How an index splits the model into files; empty: split by size."""
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
@@ -69,8 +71,10 @@ class HfExtras:
         if len(weights) > 1 or self.weight_map or has_index:
             yield INDEX_NAME, _json(_index(weights, tensors))
         yield CONFIG_NAME, _json(self.config)
+        for name, value in self.made.items():
+            yield name, _json(value)
         if self.folder:
-            for name in self.assets:
+            for name in (name for name in self.assets if name not in self.made):
                 yield name, _read(self.folder, name)
 
 
@@ -138,6 +142,15 @@ def read_assets(folder: str) -> dict[str, bytes]:
         ConversionError: files of the folder can't be taken: all of them at once.
     """
     return {name: _read(folder, name) for name in _assets_of(folder) if name not in _LIMITS}
+
+
+def lent_files(folder: str) -> list[str]:
+    """The files of a folder to take along as they are: those of a tokenizer, licences.
+
+    Raises:
+        ConversionError: files can't be taken: all of them at once.
+    """
+    return [name for name in _assets_of(folder) if name not in _LIMITS]
 
 
 def _assets_of(folder: str) -> list[str]:

@@ -11,11 +11,8 @@ from collections.abc import Sequence
 
 from milepost.format.safetensors import SafetensorsLayout
 from milepost.format.shares import FileDigests, ShareCount, joined
-from milepost.interop.hf.extras import hf_extras
-from milepost.interop.hf.save import HfTarget, plan_image
+from milepost.interop.hf.save import Target, plan_image
 from milepost.interop.names.assembled import Assembled
-from milepost.interop.names.families import family_of
-from milepost.interop.names.rules import correspond
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
 from milepost.interop.weights.open import manifest_source
 from milepost.interop.weights.stream import Placed, SlabReader, write_image
@@ -26,7 +23,7 @@ from milepost.storage.base import Storage
 
 
 def merge_ranks(
-    storage: Storage, place: Place, target: HfTarget, signed: Sequence[SignOff], info: SaveInfo
+    storage: Storage, place: Place, target: Target, signed: Sequence[SignOff], info: SaveInfo
 ) -> dict[str, FileDigests]:
     """Make the final files at ``place`` of what the ranks have ``signed``. Returns their names there and digests.
 
@@ -35,19 +32,16 @@ def merge_ranks(
         StorageError: the storage refused.
     """
     image = plan_image(target)
-    family = family_of(target.model, target.args)
     manifest, _ = assemble(signed, info, now=time.time())
     with manifest_source(storage, place.folder, manifest, None) as source:
-        recipes = correspond(family, family.scheme("hf"), target.args).into_theirs()
-        reader = SlabReader(Assembled(source, recipes), DEFAULT_BUDGET_NBYTES)
+        reader = SlabReader(Assembled(source, image.content.recipes), DEFAULT_BUDGET_NBYTES)
         written = {
             place.name(name): _write_weights(storage, place.path(name), image.files[name], reader)
             for name in image.files
         }
         source.check_digests()
-    extras = hf_extras(family.name, target.args, reader.content.tensors, target.assets, None)
     keys = {place.name(name): tuple(layout.tensors) for name, layout in image.files.items()}
-    for name, data in extras.files(keys, reader.content.tensors, has_index=True):
+    for name, data in image.content.extras.files(keys, reader.content.tensors, has_index=True):
         storage.write(place.path(name), data)
         count = ShareCount(len(data))
         count.add(0, memoryview(data))

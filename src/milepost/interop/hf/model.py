@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.format.manifest import Manifest
 from milepost.interop.hf.form import HfForm
+from milepost.interop.hf.hub_model import HubModel
 from milepost.interop.hf.load import load_hf
 from milepost.interop.hf.save import HfTarget, plan_image
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
@@ -17,6 +20,7 @@ from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.translate import translate
 from milepost.loading.load import LoadReport
 from milepost.loading.names import Translation
+from milepost.loading.policy import Policy
 from milepost.tensors.layout import TensorLeaf
 
 
@@ -33,6 +37,19 @@ class HfModel:
     assets: str = ""
     flavor: str = CUSTOM
     """The name of these sizes, as it is recorded and shown."""
+
+    @staticmethod
+    def of(model: nn.Module, assets: str = "") -> HubModel:
+        """Any model of transformers, for a manager's ``hf``: its steps are written as ``save_pretrained`` would.
+
+        ``model`` is a ``PreTrainedModel``, sharded or not (FSDP2, tensor parallelism), or a module around one, such as
+        DDP's; the manager is given the same. ``assets`` is a Hugging Face folder that lends tokenizer files to a save,
+        and weights to a start without ``initial_load_path``; may be empty.
+
+        Raises:
+            ConfigError: there is no such model in it, or it is quantized or has PEFT adapters.
+        """
+        return HubModel(model, assets)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -78,8 +95,12 @@ class HfModel:
         plan_image(target)
         return HfForm(target)
 
-    def load(self, path: str, leaves: Mapping[str, TensorLeaf], *, num_threads: int, logs_progress: bool) -> LoadReport:
+    def load(
+        self, path: str, leaves: Mapping[str, TensorLeaf], policy: Policy, *, num_threads: int, logs_progress: bool
+    ) -> LoadReport:
         """Fill this rank's ``leaves`` from the weights at ``path``, by default from the assets. Not collective.
+
+        Whatever the ``policy``: the tables know what must be there.
 
         Raises:
             ConfigError: there is neither a path nor assets.

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -21,10 +22,10 @@ from milepost.format.dtype import itemsize
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.shares import FileDigests, Share, ShareCount, joined
-from milepost.interop.hf.extras import hf_extras, split_into_files
+from milepost.interop.hf.extras import HfExtras, hf_extras, split_into_files
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
-from milepost.interop.names.rules import Correspondence, Link, Op, correspond
+from milepost.interop.names.rules import Correspondence, Link, Op, Recipe, correspond
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import Array, TensorInfo, array_dtype, raw_bytes
 from milepost.interop.weights.stream import BUFFER_NBYTES, SLAB_NBYTES, ImageStream
@@ -36,8 +37,35 @@ from milepost.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HfContent:
+    """What the files are to hold, and where each element of it comes from."""
+
+    tensors: Mapping[str, TensorInfo]
+    """By the names in the files."""
+    links: Mapping[str, tuple[Link, ...]]
+    """For each of our keys, where its elements go; nowhere, if another one repeats it."""
+    recipes: Mapping[str, Recipe]
+    """The same links from the other side."""
+    head_dim: int
+    extras: HfExtras
+    max_shard_nbytes: int
+
+
+class Target(Protocol):
+    """A model that is to be saved as Hugging Face files. Plain data, the same on every rank; must pickle."""
+
+    def content(self) -> HfContent:
+        """Work out what the files are to hold. Pure, and equal on every rank.
+
+        Raises:
+            ConversionError: the model's tensors are not those of its tables, or the assets belong to another model.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HfTarget:
-    """A model that is to be saved as Hugging Face files. Plain data, the same on every rank."""
+    """A model that there is a table for."""
 
     model: str
     """``llama3`` or ``qwen3``."""
@@ -47,6 +75,29 @@ class HfTarget:
     assets: str = ""
     """A Hugging Face folder that lends config, tokenizer files and file index; empty: they are made, or left out."""
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
+
+    def content(self) -> HfContent:
+        """See :class:`Target`."""
+        family = family_of(self.model, self.args)
+        found = correspond(family, family.scheme("hf"), self.args)
+        _check_keys(found, self)
+        tensors = _foreign_tensors(found, self)
+        return HfContent(
+            tensors=tensors,
+            links=by_our_key(found.links),
+            recipes=found.into_theirs(),
+            head_dim=found.head_dim,
+            extras=hf_extras(family.name, self.args, tensors, self.assets, None),
+            max_shard_nbytes=self.max_shard_nbytes,
+        )
+
+
+def by_our_key(links: Sequence[Link]) -> dict[str, tuple[Link, ...]]:
+    """The links of each of our keys."""
+    found: dict[str, list[Link]] = {}
+    for link in links:
+        found.setdefault(link.ours_key, []).append(link)
+    return {key: tuple(group) for key, group in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +111,29 @@ class _Place:
 class HfImage:
     """The final files: their layouts, and what leads from our boxes to places in them."""
 
-    target: HfTarget
+    content: HfContent
     files: Mapping[str, SafetensorsLayout]
     places: Mapping[str, _Place]
-    links: Mapping[str, tuple[Link, ...]]
-    head_dim: int
 
 
-def plan_image(target: HfTarget) -> HfImage:
+def plan_image(target: Target) -> HfImage:
     """Where everything goes. Pure, and equal on every rank.
 
     Raises:
         ConversionError: the model's tensors are not those of its tables, or the assets belong to another model.
     """
-    family = family_of(target.model, target.args)
-    found = correspond(family, family.scheme("hf"), target.args)
-    _check_keys(found, target)
-    tensors = _foreign_tensors(found, target)
-    weight_map = hf_extras(family.name, target.args, tensors, target.assets, None).weight_map
+    content = target.content()
+    tensors = content.tensors
     files = {
         name: plan_layout({key: (tensors[key].dtype, tensors[key].shape) for key in keys})
-        for name, keys in split_into_files(tensors, weight_map, target.max_shard_nbytes).items()
+        for name, keys in split_into_files(tensors, content.extras.weight_map, content.max_shard_nbytes).items()
     }
     places = {
         key: _Place(name, stored.offset, stored.shape)
         for name, layout in files.items()
         for key, stored in layout.tensors.items()
     }
-    links: dict[str, list[Link]] = {}
-    for link in found.links:
-        links.setdefault(link.ours_key, []).append(link)
-    return HfImage(target, files, places, {key: tuple(group) for key, group in links.items()}, found.head_dim)
+    return HfImage(content, files, places)
 
 
 def _check_keys(found: Correspondence, target: HfTarget) -> None:
@@ -121,21 +164,14 @@ def write_frame(storage: Storage, folder: str, image: HfImage) -> dict[str, Shar
     Raises:
         StorageError: the storage refused.
     """
-    family = family_of(image.target.model, image.target.args)
-    tensors = {
-        key: TensorInfo(stored.dtype, stored.shape)
-        for layout in image.files.values()
-        for key, stored in layout.tensors.items()
-    }
     shares = {}
     for name, layout in image.files.items():
         with storage.open_write(join(folder, name), layout.nbytes, shared=True) as handle:
             shares[name] = _share_of(layout.prefix, layout.nbytes)
             handle.write(0, [layout.prefix])
             handle.sync()
-    extras = hf_extras(family.name, image.target.args, tensors, image.target.assets, None)
     keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
-    for name, data in extras.files(keys, tensors):
+    for name, data in image.content.extras.files(keys, image.content.tensors):
         shares[name] = _share_of(data, len(data))
         storage.write(join(folder, name), data)
     return shares
@@ -164,7 +200,7 @@ def write_part(
     Raises:
         StorageError: the first failure on any thread.
     """
-    names = {image.places[link.theirs_key].file for item in items for link in image.links[item.key]}
+    names = {image.places[link.theirs_key].file for item in items for link in image.content.links[item.key]}
     counts = {name: ShareCount(image.files[name].nbytes) for name in names}
     with ExitStack() as stack:
         handles = {
@@ -194,13 +230,15 @@ def _write_item(
     source: BlockSource | FileImage,
     buffer: mmap.mmap,
 ) -> None:
-    links = image.links[item.key]
+    links, head_dim = image.content.links[item.key], image.content.head_dim
+    if not links:
+        return
     size = itemsize(item.dtype)
     streams: tuple[str, ImageStream] | None = None
-    for slab, values in _slabs(item, links, image.head_dim, source):
+    for slab, values in _slabs(item, links, head_dim, source):
         box = slab.box.shifted(item.box.offsets)
         for link in links:
-            for theirs, part in _parts(link, image.head_dim, box, values):
+            for theirs, part in _parts(link, head_dim, box, values):
                 place = image.places[link.theirs_key]
                 data, position = raw_bytes(np.ascontiguousarray(part)), 0
                 for start, stop in contiguous_runs(theirs, place.shape):

@@ -1,0 +1,228 @@
+"""Any model of transformers in the own loop: started from Hugging Face files, and ended in them, sharded or not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from milepost.errors import ConfigError, ConversionError, StateMismatchError
+from milepost.format.box import Box
+from milepost.format.huggingface import GENERATION_CONFIG_NAME
+from milepost.interop.any_weights import check_fit, fill
+from milepost.interop.hf.form import HfForm
+from milepost.interop.hf.hub_names import kept_names
+from milepost.interop.hf.kept import ARCHITECTURE, KeptNames, KeptTarget
+from milepost.interop.names.assembled import Assembled
+from milepost.interop.names.match import difference
+from milepost.interop.names.rules import Op, Piece, Recipe
+from milepost.interop.weights.boxes import Readable, Renamed
+from milepost.interop.weights.open import open_weights
+from milepost.loading.fit import unexpected_error
+from milepost.loading.load import LoadReport
+from milepost.loading.module import DERIVED
+from milepost.loading.names import renames
+from milepost.loading.policy import Policy
+from milepost.tensors.layout import TensorLeaf
+
+
+class HubModel:
+    """A ``PreTrainedModel`` as a manager's ``hf``. Made by :meth:`milepost.HfModel.of`."""
+
+    def __init__(self, model: nn.Module, assets: str = ""):
+        self._model = pretrained_in(model)
+        self._assets = assets
+
+    def record(self) -> Mapping[str, Any]:
+        """What each step records: the class, so that its weights are known to have the hub's names."""
+        return {ARCHITECTURE: _class_name(self._model)}
+
+    def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
+        """No notes: keys and shapes tell what fits."""
+        return []
+
+    def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
+        """Return the form of a save of tensors of these keys and dtypes, all ranks' together.
+
+        Raises:
+            ConversionError: they are not the model's, or the assets can't be taken.
+        """
+        names = kept_names(self._model)
+        config = copy.deepcopy(self._model.config)
+        config.dtype = str(self._model.dtype).removeprefix("torch.")
+        config.architectures = [_class_name(self._model)]
+        can_generate = self._model.can_generate() and self._model.generation_config is not None
+        made = {GENERATION_CONFIG_NAME: _as_json(self._model.generation_config)} if can_generate else {}
+        target = KeptTarget(
+            names=names,
+            prefix=_prefix(dtypes, names),
+            dtypes=dict(dtypes),
+            config=_as_json(config),
+            made=made,
+            assets=self._assets,
+        )
+        target.content()
+        return HfForm(target)
+
+    def load(
+        self, path: str, leaves: Mapping[str, TensorLeaf], policy: Policy, *, num_threads: int, logs_progress: bool
+    ) -> LoadReport:
+        """Fill this rank's ``leaves`` from the weights at ``path``, by default from the assets. Not collective.
+
+        Their names are those of the hub or of the module, also under the prefixes of wrappers.
+
+        Raises:
+            ConfigError: there is neither a path nor assets.
+            StateMismatchError: keys or shapes do not fit; nothing was changed.
+            CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
+        """
+        path = path or self._assets
+        if not path:
+            raise ConfigError(
+                "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, or assets of HfModel.of()"
+            )
+        started = time.monotonic()
+        names = kept_names(self._model)
+        prefix = _prefix(leaves, names)
+        weights = open_weights(path)
+        with weights.source as source:
+            if weights.is_adapter:
+                raise ConversionError(f"{source.path} is a PEFT adapter, not a whole model", path=source.path)
+            view, recipes = _as_stored(source, names)
+            tied = {prefix + name: recipes[kept] for name, kept in names.copies.items()}
+            ours = {prefix + name: recipe for name, recipe in recipes.items()} | tied
+            there = Assembled(view, {key: ours[key] for key in leaves if key in ours and _is_there(ours[key], view)})
+            missing = sorted(key for key in leaves if key not in there.tensors)
+            unexpected = _unexpected(view, recipes, names)
+            self._refuse(source.path, view, there, unexpected, policy)
+            _check_tied(view, names, source.path)
+            wanted = {key: leaf for key, leaf in leaves.items() if key in there.tensors}
+            must_be_there = {key: leaves[key] for key in policy.refused_missing(missing)}
+            cast = check_fit(there, {**wanted, **must_be_there}, source.path)
+            nbytes = fill(there, wanted, num_threads, f"loading {source.path}" if logs_progress else None)
+            source.check_digests()
+        let_pass = policy.let_pass(missing, unexpected)
+        return LoadReport(
+            path=source.path,
+            step=None,
+            kind="model",
+            num_tensors=len(wanted),
+            wanted_nbytes=nbytes,
+            read_nbytes=nbytes,
+            seconds=time.monotonic() - started,
+            unexpected=tuple(unexpected),
+            missing=tuple(missing),
+            cast=cast,
+            let_pass=let_pass,
+            notes=(*weights.notes, *map(str, let_pass)),
+        )
+
+    def _refuse(self, path: str, view: Readable, there: Readable, unexpected: list[str], policy: Policy) -> None:
+        """Refuse weights that have nothing of the model, or more than it has a place for."""
+        if not there.tensors:
+            raise StateMismatchError(
+                f"nothing was loaded: {path} has none of the tensors of {_class_name(self._model)}", path=path
+            )
+        refused = sorted(policy.refused_unexpected(unexpected))
+        if refused:
+            raise unexpected_error(path, refused, policy, set(view.tensors) - set(refused))
+
+
+def pretrained_in(model: nn.Module) -> Any:
+    """The ``PreTrainedModel`` that ``model`` is, or wraps (DDP, ``torch.compile``, a module of one's own).
+
+    Raises:
+        ConfigError: there is none, there are several, or it can't be stored as it is.
+    """
+    from transformers import PreTrainedModel
+
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        is_inner = any(name.startswith(f"{outer}." if outer else "") for outer, _ in found)
+        if isinstance(module, PreTrainedModel) and not is_inner:
+            found.append((name, module))
+    if len(found) != 1:
+        held = ", ".join(f"{name} ({type(module).__name__})" for name, module in found) or "none"
+        raise ConfigError(
+            f"HfModel.of() expects a PreTrainedModel of transformers, or a module around one; in "
+            f"{type(model).__name__} it found {held}"
+        )
+    inner: Any = found[0][1]
+    if getattr(inner, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            "HfModel.of() was given a quantized model: its weights can't be trained and stored as they are"
+        )
+    if any(".base_layer." in name for name, _ in inner.named_parameters()):
+        raise ConfigError(
+            "HfModel.of() was given a model with PEFT adapters in it: save the steps without `hf`, and write the "
+            "adapter, or the model with it merged in, with `milepost export --adapter`"
+        )
+    return inner
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(model).__name__.removeprefix("FSDP")  # `fully_shard` gives it a class of its own
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return value
+
+
+def _prefix(keys: Collection[str], names: KeptNames) -> str:
+    """What stands before the module's names in ``keys``: the module may be a part of what is saved."""
+    known = {*names.ours, *names.copies}
+    if any(key in known for key in keys):
+        return ""
+    first = next(iter(names.ours))
+    found = [key.removesuffix(first) for key in keys if key.endswith(f".{first}")]
+    return min(found, key=len, default="")
+
+
+def _as_stored(source: Readable, names: KeptNames) -> tuple[Readable, dict[str, Recipe]]:
+    """The source under the names of the files or of the module, whichever more of it has, and how to read it."""
+    by_files, by_module = (_without_prefix(source, {**known, **names.copies}) for known in (names.theirs, names.ours))
+    in_files = sum(key in by_files.tensors for key in names.theirs) / max(len(names.theirs), 1)
+    in_module = sum(key in by_module.tensors for key in names.ours) / max(len(names.ours), 1)
+    if in_files >= in_module:
+        return by_files, names.into_ours()
+    return by_module, {name: _itself(name, shape) for name, shape in names.ours.items()}
+
+
+def _itself(name: str, shape: tuple[int, ...]) -> Recipe:
+    box = Box.whole(shape)
+    return Recipe(shape, (Piece(box, name, box, Op.SAME),))
+
+
+def _without_prefix(source: Readable, wanted: Mapping[str, Any]) -> Renamed:
+    moved = renames(source.tensors, wanted)
+    return Renamed(source, {key: key for key in source.tensors if key not in set(moved.values())} | moved)
+
+
+def _is_there(recipe: Recipe, view: Readable) -> bool:
+    return all(piece.source_key in view.tensors for piece in recipe.pieces)
+
+
+def _unexpected(view: Readable, recipes: Mapping[str, Recipe], names: KeptNames) -> list[str]:
+    """Stored tensors that no tensor of the module is made of."""
+    used = {piece.source_key for recipe in recipes.values() for piece in recipe.pieces}
+    return sorted(key for key in view.tensors if key not in used and not _may_be_left(key, names))
+
+
+def _may_be_left(key: str, names: KeptNames) -> bool:
+    """Whether a stored tensor says nothing that the others do not: a tied one, or a buffer that models compute."""
+    return key in names.copies or key in names.ignored or key.rpartition(".")[2] in DERIVED
+
+
+def _check_tied(view: Readable, names: KeptNames, path: str) -> None:
+    for name, kept in names.copies.items():
+        if name in view.tensors and kept in view.tensors:
+            found = difference(view, kept, name)
+            if found is not None:
+                raise StateMismatchError(
+                    f"{path}: {found}, but the model ties the two; nothing was changed", path=path, mismatched=[found]
+                )

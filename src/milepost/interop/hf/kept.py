@@ -1,0 +1,111 @@
+"""A model of transformers as Hugging Face files: by no table, but by what it says of itself. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from milepost.errors import ConversionError, listed
+from milepost.interop.hf.config import with_dtype
+from milepost.interop.hf.extras import HfExtras, lent_files, main_dtype
+from milepost.interop.hf.save import HfContent, by_our_key
+from milepost.interop.names.rules import Link, Piece, Recipe
+from milepost.interop.options import DEFAULT_SHARD_NBYTES
+from milepost.interop.weights.boxes import TensorInfo
+
+ARCHITECTURE = "architecture"
+"""Name of the record in a manifest's ``extra``: the class of transformers whose names the tensors have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptNames:
+    """The tensors of a module of transformers, and how they are stored in its files."""
+
+    ours: Mapping[str, tuple[int, ...]]
+    """Shapes by the module's names, of tied tensors by one of them."""
+    theirs: Mapping[str, tuple[int, ...]]
+    """Shapes by the names in the files."""
+    links: tuple[Link, ...]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Names of tied tensors that are not stored: the name that is."""
+    ignored: frozenset[str] = frozenset()
+    """Names that are in the module's state and not in its files."""
+
+    def into_ours(self) -> dict[str, Recipe]:
+        """Each tensor of the module, put together from those in the files."""
+        pieces: dict[str, list[Piece]] = {key: [] for key in self.ours}
+        for link in self.links:
+            pieces[link.ours_key].append(Piece(link.ours, link.theirs_key, link.theirs, link.op))
+        return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
+
+    def into_theirs(self) -> dict[str, Recipe]:
+        """Each tensor in the files, put together from those of the module."""
+        pieces: dict[str, list[Piece]] = {key: [] for key in self.theirs}
+        for link in self.links:
+            pieces[link.theirs_key].append(Piece(link.theirs, link.ours_key, link.ours, link.op.inverse))
+        return {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptTarget:
+    """See ``save.Target``. ``config`` and ``made`` are what the model writes beside its weights itself."""
+
+    names: KeptNames
+    prefix: str
+    """Of our keys, before the module's names."""
+    dtypes: Mapping[str, str]
+    """Each of our keys with the dtype it is stored in."""
+    config: Mapping[str, Any]
+    made: Mapping[str, Mapping[str, Any]]
+    assets: str = ""
+    """A Hugging Face folder that lends tokenizer files; empty: none."""
+    max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
+
+    def content(self) -> HfContent:
+        """See ``save.Target``."""
+        names, prefix = self.names, self.prefix
+        links = tuple(replace(link, ours_key=prefix + link.ours_key) for link in names.links)
+        self._check_keys()
+        tensors = {
+            key: TensorInfo(self._dtype(prefix + recipe.pieces[0].source_key), recipe.shape)
+            for key, recipe in names.into_theirs().items()
+        }
+        nowhere = dict.fromkeys((prefix + name for name in (*names.copies, *names.ignored)), ())
+        recipes = {
+            key: replace(
+                recipe, pieces=tuple(replace(piece, source_key=prefix + piece.source_key) for piece in recipe.pieces)
+            )
+            for key, recipe in names.into_theirs().items()
+        }
+        extras = HfExtras(
+            config=with_dtype(self.config, main_dtype(tensors)),
+            folder=self.assets,
+            assets=lent_files(self.assets) if self.assets else (),
+            made=self.made,
+            max_shard_nbytes=self.max_shard_nbytes,
+        )
+        return HfContent(
+            tensors=tensors,
+            links={**nowhere, **by_our_key(links)},
+            recipes=recipes,
+            head_dim=0,
+            extras=extras,
+            max_shard_nbytes=self.max_shard_nbytes,
+        )
+
+    def _dtype(self, key: str) -> str:
+        return self.dtypes[key]
+
+    def _check_keys(self) -> None:
+        names = self.names
+        known = {self.prefix + name for name in (*names.ours, *names.copies, *names.ignored)}
+        missing = [key for name in names.ours if (key := self.prefix + name) not in self.dtypes]
+        unknown = [key for key in self.dtypes if key not in known]
+        if missing or unknown:
+            lines = [*(f"missing: {key}" for key in missing), *(f"not the model's: {key}" for key in unknown)]
+            raise ConversionError(
+                f"the state that is saved is not that of the {self.config.get('architectures', ['model'])[0]} that "
+                "HfModel.of() was given: Hugging Face files would not hold it all\n  " + "\n  ".join(listed(lines)),
+                problems=lines,
+            )
