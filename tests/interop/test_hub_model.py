@@ -128,18 +128,16 @@ def test_what_would_be_lost_or_left_as_it_was_is_refused(memory_path: Path) -> N
         HfModel.of(nn.Linear(2, 2))
 
 
-def build_sharded(how: str, model: Any) -> nn.Module:
+def build_sharded(how: str, model: Any) -> Any:
     if how == "fsdp":
         for layer in model.model.layers:
             fully_shard(layer)
-        fully_shard(model)
-        return model
+        return fully_shard(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan: dict[str, Any] = {f"model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in ("q", "k", "v")} | {
         "model.layers.*.self_attn.o_proj": RowwiseParallel()
     }
-    parallelize_module(model, mesh, plan)
-    return model
+    return parallelize_module(model, mesh, plan)
 
 
 def train_sharded(folder: Path, how: str) -> float:

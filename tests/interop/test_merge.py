@@ -132,8 +132,9 @@ def test_a_mean_is_rounded_once_and_of_equal_models_is_the_model(
 ) -> None:
     paths = sources(3, dtype)
     merge(paths, memory_path / "out", MergeOptions())
-    wide = np.float64 if np.dtype(dtype).itemsize > 2 else np.float32
-    whole = sum(arrays(number, dtype)["w"].astype(wide) for number in range(3)) / wide(3)
+    wide: Any = np.float64 if np.dtype(dtype).itemsize > 2 else np.float32
+    total: Any = sum(arrays(number, dtype)["w"].astype(wide) for number in range(3))
+    whole = total / wide(3)
     assert np.array_equal(read(memory_path / "out")["w"], np.asarray(whole).astype(dtype))
     report = merge([paths[0]] * 7, memory_path / "same", MergeOptions())  # nothing is wider than float64
     assert any("was given more than once" in note for note in report.notes)

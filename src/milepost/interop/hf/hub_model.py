@@ -13,6 +13,7 @@ from torch import nn
 from milepost.errors import ConfigError, ConversionError, StateMismatchError
 from milepost.format.box import Box
 from milepost.format.huggingface import GENERATION_CONFIG_NAME
+from milepost.format.manifest import Manifest
 from milepost.interop.any_weights import check_fit, fill
 from milepost.interop.hf.form import HfForm
 from milepost.interop.hf.hub_names import kept_names
@@ -25,7 +26,7 @@ from milepost.interop.weights.open import open_weights
 from milepost.loading.fit import unexpected_error
 from milepost.loading.load import LoadReport
 from milepost.loading.module import DERIVED
-from milepost.loading.names import renames
+from milepost.loading.names import Translation, renames
 from milepost.loading.policy import Policy
 from milepost.tensors.layout import TensorLeaf
 
@@ -44,6 +45,10 @@ class HubModel:
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
         """No notes: keys and shapes tell what fits."""
         return []
+
+    def translate(self, manifest: Manifest) -> Translation | None:
+        """None: names differ from the module's by prefixes alone, which every load recognises."""
+        return None
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
         """Return the form of a save of tensors of these keys and dtypes, all ranks' together.

@@ -54,7 +54,7 @@ def _copies(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     same: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         same.setdefault(id(tensor), []).append(name)
-    copies = {}
+    copies: dict[str, str] = {}
     for names in same.values():
         kept = next((name for name in names if name not in declared), names[0])
         copies |= {name: kept for name in names if name != kept}
@@ -72,7 +72,7 @@ def _links(
     empty = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in ours.items()}
     owners = {_memory(tensor): name for name, tensor in empty.items()}
     try:
-        with _WithoutCopies():
+        with _WithoutCopies():  # type: ignore[no-untyped-call]
             stored = revert(model, dict(empty))
     except Exception:  # noqa: BLE001 - of another library: whatever it was, this way leads nowhere
         return None
@@ -97,7 +97,7 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _WithoutCopies(TorchDispatchMode):
+class _WithoutCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies are views here, so that what was copied is still known by its memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
