@@ -62,8 +62,16 @@ class CheckpointConfig:
     """The save at the last step holds the model alone."""
     last_save_in_hf: bool = False
     """The save at the last step is written as Hugging Face safetensors."""
+    hf_interval: int = 0
+    """Every N steps write the model as Hugging Face files too, in ``hf/step-<N>`` below ``folder``, while training goes
+    on: for evaluation and serving. Takes host memory for another copy of the model; 0 disables."""
+    hf_keep_latest_k: int = 10
+    """As ``keep_latest_k``, of the folders of ``hf_interval``."""
+    hf_keep_every_n_steps: int = 0
+    """As ``keep_every_n_steps``, of the folders of ``hf_interval``."""
     export_dtype: ExportDtype | None = None
-    """Cast the model in a model-only last save to this dtype. Unset: every tensor keeps the dtype it has."""
+    """Cast the model in a model-only last save, and in those of ``hf_interval``, to this dtype. Unset: every tensor
+    keeps the dtype it has."""
     async_mode: AsyncMode = "disabled"
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     on_save_error: Literal["stop", "warn"] = "stop"
@@ -166,13 +174,15 @@ class CheckpointConfig:
             found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
         if self.keep_every_n_steps < 0:
             found.append(f"checkpoint.keep_every_n_steps must be 0 (disabled) or more, not {self.keep_every_n_steps}")
-        for name in ("remote_every_n_steps", "remote_keep_every_n_steps"):
+        for name in (
+            *("remote_every_n_steps", "remote_keep_every_n_steps"),
+            *("hf_interval", "hf_keep_every_n_steps"),
+        ):
             if getattr(self, name) < 0:
                 found.append(f"checkpoint.{name} must be 0 (disabled) or more, not {getattr(self, name)}")
-        if self.remote_keep_latest_k < 0:
-            found.append(
-                f"checkpoint.remote_keep_latest_k must be 0 (keep all) or more, not {self.remote_keep_latest_k}"
-            )
+        for name in ("remote_keep_latest_k", "hf_keep_latest_k"):
+            if getattr(self, name) < 0:
+                found.append(f"checkpoint.{name} must be 0 (keep all) or more, not {getattr(self, name)}")
         if self.load_step < -1:
             found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
         if self.keep_best_k < 0:
@@ -187,11 +197,12 @@ class CheckpointConfig:
             found.append(
                 "checkpoint.folder_per_node needs checkpoint.remote_folder: a node that is lost takes its folder along"
             )
-        if self.folder_per_node and self.last_save_in_hf:
-            found.append(
-                "checkpoint.folder_per_node and checkpoint.last_save_in_hf contradict each other: all ranks write "
-                "those files together. `milepost convert` makes them from the last step in checkpoint.remote_folder"
-            )
+        for name in ("last_save_in_hf", "hf_interval"):
+            if self.folder_per_node and getattr(self, name):
+                found.append(
+                    f"checkpoint.folder_per_node and checkpoint.{name} contradict each other: all ranks write those "
+                    "files together. `milepost convert` makes them from a step in checkpoint.remote_folder"
+                )
         if not self.folder:
             found.append("checkpoint.folder must not be empty")
         for name in self.exclude_from_loading:

@@ -31,9 +31,22 @@ QUICK = {
     "convert": ["convert", "model/step-7", "out.pt", "--to", "pt", "--model", "llama3", "--flavor", "debugmodel"],
     "sync": ["sync", "run/step-600", "copies"],
     "export": ["export", "model", "out", "--model", "llama3", "--flavor", "debugmodel"],
+    "merge": ["merge", "run/step-600", "run/step-200", "--to", "merged"],
 }
 """Run in this order in one process: those that need numpy come last."""
-NEED_NUMPY = {"inspect", "verify", "plan-resume", "sync", "diff", "stats", "show", "report", "convert", "export"}
+NEED_NUMPY = {
+    "inspect",
+    "verify",
+    "plan-resume",
+    "sync",
+    "diff",
+    "stats",
+    "show",
+    "report",
+    "convert",
+    "export",
+    "merge",
+}
 """They read the columns of shards; those that list, mark and delete steps read heads."""
 START_CPU_S = 0.4
 """Processor time to start, on a machine that is idle: there it is what a user waits for."""

@@ -53,6 +53,7 @@ def plan(
     keep_best_k: int = 0,
     metric: str = "",
     mode: MetricMode = "min",
+    weights_alone: bool = False,
     protected: Mapping[int, str],
     now: float,
 ) -> list[Decision]:
@@ -68,6 +69,7 @@ def plan(
         keep_best_k: keep the N steps with the best value of ``metric``; 0 disables.
         metric: the name under which the value was recorded; steps without one are not compared.
         mode: whether the lowest or the highest value is best.
+        weights_alone: nothing here is to be resumed from: any newer step replaces those of abandoned branches.
         protected: steps that the caller needs, with the reason.
         now: seconds since the epoch.
     """
@@ -91,7 +93,7 @@ def plan(
     reasons |= dict.fromkeys((entry.step for entry in own[-keep_latest_k:]), _latest(keep_latest_k))
     reasons |= {e.step: "it is the newest step to resume from" for e in [e for e in own if e.is_resumable][-1:]}
     reasons |= {entry.step: "it is the newest committed step" for entry in own[-1:]}
-    reasons |= _abandoned_to_keep(history, own, ends, keep_latest_k)
+    reasons |= _abandoned_to_keep(history, own, ends, keep_latest_k, weights_alone)
     reasons |= protected
     reasons |= {entry.step: reason for entry in entries if (reason := _why_untouchable(entry))}
     return [
@@ -116,11 +118,11 @@ def _why_untouchable(entry: StepEntry) -> str:
 
 
 def _abandoned_to_keep(
-    history: History, own: Sequence[StepEntry], ends: Mapping[int, int], keep_latest_k: int
+    history: History, own: Sequence[StepEntry], ends: Mapping[int, int], keep_latest_k: int, weights_alone: bool
 ) -> dict[int, str]:
     """Of abandoned branches: the newest for which there is room, and all while nothing newer can be resumed from."""
     abandoned = [entry for entry in history.abandoned if _is_own(entry)]
-    reached = max((commit_order(entry) for entry in own if entry.is_resumable), default=None)
+    reached = max((commit_order(entry) for entry in own if weights_alone or entry.is_resumable), default=None)
     found = {
         entry.step: f"{_of(ends[entry.step])}, but no newer step can be resumed from"
         for entry in abandoned

@@ -40,6 +40,7 @@ class Keep:
     best_k: int = 0
     metric: str = ""
     mode: retention.MetricMode = "min"
+    weights_alone: bool = False
 
 
 class Form(Protocol):
@@ -331,6 +332,7 @@ def prune(storage: Storage, keep: Keep) -> None:
             keep_best_k=keep.best_k,
             metric=keep.metric,
             mode=keep.mode,
+            weights_alone=keep.weights_alone,
             protected=keep.protected,
             now=time.time(),
         )

@@ -100,10 +100,11 @@ def _of_folder(folder: str) -> tuple[str, ModelIdentity | None]:
 
 
 def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
-    """Refuse at the start what would fail at the last save, when training is done."""
+    """Refuse at the start what would fail at a save for Hugging Face, when training is done or far."""
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
-    if not (checkpoint.enable and checkpoint.last_save_in_hf and assets):
+    if not (checkpoint.enable and (checkpoint.last_save_in_hf or checkpoint.hf_interval) and assets):
         return
+    option = "last_save_in_hf" if checkpoint.last_save_in_hf else "hf_interval"
     path = join_path(assets, CONFIG_NAME)
     described = read_config(assets)
     if described is not None:
@@ -112,5 +113,5 @@ def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
         )
         if faults:
             raise ConfigError(
-                [f"checkpoint.last_save_in_hf: {path} is of another model than this run: {fault}" for fault in faults]
+                [f"checkpoint.{option}: {path} is of another model than this run: {fault}" for fault in faults]
             )

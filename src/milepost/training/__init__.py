@@ -16,6 +16,7 @@ In reading order::
     choice          which step to resume from: pure
     resume          loading it
     events          what happened, for logs and TensorBoard
+    hf_saves        periodic saves of the model in the other format, beside the steps
     remote          the tier behind the folder: committed steps copied on, beside the training
     node_tier       the same where each node has a folder of its own: when a step counts there, and what goes
     hooks           what is done after a commit: a function, a command line

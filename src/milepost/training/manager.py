@@ -47,6 +47,7 @@ from milepost.training.arguments import check_arguments
 from milepost.training.attached import PART as ATTACHED
 from milepost.training.attached import attached
 from milepost.training.events import SaveEvent, SaveLog
+from milepost.training.hf_saves import HfSaves
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.metrics import MetricRecorder
@@ -100,7 +101,8 @@ class CheckpointManager:
             between ranks they are stored for each, and given back by rank. At another number of ranks the object's
             ``reshard(states)`` makes a state for this rank of all of the saved ones; without that method the load is
             refused. Anything else that differs between ranks is refused by :meth:`save`.
-        hf: which model this is (:class:`milepost.HfModel`), for ``initial_load_in_hf`` and ``last_save_in_hf``.
+        hf: which model this is (:class:`milepost.HfModel`), for ``initial_load_in_hf``, ``last_save_in_hf`` and
+            ``hf_interval``.
         on_commit: called on rank 0 with each :class:`milepost.Commit`, in a thread of its own, as soon as a step is
             committed; ``config.on_commit`` is a command line for the same. A failure is logged and fails no save.
         comm: how ranks exchange; by default the default process group, or one process.
@@ -143,9 +145,10 @@ class CheckpointManager:
         self._layout = dict(layout or {})
         self._per_rank = _checked_per_rank(per_rank)
         self._format = hf
-        if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf):
+        if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf or self._config.hf_interval):
             raise ConfigError(
-                "initial_load_in_hf and last_save_in_hf need to know the model: give CheckpointManager `hf`"
+                "initial_load_in_hf, last_save_in_hf and hf_interval need to know the model: give CheckpointManager "
+                "`hf`"
             )
         failure = None
         try:
@@ -186,12 +189,22 @@ class CheckpointManager:
         self._last_save = time.monotonic()
         if self._config.enable:
             self._on_first_ranks(self._check_folder)
+        self._hf_saves: HfSaves | None = None
         if self._saver is not None:
             token = self._comm.broadcast(uuid.uuid4().hex)
             self._on_first_ranks(partial(self._lock_folder, remote, token))
             if self._nodes is not None:
                 self._loader.look()
                 on_rank_0(self._comm, self._offer_what_is_left)
+            if self._config.hf_interval and hf is not None:
+                self._hf_saves = self._make_hf_saves(hf)
+
+    def _make_hf_saves(self, hf: WeightsFormat) -> HfSaves:
+        try:
+            return HfSaves(self._storage, self._folder, self._config, self._comm, self._state, hf, self._layout)
+        except BaseException:
+            self._unlock_folder()
+            raise
 
     def _check_given(self, **given: Any) -> None:
         """Refuse wrong arguments on every rank, and another folder than the other ranks have. Collective."""
@@ -376,6 +389,7 @@ class CheckpointManager:
         due = reason_to_save(self._config, step, is_last=last_step)
         reason = asked if self.stop_requested else due or asked
         if reason is None:
+            self._save_in_hf(step)
             return False
         with self._blocked() as blocked:
             try:
@@ -396,7 +410,18 @@ class CheckpointManager:
         self._stall_s = blocked.seconds
         if isinstance(begun, SaveReport) or self.stop_requested:
             self._record_pending()
+        self._save_in_hf(step)
         return True
+
+    def _save_in_hf(self, step: int) -> None:
+        """Begin the periodic save in the other format, if one is due: after the step's own, which is resumed from."""
+        if self._hf_saves is None or not self._hf_saves.is_due(step) or self.stop_requested:
+            return
+        with self._blocked():
+            try:
+                self._hf_saves.save(step)
+            except SaveError as error:
+                self._stop_or_warn(error)
 
     def _tell_when_committed(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
         """Have the hooks run when a save is committed: now, or from the thread that commits it."""
@@ -449,7 +474,11 @@ class CheckpointManager:
             SaveError: it has failed; on every rank, and only here.
         """
         with self._blocked():
-            self._wait_for_pending()
+            try:
+                self._wait_for_pending()
+            finally:
+                if self._hf_saves is not None:
+                    self._hf_saves.wait()
 
     @interrupts_held()
     def close(self) -> None:
@@ -464,8 +493,12 @@ class CheckpointManager:
         saver, self._saver = self._saver, None
         try:
             with self._blocked():
-                if isinstance(saver, AsyncSaver):
-                    saver.close()
+                try:
+                    if isinstance(saver, AsyncSaver):
+                        saver.close()
+                finally:
+                    if self._hf_saves is not None:
+                        self._hf_saves.close()
         finally:
             # Not before: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
@@ -483,6 +516,8 @@ class CheckpointManager:
         try:
             if isinstance(saver, AsyncSaver):
                 saver.leave()
+            if self._hf_saves is not None:
+                self._hf_saves.leave()
         finally:
             self._signals.restore()
             self._hooks.close(timeout_s=0.0)  # what was committed is told, but an error is not held up for long

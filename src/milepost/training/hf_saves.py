@@ -1,0 +1,136 @@
+"""Periodic saves in the other format (``checkpoint.hf_interval``), beside the steps, while training goes on.
+
+That folder is as a run's: its steps are committed, swept and pruned as others are, by rules of their own. They are
+written by a thread, from a copy of the model, beside the save of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from milepost.collective.comm import Comm, on_rank_0
+from milepost.config import CheckpointConfig
+from milepost.run import catalog
+from milepost.run.assemble import SaveInfo
+from milepost.run.lock import RunLock
+from milepost.run.takeover import take_over
+from milepost.saving.agreement import SaveRequest
+from milepost.saving.async_save import AsyncSaver
+from milepost.saving.background import SaveHandle
+from milepost.saving.job import Keep
+from milepost.storage.base import Storage, join
+from milepost.training.history import SaveHistory
+from milepost.training.resume import WeightsFormat
+from milepost.training.training_state import TrainingState
+
+log = logging.getLogger("milepost")
+
+FOLDER = "hf"
+"""Name of the folder, in the run's."""
+
+
+class HfSaves:
+    """Saves the model every ``hf_interval`` steps. Collective but for :meth:`is_due` and :meth:`leave`."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        config: CheckpointConfig,
+        comm: Comm,
+        state: TrainingState,
+        weights_format: WeightsFormat,
+        layout: Mapping[str, int],
+    ):
+        self._storage = storage
+        self._folder = join(folder, FOLDER)
+        self._config = config
+        self._comm = comm
+        self._state = state
+        self._format = weights_format
+        self._layout = layout
+        self._history = SaveHistory(comm, partial(catalog.scan, storage, self._folder))
+        self._begun: tuple[int, SaveHandle] | None = None
+        self._lock: RunLock | None = None  # rank 0 holds it
+        on_rank_0(comm, self._take_folder)
+        self._saver = AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads)
+
+    def _take_folder(self) -> None:
+        self._storage.make_folder(self._folder)
+        self._lock = take_over(self._storage, self._folder)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save is due after ``step``."""
+        return step > 0 and step % self._config.hf_interval == 0
+
+    def save(self, step: int) -> None:
+        """Begin to save the model as the folder of ``step``; returns when it is copied. Waits for the one before.
+
+        Raises:
+            SaveError: it could not be begun, or the one before failed in the background; on every rank.
+        """
+        self.wait()
+        config = self._config
+        request = SaveRequest(
+            target=join(self._folder, catalog.step_name(step)),
+            make_state=partial(self._state.state_dict, ("model",)),
+            info=SaveInfo(
+                step=step,
+                kind="model",
+                layout=self._layout,
+                extra=self._format.record(),
+                lineage=self._history.next_lineage(step),
+            ),
+            dtype=getattr(torch, config.export_dtype) if config.export_dtype is not None else None,
+            keep=Keep(self._folder, config.hf_keep_latest_k, config.hf_keep_every_n_steps, weights_alone=True),
+            make_form=self._format.form_of,
+            modules=self._state.modules,
+        )
+        self._begun = step, self._saver.save(request)
+
+    def wait(self) -> None:
+        """Return when the save that runs, if any, is committed.
+
+        Raises:
+            SaveError: it has failed; on every rank, and once.
+        """
+        try:
+            self._saver.wait()
+        finally:
+            self._record()
+
+    def close(self) -> None:
+        """Wait for the save that runs, and let go of memory and the folder. Raises as :meth:`wait`."""
+        try:
+            self._saver.close()
+        finally:
+            self._record()
+            self._release()
+
+    def leave(self) -> None:
+        """As :meth:`close`, on a rank that ends by an error and can't meet the others: a failure is logged."""
+        try:
+            self._saver.leave()
+        finally:
+            self._release()
+
+    def _record(self) -> None:
+        """Take note of the save that was waited for."""
+        if self._begun is None or not self._begun[1].done():
+            return
+        (step, save), self._begun = self._begun, None
+        if save.failure is not None:
+            return
+        report = save.result()
+        self._history.committed(step, report.save_id)
+        if self._comm.rank == 0:
+            log.info("saved the model of step %d as Hugging Face files in %s", step, report.path)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
