@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from milepost.format.shares import Share
 from milepost.interop.hf.merge import merge_ranks
-from milepost.interop.hf.save import Target, commit_record, join_shares, plan_image, write_frame, write_part
+from milepost.interop.hf.save import AnyHfTarget, commit_record, join_shares, plan_image, write_frame, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
@@ -26,7 +26,7 @@ class HfForm:
     store), each writes a file of its own, and whoever publishes makes the final files of them.
     """
 
-    target: Target
+    target: AnyHfTarget
 
     def write(
         self,

@@ -20,7 +20,7 @@ from milepost.interop.hf.hub_names import kept_names
 from milepost.interop.hf.kept import ARCHITECTURE, KeptNames, KeptTarget
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
-from milepost.interop.names.rules import Op, Piece, Recipe
+from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.weights.boxes import Readable, Renamed
 from milepost.interop.weights.open import open_weights
 from milepost.loading.fit import unexpected_error
@@ -200,7 +200,7 @@ def _as_stored(source: Readable, names: KeptNames) -> tuple[Readable, dict[str, 
 
 def _itself(name: str, shape: tuple[int, ...]) -> Recipe:
     box = Box.whole(shape)
-    return Recipe(shape, (Piece(box, name, box, Op.SAME),))
+    return Recipe(shape, (MappedBox(box, name, box, Op.SAME),))
 
 
 def _without_prefix(source: Readable, wanted: Mapping[str, Any]) -> Renamed:

@@ -10,7 +10,7 @@ from milepost.errors import ConversionError, listed
 from milepost.interop.hf.config import with_dtype
 from milepost.interop.hf.extras import HfExtras, lent_files, main_dtype
 from milepost.interop.hf.save import HfContent, by_our_key
-from milepost.interop.names.rules import Link, Piece, Recipe
+from milepost.interop.names.rules import Link, MappedBox, Recipe
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import TensorInfo
 
@@ -34,22 +34,22 @@ class KeptNames:
 
     def into_ours(self) -> dict[str, Recipe]:
         """Each tensor of the module, put together from those in the files."""
-        pieces: dict[str, list[Piece]] = {key: [] for key in self.ours}
+        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
         for link in self.links:
-            pieces[link.ours_key].append(Piece(link.ours, link.theirs_key, link.theirs, link.op))
+            pieces[link.ours_key].append(MappedBox(link.ours, link.theirs_key, link.theirs, link.op))
         return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
 
     def into_theirs(self) -> dict[str, Recipe]:
         """Each tensor in the files, put together from those of the module."""
-        pieces: dict[str, list[Piece]] = {key: [] for key in self.theirs}
+        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
         for link in self.links:
-            pieces[link.theirs_key].append(Piece(link.theirs, link.ours_key, link.ours, link.op.inverse))
+            pieces[link.theirs_key].append(MappedBox(link.theirs, link.ours_key, link.ours, link.op.inverse))
         return {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptTarget:
-    """See ``save.Target``. ``config`` and ``made`` are what the model writes beside its weights itself."""
+    """See ``save.AnyHfTarget``. ``config`` and ``made`` are what the model writes beside its weights itself."""
 
     names: KeptNames
     prefix: str
@@ -63,7 +63,7 @@ class KeptTarget:
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
 
     def content(self) -> HfContent:
-        """See ``save.Target``."""
+        """See ``save.AnyHfTarget``."""
         names, prefix = self.names, self.prefix
         links = tuple(replace(link, ours_key=prefix + link.ours_key) for link in names.links)
         self._check_keys()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from milepost.format.safetensors import SafetensorsLayout
 from milepost.format.shares import FileDigests, ShareCount, joined
-from milepost.interop.hf.save import Target, plan_image
+from milepost.interop.hf.save import AnyHfTarget, plan_image
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
 from milepost.interop.weights.open import manifest_source
@@ -23,7 +23,7 @@ from milepost.storage.base import Storage
 
 
 def merge_ranks(
-    storage: Storage, place: Place, target: Target, signed: Sequence[SignOff], info: SaveInfo
+    storage: Storage, place: Place, target: AnyHfTarget, signed: Sequence[SignOff], info: SaveInfo
 ) -> dict[str, FileDigests]:
     """Make the final files at ``place`` of what the ranks have ``signed``. Returns their names there and digests.
 

@@ -51,7 +51,7 @@ class HfContent:
     max_shard_nbytes: int
 
 
-class Target(Protocol):
+class AnyHfTarget(Protocol):
     """A model that is to be saved as Hugging Face files. Plain data, the same on every rank; must pickle."""
 
     def content(self) -> HfContent:
@@ -77,7 +77,7 @@ class HfTarget:
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
 
     def content(self) -> HfContent:
-        """See :class:`Target`."""
+        """See :class:`AnyHfTarget`."""
         family = family_of(self.model, self.args)
         found = correspond(family, family.scheme("hf"), self.args)
         _check_keys(found, self)
@@ -116,7 +116,7 @@ class HfImage:
     places: Mapping[str, _Place]
 
 
-def plan_image(target: Target) -> HfImage:
+def plan_image(target: AnyHfTarget) -> HfImage:
     """Where everything goes. Pure, and equal on every rank.
 
     Raises:
