@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from test_as_stored import KINDS, Kind, logits
+from hub_models import KINDS, Kind, logits
 from tiny_models import assert_equal, hf_tensors
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
