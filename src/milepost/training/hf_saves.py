@@ -53,7 +53,7 @@ class HfSaves:
         self._state = state
         self._format = weights_format
         self._layout = layout
-        self._history = SaveHistory(comm, partial(catalog.scan, storage, self._folder))
+        self._history = SaveHistory(comm, partial(catalog.scan, storage, self._folder), lambda: None)
         self._begun: tuple[int, SaveHandle] | None = None
         self._lock: RunLock | None = None  # rank 0 holds it
         on_rank_0(comm, self._take_folder)
