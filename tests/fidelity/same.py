@@ -11,11 +11,18 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from milepost.tensors import parts
+
 
 def assert_same(found: Any, expected: Any, what: str = "state") -> None:
     """Type, order and every bit (of NaNs and signed zeros too) are the same."""
     assert type(found) is type(expected), f"{what}: {type(found)} instead of {type(expected)}"
-    if isinstance(expected, torch.Tensor):
+    if parts.comes_apart(expected):
+        one, other = parts.take_apart("", found), parts.take_apart("", expected)
+        assert one.form == other.form, what
+        for (path, part), (_, wanted) in zip(parts.leaves(one), parts.leaves(other), strict=True):
+            assert_same(getattr(part, "local", part), getattr(wanted, "local", wanted), f"{what}.{path}")
+    elif isinstance(expected, torch.Tensor):
         assert (found.dtype, found.shape, found.device) == (expected.dtype, expected.shape, expected.device), what
         if isinstance(expected, DTensor):
             assert (found.placements, found.device_mesh) == (expected.placements, expected.device_mesh), what

@@ -24,6 +24,7 @@ NOTES = {
     "registered class": "what its `decode` makes of what its `encode` made",
     "many small values": "the same; stored as one value",
     "sparse tensor": "the same, coalesced",
+    "tensor made of others, inside": "of a class that the program has imported",
     "tensors inside": "the same, on the CPU, with memory of their own",
     "Parameter inside a tuple": "a Parameter",
 }
@@ -46,7 +47,15 @@ def text() -> str:
         HEAD + rows + "\n## Tensors\n\n"
         "A tensor of its own in a nested dict or list is stored by itself, whatever its dtype, strides and device: it "
         "is read into the tensor that is there. DTensors are stored by shards and read under any other placements. "
-        "Tensors inside other values (tuples, sets of values) are stored with them.\n"
+        "Tensors inside other values (tuples, sets of values) are stored with them.\n\n"
+        "Tensors that are made of others (`__tensor_flatten__`: torchao's 8-bit, 4-bit and fp8 optimizers, int8, "
+        "NF4 and float8 weights, classes of your own) are stored by their parts, each under a key below the "
+        "tensor's own (`layer.weight.scale`), which stock DCP reads. They come back as what they were: into the "
+        "parts that are there, else as new tensors of the same class, which the program must have imported. "
+        "DTensors around them are read under other degrees where the class can cut its rows (`tensor[a:b]`); where "
+        "it can't, or where shards are of different kinds, each shard is stored by itself and read on the same "
+        "degrees alone. What a class keeps beside its tensors is stored as plain data; functions are taken from "
+        "the tensor that is loaded into, never by name.\n"
         "\n## Modules, optimizers, schedulers\n\n"
         "Each through its own `state_dict()` and `load_state_dict()`, with its hooks. A run that is resumed equals the "
         "undisturbed one to the last bit with every one of torch's classes:\n\n"
@@ -71,6 +80,8 @@ def _row(kind: str, samples: list[Any]) -> str:
 
 def _type_name(value: Any) -> str:
     kind = type(value)
+    if kind.__module__.startswith("torch.testing"):
+        return f"`{kind.__qualname__}`"
     return (
         f"`{kind.__module__}.{kind.__qualname__}`"
         if kind.__module__ not in ("builtins", "test_values")

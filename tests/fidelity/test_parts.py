@@ -81,26 +81,6 @@ def scaled(rows: int, seed: int, width: int = 8) -> Scaled:
     return Scaled(codes, scale, torch.arange(256.0), Scheme(Rounding.NEAREST))
 
 
-def assert_same_parts(found: Any, expected: Any, what: str = "state") -> None:
-    """Like ``assert_same``, for states with tensors that are made of others."""
-    if parts.comes_apart(expected):
-        assert type(found) is type(expected), f"{what}: {type(found)} instead of {type(expected)}"
-        one, other = parts.take_apart("", found), parts.take_apart("", expected)
-        assert one.form == other.form, what
-        for (path, part), (_, wanted) in zip(parts.leaves(one), parts.leaves(other), strict=True):
-            assert_same(getattr(part, "local", part), getattr(wanted, "local", wanted), f"{what}.{path}")
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected), what
-        for name, value in expected.items():
-            assert_same_parts(found[name], value, f"{what}.{name}")
-    elif isinstance(expected, list | tuple):
-        assert (type(found), len(found)) == (type(expected), len(expected)), what
-        for number, value in enumerate(expected):
-            assert_same_parts(found[number], value, f"{what}.{number}")
-    else:
-        assert_same(found, expected, what)
-
-
 class Holder:
     def __init__(self, state: Any):
         self.state = state
@@ -131,10 +111,10 @@ def test_they_come_back_as_they_were(memory_path: Path, mode: Any) -> None:
     for holder in (Holder(state(1)), found):
         with CheckpointManager(memory_path, config, model=nn.Linear(1, 1), train_state=holder) as manager:
             manager.save(1) if holder is not found else manager.load()
-    assert_same_parts(found.state, state(1))
+    assert_same(found.state, state(1))
     whole = milepost.load(memory_path / "step-1")
-    assert_same_parts(whole["train_state"], state(1))
-    assert_same_parts(milepost.load(memory_path / "step-1")["train_state"], whole["train_state"])
+    assert_same(whole["train_state"], state(1))
+    assert_same(milepost.load(memory_path / "step-1")["train_state"], whole["train_state"])
 
 
 def test_they_are_filled_where_they_are_and_stock_dcp_reads_the_parts(memory_path: Path) -> None:
@@ -142,7 +122,7 @@ def test_they_are_filled_where_they_are_and_stock_dcp_reads_the_parts(memory_pat
     into = {"a": state(2)}
     memory = into["a"]["scaled"].codes.data_ptr()
     milepost.load(memory_path / "step-1", into)
-    assert_same_parts(into["a"], state(1))
+    assert_same(into["a"], state(1))
     assert into["a"]["scaled"].codes.data_ptr() == memory
     parts_of = {"a": {"scaled": {"codes": torch.zeros(4, 8, dtype=torch.uint8), "scale": torch.zeros(8)}}}
     dcp.load(parts_of, checkpoint_id=memory_path / "step-1", no_dist=True)
@@ -158,7 +138,7 @@ def test_a_model_only_save_in_another_dtype_leaves_the_parts_as_they_are(memory_
         manager.save(1, last_step=True)
     found = milepost.load(memory_path / "step-1")
     assert found["bias"].dtype == torch.bfloat16
-    assert_same_parts(found["weight"], model.weight.detach())
+    assert_same(found["weight"], model.weight.detach())
 
 
 @pytest.mark.parametrize(
@@ -258,7 +238,7 @@ def load_sharded(folder: Path, rows: int, width: int = 8, plain_on: int = -1) ->
     expected = sharded(rows, 1, width, plain_on=plain_on)
     own = into["a"]["w"]
     milepost.load(folder / "step-1", into)
-    assert_same_parts(parts.local_of(into["a"]["w"]), parts.local_of(expected))
+    assert_same(parts.local_of(into["a"]["w"]), parts.local_of(expected))
     assert into["a"]["w"] is own
 
 
@@ -267,7 +247,7 @@ def test_rows_of_one_are_read_at_other_degrees(memory_path: Path) -> None:
     run_world(save_sharded, 2, memory_path, 7, timeout_s=60)
     run_world(load_sharded, 3, memory_path, 7, timeout_s=60)
     run_world(load_sharded, 2, memory_path, 7, timeout_s=60)
-    assert_same_parts(milepost.load(memory_path / "step-1")["a"]["w"], scaled(7, 1))
+    assert_same(milepost.load(memory_path / "step-1")["a"]["w"], scaled(7, 1))
     metadata = FileSystemReader(memory_path / "step-1").read_metadata().state_dict_metadata
     assert {key: tuple(entry.size) for key, entry in metadata.items()} == {  # type: ignore[union-attr]
         "a.w.codes": (7, 8),
@@ -320,7 +300,7 @@ def check_resumed(folder: Path, name: str, rows: int) -> None:
     for steps in (range(0), range(3, 6)):
         for model, optimizer in runs:
             train(model, optimizer, steps)
-        assert_same_parts(runs[1][1].state_dict(), runs[0][1].state_dict())
+        assert_same(runs[1][1].state_dict(), runs[0][1].state_dict())
         assert_same(dict(runs[1][0].state_dict()), dict(runs[0][0].state_dict()))
 
 
@@ -376,10 +356,10 @@ def test_weights_of_torchao(memory_path: Path, kind: str) -> None:
     for model in (saved, loaded):
         with CheckpointManager(memory_path, CONFIG, model=model) as manager:
             manager.save(1) if model is saved else manager.load()
-    assert_same_parts(dict(loaded.state_dict()), dict(saved.state_dict()))
+    assert_same(dict(loaded.state_dict()), dict(saved.state_dict()))
     found = milepost.load(memory_path / "step-1")["0.weight"]
     expected = saved.state_dict()["0.weight"]
     if kind == "int8 dynamic":  # it keeps a function, which a file may not name
-        assert_same_parts(found["original_weight_tensor"], expected.original_weight_tensor)
+        assert_same(found["original_weight_tensor"], expected.original_weight_tensor)
     else:
-        assert_same_parts(found, expected)
+        assert_same(found, expected)

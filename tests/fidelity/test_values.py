@@ -4,6 +4,7 @@ once, with the place where it is and what to write instead."""
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import decimal
@@ -30,10 +31,12 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from same import assert_same
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, ConfigError, SaveError
 from milepost.tensors import registry
+from milepost.tensors.snapshot import snapshot
 from milepost.tensors.values import decode_object, encode_object
 
 pytestmark = [
@@ -138,6 +141,7 @@ KINDS: dict[str, list[Any]] = {
         torch.quantize_per_channel(torch.ones(2, 3), torch.ones(2), torch.zeros(2), 0, torch.quint8),
     ],
     "sparse tensor": [torch.sparse_coo_tensor([[0, 1], [1, 0]], [1.0, 2.0], (2, 2)).coalesce()],
+    "tensor made of others, inside": [(TwoTensor(torch.ones(2), torch.zeros(2)),)],
     "many small values": [[*range(4200)], [{"a": n} for n in range(4200)], {n: torch.tensor([n]) for n in range(4200)}],
 }  # fmt: skip
 """Every kind of value that a checkpoint keeps, with samples. ``docs/reference/state.md`` is made of it."""
@@ -276,6 +280,40 @@ def test_nested_states_of_all_types(memory_path: Path, state: dict[str, Any], mo
         milepost.async_save(memory_path / "step-1", {"holder": holder}, mode=mode).committed(60)
     milepost.load(memory_path / "step-1", {"holder": loaded})
     assert_same(loaded.state, state)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [*range(2500)],
+        [{"id": n, "name": f"sample {n % 7}", "part": (n / 3, None)} for n in range(700)],
+        {f"key {n}": [n, True, "a"] for n in range(1100)},
+        {n: torch.full((2,), float(n)) for n in range(1000)},
+    ],
+    ids=["ints", "dicts", "lists", "tensors"],
+)
+def test_large_plain_values_are_copied_at_once_and_encoded_later(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was there at the save, in a form that stock torch reads too."""
+    monkeypatch.setattr("milepost.tensors.snapshot.FROM_PARTS", 1000)
+    monkeypatch.setattr("milepost.tensors.snapshot._AT_ONCE", 300)
+    copied = snapshot(value)
+    assert copied is not None
+    expected = copy.deepcopy(value)
+    if isinstance(value, dict):
+        first = next(iter(value))
+        value[first] = value[first].zero_() if isinstance(value[first], torch.Tensor) else value[first].clear()
+    else:
+        value.append(1)
+        value[0] = value[1].clear() if isinstance(value[1], dict) else 7
+    data = copied.encode("value")
+    assert_same(decode_object("value", data, "here"), expected)
+    assert_same(torch.load(io.BytesIO(data), weights_only=True), expected)
+
+
+def test_what_is_not_plain_or_small_is_encoded_at_once() -> None:
+    assert snapshot([1, 2]) is None
+    assert snapshot([*range(30_000), {1}]) is None
+    assert snapshot([*range(30_000), np.float32(1)]) is None
 
 
 # ---- what can't be kept ----

@@ -20,6 +20,8 @@ from milepost.errors import SaveError
 from milepost.run.assemble import SaveInfo
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver, Mode, _log_lost_saves
+from milepost.saving.samples import Samples
+from milepost.saving.stage import Staging
 from milepost.storage import LocalStorage
 
 MODES: tuple[Mode, ...] = ("async", "async_with_pinned_mem")
@@ -111,6 +113,18 @@ def test_a_state_that_cannot_be_stored_is_refused_at_the_call_and_the_next_save_
     assert_equal(loaded(tmp_path / "good"), live)
 
 
+def test_a_change_through_data_before_staging_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem", timeout_s=20.0)
+    live = {"w": torch.ones(64, 64)}
+    run = Staging.run
+    monkeypatch.setattr(Staging, "run", lambda self, **options: (live["w"].data.add_(1), run(self, **options))[1])
+    handle = saver.save(SaveRequest("torn", lambda: live, INFO))
+    with pytest.raises(SaveError, match=r"'w'.*maybe_wait_for_staging"):
+        handle.staged(60)
+    with pytest.raises(SaveError):
+        saver.close()
+
+
 def test_a_change_during_staging_fails_the_save_at_the_next_call_and_the_one_after_works(tmp_path: Path):
     saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem", timeout_s=20.0)
     live = {f"w{i}": torch.ones(1024, 1024) for i in range(24)}
@@ -124,6 +138,27 @@ def test_a_change_during_staging_fails_the_save_at_the_next_call_and_the_one_aft
     saver.save(SaveRequest("next", lambda: live, INFO)).committed(60)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["next"]
     saver.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
+def test_changes_that_torch_does_not_count_are_noticed_in_the_copies(dtype: torch.dtype) -> None:
+    """Those through ``.data`` and shared memory; a change after the copy does no harm and is none."""
+    live = {
+        name: torch.ones(shape).to(dtype) for name, shape in {"a": (64, 32), "b": (), "c": (5, 0), "t": (8, 4)}.items()
+    }
+    live["t"] = live["t"].t()
+    for name in ("a", "b", "t", ""):
+        copies = {key: torch.zeros(value.shape, dtype=dtype) for key, value in live.items()}
+        samples = Samples([(key, copies[key], value) for key, value in live.items()])
+        version = live[name]._version if name else 0
+        if name:
+            live[name].data.fill_(0)
+            assert live[name]._version == version
+        for key, value in live.items():
+            copies[key].copy_(value)
+        if name:
+            live[name].data.fill_(1)
+        assert samples.changed() == ([name] if name else [])
 
 
 def test_a_killed_writer_process_fails_its_save_and_the_next_one_starts_another(tmp_path: Path):

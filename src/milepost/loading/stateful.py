@@ -17,14 +17,24 @@ class StatefulOwner:
     """Anything with ``load_state_dict()``, which is given all that was saved below ``path``, as it was saved.
 
     ``own`` is what the object's ``state_dict()`` shows now, if that may be asked: where it has a tensor of the saved
-    one's shape, it says on which device and how sharded that one is to be. With ``in_place`` it is filled itself.
+    one's shape, it says on which device and how sharded that one is to be. With ``in_place`` it is filled itself. Where
+    it has none, ``like_of`` tells by the key.
     """
 
-    def __init__(self, stateful: Any, path: Sequence[Any], *, own: Any = None, in_place: bool = False):
+    def __init__(
+        self,
+        stateful: Any,
+        path: Sequence[Any],
+        *,
+        own: Any = None,
+        in_place: bool = False,
+        like_of: Callable[[str], torch.Tensor | None] = lambda key: None,
+    ):
         self._stateful = stateful
         self._path = path
         self._own = own
         self._in_place = in_place
+        self._like_of = like_of
         self._node: Node = None
         self._excludes = False
         self._is_excluded: Callable[[str], bool] = lambda key: False
@@ -41,7 +51,8 @@ class StatefulOwner:
 
     def _want(self, target: Target, node: Node, own: Any) -> None:
         if isinstance(node, TensorParts):
-            want_parts(target, node, live=own if self._in_place else None, like=own)
+            like = own if isinstance(own, torch.Tensor) else self._like_of(node.key)
+            want_parts(target, node, live=own if self._in_place else None, like=like)
         elif isinstance(node, Mapping):
             for name in node:
                 self._want(target, node[name], item(own, name))
@@ -50,13 +61,21 @@ class StatefulOwner:
                 self._want(target, value, item(own, index))
         else:
             for key in refs(node):
-                entry = target.entry(key)
-                if entry is None or not is_place_for(own, entry):
-                    want_node(target, node)
-                elif self._in_place:
-                    target.want(key, own, live=True)
-                else:
-                    target.want(key, fresh_like(own, dtype=getattr(torch, entry.dtype)), live=False)
+                self._want_value(target, node, key, own)
+
+    def _want_value(self, target: Target, node: Node, key: str, own: Any) -> None:
+        entry = target.entry(key)
+        if entry is None:
+            want_node(target, node)
+        elif self._in_place and is_place_for(own, entry):
+            target.want(key, own, live=True)
+        else:
+            likely = (own, self._like_of(key))
+            like = next((tensor for tensor in likely if is_place_for(tensor, entry)), None)
+            if like is None:
+                want_node(target, node)
+            else:
+                target.want(key, fresh_like(like, dtype=getattr(torch, entry.dtype)), live=False)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """What fits is for the object to say."""

@@ -8,6 +8,7 @@ In reading order::
     nodes           which ranks share a folder, where each node has its own
     replicas        what several ranks hold under one key is the same on all of them, or is stored for each
     stage           the arena, and how tensors become the bytes of this rank's file
+    samples         some elements of each, by which changes are noticed that torch does not count
     writer          one rank's file, digested on the way to the storage (torch-free)
     frozen          the file of frozen tensors, shared with the step before (torch-free)
     job             write, sign off, publish, prune: a save from its plan to its end (torch-free)

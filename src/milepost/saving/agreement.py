@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt, raise_together
 from milepost.collective.meeting import meeting
@@ -37,7 +36,9 @@ from milepost.saving.replicas import (
 )
 from milepost.storage.base import Storage, join, split
 from milepost.tensors.layout import TensorLeaf, stored_as
+from milepost.tensors.parts import plain_tensors
 from milepost.tensors.plan import LocalLayout, WritePlan, plan_save
+from milepost.tensors.snapshot import Snapshot, encoded, snapshot
 from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, ByName, FlatState, Path, flatten, unwrap_stateful
 from milepost.tensors.tree import dump_parts, merge_parts
 from milepost.tensors.values import encode_object
@@ -83,7 +84,8 @@ class Prepared:
     modules: Sequence[nn.Module]
     """Those in the state dict itself."""
     flat: FlatState
-    objects: Mapping[str, bytes]
+    objects: Mapping[str, bytes | Snapshot]
+    """Encoded, but for large values that no other rank has a say in."""
     layout: LocalLayout
     fingerprint: str
     skeleton: Mapping[str, bytes] = field(default_factory=dict)
@@ -220,6 +222,7 @@ class Agreement:
         num_threads: int = NUM_IO_THREADS,
         check_replicas: int = 0,
         nodes: Nodes | None = None,
+        may_defer: bool = False,
     ):
         self._storage = storage
         self._nodes = nodes
@@ -227,6 +230,7 @@ class Agreement:
         self._timeout_s = timeout_s
         self._num_threads = num_threads
         self._check_replicas = check_replicas
+        self._may_defer = may_defer and comm.world_size == 1  # ranks compare what they have encoded
         self._num_saves = 0
         self._fingerprint = ""
         self._plan: WritePlan | None = None
@@ -279,7 +283,7 @@ class Agreement:
             flat = flatten(whole, self._by_shard)
             if (dtype := request.dtype) is not None:
                 flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
-            objects = {key: encode_object(key, value) for key, value in flat.objects.items()}
+            objects = {key: self._encoded(key, value) for key, value in flat.objects.items()}
             buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
             frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules], request)
             layout = replace(flat.layout(), buffers=buffers, frozen=frozen)
@@ -288,6 +292,10 @@ class Agreement:
             return Prepared(state, modules, flat, objects, layout, fingerprint, skeleton)
         except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
             return _nothing(failure_on(self._comm.rank, cause, SaveError))
+
+    def _encoded(self, key: str, value: Any) -> bytes | Snapshot:
+        copied = snapshot(value) if self._may_defer else None
+        return copied if copied is not None else encode_object(key, value)
 
     def _settle(self, request: SaveRequest, prepared: Prepared) -> tuple[SaveJob, bool]:
         """This rank's job, and whether the previous plan was reused. Collective.
@@ -390,7 +398,7 @@ class Agreement:
             return _Offer(None, failure_on(self._comm.rank, cause, SaveError))
 
     def _held(self, prepared: Prepared, index: int, depth: Depth) -> Digests:
-        return digests_of(self._groups[index], prepared.flat.tensors, prepared.objects, depth)
+        return digests_of(self._groups[index], prepared.flat.tensors, encoded(prepared.objects), depth)
 
     def _summaries(self, prepared: Prepared, depth: Depth) -> dict[int, bytes]:
         return {index: summary_of(self._held(prepared, index, depth)) for index in self._groups}
@@ -601,8 +609,7 @@ def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -
     memory = set()
     for module in modules:
         for buffer in module.buffers():
-            local = buffer.to_local() if isinstance(buffer, DTensor) else buffer
-            memory.add(_memory_of(local))
+            memory.update(map(_memory_of, plain_tensors(buffer)))
     memory.discard(None)
     return frozenset(leaf.key for leaf in leaves if _memory_of(leaf.local) in memory) if memory else frozenset()
 
@@ -618,7 +625,7 @@ def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], re
     for module in modules:
         for parameter in module.parameters():
             if not parameter.requires_grad:
-                memory.add(_start_of(parameter.to_local() if isinstance(parameter, DTensor) else parameter))
+                memory.update(map(_start_of, plain_tensors(parameter)))
     memory.discard(None)
     return frozenset(leaf.key for leaf in leaves if _start_of(leaf.local) in memory) if memory else frozenset()
 

@@ -34,6 +34,7 @@ from milepost.saving.writer_link import WriterLink
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
+from milepost.tensors.snapshot import Snapshot, encoded
 
 log = logging.getLogger("milepost")
 
@@ -67,6 +68,7 @@ class AsyncSaver:
             num_threads=num_threads,
             check_replicas=check_replicas,
             nodes=nodes,
+            may_defer=True,
         )
         self._arena = Arena()
         self._unpin: weakref.finalize[..., Arena] | None = None
@@ -111,7 +113,12 @@ class AsyncSaver:
         self._is_open = True
         # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
         with save.failing():
-            save.staging = Staging(prepared.flat.tensors, job.plan, self._fit_arena(job.plan), buffers=prepared.buffers)
+            image = self._fit_arena(job.plan)
+            save.staging = Staging(
+                *(prepared.flat.tensors, job.plan, image),
+                buffers=prepared.buffers,
+                is_deferred=self._mode != "async",
+            )
             plan_s = time.monotonic() - started
             if self._mode == "async":
                 save.stage()
@@ -219,13 +226,17 @@ class AsyncSaver:
 
 
 def _write(
-    storage: Storage, arena: Arena, writer: WriterLink | None, objects: Mapping[str, bytes], save: BackgroundSave
+    storage: Storage,
+    arena: Arena,
+    writer: WriterLink | None,
+    objects: Mapping[str, bytes | Snapshot],
+    save: BackgroundSave,
 ) -> JobResult:
     """Write the arena: by the writer process, or here. Holds no saver, which may be forgotten meanwhile."""
     if writer is not None:
-        return writer.run(save.job, objects, save)
+        return writer.run(save.job, encoded(objects), save)
     save.accepted()
-    return run_job(storage, save.job, FileImage(arena.memory), objects, save, detached=True)
+    return run_job(storage, save.job, FileImage(arena.memory), encoded(objects), save, detached=True)
 
 
 _alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()

@@ -27,6 +27,7 @@ from milepost.saving.nodes import Nodes
 from milepost.saving.stage import TensorBlocks
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
+from milepost.tensors.snapshot import encoded
 
 Kind = Literal["state", "full", "model"]
 
@@ -96,7 +97,9 @@ class Saver:
         failure = None
         try:
             with watched(watch.doing):
-                result = run_job(self._storage, job, TensorBlocks(prepared.flat.tensors), prepared.objects, watch)
+                result = run_job(
+                    self._storage, job, TensorBlocks(prepared.flat.tensors), encoded(prepared.objects), watch
+                )
         except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
             failure = save_failure(self._comm.rank, cause)
         self._exchange(watch, failure)

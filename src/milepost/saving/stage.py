@@ -14,6 +14,7 @@ from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import SaveError
 from milepost.format.box import cut_into_slabs
+from milepost.saving.samples import Samples
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan
 
@@ -97,9 +98,9 @@ class Staging:
     """Copies the planned boxes of a save into its file image.
 
     Made on the training thread at the moment of the save; :meth:`run` may be called from another thread. In between,
-    and until it returns, the tensors must not change: that is checked by their version counters. Tensors that
-    ``forward`` changes (keys in ``buffers``) are copied at once, so that training may continue up to
-    ``optimizer.step()``.
+    and until it returns, the tensors must not change: that is checked by their version counters, and by a sample of
+    their elements when :meth:`run` ``is_deferred``. Tensors that ``forward`` changes (keys in ``buffers``) are copied
+    at once, so that training may continue up to ``optimizer.step()``.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Staging:
         image: memoryview,
         *,
         buffers: Collection[str] = (),
+        is_deferred: bool = True,
     ):
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watched: list[tuple[str, torch.Tensor, int]] = []
@@ -116,6 +118,7 @@ class Staging:
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         memory = torch.frombuffer(image, dtype=torch.uint8) if plan.num_items else empty
         devices = set()
+        sampled = []
         for item, start in ((item, start + item.data_offset) for file, start in plan.images for item in file.items):
             leaf = leaves[item.key]
             src = leaf.view([piece.box for piece in leaf.pieces].index(item.box))
@@ -128,8 +131,10 @@ class Staging:
                 dst.copy_(src, non_blocking=True)
                 continue
             self._copies.append((dst, src))
+            sampled.append((item.key, dst, src))
             if not leaf.local.is_inference():
                 self._watched.append((item.key, leaf.local, leaf.local._version))
+        self._samples = Samples(sampled if is_deferred else ())
         self.nbytes = plan.data_nbytes
         self._ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
@@ -166,6 +171,7 @@ class Staging:
 
     def _check_versions(self) -> None:
         changed = [key for key, tensor, version in self._watched if tensor._version != version]
+        changed = changed or self._samples.changed()
         if changed:
             count = "1 tensor was" if len(changed) == 1 else f"{len(changed)} tensors were"
             raise SaveError(

@@ -4,6 +4,7 @@ In reading order::
 
     state   objects with a ``state_dict`` <-> one flat mapping {key: tensor or value}
     values  values of other kinds as records; value_types: the types that are known; registry: those of the user's
+    snapshot  large plain values: copied at once, encoded later
     parts   tensors that are made of others, taken apart and put together
     tree    how the values of a checkpoint were nested, and that put together again
     layout  DTensor, FSDP and pipeline words -> global shapes and boxes; below it there are only boxes and bytes

@@ -87,6 +87,17 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor
 
 
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold a tensor's elements on this rank: of one that is made of others, those."""
+    local = local_of(tensor)
+    if not comes_apart(local):
+        yield local
+        return
+    names, _ = cast("Any", local).__tensor_flatten__()
+    for name in names:
+        yield from plain_tensors(getattr(local, name))
+
+
 def _is_made_of_others(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(cast("object", tensor)) and not isinstance(tensor, DTensor)
 

@@ -170,9 +170,9 @@ def is_open(value: Any) -> bool:
 
 
 def is_terminal(values: list[Any]) -> bool:
-    """Whether a list is stored as one value: it holds neither tensors nor mappings, at any depth."""
+    """Whether a list is stored as one value: it holds no tensors, mappings or objects with a state, at any depth."""
     for kind in set(map(type, values)):
-        if issubclass(kind, torch.Tensor | Mapping):
+        if issubclass(kind, torch.Tensor | Mapping) or (hasattr(kind, "load_state_dict") and registered(kind) is None):
             return False
         if issubclass(kind, list) and not all(is_terminal(value) for value in values if type(value) is kind):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from milepost.config import PARTS, part_of
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
-from milepost.loading.parts import want_node
+from milepost.loading.parts import LikeOf, want_node
 from milepost.loading.stateful import StatefulOwner
 from milepost.loading.target import Restorer, Stored, Target
 from milepost.tensors.state import PER_RANK, ByName
@@ -30,6 +32,8 @@ from milepost.training.optimizers import (
     unfold,
 )
 from milepost.training.random_state import derive_rng_state, rng_state, set_rng_state
+
+log = logging.getLogger("milepost")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,8 +155,9 @@ class TrainingState:
         if "lr_scheduler" in wanted:
             owners["lr_scheduler"] = self._scheduler_owners(stored)
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
-        owners["train_state"] = [StatefulOwner(self.train_state, ("train_state",))]
-        owners["states"] = [state_owner(name, stateful) for name, stateful in self.states.items()]
+        like_of = self._sharded_alike()
+        owners["train_state"] = [_owner_of_any(self.train_state, ("train_state",), stored, like_of)]
+        owners["states"] = [state_owner(name, stateful, stored, like_of) for name, stateful in self.states.items()]
         saved_per_rank = stored.manifest.extra.get(PER_RANK)
         per_rank = saved_per_rank if isinstance(saved_per_rank, list) else []
         for part in (
@@ -167,6 +172,22 @@ class TrainingState:
     def loading_weights(self) -> StateLoad:
         """How weights that are read elsewhere are loaded: into the tensors of the target."""
         return StateLoad(Target(None), [module_owner(part) for part in self.models], self.optimizers)
+
+    def _sharded_alike(self) -> LikeOf:
+        """For the key of a tensor of another object: the DTensor of the model that it goes by the name of, if any.
+
+        Averages of weights have their names, and are sharded as they are. On one process nothing is sharded.
+        """
+        named = {key: tensor for key, tensor in model_state(self.models).items() if isinstance(tensor, DTensor)}
+
+        def like_of(key: str) -> torch.Tensor | None:
+            while named and key:
+                if key in named:
+                    return named[key]
+                key = key.partition(".")[2]
+            return None
+
+        return like_of
 
     def _owner_of(self, part: str) -> Any:
         """The object that a part's state is loaded into."""
@@ -259,14 +280,29 @@ def module_owner(part: nn.Module) -> ModuleOwner:
     return ModuleOwner(part, lambda name: (fqn(part, name),))
 
 
-def state_owner(name: str, stateful: Any) -> Restorer:
+def _owner_of_any(stateful: Any, path: tuple[str, ...], stored: Stored, like_of: LikeOf) -> Restorer:
+    """An object of the user's. Its DTensors come back as DTensors: as it has them itself, or as the model has.
+
+    It is asked for what it has only where that matters, since not all can say it before they are loaded.
+    """
+    own = None
+    start = ".".join(path) + "."
+    if torch.distributed.is_initialized() and any(key.startswith(start) for key in stored.manifest.tensors):
+        try:
+            own = stateful.state_dict()
+        except Exception as error:  # noqa: BLE001 - it may raise anything where it is not filled yet
+            log.debug("%s has no state to tell before it is loaded: %s", type(stateful).__name__, error)
+    return StatefulOwner(stateful, path, own=own, like_of=like_of)
+
+
+def state_owner(name: str, stateful: Any, stored: Stored, like_of: LikeOf) -> Restorer:
     """One of the further objects of a run, below ``states.<name>``."""
     path = ("states", name)
     if isinstance(stateful, nn.Module):
         return ModuleOwner(stateful, lambda entry: (*path, entry))
     if isinstance(stateful, Optimizer) and type(stateful).state_dict is Optimizer.state_dict:
         return OptimizerOwner(stateful, path)
-    return StatefulOwner(stateful, path)
+    return _owner_of_any(stateful, path, stored, like_of)
 
 
 class PerRankOwner:
