@@ -606,7 +606,7 @@ def _as_save_error(cause: BaseException) -> MilepostError:
 
 def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:
     """The keys of leaves that share memory with a buffer of ``modules``, whatever they are called."""
-    memory = set()
+    memory: set[tuple[torch.device, int] | None] = set()
     for module in modules:
         for buffer in module.buffers():
             memory.update(map(_memory_of, plain_tensors(buffer)))
@@ -621,7 +621,7 @@ def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], re
     """
     if request.full_every == 1 or request.make_form is not None or request.info.lineage is None:
         return frozenset()
-    memory = set()
+    memory: set[tuple[torch.device, int] | None] = set()
     for module in modules:
         for parameter in module.parameters():
             if not parameter.requires_grad:

@@ -24,7 +24,7 @@ _AT_ONCE = 5_000
 """Parts of the outermost container that one call of the pickler takes."""
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _PROTOCOL = 2
-_START = {list: b"\x80\x02]", dict: b"\x80\x02}"}
+_START: dict[type, bytes] = {list: b"\x80\x02]", dict: b"\x80\x02}"}
 """What the pickle of a list or dict begins with: the protocol, and an empty one that the items are put into."""
 
 
