@@ -143,11 +143,12 @@ def _try_inputs(
     guard = Guard(scratch, target.may)
     _limit(guard)
     outcome = Outcome(target.name)
-    corpus = list(seeds)
+    corpus = [*seeds, *target.shapes]
+    num_given = len(corpus)
     shapes: Counter[str] = Counter()
     started = time.monotonic()
     for number in range(first, first + count):
-        data = seeds[number] if number < len(seeds) else _make_input(target, seed, number, corpus)
+        data = corpus[number] if number < num_given else _make_input(target, seed, number, corpus)
         _SLOT.pack_into(slot, 0, number, len(data))
         slot[_SLOT.size : _SLOT.size + len(data)] = data
         shape, failure, cpu_s = _attempt(target, data, scratch, guard)
@@ -346,7 +347,7 @@ def replay(file: Path) -> int:
     target = TARGETS[file.name.rpartition("-")[0].replace("_", " ")]
     data = file.read_bytes()
     once = replace(target, mutate=lambda *_: data)
-    inputs = len(target.seeds) + 10  # after the valid ones
+    inputs = len(target.seeds) + len(target.shapes) + 10  # after those that are given
     (outcome,) = fuzz([target.name], inputs=inputs, seed=0, save_to=file.parent, targets={target.name: once})
     for failure in outcome.failures:
         print(failure.what)

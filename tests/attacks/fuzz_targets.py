@@ -26,6 +26,7 @@ from fuzz_mutations import (
     mutate_zip,
     with_crc,
 )
+from public_shapes import CONFIGS, HOSTILE_PICKLES, INDEXES, SAFETENSORS_FILES, TORCH_FILES
 
 from milepost.cli.main import main
 from milepost.errors import RunLockedError
@@ -88,7 +89,8 @@ class Target:
     ``share`` is the part of all inputs that it gets, relative to the others. ``prepare(data, scratch)`` puts an input
     where ``parse`` looks for it. ``may`` are the audit events it may cause beside opening files in ``scratch`` to read;
     ``write`` among them stands for every change of what is in ``scratch``, ``identity`` for looking up who we are.
-    ``make_seeds(scratch)`` makes the valid inputs that need a folder.
+    ``make_seeds(scratch)`` makes the valid inputs that need a folder. ``shapes`` are tried after the valid inputs as they
+    are, and are changed like those.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Target:
     prepare: Callable[[bytes, Path], None] | None = None
     may: frozenset[str] = frozenset()
     make_seeds: Callable[[Path], Sequence[bytes]] | None = None
+    shapes: Sequence[bytes] = ()
 
 
 # ---- valid inputs ----
@@ -277,6 +280,14 @@ def read_safetensors(data: bytes, scratch: Path) -> object:
 def read_value(data: bytes, scratch: Path) -> object:
     """An object's record as a load takes it: what is not plain goes to torch's restricted unpickler."""
     return type(decode_object("key", data, "__0_0.distcp")).__name__
+
+
+def read_plain(data: bytes, scratch: Path) -> object:
+    return type(load_plain(data)).__name__
+
+
+def read_object_record(data: bytes, scratch: Path) -> object:
+    return type(read_object(data)).__name__
 
 
 def read_torch_file(data: bytes, scratch: Path) -> object:
@@ -482,6 +493,7 @@ MUTATE_SIGN_OFF = framed(_sign_off_json, _with_sign_off, mutate_json)
 MARK = json.dumps({"record_id": "5-00000000", "reason": "bytes 1 to 2 changed", "created_s": 1.0}).encode()
 INDEX = json.dumps({"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode()
 HF_CONFIG = json.dumps(make_config("llama3", model_args("llama3", "debugmodel"), "float32")).encode()
+BARE_CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"]}).encode()  # its family is looked up
 FLAGS = (
     b"--training.steps\n100\n--training.seq_len=8\n--checkpoint.enable\n--checkpoint.interval\nauto\n--optimizer.lr=1"
 )
@@ -505,28 +517,35 @@ def _tensor_pickle(data: bytes, scratch: Path) -> object:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("metadata", PICKLES[:1], mutate_pickle, read_metadata, share=16),
-        Target("pickle", PICKLES, mutate_pickle, _tensor_pickle),
-        Target("plain", PICKLES[1:], mutate_pickle, lambda data, _: type(load_plain(data)).__name__),
+        Target("metadata", PICKLES[:1], mutate_pickle, read_metadata, share=16, shapes=HOSTILE_PICKLES),
+        Target("pickle", PICKLES, mutate_pickle, _tensor_pickle, shapes=HOSTILE_PICKLES),
+        Target("plain", PICKLES[1:], mutate_pickle, read_plain, shapes=HOSTILE_PICKLES),
         Target("tensor record", RECORDS, mutate_zip(), read_record, share=14),
-        Target("object record", OBJECTS, mutate_zip(), lambda data, _: type(read_object(data)).__name__, share=10),
-        Target("torch file", [torch_file()], mutate_zip(), read_torch_file, share=14),
+        Target("object record", OBJECTS, mutate_zip(), read_object_record, share=10, shapes=TORCH_FILES),
+        Target("torch file", [torch_file()], mutate_zip(), read_torch_file, share=14, shapes=TORCH_FILES),
         Target("manifest 1", [to_json_1(LAYOUT.manifest)], MUTATE_MANIFEST, read_manifest_1, share=6),
         Target("manifest", [RECORD_FILES[MANIFEST_NAME]], MUTATE_MANIFEST_2, read_manifest, share=10),
         Target("shards", [RECORD_FILES[SHARDS_NAME]], MUTATE_SHARDS, read_shards, share=10),
         Target(
             "digests", [dump_digests(LAYOUT.manifest.save_id, LAYOUT.crcs)], with_crc(mutate_bytes), read_digests, 6
         ),
-        Target("safetensors", [safetensors(), safetensors("abcdefgh")], MUTATE_SAFETENSORS, read_safetensors, share=12),
+        Target(
+            "safetensors",
+            [safetensors(), safetensors("abcdefgh")],
+            MUTATE_SAFETENSORS,
+            read_safetensors,
+            share=12,
+            shapes=SAFETENSORS_FILES,
+        ),
         Target("sign-off", [sign_off()], MUTATE_SIGN_OFF, read_sign_off, share=8),
         Target("owner", OWNERS, mutate_json, read_owner, 4, may=frozenset({"identity"})),
         Target("lock", OWNERS, mutate_json, read_lock, 2, prepare_lock, LOCK_MAY),
         Target("mark", [MARK], mutate_json, read_mark, 3, prepare_mark),
-        Target("index", [INDEX], mutate_json, read_index, 3, prepare_index),
-        Target("config.json", [HF_CONFIG], mutate_json, read_config, 3, prepare_config),
+        Target("index", [INDEX], mutate_json, read_index, 3, prepare_index, shapes=INDEXES),
+        Target("config.json", [HF_CONFIG, BARE_CONFIG], mutate_json, read_config, 3, prepare_config, shapes=CONFIGS),
         Target("toml", [TOML, SHORT_TOML], mutate_toml, read_toml, 10, prepare_toml),
         Target("flags", [FLAGS], mutate_toml, read_flags, 3),
         Target("folder", [], mutate_folder, read_folder, 3, prepare_folder, FOLDER_MAY, folder_seeds),
-        Target("value", [*OBJECTS, torch_file()], mutate_zip(), read_value, 6),
+        Target("value", [*OBJECTS, torch_file()], mutate_zip(), read_value, 6, shapes=TORCH_FILES),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,26 @@ def test_a_dtype_or_a_name_that_safetensors_does_not_have_is_refused():
         plan_layout({"w": ("complex128", (1,))})
     with pytest.raises(ValueError, match="__metadata__"):
         plan_layout({"__metadata__": ("float32", (1,))})
+
+
+def test_a_header_of_very_many_tensors_takes_little_memory() -> None:
+    entries = {f"layers.{i}.w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    tracemalloc.start()
+    try:
+        found = parse_header(raw, file_nbytes=8 + len(raw), path="many.safetensors")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.tensors) == 10_000
+    assert peak < 9 * len(raw)  # and the file itself: less than ten times its size
+
+
+def test_one_tensor_under_no_name_is_refused_and_any_name_is_allowed() -> None:
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    raw = json.dumps(entry).encode()
+    with pytest.raises(FormatError, match="not tensors by name"):
+        parse_header(raw, file_nbytes=9 + len(raw), path="x")
+    names = ("dtype", "shape", "data_offsets")
+    raw = json.dumps({n: entry | {"data_offsets": [i, i + 1]} for i, n in enumerate(names)}).encode()
+    assert list(parse_header(raw, file_nbytes=11 + len(raw), path="x").tensors) == list(names)

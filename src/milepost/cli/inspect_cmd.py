@@ -13,7 +13,7 @@ from milepost.cli.paths import not_a_checkpoint
 from milepost.cli.render import bar, console, print_json, print_line, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
 from milepost.config import part_of
-from milepost.errors import CheckpointNotFoundError, shortened
+from milepost.errors import CheckpointNotFoundError, MilepostError, shortened
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, PartTotal, TensorEntry
@@ -120,8 +120,21 @@ def _open(path: str) -> _Shown:
     if info is not None and is_hf_folder([entry.name for entry in storage.list(name)]):
         manifest = manifest_of(storage, name)
         what = "PEFT adapter" if manifest.kind == "adapter" else "Hugging Face folder"
-        return _Shown(storage, name, what, "", manifest)
+        return _Shown(storage, name, what + _family_text(path), "", manifest)
     raise not_a_checkpoint(storage, name, path, info)
+
+
+def _family_text(path: str) -> str:
+    """`` of llama (LlamaForCausalLM)``, as far as the folder's config tells."""
+    from milepost.interop.hf.classes import architecture, model_type  # with numpy, which other steps do without
+    from milepost.interop.weights.open import read_config
+
+    try:
+        config = read_config(path)
+    except MilepostError:  # `verify` says what is wrong with it
+        return ""
+    family, named = model_type(config), architecture(config)
+    return (f" of {family}" if family else "") + (f" ({named:.100})" if family and named else "")
 
 
 def _notable(objects: Mapping[str, Any]) -> list[str]:

@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
 
     with open_all(args.path) as source, progress_bar("reading") as progress:
         keys = sorted(matching_keys(source.tensors, args.keys, args.path), key=natural)
-        countable = [key for key in keys if is_countable(source.tensors[key].dtype)]
+        left_out = {key: dtype for key in keys if not is_countable(dtype := source.tensors[key].dtype)}
+        countable = [key for key in keys if key not in left_out]
         found = tensor_statistics(source, countable, progress=progress)
         source.check_digests()
-        left_out = {key: source.tensors[key].dtype for key in keys if key not in set(countable)}
     if args.json:
         print_json({"tensors": [dataclasses.asdict(s) for s in found], "left_out": left_out})
         return 0

@@ -180,15 +180,17 @@ def _metadata(value: object, max_chunks: int) -> DcpMetadata:
         raise FormatError("the index of keys or of places is missing")
     tensors: dict[str, DcpTensor] = {}
     objects: list[str] = []
-    for key, entry in entries.items():
+    # What has been read is let go: a large index would else be in memory twice.
+    for key in list(entries):
         if type(key) is not str:
             raise FormatError("a key is not text")
+        entry = entries.pop(key)
         if isinstance(entry, Instance) and entry.name.endswith(".BytesStorageMetadata"):
             objects.append(key)
         else:
             tensors[key] = _tensor(key, entry, max_chunks)
             max_chunks -= len(tensors[key].chunks)
-    storage = {_index(index): _location(place) for index, place in places.items()}
+    storage = {_index(index): _location(places.pop(index)) for index in list(places)}
     meta = fields.get("storage_meta")
     identity = {} if meta is None else _fields(meta, "StorageMeta")
     return DcpMetadata(

@@ -70,7 +70,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
 )
 """By torch's name without the ``torch.`` prefix."""
 
-_BY_SAFETENSORS_NAME = {entry.safetensors_name: entry.name for entry in DTYPES.values() if entry.safetensors_name}
+SAFETENSORS_NAMES = {entry.safetensors_name: entry.name for entry in DTYPES.values() if entry.safetensors_name}
 _BY_STORAGE_CLASS = {entry.storage_class: entry.name for entry in DTYPES.values() if entry.storage_class}
 
 
@@ -104,9 +104,9 @@ def numpy_dtype(name: str) -> np.dtype[np.generic] | None:
 
 def from_safetensors(code: str) -> str:
     """Torch's name of a dtype code of a safetensors header. Raises FormatError for an unknown code."""
-    name = _BY_SAFETENSORS_NAME.get(code)
+    name = SAFETENSORS_NAMES.get(code)
     if name is None:
-        raise FormatError(f"safetensors dtype {code!r:.100} is unknown; known are {', '.join(_BY_SAFETENSORS_NAME)}")
+        raise FormatError(f"safetensors dtype {code!r:.100} is unknown; known are {', '.join(SAFETENSORS_NAMES)}")
     return name
 
 

@@ -112,7 +112,7 @@ class Dialect:
 class _Machine:
     """One run over one pickle. Each method is the opcode it is entered under in ``_OPCODES``."""
 
-    __slots__ = ("allowance", "data", "dialect", "globals", "marks", "memo", "persistent", "pos", "stack")
+    __slots__ = ("allowance", "data", "dialect", "globals", "marks", "memo", "persistent", "pos", "sizes", "stack")
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class _Machine:
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
+        self.sizes: dict[tuple[object, ...], tuple[object, ...]] = {}  # tuples of one to three numbers, each once
         self.globals = globals_by_name
         self.persistent = persistent
         self.allowance = _BASE_ALLOWANCE_NBYTES + _ALLOWANCE_PER_BYTE * len(data)
@@ -258,7 +259,10 @@ class _Machine:
         if len(stack) < count:
             raise IndexError
         self.charge(_SMALL_NBYTES)
-        stack[-count:] = [tuple(stack[-count:])]
+        made = tuple(stack[-count:])
+        if all(type(item) is int for item in made):
+            made = self.sizes.setdefault(made, made)  # few sizes, and many tensors that have them
+        stack[-count:] = [made]
 
     def tuple1(self) -> None:
         self.tuple_of(1)

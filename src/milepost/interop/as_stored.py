@@ -13,6 +13,7 @@ from typing import Any
 
 from milepost.errors import MAX_LISTED, ConversionError, listed, near
 from milepost.format.box import Box
+from milepost.interop.hf.classes import architecture
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.hf.kept import ARCHITECTURE
 from milepost.interop.names.assembled import Assembled
@@ -60,13 +61,6 @@ def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
         return options.model == HUB
     recorded = weights.manifest is not None and isinstance(weights.manifest.extra.get(ARCHITECTURE), str)
     return recorded or architecture(weights.config) is not None or options.to == "pt"
-
-
-def architecture(config: Mapping[str, Any] | None) -> str | None:
-    """The class of transformers that a ``config.json`` names."""
-    named = config.get("architectures") if config is not None else None
-    first = named[0] if isinstance(named, list) and named else None
-    return first if isinstance(first, str) else None
 
 
 def keep_names(weights: Weights, options: ConvertOptions) -> Kept:

@@ -21,8 +21,9 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import ConfigError, ConversionError
 from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME
-from milepost.interop.as_stored import architecture, is_of_the_hub, keep_names
+from milepost.interop.as_stored import is_of_the_hub, keep_names
 from milepost.interop.by_config import Described, described_by
+from milepost.interop.hf.classes import architecture
 from milepost.interop.hf.config import identity_of
 from milepost.interop.hf.extras import check_config, hf_extras
 from milepost.interop.hf.identity import recorded_identity

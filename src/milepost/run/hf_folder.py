@@ -5,7 +5,7 @@ A step whose model was saved in this form is described likewise: its own manifes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
@@ -22,7 +22,7 @@ from milepost.format.huggingface import (
 )
 from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
-from milepost.format.safetensors import read_header
+from milepost.format.safetensors import StoredTensor, read_header
 from milepost.format.tags import untagged
 from milepost.format.torch_file import locate_tensors
 from milepost.storage.base import ReadHandle, Storage, join, split
@@ -110,25 +110,33 @@ def read_headers(storage: Storage, folder: str, names: Sequence[str], open_file:
         return handle
 
     problems: list[Problem] = []
-    tensors: dict[str, TensorEntry] = {}
+    headers: dict[str, Mapping[str, StoredTensor]] = {}
     files: dict[str, FileEntry] = {}
     for name in names:
-        problems += _read_file(open_file or open_by_default, name, tensors, files)
+        try:
+            with (open_file or open_by_default)(name) as handle:
+                header = read_header(handle)
+        except (FormatError, StorageError) as error:
+            problems.append(Problem(error.message, name))
+            continue
+        files[name] = FileEntry(header.nbytes)
+        headers[name] = header.tensors
+    tensors = HeaderTensors(headers)
+    if len(tensors) < sum(map(len, headers.values())):
+        problems += _stored_twice(headers)
     return HfFolder(tensors, files, tuple(problems))
 
 
-def _read_file(
-    open_file: OpenFile, name: str, tensors: dict[str, TensorEntry], files: dict[str, FileEntry]
-) -> list[Problem]:
-    """Add what a file holds to ``tensors`` and ``files``."""
-    try:
-        with open_file(name) as handle:
-            header = read_header(handle)
-    except (FormatError, StorageError) as error:
-        return [Problem(error.message, name)]
-    files[name] = FileEntry(header.nbytes)
-    twice = [key for key in header.tensors if key in tensors]
-    for key, stored in header.tensors.items():
+class HeaderTensors(Mapping[str, TensorEntry]):
+    """The tensors of safetensors files by key, each described when it is asked for: a header may hold a million."""
+
+    def __init__(self, headers: Mapping[str, Mapping[str, StoredTensor]]):
+        self._headers = headers
+        self._file_of = {key: name for name, header in headers.items() for key in header}
+
+    def __getitem__(self, key: str) -> TensorEntry:
+        name = self._file_of[key]
+        stored = self._headers[name][key]
         place = ShardEntry(
             box=Box.whole(stored.shape),
             file=name,
@@ -138,13 +146,30 @@ def _read_file(
             data_nbytes=stored.nbytes,
             crc32=None,
         )
-        tensors[key] = TensorEntry(stored.dtype, stored.shape, (place,))
-    return [Problem("stored in another file too", name, key) for key in twice]
+        return TensorEntry(stored.dtype, stored.shape, (place,))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def _stored_twice(headers: Mapping[str, Mapping[str, StoredTensor]]) -> list[Problem]:
+    """Keys that an earlier file holds too."""
+    seen: set[str] = set()
+    problems = []
+    for name, header in headers.items():
+        problems += [Problem("stored in another file too", name, key) for key in header if key in seen]
+        seen |= header.keys()
+    return problems
 
 
 def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> list[Problem]:
     """Keys that are not in the file that the index says."""
     found = {key: entry.shards[0].file for key, entry in tensors.items()}
+    if found == weight_map:
+        return []
     problems = []
     for key in sorted({*weight_map, *found}):
         said, file = weight_map.get(key), found.get(key)

@@ -136,6 +136,8 @@ class JobResult:
     """On rank 0: for each part of the state, a digest of all its tensors' CRCs. Equal if nothing changed."""
     frozen: FrozenFile | None = None
     """This rank's file of frozen tensors, for the next save to share."""
+    deleted: tuple[str, ...] = ()
+    """On rank 0: names of the steps that retention deleted once this one was committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,8 @@ class SaveReport:
     """Whether the plan of the previous save was reused, without exchanging layouts."""
     contents: Mapping[str, str]
     """On rank 0: a digest of each part of the state. Equal in two saves if nothing changed between them."""
+    deleted: tuple[str, ...] = ()
+    """On rank 0: names of the steps that retention deleted once this one was committed."""
 
     @classmethod
     def of(
@@ -169,6 +173,7 @@ class SaveReport:
             commit_s=result.commit_s,
             reused_plan=reused_plan,
             contents=result.contents,
+            deleted=result.deleted,
         )
 
 
@@ -195,6 +200,7 @@ def run_job(
     place, is_first = Place.of(storage, job.attempt, job.target, job.save_id), job.publishes
     started = time.monotonic()
     contents: Mapping[str, str] = {}
+    deleted: tuple[str, ...] = ()
     files: tuple[WrittenFile, ...] = ()
     shares: tuple[Mapping[str, Share], ...] = ()
     written_nbytes = 0
@@ -228,6 +234,8 @@ def run_job(
         wrote = time.monotonic()
         if job.info is not None:
             contents = _publish(storage, job, job.info, monitor)
+            # Only now: nothing is deleted before what replaces it is durable.
+            deleted = prune(storage, job.keep) if job.keep is not None else ()
     except BaseException as error:
         report_failure(storage, job, error)
         raise
@@ -236,7 +244,7 @@ def run_job(
             storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
         )
     committed = time.monotonic()
-    return JobResult(wrote - started, committed - wrote, written_nbytes, contents, _frozen_of(job, files))
+    return JobResult(wrote - started, committed - wrote, written_nbytes, contents, _frozen_of(job, files), deleted)
 
 
 def _frozen_of(job: SaveJob, files: Sequence[WrittenFile]) -> FrozenFile | None:
@@ -316,14 +324,15 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
         )
     else:
         manifest = commit.publish(storage, job.attempt, job.target, signed, info, now=time.time())
-    # Only now: nothing is deleted before what replaces it is durable.
-    if job.keep is not None:
-        prune(storage, job.keep)
     return contents_of(manifest) if manifest is not None else {}
 
 
-def prune(storage: Storage, keep: Keep) -> None:
-    """Delete the steps that no rule keeps. The save is committed, so a step that can't be deleted is only logged."""
+def prune(storage: Storage, keep: Keep) -> tuple[str, ...]:
+    """Delete the steps that no rule keeps, and return their names.
+
+    The save is committed, so a step that can't be deleted is only logged.
+    """
+    deleted: list[str] = []
     try:
         decisions = retention.plan(
             catalog.scan(storage, keep.folder),
@@ -339,8 +348,10 @@ def prune(storage: Storage, keep: Keep) -> None:
         reasons = {decision.name: decision.reason for decision in decisions}
         for name in retention.apply(storage, keep.folder, decisions):
             log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.latest_k)
+            deleted.append(name)
     except StorageError as error:
         log.warning("an old step could not be deleted: %s", error)
+    return tuple(deleted)
 
 
 def contents_of(manifest: Manifest) -> dict[str, str]:

@@ -1,20 +1,28 @@
-"""The record of each save: one event, for the log, for TensorBoard and for ``events.jsonl``."""
+"""The record of what happens to a run's checkpoints, for the log, for TensorBoard and for ``events.jsonl``.
+
+A line of ``events.jsonl`` is a JSON object: a save that was committed, or with an ``event`` a save that failed or a
+resume. Lines of the latter kinds are written with the next save's, so that they cost no request of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from milepost.errors import StorageError
+from milepost.errors import StorageError, shortened
 from milepost.saving.job import SaveReport
 from milepost.storage.base import Storage, join
 
 log = logging.getLogger("milepost")
 
 EVENTS_NAME = "events.jsonl"
+_MAX_ERROR_LENGTH = 500
+_MAX_WAITING = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +43,14 @@ class SaveEvent:
     commit_s: float
     nbytes: int
     """Bytes that rank 0 wrote."""
+    world_size: int = 1
+    layout: Mapping[str, int] = field(default_factory=dict)
+    """Degrees of parallelism by name."""
+    deleted: tuple[str, ...] = ()
+    """Names of the steps that retention deleted once this one was committed."""
 
     @classmethod
-    def of(cls, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float) -> SaveEvent:
+    def of(cls, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float, **ranks: Any) -> SaveEvent:
         return cls(
             step=step,
             reason=reason,
@@ -50,12 +63,13 @@ class SaveEvent:
             write_s=report.write_s,
             commit_s=report.commit_s,
             nbytes=report.nbytes,
+            deleted=report.deleted,
+            **ranks,
         )
 
     def line(self) -> bytes:
         """One line of ``events.jsonl``."""
-        numbers = {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        return json.dumps(numbers).encode() + b"\n"
+        return _line({k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()})
 
     def __str__(self) -> str:
         rate = self.nbytes / self.write_s / 1e6 if self.write_s else 0.0
@@ -70,25 +84,51 @@ class SaveEvent:
 class SaveLog:
     """The saves of a run, for the log, for ``events.jsonl`` and for who takes them. On rank 0."""
 
-    def __init__(self, storage: Storage, folder: str):
+    def __init__(self, storage: Storage, folder: str, world_size: int = 1, layout: Mapping[str, int] | None = None):
         self._storage = storage
         self._folder = folder
+        self._ranks = {"world_size": world_size, "layout": dict(layout or {})}
+        self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING)
+        self._num_failed = 0
         self._events: list[SaveEvent] = []
         self._contents: Mapping[str, str] = {}  # of the save before
 
     def record(self, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float) -> None:
         """Record a committed save, and warn if it looks as if training does not proceed. Never fails."""
-        event = SaveEvent.of(report, step=step, reason=reason, kind=kind, stall_s=stall_s)
+        event = SaveEvent.of(report, step=step, reason=reason, kind=kind, stall_s=stall_s, **self._ranks)
         self._events.append(event)
         log.info("%s", event)
         odd = suspicion(self._contents, report.contents)
         if odd is not None:
             log.warning("step %d: %s", step, odd)
         self._contents = report.contents
+        self._waiting.append(event.line())
+        self._write()
+
+    def resumed(self, step: int, path: str) -> None:
+        """Take note that the run resumed from ``step`` at ``path``, for the line before the next save's."""
+        said = {"event": "resumed", "step": step, "path": path, "finished": round(time.time(), 6)}
+        self._waiting.append(_line(said | self._ranks))
+
+    def failed(self, step: int, reason: str, error: str) -> None:
+        """Take note that a save failed, for the line before the next save's, or the last one."""
+        said = {"event": "failed", "step": step, "reason": reason, "finished": round(time.time(), 6)}
+        self._waiting.append(_line(said | {"error": shortened(error, _MAX_ERROR_LENGTH)} | self._ranks))
+        self._num_failed += 1
+
+    def close(self) -> None:
+        """Write what no save has been committed after. Never fails."""
+        if self._num_failed:
+            self._write()
+
+    def _write(self) -> None:
+        lines = b"".join(self._waiting)
+        self._waiting.clear()
+        self._num_failed = 0
         try:
-            append_event(self._storage, self._folder, event)
+            append_lines(self._storage, self._folder, lines)
         except StorageError as error:  # the checkpoint itself is safe
-            log.warning("the event of step %d could not be logged: %s", step, error)
+            log.warning("events could not be logged: %s", error)
 
     def take(self) -> list[SaveEvent]:
         """The saves that were recorded since the last call, oldest first."""
@@ -96,15 +136,19 @@ class SaveLog:
         return events
 
 
-def append_event(storage: Storage, folder: str, event: SaveEvent) -> None:
-    """Add the event's line to the log in ``folder``. A line that a crash cut short stays a line of its own.
+def _line(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+def append_lines(storage: Storage, folder: str, lines: bytes) -> None:
+    """Add lines to the log in ``folder``. A line that a crash cut short stays a line of its own.
 
     Raises:
         StorageError: the storage refused.
     """
     path = join(folder, EVENTS_NAME)
     end = b"\n" if _is_torn(storage, path) else b""
-    storage.append(path, end + event.line())
+    storage.append(path, end + lines)
 
 
 def _is_torn(storage: Storage, path: str) -> bool:

@@ -171,7 +171,7 @@ class CheckpointManager:
         self._pending: _Pending | None = None
         self._protected: dict[int, str] = {}
         self._metrics = MetricRecorder(self._config.metric)
-        self._log = SaveLog(self._storage, self._folder)
+        self._log = SaveLog(self._storage, self._folder, self._comm.world_size, self._layout)
         self._hooks = CommitHooks(on_commit, self._config.on_commit)
         self._signals = SignalFlags()
         self._files = RequestFiles(self._storage, self._folder)
@@ -338,6 +338,7 @@ class CheckpointManager:
         self._rng = rng_state()
         if report is not None and report.resumed_step is not None:
             self._protected[report.resumed_step] = "this run resumed from it"
+            self._log.resumed(report.resumed_step, report.path)
         return report
 
     def restore_rng(self) -> None:
@@ -402,6 +403,7 @@ class CheckpointManager:
                 )
                 begun = self._saver.save(request)
             except SaveError as error:
+                self._log.failed(step, reason, error.message)
                 self._stop_or_warn(error)
                 return False
         self._last_save = time.monotonic()
@@ -503,6 +505,8 @@ class CheckpointManager:
             # Not before: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
             self._record_pending()
+            if self._comm.rank == 0:
+                self._log.close()
             for tier in (self._remote, self._tier):
                 if tier is not None:
                     tier.close()
@@ -672,6 +676,7 @@ class CheckpointManager:
             return
         report = pending.report(self._comm.rank)
         if report is None:
+            self._log.failed(pending.step, pending.reason, pending.failure)
             return
         self._num_failures = 0
         self._history.committed(pending.step, report.save_id)
@@ -762,6 +767,12 @@ class _Pending:
             return self.outcome
         log_wait(self.outcome, rank)
         return self.outcome.result() if self.outcome.failure is None else None
+
+    @property
+    def failure(self) -> str:
+        """What made it fail; empty if it did not."""
+        error = None if isinstance(self.outcome, SaveReport) else self.outcome.failure
+        return getattr(error, "message", str(error)) if error is not None else ""
 
 
 def _checked_per_rank(names: Collection[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 In reading order::
 
     config  ``config.json`` <-> sizes
+    classes classes of transformers -> families, and what family a config is of
     extras  what lies beside the tensors: config, index, the tokenizer's files (torch-free)
     identity   which model a source says that it is (torch-free)
     model   ``HfModel``: what a training run knows of Hugging Face's files, of a model with a table

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from milepost.interop.hf.classes import architecture, model_type
 from milepost.interop.names.identity import ModelIdentity, are_possible, flavor_of
 from milepost.interop.names.model_sizes import ModelArgs, RopeScaling
 
@@ -36,9 +37,13 @@ def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> li
 
     Only what decides the outputs is compared. What ``config`` leaves out has transformers' default.
     """
-    model_type, _ = _ARCHITECTURES[family]
-    if config.get("model_type") != model_type:
-        return [f"model_type is {config.get('model_type')!r}, {family} is {model_type!r}"]
+    wanted_type, _ = _ARCHITECTURES[family]
+    found_type = model_type(config)
+    if found_type != wanted_type:
+        named = architecture(config)
+        return [
+            f"model_type is {found_type!r}{f' (of {named:.100})' if named else ''}, {family} is {wanted_type!r}"
+        ]
     faults = [
         f"{name} is {found!r}, the flavor's is {wanted!r}"
         for name, found, wanted in _compared(config, family, args)
@@ -131,11 +136,11 @@ def _equal(found: Any, wanted: Any) -> bool:
 
 def make_config(family: str, args: ModelArgs, dtype: str) -> dict[str, Any]:
     """A ``config.json`` for weights of ``dtype``, which transformers 4 and 5 both load."""
-    model_type, architecture = _ARCHITECTURES[family]
+    family_name, class_name = _ARCHITECTURES[family]
     scaling = _scaling_parameters(args.rope_scaling)
     config: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [class_name],
+        "model_type": family_name,
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,
         "num_hidden_layers": args.n_layers,
@@ -193,7 +198,7 @@ def identity_of(config: Mapping[str, Any]) -> ModelIdentity | None:
 
     What we have no word for (``hidden_act``, biases, other scalings of RoPE) is left to :func:`config_faults`.
     """
-    family = next((name for name, (kind, _) in _ARCHITECTURES.items() if kind == config.get("model_type")), None)
+    family = next((name for name, (kind, _) in _ARCHITECTURES.items() if kind == model_type(config)), None)
     if family is None:
         return None
     name = family.removesuffix("_moe")

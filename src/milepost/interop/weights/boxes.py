@@ -94,15 +94,18 @@ class Source:
         self.kind = kind
         self._files = files
         self.tensors: Mapping[str, TensorInfo] = {key: stored.info for key, stored in tensors.items()}
-        self._stretches = {key: stored.stretches for key, stored in tensors.items()}
+        self._stored = tensors
+        self._read_from: dict[int, BlockReader] = {}  # of those whose data has digests
 
     def read_into(self, key: str, box: Box, out: Array) -> None:
         """See :class:`Readable`."""
         stored = array_dtype(self.tensors[key].dtype)
-        for stretch in self._stretches[key]:
+        for stretch in self._stored[key].stretches:
             common = stretch.box.intersect(box)
             if common is None:
                 continue
+            if stretch.reader.has_digests:
+                self._read_from[id(stretch.reader)] = stretch.reader
             target = out[common.relative_to(box).index()]
             direct = target.dtype == stored and target.flags.c_contiguous
             raw = target if direct else np.empty(common.sizes, stored)
@@ -126,12 +129,11 @@ class Source:
         Raises:
             DigestMismatchError: naming file, key and byte range.
         """
-        readers = {id(s.reader): s.reader for stretches in self._stretches.values() for s in stretches}
-        return sum(reader.finish() for reader in readers.values() if reader.has_digests)
+        return sum(reader.finish() for reader in self._read_from.values())
 
     def check(self, key: str) -> None:
         """Check what was read of one tensor, as :meth:`check_digests` does of all."""
-        for reader in {stretch.reader for stretch in self._stretches[key]}:
+        for reader in {stretch.reader for stretch in self._stored[key].stretches}:
             if reader.has_digests:
                 reader.finish()
 

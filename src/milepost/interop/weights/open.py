@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +21,13 @@ from milepost.format.huggingface import (
     parse_object,
 )
 from milepost.format.kinds import refuse_other_kind
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest, TensorEntry
 from milepost.format.safetensors import read_header
 from milepost.format.summary import files_of
 from milepost.format.torch_file import locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog
-from milepost.run.hf_folder import is_adapter, read_hf_folder
+from milepost.run.hf_folder import HeaderTensors, is_adapter, read_hf_folder
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
@@ -104,8 +104,9 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
     with ExitStack() as stack:
         stack.callback(handle.close)
         refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors" if is_safetensors else name)
+        stored: Mapping[str, Stored]
         if is_safetensors:
-            stored = _safetensors_tensors(handle)
+            stored = _SafetensorsFiles(HeaderTensors({name: read_header(handle).tensors}), {name: handle})
         else:
             stored = _torch_file_tensors(handle, left_out)
         stack.pop_all()
@@ -128,20 +129,11 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
 
     found = read_hf_folder(storage, folder, names, step.open_file if step is not None else None)
     found.require(path)
-    stored = {}
     with ExitStack() as stack:
         handles = {name: stack.enter_context(open_file(name)) for name in found.files}
-        for key, entry in found.tensors.items():
-            (shard,) = entry.shards
-            handle = handles[shard.file]
-            if isinstance(handle, CheckedFile):
-                stretch = Stretch(shard.box, handle.reader, shard.record_offset)
-            else:
-                stretch = Stretch(shard.box, BlockReader(handle, key, shard.record_offset, shard.data_nbytes, None))
-            stored[key] = TensorStretches(TensorInfo(entry.dtype, entry.shape), (stretch,))
         config = read_config(path)
         stack.pop_all()
-    source = Source(path, "hf", tuple(handles.values()), stored)
+    source = Source(path, "hf", tuple(handles.values()), _SafetensorsFiles(found.tensors, handles))
     return Weights(source, config=config, is_adapter=is_adapter(names))
 
 
@@ -177,14 +169,28 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return parse_object(read_linked(storage, name, MAX_CONFIG_NBYTES), join_path(storage.root, name))
 
 
-def _safetensors_tensors(handle: ReadHandle) -> dict[str, TensorStretches]:
-    return {
-        key: TensorStretches(
-            TensorInfo(tensor.dtype, tensor.shape),
-            (Stretch(Box.whole(tensor.shape), BlockReader(handle, key, tensor.offset, tensor.nbytes, None)),),
-        )
-        for key, tensor in read_header(handle).tensors.items()
-    }
+class _SafetensorsFiles(Mapping[str, TensorStretches]):
+    """Tensors of open files. What reads one is made when it is asked for: a header may describe a million."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry], handles: Mapping[str, ReadHandle]):
+        self._entries = entries
+        self._handles = handles
+
+    def __getitem__(self, key: str) -> TensorStretches:
+        entry = self._entries[key]
+        (shard,) = entry.shards
+        handle = self._handles[shard.file]
+        if isinstance(handle, CheckedFile):
+            stretch = Stretch(shard.box, handle.reader, shard.record_offset)
+        else:
+            stretch = Stretch(shard.box, BlockReader(handle, key, shard.record_offset, shard.data_nbytes, None))
+        return TensorStretches(TensorInfo(entry.dtype, entry.shape), (stretch,))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 # ---- DCP ----
