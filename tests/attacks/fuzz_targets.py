@@ -89,8 +89,8 @@ class Target:
     ``share`` is the part of all inputs that it gets, relative to the others. ``prepare(data, scratch)`` puts an input
     where ``parse`` looks for it. ``may`` are the audit events it may cause beside opening files in ``scratch`` to read;
     ``write`` among them stands for every change of what is in ``scratch``, ``identity`` for looking up who we are.
-    ``make_seeds(scratch)`` makes the valid inputs that need a folder. ``shapes`` are tried after the valid inputs as they
-    are, and are changed like those.
+    ``make_seeds(scratch)`` makes the valid inputs that need a folder. ``shapes``, of public test suites, are tried as
+    they are after the valid inputs, and are changed like those.
     """
 
     name: str

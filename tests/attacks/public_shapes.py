@@ -22,7 +22,8 @@ CALLS = (
     ("builtins", "getattr"), ("builtins", "open"), ("__builtin__", "apply"), ("__builtin__", "eval"), ("sys", "exit"),
     ("runpy", "_run_code"), ("importlib", "import_module"), ("pip", "main"), ("shutil", "rmtree"), ("pty", "spawn"),
     ("socket", "create_connection"), ("webbrowser", "open"), ("urllib.request", "urlopen"), ("requests.api", "get"),
-    ("aiohttp.client", "ClientSession"), ("http.client", "HTTPSConnection"), ("asyncio.unix_events", "_UnixSubprocessTransport._start"),
+    ("aiohttp.client", "ClientSession"), ("http.client", "HTTPSConnection"),
+    ("asyncio.unix_events", "_UnixSubprocessTransport._start"),
     ("functools", "partial"), ("functools", "reduce"), ("operator", "attrgetter"), ("operator", "methodcaller"),
     ("_operator", "itemgetter"), ("itertools", "starmap"), ("types", "FunctionType"), ("marshal", "loads"),
     ("pickle", "loads"), ("_pickle", "loads"), ("dill", "loads"), ("cloudpickle", "loads"), ("joblib", "load"),
@@ -30,7 +31,8 @@ CALLS = (
     ("trace", "Trace.run"), ("code", "InteractiveInterpreter.runcode"), ("doctest", "debug_script"),
     ("lib2to3.pgen2.grammar", "Grammar.loadGrammar"), ("idlelib.pyshell", "ModifiedInterpreter.runcode"),
     ("ctypes", "CDLL"), ("logging.config", "fileConfig"), ("ensurepip", "_run_pip"), ("zipimport", "zipimporter"),
-    ("torch", "load"), ("torch.serialization", "load"), ("torch.hub", "load"), ("torch._inductor.codecache", "compile_file"),
+    ("torch", "load"), ("torch.serialization", "load"), ("torch.hub", "load"),
+    ("torch._inductor.codecache", "compile_file"),
     ("torch.jit.unsupported_tensor_ops", "execWrapper"), ("torch.utils._config_module", "load_config"),
     ("torch.storage", "_load_from_bytes"), ("numpy.testing._private.utils", "runstring"), ("numpy", "load"),
     ("numpy.f2py.crackfortran", "getlincoef"), ("distutils.file_util", "write_file"), ("collections", "Counter"),
@@ -70,7 +72,9 @@ def by_other_opcodes(module: str = "os", name: str = "system") -> Iterator[bytes
     yield PROTO_2 + b"(c" + line + _text("id") + b"o."  # OBJ
     yield PROTO_4 + _short(module) + b"\x94" + _short(name) + b"\x94\x93" + ARGUMENT + b"R."  # STACK_GLOBAL
     yield PROTO_4 + _short(name) + b"\x940" + _short(module) + b"\x94h\x00\x93" + ARGUMENT + b"R."  # from the memo
-    yield PROTO_4 + b"\x8d" + struct.pack("<Q", len(module)) + module.encode() + _short(name) + b"\x93" + ARGUMENT + b"R."
+    yield (
+        PROTO_4 + b"\x8d" + struct.pack("<Q", len(module)) + module.encode() + _short(name) + b"\x93" + ARGUMENT + b"R."
+    )
     yield PROTO_2 + _global(module, name) + ARGUMENT + b"\x81."  # NEWOBJ
     yield PROTO_4 + _global(module, name) + ARGUMENT + b"}\x92."  # NEWOBJ_EX
     yield PROTO_2 + b"\x82\x01" + ARGUMENT + b"R."  # EXT1: of the reader's own registry
@@ -100,7 +104,7 @@ def by_other_opcodes(module: str = "os", name: str = "system") -> Iterator[bytes
     yield PROTO_2 + f"c{module}\n{name}.__call__\n".encode() + ARGUMENT + b"R."
     yield PROTO_2 + b"cos \nsystem\n" + ARGUMENT + b"R."  # names with blanks and line ends of Windows
     yield PROTO_2 + b"cos\r\nsystem\r\n" + ARGUMENT + b"R."
-    yield PROTO_2 + "cоs\nsystem\n".encode() + ARGUMENT + b"R."  # noqa: RUF001 - the o is Cyrillic
+    yield PROTO_2 + "cоs\nsystem\n".encode() + ARGUMENT + b"R."
     yield PROTO_4 + _short("torch") + _short("_utils._rebuild_tensor_v2") + b"\x93" + ARGUMENT + b"R."
 
 
@@ -133,7 +137,9 @@ def torch_files() -> Iterator[bytes]:
     yield archive({"data.pkl": evil, "version": b"3\n"})
     yield archive({"../../archive/data.pkl": evil, **rest})
     yield archive({"archive\\data.pkl": evil, **rest})
-    yield archive({"archive/data.pkl": honest, "archive/code/__torch__.py": b"import os", "archive/constants.pkl": evil})
+    yield archive(
+        {"archive/data.pkl": honest, "archive/code/__torch__.py": b"import os", "archive/constants.pkl": evil}
+    )
     yield archive({"archive/data.pkl": evil, "archive/.data/serialization_id": b"1" * 40, **rest})
     yield archive({"archive/data.pkl": evil, **rest}, comment=archive({"archive/data.pkl": honest}))
     yield b"#!/bin/sh\nexit\n" + plain  # bytes before the archive
@@ -221,8 +227,9 @@ CONFIGS = list(configs())
 def indexes() -> Iterator[bytes]:
     """Indexes that name files which they must not."""
     for name in ("../x.safetensors", "/etc/passwd", "-rf.safetensors", ".hidden.safetensors", "a\nb.safetensors",
-                 "pytorch_model.bin", "a\\b.safetensors", "", "x" * 300 + ".safetensors", "config.json", "con.safetensors",
-                 "model.safetensors.index.json", "\u202exyz.safetensors", "milepost.json"):  # fmt: skip
+                 "pytorch_model.bin", "a\\b.safetensors", "", "x" * 300 + ".safetensors", "config.json",
+                 "con.safetensors", "model.safetensors.index.json",
+                 "\u202exyz.safetensors", "milepost.json"):  # fmt: skip
         yield json.dumps({"weight_map": {"w": name}}).encode()
     yield json.dumps({"weight_map": {"__metadata__": "model.safetensors", "": "model.safetensors"}}).encode()
     yield json.dumps({"weight_map": ["model.safetensors"]}).encode()

@@ -41,9 +41,7 @@ def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> li
     found_type = model_type(config)
     if found_type != wanted_type:
         named = architecture(config)
-        return [
-            f"model_type is {found_type!r}{f' (of {named:.100})' if named else ''}, {family} is {wanted_type!r}"
-        ]
+        return [f"model_type is {found_type!r}{f' (of {named:.100})' if named else ''}, {family} is {wanted_type!r}"]
     faults = [
         f"{name} is {found!r}, the flavor's is {wanted!r}"
         for name, found, wanted in _compared(config, family, args)
