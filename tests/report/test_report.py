@@ -23,7 +23,7 @@ RNG = np.random.default_rng(3)
 class Page(HTMLParser):
     """Parses the page, and holds on to its tags; unclosed or crossed ones are errors."""
 
-    VOID = ("meta", "link", "br", "input", "rect", "circle", "polyline")
+    VOID = ("meta", "link", "br", "input")
 
     def __init__(self, text: str):
         super().__init__()
@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID or (tag == "rect" and not self.get_starttag_text().endswith("/>")):  # type: ignore[union-attr]
+        if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -86,6 +86,35 @@ def test_the_report_shows_changes_flags_and_shards_of_a_run(run: Path) -> None:
     assert seen.count("10.00%") >= 10  # each layer grew by a tenth, by the norm
     assert "__1_0" in seen
     assert f"milepost diff {run}/checkpoint/step-40 {run}/checkpoint/step-60" in seen
+
+
+def test_the_time_line_shows_failures_resumes_changes_of_layout_and_deletions(run: Path) -> None:
+    log = run / "checkpoint" / "events.jsonl"
+    save = {"reason": "interval", "kind": "full", "nbytes": 10**6, "stall_s": 0.1, "stage_s": 0, "write_s": 1}
+    save["commit_s"] = 0
+    ranks = {"world_size": 2, "layout": {"fsdp": 2}}
+    more = {"world_size": 4, "layout": {"fsdp": 2, "tp": 2}}
+    lines = [
+        {"step": 10, "finished": 1.7e9, **save, **ranks},
+        {"step": 20, "finished": 1.7e9 + 60, "deleted": ["step-10", 7, "another"], **save, **ranks},
+        {"event": "failed", "step": 30, "finished": 1.7e9 + 90, "error": f"rank 1: no space left {EVIL}", **ranks},
+        {"event": "resumed", "step": 20, "finished": 1.7e9 + 120, **more},
+        {"event": "resumed", "step": [], "finished": 1e300},
+        {"event": "of a newer Milepost", "step": 3, "finished": 1.7e9},
+        {"step": 40, "finished": 1.7e9 + 180, "world_size": "many", "layout": 3, **save},
+    ]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    moments = gather(str(run), weights=False).moments
+    assert [(moment.kind, moment.step) for moment in moments] == [
+        ("saved", 10), ("saved", 20), ("deleted", 10), ("failed", 30), ("layout changed", 20), ("resumed", 20),
+        ("saved", 40),
+    ]  # fmt: skip
+    page = Page(written(run, "--steps", "0"))
+    seen = " ".join(page.texts)
+    assert "no longer there: 1" in seen
+    assert "rank 1: no space left" in seen
+    assert re.search("from 2 ranks.* to 4 ranks", seen)
+    assert [a["class"] for tag, a in page.tags if tag == "svg" and a.get("class") == "timeline"] == ["timeline"]
 
 
 def test_the_page_fetches_nothing_and_runs_only_its_own_script(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,25 @@ def test_warn_goes_on_and_stops_after_three_failures_in_a_row(
             save_twice(manager)
     steps = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir() and p.name.startswith("step-")}
     assert steps == {"step-1", "step-4", "step-5"}
+    manager.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(line.get("event", "saved"), line["step"]) for line in lines][:5] == [
+        ("saved", 1), ("failed", 2), ("failed", 3), ("saved", 4), ("saved", 5)
+    ]  # fmt: skip
+    assert {line["step"] for line in lines if line.get("event") == "failed"} >= {2, 3, 6, 7, 8}
+    assert all("no space left" in line["error"] for line in lines if "error" in line)
+
+
+def test_a_resume_and_what_retention_deleted_are_in_the_log(tmp_path: Path) -> None:
+    config = CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
+    for start in (1, 3):
+        manager = CheckpointManager(tmp_path, config, model=torch.nn.Linear(2, 2), layout={"data_parallel_shard": 1})
+        manager.load()
+        for step in (start, start + 1):
+            manager.save(step)
+        manager.close()
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(line.get("event", "saved"), line["step"], line.get("deleted")) for line in lines] == [
+        ("saved", 1, []), ("saved", 2, []), ("resumed", 2, None), ("saved", 3, ["step-1"]), ("saved", 4, [])
+    ]  # fmt: skip
+    assert all(line["world_size"] == 1 for line in lines)

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the folder, in checkpoint.remote_folder (remote), in both, or on its way there.\n\n"
         "examples:\n"
         "  milepost ls outputs/checkpoint\n"
-        "  milepost ls outputs --json\n\n"
+        "  milepost ls outputs --json\n"
+        "  milepost ls outputs --watch\n\n"
         "exit status: 0, 3 there are no checkpoints, 2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument(
@@ -51,10 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list also the steps of checkpoint.remote_folder, and what is on its way there",
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    parser.add_argument(
+        "--watch", metavar="SECONDS", nargs="?", const=1.0, type=_positive,
+        help="show the saves that are being written, by which ranks, at which rate, and what is stuck: every second, "
+        "or every SECONDS, until Ctrl-C",
+    )  # fmt: skip
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0.1 to 3600, found {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the steps."""
+    """List the steps, or watch them being written."""
+    if args.watch is not None:
+        if args.json or args.remote:
+            raise ConfigError("--watch goes with neither --json nor --remote")
+        from milepost.cli.watch import watch
+
+        return watch(*open_run(args.path), every_s=args.watch)
     storage, folder, entries, history = _listed(args.path)
     remote = catalog.remote_of(storage, folder)
     places: dict[int, str] = {}

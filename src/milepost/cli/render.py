@@ -108,13 +108,22 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
     left out but a last column that is empty.
     """
     out = console()
-    cells = [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    cells = _cells(rows)
     if out.is_terminal and not _fits(headers, cells, out.width):
         if any(row[-1].plain for row in cells):
             _print_lines(out, _value_lists(headers, cells))
             return
         headers, cells = headers[:-1], [row[:-1] for row in cells]
     _print_lines(out, _table(headers, cells, numeric))
+
+
+def table_of(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], numeric: Sequence[str]) -> Table:
+    """A table as :func:`print_table` prints, for a live view; the last column is folded where it is narrow."""
+    return _table(headers, _cells(rows), numeric)
+
+
+def _cells(rows: Sequence[Sequence[str | Text]]) -> list[list[Text]]:
+    return [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
 
 
 def _fits(headers: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:

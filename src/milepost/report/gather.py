@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.manifest import Manifest
 from milepost.interop.weights.open import open_step
-from milepost.report.history import Forecast, Save, forecast, read_saves
+from milepost.report.history import Forecast, Moment, Save, forecast, read_log
 from milepost.report.profile import Samples, TensorProfile, profile_tensors, sample_numel
 from milepost.report.statistics import nbytes_of
 from milepost.run import catalog
@@ -46,6 +46,8 @@ class RunView:
     made_s: float
     steps: Sequence[StepView]
     saves: Sequence[Save]
+    moments: Sequence[Moment]
+    """What happened to the run's checkpoints, oldest first."""
     forecast: Forecast
 
     @property
@@ -68,7 +70,7 @@ def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progr
     entries = [entry for entry in catalog.scan(storage, folder) if only is None or entry.step == only]
     if not entries:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint", path=path)
-    saves = read_saves(storage, folder)
+    log = read_log(storage, folder)
     chosen = _chosen([entry.step for entry in entries if entry.is_usable], max_steps) if weights else set()
     views = list(_views(storage, entries, chosen, progress))
     return RunView(
@@ -76,7 +78,8 @@ def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progr
         run_path=path if only is not None else join(path.rstrip("/") or "/", folder[len(name) :].strip("/")),
         made_s=time.time(),
         steps=views,
-        saves=[save for save in saves if only is None or save.step == only],
+        saves=[save for save in log.saves if only is None or save.step == only],
+        moments=[moment for moment in log.moments if only is None or moment.step == only],
         forecast=forecast(entries),
     )
 

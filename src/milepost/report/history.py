@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
-from milepost.run.catalog import StepEntry
-from milepost.storage.base import Storage, join
+from milepost.parallelism.degrees import degrees_text
+from milepost.run.catalog import StepEntry, step_of
+from milepost.storage.base import Storage, counted, join
 
 EVENTS_NAME = "events.jsonl"
 MAX_EVENTS_NBYTES = 64 << 20
@@ -30,6 +31,10 @@ class Save:
     nbytes: int
     reason: str
     kind: str
+    ranks: str = ""
+    """``2 ranks: fsdp 2``; empty where the log does not say."""
+    deleted: tuple[str, ...] = ()
+    """Names of the steps that retention deleted after it."""
 
     @property
     def rate(self) -> float:
@@ -37,8 +42,30 @@ class Save:
         return self.nbytes / self.write_s if self.write_s > 0 else 0.0
 
 
-def read_saves(storage: Storage, folder: str) -> list[Save]:
-    """Return the saves that the log in ``folder`` records, oldest first. Torn lines and others' are left out.
+Kind = Literal["saved", "failed", "resumed", "deleted", "layout changed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Something that happened to a run's checkpoints, for the time line."""
+
+    when: float
+    """Seconds since the epoch."""
+    kind: Kind
+    step: int
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What ``events.jsonl`` records, oldest first."""
+
+    saves: Sequence[Save] = ()
+    moments: Sequence[Moment] = ()
+
+
+def read_log(storage: Storage, folder: str) -> Log:
+    """Return what the log in ``folder`` records. Torn lines and others' are left out.
 
     Raises:
         StorageError: the storage can't be read.
@@ -46,13 +73,58 @@ def read_saves(storage: Storage, folder: str) -> list[Save]:
     path = join(folder, EVENTS_NAME)
     found = storage.stat(path)
     if found is None:
-        return []
+        return Log()
     start = max(0, found.nbytes - MAX_EVENTS_NBYTES)
     data = bytearray(found.nbytes - start)
     with storage.open_read(path) as handle:
         handle.read_into(start, [memoryview(data)])
     events = (_decoded(line) for line in bytes(data).split(b"\n")[-MAX_EVENTS:])
-    return [save for event in events if event is not None for save in _save(event)]
+    saves: list[Save] = []
+    moments: list[tuple[Moment, str]] = []
+    for event in events:
+        if event is not None:
+            save = _save(event)
+            saves += save
+            moments += _moments(event, save[0] if save else None)
+    return Log(saves=saves, moments=[*_with_layout_changes(moments)])
+
+
+def _moments(event: Mapping[str, Any], save: Save | None) -> list[tuple[Moment, str]]:
+    """What a line says happened, each with the ranks that the run had then."""
+    ranks = _ranks_text(event)
+    if save is not None:
+        found = [Moment(when=save.finished, kind="saved", step=save.step, text=save.reason)]
+        found += [Moment(when=save.finished, kind="deleted", step=step, text=f"by retention, after step {save.step}")
+                  for name in save.deleted if (step := step_of(name)) is not None]  # fmt: skip
+        return [(moment, ranks) for moment in found]
+    kind, step, when = event.get("event"), event.get("step"), event.get("finished")
+    if kind not in ("failed", "resumed") or not (_is_number(step) and _is_number(when)):
+        return []
+    text = str(event.get("error", "")) if kind == "failed" else ""
+    return [(Moment(when=float(when), kind=kind, step=int(step), text=text), ranks)]
+
+
+def _with_layout_changes(moments: Iterable[tuple[Moment, str]]) -> Iterator[Moment]:
+    before = ""
+    for moment, ranks in moments:
+        if ranks and before and ranks != before:
+            text = f"from {before} to {ranks}"
+            yield Moment(when=moment.when, kind="layout changed", step=moment.step, text=text)
+        before = ranks or before
+        yield moment
+
+
+def _ranks_text(event: Mapping[str, Any]) -> str:
+    ranks, layout = event.get("world_size"), event.get("layout")
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 0 < ranks < 1 << 32:
+        return ""
+    named = isinstance(layout, dict) and all(isinstance(v, int) for v in layout.values())
+    degrees = degrees_text(layout) if named and layout else ""
+    return counted(ranks, "rank") + (f": {degrees}" if degrees and ranks != 1 else "")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e15
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
@@ -66,8 +138,9 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
 def _save(event: Mapping[str, Any]) -> list[Save]:
     numbers = ("step", "finished", "stall_s", "stage_s", "write_s", "commit_s", "nbytes")
     values = [event.get(name) for name in numbers]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+    if not all(map(_is_number, values)):
         return []
+    deleted = event.get("deleted")
     step, finished, stall_s, stage_s, write_s, commit_s, nbytes = (float(v) for v in values if v is not None)
     return [
         Save(
@@ -80,6 +153,8 @@ def _save(event: Mapping[str, Any]) -> list[Save]:
             nbytes=int(max(nbytes, 0)),
             reason=str(event.get("reason", "")),
             kind=str(event.get("kind", "")),
+            ranks=_ranks_text(event),
+            deleted=tuple(name for name in deleted if isinstance(name, str)) if isinstance(deleted, list) else (),
         )
     ]
 

@@ -19,7 +19,7 @@ from milepost.config import part_of
 from milepost.format.summary import format_count
 from milepost.parallelism.degrees import degrees_text
 from milepost.report.gather import RunView, StepView, step_path
-from milepost.report.pictures import attribute, histogram, line_chart, number, shard_map, stacked_bars
+from milepost.report.pictures import attribute, histogram, line_chart, number, shard_map, stacked_bars, time_line
 from milepost.report.profile import Grid, Movement, TensorProfile, grid_of
 from milepost.run.branches import History
 from milepost.storage.base import format_duration, format_nbytes
@@ -27,6 +27,8 @@ from milepost.storage.base import format_duration, format_nbytes
 MAX_KEY = 300
 MAX_MAPS = 24
 MAX_MULTIPLES = 48
+MAX_ROWS_SHOWN = 24
+"""Longer tables scroll in a frame of their own, under their heads; on paper they are whole."""
 NUM_SHADES = 12
 """Steps of the heat maps' colour; the stylesheet has a class for each, since the page allows no inline style."""
 
@@ -43,7 +45,7 @@ def page(view: RunView) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{attribute(policy)}">'
         f'<link rel="icon" href="data:,"><title>{attribute(shown(title))}</title><style>{style}</style></head><body>'
         '<a class="skip" href="#main">Skip to the content</a>'
-        f'{_header(view)}<main id="main">{"".join(sections)}</main>{_footer(view)}'
+        f'{_header(view)}{_nav(sections)}<main id="main">{"".join(sections)}</main>{_footer(view)}'
         f"<script>{script}</script></body></html>\n"
     )
 
@@ -64,6 +66,7 @@ def _text(text: str) -> str:
 
 
 def _sections(view: RunView) -> Iterable[str]:
+    yield _time_line(view)
     yield _saves(view)
     yield _metrics(view)
     yield _steps(view)
@@ -91,20 +94,29 @@ def _header(view: RunView) -> str:
     ]
     items = "".join(f"<li>{attribute(name)} <b>{_text(value)}</b></li>" for name, value in facts)
     made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(view.made_s))
-    links = "".join(
-        f'<a href="#{anchor}">{name}</a>'
-        for anchor, name in (
-            ("saves", "Saves"),
-            ("steps", "Steps"),
-            ("movement", "Change"),
-            ("model", "Weights"),
-            ("maps", "Shards"),
-        )
-    )
     return (
         f'<header><h1><bdi>{_text(view.path)}</bdi></h1><p class="soft">Milepost report, made {made}</p>'
-        f'<ul class="facts">{items}</ul><nav aria-label="Sections">{links}</nav></header>'
+        f'<ul class="facts">{items}</ul></header>'
     )
+
+
+def _nav(sections: Sequence[str]) -> str:
+    names = {
+        "timeline": "Time line",
+        "saves": "Saves",
+        "metrics": "Metrics",
+        "steps": "Steps",
+        "disk": "Disk",
+        "findings": "Findings",
+        "movement": "Change",
+        "norms": "Norms",
+        "model": "Weights",
+        "optimizer": "Optimizer",
+        "maps": "Shards",
+    }
+    there = [name for name in names if any(f'<h2 id="{name}">' in section for section in sections)]
+    links = "".join(f'<a href="#{name}">{names[name]}</a>' for name in there)
+    return f'<nav aria-label="Sections"><div>{links}</div></nav>'
 
 
 def _ranks(step: StepView) -> str:
@@ -157,7 +169,8 @@ def _table(
         f"<tr>{''.join(_cell(cell, heads[i].startswith('#')) for i, cell in enumerate(row))}</tr>" for row in rows
     )
     table = (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{attribute(caption)}"><table id="{name}">'
+        f'<div class="wide{" tall" if len(rows) > MAX_ROWS_SHOWN else ""}" tabindex="0" role="region" '
+        f'aria-label="{attribute(caption)}"><table id="{name}">'
         f"<caption>{attribute(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
     if not search:
@@ -183,6 +196,46 @@ def _key(key: str) -> str:
 # ---- the run ----
 
 
+def _time_line(view: RunView) -> str:
+    """What happened when: saves, failures, resumes, changes of layout, deletions."""
+    if len(view.moments) < 2:
+        return ""
+    held = {step.entry.step for step in view.steps if step.entry.is_usable}
+    counts = {kind: sum(moment.kind == kind for moment in view.moments) for kind in _MARKS}
+    gone = len({m.step for m in view.moments if m.kind == "saved"} - held)
+    legend = "".join(
+        f'<li><svg width="14" height="14" viewBox="0 0 14 14" aria-hidden="true">{mark}</svg> {text}: {count}</li>'
+        for kind, (mark, text) in _MARKS.items()
+        if (count := gone if kind == "deleted" else counts[kind])
+    )
+    rows: list[list[Cell]] = [
+        [
+            (_when(moment.when), moment.when),
+            f'<span class="{"bad" if moment.kind == "failed" else ""}">{moment.kind}</span>',
+            (str(moment.step), float(moment.step)),
+            f'<span class="text">{_text(moment.text)}</span>',
+        ]
+        for moment in view.moments
+        if moment.kind != "saved"
+    ]
+    body = f'<ul class="legend">{legend}</ul><div class="wide" tabindex="0" role="region" aria-label="Steps over time">'
+    body += f"{time_line(view.moments, held, _when)}</div>"
+    if rows:
+        body += _table("event-table", "All but the saves", ("TIME (UTC)", "EVENT", "#STEP", "DETAILS"), rows)
+    lead = "The line climbs with each committed save, and falls where the run resumed: those steps were trained twice."
+    return _section("timeline", "Time line", body, lead)
+
+
+_MARKS = {
+    "saved": ('<circle class="saved" cx="7" cy="7" r="4"/>', "committed"),
+    "deleted": ('<circle class="gone" cx="7" cy="7" r="4"/>', "no longer there"),
+    "failed": ('<path class="failed" d="M2 2l10 10m0 -10l-10 10"/>', "failed"),
+    "resumed": ('<path class="resumed" d="M2 1l10 6l-10 6z"/>', "resumed"),
+    "layout changed": ('<path class="changed" d="M7 0V14"/>', "layout changed"),
+}
+"""Of each kind of event its mark and what it says in the legend."""
+
+
 def _saves(view: RunView) -> str:
     parts = (("p0", "stalled"), ("p1", "stage"), ("p2", "write"), ("p3", "commit"))
     if not view.saves:
@@ -196,7 +249,7 @@ def _saves(view: RunView) -> str:
         )
         for save in recent
     ]  # fmt: skip
-    legend = "".join(f'<span class="swatch {style}"></span>{name}' for style, name in parts)
+    legend = "".join(f'<li><span class="swatch {style}"></span>{name}</li>' for style, name in parts)
     rows: list[list[Cell]] = [
         [
             (str(save.step), save.step),
@@ -211,7 +264,8 @@ def _saves(view: RunView) -> str:
     ]
     seconds = tuple(f"#{name.upper()} s" for _, name in parts)
     heads = ("#STEP", "TIME (UTC)", "HOLDS", "REASON", *seconds, "#BYTES (rank 0)", "#GB/s")
-    body = f"<p>{legend}</p>{stacked_bars(bars, 's')}{_table('save-table', 'Saves, oldest first', heads, rows)}"
+    table = _table("save-table", "Saves, oldest first", heads, rows)
+    body = f"<ul class='legend'>{legend}</ul>{stacked_bars(bars, 's')}{table}"
     lead = (
         "What each committed save cost, as rank 0 measured it. Training was stalled for the first part only; in the "
         "background modes the rest passed while training went on."
@@ -241,8 +295,8 @@ def _metrics(view: RunView) -> str:
 def _multiple(name: str, points: Sequence[tuple[float, float]], last: str) -> str:
     label = f"{shown(name, 80)}, steps {points[0][0]:g} to {points[-1][0]:g}"
     return (
-        f"<figure>{line_chart(points, width=200, height=56, label=label)}<figcaption>{_key(name)}<br>{attribute(last)}"
-        "</figcaption></figure>"
+        f"<figure><figcaption>{_key(name)}<b>{attribute(last)}</b></figcaption>{line_chart(points, label=label)}"
+        "</figure>"
     )
 
 
@@ -424,15 +478,15 @@ def _tensors(view: RunView, part: str, title: str) -> str:
             [
                 _key(key),
                 _text(f"{s.dtype} {list(s.shape)}"),
+                histogram(profile.histogram, f"histogram from {number(s.minimum)} to {number(s.maximum)}"),
                 *((attribute(number(v)), v) for v in (norm, s.mean, s.std, s.minimum, s.maximum)),
                 *((_or_dash(v, form), v) for v, form in ((relative, ".3%"), (cosine, ".6f"), (changed, ".1%"))),
                 f'<span class="warn">{attribute(", ".join(s.flags()))}</span>',
                 _share(profile),
-                histogram(profile.histogram, f"histogram from {number(s.minimum)} to {number(s.maximum)}"),
             ]
         )
-    numbers = ("#NORM", "#MEAN", "#STD", "#MIN", "#MAX", "#CHANGE", "#COSINE", "#CHANGED ELEMENTS")
-    heads = ("KEY", "TENSOR", *numbers, "FLAGS", "SAMPLE", "HISTOGRAM")
+    numbers = ("#NORM", "#MEAN", "#STD", "#MIN", "#MAX", "#CHANGE", "#COSINE", "#CHANGED")
+    heads = ("KEY", "TENSOR", "HISTOGRAM", *numbers, "FLAGS", "SAMPLE")
     since = f" CHANGE is since step {step.since}." if step.since is not None else ""
     lead = f"Step {step.entry.step}.{since} {_command('milepost stats', step_path(view, step))}"
     caption = f"{title} of step {step.entry.step}"

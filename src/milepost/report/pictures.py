@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from milepost.format.manifest import TensorEntry
+from milepost.report.history import Moment
 
 BAR_HEIGHT, BAR_GAP, BAR_WIDTH = 16, 6, 480
 MAX_BOXES = 4_096
@@ -54,8 +55,53 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], u
     return "".join(out) + "</svg>"
 
 
-def line_chart(points: Sequence[tuple[float, float]], *, width: int = 120, height: int = 32, label: str = "") -> str:
-    """A line through ``(x, y)``; a gap where y is not finite."""
+def time_line(moments: Sequence[Moment], held: Collection[int], when: Callable[[float], str]) -> str:
+    """Steps over time: a line that climbs with the saves and falls back with each resume, a mark for each event.
+
+    ``held`` are the steps that are still there; ``when`` writes a time.
+    """
+    width, height, left, bottom = 1060, 230, 64, 26
+    start, end = min(m.when for m in moments), max(m.when for m in moments)
+    top = max(max(m.step for m in moments), 1)
+
+    def place(moment: Moment) -> tuple[float, float]:
+        x = left + (moment.when - start) / ((end - start) or 1.0) * (width - left - 24)
+        return x, height - bottom - moment.step / top * (height - bottom - 22)
+
+    out = [
+        f'<svg class="timeline" role="img" viewBox="0 0 {width} {height}" '
+        'aria-label="steps over time; the tables below have the numbers">'
+    ]
+    for share in (0.0, 0.5, 1.0):
+        y = height - bottom - share * (height - bottom - 22)
+        out.append(f'<line class="rule" x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text class="soft" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{round(top * share)}</text>')
+    out.append(f'<text class="soft" x="{left}" y="{height - 6}">{attribute(when(start))}</text>')
+    out.append(f'<text class="soft" x="{width - 12}" y="{height - 6}" text-anchor="end">{attribute(when(end))}</text>')
+    path = [place(m) for m in moments if m.kind in ("saved", "resumed")]
+    out.append(f'<polyline class="climb" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in path)}"/>')
+    deleted = {m.step for m in moments if m.kind == "deleted"}
+    for moment in moments:
+        if moment.kind != "deleted":  # shown at the save
+            is_there = moment.step in held and moment.step not in deleted - set(held)
+            out.append(_mark(moment, *place(moment), is_there=is_there, height=height - bottom, when=when))
+    return "".join(out) + "</svg>"
+
+
+def _mark(moment: Moment, x: float, y: float, *, is_there: bool, height: float, when: Callable[[float], str]) -> str:
+    said = f"step {moment.step} {moment.kind}, {when(moment.when)}" + (f": {moment.text}" if moment.text else "")
+    title = f"<title>{attribute(said[:400])}</title>"
+    if moment.kind == "failed":
+        return f'<path class="failed" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10">{title}</path>'
+    if moment.kind == "resumed":
+        return f'<path class="resumed" d="M{x - 5:.1f} {y - 6:.1f}l10 6l-10 6z">{title}</path>'
+    if moment.kind == "layout changed":
+        return f'<path class="changed" d="M{x:.1f} 14V{height:.1f}">{title}</path>'
+    return f'<circle class="{"saved" if is_there else "gone"}" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
+
+
+def line_chart(points: Sequence[tuple[float, float]], *, width: int = 240, height: int = 84, label: str = "") -> str:
+    """A line through ``(x, y)``, with the limits of both; a gap where y is not finite."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     head = f'<svg class="line" role="img" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
     head += f'aria-label="{attribute(label)}">'
@@ -63,13 +109,24 @@ def line_chart(points: Sequence[tuple[float, float]], *, width: int = 120, heigh
         return head + "</svg>"
     xs, ys = [x for x, _ in finite], [y for _, y in finite]
     x_span, y_span = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
+    left, bottom = 50, height - 18
     placed = [
-        (3 + (x - min(xs)) / x_span * (width - 6), height - 4 - (y - min(ys)) / y_span * (height - 8))
+        (left + 4 + (x - min(xs)) / x_span * (width - left - 10), bottom - 4 - (y - min(ys)) / y_span * (bottom - 12))
         for x, y in finite
     ]
+    limits = "".join(
+        f'<text class="soft" x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+        for x, y, anchor, text in (
+            (left - 4, 12, "end", number(max(ys), 3)),
+            (left - 4, bottom, "end", number(min(ys), 3)),
+            (left, height - 4, "start", number(min(xs), 6)),
+            (width - 4, height - 4, "end", number(max(xs), 6)),
+        )
+    )
+    rules = f'<path class="rule" d="M{left} 2V{bottom}H{width - 2}"/>'
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in placed) if len(placed) <= 40 else ""
-    return f'{head}<polyline points="{line}"/>{dots}</svg>'
+    return f'{head}{rules}{limits}<polyline points="{line}"/>{dots}</svg>'
 
 
 def histogram(counts: Sequence[int], label: str, *, width: int = 112, height: int = 24) -> str:

@@ -16,6 +16,7 @@ In reading order::
     hf_folder  a Hugging Face folder, or a step saved as one, described as a manifest
     values     values that are not tensors, read without torch
     commit     the one place where a checkpoint becomes visible
+    underway   saves that are being written, watched from outside
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 VISIBILITY_S = 60.0
 """Another machine's files, and their sizes, may show only this many seconds later: NFS caches both."""
 
-_FAILED_NAME = "failed"
+FAILED_NAME = "failed"
 _CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.((part\.)?json|shards|digests)")
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
@@ -376,7 +376,7 @@ def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | No
     Raises:
         StorageError: not even that could be left.
     """
-    name = f"{attempt}/{_FAILED_NAME}"
+    name = f"{attempt}/{FAILED_NAME}"
     content = json.dumps({"rank": rank, "message": message}).encode()
     if not storage.can_rename:
         storage.write(name, content)
@@ -386,6 +386,19 @@ def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | No
         storage.rename(f"{name}.part", name)
     except StorageError:
         storage.write(name, b"")
+
+
+def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
+    """The reason for which the save failed, and the rank, as rank 0 has recorded them in the attempt.
+
+    Raises:
+        StorageError: it has not recorded any.
+    """
+    said = storage.read(f"{attempt}/{FAILED_NAME}", 1 << 20)
+    if not said:
+        return "rank 0 failed to commit and could not record the reason; see its log", None
+    told = json.loads(said)
+    return told["message"], told["rank"]
 
 
 def wait_for_outcome(
@@ -414,12 +427,9 @@ def wait_for_outcome(
         # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
         # is gone means neither: only the save id at the target tells.
         names = _marks_in(storage, attempt)
-        if _FAILED_NAME in names:
-            said = storage.read(f"{attempt}/{_FAILED_NAME}")
-            if not said:
-                raise SaveError("rank 0 failed to commit and could not record the reason; see its log", path=target)
-            told = json.loads(said)
-            raise SaveError(told["message"], path=target, rank=told["rank"])
+        if FAILED_NAME in names:
+            message, rank = recorded_failure(storage, attempt)
+            raise SaveError(message, path=target, rank=rank)
         if COMMITTED_NAME in names:
             return
         if not names:
@@ -447,7 +457,7 @@ def _marks_in(storage: Storage, attempt: str) -> set[str]:
     It is not listed: there is a sign-off of every rank in it, and every rank looks, again and again.
     """
     itself = attempt if storage.can_rename else f"{attempt}/{TARGET_NAME}"
-    places = {name: f"{attempt}/{name}" for name in (_FAILED_NAME, COMMITTED_NAME)} | {TARGET_NAME: itself}
+    places = {name: f"{attempt}/{name}" for name in (FAILED_NAME, COMMITTED_NAME)} | {TARGET_NAME: itself}
     return {name for name, place in places.items() if storage.stat(place) is not None}
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -223,6 +223,16 @@ def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
     """Return whether a rank has left a sign-off that does not report a failure."""
     names = {name for name in _names_of(rank) if storage.stat(f"{attempt}/{name}") is not None}
     return bool(names) and _look(storage, attempt, names, rank).error is None
+
+
+def ranks_in(names: Iterable[str]) -> dict[int, bool]:
+    """The ranks whose sign-off is among the files ``names`` of an attempt; False for one that only says it failed."""
+    found = {}
+    for name in names:
+        rank = name.removeprefix(_PREFIX).removesuffix(_FAILED)
+        if name.startswith(_PREFIX) and rank.isdecimal() and len(rank) < 10:
+            found[int(rank)] = not name.endswith(_FAILED)
+    return found
 
 
 def wait_for_sign_offs(
