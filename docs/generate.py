@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import flow
 import house
 
 import milepost
@@ -37,6 +38,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "api.md": api_page(),
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "config.md": config_page(),
+        REFERENCE.parent / "flow.svg": flow.picture(),
         REFERENCE.parent / "house.svg": house.picture(),
     }
 
