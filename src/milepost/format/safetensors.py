@@ -14,7 +14,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -188,7 +188,7 @@ def _entry_fault(name: str, entry: Any) -> str:
     return f"tensor '{name:.200}' of shape {shape!r:.200} needs {nbytes} bytes, its data_offsets {span} span others"
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and len(value) <= _MAX_NDIM

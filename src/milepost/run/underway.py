@@ -16,7 +16,7 @@ from milepost.run import commit
 from milepost.run.catalog import ATTEMPT_PREFIX, step_of
 from milepost.run.owner import is_alive, owners_of
 from milepost.run.signoff import ranks_in
-from milepost.run.sweep import files_of
+from milepost.run.sweep import files_of_attempt
 from milepost.storage.base import Entry, Storage, join
 
 STUCK_S = 10.0
@@ -77,7 +77,7 @@ def _look(storage: Storage, attempt: str, entry: Entry, now: float) -> Look:
             failure, _ = commit.recorded_failure(storage, attempt)
     return Look(
         name=entry.name,
-        sizes={file.name: file.nbytes for file in files_of(storage, attempt)},
+        sizes={file.name: file.nbytes for file in files_of_attempt(storage, attempt)},
         signed=frozenset(signed),
         owners=tuple(str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)),
         failure=failure,

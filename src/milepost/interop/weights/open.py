@@ -104,7 +104,7 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
     with ExitStack() as stack:
         stack.callback(handle.close)
         refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors" if is_safetensors else name)
-        stored: Mapping[str, Stored]
+        stored: Mapping[str, TensorStretches]
         if is_safetensors:
             stored = _SafetensorsFiles(HeaderTensors({name: read_header(handle).tensors}), {name: handle})
         else:
