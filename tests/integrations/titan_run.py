@@ -81,26 +81,7 @@ def train(
         kill_at: die at the beginning of this step.
         checkpoint: options of ``[checkpoint]``.
     """
-    shim.attend_on_cpu()
-    logging.disable(logging.INFO)
-    config = llama3_debugmodel()
-    config.dump_folder = folder
-    config.tokenizer, config.dataloader = Letters.Config(), NumbersLoader.Config()
-    config.training.local_batch_size, config.training.seq_len = 2, 32
-    config.training.steps, config.training.disable_cuda_graphs = steps, True
-    config.training.mixed_precision_param = "float32"
-    config.optimizer.implementation = "foreach"
-    config.lr_scheduler.total_steps = 100
-    config.validator.enable = False
-    config.parallelism.spmd_backend = "partial_dtensor"
-    config.parallelism.tensor_parallel_degree = tp
-    config.debug.seed, config.debug.deterministic = 7, True
-    config.comm.trace_buf_size = 0
-    if not stock:
-        config = with_milepost(config)
-    for name, value in {"enable": True, "interval": 2, "keep_latest_k": 2, **checkpoint}.items():
-        setattr(config.checkpoint, name, value)
-    trainer = config.build()
+    trainer = make_trainer(folder, stock=stock, steps=steps, tp=tp, **checkpoint)
     losses: list[tuple[int, float]] = []
     log = trainer.metrics_processor.log
 
@@ -131,6 +112,30 @@ def train(
         "step": trainer.step,
         "steps_of_optimizer": steps_of(trainer.optimizers.state_dict()),
     }
+
+
+def make_trainer(folder: str, *, stock: bool, steps: int, tp: int = 1, **checkpoint: Any) -> Trainer:
+    """A trainer of the debug model."""
+    shim.attend_on_cpu()
+    logging.disable(logging.INFO)
+    config = llama3_debugmodel()
+    config.dump_folder = folder
+    config.tokenizer, config.dataloader = Letters.Config(), NumbersLoader.Config()
+    config.training.local_batch_size, config.training.seq_len = 2, 32
+    config.training.steps, config.training.disable_cuda_graphs = steps, True
+    config.training.mixed_precision_param = "float32"
+    config.optimizer.implementation = "foreach"
+    config.lr_scheduler.total_steps = 100
+    config.validator.enable = False
+    config.parallelism.spmd_backend = "partial_dtensor"
+    config.parallelism.tensor_parallel_degree = tp
+    config.debug.seed, config.debug.deterministic = 7, True
+    config.comm.trace_buf_size = 0
+    if not stock:
+        config = with_milepost(config)
+    for name, value in {"enable": True, "interval": 2, "keep_latest_k": 2, **checkpoint}.items():
+        setattr(config.checkpoint, name, value)
+    return config.build()
 
 
 def steps_of(state: dict[str, Any]) -> set[float]:
