@@ -93,6 +93,7 @@ def test_signatures_of_the_functions() -> None:
         "strict": (by_name, True),
         "allow_missing": (by_name, ()),
         "allow_unexpected": (by_name, ()),
+        "mmap": (by_name, False),
         "comm": (by_name, None),
     }
     assert list(parameters(milepost.verify))[:2] == ["path", "level"]

@@ -12,7 +12,7 @@ from same import assert_same
 from torch import nn
 
 import milepost
-from milepost import CheckpointNotFoundError, ConfigError, StateMismatchError
+from milepost import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StateMismatchError
 
 
 class Part:
@@ -57,6 +57,25 @@ def saved(memory_path: Path) -> tuple[str, dict[str, Any]]:
 def test_the_whole_state_dict_without_a_template(saved: tuple[str, dict[str, Any]]) -> None:
     path, state = saved
     assert_same(milepost.load(path), state)
+
+
+def test_the_whole_state_dict_mapped(memory_path: Path) -> None:
+    """Tensors are views of the files; they may be changed, which changes no file; what is damaged is refused."""
+    state = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "none": torch.zeros(0, 2), "values": [1, "a"]}
+    milepost.save(memory_path / "step-1", state)
+    found = milepost.load(memory_path / "step-1", mmap=True)
+    assert_same(found, state)
+    assert found["w"].untyped_storage().data_ptr() == found["n"].untyped_storage().data_ptr()  # the file's
+    found["w"].add_(1)
+    assert_same(milepost.load(memory_path / "step-1"), state)
+    with pytest.raises(ConfigError, match="goes with no state dict"):
+        milepost.load(memory_path / "step-1", {"w": torch.zeros(2, 3)}, mmap=True)  # type: ignore[call-overload]
+    (file,) = (memory_path / "step-1").glob("*.distcp")
+    data = file.read_bytes()
+    place = data.index(state["w"].numpy().tobytes())
+    file.write_bytes(data[:place] + b"x" + data[place + 1 :])
+    with pytest.raises(CheckpointDamagedError, match="step-1 is damaged"):
+        milepost.load(memory_path / "step-1", mmap=True)
 
 
 def test_the_whole_of_a_run_of_many_small_values(memory_path: Path) -> None:

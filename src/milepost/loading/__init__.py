@@ -6,6 +6,7 @@ In reading order::
     policy     globs of keys that may be missing or left out (torch-free)
     fit        keys of both sides compared
     names      keys of a model that stand under the names of its wrappers
+    mapped     the files of a step mapped into memory, for all of it
     template   a nested state dict of the caller's to load into
     target     what is read into what, and the owners of state: each is loaded through its own door
     parts      tensors that are made of others; stateful: anything with ``load_state_dict()``

@@ -24,6 +24,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, MilepostError, StateMismatchError, listed
 from milepost.format.manifest import Manifest
 from milepost.loading.fit import compare, unexpected_error
+from milepost.loading.mapped import MappedFiles
 from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.loading.reader import ReadStats, read_objects
@@ -68,7 +69,7 @@ class LoadReport:
 
 
 @overload
-def load(path: str | PathLike[str], *, comm: Comm | None = None) -> dict[str, Any]: ...
+def load(path: str | PathLike[str], *, mmap: bool = False, comm: Comm | None = None) -> dict[str, Any]: ...
 
 
 @overload
@@ -91,6 +92,7 @@ def load(
     strict: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
+    mmap: bool = False,
     comm: Comm | None = None,
 ) -> LoadReport | dict[str, Any]:
     """Load the checkpoint at ``path`` into ``into``, in place; without it, return all of it. Collective over all ranks.
@@ -108,6 +110,9 @@ def load(
             both match all below ``head``.
         allow_unexpected: globs of keys of the checkpoint that may have no place in ``into`` (of any rank): they are
             left out.
+        mmap: without ``into``: tensors are views of the files, in memory only once they are looked at; changes to them
+            are not written. The step, which must be in a local folder, is verified first. Tensors that lie in several
+            pieces are read as usual.
 
     Raises:
         StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
@@ -119,6 +124,8 @@ def load(
         All are raised on every rank when one rank meets them.
     """
     _check_arguments(path, into)
+    if mmap and into is not None:
+        raise ConfigError("milepost.load: mmap=True returns the whole state dict, and goes with no state dict to fill")
     storage, folder = open_storage(fspath(path))
     comm = comm if comm is not None else default_comm()
     policy = Policy.of(strict, allow_missing, allow_unexpected)
@@ -126,7 +133,8 @@ def load(
 
     def make_target(manifest: Manifest, read: Read) -> Target:
         nonlocal template
-        template = Whole(manifest, read) if into is None else Template(into, manifest, read)
+        mapped = MappedFiles(storage, folder) if mmap else None
+        template = Whole(manifest, read, mapped) if into is None else Template(into, manifest, read)
         return template.target
 
     def check() -> None:

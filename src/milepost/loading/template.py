@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from milepost.format.manifest import DIGESTS_NAME, Manifest
+from milepost.loading.mapped import MappedFiles
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
@@ -28,14 +29,25 @@ Path = tuple[Any, ...]
 
 
 class Whole:
-    """All that a checkpoint holds, as a new state dict: its containers and values, and tensors on the CPU."""
+    """All that a checkpoint holds, as a new state dict: its containers and values, and tensors on the CPU.
 
-    def __init__(self, manifest: Manifest, read: Read):
+    Of ``mapped`` files the tensors that can be are taken as they lie there, and are not read.
+    """
+
+    def __init__(self, manifest: Manifest, read: Read, mapped: MappedFiles | None = None):
         stored = Stored(manifest, read)
         self.target = Target(stored)
         self._root = stored.tree.root
         self.target.keeps_parts = True
         want_node(self.target, self._root)
+        self._mapped: dict[str, torch.Tensor] = {}
+        for key in _plain_keys(self._root) if mapped is not None else ():
+            entry = self.target.entry(key)
+            tensor = mapped.tensor(entry) if mapped is not None and entry is not None else None
+            if tensor is not None:
+                self._mapped[key] = tensor
+                del self.target.values[key]
+                self.target.left.add(key)
         self.state_dict: dict[str, Any] = {}
 
     def check(self) -> None:
@@ -45,7 +57,16 @@ class Whole:
         """Put the state dict together."""
         for note in self.target.notes:
             log.warning("%s", note)
-        self.state_dict = rebuild(self._root, self.target.values)
+        self.state_dict = rebuild(self._root, {**self.target.values, **self._mapped})
+
+
+def _plain_keys(node: Node) -> Iterator[str]:
+    """The keys below a node that are no parts of a tensor."""
+    if isinstance(node, Ref):
+        yield node.key
+    elif isinstance(node, Mapping | list) and not isinstance(node, TensorParts):
+        for part in node.values() if isinstance(node, Mapping) else node:
+            yield from _plain_keys(part)
 
 
 class Template:

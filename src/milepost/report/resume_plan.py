@@ -25,6 +25,7 @@ from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.rules import OWN, correspond, key_faults
 from milepost.interop.names.translate import translate
+from milepost.loading.names import longest_prefix
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.fit import degree_problems, stage_problems
@@ -338,8 +339,10 @@ class _Faults:
         states: dict[str, set[str]] = defaultdict(set)
         for key in (*manifest.tensors, *manifest.objects):
             if key.startswith(_STATE):
-                parameter, _, name = key.removeprefix(_STATE).rpartition(".")
-                states[parameter].add(name)
+                told = key.removeprefix(_STATE)
+                # A tensor that is made of others has keys below its own.
+                parameter = longest_prefix(told, shapes) or told.rpartition(".")[0]
+                states[parameter].add(told[len(parameter) + 1 :].partition(".")[0])
         names = set().union(*states.values())
         self.missing += [
             f"{_STATE}{parameter}.{name}"
