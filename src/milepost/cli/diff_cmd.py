@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milepost.cli.main import NOT_CHECKED
-from milepost.cli.render import console, print_json, print_list, print_table, progress_bar
+from milepost.cli.render import console, print_json, print_list, print_table, progress_bar, write_page
 from milepost.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000\n"
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000 --keys 'layers.0.*' --all\n"
+        "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000 --html diff.html\n"
         "  milepost diff outputs/checkpoint/step-500 model.pt --values --tolerance 1e-6\n"
         "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n\n"
         "exit status: 0 no difference was found, 9 they differ, 3 there is nothing to compare, 5 one is damaged,\n"
@@ -58,11 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="llama3 or qwen3: compare the models alone, by Milepost's names")
     parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write it as one HTML page too, with pictures")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print what differs; 9 if anything does."""
     from milepost.report.diff import diff  # with numpy and the readers, which --help can do without
+    from milepost.report.diff_page import diff_page
 
     with progress_bar("comparing") if not args.quick else contextlib.nullcontext() as progress:
         report = diff(
@@ -82,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
             path=args.b,
         )
     report = report.within(args.tolerance)
+    if args.html:
+        write_page(args.html, diff_page(report, now=time.time()))
     if args.json:
         print_json({"same": report.is_same} | dataclasses.asdict(report))
     else:

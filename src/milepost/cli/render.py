@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import pathlib
 import sys
 import threading
 import time
@@ -86,6 +87,13 @@ def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
     print_line(f"{title} ({len(lines)}):")
     for line in listed(lines, limit, hint="; --json lists them"):
         print_line(f"  {line}")
+
+
+def write_page(path: str, document: str) -> int:
+    """Write an HTML page to the file ``path``; returns its size in bytes. What no UTF-8 can hold is spelled out."""
+    data = document.encode("utf-8", "backslashreplace")
+    pathlib.Path(path).write_bytes(data)
+    return len(data)
 
 
 def print_json(value: Any) -> None:

@@ -6,8 +6,8 @@ import argparse
 import pathlib
 import webbrowser
 
-from milepost.cli.render import console, printable, progress_bar
-from milepost.storage.base import format_nbytes
+from milepost.cli.render import console, printable, progress_bar, write_page
+from milepost.storage.base import counted, format_nbytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  milepost report outputs\n"
-        "  milepost report outputs/checkpoint/step-40 -o step-40.html\n\n"
+        "  milepost report outputs/checkpoint/step-40 -o step-40.html\n"
+        "  milepost report outputs --tensorboard outputs/tb\n\n"
         "exit status: 0, 2 wrong usage, 3 there is no checkpoint, 7 it can't be read or written\n"
     )
     parser.add_argument("path", metavar="RUN_OR_STEP", help="the folder of a run, or one of its steps")
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     parser.add_argument(
         "--steps", type=int, default=12, metavar="N", help="read the weights of at most N steps (default: 12, 0: none)"
+    )
+    parser.add_argument(
+        "--tensorboard", metavar="FOLDER", help="write the norm and the change of each layer there too, for TensorBoard"
     )
 
 
@@ -39,13 +43,17 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar("reading") as progress:
         view = gather(args.path, max_steps=max(args.steps, 0), weights=args.steps > 0, progress=progress)
     target = pathlib.Path(args.output)
-    document = page(view).encode("utf-8", "backslashreplace")
-    target.write_bytes(document)
+    nbytes = write_page(args.output, page(view))
     bad = [step for step in view.steps if step.check not in ("verified", "not read") and not step.profiles]
     noted = f"; {len(bad)} could not be read, as the page says" if bad else ""
     console().print(
-        printable(f"wrote {target} ({format_nbytes(len(document))}): {len(view.steps)} steps{noted}"), markup=False
+        printable(f"wrote {target} ({format_nbytes(nbytes)}): {len(view.steps)} steps{noted}"), markup=False
     )
+    if args.tensorboard:
+        from milepost.report.tensorboard import write_scalars
+
+        count = write_scalars(view, args.tensorboard)
+        console().print(printable(f"wrote {counted(count, 'scalar')} to {args.tensorboard}"), markup=False)
     if args.open:
         webbrowser.open(target.resolve().as_uri())
     return 0

@@ -85,15 +85,20 @@ class ValueChange:
 
     @property
     def group(self) -> str:
-        """Part and layer: ``layers.3``, ``optimizer.state.layers.3``, ``model`` for a tensor of no layer."""
-        parts = self.key.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        return part_of(self.key) if at is None else ".".join(parts[: at + 1])
+        """Part and layer of the tensor, see :func:`group_of`."""
+        return group_of(self.key)
 
     @property
     def share_different(self) -> float:
         """Share of the elements that differ."""
         return self.num_different / self.num_elements if self.num_elements else 0.0
+
+
+def group_of(key: str) -> str:
+    """Part and layer of a key: ``layers.3``, ``optimizer.state.layers.3``, ``model`` for a tensor of no layer."""
+    parts = key.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return part_of(key) if at is None else ".".join(parts[: at + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

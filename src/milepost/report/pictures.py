@@ -27,12 +27,11 @@ def attribute(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], unit: str) -> str:
+def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], unit: str, *, left: int = 110) -> str:
     """A bar a row, of parts ``(class, name, value)`` one after the other, all on one scale."""
     if not rows:
         return ""
     longest = max((sum(value for _, _, value in parts) for _, parts in rows), default=0.0) or 1.0
-    left = 110
     height = len(rows) * (BAR_HEIGHT + BAR_GAP) + BAR_GAP
     out = [
         f'<svg class="bars" role="img" viewBox="0 0 {left + BAR_WIDTH + 110} {height}" '

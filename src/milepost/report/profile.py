@@ -30,7 +30,7 @@ RUN_NUMEL = 64
 """Sampled elements lie in runs of this many, a cache line or more, so that a sample costs less than it reads."""
 BUDGET_NUMEL = 24 << 20
 """Elements of a step that are kept for the comparison with the next: 96 MiB of float32, two steps at a time."""
-MIN_SAMPLE, MAX_SAMPLE = 1 << 10, 1 << 18
+MIN_SAMPLE, MAX_SAMPLE = 1 << 10, 1 << 17
 
 Samples = Mapping[str, Any]
 """For each key, the sampled elements as float32 (float64 for wider dtypes), in a fixed order."""

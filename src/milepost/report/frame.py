@@ -1,0 +1,144 @@
+"""The frame of an HTML page that shows a checkpoint, and the parts that such pages are made of.
+
+Every string from a checkpoint is escaped, isolated from the text around it (right-to-left marks) and cut, so that a
+hostile key is shown and does nothing else. The page carries a Content-Security-Policy that allows its own script and
+style alone, by hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+from milepost.report.pictures import attribute
+
+MAX_KEY = 300
+MAX_ROWS_SHOWN = 24
+"""Longer tables scroll in a frame of their own, under their heads; on paper they are whole."""
+NUM_SHADES = 12
+"""Steps of the heat maps' colour; the stylesheet has a class for each, since the page allows no inline style."""
+
+
+def document(title: str, header: str, sections: Sequence[str], names: Mapping[str, str], footer: str) -> str:
+    """The whole document; ``names`` are what the navigation calls the sections, by their anchors."""
+    style, script = (files("milepost.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{attribute(policy)}">'
+        f'<link rel="icon" href="data:,"><title>{attribute(shown(title))}</title><style>{style}</style></head><body>'
+        '<a class="skip" href="#main">Skip to the content</a>'
+        f'{header}{_nav(sections, names)}<main id="main">{"".join(sections)}</main><footer>{footer}</footer>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _nav(sections: Sequence[str], names: Mapping[str, str]) -> str:
+    there = [name for name in names if any(f'<h2 id="{name}">' in section for section in sections)]
+    links = "".join(f'<a href="#{name}">{attribute(names[name])}</a>' for name in there)
+    return f'<nav aria-label="Sections"><div>{links}</div></nav>'
+
+
+def header_html(path: str, lead: str, facts: Sequence[tuple[str, str]]) -> str:
+    """The head of a page: what it is of, and its main figures."""
+    items = "".join(f"<li>{attribute(name)} <b>{text_html(value)}</b></li>" for name, value in facts)
+    return (
+        f'<header><h1><bdi>{text_html(path)}</bdi></h1><p class="soft">{attribute(lead)}</p>'
+        f'<ul class="facts">{items}</ul></header>'
+    )
+
+
+def shown(text: str, limit: int = MAX_KEY) -> str:
+    """``text`` with control and formatting characters spelled out, and the middle of a very long one left out."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...({len(text) - limit} characters)...{text[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def text_html(text: str) -> str:
+    return attribute(shown(text))
+
+
+def command_html(command: str, *arguments: str) -> str:
+    line = " ".join([command, *(shlex.quote(shown(argument)) for argument in arguments)])
+    return (
+        f'<span class="command"><code>{attribute(line)}</code><button type="button" class="copy">copy</button></span>'
+    )
+
+
+def section_html(anchor: str, title: str, body: str, lead: str = "") -> str:
+    lead = f"<p>{lead}</p>" if lead else ""
+    return f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{attribute(title)}</h2>{lead}{body}</section>'
+
+
+Cell = str | tuple[str, float] | tuple[str, float, str]
+"""HTML of a cell; with the number that it is sorted by; with a CSS class."""
+
+
+def table_html(
+    name: str, caption: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], *, search: bool = False
+) -> str:
+    """A table whose columns sort by a click; heads that begin with ``#`` are of numbers."""
+    head = "".join(
+        f'<th scope="col"{" class=n" if h.startswith("#") else ""}><button type="button">{attribute(h.lstrip("#"))}'
+        "</button></th>"
+        for h in heads
+    )
+    body = "".join(
+        f"<tr>{''.join(_cell(cell, heads[i].startswith('#')) for i, cell in enumerate(row))}</tr>" for row in rows
+    )
+    table = (
+        f'<div class="wide{" tall" if len(rows) > MAX_ROWS_SHOWN else ""}" tabindex="0" role="region" '
+        f'aria-label="{attribute(caption)}"><table id="{name}">'
+        f"<caption>{attribute(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+    if not search:
+        return table
+    return (
+        f'<label class="search">Search <input type="search" data-table="{name}"></label> '
+        f'<span id="{name}-count" class="soft" role="status">{len(rows)} of {len(rows)} rows</span>{table}'
+    )
+
+
+def _cell(cell: Cell, numeric: bool) -> str:
+    if isinstance(cell, str):
+        return f"<td>{cell}</td>" if not numeric else f'<td class="n">{cell}</td>'
+    style = " ".join((["n"] if numeric else []) + ([cell[2]] if len(cell) == 3 else []))
+    value = "" if math.isnan(cell[1]) else f"{cell[1]:.17g}"
+    return f'<td data-v="{value}"{f" class={chr(34)}{style}{chr(34)}" if style else ""}>{cell[0]}</td>'
+
+
+def key_html(key: str) -> str:
+    return f'<bdi class="key">{text_html(key)}</bdi>'
+
+
+def heat_html(
+    name: str, caption: str, corner: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
+) -> str:
+    """A heat map that is a table: the number in each cell, its share of the largest as the cell's shade."""
+    largest = max((v for _, values in rows for v in values if math.isfinite(v)), default=0.0) or 1.0
+    head = "".join(f'<th scope="col" class="n"><button type="button">{attribute(h)}</button></th>' for h in heads)
+    body = []
+    for label, values in rows:
+        cells = "".join(
+            f'<td data-v="{value:.17g}" class="h{round(NUM_SHADES * max(value, 0) / largest)}">{value:.2%}</td>'
+            if math.isfinite(value)
+            else '<td data-v="">-</td>'
+            for value in values
+        )
+        body.append(f'<tr><th scope="row" class="key">{key_html(label)}</th>{cells}</tr>')
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{attribute(caption)}">'
+        f'<table class="heat" id="{name}">'
+        f'<caption>{attribute(caption)}</caption><thead><tr><th scope="col"><button type="button">{corner or "tensor"}'
+        f"</button></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
