@@ -1,8 +1,9 @@
 """Saving to and loading from an S3 store, against obstore's plain parallel put and get, and against stock DCP.
 
 Run: ``python benchmarks/bench_store.py [--nbytes 1e9] [--rounds 3] [--skip-stock]``. One process, one SeaweedFS on
-this machine; each round does everything once, in turn, and the figures are medians. Requests are counted by a proxy,
-with small tensors, in a part of its own.
+this machine; each round does everything once, in turn, and the figures are medians. Stock DCP is measured with torch's
+fsspec writer and reader, and, where they are installed (``pip install s3torchconnector``), with those of
+s3torchconnector. Requests are counted by a proxy, with small tensors, in a part of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import obstore
 import obstore.store
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +30,7 @@ from milepost.storage import open_storage
 from milepost.storage.object_writer import MIN_PART_NBYTES, NUM_STREAMS
 from milepost.testing.proxy import Proxy
 from milepost.testing.seaweed import BUCKET, Seaweed, seaweed
+from milepost.testing.world import run_world
 
 TENSOR_NBYTES = 16 << 20
 
@@ -80,7 +83,7 @@ def measure(server: Seaweed, nbytes: int, rounds: int, *, with_stock: bool) -> d
             "stock DCP load": lambda: dcp.load(
                 dict(into), storage_reader=FsspecReader(f"{url}/stock", **stock), no_dist=True
             ),
-        }
+        } | connector_works(f"{url}/connector/", state, into)
     storage, folder = open_storage(url)
     for _ in range(rounds):
         for name, act in works.items():
@@ -91,21 +94,56 @@ def measure(server: Seaweed, nbytes: int, rounds: int, *, with_stock: bool) -> d
     return found
 
 
-def requests(server: Seaweed, num_tensors: int) -> tuple[int, int]:
-    """Requests that a save and a load of so many small tensors make."""
+def connector_works(
+    url: str, state: dict[str, torch.Tensor], into: dict[str, torch.Tensor]
+) -> dict[str, Callable[[], object]]:
+    """Stock DCP with s3torchconnector's writer and reader; nothing where that is not installed."""
+    try:
+        from s3torchconnector import S3ClientConfig
+        from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
+    except ImportError:
+        return {}
+    region = os.environ["AWS_REGION"]
+    config = S3ClientConfig(force_path_style=True)
+
+    def save() -> None:
+        writer = S3StorageWriter(region, url, s3client_config=config, thread_count=NUM_STREAMS)
+        dcp.save(dict(state), storage_writer=writer, no_dist=True)
+
+    def load() -> None:
+        dcp.load(dict(into), storage_reader=S3StorageReader(region, url, s3client_config=config), no_dist=True)
+
+    return {"s3torchconnector save": save, "s3torchconnector load": load}
+
+
+def requests(server: Seaweed, num_tensors: int, num_ranks: int) -> tuple[int, int]:
+    """Requests that a save and a load of so many small tensors make, of all ranks together.
+
+    The tensors are shared out among the ranks, each of which loads its own.
+    """
+    path = f"s3://{BUCKET}/requests-{num_tensors}-{num_ranks}"
     with Proxy(server.port) as proxy:
-        before = os.environ["AWS_ENDPOINT_URL"]
-        os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
-        try:
-            state = {f"t.{number}": torch.full((64, 64), float(number)) for number in range(num_tensors)}
-            path = f"s3://{BUCKET}/requests-{num_tensors}"
-            milepost.save(path, state)
-            saved = sum(proxy.count().values())
+        counts = []
+        for act in (_save_small, _load_small):
             proxy.forget()
-            milepost.load(path, {key: torch.empty_like(tensor) for key, tensor in state.items()})
-            return saved, sum(proxy.count().values())
-        finally:
-            os.environ["AWS_ENDPOINT_URL"] = before
+            run_world(act, num_ranks, proxy.endpoint, path, num_tensors)
+            counts.append(sum(proxy.count().values()))
+        return counts[0], counts[1]
+
+
+def _small(num_tensors: int) -> dict[str, torch.Tensor]:
+    numbers = range(dist.get_rank(), num_tensors, dist.get_world_size())
+    return {f"t.{number}": torch.full((64, 64), float(number)) for number in numbers}
+
+
+def _save_small(endpoint: str, path: str, num_tensors: int) -> None:
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    milepost.save(path, _small(num_tensors))
+
+
+def _load_small(endpoint: str, path: str, num_tensors: int) -> None:
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    milepost.load(path, _small(num_tensors))
 
 
 def stalls(nbytes: int, num_saves: int, remote_folder: str) -> list[float]:
@@ -130,34 +168,41 @@ def main() -> None:
     parser.add_argument("--nbytes", type=lambda text: int(float(text)), default=10**9)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip-stock", action="store_true")
+    parser.add_argument("--only", choices=("times", "requests", "stalls"), help="one of the three parts")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     torch.set_num_threads(1)
     console = Console()
     with seaweed() as server:
         os.environ.update(server.environment())
-        found = measure(server, args.nbytes, args.rounds, with_stock=not args.skip_stock)
-        table = Table("work", "median s", "MB/s", "of plain")
-        for name, each in found.items():
-            against = "plain put" if name.endswith(("save", "put")) else "plain get"
-            # Each round against its own: a machine that is busy is so for both.
-            ratios = [plain / own for plain, own in zip(found[against], each, strict=True)]
-            middle = statistics.median(each)
-            table.add_row(
-                name, f"{middle:.2f}", f"{args.nbytes / middle / 1e6:.0f}", f"{statistics.median(ratios):.2f}"
+        if args.only in (None, "requests"):
+            # First: ranks are forks, which must not inherit a client of the store.
+            counts = Table("tensors", "ranks", "requests of a save", "requests of a load")
+            for num_tensors, num_ranks in ((1, 1), (100, 1), (1000, 1), (1000, 2), (1000, 4), (1000, 8)):
+                saved, loaded = requests(server, num_tensors, num_ranks)
+                counts.add_row(str(num_tensors), str(num_ranks), str(saved), str(loaded))
+            console.print(counts)
+        if args.only in (None, "times"):
+            console.print(_times(server, args.nbytes, args.rounds, with_stock=not args.skip_stock))
+        if args.only in (None, "stalls"):
+            size = args.nbytes // 4
+            alone, tiered = stalls(size, 6, ""), stalls(size, 6, f"s3://{BUCKET}/tier")
+            console.print(
+                f"training stalled by an async save of {size / 1e6:.0f} MB to /dev/shm: "
+                f"{statistics.median(alone):.3f} s; with the store behind it: {statistics.median(tiered):.3f} s"
             )
-        console.print(table)
-        counts = Table("tensors", "requests of a save", "requests of a load")
-        for num_tensors in (1, 100, 1000):
-            saved, loaded = requests(server, num_tensors)
-            counts.add_row(str(num_tensors), str(saved), str(loaded))
-        console.print(counts)
-        size = args.nbytes // 4
-        alone, tiered = stalls(size, 6, ""), stalls(size, 6, f"s3://{BUCKET}/tier")
-        console.print(
-            f"training stalled by an async save of {size / 1e6:.0f} MB to /dev/shm: {statistics.median(alone):.3f} s; "
-            f"with the store behind it: {statistics.median(tiered):.3f} s"
-        )
+
+
+def _times(server: Seaweed, nbytes: int, rounds: int, *, with_stock: bool) -> Table:
+    found = measure(server, nbytes, rounds, with_stock=with_stock)
+    table = Table("work", "median s", "MB/s", "of plain")
+    for name, each in found.items():
+        against = "plain put" if name.endswith(("save", "put")) else "plain get"
+        # Each round against its own: a machine that is busy is so for both.
+        ratios = [plain / own for plain, own in zip(found[against], each, strict=True)]
+        middle = statistics.median(each)
+        table.add_row(name, f"{middle:.2f}", f"{nbytes / middle / 1e6:.0f}", f"{statistics.median(ratios):.2f}")
+    return table
 
 
 if __name__ == "__main__":

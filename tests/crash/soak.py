@@ -28,13 +28,13 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
 import milepost
-from milepost.report.diff import diff
+from milepost.report.diff import DiffReport, diff
 from milepost.report.resume_test import kill_tree
 from milepost.run import catalog
 from milepost.run.lock import LOCK_NAME
@@ -379,6 +379,13 @@ def soak(folder: Path, kills: list[Kill], *more: str, tell: Callable[[str], None
     return Report(num_steps, tuple(kills), run.num_launchers, run.num_starts(), time.monotonic() - started)
 
 
+def check_same_state(report: DiffReport) -> None:
+    """Raise SoakError if two steps hold another state; what is attached to them tells of each run's own folders."""
+    other = tuple(key for key in report.other_bytes if not key.startswith("attached."))
+    if not replace(report, other_bytes=other).is_same or report.num_unknown:
+        raise SoakError(f"the last step is not the undisturbed run's: {report}")
+
+
 def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
     expected, found = dict(losses(undisturbed)), list(losses(run.folder))
     if missing := set(range(1, run.num_steps + 1)) - {step for step, _ in found}:
@@ -386,9 +393,7 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
     if wrong := [(step, loss, expected[step]) for step, loss in found if loss != expected[step]]:
         raise SoakError(f"losses differ from the undisturbed run's (step, loss, expected): {wrong}")
     last = catalog.step_name(run.num_steps)
-    report = diff(undisturbed / "checkpoint" / last, run.checkpoints / last)
-    if not report.is_same or report.num_unknown:
-        raise SoakError(f"the last step is not the undisturbed run's: {report}")
+    check_same_state(diff(undisturbed / "checkpoint" / last, run.checkpoints / last))
     into = milepost.load(run.checkpoints / last)
     if into["dataloader"]["samples_consumed"] != GLOBAL_BATCH * run.num_steps:
         raise SoakError(f"not every sample came once: {into['dataloader']}, of {GLOBAL_BATCH * run.num_steps}")

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from soak import Run, SoakError, losses, train_undisturbed
+from soak import Run, SoakError, check_same_state, losses, train_undisturbed
 
 from milepost.report.diff import diff
 from milepost.run import catalog
@@ -107,9 +107,7 @@ def _check_end(run: Run, undisturbed: Path, url: str) -> None:
     if wrong := [(step, loss, expected[step]) for step, loss in found if loss != expected[step]]:
         raise SoakError(f"losses differ from the undisturbed run's (step, loss, expected): {wrong}")
     last = catalog.step_name(run.num_steps)
-    report = diff(undisturbed / "checkpoint" / last, f"{url}/{last}")
-    if not report.is_same or report.num_unknown:
-        raise SoakError(f"the last step is not the undisturbed run's: {report}")
+    check_same_state(diff(undisturbed / "checkpoint" / last, f"{url}/{last}"))
     storage, name = open_storage(url)
     if wrong_steps := [entry for entry in catalog.scan(storage, name) if entry.state != "committed"]:
         raise SoakError(f"steps that are not whole: {wrong_steps}")

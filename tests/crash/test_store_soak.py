@@ -1,4 +1,4 @@
-"""Training on a store that ends bit for bit as an undisturbed run; ``store_soak`` says how. Minutes each."""
+"""Training on a store that ends bit for bit as an undisturbed run; ``store_soak`` says how."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from store_soak import soak_on_store, victims_of
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.timeout(900)
 def test_a_rank_and_the_store_fall(memory_path: Path) -> None:
     soak_on_store(memory_path, ["rank 1", "store"], 1, tier=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("tier", [False, True], ids=["store", "tier"])
 def test_everything_falls_twice(memory_path: Path, tier: bool) -> None:

@@ -297,12 +297,33 @@ def test_no_secret_is_told(
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://", "s3:///x", "s3://key:hush@bucket/x", "s3://bucket/x?token=hush", "s3://bucket:9000/x"]
+    "url",
+    [
+        "s3://",
+        "s3:///x",
+        "s3://key:hush@bucket/x",
+        "s3://bucket/x?token=hush",
+        "s3://bucket:9000/x",
+        "s3://bucket/x#hush",
+    ],
 )
 def test_a_url_is_a_bucket_and_a_path(url: str) -> None:
     with pytest.raises(ConfigError, match="s3://<bucket>/<path>") as caught:
         open_storage(url)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/../b", "s3://bucket/./a", "s3://bucket/a//b", "gs://bucket/.."])
+def test_a_path_in_a_store_names_one_place(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"no empty parts, '\.' and '\.\.'"):
+        open_storage(url)
+
+
+def test_a_path_may_hold_what_a_key_may(store_environment: None) -> None:
+    storage, name = open_storage(f"{fresh_url()}/a b+c=é%20,(x)~&;$!/run")
+    storage.write(f"{name}/file", b"data")
+    assert storage.read(f"{name}/file") == b"data"
+    assert [entry.name for entry in storage.list(name)] == ["file"]
 
 
 @pytest.mark.parametrize(

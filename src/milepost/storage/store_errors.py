@@ -36,6 +36,7 @@ _ADVICE = {
     "RequestTimeTooSkewed": "set this machine's clock",
     "PermanentRedirect": "set AWS_REGION to the bucket's region",
 }
+_NO_WAY = "check the endpoint in the environment (AWS_ENDPOINT_URL: http or https, host, port) and the network"
 _NO_RIGHT = "check the credentials and what the bucket's policy allows (see docs/howto/object-stores.md)"
 
 
@@ -98,4 +99,5 @@ def _broken(text: str) -> Cause | None:
         return None
     cause, number = _BROKEN[found[1]]
     word = _SYSTEM_WORD.search(text)
-    return Cause(f"{cause} ({word[1].lower()})" if word else cause, number, passes=True)
+    advice = _NO_WAY if found[1] == "Connect" else ""
+    return Cause(f"{cause} ({word[1].lower()})" if word else cause, number, passes=True, advice=advice)

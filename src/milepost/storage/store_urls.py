@@ -51,10 +51,15 @@ def parse_store_url(text: str) -> StoreUrl:
         scheme = text.partition("://")[0]
         # The text itself may hold a secret: it is not repeated.
         raise ConfigError(
-            f"a {scheme}:// URL must be {scheme}://<bucket>/<path>, without credentials, port or query: these come "
-            "from the environment"
+            f"a {scheme}:// URL must be {scheme}://<bucket>/<path>, without credentials, port, '?' and '#': "
+            "credentials and endpoint come from the environment"
         )
-    return StoreUrl(found["scheme"].lower(), found["bucket"], (found["path"] or "").strip("/"))
+    path = (found["path"] or "").strip("/")
+    if path and any(
+        part in ("", ".", "..") for part in path.split("/")
+    ):  # a store takes these literally, or not at all
+        raise ConfigError(f"{text}: the path must have no empty parts, '.' and '..'")
+    return StoreUrl(found["scheme"].lower(), found["bucket"], path)
 
 
 def connect(url: StoreUrl, *, client_options: dict[str, Any], retry_config: dict[str, Any]) -> Any:
