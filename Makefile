@@ -6,6 +6,7 @@
 # make test-gpu    the tests that need a CUDA device; skipped, one by one, where there is none
 # make test-integrations-slow  those of their tests that take minutes each
 # make test-netfs  a run over a network file system, each rank on a client of its own (needs FUSE and the right to mount)
+# make conversions   converts tiny models of every family there and back, tabulated in docs/conversion.md
 # make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
 # make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
 # make demo-s3 train onto an S3 store on this machine, kill it, resume, verify (a few minutes)
@@ -106,6 +107,12 @@ soak-store: $(STAMP)
 
 demo-s3: $(STAMP)
 	timeout 1800 $(BIN)/python scripts/demo_s3.py
+
+conversions: $(STAMP)
+	@mkdir -p build && rm -f build/conversions.jsonl
+	MILEPOST_CONVERSIONS=$(CURDIR)/build/conversions.jsonl timeout 900 $(BIN)/python -m pytest -q \
+		tests/interop/test_families.py -k trainers_names
+	$(BIN)/python docs/conversion_table.py build/conversions.jsonl
 
 fuzz: $(STAMP)
 	timeout 3000 $(BIN)/python tests/attacks/fuzz.py --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))

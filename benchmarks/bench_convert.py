@@ -5,8 +5,11 @@
 Weights are random, of the shape of Llama 3.2 1B in bfloat16 (2.5 GB) in three files. Every contender ends with its
 bytes on the disk (``sync``). Times are the median of the rounds; the ratios are what counts, as disks differ.
 
-``--sparse 70B`` streams a whole model of that size out of sparse files through the conversion to float32, and writes
-nothing: its memory is to be that of the 1B.
+``--stand-ins 8B,70B,405B`` runs the command lines of docs/conversion.md on models of published sizes in 128 files that
+are all holes. Holes stay holes: what is zero is not written, and no space is reserved, so that neither the disk's size
+nor its speed counts. They are compared with ``dd conv=sparse``, which does the same without converting: it reads every
+byte, and writes none that is zero (``cp`` would not even read the holes). ``--minutes`` ends each early: rates and
+memory are then those of what had passed.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,29 +48,39 @@ print(report.seconds, int(peak.split()[1]) * 1024, "torch" in sys.modules)
 """
 
 
-_SPARSE_CHILD = """
-import sys, time
-from milepost.collective.threads import map_in_threads
-from milepost.interop.convert import plan_conversion
-from milepost.interop.names.match import match
-from milepost.interop.names.families import family_of
-from milepost.interop.names.model_sizes import model_args
-from milepost.interop.options import DEFAULT_BUDGET_NBYTES, ConvertOptions
-from milepost.interop.weights.open import open_weights
-from milepost.interop.weights.stream import SlabReader
-src, model, flavor = sys.argv[1:]
-started = time.perf_counter()
-args = model_args(model, flavor)
-family = family_of(model, args)
-with open_weights(src).source as source:
-    found = match(source, family, args, src)
-    plan = plan_conversion(found, family, ConvertOptions(to="dcp", model=model, flavor=flavor, dtype="float32"))
-    reader = SlabReader(plan.content, DEFAULT_BUDGET_NBYTES)
-    slabs = ((key, slab) for key in plan.content.tensors for slab in reader.slabs(key))
-    map_in_threads(lambda task: reader.read(*task), slabs, reader.num_threads, name="bench")
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(time.perf_counter() - started, plan.written_nbytes, int(peak.split()[1]) * 1024)
+_STAND_IN_CHILD = """
+import os, sys, time
+import numpy as np
+from milepost.cli.main import main
+from milepost.storage import local
+
+limit_s, passed, started = float(sys.argv[1]), 0, time.perf_counter()
+
+def reserve(fd, nbytes):
+    os.ftruncate(fd, nbytes)
+    return False
+
+def pwritev(fd, views, offset, write=os.pwritev):
+    global passed
+    passed += sum(map(len, views))
+    if time.perf_counter() - started > limit_s:
+        tell()
+        os._exit(0)
+    if any(np.frombuffer(view, np.uint8).any() for view in views):
+        return write(fd, views, offset)
+    return sum(map(len, views))
+
+def tell():
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(time.perf_counter() - started, passed, int(peak.split()[1]) * 1024, "torch" in sys.modules, flush=True)
+
+local._reserve = reserve
+os.pwritev = pwritev
+assert main(sys.argv[2:]) == 0
+tell()
 """
+STAND_IN_FILES = 128
+MAX_STAND_IN_NBYTES = 400_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +111,18 @@ def main() -> None:
     parser.add_argument("--model", default="llama3")
     parser.add_argument("--flavor", default="1B")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sparse", metavar="FLAVOR", help="only stream a sparse model of this flavor")
+    parser.add_argument("--stand-ins", metavar="FLAVORS", help="only convert models of these flavors, all of holes")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop each of those after so many minutes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-convert-") as name:
-        if args.sparse:
-            run_sparse(Path(name), args.model, args.sparse)
+        if args.stand_ins:
+            print(
+                "| command | bytes passed | time | Milepost | `dd conv=sparse` | ratio | peak memory |\n"
+                + "|---" * 7
+                + "|"
+            )
+            for flavor in args.stand_ins.split(","):
+                run_stand_in(Path(name), args.model, flavor, args.minutes * 60)
         else:
             run(Path(name), args.model, args.flavor, args.rounds)
 
@@ -130,17 +150,52 @@ def run(folder: Path, model: str, flavor: str, rounds: int) -> None:
         )
 
 
-def run_sparse(folder: Path, model: str, flavor: str) -> None:
-    """Print time and memory of a conversion that reads holes and writes nothing."""
-    write_random_weights(folder / "hf", model, flavor, sparse=True)
-    command = [sys.executable, "-c", _SPARSE_CHILD, str(folder / "hf"), model, flavor]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_stand_in(folder: Path, model: str, flavor: str, limit_s: float) -> None:
+    """Print a row of the table for each of the two directions; for the second the first must have come to its end."""
+    hub, step, back = f"Llama-3.1-{flavor}", f"seed-{flavor}/step-0", f"my-{flavor}-model"
+    write_random_weights(folder / hub, model, flavor, num_files=STAND_IN_FILES, sparse=True)
+    (folder / step).parent.mkdir()
+    chosen = ["--model", model, "--flavor", flavor]
+    for command in (
+        ["convert", hub, step, "--to", "dcp", *chosen],
+        ["convert", step, back, "--to", "hf", *chosen, "--hf-assets", hub],
+    ):
+        if not (folder / command[1]).exists():
+            break
+        seconds, nbytes, peak_nbytes = stand_in(folder, command, limit_s)
+        rate, plain = nbytes / seconds, copy_rate(folder, folder / hub, limit_s / 4)
+        total = sum(path.stat().st_size for path in (folder / hub).iterdir())
+        print(
+            f"| `milepost {' '.join(command)}` | {nbytes / 1e9:,.0f} of {total / 1e9:,.0f} GB | {seconds:,.0f} s "
+            f"| {rate / 1e9:.2f} GB/s | {plain / 1e9:.2f} GB/s | {plain / rate:.2f} | {peak_nbytes / 1e6:.0f} MB |",
+            flush=True,
+        )
+        assert peak_nbytes <= MAX_STAND_IN_NBYTES, "memory grows with the model"
+    for made in folder.iterdir():
+        remove(made)
+
+
+def stand_in(folder: Path, command: list[str], limit_s: float) -> tuple[float, int, int]:
+    """Seconds, bytes written and peak memory of a command of ``milepost``, run in ``folder`` with holes kept."""
+    whole = [sys.executable, "-c", _STAND_IN_CHILD, str(limit_s), *command]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise SystemExit(done.stderr)
-    seconds, nbytes, peak = map(float, done.stdout.split())
-    print(
-        f"{model} {flavor}: {nbytes / 1e9:.0f} GB of float32 streamed in {seconds:.0f} s, {peak / 1e6:.0f} MB of memory"
-    )
+    seconds, nbytes, peak_nbytes, has_torch = done.stdout.splitlines()[-1].split()
+    assert has_torch == "False"
+    return float(seconds), int(nbytes), int(peak_nbytes)
+
+
+def copy_rate(folder: Path, source: Path, limit_s: float) -> float:
+    """Bytes a second that ``dd conv=sparse`` passes, file by file for about ``limit_s``."""
+    started, nbytes = time.perf_counter(), 0
+    for path in sorted(source.glob("*.safetensors")):
+        command = ["dd", f"if={path}", "of=copy", "conv=sparse", "bs=16M"]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        nbytes += path.stat().st_size
+        if time.perf_counter() - started > limit_s:
+            break
+    return nbytes / (time.perf_counter() - started)
 
 
 def convert(src: Path, dst: Path, to: str, model: str, flavor: str, dtype: str) -> tuple[float, int]:
@@ -183,15 +238,15 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def write_random_weights(folder: Path, model: str, flavor: str, *, sparse: bool = False) -> None:
-    """A Hugging Face folder of random bfloat16 weights in three files or more; ``sparse``: of holes."""
+def write_random_weights(folder: Path, model: str, flavor: str, *, num_files: int = 3, sparse: bool = False) -> None:
+    """A Hugging Face folder of random bfloat16 weights in about ``num_files`` files; ``sparse``: of holes."""
     folder.mkdir()
     sizes = model_args(model, flavor)
     family = family_of(model, sizes)
     shapes = correspond(family, family.scheme("hf"), sizes).theirs
     tensors = {key: TensorInfo("bfloat16", shape) for key, shape in shapes.items()}
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
-    groups = list(split_into_files(tensors, {}, total // 3 + 1).values())
+    groups = list(_split(tensors, num_files).values())
     generator = np.random.default_rng(0)
     weight_map = {}
     for index, keys in enumerate(groups, 1):
@@ -207,6 +262,16 @@ def write_random_weights(folder: Path, model: str, flavor: str, *, sparse: bool 
                 _write_random(file.write, generator, layout.tensors[key].nbytes // 2)
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     (folder / CONFIG_NAME).write_text(json.dumps(make_config(family.name, sizes, "bfloat16")))
+
+
+def _split(tensors: Mapping[str, TensorInfo], num_files: int) -> dict[str, list[str]]:
+    """The tensors in ``num_files`` files if that can be, of sizes as equal as it can be."""
+    total = sum(2 * int(np.prod(info.shape)) for info in tensors.values())
+    for room in np.linspace(total / num_files, 2 * total / num_files, 200):
+        files = split_into_files(tensors, {}, int(room) + 1)
+        if len(files) <= num_files:
+            break
+    return files
 
 
 def _write_random(write: Callable[[bytes], object], generator: np.random.Generator, numel: int) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,43 +55,6 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in metadata.items()}
     dcp.load(state, checkpoint_id=str(folder), no_dist=True)
     return state
-
-
-_CONVERT_AND_TELL = """
-import sys
-from milepost.cli.main import main
-assert main(sys.argv[1:]) == 0
-print("peak", *[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
-"""
-
-
-@pytest.fixture
-def tabulate(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``tabulate(family, source, options, tensors, logits_difference)``: a line of the table of docs/conversion.md.
-
-    Lines go to the file that ``MILEPOST_CONVERSIONS`` names, if any (``make conversions`` makes the table of them).
-    Then the conversion is run once more, in a process of its own, for its peak memory.
-    """
-
-    def note(family: str, direction: str, source: Path, options: list[str], tensors: int, difference: float) -> None:
-        path = os.environ.get("MILEPOST_CONVERSIONS")
-        if not path:
-            return
-        target = source.with_name(f"{source.name}-again")
-        command = [sys.executable, "-c", _CONVERT_AND_TELL, "convert", str(source), str(target), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        peak_kb = int(done.stdout.rsplit("peak ", 1)[1])
-        row = {
-            "family": family,
-            "direction": direction,
-            "tensors": tensors,
-            "logits": difference,
-            "peak_mb": round(peak_kb * 1024 / 1e6),
-        }
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    return note
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -154,8 +114,14 @@ def test_sizes_of_a_checkpoint_that_records_none_come_from_the_assets(memory_pat
     assert loaded.config.vocab_size == 136
     assert torch.equal(loaded.lm_head.weight, state["output.weight"])
     assert (memory_path / "out" / "tokenizer.json").exists()
+    (memory_path / "tokenizer").mkdir()
+    (memory_path / "tokenizer" / "tokenizer.json").write_text("{}")
     again = convert(stock, memory_path / "recorded", ConvertOptions(to="dcp", model="mistral", hf_assets=source))
     assert again.num_tensors == len(state)
+    lent = ConvertOptions(to="hf", hf_assets=memory_path / "tokenizer")
+    convert(memory_path / "recorded", memory_path / "lent", lent)
+    assert (memory_path / "lent" / "tokenizer.json").read_text() == "{}"
+    assert_equal(hf_tensors(memory_path / "lent"), hf_tensors(memory_path / "out"))
     convert(memory_path / "recorded", memory_path / "x.pt", ConvertOptions(to="pt"))
     assert_equal(torch.load(memory_path / "x.pt", weights_only=True), state)
 
@@ -325,6 +291,13 @@ def test_a_config_without_sizes_is_refused(memory_path: Path, changes: dict[str,
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConversionError, match=said):
         convert(memory_path / "source", memory_path / "out", ConvertOptions(to="dcp", model="mistral"))
+
+
+def test_a_config_of_absurdly_many_experts_is_refused() -> None:
+    config = json.loads(transformers.DeepseekV3Config().to_json_string(use_diff=False))
+    asked = config | {"num_hidden_layers": 16_000, "n_routed_experts": 16_000}
+    with pytest.raises(ConversionError, match="16000 layers of 16000 experts: more than any model has"):
+        read_sizes(CONFIG_FAMILIES["deepseek_v3"], asked, "config.json")
 
 
 def test_what_a_family_cannot_do_is_told_before_anything_is_opened() -> None:

@@ -62,9 +62,9 @@ class Described:
             folder = weights.source.path
         if not folder:
             return HfExtras(config=config, max_shard_nbytes=options.max_shard_nbytes or DEFAULT_SHARD_NBYTES)
-        lent = lent_extras(folder, None, options.max_shard_nbytes, lends_index=bool(options.hf_assets))
+        lent = lent_extras(folder, None, options.max_shard_nbytes, lends_index=bool(options.hf_assets), config=config)
         places_all = options.max_shard_nbytes is None and all(key in lent.weight_map for key in tensors)
-        return replace(lent, config=config, weight_map=lent.weight_map if places_all else {})
+        return replace(lent, weight_map=lent.weight_map if places_all else {})
 
 
 def described_by(weights: Weights, options: ConvertOptions) -> Described | None:

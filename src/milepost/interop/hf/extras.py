@@ -112,17 +112,29 @@ def hf_extras(
     )
 
 
-def lent_extras(folder: str, dtype: str | None, max_shard_nbytes: int | None, *, lends_index: bool) -> HfExtras:
+def lent_extras(
+    folder: str,
+    dtype: str | None,
+    max_shard_nbytes: int | None,
+    *,
+    lends_index: bool,
+    config: Mapping[str, Any] | None = None,
+) -> HfExtras:
     """Take all that goes beside the tensors from ``folder``, whatever model it is of. ``dtype``: that of a cast.
+
+    ``config`` is written in place of the folder's own, which then need not be there.
 
     Raises:
         ConversionError: there is no config, or files of the folder can't be taken: all of them at once.
         CheckpointDamagedError: its config or index is malformed.
     """
     assets = _assets_of(folder)
-    if CONFIG_NAME not in assets:
-        raise ConversionError(f"{folder} has no {CONFIG_NAME}: without one nobody knows what model it is", path=folder)
-    config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
+    if config is None:
+        if CONFIG_NAME not in assets:
+            raise ConversionError(
+                f"{folder} has no {CONFIG_NAME}: without one nobody knows what model it is", path=folder
+            )
+        config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
     weight_map = {}
     if lends_index and INDEX_NAME in assets:
         weight_map = parse_weight_map(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}")

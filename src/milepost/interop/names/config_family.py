@@ -18,6 +18,8 @@ from milepost.interop.names.torchtitan import own_scheme
 _MAX_SIZE = 1 << 31
 _MAX_COUNT = 1 << 14
 """Of layers and experts: tables are made of them, so a hostile config must not ask for billions."""
+_MAX_EXPERTS = 1 << 20
+"""Of all layers together: fifty times those of the largest published models."""
 
 
 # ---- writing a table ----
@@ -206,6 +208,8 @@ def read_sizes(family: ConfigFamily, config: Mapping[str, Any], path: str) -> Si
     said = {name: value for name, value in config.items() if value is not None}
     values = ConfigValues({**family.defaults, **said})
     sizes = family.read(values)
+    if sizes.n_layers * sizes.named.get("experts", 1) > _MAX_EXPERTS:
+        values.faults.append(f"{sizes.n_layers} layers of {sizes.named['experts']} experts: more than any model has")
     if values.faults:
         raise ConversionError(
             f"{path} does not describe a {family.name} model:\n  " + "\n  ".join(values.faults),
