@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import milepost
 from milepost.errors import MilepostError
-from milepost.integrations.lightning import MilepostCallback, MilepostCheckpointIO
+from milepost.integrations.lightning import MilepostCallback, MilepostCheckpointIO, load_from_checkpoint
 from milepost.testing.world import run_world
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -115,6 +115,31 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path: Path, world_size: int, k
     assert milepost.load(tmp_path / "whole/last.ckpt")["train_state"]["global_step"] == 5 * steps_an_epoch
     for path in (*(tmp_path / "whole").glob("*.ckpt"), *(tmp_path / "killed").glob("*.ckpt")):
         assert milepost.verify(path).is_sound
+
+
+def test_a_module_is_made_of_a_checkpoint_and_of_one_of_lightning_s_own(tmp_path: Path) -> None:
+    class Sized(Net):
+        def __init__(self, factor: float):
+            super().__init__()
+            self.save_hyperparameters()
+
+    keep = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(callbacks=[MilepostCallback(), keep], **options)
+    net = Sized(0.5)
+    trainer.fit(net, data())
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    trainer.validate(net, data(8), ckpt_path=str(tmp_path / "mine.ckpt"), verbose=False)
+    stock = pl.Trainer(**options, default_root_dir=tmp_path / "stock")
+    stock.fit(net, data())
+    stock.save_checkpoint(tmp_path / "stock.ckpt")
+    with pytest.raises(IsADirectoryError):  # so that the page names the way
+        Sized.load_from_checkpoint(tmp_path / "last.ckpt")
+    for name in ("last.ckpt", "stock.ckpt"):
+        loaded = load_from_checkpoint(Sized, tmp_path / name)
+        assert loaded.hparams.factor == 0.5
+    for key, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
 
 
 @pytest.mark.slow

@@ -6,13 +6,15 @@ so that all of Milepost's commands know it.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -40,6 +42,9 @@ log = logging.getLogger("milepost")
 PARTS = {"optimizer_states": "optimizer", "lr_schedulers": "lr_scheduler"}
 """Entries of Lightning's checkpoint that are parts of their own; ``state_dict`` is the model, all else train state."""
 RANDOM = "milepost_random_state"
+
+
+Module = TypeVar("Module", bound=LightningModule)
 
 
 class MilepostCheckpointIO(CheckpointIO):
@@ -160,6 +165,29 @@ class MilepostCallback(Callback):
         state, self._random = self._random, None
         if state is not None and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             set_rng_state(state)
+
+
+def load_from_checkpoint(
+    module: type[Module], path: str | os.PathLike[str], *, strict: bool | None = None, **arguments: Any
+) -> Module:
+    """Return a ``module`` with the weights and hyperparameters of a checkpoint, on the CPU.
+
+    In the place of ``Module.load_from_checkpoint``, which opens a file. ``arguments`` are those of its constructor that
+    the checkpoint does not have.
+
+    Raises:
+        CheckpointDamagedError: bytes changed after they were written.
+        CheckpointNotFoundError: there is nothing at ``path``.
+    """
+    if os.path.isfile(path):
+        return module.load_from_checkpoint(path, map_location="cpu", strict=strict, **arguments)
+    checkpoint = MilepostCheckpointIO().load_checkpoint(path)
+    for name in (*PARTS, "loops", "callbacks"):
+        checkpoint.pop(name, None)
+    stream = io.BytesIO()
+    torch.save(checkpoint, stream)
+    stream.seek(0)
+    return module.load_from_checkpoint(stream, map_location="cpu", strict=strict, weights_only=False, **arguments)
 
 
 class _Saves:
