@@ -39,9 +39,14 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (20, 40, 60):
         arrays = {key: array * np.float32(1 + 0.01 * (i + 1)) for i, (key, array) in enumerate(arrays.items())}
         save_arrays(LocalStorage(folder), f"checkpoint/step-{step}", arrays, step=step, kind="full", num_ranks=2)
-    event = '{"step": %d, "reason": "interval", "kind": "full", "finished": 1.7e9, "nbytes": 1000000, "stall_s": 0.1,'
-    event += ' "stage_s": 0.2, "write_s": 0.3, "commit_s": 0.1}\n'
-    (folder / "checkpoint" / "events.jsonl").write_text("".join(event % step for step in (20, 40, 60)))
+    event = '{"step": %d, "world_size": 2, "reason": "interval", "kind": "full", "finished": 1.7e9, "nbytes": 1000000,'
+    event += ' "stall_s": 0.1, "stage_s": 0.2, "write_s": 0.3, "commit_s": 0.1}\n'
+    (folder / "checkpoint" / "events.jsonl").write_text(
+        "".join(event % step for step in (20, 40))
+        + '{"event": "failed", "step": 60, "finished": 1.7e9, "error": "rank 1: no space left"}\n'
+        + '{"event": "resumed", "step": 40, "finished": 1.7e9, "world_size": 4}\n'
+        + event % 60
+    )
     assert main(["report", str(folder), "-o", str(folder / "report.html")]) == 0
     return folder / "report.html"
 
@@ -84,10 +89,12 @@ def test_the_page_opens_without_errors_and_asks_for_nothing_but_itself(browser: 
 
 
 def test_pictures_are_drawn_where_they_should_be(opened: Any) -> None:
-    for selector, least in ((".bars", 2), (".histogram", 12), (".shards", 1), (".line", 2), ("#heat-layers td", 12)):
+    least_of = {".bars": 2, ".histogram": 12, ".shards": 1, ".line": 2, "#heat-layers td": 12, ".timeline": 1}
+    least_of |= {".timeline circle": 3, "#event-table td": 12}
+    for selector, least in least_of.items():
         boxes = [box for element in opened.query_selector_all(selector) if (box := element.bounding_box())]
         assert len(boxes) >= least, selector
-        assert all(box["width"] > 8 and box["height"] > 8 for box in boxes), selector
+        assert all(box["width"] > 6 and box["height"] > 6 for box in boxes), selector
     shades = {
         cell.evaluate("e => getComputedStyle(e).backgroundColor")
         for cell in opened.query_selector_all("#heat-layers td")
@@ -122,11 +129,33 @@ def test_it_works_by_keyboard_and_on_a_narrow_screen(opened: Any) -> None:
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_accessibility_rules_hold(opened: Any, scheme: str) -> None:
+def violations(page: Any, scheme: str) -> list[tuple[str, str, str]]:
+    """Rules of axe-core that the page breaks."""
     if not AXE.exists():
         pytest.skip(f"axe-core is not at {AXE}: make test-browser installs it")
-    opened.emulate_media(color_scheme=scheme)
-    opened.add_script_tag(path=str(AXE))
-    found = opened.evaluate("axe.run().then(result => result.violations)")
-    assert [(v["id"], v["help"], v["nodes"][0]["html"][:200]) for v in found] == []
+    page.emulate_media(color_scheme=scheme)
+    page.add_script_tag(path=str(AXE))
+    found = page.evaluate("axe.run().then(result => result.violations)")
+    return [(v["id"], v["help"], v["nodes"][0]["html"][:200]) for v in found]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_accessibility_rules_hold(opened: Any, scheme: str) -> None:
+    assert violations(opened, scheme) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_comparison_opens_and_is_accessible(browser: Any, page_path: Path, scheme: str) -> None:
+    target = page_path.parent / "diff.html"
+    steps = [str(page_path.parent / "checkpoint" / f"step-{step}") for step in (20, 60)]
+    assert main(["diff", *steps, "--html", str(target)]) == 9
+    page = browser.new_page(viewport={"width": 400, "height": 800}, bypass_csp=True)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(target.as_uri())
+    assert page.query_selector(".bars").bounding_box()["width"] > 100
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert violations(page, scheme) == []
+    assert complaints == []
+    page.close()

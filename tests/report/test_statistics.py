@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from milepost.cli.main import main
+from milepost.format.safetensors import plan_layout
 from milepost.interop.weights.open import open_all
 from milepost.report.statistics import TensorStatistics, tensor_statistics
 from milepost.storage import LocalStorage
@@ -62,6 +63,28 @@ def test_rows_of_zeros_are_found_wherever_the_tensor_is_cut(memory_path: Path) -
 def test_saturated_values_are_counted(memory_path: Path) -> None:
     array = np.array([448, -448, 1, 0], "float32").astype(ml_dtypes.float8_e4m3fn)
     assert measured(memory_path, array).num_saturated == 2
+
+
+@pytest.mark.slow
+def test_a_sparse_tensor_of_4_gb_is_counted_to_its_end(tmp_path: Path) -> None:
+    numel = 1 << 30
+    layout = plan_layout({"w": ("float32", (1 << 10, 1 << 20))})
+    file = tmp_path / "sparse.safetensors"
+    file.write_bytes(layout.prefix)
+    tail = np.array([3, -4, 0.5, np.nan], "float32")
+    with file.open("r+b") as handle:
+        handle.truncate(layout.nbytes)
+        handle.seek(layout.nbytes - tail.nbytes)
+        handle.write(tail.tobytes())
+    with open_all(str(file)) as source:
+        (found,) = tensor_statistics(source, ["w"])
+    finite = tail[:3].astype("float64")
+    mean, norm = finite.sum() / (numel - 1), math.sqrt((finite * finite).sum())
+    std = math.sqrt(norm * norm / (numel - 1) - mean * mean)
+    assert (found.num_elements, found.num_nan, found.num_zeros) == (numel, 1, numel - 4)
+    assert (found.minimum, found.maximum) == (-4, 3)
+    assert [f"{v:.6g}" for v in (found.mean, found.std, found.norm)] == [f"{v:.6g}" for v in (mean, std, norm)]
+    assert found.num_dead_rows == (1 << 10) - 1
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,)])
