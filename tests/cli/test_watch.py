@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from milepost.cli import watch as watching
+from milepost.cli.ls_cmd import _run_to_watch
 from milepost.cli.main import main
 from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.owner import this_process
@@ -85,7 +87,7 @@ def test_on_a_pipe_a_line_is_printed_for_each_change(attempt: Path, capsys: pyte
 
     sign = [lambda rank=rank: (attempt / f"sign-off-{rank}").write_bytes(b"") for rank in range(3)]
     sleep = steps_of(attempt, lambda: None, *sign, commit)
-    assert watching.watch(LocalStorage(attempt.parent), "", every_s=1, sleep=sleep) == 0
+    assert watching.watch(lambda: (LocalStorage(attempt.parent), ""), every_s=1, sleep=sleep) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("watching ")
     told = [line[9:] for line in lines[1:]]
@@ -103,7 +105,7 @@ def test_on_a_terminal_a_table_is_drawn(
         monkeypatch.setenv(name, value)
     (attempt / "data" / "\x1b[31mevil").write_bytes(b"x")
     sleep = steps_of(attempt, lambda: grow(attempt, 0))
-    assert watching.watch(LocalStorage(attempt.parent), "", every_s=1, sleep=sleep) == 0
+    assert watching.watch(lambda: (LocalStorage(attempt.parent), ""), every_s=1, sleep=sleep) == 0
     text = capsys.readouterr().out
     assert "RANK" in text
     assert "2.0 MiB" in text
@@ -115,3 +117,16 @@ def test_watch_goes_with_no_json(attempt: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match="2"):
         main(["ls", str(attempt.parent), "--watch", "0"])
     assert "0.1 to 3600" in capsys.readouterr().err
+
+
+def test_a_run_may_be_watched_before_its_first_save(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = memory_path / "outputs"
+    acts = [
+        lambda: outputs.mkdir(),
+        lambda: (outputs / "checkpoint").mkdir(),
+        lambda: (outputs / "checkpoint" / "step-5").mkdir(),
+        lambda: None,
+    ]
+    found = partial(_run_to_watch, str(outputs))
+    assert watching.watch(found, every_s=1, sleep=steps_of(memory_path, *acts)) == 0
+    assert "newest step: 5" in capsys.readouterr().out

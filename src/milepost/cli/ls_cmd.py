@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import math
 import time
+from functools import partial
 from typing import Any
 
 from milepost.cli.paths import find_step, open_run
 from milepost.cli.render import print_json, print_line, print_table, state_text
-from milepost.errors import ConfigError, MilepostError
+from milepost.errors import CheckpointNotFoundError, ConfigError, MilepostError
 from milepost.format.summary import format_count, model_total
 from milepost.parallelism.degrees import degrees_text
 from milepost.run import catalog, sweep
@@ -18,7 +19,7 @@ from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
 from milepost.run.hf_folder import described
 from milepost.storage import open_storage
-from milepost.storage.base import Storage, counted, format_duration, format_nbytes, split
+from milepost.storage.base import Storage, counted, format_duration, format_nbytes, join, split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--watch goes with neither --json nor --remote")
         from milepost.cli.watch import watch
 
-        return watch(*open_run(args.path), every_s=args.watch)
+        return watch(partial(_run_to_watch, args.path), every_s=args.watch)
     storage, folder, entries, history = _listed(args.path)
     remote = catalog.remote_of(storage, folder)
     places: dict[int, str] = {}
@@ -100,6 +101,19 @@ def run(args: argparse.Namespace) -> int:
     for line in sweep.activity(storage, folder, now=now):
         print_line(line)
     return 0
+
+
+def _run_to_watch(path: str) -> tuple[Storage, str]:
+    """The run at ``path``, or the folder that becomes one with its first save."""
+    try:
+        return open_run(path)
+    except CheckpointNotFoundError:
+        storage, name = open_storage(path)
+        found = storage.stat(name)
+        if found is not None and not found.is_folder:
+            raise
+        below = join(name, "checkpoint")
+        return storage, below if storage.stat(below) is not None else name
 
 
 def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:

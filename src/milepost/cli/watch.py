@@ -15,6 +15,7 @@ from rich.text import Text
 from milepost.cli.render import console, print_line, printable, table_of
 from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.underway import FileState, Newest, SaveState, Watch, look
+from milepost.storage import join_path
 from milepost.storage.base import Storage, counted, format_duration, format_nbytes
 
 MAX_FILES = 20
@@ -24,16 +25,19 @@ REPEAT_S = 10.0
 
 
 def watch(
-    storage: Storage,
-    folder: str,
+    find: Callable[[], tuple[Storage, str]],
     *,
     every_s: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Look again and again, and show what there is, until Ctrl-C."""
-    path = f"{storage.root}/{folder}" if folder else storage.root
-    views = _views(storage, folder, every_s, clock, sleep)
+    """Look again and again, and show what there is, until Ctrl-C.
+
+    ``find`` gives the run's storage and folder; as long as there is nothing to see, it is asked again at each look.
+    """
+    storage, folder = find()
+    path = join_path(storage.root, folder) if folder else storage.root
+    views = _views(find, every_s, clock, sleep)
     out = console()
     try:
         if out.is_terminal:
@@ -48,13 +52,19 @@ def watch(
 
 
 def _views(
-    storage: Storage, folder: str, every_s: float, clock: Callable[[], float], sleep: Callable[[float], None]
+    find: Callable[[], tuple[Storage, str]],
+    every_s: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
 ) -> Iterator[tuple[list[SaveState], Newest | None]]:
     seen = Watch()
+    storage, folder = find()
     while True:
-        looks, newest = look(storage, folder, now=time.time())
+        looks, newest = look(storage, folder, now=time.time()) if storage.stat(folder) is not None else ([], None)
         yield seen.update(looks, clock()), newest
         sleep(every_s)
+        if not looks and newest is None:
+            storage, folder = find()
 
 
 # ---- a terminal ----
