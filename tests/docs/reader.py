@@ -60,6 +60,7 @@ def settle(folder: Path) -> None:
     for name in ("Llama-3.2-1B", "Llama-3.1-8B"):
         convert = f"convert {folder}/outputs/checkpoint/step-500 {folder}/{name} --to hf --model llama3"
         assert main([*convert.split(), "--flavor", "debugmodel"]) == 0
+    settle_adapter(folder / "outputs/lora/step-100", model.state_dict()["layers.0.attention.wq.weight"].shape)
     (folder / "Mistral-7B").mkdir()
     (folder / "Mistral-7B" / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
     save_file({"model.norm.weight": torch.ones(8)}, folder / "Mistral-7B" / "model.safetensors")
@@ -70,6 +71,17 @@ def settle(folder: Path) -> None:
     (folder / "my.toml").write_text('[model]\nname = "llama3"\n')
     for name in ("configs", "scripts", "run_train.sh"):
         (folder / name).symlink_to(ROOT / name)
+
+
+def settle_adapter(path: Path, shape: torch.Size) -> None:
+    """A step that holds a LoRA adapter alone, as PEFT names it in a model's state."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    state = {
+        f"{name}.lora_A.default.weight": torch.ones(4, shape[1]),
+        f"{name}.lora_B.default.weight": torch.ones(shape[0], 4),
+        "attached": {"files": {"adapter_config.json": b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}'}},
+    }
+    milepost.save(path, state)
 
 
 def copy(settled: Path, folder: Path) -> None:

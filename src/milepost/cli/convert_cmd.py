@@ -100,7 +100,26 @@ def run(args: argparse.Namespace) -> int:
 
 def run_conversion(args: argparse.Namespace, source: str) -> int:
     """Convert ``source`` as the options say and print the report."""
-    options = ConvertOptions(
+    options = options_of(args)
+    from milepost.interop.convert import convert  # with numpy and the engine, which --help can do without
+
+    with stage_bars() as progress:
+        report = convert(source, args.destination, options, progress)
+    return print_report(report, as_json=args.json)
+
+
+def print_report(report: ConvertReport, *, as_json: bool) -> int:
+    """Print what was done; the exit status."""
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        _print(report)
+    return 0
+
+
+def options_of(args: argparse.Namespace) -> ConvertOptions:
+    """The options of a conversion, from those of the command line. Raises ConfigError."""
+    return ConvertOptions(
         to=args.to,
         model=args.model,
         flavor=args.flavor,
@@ -112,15 +131,6 @@ def run_conversion(args: argparse.Namespace, source: str) -> int:
         training_state=getattr(args, "training_state", False),
         budget_nbytes=parse_size("--memory", args.memory),
     )
-    from milepost.interop.convert import convert  # with numpy and the engine, which --help can do without
-
-    with stage_bars() as progress:
-        report = convert(source, args.destination, options, progress)
-    if args.json:
-        print_json(dataclasses.asdict(report))
-    else:
-        _print(report)
-    return 0
 
 
 def parse_dtype(text: str) -> str:

@@ -13,6 +13,7 @@ In reading order::
     any_weights  weights of any model by their own names, into a rank's tensors
     training_state  a whole training step from one program's names to another's (torch-free)
     options  what can be asked of a conversion; convert: doing it (torch-free)
+    adapters  PEFT's adapters out of a step, or merged into the base model (torch-free)
     merging  weights of one model from several sources into one (torch-free)
 """
 

@@ -12,6 +12,7 @@ In reading order::
     modules         the model's parts, their tensors by FQN
     optimizers      their state by FQN, or in a form of their own
     attached        files and values that belong to a step
+    peft            configuration of a model's adapters, which travels with a step
     random_state    random generators, restored or derived
     choice          which step to resume from: pure
     resume          loading it

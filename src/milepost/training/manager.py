@@ -52,6 +52,7 @@ from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.metrics import MetricRecorder
 from milepost.training.node_tier import NodeTier
+from milepost.training.peft import adapter_files
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.remote import RemoteTier
 from milepost.training.resume import Loader, WeightsFormat
@@ -399,7 +400,7 @@ class CheckpointManager:
                 self._stop_or_warn(error)
             try:
                 request = self._request(
-                    step, is_last=last_step, metrics=metrics or {}, attach=partial(attached, files, extra)
+                    step, is_last=last_step, metrics=metrics or {}, attach=partial(self._attached, files, extra)
                 )
                 begun = self._saver.save(request)
             except SaveError as error:
@@ -649,6 +650,12 @@ class CheckpointManager:
             modules=self._state.modules,
             full_every=config.full_every,
         )
+
+    def _attached(
+        self, files: Mapping[str, bytes | str | PathLike[str]] | None, extra: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """What belongs to the step: what the caller gives, and the configuration of the model's adapters."""
+        return attached({**adapter_files(self._state.models), **(files or {})}, extra)
 
     def _make_state(
         self, parts: tuple[str, ...], mistake: ConfigError | None, attach: Callable[[], dict[str, Any]] | None

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
-
-from milepost.collective.threads import map_in_threads
-from milepost.errors import ConversionError, listed
-from milepost.format import digest
-from milepost.format.box import Box
+from milepost.errors import listed
 from milepost.interop.hf.extras import lent_extras
 from milepost.interop.hf.identity import recorded_identity
 from milepost.interop.merging.inputs import Input, open_inputs
@@ -28,8 +23,9 @@ from milepost.interop.merging.methods import Method, Slerp, TaskArithmetic, Ties
 from milepost.interop.merging.options import DEFAULT_DECAY, DEFAULT_DENSITY, WITH_BASE, MergeOptions, MergeReport
 from milepost.interop.names.identity import RECORD
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
-from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, raw_bytes, total_nbytes
-from milepost.interop.weights.stream import Advance, SlabReader, StageProgress, stage
+from milepost.interop.weights.boxes import Readable, total_nbytes
+from milepost.interop.weights.noted import Noted, compare_with_noted
+from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 
 RECORD_OF_MERGE = "merge"
 """Name of the record in a manifest's ``extra``: method, sources and weights."""
@@ -64,13 +60,13 @@ def merge(
         with sink.writing():
             method = _method(options, weights, [one.tensors for one in inputs], progress)
             merged = Merged([one.tensors for one in inputs], method, _dtypes(inputs[0].tensors, options.dtype))
-            noted = _Noted(merged)
+            noted = Noted(merged)
             nbytes = total_nbytes(merged.tensors.values())
             reader = SlabReader(noted, options.budget_nbytes, stage(progress, "merging", nbytes))
             sink.write(reader, {})
             checked = sum(one.weights.source.check_digests() for one in inputs)
             with sink.reopen() as written:
-                _verify(noted, written, reader.num_threads, stage(progress, "verifying", nbytes))
+                compare_with_noted(noted, written, reader.num_threads, stage(progress, "verifying", nbytes))
     return MergeReport(
         path=sink.path,
         kind=_kind(sink),
@@ -152,50 +148,3 @@ def _notes(inputs: Sequence[Input], merged: Merged, options: MergeOptions) -> li
 
 def _some(keys: Sequence[str]) -> str:
     return ", ".join(listed(keys, 3))
-
-
-# ---- verification ----
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Noted:
-    """``base``, taking note of the CRC-32 of each part that was read of it: what must be on storage then."""
-
-    base: Merged
-    crcs: dict[tuple[str, Box], int] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.base.tensors
-
-    def unit_rows(self, key: str) -> int:
-        return self.base.unit_rows(key)
-
-    def read_into(self, key: str, box: Box, out: Array) -> None:
-        self.base.read_into(key, box, out)
-        self.crcs[key, box] = digest.crc32(raw_bytes(out))
-
-
-def _verify(noted: _Noted, written: Source, num_threads: int, advance: Advance | None) -> None:
-    """Read back what was written and compare it with what was computed.
-
-    Raises:
-        ConversionError: naming the first tensor that differs.
-        DigestMismatchError: what was read back differs from the digests beside it.
-    """
-
-    def compare(part: tuple[tuple[str, Box], int]) -> None:
-        (key, box), crc = part
-        values = np.empty(box.sizes, array_dtype(noted.tensors[key].dtype))
-        written.read_into(key, box, values)
-        if written.tensors[key] != noted.tensors[key] or digest.crc32(raw_bytes(values)) != crc:
-            raise ConversionError(
-                f"verification failed: {box} of '{key}' in {written.path} is not what was computed", path=written.path
-            )
-        if advance is not None:
-            advance(values.nbytes)
-
-    if written.tensors.keys() != noted.tensors.keys():
-        raise ConversionError(f"verification failed: {written.path} holds other keys", path=written.path)
-    map_in_threads(compare, list(noted.crcs.items()), num_threads, name="milepost-merge")
-    written.check_digests()

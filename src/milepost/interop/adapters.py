@@ -1,0 +1,293 @@
+"""PEFT adapters in a step: written as PEFT's own folder, or merged into the base model (LoRA). Torch-free.
+
+In the state of a model, an adapter's tensors have its name in theirs (``lora_A.default.weight``), and what it is put
+over is a ``base_layer``; PEFT's files have neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from milepost.errors import ConversionError, listed
+from milepost.format.box import Box
+from milepost.format.huggingface import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from milepost.format.safetensors import plan_layout
+from milepost.interop.hf.extras import HfExtras, lent_extras
+from milepost.interop.names.assembled import Assembled
+from milepost.interop.names.rules import MappedBox, Op, Recipe
+from milepost.interop.options import HUB, ConvertOptions, ConvertReport
+from milepost.interop.sinks import HfSink, Sink
+from milepost.interop.weights.boxes import Array, Readable, Renamed, TensorInfo, cast_into, total_nbytes
+from milepost.interop.weights.noted import Noted, compare_with_noted
+from milepost.interop.weights.open import Weights, open_weights
+from milepost.interop.weights.stream import SlabReader, StageProgress, stage
+
+_PREFIX = "base_model.model."
+"""Of all keys in PEFT's files, and of those of a model that PEFT has wrapped."""
+_ADAPTER = re.compile(r"(.*\.|)((?:lora|vera|ia3)_[A-Za-z_]+|modules_to_save)\.([^.]+)((?:\..+)?)")
+"""A tensor of an adapter: (module) (what) (the adapter's name) (the rest)."""
+_LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter's tensors under the keys of PEFT's files, and its configuration."""
+
+    name: str
+    tensors: Readable
+    config: Mapping[str, Any]
+
+
+def adapters_in(keys: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
+    """For each adapter that keys are of: the key in PEFT's files, and that in the state."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        match = _ADAPTER.fullmatch(key)
+        if match is None:
+            continue
+        module, what, name, rest = match.groups()
+        # The module that is trained in place of the base's has the base's name in PEFT's files.
+        inner = f"{module}{what}{rest}" if what != "modules_to_save" else f"{module.removesuffix('.')}{rest}"
+        if what == "lora_magnitude_vector":
+            inner = inner.removesuffix(".weight")
+        file_key = inner if inner.startswith(_PREFIX) else _PREFIX + inner
+        found.setdefault(name, {})[file_key] = key
+    return found
+
+
+def export_adapter(
+    src: str, dst: str | os.PathLike[str], config: Mapping[str, Any], name: str, options: ConvertOptions
+) -> ConvertReport:
+    """Write the adapter of a step as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Raises:
+        ConversionError: the step holds none, or several and ``name`` is none of them; nothing was written.
+    """
+    started = time.monotonic()
+    weights = open_weights(src)
+    with weights.source:
+        adapter = _adapter(weights, config, name)
+        content = _cast(adapter.tensors, options.dtype)
+        sink = AdapterSink(dst, adapter.config)
+        return _written(weights, content, sink, options, started, None, f"adapter {adapter.name}", ())
+
+
+def export_merged(
+    src: str,
+    dst: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    name: str,
+    base: str,
+    options: ConvertOptions,
+    progress: StageProgress | None = None,
+) -> ConvertReport:
+    """Write the base model with the LoRA adapter of a step merged in, as a Hugging Face folder.
+
+    The base is the Hugging Face folder ``base``, else what the step itself holds, with the config of ``hf_assets``.
+
+    Raises:
+        ConversionError: the adapter is no plain LoRA, or does not fit the base; nothing was written.
+    """
+    started = time.monotonic()
+    weights = open_weights(src)
+    with weights.source:
+        adapter = _adapter(weights, config, name)
+        below = open_weights(base) if base else None
+        try:
+            held = below.source if below is not None else _base_in(weights)
+            lent = os.fspath(options.hf_assets) or base
+            if not lent:
+                raise ConversionError(
+                    "a Hugging Face folder needs a config.json: name the base model's folder with --base or --hf-assets"
+                )
+            merged = LoraMerged(_cast(held, None), adapter, src)
+            extras = lent_extras(lent, options.dtype, options.max_shard_nbytes, lends_index=bool(base))
+            content = _cast(merged, options.dtype)
+            sink = HfSink(dst, extras)
+            return _written(weights, content, sink, options, started, progress, f"{adapter.name} merged", merged.notes)
+        finally:
+            if below is not None:
+                below.source.close()
+
+
+def _written(
+    weights: Weights,
+    content: Readable,
+    sink: Sink,
+    options: ConvertOptions,
+    started: float,
+    progress: StageProgress | None,
+    flavor: str,
+    notes: tuple[str, ...],
+) -> ConvertReport:
+    """Write ``content``, read it back, and report."""
+    nbytes = total_nbytes(content.tensors.values())
+    noted = Noted(content)
+    reader = SlabReader(noted, options.budget_nbytes, stage(progress, "exporting", nbytes))
+    with sink.writing():
+        sink.write(reader, {})
+        checked = weights.source.check_digests()
+        with sink.reopen() as written:
+            compare_with_noted(noted, written, reader.num_threads, stage(progress, "verifying", nbytes))
+    return ConvertReport(
+        path=sink.path,
+        model=HUB,
+        flavor=flavor,
+        source_kind=weights.source.kind,
+        source_names="PEFT",
+        num_tensors=len(content.tensors),
+        written_nbytes=nbytes,
+        checked_nbytes=checked,
+        verified=True,
+        seconds=time.monotonic() - started,
+        notes=(*weights.notes, *notes),
+    )
+
+
+def _adapter(weights: Weights, config: Mapping[str, Any], name: str) -> Adapter:
+    path = weights.source.path
+    found = adapters_in(weights.source.tensors)
+    if not found:
+        raise ConversionError(f"{path} holds no PEFT adapter: export the model without --adapter", path=path)
+    if name not in found and (name or len(found) > 1):
+        wanted = f"no adapter {name}" if name else f"{len(found)} adapters"
+        raise ConversionError(
+            f"{path} holds {wanted}: give --adapter-name, one of {', '.join(sorted(found))}", path=path
+        )
+    chosen = name or next(iter(found))
+    return Adapter(chosen, Renamed(weights.source, found[chosen]), config)
+
+
+def _base_in(weights: Weights) -> Readable:
+    """What the adapters of a step are put over, under its names without them."""
+    tensors = weights.source.tensors
+    names = {
+        key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", "."): key
+        for key in tensors
+        if _ADAPTER.fullmatch(key) is None
+    }
+    return Renamed(weights.source, names)
+
+
+def _cast(base: Readable, dtype: str | None) -> Readable:
+    recipes = {}
+    for key, info in base.tensors.items():
+        whole = Box.whole(info.shape)
+        cast = dtype if dtype is not None and info.dtype.startswith(("float", "bfloat")) else None
+        recipes[key] = Recipe(info.shape, (MappedBox(whole, key, whole, Op.SAME),), cast)
+    return Assembled(base, recipes)
+
+
+class LoraMerged:
+    """The tensors of ``base`` plus, where ``adapter`` has matrices for them, their scaled product.
+
+    As PEFT merges: W + B A * scale, in float32. Of modules that were trained whole the trained ones are taken.
+    """
+
+    def __init__(self, base: Readable, adapter: Adapter, path: str):
+        self._base = base
+        self._adapter = adapter
+        pairs: dict[str, dict[str, str]] = {}
+        self._trained: dict[str, str] = {}
+        faults = list(_unmergeable(adapter.config))
+        for key in adapter.tensors.tensors:
+            inner = key.removeprefix(_PREFIX)
+            match = _LORA.fullmatch(inner)
+            if match is not None:
+                pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = key
+            elif "lora_" in inner:
+                faults.append(f"{key}: not a matrix of plain LoRA")
+            else:
+                self._trained[inner] = key
+        self._pairs = {target: (found["A"], found["B"]) for target, found in pairs.items() if len(found) == 2}
+        faults += [f"{target}: a matrix of the pair is missing" for target in pairs if target not in self._pairs]
+        for target in (*pairs, *self._trained):
+            if target not in base.tensors:
+                faults.append(f"{target}: not in the base model")
+        faults += [fault for target in self._pairs if target in base.tensors for fault in self._misshapen(target)]
+        if faults:
+            raise ConversionError(
+                f"the adapter in {path} can't be merged, nothing was written:\n  " + "\n  ".join(listed(faults)),
+                path=path,
+                problems=faults,
+            )
+        self.tensors: Mapping[str, TensorInfo] = base.tensors
+        self.notes = (f"{len(self._pairs)} of {len(base.tensors)} tensors were merged with the adapter",)
+
+    def _misshapen(self, target: str) -> list[str]:
+        a, b = (self._adapter.tensors.tensors[key].shape for key in self._pairs[target])
+        shape = self._base.tensors[target].shape
+        made = (a[1], b[0]) if self._adapter.config.get("fan_in_fan_out") else (b[0], a[1])
+        return [] if made == shape and a[0] == b[1] else [f"{target}: {list(b)} x {list(a)} for {list(shape)}"]
+
+    def unit_rows(self, key: str) -> int:
+        """See ``weights.boxes.Readable``."""
+        return self._base.unit_rows(key)
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
+        """See ``weights.boxes.Readable``."""
+        if key in self._trained:
+            self._adapter.tensors.read_into(self._trained[key], box, out)
+        elif key not in self._pairs:
+            self._base.read_into(key, box, out)
+        else:
+            values = np.empty(box.sizes, np.float32)
+            self._base.read_into(key, box, values)
+            values += self._difference(key, box)
+            cast_into(out, values)
+
+    def _difference(self, key: str, box: Box) -> Array:
+        """The box of the scaled product: of B the rows, of A the columns that it takes."""
+        (rows, columns), (num_rows, num_columns) = box.offsets, box.sizes
+        is_swapped = bool(self._adapter.config.get("fan_in_fan_out"))
+        if is_swapped:
+            rows, columns, num_rows, num_columns = columns, rows, num_columns, num_rows
+        a_key, b_key = self._pairs[key]
+        rank = self._adapter.tensors.tensors[a_key].shape[0]
+        a, b = np.empty((rank, num_columns), np.float32), np.empty((num_rows, rank), np.float32)
+        self._adapter.tensors.read_into(a_key, Box((0, columns), a.shape), a)
+        self._adapter.tensors.read_into(b_key, Box((rows, 0), b.shape), b)
+        product: Array = (b @ a) * np.float32(self._scale(key, rank))
+        return product.T if is_swapped else product
+
+    def _scale(self, key: str, rank: int) -> float:
+        config = self._adapter.config
+        module = key.removesuffix(".weight")
+        patterns = config.get("alpha_pattern") or {}
+        alpha = next(
+            (value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?{pattern}", module)),
+            config.get("lora_alpha", rank),
+        )
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _unmergeable(config: Mapping[str, Any]) -> list[str]:
+    kind = config.get("peft_type")
+    faults = [] if kind == "LORA" else [f"{kind}: only LoRA is merged here; use merge_and_unload() of PEFT"]
+    options = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "target_parameters")
+    return faults + [f"{option} is set: use merge_and_unload() of PEFT" for option in options if config.get(option)]
+
+
+class AdapterSink(HfSink):
+    """A folder for ``PeftModel.from_pretrained``."""
+
+    def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]):
+        super().__init__(path, HfExtras(config={}))
+        self._config = config
+
+    def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
+        """See ``Sink``."""
+        tensors = reader.content.tensors
+        layout = plan_layout({key: (info.dtype, info.shape) for key, info in tensors.items()})
+        self._write_file(self.place.path(ADAPTER_NAME), layout, reader)
+        content = json.dumps(dict(self._config), indent=2, sort_keys=True) + "\n"
+        self.storage.write(self.place.path(ADAPTER_CONFIG_NAME), content.encode())

@@ -1,0 +1,62 @@
+"""Tensors of which is noted what was read of them, so that what was written can be read back and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from milepost.collective.threads import map_in_threads
+from milepost.errors import ConversionError
+from milepost.format import digest
+from milepost.format.box import Box
+from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, raw_bytes
+from milepost.interop.weights.stream import Advance
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noted:
+    """``base``, taking note of the CRC-32 of each part that was read of it: what must be on storage then."""
+
+    base: Readable
+    crcs: dict[tuple[str, Box], int] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """See :class:`Readable`."""
+        return self.base.tensors
+
+    def unit_rows(self, key: str) -> int:
+        """See :class:`Readable`."""
+        return self.base.unit_rows(key)
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
+        """See :class:`Readable`."""
+        self.base.read_into(key, box, out)
+        self.crcs[key, box] = digest.crc32(raw_bytes(out))
+
+
+def compare_with_noted(noted: Noted, written: Source, num_threads: int, advance: Advance | None) -> None:
+    """Read back what was written and compare it with what was computed.
+
+    Raises:
+        ConversionError: naming the first tensor that differs.
+        DigestMismatchError: what was read back differs from the digests beside it.
+    """
+
+    def compare(part: tuple[tuple[str, Box], int]) -> None:
+        (key, box), crc = part
+        values = np.empty(box.sizes, array_dtype(noted.tensors[key].dtype))
+        written.read_into(key, box, values)
+        if written.tensors[key] != noted.tensors[key] or digest.crc32(raw_bytes(values)) != crc:
+            raise ConversionError(
+                f"verification failed: {box} of '{key}' in {written.path} is not what was computed", path=written.path
+            )
+        if advance is not None:
+            advance(values.nbytes)
+
+    if written.tensors.keys() != noted.tensors.keys():
+        raise ConversionError(f"verification failed: {written.path} holds other keys", path=written.path)
+    map_in_threads(compare, list(noted.crcs.items()), num_threads, name="milepost-verify")
+    written.check_digests()
