@@ -62,6 +62,9 @@ class CheckpointConfig:
     """The save at the last step holds the model alone."""
     last_save_in_hf: bool = False
     """The save at the last step is written as Hugging Face safetensors."""
+    only_trainable: bool = False
+    """Save of the model only what is trained (``requires_grad``) and its buffers, as with adapters. A resume takes the
+    rest from ``initial_load_path``, or leaves it as the program has built it."""
     hf_interval: int = 0
     """Every N steps write the model as Hugging Face files too, in ``hf/step-<N>`` below ``folder``, while training goes
     on: for evaluation and serving. Takes host memory for another copy of the model; 0 disables."""
@@ -213,6 +216,8 @@ class CheckpointConfig:
                 )
         if self.load_only and self.create_seed_checkpoint:
             found.append("checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other")
+        if self.only_trainable and self.create_seed_checkpoint:
+            found.append("checkpoint.only_trainable and checkpoint.create_seed_checkpoint contradict each other")
         if self.create_seed_checkpoint and not self.enable:
             found.append("checkpoint.create_seed_checkpoint needs checkpoint.enable")
         if self.export_dtype not in (None, "float32") and not self.last_save_model_only:

@@ -55,7 +55,7 @@ def base(memory_path: Path) -> Any:
 def test_an_adapter_is_written_as_peft_writes_it(memory_path: Path, base: Any, options: dict[str, Any]) -> None:
     model = adapted(base, **options)
     model.save_pretrained(memory_path / "expected")
-    run = save(memory_path / "run", model)
+    run = save(memory_path / "run", model, only_trainable=True)
     assert main(["export", str(run), str(memory_path / "out"), "--adapter"]) == 0
     found, expected = (load_file(memory_path / name / "adapter_model.safetensors") for name in ("out", "expected"))
     assert_equal(found, expected)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost export outputs/checkpoint my-model --model llama3 --flavor 1B --hf-assets Llama-3.2-1B\n"
         "  milepost export outputs/checkpoint my-model.pt --to pt --step 500 --model llama3 --flavor 1B\n"
         "  milepost export outputs/lora my-adapter --adapter\n"
-        "  milepost export outputs/lora my-model --merge-adapter --base Llama-3.2-1B\n\n"
+        "  milepost export outputs/lora my-tuned-model --merge-adapter --base Llama-3.2-1B\n\n"
         "exit status: as of `milepost convert`\n"
     )
     parser.add_argument("run_folder", metavar="RUN", help="the folder of a run, which holds its steps")

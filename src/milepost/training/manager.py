@@ -55,7 +55,7 @@ from milepost.training.node_tier import NodeTier
 from milepost.training.peft import adapter_files
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.remote import RemoteTier
-from milepost.training.resume import Loader, WeightsFormat
+from milepost.training.resume import ONLY_TRAINABLE, Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.training.signals import DUE, FAILED, RequestFiles, SignalFlags
 from milepost.training.training_state import TrainingState
@@ -624,12 +624,18 @@ class CheckpointManager:
         parts = ("model",) if model_only else self._state.present()
         return SaveRequest(
             target=join(self._folder, catalog.step_name(step)),
-            make_state=partial(self._make_state, parts, mistake, None if in_other_format else attach),
+            make_state=partial(
+                *(self._make_state, parts, mistake, None if in_other_format else attach),
+                only_trainable=config.only_trainable and not in_other_format,
+            ),
             info=SaveInfo(
                 step=step,
                 kind="model" if model_only else "full",
                 layout=self._layout,
-                extra=self._format.record() if self._format is not None else {},
+                extra={
+                    **(self._format.record() if self._format is not None else {}),
+                    **({ONLY_TRAINABLE: True} if config.only_trainable and not in_other_format else {}),
+                },
                 lineage=self._history.next_lineage(step),
                 metrics=values,
             ),
@@ -658,12 +664,17 @@ class CheckpointManager:
         return attached({**adapter_files(self._state.models), **(files or {})}, extra)
 
     def _make_state(
-        self, parts: tuple[str, ...], mistake: ConfigError | None, attach: Callable[[], dict[str, Any]] | None
+        self,
+        parts: tuple[str, ...],
+        mistake: ConfigError | None,
+        attach: Callable[[], dict[str, Any]] | None,
+        *,
+        only_trainable: bool = False,
     ) -> dict[str, Any]:
         """What is saved. Here a mistake of this rank's caller fails the save on every rank."""
         if mistake is not None:
             raise mistake
-        state = self._state.state_dict(parts)
+        state = self._state.state_dict(parts, only_trainable=only_trainable)
         if attach is not None and self._comm.rank == 0 and (beside := attach()):
             state[ATTACHED] = beside
         return state

@@ -49,6 +49,8 @@ from milepost.verification.external import locate_manifest
 log = logging.getLogger("milepost")
 
 _OPTIMIZER_KEYS = ("optimizer.state.", "optimizer.param_groups.")
+ONLY_TRAINABLE = "only_trainable"
+"""Name of the record in a manifest's ``extra``: of the model the step holds what was trained alone."""
 SPELLING = "set checkpoint.{option} = {patterns}"
 
 
@@ -161,11 +163,15 @@ class Loader:
     def load(self, num_steps: int | None, step: int | None = None) -> tuple[LoadReport, Descent | None] | None:
         """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
         rejected: dict[int, str] = {}
+        has_base = not (self._config.only_trainable and self._config.initial_load_path)
         while True:
             self.look()
             choice, descent = on_rank_0(self._comm, partial(self._choose, rejected, num_steps, step))
             if choice is None:
                 return None
+            if choice.step is not None and not has_base:
+                self._load_base()
+                has_base = True
             if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
                 return self._load_weights(choice), descent
             if choice.step is None and is_weights_file(choice.path):
@@ -206,8 +212,14 @@ class Loader:
                 # Else it was replaced while it was read: look again.
                 continue
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
-            notes += self._restore(into)
+            notes += [*into.left_out(), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _load_base(self) -> None:
+        """Load what steps of the trainable part alone leave out, as a run without steps would begin. Collective."""
+        config = replace(self._config, only_trainable=False, load_step=-1, restart_branch=False)
+        nowhere = join(self._folder, "no-step")
+        Loader(self._storage, nowhere, config, self._comm, self._state, self._layout, self._format).load(None)
 
     def _translate(self, storage: Storage, path: str, manifest: Manifest) -> Translation | None:
         """What a checkpoint is under this run's names, if another program's are known.
@@ -447,6 +459,7 @@ class _Into:
         self._excluded_keys = [name for name in config.exclude_from_loading if name not in PARTS]
         self._allow_unexpected = config.allow_unexpected
         self._left_models: frozenset[str] = frozenset()
+        self._frozen: frozenset[str] = frozenset()  # of these the checkpoint holds nothing, on purpose
         self._world_size = world_size
         self._layout = layout
         self._load: StateLoad | None = None
@@ -458,7 +471,9 @@ class _Into:
     def prepare(self, manifest: Manifest, read: Read) -> Target:
         """What to read into; the live objects are not changed."""
         same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
-        stored = Stored(manifest, read, self.is_excluded if self._excluded_keys else None)
+        if manifest.extra.get(ONLY_TRAINABLE):
+            self._frozen = self._state.frozen_keys() - manifest.tensors.keys()
+        stored = Stored(manifest, read, self.is_excluded if self._excluded_keys or self._frozen else None)
         self._check_exclusions(stored.keys)
         self._left_models = frozenset(
             key for key in manifest.tensors if part_of(key) == "model" and first_match(self._allow_unexpected, key)
@@ -468,7 +483,15 @@ class _Into:
 
     def is_excluded(self, key: str) -> bool:
         """Whether the user wishes a key's value to stay as it is here."""
-        return first_match(self._excluded_keys, key) is not None
+        return key in self._frozen or first_match(self._excluded_keys, key) is not None
+
+    def left_out(self) -> list[str]:
+        """A note on the parameters that the checkpoint leaves out on purpose, if any."""
+        if not self._frozen:
+            return []
+        return [
+            f"{len(self._frozen)} parameters are not trained and not in the step: they stay as built or loaded before"
+        ]
 
     def _check_exclusions(self, stored: Collection[str]) -> None:
         """Refuse a pattern that names nothing: what it was meant to keep would be overwritten."""

@@ -106,11 +106,24 @@ class TrainingState:
         }
         return tuple(part for part in PARTS if has[part])
 
-    def state_dict(self, wanted: Collection[str]) -> dict[str, Any]:
-        """The state of the ``wanted`` parts. Model and optimizer tensors share memory with the live ones."""
+    def frozen_keys(self) -> frozenset[str]:
+        """The keys of parameters that are not trained."""
+        return frozenset(
+            fqn(part, name)
+            for part in self.models
+            for name, parameter in part.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        )
+
+    def state_dict(self, wanted: Collection[str], *, only_trainable: bool = False) -> dict[str, Any]:
+        """The state of the ``wanted`` parts. Model and optimizer tensors share memory with the live ones.
+
+        ``only_trainable`` leaves out the parameters that are not trained.
+        """
         state = ByName()
         if "model" in wanted:
-            state.update(model_state(self.models))
+            left_out = self.frozen_keys() if only_trainable else frozenset()
+            state.update({key: value for key, value in model_state(self.models).items() if key not in left_out})
         if "optimizer" in wanted:
             state["optimizer"] = optimizer_state(self.optimizers, parameter_names(self.models))
         if "lr_scheduler" in wanted:
