@@ -625,7 +625,10 @@ class CheckpointManager:
         return SaveRequest(
             target=join(self._folder, catalog.step_name(step)),
             make_state=partial(
-                *(self._make_state, parts, mistake, None if in_other_format else attach),
+                self._make_state,
+                parts,
+                mistake,
+                None if in_other_format else attach,
                 only_trainable=config.only_trainable and not in_other_format,
             ),
             info=SaveInfo(
