@@ -20,6 +20,7 @@ from milepost.testing.world import WorldError, run_world
 from milepost.train.config import TrainConfig
 from milepost.train.loop import Trainer
 from milepost.train.metrics import StepFigures
+from milepost.train.models.decoder import Block
 from milepost.train.options import load_config
 from milepost.train.process import show_log
 
@@ -236,3 +237,31 @@ def test_a_seed_checkpoint_starts_a_run_and_is_refused_over_steps(runs: Runs, tm
         run_world(train_rank, 1, seed)
     records = run_world(train_rank, 2, configure(tmp_path, 2, "--training.steps", "1"))
     assert records[0].losses[1] == pytest.approx(runs.whole[0].losses[1], abs=1e-5)
+
+
+def train_rank_with_dropout(config: TrainConfig, kill_before_step: int = 0) -> Record:
+    """``train_rank`` with dropout after each block, which draws from the random generators."""
+    forward = Block.forward
+
+    def dropped(self: Block, *args, **options):
+        return torch.nn.functional.dropout(forward(self, *args, **options), 0.2)
+
+    Block.forward = dropped  # type: ignore[method-assign]  # in this process alone
+    return train_rank(config, 0, kill_before_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_with_dropout_that_is_resumed_in_mid_epoch_equals_the_undisturbed_one(
+    memory_path: Path, world_size: int
+) -> None:
+    whole, killed = (
+        configure(memory_path / name, world_size, "--training.steps=4", "--checkpoint.interval=2")
+        for name in ("whole", "killed")
+    )
+    expected = run_world(train_rank_with_dropout, world_size, whole)
+    with pytest.raises(WorldError):
+        run_world(train_rank_with_dropout, world_size, killed, 4)
+    found = run_world(train_rank_with_dropout, world_size, killed)
+    assert [record.state_digest for record in found] == [record.state_digest for record in expected]
+    assert found[0].losses == {step: expected[0].losses[step] for step in (3, 4)}

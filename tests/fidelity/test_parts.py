@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as functional
 import torch.distributed.checkpoint as dcp
 from same import assert_same
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 
 import milepost
@@ -267,6 +268,22 @@ def test_shards_of_different_kinds_come_back_on_the_same_degrees(
         milepost.load(memory_path / "step-1", {"a": {"w": scaled(rows, 2, width)}})
     whole = milepost.load(memory_path / "step-1")["a"]["w"]
     assert list(whole) == ["shard0", "shard1"]
+
+
+def save_on_its_way(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    gathered = functional.all_gather_tensor(torch.arange(3.0), 0, mesh)
+    assert isinstance(gathered, functional.AsyncCollectiveTensor)
+    again = functional.all_gather_tensor(torch.arange(3.0), 0, mesh)
+    milepost.save(
+        folder / "step-1", {"w": gathered, "d": DTensor.from_local(again, mesh, [Replicate()], run_check=False)}
+    )
+
+
+def test_the_result_of_a_collective_is_stored_as_what_it_is(memory_path: Path) -> None:
+    run_world(save_on_its_way, 2, memory_path, timeout_s=60)
+    expected = torch.arange(3.0).repeat(2)
+    assert_same(milepost.load(memory_path / "step-1"), {"w": expected, "d": expected})
 
 
 # ---- torchao ----

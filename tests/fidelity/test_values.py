@@ -234,7 +234,7 @@ tensors = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype),
     st.lists(st.integers(0, 3), max_size=3),
     st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]),
-)
+) | st.builds(lambda size: TwoTensor(torch.ones(size), torch.zeros(size)), st.integers(1, 3))
 
 
 def containers(children: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -73,6 +74,14 @@ class TensorLeaf:
         return self.local[region.index()]
 
 
+def arrived(tensor: torch.Tensor) -> torch.Tensor:
+    """The result of a collective that may still run, once it is there; any other tensor as it is."""
+    if isinstance(tensor, AsyncCollectiveTensor):
+        found: torch.Tensor = tensor.wait()
+        return found
+    return tensor
+
+
 def stored_as(leaf: TensorLeaf, dtype: torch.dtype) -> TensorLeaf:
     """The same leaf, stored in ``dtype`` if it is of a floating-point dtype, and not a part of another tensor."""
     return replace(leaf, dtype=dtype) if leaf.dtype.is_floating_point and not leaf.is_part else leaf
@@ -104,7 +113,7 @@ def tensor_leaf(key: str, tensor: torch.Tensor | Placed) -> TensorLeaf:
 def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    local = tensor.to_local()
+    local = arrived(tensor.to_local())
     _check_kind(key, local)
     shape = tuple(tensor.shape)
     if coordinate is None:  # this rank is not in the tensor's mesh
@@ -129,7 +138,7 @@ def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
 def can_be_boxes(tensor: torch.Tensor) -> bool:
     """Whether the elements of a tensor are stored as boxes (of a meta tensor: would be, if it had any)."""
     local = tensor.detach()
-    local = local.to_local() if isinstance(local, DTensor) else local
+    local = arrived(local.to_local() if isinstance(local, DTensor) else local)
     return (
         local.layout == torch.strided
         and not local.is_quantized

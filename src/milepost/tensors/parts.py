@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milepost.errors import ConfigError, FormatError, SaveError
 from milepost.format.box import Box
-from milepost.tensors.layout import Piece, Placed, shard_pieces
+from milepost.tensors.layout import Piece, Placed, arrived, shard_pieces
 from milepost.tensors.registry import is_named_tuple, register_reader, register_value, registered
 
 Cut = Literal["as outer", "by rows", "whole"]
@@ -84,7 +84,7 @@ def comes_apart(tensor: object) -> bool:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a DTensor, detached; of another tensor itself, as it is."""
-    return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor
+    return arrived(tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor)
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

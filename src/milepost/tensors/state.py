@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from milepost.errors import SaveError
-from milepost.tensors.layout import Placed, TensorLeaf, can_be_boxes, tensor_leaf
+from milepost.tensors.layout import Placed, TensorLeaf, arrived, can_be_boxes, tensor_leaf
 from milepost.tensors.parts import TensorParts, comes_apart, take_apart
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.registry import registered
@@ -117,6 +117,7 @@ def _enter(flat: FlatState, container: Any, path: Path, packed: set[int], by_sha
         here: Path = (*path, index if isinstance(container, list) else str(index))
         if type(value) not in _PLAIN and is_stateful(value):
             value = value.state_dict()
+        value = arrived(value) if isinstance(value, torch.Tensor) else value
         if comes_apart(value) or (by_shard and isinstance(value, torch.Tensor) and _key(here) in by_shard):
             value = take_apart(_key(here), value, by_shard=_key(here) in by_shard)
         if id(value) in packed or not is_open(value):

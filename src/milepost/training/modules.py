@@ -23,11 +23,22 @@ def fqn(root: nn.Module, name: str) -> str:
     kept = []
     module: Any = root
     for segment in name.split("."):
+        module = _inside(module, segment)
         wraps = segment in _WRAPPER_SEGMENTS or (segment == "module" and isinstance(module, DistributedDataParallel))
         if not wraps:
             kept.append(segment)
         module = getattr(module, segment, None)
     return ".".join(kept)
+
+
+def _inside(module: Any, segment: str) -> Any:
+    """The module that has ``segment``: a wrapper may leave itself out of the names of its ``state_dict()``."""
+    while isinstance(module, nn.Module) and segment not in module._modules:
+        inner = next((module._modules[name] for name in _WRAPPER_SEGMENTS if name in module._modules), None)
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
