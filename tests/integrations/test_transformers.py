@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import signal
@@ -227,6 +228,23 @@ def test_a_named_step_is_loaded_and_no_other(tmp_path: Path) -> None:
     run_world(train, 1, tmp_path)
     assert run_world(load_named, 1, tmp_path) == [3]
     assert steps_in(tmp_path)[7].is_usable
+
+
+def train_anew(folder: Path) -> tuple[int, list[str]]:
+    told: list[str] = []
+    logging.getLogger("milepost").addFilter(lambda record: told.append(record.getMessage()) or True)
+    trainer = trainer_in(folder, max_steps=3)
+    MilepostCallback(trainer)
+    trainer.train()
+    return trainer.state.global_step, [text for text in told if "begins anew" in text]
+
+
+def test_a_new_run_over_the_steps_of_another_is_warned_of(tmp_path: Path) -> None:
+    assert run_world(train_anew, 1, tmp_path) == [(3, [])]
+    ((step, told),) = run_world(train_anew, 1, tmp_path)
+    assert step == 3
+    assert len(told) == 1
+    assert "resume_from_checkpoint=True" in told[0]
 
 
 def test_arguments_that_can_not_be_honoured_are_named(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ class MilepostCallback(TrainerCallback):
         if given is True or (isinstance(given, str) and self._is_step(given)):
             self._resuming = self._find(given)
             given = self._hand_over() if self._resuming is not None else None
+        if self._resuming is None:
+            self._warn_of_steps()
         return self._stock["train"](given, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -185,6 +187,18 @@ class MilepostCallback(TrainerCallback):
         assert step is not None, "is_step has found it"
         return step_to_resume(self._folder, replace(self._config, load_step=step, restart_branch=True), default_comm())
 
+    def _warn_of_steps(self) -> None:
+        """Say that a new run begins over the steps of another, as it does with the Trainer itself."""
+        comm = default_comm()
+        newest = on_rank_0(comm, partial(_newest_step, self._folder))
+        if newest is not None and comm.rank == 0:
+            log.warning(
+                "%s holds steps up to %d, and this run begins anew: its steps take the place of those of the same "
+                "number. To go on from there, call train(resume_from_checkpoint=True)",
+                self._folder,
+                newest,
+            )
+
     def _is_step(self, path: str) -> bool:
         folder, name = os.path.split(os.path.normpath(path))
         is_ours = os.path.abspath(folder) == os.path.abspath(self._folder) or folder == self._folder.rstrip("/")
@@ -246,6 +260,11 @@ def _with_callbacks(trainer: Trainer) -> TrainerState:
     exported = [callback for callback in callbacks if isinstance(callback, ExportableState)]
     state = replace(trainer.state, stateful_callbacks=exported)
     return replace(state, is_local_process_zero=True, is_world_process_zero=True)
+
+
+def _newest_step(folder: str) -> int | None:
+    storage, name = open_storage(folder)
+    return max((entry.step for entry in catalog.scan(storage, name) if entry.is_usable), default=None)
 
 
 def _best_step(folder: str, state: TrainerState, config: CheckpointConfig) -> int:
