@@ -16,6 +16,7 @@ from typing import Any, Literal
 from milepost.errors import ConfigError, near
 
 AsyncMode = Literal["disabled", "async", "async_with_pinned_mem"]
+ReadMode = Literal["auto", "own", "shared"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 NUM_IO_THREADS = 2
@@ -96,6 +97,9 @@ class CheckpointConfig:
     """Tensors without gradient that have not changed since the step before are not written again: both steps share a
     file (by a hard link). Write them anew at every N-th save, so that one damaged file can't damage every step; 1: at
     each save, 0: only when they have changed."""
+    read: ReadMode = "auto"
+    """Who reads what several ranks want, replicas for instance. ``own``: each rank for itself; ``shared``: one of them,
+    which hands it on through the process group; ``auto``: ``shared`` from an object store or a network file system."""
     keep_latest_k: int = 10
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0

@@ -23,7 +23,8 @@ from milepost.interop.names.torchtitan import OPTIMIZER_NAMES
 from milepost.interop.names.translate import translate
 from milepost.interop.weights.boxes import Array, TensorInfo
 from milepost.interop.weights.open import open_all
-from milepost.loading.reader import read_objects, read_tensors
+from milepost.loading.reader import read_tensors
+from milepost.loading.values import read_objects
 from milepost.parallelism.degrees import Degrees
 from milepost.report.resume_plan import OF_TORCHTITAN, plan_resume
 from milepost.run import catalog

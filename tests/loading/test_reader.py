@@ -15,7 +15,8 @@ import milepost
 from milepost.errors import StorageError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.loading.reader import ReadStats, read_objects, read_tensors
+from milepost.loading.reader import ReadStats, read_tensors
+from milepost.loading.values import read_objects
 from milepost.run import catalog
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.layout import Piece, TensorLeaf

@@ -1,7 +1,8 @@
 """The few exchanges between ranks that a checkpoint needs, and their stand-in when there is one process.
 
 Only this module calls a collective, and only on the training thread. Background writers agree through storage alone.
-Exchanges carry small Python objects between trusted ranks of one job; nothing read from a checkpoint passes through.
+Exchanges carry Python objects between trusted ranks of one job, and plain bytes. What is read from a checkpoint passes
+through only as these bytes, or in objects that Milepost has made of it: nothing that was stored is ever unpickled.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -19,6 +20,10 @@ from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr
 from milepost.errors import MilepostError, SaveError, listed
 
 T = TypeVar("T")
+
+WINDOW_NBYTES = 64 << 20
+"""This much is received at once in an exchange of bytes."""
+_TAG = 0x6D69  # of such an exchange, among the messages of the group
 
 
 class Comm(Protocol):
@@ -55,6 +60,19 @@ class Comm(Protocol):
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
+
+    def exchange(
+        self,
+        outgoing: Sequence[tuple[int, memoryview]],
+        incoming: Sequence[tuple[int, int]],
+        arrived: Callable[[int, memoryview], None],
+    ) -> None:
+        """Send bytes to other ranks, and receive from others. What one rank sends another, that one receives in order.
+
+        ``outgoing`` has a rank and bytes, ``incoming`` a rank and a number of bytes. ``arrived`` is called with each
+        index of ``incoming``, in order, and the bytes, in memory that is used again; it must not raise. Only so much
+        is received at once as ``WINDOW_NBYTES`` says.
+        """
 
     def post(self, name: str, text: str) -> None:
         """Put ``text`` under ``name``, for any rank to find at once; from any thread. Never fails, but may get lost."""
@@ -93,6 +111,14 @@ class SingleProcess:
         return flags
 
     def barrier(self) -> None:
+        return None
+
+    def exchange(
+        self,
+        outgoing: Sequence[tuple[int, memoryview]],
+        incoming: Sequence[tuple[int, int]],
+        arrived: Callable[[int, memoryview], None],
+    ) -> None:
         return None
 
     def post(self, name: str, text: str) -> None:
@@ -160,6 +186,30 @@ class ProcessGroupComm:
     def barrier(self) -> None:
         dist.barrier(self._group)
 
+    def exchange(
+        self,
+        outgoing: Sequence[tuple[int, memoryview]],
+        incoming: Sequence[tuple[int, int]],
+        arrived: Callable[[int, memoryview], None],
+    ) -> None:
+        # All sends are begun before the first receipt is waited for, so that no two ranks wait for each other.
+        sends = [
+            dist.isend(torch.frombuffer(memory, dtype=torch.uint8), group=self._group, group_dst=rank, tag=_TAG)
+            for rank, memory in outgoing
+        ]
+        for window in _windows(incoming):
+            buffers = {index: torch.empty(incoming[index][1], dtype=torch.uint8, device="cpu") for index in window}
+            receipts = [
+                dist.irecv(buffers[index], group=self._group, group_src=incoming[index][0], tag=_TAG)
+                for index in window
+            ]
+            for receipt in receipts:
+                _wait(receipt)
+            for index in window:
+                arrived(index, memoryview(cast("Any", buffers[index].numpy())))
+        for send in sends:
+            _wait(send)
+
     def post(self, name: str, text: str) -> None:
         with contextlib.suppress(RuntimeError):  # the rank that serves the store is gone
             self._store.set(name, text)
@@ -178,6 +228,23 @@ class ProcessGroupComm:
         with contextlib.suppress(RuntimeError):
             return int(self._store.add(name, 0))
         return math.inf
+
+
+def _windows(incoming: Sequence[tuple[int, int]]) -> Iterator[range]:
+    """The indices of ``incoming`` in parts that are received at once."""
+    start = nbytes = 0
+    for index, (_, size) in enumerate(incoming):
+        if index > start and nbytes + size > WINDOW_NBYTES:
+            yield range(start, index)
+            start, nbytes = index, 0
+        nbytes += size
+    if start < len(incoming):
+        yield range(start, len(incoming))
+
+
+def _wait(work: dist.Work | None) -> None:
+    assert work is not None, "only a rank that is not in the group gets none"
+    work.wait()
 
 
 class FailureNotice:

@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import call
 from os import PathLike, fspath
 from typing import Any, overload
 
-from milepost.collective.comm import Comm, default_comm, failure_on, raise_together
+from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched
 from milepost.collective.threads import map_in_threads
-from milepost.config import NUM_IO_THREADS
+from milepost.config import NUM_IO_THREADS, ReadMode
 from milepost.errors import ConfigError, MilepostError, StateMismatchError, listed
+from milepost.format.digest import parse_digests
 from milepost.format.manifest import Manifest
 from milepost.loading.fit import compare, unexpected_error
+from milepost.loading.handing import Handing
 from milepost.loading.mapped import MappedFiles
 from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
-from milepost.loading.reader import ReadStats, read_objects
+from milepost.loading.reader import ReadStats
 from milepost.loading.sources import Near, Sources, read_own_part
 from milepost.loading.target import Target
 from milepost.loading.template import Template, Whole
+from milepost.loading.values import read_common, read_objects
 from milepost.run import catalog
 from milepost.run.node_part import NodePart
 from milepost.storage import open_storage
@@ -69,7 +73,9 @@ class LoadReport:
 
 
 @overload
-def load(path: str | PathLike[str], *, mmap: bool = False, comm: Comm | None = None) -> dict[str, Any]: ...
+def load(
+    path: str | PathLike[str], *, mmap: bool = False, comm: Comm | None = None, read: ReadMode = "auto"
+) -> dict[str, Any]: ...
 
 
 @overload
@@ -81,6 +87,7 @@ def load(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
     comm: Comm | None = None,
+    read: ReadMode = "auto",
 ) -> LoadReport: ...
 
 
@@ -94,6 +101,7 @@ def load(
     allow_unexpected: Iterable[str] = (),
     mmap: bool = False,
     comm: Comm | None = None,
+    read: ReadMode = "auto",
 ) -> LoadReport | dict[str, Any]:
     """Load the checkpoint at ``path`` into ``into``, in place; without it, return all of it. Collective over all ranks.
 
@@ -113,6 +121,8 @@ def load(
         mmap: without ``into``: tensors are views of the files, in memory only once they are looked at; changes to them
             are not written. The step, which must be in a local folder, is verified first. Tensors that lie in several
             pieces are read as usual.
+        read: who reads what several ranks want: each for itself (``"own"``), or one of them, which hands it on
+            (``"shared"``); ``"auto"``: the latter from an object store or a network file system.
 
     Raises:
         StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
@@ -141,7 +151,7 @@ def load(
         assert template is not None
         template.check()
 
-    report = load_from(storage, folder, make_target, check=check, policy=policy, comm=comm)
+    report = load_from(storage, folder, make_target, check=check, policy=policy, comm=comm, read=read)
     assert template is not None
     failure = None
     try:
@@ -182,6 +192,7 @@ def load_from(
     translate: Callable[[Manifest], Translation | None] = lambda manifest: None,
     part: NodePart | None = None,
     near: Near | None = None,
+    read: ReadMode = "auto",
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
 
@@ -190,22 +201,30 @@ def load_from(
     another program are for ``translate``, which returns None where there is nothing to translate. Stored keys for
     which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy. With ``part`` the
     folder holds, on each node, that node's part of the step. ``near`` is such a part of the same save, from which this
-    rank reads what it can.
+    rank reads what it can. ``read``: see ``CheckpointConfig``.
     """
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
     looked = _Looked()
+    brought = comm.gather((path, part is not None, near is not None))
+    with watched(f"rank {comm.rank} is reading the manifest of {path}"):
+        shared = on_rank_0(comm, partial(_read_for_all, storage, folder, brought))
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
-            recorded = catalog.read_manifest(storage, folder) if part is None else read_own_part(storage, folder)
+            if shared is not None:
+                recorded, common = shared.manifest, shared.common
+            else:
+                recorded = catalog.read_manifest(storage, folder) if part is None else read_own_part(storage, folder)
+                common = {}
         foreign = translate(recorded)
         stored_keys = {*recorded.tensors, *recorded.objects}
         translation = foreign if foreign is not None else renamed(recorded, renames(stored_keys, wanted_keys))
         manifest = translation.manifest
-        target = make_target(manifest, partial(_read_value, storage, folder, manifest))
+        target = make_target(manifest, partial(_read_value, storage, folder, manifest, common))
         flat = flatten(target.values)
+        beside = target.settle_packed()
         fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
-        must = [key for key in fit.unexpected if must_be_wanted(key)]
+        must = [key for key in (*fit.unexpected, *beside) if must_be_wanted(key)]
         looked = _Looked(
             unwanted=policy.refused_unexpected(must),
             fits_something=fit.num_common > 0,
@@ -220,34 +239,58 @@ def load_from(
     _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part)
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
     objects = [key for key in flat.objects if key not in fit.missing]
-    read = ReadStats()
+    read_digests = partial(catalog.read_digests_file, storage, folder, recorded)
+    handed_digests = on_rank_0(comm, read_digests) if shared is not None else None
+    try:
+        with watched(f"rank {comm.rank} is reading the values of {path}"):
+            stored = handed_digests if shared is not None else read_digests()
+            digests = None if stored is None else parse_digests(stored, recorded, path)
+            sources = Sources(
+                *(storage, folder, recorded, translation, near, flat, wanted), digests=digests, common=common
+            )
+            progress = ProgressLog(f"loading {path}", sources.nbytes)
+            sources.read_objects(objects)
+    except BaseException as cause:  # noqa: BLE001 - as above
+        failure = failure_on(comm.rank, cause, MilepostError)
+    raise_together(comm, failure)
+    on_read = progress.add if comm.rank == 0 else None
+    # Of what other programs wrote there are no digests, and no rank trusts what another has read of it.
+    hands_on = shared is not None and shared.may_hand_on and digests is not None and _hands_on(comm, read, storage)
+    stats = ReadStats()
     for live in (False, True):  # what can be refused is read first, then what is filled in place
-        try:
-            with watched(f"rank {comm.rank} is reading {path}"):
-                if not live:
-                    sources = Sources(storage, folder, recorded, translation, near, flat, wanted)
-                    progress = ProgressLog(f"loading {path}", sources.nbytes)
-                    sources.read_objects(objects)
-                on_read = progress.add if comm.rank == 0 else None
-                for reads in sources.reads(lambda leaf: (leaf in target.live) is live, on_read):  # noqa: B023
-                    with reads, sources.guard(reads):
+
+        def is_due(leaf: str, live: bool = live) -> bool:
+            return (leaf in target.live) is live
+
+        handing = Handing.agreed(comm, recorded, digests, sources.due(is_due)) if hands_on and digests else None
+        with watched(f"rank {comm.rank} is reading {path}"), ExitStack() as closing:
+            try:
+                for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
+                    with reads if handing is None else nullcontext(), sources.guard(reads):
                         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
-                    read += reads.stats
-                if live:
-                    target.copy_held()
-                else:
-                    target.check()
-                    check()
-        except BaseException as cause:  # noqa: BLE001 - as above
-            failure = failure_on(comm.rank, cause, MilepostError)
-        raise_together(comm, failure)
+                    stats += reads.stats
+                    if handing is not None:
+                        closing.enter_context(reads)
+            except BaseException as cause:  # noqa: BLE001 - as above
+                failure = failure_on(comm.rank, cause, MilepostError)
+            if handing is not None:
+                raise_together(comm, failure)
+                before = reads.stats.read_nbytes
+                handing.run(reads.read_block, reads.take_block, num_threads)
+                stats += ReadStats(0, reads.stats.read_nbytes - before)
+            try:
+                if failure is None:
+                    _settle(target, check, live=live)
+            except BaseException as cause:  # noqa: BLE001 - as above
+                failure = failure_on(comm.rank, cause, MilepostError)
+            raise_together(comm, failure)
     return LoadReport(
         path=path,
         step=manifest.step,
         kind=manifest.kind,
         num_tensors=len(wanted),
-        wanted_nbytes=read.wanted_nbytes,
-        read_nbytes=read.read_nbytes,
+        wanted_nbytes=stats.wanted_nbytes,
+        read_nbytes=stats.read_nbytes,
         seconds=time.monotonic() - started,
         unexpected=fit.unexpected,
         missing=fit.missing,
@@ -298,8 +341,49 @@ def _check_looked(
         raise unexpected_error(path, nowhere, policy, set(stored) - set(nowhere))
 
 
-def _read_value(storage: Storage, folder: str, manifest: Manifest, key: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class _ReadForAll:
+    """What rank 0 has read of a checkpoint for all ranks."""
+
+    manifest: Manifest
+    common: Mapping[str, bytes]
+    """Values that all of them want: see ``values.read_common``."""
+    may_hand_on: bool
+    """Whether there are several ranks, and each reads the checkpoint itself, not what is nearby."""
+
+
+def _read_for_all(
+    storage: Storage, folder: str, brought: Sequence[tuple[str, bool, bool]] | None
+) -> _ReadForAll | None:
+    """On rank 0: the commit record, and the values that all ranks want. None if each has to read its own.
+
+    ``brought`` is of each rank: the path, whether it is a node's part of a step, and whether it has one nearby.
+    """
+    assert brought is not None, "rank 0 has gathered it"
+    if len({path for path, *_ in brought}) > 1 or any(is_part for _, is_part, _ in brought):
+        return None
+    manifest = catalog.read_manifest(storage, folder)
+    common = read_common(storage, folder, manifest) if len(brought) > 1 else {}
+    may_hand_on = len(brought) > 1 and not any(has_near for *_, has_near in brought)
+    return _ReadForAll(manifest, common, may_hand_on)
+
+
+def _hands_on(comm: Comm, read: ReadMode, storage: Storage) -> bool:
+    """Whether one rank reads what several want; the same on every rank. Collective."""
+    return read == "shared" or (read == "auto" and comm.broadcast(storage.is_remote))
+
+
+def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:
+    """Do what comes after the reads of live tensors, or of all others."""
+    if live:
+        target.copy_held()
+    else:
+        target.check()
+        check()
+
+
+def _read_value(storage: Storage, folder: str, manifest: Manifest, common: Mapping[str, bytes], key: str) -> Any:
     """The value of one key that is not a tensor; None if there is none."""
     if key not in manifest.objects:
         return None
-    return dict(read_objects(storage, folder, manifest, [key]))[key]
+    return dict(read_objects(storage, folder, manifest, [key], common))[key]

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import call
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+import numpy as np
 import torch
 
 from milepost.collective.threads import map_in_threads
@@ -24,7 +25,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import FormatError
 from milepost.format.box import boxes_of_run
 from milepost.format.digest import BlockDigests
-from milepost.format.manifest import BLOCK_NBYTES, Manifest, ObjectEntry
+from milepost.format.manifest import BLOCK_NBYTES
 from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
@@ -36,9 +37,6 @@ from milepost.verification.external import locate_shards
 
 TASK_NBYTES = 32 << 20
 """Reads are cut into tasks of about this size for the threads."""
-MERGE_GAP_NBYTES = 64 << 10
-MERGE_NBYTES = 8 << 20
-"""Small records with gaps of at most the first between them are read at once, up to the second."""
 
 Task = Callable[[], None]
 
@@ -54,12 +52,45 @@ class ReadStats:
         return ReadStats(self.wanted_nbytes + other.wanted_nbytes, self.read_nbytes + other.read_nbytes)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HandedBlocks:
+    """The blocks that this rank gets by handing on, by their numbers in the order of ``milepost.digests``."""
+
+    digests: BlockDigests
+    numbers: frozenset[int]
+    mine: frozenset[int] = frozenset()
+    """Those that this rank reads, for itself and others."""
+
+    def number(self, item: ReadItem, low: int) -> int:
+        """The number of the block that begins at byte ``low`` of an item's shard."""
+        start, bounds = self.digests.starts[item.key]
+        return start + bounds[item.shard_index] + low // self.digests.block_nbytes
+
+    def reads(self, item: ReadItem, low: int) -> bool:
+        """Return whether that block falls to this rank."""
+        return self.number(item, low) in self.mine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wanted:
+    """What an item wants of the block ``[low, high)``. ``memory`` is the target's, where a copy of bytes will do."""
+
+    item: ReadItem
+    target: torch.Tensor
+    memory: memoryview | None
+    low: int
+    high: int
+
+
 class TensorReads:
     """The reads that fill planned regions: tasks for threads, each of which checks what it reads. A context manager.
 
     ``digests`` is None for a checkpoint that stock DCP wrote: then a shard of which this rank reads everything is
     checked against the CRC-32 of its zip record, where it has one, and one that is read in part is not. ``on_read`` is
     told the bytes of each read, from any thread. The tasks raise what :func:`read_tensors` does.
+
+    Blocks that are ``handed`` on are in no task: :meth:`read_block` reads one that falls to this rank, and
+    :meth:`take_block` puts the bytes of one where they are wanted. A file of which nothing is read here is not opened.
     """
 
     def __init__(
@@ -71,8 +102,11 @@ class TensorReads:
         digests: BlockDigests | None,
         *,
         on_read: Callable[[int], None] | None = None,
+        handed: HandedBlocks | None = None,
     ):
         self._leaves = leaves
+        self._handed = handed
+        self._wanted_at: dict[int, list[_Wanted]] = {}  # by the number of a block that is handed on
         self._digests = digests
         self._block_nbytes = digests.block_nbytes if digests is not None else BLOCK_NBYTES
         self._on_read = on_read
@@ -97,12 +131,43 @@ class TensorReads:
         self._files.close()
 
     def _open(self, name: str, items: Iterable[ReadItem]) -> Iterator[Task]:
+        items = [item for item in items if item.src.numel]
+        if self._handed is not None and not self._note_handed(items, self._handed):
+            return
         handle = self._files.open(name)
         ranges: list[tuple[int, int]] = []
         for item in items:
-            if item.src.numel:
-                yield from self._tasks(item, handle, ranges)
-        handle.will_read(ranges)
+            yield from self._tasks(item, handle, ranges)
+        handle.will_read(sorted(ranges))
+
+    def _note_handed(self, items: Sequence[ReadItem], handed: HandedBlocks) -> bool:
+        """Note what is wanted of blocks that are handed on; whether this rank reads anything of the items' file."""
+        reads_any = False
+        for item in items:
+            target = self._leaves[item.leaf].view(item.piece)[item.dst.index()]
+            memory = tensor_bytes(target) if item.is_one_run and _is_plain_memory(target, item.dtype) else None
+            for low, high in item.blocks(self._block_nbytes):
+                number = handed.number(item, low)
+                if number in handed.numbers:
+                    self._wanted_at.setdefault(number, []).append(_Wanted(item, target, memory, low, high))
+                reads_any = reads_any or number not in handed.numbers or number in handed.mine
+        return reads_any
+
+    def read_block(self, number: int, into: memoryview) -> None:
+        """Read a block that falls to this rank, checked."""
+        wanted = self._wanted_at[number][0]
+        self._readers[wanted.item.key, wanted.item.shard_index].read(wanted.low, into, self._buffer)
+
+    def take_block(self, number: int, data: memoryview) -> None:
+        """Copy a block, read here or by another rank, to where it is wanted."""
+        for wanted in self._wanted_at[number]:
+            if wanted.memory is None:
+                _scatter(wanted.item, wanted.target, wanted.low, data)
+                continue
+            start, stop = wanted.item.run
+            first, last = max(wanted.low, start), min(wanted.high, stop)
+            src = np.frombuffer(data, np.uint8)[first - wanted.low : last - wanted.low]
+            np.copyto(np.frombuffer(wanted.memory, np.uint8)[first - start : last - start], src)
 
     def _tasks(self, item: ReadItem, handle: ReadHandle, ranges: list[tuple[int, int]]) -> Iterator[Task]:
         """The tasks that fill one region. The file's ranges that they read are added to ``ranges``."""
@@ -121,13 +186,22 @@ class TensorReads:
         start, stop = item.run
         is_straight = item.is_one_run and _is_plain_memory(target, item.dtype)
         memory = tensor_bytes(target) if is_straight else None
-        for low, high in _batches(item.blocks(self._block_nbytes)):
+        if self._handed is not None:
+            mine = (block for block in item.blocks(self._block_nbytes) if self._handed.reads(item, block[0]))
+            ranges.extend(reader.file_range(low, high) for low, high in mine)
+        for low, high in _batches(self._own_blocks(item)):
             first, last = max(low, start), min(high, stop)
             ranges.append(reader.file_range(low, high) if self._digests is not None else reader.file_range(first, last))
             if memory is not None:
                 yield partial(reader.read, first, memory[first - start : last - start], self._buffer)
             else:
                 yield partial(reader.read_through, low, high, self._buffer, partial(_scatter, item, target))
+
+    def _own_blocks(self, item: ReadItem) -> Iterator[tuple[int, int]]:
+        """The blocks of an item that this rank reads for itself alone."""
+        for low, high in item.blocks(self._block_nbytes):
+            if self._handed is None or self._handed.number(item, low) not in self._handed.numbers:
+                yield low, high
 
     @property
     def stats(self) -> ReadStats:
@@ -211,49 +285,3 @@ def read_tensors(
     with TensorReads(storage, folder, items, leaves, digests) as reads:
         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
     return reads.stats
-
-
-def read_objects(storage: Storage, folder: str, manifest: Manifest, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """The values of ``keys`` that are not tensors. Records that lie close together are read at once.
-
-    Raises:
-        DigestMismatchError: a record changed after it was written.
-        FormatError: a record is malformed, or would run code.
-    """
-    entries = sorted((manifest.objects[key].file, manifest.objects[key].record_offset, key) for key in keys)
-    for file, group in itertools.groupby(entries, key=lambda entry: entry[0]):
-        keys_at: dict[int, list[str]] = {}  # several, where a value stands for each of them
-        for _, offset, key in group:
-            keys_at.setdefault(offset, []).append(key)
-        with storage.open_read(join(folder, file)) as handle:
-            for run in _merged([manifest.objects[names[0]] for names in keys_at.values()]):
-                yield from _read_run(handle, run, keys_at)
-
-
-def _merged(entries: Sequence[ObjectEntry]) -> Iterator[list[ObjectEntry]]:
-    """Cut a file's records, sorted by offset, into runs without large gaps."""
-    run: list[ObjectEntry] = []
-    for entry in entries:
-        if run:
-            end = run[-1].record_offset + run[-1].record_nbytes
-            reach = entry.record_offset + entry.record_nbytes - run[0].record_offset
-            if entry.record_offset - end > MERGE_GAP_NBYTES or reach > MERGE_NBYTES:
-                yield run
-                run = []
-        run.append(entry)
-    if run:
-        yield run
-
-
-def _read_run(
-    handle: ReadHandle, run: Sequence[ObjectEntry], keys_at: Mapping[int, Sequence[str]]
-) -> Iterator[tuple[str, Any]]:
-    base = run[0].record_offset
-    data = memoryview(bytearray(run[-1].record_offset + run[-1].record_nbytes - base))
-    handle.read_into(base, [data])
-    for entry in run:
-        keys = keys_at[entry.record_offset]
-        raw = data[entry.record_offset - base : entry.record_offset - base + entry.record_nbytes]
-        BlockReader(handle, keys[0], entry.record_offset, entry.record_nbytes, entry.crc32).passed(0, raw)
-        for key in keys:
-            yield key, decode_object(key, raw, handle.path)

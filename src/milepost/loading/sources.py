@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, Sto
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import Manifest
 from milepost.loading.names import Translation
-from milepost.loading.reader import TensorReads, read_objects
+from milepost.loading.reader import HandedBlocks, TensorReads
+from milepost.loading.values import read_objects
 from milepost.run import catalog
 from milepost.storage.base import Storage
 from milepost.tensors.plan import ReadItem, TensorSpec, has_all, plan_load
@@ -84,6 +85,9 @@ class Sources:
         near: Near | None,
         flat: FlatState,
         wanted: Sequence[TensorSpec],
+        *,
+        digests: BlockDigests | None,
+        common: Mapping[str, bytes],
     ):
         self._storage = storage
         self._folder = folder
@@ -92,7 +96,8 @@ class Sources:
         self._manifest = translation.manifest
         self._origins = translation.origins
         self._wanted = {spec.key: spec for spec in wanted}
-        self._digests: BlockDigests | None = catalog.read_digests(storage, folder, recorded)
+        self._digests = digests
+        self._common = common
         self._near_digests = _digests_of(near) if near is not None else None
         self._near = near if self._near_digests is not None else None
         self._near_reads: TensorReads | None = None
@@ -133,17 +138,27 @@ class Sources:
                 for key, value in read_objects(near.storage, near.path, near.manifest, here):
                     self._flat.slots[key].fill(value)
                     left.discard(key)
-        for key, value in read_objects(self._storage, self._folder, self._manifest, [k for k in keys if k in left]):
+        rest = [key for key in keys if key in left]
+        for key, value in read_objects(self._storage, self._folder, self._manifest, rest, self._common):
             self._flat.slots[key].fill(value)
 
-    def reads(self, is_due: Callable[[str], bool], on_read: Callable[[int], None] | None) -> Iterator[TensorReads]:
+    def due(self, is_due: Callable[[str], bool]) -> list[ReadItem]:
+        """What is read of the checkpoint itself into those tensors of which ``is_due`` holds."""
+        return [item for item in self._items if is_due(item.leaf)]
+
+    def reads(
+        self,
+        is_due: Callable[[str], bool],
+        on_read: Callable[[int], None] | None,
+        handed: HandedBlocks | None = None,
+    ) -> Iterator[TensorReads]:
         """The reads that fill those tensors of which ``is_due`` holds, given the leaf's key.
 
         The caller closes each, and does its tasks within :meth:`guard`, before it takes the next. Raises, and the tasks
-        do: as ``reader.read_tensors``, of the checkpoint itself.
+        do: as ``reader.read_tensors``, of the checkpoint itself. What is ``handed`` on of that is left to the caller.
         """
         tensors = self._flat.tensors
-        items = [item for item in self._items if is_due(item.leaf)]
+        items = self.due(is_due)
         near_items = [item for item in self._near_items if is_due(item.leaf)]
         if self._near is not None and near_items:
             near, found = self._near, None
@@ -154,7 +169,7 @@ class Sources:
                 yield found
         if self._near is None:
             items += self._planned({item.leaf for item in near_items})
-        yield TensorReads(self._storage, self._folder, items, tensors, self._digests, on_read=on_read)
+        yield TensorReads(self._storage, self._folder, items, tensors, self._digests, on_read=on_read, handed=handed)
 
     def guard(self, reads: TensorReads) -> AbstractContextManager[None]:
         """Within, what goes wrong with ``reads`` is logged if they are of this node's own folder, and raised if not."""

@@ -598,11 +598,15 @@ def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDige
     Raises:
         FormatError: they are damaged, or of another save.
     """
+    data = read_digests_file(storage, folder, manifest)
+    name = join(folder, manifest.file_named(DIGESTS_NAME) or "")
+    return None if data is None else parse_digests(data, manifest, name)
+
+
+def read_digests_file(storage: Storage, folder: str, manifest: Manifest) -> bytes | None:
+    """The bytes of that file, as they are there; None if stock DCP wrote the checkpoint, which keeps none."""
     file = manifest.file_named(DIGESTS_NAME)
-    if file is None:
-        return None  # stock DCP keeps none
-    name = join(folder, file)
-    return parse_digests(storage.read(name), manifest, name)
+    return None if file is None else storage.read(join(folder, file))
 
 
 def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> None:

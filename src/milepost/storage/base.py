@@ -192,6 +192,11 @@ class Storage(ABC):
         """Whether a folder can be renamed and two names exchanged in one atomic act."""
 
     @property
+    def is_remote(self) -> bool:
+        """Whether its bytes come over a network, so that each is worth reading once for all ranks."""
+        return False
+
+    @property
     def can_share(self) -> bool:
         """Whether several processes may write one file (``open_write`` with ``shared``)."""
         return True

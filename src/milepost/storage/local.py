@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import stat as stat_modes
@@ -271,6 +272,10 @@ class LocalStorage(Storage):
     def __init__(self, root: str | os.PathLike[str], *, page_cache: PageCache = "auto"):
         self.root = os.path.abspath(os.fspath(root))
         self.page_cache = page_cache
+
+    @functools.cached_property
+    def is_remote(self) -> bool:
+        return is_on_network(self.root)
 
     def _full(self, path: str) -> str:
         if path == "":

@@ -61,6 +61,7 @@ class ObjectStorage(Storage):
     not.
     """
 
+    is_remote = True
     can_rename = False
     can_share = False
     has_conditional_put = True

@@ -71,6 +71,10 @@ class WrappedStorage(Storage):
         return self.inner.can_rename
 
     @property
+    def is_remote(self) -> bool:
+        return self.inner.is_remote
+
+    @property
     def can_share(self) -> bool:
         return self.inner.can_share
 

@@ -197,6 +197,7 @@ class Loader:
                     translate=partial(self._translate, storage, path),
                     part=self._part_of(choice),
                     near=self._near(choice),
+                    read=self._config.read,
                 )
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):

@@ -28,7 +28,8 @@ from milepost.format.dcp_metadata import manifest_from_metadata, parse_metadata
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import Manifest
 from milepost.interop.dcp.arguments import PLANNER_DATA, check_keywords, stock_file_system, stock_path
-from milepost.loading.reader import read_objects, read_tensors
+from milepost.loading.reader import read_tensors
+from milepost.loading.values import read_objects
 from milepost.run import catalog
 from milepost.storage import Storage, is_known, open_storage
 from milepost.storage.base import join
