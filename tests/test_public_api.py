@@ -95,5 +95,6 @@ def test_signatures_of_the_functions() -> None:
         "allow_unexpected": (by_name, ()),
         "mmap": (by_name, False),
         "comm": (by_name, None),
+        "read": (by_name, "auto"),
     }
     assert list(parameters(milepost.verify))[:2] == ["path", "level"]

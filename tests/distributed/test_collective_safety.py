@@ -60,16 +60,15 @@ IN_A_SAVE_ON_RANK_0 = {
     "put in place": "milepost.run.commit._put_in_place",
 }
 IN_A_LOAD = {
-    "manifest": "milepost.loading.load.catalog.read_manifest",
     "target": "milepost.training.training_state.TrainingState.loading",
     "flatten": "milepost.loading.load.flatten",
     "compare": "milepost.loading.load.compare",
-    "digests": "milepost.run.catalog.read_digests",
+    "digests": "milepost.loading.load.parse_digests",
     "plan": "milepost.loading.load.plan_load",
     "open a file": "milepost.storage.local.LocalStorage.open_read",
     "read": "milepost.storage.local._LocalRead.read_into",
     "read a tensor": "milepost.loading.load.map_in_threads",
-    "read a value": "milepost.loading.reader.decode_object",
+    "read a value": "milepost.loading.values.decode_object",
     "restore the optimizer": "milepost.training.optimizers.OptimizersOwner.restore",
     "load_state_dict of lr_scheduler": "lr_scheduler.load_state_dict",
     "load_state_dict of dataloader": "dataloader.load_state_dict",
@@ -79,6 +78,8 @@ IN_A_LOAD = {
 IN_A_LOAD_ON_RANK_0 = {
     "scan": "milepost.training.resume.catalog.scan",
     "choose a step": "milepost.training.resume.choose",
+    "manifest": "milepost.loading.load.catalog.read_manifest",
+    "the digests' file": "milepost.loading.load.catalog.read_digests_file",
 }
 AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.manager.Saver"}
 AT_THE_START_ON_RANK_0 = {

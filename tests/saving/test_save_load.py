@@ -475,3 +475,18 @@ def test_one_writer_object_saves_again_and_elsewhere(step: Path) -> None:
         assert into["n"].item() == number
     dcp.save({"n": torch.tensor(7)}, storage_writer=writer, checkpoint_id=step.with_name("step-2"))
     assert sorted(entry.name for entry in step.parent.iterdir()) == ["step-1", "step-2"]
+
+
+def test_thousands_of_small_tensors_load_in_place_and_as_a_whole(memory_path: Path) -> None:
+    """They are stored as one value, which must not be taken for nothing in common."""
+    state = {f"layers.{n}.scale": torch.full((2,), float(n)) for n in range(5000)}
+    milepost.save(memory_path / "step-1", state)
+    assert all(map(torch.equal, milepost.load(memory_path / "step-1").values(), state.values()))
+    into = {key: torch.zeros(2) for key in state}
+    milepost.load(memory_path / "step-1", into)
+    assert all(map(torch.equal, into.values(), state.values()))
+    with pytest.raises(StateMismatchError, match="nothing was loaded"):
+        milepost.load(memory_path / "step-1", {})
+    del into["layers.7.scale"]
+    with pytest.raises(StateMismatchError, match="1 key of the checkpoint has no place"):
+        milepost.load(memory_path / "step-1", into)

@@ -17,7 +17,7 @@ from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.tensors.layout import Placed, can_be_boxes, dtype_name
 from milepost.tensors.parts import TensorParts
-from milepost.tensors.state import ByName
+from milepost.tensors.state import PACKED, ByName
 from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
 
 
@@ -61,6 +61,7 @@ class Target:
         """One line for each value that is known not to fit."""
         self.left: set[str] = set()
         """Keys of the checkpoint that are of no use here."""
+        self._taken: set[str] = set()  # names at the top of a checkpoint that is stored as one value
 
     def want(self, key: str, tensor: torch.Tensor | Placed, *, live: bool, path: Sequence[Any] = ()) -> None:
         """Read ``key`` into ``tensor``; ``path`` is where it stands, should it be in a container stored as one."""
@@ -84,7 +85,25 @@ class Target:
 
     def at(self, path: Sequence[Any]) -> Node | None:
         """The node of the checkpoint's tree at ``path``."""
-        return None if self._stored is None else self._stored.tree.at(path)
+        node = None if self._stored is None else self._stored.tree.at(path)
+        if node is not None:
+            self._taken.add(str(path[0]))
+        return node
+
+    def take_all(self) -> None:
+        """Take note that all that is stored has its place."""
+        if self._stored is not None:
+            self._taken.update(map(str, self._stored.tree.root))
+
+    def settle_packed(self) -> list[str]:
+        """Where all of the checkpoint is stored as one value: count that as of use here if anything in it is.
+
+        Returns what stands at its top and has no place here.
+        """
+        if self._stored is None or not self._stored.tree.is_packed or not self._taken:
+            return []
+        self.left.add(PACKED)
+        return sorted({str(name) for name in self._stored.tree.root} - self._taken)
 
     @property
     def stored_keys(self) -> frozenset[str]:

@@ -40,6 +40,7 @@ class Whole:
         self._root = stored.tree.root
         self.target.keeps_parts = True
         want_node(self.target, self._root)
+        self.target.take_all()
         self._mapped: dict[str, torch.Tensor] = {}
         for key in _plain_keys(self._root) if mapped is not None else ():
             entry = self.target.entry(key)

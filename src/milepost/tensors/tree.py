@@ -49,6 +49,8 @@ class Tree:
     def __init__(self, root: dict[Any, Node], read: Read | None = None):
         self.root = root
         self._read = read
+        self.is_packed = False
+        """Whether all of it is stored as one value."""
 
     @classmethod
     def of(cls, manifest: Manifest, read: Read | None = None) -> Tree:
@@ -69,6 +71,7 @@ class Tree:
         tree = cls(root, read)
         if PACKED in root and read is not None:
             root.update(tree._held(root.pop(PACKED)))
+            tree.is_packed = True
         return tree
 
     def at(self, path: Sequence[Any]) -> Node | None:
