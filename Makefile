@@ -120,6 +120,7 @@ fuzz: $(STAMP)
 bench: $(STAMP)
 	timeout 1200 $(BIN)/python benchmarks/bench_engine.py
 	timeout 1200 $(BIN)/python benchmarks/bench_sharded.py
+	timeout 1200 $(BIN)/python benchmarks/bench_frozen.py
 	timeout 1800 $(BIN)/python benchmarks/bench_async.py
 	timeout 1800 $(BIN)/python benchmarks/bench_convert.py
 
