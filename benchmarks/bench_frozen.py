@@ -1,9 +1,9 @@
 """What frozen tensors cost from the second save on, and that a run without any pays nothing for it.
 
-Run: ``python benchmarks/bench_frozen.py [--tensors 24] [--rounds 7] [--json FILE]``. A LoRA-like run (adapters and their
-momentum are 1 % of all) and a run that trains everything, each with ``full_every = 0`` (frozen tensors are shared) and
-``1`` (all is written at each save), interleaved. Bytes are what the saves wrote; times are minimum and median of all
-saves but the first.
+Run: ``python benchmarks/bench_frozen.py [--tensors 24] [--rounds 7] [--json FILE]``. A LoRA-like run (adapters and
+their momentum are 1 % of all) and a run that trains everything, each with ``full_every = 0`` (frozen tensors are
+shared) and ``1`` (all is written at each save), interleaved. Bytes are what the saves wrote; times are minimum and
+median of all saves but the first.
 """
 
 from __future__ import annotations
