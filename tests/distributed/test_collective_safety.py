@@ -64,7 +64,7 @@ IN_A_LOAD = {
     "flatten": "milepost.loading.load.flatten",
     "compare": "milepost.loading.load.compare",
     "digests": "milepost.loading.load.parse_digests",
-    "plan": "milepost.loading.load.plan_load",
+    "plan": "milepost.loading.sources.plan_load",
     "open a file": "milepost.storage.local.LocalStorage.open_read",
     "read": "milepost.storage.local._LocalRead.read_into",
     "read a tensor": "milepost.loading.load.map_in_threads",
