@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +62,17 @@ def test_rates_completion_and_what_is_stuck_are_told(attempt: Path) -> None:
     assert states_of(folder, seen, 14.0)[0].text == "written, to be committed"  # type: ignore[attr-defined]
     (attempt / "failed").write_text('{"message": "rank 2: no space left", "rank": 2}')
     assert states_of(folder, seen, 15.0)[0].text == "failed: rank 2: no space left"  # type: ignore[attr-defined]
+
+
+def test_what_is_reserved_and_not_written_does_not_count(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 64 * MB)
+        storage = LocalStorage(tmp_path)
+        assert storage.written_nbytes("file") < 2 * MB
+        os.pwrite(file.fileno(), bytes(8 * MB), 16 * MB)
+        assert 8 * MB <= storage.written_nbytes("file") < 10 * MB
+    assert storage.stat("file").nbytes == 64 * MB  # type: ignore[union-attr]
+    assert storage.written_nbytes("gone") == 0
 
 
 def test_a_save_without_a_living_process_is_told_as_left_behind(attempt: Path) -> None:

@@ -77,7 +77,11 @@ def _look(storage: Storage, attempt: str, entry: Entry, now: float) -> Look:
             failure, _ = commit.recorded_failure(storage, attempt)
     return Look(
         name=entry.name,
-        sizes={file.name: file.nbytes for file in files_of_attempt(storage, attempt)},
+        sizes={
+            # Space is reserved before it is written: the size of a local file says nothing.
+            file.name: storage.written_nbytes(f"{attempt}/data/{file.name}") if storage.can_rename else file.nbytes
+            for file in files_of_attempt(storage, attempt)
+        },
         signed=frozenset(signed),
         owners=tuple(str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)),
         failure=failure,

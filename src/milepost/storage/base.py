@@ -260,6 +260,11 @@ class Storage(ABC):
     def read(self, path: str, limit: int = 1 << 30) -> bytes:
         """A whole small file. Raises StorageError if it is absent or longer than ``limit`` bytes."""
 
+    def written_nbytes(self, path: str) -> int:
+        """Bytes of a file that were written so far: fewer than its size where space is reserved; 0 if it is gone."""
+        found = self.stat(path)
+        return found.nbytes if found is not None else 0
+
     @abstractmethod
     def write(self, path: str, data: Bytes) -> None:
         """Create a small file (it must not exist) with ``data``, synced."""
