@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, Commit
+from milepost.cli.main import main
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, SaveError
 from milepost.run import catalog, node_steps
 from milepost.storage import open_storage
@@ -360,11 +362,17 @@ def refused_without_the_option(base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_ranks_read_the_remote_folder_and_parts_are_no_checkpoints(memory_path: Path) -> None:
+def test_other_ranks_read_the_remote_folder_and_parts_are_no_checkpoints(
+    memory_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     world(short_run, memory_path, 2)
     part = memory_path / "node0/run/step-2"
     with pytest.raises(CheckpointNotFoundError, match=r"one node's part of a step.*checkpoint\.remote_folder"):
         milepost.load(part)
+    assert main(["ls", str(memory_path / "node1/run"), "--remote"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"2 +both +part .*the part of node 1 of 2 \(ranks 2-3\)", shown), shown
+    assert main(["sync", str(memory_path / "node1/run"), str(memory_path / "elsewhere")]) == 3
     world(refused_without_the_option, memory_path, num_ranks=2)
     world(resume_on_one_node, memory_path)
 

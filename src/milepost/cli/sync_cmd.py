@@ -69,7 +69,14 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
     if wanted is not None:
         raise ConfigError(f"{destination} is the place of one step: give the folder that the steps of {source} go to")
     storage, run_folder = open_run(source)
-    entries = [entry for entry in catalog.scan(storage, run_folder) if entry.state == "committed"]
+    found = catalog.scan(storage, run_folder)
+    entries = [entry for entry in found if entry.state == "committed"]
+    if not entries and any(entry.state == "part" for entry in found):
+        raise CheckpointNotFoundError(
+            f"{source} holds one node's parts of steps: they are complete in checkpoint.remote_folder, to which "
+            "a run with checkpoint.folder_per_node brings them",
+            path=source,
+        )
     if not entries:
         raise CheckpointNotFoundError(f"{source} holds no step that was committed", path=source)
     return [

@@ -110,6 +110,8 @@ def plan(
 
 
 def _why_untouchable(entry: StepEntry) -> str:
+    if entry.state == "part":
+        return f"it is {entry.reason}: the run deletes such when no node needs them"
     if entry.state != "committed":
         return f"it is {entry.state}" + (f": {entry.reason}" if entry.reason else ", written by another program")
     if entry.is_link:

@@ -78,6 +78,8 @@ class NodeTier:
         self._num_orders = 0
         self._remote = RemoteTier(local, remote, config, hooks, announce=self._order_copy) if comm.rank == 0 else None
         self._copies = _Copies(local, remote) if comm.rank != 0 else None
+        if self._copies is not None:  # on rank 0 the remote tier has done it
+            catalog.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-node", daemon=True)
         self._thread.start()
 
