@@ -32,7 +32,6 @@ import numpy as np
 from milepost.format.huggingface import CONFIG_NAME, INDEX_NAME, shard_file_name
 from milepost.format.safetensors import plan_layout
 from milepost.interop.hf.config import make_config
-from milepost.interop.hf.extras import split_into_files
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import model_args
 from milepost.interop.names.rules import correspond
@@ -49,11 +48,12 @@ print(report.seconds, int(peak.split()[1]) * 1024, "torch" in sys.modules)
 
 
 _STAND_IN_CHILD = """
-import os, sys, time
+import os, sys, threading, time
 import numpy as np
 from milepost.cli.main import main
 from milepost.storage import local
 
+once = threading.Lock()
 limit_s, passed, started = float(sys.argv[1]), 0, time.perf_counter()
 
 def reserve(fd, nbytes):
@@ -64,6 +64,7 @@ def pwritev(fd, views, offset, write=os.pwritev):
     global passed
     passed += sum(map(len, views))
     if time.perf_counter() - started > limit_s:
+        once.acquire()
         tell()
         os._exit(0)
     if any(np.frombuffer(view, np.uint8).any() for view in views):
@@ -246,7 +247,7 @@ def write_random_weights(folder: Path, model: str, flavor: str, *, num_files: in
     shapes = correspond(family, family.scheme("hf"), sizes).theirs
     tensors = {key: TensorInfo("bfloat16", shape) for key, shape in shapes.items()}
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
-    groups = list(_split(tensors, num_files).values())
+    groups = _split(tensors, num_files)
     generator = np.random.default_rng(0)
     weight_map = {}
     for index, keys in enumerate(groups, 1):
@@ -264,13 +265,14 @@ def write_random_weights(folder: Path, model: str, flavor: str, *, num_files: in
     (folder / CONFIG_NAME).write_text(json.dumps(make_config(family.name, sizes, "bfloat16")))
 
 
-def _split(tensors: Mapping[str, TensorInfo], num_files: int) -> dict[str, list[str]]:
-    """The tensors in ``num_files`` files if that can be, of sizes as equal as it can be."""
-    total = sum(2 * int(np.prod(info.shape)) for info in tensors.values())
-    for room in np.linspace(total / num_files, 2 * total / num_files, 200):
-        files = split_into_files(tensors, {}, int(room) + 1)
-        if len(files) <= num_files:
-            break
+def _split(tensors: Mapping[str, TensorInfo], num_files: int) -> list[list[str]]:
+    """The tensors, in order, in ``num_files`` files, made by joining the smallest neighbours."""
+    files = [[key] for key in tensors]
+    sizes = [2 * int(np.prod(info.shape)) for info in tensors.values()]
+    while len(files) > num_files:
+        place = min(range(len(files) - 1), key=lambda index: sizes[index] + sizes[index + 1])
+        files[place] += files.pop(place + 1)
+        sizes[place] += sizes.pop(place + 1)
     return files
 
 
