@@ -152,7 +152,7 @@ def peft_works() -> bool:
 LORA = pytest.param(4, marks=pytest.mark.skipif(not peft_works(), reason="not run: peft wants a newer torchao"))
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, LORA, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, LORA, 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_each_example_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def run(name: str, num_steps: int) -> list[Any]:
         (tmp_path / name).mkdir(exist_ok=True)
