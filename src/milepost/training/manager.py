@@ -166,7 +166,11 @@ class CheckpointManager:
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         self._nodes = self._find_nodes()
-        self._saver = self._make_saver()
+        try:
+            self._saver = self._make_saver()
+        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
+            failure = failure_on(self._comm.rank, cause)
+        raise_together(self._comm, failure)
         self._is_closed = False
         self._lock: RunLock | None = None  # rank 0 holds it
         self._pending: _Pending | None = None
