@@ -22,17 +22,19 @@ class _Batch:
 
     keys: tuple[str, ...]
     copies: tuple[torch.Tensor, ...]
+    flat: tuple[bool, ...]
+    """Whether the tensor's elements lie in order, as those of its copy always do."""
     taken: torch.Tensor
 
     def changed(self) -> Iterator[str]:
-        here = torch.cat([_few(copy).reshape(-1) for copy in self.copies])
+        here = torch.cat([_few(copy, flat).reshape(-1) for copy, flat in zip(self.copies, self.flat, strict=True)])
         before, now = (part.cpu().contiguous().view(torch.uint8) for part in (self.taken, here))
         if torch.equal(before, now):
             return
         size = self.taken.element_size()
         start = 0
-        for key, copy in zip(self.keys, self.copies, strict=True):
-            stop = start + _few(copy).numel() * size
+        for key, copy, flat in zip(self.keys, self.copies, self.flat, strict=True):
+            stop = start + _few(copy, flat).numel() * size
             if not torch.equal(before[start:stop], now[start:stop]):
                 yield key
             start = stop
@@ -52,7 +54,8 @@ class Samples:
                 _Batch(
                     tuple(key for key, _, _ in group),
                     tuple(copy for _, copy, _ in group),
-                    torch.cat([_few(tensor).reshape(-1) for _, _, tensor in group]),
+                    tuple(tensor.is_contiguous() for _, _, tensor in group),
+                    torch.cat([_few(tensor, tensor.is_contiguous()).reshape(-1) for _, _, tensor in group]),
                 )
                 for group in grouped.values()
             ]
@@ -62,8 +65,14 @@ class Samples:
         return [key for batch in self._batches for key in batch.changed()]
 
 
-def _few(tensor: torch.Tensor) -> torch.Tensor:
-    """Some elements, the same ones of every tensor of a shape: along its longest dim, in the middle of the others."""
+def _few(tensor: torch.Tensor, flat: bool) -> torch.Tensor:
+    """Some elements, the same ones of every tensor of a shape: of all in their order, by one call, where they lie so;
+    else along the longest dim, in the middle of the others.
+    """
+    if flat:
+        numel = tensor.numel()
+        step = -(-numel // SAMPLE_NUMEL)
+        return _joinable(tensor.as_strided((-(-numel // step),), (step,), tensor.storage_offset()))
     tensor = tensor.detach()
     if not tensor.ndim:
         return _joinable(tensor)
