@@ -171,14 +171,16 @@ class NodeTier:
             waiting = list(self._own)
         for own in waiting:
             try:
-                self._settle_one(own)
+                if not self._settle_one(own):
+                    break  # in order: a hook hears of each, and the newest is what is offered last
             except MilepostError as error:  # tried again
                 log.warning("step %d is not yet noted as committed on all nodes: %s", own.commit.step, error)
 
-    def _settle_one(self, own: _Own) -> None:
+    def _settle_one(self, own: _Own) -> bool:
+        """False if it is only a matter of time until it is settled: what is later must wait."""
         if not own.is_noted:
             if not self._all_have("part", own.save_id):
-                return
+                return True
             node_steps.note_settled(self._local.storage, self._local.path, own.commit.step, own.save_id)
             self._comm.arrive(self._key("noted", own.save_id))
             with self._changed:
@@ -187,14 +189,17 @@ class NodeTier:
                 if self._remote is not None:
                     own = replace(own, is_noted=True)
                     self._own.insert(0, own)
-        if self._remote is None or not self._all_have("noted", own.save_id):
-            return
+        if self._remote is None:
+            return True
+        if not self._all_have("noted", own.save_id):
+            return False
         with self._changed:
             self._own = [one for one in self._own if one.order > own.order]
         self._hooks.tell(own.commit)
         self._remote.offer(own.commit, own.protected)  # before the pruning, which spares what is to be copied
         self._last = own
         self._prune_all(own, self._remote)
+        return True
 
     def _prune_all(self, own: _Own, remote: RemoteTier) -> None:
         kept = self._prune(own, remote)
