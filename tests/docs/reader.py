@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -61,9 +62,10 @@ def settle(folder: Path) -> None:
         convert = f"convert {folder}/outputs/checkpoint/step-500 {folder}/{name} --to hf --model llama3"
         assert main([*convert.split(), "--flavor", "debugmodel"]) == 0
     settle_adapter(folder / "outputs/lora/step-100", model.state_dict()["layers.0.attention.wq.weight"].shape)
-    (folder / "Mistral-7B").mkdir()
-    (folder / "Mistral-7B" / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
-    save_file({"model.norm.weight": torch.ones(8)}, folder / "Mistral-7B" / "model.safetensors")
+    settle_mistral(folder / "Mistral-7B")
+    assert (
+        main(["convert", f"{folder}/Mistral-7B", f"{folder}/theirs/step-500", "--to", "dcp", "--model", "mistral"]) == 0
+    )
     (folder / "tuned/out").mkdir(parents=True)
     shutil.copytree(folder / "Llama-3.2-1B", folder / "tuned/out/epoch_0")
     (folder / "my_text").mkdir()
@@ -71,6 +73,42 @@ def settle(folder: Path) -> None:
     (folder / "my.toml").write_text('[model]\nname = "llama3"\n')
     for name in ("configs", "scripts", "run_train.sh"):
         (folder / name).symlink_to(ROOT / name)
+
+
+def settle_mistral(path: Path) -> None:
+    """A Mistral of one small layer, as the hub names its tensors."""
+    dim, kv_dim, hidden_dim, vocab_size = 32, 16, 64, 40
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": dim,
+        "intermediate_size": hidden_dim,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    shapes = {
+        "model.embed_tokens": (vocab_size, dim),
+        "model.layers.0.self_attn.q_proj": (dim, dim),
+        "model.layers.0.self_attn.k_proj": (kv_dim, dim),
+        "model.layers.0.self_attn.v_proj": (kv_dim, dim),
+        "model.layers.0.self_attn.o_proj": (dim, dim),
+        "model.layers.0.mlp.gate_proj": (hidden_dim, dim),
+        "model.layers.0.mlp.up_proj": (hidden_dim, dim),
+        "model.layers.0.mlp.down_proj": (dim, hidden_dim),
+        "model.layers.0.input_layernorm": (dim,),
+        "model.layers.0.post_attention_layernorm": (dim,),
+        "model.norm": (dim,),
+        "lm_head": (vocab_size, dim),
+    }
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file({f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}, path / "model.safetensors")
 
 
 def settle_adapter(path: Path, shape: torch.Size) -> None:

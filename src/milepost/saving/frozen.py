@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from milepost.errors import FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, Lineage
@@ -22,9 +23,11 @@ from milepost.run import catalog, commit
 from milepost.run.catalog import CheckpointInfo
 from milepost.run.place import Place
 from milepost.run.signoff import WrittenFile
-from milepost.saving.writer import BlockSource, FileImage, digest_file
 from milepost.storage.base import Storage, join, split
-from milepost.tensors.plan import WritePlan
+
+if TYPE_CHECKING:
+    from milepost.saving.writer import BlockSource, FileImage
+    from milepost.tensors.plan import WritePlan
 
 log = logging.getLogger("milepost")
 
@@ -88,6 +91,8 @@ def share_unchanged(
     Raises:
         StorageError: the storage failed. That it can't share is no failure.
     """
+    from milepost.saving.writer import digest_file  # numpy: who only copies files does without
+
     content, tensors = digest_file(plan, source, num_threads=num_threads)
     if earlier is None or earlier.content != content or not share(storage, earlier, place.path(plan.file)):
         return content, None
