@@ -465,7 +465,9 @@ def _made_of(parts: Any) -> torch.Tensor:
     _require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, "a tensor of parts")
     inner = {name: _made_of(part) if isinstance(part, TensorParts) else part for name, part in parts.items()}
     _require(all(isinstance(part, torch.Tensor) for part in inner.values()), "a tensor of parts")
-    return put_together(parts.form, inner, parts.form.shape)
+    # Small tensors of one value may come as views of one memory; a class may want each part to begin its own.
+    own = {name: part.clone() if part.storage_offset() else part for name, part in inner.items()}
+    return put_together(parts.form, own, parts.form.shape)
 
 
 register_value(TensorParts, name="milepost.tensor_parts", encode=_to_record, decode=_from_record)
