@@ -29,6 +29,7 @@ from milepost.run import catalog
 from milepost.run.branches import History
 from milepost.storage import open_storage
 from milepost.storage.base import join
+from milepost.training.attached import PART as ATTACHED
 from milepost.verification.verify import verify
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "milepost.train.launch")
@@ -205,7 +206,7 @@ def _compare(
     difference = max((_relative(whole[step], losses[step]) for step in expected & losses.keys()), default=math.nan)
     complete = losses.keys() == expected
     differs_in = _different_keys(found) if same else ()
-    is_exact = same and found.is_same and found.num_unknown == 0 and difference == 0
+    is_exact = same and not differs_in and found.num_unknown == 0 and difference == 0
     return Resumed(
         layout=layout.name,
         resumed_from=min(losses, default=committed + 1) - 1,
@@ -220,8 +221,10 @@ def _compare(
 
 
 def _different_keys(found: DiffReport) -> tuple[str, ...]:
+    """Of the state, that is: what is attached to a step tells of each run's own folder and options."""
     keys = {held.key for held in (*found.only_a, *found.only_b)} | {change.key for change in found.kinds}
-    return tuple(sorted(keys | {change.key for change in found.values} | set(found.other_bytes)))
+    keys |= {change.key for change in found.values} | set(found.other_bytes)
+    return tuple(sorted(key for key in keys if part_of(key) != ATTACHED))
 
 
 def _relative(a: float, b: float) -> float:
