@@ -7,10 +7,8 @@ from milepost.format.manifest import Manifest
 from milepost.run import catalog
 from milepost.run.branches import History
 from milepost.run.catalog import CheckpointInfo, StepEntry
-from milepost.run.hf_folder import is_adapter, is_hf_folder
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, split
-from milepost.verification.weights import WEIGHTS_SUFFIXES
 
 
 def open_run(path: str) -> tuple[Storage, str]:
@@ -21,18 +19,26 @@ def open_run(path: str) -> tuple[Storage, str]:
     """
     storage, name = open_storage(path)
     found = storage.stat(name)
-    if found is not None and not found.is_folder and name.endswith(WEIGHTS_SUFFIXES):
-        raise CheckpointNotFoundError(
-            f"{path} is a file of weights, not a run: try `milepost inspect {path}`", path=path
-        )
-    folder = catalog.find_run(storage, name)
+    is_file = found is not None and not found.is_folder
+    folder = None if is_file else catalog.find_run(storage, name)
     if folder is None:
-        names = [entry.name for entry in storage.list(name)]
-        if is_hf_folder(names):
-            what = "a PEFT adapter" if is_adapter(names) else "a Hugging Face folder"
-            raise CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)
-        raise CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)
+        raise _no_run(storage, name, path, is_file=is_file)
     return storage, folder
+
+
+def _no_run(storage: Storage, name: str, path: str, *, is_file: bool) -> CheckpointNotFoundError:
+    # Not above: for a run, which is what there is nearly always, these would be a quarter of a command's start.
+    from milepost.run.hf_folder import is_adapter, is_hf_folder
+    from milepost.verification.weights import WEIGHTS_SUFFIXES
+
+    what = None
+    if is_file and name.endswith(WEIGHTS_SUFFIXES):
+        what = "a file of weights"
+    elif is_hf_folder(names := [entry.name for entry in storage.list(name)]):
+        what = "a PEFT adapter" if is_adapter(names) else "a Hugging Face folder"
+    if what is not None:
+        return CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)
+    return CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)
 
 
 def run_at(storage: Storage, name: str) -> str | None:
