@@ -66,7 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print what differs; 9 if anything does."""
     from milepost.report.diff import diff  # with numpy and the readers, which --help can do without
-    from milepost.report.diff_page import diff_page
 
     with progress_bar("comparing") if not args.quick else contextlib.nullcontext() as progress:
         report = diff(
@@ -87,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         )
     report = report.within(args.tolerance)
     if args.html:
+        from milepost.report.diff_page import diff_page
+
         write_page(args.html, diff_page(report, now=time.time()))
     if args.json:
         print_json({"same": report.is_same} | dataclasses.asdict(report))

@@ -25,10 +25,6 @@ from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, Con
 from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
-from milepost.interop.names.assembled import Assembled
-from milepost.interop.names.families import family_of
-from milepost.interop.names.match import match
-from milepost.interop.names.model_sizes import model_args
 from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
@@ -273,6 +269,12 @@ def _metadata_side(path: str, manifest: Manifest) -> _Side:
 
 def _by_our_names(side: _Side, model: str, flavor: str) -> _Side:
     """The model alone, as Milepost names it."""
+    # Tables of names, which a comparison under the names that are there can do without.
+    from milepost.interop.names.assembled import Assembled
+    from milepost.interop.names.families import family_of
+    from milepost.interop.names.match import match
+    from milepost.interop.names.model_sizes import model_args
+
     assert side.readable is not None
     args = model_args(model, flavor)
     found = match(_ModelOnly(side.readable), family_of(model, args), args, side.path)
