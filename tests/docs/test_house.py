@@ -24,6 +24,11 @@ def test_every_folder_has_its_line_in_the_page_of_the_design() -> None:
     assert [name for name in sorted(folders) if f"\n| `{name}` |" not in page] == []
 
 
+def test_a_name_says_one_thing() -> None:
+    """A process has its ``main``, and each framework its own callback."""
+    assert house.repeated_names(house.modules(house.ROOT)) == ["MilepostCallback 2", "main 4"]
+
+
 def test_cycles_and_chains_are_found() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
     assert house.cycles(graph) == [("a", "b"), ("a", "c"), ("b", "c")]

@@ -22,7 +22,7 @@ from milepost.interop.names.rules import correspond
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
 from milepost.interop.weights import stream
 from milepost.interop.weights.boxes import Array, TensorInfo
-from milepost.interop.weights.stream import PassedBytes, Placed, SlabReader, write_image
+from milepost.interop.weights.stream import PassedBytes, PlacedTensor, SlabReader, write_image
 from milepost.storage import LocalStorage
 
 
@@ -86,7 +86,7 @@ def test_an_image_holds_every_tensor_at_its_place(
     content = Counted({key: TensorInfo("uint32", shape) for key, shape in shapes.items()})
     offset, placed = 1004, []
     for index, key in enumerate(shapes):
-        placed.append(Placed(key, offset))
+        placed.append(PlacedTensor(key, offset))
         offset += content.whole(key).nbytes + (0, 12, 100_000)[index % 3]  # adjacent, a short gap, a long gap
     storage = LocalStorage(tmp_path if folder == "disk" else memory_path)
     with storage.open_write("image", offset) as handle:
@@ -107,7 +107,7 @@ def test_a_failure_on_one_thread_is_raised_and_ends_the_others(memory_path: Path
     told: list[int] = []
     reader = SlabReader(content, 256 << 20, told.append)
     with LocalStorage(memory_path).open_write("image", 40 * (36 << 20)) as handle, pytest.raises(StorageError):
-        write_image(handle, [Placed(key, i * (36 << 20)) for i, key in enumerate(tensors)], reader)
+        write_image(handle, [PlacedTensor(key, i * (36 << 20)) for i, key in enumerate(tensors)], reader)
     assert sum(told) < 20 * (36 << 20)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("milepost-convert")]
 

@@ -125,7 +125,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
     _print_lines(out, _table(headers, cells, numeric))
 
 
-def table_of(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], numeric: Sequence[str]) -> Table:
+def live_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], numeric: Sequence[str]) -> Table:
     """A table as :func:`print_table` prints, for a live view; the last column is folded where it is narrow."""
     return _table(headers, _cells(rows), numeric)
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from milepost.cli.render import console, print_line, printable, table_of
+from milepost.cli.render import console, live_table, print_line, printable
 from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.underway import FileState, Newest, SaveState, Watch, look
 from milepost.storage import join_path
@@ -78,7 +78,7 @@ def _screen(path: str, states: Sequence[SaveState], newest: Newest | None) -> Gr
         parts += [Text(), Text(printable(summary(state)), style="bold")]
         if state.files:
             rows = [_row(file) for file in state.files[:MAX_FILES]]
-            parts.append(table_of(("RANK", "WRITTEN", "RATE", "STATE", "FILE"), rows, ("RANK", "WRITTEN", "RATE")))
+            parts.append(live_table(("RANK", "WRITTEN", "RATE", "STATE", "FILE"), rows, ("RANK", "WRITTEN", "RATE")))
         if len(state.files) > MAX_FILES:
             rest = state.files[MAX_FILES:]
             complete = sum(file.is_signed for file in rest)

@@ -27,7 +27,7 @@ from milepost.interop.weights.open import (
     manifest_source,
     open_weights,
 )
-from milepost.interop.weights.stream import PassedBytes, Placed, SlabReader, write_image
+from milepost.interop.weights.stream import PassedBytes, PlacedTensor, SlabReader, write_image
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.place import Place
@@ -159,7 +159,7 @@ class DcpSink(Sink):
             for group in groups:
                 if handle.is_sequential:
                     handle.write(*frame.before(group[0]))
-                passed = write_image(handle, [Placed(item.key, item.data_offset) for item in group], reader)
+                passed = write_image(handle, [PlacedTensor(item.key, item.data_offset) for item in group], reader)
                 for item in group:
                     if not handle.is_sequential:
                         handle.write(*frame.before(item))
@@ -236,7 +236,7 @@ class HfSink(Sink):
             self.storage.write(self.place.path(name), small[name])
 
     def _write_file(self, name: str, layout: SafetensorsLayout, reader: SlabReader) -> None:
-        placed = [Placed(key, tensor.offset) for key, tensor in layout.tensors.items()]
+        placed = [PlacedTensor(key, tensor.offset) for key, tensor in layout.tensors.items()]
         with self.storage.open_write(name, layout.nbytes) as handle:
             handle.write(0, [layout.prefix])
             write_image(handle, placed, reader, digests=False)
@@ -266,7 +266,7 @@ class TorchFileSink(Sink):
         tensors = reader.content.tensors
         stored = {key: (info.dtype, info.shape) for key, info in tensors.items() if key not in shared}
         layout = plan_torch_file(stored, shared)
-        placed = [Placed(key, offset) for key, offset in layout.data_offsets.items()]
+        placed = [PlacedTensor(key, offset) for key, offset in layout.data_offsets.items()]
         with self.storage.open_write(self._file, layout.nbytes) as handle:
             passed = write_image(handle, placed, reader)
             for offset, data in layout.frame({key: found.crc32() for key, found in passed.items()}):

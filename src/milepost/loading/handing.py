@@ -44,7 +44,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class HandedPiece:
     """Blocks ``[start, stop)`` that ``reader`` reads and all of ``ranks``, itself among them, want."""
 
     start: int
@@ -92,7 +92,7 @@ def exchange_wishes(comm: Comm, runs: Runs) -> list[Wish]:
     return found
 
 
-def plan_rounds(wishes: Sequence[Wish], sizes: npt.NDArray[np.int64]) -> tuple[tuple[Piece, ...], ...]:
+def plan_rounds(wishes: Sequence[Wish], sizes: npt.NDArray[np.int64]) -> tuple[tuple[HandedPiece, ...], ...]:
     """Rounds in each of which a rank reads at most one piece; a rank that wants one has it after its round.
 
     Blocks that one rank alone wants are in none: it reads them by itself. A block goes to the one of those that want
@@ -100,12 +100,12 @@ def plan_rounds(wishes: Sequence[Wish], sizes: npt.NDArray[np.int64]) -> tuple[t
     """
     cost = np.concatenate(([0], np.cumsum(sizes + BLOCK_COST_NBYTES)))
     load: dict[int, int] = {}
-    queues: dict[int, list[Piece]] = {}
+    queues: dict[int, list[HandedPiece]] = {}
     for start, stop, ranks in _wanted_by_several(wishes):
         for low, high in _cut(start, stop, len(ranks), cost):
             reader = min(ranks, key=lambda rank: (load.get(rank, 0), rank))
             load[reader] = load.get(reader, 0) + int(cost[high] - cost[low])
-            queues.setdefault(reader, []).append(Piece(low, high, reader, ranks))
+            queues.setdefault(reader, []).append(HandedPiece(low, high, reader, ranks))
     num_rounds = max(map(len, queues.values()), default=0)
     readers = sorted(queues)
     return tuple(
@@ -151,7 +151,7 @@ def _cut(start: int, stop: int, num_ranks: int, cost: npt.NDArray[np.int64]) -> 
     return parts
 
 
-def numbers_of(rounds: Sequence[Sequence[Piece]], rank: int) -> frozenset[int]:
+def numbers_of(rounds: Sequence[Sequence[HandedPiece]], rank: int) -> frozenset[int]:
     """The blocks that a rank gets in the rounds, read by itself or by others."""
     pieces = (piece for pieces in rounds for piece in pieces if rank in piece.ranks)
     return frozenset(number for piece in pieces for number in range(piece.start, piece.stop))
@@ -167,7 +167,7 @@ class Handing:
     """What is handed on of one part of a load, and in which rounds: the same rounds on all ranks."""
 
     def __init__(
-        self, comm: Comm, blocks: HandedBlocks, rounds: Sequence[Sequence[Piece]], sizes: npt.NDArray[np.int64]
+        self, comm: Comm, blocks: HandedBlocks, rounds: Sequence[Sequence[HandedPiece]], sizes: npt.NDArray[np.int64]
     ):
         self.blocks = blocks
         """Those that this rank gets."""
@@ -207,15 +207,12 @@ class Handing:
             self._raise_if_any_failed()
 
     def _begin(self, ahead: ThreadPoolExecutor, number: int, buffer: bytearray) -> Future[memoryview | None]:
-        """Have this rank's piece of a round be read."""
-        mine = (
-            next((p for p in self._rounds[number] if p.reader == self._comm.rank), None)
-            if (number < len(self._rounds))
-            else None
-        )
+        """Have this rank's piece of a round be read; after the last round there is none."""
+        pieces = self._rounds[number] if number < len(self._rounds) else ()
+        mine = next((piece for piece in pieces if piece.reader == self._comm.rank), None)
         return ahead.submit(self._read_piece, mine, buffer)
 
-    def _read_piece(self, piece: Piece | None, buffer: bytearray) -> memoryview | None:
+    def _read_piece(self, piece: HandedPiece | None, buffer: bytearray) -> memoryview | None:
         if piece is None:
             return None
         nbytes = self._nbytes(piece)
@@ -239,7 +236,7 @@ class Handing:
         if self._comm.union(int(self._failure is not None)):
             raise_together(self._comm, self._failure)
 
-    def _hand_on(self, pieces: Sequence[Piece], mine: memoryview | None) -> None:
+    def _hand_on(self, pieces: Sequence[HandedPiece], mine: memoryview | None) -> None:
         rank = self._comm.rank
         outgoing, incoming = [], []
         for piece in pieces:
@@ -252,7 +249,7 @@ class Handing:
         sources = [(piece.reader, self._nbytes(piece)) for piece in incoming]
         self._comm.exchange(outgoing, sources, lambda index, memory: self._take_piece(incoming[index], memory))
 
-    def _take_piece(self, piece: Piece, memory: memoryview) -> None:
+    def _take_piece(self, piece: HandedPiece, memory: memoryview) -> None:
         if self._failure is not None:
             return
         try:
@@ -265,9 +262,9 @@ class Handing:
         except BaseException as cause:  # noqa: BLE001 - told in the next round, and the others still send this one
             self._failure = failure_on(self._comm.rank, cause)
 
-    def _nbytes(self, piece: Piece) -> int:
+    def _nbytes(self, piece: HandedPiece) -> int:
         return int(self._bounds[piece.stop] - self._bounds[piece.start])
 
-    def _part(self, piece: Piece, memory: memoryview, number: int) -> memoryview:
+    def _part(self, piece: HandedPiece, memory: memoryview, number: int) -> memoryview:
         start = int(self._bounds[number] - self._bounds[piece.start])
         return memory[start : start + int(self._bounds[number + 1] - self._bounds[number])]

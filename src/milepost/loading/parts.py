@@ -14,7 +14,7 @@ from milepost.loading.target import Target
 from milepost.tensors.layout import Piece, Placed
 from milepost.tensors.parts import (
     Cut,
-    Form,
+    TensorForm,
     TensorParts,
     comes_apart,
     leaves,
@@ -161,7 +161,7 @@ def _device_of(like: Any) -> torch.device:
 def _put(
     target: Target,
     node: TensorParts,
-    form: Form,
+    form: TensorForm,
     rows: Piece | None,
     shape: tuple[int, ...],
     device: torch.device,
@@ -189,7 +189,7 @@ def _put(
 
 
 def _empty(
-    key: str, entry: TensorEntry, form: Form, cut: Cut, rows: Piece | None, device: torch.device
+    key: str, entry: TensorEntry, form: TensorForm, cut: Cut, rows: Piece | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | Placed]:
     """A new part, and where it belongs in the stored one."""
     dtype = getattr(torch, entry.dtype)

@@ -42,7 +42,7 @@ class Save:
         return self.nbytes / self.write_s if self.write_s > 0 else 0.0
 
 
-Kind = Literal["saved", "failed", "resumed", "deleted", "layout changed"]
+EventKind = Literal["saved", "failed", "resumed", "deleted", "layout changed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Moment:
 
     when: float
     """Seconds since the epoch."""
-    kind: Kind
+    kind: EventKind
     step: int
     text: str = ""
 

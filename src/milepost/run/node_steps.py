@@ -31,7 +31,7 @@ class NodeFolder:
     """Steps of which all nodes had their part: the save id of each."""
 
 
-def look(storage: Storage, folder: str, part: NodePart) -> NodeFolder:
+def look_at_node(storage: Storage, folder: str, part: NodePart) -> NodeFolder:
     """What this node's folder holds. Raises StorageError if it can't be read."""
     return NodeFolder(part, tuple(catalog.scan(storage, folder)), settled_steps(storage, folder))
 

@@ -38,7 +38,7 @@ _SHAPE, _DEVICE = ("the shape",), ("the device",)
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class TensorForm:
     """What a tensor is beside its parts."""
 
     class_name: str
@@ -65,7 +65,7 @@ class Form:
 class TensorParts(dict[str, Any]):
     """The parts of a tensor by attribute, in a state dict or, as nodes, in a checkpoint's tree."""
 
-    def __init__(self, form: Form, parts: Any = (), *, key: str = ""):
+    def __init__(self, form: TensorForm, parts: Any = (), *, key: str = ""):
         super().__init__(parts)
         self.form = form
         self.key = key
@@ -121,7 +121,7 @@ def take_apart(key: str, tensor: torch.Tensor, *, by_shard: bool = False) -> Ten
         )
     local, shard = local_of(tensor), shard_of(tensor)
     if shard is None:  # this rank is not in the tensor's mesh
-        return TensorParts(Form("", num_shards(tensor), tuple(tensor.shape), tensor.dtype))
+        return TensorParts(TensorForm("", num_shards(tensor), tuple(tensor.shape), tensor.dtype))
     if not by_shard and num_shards(tensor) == 1:
         return _whole(key, local)
     rows = _rows_of(tensor)
@@ -131,10 +131,10 @@ def take_apart(key: str, tensor: torch.Tensor, *, by_shard: bool = False) -> Ten
         if cuts is not None and _cut_evenly(whole, cuts, tensor.shape[0], rows):
             return _placed(whole, cuts, tensor.shape[0], rows)
     part = _whole(f"{key}.{shard}", local) if _is_made_of_others(local) else local
-    return TensorParts(Form("", num_shards(tensor), tuple(tensor.shape), tensor.dtype), {shard: part})
+    return TensorParts(TensorForm("", num_shards(tensor), tuple(tensor.shape), tensor.dtype), {shard: part})
 
 
-def take_apart_as(form: Form, key: str, tensor: torch.Tensor) -> TensorParts | None:
+def take_apart_as(form: TensorForm, key: str, tensor: torch.Tensor) -> TensorParts | None:
     """The parts of a tensor, cut by rows as those of a stored one are; None if that does not go."""
     local = local_of(tensor)
     if not _is_made_of_others(local):
@@ -160,7 +160,7 @@ def _whole(key: str, tensor: torch.Tensor) -> TensorParts:
             "decode",
             key=key,
         ) from None
-    form = Form(f"{kind.__module__}:{kind.__qualname__}", plain, tuple(tensor.shape), tensor.dtype)
+    form = TensorForm(f"{kind.__module__}:{kind.__qualname__}", plain, tuple(tensor.shape), tensor.dtype)
     inner = {name: getattr(tensor, name) for name in names}
     return TensorParts(
         form,
@@ -297,7 +297,7 @@ def place_rows(part: torch.Tensor, rows: Piece, num_rows: int) -> Placed:
 # ---- putting together ----
 
 
-def put_together(form: Form, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+def put_together(form: TensorForm, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of the form, ``shape`` of it on this rank, made of its parts. Shares their memory.
 
     Raises:
@@ -341,7 +341,7 @@ def find_class(class_name: str) -> type | None:
     return found
 
 
-def has_functions(form: Form) -> bool:
+def has_functions(form: TensorForm) -> bool:
     """Whether a tensor keeps functions, which are not looked up by the names in a checkpoint."""
     pending = [form.context]
     while pending:
@@ -458,7 +458,7 @@ def _from_record(plain: Any) -> TensorParts:
     _require(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "a tensor of parts")
     _require(all(type(name) is str for name in (*parts, *cuts)), "a tensor of parts")
     _require(class_name or (type(context) is int and context > 0), "a tensor of parts")
-    return TensorParts(Form(class_name, context, shape, dtype, cuts), parts)
+    return TensorParts(TensorForm(class_name, context, shape, dtype, cuts), parts)
 
 
 def _made_of(parts: Any) -> torch.Tensor:

@@ -208,7 +208,7 @@ class NodeTier:
     def _prune(self, own: _Own, remote: RemoteTier) -> list[str]:
         """Apply the rules to the settled steps on rank 0's node; the save ids of those that stay."""
         config = self._config
-        folder = node_steps.look(self._local.storage, self._local.path, self._part)
+        folder = node_steps.look_at_node(self._local.storage, self._local.path, self._part)
         entries = [
             replace(entry, state="committed")
             for entry in folder.entries
@@ -262,7 +262,7 @@ class NodeTier:
                 copies.begin(order["copy"])
             else:
                 with contextlib.suppress(StorageError):  # at the next order
-                    folder = node_steps.look(self._local.storage, self._local.path, self._part)
+                    folder = node_steps.look_at_node(self._local.storage, self._local.path, self._part)
                     self._delete(node_steps.outdated(folder, order["kept"], order["order"]))
         return True
 

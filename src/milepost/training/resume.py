@@ -129,7 +129,7 @@ class Loader:
         found, failure = None, None
         if self._nodes.is_first(self._comm.rank):
             try:
-                found = node_steps.look(self._storage, self._folder, self._nodes.part_of(self._comm.rank))
+                found = node_steps.look_at_node(self._storage, self._folder, self._nodes.part_of(self._comm.rank))
             except BaseException as cause:  # noqa: BLE001 - the other ranks wait
                 failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)

@@ -15,7 +15,7 @@ from milepost.interop.hf.save import AnyHfTarget, plan_image
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES
 from milepost.interop.weights.open import manifest_source
-from milepost.interop.weights.stream import Placed, SlabReader, write_image
+from milepost.interop.weights.stream import PlacedTensor, SlabReader, write_image
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff
@@ -51,7 +51,7 @@ def merge_ranks(
 
 
 def _write_weights(storage: Storage, path: str, layout: SafetensorsLayout, reader: SlabReader) -> FileDigests:
-    placed = [Placed(key, stored.offset) for key, stored in layout.tensors.items()]
+    placed = [PlacedTensor(key, stored.offset) for key, stored in layout.tensors.items()]
     count = ShareCount(layout.nbytes)
     with storage.open_write(path, layout.nbytes) as handle:
         count.add(0, memoryview(layout.prefix))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from milepost.collective.threads import map_in_threads
 from milepost.format.box import Box
-from milepost.interop.merging.merged import is_floating, parts_of, read_part, wide_dtype
+from milepost.interop.merging.merged import cut_box, is_floating, read_box, wide_dtype
 from milepost.interop.merging.methods import BASE, arc_factors
 from milepost.interop.weights.boxes import Array, Readable
 from milepost.interop.weights.stream import Advance
@@ -40,8 +40,8 @@ def arcs(inputs: Sequence[Readable], share: float, advance: Advance | None) -> d
     def measure(key: str) -> tuple[str, tuple[float, float]]:
         sums = np.zeros(3, np.float64)
         dtype = wide_dtype(key, inputs)
-        for part in parts_of(key, Box.whole(inputs[0].tensors[key].shape), inputs):
-            a, b = (read_part(inputs, number, key, part, dtype).reshape(-1).astype(np.float64) for number in (0, 1))
+        for part in cut_box(key, Box.whole(inputs[0].tensors[key].shape), inputs):
+            a, b = (read_box(inputs, number, key, part, dtype).reshape(-1).astype(np.float64) for number in (0, 1))
             sums += (np.dot(a, b), np.dot(a, a), np.dot(b, b))
             _visited(part, advance)
         dot, square_a, square_b = map(float, sums)
@@ -66,11 +66,11 @@ def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float
         return 0.0
     count = max(1, int(density * Box.whole(shape).numel))
     upper, lower = np.zeros(1 << (31 - LOW_BITS), np.int64), np.zeros(1 << LOW_BITS, np.int64)
-    for part in parts_of(key, Box.whole(shape), inputs):
+    for part in cut_box(key, Box.whole(shape), inputs):
         upper += np.bincount(_magnitudes(inputs, number, key, part) >> LOW_BITS, minlength=len(upper))
         _visited(part, advance)
     high, count = _from_above(upper, count)
-    for part in parts_of(key, Box.whole(shape), inputs):
+    for part in cut_box(key, Box.whole(shape), inputs):
         bits = _magnitudes(inputs, number, key, part)
         lower += np.bincount(bits[bits >> LOW_BITS == high] & (len(lower) - 1), minlength=len(lower))
         _visited(part, advance)
@@ -81,8 +81,8 @@ def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float
 def _magnitudes(inputs: Sequence[Readable], number: int, key: str, part: Box) -> npt.NDArray[np.uint32]:
     """The magnitudes of a difference as bits of float32, which are in the order of the values."""
     dtype = wide_dtype(key, inputs)
-    values = read_part(inputs, number, key, part, dtype)
-    values -= read_part(inputs, BASE, key, part, dtype)
+    values = read_box(inputs, number, key, part, dtype)
+    values -= read_box(inputs, BASE, key, part, dtype)
     magnitudes: Array = np.abs(values).astype(np.float32)
     return magnitudes.reshape(-1).view(np.uint32)
 

@@ -29,14 +29,14 @@ def wide_dtype(key: str, inputs: Sequence[Readable]) -> np.dtype[Any]:
     return np.dtype(np.float32 if is_narrow else np.float64)
 
 
-def read_part(inputs: Sequence[Readable], number: int, key: str, box: Box, dtype: np.dtype[Any]) -> Array:
+def read_box(inputs: Sequence[Readable], number: int, key: str, box: Box, dtype: np.dtype[Any]) -> Array:
     """A part of one source's tensor in a dtype, in new memory."""
     values = np.empty(box.sizes, dtype)
     inputs[number].read_into(key, box, values)
     return values
 
 
-def parts_of(key: str, box: Box, inputs: Sequence[Readable]) -> Iterator[Box]:
+def cut_box(key: str, box: Box, inputs: Sequence[Readable]) -> Iterator[Box]:
     """``box`` of a tensor in parts that are merged one after the other."""
     for slab in cut_into_slabs(box.sizes, 1, PART_NUMEL, common_unit(key, inputs)):
         yield slab.box.shifted(box.offsets)
@@ -72,10 +72,10 @@ class Merged:
             self._copy(key, box, out)
             return
         dtype = wide_dtype(key, self._inputs)
-        for part in parts_of(key, box, self._inputs):
+        for part in cut_box(key, box, self._inputs):
             values = self._method.values(
                 key,
-                lambda number, part=part: read_part(self._inputs, number, key, part, dtype),  # type: ignore[misc]
+                lambda number, part=part: read_box(self._inputs, number, key, part, dtype),  # type: ignore[misc]
             )
             target = out[part.relative_to(box).index()]
             cast_into(target, values)

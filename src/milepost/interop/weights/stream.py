@@ -101,7 +101,7 @@ class SlabReader:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedTensor:
     """A tensor and the offset of its first byte in a file."""
 
     key: str
@@ -147,7 +147,7 @@ class PassedBytes:
 
 def write_image(
     handle: WriteHandle,
-    tensors: Sequence[Placed],
+    tensors: Sequence[PlacedTensor],
     reader: SlabReader,
     *,
     digests: bool = True,
@@ -165,7 +165,7 @@ def write_image(
     passed = {placed.key: PassedBytes() for placed in tensors} if digests else {}
     local = threading.local()
 
-    def work(task: list[tuple[Placed, Slab]]) -> None:
+    def work(task: list[tuple[PlacedTensor, Slab]]) -> None:
         if not hasattr(local, "buffer"):
             local.buffer = mmap.mmap(-1, reader.buffer_nbytes)
         stream = ImageStream(handle, local.buffer, fill_gaps=not handle.is_sequential, on_write=on_write)
@@ -180,9 +180,9 @@ def write_image(
     return passed
 
 
-def _tasks(tensors: Sequence[Placed], reader: SlabReader) -> Iterator[list[tuple[Placed, Slab]]]:
+def _tasks(tensors: Sequence[PlacedTensor], reader: SlabReader) -> Iterator[list[tuple[PlacedTensor, Slab]]]:
     """Consecutive slabs of about ``TASK_NBYTES`` together."""
-    task: list[tuple[Placed, Slab]] = []
+    task: list[tuple[PlacedTensor, Slab]] = []
     nbytes = 0
     for placed in tensors:
         for slab in reader.slabs(placed.key):
