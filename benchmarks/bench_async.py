@@ -87,10 +87,8 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous.name}", rank=0, world_size=1)
         state = {f"layers.{i}.weight": torch.randn(SIDE, SIDE, device=args.device) for i in range(args.tensors)}
         args.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            measure(state, args.folder, args.rounds)
-        finally:
-            shutil.rmtree(args.folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            measure(state, Path(folder), args.rounds)
     logging.shutdown()
     os._exit(0)
 

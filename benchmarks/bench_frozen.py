@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,9 +79,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    try:
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         runs = {
-            f"{kind}, {how}": Run(args.folder / f"{kind}-{full_every}", args, is_frozen=frozen, full_every=full_every)
+            f"{kind}, {how}": Run(Path(folder) / f"{kind}-{full_every}", args, is_frozen=frozen, full_every=full_every)
             for kind, frozen in (("LoRA", True), ("full", False))
             for how, full_every in (("shared", 0), ("written anew", 1))
         }
@@ -91,8 +92,6 @@ def main() -> None:
         results = {name: run.result() for name, run in runs.items()}
         for run in runs.values():
             run.manager.close()
-    finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
     for name, found in results.items():
         print(f"{name}: {json.dumps({key: round(value, 4) for key, value in found.items()})}")
     lora, full = results["LoRA, shared"], results["full, shared"]

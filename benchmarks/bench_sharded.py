@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -36,10 +37,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
     args = parser.parse_args()
-    try:
-        times = run_world(measure, WORLD_SIZE, args.tensors, args.rounds, args.folder, timeout_s=1000.0)[0]
-    finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        times = run_world(measure, WORLD_SIZE, args.tensors, args.rounds, Path(folder), timeout_s=1000.0)[0]
     size = args.tensors * SIDE * SIDE * 4
     print(f"{args.tensors} fp32 tensors of {SIDE} x {SIDE}, {size / 1e9:.2f} GB, rows sharded over {WORLD_SIZE} ranks")
     for act in ("save", "load"):

@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from hub_models import KINDS, Kind, logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import assert_equal, hf_tensors
 
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
+from milepost.errors import ConversionError
+from milepost.interop.adapters import export_merged
+from milepost.interop.options import ConvertOptions
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
@@ -68,7 +71,7 @@ def test_an_adapter_is_written_as_peft_writes_it(memory_path: Path, base: Any, o
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_rslora": True, "alpha_pattern": {"layers.1.mlp.down_proj": 5}, "modules_to_save": ["norm"]},
+        {"use_rslora": True, "alpha_pattern": {"layers.1.mlp.down_proj|q_proj": 5}, "modules_to_save": ["norm"]},
         pytest.param({}, marks=pytest.mark.slow),
     ],
     ids=["patterns", "plain"],
@@ -87,6 +90,43 @@ def test_an_adapter_is_merged_as_peft_merges_it(memory_path: Path, base: Any, op
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
     assert_equal({k: v for k, v in hf_tensors(Path(again)).items() if k in found}, found)
+
+
+def test_biases_that_were_trained_with_an_adapter_are_not_lost(
+    memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted(base, bias="lora_only")
+    run, below, out = str(save(memory_path / "run", model)), str(memory_path / "base"), str(memory_path / "out")
+    assert main(["export", run, out, "--adapter"]) == 8
+    assert "was trained with bias: use save_pretrained() of PEFT" in capsys.readouterr().err
+    assert main(["export", run, out, "--merge-adapter", "--base", below]) == 8
+    assert "was trained with bias: use merge_and_unload() of PEFT" in capsys.readouterr().err
+    assert main(["export", run, out, "--merge-adapter", "--hf-assets", below]) == 0, "the step has the base, trained"
+    merged = model.merge_and_unload().state_dict()
+    for key, tensor in hf_tensors(Path(out)).items():
+        torch.testing.assert_close(tensor, merged[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_rows", [12, 6])
+def test_a_module_of_another_shape_than_the_bases_is_refused(memory_path: Path, num_rows: int) -> None:
+    adapter = {
+        "base_model.model.l.lora_A.default.weight": torch.ones(2, 4),
+        "base_model.model.l.lora_B.default.weight": torch.ones(4, 2),
+        "base_model.model.lm_head.modules_to_save.default.weight": torch.ones(num_rows, 4),
+    }
+    torch.save(adapter, memory_path / "adapter.pt")
+    (memory_path / "base").mkdir()
+    (memory_path / "base" / "config.json").write_text("{}")
+    held = {"l.weight": torch.ones(4, 4), "lm_head.weight": torch.zeros(8, 4)}
+    save_file(held, memory_path / "base" / "model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    with pytest.raises(
+        ConversionError, match=rf"lm_head.weight: \[{num_rows}, 4\] in the adapter, \[8, 4\] in the base"
+    ):
+        export_merged(
+            memory_path / "adapter.pt", memory_path / "out", config, "", memory_path / "base", ConvertOptions(to="hf")
+        )
+    assert not (memory_path / "out").exists()
 
 
 def test_what_can_not_be_exported_is_told(memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]) -> None:

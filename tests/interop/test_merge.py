@@ -241,9 +241,12 @@ def test_what_can_not_be_averaged_is_told(memory_path: Path) -> None:
     save_file({"w": np.ones(4, np.float32)}, memory_path / "hf" / "model.safetensors")
     (memory_path / "hf" / "config.json").write_text(json.dumps(config))
     save_arrays(storage, "c", {"w": np.ones(4, np.complex64)}, step=1, now=1e9)
+    codes = {"w": np.ones((4, 4), np.int8), "w.SCB": np.ones(4, np.float32)}
+    save_file(codes, memory_path / "int8.safetensors")  # without a config that says so
     with pytest.raises(ConversionError, match="quantized") as caught:
-        merge([memory_path / "hf", memory_path / "c"], memory_path / "x", MergeOptions())
+        merge([memory_path / name for name in ("hf", "c", "int8.safetensors")], memory_path / "x", MergeOptions())
     assert any("dtype complex64" in problem for problem in caught.value.problems)
+    assert sum("quantized weights" in problem for problem in caught.value.problems) == 2
 
 
 def test_a_damaged_source_and_a_damaged_result_leave_nothing(

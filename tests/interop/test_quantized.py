@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFa
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from milepost import CheckpointConfig, CheckpointManager
+from milepost import CheckpointConfig, CheckpointManager, HfModel
 from milepost.errors import ConversionError
 from milepost.format.box import Box
+from milepost.interop.adapters import export_merged
 from milepost.interop.convert import convert
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES, ConvertOptions
 from milepost.interop.weights.boxes import array_dtype
@@ -151,6 +152,47 @@ def test_mxfp4_becomes_what_transformers_makes_of_it(memory_path: Path) -> None:
     assert_equal(hf_tensors(memory_path / "plain"), expected)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "plain")
     assert torch.equal(loaded.model.layers[1].mlp.experts.down_proj, expected["model.layers.1.mlp.experts.down_proj"])
+
+
+def test_a_model_of_the_hub_starts_from_quantized_weights(memory_path: Path) -> None:
+    source, folder = memory_path / "source", memory_path / "fp8"
+    model = saved("mistral", source)
+    quantized = fp8_folder(folder, source)
+    config = CheckpointConfig(initial_load_in_hf=True, initial_load_path=str(folder))
+    with CheckpointManager(memory_path / "run", config, model=model, hf=HfModel.of(model)) as manager:
+        report = manager.load()
+    assert report is not None
+    assert any("dequantized" in note for note in report.notes)
+    found = model.state_dict()
+    for key, pair in quantized.items():
+        assert torch.equal(found[key], from_fp8(*pair, torch.float32)), key
+
+
+def test_an_adapter_is_merged_into_a_quantized_base_as_numbers(memory_path: Path) -> None:
+    weight, scale = to_fp8(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))
+    (memory_path / "config.json").write_text("{}")
+    base = {"l.weight": weight, "l.weight_scale_inv": scale}
+    how: dict[str, object] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    write(memory_path / "fp8", base, how, memory_path)
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
+    name = "base_model.model.l.lora_{}.default.weight"
+    torch.save({name.format("A"): a, name.format("B"): b}, memory_path / "adapter.pt")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    asked = ConvertOptions(to="hf", dtype="float32")
+    report = export_merged(memory_path / "adapter.pt", memory_path / "out", config, "", memory_path / "fp8", asked)
+    assert any("dequantized" in note for note in report.notes)
+    merged = hf_tensors(memory_path / "out")
+    torch.testing.assert_close(merged["l.weight"], from_fp8(weight, scale, torch.float32) + b @ a)
+    assert "quantization_config" not in json.loads((memory_path / "out" / "config.json").read_text())
+    write(
+        memory_path / "int8",
+        {"l.weight": torch.ones(32, 32, dtype=torch.int8), "l.SCB": torch.ones(32)},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        memory_path,
+    )
+    with pytest.raises(ConversionError, match="bitsandbytes"):
+        export_merged(memory_path / "adapter.pt", memory_path / "no", config, "", memory_path / "int8", asked)
+    assert not (memory_path / "no").exists()
 
 
 def test_a_training_starts_from_a_quantized_file(memory_path: Path) -> None:

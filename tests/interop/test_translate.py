@@ -208,6 +208,20 @@ def test_without_an_optimizer_there_is_no_training_state_to_convert(memory_path:
     assert not (memory_path / "made").exists()
 
 
+def test_a_training_step_of_another_size_or_model_is_refused_and_not_cut_to_fit(memory_path: Path) -> None:
+    kind = KINDS["llama"]
+    arrays = ours(kind, 1)
+    larger = arrays | {"layers.0.feed_forward.w1.weight": np.pad(arrays["layers.0.feed_forward.w1.weight"], (0, 2))}
+    for name, held in (("larger", larger), ("another", {f"net.{key}": array for key, array in arrays.items()})):
+        state = {f"optimizer.state.{key}.exp_avg": array for key, array in held.items()}
+        save_arrays(LocalStorage(memory_path), f"{name}/step-7", held | state, step=7)
+        asked = kind.options("dcp", names="torchtitan-0.3", training_state=True)
+        with pytest.raises(ConversionError) as caught:
+            convert(memory_path / name / "step-7", memory_path / "made", asked)
+        assert any("feed_forward.w1.weight" in problem for problem in caught.value.problems)
+        assert not (memory_path / "made").exists()
+
+
 def test_a_schedule_of_torchtitan_0_2_finds_all_that_it_loads(memory_path: Path) -> None:
     kind = KINDS["llama"]
     arrays = ours(kind, 1)

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from test_report import EVIL, Page
 
 from milepost.cli.main import main
+from milepost.report.diff import diff
+from milepost.report.diff_page import diff_page
 from milepost.report.gather import gather
 from milepost.report.tensorboard import scalars
 from milepost.storage import LocalStorage
@@ -52,6 +56,24 @@ def test_a_comparison_without_differences_says_so(run: Path) -> None:
     target = run / "diff.html"
     assert main(["diff", str(run / "step-1"), str(run / "step-1"), "--html", str(target)]) == 0
     assert "No difference was found" in " ".join(Page(target.read_text()).texts)
+
+
+def test_a_page_says_what_was_not_compared(memory_path: Path) -> None:
+    """Stock DCP stores no digests: without reading values nothing is known of them."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        dcp.save({"w": torch.full((4,), value)}, checkpoint_id=str(memory_path / name), no_dist=True)
+    seen = Page(diff_page(diff(memory_path / "a", memory_path / "b"), now=0.0))
+    assert "No difference was found; the values of 1 key were not compared" in " ".join(seen.texts)
+    assert not any(attributes.get("class") == "good" for _, attributes in seen.tags)
+
+
+def test_what_is_within_a_tolerance_is_counted_once(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    for name, value in (("a", 1.0), ("b", 1.0 + 1e-6)):
+        save_arrays(storage, name, {"x": np.full(3, value, "float32"), "y": np.ones(3, "float32")}, step=1)
+    report = diff(memory_path / "a", memory_path / "b", values=True).within(1e-3)
+    texts = Page(diff_page(report, now=0.0)).texts
+    assert texts[texts.index("2") - 1].strip() == "the same"
 
 
 def test_layer_norms_and_changes_are_scalars(run: Path) -> None:

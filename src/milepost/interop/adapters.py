@@ -11,8 +11,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import HfSink, Sink
-from milepost.interop.weights.boxes import Array, Readable, Renamed, TensorInfo, cast_into, total_nbytes
+from milepost.interop.weights.boxes import Array, Readable, Renamed, Source, TensorInfo, cast_into, total_nbytes
+from milepost.interop.weights.dequantized import plain_weights, without_quantization
 from milepost.interop.weights.noted import Noted, compare_with_noted
 from milepost.interop.weights.open import Weights, open_weights
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
@@ -76,9 +77,10 @@ def export_adapter(
     weights = open_weights(src)
     with weights.source:
         adapter = _adapter(weights, config, name)
+        _check_beside(config, weights.source.path, ("bias", "trainable_token_indices"), "save_pretrained()")
         content = _cast(adapter.tensors, options.dtype)
         sink = AdapterSink(dst, adapter.config)
-        return _written(weights, content, sink, options, started, None, f"adapter {adapter.name}", ())
+        return _written(weights, (weights.source,), content, sink, options, started, None, f"adapter {adapter.name}")
 
 
 def export_merged(
@@ -103,7 +105,10 @@ def export_merged(
         adapter = _adapter(weights, config, name)
         below = open_weights(base) if base else None
         try:
-            held = below.source if below is not None else _base_in(weights)
+            if below is not None:
+                _check_beside(config, src, ("bias",), "merge_and_unload()")
+            plain = plain_weights(below if below is not None else weights, options.dtype)
+            held = plain.source if below is not None else _base_in(plain)
             lent = os.fspath(options.hf_assets) or base
             if not lent:
                 raise ConversionError(
@@ -111,9 +116,17 @@ def export_merged(
                 )
             merged = LoraMerged(_cast(held, None), adapter, src)
             extras = lent_extras(lent, options.dtype, options.max_shard_nbytes, lends_index=bool(base))
+            places_all = options.max_shard_nbytes is None and all(key in extras.weight_map for key in merged.tensors)
+            extras = replace(
+                extras,
+                config=without_quantization(extras.config),
+                weight_map=extras.weight_map if places_all else {},
+            )
             content = _cast(merged, options.dtype)
             sink = HfSink(dst, extras)
-            return _written(weights, content, sink, options, started, progress, f"{adapter.name} merged", merged.notes)
+            read = (weights.source,) if below is None else (weights.source, below.source)
+            notes = (*plain.notes[len((below or weights).notes) :], *merged.notes)
+            return _written(weights, read, content, sink, options, started, progress, f"{adapter.name} merged", notes)
         finally:
             if below is not None:
                 below.source.close()
@@ -121,21 +134,22 @@ def export_merged(
 
 def _written(
     weights: Weights,
+    read: Sequence[Source],
     content: Readable,
     sink: Sink,
     options: ConvertOptions,
     started: float,
     progress: StageProgress | None,
     flavor: str,
-    notes: tuple[str, ...],
+    notes: tuple[str, ...] = (),
 ) -> ConvertReport:
-    """Write ``content``, read it back, and report."""
+    """Write ``content``, which is made of what is ``read``; read it back, and report."""
     nbytes = total_nbytes(content.tensors.values())
     noted = Noted(content)
     reader = SlabReader(noted, options.budget_nbytes, stage(progress, "exporting", nbytes))
     with sink.writing():
         sink.write(reader, {})
-        checked = weights.source.check_digests()
+        checked = sum(source.check_digests() for source in read)
         with sink.reopen() as written:
             compare_with_noted(noted, written, reader.num_threads, stage(progress, "verifying", nbytes))
     return ConvertReport(
@@ -165,6 +179,15 @@ def _adapter(weights: Weights, config: Mapping[str, Any], name: str) -> Adapter:
         )
     chosen = name or next(iter(found))
     return Adapter(chosen, Renamed(weights.source, found[chosen]), config)
+
+
+def _check_beside(config: Mapping[str, Any], path: str, options: Sequence[str], instead: str) -> None:
+    """Refuse an adapter that has trained values outside its own tensors: they would be lost. Raises ConversionError."""
+    found = [option for option in options if config.get(option) not in (None, "none")]
+    if found:
+        raise ConversionError(
+            f"the adapter in {path} was trained with {' and '.join(found)}: use {instead} of PEFT", path=path
+        )
 
 
 def _base_in(weights: Weights) -> Readable:
@@ -214,6 +237,10 @@ class LoraMerged:
             if target not in base.tensors:
                 faults.append(f"{target}: not in the base model")
         faults += [fault for target in self._pairs if target in base.tensors for fault in self._misshapen(target)]
+        for target, key in self._trained.items():
+            shape = adapter.tensors.tensors[key].shape
+            if target in base.tensors and shape != base.tensors[target].shape:
+                faults.append(f"{target}: {list(shape)} in the adapter, {list(base.tensors[target].shape)} in the base")
         if faults:
             raise ConversionError(
                 f"the adapter in {path} can't be merged, nothing was written:\n  " + "\n  ".join(listed(faults)),
@@ -264,7 +291,7 @@ class LoraMerged:
         module = key.removesuffix(".weight")
         patterns = config.get("alpha_pattern") or {}
         alpha = next(
-            (value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?{pattern}", module)),
+            (value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module)),
             config.get("lora_alpha", rank),
         )
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

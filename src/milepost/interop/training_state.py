@@ -16,15 +16,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from milepost.config import part_of
-from milepost.errors import ConversionError
+from milepost.errors import ConversionError, listed
 from milepost.format.box import Box
 from milepost.format.manifest import Manifest, ObjectEntry
 from milepost.format.record import object_record, read_object
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
-from milepost.interop.names.match import difference
-from milepost.interop.names.rules import Correspondence, MappedBox, Op, Recipe, correspond
+from milepost.interop.names.match import difference, fault_lines, with_stored_vocabulary
+from milepost.interop.names.model_sizes import ModelArgs
+from milepost.interop.names.rules import (
+    OWN,
+    Correspondence,
+    Family,
+    MappedBox,
+    Op,
+    Recipe,
+    correspond,
+    key_faults,
+)
 from milepost.interop.names.torchtitan import OPTIMIZER_NAMES
 from milepost.interop.names.translate import translate
 from milepost.interop.weights.boxes import Readable
@@ -59,8 +69,8 @@ def plan_training_step(
     """Plan how the step in ``folder`` becomes one under the ``names`` of another program. Reads small values.
 
     Raises:
-        ConversionError: it holds no optimizer state, keys of another model, or values that differ between parameters
-            of which the target has one.
+        ConversionError: it holds no optimizer state, keys or shapes of another model, or values that differ between
+            parameters of which the target has one.
     """
     path = f"{storage.root}/{folder}"
     if not any(key.startswith(_STATE) for key in manifest.tensors):
@@ -71,7 +81,7 @@ def plan_training_step(
     carried = {key: entry for key, entry in here.tensors.items() if part_of(key) in CARRIED}
     ours = Assembled(stored, {key: _recipe(key, entry.shape, origins.get(key)) for key, entry in carried.items()})
     family = family_of(model.name, model.sizes)
-    sizes = replace(model.sizes, vocab_size=ours.tensors["tok_embeddings.weight"].shape[0])
+    sizes = _checked_sizes(family, model, {key: info.shape for key, info in ours.tensors.items()}, path)
     of_model = correspond(family, family.scheme(names), sizes)
     values = {key: entry for key, entry in here.objects.items() if part_of(key) in CARRIED}
     of_optimizer = correspond(family, family.scheme(OPTIMIZER_NAMES.get(names, names)), sizes)
@@ -86,6 +96,22 @@ def plan_training_step(
         objects |= _lambda_schedule(objects)
     paths = {key: _path_of(key, here) for key in (*content.tensors, *objects)}
     return TrainingStep(ours, content, back, objects, paths, notes)
+
+
+def _checked_sizes(family: Family, model: ModelIdentity, shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelArgs:
+    """The sizes of ``model`` with the stored vocabulary. Raises ConversionError if it is not what is stored."""
+    shapes = {key: shape for key, shape in shapes.items() if part_of(key) == "model"}
+    scheme = family.scheme(OWN)
+    sizes = with_stored_vocabulary(scheme, model.sizes, shapes)
+    faults = fault_lines(key_faults(correspond(family, scheme, sizes), shapes))
+    if faults:
+        raise ConversionError(
+            f"{path} does not hold the training state of {model}, is it the right --model and --flavor?\n  "
+            + "\n  ".join(listed(faults)),
+            path=path,
+            problems=faults,
+        )
+    return sizes
 
 
 def _recipe(key: str, shape: tuple[int, ...], origins: Sequence[Origin] | None = None) -> Recipe:

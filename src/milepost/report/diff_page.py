@@ -20,6 +20,7 @@ from milepost.report.frame import (
 )
 from milepost.report.pictures import number, stacked_bars
 from milepost.report.profile import grid_of
+from milepost.storage.base import counted
 
 MAX_BARS = 20
 _NAMES = {"most": "Changed most", "movement": "By layer", "values": "All changes", "keys": "Keys", "kinds": "Kinds"}
@@ -30,11 +31,12 @@ def diff_page(report: DiffReport, *, now: float) -> str:
     changes = report.by_change()
     sections = [section for section in _sections(report, changes) if section]
     facts = [
-        ("the same", str(report.num_same + report.num_within)),
+        ("the same", str(report.num_same)),
         ("with other values", str(len(changes) or len(report.other_bytes))),
         ("of another dtype or shape", str(len(report.kinds))),
         ("only in A", str(len(report.only_a))),
         ("only in B", str(len(report.only_b))),
+        ("not compared", str(report.num_unknown)),
     ]
     made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     lead = f"A is {report.a}, B is {report.b}; compared by Milepost, {made}"
@@ -45,7 +47,9 @@ def diff_page(report: DiffReport, *, now: float) -> str:
 
 def _sections(report: DiffReport, changes: Sequence[ValueChange]) -> Iterable[str]:
     if report.is_same:
-        yield section_html("most", "No difference", '<p class="good">No difference was found.</p>')
+        rest = f"; the values of {counted(report.num_unknown, 'key')} were not compared" if report.num_unknown else ""
+        style = "warn" if report.num_unknown else "good"
+        yield section_html("most", "No difference", f'<p class="{style}">No difference was found{rest}.</p>')
     if changes:
         yield _most(changes)
         yield _by_layer(changes)

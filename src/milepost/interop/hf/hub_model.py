@@ -22,6 +22,7 @@ from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.weights.boxes import Readable, Renamed
+from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import open_weights
 from milepost.loading.fit import unexpected_error
 from milepost.loading.load import LoadReport
@@ -82,6 +83,7 @@ class HubModel:
 
         Raises:
             ConfigError: there is neither a path nor assets.
+            ConversionError: they are an adapter's, or quantized in a way that can't be undone; nothing was changed.
             StateMismatchError: keys or shapes do not fit; nothing was changed.
             CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
         """
@@ -93,10 +95,12 @@ class HubModel:
         started = time.monotonic()
         names = kept_names(self._model)
         prefix = _prefix(leaves, names)
-        weights = open_weights(path)
-        with weights.source as source:
-            if weights.is_adapter:
-                raise ConversionError(f"{source.path} is a PEFT adapter, not a whole model", path=source.path)
+        opened = open_weights(path)
+        with opened.source:
+            if opened.is_adapter:
+                raise ConversionError(f"{opened.source.path} is a PEFT adapter, not a whole model", path=path)
+            weights = plain_weights(opened, "float32")  # `pretrained_in` lets no quantized model pass
+            source = weights.source
             view, recipes = _as_stored(source, names)
             tied = {prefix + name: recipes[kept] for name, kept in names.copies.items()}
             ours = {prefix + name: recipe for name, recipe in recipes.items()} | tied

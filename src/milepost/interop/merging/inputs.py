@@ -16,6 +16,7 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.match import match
 from milepost.interop.weights.boxes import Readable, Renamed, TensorInfo
+from milepost.interop.weights.dequantized import method_of
 from milepost.interop.weights.open import Weights, open_weights
 
 
@@ -95,10 +96,9 @@ def _translated(first: Input, tensors: Readable, identity: ModelIdentity) -> Rea
 
 def _own_faults(one: Input) -> Iterator[str]:
     """Why a source can't be merged with anything."""
-    config = one.weights.config
     if one.weights.is_adapter:
         yield "a PEFT adapter, not a model: merge it into its base model first (merge_and_unload() of PEFT)"
-    elif config is not None and config.get("quantization_config") is not None:
+    elif method_of(one.weights.source, one.weights.config) is not None:
         yield "quantized weights, which are no numbers to average: dequantize them first"
     elif not one.tensors.tensors:
         yield "no tensors of a model"

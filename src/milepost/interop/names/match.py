@@ -47,7 +47,9 @@ def match(stored: Readable, family: Family, args: Args, path: str) -> Match[Args
         if nearest is None or len(faults) < nearest[0]:
             nearest = (len(faults), faults, scheme)
     assert nearest is not None
-    raise ConversionError(_report(path, family, nearest[2], nearest[1], stored), path=path, problems=_lines(nearest[1]))
+    raise ConversionError(
+        _report(path, family, nearest[2], nearest[1], stored), path=path, problems=fault_lines(nearest[1])
+    )
 
 
 def _without_prefix(stored: Readable, prefix: str) -> Readable:
@@ -81,7 +83,8 @@ def _notes(args: Args, fitted: Args, wanted: Correspondence, shapes: Mapping[str
     return tuple(notes)
 
 
-def _lines(faults: KeyFaults) -> list[str]:
+def fault_lines(faults: KeyFaults) -> list[str]:
+    """What is missing, unexpected and misshapen, a line each."""
     return [
         *(f"missing: {key}" for key in faults.missing),
         *(f"unexpected: {key}" for key in faults.unexpected),
