@@ -224,9 +224,10 @@ class CheckpointConfig:
             found.append("checkpoint.only_trainable and checkpoint.create_seed_checkpoint contradict each other")
         if self.create_seed_checkpoint and not self.enable:
             found.append("checkpoint.create_seed_checkpoint needs checkpoint.enable")
-        if self.export_dtype not in (None, "float32") and not self.last_save_model_only:
+        if self.export_dtype not in (None, "float32") and not (self.last_save_model_only or self.hf_interval):
             found.append(
-                f"checkpoint.export_dtype = {self.export_dtype} needs checkpoint.last_save_model_only: "
+                f"checkpoint.export_dtype = {self.export_dtype} needs checkpoint.last_save_model_only or "
+                "checkpoint.hf_interval: "
                 "a full checkpoint must keep its dtypes to be resumed from"
             )
         if self.initial_load_in_hf and not self.initial_load_model_only:

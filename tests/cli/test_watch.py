@@ -13,6 +13,7 @@ import pytest
 from milepost.cli import watch as watching
 from milepost.cli.ls_cmd import _run_to_watch
 from milepost.cli.main import main
+from milepost.format.tags import tagged
 from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.owner import this_process
 from milepost.run.underway import Watch, look
@@ -62,6 +63,17 @@ def test_rates_completion_and_what_is_stuck_are_told(attempt: Path) -> None:
     assert states_of(folder, seen, 14.0)[0].text == "written, to be committed"  # type: ignore[attr-defined]
     (attempt / "failed").write_text('{"message": "rank 2: no space left", "rank": 2}')
     assert states_of(folder, seen, 15.0)[0].text == "failed: rank 2: no space left"  # type: ignore[attr-defined]
+
+
+def test_names_that_carry_the_id_of_the_save_are_of_a_rank_too(attempt: Path) -> None:
+    """As in a store. A rank that has only said that it failed has not signed off."""
+    for rank in range(3):
+        name = f"__{rank}_0.distcp"
+        (attempt / "data" / name).rename(attempt / "data" / tagged(name, "0123456789abcdef0123456789abcdef"))
+    (attempt / "sign-off-1").write_bytes(b"")
+    (attempt / "sign-off-2.failed").write_bytes(b"")
+    (state,) = states_of(attempt.parent, Watch(), 0.0)
+    assert {file.rank: file.is_signed for file in state.files} == {0: False, 1: True, 2: False}  # type: ignore[attr-defined]
 
 
 def test_what_is_reserved_and_not_written_does_not_count(tmp_path: Path) -> None:

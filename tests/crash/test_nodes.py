@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -402,3 +403,39 @@ def test_copies_that_are_killed_are_made_again(memory_path: Path, monkeypatch: p
     world(copies_killed, memory_path)
     assert remote_steps(memory_path)[-1] == 8
     assert all(verify(memory_path / f"remote/step-{step}").is_sound for step in remote_steps(memory_path))
+
+
+def one_copy_killed(base: Path) -> float:
+    """Of node 1 alone: node 0's process knows nothing of it, and waits for the part."""
+    run = Run(base)
+    run.load()
+    if dist.get_rank() == RANKS_A_NODE:
+        kill_next = threading.Thread(target=kill_a_copy, daemon=True)
+        kill_next.start()
+    run.train(1)
+    if dist.get_rank() == RANKS_A_NODE:
+        kill_next.join(60)
+        assert not kill_next.is_alive(), "no copy was seen"
+    started = time.monotonic()
+    run.manager.close()
+    return time.monotonic() - started
+
+
+def kill_a_copy() -> None:
+    while True:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if "milepost.saving.copy_process" in " ".join(child.cmdline()):
+                    child.kill()
+                    return
+        time.sleep(0.002)
+
+
+def test_a_copy_that_is_killed_on_one_node_holds_up_no_other(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milepost.training.remote.RETRY_S", 0.5)
+    monkeypatch.setattr("milepost.training.node_tier.RETRY_S", 0.5)
+    assert max(world(one_copy_killed, memory_path)) < 45
+    assert remote_steps(memory_path) == [1]
+    assert verify(memory_path / "remote/step-1").is_sound

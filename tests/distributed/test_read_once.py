@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.collective.comm import SingleProcess
-from milepost.errors import DigestMismatchError, MilepostError, StorageError
+from milepost.errors import ConfigError, DigestMismatchError, MilepostError, StorageError
 from milepost.loading import load as load_module
 from milepost.storage import LocalStorage
 from milepost.testing.faulty import FaultyStorage
@@ -228,3 +228,16 @@ def read_by_default(folder: Path) -> int:
 def test_by_default_a_local_disk_is_read_by_each_and_a_network_once(memory_path: Path) -> None:
     spared = run_world(read_by_default, 2, memory_path)
     assert sum(spared) >= 0.9 * LARGE[0] * LARGE[1] * 4
+
+
+def load_with_ways_that_differ(folder: Path) -> bool:
+    own = torch.zeros(LARGE)
+    milepost.load(folder, {"large0": own}, allow_unexpected=["*"], read=("shared", "auto")[dist.get_rank()])
+    with pytest.raises(ConfigError, match="expected read to be one of auto, own, shared, found 'shraed'"):
+        milepost.load(folder, {"large0": own}, allow_unexpected=["*"], read="shraed")  # type: ignore[call-overload]
+    return torch.equal(own, whole_state()["large0"])
+
+
+def test_ranks_that_ask_for_different_ways_load_together(memory_path: Path) -> None:
+    milepost.save(memory_path / "ck", whole_state())
+    assert run_world(load_with_ways_that_differ, 2, memory_path / "ck") == [True, True]

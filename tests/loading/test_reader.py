@@ -15,12 +15,12 @@ import milepost
 from milepost.errors import StorageError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.loading.reader import ReadStats, read_tensors
+from milepost.loading.reader import HandedBlocks, ReadStats, TensorReads, read_tensors
 from milepost.loading.values import read_objects
 from milepost.run import catalog
 from milepost.storage import LocalStorage, Storage
-from milepost.tensors.layout import Piece, TensorLeaf
-from milepost.tensors.plan import plan_load
+from milepost.tensors.layout import Piece, TensorLeaf, tensor_leaf
+from milepost.tensors.plan import Origin, plan_load
 from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
 
 ROWS, COLUMNS = 7000, 1024
@@ -139,3 +139,22 @@ def test_truncation_after_the_scan_is_an_error(folder: Path, memory_path: Path) 
     )
     with pytest.raises(StorageError, match="it was cut off"):
         read_tensors(storage, "step-1", plan_load(manifest, [leaf.spec]), {"w": leaf}, digests)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 5), (2, 4, 4)])
+def test_blocks_that_are_handed_on_fill_transposed_tensors(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    stored = torch.rand(sizes)
+    milepost.save(tmp_path / "ck", {"theirs": stored})
+    storage = LocalStorage(tmp_path)
+    manifest = catalog.read_manifest(storage, "ck")
+    digests = catalog.read_digests(storage, "ck", manifest)
+    assert digests is not None
+    leaf = tensor_leaf("ours", torch.zeros_like(stored.mT.contiguous()))
+    origin = Origin(Box.whole(leaf.shape), "theirs", Box.whole(sizes), is_transposed=True)
+    items = plan_load(manifest, [leaf.spec], {"ours": [origin]})
+    handed = HandedBlocks(digests, frozenset([0]), frozenset([0]))
+    with TensorReads(storage, "ck", items, {"ours": leaf}, digests, handed=handed) as reads:
+        block = memoryview(bytearray(stored.nbytes))
+        reads.read_block(0, block)
+        reads.take_block(0, block)
+    assert torch.equal(leaf.local, stored.mT)

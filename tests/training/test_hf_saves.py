@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import milepost
 from milepost import CheckpointConfig, CheckpointManager, HfModel
 from milepost.cli.main import main
 from milepost.errors import ConfigError, SaveError
@@ -86,3 +87,12 @@ def test_it_needs_to_know_the_model(memory_path: Path) -> None:
         CheckpointManager(memory_path, CheckpointConfig(hf_interval=2), model=tiny())
     with pytest.raises(ConfigError, match=r"hf_interval must be 0 \(disabled\) or more"):
         CheckpointConfig(hf_interval=-1)
+
+
+def test_it_has_a_dtype_of_its_own_beside_full_steps(memory_path: Path) -> None:
+    train(memory_path, range(1, 4), export_dtype="bfloat16")
+    with milepost.open(memory_path / "hf" / "step-3") as exported, milepost.open(memory_path / "step-2") as step:
+        assert {str(exported[key].dtype) for key in exported} == {"bfloat16"}
+        assert step["model.norm.weight"].dtype == "float32"
+    with pytest.raises(ConfigError, match=r"needs checkpoint.last_save_model_only or checkpoint.hf_interval"):
+        CheckpointConfig(export_dtype="bfloat16", last_save_model_only=False)

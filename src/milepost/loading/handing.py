@@ -84,12 +84,9 @@ def exchange_wishes(comm: Comm, runs: Runs) -> list[Wish]:
         speakers = [tuple(ranks) for ranks in alike.values()]
     speakers = comm.broadcast(speakers)
     assert speakers is not None
-    speaks = any(ranks[0] == comm.rank for ranks in speakers)
-    said = comm.gather(runs if speaks else None)
-    wishes = [Wish(ranks, said[ranks[0]]) for ranks in speakers] if said is not None else None  # type: ignore[arg-type]
-    found = comm.broadcast(wishes)
-    assert found is not None
-    return found
+    said = comm.collect(runs, [ranks[0] for ranks in speakers])
+    wishes = [Wish(ranks, wanted) for ranks, wanted in zip(speakers, said, strict=True)] if comm.rank == 0 else []
+    return comm.broadcast(wishes)
 
 
 def plan_rounds(wishes: Sequence[Wish], sizes: npt.NDArray[np.int64]) -> tuple[tuple[HandedPiece, ...], ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import call
 from os import PathLike, fspath
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.collective.interrupt import interrupts_held
@@ -127,13 +127,14 @@ def load(
     Raises:
         StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
             in ``into`` is in the checkpoint.
-        ConfigError: ``into`` is no state dict, or ``path`` no path.
+        ConfigError: ``into`` is no state dict, ``path`` no path, ``read`` none of the three, or ``mmap`` is given with
+            ``into`` or for a checkpoint that is not in a local folder.
         DigestMismatchError, FormatError: stored bytes are damaged. Some tensors may have been filled already.
         CheckpointNotFoundError: there is no checkpoint at ``path``.
         MilepostError: something else went wrong, in a ``load_state_dict()`` of the caller's for instance.
         All are raised on every rank when one rank meets them.
     """
-    _check_arguments(path, into)
+    _check_arguments(path, into, read)
     if mmap and into is not None:
         raise ConfigError("milepost.load: mmap=True returns the whole state dict, and goes with no state dict to fill")
     storage, folder = open_storage(fspath(path))
@@ -162,8 +163,10 @@ def load(
     return template.state_dict if isinstance(template, Whole) else report
 
 
-def _check_arguments(path: object, into: object) -> None:
+def _check_arguments(path: object, into: object, read: object) -> None:
     """Explain first mistakes where they are made. The same on every rank, as the program is."""
+    if read not in get_args(ReadMode):
+        raise ConfigError(f"milepost.load: expected read to be one of {', '.join(get_args(ReadMode))}, found {read!r}")
     if not isinstance(path, str | PathLike):
         swapped = "; the path comes first: load(path, into)" if isinstance(into, str | PathLike) else ""
         raise ConfigError(f"milepost.load: expected the path of a checkpoint, found a {type(path).__name__}{swapped}")
@@ -266,11 +269,11 @@ def load_from(
         with watched(f"rank {comm.rank} is reading {path}"), ExitStack() as closing:
             try:
                 for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
+                    if handing is not None:  # which goes on with them
+                        closing.enter_context(reads)
                     with reads if handing is None else nullcontext(), sources.guard(reads):
                         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
                     stats += reads.stats
-                    if handing is not None:
-                        closing.enter_context(reads)
             except BaseException as cause:  # noqa: BLE001 - as above
                 failure = failure_on(comm.rank, cause, MilepostError)
             if handing is not None:
@@ -370,7 +373,7 @@ def _read_for_all(
 
 def _hands_on(comm: Comm, read: ReadMode, storage: Storage) -> bool:
     """Whether one rank reads what several want; the same on every rank. Collective."""
-    return read == "shared" or (read == "auto" and comm.broadcast(storage.is_remote))
+    return comm.broadcast(read == "shared" or (read == "auto" and storage.is_remote))
 
 
 def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:

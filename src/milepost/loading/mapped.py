@@ -28,7 +28,10 @@ class MappedFiles:
 
     def __init__(self, storage: Storage, folder: str):
         if not isinstance(storage, LocalStorage):
-            raise ConfigError(f"milepost.load(path, mmap=True): {storage.root} is no local folder, and can't be mapped")
+            raise ConfigError(
+                f"milepost.load(path, mmap=True): {storage.root} is not a local folder, and can't be mapped. Load it "
+                "without mmap, or copy it to a local folder first"
+            )
         report = verify_in(storage, folder)
         if report.problems:
             first = report.problems[0]

@@ -144,7 +144,7 @@ class TensorReads:
         """Note what is wanted of blocks that are handed on; whether this rank reads anything of the items' file."""
         reads_any = False
         for item in items:
-            target = self._leaves[item.leaf].view(item.piece)[item.dst.index()]
+            target = self._target_of(item)
             memory = tensor_bytes(target) if item.is_one_run and _is_plain_memory(target, item.dtype) else None
             for low, high in item.blocks(self._block_nbytes):
                 number = handed.number(item, low)
@@ -169,12 +169,14 @@ class TensorReads:
             src = np.frombuffer(data, np.uint8)[first - wanted.low : last - wanted.low]
             np.copyto(np.frombuffer(wanted.memory, np.uint8)[first - start : last - start], src)
 
+    def _target_of(self, item: ReadItem) -> torch.Tensor:
+        """The memory that one region fills, its dims in the order of the stored ones."""
+        target = self._leaves[item.leaf].view(item.piece)[item.dst.index()]
+        return target.transpose(-1, -2) if item.is_transposed else target
+
     def _tasks(self, item: ReadItem, handle: ReadHandle, ranges: list[tuple[int, int]]) -> Iterator[Task]:
         """The tasks that fill one region. The file's ranges that they read are added to ``ranges``."""
-        leaf, shard = self._leaves[item.leaf], item.shard
-        target = leaf.view(item.piece)[item.dst.index()]
-        if item.is_transposed:
-            target = target.transpose(-1, -2)
+        target, shard = self._target_of(item), item.shard
         if shard.data_offset is None:
             ranges.append((shard.record_offset, shard.record_offset + shard.record_nbytes))
             yield partial(self._unpickle, item, handle, target)

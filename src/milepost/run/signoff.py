@@ -225,6 +225,12 @@ def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
     return bool(names) and _look(storage, attempt, names, rank).error is None
 
 
+def withdraw_sign_off(storage: Storage, attempt: str, rank: int) -> None:
+    """Take away what an earlier process has left of this rank's sign-off, so that it can sign off anew."""
+    for name in (*_names_of(rank), f"{_PREFIX}{rank}.part"):
+        storage.remove(f"{attempt}/{name}")
+
+
 def ranks_in(names: Iterable[str]) -> dict[int, bool]:
     """The ranks whose sign-off is among the files ``names`` of an attempt; False for one that only says it failed."""
     found = {}

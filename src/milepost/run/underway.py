@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from milepost.errors import StorageError
+from milepost.format.tags import untagged
 from milepost.run import commit
 from milepost.run.catalog import ATTEMPT_PREFIX, step_of
 from milepost.run.owner import is_alive, owners_of
@@ -82,7 +83,7 @@ def _look(storage: Storage, attempt: str, entry: Entry, now: float) -> Look:
             file.name: storage.written_nbytes(f"{attempt}/data/{file.name}") if storage.can_rename else file.nbytes
             for file in files_of_attempt(storage, attempt)
         },
-        signed=frozenset(signed),
+        signed=frozenset(rank for rank, is_complete in signed.items() if is_complete),
         owners=tuple(str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)),
         failure=failure,
     )
@@ -162,7 +163,7 @@ class Watch:
         while len(seen) > 2 and now - seen[1][0] > _RATE_SPAN_S:
             del seen[0]
         since, before = seen[0]
-        found = _RANK.search(name)
+        found = _RANK.fullmatch(untagged(name))  # in a store names carry the save id
         rank = int(found[1]) if found is not None else None
         return FileState(
             name=name,

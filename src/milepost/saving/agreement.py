@@ -434,7 +434,7 @@ class Agreement:
             form = request.make_form(self._dtypes()) if request.make_form is not None else None
             begun = self._begin(request) if depth is None else None
             earlier = self._files_of_parent(request, plans) if self._nodes is None else {}
-            infos = [self._info_for(rank, request) for rank in range(len(offers))]
+            infos = self._infos(request, len(offers))
             return [
                 _Answer(
                     plan,
@@ -475,11 +475,13 @@ class Agreement:
         with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{request.target}"):
             return _Begun(save_id, commit.begin_attempt(self._storage, request.target, save_id))
 
-    def _info_for(self, rank: int, request: SaveRequest) -> SaveInfo | None:
-        """What rank 0 tells ``rank`` of the manifest that it is to write; None if it writes none, or is rank 0."""
-        if rank == 0 or self._nodes is None or not self._nodes.is_first(rank):
-            return None
-        return self._with_structure(request.info)
+    def _infos(self, request: SaveRequest, num_ranks: int) -> list[SaveInfo | None]:
+        """What rank 0 tells each rank of the manifest that it is to write; None if it writes none, or is rank 0."""
+        if self._nodes is None:
+            return [None] * num_ranks
+        writers = {ranks[0] for ranks in self._nodes.groups} - {0}
+        info = self._with_structure(request.info)
+        return [info if rank in writers else None for rank in range(num_ranks)]
 
     def _compare(self, request: SaveRequest, prepared: Prepared, depth: Depth) -> _Begun:
         """Compare what ranks have in common; the attempt, once nothing differs that must not. Collective.

@@ -36,9 +36,11 @@ from milepost.run.signoff import (
     dump_sign_off,
     has_signed_off,
     parse_sign_off,
+    ranks_in,
     segment_of,
     sign_off,
     wait_for_sign_offs,
+    withdraw_sign_off,
 )
 from milepost.saving.copy_step import CopyProgress, CopyReport, Spot, attempt_of, begin_copy
 from milepost.saving.writer import write_stream
@@ -82,19 +84,19 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     """
     started = time.monotonic()
     record = catalog.read_part(src.storage, src.path)
-    if record.faults:
-        raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
     manifest = record.manifest
     part = part_of_manifest(manifest.extra, src.path)
     found = catalog.examine(dst.storage, dst.path)
     if found is not None and found.is_usable and found.save_id == manifest.save_id:
         return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
-    digests = catalog.read_digests(src.storage, src.path, manifest)
-    if digests is None:
-        raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
     waiting = _Patience()
     attempt = _enter(dst, part, manifest.save_id, waiting)
-    try:
+    try:  # from here on an error is left in the attempt: the other nodes wait there
+        if record.faults:
+            raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
+        digests = catalog.read_digests(src.storage, src.path, manifest)
+        if digests is None:
+            raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
         offers = _offered(dst.storage, attempt, part, manifest, digests, waiting)
         nbytes = _bring(src, dst, attempt, part, manifest, digests, offers, progress)
         _finish(dst, attempt, part, manifest, offers, waiting)
@@ -139,8 +141,8 @@ def _enter(dst: Spot, part: NodePart, save_id: str, waiting: _Patience) -> str:
         attempt = attempt_of(dst.path, save_id)
         waiting.wait_for(lambda: bool(dst.storage.names(attempt)), "node 0, which is to begin the copy,")
         commit.adopt_attempt(dst.storage, attempt)
-    if not _has_brought(dst.storage, attempt, part.node):
-        dst.storage.remove(f"{attempt}/sign-off-{part.node}")  # an earlier try of this node's has failed
+    if not has_signed_off(dst.storage, attempt, part.node):
+        withdraw_sign_off(dst.storage, attempt, part.node)  # an earlier try of this node's has failed, or was killed
     return attempt
 
 
@@ -161,7 +163,15 @@ def _offered(
     mine = f"{attempt}/{_OFFER_PREFIX}{part.node}"
     storage.replace(mine, dump_sign_off(SignOff(part.node, manifest.save_id, segment)))
     names = [f"{_OFFER_PREFIX}{node}" for node in range(part.num_nodes)]
-    waiting.wait_for(lambda: {*names} <= {*storage.names(attempt)}, "the copies of the other nodes")
+
+    def are_there() -> bool:
+        present = {*storage.names(attempt)}
+        missing = {node for node, name in enumerate(names) if name not in present}
+        if failed := sorted(missing & ranks_in(present).keys()):  # it has signed off, so it will offer nothing
+            raise SaveError(f"node {failed[0]} could not copy its part of the step: see its log", path=attempt)
+        return not missing
+
+    waiting.wait_for(are_there, "the copies of the other nodes")
     tables = []
     for node, name in enumerate(names):
         found = table if node == part.node else _table_in(storage, f"{attempt}/{name}")
@@ -191,7 +201,7 @@ def _bring(
 ) -> int:
     """Copy what no lower node holds, and sign off. Returns the bytes that were sent."""
     storage, save_id = dst.storage, manifest.save_id
-    if _has_brought(storage, attempt, part.node):
+    if has_signed_off(storage, attempt, part.node):  # an earlier process of this node has brought all
         return 0
     place = Place.of(storage, attempt, dst.path, save_id)
     by_file = _records(offers[part.node], offers[: part.node])
@@ -209,11 +219,6 @@ def _bring(
     storage.sync_folder(place.folder)
     sign_off(storage, attempt, SignOff(part.node, save_id, segment_of(written) if written else None))
     return sent
-
-
-def _has_brought(storage: Storage, attempt: str, node: int) -> bool:
-    """Return whether an earlier process of this node has brought all that it had to."""
-    return has_signed_off(storage, attempt, node)
 
 
 def _records(own: ShardTable, lower: Sequence[ShardTable]) -> dict[str, list[_Record]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milepost.collective.comm import Comm, failure_on, raise_together
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, StorageError
 from milepost.run.node_part import NodePart, rank_list
 from milepost.storage.base import Storage, join
 
@@ -54,7 +55,8 @@ def find_nodes(storage: Storage, folder: str, comm: Comm) -> Nodes:
             failure = failure_on(comm.rank, cause)
         raise_together(comm, failure)  # all have looked
     finally:
-        storage.remove(mine)
+        with contextlib.suppress(StorageError):  # the other ranks go on, and it is empty
+            storage.remove(mine)
     brought = comm.gather(seen)
     verdict = comm.broadcast(_groups(brought) if brought is not None else None)
     if isinstance(verdict, ConfigError):

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from milepost.collective.comm import Comm, on_rank_0
+from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
 from milepost.config import CheckpointConfig
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
@@ -56,8 +56,13 @@ class HfSaves:
         self._history = SaveHistory(comm, partial(catalog.scan, storage, self._folder), lambda: None)
         self._begun: tuple[int, SaveHandle] | None = None
         self._lock: RunLock | None = None  # rank 0 holds it
-        on_rank_0(comm, self._take_folder)
-        self._saver = AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads)
+        failure = None
+        try:
+            self._saver = AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads)
+        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
+            failure = failure_on(comm.rank, cause)
+        raise_together(comm, failure)
+        on_rank_0(comm, self._take_folder)  # last: nothing after it may fail, and leave the folder locked
 
     def _take_folder(self) -> None:
         self._storage.make_folder(self._folder)

@@ -32,7 +32,7 @@ from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
 from milepost.storage.base import join
 from milepost.training.hooks import Commit, CommitHooks
-from milepost.training.remote import RemoteTier, run_copy
+from milepost.training.remote import RETRY_S, RemoteTier, run_copy
 
 log = logging.getLogger("milepost")
 
@@ -149,7 +149,9 @@ class NodeTier:
     def _end(self) -> None:
         if self._copies is not None:
             self._comm.arrive(self._key("ended"))
-            if not self._has_left:
+            if self._has_left:
+                self._copies.leave()
+            else:
                 self._copies.close()
         elif self._remote is not None and not self._has_left:
             self._remote.close()
@@ -275,6 +277,7 @@ class _Copies:
         self._remote = remote
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
+        self._is_given_up = threading.Event()
 
     def begin(self, step: int) -> None:
         """Copy a step; what was to be copied before is given up if it is not done."""
@@ -288,22 +291,35 @@ class _Copies:
             keep=None,
             is_part=True,
         )
+        self._is_given_up.clear()
         self._thread = threading.Thread(target=self._copy, args=(step, request), name="milepost-part", daemon=True)
         self._thread.start()
 
     def _copy(self, step: int, request: CopyRequest) -> None:
-        failure = run_copy(request, self._started).failure
-        if failure:
-            log.warning("this node's part of step %d could not be copied to %s: %s", step, self._remote, failure)
+        """Copy until it is there: the processes of the other nodes wait for this part."""
+        while (outcome := run_copy(request, self._started)).failure and not self._is_given_up.is_set():
+            log.warning(
+                "this node's part of step %d could not be copied to %s: %s", step, self._remote, outcome.failure
+            )
+            if outcome.is_final or self._is_given_up.wait(RETRY_S):
+                return
 
     def _started(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        if self._is_given_up.is_set():
+            process.terminate()
 
     def _stop(self) -> None:
-        if self._thread is not None and self._thread.is_alive() and self._process is not None:
-            self._process.terminate()
+        self._is_given_up.set()
+        if self._thread is not None and self._thread.is_alive():
+            if self._process is not None:
+                self._process.terminate()
             self._thread.join()
         self._process = None
+
+    def leave(self) -> None:
+        """Try no more; a copy that runs is finished by its process."""
+        self._is_given_up.set()
 
     def close(self) -> None:
         """Return when the last copy has ended: it does once rank 0's has."""

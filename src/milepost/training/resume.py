@@ -284,7 +284,8 @@ class Loader:
         self._bad_here.add(step)
         part = self._nodes.part_of(self._comm.rank)
         if self._comm.rank == part.ranks[0] and error.rank in part.ranks:
-            self._mark_damaged(self._storage, path, error)
+            with contextlib.suppress(StorageError):  # the other ranks go on: it is passed over in this run all the same
+                self._mark_damaged(self._storage, path, error)
 
     def _policy(self, choice: Choice) -> Policy:
         """What may be missing: whatever a new run adds to the weights that it begins with, where it says which."""
