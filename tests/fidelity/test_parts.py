@@ -280,6 +280,65 @@ def save_on_its_way(folder: Path) -> None:
     )
 
 
+class OneScale(torch.Tensor):
+    """Numbers of a byte, and one scale for all of them: each shard of a DTensor has its own."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> OneScale:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[no-any-return]
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], kept: Any, size: Any, stride: Any) -> OneScale:
+        return cls(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = args[0]
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.view.default):
+            return cls(own.codes, own.scale)
+        if func is torch.ops.aten.slice.Tensor:
+            return cls(own.codes[args[2] : args[3]], own.scale)
+        raise NotImplementedError(str(func))
+
+
+def save_scales_of_shards(folder: Path, at_first: bool) -> list[tuple[float, list[list[int]]]]:
+    """Scales that are alike in the first step, perhaps, and each rank's own in the second; both loaded anew."""
+    rank = torch.distributed.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+
+    def one(code: int, scale: float) -> DTensor:
+        local = OneScale(torch.full((2, 4), code, dtype=torch.uint8), torch.tensor(scale))
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+
+    own = one(rank + 1, float(rank + 1) if at_first else 1.0)
+    with CheckpointManager(folder, CONFIG, model=nn.Linear(1, 1), states={"held": Holder({"w": own})}) as manager:
+        for step in (1, 2):
+            assert manager.save(step)
+            parts.local_of(own).scale.fill_(10.0 * (rank + 1))  # type: ignore[attr-defined]
+    found = []
+    for step in (1, 2):
+        holder = Holder({"w": one(0, 0.0)})
+        with CheckpointManager(folder, CONFIG, model=nn.Linear(1, 1), states={"held": holder}) as manager:
+            manager.load(step=step)
+        local: Any = parts.local_of(holder.state["w"])
+        found.append((local.scale.item(), local.codes.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("at_first", [False, True])
+def test_a_scale_of_each_shards_own_is_kept_for_each(memory_path: Path, at_first: bool) -> None:
+    """A part that all shards have may be a table of them all, or each one's own that is alike by chance."""
+    for rank, found in enumerate(run_world(save_scales_of_shards, 2, memory_path, at_first, timeout_s=60)):
+        codes = [[rank + 1] * 4] * 2
+        assert found == [(float(rank + 1) if at_first else 1.0, codes), (10.0 * (rank + 1), codes)]
+
+
 def test_the_result_of_a_collective_is_stored_as_what_it_is(memory_path: Path) -> None:
     run_world(save_on_its_way, 2, memory_path, timeout_s=60)
     expected = torch.arange(3.0).repeat(2)

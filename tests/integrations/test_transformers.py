@@ -204,7 +204,7 @@ def resume_past_damage(folder: Path) -> dict[str, Any]:
 
 def test_a_damaged_or_incomplete_step_is_passed_over(tmp_path: Path) -> None:
     (undisturbed,) = run_world(train, 1, tmp_path / "whole")
-    run_world(train, 1, tmp_path / "killed", 13, allow_death=True)
+    run_world(train, 1, tmp_path / "killed", 13, "disabled", allow_death=True)
     folder = tmp_path / "killed/milepost"
     (folder / "step-12/milepost.json").unlink()
     (folder / "step-12/.metadata").unlink()

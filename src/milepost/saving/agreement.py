@@ -46,7 +46,7 @@ from milepost.tensors.values import encode_object
 log = logging.getLogger("milepost")
 
 T = TypeVar("T")
-_Brought = tuple[dict[int, Digests], dict[str, str], frozenset[str], str]
+_Brought = tuple[dict[int, Digests], dict[str, str], dict[str, str], frozenset[str], str]
 
 TIMEOUT_S = 600.0
 """Seconds that a rank waits for the others' records before it gives a save up."""
@@ -179,6 +179,7 @@ class _Outcome:
     begun: _Begun | None = None
     unlike: Sequence[int] = ()
     per_rank: frozenset[str] = frozenset()
+    by_shard: frozenset[str] = frozenset()
     error: MilepostError | None = None
 
 
@@ -497,17 +498,18 @@ class Agreement:
                 lambda: (
                     {index: self._held(prepared, index, depth) for index in unlike},
                     {key: str(path[0]) for key, path in prepared.flat.paths.items()} if unlike else {},
+                    {key: leaf.shard_of for key, leaf in prepared.flat.tensors.items() if leaf.shard_of},
                     prepared.buffers,
                     host_name(),
                 ),
                 lambda brought: self._close_look(request, outcome.unlike, brought),
             )
-        if outcome.error is not None or outcome.per_rank:
+        if outcome.begun is None:
             self._forget(prepared)
         if outcome.error is not None:
             raise outcome.error
         if outcome.begun is None:
-            raise _BelongsToRanks(outcome.per_rank)
+            raise _BelongsToRanks(outcome.per_rank, outcome.by_shard)
         return outcome.begun
 
     def _exchanged(self, bring: Callable[[], T], decide: Callable[[list[T]], _Outcome]) -> _Outcome:
@@ -536,13 +538,17 @@ class Agreement:
         return _Outcome(unlike=unlike) if unlike else _Outcome(self._begin(request))
 
     def _close_look(self, request: SaveRequest, unlike: Sequence[int], brought: list[_Brought]) -> _Outcome:
-        roots = {key: root for _, found, _, _ in brought for key, root in found.items()}
+        roots = {key: root for _, found, *_ in brought for key, root in found.items()}
+        shards = {key: whole for _, _, found, *_ in brought for key, whole in found.items()}
+        found = differences(self._all_groups, unlike, [held for held, *_ in brought])
+        if own := frozenset(shards[one.key] for one in found if one.key in shards):
+            return _Outcome(by_shard=own)
         verdict = judge(
-            differences(self._all_groups, unlike, [held for held, _, _, _ in brought]),
+            found,
             per_rank=set(request.per_rank) - self._per_rank,
             roots=roots,
-            buffers=frozenset[str]().union(*(buffers for _, _, buffers, _ in brought)),
-            hosts=[host for _, _, _, host in brought],
+            buffers=frozenset[str]().union(*(buffers for *_, buffers, _ in brought)),
+            hosts=[host for *_, host in brought],
         )
         if verdict.error is not None or verdict.per_rank:
             return _Outcome(per_rank=verdict.per_rank, error=verdict.error)

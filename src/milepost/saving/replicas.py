@@ -80,9 +80,15 @@ def groups_in_common(layouts: Sequence[LocalLayout]) -> list[Group]:
 
 
 def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Digests:
-    """This rank's digests of what it shares with the others of a group."""
+    """This rank's digests of what it shares with the others of a group.
+
+    Replicas of a tensor are compared as ``depth`` says. What every shard of a tensor has a copy of always is: it may
+    be the shard's own (a scale), and is alike only by chance.
+    """
+    chosen = [held for held in group.tensors if depth != "values" or tensors[held[0]].shard_of]
+    digests = dict(zip(chosen, _tensor_digests(chosen, tensors, whole=depth == "whole"), strict=True))
     return Digests(
-        () if depth == "values" else tuple(_tensor_digests(group, tensors, whole=depth == "whole")),
+        tuple(digests.get(held, b"") for held in group.tensors),
         tuple(_digest(objects[key]) for key in group.objects),
     )
 
@@ -96,8 +102,8 @@ def _digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _tensor_digests(group: Group, tensors: Mapping[str, TensorLeaf], *, whole: bool) -> list[bytes]:
-    parts = [_elements(tensors[key], box, whole=whole) for key, box in group.tensors]
+def _tensor_digests(held: Sequence[tuple[str, Box]], tensors: Mapping[str, TensorLeaf], *, whole: bool) -> list[bytes]:
+    parts = [_elements(tensors[key], box, whole=whole) for key, box in held]
     if not whole:  # small: one copy from each device for all of them
         parts = _moved_together(parts)
     return [_digest(part.cpu().numpy().data) for part in parts]
@@ -138,9 +144,7 @@ def differences(
     for index in indices:
         group = groups[index]
         held = [brought[rank][index] for rank in group.ranks]
-        columns = [
-            (key, True, [h.tensors[n] for h in held]) for n, (key, _) in enumerate(group.tensors) if held[0].tensors
-        ]
+        columns = [(key, True, [h.tensors[n] for h in held]) for n, (key, _) in enumerate(group.tensors)]
         columns += [(key, False, [h.objects[n] for h in held]) for n, key in enumerate(group.objects)]
         for key, is_tensor, digests in columns:
             camps: dict[bytes, list[int]] = defaultdict(list)

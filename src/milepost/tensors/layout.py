@@ -61,6 +61,8 @@ class TensorLeaf:
     local: torch.Tensor
     is_part: bool = False
     """Whether it is one of those that a tensor is made of, which mean something in their own dtype alone."""
+    shard_of: str = ""
+    """Of a part that is in every shard of a DTensor (a table, a scale): the key of that; empty for any other tensor."""
 
     @property
     def spec(self) -> TensorSpec:

@@ -108,8 +108,10 @@ def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> Fl
     return flat
 
 
-def _enter(flat: FlatState, container: Any, path: Path, packed: set[int], by_shard: frozenset[str]) -> Any:
-    """Add what stands below a container, and return its skeleton."""
+def _enter(
+    flat: FlatState, container: Any, path: Path, packed: set[int], by_shard: frozenset[str], whole: str = ""
+) -> Any:
+    """Add what stands below a container, and return its skeleton. ``whole``: key of the tensor that it is a part of."""
     items: Iterable[tuple[Any, Any]]
     items = container.items() if isinstance(container, Mapping) else enumerate(container)
     blank: list[tuple[Any, Any]] = []
@@ -121,7 +123,7 @@ def _enter(flat: FlatState, container: Any, path: Path, packed: set[int], by_sha
         if comes_apart(value) or (by_shard and isinstance(value, torch.Tensor) and _key(here) in by_shard):
             value = take_apart(_key(here), value, by_shard=_key(here) in by_shard)
         if id(value) in packed or not is_open(value):
-            _add(flat, here, value, Slot(container, index), is_part=isinstance(container, TensorParts))
+            _add(flat, here, value, Slot(container, index), container, whole)
             blank.append((index, None))
             continue
         if isinstance(value, Mapping) and len(here) > 1 and type(value) not in (*MAPPINGS, TensorParts):
@@ -130,7 +132,8 @@ def _enter(flat: FlatState, container: Any, path: Path, packed: set[int], by_sha
             raise SaveError(f"{key} is a {kind}, a type that can't be kept: store dict(...) of it", key=key)
         if not value and not isinstance(value, TensorParts):
             flat.empty.append(here)
-        blank.append((index, _enter(flat, value, here, packed, by_shard)))
+        inside = whole or _key(here) if isinstance(value, TensorParts) else ""
+        blank.append((index, _enter(flat, value, here, packed, by_shard, inside)))
     return alike(container, blank)
 
 
@@ -138,7 +141,7 @@ def _key(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def _add(flat: FlatState, path: Path, value: Any, slot: Slot, *, is_part: bool) -> None:
+def _add(flat: FlatState, path: Path, value: Any, slot: Slot, container: Any, whole: str) -> None:
     key = _key(path)
     if key in flat.paths:
         raise SaveError(
@@ -148,7 +151,11 @@ def _add(flat: FlatState, path: Path, value: Any, slot: Slot, *, is_part: bool) 
     flat.slots[key] = slot
     if isinstance(value, Placed) or (isinstance(value, torch.Tensor) and has_own_record(value)):
         leaf = tensor_leaf(key, value.resolve_conj().resolve_neg() if is_lazy(value) else value)
-        flat.tensors[key] = replace(leaf, is_part=True) if is_part else leaf
+        if isinstance(container, TensorParts):
+            leaf = replace(
+                leaf, is_part=True, shard_of=whole if container.form.cuts.get(str(path[-1])) == "whole" else ""
+            )
+        flat.tensors[key] = leaf
     else:
         flat.objects[key] = value
 
