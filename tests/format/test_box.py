@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from milepost.format.box import Box, contiguous_runs, cover_faults, first_gap
+from milepost.format.box import Box, contiguous_runs, cover_faults, first_gap, span
 
 
 def test_a_box_knows_its_corners_and_its_number_of_elements():
@@ -59,6 +59,21 @@ def test_runs_of_a_slice_along_the_first_dim_are_one():
 
 def test_runs_of_columns_are_one_per_row():
     assert list(contiguous_runs(Box((0, 1), (3, 2)), (3, 5))) == [(1, 3), (6, 8), (11, 13)]
+
+
+@pytest.mark.parametrize(
+    ("box", "shape"),
+    [
+        (Box((), ()), ()),
+        (Box((3,), (4,)), (9,)),
+        (Box((0, 1), (3, 2)), (3, 5)),
+        (Box((1, 0), (2, 5)), (4, 5)),
+        (Box((1, 2, 0), (2, 1, 3)), (4, 3, 5)),
+    ],
+)
+def test_the_span_of_a_box_is_from_its_first_run_to_its_last(box: Box, shape: tuple[int, ...]):
+    runs = list(contiguous_runs(box, shape))
+    assert span(box, shape) == (runs[0][0], runs[-1][1])
 
 
 def test_a_0_d_tensor_is_one_run_and_an_empty_one_none():

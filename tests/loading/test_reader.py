@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import milepost
-from milepost.errors import StorageError
+from milepost.errors import DigestMismatchError, FormatError, StorageError
 from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.loading.reader import HandedBlocks, ReadStats, TensorReads, read_tensors
@@ -92,6 +92,34 @@ def test_small_values_are_read_together(folder: Path) -> None:
     found = dict(read_objects(storage, "step-1", manifest, [f"objects.o{n}" for n in range(40)]))
     assert found == {f"objects.o{n}": n for n in range(40)}
     assert sum(op.name == "read_into" and op.path.endswith(".distcp") for op in storage.operations) == 1
+
+
+def test_small_tensors_that_stand_side_by_side_are_read_at_once_and_each_is_checked(tmp_path: Path) -> None:
+    saved = {f"n{n:03}": torch.arange(n, n + 6.0).reshape(2, 3) for n in range(300)} | {"big": torch.zeros(1 << 20)}
+    milepost.save(tmp_path / "step-1", saved)
+    storage = TraceStorage(LocalStorage(tmp_path))
+    manifest = catalog.read_manifest(storage, "step-1")
+    digests = catalog.read_digests(storage, "step-1", manifest)
+    into: dict[str, torch.Tensor] = {key: torch.zeros(2, 3) for key in saved if key != "big"}
+    into |= {"n001": torch.zeros(3, 2).t(), "n002": torch.zeros(2, 3, dtype=torch.float64)}
+    del into["n150"]  # between two others: read for nothing
+    leaves = {key: tensor_leaf(key, tensor) for key, tensor in into.items()}
+    items = plan_load(manifest, [leaf.spec for leaf in leaves.values()])
+    before = len(storage.operations)
+    read_tensors(storage, "step-1", items, leaves, digests)
+    assert all(torch.equal(tensor, saved[key].to(tensor.dtype)) for key, tensor in into.items())
+    assert sum(op.name == "read_into" for op in storage.operations[before:]) <= 3
+
+    shard = manifest.tensors["n200"].shards[0]
+    assert shard.data_offset is not None
+    for offset, message in ((shard.data_offset, "digest mismatch in 'n200'"), (shard.record_offset, "damaged header")):
+        path = tmp_path / "step-1" / shard.file
+        stored = path.read_bytes()
+        path.write_bytes(stored[:offset] + bytes([stored[offset] ^ 1]) + stored[offset + 1 :])
+        with pytest.raises((DigestMismatchError, FormatError), match=message) as raised:
+            read_tensors(storage, "step-1", items, leaves, digests)
+        assert raised.value.key == "n200"
+        path.write_bytes(stored)
 
 
 def test_of_an_external_step_only_the_shards_that_are_read_are_looked_into(folder: Path, tmp_path: Path) -> None:

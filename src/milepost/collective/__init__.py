@@ -7,6 +7,7 @@ In reading order::
     interrupt  Ctrl-C held until no rank waits for this one
     progress   lines in the log while work takes long: how far it is, what it waits for
     threads    work spread over threads
+    collector  the garbage collector held back while plans are made
 """
 
 from __future__ import annotations

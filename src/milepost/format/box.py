@@ -109,6 +109,20 @@ def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int
             return
 
 
+def span(inner: Box, shape: Sequence[int]) -> tuple[int, int]:
+    """The half-open range from the first element of ``inner`` to its last, in a row-major tensor of ``shape``.
+
+    ``inner`` is in the coordinates of that tensor, and holds an element.
+    """
+    first = last = 0
+    stride = 1
+    for offset, size, whole in zip(reversed(inner.offsets), reversed(inner.sizes), reversed(shape), strict=True):
+        first += offset * stride
+        last += (offset + size - 1) * stride
+        stride *= whole
+    return first, last + 1
+
+
 def boxes_of_run(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
     """The boxes that make up the elements ``[start, stop)`` of a row-major tensor of ``shape``, ascending.
 

@@ -17,6 +17,7 @@ from operator import call
 from os import PathLike, fspath
 from typing import Any, get_args, overload
 
+from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched
@@ -181,6 +182,7 @@ def _check_arguments(path: object, into: object, read: object) -> None:
     raise ConfigError(f"milepost.load(path, into): `into` is {instead}")
 
 
+@collection_paused()
 def load_from(
     storage: Storage,
     folder: str,

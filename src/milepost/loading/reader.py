@@ -37,6 +37,11 @@ from milepost.verification.external import locate_shards
 
 TASK_NBYTES = 32 << 20
 """Reads are cut into tasks of about this size for the threads."""
+SMALL_NBYTES = 64 << 10
+"""Shards up to this size are read together with their neighbours."""
+GROUP_NBYTES = 1 << 20
+GAP_NBYTES = 4 << 10
+"""What lies between neighbours may be this large, and is read for nothing."""
 
 Task = Callable[[], None]
 
@@ -136,9 +141,30 @@ class TensorReads:
             return
         handle = self._files.open(name)
         ranges: list[tuple[int, int]] = []
-        for item in items:
+        rest = items
+        if self._digests is not None and self._handed is None:
+            rest = [item for item in items if not self._is_small(item)]
+            for group in _neighbours(item for item in items if self._is_small(item)):
+                ranges.append((group[0].shard.record_offset, _end(group[-1])))
+                yield partial(self._read_neighbours, handle, group)
+        for item in rest:
             yield from self._tasks(item, handle, ranges)
         handle.will_read(sorted(ranges))
+
+    def _is_small(self, item: ReadItem) -> bool:
+        return item.is_whole and item.shard.data_nbytes <= min(SMALL_NBYTES, self._block_nbytes)
+
+    def _read_neighbours(self, handle: ReadHandle, items: Sequence[ReadItem]) -> None:
+        """Read small shards that stand side by side in a file at once, and check and copy each."""
+        begin = items[0].shard.record_offset
+        data = self._buffer()[: _end(items[-1]) - begin]
+        handle.read_into(begin, [data])
+        for item in items:
+            shard = item.shard
+            reader = shard_reader(handle, item.key, item.dtype, shard, item.shard_index, self._digests, self._count)
+            stored = reader.check_record(data[shard.record_offset - begin : _end(item) - begin])
+            values = torch.frombuffer(stored, dtype=getattr(torch, item.dtype)).view(shard.box.sizes)
+            self._target_of(item).copy_(values)
 
     def _note_handed(self, items: Sequence[ReadItem], handed: HandedBlocks) -> bool:
         """Note what is wanted of blocks that are handed on; whether this rank reads anything of the items' file."""
@@ -217,10 +243,10 @@ class TensorReads:
             self._on_read(nbytes)
 
     def _buffer(self) -> memoryview:
-        """This thread's memory of a block. Kept: memory that is touched for the first time is slow."""
+        """This thread's memory of a block, or of a group of small ones. Kept: to touch fresh memory is slow."""
         held: bytearray | None = getattr(self._local, "buffer", None)
         if held is None:
-            held = self._local.buffer = bytearray(self._block_nbytes)
+            held = self._local.buffer = bytearray(max(self._block_nbytes, GROUP_NBYTES))
         return memoryview(held)
 
     def _unpickle(self, item: ReadItem, handle: ReadHandle, target: torch.Tensor) -> None:
@@ -237,6 +263,25 @@ class TensorReads:
                 key=item.key,
             )
         target.copy_(tensor[item.src.index()])
+
+
+def _end(item: ReadItem) -> int:
+    return item.shard.record_offset + item.shard.record_nbytes
+
+
+def _neighbours(items: Iterable[ReadItem]) -> Iterator[list[ReadItem]]:
+    """Items that are read at once: in ascending order, with little between them, and not too much together."""
+    group: list[ReadItem] = []
+    for item in items:
+        start = item.shard.record_offset
+        if group and not (
+            0 <= start - _end(group[-1]) <= GAP_NBYTES and _end(item) - group[0].shard.record_offset <= GROUP_NBYTES
+        ):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def _batches(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt, raise_together
 from milepost.collective.meeting import meeting
 from milepost.collective.progress import watched
@@ -246,6 +247,7 @@ class Agreement:
         self._noted: frozenset[str] = frozenset()
         self._recorded = b""  # of all ranks' structures; on rank 0 only
 
+    @collection_paused()
     def agree(self, request: SaveRequest) -> Agreed:
         """Flatten this rank's state, and agree with the others on who writes what. Collective.
 

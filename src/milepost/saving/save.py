@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any, Literal
 
+from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, FailureNotice, default_comm, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched, writing
@@ -84,6 +85,7 @@ class Saver:
             nodes=nodes,
         )
 
+    @collection_paused()
     def save(self, request: SaveRequest) -> SaveReport:
         """Save what is requested: flatten, agree, then write, sign off, publish and prune. Collective.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from milepost.errors import PlanError, listed
 from milepost.format import dtype as dtypes
 from milepost.format import record
-from milepost.format.box import Box, boxes_of_run, contiguous_runs, cover_faults
+from milepost.format.box import Box, boxes_of_run, cover_faults, span
 from milepost.format.manifest import Manifest, Overlap, ShardEntry, TiledShards
 
 SMALL_ALIGNMENT = 64
@@ -312,15 +312,20 @@ class ReadItem:
     @property
     def run(self) -> tuple[int, int]:
         """The data bytes ``[start, stop)`` of the shard from the region's first to its last."""
-        shape, size = self.shard.box.sizes, dtypes.itemsize(self.dtype)
-        corner = Box(tuple(stop - 1 for stop in self.src.stops), (1,) * len(shape))
-        return next(contiguous_runs(self.src, shape))[0] * size, next(contiguous_runs(corner, shape))[1] * size
+        size = dtypes.itemsize(self.dtype)
+        first, last = span(self.src, self.shard.box.sizes)
+        return first * size, last * size
 
     @property
     def is_one_run(self) -> bool:
         """Whether the region is contiguous in the shard's data."""
         start, stop = self.run
         return stop - start == self.src.numel * dtypes.itemsize(self.dtype)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the region is all of the shard."""
+        return self.src.sizes == self.shard.box.sizes
 
     def blocks(self, block_nbytes: int) -> Iterator[tuple[int, int]]:
         """The blocks of the shard's data that hold elements of the region, ascending, as half-open byte ranges."""

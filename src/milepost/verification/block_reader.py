@@ -116,6 +116,16 @@ class BlockReader:
             self._arrived(low, low, views)
             take(low, data)
 
+    def check_record(self, record: memoryview) -> memoryview:
+        """Check all of a record of one block that was read by the caller, what frames the data included; the data.
+
+        Raises as :meth:`read`.
+        """
+        before = len(self._frame[0])
+        data = record[before : before + self.nbytes]
+        self._arrived(0, 0, [record[:before], data, record[before + self.nbytes :]])
+        return data
+
     def _place(
         self, low: int, first: int, part: memoryview, spare: Callable[[], memoryview] | None
     ) -> tuple[int, list[memoryview]]:
