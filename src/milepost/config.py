@@ -65,7 +65,8 @@ class CheckpointConfig:
     """The save at the last step is written as Hugging Face safetensors."""
     only_trainable: bool = False
     """Save of the model only what is trained (``requires_grad``) and its buffers, as with adapters. A resume takes the
-    rest from ``initial_load_path``, or leaves it as the program has built it."""
+    rest from ``initial_load_path``, or leaves it as the program has built it; other weights than those that were there
+    when the step was saved are refused."""
     hf_interval: int = 0
     """Every N steps write the model as Hugging Face files too, in ``hf/step-<N>`` below ``folder``, while training goes
     on: for evaluation and serving. Takes host memory for another copy of the model; 0 disables."""

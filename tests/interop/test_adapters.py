@@ -149,3 +149,77 @@ def test_what_can_not_be_exported_is_told(memory_path: Path, base: Any, capsys: 
     assert main(["export", several, out, "--adapter", "--adapter-name", "second"]) == 0
     assert main(["export", several, out, "--adapter", "--merge-adapter", "--to", "pt"]) == 2
     assert capsys.readouterr().err.count("  - ") == 2
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_was_trained_over_alone(
+    memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, below = str(memory_path / "out"), str(memory_path / "base")
+    alone = str(save(memory_path / "alone", adapted(base), only_trainable=True))
+    assert main(["export", alone, out, "--merge-adapter", "--hf-assets", below]) == 8
+    assert "name the base model that it was trained over with --base" in capsys.readouterr().err
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.k_proj.weight.mul_(1.001)
+    tuned.save_pretrained(memory_path / "other")
+    whole = str(save(memory_path / "whole", adapted(base)))
+    for run in (alone, whole):
+        assert main(["export", run, out, "--merge-adapter", "--base", str(memory_path / "other")]) == 8
+        assert "was trained over another base than --base" in capsys.readouterr().err
+    base.to(torch.bfloat16).save_pretrained(memory_path / "bf16")  # the same, rounded
+    assert main(["export", alone, out, "--merge-adapter", "--base", str(memory_path / "bf16")]) == 0
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [1, 2]]}])
+def test_what_else_an_adapter_changes_is_not_left_out_of_a_merge(
+    memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    run = str(save(memory_path / "run", adapted(base, **options)))
+    assert main(["export", run, str(memory_path / "out"), "--merge-adapter", "--base", str(memory_path / "base")]) == 8
+    assert next(iter(options)) in capsys.readouterr().err
+
+
+def test_what_was_trained_beside_an_adapter_is_not_lost(
+    memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out, below = adapted(base), str(memory_path / "out"), str(memory_path / "base")
+    norm = model.base_model.model.model.norm.weight
+    with torch.no_grad():
+        norm.requires_grad_().fill_(3.0)
+    runs = [save(memory_path / "alone", model, only_trainable=True), memory_path / "whole"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    model(torch.arange(4)[None]).logits.sum().backward()
+    optimizer.step()
+    config = CheckpointConfig(interval=1)
+    with CheckpointManager(runs[1], config, model=model, optimizer=optimizer) as manager:
+        manager.save(1)
+    expected = model.merge_and_unload().state_dict()
+    for number, run in enumerate(map(str, runs)):
+        assert main(["export", run, out, "--adapter"]) == 8
+        assert "model.norm.weight. Name such modules in modules_to_save" in capsys.readouterr().err
+        assert main(["export", run, f"{out}-{number}", "--merge-adapter", "--base", below]) == 0
+        for key, tensor in hf_tensors(Path(f"{out}-{number}")).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        pytest.param({"modules_to_save": ["lm_head"]}, marks=pytest.mark.slow),
+        pytest.param({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj", "lm_head"]}, marks=pytest.mark.slow),
+    ],
+    ids=["embedding", "output", "both", "lora"],
+)
+def test_what_is_trained_of_tied_weights_is_not_given_to_both(
+    memory_path: Path, base: Any, options: dict[str, Any]
+) -> None:
+    model, out, again = adapted(base, **options), memory_path / "out", memory_path / "again"
+    alone, whole = (str(save(memory_path / str(only), model, only_trainable=only)) for only in (True, False))
+    assert main(["export", alone, str(out), "--merge-adapter", "--base", str(memory_path / "base")]) == 0
+    assert main(["export", whole, str(again), "--merge-adapter", "--hf-assets", str(memory_path / "base")]) == 0
+    for folder in (out, again):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+        assert loaded.config.tie_word_embeddings is False, "for programs that would leave out what they take for tied"

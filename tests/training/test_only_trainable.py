@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import MilepostError, StateMismatchError
+from milepost.testing.world import run_world
 
 
 def model_of(value: float) -> nn.Sequential:
@@ -79,11 +82,79 @@ def test_a_step_does_not_pass_for_a_whole_model(memory_path: Path) -> None:
         train(memory_path, thawed, 0)
     assert {"0.weight", "0.bias"} <= set(caught.value.missing)
     assert thawed[2].weight[0, 0] == 1.0
-    frozen = model_of(1.0)
+    frozen = model_of(0.5)
     frozen[2].requires_grad_(requires_grad=False)  # trained before, and stored: it is loaded all the same
     config = CheckpointConfig(exclude_from_loading=["optimizer"])
     with CheckpointManager(memory_path, config, model=frozen) as manager:
         manager.load()
-    assert frozen[2].weight[0, 0] != 1.0
+    assert frozen[2].weight[0, 0] != 0.5
     with pytest.raises(MilepostError):
         milepost.load(memory_path / "step-1", model_of(1.0).state_dict())
+
+
+def test_over_other_weights_a_step_is_not_resumed(memory_path: Path) -> None:
+    train(memory_path, model_of(0.5), 1)
+    other = model_of(0.75)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(StateMismatchError, match="trained over other weights than this run has") as caught:
+        train(memory_path, other, 0)
+    assert caught.value.mismatched == ("0.bias: other values", "0.weight: other values") or set(
+        caught.value.mismatched
+    ) == {"0.bias: other values", "0.weight: other values"}
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+    larger = nn.Sequential(*model_of(0.5), nn.Linear(2, 2).requires_grad_(requires_grad=False))
+    with pytest.raises(StateMismatchError, match=r"3\.weight: not in the model then"):
+        train(memory_path, larger, 0)
+    assert train(memory_path, model_of(0.75), 0, exclude_from_loading=["0.*"]) is not None, "as was asked for"
+    begun = train(memory_path / "new", model_of(0.75), 0, initial_load_path=str(memory_path / "step-1"))
+    assert begun is not None, "a new run takes the trained part over what base it likes"
+
+
+def test_what_was_frozen_on_the_way_is_not_lost(memory_path: Path) -> None:
+    model = model_of(0.5)
+    train(memory_path, model, 2)
+    model[2].requires_grad_(requires_grad=False)
+    model[1].weight.requires_grad_()
+    optimizer = torch.optim.SGD(model[1].parameters())
+    config = CheckpointConfig(interval=1, only_trainable=True, last_save_model_only=False)
+    with CheckpointManager(memory_path / "later", config, model=model, optimizer=optimizer) as manager:
+        manager.save(3)
+    again = model_of(0.5)
+    again[2].requires_grad_(requires_grad=False)
+    with pytest.raises(StateMismatchError, match=r"2\.weight: other values"):
+        CheckpointManager(
+            memory_path / "later", config, model=again, optimizer=torch.optim.SGD([again[1].weight])
+        ).load()
+
+
+def sharded(folder: Path, dim: int, value: float) -> str:
+    """Save, or resume, with the frozen layer sharded along ``dim`` of two ranks; what was refused."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)).requires_grad_(requires_grad=False)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        model[0].weight[4, 5] += value
+        model[0].weight[2, 1] += value
+        model[0].weight += value
+    for name, parameter in list(model[0].named_parameters()):
+        shared = distribute_tensor(parameter.data, mesh, [Shard(min(dim, parameter.dim() - 1))])
+        model[0].register_parameter(name, nn.Parameter(shared, requires_grad=False))
+    model[1].requires_grad_()
+    config = CheckpointConfig(interval=1, only_trainable=True, last_save_model_only=False)
+    with CheckpointManager(folder, config, model=model, layout={"d": dim}) as manager:
+        try:
+            report = manager.load()
+        except StateMismatchError as error:
+            return error.message
+        if report is None:
+            manager.save(1)
+    return ""
+
+
+def test_the_base_is_known_whatever_the_ranks_hold_of_it(memory_path: Path) -> None:
+    assert run_world(sharded, 2, memory_path, 0, 0.0) == ["", ""]
+    assert run_world(sharded, 2, memory_path, 1, 0.0) == ["", ""]
+    refused = run_world(sharded, 2, memory_path, 1, 0.5)
+    assert all("0.weight: other values" in message for message in refused)

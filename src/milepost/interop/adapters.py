@@ -21,22 +21,43 @@ from milepost.errors import ConversionError, listed
 from milepost.format.box import Box
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from milepost.format.safetensors import plan_layout
+from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import HfSink, Sink
+from milepost.interop.weights.base_samples import NAME as SAMPLES
+from milepost.interop.weights.base_samples import ONLY_TRAINABLE, Sample, differences, parse, sample_of
 from milepost.interop.weights.boxes import Array, Readable, Renamed, Source, TensorInfo, cast_into, total_nbytes
 from milepost.interop.weights.dequantized import plain_weights, without_quantization
 from milepost.interop.weights.noted import Noted, compare_with_noted
 from milepost.interop.weights.open import Weights, open_weights
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
+from milepost.run.values import read_values
+from milepost.storage import open_storage
 
 _PREFIX = "base_model.model."
 """Of all keys in PEFT's files, and of those of a model that PEFT has wrapped."""
 _ADAPTER = re.compile(r"(.*\.|)((?:lora|vera|ia3)_[A-Za-z_]+|modules_to_save)\.([^.]+)((?:\..+)?)")
 """A tensor of an adapter: (module) (what) (the adapter's name) (the rest)."""
 _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin an adapter that take something from the base's weights, so that these are others from then on."""
+_OTHER_KINDS = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "target_parameters")
+_KNOWN_OPTIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+        target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
+        init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
+        loftq_config
+        eva_config corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""",
+    )
+)
+"""Of PEFT 0.21's LoRA: those that say which modules and how it is trained, or that merging heeds."""
+_UNTOLD = (None, False, "", "none", 0)
+MAX_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +99,14 @@ def export_adapter(
     with weights.source:
         adapter = _adapter(weights, config, name)
         _check_beside(config, weights.source.path, ("bias", "trainable_token_indices"), "save_pretrained()")
+        beside = _trained_beside(weights)
+        if beside:
+            raise ConversionError(
+                f"the step in {src} has trained values that are not the adapter's, and PEFT's files have no place for "
+                f"them: {', '.join(listed(beside))}. Name such modules in modules_to_save before training; of this "
+                "step, write a whole model with --merge-adapter",
+                path=src,
+            )
         content = _cast(adapter.tensors, options.dtype)
         sink = AdapterSink(dst, adapter.config)
         return _written(weights, (weights.source,), content, sink, options, started, None, f"adapter {adapter.name}")
@@ -107,19 +136,27 @@ def export_merged(
         try:
             if below is not None:
                 _check_beside(config, src, ("bias",), "merge_and_unload()")
+                _check_start(config, src)
             plain = plain_weights(below if below is not None else weights, options.dtype)
+            if below is None:
+                _check_holds_base(weights)
             held = plain.source if below is not None else _base_in(plain)
+            if below is not None:
+                adapter = _with_trained_beside(weights, adapter)
             lent = os.fspath(options.hf_assets) or base
             if not lent:
                 raise ConversionError(
                     "a Hugging Face folder needs a config.json: name the base model's folder with --base or --hf-assets"
                 )
-            merged = LoraMerged(_cast(held, None), adapter, src)
             extras = lent_extras(lent, options.dtype, options.max_shard_nbytes, lends_index=bool(base))
+            held, is_untied = _untied(held, weights, adapter, extras.config)
+            merged = LoraMerged(_cast(held, None), adapter, src)
+            if below is not None:
+                _check_base(weights, held, adapter)
             places_all = options.max_shard_nbytes is None and all(key in extras.weight_map for key in merged.tensors)
             extras = replace(
                 extras,
-                config=without_quantization(extras.config),
+                config=without_quantization(extras.config) | ({"tie_word_embeddings": False} if is_untied else {}),
                 weight_map=extras.weight_map if places_all else {},
             )
             content = _cast(merged, options.dtype)
@@ -190,15 +227,127 @@ def _check_beside(config: Mapping[str, Any], path: str, options: Sequence[str], 
         )
 
 
+def _check_start(config: Mapping[str, Any], path: str) -> None:
+    """Refuse an adapter whose start has changed the base: only the step itself has that. Raises ConversionError."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise ConversionError(
+            f"the adapter in {path} began by changing the weights of the base (init_lora_weights = {start}), so the "
+            "published ones are not what it belongs to: of a step that holds the whole model leave out --base and "
+            "give --hf-assets, else use merge_and_unload() of PEFT",
+            path=path,
+        )
+
+
+def _base_name(key: str) -> str:
+    """The base model's name of a tensor that adapters are put over."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
 def _base_in(weights: Weights) -> Readable:
     """What the adapters of a step are put over, under its names without them."""
-    tensors = weights.source.tensors
-    names = {
-        key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", "."): key
-        for key in tensors
-        if _ADAPTER.fullmatch(key) is None
-    }
+    names = {_base_name(key): key for key in weights.source.tensors if _ADAPTER.fullmatch(key) is None}
     return Renamed(weights.source, names)
+
+
+def _check_holds_base(weights: Weights) -> None:
+    """Refuse a step that holds the adapter alone. Raises ConversionError."""
+    path, manifest = weights.source.path, weights.manifest
+    if manifest is not None and manifest.extra.get(ONLY_TRAINABLE):
+        raise ConversionError(
+            f"{path} holds what was trained, not the model below (checkpoint.only_trainable): name the base model "
+            "that it was trained over with --base",
+            path=path,
+        )
+
+
+def _check_base(weights: Weights, given: Readable, adapter: Adapter) -> None:
+    """Refuse a base of other values than the one that the adapter was trained over, as far as the step tells.
+
+    Raises:
+        ConversionError: naming the tensors.
+    """
+    path = weights.source.path
+    recorded = _recorded_base(weights)
+    # A base that was quantized for the training only, as QLoRA does, has other dtypes and shapes.
+    recorded = {key: sample for key, sample in recorded.items() if sample.dtype.startswith(("float", "bfloat"))}
+    known = {_base_name(key): sample for key, sample in recorded.items()}
+    names = {key: name for key in recorded if (name := _base_name(key)) in given.tensors}
+    found = {_base_name(key): sample for key, sample in sample_of(given, names).items()}
+    trained = {key.removeprefix(_PREFIX) for key in adapter.tensors.tensors}
+    lines = list(differences(known, {key: sample for key, sample in found.items() if key not in trained}))
+    if lines:
+        raise ConversionError(
+            f"the adapter in {path} was trained over another base than --base: {len(lines)} of {len(found)} tensors "
+            "differ, nothing was written\n  " + "\n  ".join(listed(lines)),
+            path=path,
+            problems=lines,
+        )
+
+
+def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[str, Any]) -> tuple[Readable, bool]:
+    """The base with an output projection of its own, if the adapter changes that or the embedding that it is tied to.
+
+    PEFT trains a copy of the one and leaves the other as it was, so that the result is tied no longer.
+
+    Raises:
+        ConversionError: they are tied in a way that is not known here.
+    """
+    if config.get("tie_word_embeddings") is False:
+        return held, False
+    trained = {key.removeprefix(_PREFIX) for key in adapter.tensors.tensors}
+    modules = {key.partition(".lora_")[0] + ".weight" if ".lora_" in key else key for key in trained}
+    embeddings = [key for key in held.tensors if key.endswith(EMBEDDINGS)]
+    outputs = [key for key in OUTPUTS if key in held.tensors]
+    if not any(key in modules for key in (*embeddings, *OUTPUTS)):
+        return held, False
+    if outputs:
+        return held, bool(embeddings)
+    known = {_base_name(key) for key in _recorded_base(weights)} | trained
+    output = [key for key in OUTPUTS if key in known]
+    if len(output) != 1 or len(embeddings) != 1:
+        raise ConversionError(
+            f"the adapter in {weights.source.path} has trained an embedding or output projection, which the base ties "
+            "to each other in a way that is not known here: use merge_and_unload() of PEFT",
+            path=weights.source.path,
+        )
+    names = {key: key for key in held.tensors} | {output[0]: embeddings[0]}
+    return Renamed(held, names), True
+
+
+def _trained_beside(weights: Weights) -> list[str]:
+    """Keys of parameters that were trained and are no adapter's. Of a whole step, those with optimizer state."""
+    manifest, tensors = weights.manifest, weights.source.tensors
+    if manifest is None:
+        return []
+    others = [key for key in tensors if _ADAPTER.fullmatch(key) is None]
+    if manifest.extra.get(ONLY_TRAINABLE):
+        return others
+    start = "optimizer.state."
+    with_state = {key.removeprefix(start).rpartition(".")[0] for key in manifest.tensors if key.startswith(start)}
+    return [key for key in others if key in with_state]
+
+
+def _with_trained_beside(weights: Weights, adapter: Adapter) -> Adapter:
+    """The adapter with what was trained beside it, which counts as the modules that are trained whole do."""
+    beside = {_PREFIX + _base_name(key): key for key in _trained_beside(weights)}
+    if not beside:
+        return adapter
+    own = adapters_in(weights.source.tensors)[adapter.name]
+    return Adapter(adapter.name, Renamed(weights.source, {**own, **beside}), adapter.config)
+
+
+def _recorded_base(weights: Weights) -> dict[str, Sample]:
+    """Samples of the base, by the names in the step: those that it records, or else of what it holds."""
+    path, manifest = weights.source.path, weights.manifest
+    if manifest is None or not manifest.extra.get(ONLY_TRAINABLE):
+        names = {key: key for key in weights.source.tensors if _ADAPTER.fullmatch(key) is None}
+        return sample_of(weights.source, names)
+    key = f"attached.{SAMPLES}"
+    if key not in manifest.objects:
+        return {}  # of a version that recorded none
+    storage, folder = open_storage(path)
+    return parse(read_values(storage, folder, manifest, [key], max_nbytes=MAX_NBYTES)[key], path)
 
 
 def _cast(base: Readable, dtype: str | None) -> Readable:
@@ -299,9 +448,28 @@ class LoraMerged:
 
 def _unmergeable(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
-    faults = [] if kind == "LORA" else [f"{kind}: only LoRA is merged here; use merge_and_unload() of PEFT"]
-    options = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "target_parameters")
-    return faults + [f"{option} is set: use merge_and_unload() of PEFT" for option in options if config.get(option)]
+    if kind != "LORA":
+        return [f"{kind}: only LoRA is merged here; use merge_and_unload() of PEFT"]
+    options = (*_OTHER_KINDS, *sorted(set(config) - _KNOWN_OPTIONS - set(_OTHER_KINDS)))
+    is_set = [option for option in options if config.get(option) not in _UNTOLD and config[option] not in ([], {})]
+    return [f"{option} is set: use merge_and_unload() of PEFT" for option in is_set] + _malformed(config)
+
+
+def _malformed(config: Mapping[str, Any]) -> list[str]:
+    """What of the options that tell the scale is of a wrong kind."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        return ["alpha_pattern: expected an object"]
+    faults = []
+    for name, alpha in {"lora_alpha": config.get("lora_alpha", 1), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            faults.append(f"{name}: expected a number as its alpha, found {alpha!r:.50}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(f"alpha_pattern: {pattern!r:.50} is no pattern: {error}")
+    return faults
 
 
 class AdapterSink(HfSink):

@@ -29,8 +29,8 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 _NESTS = ("model.", "state_dict.", "model_state_dict.")
 """Under what whole programs put the model into a checkpoint (Accelerate: ``model.``). The hub has such names too."""
 
-_OUTPUTS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+OUTPUTS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +160,15 @@ def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> b
     if index:
         return sum(key.removeprefix(nest) in index for key in names) > sum(key in index for key in names)
     inner = [key.removeprefix(nest) for key in names]
-    return any(key.startswith(nest) for key in inner) or any(key in _OUTPUTS for key in inner)
+    return any(key.startswith(nest) for key in inner) or any(key in OUTPUTS for key in inner)
 
 
 def _without_tied(
     weights: Weights, names: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[str]]:
     """The names without an output projection that the config ties to the embedding."""
-    outputs = [key for key in names if key in _OUTPUTS]
-    embeddings = [key for key in names if key.endswith(_EMBEDDINGS)]
+    outputs = [key for key in names if key in OUTPUTS]
+    embeddings = [key for key in names if key.endswith(EMBEDDINGS)]
     if config.get("tie_word_embeddings") is not True or len(outputs) != 1 or len(embeddings) != 1:
         return dict(names), []
     output, embedding = outputs[0], embeddings[0]

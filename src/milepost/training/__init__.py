@@ -13,6 +13,7 @@ In reading order::
     optimizers      their state by FQN, or in a form of their own
     attached        files and values that belong to a step
     peft            configuration of a model's adapters, which travels with a step
+    frozen          a sample of what is not trained, and so not in steps of the trainable part
     random_state    random generators, restored or derived
     choice          which step to resume from: pure
     resume          loading it

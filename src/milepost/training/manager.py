@@ -27,6 +27,7 @@ from milepost.collective.comm import Comm, by_ranks, default_comm, failure_on, o
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, RunLockedError, SaveError, listed
+from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.loading.load import LoadReport
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
@@ -47,6 +48,7 @@ from milepost.training.arguments import check_arguments
 from milepost.training.attached import PART as ATTACHED
 from milepost.training.attached import attached
 from milepost.training.events import SaveEvent, SaveLog
+from milepost.training.frozen import record_of
 from milepost.training.hf_saves import HfSaves
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
@@ -55,7 +57,7 @@ from milepost.training.node_tier import NodeTier
 from milepost.training.peft import adapter_files
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.remote import RemoteTier
-from milepost.training.resume import ONLY_TRAINABLE, Loader, WeightsFormat
+from milepost.training.resume import Loader, WeightsFormat
 from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
 from milepost.training.signals import DUE, FAILED, RequestFiles, SignalFlags
 from milepost.training.training_state import TrainingState
@@ -626,14 +628,16 @@ class CheckpointManager:
         is_export = model_only and not config.create_seed_checkpoint
         in_other_format = is_export and config.last_save_in_hf and self._format is not None
         parts = ("model",) if model_only else self._state.present()
+        only_trainable = config.only_trainable and not in_other_format
+        base = record_of(self._comm, self._state) if only_trainable else {}
         return SaveRequest(
             target=join(self._folder, catalog.step_name(step)),
             make_state=partial(
                 self._make_state,
                 parts,
                 mistake,
-                None if in_other_format else attach,
-                only_trainable=config.only_trainable and not in_other_format,
+                None if in_other_format else lambda: {**attach(), **base},
+                only_trainable=only_trainable,
             ),
             info=SaveInfo(
                 step=step,
@@ -641,7 +645,7 @@ class CheckpointManager:
                 layout=self._layout,
                 extra={
                     **(self._format.record() if self._format is not None else {}),
-                    **({ONLY_TRAINABLE: True} if config.only_trainable and not in_other_format else {}),
+                    **({ONLY_TRAINABLE: True} if only_trainable else {}),
                 },
                 lineage=self._history.next_lineage(step),
                 metrics=values,

@@ -23,6 +23,7 @@ from milepost.errors import (
 )
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.interop.any_weights import Loaded, load_any
+from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.loading.load import LoadReport, load_from
 from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
@@ -43,14 +44,14 @@ from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten
 from milepost.tensors.tree import Read
 from milepost.training.choice import Choice, both_tiers, choose, launch_id
+from milepost.training.frozen import KEY as BASE
+from milepost.training.frozen import check_base
 from milepost.training.training_state import StateLoad, TrainingState
 from milepost.verification.external import locate_manifest
 
 log = logging.getLogger("milepost")
 
 _OPTIMIZER_KEYS = ("optimizer.state.", "optimizer.param_groups.")
-ONLY_TRAINABLE = "only_trainable"
-"""Name of the record in a manifest's ``extra``: of the model the step holds what was trained alone."""
 SPELLING = "set checkpoint.{option} = {patterns}"
 
 
@@ -176,7 +177,14 @@ class Loader:
                 return self._load_weights(choice), descent
             if choice.step is None and is_weights_file(choice.path):
                 return self._load_file(choice), descent
-            into = _Into(self._state, self._wanted(choice), self._comm.world_size, self._layout, self._config)
+            into = _Into(
+                self._state,
+                self._wanted(choice),
+                self._comm.world_size,
+                self._layout,
+                self._config,
+                resumes=choice.step is not None,
+            )
             storage, path = self._place(choice)
             if into.wants_model and self._has_other_names(storage, path):
                 if choice.model_only:
@@ -301,7 +309,7 @@ class Loader:
         self._reading = manifest.save_id
         if self._format is not None and into.wants_model:
             notes += self._format.check_record(manifest.extra, path)
-        return into.prepare(manifest, read)
+        return into.prepare(manifest, read, path)
 
     def _restore(self, into: _Into) -> list[str]:
         """Hand what was read to the live objects; what there is to note. Collective."""
@@ -454,8 +462,11 @@ class _Into:
         world_size: int,
         layout: Mapping[str, int],
         config: CheckpointConfig,
+        *,
+        resumes: bool = False,
     ):
         self._state = state
+        self._resumes = resumes
         self.wanted = wanted
         self._excluded_parts = [name for name in config.exclude_from_loading if name in PARTS]
         self._excluded_keys = [name for name in config.exclude_from_loading if name not in PARTS]
@@ -470,11 +481,19 @@ class _Into:
     def wants_model(self) -> bool:
         return "model" in self.wanted
 
-    def prepare(self, manifest: Manifest, read: Read) -> Target:
-        """What to read into; the live objects are not changed."""
+    def prepare(self, manifest: Manifest, read: Read, path: str) -> Target:
+        """What to read into; the live objects are not changed.
+
+        Raises:
+            StateMismatchError: the checkpoint is resumed from over other weights than those that it leaves out.
+        """
         same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
         if manifest.extra.get(ONLY_TRAINABLE):
             self._frozen = self._state.frozen_keys() - manifest.tensors.keys()
+            record = read(BASE) if self._resumes and "model" in self.wanted else None
+            if record is not None:
+                frozen = {key for key in self._frozen if first_match(self._excluded_keys, key) is None}
+                check_base(self._state, frozen, record, path)
         stored = Stored(manifest, read, self.is_excluded if self._excluded_keys or self._frozen else None)
         self._check_exclusions(stored.keys)
         self._left_models = frozenset(

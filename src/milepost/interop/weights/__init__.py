@@ -6,6 +6,7 @@ In reading order::
     dequantized  fp8 and MXFP4 as if they were not quantized
     open    path -> source, whatever format lies there
     stream  source -> sink in bounded memory
+    base_samples  a sample of weights that a step leaves out, to be compared with those it is put over
     noted   what was read, to be compared with what was written
 """
 
