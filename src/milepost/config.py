@@ -100,7 +100,8 @@ class CheckpointConfig:
     each save, 0: only when they have changed."""
     read: ReadMode = "auto"
     """Who reads what several ranks want, replicas for instance. ``own``: each rank for itself; ``shared``: one of them,
-    which hands it on through the process group; ``auto``: ``shared`` from an object store or a network file system."""
+    which hands it on through the process group. ``auto``: where that would spare much, ranks measure with a few blocks
+    what is faster; else ``shared`` from an object store or a network file system, ``own`` from a disk."""
     keep_latest_k: int = 10
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0

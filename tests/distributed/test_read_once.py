@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,9 +20,11 @@ from torch.distributed.tensor.placement_types import Placement
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
-from milepost.collective.comm import SingleProcess
+from milepost.collective.comm import ProcessGroupComm, SingleProcess
 from milepost.errors import ConfigError, DigestMismatchError, MilepostError, StorageError
+from milepost.format.manifest import BLOCK_NBYTES
 from milepost.loading import load as load_module
+from milepost.loading import measured
 from milepost.storage import LocalStorage
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.world import run_world
@@ -228,6 +231,55 @@ def read_by_default(folder: Path) -> int:
 def test_by_default_a_local_disk_is_read_by_each_and_a_network_once(memory_path: Path) -> None:
     spared = run_world(read_by_default, 2, memory_path)
     assert sum(spared) >= 0.9 * LARGE[0] * LARGE[1] * 4
+
+
+class SlowToRead(WrappedStorage):
+    """Each rank reads 20 MB/s, as of a server that gives each of its clients so much."""
+
+    def around(self, operation: Operation, act: Callable[[], Any], half: Callable[[], None] | None = None) -> Any:
+        if operation.name == "read_into":
+            time.sleep(operation.nbytes / 20e6)
+        return act()
+
+
+@contextmanager
+def slow_to_hand_on() -> Iterator[None]:
+    exchange = ProcessGroupComm.exchange
+
+    def late(self: ProcessGroupComm, outgoing: Any, incoming: Any, arrived: Any) -> None:
+        time.sleep(sum(nbytes for _, nbytes in incoming) / 20e6)
+        exchange(self, outgoing, incoming, arrived)
+
+    with mock.patch.object(ProcessGroupComm, "exchange", late):
+        yield
+
+
+def read_as_is_faster(folder: Path) -> list[int]:
+    """Bytes that this rank reads of a slow storage that looks local, and of a fast one that looks remote."""
+    whole = {"w": torch.ones(2 * LARGE[0], LARGE[1]), "n": torch.ones(3)}
+    if dist.get_rank() == 0:
+        milepost.save(folder / "step-1", whole, comm=SingleProcess())
+    dist.barrier()
+    found = []
+    for is_remote in (False, True):
+        trace = TraceStorage(LocalStorage(folder))
+        with (
+            mock.patch.object(measured, "MAX_PROBED_PART", 1),
+            mock.patch.object(LocalStorage, "is_remote", is_remote),
+            slow_to_hand_on() if is_remote else nullcontext(),
+            through(trace if is_remote else SlowToRead(trace), "step-1"),
+        ):
+            report = milepost.load(folder / "step-1", whole)
+        found.append(trace.nbytes("read_into"))
+        assert 0.99 * found[-1] <= report.read_nbytes <= found[-1]  # but for options and the like
+    return found
+
+
+def test_by_default_ranks_do_what_they_measure_to_be_faster(memory_path: Path) -> None:
+    slow, fast = zip(*run_world(read_as_is_faster, 2, memory_path), strict=True)
+    stored, probed = 2 * LARGE[0] * LARGE[1] * 4, 4 * BLOCK_NBYTES
+    assert sum(slow) <= 1.05 * stored + probed
+    assert min(fast) >= stored
 
 
 def load_with_ways_that_differ(folder: Path) -> bool:

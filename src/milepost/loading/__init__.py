@@ -13,6 +13,7 @@ In reading order::
     module     a module, with its hooks; optimizer: an optimizer, without a step of it
     sources    the checkpoint, or, nearer, what this node's own folder has of the same save
     values     options, scalars and other values, most of them read once for all ranks
+    measured   whether blocks that several ranks want are handed on, found out with the first ones
     handing    blocks that several ranks want, read by one of them and handed on, round by round
     reader     ranged reads, checked block by block, straight into the tensors
 """

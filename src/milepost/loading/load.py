@@ -29,6 +29,7 @@ from milepost.format.manifest import Manifest
 from milepost.loading.fit import compare, unexpected_error
 from milepost.loading.handing import Handing
 from milepost.loading.mapped import MappedFiles
+from milepost.loading.measured import hands_on
 from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.loading.reader import ReadStats
@@ -123,7 +124,7 @@ def load(
             are not written. The step, which must be in a local folder, is verified first. Tensors that lie in several
             pieces are read as usual.
         read: who reads what several ranks want: each for itself (``"own"``), or one of them, which hands it on
-            (``"shared"``); ``"auto"``: the latter from an object store or a network file system.
+            (``"shared"``); ``"auto"`` measures which is faster, see ``checkpoint.read``.
 
     Raises:
         StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
@@ -260,14 +261,21 @@ def load_from(
     raise_together(comm, failure)
     on_read = progress.add if comm.rank == 0 else None
     # Of what other programs wrote there are no digests, and no rank trusts what another has read of it.
-    hands_on = shared is not None and shared.may_hand_on and digests is not None and _hands_on(comm, read, storage)
-    stats = ReadStats()
+    handed_on, stats = False, ReadStats()
+    if shared is not None and shared.may_hand_on and digests is not None:
+        read = comm.broadcast(read)
+        handed_on = read == "shared"
+        if read == "auto":
+            with watched(f"rank {comm.rank} is measuring how to read {path}"):
+                everything = sources.due(lambda leaf: True)
+                handed_on, nbytes = hands_on(comm, storage, folder, recorded, digests, everything)
+            stats += ReadStats(0, nbytes)
     for live in (False, True):  # what can be refused is read first, then what is filled in place
 
         def is_due(leaf: str, live: bool = live) -> bool:
             return (leaf in target.live) is live
 
-        handing = Handing.agreed(comm, recorded, digests, sources.due(is_due)) if hands_on and digests else None
+        handing = Handing.agreed(comm, recorded, digests, sources.due(is_due)) if handed_on and digests else None
         with watched(f"rank {comm.rank} is reading {path}"), ExitStack() as closing:
             try:
                 for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
@@ -371,11 +379,6 @@ def _read_for_all(
     common = read_common(storage, folder, manifest) if len(brought) > 1 else {}
     may_hand_on = len(brought) > 1 and not any(has_near for *_, has_near in brought)
     return _ReadForAll(manifest, common, may_hand_on)
-
-
-def _hands_on(comm: Comm, read: ReadMode, storage: Storage) -> bool:
-    """Whether one rank reads what several want; the same on every rank. Collective."""
-    return comm.broadcast(read == "shared" or (read == "auto" and storage.is_remote))
 
 
 def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:

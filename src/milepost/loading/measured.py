@@ -1,0 +1,167 @@
+"""What ``checkpoint.read = "auto"`` comes to: measured with the first blocks, where it makes a difference.
+
+Some ranks read a block each, hand it on to one another, and read what they got once more, all at the same time. What is
+faster is done with the rest. A second reading is that of a page cache where ranks share a machine, and goes over the
+network where the storage is behind one, whatever the file system calls itself. Where little is to be had, or a
+measurement would read too much for it, ``auto`` is ``shared`` for a storage that is known to be remote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from milepost.collective.comm import Comm, failure_on, raise_together
+from milepost.errors import MilepostError
+from milepost.format.digest import BlockDigests
+from milepost.format.dtype import itemsize
+from milepost.format.manifest import Manifest
+from milepost.storage.base import Storage, join
+from milepost.tensors.plan import ReadItem
+from milepost.verification.block_reader import shard_reader
+
+log = logging.getLogger("milepost")
+
+MAX_PROBES = 16
+"""So many ranks measure, at most."""
+MAX_PROBED_PART = 32
+"""To measure, all ranks together read at most one 32nd of what they want."""
+MIN_GAIN_PART = 4
+"""Ranks want too much of the same if they read a quarter more than there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Bytes ``[low, low + nbytes)`` of the data of a shard: one block."""
+
+    key: str
+    shard: int
+    low: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a rank wants, in short."""
+
+    blocks_nbytes: int
+    stored_nbytes: int
+    """Of all tensors of which it wants anything."""
+    keys: bytes
+    """A digest of the names of those."""
+    block: _Block | None
+    """A large one, to measure with."""
+
+
+def hands_on(
+    comm: Comm, storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests, items: Sequence[ReadItem]
+) -> tuple[bool, int]:
+    """Whether one rank is to read what several want, the same on every rank; and bytes read to find out. Collective.
+
+    Raises:
+        MilepostError: on every rank, if any rank could not read what it measured with.
+    """
+    wishes = comm.gather(_wish(manifest, digests.block_nbytes, items, comm))
+    probes = comm.broadcast(_probes(wishes, digests.block_nbytes) if wishes is not None else ())
+    if not probes:
+        return comm.broadcast(storage.is_remote), 0
+    return _measure(comm, storage, folder, manifest, digests, dict(probes))
+
+
+def _wish(manifest: Manifest, block_nbytes: int, items: Sequence[ReadItem], comm: Comm) -> _Wish:
+    keys = sorted({item.key for item in items})
+    entries = [manifest.tensors[key] for key in keys]
+    stored = sum(math.prod(entry.shape) * itemsize(entry.dtype) for entry in entries)
+    items = [item for item in items if item.src.numel]
+    large = [item for item in items if item.shard.data_nbytes >= block_nbytes]
+    block = None
+    if large:
+        item = large[comm.rank * len(large) // comm.world_size]
+        low, high = next(iter(item.blocks(block_nbytes)))
+        block = _Block(item.key, item.shard_index, low, high - low)
+    return _Wish(sum(_nbytes_in_blocks(item, block_nbytes) for item in items), stored, _digest(keys), block)
+
+
+def _digest(keys: Sequence[str]) -> bytes:
+    return hashlib.blake2b("\0".join(keys).encode(), digest_size=16).digest()
+
+
+def _nbytes_in_blocks(item: ReadItem, block_nbytes: int) -> int:
+    """About what is read for an item: the blocks from its first byte to its last."""
+    start, stop = item.run
+    return min(-(-stop // block_nbytes) * block_nbytes, item.shard.data_nbytes) - start // block_nbytes * block_nbytes
+
+
+def _probes(wishes: Sequence[_Wish], block_nbytes: int) -> tuple[tuple[int, _Block], ...]:
+    """The ranks that measure, with what; none where that is not worth it."""
+    groups: dict[bytes, list[_Wish]] = {}
+    for wish in wishes:
+        groups.setdefault(wish.keys, []).append(wish)
+    stored = sum(group[0].stored_nbytes for group in groups.values())
+    gain = sum(max(0, sum(w.blocks_nbytes for w in group) - group[0].stored_nbytes) for group in groups.values())
+    able = [(rank, wish.block) for rank, wish in enumerate(wishes) if wish.block is not None]
+    count = min(len(able), MAX_PROBES, stored // (MAX_PROBED_PART * 2 * block_nbytes))
+    if count < 2 or gain * MIN_GAIN_PART < stored:
+        return ()
+    return tuple(able[number * len(able) // count] for number in range(count))
+
+
+def _measure(
+    comm: Comm, storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests, probes: dict[int, _Block]
+) -> tuple[bool, int]:
+    ranks = list(probes)
+    failure: MilepostError | None = None
+    own, got, source = bytearray(), bytearray(), -1
+    if comm.rank in probes:
+        place = ranks.index(comm.rank)
+        source, follower = ranks[place - 1], ranks[(place + 1) % len(ranks)]
+        own, got = bytearray(probes[comm.rank].nbytes), bytearray(probes[source].nbytes)
+
+    def read(rank: int, into: bytearray) -> None:
+        nonlocal failure
+        block = probes[rank]
+        entry = manifest.tensors[block.key]
+        shard = entry.shards[block.shard]
+        try:
+            with storage.open_read(join(folder, shard.file)) as handle:
+                reader = shard_reader(handle, block.key, entry.dtype, shard, block.shard, digests)
+                reader.read(block.low, memoryview(into), lambda: memoryview(bytearray(digests.block_nbytes)))
+        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
+            failure = failure_on(comm.rank, cause)
+
+    if source >= 0:
+        read(comm.rank, own)
+    raise_together(comm, failure)
+    handed_s = again_s = 0.0
+    if source >= 0:
+        for _ in range(2):  # the first time the ranks may have to connect
+            started = time.perf_counter()
+            comm.exchange(
+                [(follower, memoryview(own))],
+                [(source, len(got))],
+                lambda index, memory: np.copyto(np.frombuffer(got, np.uint8), np.frombuffer(memory, np.uint8)),
+            )
+            handed_s = time.perf_counter() - started
+    comm.barrier()  # all read at once, as they would
+    if source >= 0:
+        started = time.perf_counter()
+        read(source, got)
+        again_s = time.perf_counter() - started
+    raise_together(comm, failure)
+    found = comm.gather((len(got), handed_s, again_s))
+    verdict = False
+    if found is not None:
+        handed, again = (min(times[0] / times[which] for times in found if times[0]) for which in (1, 2))
+        verdict = handed > again
+        log.info(
+            "%s/%s: what several ranks want is %s: %.0f MB/s a rank, against %.0f MB/s",
+            *(storage.root, folder, "read by one, and handed on" if verdict else "read by each"),
+            *(max(handed, again) / 1e6, min(handed, again) / 1e6),
+        )
+    return comm.broadcast(verdict), len(own) + len(got)
