@@ -173,8 +173,8 @@ def publish(
     place = Place.of(storage, attempt, target, manifest.save_id)
     # A store shows at once what it has taken.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
-    manifest = _write_records(storage, place, manifest, crcs.data)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest)
+    manifest, records = _records(place, manifest, crcs.data)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
     return manifest
 
 
@@ -197,8 +197,8 @@ def publish_part(
     manifest, crcs = assemble(signed, info, now=now, world_size=world_size, must_cover=False)
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S)
-    manifest = _write_records(storage, place, manifest, crcs.data, for_others=False)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest, PART_NAME)
+    manifest, records = _records(place, manifest, crcs.data, for_others=False)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, PART_NAME)
     return manifest
 
 
@@ -213,8 +213,8 @@ def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest
     """
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S if storage.can_rename else 0.0)
-    manifest = _write_records(storage, place, manifest, digests.crcs)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest)
+    manifest, records = _records(place, manifest, digests.crcs)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
     return manifest
 
 
@@ -233,20 +233,27 @@ def publish_files(
     record = replace(record, files={name: FileEntry(found.nbytes, found.crc32) for name, found in written.items()})
     _check_sizes(storage, place, record, VISIBILITY_S if storage.can_rename else 0.0)
     crcs = dump_digests(record.save_id, [written[name].blocks for name in files_in_blocks(record)])
-    storage.write(place.path(DIGESTS_NAME), crcs)
     record = replace(record, files={**record.files, place.name(DIGESTS_NAME): FileEntry(len(crcs), crc32(crcs))})
-    _put_in_place_and_sweep(storage, attempt, place, target, record)
+    _put_in_place_and_sweep(storage, attempt, place, target, record, {place.path(DIGESTS_NAME): crcs})
     return record
 
 
 def _put_in_place_and_sweep(
-    storage: Storage, attempt: str, place: Place, target: str, manifest: Manifest, name: str = MANIFEST_NAME
+    storage: Storage,
+    attempt: str,
+    place: Place,
+    target: str,
+    manifest: Manifest,
+    records: Mapping[str, bytes | bytearray],
+    name: str = MANIFEST_NAME,
 ) -> None:
+    """Write the records, the manifest among them, and let the save take its place."""
     if not storage.can_rename:
+        storage.write_all(records)
         object_commit.put_manifest(storage, attempt, target, manifest, to_json(manifest))
         return
-    # Last, since it names the digests of the others; and synced before the rename, which must not outrun it.
-    storage.write(place.path(name), to_json(manifest))
+    # Synced before the rename, which must not outrun them.
+    storage.write_all({**records, place.path(name): to_json(manifest)})
     _carry_over(storage, target, place, manifest)
     storage.sync_folder(place.folder)
     aside = _put_in_place(storage, place.folder, target, manifest.save_id)
@@ -311,10 +318,12 @@ def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_
         )
 
 
-def _write_records(
-    storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[int], *, for_others: bool = True
-) -> Manifest:
-    """Write the places of all shards, their digests and, ``for_others``, ``.metadata``; the manifest with them too."""
+def _records(
+    place: Place, manifest: Manifest, crcs: Sequence[int], *, for_others: bool = True
+) -> tuple[Manifest, dict[str, bytes | bytearray]]:
+    """The manifest with the files that are recorded beside it, and those: the places of all shards, their digests and,
+    ``for_others``, ``.metadata``.
+    """
     from milepost.format.columns import table_of  # with numpy, 100 ms that deleting old steps can do without
     from milepost.format.dcp_writer import dump_metadata
     from milepost.format.shards_file import dump_shards
@@ -326,10 +335,8 @@ def _write_records(
     }
     if for_others:
         contents[METADATA_NAME] = dump_metadata(manifest)
-    for name, content in contents.items():
-        storage.write(place.path(name), content)
-        files[place.name(name)] = FileEntry(len(content), crc32(content))
-    return replace(manifest, files=files)
+    files |= {place.name(name): FileEntry(len(content), crc32(content)) for name, content in contents.items()}
+    return replace(manifest, files=files), {place.path(name): content for name, content in contents.items()}
 
 
 def finish(storage: Storage, target: str) -> None:

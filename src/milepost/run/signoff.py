@@ -196,8 +196,8 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
     """Put this rank's sign-off into the attempt, complete. The last thing that a rank does there.
 
-    Rank 0 may then publish and remove the attempt at any moment, so the folder is not synced: a sign-off need not
-    outlive a power cut, after which nobody commits what it stands for. What it stands for is durable.
+    Rank 0 may then publish and remove the attempt at any moment, so neither the file nor the folder is synced: a
+    sign-off need not outlive a power cut, after which nobody commits what it stands for. What it stands for is durable.
 
     A report of failure must get through even when the disk is full: if it can't be written, an empty file says at
     least which rank failed.
@@ -209,7 +209,7 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
     try:
         # Renamed into place, for rank 0 reads it the moment that it shows.
         if storage.can_rename:
-            storage.write(f"{name}.part", dump_sign_off(signed))
+            storage.leave(f"{name}.part", dump_sign_off(signed))
             storage.rename(f"{name}.part", name)
         else:
             storage.write(name, dump_sign_off(signed))

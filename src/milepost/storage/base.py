@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
@@ -268,6 +268,21 @@ class Storage(ABC):
     @abstractmethod
     def write(self, path: str, data: Bytes) -> None:
         """Create a small file (it must not exist) with ``data``, synced."""
+
+    def write_all(self, files: Mapping[str, Bytes]) -> None:
+        """Create several small files (none may exist), by their names; all are synced when this returns.
+
+        Quicker than one by one. After an error any of them may be there.
+        """
+        for path, data in files.items():
+            self.write(path, data)
+
+    def leave(self, path: str, data: Bytes) -> None:
+        """Create a small file (it must not exist) for other processes that run now.
+
+        A power cut may tear it or take it away: for what nobody asks after one.
+        """
+        self.write(path, data)
 
     @abstractmethod
     def replace(self, path: str, data: Bytes) -> None:

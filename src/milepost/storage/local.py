@@ -10,7 +10,7 @@ import shutil
 import stat as stat_modes
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from milepost.errors import StorageError
 from milepost.storage import syscalls
@@ -234,6 +234,11 @@ class _LocalWrite(WriteHandle):
         with self._lock:
             self._end = max(self._end, offset)
 
+    def begin(self, nbytes: int) -> None:
+        """Have the device begin with the first ``nbytes``, which were just written. No promise: that is ``sync``'s."""
+        with _explained("sync", self.path, f"syncing {self.path}"):
+            syscalls.begin_write_back(self._fd, 0, nbytes)
+
     def sync(self) -> None:
         with _explained("sync", self.path, f"syncing {self.path}"):
             if self._end < self._reserved:
@@ -347,14 +352,34 @@ class LocalStorage(Storage):
             os.close(fd)
 
     def write(self, path: str, data: Bytes) -> None:
-        handle = _LocalWrite(self._full(path), 0)
-        try:
-            with handle:
-                handle.write(0, [data])
+        self.write_all({path: data})
+
+    def write_all(self, files: Mapping[str, Bytes]) -> None:
+        with self._made(files) as handles:
+            # All are on their way before the first is waited for: a journal then commits once for all of them.
+            for handle, data in zip(handles, files.values(), strict=True):
+                handle.begin(len(data))
+            for handle in handles:
                 handle.sync()
+
+    def leave(self, path: str, data: Bytes) -> None:
+        with self._made({path: data}):
+            pass
+
+    @contextlib.contextmanager
+    def _made(self, files: Mapping[str, Bytes]) -> Iterator[Sequence[_LocalWrite]]:
+        """New files, written and open; they are gone again if anything fails, closing them included."""
+        made = []
+        try:
+            with contextlib.ExitStack() as closing:
+                for path, data in files.items():
+                    made.append(closing.enter_context(_LocalWrite(self._full(path), 0)))
+                    made[-1].write(0, [data])
+                yield made
         except StorageError:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
-                os.unlink(handle.path)
+            for handle in made:
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    os.unlink(handle.path)
             raise
 
     def replace(self, path: str, data: Bytes) -> None:

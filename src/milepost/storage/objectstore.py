@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -240,6 +240,16 @@ class ObjectStorage(Storage):
 
     def write(self, path: str, data: Bytes) -> None:
         self.create(path, data)
+
+    def write_all(self, files: Mapping[str, Bytes]) -> None:
+        try:
+            puts = [self.pool().submit(self.create, path, data) for path, data in files.items()]
+        except RuntimeError:  # the interpreter shuts down: no pool takes work any more
+            super().write_all(files)
+            return
+        for error in [put.exception() for put in puts]:
+            if error is not None:
+                raise error
 
     def replace(self, path: str, data: Bytes) -> None:
         self._put("overwrite", path, data, f"replacing {self.describe(path)}")

@@ -51,6 +51,17 @@ class StorageSuite:
         storage.write("empty", b"")
         assert storage.read("empty") == b""
 
+    def test_several_small_files_are_made_at_once(self, storage: Storage) -> None:
+        storage.make_folder("a")
+        storage.write_all({"a/one": b"first", "a/none": b"", "a/large": _pattern(300_000)})
+        storage.leave("a/left", b"for now")
+        found = {entry.name: storage.read(f"a/{entry.name}") for entry in storage.list("a")}
+        assert found == {"one": b"first", "none": b"", "large": _pattern(300_000), "left": b"for now"}
+        with pytest.raises(StorageError) as caught:
+            storage.write_all({"a/new": b"n", "a/one": b"other"})
+        assert caught.value.errno == errno.EEXIST
+        assert storage.read("a/one") == b"first"
+
     def test_a_shared_file_stays_when_the_other_goes(self, storage: Storage) -> None:
         storage.make_folder("a")
         storage.make_folder("b")
