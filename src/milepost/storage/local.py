@@ -175,6 +175,7 @@ class _LocalWrite(WriteHandle):
     def __init__(self, path: str, nbytes: int, *, shared: bool = False, page_cache: PageCache = "auto"):
         self.path = path
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._end = 0
         self._direct_fd = -1
         self._write_back: WriteBack | None = None
@@ -218,7 +219,12 @@ class _LocalWrite(WriteHandle):
             while views:
                 aligned = _aligned_head(offset, views) if self.alignment > 1 else []
                 try:
-                    count = os.pwritev(self._direct_fd if aligned else self._fd, _head(aligned or views), offset)
+                    if aligned:
+                        count = os.pwritev(self._direct_fd, _head(aligned), offset)
+                    else:
+                        # The kernel lets one thread at a time write into a file's cache, and the others spin.
+                        with self._turn:
+                            count = os.pwritev(self._fd, _head(views), offset)
                 except OSError as error:
                     if not aligned or error.errno != errno.EINVAL:
                         raise
