@@ -94,10 +94,15 @@ def listed(things: Sequence[object], limit: int = MAX_LISTED, *, total: int | No
 
 def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The one of ``names`` that ``name`` may be a misspelling of; None if there is none."""
+    return next(iter(all_near(name, names, 1, cutoff)), None)
+
+
+def all_near(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Those of ``names`` that ``name`` may be a misspelling of, the nearest first."""
     import difflib  # 10 ms that only mistakes pay for
 
     candidates = [known for known in islice(names, _MAX_CANDIDATES) if len(known) <= _MAX_NAME_LENGTH]
-    return next(iter(difflib.get_close_matches(name[:_MAX_NAME_LENGTH], candidates, n=1, cutoff=cutoff)), None)
+    return difflib.get_close_matches(name[:_MAX_NAME_LENGTH], candidates, n=most, cutoff=cutoff)
 
 
 class MilepostError(Exception):

@@ -132,3 +132,11 @@ def test_a_command_heeds_the_width_of_its_terminal(width: int, memory_path: Path
     assert max(map(len, plain.splitlines())) <= width
     for value in ("committed", "pinned", "damaged", "upgrade Milepost", "34.9 KiB"):
         assert value in " ".join(plain.split())
+
+
+def test_one_long_key_does_not_widen_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("KEY", "SHAPE", "NOTES"), [("k" * 10_000, "[2]", "x" * 500), ("w", "[3]", "")])
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert len(second) < 250
+    assert "characters left out" in first
+    assert first.endswith("x" * 500)  # what stands last pushes nothing aside

@@ -8,13 +8,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from zoo import save_model
 
 from milepost.cli.main import main
 from milepost.errors import ConfigError, DigestMismatchError
 from milepost.interop.convert import convert
 from milepost.interop.options import ConvertOptions
-from milepost.report.diff import DiffReport, ValueChange, diff
+from milepost.report.diff import DiffReport, ObjectChange, ValueChange, diff
 from milepost.storage import LocalStorage
 from milepost.testing.sample import Array, save_arrays
 
@@ -204,3 +206,82 @@ def test_what_changed_most_comes_first_and_the_rest_is_summed_up(
     assert "layers.3.w" not in out
     assert main(["diff", *paths, "--all"]) == 9
     assert "layers.3.w" in capsys.readouterr().out
+
+
+def test_large_integers_that_differ_by_one_are_not_within_a_smaller_tolerance(memory_path: Path) -> None:
+    """Beyond 2^53 float64 takes them for the same."""
+    for dtype in ("int64", "uint64"):
+        a = np.array([2**62, 7, 2**61], dtype)
+        report = compared(memory_path / dtype, {"w": a}, {"w": a + np.array([1, 0, 0], dtype)}, values=True)
+        (found,) = report.values
+        assert (found.max_abs, found.mean_abs, found.at) == (1.0, 1 / 3, (0,))
+        assert not report.within(0.5).is_same
+        assert report.within(1).is_same
+    ends = np.array([-(2**63), 2**63 - 1])
+    found = change(memory_path, ends, ends[::-1].copy())
+    assert found is not None
+    assert found.max_abs == float(2**64 - 1)
+
+
+def test_a_change_of_what_was_zero_is_infinite_and_one_without_finite_elements_has_no_norm(memory_path: Path) -> None:
+    found = change(memory_path, np.array([0.0, 1.0], "float32"), np.array([1.0, 1.0], "float32"))
+    assert found is not None
+    assert found.max_rel == math.inf
+    found = change(memory_path, np.array(1.0, "float32"), np.array(math.nan, "float32"))
+    assert found is not None
+    assert math.isnan(found.relative_norm)  # it was 0: "nothing has changed"
+
+
+def test_what_became_infinite_comes_before_what_is_finite(memory_path: Path) -> None:
+    a: dict[str, Array] = {name: np.ones(3, "float32") for name in ("a", "b", "c")}
+    b = {"a": a["a"] * 9, "b": np.array([1, 1, math.inf], "float32"), "c": np.array([1, math.nan, 1], "float32")}
+    report = compared(memory_path, a, b, values=True)
+    assert [found.key for found in report.by_change()] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("kind", ["dcp", "pt"])
+def test_values_that_are_not_tensors_are_compared_in_every_form(
+    memory_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Stock DCP's metadata has no digests of them: they are read. They were passed over, with status 0."""
+    paths = []
+    for step in (5, 6):
+        state = {"model": {"w": torch.ones(4)}, "step": step, "nan": math.nan, "names": ["a", "b"]}
+        paths.append(memory_path / f"{step}.{kind}")
+        if kind == "pt":
+            torch.save(state, paths[-1])
+        else:
+            dcp.save(state, checkpoint_id=paths[-1], no_dist=True)
+    report = diff(*paths, values=True)
+    assert report.objects == (ObjectChange("step", "5", "6"),)
+    assert (report.is_same, report.num_unknown) == (False, 0)
+    assert report.num_same == report.num_common - 1
+    assert main(["diff", *map(str, paths)]) == 9
+    assert "step: 5 in A, 6 in B" in capsys.readouterr().out
+    assert diff(paths[0], paths[0], values=True).is_same
+
+
+def test_values_that_can_not_be_compared_are_no_success(memory_path: Path) -> None:
+    paths = [memory_path / "a.pt", memory_path / "b.pt"]
+    for path, size in zip(paths, (1, 2), strict=True):
+        torch.save({"w": torch.ones(2), "seen": set(range(size))}, path)
+    assert main(["diff", *map(str, paths)]) == 11
+
+
+def test_two_long_texts_are_shown_where_they_differ(memory_path: Path) -> None:
+    for name, text in (("a.pt", "x" * 500 + "old"), ("b.pt", "x" * 500 + "new")):
+        torch.save({"w": torch.ones(2), "log": text}, memory_path / name)
+    (found,) = diff(memory_path / "a.pt", memory_path / "b.pt", values=True).objects
+    assert (found.a[-4:], found.b[-4:]) == ("old'", "new'")
+    assert len(found.a) < 120
+
+
+def test_mistakes_of_keys_and_tolerance_are_named(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_arrays(LocalStorage(memory_path), "a", {"w[0]": np.ones(2, "float32"), "w0": np.ones(2, "float32")})
+    path = str(memory_path / "a")
+    assert main(["diff", path, path, "--keys", "v*"]) == 3
+    assert "has no key that matches 'v*'" in capsys.readouterr().err
+    assert diff(path, path, keys=["w[0]"]).num_common == 1  # a key that looks like a pattern
+    for number in ("nan", "-1", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["diff", path, path, "--tolerance", number])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from milepost.cli.main import main
+from milepost.cli.show_cmd import MAX_NUMEL
 from milepost.format.safetensors import plan_layout
 from milepost.interop.weights.open import open_all
 from milepost.report.statistics import TensorStatistics, tensor_statistics
@@ -132,10 +133,47 @@ def test_show_prints_what_numpy_would(
     assert np.array_equal(json.loads(capsys.readouterr().out)["w"], np.asarray(expected).tolist())
 
 
-@pytest.mark.parametrize("text", ["3,0", "a", "0:1:2", "1,2,3", "0:2;1"])
+@pytest.mark.parametrize("text", ["3,0", "a", "0:1:2:3", "0:1:0", "1,2,3", "0:2;1"])
 def test_a_slice_that_is_none_is_refused_by_name(
     memory_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     save_arrays(LocalStorage(memory_path), "a", {"w": np.zeros((3, 4), "float32")})
     assert main(["show", str(memory_path / "a"), "w", text]) == 2
     assert f"slice '{text}'" in capsys.readouterr().err
+
+
+def test_the_ends_of_large_integers_are_exact(memory_path: Path) -> None:
+    array = np.array([2**62 + 1, -(2**62) - 1, 0])
+    save_arrays(LocalStorage(memory_path), "a", {"w": array})
+    with open_all(memory_path / "a") as source:
+        (found,) = tensor_statistics(source, ["w"])
+    assert (found.minimum, found.maximum) == (int(array.min()), int(array.max()))
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1:3", "-2:", "::2", "::-1", "3:0:-2", "..., 1", "1, ...", "0:2,", "[0:1, -1:]", "1:1", "5:9"]
+)
+def test_show_takes_slices_as_numpy_does(memory_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    array = np.arange(24, dtype="int32").reshape(4, 6)
+    save_arrays(LocalStorage(memory_path), "a", {"w": array})
+    assert main(["show", str(memory_path / "a"), "w", text, "--json"]) == 0
+    expected = eval(f"array[{text.strip('[]')}]")  # of the texts above
+    assert json.loads(capsys.readouterr().out)["w"] == expected.tolist()
+
+
+def test_show_names_keys_without_what_steers_a_terminal(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a\x1b[31m\nb", "a", "a[0]"]
+    save_arrays(LocalStorage(memory_path), "a", {name: np.ones(1, "int8") for name in names})
+    assert main(["show", str(memory_path / "a"), "a*"]) == 0
+    assert "\x1b" not in (out := capsys.readouterr().out)
+    assert "a\\x1b[31m\\nb:" in out
+    assert main(["show", str(memory_path / "a"), "a[0]"]) == 0
+
+
+def test_show_reads_no_more_than_can_be_shown(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All keys of a glob together: `show STEP '*'` read a whole step into memory."""
+    size = MAX_NUMEL // 2 + 1
+    save_arrays(LocalStorage(memory_path), "a", {name: np.zeros(size, "int8") for name in "ab"})
+    assert main(["show", str(memory_path / "a"), "*"]) == 2
+    assert "name a slice" in capsys.readouterr().err
+    assert main(["show", str(memory_path / "a"), "*", "-1:"]) == 0

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost diff outputs/checkpoint/step-500 model.pt --values --tolerance 1e-6\n"
         "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n\n"
         "exit status: 0 no difference was found, 9 they differ, 3 there is nothing to compare, 5 one is damaged,\n"
-        "2 wrong usage, 7 one can't be read, 8 one is not the model given, 11 no value could be compared\n"
+        "2 wrong usage, 7 one can't be read, 8 one is not the model given, 11 no difference was found, but there are\n"
+        "values that were not or could not be compared\n"
     )
     parser.add_argument("a", metavar="A", help="a checkpoint folder, a Hugging Face folder or a file")
     parser.add_argument("b", metavar="B", help="what to compare it with")
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keys", metavar="GLOB", action="append", default=[], help="only keys that match; may be given several times"
     )
     parser.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X",
+        "--tolerance", type=_tolerance, default=0.0, metavar="X",
         help="tensors whose elements differ by at most X count as the same (default: 0)",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"print every tensor that changed, not {MAX_CHANGES}")
@@ -61,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--html", metavar="FILE", help="write it as one HTML page too, with pictures")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not value >= 0:  # NaN too, which everything would be beyond
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, found {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"same": report.is_same} | dataclasses.asdict(report))
     else:
         _print(report, limit=None if args.all else MAX_CHANGES, quick=args.quick)
-    if report.is_same and report.num_unknown == report.num_common:
-        return NOT_CHECKED  # nothing was compared
+    if report.is_same and report.num_unknown:
+        return NOT_CHECKED
     return 0 if report.is_same else DIFFERENT
 
 
@@ -103,6 +111,8 @@ def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
     print_list(f"only in {report.b}", [_held(held) for held in report.only_b], limit=MAX_LINES)
     kinds = [f"{change.key}: {_kind(change.a)} in A, {_kind(change.b)} in B" for change in report.kinds]
     print_list("of another dtype or shape", kinds, limit=MAX_LINES)
+    changes = [f"{change.key}: {change.a} in A, {change.b} in B" for change in report.objects]
+    print_list("values that are not tensors, and differ", changes, limit=MAX_LINES)
     print_list("stored with other bytes", report.other_bytes, limit=MAX_LINES)
     if report.values:
         _print_changes(report.by_change(), limit)
@@ -146,7 +156,8 @@ def _print_groups(changes: Sequence[ValueChange]) -> None:
     for name, members in groups.items():
         finite = [m.relative_norm for m in members if math.isfinite(m.relative_norm)]
         rms = math.sqrt(sum(x * x for x in finite) / len(finite)) if finite else math.nan
-        rows.append((name, str(len(members)), _percent(rms), f"{max(m.max_abs for m in members):.3g}"))
+        largest = max(members, key=lambda m: (math.isnan(m.max_abs), m.max_abs)).max_abs
+        rows.append((name, str(len(members)), _percent(rms), f"{largest:.3g}"))
     console().print("by part and layer (root mean square of the changes):")
     print_table(("GROUP", *numbers), rows, numeric=numbers)
 
@@ -163,7 +174,8 @@ def _summary(report: DiffReport, *, quick: bool) -> str:
         return same
     if quick:
         return f"{same}; of {report.num_unknown} the values were not compared: do so without --quick"
-    return f"{same}; {report.num_unknown} are values that are not tensors and could not be compared"
+    are = "is a value that is not a tensor" if report.num_unknown == 1 else "are values that are not tensors"
+    return f"{same}; {report.num_unknown} {are} and could not be compared"
 
 
 def _held(held: Unmatched) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fnmatch
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -13,12 +12,13 @@ from milepost.cli.paths import not_a_checkpoint
 from milepost.cli.render import bar, console, print_json, print_line, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
 from milepost.config import part_of
-from milepost.errors import CheckpointNotFoundError, MilepostError, shortened
+from milepost.errors import MilepostError, shortened
 from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, PartTotal, TensorEntry
 from milepost.format.summary import files_of, format_count, placement_text, shard_counts, totals_by_part
 from milepost.parallelism.degrees import degrees_text
+from milepost.report.globs import matching_keys
 from milepost.run import catalog
 from milepost.run.hf_folder import described, is_hf_folder, manifest_of, manifest_of_file
 from milepost.run.values import Unreadable, read_values
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     shown = _open(args.path)
     manifest = shown.manifest
     pattern = args.tensors or ("*" if args.shards or args.json or args.keys else None)
-    tensors = _matching(manifest.tensors, pattern)
-    objects = _matching(manifest.objects, pattern)
-    if args.tensors and not tensors and not objects:
-        raise CheckpointNotFoundError(f"{args.path}: no key matches {args.tensors}", path=args.path)
+    known = sorted({*manifest.tensors, *manifest.objects})
+    keys = [] if pattern is None else matching_keys(known, [args.tensors] if args.tensors else [], args.path)
+    tensors = {key: manifest.tensors[key] for key in keys if key in manifest.tensors}
+    objects = {key: manifest.objects[key] for key in keys if key in manifest.objects}
     if args.keys:
         for key in sorted({*tensors, *objects}):
             print(printable(key))
@@ -158,12 +158,6 @@ def _value_text(value: object) -> str:
     if isinstance(value, bytes):
         return f"{counted(len(value), 'byte')} of binary data"
     return shortened(repr(value), MAX_VALUE_LENGTH)
-
-
-def _matching(entries: Mapping[str, Any], pattern: str | None) -> dict[str, Any]:
-    if pattern is None:
-        return {}
-    return {key: entry for key, entry in sorted(entries.items()) if fnmatch.fnmatchcase(key, pattern)}
 
 
 def _headline(state: str, reason: str, manifest: Manifest) -> str:

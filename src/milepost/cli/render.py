@@ -39,6 +39,8 @@ GAP = 2
 """Blanks between two columns of a table."""
 MIN_LAST_WIDTH = 24
 """The last column of a table may be folded to this width."""
+MAX_CELL_LENGTH = 160
+"""Characters of a text that are shown in a column with others to its right."""
 MAX_TEXT_LENGTH = 2000
 """Characters of a key or another text out of a file that are shown."""
 
@@ -131,7 +133,16 @@ def live_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], num
 
 
 def _cells(rows: Sequence[Sequence[str | Text]]) -> list[list[Text]]:
-    return [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    """Cells that can be shown. A column is as wide as its widest cell: one long key must not make every line so."""
+    return [
+        [
+            Text(printable(cell if cell is row[-1] else shortened(cell, MAX_CELL_LENGTH)))
+            if isinstance(cell, str)
+            else cell
+            for cell in row
+        ]
+        for row in rows
+    ]
 
 
 def _fits(headers: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:

@@ -6,11 +6,15 @@ import argparse
 import re
 from typing import Any
 
-from milepost.cli.render import print_json
-from milepost.cli.stats_cmd import matching_keys
+from milepost.cli.render import print_json, print_line
 from milepost.errors import ConfigError
+from milepost.format.box import Box
+from milepost.storage.base import counted
 
 MAX_NUMEL = 1 << 24
+_SLICE = re.compile(r"-\d[-\d:,. ]*")
+"""An argument that begins like an option, and is a slice."""
+_ONE_DIM = re.compile(r"-?\d{1,18}|(-?\d{1,18})?:(-?\d{1,18})?(:(-?\d{1,18})?)?")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="STEP", help="a step, a Hugging Face folder, a .pt or a safetensors file")
     parser.add_argument("key", metavar="KEY", help="the key, or a glob that matches some")
     parser.add_argument("slice", metavar="SLICE", nargs="?", default="", help="such as 0:4,-8: (default: all of it)")
+    parser._negative_number_matcher = _SLICE  # so that -8: is not taken for an option
     parser.add_argument("--json", action="store_true", help="print nested lists as JSON")
 
 
@@ -34,28 +39,29 @@ def run(args: argparse.Namespace) -> int:
     """Read the slice and print it."""
     import numpy as np
 
-    from milepost.format.box import Box
     from milepost.interop.weights.boxes import array_dtype
     from milepost.interop.weights.open import open_all
+    from milepost.report.globs import matching_keys
 
     with open_all(args.path) as source:
         shown: dict[str, Any] = {}
-        for key in matching_keys(source.tensors, [args.key], args.path):
-            info = source.tensors[key]
-            box, drop = parse_slice(args.slice, info.shape)
-            if box.numel > MAX_NUMEL:
-                raise ConfigError(f"that are {box.numel:,} elements: name a slice of at most {MAX_NUMEL:,}")
-            out = np.empty(box.sizes, array_dtype(info.dtype))
+        keys = matching_keys(source.tensors, [args.key], args.path)
+        chosen = {key: parse_slice(args.slice, source.tensors[key].shape) for key in keys}
+        num_elements = sum(box.numel for box, _ in chosen.values())
+        if num_elements > MAX_NUMEL:
+            raise ConfigError(f"that is {num_elements:,} elements to read: name a slice of at most {MAX_NUMEL:,}")
+        for key, (box, index) in chosen.items():
+            out = np.empty(box.sizes, array_dtype(source.tensors[key].dtype))
             if box.numel:
-                source.read_into(key, Box(box.offsets, box.sizes), out)
-            shown[key] = out.reshape([n for dim, n in enumerate(box.sizes) if dim not in drop])
+                source.read_into(key, box, out)
+            shown[key] = out[index]
         source.check_digests()
     if args.json:
         print_json({key: _plain(array) for key, array in shown.items()})
         return 0
     for key, array in shown.items():
         if len(shown) > 1:
-            print(f"{key}:")
+            print_line(f"{key}:")
         print(np.array2string(array.astype(np.float32) if array.dtype.kind == "V" else array))
     return 0
 
@@ -67,31 +73,47 @@ def _plain(array: Any) -> Any:
     return (array.astype("float64") if array.dtype.kind == "V" else array).tolist()
 
 
-def parse_slice(text: str, shape: tuple[int, ...]) -> tuple[Any, set[int]]:
-    """The box that ``text`` selects, and the dims that a single index drops: ``3``, ``0:4, -8:``, ``:, 2``.
+def parse_slice(text: str, shape: tuple[int, ...]) -> tuple[Box, tuple[int | slice, ...]]:
+    """The box that ``text`` selects from, and the index that takes the selection out of it, as in numpy.
+
+    ``text`` is such as ``3``, ``0:4, -8:``, ``..., 2``, ``::2``.
 
     Raises:
         ConfigError: it is not of that form, or names more dims than there are, or a single index is out of range.
     """
-    from milepost.format.box import Box
-
-    parts = [part.strip() for part in text.strip().strip("[]").split(",")] if text.strip() else []
+    parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    if not parts[-1]:
+        parts.pop()  # nothing at all, or a last comma
+    if "..." in parts:
+        at = parts.index("...")
+        parts[at : at + 1] = [":"] * max(0, len(shape) - len(parts) + 1)
     if len(parts) > len(shape):
-        raise ConfigError(f"slice '{text}' has {len(parts)} dims, the tensor {len(shape)}: {list(shape)}")
-    offsets, sizes, drop = [], [], set()
+        raise ConfigError(
+            f"slice '{text}' has {counted(len(parts), 'dim')}, the tensor {len(shape)}: {list(shape)}"
+        )
+    offsets, sizes, index = [], [], list[int | slice]()
     for dim, size in enumerate(shape):
         part = parts[dim] if dim < len(parts) else ":"
-        if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?", part):
+        if not _ONE_DIM.fullmatch(part):
             raise ConfigError(f"slice '{text}': expected numbers such as 3, 0:4 or -8: in each dim, found '{part}'")
         if ":" in part:
-            bounds = [int(bound) if bound else None for bound in part.split(":")]
-            start, stop, _ = slice(*bounds).indices(size)
+            start, stop, step = _bounds(part, size, text)
+            taken = range(start, stop, step)
+            offsets.append(min(taken[0], taken[-1]) if taken else 0)
+            sizes.append(max(taken[0], taken[-1]) + 1 - offsets[-1] if taken else 0)
+            index.append(slice(None, None, step))
         else:
             start = int(part) + size if int(part) < 0 else int(part)
-            stop = start + 1
-            drop.add(dim)
             if not 0 <= start < size:
                 raise ConfigError(f"slice '{text}': index {part} is out of range for dim {dim} of size {size}")
-        offsets.append(start)
-        sizes.append(max(0, stop - start))
-    return Box(tuple(offsets), tuple(sizes)), drop
+            offsets.append(start)
+            sizes.append(1)
+            index.append(0)
+    return Box(tuple(offsets), tuple(sizes)), tuple(index)
+
+
+def _bounds(part: str, size: int, text: str) -> tuple[int, int, int]:
+    bounds = [int(bound) if bound else None for bound in part.split(":")]
+    if len(bounds) == 3 and bounds[2] == 0:
+        raise ConfigError(f"slice '{text}': the step of '{part}' is 0")
+    return slice(*bounds).indices(size)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fnmatch
-from collections.abc import Iterable, Sequence
 
 from milepost.cli.render import console, print_json, print_table, progress_bar
-from milepost.errors import CheckpointNotFoundError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from milepost.interop.weights.open import open_all  # with numpy and the readers, which --help can do without
+    from milepost.report.globs import matching_keys
     from milepost.report.profile import natural
     from milepost.report.statistics import is_countable, tensor_statistics
 
@@ -56,19 +54,3 @@ def run(args: argparse.Namespace) -> int:
     for key, dtype in left_out.items():
         console().print(f"left out: {key} ({dtype} has no numbers that numpy can compute with)", markup=False)
     return 0
-
-
-def matching_keys(keys: Iterable[str], patterns: Sequence[str], path: str) -> list[str]:
-    """The keys that match a glob, or all. Raises CheckpointNotFoundError for a glob that matches none."""
-    known = list(keys)
-    found: dict[str, None] = {} if patterns else dict.fromkeys(known)
-    for pattern in patterns:
-        matches = [key for key in known if fnmatch.fnmatchcase(key, pattern)]
-        if not matches:
-            import difflib
-
-            near = difflib.get_close_matches(pattern, known, n=3)
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            raise CheckpointNotFoundError(f"{path} has no key that matches '{pattern}'{hint}", path=path)
-        found.update(dict.fromkeys(matches))
-    return list(found)

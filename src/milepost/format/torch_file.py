@@ -45,6 +45,7 @@ _MAX_PICKLE_NBYTES = 256 << 20
 _MAX_DEPTH = 20
 _MAX_PATH = 1024
 _MAX_NODES = 1 << 17
+_MAX_PLAIN = 1 << 14
 _TAIL_NBYTES = 64 << 10
 _MAX_REPEATS = 64
 """Tensors that are views of one storage may come to so many times the file's size together."""
@@ -54,12 +55,16 @@ _DOS_DATE = 0x0021  # 1980-01-01: files must not depend on the time
 
 
 def locate_tensors(
-    read_at: Callable[[int, int], bytes], nbytes: int, path: str = "the file", *, left_out: list[str] | None = None
+    read_at: Callable[[int, int], bytes],
+    nbytes: int,
+    path: str = "the file",
+    *,
+    values: dict[str, object] | None = None,
 ) -> dict[str, LocatedTensor]:
     """Every tensor of a file of ``nbytes``, by its path in the nested state dict, joined by dots.
 
     ``read_at(offset, nbytes)`` gives bytes of the file, ``path`` is how errors name it. Values that are not tensors are
-    left out; those that are more than numbers and text are noted in ``left_out``. Nothing in the file is executed.
+    put into ``values``; those that are more than numbers and text are an ``Inert``. Nothing in the file is executed.
 
     Raises:
         FormatError: the file is no ``torch.save`` zip file, is damaged, or holds anything but plain data and tensors.
@@ -81,7 +86,7 @@ def locate_tensors(
             raise ConversionError(f"{path} holds {what}", path=path) from error
         raise
     found: dict[str, LocatedTensor] = {}
-    for key, tensor in _tensors_in(state, left_out if left_out is not None else []):
+    for key, tensor in _tensors_in(state, values if values is not None else {}):
         if key in found:
             raise FormatError(f"two tensors of the file are both called {key!r:.200}")
         found[key] = located(archive, prefix, tensor)
@@ -98,8 +103,8 @@ def _refuse_other_zip(names: list[str], path: str) -> None:
         raise ConversionError(f"{path} is {what}", path=path)
 
 
-class _Inert:
-    """A value that is no tensor and no plain container: a set, a scalar of numpy, a namespace."""
+class Inert:
+    """A value that is no tensor and not plain: a set, a scalar of numpy, a namespace. Nothing of it is made."""
 
     def __init__(self, name: str, parts: list[object]):
         self.name = name
@@ -113,11 +118,11 @@ class _Inert:
 
 
 def _inert(name: str) -> Global:
-    return Global(name, call=lambda *args: _Inert(name, list(args)), new=True)
+    return Global(name, call=lambda *args: Inert(name, list(args)), new=True)
 
 
 def _build(target: object, state: object) -> bool:
-    if isinstance(target, _Inert):
+    if isinstance(target, Inert):
         target.parts.append(state)
         return True
     return False
@@ -143,7 +148,7 @@ _GLOBALS: Mapping[str, Global] = {
     **TENSOR_GLOBALS,
 }
 _DIALECT = Dialect(
-    check_key=lambda key: _check_key(key), lists=(list, _Inert), dicts=(dict, OrderedDict, _Inert), build=_build
+    check_key=lambda key: _check_key(key), lists=(list, Inert), dicts=(dict, OrderedDict, Inert), build=_build
 )
 
 
@@ -160,8 +165,13 @@ def _check_storages(found: Mapping[str, LocatedTensor]) -> None:
             raise FormatError(f"the storages of {key!r:.200} and {next_key!r:.200} overlap at byte {next_start}")
 
 
-def _tensors_in(state: object, left_out: list[str]) -> Iterator[tuple[str, Rebuild]]:
-    """The tensors of a nested state dict with their paths, in its order. What else is there goes to ``left_out``."""
+def inert_values(values: Mapping[str, object]) -> list[str]:
+    """Of what ``locate_tensors`` puts into ``values``, that which is not plain, with its kind: for a note."""
+    return [f"{path} ({value.name.rpartition('.')[2]})" for path, value in values.items() if isinstance(value, Inert)]
+
+
+def _tensors_in(state: object, values: dict[str, object]) -> Iterator[tuple[str, Rebuild]]:
+    """The tensors of a nested state dict with their paths, in its order. What else is there goes to ``values``."""
     pending: list[tuple[str, object, int]] = [("", state, 0)]
     hidden: set[str] = set()  # paths inside of values that are left out
     num_nodes = 0
@@ -181,21 +191,31 @@ def _tensors_in(state: object, left_out: list[str]) -> Iterator[tuple[str, Rebui
             items = list(node.items())
         elif isinstance(node, list | tuple):
             items = list(enumerate(node))
-        elif isinstance(node, _Inert):
+        elif isinstance(node, Inert):
             items = list(enumerate(node.parts))
             if path not in hidden:
-                left_out.append(f"{path} ({node.name.rpartition('.')[2]})")
-        is_hidden = isinstance(node, _Inert) or path in hidden
+                values[path] = node
+        is_hidden = isinstance(node, Inert) or path in hidden
         for key, value in reversed(items):
-            if not isinstance(value, Rebuild | dict | list | tuple | _Inert):
-                num_nodes += 1
-                continue
             name = str(key)
+            if not isinstance(value, Rebuild | dict | list | tuple | Inert):
+                num_nodes += 1
+                if not is_hidden:
+                    _note_plain(values, f"{path}.{name}" if path else name, value)
+                continue
             if len(path) + len(name) >= _MAX_PATH:  # one long key may be named again and again
                 raise FormatError(f"a path in a state dict has more than {_MAX_PATH} characters: {name!r:.200}")
             pending.append((f"{path}.{name}" if path else name, value, depth + 1))
             if is_hidden:
                 hidden.add(pending[-1][0])
+
+
+def _note_plain(values: dict[str, object], path: str, value: object) -> None:
+    """Put a plain value into ``values``, of which there may be some thousands: their paths may be long."""
+    if len(values) < _MAX_PLAIN and len(path) < _MAX_PATH:
+        values[path] = value
+    else:
+        values["..."] = Inert("more values", [])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 In reading order::
 
     statistics   norm, mean, NaN of each tensor, streaming
+    globs        the keys that a command is asked for
     diff         two checkpoints compared
     history      events and disk use of a run
     profile      samples of the weights of each step, and how they moved

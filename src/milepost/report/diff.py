@@ -10,10 +10,9 @@ other bytes, where both are cut into the same shards.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,15 +24,21 @@ from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, Con
 from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
+from milepost.format.torch_file import Inert
 from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
+from milepost.report.globs import matching_keys
 from milepost.run import catalog
 from milepost.run.hf_folder import is_hf_step
+from milepost.run.values import Unreadable, read_values
 from milepost.storage import is_url, open_storage
 from milepost.storage.base import join
 from milepost.verification.extent_reader import Progress
 from milepost.verification.external import locate_manifest
+
+OBJECT_TEXT_LENGTH = 100
+"""Characters that are shown of a value that is not a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,15 @@ class KindChange:
     @property
     def key(self) -> str:
         return self.a.key
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectChange:
+    """A value that is not a tensor, and differs: as Python writes it, in A and in B."""
+
+    key: str
+    a: str
+    b: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +123,12 @@ class DiffReport:
     values: tuple[ValueChange, ...]
     """Tensors whose elements differ. Empty unless values were compared."""
     other_bytes: tuple[str, ...]
-    """Keys whose stored bytes differ by their CRC-32s. Only when values were not compared."""
+    """Keys whose stored bytes differ by their CRC-32s, of which no values were, or could be, compared."""
     num_unknown: int
     """Keys of one dtype and shape on both sides, whose values nothing was found out about."""
     num_same: int
+    objects: tuple[ObjectChange, ...] = ()
+    """Values that are not tensors, and differ. Empty unless values were compared."""
     num_within: int = 0
     """Of these, tensors whose elements differ by no more than a tolerance."""
 
@@ -120,6 +136,7 @@ class DiffReport:
     def num_common(self) -> int:
         """Keys that both sides have."""
         different = {change.key for change in self.kinds} | {change.key for change in self.values}
+        different |= {change.key for change in self.objects}
         return self.num_same + self.num_unknown + len(different | set(self.other_bytes))
 
     def within(self, tolerance: float) -> DiffReport:
@@ -132,15 +149,19 @@ class DiffReport:
         return replace(self, values=kept, num_same=self.num_same + dropped, num_within=self.num_within + dropped)
 
     def by_change(self) -> list[ValueChange]:
-        """The tensors whose elements differ, those that changed most first; NaN before all."""
-        return sorted(
-            self.values, key=lambda c: (not math.isnan(c.max_abs), -_or_infinite(c.relative_norm), -c.max_abs)
-        )
+        """The tensors whose elements differ, those that changed most first; NaN and infinite ones before all."""
+
+        def order(change: ValueChange) -> tuple[bool, bool, float, float]:
+            largest = _or_infinite(change.max_abs)
+            norm = _or_infinite(change.relative_norm)
+            return not math.isnan(change.max_abs), math.isfinite(change.max_abs), -norm, -largest
+
+        return sorted(self.values, key=order)
 
     @property
     def is_same(self) -> bool:
         """Whether nothing different was found."""
-        return not (self.only_a or self.only_b or self.kinds or self.values or self.other_bytes)
+        return not (self.only_a or self.only_b or self.kinds or self.values or self.other_bytes or self.objects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +174,8 @@ class _Side:
     shard_crcs: Mapping[str, tuple[tuple[Box, int | None], ...]] = field(default_factory=dict)
     readable: Readable | None = None
     source: Source | None = None
+    read_objects: Callable[[Sequence[str]], Mapping[str, object]] | None = None
+    """Gives the values of ``objects``; one that can't be read is an ``Unreadable``."""
 
     def held(self, key: str) -> Unmatched:
         info = self.tensors.get(key)
@@ -168,16 +191,12 @@ class _Side:
     def keys(self) -> set[str]:
         return {*self.tensors, *self.objects}
 
-    def only(self, globs: Sequence[str]) -> _Side:
-        """What of it matches one of the globs."""
-
-        def matches(key: str) -> bool:
-            return any(fnmatch.fnmatchcase(key, glob) for glob in globs)
-
+    def only(self, keys: Set[str]) -> _Side:
+        """What of it is among ``keys``."""
         return replace(
             self,
-            tensors={key: info for key, info in self.tensors.items() if matches(key)},
-            objects={key: crc for key, crc in self.objects.items() if matches(key)},
+            tensors={key: info for key, info in self.tensors.items() if key in keys},
+            objects={key: crc for key, crc in self.objects.items() if key in keys},
         )
 
 
@@ -210,7 +229,10 @@ def diff(
         for path in (path_a, path_b):
             side = _open(os.fspath(path), with_values=values or model is not None, stack=stack)
             side = _by_our_names(side, model, flavor) if model is not None and flavor is not None else side
-            sides.append(side.only(keys) if keys else side)
+            sides.append(side)
+        if keys:
+            chosen = set(matching_keys(sorted(sides[0].keys | sides[1].keys), keys, f"{path_a} and {path_b}"))
+            sides = [side.only(chosen) for side in sides]
         return _compare(sides[0], sides[1], values=values, trust_digests=trust_digests, progress=progress)
 
 
@@ -245,8 +267,12 @@ def _is_checkpoint(path: str) -> bool:
 
 def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
     if not _is_checkpoint(path):
-        source = stack.enter_context(open_weights(path).source)
-        return _Side(path, source.tensors, readable=source, source=source)
+        weights = open_weights(path)
+        source = stack.enter_context(weights.source)
+        beside: dict[str, int | None] = {key: None for key in weights.values if key not in source.tensors}
+        return _Side(
+            path, source.tensors, beside, readable=source, source=source, read_objects=_objects_of(weights.values)
+        )
     storage, folder = open_storage(path)
     manifest = catalog.read_manifest(storage, folder)
     if is_hf_step(manifest):
@@ -258,7 +284,19 @@ def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
     if storage.stat(join(folder, MANIFEST_NAME)) is None:
         manifest = locate_manifest(storage, folder, manifest)
     source = stack.enter_context(manifest_source(storage, folder, manifest, None))
-    return replace(side, readable=source, source=source)
+    return replace(
+        side, readable=source, source=source, read_objects=lambda keys: read_values(storage, folder, manifest, keys)
+    )
+
+
+def _objects_of(values: Mapping[str, object]) -> Callable[[Sequence[str]], Mapping[str, object]]:
+    """Reads from ``values``, in which what is not plain can't be compared."""
+
+    def read(keys: Sequence[str]) -> Mapping[str, object]:
+        found = {key: values[key] for key in keys}
+        return {key: Unreadable(value.name) if isinstance(value, Inert) else value for key, value in found.items()}
+
+    return read
 
 
 def _metadata_side(path: str, manifest: Manifest) -> _Side:
@@ -296,6 +334,7 @@ def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress:
     kinds = tuple(KindChange(a.held(key), b.held(key)) for key in common if a.held(key) != b.held(key))
     changed = {change.key for change in kinds}
     unlike_values: list[ValueChange] = []
+    objects: list[ObjectChange] = []
     same: dict[str, bool | None] = {key: _same_bytes(a, b, key) for key in common if key not in changed}
     if values:
         comparable = [key for key in common if key in a.tensors and key in b.tensors]
@@ -304,9 +343,11 @@ def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress:
         unlike_values = _compare_values(a, b, comparable, progress)
         read = set(comparable)
         same = {key: answer for key, answer in same.items() if key not in read}
+        objects = _compare_objects(a, b, same)
     other_bytes = [key for key, answer in same.items() if answer is False]
     num_unknown = sum(answer is None for answer in same.values())
     different = {*changed, *other_bytes, *(change.key for change in unlike_values)}
+    different |= {change.key for change in objects}
     return DiffReport(
         a=a.path,
         b=b.path,
@@ -317,7 +358,39 @@ def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress:
         other_bytes=tuple(sorted(other_bytes)),
         num_unknown=num_unknown,
         num_same=len(common) - len(different) - num_unknown,
+        objects=tuple(objects),
     )
+
+
+def _compare_objects(a: _Side, b: _Side, same: dict[str, bool | None]) -> list[ObjectChange]:
+    """The values that differ of those in ``same`` whose bytes are not the same; the answers go to ``same``."""
+    if a.read_objects is None or b.read_objects is None:
+        return []
+    wanted = [key for key, answer in same.items() if not answer and key in a.objects and key in b.objects]
+    found_a, found_b = a.read_objects(wanted), b.read_objects(wanted)
+    changes = []
+    for key in wanted:
+        value_a, value_b = found_a[key], found_b[key]
+        if isinstance(value_a, Unreadable) or isinstance(value_b, Unreadable):
+            continue
+        text_a, text_b = repr(value_a), repr(value_b)  # of values that are equal: 1 is not True, NaN is NaN
+        same[key] = True
+        if text_a != text_b:
+            del same[key]
+            changes.append(ObjectChange(key, *_where_unlike(text_a, text_b)))
+    return changes
+
+
+def _where_unlike(a: str, b: str) -> tuple[str, str]:
+    """Two texts that differ, each cut to some characters around the first difference."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    start = max(0, at - OBJECT_TEXT_LENGTH // 2) if max(len(a), len(b)) > OBJECT_TEXT_LENGTH else 0
+
+    def cut(text: str) -> str:
+        end = start + OBJECT_TEXT_LENGTH
+        return ("..." if start else "") + text[start:end] + ("..." if len(text) > end else "")
+
+    return cut(a), cut(b)
 
 
 def _same_bytes(a: _Side, b: _Side, key: str) -> bool | None:
@@ -375,7 +448,8 @@ class _Differences:
 
     def add(self, box: Box, a: Array, b: Array) -> None:
         wide_a, wide_b = _widened(a), _widened(b)
-        self._add_sums(wide_a, wide_b)
+        distance = _distance(a, b, wide_a, wide_b)
+        self._add_sums(wide_a, wide_b, distance)
         if a.dtype == b.dtype:
             if np.array_equal(as_bytes(a), as_bytes(b)):
                 return
@@ -387,8 +461,10 @@ class _Differences:
             return
         self.num_different += int(other.sum())
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            absolute = np.where(other & (wide_a != wide_b), np.abs(wide_a - wide_b), 0.0)
-            relative = np.nan_to_num(np.where(absolute > 0, absolute / np.abs(wide_a), 0.0), nan=np.inf)
+            unlike = other & ~(np.isnan(wide_a) & np.isnan(wide_b)) & ((wide_a != wide_b) | (distance > 0))
+            absolute = np.where(unlike, distance, 0.0)
+            relative = np.where(absolute > 0, absolute / np.abs(wide_a), 0.0)
+            relative = np.nan_to_num(relative, nan=np.inf, posinf=np.inf)
         index = np.unravel_index(int(np.argmax(absolute)), a.shape)  # the first NaN, if there is one
         largest = float(absolute[index])
         if np.isnan(largest) or largest > self._max_abs:
@@ -397,15 +473,14 @@ class _Differences:
             self._max_abs = largest
         self._max_rel = max(self._max_rel, float(relative.max()))
 
-    def _add_sums(self, a: Any, b: Any) -> None:
+    def _add_sums(self, a: Any, b: Any, distance: Any) -> None:
         finite = np.isfinite(a) & np.isfinite(b)
         if not finite.all():
-            a, b = a[finite], b[finite]
+            a, b, distance = a[finite], b[finite], distance[finite]
         self._num_finite += a.size
         with np.errstate(over="ignore", invalid="ignore"):
-            difference = np.abs(b - a)
-            squares = (np.square(np.abs(x)).sum() for x in (difference, a, b))
-            self._sums += np.array([difference.sum(), *squares], dtype=np.float64)
+            squares = (np.square(np.abs(x)).sum() for x in (distance, a, b))
+            self._sums += np.array([distance.sum(), *squares], dtype=np.float64)
             self._product += float((a * np.conj(b)).sum().real)
 
     def change(self, key: str) -> ValueChange:
@@ -419,9 +494,22 @@ class _Differences:
             self._max_rel,
             self._at,
             mean_abs=total / self._num_finite if self._num_finite else math.nan,
-            relative_norm=math.sqrt(squares / norm_a) if norm_a else math.nan if squares else 0.0,
+            relative_norm=math.sqrt(squares / norm_a)
+            if norm_a
+            else math.nan
+            if squares or not self._num_finite
+            else 0.0,
             cosine=self._product / math.sqrt(norm_a) / math.sqrt(norm_b) if norm_a and norm_b else math.nan,
         )
+
+
+def _distance(a: Array, b: Array, wide_a: Any, wide_b: Any) -> Any:
+    """``|a - b|`` of each element, as float64. Of 64-bit integers, which float64 rounds, it is computed in integers."""
+    if a.dtype == b.dtype and a.dtype.kind in "iu" and a.dtype.itemsize == 8:
+        bits_a, bits_b = a.view(np.uint64), b.view(np.uint64)
+        return np.where(a > b, bits_a - bits_b, bits_b - bits_a).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.abs(wide_b - wide_a)
 
 
 def _or_infinite(value: float) -> float:

@@ -23,7 +23,15 @@ from milepost.report.profile import grid_of
 from milepost.storage.base import counted
 
 MAX_BARS = 20
-_NAMES = {"most": "Changed most", "movement": "By layer", "values": "All changes", "keys": "Keys", "kinds": "Kinds"}
+_NAMES = {
+    "most": "Changed most",
+    "movement": "By layer",
+    "values": "All changes",
+    "objects": "Values",
+    "bytes": "Bytes",
+    "keys": "Keys",
+    "kinds": "Kinds",
+}
 
 
 def diff_page(report: DiffReport, *, now: float) -> str:
@@ -32,7 +40,7 @@ def diff_page(report: DiffReport, *, now: float) -> str:
     sections = [section for section in _sections(report, changes) if section]
     facts = [
         ("the same", str(report.num_same)),
-        ("with other values", str(len(changes) or len(report.other_bytes))),
+        ("with other values", str(len(changes) + len(report.objects) + len(report.other_bytes))),
         ("of another dtype or shape", str(len(report.kinds))),
         ("only in A", str(len(report.only_a))),
         ("only in B", str(len(report.only_b))),
@@ -54,9 +62,11 @@ def _sections(report: DiffReport, changes: Sequence[ValueChange]) -> Iterable[st
         yield _most(changes)
         yield _by_layer(changes)
         yield _values(changes)
-    elif report.other_bytes:
+    if report.objects:
+        yield _objects(report)
+    if report.other_bytes:
         rows: list[list[Cell]] = [[key_html(key)] for key in report.other_bytes]
-        yield section_html("values", "Stored with other bytes", table_html("byte-table", "By CRC-32", ("KEY",), rows))
+        yield section_html("bytes", "Stored with other bytes", table_html("byte-table", "By CRC-32", ("KEY",), rows))
     yield _kinds(report)
     yield _keys(report)
 
@@ -101,6 +111,12 @@ def _values(changes: Sequence[ValueChange]) -> str:
     numbers = ("#CHANGE", "#MAX |A-B|", "#MEAN |A-B|", "#MAX RELATIVE", "#COSINE", "#DIFFERENT", "#ELEMENTS")
     table = table_html("value-table", "Those that changed most first", ("KEY", *numbers, "AT"), rows, search=True)
     return section_html("values", "All changes", table, "AT is where the largest absolute difference is.")
+
+
+def _objects(report: DiffReport) -> str:
+    rows: list[list[Cell]] = [[key_html(c.key), text_html(c.a), text_html(c.b)] for c in report.objects]
+    table = table_html("object-table", "Step, counters, options", ("KEY", "A", "B"), rows, search=True)
+    return section_html("objects", "Values that are not tensors, and differ", table)
 
 
 def _percent(share: float) -> str:

@@ -223,7 +223,8 @@ def _compare(
 def _different_keys(found: DiffReport) -> tuple[str, ...]:
     """Of the state, that is: what is attached to a step tells of each run's own folder and options."""
     keys = {held.key for held in (*found.only_a, *found.only_b)} | {change.key for change in found.kinds}
-    keys |= {change.key for change in found.values} | set(found.other_bytes)
+    keys |= {change.key for change in found.values} | {change.key for change in found.objects}
+    keys |= set(found.other_bytes)
     return tuple(sorted(key for key in keys if part_of(key) != ATTACHED))
 
 

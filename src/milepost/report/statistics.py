@@ -138,7 +138,8 @@ class Accumulator:
         self._num = self._num_finite = self._num_zeros = self._num_nan = self._num_inf = self._num_saturated = 0
         self._mean = self._squares = 0.0  # of the finite elements; squares: of deviations from the mean
         self._sum_squares = 0.0
-        self._min, self._max = math.inf, -math.inf
+        self._min: float = math.inf
+        self._max: float = -math.inf
         self._dead_rows = 0
         self._live_row = False  # whether the row that the last slab ended in has an element that is not zero
         self._last_row = -1
@@ -147,11 +148,12 @@ class Accumulator:
         """Count the elements of a slab. Without ``box`` (a sample of the tensor) no rows are looked at."""
         flat = slab.reshape(-1)
         for start in range(0, flat.size, PIECE_NUMEL):
-            self._add_piece(widened(flat[start : start + PIECE_NUMEL]))
+            stored = flat[start : start + PIECE_NUMEL]
+            self._add_piece(widened(stored), stored)
         if box is not None and len(self._shape) >= 2:
             self._add_rows(slab, box)
 
-    def _add_piece(self, piece: Any) -> None:
+    def _add_piece(self, piece: Any, stored: Array) -> None:
         self._num += piece.size
         finite = np.isfinite(piece)
         num_finite = int(np.count_nonzero(finite))
@@ -162,7 +164,11 @@ class Accumulator:
             piece = piece[finite]
         if not num_finite:
             return
-        low, high = float(piece.min()), float(piece.max())
+        if stored.dtype.kind in "iu":  # exact, where float64 rounds
+            low: float = int(stored.min())
+            high: float = int(stored.max())
+        else:
+            low, high = float(piece.min()), float(piece.max())
         self._min, self._max = min(self._min, low), max(self._max, high)
         if low <= 0 <= high:
             self._num_zeros += piece.size - int(np.count_nonzero(piece))

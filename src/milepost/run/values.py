@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, StorageError
 from milepost.format.digest import crc32
 from milepost.format.manifest import Manifest, ObjectEntry
@@ -13,6 +14,7 @@ from milepost.storage.base import Storage, join
 
 MAX_VALUE_NBYTES = 1 << 20
 """A record that is larger is not read: it holds no value that a person would look at."""
+NUM_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,14 @@ def read_values(
     max_nbytes: int = MAX_VALUE_NBYTES,
 ) -> dict[str, object]:
     """The values of ``keys``, each checked against its digest. What can't be read is an :class:`Unreadable`."""
-    return {key: _read(storage, folder, manifest.objects[key], max_nbytes) for key in keys}
+    wanted = list(keys)
+
+    def read(key: str) -> object:
+        return _read(storage, folder, manifest.objects[key], max_nbytes)
+
+    # A store takes a while to answer, and an optimizer has hundreds of values.
+    found = map_in_threads(read, wanted, NUM_THREADS, name="milepost-values")
+    return dict(zip(wanted, found, strict=True))
 
 
 def _read(storage: Storage, folder: str, entry: ObjectEntry, max_nbytes: int) -> object:

@@ -17,7 +17,7 @@ from milepost.format.digest import files_in_blocks
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
 from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import TensorEntry
-from milepost.format.torch_file import MAX_ENTRIES, locate_tensors
+from milepost.format.torch_file import MAX_ENTRIES, inert_values, locate_tensors
 from milepost.run.hf_folder import HfFolder, is_adapter, plain_or_tagged, read_headers, read_hf_folder
 from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
@@ -136,10 +136,10 @@ class WeightsCheck:
                 self._reader.check(reader.handle, name, extents)
 
     def _torch_file(self, handle: ReadHandle, name: str) -> None:
-        left_out: list[str] = []
-        self.num_items = len(locate_tensors(handle.read, handle.nbytes, handle.path, left_out=left_out))
-        if left_out:
-            self.notes.append(f"values that are no tensors: {', '.join(listed(left_out))}")
+        values: dict[str, object] = {}
+        self.num_items = len(locate_tensors(handle.read, handle.nbytes, handle.path, values=values))
+        if inert := inert_values(values):
+            self.notes.append(f"values that are no tensors: {', '.join(listed(inert))}")
         if self._level != "full":
             self._findings.count_read(0, unchecked_nbytes=handle.nbytes)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from milepost.config import PARTS
@@ -24,7 +24,7 @@ from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest, TensorEntry
 from milepost.format.safetensors import read_header
 from milepost.format.summary import files_of
-from milepost.format.torch_file import locate_tensors
+from milepost.format.torch_file import inert_values, locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog
 from milepost.run.hf_folder import HeaderTensors, is_adapter, read_hf_folder
@@ -50,6 +50,8 @@ class Weights:
     manifest: Manifest | None = None
     """Of a DCP checkpoint."""
     notes: tuple[str, ...] = ()
+    values: Mapping[str, object] = field(default_factory=dict)
+    """What stands beside the tensors in a ``.pt`` file, by its path, as ``locate_tensors`` gives it."""
     is_adapter: bool = False
     """A folder that holds an adapter for a model, not the model."""
 
@@ -100,7 +102,7 @@ def _not_weights(full: str, names: Iterable[str]) -> str:
 
 def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
     handle = open_linked(storage, name, anywhere=True)
-    left_out: list[str] = []
+    values: dict[str, object] = {}
     with ExitStack() as stack:
         stack.callback(handle.close)
         refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors" if is_safetensors else name)
@@ -108,11 +110,12 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
         if is_safetensors:
             stored = _SafetensorsFiles(HeaderTensors({name: read_header(handle).tensors}), {name: handle})
         else:
-            stored = _torch_file_tensors(handle, left_out)
+            stored = _torch_file_tensors(handle, values)
         stack.pop_all()
     kind = "hf" if is_safetensors else "pt"
-    notes = (f"values that are no tensors were left out: {', '.join(listed(left_out))}",) if left_out else ()
-    return Weights(Source(join_path(storage.root, name), kind, [handle], stored), notes=notes)
+    inert = inert_values(values)
+    notes = (f"values that are no tensors were left out: {', '.join(listed(inert))}",) if inert else ()
+    return Weights(Source(join_path(storage.root, name), kind, [handle], stored), notes=notes, values=values)
 
 
 # ---- Hugging Face ----
@@ -232,9 +235,9 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
 # ---- .pt ----
 
 
-def _torch_file_tensors(handle: ReadHandle, left_out: list[str]) -> dict[str, TensorStretches]:
+def _torch_file_tensors(handle: ReadHandle, values: dict[str, object]) -> dict[str, TensorStretches]:
     try:
-        found = locate_tensors(handle.read, handle.nbytes, handle.path, left_out=left_out)
+        found = locate_tensors(handle.read, handle.nbytes, handle.path, values=values)
     except FormatError as error:
         raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
     # A storage is read, and checked against its CRC, as one, whatever number of tensors are views of it.

@@ -1,0 +1,28 @@
+"""Keys that a command is asked for, by shell patterns."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from milepost.errors import CheckpointNotFoundError, all_near
+
+
+def matching_keys(keys: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
+    """The keys that one of ``patterns`` names or matches; all where there are no patterns.
+
+    A key may itself look like a pattern (``a[0]``), so one that is written out is found first.
+
+    Raises:
+        CheckpointNotFoundError: a pattern matches no key of what errors call ``where``.
+    """
+    known = dict.fromkeys(keys)
+    found = {} if patterns else known
+    for pattern in patterns:
+        matches = [pattern] if pattern in known else [key for key in known if fnmatch.fnmatchcase(key, pattern)]
+        if not matches:
+            closest = all_near(pattern, known)
+            hint = f"; near it: {', '.join(closest)}" if closest else ""
+            raise CheckpointNotFoundError(f"{where} has no key that matches '{pattern}'{hint}", path=where)
+        found.update(dict.fromkeys(matches))
+    return list(found)
