@@ -88,9 +88,7 @@ def parse_slice(text: str, shape: tuple[int, ...]) -> tuple[Box, tuple[int | sli
         at = parts.index("...")
         parts[at : at + 1] = [":"] * max(0, len(shape) - len(parts) + 1)
     if len(parts) > len(shape):
-        raise ConfigError(
-            f"slice '{text}' has {counted(len(parts), 'dim')}, the tensor {len(shape)}: {list(shape)}"
-        )
+        raise ConfigError(f"slice '{text}' has {counted(len(parts), 'dim')}, the tensor {len(shape)}: {list(shape)}")
     offsets, sizes, index = [], [], list[int | slice]()
     for dim, size in enumerate(shape):
         part = parts[dim] if dim < len(parts) else ":"
