@@ -16,6 +16,16 @@ from milepost.testing.seaweed import Seaweed, seaweed
 Tally = Callable[..., None]
 
 
+SLOW_TIMEOUT_S = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a test that takes minutes more time than the others, unless it says how much it wants."""
+    for item in items:
+        if item.get_closest_marker("slow") is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
 @pytest.fixture
 def memory_path() -> Iterator[Path]:
     """A fresh folder on a file system in memory, where syncing costs nothing; on disk where there is none."""

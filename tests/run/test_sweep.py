@@ -162,6 +162,30 @@ def test_a_killed_process_that_nobody_reaped_is_dead(memory_path: Path) -> None:
         os.waitpid(pid, 0)
 
 
+def test_the_place_of_a_deletion_goes_at_once_when_its_process_died_before_the_rename(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+
+    class DiesBeforeTheRename(WrappedStorage):
+        def rename(self, src: str, dst: str) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class SweptBeforeTheRename(WrappedStorage):
+        def rename(self, src: str, dst: str) -> None:
+            assert sweep_leftovers(storage, "run", now=time.time()) == NOTHING, "its process lives"
+            super().rename(src, dst)
+
+    for number in (5, 6):
+        save(storage, f"run/step-{number}")
+    pid = os.fork()
+    if pid == 0:
+        sweep.delete_checkpoint(DiesBeforeTheRename(storage), "run/step-5")
+    os.waitpid(pid, 0)
+    (place,) = names(storage) - {"step-5", "step-6"}
+    assert sweep_leftovers(storage, "run", now=time.time()).removed == (place,)
+    assert sweep.delete_checkpoint(SweptBeforeTheRename(storage), "run/step-6")
+    assert names(storage) == {"step-5"}
+
+
 def test_an_attempt_lives_while_any_of_its_owners_does(memory_path: Path) -> None:
     """The training process died; its writer process has adopted the attempt and is still at work."""
     storage = LocalStorage(memory_path)

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -43,7 +45,7 @@ def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None
     ``where`` is the place of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not fit.
     """
     try:
-        return msgspec.convert(value, kind)
+        return convert(value, kind)
     except UnicodeEncodeError as error:
         raise FormatError(
             f"{path}: {where or 'the document'} has a field whose name is not Unicode", path=path
@@ -52,6 +54,31 @@ def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None
         for field, name, part, part_kind in _entries(value, kind):  # raises for the very entry
             typed(part, part_kind, path, f"{where}.{field}.{name}".lstrip("."), name if field in _BY_KEY else key)
         raise FormatError(f"{path}: {_explain(str(error), where)}", path=path, key=key) from error
+
+
+def convert(value: Any, kind: type[T]) -> T:
+    """As ``msgspec.convert``, for any number of threads at once. Raises ``msgspec.ValidationError``.
+
+    msgspec compiles a kind when it is first used and enters it where other threads find it before it is whole: a
+    thread that comes in between reads through a null pointer, and the process is gone (seen with 0.22.0).
+    """
+    if kind not in _compiled:
+        with _compiling:
+            msgspec.json.Decoder(kind)
+            _compiled.add(kind)
+    return msgspec.convert(value, kind)
+
+
+_compiled: set[Any] = set()
+_compiling = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _compiling
+    _compiling = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # the thread that held it is not in the child
 
 
 _BY_KEY = ("tensors", "objects")

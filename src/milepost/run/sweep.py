@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import re
+import time
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from milepost.run.catalog import (
     OLD_PREFIXES,
     REPLACED_PREFIX,
 )
-from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, is_alive, owners_of
+from milepost.run.owner import (
+    OWNER_PREFIX,
+    OWNERLESS_LIFETIME_S,
+    is_alive,
+    owners_of,
+    parse_owner,
+    this_process,
+)
 from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, split
 
 _log = logging.getLogger(__name__)
@@ -104,7 +112,7 @@ def _hide(storage: Storage, path: str) -> str | None:
         place = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
         try:
             storage.make_folder(place)
-            storage.write(f"{place}/{MARKER_NAME}", b"")
+            storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())
             hidden = f"{place}/{name}"
         except StorageError as error:
             with contextlib.suppress(StorageError):
@@ -231,13 +239,22 @@ def _is_draft(data: bytes) -> bool:
 def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
     """Not while another process may be about to use it: a place for a deletion that holds nothing yet, a new draft."""
     if _DELETING_NAME.fullmatch(entry.name):
-        is_used = any(found.name != MARKER_NAME for found in storage.list(join(folder, entry.name)))
-        return is_used or now - entry.mtime_s >= OWNERLESS_LIFETIME_S
+        place = join(folder, entry.name)
+        is_used = any(found.name != MARKER_NAME for found in storage.list(place))
+        return is_used or now - entry.mtime_s >= OWNERLESS_LIFETIME_S or _has_died(storage, place, now)
     replaced = _REPLACED_NAME.fullmatch(entry.name)
     if replaced is None:
         return True
     info = catalog.examine(storage, join(folder, replaced[3]))
     return info is not None and (info.is_usable or info.state == "part")
+
+
+def _has_died(storage: Storage, place: str, now: float) -> bool:
+    """Whether the process that made a place for a deletion is known to be dead."""
+    try:
+        return not is_alive(parse_owner(storage.read(f"{place}/{MARKER_NAME}", 1 << 16), MARKER_NAME), now)
+    except (StorageError, FormatError):  # gone, torn by a crash, or empty: older versions wrote no owner
+        return False
 
 
 def _take_away(storage: Storage, folder: str, entry: Entry) -> bool:
