@@ -246,3 +246,26 @@ def test_the_model_of_a_marked_step_is_rescued(
     assert (status, Path("rescued/model.safetensors").exists()) == (0, True)
     assert "of the source matched their digests" in out
     assert output(capsys, *["export", "run", "newest", "--model", "llama3", "--flavor", "debugmodel"])[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (("stats", "."), "is a run, not a checkpoint: give one of its steps, for instance {root}/checkpoint/step-2"),
+        (
+            ("prune", "checkpoint/step-1", "--keep-latest", "1"),
+            "is a checkpoint, not a run: give the folder of its run",
+        ),
+        (("export", "checkpoint/step-2", "out"), "not a run"),
+        (("ls", "notes.txt"), "is a file, not the folder of a run"),
+        (("report", "model.pt"), "is a file, neither a run nor a step of one"),
+    ],
+)
+def test_a_path_of_another_kind_is_told_what_it_is(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], hint: str
+) -> None:
+    Path("run").rename("checkpoint")
+    Path("notes.txt").write_text("")
+    status, _, err = output(capsys, *argv)
+    assert status == 3
+    assert hint.format(root=storage.root) in err

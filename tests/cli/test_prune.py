@@ -68,6 +68,7 @@ def test_the_dry_run_says_exactly_what_is_deleted(
     assert steps == NEVER | kept
     assert {"step-900", "step-0100", "notes", ".pinned-step-200", ".deleting-2024"} <= names(zoo)
     assert (done["swept"], done["left_alone"]) == ([LEFTOVER], [".deleting-2024"])
+    assert (planned["swept"], planned["left_alone"]) == (done["swept"], done["left_alone"])
 
 
 def test_every_step_that_stays_is_left_untouched(zoo: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:

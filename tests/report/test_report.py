@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import milepost
 from milepost.cli.main import main
 from milepost.report.gather import gather
 from milepost.report.profile import every_nth_run
@@ -151,6 +153,28 @@ def test_a_damaged_step_is_shown_as_such_and_hides_no_other(run: Path) -> None:
     assert re.search("digest|CRC", checks[40])
     assert "__0_0.distcp" in checks[20]
     assert "1 of 3 steps" in " ".join(Page(written(run)).texts)
+
+
+def test_a_step_is_called_verified_only_if_every_byte_of_it_is(memory_path: Path) -> None:
+    """Values, headers, padding and metadata too: flips in those passed for verified."""
+    milepost.save(memory_path / "checkpoint/step-1", {"w": torch.ones(64), "step": 7, "name": "run"})
+    assert [step.check for step in gather(str(memory_path)).steps] == ["verified"]
+    for name in (".metadata", "__0_0.distcp"):
+        path = memory_path / "checkpoint/step-1" / name
+        data = path.read_bytes()
+        for offset in range(0, len(data), len(data) // 11):
+            path.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+            (step,) = gather(str(memory_path)).steps
+            assert (step.check != "verified", step.is_bad) == (True, True), (name, offset)
+        path.write_bytes(data)
+
+
+def test_a_step_that_only_seems_to_verify_is_counted(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    milepost.save(memory_path / "checkpoint/step-1", {"w": torch.ones(64), "step": 7})
+    path = memory_path / "checkpoint/step-1/.metadata"
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")
+    written(memory_path)
+    assert "1 step; 1 is damaged, as the page says" in capsys.readouterr().out
 
 
 def test_without_weights_only_metadata_is_read(run: Path) -> None:

@@ -7,8 +7,8 @@ from milepost.format.manifest import Manifest
 from milepost.run import catalog
 from milepost.run.branches import History
 from milepost.run.catalog import CheckpointInfo, StepEntry
-from milepost.storage import open_storage
-from milepost.storage.base import Storage, split
+from milepost.storage import join_path, open_storage
+from milepost.storage.base import Entry, Storage, split
 
 
 def open_run(path: str) -> tuple[Storage, str]:
@@ -19,23 +19,28 @@ def open_run(path: str) -> tuple[Storage, str]:
     """
     storage, name = open_storage(path)
     found = storage.stat(name)
-    is_file = found is not None and not found.is_folder
-    folder = None if is_file else catalog.find_run(storage, name)
+    folder = catalog.find_run(storage, name) if found is None or found.is_folder else None
     if folder is None:
-        raise _no_run(storage, name, path, is_file=is_file)
+        raise _no_run(storage, name, path, found)
     return storage, folder
 
 
-def _no_run(storage: Storage, name: str, path: str, *, is_file: bool) -> CheckpointNotFoundError:
+def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> CheckpointNotFoundError:
     # Not above: for a run, which is what there is nearly always, these would be a quarter of a command's start.
     from milepost.run.hf_folder import is_adapter, is_hf_folder
     from milepost.verification.weights import WEIGHTS_SUFFIXES
 
     what = None
-    if is_file and name.endswith(WEIGHTS_SUFFIXES):
+    if found is not None and not found.is_folder:
+        if not name.endswith(WEIGHTS_SUFFIXES):
+            return CheckpointNotFoundError(f"{path} is a file, not the folder of a run", path=path)
         what = "a file of weights"
     elif is_hf_folder(names := [entry.name for entry in storage.list(name)]):
         what = "a PEFT adapter" if is_adapter(names) else "a Hugging Face folder"
+    elif (info := catalog.examine(storage, name)) is not None and info.state != "incomplete":
+        run = join_path(storage.root, split(name)[0]) if split(name)[0] else storage.root
+        hint = f": give the folder of its run, {run}" if catalog.step_of(name) is not None else ""
+        return CheckpointNotFoundError(f"{path} is a checkpoint, not a run{hint}", path=path)
     if what is not None:
         return CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)
     return CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)

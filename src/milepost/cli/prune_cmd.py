@@ -11,7 +11,7 @@ from milepost.cli.paths import open_run
 from milepost.cli.render import console, print_json, print_table, printable
 from milepost.errors import ConfigError
 from milepost.run import catalog, retention
-from milepost.run.sweep import Sweep, sweep_leftovers
+from milepost.run.sweep import sweep_leftovers
 from milepost.storage.base import counted, format_nbytes
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")
@@ -92,10 +92,9 @@ def run(args: argparse.Namespace) -> int:
             [(str(d.step), format_nbytes(d.nbytes), "keep" if d.keep else "delete", d.reason) for d in decisions],
             numeric=("STEP", "SIZE"),
         )
-    swept = Sweep((), ())
     if not args.dry_run:
         retention.apply(storage, folder, decisions)
-        swept = sweep_leftovers(storage, folder, now=now)
+    swept = sweep_leftovers(storage, folder, now=now, dry_run=args.dry_run)
     gone = [decision for decision in decisions if not decision.keep]
     freed = sum(decision.nbytes for decision in gone)
     if args.json:
@@ -104,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"dry_run": args.dry_run, "freed_nbytes": freed, **steps_and_leftovers})
         return 0
     verb = "would delete" if args.dry_run else "deleted"
-    extra = f"; removed {counted(len(swept.removed), 'stale save attempt')}" if swept.removed else ""
+    removes = "would remove" if args.dry_run else "removed"
+    extra = f"; {removes} {counted(len(swept.removed), 'stale save attempt')}" if swept.removed else ""
     console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {format_nbytes(freed)}{extra}")
     if swept.left:
         names = printable(", ".join(swept.left))

@@ -44,10 +44,13 @@ def run(args: argparse.Namespace) -> int:
         view = gather(args.path, max_steps=max(args.steps, 0), weights=args.steps > 0, progress=progress)
     target = pathlib.Path(args.output)
     nbytes = write_page(args.output, page(view))
-    bad = [step for step in view.steps if step.check not in ("verified", "not read") and not step.profiles]
-    noted = f"; {len(bad)} could not be read, as the page says" if bad else ""
+    num_unread = sum(step.is_bad and not step.profiles for step in view.steps)
+    num_damaged = sum(step.is_bad for step in view.steps) - num_unread
+    bad = [f"{num_unread} could not be read"] * bool(num_unread)
+    bad += [f"{num_damaged} {'is' if num_damaged == 1 else 'are'} damaged"] * bool(num_damaged)
+    noted = f"; {' and '.join(bad)}, as the page says" if bad else ""
     console().print(
-        printable(f"wrote {target} ({format_nbytes(nbytes)}): {len(view.steps)} steps{noted}"), markup=False
+        printable(f"wrote {target} ({format_nbytes(nbytes)}): {counted(len(view.steps), 'step')}{noted}"), markup=False
     )
     if args.tensorboard:
         from milepost.report.tensorboard import write_scalars

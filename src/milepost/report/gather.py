@@ -17,6 +17,7 @@ from milepost.run.catalog import StepEntry
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.verification.extent_reader import Progress
+from milepost.verification.verify import verify_beside_tensors
 
 MAX_STEPS = 12
 """Steps whose weights are read, unless asked for more: the newest one and others evenly between."""
@@ -33,6 +34,11 @@ class StepView:
     """The step that the profiles' movements are counted from."""
     check: str = "not read"
     """``verified``, ``not read``, ``read, no digests to compare with``, or what is wrong."""
+
+    @property
+    def is_bad(self) -> bool:
+        """True if something is wrong with the step, or it could not be read."""
+        return self.check != "verified" and not self.check.startswith(("not read", "read,"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,9 @@ def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progr
 
 def _run_of(storage: Storage, name: str, path: str) -> tuple[str, int | None]:
     """The run's folder, and the one step of it that ``path`` is, if it is one."""
+    found = storage.stat(name)
+    if found is not None and not found.is_folder:
+        raise CheckpointNotFoundError(f"{path} is a file, neither a run nor a step of one", path=path)
     folder = catalog.find_run(storage, name)
     if folder is not None:
         return folder, None
@@ -163,8 +172,19 @@ def _read(
     except MilepostError as error:
         return {}, {}, error.message
     if checked >= whole and len(profiles) == len(manifest.tensors):
-        return profiles, samples, "verified"
+        return profiles, samples, _what_else(storage, entry) or "verified"
     return profiles, samples, "read, no digests to compare with" if not checked else "read, digests of a part"
+
+
+def _what_else(storage: Storage, entry: StepEntry) -> str:
+    """What is wrong with a step whose tensors are as they were saved; empty if nothing is."""
+    if entry.state == "external":
+        return ""
+    try:
+        problems = verify_beside_tensors(storage, entry.path)
+    except MilepostError as error:
+        return error.message
+    return str(problems[0]) if problems else ""
 
 
 def step_path(view: RunView, step: StepView) -> str:

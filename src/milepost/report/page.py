@@ -215,7 +215,7 @@ def _steps(view: RunView) -> str:
     rows: list[list[Cell]] = []
     for step in view.steps:
         entry = step.entry
-        style = "good" if step.check == "verified" else "" if step.check.startswith(("not read", "read")) else "bad"
+        style = "good" if step.check == "verified" else "bad" if step.is_bad else ""
         degrees = _ranks(step)
         rows.append(
             [

@@ -35,11 +35,12 @@ _PLAIN = re.compile(r"__[0-9]+_[0-9]+\.distcp|milepost\.(shards|digests)")
 """Files of a checkpoint that was not saved here, but copied here or saved by stock DCP."""
 
 
-def sweep(storage: Storage, folder: str, *, now: float, dead: Collection[str] = ()) -> list[str]:
+def sweep(storage: Storage, folder: str, *, now: float, dead: Collection[str] = (), dry_run: bool = False) -> list[str]:
     """Remove the attempts in a folder that nobody works on, with their files, and what attempts have replaced.
 
     The names of the attempts that were removed. ``now`` is in seconds since the epoch; ``dead`` names attempts that
-    are known to be dead. What was not made by ``commit``, as its name and what is in it show, is left alone.
+    are known to be dead. What was not made by ``commit``, as its name and what is in it show, is left alone. With
+    ``dry_run`` nothing is removed, nor is what a finished attempt has replaced looked at.
     """
     removed = []
     for entry in storage.list(folder):
@@ -49,11 +50,11 @@ def sweep(storage: Storage, folder: str, *, now: float, dead: Collection[str] = 
         try:
             files = {found.name: found for found in storage.list(attempt)}
             if COMMITTED_NAME in files:
-                gone = _remove_replaced(storage, attempt, files[COMMITTED_NAME], now)
+                gone = not dry_run and _remove_replaced(storage, attempt, files[COMMITTED_NAME], now)
             else:
                 is_ours = TARGET_NAME in files or any(name.startswith(OWNER_PREFIX) for name in files)
                 gone = is_ours and (entry.name in dead or not _lives(storage, attempt, files, now))
-                if gone:
+                if gone and not dry_run:
                     remove_attempt(storage, attempt)
         except (StorageError, FormatError) as error:
             _log.warning("%s/%s could not be removed yet: %s", storage.root, attempt, error)

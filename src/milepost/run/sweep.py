@@ -162,12 +162,14 @@ class Sweep:
     """Names that only look like such: of another program, or of an older Milepost. They are the user's to delete."""
 
 
-def sweep_leftovers(storage: Storage, folder: str, *, now: float, dead: Collection[str] = ()) -> Sweep:
+def sweep_leftovers(
+    storage: Storage, folder: str, *, now: float, dead: Collection[str] = (), dry_run: bool = False
+) -> Sweep:
     """Remove from a run's folder what dead processes left there.
 
     An attempt whose owner may still live is left alone, with all that belongs to it, unless ``dead`` names it. A
     replacement that was cut short is undone: the old checkpoint gets its name back. ``now`` is in seconds since the
-    epoch.
+    epoch. With ``dry_run`` nothing is changed: ``removed`` is what would be.
     """
     entries = {
         entry.name: entry
@@ -175,7 +177,7 @@ def sweep_leftovers(storage: Storage, folder: str, *, now: float, dead: Collecti
         if entry.name.startswith(_PREFIXES) or _DRAFT_NAME.fullmatch(entry.name)
     }
     if not storage.can_rename:
-        removed = object_sweep.sweep(storage, folder, now=now, dead=dead)
+        removed = object_sweep.sweep(storage, folder, now=now, dead=dead, dry_run=dry_run)
         known = (name for name in entries if _ATTEMPT_NAME.fullmatch(name) or _DRAFT_NAME.fullmatch(name))
         return Sweep(tuple(removed), tuple(sorted(entries.keys() - known)))
     alive = {
@@ -192,11 +194,11 @@ def sweep_leftovers(storage: Storage, folder: str, *, now: float, dead: Collecti
         if name in alive or (replaced is not None and ATTEMPT_PREFIX + replaced[2] in alive):
             continue
         if replaced is not None and _can_go_back(storage, folder, entry, replaced[3]):
-            removed += [name] if _put_back(storage, folder, name, replaced[3]) else []
+            removed += [name] if dry_run or _put_back(storage, folder, name, replaced[3]) else []
         elif not is_ours(storage, folder, entry):
             left.append(name)
         elif _may_go(storage, folder, entry, now):
-            removed += [name] if _take_away(storage, folder, entry) else []
+            removed += [name] if dry_run or _take_away(storage, folder, entry) else []
     return Sweep(tuple(removed), tuple(left))
 
 

@@ -28,7 +28,7 @@ from typing import Literal, get_args
 from milepost.errors import CheckpointNotFoundError, ConfigError, FormatError, Problem, StorageError, listed
 from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, crc32, parse_digests
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest, ShardEntry
 from milepost.format.tags import tag_of, untagged
 from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo, CommitRecord, State
@@ -38,6 +38,7 @@ from milepost.storage.base import ReadHandle, Storage, counted, join, split
 from milepost.verification.extent_reader import ExtentReader, Findings, Progress
 from milepost.verification.extents import (
     SAMPLE_RECORDS,
+    Data,
     Extent,
     Level,
     PlacedRecord,
@@ -51,7 +52,18 @@ from milepost.verification.extents import (
 from milepost.verification.hf_step import read_hf_step
 from milepost.verification.weights import WeightsCheck, may_be_weights
 
-__all__ = ["LEVELS", "Level", "Problem", "Progress", "Verdict", "VerifyReport", "verify", "verify_in", "verify_run"]
+__all__ = [
+    "LEVELS",
+    "Level",
+    "Problem",
+    "Progress",
+    "Verdict",
+    "VerifyReport",
+    "verify",
+    "verify_beside_tensors",
+    "verify_in",
+    "verify_run",
+]
 
 Verdict = Literal["ok", "not_verified", "damaged"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -143,8 +155,28 @@ def verify_in(
     return _verify_checkpoint(storage, path, info, level, num_threads, progress)
 
 
+def verify_beside_tensors(storage: Storage, path: str) -> tuple[Problem, ...]:
+    """What is wrong with the committed step at ``path``, its tensors' data aside: for whoever checks that as it reads.
+
+    Raises:
+        CheckpointNotFoundError: there is no committed step.
+        StorageError: the storage can't be read at all.
+    """
+    info = catalog.examine(storage, path)
+    if info is None or not info.is_usable:
+        raise CheckpointNotFoundError(f"{storage.root}/{path} is not a committed step", path=path)
+    return _verify_checkpoint(storage, path, info, "full", 1, None, with_tensors=False).problems
+
+
 def _verify_checkpoint(
-    storage: Storage, path: str, info: CheckpointInfo, level: Level, num_threads: int, progress: Progress | None
+    storage: Storage,
+    path: str,
+    info: CheckpointInfo,
+    level: Level,
+    num_threads: int,
+    progress: Progress | None,
+    *,
+    with_tensors: bool = True,
 ) -> VerifyReport:
     started = time.monotonic()
     findings = Findings(progress, total_nbytes=info.nbytes if level == "full" else 0)
@@ -165,7 +197,7 @@ def _verify_checkpoint(
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
         for fault in catalog.misnamed(manifest, path):
             findings.add(fault)
-        _check(storage, path, record, level, findings, num_threads)
+        _check(storage, path, record, level, findings, num_threads, with_tensors=with_tensors)
     if findings.num_problems:
         _check_still_there(storage, path, info.record_id)
     return VerifyReport(
@@ -287,7 +319,14 @@ def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, finding
 
 
 def _check(
-    storage: Storage, path: str, record: CommitRecord, level: Level, findings: Findings, num_threads: int
+    storage: Storage,
+    path: str,
+    record: CommitRecord,
+    level: Level,
+    findings: Findings,
+    num_threads: int,
+    *,
+    with_tensors: bool,
 ) -> None:
     is_hf = is_hf_step(record.manifest)
     digests = _check_metadata(storage, path, record, findings) if record.is_own and not is_hf else None
@@ -324,8 +363,14 @@ def _check(
             continue
         with handle:
             file_nbytes = record.manifest.files[name].nbytes if level == "full" and not is_cut else None
-            handle.will_read([(one.start, one.stop) for one in records] if file_nbytes is None else [(0, file_nbytes)])
-            reader.check(handle, name, _extents(handle, name, records, file_nbytes, digests, findings))
+            extents = _extents(handle, name, records, file_nbytes, digests, findings)
+            if with_tensors:
+                whole = file_nbytes is not None
+                handle.will_read([(0, file_nbytes or 0)] if whole else [(one.start, one.stop) for one in records])
+            else:
+                tensors = {one.key for one in records if isinstance(one.entry, ShardEntry)}
+                extents = (one for one in extents if not isinstance(one, Data) or one.key not in tensors)
+            reader.check(handle, name, extents)
 
 
 def _check_hf_step(

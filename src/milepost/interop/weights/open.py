@@ -81,14 +81,16 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
         return _open_dcp(storage, name, whole=whole)
     if is_hf or any(file.endswith(".safetensors") for file in names):
         return _open_hf(storage, name, names, step)
-    raise CheckpointNotFoundError(_not_weights(full, names), path=full)
+    raise CheckpointNotFoundError(_not_weights(storage, name, full, names), path=full)
 
 
-def _not_weights(full: str, names: Iterable[str]) -> str:
+def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str]) -> str:
     """Why a folder is no source, and what to give instead."""
-    steps = sorted(step for name in names if (step := catalog.step_of(name)) is not None)
-    if steps:
-        return f"{full} is a run, not a checkpoint: give one of its steps, for instance {full}/step-{steps[-1]}"
+    run = catalog.find_run(storage, folder)
+    if run is not None:
+        newest = catalog.scan(storage, run, keep_going=True)[-1]
+        at = join_path(storage.root, newest.path)
+        return f"{full} is a run, not a checkpoint: give one of its steps, for instance {at}"
     torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
     if torch_files:
         return f"{full} is a folder of torch files: give one of them, for instance {full}/{torch_files[0]}"
