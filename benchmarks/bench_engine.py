@@ -164,7 +164,7 @@ def slice_of_columns(folder: Path, num_tensors: int, figures: Figures) -> None:
     """Load columns 0 to 255 of each tensor, as a rank of an 8-way row-parallel layer would."""
     from milepost.format.box import Box
     from milepost.loading.reader import read_tensors
-    from milepost.run import catalog
+    from milepost.run import checkpoint_record
     from milepost.storage import open_storage
     from milepost.tensors.layout import Piece, TensorLeaf
     from milepost.tensors.plan import plan_load

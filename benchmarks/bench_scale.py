@@ -40,7 +40,7 @@ from milepost.format.record import tensor_record
 from milepost.format.segments import Segment, dump_segment, merge_segments, parse_segment
 from milepost.format.shard_crcs import shard_crcs
 from milepost.format.shards_file import dump_shards
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import open_storage
 from milepost.tensors.plan import TensorSpec, plan_load
 
@@ -227,8 +227,8 @@ def before_reading(step: Path, num_ranks: int) -> float:
     storage, name = open_storage(step)
     rank = num_ranks // 2
     started = time.process_time()
-    manifest = catalog.read_manifest(storage, name)
-    digests = catalog.read_digests(storage, name, manifest)
+    manifest = checkpoint_record.read_manifest(storage, name)
+    digests = checkpoint_record.read_digests(storage, name, manifest)
     specs = [
         TensorSpec(key, "float32", entry.shape, (box_of(entry.shape, rank, num_ranks),))
         for key, entry in manifest.tensors.items()

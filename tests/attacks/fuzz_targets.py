@@ -63,7 +63,7 @@ from milepost.format.shards_file import dump_shards, parse_shards
 from milepost.format.torch_file import locate_tensors, plan_torch_file
 from milepost.interop.hf.config import config_faults, make_config
 from milepost.interop.names.model_sizes import model_args
-from milepost.run import catalog
+from milepost.run import marks
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.lock import RunLock
 from milepost.run.owner import is_alive, parse_owner, this_process
@@ -335,7 +335,7 @@ def prepare_mark(data: bytes, scratch: Path) -> None:
 
 
 def read_mark(data: bytes, scratch: Path) -> object:
-    said = catalog.read_mark(LocalStorage(scratch), "step-1", "5-00000000")
+    said = marks.read_mark(LocalStorage(scratch), "step-1", "5-00000000")
     return said is None
 
 

@@ -33,8 +33,9 @@ from milepost.format.box import Box
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
 from milepost.interop.hf.save import commit_record
 from milepost.interop.weights.open import open_weights
-from milepost.run import catalog, commit, retention
+from milepost.run import catalog, checkpoint_record, commit, retention
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import begin_attempt, new_save_id
 from milepost.storage import LocalStorage
 from milepost.testing.sample import file_digests
 from milepost.testing.world import run_world
@@ -195,7 +196,7 @@ def changed_keys(sound: Path, step: Path, file: str) -> set[str]:
     if not (step / file).is_file() or (step / file).is_symlink() or file == METADATA_NAME:
         return set()
     after = (step / file).read_bytes()
-    manifest = catalog.read_record(LocalStorage(sound.parent), sound.name).manifest
+    manifest = checkpoint_record.read_record(LocalStorage(sound.parent), sound.name).manifest
     return {
         key
         for key, start, stop in records(manifest, file)
@@ -215,7 +216,7 @@ def records(manifest: Manifest, file: str) -> Iterator[tuple[str, int, int]]:
 
 def whole_state(path: Path) -> dict[str, Any]:
     """All of a checkpoint, in one process. Raises as a load does."""
-    manifest = catalog.read_manifest(LocalStorage(path.parent), path.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(path.parent), path.name)
     into: dict[str, Any] = {
         key: torch.ones(tensor.shape, dtype=getattr(torch, tensor.dtype)) for key, tensor in manifest.tensors.items()
     }
@@ -427,7 +428,7 @@ def two_of_three(folder: Path, sound: Path) -> list[list[str]]:
 
 def flip_data(step: Path) -> None:
     """One bit in the largest tensor of rank 1's file, found by whoever reads it."""
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     shards = [shard for tensor in manifest.tensors.values() for shard in tensor.shards if shard.file == "__1_0.distcp"]
     largest = max(shards, key=lambda shard: shard.data_nbytes)
     content = bytearray((step / "__1_0.distcp").read_bytes())
@@ -506,8 +507,8 @@ def test_damage_in_a_foreign_checkpoint_is_found_or_does_not_matter(memory_path:
 def save_hf(folder: Path, shift: float) -> None:
     """As the last save of a run in that form is committed: weights, index and config beside a manifest."""
     storage = LocalStorage(folder.parent)
-    save_id = commit.new_save_id()
-    attempt = commit.begin_attempt(storage, folder.name, save_id)
+    save_id = new_save_id()
+    attempt = begin_attempt(storage, folder.name, save_id)
     data = folder.parent / attempt / "data"
     names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for name in names:

@@ -44,7 +44,7 @@ from milepost.format.manifest import (
 )
 from milepost.format.summary import totals_by_part
 from milepost.loading.reader import read_tensors
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf
 from milepost.tensors.plan import plan_load
@@ -124,7 +124,7 @@ def check_found(step: Path, what: str) -> tuple[bool, bool]:
 
 def places(step: Path) -> Iterator[tuple[int, int, str, str | None]]:
     """Every stretch of the data files: start, stop, file, and the key whose record it is (None for padding)."""
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     records = [(s.file, s.record_offset, s.record_nbytes, key) for key, t in manifest.tensors.items() for s in t.shards]
     records += [(e.file, e.record_offset, e.record_nbytes, key) for key, e in manifest.objects.items()]
     for file in DATA_FILES:
@@ -251,7 +251,7 @@ def test_without_its_commit_record_it_is_foreign_and_still_checked(sound: Path, 
     (step / SHARDS_NAME).unlink()
     assert load_everything(step) is None
     for start, stop, file, key in places(sound):
-        manifest = catalog.read_manifest(LocalStorage(sound.parent), sound.name)
+        manifest = checkpoint_record.read_manifest(LocalStorage(sound.parent), sound.name)
         if key in manifest.tensors and key != "empty":
             (shard,) = manifest.tensors[key].shards
             flip(step / file, (shard.data_offset or 0) + shard.data_nbytes // 2, 3)
@@ -310,12 +310,12 @@ def test_partial_reads_check_every_block_they_touch(memory_path: Path) -> None:
     rows, row_nbytes = 3000, 4096
     step = memory_path / "step-1"
     milepost.save(step, {"w": torch.arange(rows * 1024.0).reshape(rows, 1024)})
-    shard = catalog.read_manifest(LocalStorage(memory_path), "step-1").tensors["w"].shards[0]
+    shard = checkpoint_record.read_manifest(LocalStorage(memory_path), "step-1").tensors["w"].shards[0]
     flip(step / shard.file, (shard.data_offset or 0) + 1500 * row_nbytes, 0)  # in the second of three blocks
 
     storage = LocalStorage(memory_path)
-    manifest = catalog.read_manifest(storage, "step-1")
-    digests = catalog.read_digests(storage, "step-1", manifest)
+    manifest = checkpoint_record.read_manifest(storage, "step-1")
+    digests = checkpoint_record.read_digests(storage, "step-1", manifest)
 
     def read(first: int, stop: int, columns: tuple[int, int] = (0, 1024)) -> torch.Tensor:
         box = Box((first, columns[0]), (stop - first, columns[1] - columns[0]))
@@ -457,7 +457,7 @@ def foreign_copy(memory_path: Path) -> Path:
 
 def forge(step: Path, change: Callable[[Manifest], Manifest]) -> None:
     """Write a commit record that no honest writer would, with right CRCs."""
-    honest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    honest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     manifest = dataclasses.replace(change(honest), parts=tuple(totals_by_part(honest)))
     with mock.patch.object(manifest_json, "head_faults", return_value=[]):
         for name, content in record_files(manifest).items():
@@ -489,7 +489,7 @@ def with_shard(key: str, **changes: Any) -> Callable[[Manifest], Manifest]:
 
 
 def shard_of(step: Path, key: str) -> ShardEntry:
-    return catalog.read_manifest(LocalStorage(step.parent), step.name).tensors[key].shards[0]
+    return checkpoint_record.read_manifest(LocalStorage(step.parent), step.name).tensors[key].shards[0]
 
 
 def test_overlapping_records_are_refused(step: Path) -> None:

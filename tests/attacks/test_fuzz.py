@@ -21,7 +21,7 @@ from fuzz_targets import RECORDS, TARGETS, Target
 
 from milepost.errors import FormatError, MilepostError, StorageError
 from milepost.format.record import check_archive
-from milepost.run import catalog
+from milepost.run import marks
 from milepost.run.lock import RunLock
 from milepost.storage import LocalStorage
 from milepost.tensors.values import decode_object
@@ -265,4 +265,4 @@ def test_a_lock_that_is_none_is_an_error_and_not_waited_for(
 def test_a_mark_that_is_nested_too_deep_is_none_of_ours(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     storage.write(".damaged-step-1.json", b"[" * 200_000)
-    assert catalog.read_mark(storage, "step-1", "any") is None
+    assert marks.read_mark(storage, "step-1", "any") is None

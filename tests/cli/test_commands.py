@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from milepost.cli.main import COMMANDS, main
-from milepost.run import catalog, sweep
+from milepost.run import catalog, checkpoint_record, marks, sweep
+from milepost.run.step_names import DELETING_PREFIX
 from milepost.storage import LocalStorage
 from milepost.storage.base import format_nbytes
 from milepost.testing.sample import save_arrays
@@ -32,7 +33,7 @@ def run(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
         save_arrays(
             storage, f"run/step-{step}", arrays, kind=kind, num_ranks=2, now=NOW - 3600 * (500 - step) / 100, step=step
         )
-    catalog.pin(storage, "run", 100)
+    marks.pin(storage, "run", 100)
     return storage
 
 
@@ -123,7 +124,7 @@ def test_verify_of_an_undamaged_checkpoint(run: LocalStorage, capsys: pytest.Cap
 def test_verify_of_a_damaged_one_names_file_range_and_key(
     run: LocalStorage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (_, shard) = catalog.read_manifest(run, "run/step-200").tensors["w"].shards
+    (_, shard) = checkpoint_record.read_manifest(run, "run/step-200").tensors["w"].shards
     assert shard.data_offset is not None
     spoil(run, "run/step-200/__1_0.distcp", shard.data_offset + 1000)
     status, out, _ = output(capsys, "verify", "run/step-200")
@@ -184,8 +185,8 @@ def test_a_file_in_place_of_a_folder_is_told_plainly(run: LocalStorage, capsys: 
 
 
 def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
-    run.make_folder(f"run/{catalog.DELETING_PREFIX}{0:032x}/step-90")
-    run.write(f"run/{catalog.DELETING_PREFIX}{0:032x}/{sweep.MARKER_NAME}", b"")
+    run.make_folder(f"run/{DELETING_PREFIX}{0:032x}/step-90")
+    run.write(f"run/{DELETING_PREFIX}{0:032x}/{sweep.MARKER_NAME}", b"")
     run.make_folder("run/.deleting-2024")
     rules = ("prune", "run", "--keep-latest", "1")
     before = [entry.name for entry in run.list("run")]

@@ -17,8 +17,9 @@ from zoo import save_model
 from milepost.cli.main import main
 from milepost.errors import StorageError
 from milepost.interop.hf.save import commit_record
-from milepost.run import catalog, commit
+from milepost.run import catalog, checkpoint_record, commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import begin_attempt, new_save_id
 from milepost.storage import LocalStorage
 from milepost.testing.sample import file_digests, save_arrays
 
@@ -33,8 +34,8 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, st
 
 def save_hf_step(storage: LocalStorage, path: str, step: int) -> None:
     """As the last save of a run in that form is committed."""
-    save_id = commit.new_save_id()
-    attempt = commit.begin_attempt(storage, path, save_id)
+    save_id = new_save_id()
+    attempt = begin_attempt(storage, path, save_id)
     data = Path(storage.root, attempt, "data")
     safetensors.numpy.save_file(ARRAYS, data / "model.safetensors")
     (data / "config.json").write_text("{}")
@@ -142,7 +143,7 @@ def test_values_are_shown(storage: LocalStorage, capsys: pytest.CaptureFixture[s
 def test_a_value_that_is_damaged_does_not_hide_the_others(
     storage: LocalStorage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entry = catalog.read_manifest(storage, "run/step-1").objects["train_state.loss"]
+    entry = checkpoint_record.read_manifest(storage, "run/step-1").objects["train_state.loss"]
     with Path("run/step-1", entry.file).open("r+b") as file:
         file.seek(entry.record_offset + 60)
         file.write(b"\xff")
@@ -178,7 +179,7 @@ def test_a_step_that_can_not_be_read_does_not_hide_the_others(
 
 
 def test_ls_says_what_is_being_written_and_by_whom(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
-    attempt = commit.begin_attempt(storage, "run/step-3", commit.new_save_id())
+    attempt = begin_attempt(storage, "run/step-3", new_save_id())
     storage.write(f"{attempt}/data/__0_0.distcp", b"x" * 2048)
     _, out, _ = output(capsys, "ls", "run")
     last = out.splitlines()[-1]

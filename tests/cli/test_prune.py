@@ -10,10 +10,11 @@ import pytest
 from zoo import HOUR, NOW, make_zoo, save
 
 from milepost.cli.main import main
-from milepost.run import catalog, sweep
+from milepost.run import sweep
+from milepost.run.step_names import DELETING_PREFIX, step_of
 from milepost.storage import LocalStorage
 
-LEFTOVER = f"{catalog.DELETING_PREFIX}{0:032x}"
+LEFTOVER = f"{DELETING_PREFIX}{0:032x}"
 NEVER = {"step-200", "step-300", "step-400", "step-500", "step-600", "step-700", "step-800"}
 """Pinned, external, damaged, of a newer version, newest to resume from, newest, incomplete."""
 
@@ -64,7 +65,7 @@ def test_the_dry_run_says_exactly_what_is_deleted(
     assert (done["steps"], done["freed_nbytes"]) == (planned["steps"], planned["freed_nbytes"])
     gone = before - names(zoo)
     assert gone == {step["name"] for step in planned["steps"] if not step["keep"]} | {LEFTOVER}  # type: ignore[attr-defined]
-    steps = {name for name in names(zoo) if catalog.step_of(name) is not None and name != "step-900"}
+    steps = {name for name in names(zoo) if step_of(name) is not None and name != "step-900"}
     assert steps == NEVER | kept
     assert {"step-900", "step-0100", "notes", ".pinned-step-200", ".deleting-2024"} <= names(zoo)
     assert (done["swept"], done["left_alone"]) == ([LEFTOVER], [".deleting-2024"])

@@ -13,7 +13,7 @@ import pytest
 import zoo
 
 from milepost.cli.main import main
-from milepost.run import catalog
+from milepost.run import marks
 from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.storage.retry import Retry
@@ -147,7 +147,7 @@ def test_both_folders_of_a_run_are_listed(base: str, tmp_path: Path, capsys: pyt
     run("ls", str(tmp_path / "run"), "--remote", status=2)
     run("sync", str(tmp_path / "run/step-3"), f"{base}/behind")
     run("sync", f"{base}/run/step-1", f"{base}/behind")
-    catalog.note_remote(storage, "run", f"{base}/behind")
+    marks.note_remote(storage, "run", f"{base}/behind")
     capsys.readouterr()
     run("ls", str(tmp_path / "run"), "--remote")
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]

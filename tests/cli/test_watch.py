@@ -14,8 +14,8 @@ from milepost.cli import watch as watching
 from milepost.cli.ls_cmd import _run_to_watch
 from milepost.cli.main import main
 from milepost.format.tags import tagged
-from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.owner import this_process
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.run.underway import Watch, look
 from milepost.storage import LocalStorage
 

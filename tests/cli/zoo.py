@@ -12,7 +12,7 @@ from milepost.format.manifest import BranchStart, Lineage
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.names.sizes import sizes_of
-from milepost.run import catalog
+from milepost.run import catalog, marks
 from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
@@ -36,7 +36,7 @@ def make_zoo(root: Path) -> LocalStorage:
     storage = LocalStorage(root)
     for step, age in ((100, 90), (200, 40), (300, 5), (400, 4), (500, 3), (600, 2), (700, 1)):
         save(storage, f"run/step-{step}", step, NOW - HOUR * age, kind="model" if step == 700 else "full")
-    catalog.pin(storage, "run", 200)
+    marks.pin(storage, "run", 200)
     make_external(storage, "run/step-300")
     storage.remove("run/step-400/__1_0.distcp")  # damaged
     age_by_a_version(root / "run/step-500/milepost.json")

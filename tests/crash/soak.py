@@ -38,6 +38,7 @@ from milepost.report.diff import DiffReport, diff
 from milepost.report.resume_test import kill_tree
 from milepost.run import catalog
 from milepost.run.lock import LOCK_NAME
+from milepost.run.step_names import ATTEMPT_PREFIX, DELETING_PREFIX, step_name
 from milepost.storage import open_storage
 from milepost.testing.world import run_world
 from milepost.train.config import TrainConfig
@@ -212,7 +213,7 @@ class Run:
             for entry in entries:
                 if entry.name.startswith("."):
                     found.add(entry.name)
-                if entry.name.startswith(catalog.ATTEMPT_PREFIX):
+                if entry.name.startswith(ATTEMPT_PREFIX):
                     with contextlib.suppress(OSError):
                         found |= {f"{entry.name}/{name}" for name in os.listdir(f"{entry.path}/data")}
         return found
@@ -305,11 +306,11 @@ class Run:
         return sum(path.read_text().count(f"on {NUM_RANKS} x cpu") for path in self.folder.glob("launcher-*.log"))
 
 
-_ATTEMPT = re.escape(catalog.ATTEMPT_PREFIX) + "[0-9a-f]+"
+_ATTEMPT = re.escape(ATTEMPT_PREFIX) + "[0-9a-f]+"
 _SIGNS = {
     "save": _ATTEMPT,
     "staged": _ATTEMPT + r"/__\d+_\d+\.distcp",
-    "retention": re.escape(catalog.DELETING_PREFIX),
+    "retention": re.escape(DELETING_PREFIX),
 }
 """By what name in the folder a moment is known."""
 
@@ -393,13 +394,13 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
         raise SoakError(f"no loss was told of for steps {sorted(missing)}")
     if wrong := [(step, loss, expected[step]) for step, loss in found if loss != expected[step]]:
         raise SoakError(f"losses differ from the undisturbed run's (step, loss, expected): {wrong}")
-    last = catalog.step_name(run.num_steps)
+    last = step_name(run.num_steps)
     check_same_state(diff(undisturbed / "checkpoint" / last, run.checkpoints / last))
     into = milepost.load(run.checkpoints / last)
     if into["dataloader"]["samples_consumed"] != GLOBAL_BATCH * run.num_steps:
         raise SoakError(f"not every sample came once: {into['dataloader']}, of {GLOBAL_BATCH * run.num_steps}")
     saved = sorted({*range(INTERVAL, run.num_steps, INTERVAL), run.num_steps})
-    kept = set(map(catalog.step_name, saved[-KEEP:]))
+    kept = set(map(step_name, saved[-KEEP:]))
     kept |= set(re.findall(r"\bresumed from .*/(step-\d+) ", run.log())[-1:])  # never deleted by that run
     names = set(os.listdir(run.checkpoints)) - _cut_short(run.checkpoints)
     if names - {"events.jsonl"} != kept:
@@ -410,9 +411,7 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
 
 def _cut_short(folder: Path) -> set[str]:
     """Attempts killed in their first moment: empty, and without a record of whose they are. Swept when an hour old."""
-    return {
-        path.name for path in folder.glob(f"{catalog.ATTEMPT_PREFIX}*") if not any(map(Path.is_file, path.rglob("*")))
-    }
+    return {path.name for path in folder.glob(f"{ATTEMPT_PREFIX}*") if not any(map(Path.is_file, path.rglob("*")))}
 
 
 def losses(folder: Path) -> Iterator[tuple[int, float]]:

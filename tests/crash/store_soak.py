@@ -25,6 +25,7 @@ from soak import Run, SoakError, check_same_state, losses, train_undisturbed
 
 from milepost.report.diff import diff
 from milepost.run import catalog
+from milepost.run.step_names import step_name
 from milepost.storage import open_storage
 from milepost.testing.proxy import Fault, Proxy
 from milepost.testing.seaweed import BUCKET, Seaweed, seaweed
@@ -106,7 +107,7 @@ def _check_end(run: Run, undisturbed: Path, url: str) -> None:
         raise SoakError(f"no loss was told of for steps {sorted(missing)}")
     if wrong := [(step, loss, expected[step]) for step, loss in found if loss != expected[step]]:
         raise SoakError(f"losses differ from the undisturbed run's (step, loss, expected): {wrong}")
-    last = catalog.step_name(run.num_steps)
+    last = step_name(run.num_steps)
     check_same_state(diff(undisturbed / "checkpoint" / last, f"{url}/{last}"))
     storage, name = open_storage(url)
     if wrong_steps := [entry for entry in catalog.scan(storage, name) if entry.state != "committed"]:

@@ -33,9 +33,11 @@ from small_runs import (
 from two_ranks import Outcome, PairComm, run_pair
 
 from milepost import CheckpointConfig, CheckpointManager, RunLockedError
-from milepost.run import catalog, commit, retention, sweep
+from milepost.run import catalog, retention, sweep
+from milepost.run.attempts import begin_attempt
 from milepost.run.lock import RunLock
 from milepost.run.owner import OWNER_PREFIX, this_process
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.run.takeover import Attempts
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
@@ -151,8 +153,8 @@ def test_an_attempt_is_swept_when_its_owner_is_dead_whatever_the_clock_says(
 ) -> None:
     storage = LocalStorage(memory_path)
     ours, elsewhere = "a" * 32, "b" * 32
-    with another_living(lambda: commit.begin_attempt(storage, "run/step-1", ours)), set_to(offset_s):
-        attempt = commit.begin_attempt(storage, "run/step-2", elsewhere)
+    with another_living(lambda: begin_attempt(storage, "run/step-1", ours)), set_to(offset_s):
+        attempt = begin_attempt(storage, "run/step-2", elsewhere)
         for entry in storage.list(attempt):
             if entry.name.startswith(OWNER_PREFIX):
                 storage.remove(f"{attempt}/{entry.name}")
@@ -161,7 +163,7 @@ def test_an_attempt_is_swept_when_its_owner_is_dead_whatever_the_clock_says(
         assert sweep.sweep_leftovers(storage, "run", now=time.time()).removed == ()
         assert len(Attempts(storage, "run").look(now=time.time())) == 2
     with set_to(offset_s):
-        assert sweep.sweep_leftovers(storage, "run", now=time.time()).removed == (catalog.ATTEMPT_PREFIX + ours,)
+        assert sweep.sweep_leftovers(storage, "run", now=time.time()).removed == (ATTEMPT_PREFIX + ours,)
     tally(f"attempts under way while the clock is {offset_s / HOUR_S:+g} hours off", tried=2, lost=0)
 
 

@@ -27,7 +27,7 @@ import torch
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
 from milepost.errors import CheckpointNotFoundError, RunLockedError, StorageError
-from milepost.run import catalog
+from milepost.run import catalog, marks
 from milepost.run.lock import LOCK_NAME, RunLock
 from milepost.run.owner import is_alive, this_process
 from milepost.storage import LocalStorage, Storage
@@ -322,7 +322,7 @@ def keep_saving(folder: Path, mode: str, hear: Callable[[], str], tell: Callable
         if step == PINNED:
             if mode != "disabled":
                 manager._saver.current.committed(60)  # type: ignore[union-attr]
-            catalog.pin(storage, "run", PINNED)
+            marks.pin(storage, "run", PINNED)
             tell("ready")
         done = step if mode == "disabled" else step - 1
         if done >= 1 and number % 10 not in (8, 9, 0):  # not while the one after it is replaced

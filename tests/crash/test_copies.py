@@ -11,7 +11,7 @@ import numpy as np
 import obstore.store
 
 from milepost.errors import SaveError, StorageError
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.saving.copy_step import Spot, copy_step
 from milepost.storage import LocalStorage
 from milepost.storage.base import Storage
@@ -46,9 +46,9 @@ def copy_of(store: obstore.store.MemoryStore) -> obstore.store.MemoryStore:
 
 def test_every_fault_leaves_the_step_that_was_there_or_the_copy(tmp_path: Path, tally: Tally) -> None:
     src = saved(LocalStorage(tmp_path))
-    src_id = catalog.read_manifest(src.storage, STEP).save_id
+    src_id = checkpoint_record.read_manifest(src.storage, STEP).save_id
     empty, begun = obstore.store.MemoryStore(), obstore.store.MemoryStore()
-    old_id = catalog.read_manifest(memory(begun), saved(memory(begun), scale=2.0).path).save_id
+    old_id = checkpoint_record.read_manifest(memory(begun), saved(memory(begun), scale=2.0).path).save_id
     tried = 0
     for before, fault in itertools.product((empty, begun), CLIENT_FAULTS):
         counting = FaultyClient(copy_of(before))

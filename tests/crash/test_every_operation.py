@@ -25,9 +25,9 @@ import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import MilepostError
 from milepost.run import catalog, takeover
-from milepost.run.catalog import DELETING_PREFIX
 from milepost.run.lock import RunLock
 from milepost.run.owner import OWNERLESS_LIFETIME_S
+from milepost.run.step_names import ATTEMPT_PREFIX, DELETING_PREFIX
 from milepost.run.sweep import MARKER_NAME, sweep_leftovers
 from milepost.saving import writer
 from milepost.storage import LocalStorage, Storage
@@ -258,7 +258,7 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next(memory_path: Path) -> 
     """Of ``save()`` too, which no manager cleans up after."""
     status = in_a_child(partial(killed_save, memory_path))
     assert os.WIFSIGNALED(status)
-    assert any(path.name.startswith(catalog.ATTEMPT_PREFIX) for path in memory_path.iterdir())
+    assert any(path.name.startswith(ATTEMPT_PREFIX) for path in memory_path.iterdir())
     (memory_path / ".attempt-notes").mkdir()
     milepost.save(memory_path / "other", {"w": torch.ones(3)})
     assert sorted(path.name for path in memory_path.iterdir()) == [".attempt-notes", "other"]

@@ -26,7 +26,7 @@ import milepost
 from milepost import CheckpointConfig, CheckpointManager, Commit
 from milepost.cli.main import main
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, SaveError
-from milepost.run import catalog, node_steps
+from milepost.run import catalog, checkpoint_record, node_steps
 from milepost.storage import open_storage
 from milepost.testing.world import run_world
 from milepost.verification.verify import verify
@@ -194,7 +194,7 @@ def flip(path: Path, place: int) -> None:
 
 def flip_in_weights(folder: Path) -> None:
     """Change a bit of a weight in each file of a part."""
-    manifest = catalog.read_part(*open_storage(folder)).manifest
+    manifest = checkpoint_record.read_part(*open_storage(folder)).manifest
     for file in {shard.file for tensor in manifest.tensors.values() for shard in tensor.shards}:
         shards = [
             s for key, t in manifest.tensors.items() if key.endswith("weight") for s in t.shards if s.file == file

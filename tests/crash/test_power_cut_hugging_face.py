@@ -20,8 +20,9 @@ from milepost.interop.hf.save import HfTarget
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import correspond
-from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import begin_attempt, new_save_id
+from milepost.run.step_names import REPLACED_PREFIX
 from milepost.saving.job import SaveJob, run_job
 from milepost.storage import LocalStorage
 from milepost.tensors.plan import LocalLayout, TensorSpec, WriteItem, plan_save
@@ -62,8 +63,8 @@ def save(folder: Path, value: float, told: Callable[[], None] = lambda: None) ->
     shapes = correspond(family, family.scheme("hf"), ARGS).ours
     plans = plan_save([LocalLayout(tuple(half(key, shapes[key], rank) for key in shapes), ()) for rank in (0, 1)])
     form = HfForm(HfTarget(model="llama3", args=ARGS, dtypes=dict.fromkeys(shapes, "float32"), max_shard_nbytes=9000))
-    save_id = commit.new_save_id()
-    begun = commit.begin_attempt(storage, STEP, save_id)
+    save_id = new_save_id()
+    begun = begin_attempt(storage, STEP, save_id)
 
     def act(comm: PairComm) -> None:
         info = SaveInfo(step=4, kind="model") if comm.rank == 0 else None
@@ -109,5 +110,5 @@ def test_a_power_cut_leaves_the_old_files_or_the_new(memory_path: Path, tally: C
 def step_of(tree: FileTree) -> FileTree:
     """The step under the name by which the catalog knows it."""
     name = next((name for name in tree if name == STEP), None)
-    name = name or next(name for name in tree if name.startswith(catalog.REPLACED_PREFIX))
+    name = name or next(name for name in tree if name.startswith(REPLACED_PREFIX))
     return {STEP: tree[name]}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import milepost
 from milepost.collective.comm import ProcessGroupComm, default_comm
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.run.assemble import SaveInfo
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
@@ -31,7 +31,7 @@ def save_empty_mappings(folder: Path) -> list[list[Any]]:
             state["later"] = {"nested": {}}
         info = SaveInfo(step=number, kind="state")
         saver.save(SaveRequest(f"step-{number}", lambda state=state: state, info))
-        manifest = catalog.read_manifest(LocalStorage(folder), f"step-{number}")
+        manifest = checkpoint_record.read_manifest(LocalStorage(folder), f"step-{number}")
         found.append(sorted(map(list, manifest.extra[EMPTY_MAPPINGS])))
     return found
 

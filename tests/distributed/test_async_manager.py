@@ -65,7 +65,7 @@ class Run:
 
 
 def data_of(step: Path) -> dict[str, Any]:
-    manifest = milepost.run.catalog.read_manifest(milepost.storage.LocalStorage(str(step.parent)), step.name)
+    manifest = milepost.run.checkpoint_record.read_manifest(milepost.storage.LocalStorage(str(step.parent)), step.name)
     return {k: [(s.box, s.crc32) for s in entry.shards] for k, entry in manifest.tensors.items()}
 
 

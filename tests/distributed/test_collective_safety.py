@@ -54,7 +54,7 @@ IN_A_SAVE = {
     "sign-off, and even the report of its failure": "milepost.saving.job.sign_off",
 }
 IN_A_SAVE_ON_RANK_0 = {
-    "begin the attempt": "milepost.saving.agreement.commit.begin_attempt",
+    "begin the attempt": "milepost.saving.agreement.begin_attempt",
     "wait for the sign-offs": "milepost.saving.job.wait_for_sign_offs",
     "publish": "milepost.saving.job.commit.publish",
     "put in place": "milepost.run.commit._put_in_place",
@@ -78,8 +78,8 @@ IN_A_LOAD = {
 IN_A_LOAD_ON_RANK_0 = {
     "scan": "milepost.training.resume.catalog.scan",
     "choose a step": "milepost.training.resume.choose",
-    "manifest": "milepost.loading.load.catalog.read_manifest",
-    "the digests' file": "milepost.loading.load.catalog.read_digests_file",
+    "manifest": "milepost.loading.load.checkpoint_record.read_manifest",
+    "the digests' file": "milepost.loading.load.checkpoint_record.read_digests_file",
 }
 AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.manager.Saver"}
 AT_THE_START_ON_RANK_0 = {
@@ -93,7 +93,7 @@ IN_THE_BACKGROUND = {
     "staging": "milepost.saving.stage.Staging.run",
     "hand over": "milepost.saving.async_save.FileImage",
     "write": "milepost.saving.job.write_file",
-    "sign-off, and even the report of its failure": "milepost.saving.job.sign_off,milepost.run.commit.fail_attempt",
+    "sign-off, and even the report of its failure": "milepost.saving.job.sign_off,milepost.saving.job.fail_attempt",
 }
 IN_THE_BACKGROUND_ON_RANK_0 = {
     "wait for the sign-offs": "milepost.saving.job.wait_for_sign_offs",
@@ -102,7 +102,7 @@ IN_THE_BACKGROUND_ON_RANK_0 = {
 BEFORE_A_WRITER = {
     "hand over": "milepost.saving.writer_link.Request",
     "hand over, and even the report of its failure": (
-        "milepost.saving.writer_link.Request,milepost.saving.job.sign_off,milepost.run.commit.fail_attempt"
+        "milepost.saving.writer_link.Request,milepost.saving.job.sign_off,milepost.saving.job.fail_attempt"
     ),
 }
 

@@ -21,7 +21,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
-from milepost.run.catalog import read_manifest, scan
+from milepost.run.catalog import scan
+from milepost.run.checkpoint_record import read_manifest
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 from milepost.train.config import TrainConfig

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 import milepost
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 
@@ -261,7 +261,7 @@ def test_model_and_optimizer_in_every_direction(tmp_path: Path, world_size: int)
     results = run_world(model_in_every_direction, world_size, tmp_path, timeout_s=120)
     assert results[0] == {"ours", "stock", "plugin", "async plugin"}
     for name in ("ours", "plugin", "async plugin"):
-        manifest = catalog.read_manifest(LocalStorage(tmp_path), name)
+        manifest = checkpoint_record.read_manifest(LocalStorage(tmp_path), name)
         assert (manifest.world_size, manifest.objects.keys()) == (world_size, objects_of(tmp_path / "stock"))
 
 
@@ -327,7 +327,7 @@ def replicas(path: Path) -> None:
 
 def test_replicas_are_written_once_and_by_all_ranks(tmp_path: Path) -> None:
     run_world(replicas, 4, tmp_path / "step-1")
-    manifest = catalog.read_manifest(LocalStorage(tmp_path), "step-1")
+    manifest = checkpoint_record.read_manifest(LocalStorage(tmp_path), "step-1")
     assert {key: len(tensor.shards) for key, tensor in manifest.tensors.items()} == {f"w{n}": 1 for n in range(12)}
     per_file = dict.fromkeys((f"__{rank}_0.distcp" for rank in range(4)), 0)
     for tensor in manifest.tensors.values():

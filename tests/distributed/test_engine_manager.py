@@ -25,7 +25,7 @@ import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.collective.comm import default_comm
 from milepost.errors import MilepostError
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.assemble import SaveInfo
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
@@ -365,7 +365,7 @@ def fall_back(folder: Path) -> tuple[int | None, int, list[Outcome], tuple[str, 
 
 def flip_bit_in(step: Path, file: str) -> None:
     """In the data of the largest tensor shard of a file."""
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     shards = [s for tensor in manifest.tensors.values() for s in tensor.shards if s.file == file]
     shard = max(shards, key=lambda s: s.data_nbytes)
     data = bytearray((step / file).read_bytes())
@@ -425,7 +425,10 @@ def test_any_parallelism_resumes_from_any(tmp_path: Path) -> None:
     saved = {}
     for kind, size in (("ddp", 2), ("fsdp", 4), ("plain", 1)):
         saved[kind] = run_world(save_run, size, tmp_path / kind, kind)[0]
-    keys = {frozenset(catalog.read_manifest(LocalStorage(tmp_path / kind), "step-7").tensors) - RNG for kind in saved}
+    keys = {
+        frozenset(checkpoint_record.read_manifest(LocalStorage(tmp_path / kind), "step-7").tensors) - RNG
+        for kind in saved
+    }
     assert len(keys) == 1
     for kind, size in (("ddp", 2), ("fsdp", 2), ("plain", 1)):
         for source, weights in saved.items():
@@ -447,7 +450,7 @@ def cached_plans(folder: Path) -> list[bool]:
     def save(number: int, state: dict[str, Any]) -> None:
         report = saver.save(SaveRequest(f"step-{number}", lambda: state, SaveInfo(step=number, kind="state")))
         reused.append(report.reused_plan)
-        manifest = catalog.read_manifest(LocalStorage(folder), f"step-{number}")
+        manifest = checkpoint_record.read_manifest(LocalStorage(folder), f"step-{number}")
         mine = {"shared": torch.zeros(3), f"own{(rank + 1) % size}": torch.zeros(2)}
         milepost.load(folder / f"step-{number}", mine, allow_unexpected=["extra"])
         assert mine["shared"].tolist() == [number] * 3

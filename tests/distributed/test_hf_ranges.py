@@ -30,6 +30,7 @@ from milepost.interop.options import ConvertOptions
 from milepost.interop.weights.open import open_weights
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import begin_attempt, new_save_id
 from milepost.saving.stage import TensorBlocks
 from milepost.saving.writer import FileImage
 from milepost.storage import LocalStorage
@@ -101,9 +102,9 @@ def save_as_hf(folder: Path, target: str, layout: Layout, leaves: dict[str, Tens
     dtypes = {spec.key: spec.dtype for brought in specs for spec in brought.tensors}  # type: ignore[attr-defined]
     image = plan_image(HfTarget(model=MODEL_NAME[layout.model], args=sizes(layout.model), dtypes=dtypes, assets=assets))
     storage = LocalStorage(folder)
-    save_ids = [commit.new_save_id()]
+    save_ids = [new_save_id()]
     dist.broadcast_object_list(save_ids)
-    attempts = [commit.begin_attempt(storage, target, save_ids[0]) if dist.get_rank() == 0 else ""]
+    attempts = [begin_attempt(storage, target, save_ids[0]) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(attempts)
     data = f"{attempts[0]}/data"
     shares = [write_part(storage, data, image, plans[dist.get_rank()].items, TensorBlocks(leaves))]

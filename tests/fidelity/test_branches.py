@@ -23,7 +23,7 @@ from torch import nn
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
 from milepost.errors import CheckpointDamagedError, ConfigError, SaveError
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record, marks
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage
@@ -124,7 +124,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def flip_a_bit(step: Path) -> None:
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     (shard,) = manifest.tensors["0.weight"].shards
     assert shard.data_offset is not None
     data = bytearray((step / shard.file).read_bytes())
@@ -194,7 +194,7 @@ def test_an_abandoned_branch_is_shown_and_resumed_only_by_name(
 
 def test_saving_a_number_of_an_abandoned_branch_replaces_it(folder: Path) -> None:
     start(folder, 6)
-    catalog.pin(LocalStorage(folder.parent), folder.name, 6)
+    marks.pin(LocalStorage(folder.parent), folder.name, 6)
     old = {entry.step: entry.save_id for entry in scan(folder)}
     _, found = start(folder, 6, load_step=2, lr=0.05)
     new = {entry.step: entry.save_id for entry in scan(folder)}

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from milepost import CheckpointConfig, CheckpointManager, StateMismatchError
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 
@@ -304,7 +304,7 @@ def test_containers_of_optimizers(memory_path: Path, saved_as: str, loaded_as: s
     for member in members_of(optimizer):
         train(model, member, range(2))
     save(memory_path / "run", model, optimizer)
-    manifest = catalog.read_manifest(LocalStorage(memory_path / "run"), "step-1")
+    manifest = checkpoint_record.read_manifest(LocalStorage(memory_path / "run"), "step-1")
     assert {"optimizer.state.embedding.weight.momentum_buffer", "optimizer.state.layers.0.weight.exp_avg"} <= set(
         manifest.tensors
     )
@@ -324,7 +324,7 @@ def test_names_of_parameters_are_stored_once(memory_path: Path) -> None:
     load(memory_path / "run", resumed, again)
     assert_same(again.state_dict(), optimizer.state_dict())
     assert again.param_groups[0]["param_names"] == [name for name, _ in resumed.named_parameters()]
-    manifest = catalog.read_manifest(LocalStorage(memory_path / "run"), "step-1")
+    manifest = checkpoint_record.read_manifest(LocalStorage(memory_path / "run"), "step-1")
     assert not [key for key in manifest.objects if "param_names" in key]
 
 

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, MilepostError
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 
 
@@ -79,7 +79,7 @@ class Run:
 
 
 def flip(step: Path, *, of_a_value: bool) -> None:
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     if of_a_value:
         entry = manifest.objects["train_state.step"]
         name, place = entry.file, entry.record_offset + entry.record_nbytes // 2

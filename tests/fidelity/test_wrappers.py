@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 from milepost import CheckpointConfig, CheckpointManager
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 
@@ -47,7 +47,7 @@ def run_orders(folder: Path) -> int:
             optimizer.zero_grad()
         with CheckpointManager(folder / str(number), CONFIG, model=model, optimizer=optimizer) as manager:
             manager.save(1)
-        manifest = catalog.read_manifest(LocalStorage(folder / str(number)), "step-1")
+        manifest = checkpoint_record.read_manifest(LocalStorage(folder / str(number)), "step-1")
         keys.add(frozenset((*manifest.tensors, *manifest.objects)))
         trained.append([*model.parameters(), *model.buffers(), optimizer.state_dict()])
         for saved in (0, number):  # by the bare model, and by one that was wrapped so

@@ -10,7 +10,7 @@ import torch
 
 import milepost
 from milepost.errors import SaveError
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.assemble import SaveInfo, check_fits
 from milepost.storage import LocalStorage
 from milepost.verification.verify import verify
@@ -34,7 +34,9 @@ def test_a_step_of_every_format_is_listed_verified_and_loaded(version: int):
 
 
 def test_both_formats_say_the_same_of_the_same_state():
-    old, new = (catalog.read_manifest(LocalStorage(GOLDEN / f"format-{version}"), "step-7") for version in (1, 2))
+    old, new = (
+        checkpoint_record.read_manifest(LocalStorage(GOLDEN / f"format-{version}"), "step-7") for version in (1, 2)
+    )
     assert old.tensors == new.tensors
     assert old.objects == new.objects
 

@@ -31,7 +31,7 @@ from milepost.interop.options import NAMES, ConvertOptions
 from milepost.interop.sinks import DcpSink
 from milepost.interop.weights.boxes import Array, Bytes
 from milepost.interop.weights.stream import SlabReader
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.saving.save import save
 from milepost.storage import LocalStorage, syscalls
 
@@ -148,7 +148,7 @@ def test_files_are_split_by_size_when_no_index_says_otherwise(memory_path: Path,
 
 def test_a_converted_checkpoint_says_which_model_it_is(memory_path: Path, hf_folders: Callable[[str], Path]):
     convert(_debug_model(memory_path / "hf"), memory_path / "step-3", _debug_options("dcp"))
-    info = catalog.read_manifest(LocalStorage(memory_path), "step-3")
+    info = checkpoint_record.read_manifest(LocalStorage(memory_path), "step-3")
     assert (info.step, info.kind) == (3, "model")
     convert(memory_path / "step-3", memory_path / "back", ConvertOptions(to="hf"))
     assert_equal(hf_tensors(memory_path / "hf"), hf_tensors(memory_path / "back"))

@@ -27,7 +27,7 @@ from milepost.loading.reader import read_tensors
 from milepost.loading.values import read_objects
 from milepost.parallelism.degrees import Degrees
 from milepost.report.resume_plan import OF_TORCHTITAN, plan_resume
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf
 from milepost.tensors.plan import plan_load
@@ -113,7 +113,7 @@ def test_every_box_is_what_ours_has_there(
     if is_external:
         for file in ("milepost.json", "milepost.shards", "milepost.digests"):
             (memory_path / "step-7" / file).unlink()
-        recorded = catalog.read_manifest(LocalStorage(memory_path), "step-7")
+        recorded = checkpoint_record.read_manifest(LocalStorage(memory_path), "step-7")
     found = translate(recorded, kind.model, kind.args)
     if model_names == optimizer_names == OWN:
         assert found is None, "these are our names"
@@ -130,7 +130,7 @@ def test_every_box_is_what_ours_has_there(
         local = torch.full(box.sizes, torch.nan)
         leaves[key] = TensorLeaf(key, local.dtype, array.shape, (Piece(box, Box.whole(box.sizes)),), local)
     items = plan_load(recorded, [leaf.spec for leaf in leaves.values()], found.origins)
-    read_tensors(storage, "step-7", items, leaves, catalog.read_digests(storage, "step-7", recorded))
+    read_tensors(storage, "step-7", items, leaves, checkpoint_record.read_digests(storage, "step-7", recorded))
     for key, leaf in leaves.items():
         assert np.array_equal(leaf.local.numpy(), wanted[key][leaf.pieces[0].box.index()]), key
     assert dict(read_objects(storage, "step-7", found.manifest, found.manifest.objects)) == values
@@ -177,14 +177,14 @@ def test_a_training_step_is_converted_and_back_with_its_optimizer(memory_path: P
     made, there = all_of(memory_path / "made/step-7"), all_of(memory_path / "theirs/step-7")
     assert made.keys() == there.keys()
     assert all(np.array_equal(made[key], there[key]) for key in made)
-    manifest = catalog.read_manifest(storage, "made/step-7")
+    manifest = checkpoint_record.read_manifest(storage, "made/step-7")
     assert manifest.kind == "full"
     assert set(manifest.objects) == {key for key in theirs_manifest.objects if not key.startswith("dataloader")}
     convert(memory_path / "made/step-7", memory_path / "back/step-7", kind.options("dcp", training_state=True))
     back = all_of(memory_path / "back/step-7")
     assert back.keys() == wanted.keys()
     assert all(np.array_equal(back[key], wanted[key]) for key in back)
-    kept = catalog.read_manifest(storage, "back/step-7")
+    kept = checkpoint_record.read_manifest(storage, "back/step-7")
     assert dict(read_objects(storage, "back/step-7", kept, kept.objects)) == objects
     assert not verify(memory_path / "made/step-7").problems
     whole = {key: torch.empty(array.shape) for key, array in made.items()}
@@ -234,7 +234,7 @@ def test_a_schedule_of_torchtitan_0_2_finds_all_that_it_loads(memory_path: Path)
     convert(
         memory_path / "step-3", memory_path / "made", kind.options("dcp", names="torchtitan-0.2", training_state=True)
     )
-    manifest = catalog.read_manifest(storage, "made")
+    manifest = checkpoint_record.read_manifest(storage, "made")
     found = {
         key.removeprefix("lr_scheduler."): value
         for key, value in read_objects(storage, "made", manifest, manifest.objects)

@@ -17,7 +17,7 @@ from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.loading.reader import HandedBlocks, ReadStats, TensorReads, read_tensors
 from milepost.loading.values import read_objects
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.layout import Piece, TensorLeaf, tensor_leaf
 from milepost.tensors.plan import Origin, plan_load
@@ -44,8 +44,8 @@ def whole() -> torch.Tensor:
 
 
 def read(storage: Storage, box: Box, local: torch.Tensor, num_threads: int = 2) -> ReadStats:
-    manifest = catalog.read_manifest(storage, "step-1")
-    digests = catalog.read_digests(storage, "step-1", manifest)
+    manifest = checkpoint_record.read_manifest(storage, "step-1")
+    digests = checkpoint_record.read_digests(storage, "step-1", manifest)
     leaf = TensorLeaf("w", local.dtype, (ROWS, COLUMNS), (Piece(box, Box.whole(box.sizes)),), local)
     stats = read_tensors(
         storage, "step-1", plan_load(manifest, [leaf.spec]), {"w": leaf}, digests, num_threads=num_threads
@@ -88,7 +88,7 @@ def test_each_block_that_is_needed_is_read_once(folder: Path, case: str, form: s
 
 def test_small_values_are_read_together(folder: Path) -> None:
     storage = TraceStorage(LocalStorage(folder))
-    manifest = catalog.read_manifest(storage, "step-1")
+    manifest = checkpoint_record.read_manifest(storage, "step-1")
     found = dict(read_objects(storage, "step-1", manifest, [f"objects.o{n}" for n in range(40)]))
     assert found == {f"objects.o{n}": n for n in range(40)}
     assert sum(op.name == "read_into" and op.path.endswith(".distcp") for op in storage.operations) == 1
@@ -127,7 +127,7 @@ def test_of_an_external_step_only_the_shards_that_are_read_are_looked_into(folde
     for name in ("milepost.json", "milepost.shards", "milepost.digests"):
         (tmp_path / "step-1" / name).unlink()
     storage = TraceStorage(LocalStorage(tmp_path))
-    manifest = catalog.read_manifest(storage, "step-1")
+    manifest = checkpoint_record.read_manifest(storage, "step-1")
     assert len(manifest.tensors) == 41
     local = torch.zeros(5)
     leaf = TensorLeaf("small.n7", local.dtype, (5,), (Piece(Box((0,), (5,)), Box((0,), (5,))),), local)
@@ -157,8 +157,8 @@ def test_truncation_after_the_scan_is_an_error(folder: Path, memory_path: Path) 
     """A file that is cut off while it is loaded: never a short read."""
     milepost.save(memory_path / "step-1", {"w": torch.ones(100_000)})
     storage = LocalStorage(memory_path)
-    manifest = catalog.read_manifest(storage, "step-1")
-    digests = catalog.read_digests(storage, "step-1", manifest)
+    manifest = checkpoint_record.read_manifest(storage, "step-1")
+    digests = checkpoint_record.read_digests(storage, "step-1", manifest)
     data = next((memory_path / "step-1").glob("*.distcp"))
     with data.open("r+b") as file:
         file.truncate(200_000)
@@ -174,8 +174,8 @@ def test_blocks_that_are_handed_on_fill_transposed_tensors(tmp_path: Path, sizes
     stored = torch.rand(sizes)
     milepost.save(tmp_path / "ck", {"theirs": stored})
     storage = LocalStorage(tmp_path)
-    manifest = catalog.read_manifest(storage, "ck")
-    digests = catalog.read_digests(storage, "ck", manifest)
+    manifest = checkpoint_record.read_manifest(storage, "ck")
+    digests = checkpoint_record.read_digests(storage, "ck", manifest)
     assert digests is not None
     leaf = tensor_leaf("ours", torch.zeros_like(stored.mT.contiguous()))
     origin = Origin(Box.whole(leaf.shape), "theirs", Box.whole(sizes), is_transposed=True)

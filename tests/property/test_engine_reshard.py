@@ -26,8 +26,9 @@ from milepost.format.digest import BlockDigests, block_crcs
 from milepost.format.manifest import Manifest
 from milepost.loading import reader
 from milepost.loading.reader import read_tensors
-from milepost.run import catalog, commit
+from milepost.run import checkpoint_record, commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import begin_attempt, new_save_id
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving import stage
@@ -135,8 +136,8 @@ def save(storage: LocalStorage, num_ranks: int, cases: Sequence[Tensor], wholes:
             leaves[leaf.key] = leaf
         ranks.append(leaves)
     plans = plan_save([LocalLayout(tuple(leaf.spec for leaf in leaves.values()), ()) for leaves in ranks])
-    save_id = commit.new_save_id()
-    attempt = commit.begin_attempt(storage, "step-1", save_id)
+    save_id = new_save_id()
+    attempt = begin_attempt(storage, "step-1", save_id)
     for rank, (plan, leaves) in enumerate(zip(plans, ranks, strict=True)):
         files = ()
         if not plan.is_empty:
@@ -205,10 +206,10 @@ def test_any_sharding_onto_any_other(
         storage = LocalStorage(folder)
         with mock.patch.multiple(stage, SLAB_NBYTES=slab_nbytes):
             save(storage, num_saving, cases, wholes)
-        manifest = catalog.read_manifest(storage, "step-1")
+        manifest = checkpoint_record.read_manifest(storage, "step-1")
         stored = sum(shard.data_nbytes for tensor in manifest.tensors.values() for shard in tensor.shards)
         assert stored == sum(whole.nbytes for whole in wholes)
-        own = catalog.read_digests(storage, "step-1", manifest)
+        own = checkpoint_record.read_digests(storage, "step-1", manifest)
         small = small_digests(Path(folder) / "step-1", manifest, block_nbytes)
         with mock.patch.multiple(reader, TASK_NBYTES=task_nbytes):
             for rank in range(num_loading):

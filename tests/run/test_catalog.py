@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatError, StorageError
-from milepost.run import catalog, sweep
+from milepost.run import catalog, checkpoint_record, marks, sweep
 from milepost.run.catalog import StepEntry
+from milepost.run.step_names import find_run, step_name, step_of
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import Bytes, Entry
 from milepost.testing.sample import save_arrays
@@ -67,8 +68,8 @@ def only(storage: Storage, folder: str = "run") -> StepEntry:
     ],
 )
 def test_names_of_steps(name: str, step: int | None) -> None:
-    assert catalog.step_of(name) == step
-    assert step is None or catalog.step_name(step) == name
+    assert step_of(name) == step
+    assert step is None or step_name(step) == name
 
 
 def test_a_run_is_listed_oldest_first_by_number_not_by_name(storage: LocalStorage) -> None:
@@ -323,11 +324,11 @@ def test_a_mark_that_says_nothing_is_ignored(storage: LocalStorage, content: byt
 
 def test_pins(storage: LocalStorage) -> None:
     save(storage, "run/step-5")
-    catalog.pin(storage, "run", 5)
-    catalog.pin(storage, "run", 5)
+    marks.pin(storage, "run", 5)
+    marks.pin(storage, "run", 5)
     assert only(storage).pinned
-    catalog.unpin(storage, "run", 5)
-    catalog.unpin(storage, "run", 5)
+    marks.unpin(storage, "run", 5)
+    marks.unpin(storage, "run", 5)
     assert not only(storage).pinned
 
 
@@ -336,10 +337,10 @@ def test_two_pins_at_once_are_one(storage: LocalStorage) -> None:
 
     class Slower(WrappedStorage):
         def write(self, path: str, data: Bytes) -> None:
-            catalog.pin(storage, "run", 5)
+            marks.pin(storage, "run", 5)
             super().write(path, data)
 
-    catalog.pin(Slower(storage), "run", 5)
+    marks.pin(Slower(storage), "run", 5)
     assert only(storage).pinned
 
 
@@ -352,7 +353,7 @@ def test_a_pin_that_comes_too_late_says_so(storage: LocalStorage) -> None:
             super().write(path, data)
 
     with pytest.raises(CheckpointNotFoundError, match="was deleted before it could be pinned"):
-        catalog.pin(DeletedMeanwhile(storage), "run", 5)
+        marks.pin(DeletedMeanwhile(storage), "run", 5)
     assert storage.list("run") == []
 
 
@@ -361,9 +362,9 @@ def test_a_pin_that_comes_too_late_says_so(storage: LocalStorage) -> None:
 
 def test_the_folder_of_a_run_is_found_from_its_dump_folder(storage: LocalStorage) -> None:
     save(storage, "outputs/checkpoint/step-5")
-    assert catalog.find_run(storage, "outputs") == "outputs/checkpoint"
-    assert catalog.find_run(storage, "outputs/checkpoint") == "outputs/checkpoint"
-    assert catalog.find_run(storage, "") is None
+    assert find_run(storage, "outputs") == "outputs/checkpoint"
+    assert find_run(storage, "outputs/checkpoint") == "outputs/checkpoint"
+    assert find_run(storage, "") is None
 
 
 # ---- manifests ----
@@ -371,22 +372,22 @@ def test_the_folder_of_a_run_is_found_from_its_dump_folder(storage: LocalStorage
 
 def test_a_manifest_of_a_damaged_or_absent_checkpoint_is_an_error(storage: LocalStorage) -> None:
     with pytest.raises(CheckpointNotFoundError, match="there is no such folder"):
-        catalog.read_manifest(storage, "run/step-5")
+        checkpoint_record.read_manifest(storage, "run/step-5")
     save(storage, "run/step-5")
-    assert set(catalog.read_manifest(storage, "run/step-5").tensors) == {"w", "optimizer.m"}
+    assert set(checkpoint_record.read_manifest(storage, "run/step-5").tensors) == {"w", "optimizer.m"}
     storage.remove("run/step-5/__0_0.distcp")
     with pytest.raises(CheckpointDamagedError, match=r"__0_0\.distcp: missing"):
-        catalog.read_manifest(storage, "run/step-5")
+        checkpoint_record.read_manifest(storage, "run/step-5")
     Path(storage.root, "run/step-5/milepost.json").write_text("{}")
     with pytest.raises(FormatError):
-        catalog.read_manifest(storage, "run/step-5")
+        checkpoint_record.read_manifest(storage, "run/step-5")
 
 
 def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: LocalStorage) -> None:
     save(storage, "run/step-5")
-    own = catalog.read_manifest(storage, "run/step-5")
+    own = checkpoint_record.read_manifest(storage, "run/step-5")
     make_external(storage, "run/step-6")
-    foreign = catalog.read_manifest(storage, "run/step-6")
+    foreign = checkpoint_record.read_manifest(storage, "run/step-6")
     assert all(shard.data_offset is None for tensor in foreign.tensors.values() for shard in tensor.shards)
     located = locate_manifest(storage, "run/step-6", foreign)
     assert located.tensors == own.tensors
@@ -394,7 +395,7 @@ def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: Loc
 
 def test_a_foreign_record_of_another_shape_or_form_is_refused(storage: LocalStorage) -> None:
     make_external(storage, "run/step-6")
-    manifest = catalog.read_manifest(storage, "run/step-6")
+    manifest = checkpoint_record.read_manifest(storage, "run/step-6")
     entry = manifest.tensors["w"]
     file = Path(storage.root, "run/step-6", entry.shards[0].file)
     data = bytearray(file.read_bytes())

@@ -15,8 +15,10 @@ import pytest
 
 from milepost.errors import ConfigError, MilepostError, PlanError, SaveError, StorageError
 from milepost.format.box import Box
-from milepost.run import catalog, commit, sweep
+from milepost.run import catalog, checkpoint_record, commit, sweep
 from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.attempts import abort_attempt, begin_attempt
+from milepost.run.outcome import fail_attempt, wait_for_outcome
 from milepost.run.owner import OWNERLESS_LIFETIME_S
 from milepost.run.signoff import (
     SignOff,
@@ -27,6 +29,7 @@ from milepost.run.signoff import (
     sign_off,
     wait_for_sign_offs,
 )
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.plan import WriteItem
 from milepost.testing.faulty import FaultyStorage
@@ -79,7 +82,7 @@ def test_a_commit_leaves_the_checkpoint_and_nothing_else(memory_path: Path) -> N
         "milepost.json",
         "milepost.shards",
     ]
-    manifest = catalog.read_manifest(storage, "run/step-5")
+    manifest = checkpoint_record.read_manifest(storage, "run/step-5")
     assert manifest.world_size == 2
     assert manifest.created_s == 1.0
     assert {shard.box for shard in manifest.tensors["w"].shards} == {Box((0, 0), (4, 3)), Box((4, 0), (4, 3))}
@@ -90,7 +93,7 @@ def test_a_checkpoint_may_stand_at_the_root_of_its_storage(memory_path: Path) ->
     save(storage, "model", 1)
     save(storage, "model", 2)
     assert [entry.name for entry in storage.list("")] == ["model"]
-    assert catalog.read_manifest(storage, "model").created_s == 2.0
+    assert checkpoint_record.read_manifest(storage, "model").created_s == 2.0
 
 
 # ---- a crash at every operation ----
@@ -251,7 +254,7 @@ def test_ranks_that_contradict_each_other_are_named() -> None:
 
 
 def begin(storage: Storage, name: str = "__0_0.distcp", nbytes: int = 4096) -> tuple[str, SignOff]:
-    attempt = commit.begin_attempt(storage, "run/step-5", "ab")
+    attempt = begin_attempt(storage, "run/step-5", "ab")
     storage.write(f"{attempt}/data/{name}", bytes(nbytes))
     return attempt, file_of(0, written("w", Box((0,), (4,)), (4,)))
 
@@ -279,14 +282,14 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(memory_path: Path) -> 
     (home / "thesis.tex").write_text("x")
     storage = LocalStorage(memory_path)
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
-        commit.begin_attempt(storage, "home", "ab")
+        begin_attempt(storage, "home", "ab")
     (home / "thesis.tex").rename(home / ".metadata")
     (home / "work").mkdir()
     with pytest.raises(ConfigError, match="other folders"):
-        commit.begin_attempt(storage, "home", "ab")
+        begin_attempt(storage, "home", "ab")
     (memory_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="not a folder"):
-        commit.begin_attempt(storage, "file", "ab")
+        begin_attempt(storage, "file", "ab")
     assert sorted(path.name for path in memory_path.iterdir()) == ["file", "home"]
 
 
@@ -322,16 +325,16 @@ def test_what_could_not_be_cleaned_up_after_the_commit_does_not_fail_the_save(me
 def test_the_outcome_of_a_commit_is_seen_in_storage_alone(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     save(storage, "run/step-5", 1)
-    save_id = catalog.read_manifest(storage, "run/step-5").save_id
-    commit.wait_for_outcome(storage, f"run/{catalog.ATTEMPT_PREFIX}{save_id}", "run/step-5", save_id, timeout_s=0)
+    save_id = checkpoint_record.read_manifest(storage, "run/step-5").save_id
+    wait_for_outcome(storage, f"run/{ATTEMPT_PREFIX}{save_id}", "run/step-5", save_id, timeout_s=0)
 
 
 def test_the_outcome_of_a_failure_carries_its_message(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     attempt, _ = begin(storage)
-    commit.fail_attempt(storage, attempt, "the save failed on rank 3: no space left on device")
+    fail_attempt(storage, attempt, "the save failed on rank 3: no space left on device")
     with pytest.raises(SaveError, match="rank 3: no space left"):
-        commit.wait_for_outcome(storage, attempt, "run/step-5", "ab", timeout_s=0)
+        wait_for_outcome(storage, attempt, "run/step-5", "ab", timeout_s=0)
 
 
 @pytest.mark.parametrize("before", [None, 1])
@@ -342,7 +345,7 @@ def test_an_attempt_that_vanished_is_a_failure_even_if_an_older_step_is_there(
     if before is not None:
         save(storage, "run/step-5", before)
     with pytest.raises(SaveError, match="aborted before it was committed"):
-        commit.wait_for_outcome(storage, f"run/{catalog.ATTEMPT_PREFIX}ab", "run/step-5", "ab", timeout_s=0)
+        wait_for_outcome(storage, f"run/{ATTEMPT_PREFIX}ab", "run/step-5", "ab", timeout_s=0)
 
 
 def test_waiting_costs_the_same_however_many_ranks_have_signed_off(memory_path: Path) -> None:
@@ -354,7 +357,7 @@ def test_waiting_costs_the_same_however_many_ranks_have_signed_off(memory_path: 
     storage.operations.clear()
     polls = iter(range(5))
     with pytest.raises(SaveError, match="the training has ended"):
-        commit.wait_for_outcome(
+        wait_for_outcome(
             *(storage, attempt, "run/step-5", "ab"),
             timeout_s=60,
             give_up=lambda: None if next(polls) < 4 else "the training has ended",
@@ -373,14 +376,14 @@ def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     attempt, _ = begin(storage)
     with pytest.raises(SaveError, match="within 0 s"):
-        commit.wait_for_outcome(storage, attempt, "run/step-5", "ab", timeout_s=0)
+        wait_for_outcome(storage, attempt, "run/step-5", "ab", timeout_s=0)
 
 
 def test_aborting_never_fails(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     attempt, signed = begin(storage)
     sign_off(storage, attempt, signed)
-    commit.abort_attempt(FaultyStorage(storage, fail_at=0), attempt)
-    commit.abort_attempt(storage, attempt)
-    commit.abort_attempt(storage, attempt)
+    abort_attempt(FaultyStorage(storage, fail_at=0), attempt)
+    abort_attempt(storage, attempt)
+    abort_attempt(storage, attempt)
     assert storage.list("run") == []

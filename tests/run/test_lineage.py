@@ -17,7 +17,7 @@ from milepost.config import CheckpointConfig
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError, StateMismatchError
 from milepost.format import manifest_json
 from milepost.format.manifest import BranchStart, Lineage
-from milepost.run import branches, catalog, retention
+from milepost.run import branches, catalog, marks, retention
 from milepost.run.branches import Descent, History
 from milepost.run.catalog import StepEntry
 from milepost.storage import LocalStorage
@@ -506,7 +506,7 @@ def test_a_pinned_or_external_step_is_set_aside_when_another_branch_takes_its_nu
         save(step, old, 1.0)
     for record in ("json", "shards", "digests"):
         storage.remove(f"run/step-3/milepost.{record}")
-    catalog.pin(storage, "run", 2)
+    marks.pin(storage, "run", 2)
     retention.set_aside(storage, "run/step-2", old)  # a save of the same branch replaces it
     assert {entry.name for entry in storage.list("run")} == {"step-1", "step-2", "step-3", ".pinned-step-2"}
     for step in (1, 2, 3, 4):

@@ -19,10 +19,10 @@ from milepost.errors import SaveError, StorageError
 from milepost.format.dcp_metadata import manifest_from_metadata, parse_metadata
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.tags import tag_of
-from milepost.run import catalog, commit, object_sweep, sweep
-from milepost.run.catalog import ATTEMPT_PREFIX
+from milepost.run import catalog, checkpoint_record, commit, marks, object_sweep, sweep
 from milepost.run.lock import RunLock
 from milepost.run.object_commit import aliases
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.storage import LocalStorage
 from milepost.storage.base import split
 from milepost.storage.objectstore import ObjectStorage
@@ -67,7 +67,7 @@ def seen_by_milepost(storage: ObjectStorage) -> str:
         return "nothing"
     if [(entry.step, entry.is_usable) for entry in steps] != [(5, True)]:
         return f"{steps}"
-    manifest = catalog.read_manifest(storage, TARGET)
+    manifest = checkpoint_record.read_manifest(storage, TARGET)
     if steps[0].state == "external":
         manifest = locate_manifest(storage, TARGET, manifest)
     return which(contents(storage, manifest))
@@ -117,7 +117,7 @@ def finish(store: object) -> None:
 def leftovers(store: object) -> list[str]:
     """What is in the store that no checkpoint has."""
     storage = store if isinstance(store, ObjectStorage) else storage_on(store)
-    manifest = catalog.read_manifest(storage, TARGET) if storage.stat(f"{TARGET}/{MANIFEST_NAME}") else None
+    manifest = checkpoint_record.read_manifest(storage, TARGET) if storage.stat(f"{TARGET}/{MANIFEST_NAME}") else None
     known = {*manifest.files, *aliases(manifest), MANIFEST_NAME} if manifest else {METADATA_NAME}
     names = storage.list_files("run")
     return [name for name in names if (split(name)[1] not in known and tag_of(name)) or ATTEMPT_PREFIX in name]
@@ -262,10 +262,10 @@ def test_a_step_is_gone_for_every_reader_at_once_when_it_is_deleted(tmp_path: Pa
 def test_marks_pins_and_the_lock_mean_the_same_as_on_a_disk() -> None:
     storage = storage_on(obstore.store.MemoryStore())
     save(storage, OLD)
-    catalog.pin(storage, "run", 5)
-    catalog.pin(storage, "run", 5)
+    marks.pin(storage, "run", 5)
+    marks.pin(storage, "run", 5)
     assert [entry.pinned for entry in catalog.scan(storage, "run")] == [True]
-    catalog.unpin(storage, "run", 5)
+    marks.unpin(storage, "run", 5)
     for reason in ("first", "second"):
         catalog.mark_damaged(storage, TARGET, reason, now=0.0)
         assert [(entry.state, entry.reason) for entry in catalog.scan(storage, "run")] == [("damaged", reason)]

@@ -126,9 +126,9 @@ def test_a_mount_point_is_refused_before_anything_is_written(memory_path: Path, 
 import sys, numpy as np
 from milepost.errors import ConfigError
 from milepost.storage import LocalStorage
-from milepost.run import commit
+from milepost.run.attempts import begin_attempt
 try:
-    commit.begin_attempt(LocalStorage({str(memory_path)!r}), "a mount", "0" * 32)
+    begin_attempt(LocalStorage({str(memory_path)!r}), "a mount", "0" * 32)
 except ConfigError as error:
     print(error)
 """

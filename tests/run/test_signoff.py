@@ -11,7 +11,7 @@ from milepost.errors import FormatError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.columns import Objects, Tensors
 from milepost.format.manifest import FileEntry, ObjectEntry, ShardEntry
-from milepost.run import commit
+from milepost.run.attempts import begin_attempt
 from milepost.run.signoff import (
     SignOff,
     WrittenFile,
@@ -108,7 +108,7 @@ def test_every_damaged_byte_and_every_cut_is_noticed() -> None:
 
 def test_all_sign_offs_come_back_by_rank(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
     for rank in (2, 0, 1):
         sign_off(storage, attempt, sample(rank))
     signed = wait_for_sign_offs(storage, attempt, 3, SAVE_ID, timeout_s=0)
@@ -118,7 +118,7 @@ def test_all_sign_offs_come_back_by_rank(memory_path: Path) -> None:
 
 def test_late_ranks_are_waited_for_and_missing_ones_named(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
     time_s = 0.0
 
     def sleep(seconds: float) -> None:
@@ -137,7 +137,7 @@ def test_late_ranks_are_waited_for_and_missing_ones_named(memory_path: Path) -> 
 
 def test_waiting_does_not_hammer_the_storage(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
     pauses: list[float] = []
     with pytest.raises(SaveError):
         wait_for_sign_offs(storage, attempt, 1, SAVE_ID, timeout_s=100, clock=lambda: sum(pauses), sleep=pauses.append)
@@ -148,7 +148,7 @@ def test_waiting_does_not_hammer_the_storage(memory_path: Path) -> None:
 
 def test_a_failed_rank_is_named_at_once_with_its_message(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
     sign_off(storage, attempt, SignOff(2, SAVE_ID, error="no space left on device"))
     with pytest.raises(SaveError, match="rank 2: no space left on device") as caught:
         wait_for_sign_offs(storage, attempt, 4, SAVE_ID, timeout_s=1e9)
@@ -157,7 +157,7 @@ def test_a_failed_rank_is_named_at_once_with_its_message(memory_path: Path) -> N
 
 def test_a_full_disk_still_lets_a_rank_report_that_it_failed(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
 
     class Full(WrappedStorage):
         def write(self, path: str, data: bytes) -> None:  # type: ignore[override]
@@ -174,7 +174,7 @@ def test_a_full_disk_still_lets_a_rank_report_that_it_failed(memory_path: Path) 
 
 def test_a_sign_off_of_another_save_is_refused(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", "ab")
+    attempt = begin_attempt(storage, "step-1", "ab")
     sign_off(storage, attempt, sample(0))
     with pytest.raises(SaveError, match=SAVE_ID):
         wait_for_sign_offs(storage, attempt, 1, "ab", timeout_s=0)
@@ -188,7 +188,7 @@ def test_an_attempt_deleted_under_our_feet_is_noticed(memory_path: Path) -> None
 def test_a_torn_sign_off_is_never_seen(memory_path: Path) -> None:
     """It is written under another name first."""
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
     for k in range(2):
         with pytest.raises(StorageError):
             sign_off(FaultyStorage(storage, fail_at=k, tear=True), attempt, sample(k))
@@ -197,7 +197,7 @@ def test_a_torn_sign_off_is_never_seen(memory_path: Path) -> None:
 
 def test_rank_0_may_commit_and_remove_the_attempt_as_soon_as_it_sees_the_last_sign_off(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
-    attempt = commit.begin_attempt(storage, "step-1", SAVE_ID)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
 
     class Quick(WrappedStorage):
         def rename(self, src: str, dst: str) -> None:

@@ -17,8 +17,10 @@ import pytest
 
 import milepost.saving.writer_process  # noqa: F401 - imported before the forks
 from milepost.errors import CheckpointNotFoundError, MilepostError, StorageError
-from milepost.run import catalog, commit, owner, sweep
+from milepost.run import catalog, marks, owner, sweep
+from milepost.run.attempts import adopt_attempt, begin_attempt
 from milepost.run.lock import RunLock
+from milepost.run.step_names import ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX, pin_mark
 from milepost.run.sweep import Sweep, sweep_leftovers
 from milepost.run.takeover import Attempts
 from milepost.storage import LocalStorage, Storage
@@ -42,7 +44,7 @@ def full(short: str) -> str:
 
 def attempt_of(storage: Storage, short: str, **changes: object) -> str:
     """An attempt whose owner is this process, but for ``changes`` of its record."""
-    path = f"run/{catalog.ATTEMPT_PREFIX}{full(short)}"
+    path = f"run/{ATTEMPT_PREFIX}{full(short)}"
     storage.make_folder(f"{path}/data")
     record = replace(owner.this_process(NOW), **changes)  # type: ignore[arg-type]
     storage.write(f"{path}/{owner.OWNER_PREFIX}{0:08x}.json", record.dump())
@@ -64,11 +66,11 @@ def test_folders_of_other_programs_stay_and_are_named(memory_path: Path) -> None
         ".attempt-1",
         f".attempt-{full('a')}",
         f".deleting-{full('b')}",
-        f"{catalog.ATTEMPT_PREFIX}1",
-        f"{catalog.ATTEMPT_PREFIX}{full('c')}",
-        f"{catalog.DELETING_PREFIX}2024",
-        f"{catalog.DELETING_PREFIX}{full('d')}",
-        f"{catalog.REPLACED_PREFIX}{full('e')}-step-7",
+        f"{ATTEMPT_PREFIX}1",
+        f"{ATTEMPT_PREFIX}{full('c')}",
+        f"{DELETING_PREFIX}2024",
+        f"{DELETING_PREFIX}{full('d')}",
+        f"{REPLACED_PREFIX}{full('e')}-step-7",
         f".damaged-step-7.json.{full('f')}.part",
     ]
     for name in others:
@@ -91,9 +93,9 @@ def test_a_file_or_a_link_with_such_a_name_stays(memory_path: Path) -> None:
     storage.make_folder("elsewhere")
     storage.write("elsewhere/owner-00000000.json", b"{}")
     storage.make_folder("run")
-    storage.write(f"run/{catalog.ATTEMPT_PREFIX}{full('a')}", b"mine")
+    storage.write(f"run/{ATTEMPT_PREFIX}{full('a')}", b"mine")
     storage.write(f"run/.damaged-step-7.json.{full('b')}.part", b"mine too")
-    link = f"{catalog.ATTEMPT_PREFIX}{full('c')}"
+    link = f"{ATTEMPT_PREFIX}{full('c')}"
     (memory_path / "run" / link).symlink_to("../elsewhere")
     before = names(storage)
     assert set(sweep_leftovers(storage, "run", now=time.time() + LATER).left) == before
@@ -152,12 +154,12 @@ def test_a_killed_process_that_nobody_reaped_is_dead(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     pid = os.fork()
     if pid == 0:
-        commit.begin_attempt(storage, "run/step-9", full("ab"))
+        begin_attempt(storage, "run/step-9", full("ab"))
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
     try:
         swept = sweep_leftovers(storage, "run", now=time.time())
-        assert swept.removed == (catalog.ATTEMPT_PREFIX + full("ab"),)
+        assert swept.removed == (ATTEMPT_PREFIX + full("ab"),)
     finally:
         os.waitpid(pid, 0)
 
@@ -190,14 +192,14 @@ def test_an_attempt_lives_while_any_of_its_owners_does(memory_path: Path) -> Non
     """The training process died; its writer process has adopted the attempt and is still at work."""
     storage = LocalStorage(memory_path)
     name = attempt_of(storage, "ab", pid=2**22 + 1)
-    commit.adopt_attempt(storage, f"run/{name}")
+    adopt_attempt(storage, f"run/{name}")
     assert sweep_leftovers(storage, "run", now=NOW) == NOTHING
 
 
 def test_an_attempt_without_an_owner_is_swept_once_it_is_old(memory_path: Path) -> None:
     """It was cut short while being made, before there was anything in it; or its owner's record is torn."""
     storage = LocalStorage(memory_path)
-    bare, torn = (catalog.ATTEMPT_PREFIX + full(short) for short in ("ab", "cd"))
+    bare, torn = (ATTEMPT_PREFIX + full(short) for short in ("ab", "cd"))
     storage.make_folder(f"run/{bare}/data")
     storage.make_folder(f"run/{torn}/data")
     storage.write(f"run/{torn}/owner-00000000.json", b'{"host": "torn')
@@ -294,7 +296,7 @@ def test_owner_records_are_readable_and_checked() -> None:
 # ---- a replacement that was cut short ----
 
 
-@pytest.mark.parametrize("prefix", [catalog.REPLACED_PREFIX, ".replaced-"])
+@pytest.mark.parametrize("prefix", [REPLACED_PREFIX, ".replaced-"])
 def test_a_replacement_that_was_cut_short_is_undone_also_of_an_older_version(memory_path: Path, prefix: str) -> None:
     storage = LocalStorage(memory_path)
     save(storage, "run/step-5", 1)
@@ -308,7 +310,7 @@ def test_a_replacement_that_was_cut_short_is_undone_also_of_an_older_version(mem
 def test_what_a_committed_step_has_replaced_is_removed(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     save(storage, "run/step-5", 1)
-    aside, foreign = (f"{catalog.REPLACED_PREFIX}{full(short)}-step-5" for short in ("ab", "cd"))
+    aside, foreign = (f"{REPLACED_PREFIX}{full(short)}-step-5" for short in ("ab", "cd"))
     storage.rename("run/step-5", f"run/{aside}")
     storage.make_folder(f"run/{foreign}")
     storage.write(f"run/{foreign}/.metadata", b"of another program")
@@ -364,15 +366,15 @@ def test_a_pin_that_comes_while_a_step_is_being_deleted_keeps_it(memory_path: Pa
     class PinnedMeanwhile(WrappedStorage):
         def rename(self, src: str, dst: str) -> None:
             if moment == "rename" and src == "run/step-5":
-                catalog.pin(storage, "run", 5)
+                marks.pin(storage, "run", 5)
             super().rename(src, dst)
 
         def make_folder(self, path: str) -> None:
             super().make_folder(path)
             if moment == "make_folder":
-                catalog.pin(storage, "run", 5)
+                marks.pin(storage, "run", 5)
 
-    assert not sweep.delete_checkpoint(PinnedMeanwhile(storage), "run/step-5", unless=catalog.pin_mark("run/step-5"))
+    assert not sweep.delete_checkpoint(PinnedMeanwhile(storage), "run/step-5", unless=pin_mark("run/step-5"))
     assert names(storage) == {"step-5", ".pinned-step-5"}
     assert [(entry.state, entry.pinned) for entry in catalog.scan(storage, "run")] == [("committed", True)]
 

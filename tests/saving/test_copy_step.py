@@ -15,7 +15,7 @@ import milepost
 from milepost.errors import CheckpointDamagedError, ConfigError, SaveError
 from milepost.format.tags import tag_of
 from milepost.interop.weights.open import open_weights
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.owner import OWNER_PREFIX
 from milepost.saving.copy_step import Spot, attempt_of, copy_step
 from milepost.storage import LocalStorage
@@ -76,7 +76,7 @@ def test_a_copy_that_was_cut_short_goes_on_where_it_stopped(tmp_path: Path, kind
 
 def test_another_process_that_copies_the_same_is_left_to_it(tmp_path: Path) -> None:
     src, dst = saved(LocalStorage(tmp_path / "src")), LocalStorage(tmp_path / "dst")
-    attempt = attempt_of(STEP, catalog.read_manifest(src.storage, STEP).save_id)
+    attempt = attempt_of(STEP, checkpoint_record.read_manifest(src.storage, STEP).save_id)
     dst.make_folder(attempt)
     says_who = (
         "from milepost.run.owner import this_process\n"

@@ -21,7 +21,7 @@ from milepost.collective.comm import SingleProcess
 from milepost.errors import SaveError, StateMismatchError
 from milepost.format.dtype import DTYPES
 from milepost.format.manifest import BLOCK_NBYTES
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.run.assemble import SaveInfo
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.save import Saver
@@ -199,7 +199,7 @@ def test_every_record_is_a_torch_save_file(step: Path) -> None:
     """Cut out of its file, each item is a zip that ``torch.load`` and ``zipfile`` take, CRCs included."""
     milepost.save(step, {**NESTED, "dtypes": {dtype: every_form(dtype) for dtype in DTYPES}})
     storage = LocalStorage(step.parent)
-    manifest = catalog.read_manifest(storage, step.name)
+    manifest = checkpoint_record.read_manifest(storage, step.name)
     entries = [(key, shard) for key, tensor in manifest.tensors.items() for shard in tensor.shards]
     for key, entry in [*entries, *manifest.objects.items()]:
         data = (step / entry.file).read_bytes()[entry.record_offset : entry.record_offset + entry.record_nbytes]
@@ -213,7 +213,7 @@ def test_every_record_is_a_torch_save_file(step: Path) -> None:
 
 def test_python_zipfile_command_takes_a_record(step: Path) -> None:
     milepost.save(step, {"w": torch.randn(300, 400)})
-    shard = catalog.read_manifest(LocalStorage(step.parent), step.name).tensors["w"].shards[0]
+    shard = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name).tensors["w"].shards[0]
     record = step.with_name("w.zip")
     data = (step / shard.file).read_bytes()
     record.write_bytes(data[shard.record_offset : shard.record_offset + shard.record_nbytes])
@@ -384,7 +384,7 @@ def test_empty_dicts_are_remembered(step: Path) -> None:
     into = blank(state)
     milepost.load(step, into)
     assert_same(into, state)
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     assert manifest.extra["empty_mappings"] == [["part", "empty"], ["list", 0]]
     without_list = {key: value for key, value in state.items() if key != "list"}
     milepost.save(step, without_list)
@@ -412,7 +412,7 @@ def test_plan_is_reused_while_the_structure_stays(tmp_path: Path) -> None:
         into = blank(state)
         milepost.load(tmp_path / "step-1", into)
         assert_same(into, state)
-        paths = catalog.read_manifest(LocalStorage(tmp_path), "step-1").paths
+        paths = checkpoint_record.read_manifest(LocalStorage(tmp_path), "step-1").paths
         assert paths == FileSystemReader(tmp_path / "step-1").read_metadata().planner_data == flatten(state).paths
         return report.reused_plan
 
@@ -452,7 +452,7 @@ def test_plugin_in_both_directions(step: Path) -> None:
 
 def test_plugin_checks_digests(step: Path) -> None:
     dcp.save({"w": torch.ones(1000)}, storage_writer=milepost.StorageWriter(step))
-    shard = catalog.read_manifest(LocalStorage(step.parent), step.name).tensors["w"].shards[0]
+    shard = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name).tensors["w"].shards[0]
     data = bytearray((step / shard.file).read_bytes())
     data[(shard.data_offset or 0) + 100] ^= 1
     (step / shard.file).write_bytes(data)

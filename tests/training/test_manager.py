@@ -30,7 +30,7 @@ from milepost.errors import (
 from milepost.format.digest import crc32
 from milepost.format.manifest import MANIFEST_NAME, SHARDS_NAME, Manifest
 from milepost.loading.load import LoadReport
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record, marks
 from milepost.storage import LocalStorage
 from milepost.testing.format_1 import to_json_1
 from milepost.testing.manifests import record_files
@@ -189,7 +189,7 @@ def states_in(folder: Path) -> dict[int, str]:
 
 def damage(step: Path) -> None:
     """Flip a bit in the middle of a tensor's data."""
-    manifest = catalog.read_manifest(LocalStorage(step.parent), step.name)
+    manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     shard = next(shard for tensor in manifest.tensors.values() for shard in tensor.shards if shard.data_nbytes > 30)
     data = bytearray((step / shard.file).read_bytes())
     data[(shard.data_offset or 0) + shard.data_nbytes // 2] ^= 0x10
@@ -383,7 +383,7 @@ def test_wrappers_leave_no_trace_in_the_keys(folder: Path, tmp_path: Path) -> No
     keys = set()
     for name, make in makes.items():
         trained = Run(tmp_path / name, model=make(), seed=3).train(2)
-        manifest = catalog.read_manifest(LocalStorage(tmp_path / name), "step-2")
+        manifest = checkpoint_record.read_manifest(LocalStorage(tmp_path / name), "step-2")
         keys.add(frozenset(manifest.tensors))
         for other in makes.values():
             run = Run(tmp_path / name, model=other())
@@ -428,7 +428,7 @@ def test_disabled_manager_does_nothing(folder: Path) -> None:
 
 def test_last_save_holds_the_model_alone_in_its_export_dtype(folder: Path) -> None:
     run = Run(folder, interval=2, last_save_model_only=True, export_dtype="bfloat16").train(4)
-    manifest = catalog.read_manifest(LocalStorage(folder), "step-4")
+    manifest = checkpoint_record.read_manifest(LocalStorage(folder), "step-4")
     assert manifest.kind == "model"
     assert {key: tensor.dtype for key, tensor in manifest.tensors.items()} == dict.fromkeys(
         run.model.state_dict(), "bfloat16"
@@ -642,7 +642,7 @@ def test_what_is_not_a_committed_step_is_neither_counted_nor_deleted(folder: Pat
     damage(folder / "step-2")
     storage = LocalStorage(folder.parent)
     catalog.mark_damaged(storage, "checkpoint/step-2", "bytes changed", now=0.0)
-    catalog.pin(storage, "checkpoint", 3)
+    marks.pin(storage, "checkpoint", 3)
     dcp.save({"w": torch.ones(2)}, checkpoint_id=folder / "step-7")
     (folder / "step-8").mkdir()
     (folder / "step-8" / "__0_0.distcp").write_bytes(b"torn")
@@ -741,7 +741,7 @@ def test_a_step_of_a_newer_milepost_is_never_passed_over_for_an_older_one(folder
 
 def test_a_step_of_format_1_is_resumed_as_it_was_saved(folder: Path) -> None:
     run = Run(folder).train(2)
-    manifest = catalog.read_manifest(LocalStorage(folder), "step-2")
+    manifest = checkpoint_record.read_manifest(LocalStorage(folder), "step-2")
     assert manifest.structure
     files = {name: entry for name, entry in manifest.files.items() if name != SHARDS_NAME}
     (folder / "step-2" / MANIFEST_NAME).write_bytes(to_json_1(replace(manifest, files=files)))
@@ -773,7 +773,7 @@ def change_record(step: Path, manifest: Manifest) -> None:
 def test_hostile_paths_are_refused(folder: Path) -> None:
     """A manifest whose paths ask for a list of 10**15 elements costs an error, not the memory."""
     Run(folder).train(2)
-    manifest = catalog.read_manifest(LocalStorage(folder), "step-2")
+    manifest = checkpoint_record.read_manifest(LocalStorage(folder), "step-2")
     assert manifest.paths["train_state.history.1.n"] == ("train_state", "history", 1, "n")
     paths = {**manifest.paths, "train_state.history.1.n": ("train_state", "history", 10**15, "n")}
     # As in a checkpoint of before structures were recorded: then the paths tell what the containers were.

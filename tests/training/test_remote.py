@@ -13,7 +13,7 @@ import torch
 
 from milepost import CheckpointConfig, CheckpointManager, Commit
 from milepost.errors import StorageError
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.storage import open_storage
 from milepost.testing.seaweed import BUCKET
 from milepost.verification.verify import verify
@@ -75,7 +75,7 @@ def test_steps_are_copied_and_a_wiped_disk_is_no_loss(memory_path: Path, remote:
         assert manager.save(4)
     assert steps(str(memory_path / "run")) == [4]
     assert steps(remote) == [3, 4]
-    lineage = catalog.read_manifest(*open_storage(f"{remote}/step-4")).lineage
+    lineage = checkpoint_record.read_manifest(*open_storage(f"{remote}/step-4")).lineage
     assert lineage is not None
     assert lineage.parent_step == 3
 

@@ -16,7 +16,7 @@ from milepost import verify
 from milepost.errors import CheckpointNotFoundError, ConfigError, StorageError
 from milepost.format.digest import crc32, dump_digests, parse_digests
 from milepost.format.manifest import BLOCK_NBYTES, FileEntry, Manifest
-from milepost.run import catalog, sweep
+from milepost.run import catalog, checkpoint_record, sweep
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import ReadHandle
 from milepost.testing.manifests import record_files
@@ -265,7 +265,7 @@ def test_metadata_of_another_save_is_found_though_it_is_whole(storage: LocalStor
     save(storage)
     save_arrays(storage, "other", {"w": np.zeros((20, 15), "int32"), "new": np.zeros(3, "int8")}, num_ranks=2)
     stranger = storage.read("other/.metadata")
-    manifest = catalog.read_manifest(storage, STEP)
+    manifest = checkpoint_record.read_manifest(storage, STEP)
     forged = replace(manifest, files={**manifest.files, ".metadata": FileEntry(len(stranger), crc32(stranger))})
     data_file(storage, ".metadata").write_bytes(stranger)
     for name, content in record_files(forged).items():
@@ -400,7 +400,7 @@ def test_a_checkpoint_of_stock_dcp_is_verified(storage: LocalStorage) -> None:
     report = verify_in(storage, STEP)
     assert (report.problems, report.verdict) == ((), "not_verified")
     assert (report.state, report.num_items) == ("external", 4)
-    manifest = locate_manifest(storage, STEP, catalog.read_manifest(storage, STEP))
+    manifest = locate_manifest(storage, STEP, checkpoint_record.read_manifest(storage, STEP))
     (shard,) = manifest.tensors["model.w"].shards
     assert shard.data_offset is not None
     flip(data_file(storage, shard.file), shard.data_offset + 1234)

@@ -11,7 +11,7 @@ from milepost.cli.convert_cmd import add_conversion_arguments, options_of, print
 from milepost.cli.paths import open_run
 from milepost.errors import CheckpointNotFoundError, ConfigError, ConversionError
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
 from milepost.run.values import Unreadable, read_values
 from milepost.storage import open_storage
@@ -106,7 +106,7 @@ def _adapter_config(args: argparse.Namespace, step: str) -> dict[str, Any]:
         storage, name = open_storage(args.adapter_config)
         return parse_object(read_linked(storage, name, MAX_CONFIG_NBYTES), args.adapter_config)
     storage, path = open_storage(step)
-    manifest = catalog.read_manifest(storage, path)
+    manifest = checkpoint_record.read_manifest(storage, path)
     names = [f"adapter_config.{args.adapter_name}.json", ADAPTER_CONFIG_NAME]
     key = next((FILES + name for name in names if FILES + name in manifest.objects), None)
     values = read_values(storage, path, manifest, [key], max_nbytes=MAX_FILE_NBYTES) if key is not None else {}
@@ -127,7 +127,7 @@ def _lay_out_files(step: str, folder: str) -> bool:
         ConversionError: one of them can't be read.
     """
     storage, path = open_storage(step)
-    manifest = catalog.read_manifest(storage, path)
+    manifest = checkpoint_record.read_manifest(storage, path)
     keys = {key: key.removeprefix(FILES) for key in manifest.objects if key.startswith(FILES)}
     keys = {key: name for key, name in keys.items() if not name.startswith("adapter_config.")}  # of no whole model
     values = read_values(storage, path, manifest, keys, max_nbytes=MAX_FILE_NBYTES)

@@ -114,7 +114,7 @@ def _open(path: str) -> _Shown:
         return _Shown(storage, name, f"{name.rpartition('.')[2]} file", "", manifest_of_file(storage, name))
     info = catalog.examine(storage, name)
     if info is not None and info.state != "incomplete":
-        record = catalog.read_record(storage, name)
+        record = checkpoint_record.read_record(storage, name)
         manifest = described(storage, name, record.manifest)
         return _Shown(storage, name, info.state, info.reason, manifest, needs_locating=not record.is_own)
     if info is not None and is_hf_folder([entry.name for entry in storage.list(name)]):

@@ -14,10 +14,11 @@ from milepost.cli.render import print_json, print_line, print_table, state_text
 from milepost.errors import CheckpointNotFoundError, ConfigError, MilepostError
 from milepost.format.summary import format_count, model_total
 from milepost.parallelism.degrees import degrees_text
-from milepost.run import catalog, sweep
+from milepost.run import catalog, checkpoint_record, marks, sweep
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
 from milepost.run.hf_folder import described
+from milepost.run.step_names import ATTEMPT_PREFIX, step_of
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, counted, format_duration, format_nbytes, join, split
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
         return watch(partial(_run_to_watch, args.path), every_s=args.watch)
     storage, folder, entries, history = _listed(args.path)
-    remote = catalog.remote_of(storage, folder)
+    remote = marks.remote_of(storage, folder)
     places: dict[int, str] = {}
     if args.remote:
         if not remote:
@@ -119,7 +120,7 @@ def _run_to_watch(path: str) -> tuple[Storage, str]:
 def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:
     """The run at ``path`` with its steps, or with the one that ``path`` is. Hugging Face steps get their totals."""
     storage, name = open_storage(path)
-    step = catalog.step_of(name)
+    step = step_of(name)
     if step is not None and storage.stat(name) is not None:
         folder, listed = split(name)[0], [find_step(storage, split(name)[0], step, path)]
     else:
@@ -141,7 +142,7 @@ def both_places(
         if copy is not None and (copy.is_usable or not entry.is_usable) and copy.save_id == entry.save_id:
             places[entry.step] = "both"
         else:
-            is_moving = catalog.ATTEMPT_PREFIX + entry.save_id in names  # see `saving.copy_step`
+            is_moving = ATTEMPT_PREFIX + entry.save_id in names  # see `saving.copy_step`
             places[entry.step] = "folder, on its way" if is_moving else "folder"
     merged = there | {entry.step: entry for entry in entries}
     return [merged[step] for step in sorted(merged)], places
@@ -156,7 +157,7 @@ def _with_totals(storage: Storage, entry: StepEntry) -> StepEntry:
     if entry.state != "committed" or entry.num_parameters:
         return entry
     try:
-        manifest = catalog.read_manifest(storage, entry.path)
+        manifest = checkpoint_record.read_manifest(storage, entry.path)
         total = model_total(described(storage, entry.path, manifest))
     except MilepostError:
         return entry  # `verify` says what is wrong with it

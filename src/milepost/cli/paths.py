@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.format.manifest import Manifest
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
 from milepost.run.catalog import CheckpointInfo, StepEntry
 from milepost.storage import join_path, open_storage
@@ -52,7 +52,7 @@ def run_at(storage: Storage, name: str) -> str | None:
     if found is not None and not found.is_folder:
         return None
     info = catalog.examine(storage, name)
-    return catalog.find_run(storage, name) if info is None or info.state == "incomplete" else None
+    return find_run(storage, name) if info is None or info.state == "incomplete" else None
 
 
 def locate_step(path: str) -> tuple[Storage, str, int]:
@@ -62,7 +62,7 @@ def locate_step(path: str) -> tuple[Storage, str, int]:
         ConfigError: the path does not end with ``step-<N>``.
     """
     storage, name = open_storage(path)
-    step = catalog.step_of(name)
+    step = step_of(name)
     if step is None:
         raise ConfigError(f"{path} is not a step of a run: give a path that ends with step-<N>")
     # `open_storage` is rooted at the parent: the run's folder is the root, ''.
@@ -82,7 +82,7 @@ def find_step(storage: Storage, folder: str, step: int, path: str) -> StepEntry:
 
 def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInfo | None) -> CheckpointNotFoundError:
     """The error for a path at which no committed checkpoint is; of a run it names the newest step."""
-    folder = catalog.find_run(storage, name)
+    folder = find_run(storage, name)
     if folder is not None:
         entries = catalog.scan(storage, folder)
         newest = History.of(entries).newest or entries[-1]
@@ -103,4 +103,4 @@ def manifest_at(path: str) -> Manifest:
     info = catalog.examine(storage, name)
     if info is None or info.state == "incomplete":
         raise not_a_checkpoint(storage, name, path, info)
-    return catalog.read_manifest(storage, name)
+    return checkpoint_record.read_manifest(storage, name)

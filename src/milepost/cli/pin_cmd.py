@@ -6,7 +6,7 @@ import argparse
 
 from milepost.cli.paths import find_step, locate_step
 from milepost.cli.render import print_json, print_line
-from milepost.run import catalog
+from milepost.run import marks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         storage, folder, step = locate_step(path)
         found.append((path, storage, find_step(storage, folder, step, path), folder))
     for path, storage, entry, folder in found:
-        catalog.pin(storage, folder, entry.step)
+        marks.pin(storage, folder, entry.step)
         if not args.json:
             was = " already" if entry.pinned else ""
             print_line(f"{path} is{was} pinned: neither the trainer nor `milepost prune` deletes it")

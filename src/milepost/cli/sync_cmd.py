@@ -9,6 +9,7 @@ from milepost.cli.paths import open_run
 from milepost.cli.render import print_json, print_line, progress_bar
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
 from milepost.run import catalog
+from milepost.run.step_names import step_name, step_of
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
 from milepost.storage import open_storage
 from milepost.storage.base import format_nbytes, join
@@ -60,11 +61,11 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
     """
     storage, name = open_storage(source)
     target, folder = open_storage(destination)
-    step, wanted = catalog.step_of(name.rpartition("/")[2]), catalog.step_of(folder.rpartition("/")[2])
+    step, wanted = step_of(name.rpartition("/")[2]), step_of(folder.rpartition("/")[2])
     if step is not None:
         if wanted not in (None, step):
             raise ConfigError(f"{destination} is the place of step {wanted}, not of step {step}")
-        path = folder if wanted is not None else join(folder, catalog.step_name(step))
+        path = folder if wanted is not None else join(folder, step_name(step))
         return [(Spot(storage, name), Spot(target, path))]
     if wanted is not None:
         raise ConfigError(f"{destination} is the place of one step: give the folder that the steps of {source} go to")
@@ -80,8 +81,7 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
     if not entries:
         raise CheckpointNotFoundError(f"{source} holds no step that was committed", path=source)
     return [
-        (Spot(storage, entry.path), Spot(target, join(folder, catalog.step_name(entry.step))))
-        for entry in reversed(entries)
+        (Spot(storage, entry.path), Spot(target, join(folder, step_name(entry.step)))) for entry in reversed(entries)
     ]
 
 

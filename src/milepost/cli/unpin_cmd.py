@@ -7,8 +7,8 @@ import argparse
 from milepost.cli.paths import locate_step
 from milepost.cli.render import print_json, print_line
 from milepost.errors import CheckpointNotFoundError
-from milepost.run import catalog
-from milepost.run.catalog import PINNED_PREFIX, step_name
+from milepost.run import marks
+from milepost.run.step_names import PINNED_PREFIX, step_name
 from milepost.storage.base import join
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             raise CheckpointNotFoundError(f"{path} is not pinned; `milepost ls` shows which steps are", path=path)
         found.append((path, storage, folder, step))
     for path, storage, folder, step in found:
-        catalog.unpin(storage, folder, step)
+        marks.unpin(storage, folder, step)
         if not args.json:
             print_line(f"{path} is no longer pinned")
     if args.json:

@@ -13,7 +13,7 @@ from milepost.cli.main import NOT_CHECKED
 from milepost.cli.paths import run_at
 from milepost.cli.render import print_json, print_line, printable, progress_bar
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
-from milepost.run import catalog
+from milepost.run.step_names import step_name
 from milepost.storage import open_storage
 from milepost.storage.base import counted, format_nbytes
 from milepost.verification.verify import LEVELS, VerifyReport, verify_in, verify_run
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
             def on_step(step: int) -> Any:
                 stack.close()  # the bar of the step before
-                return stack.enter_context(progress_bar(catalog.step_name(step)))
+                return stack.enter_context(progress_bar(step_name(step)))
 
             reports = verify_run(storage, folder, args.level, num_threads=args.threads, on_step=on_step)
     if not reports:

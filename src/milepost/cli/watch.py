@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from milepost.cli.render import console, live_table, print_line, printable
-from milepost.run.catalog import ATTEMPT_PREFIX
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.run.underway import FileState, Newest, SaveState, Watch, look
 from milepost.storage import join_path
 from milepost.storage.base import Storage, counted, format_duration, format_nbytes

@@ -13,7 +13,7 @@ from functools import partial
 
 from milepost.collective.comm import Comm, on_rank_0
 from milepost.config import CheckpointConfig
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.takeover import take_over
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join
@@ -63,7 +63,7 @@ def _first_undamaged(storage: Storage, name: str, folder: str, config: Checkpoin
             log.info("%s", note)
         reason = _damage(storage, choice.path, config.num_io_threads)
         if reason is None:
-            manifest = catalog.read_manifest(storage, choice.path)
+            manifest = checkpoint_record.read_manifest(storage, choice.path)
             return Resumable(choice.step, join(storage.root, choice.path), manifest.world_size)
         log.warning("%s/%s is damaged: %s\nFalling back to an older step.", storage.root, choice.path, reason)
         if not config.load_only:

@@ -28,7 +28,7 @@ import milepost
 from milepost.collective.comm import Comm, SingleProcess, default_comm, on_rank_0
 from milepost.config import part_of
 from milepost.errors import ConfigError, MilepostError
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.sweep import delete_checkpoint
 from milepost.saving.async_save import Mode
 from milepost.saving.background import SaveHandle, finish_saves
@@ -333,4 +333,4 @@ def keys_of(path: str) -> list[str]:
         CheckpointNotFoundError: there is none.
     """
     storage, name = open_storage(path)
-    return list(Tree.of(catalog.read_manifest(storage, name)).root)
+    return list(Tree.of(checkpoint_record.read_manifest(storage, name)).root)

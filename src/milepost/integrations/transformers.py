@@ -25,6 +25,7 @@ from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.integrations.accelerate import unwrapped
 from milepost.integrations.choice import Resumable, step_to_resume
 from milepost.run import catalog
+from milepost.run.step_names import step_name, step_of
 from milepost.storage import open_storage
 from milepost.training.manager import CheckpointManager
 from milepost.training.random_state import set_rng_state
@@ -183,7 +184,7 @@ class MilepostCallback(TrainerCallback):
             if found is None:
                 log.info("%s holds no step to resume from: a new run", self._folder)
             return found
-        step = catalog.step_of(os.path.basename(os.path.normpath(given)))
+        step = step_of(os.path.basename(os.path.normpath(given)))
         assert step is not None, "is_step has found it"
         return step_to_resume(self._folder, replace(self._config, load_step=step, restart_branch=True), default_comm())
 
@@ -202,7 +203,7 @@ class MilepostCallback(TrainerCallback):
     def _is_step(self, path: str) -> bool:
         folder, name = os.path.split(os.path.normpath(path))
         is_ours = os.path.abspath(folder) == os.path.abspath(self._folder) or folder == self._folder.rstrip("/")
-        return is_ours and catalog.step_of(name) is not None
+        return is_ours and step_of(name) is not None
 
     def _hand_over(self) -> str:
         """A folder with the state of the Trainer at the step, which it reads before there is anything to load into."""
@@ -218,7 +219,7 @@ class MilepostCallback(TrainerCallback):
         return self._handed_over.name
 
     def _path_of(self, step: int) -> str:
-        return f"{self._folder.rstrip('/')}/{catalog.step_name(step)}"
+        return f"{self._folder.rstrip('/')}/{step_name(step)}"
 
     def _layout(self) -> dict[str, int]:
         return {"dp": self._trainer.args.world_size}

@@ -28,10 +28,12 @@ from milepost.interop.weights.open import (
     open_weights,
 )
 from milepost.interop.weights.stream import PassedBytes, PlacedTensor, SlabReader, write_image
-from milepost.run import catalog, commit
+from milepost.run import commit
 from milepost.run.assemble import SaveInfo, assemble
+from milepost.run.attempts import abort_attempt, begin_attempt, new_save_id
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor, segment_of
+from milepost.run.step_names import step_of
 from milepost.saving.writer import object_pieces, place_objects
 from milepost.storage import open_storage
 from milepost.storage.base import join, split
@@ -44,7 +46,7 @@ class Sink(ABC):
     def __init__(self, path: str | os.PathLike[str]):
         self.storage, self.target = open_storage(path)
         self.path = f"{self.storage.root}/{self.target}"
-        self.save_id = commit.new_save_id()
+        self.save_id = new_save_id()
         self._attempt = ""
 
     @contextmanager
@@ -67,7 +69,7 @@ class Sink(ABC):
         found = self.storage.stat(self.target)
         if found is not None and not (found.is_folder and not self.storage.list(self.target)):
             raise ConversionError(f"{self.path} exists already: remove it or give another destination", path=self.path)
-        self._attempt = commit.begin_attempt(self.storage, self.target, self.save_id)
+        self._attempt = begin_attempt(self.storage, self.target, self.save_id)
 
     @property
     def place(self) -> Place:
@@ -103,12 +105,12 @@ class Sink(ABC):
         if self._attempt:
             if not self.has_manifest and not self.storage.can_rename:
                 self.storage.remove_tree(self.target)
-            commit.abort_attempt(self.storage, self._attempt)
+            abort_attempt(self.storage, self._attempt)
 
     def _publish_by_rename(self, name: str) -> None:
         """Rename ``name`` within the attempt to the target, which is nothing or an empty folder."""
         if not self.storage.can_rename:
-            commit.abort_attempt(self.storage, self._attempt)
+            abort_attempt(self.storage, self._attempt)
             return
         folder = split(self.target)[0]
         self.storage.sync_folder(split(name)[0])
@@ -116,7 +118,7 @@ class Sink(ABC):
             os.rmdir(self.path)
         self.storage.rename(name, self.target)
         self.storage.sync_folder(folder)
-        commit.abort_attempt(self.storage, self._attempt)
+        abort_attempt(self.storage, self._attempt)
 
 
 # ---- DCP ----
@@ -144,7 +146,7 @@ class DcpSink(Sink):
         self._objects = objects or {}
         self._paths = paths or {}
         self._signed: tuple[SignOff, ...] = ()
-        self._info = SaveInfo(step=catalog.step_of(self.target), kind="full" if self._objects else "model")
+        self._info = SaveInfo(step=step_of(self.target), kind="full" if self._objects else "model")
 
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
         """See ``Sink``. Shared tensors are stored as often as they have names: stock DCP knows no sharing."""

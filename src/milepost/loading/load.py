@@ -37,7 +37,7 @@ from milepost.loading.sources import Near, Sources, read_own_part
 from milepost.loading.target import Target
 from milepost.loading.template import Template, Whole
 from milepost.loading.values import read_common, read_objects
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.run.node_part import NodePart
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
@@ -220,7 +220,9 @@ def load_from(
             if shared is not None:
                 recorded, common = shared.manifest, shared.common
             else:
-                recorded = catalog.read_manifest(storage, folder) if part is None else read_own_part(storage, folder)
+                recorded = (
+                    checkpoint_record.read_manifest(storage, folder) if part is None else read_own_part(storage, folder)
+                )
                 common = {}
         foreign = translate(recorded)
         stored_keys = {*recorded.tensors, *recorded.objects}
@@ -245,7 +247,7 @@ def load_from(
     _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part)
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
     objects = [key for key in flat.objects if key not in fit.missing]
-    read_digests = partial(catalog.read_digests_file, storage, folder, recorded)
+    read_digests = partial(checkpoint_record.read_digests_file, storage, folder, recorded)
     handed_digests = on_rank_0(comm, read_digests) if shared is not None else None
     try:
         with watched(f"rank {comm.rank} is reading the values of {path}"):
@@ -375,7 +377,7 @@ def _read_for_all(
     assert brought is not None, "rank 0 has gathered it"
     if len({path for path, *_ in brought}) > 1 or any(is_part for _, is_part, _ in brought):
         return None
-    manifest = catalog.read_manifest(storage, folder)
+    manifest = checkpoint_record.read_manifest(storage, folder)
     common = read_common(storage, folder, manifest) if len(brought) > 1 else {}
     may_hand_on = len(brought) > 1 and not any(has_near for *_, has_near in brought)
     return _ReadForAll(manifest, common, may_hand_on)

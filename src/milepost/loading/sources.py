@@ -14,7 +14,7 @@ from milepost.format.manifest import Manifest
 from milepost.loading.names import Translation
 from milepost.loading.reader import HandedBlocks, TensorReads
 from milepost.loading.values import read_objects
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.storage.base import Storage
 from milepost.tensors.plan import ReadItem, TensorSpec, has_all, plan_load
 from milepost.tensors.state import FlatState
@@ -41,7 +41,7 @@ def read_own_part(storage: Storage, path: str) -> Manifest:
         CheckpointNotFoundError: there is none.
         CheckpointDamagedError: files of it are missing or of another size.
     """
-    record = catalog.read_part(storage, path)
+    record = checkpoint_record.read_part(storage, path)
     if record.faults:
         faults = "; ".join(map(str, record.faults))
         raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults}", path=path)
@@ -54,7 +54,7 @@ def find_near(storage: Storage, path: str, save_id: str) -> Near | None:
         info = catalog.examine(storage, path)
         if info is None or info.save_id != save_id or info.state not in ("part", "committed"):
             return None
-        read = read_own_part if info.state == "part" else catalog.read_manifest
+        read = read_own_part if info.state == "part" else checkpoint_record.read_manifest
         return Near(storage, path, read(storage, path))
     except (CheckpointDamagedError, CheckpointNotFoundError, StorageError) as error:
         log.warning("%s/%s is not read: %s", storage.root, path, error)
@@ -64,7 +64,7 @@ def find_near(storage: Storage, path: str, save_id: str) -> Near | None:
 def _digests_of(near: Near) -> BlockDigests | None:
     """None if they can't be read, which is logged."""
     try:
-        return catalog.read_digests(near.storage, near.path, near.manifest)
+        return checkpoint_record.read_digests(near.storage, near.path, near.manifest)
     except (CheckpointDamagedError, StorageError) as error:
         log.warning("%s is not read: %s", near, error)
         return None

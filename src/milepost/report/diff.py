@@ -274,7 +274,7 @@ def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
             path, source.tensors, beside, readable=source, source=source, read_objects=_objects_of(weights.values)
         )
     storage, folder = open_storage(path)
-    manifest = catalog.read_manifest(storage, folder)
+    manifest = checkpoint_record.read_manifest(storage, folder)
     if is_hf_step(manifest):
         source = stack.enter_context(open_weights(path).source)
         return _Side(path, source.tensors, readable=source, source=source)

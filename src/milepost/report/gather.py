@@ -12,8 +12,9 @@ from milepost.interop.weights.open import open_step
 from milepost.report.history import Forecast, Moment, Save, forecast, read_log
 from milepost.report.profile import Samples, TensorProfile, profile_tensors, sample_numel
 from milepost.report.statistics import nbytes_of
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.catalog import StepEntry
+from milepost.run.step_names import find_run, step_of
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.verification.extent_reader import Progress
@@ -98,7 +99,7 @@ def _run_of(storage: Storage, name: str, path: str) -> tuple[str, int | None]:
     folder = catalog.find_run(storage, name)
     if folder is not None:
         return folder, None
-    step = catalog.step_of(name)
+    step = step_of(name)
     if step is None:
         raise CheckpointNotFoundError(f"{path} is neither a run nor a step of one (step-<N>)", path=path)
     return split(name)[0], step
@@ -150,7 +151,7 @@ def _manifest_of(storage: Storage, entry: StepEntry) -> Manifest | str:
     if not entry.is_usable:
         return entry.reason or entry.state
     try:
-        return catalog.read_manifest(storage, entry.path)
+        return checkpoint_record.read_manifest(storage, entry.path)
     except MilepostError as error:
         return error.message
 
@@ -189,6 +190,6 @@ def _what_else(storage: Storage, entry: StepEntry) -> str:
 
 def step_path(view: RunView, step: StepView) -> str:
     """The path of a step, for a command line."""
-    if catalog.step_of(split(view.run_path.rstrip("/"))[1]) is not None:
+    if step_of(split(view.run_path.rstrip("/"))[1]) is not None:
         return view.run_path
     return join(view.run_path.rstrip("/"), step.entry.name)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from milepost.parallelism.degrees import degrees_text
-from milepost.run.catalog import StepEntry, step_of
+from milepost.run.catalog import StepEntry
+from milepost.run.step_names import step_of
 from milepost.storage.base import Storage, counted, join
 
 EVENTS_NAME = "events.jsonl"

@@ -27,6 +27,7 @@ from milepost.parallelism.degrees import SHORT_DEGREES
 from milepost.report.diff import DiffReport, diff
 from milepost.run import catalog
 from milepost.run.branches import History
+from milepost.run.step_names import step_name
 from milepost.storage import open_storage
 from milepost.storage.base import join
 from milepost.training.attached import PART as ATTACHED
@@ -199,7 +200,7 @@ def _compare(
     committed: int,
     settings: ResumeTestSettings,
 ) -> Resumed:
-    last = catalog.step_name(settings.num_steps)
+    last = step_name(settings.num_steps)
     same = layout == first
     found = diff(folder / "whole" / "checkpoint" / last, place / "checkpoint" / last, values=not same)
     expected = set(range(committed + 1, settings.num_steps + 1))

@@ -2,21 +2,29 @@
 
 In reading order::
 
-    catalog    one scanner: which steps are there, committed, incomplete, damaged or external
-    node_part  one node's part of a step, where each node has a folder of its own
-    node_steps which steps all nodes hold, then
-    branches   which steps descend from which, and where a run goes on
-    retention  which of them may be deleted, and why; deletes them
-    owner      the process that an attempt or a lock belongs to, and whether it lives
-    lock       one run at a time in a folder
-    sweep      deletes steps and stale save attempts, and only what is provably Milepost's
-    takeover   locks a run's folder, once the writers of a run that died have finished
-    signoff    the record each rank leaves of what it wrote, and the wait for all of them
-    assemble   sign-offs -> one manifest
-    hf_folder  a Hugging Face folder, or a step saved as one, described as a manifest
-    values     values that are not tensors, read without torch
-    commit     the one place where a checkpoint becomes visible
-    underway   saves that are being written, watched from outside
+    step_names         names in a run's folder, and which of them are steps
+    node_part          one node's part of a step, where each node has its own folder
+    checkpoint_record  the commit record of a checkpoint, and whether its files agree with it
+    marks              pinned and damaged steps; where the steps are copied to
+    catalog            the scanner: which steps are committed, incomplete, damaged or external
+    node_steps         which steps every node holds, where each node has its own folder
+    branches           which steps descend from which, and where a run resumes
+    retention          which steps may be deleted, and why; deletes them
+    owner              the process that an attempt or a lock belongs to, and whether it is alive
+    lock               one run at a time in a folder
+    sweep              deletes steps and stale save attempts, and only what is provably Milepost's
+    object_sweep       the same on an object store, which has no folders to rename
+    takeover           locks a run's folder, once the writers of a run that died have finished
+    place              where an attempt's files are, and what they are called
+    attempts           the fresh place that a save writes to: begun, taken over, aborted
+    signoff            the record each rank leaves of what it wrote, and the wait for all of them
+    assemble           sign-offs -> one manifest
+    hf_folder          a Hugging Face folder, or a step saved as one, described as a manifest
+    values             values that are not tensors, read without torch
+    commit             the one place where a checkpoint becomes visible
+    object_commit      the commit on an object store: the manifest, put last
+    outcome            whether a save was committed, for the ranks that wait for it
+    underway           saves in progress, watched from outside
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from milepost.run import catalog
+from milepost.run import catalog, marks
 from milepost.run.branches import commit_order
 from milepost.run.catalog import StepEntry
 from milepost.run.node_part import NodePart, rank_list
+from milepost.run.step_names import step_name
 from milepost.storage.base import Storage, join
 
 NOTE_NAME = ".node.json"
@@ -42,7 +43,7 @@ def settled_steps(storage: Storage, folder: str) -> dict[int, str]:
     if storage.stat(name) is None:
         return {}
     try:
-        said = json.loads(storage.read(name, catalog.MAX_MARK_NBYTES))["settled"]
+        said = json.loads(storage.read(name, marks.MAX_MARK_NBYTES))["settled"]
         return {int(step): str(save_id) for step, save_id in said.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -51,7 +52,7 @@ def settled_steps(storage: Storage, folder: str) -> dict[int, str]:
 def note_settled(storage: Storage, folder: str, step: int, save_id: str) -> None:
     """Note that all nodes hold their part of a step. Notes of steps that are gone are dropped. Durable at return."""
     names = {entry.name for entry in storage.list(folder)}
-    kept = {s: i for s, i in settled_steps(storage, folder).items() if catalog.step_name(s) in names}
+    kept = {s: i for s, i in settled_steps(storage, folder).items() if step_name(s) in names}
     storage.replace(join(folder, NOTE_NAME), json.dumps({"settled": {**kept, step: save_id}}).encode())
     storage.sync_folder(folder)
 

@@ -13,7 +13,6 @@ from collections.abc import Collection
 from milepost.errors import FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, Manifest
 from milepost.format.tags import tag_of, untagged
-from milepost.run.catalog import ATTEMPT_PREFIX
 from milepost.run.object_commit import (
     COMMITTED_NAME,
     TARGET_NAME,
@@ -23,6 +22,7 @@ from milepost.run.object_commit import (
     settle_aliases,
 )
 from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, is_alive, owners_of
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.storage.base import Entry, Storage, join, split
 
 _log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from milepost.format.manifest import Lineage
 from milepost.run import catalog
 from milepost.run.branches import History, commit_order
 from milepost.run.catalog import StepEntry
+from milepost.run.step_names import pin_mark
 from milepost.run.sweep import delete_checkpoint
 from milepost.storage.base import Storage, format_duration, join, split
 
@@ -182,7 +183,7 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
             continue
         path = join(folder, decision.name)
         try:
-            if not delete_checkpoint(storage, path, unless=catalog.pin_mark(path)):
+            if not delete_checkpoint(storage, path, unless=pin_mark(path)):
                 continue
         except CheckpointNotFoundError:
             continue  # somebody else prunes at the same time: the trainer, `milepost prune`
@@ -208,7 +209,7 @@ def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
     if storage.stat(path) is None:
         return
     info = catalog.examine(storage, path)
-    pin = catalog.pin_mark(path)
+    pin = pin_mark(path)
     is_pinned = storage.stat(pin) is not None
     if info is None or not (is_pinned or info.state == "external"):
         return

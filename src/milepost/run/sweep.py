@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from milepost.errors import CheckpointNotFoundError, FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME
 from milepost.format.tags import tag_of
-from milepost.run import catalog, object_commit, object_sweep
-from milepost.run.catalog import (
+from milepost.run import catalog, marks, object_commit, object_sweep
+from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, is_alive, owners_of
+from milepost.run.step_names import (
     ATTEMPT_PREFIX,
     DAMAGED_PREFIX,
     DELETING_PREFIX,
     OLD_PREFIXES,
     REPLACED_PREFIX,
+    damage_mark,
 )
 from milepost.run.owner import (
     OWNER_PREFIX,
@@ -79,7 +81,7 @@ def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None)
             _show(storage, hidden, path)
             return False
         _remove(storage, hidden)
-    storage.remove(catalog.damage_mark(path))
+    storage.remove(damage_mark(path))
     return True
 
 
@@ -219,7 +221,7 @@ def is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
     """Whether a name with one of the prefixes is provably Milepost's."""
     path = join(folder, entry.name)
     if _DRAFT_NAME.fullmatch(entry.name):
-        return not entry.is_folder and not entry.is_link and _is_draft(storage.read(path, catalog.MAX_MARK_NBYTES))
+        return not entry.is_folder and not entry.is_link and _is_draft(storage.read(path, marks.MAX_MARK_NBYTES))
     if not entry.is_folder or entry.is_link:
         return False
     inside = {found.name for found in storage.list(path)}

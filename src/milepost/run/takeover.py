@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 
 from milepost.errors import StorageError
-from milepost.run.catalog import ATTEMPT_PREFIX, OLD_ATTEMPT_PREFIX
 from milepost.run.lock import RunLock
 from milepost.run.object_sweep import remove_orphans
 from milepost.run.owner import Owner, is_alive, is_here, owners_of
+from milepost.run.step_names import ATTEMPT_PREFIX, OLD_ATTEMPT_PREFIX
 from milepost.run.sweep import files_of_attempt, name_left, sweep_leftovers
 from milepost.storage.base import Storage, join
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from milepost.errors import StorageError
 from milepost.format.tags import untagged
-from milepost.run import commit
-from milepost.run.catalog import ATTEMPT_PREFIX, step_of
+from milepost.run.outcome import FAILED_NAME, recorded_failure
 from milepost.run.owner import is_alive, owners_of
 from milepost.run.signoff import ranks_in
+from milepost.run.step_names import ATTEMPT_PREFIX, step_of
 from milepost.run.sweep import files_of_attempt
 from milepost.storage.base import Entry, Storage, join
 
@@ -73,9 +73,9 @@ def _look(storage: Storage, attempt: str, entry: Entry, now: float) -> Look:
     signed = ranks_in(names)
     failed = [rank for rank, is_complete in signed.items() if not is_complete]
     failure = f"rank {min(failed)} failed; see its log" if failed else ""
-    if commit.FAILED_NAME in names:
+    if FAILED_NAME in names:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, this very moment
-            failure, _ = commit.recorded_failure(storage, attempt)
+            failure, _ = recorded_failure(storage, attempt)
     return Look(
         name=entry.name,
         sizes={

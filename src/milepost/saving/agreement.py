@@ -17,9 +17,9 @@ from milepost.collective.meeting import meeting
 from milepost.collective.progress import watched
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError, SaveError, StorageError, listed
-from milepost.run import commit
 from milepost.run.assemble import SaveInfo, check_fits
-from milepost.run.catalog import ATTEMPT_PREFIX
+from milepost.run.attempts import abort_attempt, begin_attempt, new_save_id
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.saving.frozen import FrozenFile, frozen_files_of_parent
 from milepost.saving.job import Form, Keep, SaveJob
 from milepost.saving.nodes import Nodes
@@ -372,7 +372,7 @@ class Agreement:
         attempt, failure = None, None
         if info is not None:
             try:
-                attempt = commit.begin_attempt(self._storage, request.target, save_id)
+                attempt = begin_attempt(self._storage, request.target, save_id)
             except BaseException as cause:  # noqa: BLE001 - the other ranks wait
                 failure = failure_on(self._comm.rank, cause, SaveError)
         try:
@@ -380,7 +380,7 @@ class Agreement:
         except BaseException:
             self._forget(prepared)
             if attempt is not None:
-                commit.abort_attempt(self._storage, attempt)
+                abort_attempt(self._storage, attempt)
             raise
         return join(split(request.target)[0], ATTEMPT_PREFIX + save_id)
 
@@ -472,11 +472,11 @@ class Agreement:
     def _begin(self, request: SaveRequest) -> _Begun:
         info = self._with_structure(request.info)
         check_fits(info, num_shards=self._num_shards, world_size=self._comm.world_size)
-        save_id = commit.new_save_id()
+        save_id = new_save_id()
         if self._nodes is not None:
             return _Begun(save_id, "")
         with watched(f"rank 0 is making the folder for the save of {self._storage.root}/{request.target}"):
-            return _Begun(save_id, commit.begin_attempt(self._storage, request.target, save_id))
+            return _Begun(save_id, begin_attempt(self._storage, request.target, save_id))
 
     def _infos(self, request: SaveRequest, num_ranks: int) -> list[SaveInfo | None]:
         """What rank 0 tells each rank of the manifest that it is to write; None if it writes none, or is rank 0."""

@@ -19,9 +19,9 @@ from milepost.collective.comm import Comm, FailureNotice, default_comm, failure_
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, MilepostError, SaveError
-from milepost.run import commit
 from milepost.run.assemble import SaveInfo
-from milepost.run.catalog import step_of
+from milepost.run.attempts import abort_attempt
+from milepost.run.step_names import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
 from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
@@ -195,7 +195,7 @@ class AsyncSaver:
         """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
         if self._current is not None and self._current.failure is not None:
             if self._current.job.publishes:
-                commit.abort_attempt(self._storage, self._current.job.attempt)
+                abort_attempt(self._storage, self._current.job.attempt)
             self._current = None
 
     def _fit_arena(self, plan: WritePlan) -> memoryview:

@@ -24,9 +24,11 @@ from milepost.format.columns import Objects, ShardTable, Tensors, table_of
 from milepost.format.digest import BlockDigests, crc32
 from milepost.format.manifest import DIGESTS_NAME, Manifest, ObjectEntry, ShardEntry
 from milepost.format.segments import Segment
-from milepost.run import catalog, commit, retention
+from milepost.run import catalog, checkpoint_record, commit, retention
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import adopt_attempt, remove_records
 from milepost.run.node_part import PART_KEY, NodePart, part_of_manifest
+from milepost.run.outcome import wait_for_outcome
 from milepost.run.place import Place
 from milepost.run.signoff import (
     SignOff,
@@ -83,7 +85,7 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         StorageError: one of the two refused. What is copied already is not copied again the next time.
     """
     started = time.monotonic()
-    record = catalog.read_part(src.storage, src.path)
+    record = checkpoint_record.read_part(src.storage, src.path)
     manifest = record.manifest
     part = part_of_manifest(manifest.extra, src.path)
     found = catalog.examine(dst.storage, dst.path)
@@ -94,7 +96,7 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     try:  # from here on an error is left in the attempt: the other nodes wait there
         if record.faults:
             raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
-        digests = catalog.read_digests(src.storage, src.path, manifest)
+        digests = checkpoint_record.read_digests(src.storage, src.path, manifest)
         if digests is None:
             raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
         offers = _offered(dst.storage, attempt, part, manifest, digests, waiting)
@@ -140,7 +142,7 @@ def _enter(dst: Spot, part: NodePart, save_id: str, waiting: _Patience) -> str:
     else:
         attempt = attempt_of(dst.path, save_id)
         waiting.wait_for(lambda: bool(dst.storage.names(attempt)), "node 0, which is to begin the copy,")
-        commit.adopt_attempt(dst.storage, attempt)
+        adopt_attempt(dst.storage, attempt)
     if not has_signed_off(dst.storage, attempt, part.node):
         withdraw_sign_off(dst.storage, attempt, part.node)  # an earlier try of this node's has failed, or was killed
     return attempt
@@ -334,14 +336,14 @@ def _finish(
     """Node 0 commits the step, the others wait for that."""
     storage, save_id = dst.storage, manifest.save_id
     if part.node != 0:
-        commit.wait_for_outcome(storage, attempt, dst.path, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop)
+        wait_for_outcome(storage, attempt, dst.path, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop)
         return
     signed = wait_for_sign_offs(
         storage, attempt, part.num_nodes, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop, poll_s=POLL_S
     )
     if manifest.lineage is not None:
         retention.set_aside(storage, dst.path, manifest.lineage)
-    commit.remove_records(storage, Place.of(storage, attempt, dst.path, save_id))
+    remove_records(storage, Place.of(storage, attempt, dst.path, save_id))
     commit.publish(
         *(storage, attempt, dst.path, signed, _info(manifest, offers)),
         now=manifest.created_s,

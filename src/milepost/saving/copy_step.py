@@ -20,12 +20,14 @@ from milepost.format.huggingface import INDEX_NAME, parse_object, parse_weight_m
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
-from milepost.run import catalog, commit, retention
+from milepost.run import catalog, checkpoint_record, commit, retention
+from milepost.run.attempts import adopt_attempt, begin_attempt, remove_records, resume_attempt
 from milepost.run.branches import commit_order
-from milepost.run.catalog import ATTEMPT_PREFIX, CommitRecord
+from milepost.run.checkpoint_record import CommitRecord
 from milepost.run.hf_folder import is_hf_step, read_headers
 from milepost.run.owner import is_alive, owners_of, this_process
 from milepost.run.place import Place
+from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.saving.frozen import FrozenFile, frozen_files_of, share
 from milepost.storage.base import Storage, join, split
 from milepost.verification.hf_step import read_hf_step
@@ -79,7 +81,7 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         StorageError: one of the two refused. What is copied already is not copied again the next time.
     """
     started = time.monotonic()
-    record = catalog.read_record(src.storage, src.path)
+    record = checkpoint_record.read_record(src.storage, src.path)
     if not record.is_own:
         raise ConfigError(f"{src} was written by another program: copy its folder as it is")
     if record.faults:
@@ -92,14 +94,14 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     attempt = begin_copy(dst, manifest.save_id)
     place = Place.of(dst.storage, attempt, dst.path, manifest.save_id)
     nbytes = _copy_files(src, dst.storage, place, _data_files(manifest), _shareable(dst, manifest), progress)
-    commit.remove_records(dst.storage, place)
+    remove_records(dst.storage, place)
     if manifest.lineage is not None:
         retention.set_aside(dst.storage, dst.path, manifest.lineage)
     if is_hf_step(manifest):
         written = _copy_small_files(src, dst.storage, place, record)
         commit.publish_files(dst.storage, attempt, dst.path, written, manifest)
     else:
-        digests = catalog.read_digests(src.storage, src.path, manifest)
+        digests = checkpoint_record.read_digests(src.storage, src.path, manifest)
         if digests is None:
             raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
         commit.publish_copy(dst.storage, attempt, dst.path, _renamed(manifest, place), digests)
@@ -113,18 +115,18 @@ def begin_copy(dst: Spot, save_id: str, *, is_joint: bool = False) -> str:
 
     Raises:
         SaveError: another process is at it.
-        ConfigError, StorageError: as ``commit.begin_attempt``.
+        ConfigError, StorageError: as ``begin_attempt``.
     """
     storage, attempt = dst.storage, attempt_of(dst.path, save_id)
     if storage.stat(attempt) is None:
-        return commit.begin_attempt(storage, dst.path, save_id)
+        return begin_attempt(storage, dst.path, save_id)
     now = time.time()
     me = replace(this_process(now), created_s=0.0)
     alive = [one for one in owners_of(storage, attempt) if is_alive(one, now) and replace(one, created_s=0.0) != me]
     if alive and not is_joint:
         raise SaveError(f"{alive[0]} is copying to {dst} already: wait for it, or stop it", path=dst.path)
-    commit.adopt_attempt(storage, attempt)  # before anything else: a sweep would take it away
-    commit.resume_attempt(storage, attempt, dst.path, save_id)
+    adopt_attempt(storage, attempt)  # before anything else: a sweep would take it away
+    resume_attempt(storage, attempt, dst.path, save_id)
     return attempt
 
 

@@ -19,10 +19,12 @@ from milepost.errors import FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, Lineage
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
 from milepost.format.tags import untagged
-from milepost.run import catalog, commit
+from milepost.run import catalog
 from milepost.run.catalog import CheckpointInfo
+from milepost.run.outcome import save_id_at
 from milepost.run.place import Place
 from milepost.run.signoff import WrittenFile
+from milepost.run.step_names import damage_mark, step_name
 from milepost.storage.base import Storage, join, split
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def frozen_files_of_parent(storage: Storage, target: str, lineage: Lineage) -> d
     """What the step that a save of ``target`` descends from has of such files, by plain name; none if it is not fit."""
     if lineage.parent_step is None or not lineage.parent:
         return {}
-    path = join(split(target)[0], catalog.step_name(lineage.parent_step))
+    path = join(split(target)[0], step_name(lineage.parent_step))
     try:
         info = catalog.examine(storage, path)
         fits = info is not None and info.save_id == lineage.parent
@@ -102,14 +104,14 @@ def share_unchanged(
 
 def share(storage: Storage, earlier: FrozenFile, path: str) -> bool:
     """Make ``path`` that very file; False, and nothing done, if its step is no longer fit or the storage can't."""
-    if storage.stat(catalog.damage_mark(earlier.step_path)) is not None:
+    if storage.stat(damage_mark(earlier.step_path)) is not None:
         return False
     if not storage.share(join(earlier.step_path, earlier.name), path):
         return False
     found = storage.stat(path)
     is_whole = found is not None and not found.is_link and found.nbytes == earlier.nbytes
     # Looked at last: the step was there all the time, so the file was its.
-    if is_whole and commit.save_id_at(storage, earlier.step_path) == earlier.save_id:
+    if is_whole and save_id_at(storage, earlier.step_path) == earlier.save_id:
         return True
     storage.remove(path)
     return False

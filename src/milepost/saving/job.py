@@ -19,6 +19,7 @@ from milepost.format.shares import Share
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
 from milepost.run.node_part import NodePart
+from milepost.run.outcome import fail_attempt, wait_for_outcome
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.frozen import FrozenFile, share_unchanged
@@ -240,7 +241,7 @@ def run_job(
         report_failure(storage, job, error)
         raise
     if detached and job.info is None:
-        commit.wait_for_outcome(
+        wait_for_outcome(
             storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
         )
     committed = time.monotonic()
@@ -268,7 +269,7 @@ def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None
         outcome = text  # it names the rank that this one fails because of
     records = [partial(sign_off, storage, job.attempt, SignOff(job.rank, job.save_id, error=text))]
     if job.publishes:
-        records.append(partial(commit.fail_attempt, storage, job.attempt, outcome, rank=rank))
+        records.append(partial(fail_attempt, storage, job.attempt, outcome, rank=rank))
     for record in records:
         try:
             record()
@@ -287,7 +288,7 @@ def relay_failure(storage: Storage, job: SaveJob, error: SaveError) -> None:
                 failed = job.part.ranks[-1]
             sign_off(storage, job.attempt, SignOff(failed, job.save_id, error=error.message))
         else:
-            commit.fail_attempt(storage, job.attempt, error.message, rank=error.rank)
+            fail_attempt(storage, job.attempt, error.message, rank=error.rank)
     except StorageError:
         pass  # it is recorded already
 

@@ -18,9 +18,9 @@ from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched, writing
 from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError
-from milepost.run import commit
 from milepost.run.assemble import SaveInfo
-from milepost.run.catalog import step_of
+from milepost.run.attempts import abort_attempt
+from milepost.run.step_names import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
 from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
@@ -119,7 +119,7 @@ class Saver:
         except BaseException:
             # Every rank knows by now, so nobody needs the records in the attempt any more.
             if watch.job.publishes:
-                commit.abort_attempt(self._storage, watch.job.attempt)
+                abort_attempt(self._storage, watch.job.attempt)
             raise
 
 

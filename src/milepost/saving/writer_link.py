@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from milepost.errors import MilepostError, SaveError
-from milepost.run import commit, signoff
+from milepost.run import signoff
+from milepost.run.outcome import save_id_at, wait_for_outcome
 from milepost.saving.background import BackgroundSave
 from milepost.saving.job import JobResult, SaveJob, relay_failure
 from milepost.saving.stage import Arena
@@ -158,13 +159,13 @@ class WriterLink:
     def _is_committed(self, job: SaveJob, save: BackgroundSave) -> bool:
         """Whether the job that a dead writer had is committed; for a rank that has signed off, once rank 0 is done."""
         if not job.publishes and signoff.has_signed_off(self._storage, job.attempt, job.rank):
-            commit.wait_for_outcome(
+            wait_for_outcome(
                 *(self._storage, job.attempt, job.target, job.save_id),
                 timeout_s=job.timeout_s,
                 give_up=save.why_stop,
             )
             return True
-        return commit.save_id_at(self._storage, job.target) == job.save_id
+        return save_id_at(self._storage, job.target) == job.save_id
 
     def _log_stderr(self, rank: int) -> None:
         """Log what the writer process has printed: the traceback of a crash, or a warning of Python's."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from milepost.errors import MilepostError, SaveError
-from milepost.run import commit
+from milepost.run.attempts import adopt_attempt
 from milepost.saving.job import JobMonitor, JobResult, SaveJob, run_job
 from milepost.saving.writer import FileImage
 from milepost.storage import Storage, open_root
@@ -101,7 +101,7 @@ def _run(
     watch = _Watch(link, job.data_nbytes)
     try:
         if job.publishes:  # without the writer that commits, the others' work is lost
-            commit.adopt_attempt(storage, job.attempt)
+            adopt_attempt(storage, job.attempt)
         return run_job(storage, job, FileImage(memory), request.objects, watch, detached=True)
     except MilepostError as error:
         return error

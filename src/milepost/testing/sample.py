@@ -14,7 +14,8 @@ from milepost.format.box import Box
 from milepost.format.manifest import BLOCK_NBYTES, Lineage, Manifest
 from milepost.format.shares import FileDigests, ShareCount, joined
 from milepost.run.assemble import SaveInfo
-from milepost.run.commit import begin_attempt, new_save_id, publish
+from milepost.run.attempts import begin_attempt, new_save_id
+from milepost.run.commit import publish
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.writer import write_file

@@ -17,7 +17,7 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity, size_differences, with_settings
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.interop.weights.open import read_config
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import join
 from milepost.train.config import TrainConfig
@@ -85,7 +85,7 @@ def _of_run(folder: str, checkpoint: CheckpointConfig) -> tuple[str, ModelIdenti
 
 def _of_step(path: str) -> tuple[str, ModelIdentity | None]:
     try:
-        return path, ModelIdentity.recorded(catalog.read_manifest(*open_storage(path)).extra)
+        return path, ModelIdentity.recorded(checkpoint_record.read_manifest(*open_storage(path)).extra)
     except MilepostError:  # the load says what is wrong
         return path, None
 

@@ -17,6 +17,7 @@ from milepost.config import CheckpointConfig
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
 from milepost.run.lock import RunLock
+from milepost.run.step_names import step_name
 from milepost.run.takeover import take_over
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
@@ -81,7 +82,7 @@ class HfSaves:
         self.wait()
         config = self._config
         request = SaveRequest(
-            target=join(self._folder, catalog.step_name(step)),
+            target=join(self._folder, step_name(step)),
             make_state=partial(self._state.state_dict, ("model",)),
             info=SaveInfo(
                 step=step,

@@ -29,10 +29,11 @@ from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, RunLockedError, SaveError, listed
 from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.loading.load import LoadReport
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.run.assemble import SaveInfo
 from milepost.run.branches import History
 from milepost.run.lock import RunLock
+from milepost.run.step_names import step_name, step_of
 from milepost.run.takeover import take_over
 from milepost.saving.agreement import SaveRequest
 from milepost.saving.arguments import checked_step
@@ -631,7 +632,7 @@ class CheckpointManager:
         only_trainable = config.only_trainable and not in_other_format
         base = record_of(self._comm, self._state) if only_trainable else {}
         return SaveRequest(
-            target=join(self._folder, catalog.step_name(step)),
+            target=join(self._folder, step_name(step)),
             make_state=partial(
                 self._make_state,
                 parts,
@@ -716,9 +717,9 @@ class CheckpointManager:
 
     def _check_folder(self) -> None:
         """Refuse a checkpoint where the folder of a run is wanted: steps would be saved inside it."""
-        if catalog.is_checkpoint(self._storage, self._folder):
+        if checkpoint_record.is_checkpoint(self._storage, self._folder):
             parent, name = split(self._folder)
-            step = catalog.step_of(name)
+            step = step_of(name)
             run = join(self._storage.root, parent)
             resume = f", and load_step={step}" if step is not None else ""
             raise ConfigError(

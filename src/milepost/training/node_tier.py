@@ -24,9 +24,10 @@ from typing import Any
 from milepost.collective.comm import Comm
 from milepost.config import CheckpointConfig
 from milepost.errors import CheckpointNotFoundError, MilepostError, StorageError
-from milepost.run import catalog, node_steps, retention
+from milepost.run import marks, node_steps, retention
 from milepost.run.catalog import StepEntry
 from milepost.run.node_part import NodePart
+from milepost.run.step_names import pin_mark, step_name
 from milepost.run.sweep import delete_checkpoint
 from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
@@ -79,7 +80,7 @@ class NodeTier:
         self._remote = RemoteTier(local, remote, config, hooks, announce=self._order_copy) if comm.rank == 0 else None
         self._copies = _Copies(local, remote) if comm.rank != 0 else None
         if self._copies is not None:  # on rank 0 the remote tier has done it
-            catalog.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
+            marks.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-node", daemon=True)
         self._thread.start()
 
@@ -234,7 +235,7 @@ class NodeTier:
     def _delete(self, entries: list[StepEntry]) -> None:
         for entry in entries:
             try:
-                if delete_checkpoint(self._local.storage, entry.path, unless=catalog.pin_mark(entry.path)):
+                if delete_checkpoint(self._local.storage, entry.path, unless=pin_mark(entry.path)):
                     log.info(
                         "deleted %s: no rule keeps it (keep_latest_k = %d)", entry.name, self._config.keep_latest_k
                     )
@@ -282,7 +283,7 @@ class _Copies:
     def begin(self, step: int) -> None:
         """Copy a step; what was to be copied before is given up if it is not done."""
         self._stop()
-        name = catalog.step_name(step)
+        name = step_name(step)
         request = CopyRequest(
             src_root=self._local.storage.root,
             src_path=join(self._local.path, name),

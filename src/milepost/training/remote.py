@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from milepost.config import CheckpointConfig
-from milepost.run import catalog
+from milepost.run import catalog, marks
 from milepost.run.branches import History
 from milepost.run.lock import RunLock
 from milepost.run.object_sweep import remove_orphans
+from milepost.run.step_names import step_name
 from milepost.run.sweep import name_left, sweep_leftovers
 from milepost.saving import copy_process
 from milepost.saving.copy_process import CopyRequest
@@ -104,7 +105,7 @@ class RemoteTier:
         name_left(remote.storage, remote.path, swept.left)
         if not remote.storage.can_rename:
             remove_orphans(remote.storage, remote.path)
-        catalog.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
+        marks.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-remote", daemon=True)
         self._thread.start()
         if announce is not None:
@@ -197,7 +198,7 @@ class RemoteTier:
 
     def _copy(self, commit: Commit) -> CopyOutcome | None:
         """Copy a step, and tell the hooks. Returns why it failed; None if it is there."""
-        name = catalog.step_name(commit.step)
+        name = step_name(commit.step)
         dst_path = join(self._remote.path, name)
         request = CopyRequest(
             src_root=self._local.storage.root,

@@ -30,11 +30,12 @@ from milepost.loading.names import Translation
 from milepost.loading.policy import Policy, first_match
 from milepost.loading.sources import Near, find_near
 from milepost.loading.target import Stored, Target
-from milepost.run import catalog, node_steps
+from milepost.run import catalog, checkpoint_record, node_steps
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
 from milepost.run.node_part import NodePart
 from milepost.run.node_steps import NodeFolder
+from milepost.run.step_names import step_name
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Form
 from milepost.saving.nodes import Nodes
@@ -261,7 +262,7 @@ class Loader:
         with contextlib.suppress(MilepostError):  # what is wrong with it, the load says
             found = catalog.examine(storage, path)
             if found is not None and found.state == "external":
-                manifest = catalog.read_manifest(storage, path)
+                manifest = checkpoint_record.read_manifest(storage, path)
                 wanted = self._state.loading_weights().prepare().values
                 lacks = any(key not in manifest.tensors for key in wanted) and self._format.translate(manifest) is None
         return bool(self._comm.union(int(lacks)))
@@ -284,7 +285,7 @@ class Loader:
         """What this node has of a step that is read from the remote folder."""
         if self._nodes is None or not choice.in_remote or choice.step is None or not choice.save_id:
             return None
-        return find_near(self._storage, join(self._folder, catalog.step_name(choice.step)), choice.save_id)
+        return find_near(self._storage, join(self._folder, step_name(choice.step)), choice.save_id)
 
     def _mark_damaged_part(self, path: str, step: int, error: CheckpointDamagedError) -> None:
         """Mark a step on the node that has found its part damaged; no node reads it there again in this run."""
@@ -414,7 +415,7 @@ class Loader:
                 self._warned.add(entry.step)
         choice = replace(choice, in_remote=choice.step in self._remote_steps, save_id=chosen.save_id)
         if choice.is_finished and choice.model_only:
-            form = catalog.read_manifest(self._place(choice)[0], chosen.path).extra.get("format")
+            form = checkpoint_record.read_manifest(self._place(choice)[0], chosen.path).extra.get("format")
             choice = replace(choice, in_hf=form == HF_FORMAT)
         return choice, descend(entries, chosen, start=choice.start)
 

@@ -30,9 +30,11 @@ from milepost.format import dcp_metadata
 from milepost.format.digest import BlockDigests, crc32, parse_digests
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest, ShardEntry
 from milepost.format.tags import tag_of, untagged
-from milepost.run import catalog
-from milepost.run.catalog import CheckpointInfo, CommitRecord, State
+from milepost.run import catalog, checkpoint_record, marks
+from milepost.run.catalog import CheckpointInfo, State
+from milepost.run.checkpoint_record import CommitRecord
 from milepost.run.hf_folder import is_hf_folder, is_hf_step
+from milepost.run.step_names import damage_mark
 from milepost.storage import open_storage
 from milepost.storage.base import ReadHandle, Storage, counted, join, split
 from milepost.verification.extent_reader import ExtentReader, Findings, Progress
@@ -183,7 +185,7 @@ def _verify_checkpoint(
     num_items = 0
     notes: tuple[str, ...] = ()
     try:
-        record = catalog.read_record(storage, path)
+        record = checkpoint_record.read_record(storage, path)
     except FormatError as error:
         findings.add(_problem_of(error, path))
     except (CheckpointNotFoundError, StorageError):
@@ -195,7 +197,7 @@ def _verify_checkpoint(
         findings.count_read(record_nbytes, unchecked_nbytes=0 if record.is_own else record_nbytes)
         notes = _notes(record)
         num_items = sum(len(tensor.shards) for tensor in manifest.tensors.values()) + len(manifest.objects)
-        for fault in catalog.misnamed(manifest, path):
+        for fault in checkpoint_record.misnamed(manifest, path):
             findings.add(fault)
         _check(storage, path, record, level, findings, num_threads, with_tensors=with_tensors)
     if findings.num_problems:
@@ -308,11 +310,11 @@ def _shared(storage: Storage, path: str, findings: Findings) -> Iterator[str]:
 
 def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, findings: Findings) -> tuple[str, ...]:
     """Let a loader's mark of damage count, unless every byte was just verified."""
-    said = catalog.read_mark(storage, info.path, info.record_id)
+    said = marks.read_mark(storage, info.path, info.record_id)
     if said is None:
         return ()
     if level == "full" and not findings.num_problems:
-        mark = f"{storage.root}/{catalog.damage_mark(info.path)}"
+        mark = f"{storage.root}/{damage_mark(info.path)}"
         return (f"a loader found it damaged ({said}), but now every byte is verified; to use it again remove {mark}",)
     findings.add(Problem(f"a loader found it damaged: {said}", info.name))
     return ()

@@ -30,7 +30,7 @@ from milepost.format.manifest import Manifest
 from milepost.interop.dcp.arguments import PLANNER_DATA, check_keywords, stock_file_system, stock_path
 from milepost.loading.reader import read_tensors
 from milepost.loading.values import read_objects
-from milepost.run import catalog
+from milepost.run import checkpoint_record
 from milepost.storage import Storage, is_known, open_storage
 from milepost.storage.base import join
 from milepost.tensors import plan
@@ -73,7 +73,7 @@ class StorageReader(DcpStorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         rank = kwargs.get("rank")
         if rank is None:
-            self._manifest = catalog.read_manifest(self._storage, self._folder)
+            self._manifest = checkpoint_record.read_manifest(self._storage, self._folder)
         else:  # stock DCP asks for it where there is no metadata of all ranks
             self._manifest = _rank_local(self._storage, self._folder, rank)
         self._numbers = {}
@@ -81,7 +81,7 @@ class StorageReader(DcpStorageReader):
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.storage_data = metadata.storage_data
-        self._digests = catalog.read_digests(self._storage, self._folder, self._known_manifest())
+        self._digests = checkpoint_record.read_digests(self._storage, self._folder, self._known_manifest())
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -123,7 +123,7 @@ class StorageReader(DcpStorageReader):
 
     def _known_manifest(self) -> Manifest:
         if self._manifest is None:
-            self._manifest = catalog.read_manifest(self._storage, self._folder)
+            self._manifest = checkpoint_record.read_manifest(self._storage, self._folder)
         return self._manifest
 
     def _read_item(self, manifest: Manifest, request: ReadItem, leaf: str) -> plan.ReadItem:

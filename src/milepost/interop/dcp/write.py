@@ -26,7 +26,9 @@ from milepost.format.box import Box
 from milepost.interop.dcp.arguments import PLANNER_DATA, check_keywords, stock_file_system, stock_path
 from milepost.run import catalog, commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import abort_attempt, begin_attempt, new_save_id
 from milepost.run.signoff import WrittenFile, wait_for_sign_offs
+from milepost.run.step_names import step_of
 from milepost.saving.job import JobMonitor, SaveJob, run_job
 from milepost.saving.stage import tensor_blocks
 from milepost.storage import Storage, is_known, open_storage
@@ -80,7 +82,7 @@ class StorageWriter(DcpStorageWriter):
     def _open(self, path: str | os.PathLike[str]) -> None:
         self.checkpoint_id = os.fspath(path)
         self.path = stock_path(self.checkpoint_id)
-        self.save_id = commit.new_save_id()
+        self.save_id = new_save_id()
         self._storage, self._target = open_storage(path)
         self._attempt: _Attempt | None = None
 
@@ -111,7 +113,7 @@ class StorageWriter(DcpStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._give_up()
-        path = commit.begin_attempt(self._storage, self._target, self.save_id)
+        path = begin_attempt(self._storage, self._target, self.save_id)
         # DCP does not tell the coordinator when another rank fails: the attempt then goes when the writer does.
         self._abandon = weakref.finalize(self, _abort_here, self._storage, path, os.getpid())
         attempts = [_Attempt(path, self.save_id, rank, len(plans)) for rank in range(len(plans))]
@@ -162,7 +164,7 @@ class StorageWriter(DcpStorageWriter):
             self._storage, attempt.path, attempt.world_size, attempt.save_id, timeout_s=TIMEOUT_S
         )
         info = SaveInfo(
-            step=catalog.step_of(self._target),
+            step=step_of(self._target),
             kind="state",
             producer={"torch": str(torch.__version__)},
             **_kept(metadata.planner_data),
@@ -189,7 +191,7 @@ class StorageWriter(DcpStorageWriter):
 
 def _abort_here(storage: Storage, attempt: str, pid: int) -> None:
     if os.getpid() == pid:  # a fork has a copy of the writer, not its save
-        commit.abort_attempt(storage, attempt)
+        abort_attempt(storage, attempt)
 
 
 def _in_full(plans: list[SavePlan]) -> list[SavePlan]:

@@ -26,8 +26,9 @@ from milepost.format.safetensors import read_header
 from milepost.format.summary import files_of
 from milepost.format.torch_file import inert_values, locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.hf_folder import HeaderTensors, is_adapter, read_hf_folder
+from milepost.run.step_names import step_of
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
@@ -151,7 +152,7 @@ def open_all(path: str | os.PathLike[str]) -> Source:
     found = storage.stat(name)
     info = catalog.examine(storage, name) if found is not None and found.is_folder else None
     if info is not None and info.is_usable:
-        return open_step(storage, name, catalog.read_manifest(storage, name))
+        return open_step(storage, name, checkpoint_record.read_manifest(storage, name))
     return open_weights(path).source
 
 
@@ -159,7 +160,7 @@ def open_step(storage: Storage, folder: str, manifest: Manifest) -> Source:
     """All tensors of a committed step (of all parts), whatever form it was saved in."""
     if not manifest.tensors:
         return open_weights(join_path(storage.root, folder)).source
-    digests = catalog.read_digests(storage, folder, manifest)
+    digests = checkpoint_record.read_digests(storage, folder, manifest)
     if any(shard.data_offset is None for entry in manifest.tensors.values() for shard in entry.shards):
         manifest = locate_manifest(storage, folder, manifest)
     return manifest_source(storage, folder, manifest, digests)
@@ -202,9 +203,9 @@ class _SafetensorsFiles(Mapping[str, TensorStretches]):
 
 
 def _open_dcp(storage: Storage, folder: str, *, whole: bool) -> Weights:
-    manifest = catalog.read_manifest(storage, folder)
+    manifest = checkpoint_record.read_manifest(storage, folder)
     model = {key: entry for key, entry in manifest.tensors.items() if whole or not key.startswith(_OTHER_PARTS)}
-    digests = catalog.read_digests(storage, folder, manifest)
+    digests = checkpoint_record.read_digests(storage, folder, manifest)
     if digests is None:
         model = dict(locate_manifest(storage, folder, replace(manifest, tensors=model)).tensors)
     source = manifest_source(storage, folder, replace(manifest, tensors=model), digests)

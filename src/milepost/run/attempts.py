@@ -1,0 +1,123 @@
+"""Save attempts: the fresh place that a save writes to, which no reader takes for a checkpoint.
+
+Each save has its own id and attempt, beside its target (see ``commit``). An attempt carries its owner's record from the
+start, so that a sweep can tell a save under way from a stale attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from milepost.errors import ConfigError, StorageError
+from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME
+from milepost.format.tags import untagged
+from milepost.run import object_commit
+from milepost.run.owner import OWNER_PREFIX, this_process
+from milepost.run.place import Place
+from milepost.run.step_names import ATTEMPT_PREFIX
+from milepost.run.sweep import discard_quietly, name_left, sweep_leftovers
+from milepost.storage.base import Storage, join, split
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.((part\.)?json|shards|digests)")
+"""Names of files that a save writes, or one that another program interrupted."""
+
+
+def new_save_id() -> str:
+    """32 hex digits that no other save has."""
+    return uuid.uuid4().hex
+
+
+def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
+    """Make the fresh place for a save of ``target``, beside it, and give its name. Called by one rank.
+
+    Stale attempts of dead processes there are removed first: callers of ``save()`` have nobody else to do it.
+
+    Raises:
+        ConfigError: ``target`` exists and is something else than a checkpoint, so it must not be replaced.
+        StorageError: the folder can't be made.
+    """
+    fault = _why_not_replace(storage, target)
+    if fault:
+        raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
+    folder = split(target)[0]
+    try:
+        name_left(storage, folder, sweep_leftovers(storage, folder, now=time.time()).left)
+    except StorageError as error:
+        _log.warning("stale save attempts in %s/%s could not be removed: %s", storage.root, folder, error)
+    attempt = join(folder, ATTEMPT_PREFIX + save_id)
+    try:
+        if storage.can_rename:
+            storage.make_folder(attempt)
+        else:
+            object_commit.note_target(storage, attempt, target)
+        adopt_attempt(storage, attempt)  # first of all: without its owner's record nobody may remove what is in it
+        if storage.can_rename:
+            place = Place.of(storage, attempt, target, save_id).folder
+            storage.make_folder(place)
+            if storage.stat(target) is not None:
+                storage.keep_access(target, place)  # before any data is in it
+    except BaseException:  # Ctrl-C too
+        discard_quietly(storage, attempt)  # without its owner's record it would stay for an hour
+        raise
+    return attempt
+
+
+def resume_attempt(storage: Storage, attempt: str, target: str, save_id: str) -> None:
+    """Go on with an attempt of a dead process, which the caller has adopted: with the target as it is now.
+
+    Raises:
+        ConfigError, StorageError: as :func:`begin_attempt`.
+    """
+    fault = _why_not_replace(storage, target)
+    if fault:
+        raise ConfigError(f"{storage.root}/{target} {fault}: give the path of a new folder or of an older checkpoint")
+    place = Place.of(storage, attempt, target, save_id)
+    if storage.can_rename:
+        storage.make_folder(place.folder)
+    else:
+        object_commit.note_target(storage, attempt, target, again=True)
+
+
+def adopt_attempt(storage: Storage, attempt: str) -> None:
+    """Declare that the calling process works on the attempt too: while it lives, nobody sweeps it.
+
+    A writer process calls this, since it finishes its job when the training process dies.
+    """
+    storage.write(f"{attempt}/{OWNER_PREFIX}{uuid.uuid4().hex[:8]}.json", this_process(time.time()).dump())
+    storage.sync_folder(attempt)
+
+
+def abort_attempt(storage: Storage, attempt: str) -> None:
+    """Remove an attempt. Never fails: what can't be removed now is removed by a later run."""
+    discard_quietly(storage, attempt)
+
+
+def remove_records(storage: Storage, place: Place) -> None:
+    """Take away the records that an attempt that goes on has left: they are written anew."""
+    for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME):
+        if name != MANIFEST_NAME or storage.can_rename:  # else that is the committed one's
+            storage.remove(place.path(name))
+
+
+def _why_not_replace(storage: Storage, target: str) -> str:
+    found = storage.stat(target)
+    if found is None:
+        return ""
+    if not found.is_folder:
+        return "is not a folder"
+    fixed = storage.why_fixed(target)
+    if fixed:
+        return fixed
+    names = storage.list(target)
+    if any(entry.is_folder for entry in names):
+        return "holds other folders, so it is no checkpoint"
+    if {MANIFEST_NAME, METADATA_NAME}.isdisjoint(entry.name for entry in names):
+        others = [entry.name for entry in names if not CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
+        if others:
+            return f"is no checkpoint (it holds {others[0]!r})"
+    return ""

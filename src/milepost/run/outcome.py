@@ -1,0 +1,128 @@
+"""The outcome of a save: rank 0 records a failure, the other ranks wait for a commit or a failure.
+
+They look at the storage alone, so that a save in the background needs no collective.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+
+from milepost.errors import SaveError, StorageError
+from milepost.format.manifest import MANIFEST_NAME, PART_NAME
+from milepost.run.commit import VISIBILITY_S
+from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
+from milepost.storage.base import Storage, join
+
+FAILED_NAME = "failed"
+_SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
+_HEAD_NBYTES = 4096
+
+
+def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
+    """Record for the ranks in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
+
+    The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away. On a full disk an empty file must
+    do.
+
+    Raises:
+        StorageError: not even that could be left.
+    """
+    name = f"{attempt}/{FAILED_NAME}"
+    content = json.dumps({"rank": rank, "message": message}).encode()
+    if not storage.can_rename:
+        storage.write(name, content)
+        return
+    try:
+        storage.write(f"{name}.part", content)
+        storage.rename(f"{name}.part", name)
+    except StorageError:
+        storage.write(name, b"")
+
+
+def wait_for_outcome(
+    storage: Storage,
+    attempt: str,
+    target: str,
+    save_id: str,
+    *,
+    timeout_s: float,
+    give_up: Callable[[], str | None] = lambda: None,
+    poll_s: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once the save is committed; for the ranks that do not publish themselves.
+
+    ``give_up`` says why to stop, or None; or raises the error to end with.
+
+    Raises:
+        SaveError: the save failed, or there was no outcome within ``timeout_s``.
+    """
+    deadline = clock() + timeout_s
+    poll_s = storage.poll_s if poll_s is None else poll_s
+    gone_until: float | None = None
+    while True:
+        # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
+        # is gone means neither: only the save id at the target tells.
+        names = _marks_in(storage, attempt)
+        if FAILED_NAME in names:
+            message, rank = recorded_failure(storage, attempt)
+            raise SaveError(message, path=target, rank=rank)
+        if COMMITTED_NAME in names:
+            return
+        if not names:
+            if save_id_at(storage, target) == save_id:
+                return
+            # The attempt is gone at once, but the checkpoint that it has become may show later.
+            if gone_until is None:
+                gone_until = min(deadline, clock() + VISIBILITY_S)
+            if clock() >= gone_until:
+                raise SaveError(f"the save of {storage.root}/{target} was aborted before it was committed", path=target)
+        reason = give_up()
+        if reason is not None or clock() >= deadline:
+            raise SaveError(
+                f"rank 0 did not commit {storage.root}/{target} {reason or f'within {timeout_s:g} s'}: see its log",
+                path=target,
+                rank=0,
+            )
+        sleep(poll_s)
+        poll_s = min(poll_s * 1.5, 0.5)
+
+
+def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
+    """The reason for which the save failed, and the rank, as rank 0 has recorded them in the attempt.
+
+    Raises:
+        StorageError: it has not recorded any.
+    """
+    said = storage.read(f"{attempt}/{FAILED_NAME}", 1 << 20)
+    if not said:
+        return "rank 0 failed to commit and could not record the reason; see its log", None
+    told = json.loads(said)
+    return told["message"], told["rank"]
+
+
+def _marks_in(storage: Storage, attempt: str) -> set[str]:
+    """What there is of the marks that tell an attempt's outcome, and of the attempt itself.
+
+    It is not listed: there is a sign-off of every rank in it, and every rank looks, again and again.
+    """
+    itself = attempt if storage.can_rename else f"{attempt}/{TARGET_NAME}"
+    places = {name: f"{attempt}/{name}" for name in (FAILED_NAME, COMMITTED_NAME)} | {TARGET_NAME: itself}
+    return {name for name, place in places.items() if storage.stat(place) is not None}
+
+
+def save_id_at(storage: Storage, target: str) -> str:
+    """The save id at ``target``, or empty. From the head of the manifest alone, since a thousand ranks may ask."""
+    paths = (join(target, name) for name in (MANIFEST_NAME, PART_NAME))
+    path = next((path for path in paths if storage.stat(path) is not None), None)
+    if path is None:
+        return ""
+    with storage.open_read(path) as handle:
+        head = bytearray(min(handle.nbytes, _HEAD_NBYTES))
+        handle.read_into(0, [memoryview(head)])
+    found = _SAVE_ID.search(head)
+    return found[1].decode() if found else ""
