@@ -192,7 +192,7 @@ def _by_the_clock(folder: Path) -> list[int]:
     saved = []
     for step in range(1, 12):
         if dist.get_rank() == 1:
-            run.manager._last_save = -1e9  # this rank's clock says that a save is long overdue
+            run.manager._due.saved_at = -1e9  # this rank's clock says that a save is long overdue
         if run.manager.save(step):
             saved.append(step)
         time.sleep(0.1)

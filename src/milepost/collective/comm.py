@@ -392,3 +392,14 @@ def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return cast("T", result)
+
+
+def on_every_rank(comm: Comm, act: Callable[[], T]) -> T:
+    """Do something on each rank, and return this rank's result; an error of any rank is raised on all. Collective."""
+    result, failure = None, None
+    try:
+        result = act()
+    except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the outcome
+        failure = failure_on(comm.rank, cause)
+    raise_together(comm, failure)
+    return cast("T", result)

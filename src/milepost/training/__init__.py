@@ -3,25 +3,29 @@
 In reading order::
 
     manager         ``CheckpointManager``: when to save, what to keep, where to resume from
-    arguments       what it is given, checked
-    schedule        when a save is due
+    arguments       its arguments, checked
+    run_folder      the folder it writes to: locked, and copied on to a remote one
+    due             whether a save is due, agreed by all ranks
+    schedule        when a save is due by steps or time: pure
+    signals         requests to save and to stop, by signal or file
+    save_request    what each save holds
+    pending         a save in progress
     history         what each save descends from
     metrics         values that a loop measures and a save records
-    signals         requests to save and to stop, by signal or file, agreed on by all ranks
     training_state  the whole state of a run as one state dict, and back
     modules         the model's parts, their tensors by FQN
-    optimizers      their state by FQN, or in a form of their own
+    optimizers      optimizer state by FQN, or in the optimizer's own form
     attached        files and values that belong to a step
     peft            configuration of a model's adapters, which travels with a step
     frozen          a sample of what is not trained, and so not in steps of the trainable part
     random_state    random generators, restored or derived
     choice          which step to resume from: pure
     resume          loading it
-    events          what happened, for logs and TensorBoard
-    hf_saves        periodic saves of the model in the other format, beside the steps
-    remote          the tier behind the folder: committed steps copied on, beside the training
-    node_tier       the same where each node has a folder of its own: when a step counts there, and what goes
-    hooks           what is done after a commit: a function, a command line
+    events          saves, failures and resumes, for logs and TensorBoard
+    hf_saves        periodic saves of the model in Hugging Face's format, beside the steps
+    remote          copies committed steps to a remote folder while training continues
+    node_tier       the same where each node has its own folder: when a step counts there, and what is pruned
+    hooks           what runs after a commit: a function, a command line
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a ``CheckpointManager`` is given, checked where it is made: first mistakes are explained there, all at once."""
+"""Checks of the arguments of ``CheckpointManager``: all problems are reported at once, when it is created."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from milepost.collective.comm import Comm, by_ranks, failure_on, raise_together
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, listed
 
@@ -46,6 +47,42 @@ def check_arguments(
         problems.append(f'layout: expected degrees by name, such as {{"fsdp": 8}}, found a {_kind(layout)}')
     if problems:
         raise ConfigError([f"CheckpointManager: {problem}" for problem in problems])
+
+
+def check_arguments_of_all_ranks(comm: Comm, **given: Any) -> None:
+    """As :func:`check_arguments`, on every rank; also refuse different folders. Collective.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    failure = None
+    try:
+        check_arguments(**given)
+    except ConfigError as error:
+        failure = failure_on(comm.rank, error)
+    folders = comm.gather(str(given["folder"]))
+    config = given["config"]
+    if isinstance(config, CheckpointConfig) and config.folder_per_node:
+        folders = None  # each node may name its own
+    if folders is not None and failure is None and len(set(folders)) > 1:
+        lines = "".join(f"\n  {shown}" for shown in listed(by_ranks(folders)))
+        failure = ConfigError(f"CheckpointManager: every rank must be given the same folder, found{lines}")
+    raise_together(comm, failure)
+
+
+def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
+    """Return the parts that may belong to each rank.
+
+    Raises:
+        ConfigError: ``names`` holds anything else.
+    """
+    known = ("lr_scheduler", "dataloader", "train_state")
+    if isinstance(names, str) or not set(names) <= set(known):
+        raise ConfigError(
+            f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(known)}; the model and the "
+            "optimizer are shared by all ranks, and random generators are kept for each anyway"
+        )
+    return tuple(names)
 
 
 _LAZY = (UninitializedParameter, UninitializedBuffer)

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import Comm, on_every_rank, on_rank_0
 from milepost.config import CheckpointConfig
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
@@ -57,12 +57,7 @@ class HfSaves:
         self._history = SaveHistory(comm, partial(catalog.scan, storage, self._folder), lambda: None)
         self._begun: tuple[int, SaveHandle] | None = None
         self._lock: RunLock | None = None  # rank 0 holds it
-        failure = None
-        try:
-            self._saver = AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads)
-        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
-            failure = failure_on(comm.rank, cause)
-        raise_together(comm, failure)
+        self._saver = on_every_rank(comm, lambda: AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads))
         on_rank_0(comm, self._take_folder)  # last: nothing after it may fail, and leave the folder locked
 
     def _take_folder(self) -> None:

@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-import os
 import signal
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from milepost.collective.comm import Comm, by_ranks, default_comm, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import Comm, default_comm, on_every_rank, on_rank_0
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, RunLockedError, SaveError, listed
 from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.loading.load import LoadReport
-from milepost.run import checkpoint_record
-from milepost.run.assemble import SaveInfo
 from milepost.run.branches import History
-from milepost.run.lock import RunLock
-from milepost.run.step_names import step_name, step_of
-from milepost.run.takeover import take_over
-from milepost.saving.agreement import SaveRequest
 from milepost.saving.arguments import checked_step
 from milepost.saving.async_save import AsyncSaver
-from milepost.saving.background import SaveHandle, log_wait
+from milepost.saving.background import SaveHandle
 from milepost.saving.copy_step import Spot
-from milepost.saving.job import Keep, SaveReport
-from milepost.saving.nodes import Nodes, find_nodes
+from milepost.saving.job import SaveReport
 from milepost.saving.save import Saver
 from milepost.storage import open_storage
-from milepost.storage.base import join, split
-from milepost.training.arguments import check_arguments
-from milepost.training.attached import PART as ATTACHED
-from milepost.training.attached import attached
+from milepost.training.arguments import check_arguments_of_all_ranks, checked_per_rank
+from milepost.training.due import DueCheck
 from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.frozen import record_of
 from milepost.training.hf_saves import HfSaves
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
-from milepost.training.metrics import MetricRecorder
-from milepost.training.node_tier import NodeTier
-from milepost.training.peft import adapter_files
+from milepost.training.pending import PendingSave
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.remote import RemoteTier
 from milepost.training.resume import Loader, WeightsFormat
@@ -67,10 +51,6 @@ log = logging.getLogger("milepost")
 
 MAX_FAILURES = 3
 """This many failed saves in a row stop a run even with ``on_save_error = "warn"``."""
-
-
-_open_here: weakref.WeakValueDictionary[tuple[int, str, str], CheckpointManager] = weakref.WeakValueDictionary()
-"""Managers that write, by process, root of the storage and folder: two would take each other's steps for theirs."""
 
 
 class CheckpointManager:
@@ -133,7 +113,8 @@ class CheckpointManager:
         comm: Comm | None = None,
     ):
         self._comm = comm if comm is not None else default_comm()
-        self._check_given(
+        check_arguments_of_all_ranks(
+            self._comm,
             folder=folder,
             config=config,
             model=model,
@@ -143,20 +124,17 @@ class CheckpointManager:
             layout=layout,
         )
         self._config = config if config is not None else CheckpointConfig()
-        parent, name = open_storage(fspath(folder))
-        parent.page_cache = self._config.page_cache
-        self._storage, self._folder = parent, name
-        self._layout = dict(layout or {})
-        self._per_rank = _checked_per_rank(per_rank)
-        self._format = hf
+        self._storage, path = open_storage(fspath(folder))
+        self._storage.page_cache = self._config.page_cache
+        degrees = dict(layout or {})
         if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf or self._config.hf_interval):
             raise ConfigError(
                 "initial_load_in_hf, last_save_in_hf and hf_interval need to know the model: give CheckpointManager "
                 "`hf`"
             )
-        failure = None
-        try:
-            self._state = TrainingState.of(
+        state = on_every_rank(
+            self._comm,
+            lambda: TrainingState.of(
                 model=model,
                 optimizer=optimizer,
                 lr_scheduler=lr_scheduler,
@@ -164,109 +142,56 @@ class CheckpointManager:
                 train_state=train_state,
                 states=states or {},
                 rank=self._comm.rank,
-            )
-        except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
-            failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
-        self._nodes = self._find_nodes()
-        try:
-            self._saver = self._make_saver()
-        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
-            failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
+            ),
+        )
+        hooks = CommitHooks(on_commit, self._config.on_commit)
+        remote = Spot(*open_storage(self._config.remote_folder)) if self._config.remote_folder else None
+        self._folder = RunFolder(Spot(self._storage, path), remote, self._config, self._comm, hooks)
+        self._saver = on_every_rank(self._comm, self._make_saver)
         self._is_closed = False
-        self._lock: RunLock | None = None  # rank 0 holds it
-        self._pending: _Pending | None = None
-        self._protected: dict[int, str] = {}
-        self._metrics = MetricRecorder(self._config.metric)
-        self._log = SaveLog(self._storage, self._folder, self._comm.world_size, self._layout)
-        self._hooks = CommitHooks(on_commit, self._config.on_commit)
+        self._pending: PendingSave | None = None
+        self._log = SaveLog(self._storage, path, self._comm.world_size, degrees)
         self._signals = SignalFlags()
-        self._files = RequestFiles(self._storage, self._folder)
+        self._due = DueCheck(self._config, self._comm, self._signals, RequestFiles(self._storage, path))
         self._rng: Mapping[str, Any] | None = None  # as `load` left it
         self._blocked_s = 0.0
-        self._stall_s: float | None = None
         self._num_failures = 0  # in a row
-        remote = Spot(*open_storage(self._config.remote_folder)) if self._config.remote_folder else None
         self._loader = Loader(
-            *(self._storage, self._folder, self._config, self._comm, self._state, self._layout, hf, remote), self._nodes
+            *(self._storage, path, self._config, self._comm, state, degrees, hf, remote), self._folder.nodes
         )
-        self._remote: RemoteTier | None = None  # on rank 0
-        self._tier: NodeTier | None = None  # on the first rank of each node, where nodes have a folder each
         self._history = SaveHistory(self._comm, self._loader.scan, self._loader.look)
-        self._last_save = time.monotonic()
+        self._requests = RequestMaker(
+            *(self._folder, self._config, self._comm, state, self._history),
+            degrees=degrees,
+            per_rank=checked_per_rank(per_rank),
+            weights_format=hf,
+        )
         if self._config.enable:
-            self._on_first_ranks(self._check_folder)
+            self._folder.check()
         self._hf_saves: HfSaves | None = None
         if self._saver is not None:
-            token = self._comm.broadcast(uuid.uuid4().hex)
-            self._on_first_ranks(partial(self._lock_folder, remote, token))
-            if self._nodes is not None:
+            self._folder.take(self._comm.broadcast(uuid.uuid4().hex))
+            if self._folder.nodes is not None:
                 self._loader.look()
-                on_rank_0(self._comm, self._offer_what_is_left)
+                on_rank_0(self._comm, self._offer_newest)
             if self._config.hf_interval and hf is not None:
-                self._hf_saves = self._make_hf_saves(hf)
-
-    def _make_hf_saves(self, hf: WeightsFormat) -> HfSaves:
-        try:
-            return HfSaves(self._storage, self._folder, self._config, self._comm, self._state, hf, self._layout)
-        except BaseException:
-            self._unlock_folder()
-            raise
-
-    def _check_given(self, **given: Any) -> None:
-        """Refuse wrong arguments on every rank, and another folder than the other ranks have. Collective."""
-        failure = None
-        try:
-            check_arguments(**given)
-        except ConfigError as error:
-            failure = failure_on(self._comm.rank, error)
-        folders = self._comm.gather(str(given["folder"]))
-        config = given["config"]
-        if isinstance(config, CheckpointConfig) and config.folder_per_node:
-            folders = None  # nodes may call theirs as they like
-        if folders is not None and failure is None and len(set(folders)) > 1:
-            lines = "".join(f"\n  {shown}" for shown in listed(by_ranks(folders)))
-            failure = ConfigError(f"CheckpointManager: every rank must be given the same folder, found{lines}")
-        raise_together(self._comm, failure)
-
-    def _find_nodes(self) -> Nodes | None:
-        """Which ranks share the folder, where each node has its own; None where all do. Collective."""
-        config = self._config
-        if not (config.enable and config.folder_per_node) or self._comm.world_size == 1:
-            return None
-        if not self._storage.can_rename:
-            raise ConfigError(
-                f"checkpoint.folder_per_node: {self.folder} is a store, which all nodes see: leave it unset, or give "
-                "checkpoint.folder a path on each node's own disk"
-            )
-        nodes = find_nodes(self._storage, self._folder, self._comm)
-        return nodes if len(nodes.groups) > 1 else None
-
-    def _on_first_ranks(self, act: Callable[[], None]) -> None:
-        """Do something on rank 0, or on the first rank of each node that has a folder. Its error is all ranks'."""
-        if self._nodes is None:
-            on_rank_0(self._comm, act)
-            return
-        failure = None
-        if self._nodes.is_first(self._comm.rank):
-            try:
-                act()
-            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
-                failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
+                try:
+                    self._hf_saves = HfSaves(self._storage, path, self._config, self._comm, state, hf, degrees)
+                except BaseException:
+                    self._folder.release()
+                    raise
 
     def _make_saver(self) -> Saver | AsyncSaver | None:
-        if not self._config.enable or self._config.load_only:
-            return None
         config = self._config
+        if not config.enable or config.load_only:
+            return None
         if config.async_mode == "disabled":
             return Saver(
                 self._storage,
                 self._comm,
                 num_threads=config.num_io_threads,
                 check_replicas=config.check_replicas,
-                nodes=self._nodes,
+                nodes=self._folder.nodes,
             )
         return AsyncSaver(
             self._storage,
@@ -274,8 +199,14 @@ class CheckpointManager:
             config.async_mode,
             num_threads=config.num_io_threads,
             check_replicas=config.check_replicas,
-            nodes=self._nodes,
+            nodes=self._folder.nodes,
         )
+
+    def _offer_newest(self) -> None:
+        """Copy the newest step that all nodes hold to the remote folder, if the run before did not. On rank 0."""
+        newest = History.of(self._loader.scan()).newest
+        if newest is not None and not self._loader.is_remote(newest):
+            self._folder.offer_newest(newest)
 
     def __enter__(self) -> Self:
         return self
@@ -294,7 +225,7 @@ class CheckpointManager:
     @property
     def folder(self) -> str:
         """The folder of the steps."""
-        return join(self._storage.root, self._folder)
+        return self._folder.name
 
     @property
     @interrupts_held()
@@ -345,7 +276,7 @@ class CheckpointManager:
         self._history.resumed(descent)
         self._rng = rng_state()
         if report is not None and report.resumed_step is not None:
-            self._protected[report.resumed_step] = "this run resumed from it"
+            self._folder.protected[report.resumed_step] = "this run resumed from it"
             self._log.resumed(report.resumed_step, report.path)
         return report
 
@@ -394,9 +325,7 @@ class CheckpointManager:
             raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; make a new one")
         if self._saver is None:
             return False
-        asked = self._reason_to_save_now()  # always: a request must not wait for a step at which no save is due
-        due = reason_to_save(self._config, step, is_last=last_step)
-        reason = asked if self.stop_requested else due or asked
+        reason = self._due.reason(step, is_last=last_step)
         if reason is None:
             self._save_in_hf(step)
             return False
@@ -406,18 +335,16 @@ class CheckpointManager:
             except SaveError as error:
                 self._stop_or_warn(error)
             try:
-                request = self._request(
-                    step, is_last=last_step, metrics=metrics or {}, attach=partial(self._attached, files, extra)
-                )
+                request = self._requests.make(step, is_last=last_step, given=Attachments(metrics, files, extra))
                 begun = self._saver.save(request)
             except SaveError as error:
                 self._log.failed(step, reason, error.message)
                 self._stop_or_warn(error)
                 return False
-        self._last_save = time.monotonic()
-        self._pending = _Pending(step, reason, request.info.kind, begun, stall_s=blocked.seconds)
-        self._tell_when_committed(begun, request)
-        self._stall_s = blocked.seconds
+        self._due.saved_at = time.monotonic()
+        self._due.stall_s = blocked.seconds
+        self._pending = PendingSave(step, reason, request.info.kind, begun, stall_s=blocked.seconds)
+        self._folder.announce(begun, request)
         if isinstance(begun, SaveReport) or self.stop_requested:
             self._record_pending()
         self._save_in_hf(step)
@@ -433,34 +360,6 @@ class CheckpointManager:
             except SaveError as error:
                 self._stop_or_warn(error)
 
-    def _tell_when_committed(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
-        """Have the hooks run when a save is committed: now, or from the thread that commits it."""
-        if (self._comm.rank != 0 and self._tier is None) or request.info.step is None:
-            return
-        commit = Commit(
-            step=request.info.step,
-            path=join(self._storage.root, request.target),
-            contents=request.info.kind,
-            metrics=dict(request.info.metrics),
-        )
-        # Not the manager: a save that runs must not keep alive one that its user has forgotten.
-        hooks, remote, tier, protected = self._hooks, self._remote, self._tier, self._protected
-        lineage = request.info.lineage
-
-        def pass_on() -> None:
-            if tier is not None:
-                assert lineage is not None
-                tier.offer(commit, begun.save_id, lineage.order, protected)
-                return
-            hooks.tell(commit)
-            if remote is not None:
-                remote.offer(commit, protected)
-
-        if isinstance(begun, SaveReport):
-            pass_on()
-        else:
-            begun.when_done(lambda: pass_on() if begun.failure is None else None)
-
     def maybe_wait_for_staging(self) -> None:
         """Return when the weights may be changed again. To be called before ``optimizer.step()``.
 
@@ -474,7 +373,7 @@ class CheckpointManager:
             pending.outcome.staged()
         pending.is_staged = True
         pending.stall_s += blocked.seconds
-        self._stall_s = pending.stall_s
+        self._due.stall_s = pending.stall_s
 
     @interrupts_held()
     def maybe_wait_for_saving(self) -> None:
@@ -515,11 +414,7 @@ class CheckpointManager:
             self._record_pending()
             if self._comm.rank == 0:
                 self._log.close()
-            for tier in (self._remote, self._tier):
-                if tier is not None:
-                    tier.close()
-            self._hooks.close()
-            self._unlock_folder()
+            self._folder.close()
 
     def _leave(self) -> None:
         """As :meth:`close` after an error of this rank: not collective, for the others may not be coming."""
@@ -532,11 +427,7 @@ class CheckpointManager:
                 self._hf_saves.leave()
         finally:
             self._signals.restore()
-            self._hooks.close(timeout_s=0.0)  # what was committed is told, but an error is not held up for long
-            for tier in (self._remote, self._tier):
-                if tier is not None:
-                    tier.leave()
-            self._unlock_folder()
+            self._folder.leave()
 
     def listen_to_signals(
         self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None
@@ -586,27 +477,6 @@ class CheckpointManager:
     def take_events(self) -> list[SaveEvent]:
         """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
         return self._log.take()
-
-    def _reason_to_save_now(self) -> str | None:
-        """By the clock of rank 0, or a signal on any rank. Collective if any of these is in use."""
-        if not self._signals.listening and not needs_clock(self._config):
-            return None
-        by_clock, failure = None, None
-        try:
-            flags = self._signals.take()
-            if self._comm.rank == 0:
-                flags |= self._files.take() if self._signals.listening else 0
-                since = time.monotonic() - self._last_save
-                by_clock = reason_by_clock(self._config, since_save_s=since, stall_s=self._stall_s)
-                flags |= DUE if by_clock is not None else 0
-        except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the flags
-            flags, failure = FAILED, failure_on(self._comm.rank, cause, SaveError)
-        self._signals.agreed = agreed = self._comm.union(flags)
-        if agreed & FAILED:
-            raise_together(self._comm, failure)
-        if self._signals.reason is not None:
-            return self._signals.reason
-        return (by_clock or "by the clock of rank 0") if agreed & DUE else None
 
     def _stop_or_warn(self, error: SaveError) -> None:
         """Raise ``error``, or with ``on_save_error = "warn"`` log it. Failures are the same on every rank."""
@@ -715,56 +585,6 @@ class CheckpointManager:
                 report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
             )
 
-    def _check_folder(self) -> None:
-        """Refuse a checkpoint where the folder of a run is wanted: steps would be saved inside it."""
-        if checkpoint_record.is_checkpoint(self._storage, self._folder):
-            parent, name = split(self._folder)
-            step = step_of(name)
-            run = join(self._storage.root, parent)
-            resume = f", and load_step={step}" if step is not None else ""
-            raise ConfigError(
-                f"{self.folder} is a checkpoint, not the folder of a run. To resume from it, give the folder that "
-                f"it is in, {run}{resume}; to begin a new run with its weights, give another folder and "
-                f'initial_load_path="{self.folder}"'
-            )
-
-    def _lock_folder(self, remote: Spot | None, token: str) -> None:
-        """Lock the folder for this run, once the writers of one that died have finished; the remote one likewise."""
-        place = (os.getpid(), self._storage.root, self._folder)
-        if place in _open_here:
-            gc.collect()  # one that nobody has any more, but in a cycle of references
-        if place in _open_here:
-            raise RunLockedError(
-                f"another CheckpointManager of this process writes to {self.folder}: close() it first, or use "
-                "`with CheckpointManager(...) as manager:`; to only read, set load_only",
-                path=self.folder,
-            )
-        self._lock = take_over(self._storage, self._folder)
-        _open_here[place] = self
-        if remote is not None:
-            local = Spot(self._storage, self._folder)
-            try:
-                if self._nodes is not None:
-                    part = self._nodes.part_of(self._comm.rank)
-                    self._tier = NodeTier(local, self._config, self._hooks, self._comm, part, token, remote)
-                else:
-                    self._remote = RemoteTier(local, remote, self._config, self._hooks)
-            except BaseException:
-                self._unlock_folder()
-                raise
-
-    def _offer_what_is_left(self) -> None:
-        """Have the newest step that all nodes hold copied, if a run before this one did not get that far. On rank 0."""
-        assert self._tier is not None
-        newest = History.of(self._loader.scan()).newest
-        if newest is not None and not self._loader.is_remote(newest):
-            self._tier.offer_what_is_left(newest)
-
-    def _unlock_folder(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            _open_here.pop((os.getpid(), self._storage.root, self._folder), None)
-
     @contextmanager
     def _blocked(self) -> Iterator[_Stopwatch]:
         watch = _Stopwatch()
@@ -778,39 +598,3 @@ class CheckpointManager:
 
 class _Stopwatch:
     seconds = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A save that was begun and not logged yet, with what came of it or will."""
-
-    step: int
-    reason: str
-    kind: str
-    outcome: SaveReport | SaveHandle
-    stall_s: float
-    is_staged: bool = False
-
-    def report(self, rank: int) -> SaveReport | None:
-        """What the save did, once it has ended; None if it failed."""
-        if isinstance(self.outcome, SaveReport):
-            return self.outcome
-        log_wait(self.outcome, rank)
-        return self.outcome.result() if self.outcome.failure is None else None
-
-    @property
-    def failure(self) -> str:
-        """What made it fail; empty if it did not."""
-        error = None if isinstance(self.outcome, SaveReport) else self.outcome.failure
-        return getattr(error, "message", str(error)) if error is not None else ""
-
-
-def _checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
-    """Raises ConfigError for what is not a part that may belong to each rank."""
-    known = ("lr_scheduler", "dataloader", "train_state")
-    if isinstance(names, str) or not set(names) <= set(known):
-        raise ConfigError(
-            f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(known)}; the model and the "
-            "optimizer are shared by all ranks, and random generators are kept for each anyway"
-        )
-    return tuple(names)

@@ -1,0 +1,206 @@
+"""The folder that a manager writes to: locked for its run, with the remote folder that its steps are copied to."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
+from milepost.config import CheckpointConfig
+from milepost.errors import ConfigError, RunLockedError
+from milepost.run import checkpoint_record
+from milepost.run.lock import RunLock
+from milepost.run.step_names import step_of
+from milepost.run.takeover import take_over
+from milepost.saving.copy_step import Spot
+from milepost.saving.job import Keep, SaveReport
+from milepost.saving.nodes import Nodes, find_nodes
+from milepost.storage.base import join, split
+from milepost.training.hooks import Commit, CommitHooks
+from milepost.training.node_tier import NodeTier
+from milepost.training.remote import RemoteTier
+
+if TYPE_CHECKING:
+    from milepost.run.catalog import StepEntry
+    from milepost.saving.agreement import SaveRequest
+    from milepost.saving.background import SaveHandle
+
+_open_here: weakref.WeakValueDictionary[tuple[int, str, str], RunFolder] = weakref.WeakValueDictionary()
+"""Folders being written, by process, storage root and path: two managers would take each other's steps for theirs."""
+
+
+class RunFolder:
+    """A run's folder. Where each node has a folder of its own, ``nodes`` says which ranks share one.
+
+    ``protected`` maps steps that retention must keep to the reason. Making one is collective, and fails on every rank.
+    """
+
+    def __init__(self, local: Spot, remote: Spot | None, config: CheckpointConfig, comm: Comm, hooks: CommitHooks):
+        self.local = local
+        self.remote = remote
+        self.protected: dict[int, str] = {}
+        self._config = config
+        self._comm = comm
+        self._hooks = hooks
+        self._lock: RunLock | None = None  # on the first rank of each folder
+        self._remote_tier: RemoteTier | None = None  # on rank 0
+        self._node_tier: NodeTier | None = None  # on the first rank of each node, where nodes have a folder each
+        self.nodes = self._find_nodes()
+
+    @property
+    def name(self) -> str:
+        """The folder with the root of its storage, as messages show it."""
+        return join(self.local.storage.root, self.local.path)
+
+    def _find_nodes(self) -> Nodes | None:
+        """Find which ranks share the folder; None where all do. Collective."""
+        config = self._config
+        if not (config.enable and config.folder_per_node) or self._comm.world_size == 1:
+            return None
+        if not self.local.storage.can_rename:
+            raise ConfigError(
+                f"checkpoint.folder_per_node: {self.name} is an object store, which all nodes see: leave it unset, or "
+                "give checkpoint.folder a path on each node's own disk"
+            )
+        nodes = find_nodes(self.local.storage, self.local.path, self._comm)
+        return nodes if len(nodes.groups) > 1 else None
+
+    def _on_first_ranks(self, act: Callable[[], None]) -> None:
+        """Run ``act`` on rank 0, or on the first rank of each node that has a folder. Its error reaches all ranks."""
+        if self.nodes is None:
+            on_rank_0(self._comm, act)
+            return
+        failure = None
+        if self.nodes.is_first(self._comm.rank):
+            try:
+                act()
+            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
+                failure = failure_on(self._comm.rank, cause)
+        raise_together(self._comm, failure)
+
+    def check(self) -> None:
+        """Refuse a checkpoint where the folder of a run is expected: steps would be saved inside it. Collective."""
+        self._on_first_ranks(self._check)
+
+    def _check(self) -> None:
+        storage, path = self.local.storage, self.local.path
+        if checkpoint_record.is_checkpoint(storage, path):
+            parent, name = split(path)
+            step = step_of(name)
+            run = join(storage.root, parent)
+            resume = f", and load_step={step}" if step is not None else ""
+            raise ConfigError(
+                f"{self.name} is a checkpoint, not the folder of a run. To resume from it, give the folder that "
+                f"it is in, {run}{resume}; to begin a new run with its weights, give another folder and "
+                f'initial_load_path="{self.name}"'
+            )
+
+    def take(self, token: str) -> None:
+        """Lock the folder and the remote one for this run, once the writers of a run that died have finished.
+
+        Collective. ``token`` identifies the run and is the same on every rank.
+
+        Raises:
+            RunLockedError: another run, or another manager of this process, writes to one of them.
+        """
+        self._on_first_ranks(lambda: self._take(token))
+
+    def _take(self, token: str) -> None:
+        if self._key in _open_here:
+            gc.collect()  # a manager that is no longer referenced, except by a cycle
+        if self._key in _open_here:
+            raise RunLockedError(
+                f"another CheckpointManager of this process writes to {self.name}: close() it first, or use "
+                "`with CheckpointManager(...) as manager:`; to only read, set load_only",
+                path=self.name,
+            )
+        self._lock = take_over(self.local.storage, self.local.path)
+        _open_here[self._key] = self
+        if self.remote is None:
+            return
+        try:
+            if self.nodes is not None:
+                part = self.nodes.part_of(self._comm.rank)
+                self._node_tier = NodeTier(self.local, self._config, self._hooks, self._comm, part, token, self.remote)
+            else:
+                self._remote_tier = RemoteTier(self.local, self.remote, self._config, self._hooks)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def _key(self) -> tuple[int, str, str]:
+        return os.getpid(), self.local.storage.root, self.local.path
+
+    def keep(self) -> Keep | None:
+        """Return what a commit keeps of the older steps; None where ``NodeTier`` prunes instead."""
+        if self.nodes is not None:
+            return None
+        config = self._config
+        return Keep(
+            self.local.path,
+            config.keep_latest_k,
+            config.keep_every_n_steps,
+            self.protected | (self._remote_tier.needed() if self._remote_tier is not None else {}),
+            config.keep_best_k,
+            config.metric,
+            config.mode,
+        )
+
+    def announce(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
+        """Run the hooks and copy the step on when the save is committed: now, or from the thread that commits it."""
+        if (self._comm.rank != 0 and self._node_tier is None) or request.info.step is None:
+            return
+        commit = Commit(
+            step=request.info.step,
+            path=join(self.local.storage.root, request.target),
+            contents=request.info.kind,
+            metrics=dict(request.info.metrics),
+        )
+        # The closure must not hold this object: a running save would keep a manager alive that its user has dropped.
+        hooks, remote, tier, protected = self._hooks, self._remote_tier, self._node_tier, self.protected
+        lineage = request.info.lineage
+
+        def committed() -> None:
+            if tier is not None:
+                assert lineage is not None
+                tier.offer(commit, begun.save_id, lineage.order, protected)
+                return
+            hooks.tell(commit)
+            if remote is not None:
+                remote.offer(commit, protected)
+
+        if isinstance(begun, SaveReport):
+            committed()
+        else:
+            begun.when_done(lambda: committed() if begun.failure is None else None)
+
+    def offer_newest(self, entry: StepEntry) -> None:
+        """Copy the newest step that all nodes hold, which the run before this one did not get to. On rank 0."""
+        assert self._node_tier is not None
+        self._node_tier.offer_what_is_left(entry)
+
+    def close(self) -> None:
+        """Wait until what was committed is copied and the hooks have run, then release the folder."""
+        for tier in (self._remote_tier, self._node_tier):
+            if tier is not None:
+                tier.close()
+        self._hooks.close()
+        self.release()
+
+    def leave(self) -> None:
+        """Release the folder after an error, without waiting for copies."""
+        self._hooks.close(timeout_s=0.0)  # hooks of committed steps are started, but must not delay an error
+        for tier in (self._remote_tier, self._node_tier):
+            if tier is not None:
+                tier.leave()
+        self.release()
+
+    def release(self) -> None:
+        """Unlock the folder, if this rank holds its lock."""
+        if self._lock is not None:
+            self._lock.release()
+            _open_here.pop(self._key, None)

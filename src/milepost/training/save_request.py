@@ -1,0 +1,115 @@
+"""The request of each periodic save: which parts of the training state, in which form, and what goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+
+from milepost.collective.comm import Comm
+from milepost.config import CheckpointConfig
+from milepost.errors import ConfigError
+from milepost.run.assemble import SaveInfo
+from milepost.run.step_names import step_name
+from milepost.saving.agreement import SaveRequest
+from milepost.storage.base import join
+from milepost.training.attached import PART as ATTACHED
+from milepost.training.attached import attached
+from milepost.training.history import SaveHistory
+from milepost.training.metrics import MetricRecorder
+from milepost.training.peft import adapter_files
+from milepost.training.resume import ONLY_TRAINABLE, WeightsFormat
+from milepost.training.run_folder import RunFolder
+from milepost.training.training_state import TrainingState
+
+
+@dataclass(frozen=True, slots=True)
+class Attachments:
+    """What the caller of one save gives with it: metrics, small files and values that describe the step."""
+
+    metrics: Mapping[str, float] | None = None
+    files: Mapping[str, bytes | str | PathLike[str]] | None = None
+    extra: Mapping[str, Any] | None = None
+
+
+class RequestMaker:
+    """Makes the request of each save of a run. The same on every rank but for the state."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: CheckpointConfig,
+        comm: Comm,
+        state: TrainingState,
+        history: SaveHistory,
+        *,
+        degrees: Mapping[str, int],
+        per_rank: tuple[str, ...],
+        weights_format: WeightsFormat | None,
+    ):
+        self._folder = folder
+        self._config = config
+        self._comm = comm
+        self._state = state
+        self._history = history
+        self._degrees = degrees
+        self._per_rank = per_rank
+        self._format = weights_format
+        self._metrics = MetricRecorder(config.metric)
+
+    def make(self, step: int, *, is_last: bool, given: Attachments) -> SaveRequest:
+        """Return the request of the save after ``step``. Collective for the first save of a new run.
+
+        Raises:
+            SaveError: on every rank, if the folder can't be read.
+        """
+        config = self._config
+        model_only = config.create_seed_checkpoint or (is_last and config.last_save_model_only)
+        is_export = model_only and not config.create_seed_checkpoint
+        weights_format = self._format if is_export and config.last_save_in_hf else None
+        only_trainable = config.only_trainable and weights_format is None
+        metrics, mistake = self._metrics.values(given.metrics or {}) if self._comm.rank == 0 else ({}, None)
+        return SaveRequest(
+            target=join(self._folder.local.path, step_name(step)),
+            make_state=partial(
+                self._make_state,
+                ("model",) if model_only else self._state.present(),
+                mistake,
+                given if weights_format is None else None,
+                only_trainable=only_trainable,
+            ),
+            info=SaveInfo(
+                step=step,
+                kind="model" if model_only else "full",
+                layout=self._degrees,
+                extra={
+                    **(self._format.record() if self._format is not None else {}),
+                    **({ONLY_TRAINABLE: True} if only_trainable else {}),
+                },
+                lineage=self._history.next_lineage(step),
+                metrics=metrics,
+            ),
+            dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
+            keep=self._folder.keep(),
+            make_form=weights_format.form_of if weights_format is not None else None,
+            per_rank=self._per_rank,
+            modules=self._state.modules,
+            full_every=config.full_every,
+        )
+
+    def _make_state(
+        self, parts: tuple[str, ...], mistake: ConfigError | None, given: Attachments | None, *, only_trainable: bool
+    ) -> dict[str, Any]:
+        """Return the state to save. Called within the save, so that a caller's mistake on one rank fails it on all."""
+        if mistake is not None:
+            raise mistake
+        state = self._state.state_dict(parts, only_trainable=only_trainable)
+        if given is not None and self._comm.rank == 0:
+            files = {**adapter_files(self._state.models), **(given.files or {})}
+            if beside := attached(files, given.extra):
+                state[ATTACHED] = beside
+        return state
