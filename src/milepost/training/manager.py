@@ -127,6 +127,7 @@ class CheckpointManager:
         self._storage, path = open_storage(fspath(folder))
         self._storage.page_cache = self._config.page_cache
         degrees = dict(layout or {})
+        parts_per_rank = checked_per_rank(per_rank)
         if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf or self._config.hf_interval):
             raise ConfigError(
                 "initial_load_in_hf, last_save_in_hf and hf_interval need to know the model: give CheckpointManager "
@@ -163,7 +164,7 @@ class CheckpointManager:
         self._requests = RequestMaker(
             *(self._folder, self._config, self._comm, state, self._history),
             degrees=degrees,
-            per_rank=checked_per_rank(per_rank),
+            per_rank=parts_per_rank,
             weights_format=hf,
         )
         if self._config.enable:
