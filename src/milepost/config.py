@@ -245,7 +245,7 @@ _HINTS = typing.get_type_hints(CheckpointConfig)  # not where a stranger's file 
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name stands for keys, not for a part: it has a dot or a wildcard."""
+    """Return whether a name stands for keys, not for a part: it has a dot or a wildcard."""
     return any(sign in name for sign in ".*?[")
 
 

@@ -1,4 +1,4 @@
-"""Which sample comes when: one global order, whatever the number of ranks that read it.
+"""The order of samples: one global order, whatever the number of ranks that read it.
 
 Samples are counted globally from 0. The order is a pure function of (count, seed), so that the state of the data is
 the number of samples consumed, and a run continues at another data-parallel degree without missing or repeating one.
@@ -155,7 +155,7 @@ class ResumableSampler:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run is; the same on every rank."""
+        """The position in the data; the same on every rank."""
         return {
             "samples_consumed": self.samples_consumed,
             "num_samples": self.order.num_samples,

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
-    """What is to be copied where, newest first.
+    """The steps to copy, with their destinations, newest first.
 
     Raises:
         CheckpointNotFoundError: there is nothing that was committed.

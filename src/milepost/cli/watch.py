@@ -94,7 +94,7 @@ def _row(file: FileState) -> tuple[str | Text, ...]:
 
 
 def file_text(file: FileState) -> str:
-    """What a file is doing, in a few words."""
+    """The progress of a file, in a few words."""
     if file.is_signed:
         return "complete"
     return f"no bytes for {format_duration(file.still_s)}" if file.is_stuck else "writing"

@@ -368,7 +368,7 @@ def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | N
 
 
 def by_ranks(values: Sequence[object]) -> list[str]:
-    """What each rank brought, one line for each value: ``ranks 0, 2: step 3``."""
+    """The values that the ranks brought, one line per value: ``ranks 0, 2: step 3``."""
     ranks: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)

@@ -62,7 +62,7 @@ class Box:
         return (..., *(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True)))
 
     def inside(self, shape: Sequence[int]) -> bool:
-        """Whether the box lies within a tensor of ``shape``."""
+        """Return whether the box lies within a tensor of ``shape``."""
         return len(shape) == len(self.sizes) == len(self.offsets) and all(
             o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
         )
@@ -189,7 +189,7 @@ def cut_into_slabs(shape: Sequence[int], element_nbytes: int, limit_nbytes: int,
 
 
 def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
-    """What keeps ``boxes`` from covering a tensor of ``shape`` exactly once; empty if nothing does.
+    """Report why ``boxes`` do not cover a tensor of ``shape`` exactly once; empty if they do.
 
     Boxes without elements are allowed anywhere inside. At most ``MAX_LISTED`` faults are returned. The time is linear
     in the number of boxes (but for sorting), whatever they are: they may come from a hostile file.
@@ -217,7 +217,7 @@ def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
 
 
 def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], split: Sequence[int]) -> bool:
-    """Whether boxes inside ``shape`` cover each element exactly once. All dims outside ``split`` are taken whole.
+    """Return whether boxes inside ``shape`` cover each element exactly once. Dims outside ``split`` are taken whole.
 
     A sum of boxes' indicator functions is determined by its signed corners (its mixed difference, +1 at a box's lower
     corner and alternating in sign along each edge). So the boxes tile the tensor if and only if all their corners

@@ -60,7 +60,7 @@ class Tiling:
         return -(-self.data_nbytes // block_nbytes)
 
     def block_bounds(self, block_nbytes: int) -> Sequence[int]:
-        """Where each box's blocks begin, counted over all boxes; one more entry than boxes."""
+        """The index of each box's first block, counted over all boxes; one more entry than boxes."""
         bounds = self._bounds.get(block_nbytes)
         if bounds is None:
             bounds = self._bounds[block_nbytes] = [0, *np.cumsum(self.num_blocks(block_nbytes)).tolist()]
@@ -190,7 +190,7 @@ class Shards(TiledShards):
 
     @property
     def rows(self) -> slice:
-        """Where the shards stand in the table."""
+        """The rows of the table that hold the shards."""
         return slice(self._first, self._first + len(self))
 
     @property

@@ -31,7 +31,7 @@ _MAX_CORNERS = 1 << 26
 def table_faults(
     table: ShardTable, files: Mapping[str, FileEntry], limit: int = MAX_LISTED, *, must_cover: bool = True
 ) -> list[Problem]:
-    """What is wrong with ``table``, whose records are in ``files``; the first ``limit`` faults.
+    """Check ``table``, whose records are in ``files``; return the first ``limit`` faults.
 
     Checked are: that each tiling is possible and, if it ``must_cover``, covers its shape exactly once; that each record
     lies inside its file, its data inside the record; and that no two records share a byte.
@@ -67,7 +67,7 @@ def _faults(table: ShardTable, files: Mapping[str, FileEntry], must_cover: bool)
 
 
 def _impossible(tiling: Tiling) -> str:
-    """Why no tensor can be stored so; empty if one can. Goes on after the key."""
+    """The reason why no tensor can be stored so; empty if one can. Reads on after the key."""
     if min(tiling.shape, default=0) < 0 or math.prod(tiling.shape) * itemsize(tiling.dtype) > MAX_COUNT:
         return f" has impossible shape {list(tiling.shape)!r:.200}"
     shape = np.array(tiling.shape, np.int64)
@@ -87,7 +87,7 @@ def _impossible(tiling: Tiling) -> str:
 
 
 def cover_fault(tiling: Tiling) -> str:
-    """Why the boxes, which lie inside, do not cover the shape exactly once; empty if they do. Goes on after the key."""
+    """Report why boxes inside the shape do not cover it exactly once; empty if they do. Reads on after the key."""
     if len(tiling) > _FEW_BOXES and _is_tiling(tiling):
         return ""
     return "".join(f": {fault}" for fault in cover_faults(tiling.shape, tiling.boxes)[:1])
@@ -180,7 +180,7 @@ def _overlaps(table: ShardTable, nbytes: Ints) -> Iterator[Problem]:
 
 
 def _ascend(table: ShardTable, num_files: int) -> bool:
-    """Whether each record begins after the one before it in its file, as the writers lay files out.
+    """Return whether each record begins after the one before it in its file, as the writers lay files out.
 
     Worth a try only for tensors in many shards: one step of Python for each tensor. False says nothing.
     """

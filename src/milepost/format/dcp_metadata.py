@@ -44,7 +44,7 @@ class DcpTensor:
 
 @dataclass(frozen=True, slots=True)
 class DcpLocation:
-    """Where an item's record is. ``transforms`` names stream extensions (compression, encryption), normally none."""
+    """Location of an item's record. ``transforms`` names stream extensions (compression, encryption), normally none."""
 
     path: str
     offset: int
@@ -54,7 +54,7 @@ class DcpLocation:
 
 @dataclass(frozen=True, slots=True)
 class DcpMetadata:
-    """What ``.metadata`` says.
+    """The content of ``.metadata``.
 
     ``storage`` is keyed by (key, offsets of the chunk), offsets being None for an object. ``paths`` tells where each
     key stood in the nested state dict; it is empty when the planner kept no record of that in the usual form.
@@ -311,7 +311,7 @@ def manifest_from_metadata(
 
 
 def _kind(keys: Collection[str]) -> str:
-    """What training state the keys show: a whole one, weights alone, or a state dict of some other kind."""
+    """The kind of state that the keys show: full training state, weights alone, or some other state dict."""
     parts = {part_of(key) for key in keys}
     if not parts.isdisjoint(("optimizer", "train_state")):
         return "full"

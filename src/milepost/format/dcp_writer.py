@@ -84,7 +84,7 @@ def _batches(table: ShardTable) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chunks:
-    """How a tiling stands in the pickle: opcodes for its list of chunks, and of each box whether and where it is in it.
+    """A tiling as pickled: opcodes for its list of chunks, and each box's position in it, if it has one.
 
     A shard without elements is left out, as DCP finds a place by key and offsets, so that it could hide a full one that
     begins where it does. If there is no other, the first is kept.
@@ -110,7 +110,7 @@ class _Writer:
         self.chunks: dict[int, _Chunks] = {}
 
     def take(self) -> bytes:
-        """What was put since the last time."""
+        """Return what was put since the last call."""
         taken = b"".join(self.out)
         self.out.clear()
         return taken

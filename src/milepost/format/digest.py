@@ -47,7 +47,7 @@ def combine(crc_a: int, crc_b: int, nbytes_b: int) -> int:
 
 
 def num_blocks(data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
-    """How many blocks raw data of ``data_nbytes`` has; the last may be short, empty data has none."""
+    """The number of blocks in raw data of ``data_nbytes``; the last may be short, empty data has none."""
     return -(-data_nbytes // block_nbytes)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """What the formats need to know of a dtype.
+    """A dtype, as far as the formats need to know it.
 
     ``storage_class`` is the class in ``torch`` that ``torch.save`` names in its pickle; None means that it writes an
     ``UntypedStorage`` and names the dtype itself (``_rebuild_tensor_v3``). ``numpy_name`` is a name of numpy or of

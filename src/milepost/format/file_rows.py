@@ -19,7 +19,7 @@ class FileRow(msgspec.Struct, frozen=True):
 
 
 class ShareRow(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank wrote of a file that several write."""
+    """One rank's part of a file that several ranks write."""
 
     nbytes: Count
     crcs: list[tuple[Count, Count]]
@@ -27,7 +27,7 @@ class ShareRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SignOffHead(msgspec.Struct, frozen=True):
-    """Who signs off, and the files that were written, or what went wrong."""
+    """The rank that signs off, with the files it wrote or its error."""
 
     rank: Count
     save_id: str

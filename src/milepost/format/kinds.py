@@ -36,7 +36,7 @@ _MARKUP = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")
 
 
 def kind_of(head: bytes, nbytes: int, name: str) -> str:
-    """What a file called ``name``, of ``nbytes`` that begin with ``head``, is, and what to do; empty if not known.
+    """Identify a file by its name, size and first bytes, and say what to do with it; empty if not known.
 
     Files of torch (since 1.6) and of safetensors are only told by the other's name.
     """
@@ -61,7 +61,7 @@ def kind_of(head: bytes, nbytes: int, name: str) -> str:
 
 
 def kind_of_zip(names: list[str]) -> str:
-    """What a zip file with entries of these names is, if not one that ``torch.save`` wrote; empty if not known."""
+    """Identify a zip file that ``torch.save`` did not write, by the names of its entries; empty if not known."""
     if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in names):
         return "a TorchScript program: load it with torch.jit.load and save its state_dict()"
     if names and all(name.endswith(".npy") for name in names):
@@ -81,7 +81,7 @@ def names_in_tail(tail: bytes) -> list[str]:
 
 
 def kind_of_pickle(pickled: bytes) -> str:
-    """What the ``data.pkl`` of a ``torch.save`` file holds that no reader of weights can take; empty if not known."""
+    """Identify in the ``data.pkl`` of a ``torch.save`` file what no reader of weights supports; empty if not known."""
     if b"torch.nn.modules" in pickled or b"torch.nn.parallel" in pickled:
         return "a whole module, not its weights: whoever made it is to save its state_dict() instead"
     for name, what in (

@@ -76,7 +76,7 @@ class TiledShards(Sequence[ShardEntry]):
 
     @abstractmethod
     def block_bounds(self, block_nbytes: int) -> Sequence[int]:
-        """Where each shard's blocks of raw data begin, counted over all shards; one more entry than shards."""
+        """The index of each shard's first block of raw data, counted over all shards; one more entry than shards."""
 
     @abstractmethod
     def overlaps(self, box: Box) -> Sequence[Overlap]:
@@ -127,7 +127,7 @@ class BranchStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """Where a step stands in the history of its run. See ``milepost.run.branches``."""
+    """The place of a step in the history of its run. See ``milepost.run.branches``."""
 
     run: str
     """Id of the run: the same for all steps that descend from one beginning."""
@@ -165,7 +165,7 @@ class PartTotal:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint holds. See ``docs/format.md`` for the JSON form."""
+    """The content of a checkpoint. See ``docs/format.md`` for the JSON form."""
 
     step: int | None
     save_id: str
@@ -195,5 +195,5 @@ class Manifest:
     """What a checkpoint without ``tensors`` (of Hugging Face files) comes to; else it follows from these."""
 
     def file_named(self, name: str) -> str | None:
-        """What the file ``name`` is called in this checkpoint: so, or with the save id in it; None if it has none."""
+        """The actual name of the file ``name`` in this checkpoint, with or without the save id; None if it has none."""
         return next((known for known in (name, tagged(name, self.save_id)) if known in self.files), None)

@@ -89,7 +89,7 @@ def manifest_of_format_1(document: object, path: str) -> Manifest:
 
 
 def _structure(text: object, path: str) -> bytes:
-    """What format 1 has in ``extra``, as text; empty if nothing that could be it."""
+    """The structure that format 1 keeps in ``extra``, as text; empty if there is none."""
     try:
         return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except ValueError as error:

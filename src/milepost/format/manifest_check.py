@@ -34,7 +34,7 @@ RESERVED = (MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME)
 
 
 def manifest_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
-    """What would lead a reader of ``manifest`` astray, the first ``limit`` faults; empty if it can be relied on.
+    """Report the first ``limit`` faults that would mislead a reader of ``manifest``; empty if it can be relied on.
 
     Checked are: names of files (plain, no folders), dtypes, numbers, that each record lies inside its file and its
     data inside the record, that no two records share a byte, and that the shards cover each tensor exactly once.
@@ -48,7 +48,7 @@ def head_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is one a file of a checkpoint may have: it names an entry of the folder itself, printably."""
+    """Return whether a file of a checkpoint may have this name: printable, and of an entry of the folder itself."""
     if name in ("", ".", "..") or len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_NBYTES:
         return False
     return name.isprintable() and not set(name) & set("/\\")

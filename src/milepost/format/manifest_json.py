@@ -53,7 +53,7 @@ _LINEAGE_PATTERN = re.compile(rb'^"lineage": (\{.*\}),$', re.MULTILINE)
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """What the files of a step must come to, so that a listing of the folder can be held against it."""
+    """A summary of a step's files, to be compared with a listing of its folder."""
 
     files: Count
     nbytes: Count
@@ -82,7 +82,7 @@ class _Document(_Head, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What stands at the beginning of ``milepost.json``. ``manifest`` has no tensors, objects, files and extra."""
+    """The beginning of ``milepost.json``. ``manifest`` has no tensors, objects, files and extra."""
 
     manifest: Manifest
     listing: Listing
@@ -91,7 +91,7 @@ class Head:
 
 
 def listing_of(sizes: Iterable[tuple[str, int]]) -> Listing:
-    """What files of these names and sizes in bytes come to."""
+    """Summarize files of these names and sizes in bytes."""
     pairs = sorted(sizes)
     lines = "".join(f"{name} {nbytes}\n" for name, nbytes in pairs)
     return Listing(len(pairs), sum(nbytes for _, nbytes in pairs), crc32(lines.encode("utf-8", "surrogatepass")))
@@ -123,7 +123,7 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
-    """What would keep the record of a save from being read again, told before any data is written.
+    """Report what would make the record of a save unreadable, before any data is written.
 
     ``manifest`` is as far filled in as a plan goes: without tensors, and with a file for each rank. Sizes are bounds.
     """
@@ -291,7 +291,7 @@ def _manifest(said: _Head) -> Manifest:
 
 
 def is_intact(data: bytes) -> bool:
-    """Whether a whole manifest, of any format, ends with the CRC-32 of itself."""
+    """Return whether a whole manifest, of any format, ends with the CRC-32 of itself."""
     tail = _TAIL_PATTERN.search(data, max(0, len(data) - _TAIL_NBYTES))
     return tail is not None and int(tail[1], 16) == crc32(memoryview(data)[: tail.start()])
 

@@ -19,14 +19,14 @@ Many times as fast as ``isnan`` of ``ml_dtypes``, which is for the others.
 
 
 def has_nan(dtype: str) -> bool:
-    """Whether elements of a dtype can be NaN, and numpy can tell."""
+    """Return whether elements of a dtype can be NaN, and numpy can tell."""
     if dtype in _MAGNITUDES:
         return True
     return dtype.startswith(("float", "complex")) and dtype not in ("complex32", "float4_e2m1fn_x2")
 
 
 def count_nan(data: memoryview, dtype: str) -> int:
-    """How many elements of ``data``, of a dtype for which :func:`has_nan`, are NaN."""
+    """Count the NaN elements of ``data``, of a dtype for which :func:`has_nan` holds."""
     import numpy as np  # 100 ms that most verifications can do without
 
     if dtype in _MAGNITUDES:

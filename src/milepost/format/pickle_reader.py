@@ -41,7 +41,7 @@ class OverLimitError(FormatError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """What a global of a pickle stands for.
+    """The meaning of a global in a pickle.
 
     ``call`` builds the data for a ``REDUCE`` and must raise FormatError for arguments it does not like; ``new`` allows
     ``NEWOBJ`` without arguments, which makes an Instance if there is no ``call``. ``value`` is for globals that are
@@ -97,7 +97,7 @@ def read_pickle(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dialect:
-    """What a pickle may hold beside lists and dicts with keys of text and numbers."""
+    """The types that a pickle may hold besides lists and dicts with keys of text and numbers."""
 
     check_key: Callable[[object], None]
     """Raises FormatError for a dict key that is not allowed (or takes long to hash)."""

@@ -118,21 +118,21 @@ _EMITTERS: dict[type, Callable[..., None]] = {
 
 
 def encode_latin1(*args: object) -> bytes:
-    """What ``_codecs.encode`` stands for in a pickle of bytes: text whose code points are the bytes."""
+    """Stand in for ``_codecs.encode`` in a pickle of bytes: text whose code points are the bytes."""
     if not (len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1")):
         raise FormatError("_codecs.encode is used for something else than bytes")
     return args[0].encode("latin-1")
 
 
 def ordered_dict(*args: object) -> OrderedDict[object, object]:
-    """What ``collections.OrderedDict`` stands for: always made empty, its items follow."""
+    """Stand in for ``collections.OrderedDict``: always created empty, its items follow."""
     if args:
         raise FormatError("collections.OrderedDict is called with arguments")
     return OrderedDict()
 
 
 def empty_bytes(*args: object) -> bytes:
-    """What ``bytes`` stands for in protocol 2: CPython's pickler writes ``b""`` as a call without arguments."""
+    """Stand in for ``bytes`` in protocol 2: CPython's pickler writes ``b""`` as a call without arguments."""
     if args:
         raise FormatError("bytes is called with arguments")
     return b""

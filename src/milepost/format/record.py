@@ -66,7 +66,7 @@ class RecordLayout:
 
     @property
     def data_offset(self) -> int:
-        """Where the raw data begins, from the start of the record; a multiple of ``DATA_ALIGNMENT``."""
+        """Offset of the raw data from the start of the record; a multiple of ``DATA_ALIGNMENT``."""
         return len(self.header)
 
     @property
@@ -82,7 +82,7 @@ class RecordLayout:
 
 @dataclass(frozen=True, slots=True)
 class LocatedTensor:
-    """Where the elements of a stored tensor are, as its record says.
+    """The location of a stored tensor's elements, as its record says.
 
     ``data_offset`` (from the start of the record) and ``data_nbytes`` frame the storage; ``strides`` and
     ``storage_offset`` are in elements within it. ``crc32`` is of the storage's bytes, None if the writer left CRCs out.
@@ -98,13 +98,13 @@ class LocatedTensor:
 
     @property
     def is_row_major(self) -> bool:
-        """Whether the tensor's elements are one run of the storage, in row-major order."""
+        """True if the tensor's elements are one run of the storage, in row-major order."""
         strides = zip(self.sizes, self.strides, strides_of(self.sizes), strict=True)
         return 0 in self.sizes or all(size == 1 or stride == wanted for size, stride, wanted in strides)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the storage is the tensor's elements in row-major order and nothing else."""
+        """True if the storage is the tensor's elements in row-major order and nothing else."""
         nbytes = math.prod(self.sizes) * itemsize(self.dtype)
         return self.is_row_major and self.storage_offset == 0 and self.data_nbytes == nbytes
 
@@ -137,7 +137,7 @@ def tensor_record(dtype: str, sizes: tuple[int, ...]) -> RecordLayout:
 
 
 def record_footer(layout: RecordLayout, crc32: int) -> bytes:
-    """What follows the raw data whose CRC-32 is given: exactly ``layout.footer_nbytes`` bytes."""
+    """Build what follows the raw data whose CRC-32 is given: exactly ``layout.footer_nbytes`` bytes."""
     template, crc = layout.footer_template, struct.pack("<I", crc32)
     first, second = layout.crc_positions
     return b"".join((template[:first], crc, template[first + 4 : second], crc, template[second + 4 :]))
@@ -222,7 +222,7 @@ def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str 
 
 @lru_cache(maxsize=256)
 def _storage_opcodes(storage_class: str | None, storage: str) -> bytes:
-    """What ``tensor_opcodes`` begins with, up to the storage's number of elements."""
+    """The beginning of ``tensor_opcodes``, up to the storage's number of elements."""
     version, named = (2, f"torch\n{storage_class}") if storage_class else (3, "torch.storage\nUntypedStorage")
     out = [b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % version, str_opcodes("storage"), b"q\x01c", named.encode()]
     return b"".join([*out, b"\nq\x02", str_opcodes(storage), b"q\x03", str_opcodes("cpu"), b"q\x04"])
@@ -282,7 +282,7 @@ def _data_entry(header_offset: int, nbytes: int) -> tuple[bytes, bytes, bytes]:
 
 
 def directory_end(count: int, offset: int, nbytes: int, *, zip64: bool) -> bytes:
-    """What follows a directory of ``count`` entries that takes ``nbytes`` at ``offset``."""
+    """Build what follows a directory of ``count`` entries and ``nbytes`` at ``offset``."""
     if not zip64:
         return END.pack(END_MAGIC, 0, 0, count, count, nbytes, offset, 0)
     short = min(count, 0xFFFF)
@@ -304,7 +304,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rebuild:
-    """What a pickle says of a tensor: the arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3`` that matter."""
+    """A tensor as pickled: the arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3`` that matter."""
 
     storage: _Storage
     storage_offset: int
@@ -352,7 +352,7 @@ def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> L
 
 
 def located(archive: ZipDirectory, prefix: str, tensor: Rebuild) -> LocatedTensor:
-    """Where in an archive the elements of one of its tensors are; ``prefix`` is the archive's name.
+    """Locate the elements of a tensor in an archive; ``prefix`` is the archive's name.
 
     Raises FormatError if its storage is missing or too small.
     """

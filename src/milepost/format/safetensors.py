@@ -42,7 +42,7 @@ class StoredTensor(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What a file holds, in the order of the data. ``nbytes`` is the whole file's size."""
+    """The tensors of a file, in the order of the data. ``nbytes`` is the size of the file."""
 
     tensors: Mapping[str, StoredTensor]
     nbytes: int
@@ -112,7 +112,7 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
 def plan_layout(
     tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> SafetensorsLayout:
-    """Where everything of a new file goes, from name: (dtype, shape) alone.
+    """Plan a new file from name: (dtype, shape) alone.
 
     Wider dtypes come first, so that every tensor is aligned to its element size; within a dtype the given order
     stays. ``metadata`` defaults to ``{"format": "pt"}``, without which transformers refuses the file.
@@ -176,7 +176,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
 
 
 def _entry_fault(name: str, entry: Any) -> str:
-    """What is wrong with an entry that describes no tensor."""
+    """The fault of an entry that describes no tensor."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"tensor '{name:.200}' lacks dtype, shape or data_offsets"
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -20,7 +20,7 @@ from milepost.format.shards_file import dump_shards, parse_shards
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """What one rank wrote: its shards and objects, its files, and the CRC-32s of the blocks of its shards, in order."""
+    """The output of one rank: its shards, objects and files, and the CRC-32s of its shards' blocks, in order."""
 
     table: ShardTable
     files: Mapping[str, FileEntry]
@@ -173,7 +173,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entries:
-    """Which parts each key is made of: those of key ``k`` are ``part[first[k] : first[k + 1]]``, by rank."""
+    """The parts of each key: those of key ``k`` are ``part[first[k] : first[k + 1]]``, by rank."""
 
     part: Ints
     first: Ints

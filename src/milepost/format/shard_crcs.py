@@ -41,7 +41,7 @@ def shard_crcs(table: ShardTable, blocks: Any, block_nbytes: int) -> UInts:
 
 
 def _having(counts: Ints, at_least: int) -> int:
-    """How many shards have so many blocks; ``counts`` descend."""
+    """Count the shards with at least ``at_least`` blocks; ``counts`` descend."""
     return int(np.searchsorted(-counts, -at_least, side="right"))
 
 

@@ -297,7 +297,7 @@ _PATH_ROWS = list[bool | tuple[str | int, ...] | None]
 
 
 class LazyPaths(Mapping[str, Path]):
-    """Where each key stood in the nested state dict, decoded when it is asked for first."""
+    """The path of each key in the nested state dict, decoded on first use."""
 
     def __init__(self, data: bytes, keys: Sequence[str], path: str):
         self._data = data

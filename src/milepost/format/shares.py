@@ -19,7 +19,7 @@ _ONES = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank wrote of a file: how many bytes, and what they contribute to the digest of each block."""
+    """One rank's part of a file: the number of bytes, and their contribution to the digest of each block."""
 
     nbytes: int
     crcs: Mapping[int, int]
@@ -64,7 +64,7 @@ class ShareCount:
             position += len(part)
 
     def share(self) -> Share:
-        """What was noted so far."""
+        """The part as noted so far."""
         return Share(self._nbytes, dict(self._crcs))
 
 

@@ -229,7 +229,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class TorchFileLayout:
-    """Where everything of a new file goes. ``data_offsets`` has the stored tensors, not their other names."""
+    """The plan of a new file. ``data_offsets`` has the stored tensors, not their aliases."""
 
     head: bytes
     entries: Mapping[str, _Entry]

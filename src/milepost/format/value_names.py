@@ -1,4 +1,4 @@
-"""What the pickle of a value may name, as names alone: a look at a stranger's value without torch or making it.
+"""The globals that the pickle of a value may name: examines an untrusted value without torch or building it.
 
 The loader (``tensors.values``) knows what to make of these, and torch's own restricted reader of the rest; a test holds
 the three against each other. Anything else a load refuses.
@@ -69,7 +69,7 @@ class _StandIn:
     """In place of whatever a value is made of."""
 
     def extend(self, items: list[object]) -> None:
-        """What is appended is looked at already."""
+        """Ignore what is appended: it was examined already."""
 
     def __setitem__(self, key: object, value: object) -> None:
         """As for ``extend``."""

@@ -71,7 +71,7 @@ class ZipDirectory:
         return self._load(offset, min(self._nbytes - offset, max(nbytes, _WINDOW_NBYTES)))[:nbytes]
 
     def data_offset(self, entry: ZipEntry) -> int:
-        """Where an entry's bytes begin, checked against its local header and the archive's end."""
+        """Offset of an entry's bytes, checked against its local header and the archive's end."""
         header = LOCAL_HEADER.unpack(self.read(entry.header_offset, LOCAL_HEADER.size))
         magic, _, flags, method, *_, name_nbytes, extra_nbytes = header
         name = self.read(entry.header_offset + LOCAL_HEADER.size, name_nbytes)

@@ -26,7 +26,7 @@ from milepost.tensors.layout import TensorLeaf
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load did, as this rank saw it."""
+    """The result of a load, as this rank saw it."""
 
     path: str
     num_tensors: int

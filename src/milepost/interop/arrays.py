@@ -123,7 +123,7 @@ class OpenCheckpoint(Mapping[str, StoredArray]):
 
     @property
     def path(self) -> str:
-        """What was opened."""
+        """The path that was opened."""
         return self._source.path
 
     def __getitem__(self, key: str) -> StoredArray:

@@ -42,17 +42,17 @@ class Kept:
     notes: tuple[str, ...]
 
     def content(self, weights: Weights, dtype: str | None) -> Assembled:
-        """What is written, read from the source; floating-point tensors in ``dtype``."""
+        """Read from the source what is written; floating-point tensors in ``dtype``."""
         return Assembled(weights.source, _recipes(self.names, weights.source.tensors, dtype))
 
     def back(self, written: Readable) -> Assembled:
-        """What was written, under the names of the source."""
+        """Read back what was written, under the names of the source."""
         names = {old: new for new, old in self.names.items()}
         return Assembled(written, _recipes(names, written.tensors, None))
 
 
 def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
-    """Whether the tensors need no other names.
+    """Return whether the tensors need no other names.
 
     So it was asked, a config or the step names the class of transformers, or a ``.pt`` file is made of a model that
     nobody names.
@@ -156,7 +156,7 @@ def _parts_have(key: str, wrapper: str) -> bool:
 
 
 def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> bool:
-    """Whether a prefix that all names have is not the model's own. Without an index its repetition tells."""
+    """Return whether a prefix that all names have is not the model's own. Without an index its repetition tells."""
     if index:
         return sum(key.removeprefix(nest) in index for key in names) > sum(key in index for key in names)
     inner = [key.removeprefix(nest) for key in names]

@@ -51,7 +51,7 @@ class Described:
         return {"name": self.name, "flavor": self.flavor, "config": config}
 
     def extras(self, tensors: Mapping[str, TensorInfo], weights: Weights, options: ConvertOptions) -> HfExtras:
-        """What goes beside ``tensors`` in a Hugging Face folder, in files as the index of the assets says, if it can.
+        """The files beside ``tensors`` in a Hugging Face folder, split as the index of the assets says, if possible.
 
         Raises:
             ConversionError, CheckpointDamagedError: as :func:`lent_extras`.
@@ -107,7 +107,7 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
 
 
 def _checked(family: ConfigFamily, config: Any, path: str) -> Described | None:
-    """What a config says; None if there is none. Raises ConversionError if it is of another family, or lacks sizes."""
+    """Read a config; None if there is none. Raises ConversionError if it is of another family, or lacks sizes."""
     if not isinstance(config, Mapping):
         return None
     text = config.get("text_config")
@@ -128,7 +128,7 @@ def _checked(family: ConfigFamily, config: Any, path: str) -> Described | None:
 
 
 def _differences(found: Sizes, other: Sizes) -> list[str]:
-    """What two models of one family differ in, the vocabulary aside."""
+    """List the differences between two models of one family, the vocabulary aside."""
     pairs = [(name, found.named.get(name), other.named.get(name)) for name in found.named if name != "vocab"]
     pairs += [
         (name, getattr(found, name), getattr(other, name))

@@ -99,7 +99,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be written. ``shared`` keys repeat others."""
+    """The plan of a conversion: what will be written. ``shared`` keys repeat others."""
 
     content: Readable
     shared: Mapping[str, str]
@@ -263,7 +263,7 @@ def plan_conversion(
     notes: tuple[str, ...],
     options: ConvertOptions,
 ) -> Plan:
-    """How each tensor of the target is made of those found. Nothing is read yet."""
+    """Plan how each tensor of the target is made from the source's. Nothing is read yet."""
     scheme = options.names
     if options.to == "hf":
         scheme = "hf"

@@ -1,4 +1,4 @@
-"""What a conversion is asked for and what it reports. Light to import: command lines need it before they know more."""
+"""Options and report of a conversion. Light to import, for the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_SHARD_NBYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What to make of the source.
+    """Options of a conversion.
 
     Raises:
         ConfigError: options that contradict each other.
@@ -79,7 +79,7 @@ class ConvertOptions:
 
     @property
     def _is_trained(self) -> bool:
-        """Whether the model may be one that Milepost trains."""
+        """True if the model may be one that Milepost trains."""
         return self.model is None or self.model in MODEL_NAMES
 
     def _model_problems(self) -> list[str]:
@@ -114,7 +114,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertReport:
-    """What a conversion did. ``checked_nbytes`` of the source were compared with recorded digests."""
+    """The result of a conversion. ``checked_nbytes`` of the source were compared with recorded digests."""
 
     path: str
     model: str

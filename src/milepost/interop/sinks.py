@@ -73,7 +73,7 @@ class Sink(ABC):
 
     @property
     def place(self) -> Place:
-        """Where the attempt's files are.
+        """The place of the attempt's files.
 
         Of files with names of their own (not a checkpoint's), in a store, at once where they will stay: the target
         holds nothing, and what is looked for first is written last.
@@ -94,7 +94,7 @@ class Sink(ABC):
 
     @abstractmethod
     def reopen(self) -> Source:
-        """What was written, read back from the storage."""
+        """Open what was written, to read it back from the storage."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -191,13 +191,13 @@ def _written(item: WriteItem, passed: PassedBytes) -> WrittenTensor:
 
 
 class _Frame:
-    """What stands between the tensors' data, in order: each one's footer, padding, and the next one's header."""
+    """The bytes between the tensors' data, in order: each one's footer, padding, and the next one's header."""
 
     def __init__(self) -> None:
         self._end, self._footer = 0, b""
 
     def before(self, item: WriteItem) -> tuple[int, list[bytes]]:
-        """Where the bytes before a tensor's data go, and these."""
+        """The bytes before a tensor's data, with their offset."""
         header = record.tensor_record(item.dtype, item.box.sizes).header
         return self._end, [self._footer, bytes(item.record_offset - self._end - len(self._footer)), header]
 
@@ -208,7 +208,7 @@ class _Frame:
         self._end, self._footer = item.data_offset + item.data_nbytes, record.record_footer(layout, tensor.crc32)
 
     def end(self, nbytes: int) -> tuple[int, list[bytes]]:
-        """Where the bytes after the last tensor of a file of ``nbytes`` go, and these."""
+        """The bytes after the last tensor of a file of ``nbytes``, with their offset."""
         return self._end, [self._footer, bytes(nbytes - self._end - len(self._footer))]
 
 

@@ -193,7 +193,7 @@ def _recipes(
     shapes: Mapping[str, tuple[int, ...]],
     source: Readable,
 ) -> dict[str, Recipe]:
-    """How each tensor is made: as its parameter is where it has that one's shape, else taken as it is.
+    """The recipe of each tensor: its parameter's where it has the same shape, else a plain copy.
 
     Raises:
         ConversionError: it is to be one tensor, and is several that differ.
@@ -240,7 +240,7 @@ def _objects(
 
 
 def _lambda_schedule(objects: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What torch's LambdaLR stores beside its count of steps, which is all that the others keep.
+    """The state that torch's LambdaLR stores besides its count of steps, which is all that the others keep.
 
     For one group of parameters, whose rate is a function of the count: torchtitan 0.2's. Names are torch 2.13's.
     """

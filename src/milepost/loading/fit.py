@@ -1,4 +1,4 @@
-"""How a checkpoint and what it is loaded into go together, key by key, and which differences are let pass."""
+"""The comparison of a checkpoint with the state it is loaded into, key by key, and the differences that are allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milepost.tensors.state import FlatState
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a checkpoint and a state dict go together. All keys are sorted."""
+    """The comparison of a checkpoint with a state dict. All keys are sorted."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]

@@ -74,7 +74,7 @@ def sizes_of_blocks(manifest: Manifest, block_nbytes: int) -> npt.NDArray[np.int
 
 
 def exchange_wishes(comm: Comm, runs: Runs) -> list[Wish]:
-    """What all ranks want, the same on each of them. Ranks that want the same say it once. Collective."""
+    """Exchange what all ranks want to read; the result is the same on each. Equal wishes are sent once. Collective."""
     digests = comm.gather(hashlib.blake2b(runs.tobytes(), digest_size=16).digest())
     speakers = None
     if digests is not None:
@@ -161,7 +161,7 @@ TakeBlock = Callable[[int, memoryview], None]
 
 
 class Handing:
-    """What is handed on of one part of a load, and in which rounds: the same rounds on all ranks."""
+    """The schedule of a shared read of one part of a load: the same rounds on all ranks."""
 
     def __init__(
         self, comm: Comm, blocks: HandedBlocks, rounds: Sequence[Sequence[HandedPiece]], sizes: npt.NDArray[np.int64]

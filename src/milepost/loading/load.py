@@ -49,7 +49,7 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load did, as this rank saw it."""
+    """The result of a load, as this rank saw it."""
 
     path: str
     step: int | None
@@ -317,7 +317,7 @@ def load_from(
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
-    """How a checkpoint fits what a rank holds."""
+    """The comparison of a checkpoint with what a rank holds."""
 
     unwanted: frozenset[str] | set[str] = frozenset()
     """Stored keys that it has no place for, and that are not to be left out."""
@@ -358,7 +358,7 @@ def _check_looked(
 
 @dataclass(frozen=True, slots=True)
 class _ReadForAll:
-    """What rank 0 has read of a checkpoint for all ranks."""
+    """The metadata of a checkpoint that rank 0 has read for all ranks."""
 
     manifest: Manifest
     common: Mapping[str, bytes]

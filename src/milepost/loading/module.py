@@ -173,7 +173,7 @@ class ModuleOwner:
 
 
 def _share_parts(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors that are made of others are made of the same memory."""
+    """Return whether two tensors that are made of others are made of the same memory."""
     if not comes_apart(other) or local_tensor(one).is_meta:
         return False
     parts, others = ({path: _memory(part) for path, part in leaves(take_apart("", tensor))} for tensor in (one, other))
@@ -193,7 +193,7 @@ def _wrapped(target: Target, node: TensorParts, value: torch.Tensor) -> str | No
 
 
 def are_equal(one: TensorEntry | None, other: TensorEntry | None) -> bool | None:
-    """Whether two stored tensors have the same bytes, as far as their digests tell; None where they don't."""
+    """Return whether two stored tensors have the same bytes, as far as their digests tell; None where they don't."""
     if one is None or other is None:
         return None
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -214,7 +214,7 @@ def _untied(one: str, other: str) -> str:
 
 
 def is_plain_entry(name: str, value: object) -> bool:
-    """Whether an entry of a state dict is a tensor of a settled shape, unlike what a module keeps as extra state."""
+    """Return whether an entry of a state dict is a tensor of a fixed shape, unlike a module's extra state."""
     is_extra = name == EXTRA_STATE or name.endswith(f".{EXTRA_STATE}")
     return isinstance(value, torch.Tensor) and not is_extra and can_be_boxes(value)
 
@@ -226,7 +226,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def has_own_way(module: nn.Module) -> bool:
-    """Whether anything but copying happens when a module is loaded: hooks, overrides, an extra state."""
+    """Return whether anything but copying happens when a module is loaded: hooks, overrides, an extra state."""
     return any(_has_own_way(part) for part in module.modules())
 
 

@@ -61,7 +61,7 @@ def _want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) 
 
 
 def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry) -> bool:
-    """Whether a tensor that the optimizer holds is just what is stored."""
+    """Return whether a tensor that the optimizer holds is just what is stored."""
     is_alike = (
         isinstance(live, torch.Tensor) and live.dtype == getattr(torch, entry.dtype) and is_place_for(live, entry)
     )

@@ -212,7 +212,7 @@ def _empty(
 
 
 def is_by_shard(node: Node) -> bool:
-    """Whether a node stands for a DTensor whose shards were stored one by one."""
+    """Return whether a node stands for a DTensor whose shards were stored one by one."""
     return isinstance(node, TensorParts) and node.form.is_by_shard
 
 

@@ -1,4 +1,4 @@
-"""Which keys a checkpoint and what it is loaded into need not have in common: globs, and what each of them let pass."""
+"""The keys in which a checkpoint and its target may differ: globs, and the keys that each of them matched."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ Task = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """What reads move. ``wanted_nbytes`` land in tensors; ``read_nbytes`` come from the storage, in whole blocks."""
+    """Bytes moved by reads: ``wanted_nbytes`` into tensors, ``read_nbytes`` from the storage in whole blocks."""
 
     wanted_nbytes: int = 0
     read_nbytes: int = 0
@@ -78,7 +78,7 @@ class HandedBlocks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wanted:
-    """What an item wants of the block ``[low, high)``. ``memory`` is the target's, where a copy of bytes will do."""
+    """An item's part of block ``[low, high)``. ``memory`` is the target's, where a copy of bytes will do."""
 
     item: ReadItem
     target: torch.Tensor
@@ -233,7 +233,7 @@ class TensorReads:
 
     @property
     def stats(self) -> ReadStats:
-        """What the tasks have moved so far."""
+        """The bytes that the tasks have moved so far."""
         return ReadStats(self._wanted_nbytes, self._read_nbytes)
 
     def _count(self, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a load's bytes come from: the checkpoint, or, nearer, what this node's own folder has of the same save."""
+"""The sources of a load's bytes: the checkpoint, or the part of the same save in this node's own folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_own_part(storage: Storage, path: str) -> Manifest:
 
 
 def find_near(storage: Storage, path: str, save_id: str) -> Near | None:
-    """What this node's folder has at ``path`` of the save ``save_id``; None if nothing that can be relied on."""
+    """Find the part of the save ``save_id`` in this node's folder at ``path``; None if there is no reliable one."""
     try:
         info = catalog.examine(storage, path)
         if info is None or info.save_id != save_id or info.state not in ("part", "committed"):
@@ -143,7 +143,7 @@ class Sources:
             self._flat.slots[key].fill(value)
 
     def due(self, is_due: Callable[[str], bool]) -> list[ReadItem]:
-        """What is read of the checkpoint itself into those tensors of which ``is_due`` holds."""
+        """Plan the reads of the checkpoint itself, for the tensors of which ``is_due`` holds."""
         return [item for item in self._items if is_due(item.leaf)]
 
     def reads(

@@ -78,7 +78,7 @@ class StatefulOwner:
                 target.want(key, fresh_like(like, dtype=getattr(torch, entry.dtype)), live=False)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """What fits is for the object to say."""
+        """Accept anything: the object itself decides what fits."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is not None:

@@ -1,4 +1,4 @@
-"""What a load reads into: for each wanted key a tensor, or a place for a value.
+"""The target of a load: for each wanted key a tensor, or a place for a value.
 
 Tensors that live in the caller's objects are filled last, once everything else has been read and checked, so that a
 load that is refused has changed nothing.
@@ -22,7 +22,7 @@ from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
 
 
 class Stored:
-    """What a checkpoint holds: its manifest and the tree of its values."""
+    """The content of a checkpoint: its manifest and the tree of its values."""
 
     def __init__(self, manifest: Manifest, read: Read | None = None, is_excluded: Callable[[str], bool] | None = None):
         self.keys = frozenset((*manifest.tensors, *manifest.objects))
@@ -96,7 +96,7 @@ class Target:
             self._taken.update(map(str, self._stored.tree.root))
 
     def settle_packed(self) -> list[str]:
-        """Where all of the checkpoint is stored as one value: count that as of use here if anything in it is.
+        """Of a checkpoint that is stored as one value, count that as used if anything in it is.
 
         Returns what stands at its top and has no place here.
         """
@@ -116,7 +116,7 @@ class Target:
         return self._stored.keys - self._stored_keys if self._stored is not None else frozenset()
 
     def has(self, key: str, path: Sequence[Any]) -> bool:
-        """Whether the checkpoint has a value for a key, perhaps in a container that is stored as one."""
+        """Return whether the checkpoint has a value for a key, perhaps in a container that is stored as one."""
         return self._stored is None or key in self._stored_keys or self.at(path) is not None
 
     def value_of(self, node: Node) -> Any:
@@ -188,7 +188,7 @@ class Target:
 
 
 def is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether integers of dtype ``stored`` may be too large for ``dtype``."""
+    """Return whether integers of dtype ``stored`` may be too large for ``dtype``."""
     if dtype.is_floating_point or stored.is_floating_point or torch.bool in (dtype, stored):
         return False
     if dtype.is_complex or stored.is_complex:
@@ -216,7 +216,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Whether two tensors are the same elements of the same memory, in the same order."""
+    """Return whether two tensors are the same elements of the same memory, in the same order."""
     if other is None or type(one.detach()) is not type(other.detach()) or one.shape != other.shape:
         return False
     if isinstance(one, DTensor) and isinstance(other, DTensor) and one._spec != other._spec:
@@ -260,7 +260,7 @@ def item(container: Any, name: Any) -> Any:
 
 
 def is_place_for(tensor: Any, entry: TensorEntry) -> bool:
-    """Whether a value is a tensor that a stored one could be read into."""
+    """Return whether a value is a tensor that a stored one could be read into."""
     if not isinstance(tensor, torch.Tensor) or not can_be_boxes(tensor):
         return False
     return not local_tensor(tensor).is_meta and tuple(tensor.shape) == entry.shape

@@ -53,7 +53,7 @@ def read_objects(
 
 
 def place_of(entry: ObjectEntry) -> str:
-    """Where a record lies, whatever its key is called."""
+    """The location of a record, whatever its key."""
     return f"{entry.file}:{entry.record_offset}"
 
 

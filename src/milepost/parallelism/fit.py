@@ -10,14 +10,14 @@ from milepost.parallelism.placement import STAGES_PER_RANK
 
 
 class ExpertSizes(Protocol):
-    """What is asked of a mixture of experts."""
+    """The sizes of a mixture of experts that the checks need."""
 
     @property
     def num_experts(self) -> int: ...
 
 
 class ModelSizes(Protocol):
-    """What is asked of a model; ``ModelArgs`` has it."""
+    """The sizes of a model that the checks need; ``ModelArgs`` has them."""
 
     @property
     def n_layers(self) -> int: ...
@@ -48,7 +48,7 @@ def degree_problems(sizes: ModelSizes, degrees: Degrees, *, stages_per_rank: int
 
 
 def stage_problems(num_layers: int, degrees: Degrees, *, stages_per_rank: int) -> list[str]:
-    """Why ``num_layers`` can't be dealt out to the pipeline's stages."""
+    """The reasons why ``num_layers`` can't be split into the pipeline's stages."""
     pp = degrees.pipeline_parallel_degree
     num_stages = pp * stages_per_rank
     if pp == 1 or num_stages <= num_layers:

@@ -1,4 +1,4 @@
-"""Which box of a parameter each rank holds under given degrees: the trainer's rules, without torch.
+"""The box of a parameter that each rank holds under given degrees: the trainer's rules, without torch.
 
 The rules of ``milepost.train`` (and of torchtitan's Llama 3): tensor parallelism splits attention and feed-forward by
 column and row (Shoeybi et al., arXiv 1909.08053) and the vocabulary by row; FSDP cuts what is left along dim 0; a
@@ -38,7 +38,7 @@ _EXPERTS = re.compile(r"layers\.\d+\.moe\.experts\.\w+")
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where a rank stands in the mesh of the dense weights."""
+    """The coordinates of a rank in the mesh of the dense weights."""
 
     pp: int
     replica: int
@@ -147,7 +147,7 @@ class Stage:
         return range(start, start + each + (self.index < extra))
 
     def holds(self, key: str) -> bool:
-        """Whether parameter ``key`` is on this stage. What is of no layer and not the embedding is on the last."""
+        """Return whether parameter ``key`` is on this stage. The last has all outside layers but the embedding."""
         layer = layer_of(key)
         if layer is not None:
             return layer in self.layers

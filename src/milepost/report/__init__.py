@@ -1,4 +1,4 @@
-"""What commands work out over whole steps and runs. Torch-free.
+"""Reports over whole steps and runs. Torch-free.
 
 In reading order::
 

@@ -73,7 +73,7 @@ class ObjectChange:
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
-    """How the elements of a tensor differ. Of dtypes that differ, the values are compared.
+    """The differences between a tensor's elements. Across dtypes the values are compared.
 
     ``num_different`` counts elements with other bytes (with another value, if dtypes differ). ``max_abs`` is the
     largest absolute difference, NaN where only one side is NaN; ``max_rel`` the largest one relative to ``|a|``.
@@ -260,7 +260,7 @@ def _record_id(path: str | os.PathLike[str]) -> str:
 
 
 def _is_checkpoint(path: str) -> bool:
-    """Whether a commit record is there, ours or DCP's."""
+    """Return whether a commit record is there, ours or DCP's."""
     storage, folder = open_storage(path)
     return any(storage.stat(join(folder, name)) is not None for name in (MANIFEST_NAME, METADATA_NAME))
 
@@ -394,7 +394,7 @@ def _where_unlike(a: str, b: str) -> tuple[str, str]:
 
 
 def _same_bytes(a: _Side, b: _Side, key: str) -> bool | None:
-    """Whether the stored bytes are the same, by CRC-32; None where that can't be told without reading them."""
+    """Return whether the stored bytes are the same, by CRC-32; None where that can't be told without reading them."""
     crcs_a, crcs_b = a.crcs_of(key), b.crcs_of(key)
     if [box for box, _ in crcs_a] != [box for box, _ in crcs_b]:
         return None
@@ -434,7 +434,7 @@ def _read(side: _Side, key: str, box: Box) -> Array:
 
 
 class _Differences:
-    """What has been found of one tensor so far."""
+    """The differences found in one tensor so far."""
 
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape

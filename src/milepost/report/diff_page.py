@@ -1,4 +1,4 @@
-"""What two checkpoints differ in, as one HTML file like the report's."""
+"""The diff of two checkpoints as one HTML file, like the report's."""
 
 from __future__ import annotations
 

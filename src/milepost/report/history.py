@@ -59,7 +59,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """What ``events.jsonl`` records, oldest first."""
+    """The records of ``events.jsonl``, oldest first."""
 
     saves: Sequence[Save] = ()
     moments: Sequence[Moment] = ()
@@ -91,7 +91,7 @@ def read_log(storage: Storage, folder: str) -> Log:
 
 
 def _moments(event: Mapping[str, Any], save: Save | None) -> list[tuple[Moment, str]]:
-    """What a line says happened, each with the ranks that the run had then."""
+    """The events of one line, each with the number of ranks that the run had then."""
     ranks = _ranks_text(event)
     if save is not None:
         found = [Moment(when=save.finished, kind="saved", step=save.step, text=save.reason)]
@@ -162,7 +162,7 @@ def _save(event: Mapping[str, Any]) -> list[Save]:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """How the run's folder grows if saves go on as they did. None where two saves are not enough to tell."""
+    """The growth of the run's folder if saves continue at the same rate. None where there are too few saves to tell."""
 
     nbytes_now: int
     nbytes_per_save: int

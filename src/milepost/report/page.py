@@ -108,7 +108,7 @@ def _footer(view: RunView) -> str:
 
 
 def _time_line(view: RunView) -> str:
-    """What happened when: saves, failures, resumes, changes of layout, deletions."""
+    """The time line of saves, failures, resumes, changes of degrees and deletions."""
     if len(view.moments) < 2:
         return ""
     held = {step.entry.step for step in view.steps if step.entry.is_usable}

@@ -1,4 +1,4 @@
-"""What the weights of a step look like, and how far they moved since the step before: the numbers of the report.
+"""Statistics of a step's weights and their change since the step before: the numbers of the report.
 
 Every byte is read and compared with its digest once; the figures come from a sample of it that is the same in every
 step, so that changes are between the same elements and two steps never have to be in memory whole.
@@ -38,7 +38,7 @@ Samples = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Movement:
-    """How a tensor changed from one step to the next, over the sampled elements. NaN where nothing can be said."""
+    """The change of a tensor from one step to the next, over the sampled elements. NaN where it is undefined."""
 
     relative_norm: float
     """Norm of the difference over the norm before."""
@@ -60,7 +60,7 @@ class TensorProfile:
 
 
 def sample_numel(num_tensors: int) -> int:
-    """How many elements of each tensor are sampled at most, in a run whose steps hold up to ``num_tensors``."""
+    """The largest number of elements to sample of each tensor, in a run whose steps hold up to ``num_tensors``."""
     return min(max(BUDGET_NUMEL // max(num_tensors, 1), MIN_SAMPLE), MAX_SAMPLE)
 
 

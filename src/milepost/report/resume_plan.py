@@ -47,7 +47,7 @@ _RNG = re.compile(r"rng\.rank(\d+)\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
-    """What one rank reads. Sizes are in bytes."""
+    """The reads of one rank. Sizes are in bytes."""
 
     rank: int
     place: Coordinates
@@ -68,7 +68,7 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePlan:
-    """What a resume would read, and what would keep it from succeeding."""
+    """The reads of a resume, and the problems that would make it fail."""
 
     degrees: Degrees
     stages_per_rank: int
@@ -87,7 +87,7 @@ class ResumePlan:
 
     @property
     def fits(self) -> bool:
-        """Whether a resume would succeed, as far as metadata tells."""
+        """True if a resume would succeed, as far as metadata tells."""
         return not (self.missing or self.unexpected or self.misshapen or self.refused)
 
 
@@ -153,7 +153,7 @@ def plan_resume(
 
 
 def _without(manifest: Manifest, excluded: Collection[str]) -> Manifest:
-    """What a manifest holds beside some parts."""
+    """Return the manifest without some parts."""
     if not excluded:
         return manifest
     tensors = {key: entry for key, entry in manifest.tensors.items() if part_of(key) not in excluded}
@@ -217,7 +217,7 @@ class _Planner:
         return parameter if owner is not None and owner.shape == self._manifest.tensors[key].shape else None
 
     def _on_stages(self, pp_rank: int) -> list[_Alike]:
-        """What of the tensors a pipeline rank holds a part of."""
+        """Return the tensors that a pipeline rank holds a part of."""
         if pp_rank not in self._held:
             stages = stages_of(
                 pp_rank,
@@ -258,7 +258,7 @@ class _Planner:
         )
 
     def _spec(self, key: str, rank: int) -> TensorSpec | None:
-        """What the rank wants of a stored tensor that its stages hold; None if nothing."""
+        """The part of a stored tensor that the rank wants for its stages; None if nothing."""
         entry = self._manifest.tensors[key]
         whole = TensorSpec(key, entry.dtype, entry.shape, (Box.whole(entry.shape),))
         if part_of(key) == "rng":
@@ -290,7 +290,7 @@ def parameter_of(key: str) -> str | None:
 
 
 class _Faults:
-    """What the checkpoint lacks, and what it has too much."""
+    """The keys that the checkpoint lacks, and those that are unexpected."""
 
     def __init__(self, manifest: Manifest, model: str, args: ModelArgs | None, excluded: Collection[str]):
         self.missing: list[str] = []
@@ -359,7 +359,7 @@ class _Faults:
 
 
 def _is_buffer(key: str, manifest: Manifest) -> bool:
-    """Whether the optimizer does not know the tensor: no options of it are stored, though others' are."""
+    """Return whether the optimizer does not know the tensor: no options of it are stored, though others' are."""
     prefix = f"{_GROUPS}{key}."
     groups: Any = [name for name in manifest.objects if name.startswith(_GROUPS)]
     return bool(groups) and not any(name.startswith(prefix) for name in groups)

@@ -66,7 +66,7 @@ class LayoutChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeTestSettings:
-    """What to test. ``extra`` are more flags for the trainer, such as ``--training.seq_len=128``."""
+    """Options of a resume test. ``extra`` are more flags for the trainer, such as ``--training.seq_len=128``."""
 
     config_file: str
     layouts: tuple[LayoutChoice, ...]
@@ -82,7 +82,7 @@ class ResumeTestSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """How the run went on one layout, compared with the one that nobody stopped."""
+    """A run resumed on one set of degrees, compared with the uninterrupted run."""
 
     layout: str
     resumed_from: int
@@ -102,7 +102,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeTestReport:
-    """What a resume test found."""
+    """The result of a resume test."""
 
     num_steps: int
     killed_after: int

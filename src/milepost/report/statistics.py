@@ -29,7 +29,7 @@ SLAB_NBYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorStatistics:
-    """What the elements of one tensor are.
+    """Statistics of the elements of one tensor.
 
     ``minimum`` to ``norm`` are over the finite elements, NaN if there is none; of complex elements, over their
     magnitudes. ``std`` is the population's (numpy's ``ddof=0``), ``norm`` the Euclidean one. ``num_dead_rows`` counts
@@ -58,7 +58,7 @@ class TensorStatistics:
         return self.num_elements - self.num_nan - self.num_inf
 
     def flags(self) -> tuple[str, ...]:
-        """What an engineer would want to look at, in words; empty if nothing is odd."""
+        """Name what looks suspicious to an engineer; empty if nothing does."""
         found = []
         for count, what in ((self.num_nan, "NaN"), (self.num_inf, "Inf"), (self.num_saturated, "saturated")):
             if count:
@@ -96,7 +96,7 @@ def tensor_statistics(
 
 
 def is_countable(dtype: str) -> bool:
-    """Whether numpy has the dtype: packed 4-bit floats, ``complex32`` and plain bits have no numbers to show."""
+    """Return whether numpy has the dtype: packed 4-bit floats, ``complex32`` and plain bits have no numbers to show."""
     return numpy_dtype(dtype) is not None
 
 
@@ -203,7 +203,7 @@ class Accumulator:
             self._dead_rows += 1
 
     def result(self) -> TensorStatistics:
-        """What was found; nothing may be added after it."""
+        """Return the statistics; nothing may be added afterwards."""
         self._end_row()
         nothing = not self._num_finite
         nan = math.nan

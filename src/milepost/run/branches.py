@@ -32,7 +32,7 @@ def new_id() -> str:
 
 
 def generation(entry: StepEntry, lineage: Lineage) -> int | None:
-    """How many branches back ``entry`` is an ancestor of the step of ``lineage``, or that step; None if it is not."""
+    """Count the branches from ``lineage`` back to ``entry``, its ancestor or the step itself; None if it is neither."""
     branch, order = _place(entry)
     path = ((lineage.branch, lineage.order), *lineage.trail)
     return next((index for index, (b, o) in enumerate(path) if branch == b and order <= o), None)
@@ -86,7 +86,7 @@ class History:
 
     @property
     def start(self) -> BranchStart | None:
-        """What a user named for the current branch to begin at, if anything."""
+        """The step at which a user began the current branch, if any."""
         return self.last.lineage.start if self.last is not None and self.last.lineage is not None else None
 
     def since_start(self) -> list[StepEntry]:
@@ -129,14 +129,14 @@ def _step(entry: StepEntry) -> int:
 
 
 def commit_order(entry: StepEntry) -> tuple[int, float, int]:
-    """What sorts steps as they were committed: those without a lineage first, by number."""
+    """The key that sorts steps in the order of commits: those without a lineage first, by number."""
     # Orders are equal only after folders were mixed by hand.
     return (-1, 0.0, entry.step) if entry.lineage is None else (entry.lineage.order, entry.created_s, entry.step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descent:
-    """What the next save of a run descends from, and the place that it gets in the order of commits."""
+    """The step that the next save of a run descends from, and its place in the order of commits."""
 
     run: str
     branch: str
@@ -148,7 +148,7 @@ class Descent:
     seen: int = -1
 
     def lineage(self) -> Lineage:
-        """What is recorded in the next save."""
+        """Return the lineage to record in the next save."""
         return Lineage(
             run=self.run,
             order=self.order,
@@ -203,7 +203,7 @@ def descend(entries: Sequence[StepEntry], parent: StepEntry, *, start: BranchSta
 
 
 def _is_end(parent: StepEntry, lineage: Lineage, entries: Sequence[StepEntry], *, is_named: bool) -> bool:
-    """Whether a run that goes on from ``parent`` goes back behind no other step of its branch.
+    """Return whether a run resumed from ``parent`` goes back behind no other step of its branch.
 
     Going on by itself behind the weights of a last step (those alone can't be resumed from) is no going back.
     """

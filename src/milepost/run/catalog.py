@@ -51,7 +51,7 @@ _STATES: Mapping[str, State] = {MANIFEST_NAME: "committed", PART_NAME: "part", M
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """What a folder is, as far as its metadata tells.
+    """The state of a folder, as far as its metadata tells.
 
     ``reason`` says why it is not simply committed. ``kind`` and ``layout`` are the manifest's, empty when unknown;
     ``dtype`` is the one that most of the model has. ``record_id`` identifies the commit record, so that a mark of
@@ -86,12 +86,12 @@ class CheckpointInfo:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it can be loaded, as far as metadata tells."""
+        """True if it can be loaded, as far as metadata tells."""
         return self.state in ("committed", "external")
 
     @property
     def is_resumable(self) -> bool:
-        """Whether training can go on from it: it can be loaded, and holds more than weights."""
+        """True if training can resume from it: it can be loaded, and holds more than weights."""
         return self.is_usable and (self.kind == "full" or (self.kind == "state" and self.has_training_state))
 
 
@@ -147,7 +147,7 @@ def examine(
     marks: Collection[str] | None = None,
     files: Mapping[str, Entry] | None = None,
 ) -> CheckpointInfo | None:
-    """What the folder at ``path`` is; None if there is no folder.
+    """Determine what the folder at ``path`` holds; None if there is no folder.
 
     ``marks`` are the names beside it, and ``files`` what is in it, if they are known already.
     """

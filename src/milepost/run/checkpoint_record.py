@@ -41,7 +41,7 @@ UNFIT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG}
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """What makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for an external one."""
+    """Makes a folder a checkpoint. ``name`` is ``milepost.json``, or ``.metadata`` for an external checkpoint."""
 
     name: str
     record_id: str
@@ -61,12 +61,12 @@ class CommitRecord:
 
     @property
     def is_own(self) -> bool:
-        """Whether Milepost wrote it, so that there are digests."""
+        """True if Milepost wrote it, so that there are digests."""
         return self.name == MANIFEST_NAME
 
 
 def is_checkpoint(storage: Storage, path: str) -> bool:
-    """Whether the folder at ``path`` is a checkpoint itself, of whatever state."""
+    """Return whether the folder at ``path`` is a checkpoint itself, of whatever state."""
     return any(storage.stat(join(path, name)) is not None for name in (MANIFEST_NAME, METADATA_NAME))
 
 
@@ -236,7 +236,7 @@ def parse(
 def saved_over(
     storage: Storage, path: str, files: Mapping[str, Entry], manifest: Manifest, faults: Sequence[Problem]
 ) -> tuple[bytes, Manifest, str] | None:
-    """Where another program has saved over a checkpoint of ours: its ``.metadata``, the manifest of that, and a note.
+    """Detect that another program saved over a checkpoint of ours; return its ``.metadata``, the manifest and a note.
 
     Ours is then left behind as it was, and says other sizes. None if it is not so. Stock DCP's writer records its path
     and a save id of its own; what is ours has the manifest's.

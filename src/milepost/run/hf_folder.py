@@ -93,7 +93,7 @@ def read_hf_folder(
 
 
 def plain_or_tagged(name: str, names: Collection[str]) -> str | None:
-    """What the file ``name`` is called among ``names``: so, or with the id of a save in it; None if it is not there."""
+    """Find the file ``name`` among ``names``, where it may carry a save id; None if it is not there."""
     return name if name in names else next((found for found in sorted(names) if untagged(found) == name), None)
 
 

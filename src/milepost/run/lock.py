@@ -88,7 +88,7 @@ class RunLock:
         self._thread.join()
 
     def _take(self, path: str) -> bool:
-        """Whether the file, which says who we are, could be made: of several that try, one can."""
+        """Return whether the file, which says who we are, could be made: of several that try, one can."""
         self._record = this_process(time.time()).dump() + b"\n"
         try:
             self._storage.write(path, self._record)
@@ -110,14 +110,14 @@ class RunLock:
         self._break(self._path, seen)
 
     def _is_held(self, path: str, seen: _Seen) -> bool:
-        """Whether a lock is that of a living process other than this one."""
+        """Return whether a lock is that of a living process other than this one."""
         owner = seen.owner
         if owner is not None and is_here(owner):
             return owner.pid != this_process(0.0).pid and is_alive(owner, time.time())
         return self._grows(path, len(seen.text), owner)
 
     def _grows(self, path: str, nbytes: int, owner: Owner | None) -> bool:
-        """Whether its holder, on another machine or not yet named, is seen to live within a lease."""
+        """Return whether its holder, on another machine or not yet named, is seen to live within a lease."""
         log.info("%s is held by %s: waiting up to %.0f s to see whether it lives", path, owner or "?", self._lease_s)
         for _ in range(int(self._lease_s)):
             self._sleep(1.0)
@@ -165,7 +165,7 @@ class RunLock:
 
 
 def _look(storage: Storage, path: str) -> _Seen | None:
-    """What stands at ``path``; None if nothing."""
+    """Read the lock at ``path``; None if there is none."""
     try:
         found = storage.stat(path)
         return _Seen(storage.read(path, MAX_LOCK_NBYTES), found.mtime_s) if found is not None else None

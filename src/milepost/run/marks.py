@@ -32,7 +32,7 @@ def write_damage_mark(storage: Storage, path: str, record_id: str, reason: str, 
 
 
 def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
-    """What a loader found wrong with the checkpoint whose commit record is ``record_id``; None if nothing."""
+    """The damage that a load found in the checkpoint whose commit record is ``record_id``; None if none."""
     mark = damage_mark(path)
     if storage.stat(mark) is None:
         return None
@@ -78,7 +78,7 @@ def note_remote(storage: Storage, folder: str, remote: str) -> None:
 
 
 def remote_of(storage: Storage, folder: str) -> str:
-    """Where the steps of a run's folder are copied to; empty if nowhere, or nothing is known of it."""
+    """The remote folder that a run's steps are copied to; empty if there is none, or it is not recorded."""
     name = join(folder, REMOTE_NAME)
     if storage.stat(name) is None:
         return ""

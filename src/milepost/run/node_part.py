@@ -20,7 +20,7 @@ PART_KEY = "part"
 
 @dataclass(frozen=True, slots=True)
 class NodePart:
-    """Which part of a step it is."""
+    """The identity of one node's part of a step."""
 
     node: Count
     """Number of the node, from 0."""
@@ -32,7 +32,7 @@ class NodePart:
         return f"the part of node {self.node} of {self.num_nodes} ({rank_list(self.ranks)})"
 
     def record(self) -> dict[str, Any]:
-        """What the manifest's ``extra`` gets."""
+        """Return what the manifest's ``extra`` records of it."""
         return {PART_KEY: {**asdict(self), "ranks": list(self.ranks)}}
 
 

@@ -23,7 +23,7 @@ NOTE_NAME = ".node.json"
 
 @dataclass(frozen=True, slots=True)
 class NodeFolder:
-    """What one node's folder holds."""
+    """The content of one node's folder."""
 
     part: NodePart
     """Which part of the run's steps belongs here now."""
@@ -33,7 +33,7 @@ class NodeFolder:
 
 
 def look_at_node(storage: Storage, folder: str, part: NodePart) -> NodeFolder:
-    """What this node's folder holds. Raises StorageError if it can't be read."""
+    """List this node's folder. Raises StorageError if it can't be read."""
     return NodeFolder(part, tuple(catalog.scan(storage, folder)), settled_steps(storage, folder))
 
 
@@ -89,7 +89,7 @@ def _faults(
     world_size: int,
     layout: Mapping[str, int],
 ) -> Iterator[str]:
-    """Why ranks of this run can't all read the save that ``newest`` is of."""
+    """The reasons why some ranks of this run can't read the save of ``newest``."""
     for folder in folders:
         part, entry = folder.part, found.get(folder.part.node)
         where = f"node {part.node} ({rank_list(part.ranks)})"

@@ -40,7 +40,7 @@ _NO_ALIAS = (".distcp", ".safetensors", ".shards", ".digests")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What an attempt found at its target, beside it, when it began."""
+    """The state of an attempt's target when the attempt began."""
 
     target: str
     tag: str | None
@@ -66,7 +66,7 @@ def note_target(storage: Storage, attempt: str, target: str, *, again: bool = Fa
 
 
 def read_note(storage: Storage, attempt: str) -> Note | None:
-    """What ``note_target`` left; None if nothing, or it is not of that form."""
+    """Read the note of ``note_target``; None if there is none, or it is invalid."""
     try:
         said = json.loads(storage.read(join(attempt, TARGET_NAME), _MAX_NOTE_NBYTES))
         note = Note(join(split(attempt)[0], said["target"]), said["tag"], tuple(said["files"]))

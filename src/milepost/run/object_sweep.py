@@ -1,4 +1,4 @@
-"""What is left over in an object store: of saves that died, of checkpoints that were replaced or deleted by half.
+"""Removal of orphaned objects in an object store: of dead saves, of checkpoints replaced or half deleted.
 
 Nothing here needs to be renamed. A file that carries a save id is of that save alone, so it can go when that save is
 neither committed nor under way.

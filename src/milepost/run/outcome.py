@@ -106,7 +106,7 @@ def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
 
 
 def _marks_in(storage: Storage, attempt: str) -> set[str]:
-    """What there is of the marks that tell an attempt's outcome, and of the attempt itself.
+    """Find the marks that record an attempt's outcome, and the attempt itself.
 
     It is not listed: there is a sign-off of every rank in it, and every rank looks, again and again.
     """

@@ -1,4 +1,4 @@
-"""Who is behind an attempt to save, and whether that process still lives.
+"""The owner of a save attempt: a process, and whether it is alive.
 
 A record names the host, its boot, the pid namespace, the process and the moment that process began, so that neither
 a reused pid nor a container with the same host name is taken for the owner. Where nothing can be known (the owner is
@@ -84,7 +84,7 @@ def owners_of(storage: Storage, attempt: str) -> list[Owner]:
 
 
 def is_here(owner: Owner) -> bool:
-    """Whether it can be known from here if the process lives: it is of this machine, and not in another container."""
+    """Return whether this process can tell if that one is alive: both are on one machine, in one container."""
     here = this_process(0.0)
     if (owner.host, owner.machine_id) != (here.host, here.machine_id):
         return False
@@ -92,7 +92,7 @@ def is_here(owner: Owner) -> bool:
 
 
 def is_alive(owner: Owner, now: float) -> bool:
-    """Whether the process may still be at work. True when in doubt, for a day."""
+    """Return whether the process may still be at work. True when in doubt, for a day."""
     if is_here(owner):
         return owner.boot_id == this_process(now).boot_id and _started(owner.pid) in (owner.started, None)
     return now - owner.created_s < FOREIGN_LIFETIME_S

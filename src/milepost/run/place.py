@@ -1,4 +1,4 @@
-"""Where an attempt's files are until it is committed, and under which names they stay."""
+"""The place of an attempt's files until it is committed, and the names that they keep."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Place:
         return cls(f"{attempt}/data") if storage.can_rename else cls(target, save_id)
 
     def name(self, name: str) -> str:
-        """How the file ``name`` is called here, and in the manifest."""
+        """The actual name of the file ``name``, here and in the manifest."""
         return tagged(name, self.tag)
 
     def holds(self, name: str) -> bool:
-        """Whether a name in the folder is that of a file of this attempt."""
+        """Return whether a name in the folder is that of a file of this attempt."""
         return not self.tag or tag_of(name) == self.tag
 
     def path(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which steps to keep: pure rules over what the catalog found, each decision with its reason.
+"""Retention: pure rules over what the catalog found, each decision with its reason.
 
 Only committed steps of Milepost's own are ever deleted. The rules count on the current branch. Steps of abandoned
 branches fill what room ``keep_latest_k`` leaves, and go first; none of them goes before a newer step of the current

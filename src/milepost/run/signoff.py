@@ -92,7 +92,7 @@ class SignOff:
 
 
 def segment_of(files: Sequence[WrittenFile]) -> Segment:
-    """What the writers of one rank's ``files`` say, in columns.
+    """Collect the records of one rank's ``files`` in columns.
 
     Raises SaveError if one tensor was stored with two dtypes or shapes.
     """

@@ -51,13 +51,13 @@ def step_name(step: int) -> str:
 
 
 def pin_mark(path: str) -> str:
-    """Where the pin of the step at ``path`` is."""
+    """The path of the pin of the step at ``path``."""
     folder, name = split(path)
     return join(folder, PINNED_PREFIX + name)
 
 
 def damage_mark(path: str) -> str:
-    """Where the mark of damage of the checkpoint at ``path`` is."""
+    """The path of the damage mark of the checkpoint at ``path``."""
     folder, name = split(path)
     return join(folder, f"{DAMAGED_PREFIX}{name}.json")
 
@@ -71,7 +71,7 @@ def find_run(storage: Storage, path: str) -> str | None:
 
 
 def list_run(storage: Storage, folder: str) -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
-    """What is in a run's folder, and, where one listing tells that too, what is in each folder in it."""
+    """List a run's folder, and where one request lists them too, the folders in it."""
     if storage.can_rename:
         return _list_steady(storage, folder), {}
     names: dict[str, Entry] = {}

@@ -95,7 +95,7 @@ def discard(storage: Storage, path: str) -> bool:
 
 
 def discard_quietly(storage: Storage, path: str) -> bool:
-    """Whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
+    """Return whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
     try:
         if storage.can_rename:
             discard(storage, path)
@@ -156,7 +156,7 @@ def _remove(storage: Storage, hidden: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What was done to the leftovers in a folder."""
+    """The result of removing stale attempts from a folder."""
 
     removed: tuple[str, ...]
     """Names of stale save attempts, half deleted steps and the like, that are no longer there."""
@@ -218,7 +218,7 @@ def name_left(storage: Storage, folder: str, left: Collection[str]) -> None:
 
 
 def is_ours(storage: Storage, folder: str, entry: Entry) -> bool:
-    """Whether a name with one of the prefixes is provably Milepost's."""
+    """Return whether a name with one of the prefixes is provably Milepost's."""
     path = join(folder, entry.name)
     if _DRAFT_NAME.fullmatch(entry.name):
         return not entry.is_folder and not entry.is_link and _is_draft(storage.read(path, marks.MAX_MARK_NBYTES))
@@ -281,7 +281,7 @@ def _take_away(storage: Storage, folder: str, entry: Entry) -> bool:
 
 
 def _can_go_back(storage: Storage, folder: str, replaced: Entry, name: str) -> bool:
-    """Whether a folder is a checkpoint whose replacement has not come, so that it needs its name back."""
+    """Return whether a folder is a checkpoint whose replacement has not come, so that it needs its name back."""
     if not replaced.is_folder or storage.stat(join(folder, name)) is not None:
         return False
     inside = {entry.name for entry in storage.list(join(folder, replaced.name))}
@@ -289,7 +289,7 @@ def _can_go_back(storage: Storage, folder: str, replaced: Entry, name: str) -> b
 
 
 def _put_back(storage: Storage, folder: str, replaced: str, name: str) -> bool:
-    """Whether a replacement that stopped half-way is now undone."""
+    """Return whether a replacement that stopped half-way is now undone."""
     try:
         storage.rename(join(folder, replaced), join(folder, name))
         storage.sync_folder(folder)

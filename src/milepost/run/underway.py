@@ -91,7 +91,7 @@ def _look(storage: Storage, attempt: str, entry: Entry, now: float) -> Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileState:
-    """How one file of a save gets on. ``rate`` is in bytes a second."""
+    """The progress of one file of a save. ``rate`` is in bytes per second."""
 
     name: str
     rank: int | None
@@ -108,7 +108,7 @@ class FileState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveState:
-    """How a save gets on: its files, those that need attention first."""
+    """The progress of a save: its files, those that need attention first."""
 
     look: Look
     files: Sequence[FileState]
@@ -123,7 +123,7 @@ class SaveState:
 
     @property
     def text(self) -> str:
-        """What it is doing, in a few words."""
+        """The state in a few words."""
         stuck = [file for file in self.files if file.is_stuck]
         if self.look.failure:
             return f"failed: {self.look.failure}"
@@ -137,7 +137,7 @@ class SaveState:
 
 
 class Watch:
-    """What successive looks at a folder tell together."""
+    """Progress over successive listings of a folder."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], list[tuple[float, int]]] = {}  # what was there when, at each change

@@ -19,7 +19,7 @@ NUM_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What stands in the place of a value that can't be read, and why."""
+    """The placeholder for a value that can't be read, with the reason."""
 
     reason: str
 

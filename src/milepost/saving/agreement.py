@@ -100,7 +100,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Nesting:
-    """Where a rank's values and empty mappings stood in the state dict.
+    """The paths of a rank's values and empty mappings in the state dict.
 
     The most of what ranks would have to tell, and alike on many of them: all but the stages of a pipeline. So ranks
     tell its digest, and one of those that have it brings it.
@@ -175,7 +175,7 @@ class _Begun:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What came of comparing: the attempt, or a verdict on what differs."""
+    """The outcome of the comparison: the attempt, or the error on what differs."""
 
     begun: _Begun | None = None
     unlike: Sequence[int] = ()
@@ -340,7 +340,7 @@ class Agreement:
         return job, answer.plan is None
 
     def _answer(self, request: SaveRequest, prepared: Prepared, offers: list[_Offer] | None) -> _Answer:
-        """What rank 0 answers this rank, once it has been told all that it did not know. Collective."""
+        """Send rank 0 what it asks for until it knows all of this rank, and return its answer. Collective."""
         answers: Sequence[_Answer | _Ask] | None = None
         if offers is not None:
             answers = self._ask(offers) or self._plan_for_all(request, offers)
@@ -454,13 +454,13 @@ class Agreement:
             return self._refuse(offers, cause)
 
     def _files_of_parent(self, request: SaveRequest, plans: Sequence[WritePlan | None]) -> Mapping[str, FrozenFile]:
-        """What new plans may share with the step before: of a run that was resumed, or whose structure has changed."""
+        """Files of the step before that new plans may share, where a run was resumed or its structure has changed."""
         if request.info.lineage is None or all(plan is None or plan.frozen is None for plan in plans):
             return {}
         return frozen_files_of_parent(self._storage, request.target, request.info.lineage)
 
     def _depth(self, offers: list[_Offer], *, is_new: bool) -> Depth | None:
-        """How thoroughly to compare what ranks have in common; None if there is nothing more to compare."""
+        """The depth at which to compare what ranks have in common; None if there is nothing more to compare."""
         if not self._all_groups:
             return None
         if self._check_replicas and self._num_saves % self._check_replicas == 0:
@@ -479,7 +479,7 @@ class Agreement:
             return _Begun(save_id, begin_attempt(self._storage, request.target, save_id))
 
     def _infos(self, request: SaveRequest, num_ranks: int) -> list[SaveInfo | None]:
-        """What rank 0 tells each rank of the manifest that it is to write; None if it writes none, or is rank 0."""
+        """Scatter what each rank needs to know of the manifest that it writes; None if it writes none, or is rank 0."""
         if self._nodes is None:
             return [None] * num_ranks
         writers = {ranks[0] for ranks in self._nodes.groups} - {0}
@@ -641,7 +641,7 @@ def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], re
 
 
 def _start_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
-    """Where a tensor's elements begin; None where that is nowhere. Parts of one memory (FSDP1's) are told apart."""
+    """The address of a tensor's elements; None if it has none. Parts of one memory (FSDP1's) are told apart."""
     memory = _memory_of(tensor)
     return (tensor.device, tensor.data_ptr()) if memory is not None and tensor.numel() else None
 

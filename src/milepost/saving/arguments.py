@@ -1,4 +1,4 @@
-"""What savers are given, checked where it is given: first mistakes are explained there."""
+"""Checks of the arguments of savers, with messages that explain common mistakes."""
 
 from __future__ import annotations
 

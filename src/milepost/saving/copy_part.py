@@ -110,7 +110,7 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
 
 
 class _Patience:
-    """How long to wait for other nodes: as long as whoever asked for this copy lives, and a little longer."""
+    """The time to wait for other nodes: as long as the process that asked for this copy lives, and a little longer."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -156,7 +156,7 @@ def _offered(
     digests: BlockDigests,
     waiting: _Patience,
 ) -> list[ShardTable]:
-    """What each node holds, in their order; this one's is put beside those of the others."""
+    """The parts that the nodes hold, in their order; publishes this node's beside those of the others."""
     import numpy as np
 
     table = table_of(manifest)
@@ -248,7 +248,7 @@ def _boxes(key: str, tables: Sequence[ShardTable]) -> set[Box]:
 
 
 def _packed(records: Sequence[_Record]) -> tuple[list[int], int]:
-    """Where each record goes when those left out leave no gap, as ``plan.lay_out_file`` would place it; the size."""
+    """Pack the kept records without gaps, as ``plan.lay_out_file`` places them; return their offsets and the size."""
     offsets, end, in_objects = [], 0, False
     for record in records:
         if isinstance(record.entry, ObjectEntry) and not in_objects:
@@ -301,7 +301,7 @@ def _pieces(
 
 
 def _written(name: str, records: Sequence[_Record], digests: BlockDigests) -> WrittenFile:
-    """What the packed file is, as its writer would have told."""
+    """Describe the packed file, as its writer would have recorded it."""
     offsets, nbytes = _packed(records)
     tensors, objects = [], []
     for record, offset in zip(records, offsets, strict=True):

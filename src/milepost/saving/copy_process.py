@@ -32,7 +32,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[-2]); from milepost.saving.copy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyRequest:
-    """What to copy where, and which steps to keep there. Roots and paths of storages."""
+    """The source and destination of a copy, and the steps to keep there: roots and paths of storages."""
 
     src_root: str
     src_path: str
@@ -57,7 +57,7 @@ def start(request: CopyRequest) -> subprocess.Popen[bytes]:
 
 
 def messages(process: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any]]:
-    """What the process says, as it says it. Lines of others are logged."""
+    """Yield the messages of the process as they arrive. Other lines are logged."""
     assert process.stdout is not None
     for line in process.stdout:
         try:

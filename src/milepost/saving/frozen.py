@@ -47,7 +47,7 @@ class FrozenFile:
 
 
 def frozen_files_of_parent(storage: Storage, target: str, lineage: Lineage) -> dict[str, FrozenFile]:
-    """What the step that a save of ``target`` descends from has of such files, by plain name; none if it is not fit."""
+    """The frozen files of the step that a save of ``target`` descends from, by plain name; empty if it is unusable."""
     if lineage.parent_step is None or not lineage.parent:
         return {}
     path = join(split(target)[0], step_name(lineage.parent_step))

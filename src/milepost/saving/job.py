@@ -98,7 +98,7 @@ class SaveJob:
 
     @property
     def publishes(self) -> bool:
-        """Whether this rank is the one that commits."""
+        """True if this rank is the one that commits."""
         return self.info is not None
 
     @property

@@ -1,4 +1,4 @@
-"""Which ranks share a folder, where it is a disk of each node's own: found out by looking, not by names of hosts."""
+"""Finds the ranks that share a folder, where each node has its own disk: by probing, not by host names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Nodes:
         return NodePart(node, len(self.groups), self.groups[node])
 
     def is_first(self, rank: int) -> bool:
-        """Whether ``rank`` acts for its node: it is the lowest there."""
+        """Return whether ``rank`` acts for its node: it is the lowest there."""
         return any(ranks[0] == rank for ranks in self.groups)
 
 

@@ -1,4 +1,4 @@
-"""What several ranks hold under one key must be the same on all of them, since it is stored once.
+"""Comparison of replicas: values that several ranks hold under one key must be equal, since they are stored once.
 
 Values are compared at every save, by a digest of their encoded bytes; tensors by a sample of their elements when the
 structure of the state is new, and whole when asked to. Ranks that hold the same keys form a group, and of a group only
@@ -157,7 +157,7 @@ def differences(
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """What becomes of the differences: stored for each rank, let pass, or refused."""
+    """The decision on differences: stored for each rank, allowed, or refused."""
 
     per_rank: frozenset[str] = frozenset()
     """Top-level names whose values are to be stored for each rank."""

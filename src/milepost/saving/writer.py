@@ -194,7 +194,7 @@ class _GroupWriter:
 
 
 def place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[WrittenObject, ...], int]:
-    """Where each object's record goes, and where the last one ends."""
+    """Place each object's record; return the offsets and the end of the last one."""
     placed = []
     offset = plan.objects_offset
     for key in plan.objects:

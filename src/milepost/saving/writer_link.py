@@ -140,7 +140,7 @@ class WriterLink:
         _open_ends.add(ours)
 
     def _after_death(self, job: SaveJob, save: BackgroundSave, seconds: float, cause: BaseException) -> JobResult:
-        """What became of the save: it is committed all the same, or SaveError is raised."""
+        """Find the outcome of a save whose writer died: it was committed nevertheless, or SaveError is raised."""
         assert self._process is not None
         status = self._process.wait(timeout=60)
         self._log_stderr(job.rank)
@@ -157,7 +157,7 @@ class WriterLink:
         return JobResult(seconds, 0.0, job.data_nbytes, {})
 
     def _is_committed(self, job: SaveJob, save: BackgroundSave) -> bool:
-        """Whether the job that a dead writer had is committed; for a rank that has signed off, once rank 0 is done."""
+        """Return whether the job of a dead writer is committed; on a rank that has signed off, once rank 0 is done."""
         if not job.publishes and signoff.has_signed_off(self._storage, job.attempt, job.rank):
             wait_for_outcome(
                 *(self._storage, job.attempt, job.target, job.save_id),

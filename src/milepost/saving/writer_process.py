@@ -87,7 +87,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
 
 
 def _next_request(connection: Connection) -> Request | None:
-    """What to do next; None when the trainer says to leave, or is gone."""
+    """Read the next request; None when the trainer asks to exit, or is gone."""
     try:
         request: Request | None = connection.recv()
     except (EOFError, OSError):

@@ -1,4 +1,4 @@
-"""Where checkpoints live: the only part of Milepost that talks to the operating system or to a network.
+"""Storage of checkpoints: the only part of Milepost that talks to the operating system or to a network.
 
 In reading order::
 
@@ -36,13 +36,13 @@ _KNOWN = "a path, file://, s3://, gs:// and az://"
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is the URL of an object store."""
+    """Return whether ``path`` is the URL of an object store."""
     found = _SCHEME.match(os.fspath(path))
     return found is not None and found[1].lower() in _STORES
 
 
 def is_known(path: str | os.PathLike[str]) -> bool:
-    """Whether ``open_storage`` knows where ``path`` is."""
+    """Return whether ``open_storage`` knows where ``path`` is."""
     found = _SCHEME.match(os.fspath(path))
     return found is None or found[1].lower() in ("file", *_STORES)
 
@@ -90,7 +90,7 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a folder at ``path``, a path or a URL."""
+    """Return whether there is a folder at ``path``, a path or a URL."""
     storage, name = open_storage(path)
     found = storage.stat(name)
     return found is not None and found.is_folder

@@ -189,36 +189,36 @@ class Storage(ABC):
     @property
     @abstractmethod
     def can_rename(self) -> bool:
-        """Whether a folder can be renamed and two names exchanged in one atomic act."""
+        """True if a folder can be renamed and two names exchanged in one atomic act."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether its bytes come over a network, so that each is worth reading once for all ranks."""
+        """True if its bytes come over a network, so that each is worth reading once for all ranks."""
         return False
 
     @property
     def can_share(self) -> bool:
-        """Whether several processes may write one file (``open_write`` with ``shared``)."""
+        """True if several processes may write one file (``open_write`` with ``shared``)."""
         return True
 
     @property
     def has_conditional_put(self) -> bool:
-        """Whether ``put_if`` works."""
+        """True if ``put_if`` works."""
         return False
 
     @property
     def num_streams(self) -> int:
-        """How many operations at once get the most out of it."""
+        """The number of concurrent operations with the best throughput."""
         return 2
 
     @property
     def poll_s(self) -> float:
-        """How often to look for what another process leaves, at first."""
+        """Seconds between polls for what another process writes, at first."""
         return 0.002
 
     @abstractmethod
     def list(self, path: str) -> list[Entry]:
-        """What is in a folder, sorted by name; empty when the folder is absent.
+        """List a folder, sorted by name; empty when the folder is absent.
 
         Where folders come and go by themselves (a store), one that is empty may be listed or not.
         """
@@ -332,7 +332,7 @@ class Storage(ABC):
         """Swap two names in one atomic act. False (and nothing done) where the file system can't."""
 
     def why_fixed(self, path: str) -> str:
-        """Why another folder can't take the place of the one at ``path``; empty if it can."""
+        """The reason why the folder at ``path`` can't be replaced by another; empty if it can."""
         return ""
 
     def keep_access(self, src: str, dst: str) -> None:

@@ -96,7 +96,7 @@ def _head(views: Sequence[memoryview]) -> list[memoryview]:
 
 
 def _tail(views: list[memoryview], nbytes: int) -> list[memoryview]:
-    """What is left after the first ``nbytes``."""
+    """Return the buffers without the first ``nbytes``."""
     for index, view in enumerate(views):
         if nbytes < len(view):
             return [view[nbytes:], *views[index + 1 :]]

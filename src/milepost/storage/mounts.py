@@ -9,7 +9,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def why_fixed(full: str) -> str:
-    """Why the folder ``full`` can't be replaced by a rename; empty if it can."""
+    """The reason why the folder ``full`` can't be replaced by a rename; empty if it can."""
     real = os.path.realpath(full)
     if os.path.ismount(real) or real in _mount_points():
         return "is a mount point, so no other folder can take its place"

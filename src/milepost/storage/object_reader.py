@@ -103,7 +103,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
-        """Whether so many bytes are left; then they are the caller's until it gives them back."""
+        """Reserve ``nbytes`` if they are left, until the caller gives them back; return whether they were."""
         with self._lock:
             fits = nbytes <= self._left
             self._left -= nbytes if fits else 0

@@ -187,7 +187,7 @@ class ObjectStorage(Storage):
         return None
 
     def _has_any(self, path: str) -> bool:
-        """Whether an object is below a folder. Not by its being listed: some stores list folders that are empty."""
+        """Return whether an object is below a folder. A listed name is not enough: some stores list empty folders."""
 
         def act() -> bool:
             return any(self._client().list(self._key(path) or None, chunk_size=1))
@@ -411,7 +411,7 @@ class ObjectStorage(Storage):
         )
 
     def _head(self, path: str) -> Any:
-        """What the store says of an object; None when there is none."""
+        """Request an object's metadata; None if there is no such object."""
         doing = f"looking at {self.describe(path)}"
         try:
             return self._do("stat", path, doing, lambda: self._client().head(self._key(path)))
@@ -492,7 +492,7 @@ def _entry(name: str, meta: Any) -> Entry:
 
 
 def _tag(meta: Any) -> str:
-    """What ``put_if`` needs to know a version again: S3 and Azure go by the entity tag, GCS by the generation."""
+    """The tag by which ``put_if`` recognises a version: the entity tag for S3 and Azure, the generation for GCS."""
     known = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
     return json.dumps(known, sort_keys=True) if known else ""
 

@@ -1,4 +1,4 @@
-"""Which requests to make for many byte ranges of an object: neighbours together, a little too much, never a lot."""
+"""Plans the requests for many byte ranges of an object: neighbours are merged, with little excess."""
 
 from __future__ import annotations
 

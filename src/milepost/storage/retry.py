@@ -19,7 +19,7 @@ _jitter = random.Random()
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often and how long a request is repeated.
+    """Number and duration of a request's retries.
 
     Waits grow twofold from ``first_wait_s`` to ``max_wait_s``; each is drawn from the upper half of that span, so that
     a thousand ranks that were throttled together do not come back together ("Exponential Backoff And Jitter", AWS

@@ -1,4 +1,4 @@
-"""What an error of obstore means: whether it passes, and what a person is told of it.
+"""The meaning of obstore's errors: whether one is transient, and its message.
 
 obstore hands the errors of Rust's ``object_store`` on as text that holds the whole request and the server's answer.
 That text may name an access key or an endpoint with a password in it, so none of it gets into a message: only the
@@ -42,7 +42,7 @@ _NO_RIGHT = "check the credentials and what the bucket's policy allows (see docs
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a request failed. ``passes``: the same request may succeed a moment later."""
+    """The cause of a failed request. ``passes``: the same request may succeed a moment later."""
 
     text: str
     number: int
@@ -56,7 +56,7 @@ class Cause:
 
 
 def cause_of(error: Exception) -> Cause:
-    """What an exception of obstore says."""
+    """Classify an exception of obstore."""
     text = str(error)
     code = found[1] if (found := _CODE.search(text)) else ""
     if code == "NoSuchBucket":

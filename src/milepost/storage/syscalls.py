@@ -30,7 +30,7 @@ def _check(result: int, path: str) -> None:
 
 
 def _renameat2(src: str, dst: str, flags: int) -> bool:
-    """Whether ``renameat2`` did it; False where it is not known. OSError for every other failure."""
+    """Return whether ``renameat2`` did it; False where it is not known. OSError for every other failure."""
     try:
         call = _libc().renameat2
     except AttributeError:  # a C library from before 2018
@@ -121,13 +121,13 @@ def _sync_file_range(fd: int, offset: int, nbytes: int, flags: int) -> bool:
 
 
 def lives_in_memory(fd: int) -> bool:
-    """Whether a file is on tmpfs or ramfs, where O_DIRECT is accepted but gains nothing."""
+    """Return whether a file is on tmpfs or ramfs, where O_DIRECT is accepted but gains nothing."""
     buffer = (ctypes.c_long * 64)()  # struct statfs is 120 bytes; its first word is the type
     return _libc().fstatfs(fd, buffer) == 0 and buffer[0] in _MEMORY_FILE_SYSTEMS
 
 
 def address_of(view: memoryview) -> int | None:
-    """Where a buffer begins in memory; None for a read-only one, of which Python does not tell."""
+    """The address of a buffer; None for a read-only one, whose address Python does not give."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(view))
     except TypeError:

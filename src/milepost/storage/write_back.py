@@ -25,7 +25,7 @@ IN_FLIGHT_NBYTES = 128 << 20
 
 
 def page_cache_for(page_cache: PageCache, nbytes: int) -> PageCache:
-    """What ``auto`` comes to for a file of ``nbytes``."""
+    """Resolve ``auto`` for a file of ``nbytes``."""
     if page_cache != "auto":
         return page_cache
     import psutil  # 10 ms that only a process which writes needs

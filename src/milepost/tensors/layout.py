@@ -138,7 +138,7 @@ def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
 
 
 def can_be_boxes(tensor: torch.Tensor) -> bool:
-    """Whether the elements of a tensor are stored as boxes (of a meta tensor: would be, if it had any)."""
+    """Return whether the elements of a tensor are stored as boxes (of a meta tensor: would be, if it had any)."""
     local = tensor.detach()
     local = arrived(local.to_local() if isinstance(local, DTensor) else local)
     return (

@@ -39,7 +39,7 @@ _SHAPE, _DEVICE = ("the shape",), ("the device",)
 
 @dataclass(frozen=True, slots=True)
 class TensorForm:
-    """What a tensor is beside its parts."""
+    """The form of a tensor, apart from its parts."""
 
     class_name: str
     """``module:qualified name``; empty for a DTensor whose shards are stored one by one."""
@@ -53,7 +53,7 @@ class TensorForm:
 
     @property
     def is_by_shard(self) -> bool:
-        """Whether the parts are the shards of a DTensor."""
+        """True if the parts are the shards of a DTensor."""
         return not self.class_name
 
     @property
@@ -75,7 +75,7 @@ class TensorParts(dict[str, Any]):
 
 
 def comes_apart(tensor: object) -> bool:
-    """Whether a tensor is made of others, perhaps below a DTensor."""
+    """Return whether a tensor is made of others, perhaps below a DTensor."""
     if not isinstance(tensor, torch.Tensor) or type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False
     local = local_of(tensor)
@@ -83,7 +83,7 @@ def comes_apart(tensor: object) -> bool:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a DTensor, detached; of another tensor itself, as it is."""
+    """Return this rank's shard of a DTensor, detached; any other tensor as it is."""
     return arrived(tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor)
 
 
@@ -218,7 +218,7 @@ def rows_at(
 
 
 def _cuts(key: str, whole: TensorParts, local: torch.Tensor) -> dict[str, Cut] | None:
-    """How each part goes with the rows of a tensor, as a slice of them shows; None if that can't be told."""
+    """Determine how each part follows the rows of a tensor, from a slice of them; None if it can't be determined."""
     sizes = tuple(local.shape)
     if all(tuple(part.shape) == sizes for _, part in leaves(whole)):
         return {path: "as outer" for path, _ in leaves(whole)}
@@ -266,7 +266,7 @@ def _alike_but_for_rows(one: TensorParts, other: TensorParts) -> bool:
 
 
 def _cut_evenly(whole: TensorParts, cuts: Mapping[str, Cut], num_rows: int, rows: Piece) -> bool:
-    """Whether each part begins and ends where this rank's rows do."""
+    """Return whether each part begins and ends where this rank's rows do."""
     begin, count = rows.box.offsets[0], rows.box.sizes[0]
     sizes = [part.shape[0] for path, part in leaves(whole) if cuts[path] != "whole"]
     return all(begin * size % count == 0 and num_rows * size % count == 0 for size in sizes)
@@ -342,7 +342,7 @@ def find_class(class_name: str) -> type | None:
 
 
 def has_functions(form: TensorForm) -> bool:
-    """Whether a tensor keeps functions, which are not looked up by the names in a checkpoint."""
+    """Return whether a tensor keeps functions, which are not looked up by the names in a checkpoint."""
     pending = [form.context]
     while pending:
         plain = pending.pop()
@@ -475,7 +475,7 @@ register_reader(_TENSOR, _made_of)
 
 
 def as_value(tensor: torch.Tensor) -> tuple[str, TensorParts]:
-    """What stands in a value for a tensor that is made of others: the name of its reader, and what that is given."""
+    """The placeholder in a value for a tensor made of others: the name of its reader, and that one's arguments."""
     parts = take_apart("a tensor", tensor)
     if has_functions(parts.form):
         raise TypeError("it keeps functions: give it a place of its own in the state")

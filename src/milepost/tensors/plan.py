@@ -1,4 +1,4 @@
-"""Who writes what where, and who reads what from where: pure functions of frozen values.
+"""Plans of saves and loads, for each rank: pure functions of frozen values.
 
 Nothing here knows of tensors, processes or files. A plan can be printed, compared and tested by itself.
 """
@@ -97,12 +97,12 @@ class WritePlan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether this rank writes nothing: every tensor and object of its is written by another."""
+        """True if this rank writes nothing: every tensor and object of its is written by another."""
         return self.frozen is None and not self.has_file
 
     @property
     def has_file(self) -> bool:
-        """Whether there is anything for this file, whatever is in the one of frozen tensors."""
+        """True if there is anything for this file, whatever is in the one of frozen tensors."""
         return bool(self.items or self.objects)
 
     @property
@@ -318,7 +318,7 @@ class ReadItem:
 
     @property
     def is_one_run(self) -> bool:
-        """Whether the region is contiguous in the shard's data."""
+        """True if the region is contiguous in the shard's data."""
         start, stop = self.run
         return stop - start == self.src.numel * dtypes.itemsize(self.dtype)
 
@@ -355,7 +355,7 @@ class Origin:
 def plan_load(
     manifest: Manifest, wanted: Iterable[TensorSpec], origins: Mapping[str, Sequence[Origin]] | None = None
 ) -> tuple[ReadItem, ...]:
-    """What to read so that every wanted box is filled exactly once, in the order of files and offsets.
+    """Plan the reads that fill every wanted box exactly once, in the order of files and offsets.
 
     ``wanted`` must have been checked against the manifest for keys and shapes; dtypes may differ (the stored one is
     in the items). ``origins`` has what a wanted tensor is made of, where it is not the stored one of the same key.
@@ -383,7 +383,7 @@ def plan_load(
 
 
 def _items(manifest: Manifest, key: str, leaf: str, piece: int, box: Box) -> Iterator[ReadItem]:
-    """What of the stored tensor ``key`` lies in ``box``, for a piece that is that box."""
+    """The parts of the stored tensor ``key`` that lie in ``box``, for a piece that is that box."""
     entry = manifest.tensors[key]
     for overlap in overlaps(entry.shards, box):
         yield ReadItem(
@@ -399,7 +399,7 @@ def _items(manifest: Manifest, key: str, leaf: str, piece: int, box: Box) -> Ite
 
 
 def _items_of_origin(manifest: Manifest, leaf: str, piece: int, box: Box, origin: Origin) -> Iterator[ReadItem]:
-    """What of the wanted ``box`` comes from an origin."""
+    """The parts of the wanted ``box`` that come from an origin."""
     common = box.intersect(origin.box)
     if common is None:
         return
@@ -418,12 +418,12 @@ def swapped(box: Box) -> Box:
 
 
 def has_all(shards: Sequence[ShardEntry], spec: TensorSpec) -> bool:
-    """Whether the shards hold all of the boxes of ``spec``."""
+    """Return whether the shards hold all of the boxes of ``spec``."""
     return all(sum(found.dst.numel for found in overlaps(shards, box)) == box.numel for box in spec.boxes)
 
 
 def overlaps(shards: Sequence[ShardEntry], box: Box) -> Sequence[Overlap]:
-    """What ``box`` has in common with each of the shards."""
+    """Intersect ``box`` with each of the shards."""
     if isinstance(shards, TiledShards):
         return shards.overlaps(box)
     common = [(index, shard.box, box.intersect(shard.box)) for index, shard in enumerate(shards)]

@@ -67,7 +67,7 @@ def register_reader(name: str, decode: Callable[[Any], Any]) -> None:
 
 
 def registered(cls: type) -> RegisteredType | None:
-    """How instances of a class are stored; None if it is not registered."""
+    """Look up how instances of a class are stored; None if it is not registered."""
     return _by_type.get(cls)
 
 
@@ -99,7 +99,7 @@ make_registered.__module__ = "milepost"
 
 
 def is_named_tuple(cls: type) -> bool:
-    """Whether a class was made by ``NamedTuple`` or ``namedtuple``."""
+    """Return whether a class was made by ``NamedTuple`` or ``namedtuple``."""
     return issubclass(cls, tuple) and isinstance(getattr(cls, "_fields", None), tuple)
 
 

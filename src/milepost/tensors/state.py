@@ -51,7 +51,7 @@ class ByName(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """Where a value stood: ``container[index]`` of the caller's own nested dict."""
+    """The location of a value: ``container[index]`` of the caller's own nested dict."""
 
     container: Any
     index: Any
@@ -85,7 +85,7 @@ def unwrap_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_stateful(value: Any) -> TypeGuard[Stateful]:
-    """Whether a value hands out its state itself. Tensors and mappings go first: asking a protocol is slow."""
+    """Return whether a value hands out its state itself. Tensors and mappings go first: asking a protocol is slow."""
     if type(value) in _PLAIN or isinstance(value, (torch.Tensor, Mapping, list, type)):
         return False
     return isinstance(value, Stateful)
@@ -161,24 +161,24 @@ def _add(flat: FlatState, path: Path, value: Any, slot: Slot, container: Any, wh
 
 
 def has_own_record(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is stored as one, and not as a value (as are quantized and sparse tensors)."""
+    """Return whether a tensor is stored as one, and not as a value (as are quantized and sparse tensors)."""
     return can_be_boxes(tensor) or not (tensor.is_quantized or tensor.layout != torch.strided)
 
 
 def is_lazy(tensor: object) -> TypeGuard[torch.Tensor]:
-    """Whether a tensor is a view that is conjugated or negated whenever it is read."""
+    """Return whether a tensor is a view that is conjugated or negated whenever it is read."""
     return isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and (tensor.is_conj() or tensor.is_neg())
 
 
 def is_open(value: Any) -> bool:
-    """Whether what a container holds is stored one by one: mappings, and lists of tensors and mappings."""
+    """Return whether what a container holds is stored one by one: mappings, and lists of tensors and mappings."""
     if type(value) not in (*MAPPINGS, TensorParts) and registered(type(value)) is not None:
         return False
     return isinstance(value, Mapping) or (isinstance(value, list) and not is_terminal(value))
 
 
 def is_terminal(values: list[Any]) -> bool:
-    """Whether a list is stored as one value: it holds no tensors, mappings or objects with a state, at any depth."""
+    """Return whether a list is stored as one value: no tensors, mappings or objects with a state at any depth."""
     for kind in set(map(type, values)):
         if issubclass(kind, torch.Tensor | Mapping) or (hasattr(kind, "load_state_dict") and registered(kind) is None):
             return False

@@ -1,4 +1,4 @@
-"""How the values of a checkpoint were nested: the containers that were saved, with a :class:`Ref` for each value.
+"""The nesting of a checkpoint's values: the containers that were saved, with a :class:`Ref` for each value.
 
 A tree says what ``state_dict()`` looked like without reading a value, so that an object is given back all that was
 saved for it, whatever it holds itself at that moment.
@@ -122,7 +122,7 @@ def dump_parts(skeleton: Mapping[Any, Any]) -> dict[str, bytes]:
 
 
 def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> tuple[bytes, frozenset[str]]:
-    """What a manifest records, as its ``structure``, of the skeletons of all ranks.
+    """Merge the skeletons of all ranks into the ``structure`` that a manifest records.
 
     Also the keys of tensors that ranks have taken apart in different ways, or one has and another has not.
     """
@@ -249,7 +249,7 @@ def rebuild(node: Node, values: Mapping[str, Any]) -> Any:
 
 
 def _path_of(key: str, manifest: Manifest) -> Path:
-    """Where a key stood. A path that is not the key's own would put the value in another's place."""
+    """The path of a key. A path that is not the key's own would put the value in another's place."""
     path = manifest.paths.get(key, tuple(key.split(".")))
     if ".".join(map(str, path)) != key:
         raise FormatError(f"the checkpoint gives the key '{key}' the path {path}, which is another key's", key=key)

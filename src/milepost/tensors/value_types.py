@@ -74,7 +74,7 @@ def _scalar(value: np.generic) -> Reduced:
 
 
 def dtype_form(dtype: np.dtype[Any]) -> str | dict[str, Any]:
-    """What ``numpy.dtype()`` makes the dtype of again."""
+    """Return what ``numpy.dtype()`` rebuilds the dtype from."""
     if dtype.names is not None and dtype.fields is not None:
         fields = [dtype.fields[name] for name in dtype.names]
         return {
@@ -118,7 +118,7 @@ NATIVE: tuple[type, ...] = (
 
 
 def reduce_value(value: Any) -> Any:
-    """What a pickler is to write for a value that is no plain container, number or text.
+    """Reduce, for a pickler, a value that is no plain container, number or text.
 
     Raises:
         TypeError: there is no form for it; the text says why, or is empty.

@@ -269,7 +269,7 @@ def _dump(key: str, value: Any, protocol: int, *, is_fast: bool) -> _Pickler:
 
 
 def _functions() -> list[Any]:
-    """What a pickle calls or names to build values of the known types."""
+    """The callables and names by which a pickle builds values of the known types."""
     names = ("_rebuild_parameter", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
     found = {getattr(torch._utils, name) for name in (*names, "_rebuild_sparse_tensor")}
     found |= {make_registered, torch.serialization._get_layout, np.ndarray, np.dtype, torch.storage.UntypedStorage}
@@ -377,7 +377,7 @@ def _advice(value: Any) -> str:
 
 
 def _place(root: Any, is_it: Callable[[Any], bool]) -> str | None:
-    """Where in a nested value the first part is of which this holds, as one would write it."""
+    """The path in a nested value of the first part that satisfies a predicate, written as in Python."""
     if is_it(root):
         return ""
     if not isinstance(root, _CONTAINERS):

@@ -49,7 +49,7 @@ class FaultyStorage(WrappedStorage):
 
     @property
     def has_failed(self) -> bool:
-        """Whether operation ``fail_at`` was reached."""
+        """True if operation ``fail_at`` was reached."""
         return self._broken
 
     def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:

@@ -14,7 +14,7 @@ _READS = frozenset({"get", "head", "list", "list_with_delimiter"})
 
 
 class Killed(BaseException):
-    """What every request of a process that was killed raises: nothing more is done by it."""
+    """Raised by every request of a process that was killed: it does nothing more."""
 
 
 class FaultyClient:

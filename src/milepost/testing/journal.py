@@ -146,7 +146,7 @@ def _append(fd: int, data: bytes) -> None:
 
 
 def inode_of(fd_or_path: int | str) -> Inode:
-    """How the journal names a file or folder that is there."""
+    """The journal's name for an existing file or folder."""
     found = os.stat(fd_or_path) if isinstance(fd_or_path, int) else os.lstat(fd_or_path)
     return found.st_dev, found.st_ino
 

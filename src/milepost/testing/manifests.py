@@ -48,7 +48,7 @@ def record_files(manifest: Manifest) -> dict[str, bytes]:
 
 
 def read_back(files: Mapping[str, bytes]) -> Manifest:
-    """What a reader makes of ``milepost.json`` and ``milepost.shards``."""
+    """Read ``milepost.json`` and ``milepost.shards`` back as a reader does."""
     return from_json(files[MANIFEST_NAME], read_shards=lambda name, _: files[name])
 
 

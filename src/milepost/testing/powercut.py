@@ -1,4 +1,4 @@
-"""What a power cut may leave on a disk: states of a file system made from a journal of system calls.
+"""The states that a power cut may leave on a disk, made from a journal of system calls.
 
 The model is what POSIX promises and no more. After a cut,
 
@@ -171,7 +171,7 @@ class Disk:
         self._pending = left[::-1]
 
     def seen(self) -> FileTree:
-        """What processes see: the state after a kill, which loses nothing that was written."""
+        """The state that processes see: also that after a kill, which loses nothing that was written."""
         return _tree(self._root, lambda folder: folder.names, lambda file: file.versions[-1])
 
     def durable(self) -> FileTree:

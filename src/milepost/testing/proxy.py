@@ -43,7 +43,7 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to a request.
+    """A fault injected into a request.
 
     ``refuse``       the connection is reset before the server hears of it
     ``cut``          the connection is reset when half of the answer's head would be due: the server has not heard of it

@@ -68,7 +68,7 @@ class Seaweed:
         return self._process.pid
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """What a client takes its settings from."""
+        """The environment variables that configure a client."""
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -103,7 +103,7 @@ class Seaweed:
             time.sleep(0.05)
 
     def _answers(self) -> bool:
-        """Whether the bucket is there. Only a signed request tells: others are refused before and after alike."""
+        """Return whether the bucket exists. Only a signed request tells: others are always refused."""
         import botocore.config
         import botocore.exceptions
         import botocore.session

@@ -38,7 +38,7 @@ class Operation:
 
     @property
     def changes(self) -> bool:
-        """Whether the operation may change what is stored."""
+        """True if the operation may change what is stored."""
         return self.name not in READS
 
     def __str__(self) -> str:

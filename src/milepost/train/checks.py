@@ -116,7 +116,7 @@ def _value_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _folder_problems(config: TrainConfig) -> Iterator[str]:
-    """Why the run could not write where it is told to. What only the system knows is reported when it happens."""
+    """The reasons why the run could not write to its folder. What only the system knows is reported when it happens."""
     saves = config.checkpoint.enable and not config.checkpoint.load_only
     folders = {"job.dump_folder": config.job.dump_folder, "checkpoint.folder": config.checkpoint_folder()}
     if config.checkpoint.remote_folder:
@@ -166,7 +166,7 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _assets_problems(assets: str) -> Iterator[str]:
-    """What is wrong with the folder, a path or a URL. A store that does not answer is heard of when it is read."""
+    """Check the folder, a path or a URL. A store that does not answer is reported when it is read."""
     try:
         if assets and not is_folder(assets):
             yield f"model.hf_assets_path {assets}: there is no such folder"

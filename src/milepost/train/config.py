@@ -168,7 +168,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=partial(CheckpointConfig, enable=False))
 
     def checkpoint_folder(self) -> str:
-        """Where the steps go: ``checkpoint.folder`` below ``job.dump_folder``, or on its own if it is a URL."""
+        """The folder of the steps: ``checkpoint.folder`` below ``job.dump_folder``, or on its own if it is a URL."""
         return join_path(self.job.dump_folder, self.checkpoint.folder)
 
     def checkpoint_options(self) -> CheckpointConfig:

@@ -59,7 +59,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What is written beside the token file, and proves that it is complete."""
+    """The record beside the token file that proves it complete."""
 
     dtype: str
     num_tokens: int

@@ -61,7 +61,7 @@ def check(torchrun_args: Sequence[str], trainer_args: Sequence[str]) -> None:
 
 
 def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What comes before ``--`` and what comes after."""
+    """Split arguments at ``--``."""
     at = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:at]), list(argv[at + 1 :])
 

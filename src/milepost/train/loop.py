@@ -295,7 +295,7 @@ class Trainer:
         return data
 
     def _read_provenance(self) -> Provenance:
-        """What travels with each step; rank 0 has it."""
+        """Read what is saved with each step; on rank 0."""
         found, failure = Provenance(), None
         if dist.get_rank() == 0 and self.config.checkpoint.enable:
             try:

@@ -269,14 +269,14 @@ def _checked(value: object, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """What a value may be: types, and the words of a Literal. None stands for an option that is not given."""
+    """The choices for a value: types, and the words of a Literal. None stands for an option that is not given."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return [choice for arg in typing.get_args(hint) for choice in _choices(arg) if choice is not type(None)]
     return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else [hint]
 
 
 def describe(hint: Any) -> str:
-    """What a value of this type is, for a message."""
+    """Name a type for a message."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     choices = _choices(hint)
     words = [choice for choice in choices if isinstance(choice, str)]

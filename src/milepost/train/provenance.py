@@ -1,4 +1,4 @@
-"""What made a step, and travels with it: the options of the run, the tokenizer, the revision of the code."""
+"""Provenance, saved with each step: the options of the run, the tokenizer, the revision of the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What ``CheckpointManager.save`` is given beside the state. Read once: files may change while a run trains."""
+    """The files and values saved beside the state. Read once: files may change while a run trains."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def settled_sizes(config: TrainConfig, sizes: ModelArgs) -> tuple[ModelArgs, str
 
 
 def _origins(config: TrainConfig) -> Iterator[tuple[str, ModelIdentity | None]]:
-    """Where a run may start from, most binding first, and the model there as far as it is told."""
+    """The sources that a run may start from, in order of precedence, and the model there as far as it is known."""
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
     if checkpoint.enable:
         yield _of_run(config.checkpoint_folder(), checkpoint)

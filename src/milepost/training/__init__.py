@@ -1,4 +1,4 @@
-"""What a training loop talks to.
+"""The interface to a training loop: saves and resumes its whole state.
 
 In reading order::
 

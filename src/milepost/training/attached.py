@@ -1,4 +1,4 @@
-"""What belongs to a step beside the state of a run: small files, and values that describe it.
+"""Attachments of a step, beside the state of the run: small files, and values that describe it.
 
 They travel with the step, and are checked as all of it is: ``milepost inspect`` shows them, ``milepost export`` lays a
 tokenizer beside the weights, and ``milepost.load(path)`` returns them.

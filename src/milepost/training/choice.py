@@ -1,4 +1,4 @@
-"""Which step a run resumes from: a pure choice out of what the catalog found."""
+"""The choice of the step that a run resumes from: pure, from what the catalog found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from milepost.run.catalog import StepEntry
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
+    """The checkpoint to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
 
     path: str
     """Relative to the run's storage for a step; as configured for an initial load."""
@@ -54,7 +54,7 @@ def choose(
     launch: str = "",
     num_steps: int | None = None,
 ) -> Choice | None:
-    """What a run loads at its start; None for a fresh start, which needs a folder without any saved step.
+    """Choose what a run loads at its start; None for a new run, which needs a folder without any saved step.
 
     ``rejected`` maps steps that were tried and found damaged to what was wrong. ``folder`` is for messages. ``launch``
     identifies the job (see :func:`launch_id`); ``num_steps`` is the last step of the run, if it is known.
@@ -159,7 +159,7 @@ def _rejected(entry: StepEntry, reason: str | None) -> StepEntry:
 
 
 def _goes_on(entries: Sequence[StepEntry], history: History, config: CheckpointConfig, launch: str) -> bool:
-    """Whether the branch that was written last is the one that ``load_step`` has begun already."""
+    """Return whether the branch that was written last is the one that ``load_step`` has begun already."""
     start = history.start
     if start is None or start.step != config.load_step:
         return False
@@ -185,7 +185,7 @@ def _without_full_step(
     config: CheckpointConfig,
     folder: str,
 ) -> Choice | None:
-    """What to do if no step of the current branch can be resumed from."""
+    """Decide what to do if no step of the current branch can be resumed from."""
     usable = [entry for entry in line if entry.is_usable]
     damaged = [entry for entry in entries if entry.state == "damaged"]
     if [entry.step for entry in usable] == [0] and not damaged:
@@ -237,12 +237,12 @@ def _named_step(entries: Sequence[StepEntry], step: int, folder: str, launch: st
 
 
 def _is_seed(entry: StepEntry) -> bool:
-    """Whether a step holds initial weights; of another program's full one, torchtitan's say, only these are taken."""
+    """Return whether a step is loaded for its weights alone: also another program's full one, such as torchtitan's."""
     return entry.step == 0 and (entry.kind == "model" or entry.state == "external")
 
 
 def _passed_over(entries: Sequence[StepEntry], history: History, chosen: StepEntry) -> list[str]:
-    """What a user should know of newer steps that were passed over."""
+    """Describe newer steps that were passed over, for the user."""
     ends = history.ends()
     notes = []
     for entry in entries:

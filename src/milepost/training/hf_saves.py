@@ -65,7 +65,7 @@ class HfSaves:
         self._lock = take_over(self._storage, self._folder)
 
     def is_due(self, step: int) -> bool:
-        """Whether a save is due after ``step``."""
+        """Return whether a save is due after ``step``."""
         return step > 0 and step % self._config.hf_interval == 0
 
     def save(self, step: int) -> None:

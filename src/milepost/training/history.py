@@ -1,4 +1,4 @@
-"""What the saves of a run descend from, kept from one save to the next."""
+"""The lineage of a run's saves, kept from one save to the next."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SaveHistory:
         self._next = descent
 
     def next_lineage(self, step: int) -> Lineage:
-        """Where a save of ``step`` stands. Collective for the first save of a run that has loaded no step.
+        """The lineage of a save of ``step``. Collective for the first save of a run that has loaded no step.
 
         Raises:
             SaveError: on every rank, if the folder can't be read.

@@ -1,4 +1,4 @@
-"""What is done after a step is committed: a function, a command line, or both, off the training thread. On rank 0."""
+"""Hooks that run after a step is committed: a function, a command line, or both, off the training thread. On rank 0."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class _Tail:
         self._thread.start()
 
     def text(self) -> str:
-        """What came last, once the command has ended."""
+        """The last output, once the command has ended."""
         self._thread.join(OUTPUT_S)
         return self._kept.decode(errors="replace").strip()
 

@@ -448,7 +448,7 @@ class CheckpointManager:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a rank was asked to stop, as of the last :meth:`save`; then that save is committed already."""
+        """True if a rank was asked to stop, as of the last :meth:`save`; then that save is committed already."""
         return self.stop_signal is not None
 
     @property
@@ -461,7 +461,7 @@ class CheckpointManager:
 
     @property
     def stop_reason(self) -> str | None:
-        """What asked to stop, as of the last :meth:`save`: a signal's name or ``file STOP``; None if nothing did."""
+        """What requested the stop, as of the last :meth:`save`: a signal's name or ``file STOP``; else None."""
         return self._signals.reason if self.stop_requested else None
 
     @property

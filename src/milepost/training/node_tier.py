@@ -92,7 +92,7 @@ class NodeTier:
             self._changed.notify_all()
 
     def offer_what_is_left(self, entry: StepEntry) -> None:
-        """What a run before this one has committed on all nodes, and not copied any more. On rank 0."""
+        """Offer the step that a run before this one committed on all nodes but did not copy. On rank 0."""
         assert self._remote is not None
         path = join(self._local.storage.root, entry.path)
         metrics = dict(entry.metrics)
@@ -140,7 +140,7 @@ class NodeTier:
         self._end()
 
     def _is_over(self) -> bool:
-        """Whether nothing is left to settle on rank 0. Of a save that has failed on a node, some parts never come."""
+        """Return whether rank 0 has nothing left to settle. If a save failed on a node, some parts never come."""
         has_all = self._all_have("closing", "")
         with self._changed:
             if has_all:

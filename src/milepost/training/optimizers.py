@@ -132,7 +132,7 @@ def of_own_form(optimizers: Sequence[Optimizer]) -> frozenset[Optimizer]:
 
 
 def has_numbered_parameters(state_dict: Any, optimizer: Optimizer) -> bool:
-    """Whether a state dict is of the form that ``torch.optim.Optimizer`` gives it, for the optimizer's groups."""
+    """Return whether a state dict has the form of ``torch.optim.Optimizer``'s, for the optimizer's groups."""
     if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)):
         return False
     groups = state_dict.get("param_groups")
@@ -145,7 +145,7 @@ def has_numbered_parameters(state_dict: Any, optimizer: Optimizer) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """What a checkpoint holds of optimizers, by FQN: nodes of its tree."""
+    """The optimizer state of a checkpoint, by FQN: nodes of its tree."""
 
     state: Mapping[str, Mapping[str, Node]]
     options: Mapping[str, Mapping[str, Node]]
@@ -239,7 +239,7 @@ class OptimizersOwner:
                 self._note("optimizer options of the checkpoint that are not in this run, left out", option)
 
     def _is_kept(self, option: str, saved: Mapping[str, Node]) -> bool:
-        """Whether an option stays as it is in this run: one that the schedule sets, which is not loaded."""
+        """Return whether an option stays as it is in this run: one that the schedule sets, which is not loaded."""
         is_cycled = option in _CYCLED and "max_momentum" in saved
         return self._keeps_rates and (option in SCHEDULED or is_cycled)
 

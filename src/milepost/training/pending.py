@@ -20,7 +20,7 @@ class PendingSave:
     is_staged: bool = False
 
     def report(self, rank: int) -> SaveReport | None:
-        """What the save did, once it has ended; None if it failed."""
+        """Wait for the save to end and return its report; None if it failed."""
         if isinstance(self.outcome, SaveReport):
             return self.outcome
         log_wait(self.outcome, rank)
@@ -28,6 +28,6 @@ class PendingSave:
 
     @property
     def failure(self) -> str:
-        """What made it fail; empty if it did not."""
+        """The error that made it fail; empty if it did not."""
         error = None if isinstance(self.outcome, SaveReport) else self.outcome.failure
         return getattr(error, "message", str(error)) if error is not None else ""

@@ -38,7 +38,7 @@ LOG_EVERY_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class CopyOutcome:
-    """What came of a copy. ``is_final``: it failed because of the step itself, so it is not tried again."""
+    """The outcome of a copy. ``is_final``: it failed because of the step itself, so it is not retried."""
 
     failure: str = ""
     """Why the step could not be copied; empty if it is there."""
@@ -159,7 +159,7 @@ class RemoteTier:
         return self._current.step if self._current is not None else None
 
     def _offer_what_is_left(self) -> None:
-        """What a run before this one has committed, but not copied any more."""
+        """Offer the step that a run before this one committed but did not copy."""
         newest = History.of(catalog.scan(self._local.storage, self._local.path)).newest
         if newest is None or newest.state != "committed":
             return

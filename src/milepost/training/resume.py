@@ -1,4 +1,4 @@
-"""How a run's state is loaded: into what, and what if its bytes are damaged. ``choice`` says which step."""
+"""Loading a run's state, with fallback where bytes are damaged. ``choice`` picks the step."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class WeightsFormat(Protocol):
         """
 
     def record(self) -> Mapping[str, Any]:
-        """What each step is to record of the model, in its manifest's ``extra``."""
+        """Return what each step records of the model, in its manifest's ``extra``."""
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
         """Notes on the step at ``path`` that has recorded ``extra``.
@@ -77,7 +77,7 @@ class WeightsFormat(Protocol):
         """
 
     def translate(self, manifest: Manifest) -> Translation | None:
-        """What a checkpoint is under this run's names; None where it has them, or others that are not known."""
+        """Describe a checkpoint under this run's names; None where it has them already, or unknown ones."""
 
     def load(
         self, path: str, leaves: Mapping[str, TensorLeaf], policy: Policy, *, num_threads: int, logs_progress: bool
@@ -90,7 +90,7 @@ class WeightsFormat(Protocol):
 
 
 def is_weights_file(path: str) -> bool:
-    """Whether a path names one file of weights, not a folder."""
+    """Return whether a path names one file of weights, not a folder."""
     return path.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and not is_folder(path)
 
 
@@ -151,7 +151,7 @@ class Loader:
         return [entry for entry, _ in found]
 
     def is_remote(self, entry: StepEntry) -> bool:
-        """Whether the remote folder has the save that ``entry`` is of. On rank 0."""
+        """Return whether the remote folder has the save that ``entry`` is of. On rank 0."""
         if self._remote is None:
             return False
         found = catalog.scan(self._remote.storage, self._remote.path)
@@ -232,7 +232,7 @@ class Loader:
         Loader(self._storage, nowhere, config, self._comm, self._state, self._layout, self._format).load(None)
 
     def _translate(self, storage: Storage, path: str, manifest: Manifest) -> Translation | None:
-        """What a checkpoint is under this run's names, if another program's are known.
+        """Describe a checkpoint under this run's names, if it has known names of another program.
 
         Raises:
             StateMismatchError: it stores two tensors that are one in this run, and they are not known to be equal.
@@ -254,7 +254,7 @@ class Loader:
         return translation
 
     def _has_other_names(self, storage: Storage, path: str) -> bool:
-        """Whether another program has written a checkpoint, and under names that are not known. Collective."""
+        """Return whether another program has written a checkpoint, and under names that are not known. Collective."""
         chosen_keys = [name for name in self._config.exclude_from_loading if name not in PARTS]
         if self._format is None or self._config.allow_missing or chosen_keys:
             return False
@@ -268,7 +268,7 @@ class Loader:
         return bool(self._comm.union(int(lacks)))
 
     def _place(self, choice: Choice) -> tuple[Storage, str]:
-        """Where a choice is read."""
+        """The storage and path that a choice is read from."""
         if choice.step is None:
             return open_storage(choice.path)
         if choice.in_remote and self._remote is not None:
@@ -282,7 +282,7 @@ class Loader:
         return self._nodes.part_of(self._comm.rank)
 
     def _near(self, choice: Choice) -> Near | None:
-        """What this node has of a step that is read from the remote folder."""
+        """The part of a step that this node has, where the step is read from the remote folder."""
         if self._nodes is None or not choice.in_remote or choice.step is None or not choice.save_id:
             return None
         return find_near(self._storage, join(self._folder, step_name(choice.step)), choice.save_id)
@@ -297,7 +297,7 @@ class Loader:
                 self._mark_damaged(self._storage, path, error)
 
     def _policy(self, choice: Choice) -> Policy:
-        """What may be missing: whatever a new run adds to the weights that it begins with, where it says which."""
+        """The keys that may be missing: what a new run adds to the weights it starts from, as far as it names them."""
         config = self._config
         added = ("*",) if choice.step is None else ()
         return Policy((*config.allow_missing, *added), config.allow_unexpected, SPELLING)
@@ -391,7 +391,7 @@ class Loader:
     def _choose(
         self, rejected: dict[int, str], num_steps: int | None, step: int | None = None
     ) -> tuple[Choice | None, Descent | None]:
-        """What to load, and what then descends from it; steps passed over are warned of, once. On rank 0."""
+        """Choose what to load, and the descent of the next save; warn of steps passed over, once. On rank 0."""
         entries = self.scan()
         where = join(self._storage.root, self._folder)
         config, launch = self._config, launch_id()
@@ -504,7 +504,7 @@ class _Into:
         return self._load.prepare()
 
     def is_excluded(self, key: str) -> bool:
-        """Whether the user wishes a key's value to stay as it is here."""
+        """Return whether the user wishes a key's value to stay as it is here."""
         return key in self._frozen or first_match(self._excluded_keys, key) is not None
 
     def left_out(self) -> list[str]:
@@ -532,7 +532,7 @@ class _Into:
             self._load.check()
 
     def is_complete(self, key: str) -> bool:
-        """Whether a stored key must have a place: weights and optimizer state are never left out silently."""
+        """Return whether a stored key must have a place: weights and optimizer state are never left out silently."""
         if self.is_excluded(key):
             return False
         if key.startswith(_OPTIMIZER_KEYS):  # of a parameter that is left out itself

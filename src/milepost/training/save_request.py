@@ -29,7 +29,7 @@ from milepost.training.training_state import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class Attachments:
-    """What the caller of one save gives with it: metrics, small files and values that describe the step."""
+    """The arguments of one save beside the step: metrics, small files, and values that describe the step."""
 
     metrics: Mapping[str, float] | None = None
     files: Mapping[str, bytes | str | PathLike[str]] | None = None

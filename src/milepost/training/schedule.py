@@ -1,4 +1,4 @@
-"""When to save: pure functions of the options, the step and the clock."""
+"""The schedule of saves: pure functions of the options, the step and the clock."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class SignalFlags:
 
     @property
     def reason(self) -> str | None:
-        """What asked the ranks to save, as they have agreed; None if nothing did."""
+        """The request to save that the ranks have agreed on; None if there is none."""
         return next((reason for bit, reason in REASONS.items() if self.agreed & bit), None)
 
     def listen(self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None) -> None:
@@ -94,7 +94,7 @@ class SignalFlags:
         self._before = {}
 
     def take(self) -> int:
-        """What arrived since the last call."""
+        """Return the requests that arrived since the last call."""
         noted, self._noted = self._noted, 0
         return noted
 
@@ -124,7 +124,7 @@ class RequestFiles:
         self._warned = False
 
     def take(self) -> int:
-        """What was asked for since the last call. Removes the files; one that can't be removed asks for nothing.
+        """Return the requests since the last call. Removes the files; one that can't be removed is not acted on.
 
         Else it would ask again and again, and end every later start too.
         """

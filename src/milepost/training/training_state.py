@@ -142,7 +142,7 @@ class TrainingState:
     def loading(
         self, wanted: Collection[str], stored: Stored, *, same_layout: bool, excluded: Collection[str] = ()
     ) -> StateLoad:
-        """How a checkpoint is loaded into the live objects. ``excluded`` parts are left out by the user's wish.
+        """Return the load into the live objects. The ``excluded`` parts are left out, as configured.
 
         Raises:
             StateMismatchError: the checkpoint lacks a whole part that is wanted.
@@ -183,7 +183,7 @@ class TrainingState:
         return StateLoad(Target(stored), chosen, self.optimizers, self.schedulers if sets_rates else ())
 
     def loading_weights(self) -> StateLoad:
-        """How weights that are read elsewhere are loaded: into the tensors of the target."""
+        """Return the load of weights from another run: into the tensors of the target."""
         return StateLoad(Target(None), [module_owner(part) for part in self.models], self.optimizers)
 
     def _sharded_alike(self) -> LikeOf:
@@ -358,7 +358,7 @@ class PerRankOwner:
             want_node(target, node)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """What fits is for the object to say."""
+        """Accept anything: the object itself decides what fits."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
         states = [rebuild(node, values) for node in self._nodes]

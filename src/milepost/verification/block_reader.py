@@ -20,7 +20,7 @@ from milepost.storage.base import ReadHandle
 
 @dataclass(slots=True)
 class _Parts:
-    """What has passed of the bytes of one digest: the CRC-32 of each part, and how many bytes they are together."""
+    """The bytes of one digest that were read: the CRC-32 of each part, and their number."""
 
     crcs: dict[tuple[int, int], int] = field(default_factory=dict)
     nbytes: int = 0
@@ -63,12 +63,12 @@ class BlockReader:
 
     @property
     def has_digests(self) -> bool:
-        """Whether anything is recorded that the data can be checked against."""
+        """True if anything is recorded that the data can be checked against."""
         return self._crc32 is not None or self._block_crcs is not None
 
     @property
     def checked_nbytes(self) -> int:
-        """How much of the data has been compared with its digest."""
+        """The number of bytes that were compared with their digest."""
         return sum(min(low + self._unit_nbytes, self.nbytes) - low for low in self._checked)
 
     def digested(self) -> Iterator[tuple[int, int]]:
@@ -129,7 +129,7 @@ class BlockReader:
     def _place(
         self, low: int, first: int, part: memoryview, spare: Callable[[], memoryview] | None
     ) -> tuple[int, list[memoryview]]:
-        """Where to read from and into what, to get ``part`` of the block at ``low``, from byte ``first`` on.
+        """The reads that get ``part`` of the block at ``low``, from byte ``first`` on.
 
         If the block can be checked and there is ``spare`` memory, that is all of it, and what frames the data.
         """

@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 class Findings:
-    """What a verification has found so far. Safe to use from several threads."""
+    """The findings of a verification so far. Safe to use from several threads."""
 
     def __init__(self, progress: Progress | None = None, *, total_nbytes: int = 0):
         self.problems: list[Problem] = []
@@ -112,7 +112,7 @@ class ExtentReader:
 
 
 def _compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
-    """What is wrong with the bytes ``view`` of the file ``name``, which are those of ``extent``."""
+    """Compare the bytes ``view`` of the file ``name`` with ``extent``; return the fault."""
     if isinstance(extent, Unknown):
         return None
     if isinstance(extent, Data):

@@ -1,4 +1,4 @@
-"""What every byte of a checkpoint's files must be, from its metadata alone: the plan of a verification.
+"""The expected content of every byte of a checkpoint's files, from its metadata alone: the plan of a verification.
 
 A data file is tiled by *extents*: bytes that are known, bytes that a digest is recorded of, zeros and, in files that
 Milepost did not write, bytes and values of which nothing is recorded.

@@ -76,7 +76,7 @@ SAMPLE_NBYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What a verification found. Sizes are in bytes."""
+    """The result of a verification. Sizes are in bytes."""
 
     path: str
     state: State
@@ -286,13 +286,13 @@ def _notes(record: CommitRecord) -> tuple[str, ...]:
 
 
 def _problem_of(error: FormatError, path: str) -> Problem:
-    """What is wrong with a small file of the checkpoint at ``path``. The file is named once, relative to it."""
+    """Check a small file of the checkpoint at ``path``. The file is named once, relative to it."""
     file = (error.path or path).rpartition("/")[2]
     return Problem(error.message.removeprefix(f"{error.path}: "), file, error.key)
 
 
 def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
-    """What looks like damage may be a save or a deletion that happened meanwhile."""
+    """Raise if the step was deleted or replaced meanwhile: that would look like damage."""
     info = catalog.examine(storage, path)
     if info is None or info.record_id != record_id:
         raise CheckpointNotFoundError(
@@ -301,7 +301,7 @@ def _check_still_there(storage: Storage, path: str, record_id: str) -> None:
 
 
 def _shared(storage: Storage, path: str, findings: Findings) -> Iterator[str]:
-    """What the problems found mean for other steps: a file that they share is damaged in each of them."""
+    """Find the other steps that share a damaged file, and are damaged too."""
     for file in dict.fromkeys(problem.file for problem in findings.merged() if problem.file):
         others = [split(other)[1] for other in catalog.steps_that_share(storage, path, file)]
         if others:
@@ -406,7 +406,7 @@ def _extents(
     digests: BlockDigests | None,
     findings: Findings,
 ) -> Iterator[Extent]:
-    """What the bytes of a file must be; also between the records if ``file_nbytes`` is given.
+    """The expected bytes of a file; also between the records if ``file_nbytes`` is given.
 
     A record that can't even be laid out becomes a problem.
     """
@@ -460,7 +460,7 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
 
 
 def _check_alias(storage: Storage, path: str, name: str, content: bytes, findings: Findings) -> None:
-    """Where saves have names of their own, stock DCP finds the checkpoint by a copy under the plain name."""
+    """Check the copy of ``.metadata`` by which stock DCP finds a checkpoint in an object store."""
     if name == METADATA_NAME:
         return
     try:

@@ -58,12 +58,12 @@ def check_keywords(owner: str, given: Mapping[str, Any]) -> None:
 
 
 def stock_path(path: str) -> str | Path:
-    """What stock's writer has as ``path``: a Path, or a URL as it is."""
+    """The ``path`` that stock's writer has: a Path, or a URL as it is."""
     return path if is_url(path) else Path(path)
 
 
 def stock_file_system(path: str) -> FileSystem:
-    """What stock's writer has as ``fs``. Milepost itself does not use it.
+    """The ``fs`` that stock's writer has. Milepost itself does not use it.
 
     Raises:
         AttributeError: the path is a URL, for which stock has none.

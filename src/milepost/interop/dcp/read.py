@@ -64,7 +64,7 @@ class StorageReader(DcpStorageReader):
 
     @property
     def fs(self) -> FileSystem:
-        """What stock's reader has under this name; not used."""
+        """The attribute of this name of stock's reader; not used."""
         return stock_file_system(self.checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -158,7 +158,7 @@ def _leaf(key: str, tensor: torch.Tensor) -> TensorLeaf:
 
 
 def _rank_local(storage: Storage, folder: str, rank: int) -> Manifest:
-    """What one rank has saved alone (stock's ``use_collectives=False``), from its own metadata."""
+    """The manifest of what one rank saved alone (stock's ``use_collectives=False``), from its own metadata."""
     path = join(folder, f"__{rank}.metadata")
     entries = [entry for entry in storage.list(folder) if not entry.is_folder and not entry.is_link]
     sizes = {entry.name: entry.nbytes for entry in entries}

@@ -42,7 +42,7 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """What the coordinator tells each rank, inside DCP's plan."""
+    """The coordinator's message to each rank, inside DCP's plan."""
 
     path: str
     save_id: str
@@ -88,7 +88,7 @@ class StorageWriter(DcpStorageWriter):
 
     @property
     def fs(self) -> FileSystem:
-        """What stock's writer has under this name; not used."""
+        """The attribute of this name of stock's writer; not used."""
         return stock_file_system(self.checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Which family of models a ``config.json`` is of, by the class of transformers that it names.
+"""The model family of a ``config.json``, by the transformers class that it names.
 
 ``classes.json`` is made by ``scripts/hf_classes.py`` from transformers' own tables, and is read only where a config
 does not say its ``model_type`` itself.

@@ -34,7 +34,7 @@ _SPECIAL_TOKENS = {("llama3", 128256): (128000, 128001), ("qwen3", 151936): (151
 
 
 def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> list[str]:
-    """Where ``config`` describes another model than ``family`` in the sizes ``args``: one line for each difference.
+    """Report where ``config`` describes another model than ``family`` in the sizes ``args``: one line per difference.
 
     Only what decides the outputs is compared. What ``config`` leaves out has transformers' default.
     """

@@ -40,7 +40,7 @@ class HubModel:
         self._assets = assets
 
     def record(self) -> Mapping[str, Any]:
-        """What each step records: the class, so that its weights are known to have the hub's names."""
+        """The record of each step: the class, so that its weights are known to have the hub's names."""
         return {ARCHITECTURE: _class_name(self._model)}
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
@@ -183,7 +183,7 @@ def _as_json(config: Any) -> dict[str, Any]:
 
 
 def _prefix(keys: Collection[str], names: KeptNames) -> str:
-    """What stands before the module's names in ``keys``: the module may be a part of what is saved."""
+    """The prefix of the module's names in ``keys``: the module may be a part of what is saved."""
     known = {*names.ours, *names.copies}
     if any(key in known for key in keys):
         return ""
@@ -223,7 +223,7 @@ def _unexpected(view: Readable, recipes: Mapping[str, Recipe], names: KeptNames)
 
 
 def _may_be_left(key: str, names: KeptNames) -> bool:
-    """Whether a stored tensor says nothing that the others do not: a tied one, or a buffer that models compute."""
+    """Return whether a stored tensor is redundant: a tied one, or a buffer that models compute."""
     return key in names.copies or key in names.ignored or key.rpartition(".")[2] in DERIVED
 
 

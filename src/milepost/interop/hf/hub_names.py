@@ -1,4 +1,4 @@
-"""How transformers stores a module: found by having it turn a state dict without data into that of its files.
+"""The names that transformers stores a module under: found by having it convert a state dict without data.
 
 Since transformers 5 a module may have other tensors than its files on the hub (the experts of a layer as one), and
 transformers reverts that when it saves. On the meta device that costs nothing, and views tell which elements go where.
@@ -64,7 +64,7 @@ def _copies(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 def _links(
     model: Any, ours: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
 ) -> list[tuple[Link, tuple[int, ...]]] | None:
-    """Where the elements of each tensor go, with the shape of the one they go to; None if that can't be followed."""
+    """The destination of each tensor's elements, with its shape; None if it can't be followed."""
     try:
         revert = importlib.import_module("transformers.core_model_loading").revert_weight_conversion
     except (ImportError, AttributeError):  # before transformers 5 a module had the names of its files

@@ -1,4 +1,4 @@
-"""Which model a source of weights says that it is. Torch-free."""
+"""The model that a source of weights says it holds. Torch-free."""
 
 from __future__ import annotations
 

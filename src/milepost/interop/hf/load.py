@@ -24,7 +24,7 @@ from milepost.tensors.layout import TensorLeaf
 
 @dataclass(frozen=True, slots=True)
 class HfLoadReport:
-    """What a load from Hugging Face files did, as this rank saw it."""
+    """The result of a load from Hugging Face files, as this rank saw it."""
 
     path: str
     num_tensors: int

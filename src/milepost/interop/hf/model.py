@@ -57,7 +57,7 @@ class HfModel:
         return ModelIdentity(name=self.name, flavor=self.flavor, sizes=self.args)
 
     def record(self) -> Mapping[str, Any]:
-        """What each step records, so that it can be converted and exported without being told the model."""
+        """The record of each step, so that it can be converted and exported without naming the model."""
         return {RECORD: self.identity.record()}
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
@@ -82,7 +82,7 @@ class HfModel:
         return [f"it was saved with {', '.join(changed)}, which this run does not use"] if changed else []
 
     def translate(self, manifest: Manifest) -> Translation | None:
-        """What a checkpoint is under our names, where it was stored under those of another program."""
+        """Describe under our names a checkpoint that was stored under those of another program."""
         return translate(manifest, self.name, self.args)
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:

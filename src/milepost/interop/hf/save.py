@@ -38,7 +38,7 @@ from milepost.version import __version__
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfContent:
-    """What the files are to hold, and where each element of it comes from."""
+    """The content of the files, with the source of each element."""
 
     tensors: Mapping[str, TensorInfo]
     """By the names in the files."""
@@ -117,7 +117,7 @@ class HfImage:
 
 
 def plan_image(target: AnyHfTarget) -> HfImage:
-    """Where everything goes. Pure, and equal on every rank.
+    """Plan the files. Pure, and equal on every rank.
 
     Raises:
         ConversionError: the model's tensors are not those of its tables, or the assets belong to another model.
@@ -285,7 +285,7 @@ def _slabs(
 
 
 def _parts(link: Link, head_dim: int, box: Box, values: Array) -> Iterator[tuple[Box, Array]]:
-    """What ``link`` makes of ``values`` (box ``box`` of our tensor), as boxes of theirs."""
+    """Apply ``link`` to ``values`` (box ``box`` of our tensor); yield boxes of theirs."""
     common = link.ours.intersect(box)
     if common is None:
         return

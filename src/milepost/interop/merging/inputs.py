@@ -95,7 +95,7 @@ def _translated(first: Input, tensors: Readable, identity: ModelIdentity) -> Rea
 
 
 def _own_faults(one: Input) -> Iterator[str]:
-    """Why a source can't be merged with anything."""
+    """The reasons why a source can't be merged at all."""
     if one.weights.is_adapter:
         yield "a PEFT adapter, not a model: merge it into its base model first (merge_and_unload() of PEFT)"
     elif method_of(one.weights.source, one.weights.config) is not None:

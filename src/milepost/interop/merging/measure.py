@@ -1,4 +1,4 @@
-"""What some methods need to know of whole tensors before they merge a part: found in passes over all values."""
+"""Measurements of whole tensors that some methods need before they merge a part: passes over all values."""
 
 from __future__ import annotations
 

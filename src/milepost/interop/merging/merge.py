@@ -112,7 +112,7 @@ def _dtypes(tensors: Readable, dtype: str | None) -> dict[str, str]:
 def _sink(
     dst: str | os.PathLike[str], inputs: Sequence[Input], options: MergeOptions, weights: tuple[float, ...]
 ) -> Sink:
-    """What fits the first input, its model and files."""
+    """Create the sink that fits the first input, its model and files."""
     first = inputs[0].weights
     if os.fspath(dst).endswith(FILE_SUFFIXES):
         return TorchFileSink(dst)

@@ -19,7 +19,7 @@ PART_NUMEL = 1 << 18
 
 
 def is_floating(info: TensorInfo) -> bool:
-    """Whether a tensor's values can be merged; whole numbers and booleans are taken from the first source."""
+    """Return whether a tensor's values can be merged; whole numbers and booleans are taken from the first source."""
     return info.dtype in ("float64", "float32", "bfloat16", "float16")
 
 

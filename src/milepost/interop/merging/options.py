@@ -1,4 +1,4 @@
-"""What a merge is asked for and what it reports. Light to import: the command line needs it before it knows more."""
+"""Options and report of a merge. Light to import, for the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_DENSITY = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """How to merge. An option that belongs to other methods must be None (or empty)."""
+    """Options of a merge. An option that belongs to other methods must be None (or empty)."""
 
     method: str = "mean"
     """One of ``METHODS``."""
@@ -94,7 +94,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge did. ``checked_nbytes`` of the sources were compared with recorded digests."""
+    """The result of a merge. ``checked_nbytes`` of the sources were compared with recorded digests."""
 
     path: str
     kind: str

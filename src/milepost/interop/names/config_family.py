@@ -77,7 +77,7 @@ class ConfigFamily:
     """What an entry means that published configs leave out: that of transformers' class."""
 
     def has_scheme(self, name: str) -> bool:
-        """Whether another program's names are known of it."""
+        """Return whether another program's names are known of it."""
         return any(scheme.name == name for scheme in self.tables.schemes)
 
 
@@ -145,7 +145,7 @@ class ConfigValues:
         return self.number(name, default, least=0 if default == 0 else 1, most=_MAX_COUNT)
 
     def has(self, name: str) -> bool:
-        """Whether there is something other than null, zero, false or empty."""
+        """Return whether there is something other than null, zero, false or empty."""
         return bool(self._config.get(name))
 
     def is_true(self, name: str, default: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""Which tables belong to which model."""
+"""The tables of each model family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of: name, flavor and all sizes, as its manifest records them. Torch-free."""
+"""The model of a checkpoint: name, flavor and all sizes, as its manifest records them. Torch-free."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ModelIdentity:
 
     @classmethod
     def recorded(cls, extra: Mapping[str, Any]) -> ModelIdentity | None:
-        """What a manifest's ``extra`` says; None if it says nothing, or nothing that makes sense."""
+        """Read the model from a manifest's ``extra``; None if it names none, or is invalid."""
         said = extra.get(RECORD)
         if not isinstance(said, Mapping):
             return None
@@ -56,7 +56,7 @@ class ModelIdentity:
 
 
 def are_possible(sizes: ModelArgs) -> bool:
-    """Whether all numbers are positive and none is absurd."""
+    """Return whether all numbers are positive and none is absurd."""
     numbers = [sizes.dim, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.hidden_dim, sizes.vocab_size]
     counts, settings = [sizes.n_layers], [sizes.rope_theta, sizes.norm_eps]
     if sizes.moe is not None:
@@ -86,7 +86,7 @@ _WEIGHTS_DEPEND_ON = (
 
 
 def size_differences(found: ModelArgs, expected: ModelArgs) -> list[str]:
-    """What the weights depend on and is not the same, such as ``n_layers 32 instead of 16``."""
+    """List the differing sizes that the weights depend on, such as ``n_layers 32 instead of 16``."""
     pairs = [(name, getattr(found, name), getattr(expected, name)) for name in _WEIGHTS_DEPEND_ON]
     if found.moe is not None and expected.moe is not None:
         pairs = [pair for pair in pairs if pair[0] != "hidden_dim"]

@@ -1,4 +1,4 @@
-"""Which scheme's names a set of stored tensors has, and what is wrong when it is none's."""
+"""Finds the scheme whose names a set of stored tensors has, and reports what is wrong if none fits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _notes(args: Args, fitted: Args, wanted: Correspondence, shapes: Mapping[str
 
 
 def fault_lines(faults: KeyFaults) -> list[str]:
-    """What is missing, unexpected and misshapen, a line each."""
+    """Describe missing, unexpected and misshapen tensors, one line each."""
     return [
         *(f"missing: {key}" for key in faults.missing),
         *(f"unexpected: {key}" for key in faults.unexpected),
@@ -109,7 +109,7 @@ def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored
 
 
 def tied_fault(match: Match[Args]) -> str | None:
-    """Why the embedding and the output projection of a tied model are not one tensor; None if they are.
+    """Report why the embedding and the output projection of a tied model are not one tensor; None if they are.
 
     Only a source that stores both is read.
     """
@@ -121,7 +121,7 @@ def tied_fault(match: Match[Args]) -> str | None:
 
 
 def difference(tensors: Readable, one: str, other: str) -> str | None:
-    """How a tensor differs from another; None if the two are equal to the last bit."""
+    """Describe how a tensor differs from another; None if the two are equal to the last bit."""
     first, second = tensors.tensors[one], tensors.tensors[other]
     if first != second:
         return f"{other} is {second.dtype} {list(second.shape)}, {one} is {first.dtype} {list(first.shape)}"

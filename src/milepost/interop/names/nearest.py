@@ -1,4 +1,4 @@
-"""Which family a set of stored keys resembles: for the report on models that no table fits."""
+"""The family that a set of stored keys resembles most: for the report on models that no table fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFIXES = ("", "model.", "state_dict.", "module.")
 
 @dataclass(frozen=True, slots=True)
 class Resemblance:
-    """How far keys are the names of a family, numbers of layers and experts aside."""
+    """The resemblance of keys to the names of a family, numbers of layers and experts aside."""
 
     families: tuple[str, ...]
     """More than one where several have the same names."""
@@ -82,7 +82,7 @@ def _without_numbers(key: str) -> str:
 
 
 def advice(keys: Iterable[str], asked: str | None = None) -> list[str]:
-    """What keys resemble, and what to do about a model that was not recognised as ``asked``."""
+    """Name the family that keys resemble, and advise on a model that was not recognised as ``asked``."""
     found = nearest(list(keys))
     lines = found.lines() if found is not None else ["nearest family: none; no key is one of a model known here"]
     ask = [how_to_ask(name) for name in found.families if name != asked] if found is not None else []

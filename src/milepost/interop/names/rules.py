@@ -21,7 +21,7 @@ OWN = "milepost"
 
 
 class Op(Enum):
-    """How the elements of a source box become those of a target box."""
+    """The operation that turns the elements of a source box into those of a target box."""
 
     SAME = "same"
     TRANSPOSED = "transposed"
@@ -136,7 +136,7 @@ class MappedBox:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a target tensor is put together. Without pieces it is zeros of ``dtype``; else None keeps the source's."""
+    """The recipe of a target tensor. Without pieces it is zeros of ``dtype``; else None keeps the source's."""
 
     shape: tuple[int, ...]
     pieces: tuple[MappedBox, ...]
@@ -192,7 +192,7 @@ class Correspondence:
 
 @dataclass(frozen=True, slots=True)
 class KeyFaults:
-    """What keeps a set of stored tensors from being a model in some scheme. Nothing does when all are empty."""
+    """The differences between a set of stored tensors and a model in some scheme. All empty: there are none."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -235,14 +235,14 @@ def correspond(family: Family, scheme: Scheme, args: ModelArgs | Sizes) -> Corre
 
 
 def _has(sizes: Sizes, parameter: Parameter) -> bool:
-    """Whether a model of these sizes has a parameter of its own."""
+    """Return whether a model of these sizes has a parameter of its own."""
     if parameter.key == "output.weight" and sizes.tied_embeddings:
         return False
     return not parameter.when or parameter.when in sizes.features
 
 
 def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) -> KeyFaults:
-    """Which tensors of ``stored`` (key: shape) are missing, unexpected or misshapen for ``wanted``'s scheme."""
+    """Find tensors of ``stored`` (key: shape) that are missing, unexpected or misshapen for ``wanted``'s scheme."""
     optional = set(wanted.ignored) | set(wanted.constants)
     if wanted.tied is not None:
         optional.add(wanted.tied[1])
@@ -307,5 +307,5 @@ def _qkv_boxes(part: QkvGroup, shape: tuple[int, ...], sizes: Sizes) -> Iterator
 
 
 def num_parameters(wanted: Correspondence) -> int:
-    """How many numbers the model has."""
+    """The number of parameters of the model."""
     return sum(math.prod(shape) for shape in wanted.ours.values())

@@ -57,7 +57,7 @@ def _of_model(family: Family, args: ModelArgs, shapes: Mapping[str, Shape]) -> C
 
 @dataclass(frozen=True, slots=True)
 class _Stepped:
-    """What is stored of optimizers, by the names that ``names`` has for parameters."""
+    """The stored optimizer state, by the names that ``names`` has for parameters."""
 
     names: Correspondence
     entries: Mapping[str, Mapping[str, str]]
@@ -82,7 +82,7 @@ class _Stepped:
 
 
 def _fits(stored: TensorEntry | None, shape: Shape | None) -> bool:
-    """Whether a stored value may be state of a parameter: state that is not of its shape has other dims."""
+    """Return whether a stored value may be state of a parameter: state that is not of its shape has other dims."""
     return stored is None or shape is None or stored.shape == shape or len(stored.shape) != len(shape)
 
 

@@ -54,7 +54,7 @@ _WHAT_WOULD_DO = {
 
 @dataclass(frozen=True, slots=True)
 class _Fp8:
-    """Where a tensor of 8-bit floats and its factors are."""
+    """The location of a tensor of 8-bit floats and of its factors."""
 
     key: str
     scale_key: str
@@ -64,7 +64,7 @@ class _Fp8:
 
 @dataclass(frozen=True, slots=True)
 class _Mxfp4:
-    """Where the blocks and exponents of a tensor are. ``info`` is that of the dequantized one."""
+    """The location of a tensor's blocks and exponents. ``info`` is that of the dequantized one."""
 
     blocks_key: str
     scales_key: str
@@ -197,7 +197,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_of(source: Readable, config: Mapping[str, Any] | None) -> str | None:
-    """How weights are quantized, as their config or their names tell; None if they are not."""
+    """The quantization method of weights, by their config or names; None if they are not quantized."""
     said = config.get("quantization_config") if config is not None else None
     if said is not None:
         method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else "unknown"
@@ -208,7 +208,7 @@ def method_of(source: Readable, config: Mapping[str, Any] | None) -> str | None:
 
 
 def method_of_keys(keys: Collection[str]) -> str | None:
-    """How weights of these names are quantized; None if no name tells that they are."""
+    """The quantization method of weights, by their names; None if no name shows one."""
     for ending, method in _ENDINGS.items():
         if any(key.endswith(ending) for key in keys):
             return method

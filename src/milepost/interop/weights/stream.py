@@ -37,7 +37,7 @@ StageProgress = Callable[[str, int, int], None]
 
 
 def stage(progress: StageProgress | None, doing: str, total_nbytes: int) -> Advance | None:
-    """What turns the bytes of one stage into progress. Several threads may call it."""
+    """Return the function that turns the bytes of one stage into progress. Several threads may call it."""
     if progress is None:
         return None
     done, lock = 0, threading.Lock()

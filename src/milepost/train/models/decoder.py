@@ -145,7 +145,7 @@ class Decoder(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def block_plan(args: ModelArgs) -> TensorParallelPlan:
-        """How the modules of one layer are split over a tensor-parallel mesh, by name within the layer."""
+        """The tensor-parallel plan of one layer, by module name within the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is tokens (B, T) where the embedding is held, else hidden states (B, T, C) of the stage before."""
@@ -177,7 +177,7 @@ class Decoder(nn.Module, ABC):
         return [block.moe for block in self.blocks() if block.moe is not None]
 
     def tensor_parallel_plan(self) -> TensorParallelPlan:
-        """How every module is split over a tensor-parallel mesh, by name; of the whole model, whatever is held."""
+        """The tensor-parallel plan of the whole model, by module name, whichever layers this rank holds."""
         plan: TensorParallelPlan = {
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks: one module per mechanism, ``model`` puts them together."""
+"""Parallelism of the model: one module per mechanism, ``model`` combines them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def num_copies(parameter: Tensor) -> int:
-    """How many ranks of the parameter's mesh hold the same part of it."""
+    """The number of ranks in the parameter's mesh that hold the same part of it."""
     assert isinstance(parameter, DTensor), "fully_shard makes every parameter and gradient a DTensor"
     copies = 1
     for axis, placement in enumerate(parameter.placements):

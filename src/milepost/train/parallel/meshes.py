@@ -18,7 +18,7 @@ __all__ = ["Meshes"]
 
 
 class Meshes:
-    """Where this rank stands in every degree, and the process groups to talk in. Build it on all ranks together."""
+    """The coordinates of this rank in every degree, and its process groups. Built on all ranks together."""
 
     def __init__(self, degrees: Degrees, dense: DeviceMesh):
         self.degrees = degrees
@@ -44,19 +44,19 @@ class Meshes:
 
     @property
     def dp_degree(self) -> int:
-        """How many ranks read different samples of one batch."""
+        """The number of ranks that read different samples of one batch."""
         return self.degrees.data_parallel_degree
 
     @property
     def dp_rank(self) -> int:
-        """Which of the ``dp_degree`` shares of a batch this rank reads; ranks that work on the same samples agree."""
+        """This rank's share of a batch, of ``dp_degree``; equal for ranks that work on the same samples."""
         replica = self.dense.get_local_rank("dp_replicate")
         shard = self.dense.get_local_rank("fsdp") // self.degrees.context_parallel_degree
         return replica * self.degrees.data_parallel_shard_degree + shard
 
     @property
     def cp_rank(self) -> int:
-        """Which part of every sequence this rank holds."""
+        """The part of every sequence that this rank holds."""
         return self.dense.get_local_rank("fsdp") % self.degrees.context_parallel_degree
 
     @property
@@ -65,12 +65,12 @@ class Meshes:
 
     @property
     def last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
+        """True if this rank computes the loss."""
         return self.pp_rank == self.degrees.pipeline_parallel_degree - 1
 
     @property
     def data(self) -> DeviceMesh:
-        """What FSDP shards the dense weights over: 1-D, or 2-D (replicas, shards) where there are replicas."""
+        """The mesh for FSDP of the dense weights: 1-D, or 2-D (replicas, shards) where there are replicas."""
         return self._with_replicas(self.dense, "fsdp")
 
     @property
@@ -89,7 +89,7 @@ class Meshes:
 
     @property
     def expert_data(self) -> DeviceMesh:
-        """What FSDP shards the experts over: the ranks with the same experts (collective at first use)."""
+        """The mesh for FSDP of the experts: the ranks with the same experts (collective at first use)."""
         return self._with_replicas(self._experts, "efsdp")
 
     @cached_property

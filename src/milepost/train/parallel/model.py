@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TrainingOptions(Protocol):
-    """What the parallelisms need to know of section ``training``."""
+    """The options of section ``training`` that the parallelisms use."""
 
     @property
     def dtype(self) -> str: ...
@@ -43,7 +43,7 @@ class TrainingOptions(Protocol):
 
 
 class PipelineOptions(Protocol):
-    """What the parallelisms need to know of section ``parallelism`` beside the degrees."""
+    """The options of section ``parallelism`` that the parallelisms use, besides the degrees."""
 
     @property
     def pipeline_parallel_schedule(self) -> str: ...
@@ -52,7 +52,7 @@ class PipelineOptions(Protocol):
 
 
 class ActivationCheckpointOptions(Protocol):
-    """What the parallelisms need to know of section ``activation_checkpoint``."""
+    """The options of section ``activation_checkpoint`` that the parallelisms use."""
 
     @property
     def mode(self) -> str: ...

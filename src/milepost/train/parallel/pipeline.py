@@ -24,7 +24,7 @@ __all__ = ["Microbatches", "Pipeline", "split_into_stages"]
 
 @dataclass(frozen=True, slots=True)
 class Microbatches:
-    """What goes through a pipeline in one call."""
+    """The microbatches that go through a pipeline in one call."""
 
     number: int
     size: int

@@ -27,7 +27,7 @@ def apply_tensor_parallel(part: Decoder, meshes: Meshes) -> None:
 
 
 def local_vocab_size(vocab_size: int, mesh: DeviceMesh) -> int:
-    """How many of the vocabulary's rows this rank of the tensor mesh holds (DTensor's chunks: the last may be less)."""
+    """The number of vocabulary rows on this rank of the tensor mesh (DTensor's chunks: the last may be smaller)."""
     chunk = -(-vocab_size // mesh.size())
     return max(0, min(chunk, vocab_size - chunk * mesh.get_local_rank()))
 
