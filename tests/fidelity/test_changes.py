@@ -112,8 +112,8 @@ def test_options_that_another_version_of_torch_adds_or_lacks(memory_path: Path) 
     again = Net()
     run = Run(memory_path, again, adamw(again))
     notes = run.load()
-    assert "optimizer options that the checkpoint lacks, as in this run: decoupled_weight_decay" in notes
-    assert "optimizer options of the checkpoint that are not in this run, left out: from_the_future" in notes
+    assert "optimizer options missing from the checkpoint, kept as in this run: decoupled_weight_decay" in notes
+    assert "optimizer options of the checkpoint that this run does not have, ignored: from_the_future" in notes
     assert run.optimizer.param_groups[0]["decoupled_weight_decay"] is True
 
 
@@ -160,7 +160,7 @@ def test_parameters_frozen_and_unfrozen(memory_path: Path) -> None:
     model = Net()
     run = Run(memory_path, model, adamw(model))
     notes = run.load()
-    assert any(note.startswith("parameters new to the optimizer, begun afresh: ") for note in notes)
+    assert any(note.startswith("parameters new to the optimizer, with fresh state: ") for note in notes)
     assert list(run.optimizer.state) == [model.head.weight]
     run.train(1)
 
@@ -205,8 +205,8 @@ def test_buffers_that_are_new_or_no_longer_kept(memory_path: Path) -> None:
     other.register_buffer("mask", torch.zeros(2), persistent=False)
     other.register_buffer("scale", torch.full((2,), 7.0))
     notes = Run(memory_path, other, adamw(other)).load()
-    assert "buffers that the checkpoint lacks, left as freshly built: scale" in notes
-    assert "buffers of the checkpoint that this model computes itself, left out: freqs_cis, mask" in notes
+    assert "buffers that the checkpoint lacks, left as initialized: scale" in notes
+    assert "buffers of the checkpoint that this model computes itself, ignored: freqs_cis, mask" in notes
     assert other.scale.tolist() == [7, 7]
     assert not other.mask.any()
     assert_same(other.norm.state_dict(), model.norm.state_dict())

@@ -264,7 +264,9 @@ def test_shards_of_different_kinds_come_back_on_the_same_degrees(
     """Where blocks don't end with a rank's rows, or an optimizer has left a small shard as it is."""
     run_world(save_sharded, 2, memory_path, rows, width, plain_on, timeout_s=60)
     run_world(load_sharded, 2, memory_path, rows, width, plain_on, timeout_s=60)
-    with pytest.raises(StateMismatchError, match=r"2 shards that can't be cut anew in the checkpoint, one tensor here"):
+    with pytest.raises(
+        StateMismatchError, match=r"2 shards that can't be resharded in the checkpoint, one tensor here"
+    ):
         milepost.load(memory_path / "step-1", {"a": {"w": scaled(rows, 2, width)}})
     whole = milepost.load(memory_path / "step-1")["a"]["w"]
     assert list(whole) == ["shard0", "shard1"]

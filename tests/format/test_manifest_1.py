@@ -58,7 +58,7 @@ def test_a_manifest_comes_back_equal(manifest: Manifest):
 
 @pytest.mark.parametrize("text", ["#", "YQ", "é"])
 def test_a_structure_that_is_no_base64_is_refused(manifest: Manifest, text: str):
-    with pytest.raises(FormatError, match="the structure that it records is malformed"):
+    with pytest.raises(FormatError, match="its structure is malformed"):
         from_json(edited(manifest, lambda document: document["extra"].update(structure=text)))
 
 

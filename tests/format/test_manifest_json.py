@@ -183,11 +183,11 @@ def test_a_head_that_a_scan_could_not_read_in_one_go_is_never_written(manifest: 
 
 def test_a_head_does_not_say_more_than_the_rest(record: dict[str, bytes]):
     """Lists and loads must not tell two stories."""
-    with pytest.raises(FormatError, match="its head is not that of the rest"):
+    with pytest.raises(FormatError, match="its head does not match the rest"):
         read(edited(record, lambda d: d["files"][0].update(nbytes=d["files"][0]["nbytes"] + 1)), record)
     moved = json.loads(record[MANIFEST_NAME])
     kept = {name: moved[name] for name in ("format", "format_version", "head_crc32")}
-    with pytest.raises(FormatError, match="its head is not that of the rest"):
+    with pytest.raises(FormatError, match="its head does not match the rest"):
         read(framed(kept | {name: value for name, value in moved.items() if name not in kept}), record)
 
 

@@ -115,7 +115,7 @@ def test_values_beside_good_tensors_are_left_out_with_a_note(memory_path: Path) 
         assert source.tensors.keys() == {"w", "more.b"}
     (note,) = opened.notes
     assert note == (
-        "values that are no tensors were left out: names (set), lr (scalar), counts (_reconstruct), args (Namespace), "
+        "values that are not tensors were skipped: names (set), lr (scalar), counts (_reconstruct), args (Namespace), "
         "history (deque)"
     )
     report = verify(memory_path / "m.pt")

@@ -127,7 +127,7 @@ def test_an_index_that_does_not_fit_the_files_is_refused_with_all_faults(broken:
     (broken / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(FormatError) as caught:
         open_weights(broken)
-    assert "(model.absent.weight): in the index, but in no file" in caught.value.message
+    assert "(model.absent.weight): in the index, but not in any file" in caught.value.message
     assert f"({moved}): the index says {index['weight_map'][moved]}" in caught.value.message
 
 

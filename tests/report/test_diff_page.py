@@ -46,7 +46,7 @@ def test_a_comparison_is_written_as_a_page(run: Path, capsys: pytest.CaptureFixt
     assert seen.count("20.000%") >= 1
     assert "10.00%" in seen  # the heat map
     assert "float32 [4]" in seen
-    assert "Keys that one side lacks" in seen
+    assert "Keys found on one side only" in seen
     assert "alert(1)</script>" not in text
     assert "\u202e" not in text
     assert all("style" not in attributes and "src" not in attributes for _, attributes in page.tags)

@@ -98,7 +98,7 @@ def test_each_decision_carries_its_reason() -> None:
         4: "it is damaged: cut off",
         5: "it is external, written by another program",
         6: "it is incomplete: it was never committed",
-        7: "it is a link to a folder elsewhere",
+        7: "it is a link to another folder",
         10: "it is a multiple of 5",
         11: "it was committed in the last 2 h",
         12: "it is one of the 3 newest",

@@ -265,12 +265,12 @@ def test_damage_of_a_shared_file_is_damage_of_each_step_and_is_said_so(
         file.write(b"damage")
     report = verify(run.step(3))
     assert report.verdict == "damaged"
-    assert "step-4 share __0_1.distcp (by hard links): its damage is damage of these steps too" in report.notes
+    assert "step-4 share __0_1.distcp (by hard links): these steps are damaged too" in report.notes
     with caplog.at_level(logging.WARNING), run.manager(model) as manager:
         found = manager.load()
     assert found is not None
     assert found.step == 2
-    assert "step-3 has the same file, so it is marked as damaged too" in caplog.text
+    assert "step-3 shares the file, so it is marked as damaged too" in caplog.text
     states = {entry.step: entry.state for entry in catalog.scan(LocalStorage(run.path), "run")}
     assert states == {1: "committed", 2: "committed", 3: "damaged", 4: "damaged"}
     with run.manager(model) as manager, pytest.raises(CheckpointDamagedError):

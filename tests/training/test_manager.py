@@ -514,7 +514,7 @@ def test_excluded_parts_stay_as_built(folder: Path, part: str) -> None:
     for name in found:
         if name != left:
             assert_same(found[name], trained[name], name)
-    assert f"left as freshly built: {part}" in report.notes
+    assert f"left as initialized: {part}" in report.notes
 
 
 def test_initial_load(folder: Path, tmp_path: Path) -> None:
@@ -778,7 +778,7 @@ def test_hostile_paths_are_refused(folder: Path) -> None:
     paths = {**manifest.paths, "train_state.history.1.n": ("train_state", "history", 10**15, "n")}
     # As in a checkpoint of before structures were recorded: then the paths tell what the containers were.
     change_record(folder / "step-2", replace(manifest, paths=paths, structure=b""))
-    with pytest.raises(CheckpointDamagedError, match="which is another key's"):
+    with pytest.raises(CheckpointDamagedError, match="which belongs to another key"):
         Run(folder, load_step=2).manager.load()
     absurd = f"train_state.history.{10**15}.n"
     paths = {k: v for k, v in manifest.paths.items() if k != "train_state.history.1.n"}

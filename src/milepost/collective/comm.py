@@ -243,7 +243,7 @@ def _windows(incoming: Sequence[tuple[int, int]]) -> Iterator[range]:
 
 
 def _wait(work: dist.Work | None) -> None:
-    assert work is not None, "only a rank that is not in the group gets none"
+    assert work is not None, "only a rank outside the group gets none"
     work.wait()
 
 

@@ -29,7 +29,9 @@ def interrupts_held() -> Iterator[None]:
         nonlocal came
         came = True
         signal.signal(signal.SIGINT, default)
-        log.warning("interrupted: stopping when the ranks are done with each other; Ctrl-C again stops at once")
+        log.warning(
+            "interrupted: stopping once the ranks have finished this operation; press Ctrl-C again to stop at once"
+        )
 
     signal.signal(signal.SIGINT, note)
     try:

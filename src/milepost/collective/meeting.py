@@ -21,7 +21,7 @@ log = logging.getLogger("milepost")
 LATE_S = 5.0
 """A rank that has not come after this many seconds is named, and again after twice as many."""
 PATIENCE_S = 30.0
-"""After this many seconds the collective is entered all the same: it finds out whether a rank is dead."""
+"""After this many seconds the collective is entered nevertheless: it finds out whether a rank is dead."""
 _MAX_PAUSE_S = 0.02
 
 _counts: Counter[str] = Counter()

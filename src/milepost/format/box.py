@@ -212,7 +212,7 @@ def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     if _is_tiling(shape, filled, split):
         return []
     if not split:
-        return [f"the whole of it is stored {len(filled)} times"]
+        return [f"all of it is stored {len(filled)} times"]
     return _explain(shape, filled, split)
 
 

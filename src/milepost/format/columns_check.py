@@ -52,7 +52,7 @@ def _faults(table: ShardTable, files: Mapping[str, FileEntry], must_cover: bool)
         return
     unknown = [name for name in table.files if name not in files or untagged(name) in RESERVED]
     if unknown:
-        yield Problem(f"records are said to be in {unknown[0]!r:.200}, which is no data file of this checkpoint")
+        yield Problem(f"records are in {unknown[0]!r:.200}, which is not a data file of this checkpoint")
         return
     nbytes = np.array([files[name].nbytes for name in table.files], np.int64)
     outside = False
@@ -69,7 +69,7 @@ def _faults(table: ShardTable, files: Mapping[str, FileEntry], must_cover: bool)
 def _impossible(tiling: Tiling) -> str:
     """The reason why no tensor can be stored so; empty if one can. Reads on after the key."""
     if min(tiling.shape, default=0) < 0 or math.prod(tiling.shape) * itemsize(tiling.dtype) > MAX_COUNT:
-        return f" has impossible shape {list(tiling.shape)!r:.200}"
+        return f"has invalid shape {list(tiling.shape)!r:.200}"
     shape = np.array(tiling.shape, np.int64)
     # Written so that no sum of hostile numbers can overflow.
     inside = (tiling.offsets >= 0) & (tiling.sizes >= 0) & (tiling.sizes <= shape) & (tiling.offsets <= shape)
@@ -158,7 +158,7 @@ def _not_inside(start: Ints, length: Ints, room: Ints) -> list[int]:
 def _place_fault(table: ShardTable, nbytes: Ints, key: str, file: Any, start: Any, length: Any) -> Problem:
     name = table.files[file]
     where = f"bytes {int(start)} to {int(start) + int(length)} of {name!r}"
-    return Problem(f"{key!r} is said to be in {where}, which has {int(nbytes[file])} bytes", key=key)
+    return Problem(f"{key!r}is recorded in {where}, which has {int(nbytes[file])} bytes", key=key)
 
 
 def _overlaps(table: ShardTable, nbytes: Ints) -> Iterator[Problem]:

@@ -74,16 +74,16 @@ class DcpMetadata:
 
 def _size(*args: object) -> tuple[int, ...]:
     if len(args) != 1 or not isinstance(args[0], tuple | list):
-        raise FormatError("torch.Size is called with something else than one sequence")
+        raise FormatError("torch.Size is not called with one sequence")
     return _sizes(tuple(args[0]))
 
 
 def _sizes(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple) or len(value) > MAX_DIMS:
-        raise FormatError("sizes or offsets are no tuple of at most 64 numbers")
+        raise FormatError("sizes or offsets are not a tuple of at most 64 numbers")
     for number in value:
         if type(number) is not int or not 0 <= number <= MAX_COUNT:
-            raise FormatError("sizes or offsets hold something else than whole numbers from 0 to 2**62")
+            raise FormatError("sizes or offsets are not all whole numbers from 0 to 2**62")
     return value
 
 
@@ -103,13 +103,13 @@ def _getattr(*args: object) -> str:
     """Early Python 3.11 pickled an enum's member as ``getattr(class, name)``; here it is a look-up in a tuple."""
     is_enum = len(args) == 2 and isinstance(args[0], Global) and args[0].call is _memory_format
     if not is_enum or args[1] not in _MEMORY_FORMATS:
-        raise FormatError("getattr is used for something else than a memory format")
+        raise FormatError("getattr is not used for a memory format")
     return str(args[1])
 
 
 def _path(*args: object) -> str:
     if not all(isinstance(part, str) for part in args):
-        raise FormatError("a path is made of something else than text")
+        raise FormatError("a path is not text")
     if sum(len(str(part)) + 1 for part in args) > _MAX_TEXT:
         raise FormatError(f"a path has more than {_MAX_TEXT} characters")
     head, *rest = [str(part) for part in args] or ["."]
@@ -169,7 +169,7 @@ def _fields(value: object, name: str) -> dict[str, Any]:
     """The attributes of an instance of the class called ``name``."""
     if not isinstance(value, Instance) or not value.name.endswith(f".{name}") or not isinstance(value.state, dict):
         found = value.name if isinstance(value, Instance) else type(value).__name__
-        raise FormatError(f"a {found} stands where a {name} must be, or it is incomplete")
+        raise FormatError(f"expected a {name}, found a {found}, or an incomplete one")
     return value.state
 
 
@@ -177,7 +177,7 @@ def _metadata(value: object, max_chunks: int) -> DcpMetadata:
     fields = _fields(value, "Metadata")
     entries, places = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(places, dict):
-        raise FormatError("the index of keys or of places is missing")
+        raise FormatError("the index of keys or of locations is missing")
     tensors: dict[str, DcpTensor] = {}
     objects: list[str] = []
     # What has been read is let go: a large index would else be in memory twice.
@@ -228,7 +228,7 @@ def _index(value: object) -> tuple[str, tuple[int, ...] | None]:
     fields = _fields(value, "MetadataIndex")
     key, offset = fields.get("fqn"), fields.get("offset")
     if type(key) is not str:
-        raise FormatError("an index of a place has no key")
+        raise FormatError("a location's index has no key")
     return key, None if offset is None else _sizes(offset)
 
 
@@ -237,12 +237,12 @@ def _location(value: object) -> DcpLocation:
     path, offset, nbytes = fields.get("relative_path"), fields.get("offset"), fields.get("length")
     transforms = fields.get("transform_descriptors") or ()
     if type(path) is not str or len(path) > _MAX_TEXT:
-        raise FormatError("a place has no relative path")
+        raise FormatError("a location has no relative path")
     offset, nbytes = _sizes((offset, nbytes))
     if not isinstance(transforms, list | tuple) or len(transforms) > _MAX_TRANSFORMS:
-        raise FormatError("a place has no list of transforms, or a very long one")
+        raise FormatError("a location has no list of transforms, or a very long one")
     if not all(type(name) is str for name in transforms):
-        raise FormatError("a place has transforms that are not names")
+        raise FormatError("a location has transforms that are not names")
     return DcpLocation(path, offset, nbytes, tuple(transforms))
 
 
@@ -349,7 +349,7 @@ def _distinct(chunks: tuple[Box, ...]) -> Iterator[Box]:
 def _place(key: str, offsets: tuple[int, ...] | None, metadata: DcpMetadata, problems: list[str]) -> DcpLocation | None:
     place = metadata.storage.get((key, offsets))
     if place is None:
-        problem = f"no place is given for {key!r:.200} at {offsets}"
+        problem = f"no location is recorded for {key!r:.200} at {offsets}"
     elif place.transforms:
         problem = f"{key!r:.200} was transformed by {', '.join(place.transforms)!r:.100}, which can't be undone"
     else:

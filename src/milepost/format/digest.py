@@ -130,9 +130,9 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
     if magic[:7] == MAGIC[:7] and magic != MAGIC:
         raise FormatError(f"{path} was written by a newer Milepost (version {magic[7]}): upgrade to read it", path=path)
     if magic != MAGIC:
-        raise fault("it does not begin as a digests file does")
+        raise fault("it does not begin like a digests file")
     if name_nbytes > _MAX_SAVE_ID_NBYTES or len(data) != _HEAD.size + name_nbytes + 4 * count + 4:
-        raise fault(f"its length of {len(data)} bytes is not what its header says")
+        raise fault(f"it has {len(data)} bytes, its header says otherwise")
     if crc32(memoryview(data)[:-4]) != struct.unpack_from("<I", data, len(data) - 4)[0]:
         raise fault("its own CRC-32 does not match")
     if not 0 < block_nbytes <= 1 << 30 or block_nbytes % MAX_ELEMENT_NBYTES:

@@ -78,7 +78,7 @@ def lookup(name: str) -> DType:
     """The table's entry for torch's ``name``. Raises FormatError for a name that is not in the table."""
     entry = DTYPES.get(name)
     if entry is None:
-        raise FormatError(f"dtype {name!r:.100} is not one that can be stored; known are {', '.join(DTYPES)}")
+        raise FormatError(f"dtype {name!r:.100} can't be stored; supported are {', '.join(DTYPES)}")
     return entry
 
 
@@ -106,7 +106,7 @@ def from_safetensors(code: str) -> str:
     """Torch's name of a dtype code of a safetensors header. Raises FormatError for an unknown code."""
     name = SAFETENSORS_NAMES.get(code)
     if name is None:
-        raise FormatError(f"safetensors dtype {code!r:.100} is unknown; known are {', '.join(SAFETENSORS_NAMES)}")
+        raise FormatError(f"safetensors dtype {code!r:.100} is unknown; supported are {', '.join(SAFETENSORS_NAMES)}")
     return name
 
 

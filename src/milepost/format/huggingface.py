@@ -90,7 +90,7 @@ def _check_content(value: dict[str, Any], path: str) -> None:
             elif isinstance(node, list):
                 children += node
             elif isinstance(node, str) and not _is_unicode(node):
-                raise FormatError(f"{path}: a text in it is not valid Unicode ({node!a:.100})", path=path)
+                raise FormatError(f"{path}: a string in it is not valid Unicode ({node!a:.100})", path=path)
         if not children:
             return
         level = children

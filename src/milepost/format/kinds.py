@@ -45,7 +45,7 @@ def kind_of(head: bytes, nbytes: int, name: str) -> str:
             return what
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(_MARKUP):
-        return "a web page, perhaps one that a server gave instead of the file: download it again"
+        return "a web page, perhaps sent by a server instead of the file: download it again"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b":") and b"torch" in head[:64].lower():
@@ -56,7 +56,7 @@ def kind_of(head: bytes, nbytes: int, name: str) -> str:
     if head.startswith(b"PK\x03\x04") and name.endswith(".safetensors"):
         return "a torch.save or zip file: give it a name that ends in .pt"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not name.endswith(".safetensors"):
-        return "a plain pickle, which torch.save did not write: it may run anything, and is not read"
+        return "a plain pickle, not written by torch.save: it may run arbitrary code, and is not read"
     return ""
 
 
@@ -83,7 +83,7 @@ def names_in_tail(tail: bytes) -> list[str]:
 def kind_of_pickle(pickled: bytes) -> str:
     """Identify in the ``data.pkl`` of a ``torch.save`` file what no reader of weights supports; empty if not known."""
     if b"torch.nn.modules" in pickled or b"torch.nn.parallel" in pickled:
-        return "a whole module, not its weights: whoever made it is to save its state_dict() instead"
+        return "a whole module, not its weights: save its state_dict() instead"
     for name, what in (
         (b"_rebuild_qtensor", "quantised tensors: save them dequantised"),
         (b"_rebuild_sparse", "sparse tensors: save them after to_dense()"),

@@ -93,7 +93,7 @@ def _structure(text: object, path: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except ValueError as error:
-        raise FormatError(f"{path}: the structure that it records is malformed: {error}", path=path) from error
+        raise FormatError(f"{path}: its structure is malformed: {error}", path=path) from error
 
 
 def _tensor(key: str, row: _TensorRow, names: list[str], path: str) -> TensorEntry:
@@ -104,7 +104,7 @@ def _tensor(key: str, row: _TensorRow, names: list[str], path: str) -> TensorEnt
 
 def _shard(key: str, row: _ShardRow, names: list[str], whole: Box, element_nbytes: int, path: str) -> ShardEntry:
     if (row.offsets is None) != (row.sizes is None):
-        raise FormatError(f"{path}: a shard of {key!r} has offsets and no sizes", path=path, key=key)
+        raise FormatError(f"{path}: a shard of {key!r} has offsets but no sizes", path=path, key=key)
     box = whole if row.offsets is None or row.sizes is None else Box(row.offsets, row.sizes)
     name = _file_name(names, row.file, key, path)
     data_nbytes = box.numel * element_nbytes
@@ -118,5 +118,5 @@ def _object(key: str, row: _ObjectRow, names: list[str], path: str) -> ObjectEnt
 
 def _file_name(names: list[str], number: int, key: str, path: str) -> str:
     if number >= len(names):
-        raise FormatError(f"{path}: {key!r} is said to be in file number {number} of {len(names)}", path=path, key=key)
+        raise FormatError(f"{path}: {key!r} is recorded in file number {number} of {len(names)}", path=path, key=key)
     return names[number]

@@ -70,7 +70,7 @@ def _faults(manifest: Manifest) -> Iterator[Problem]:
         yield from _place_faults(key, entry, manifest)
     for key in manifest.paths:
         if key not in manifest.tensors and key not in manifest.objects:
-            yield Problem(f"a path is given for {key!r}, which is not stored", key=key)
+            yield Problem(f"a path is recorded for {key!r}, which is not stored", key=key)
     yield from _overlap_faults(manifest)
 
 
@@ -91,11 +91,11 @@ def _file_faults(name: str, file: FileEntry) -> Iterator[Problem]:
     if name == MANIFEST_NAME:
         yield Problem(f"{MANIFEST_NAME} lists itself")
     if not 0 <= file.nbytes <= MAX_COUNT:
-        yield Problem(f"file {name!r} is said to have {file.nbytes} bytes")
+        yield Problem(f"file {name!r} is recorded with {file.nbytes} bytes")
     if file.crc32 is not None and not 0 <= file.crc32 <= MAX_CRC32:
-        yield Problem(f"file {name!r} has an impossible CRC-32")
+        yield Problem(f"file {name!r}has an invalid CRC-32")
     if file.content and not _CONTENT.fullmatch(file.content):
-        yield Problem(f"file {name!r} has an impossible identity of its content")
+        yield Problem(f"file {name!r} has an invalid content id")
 
 
 def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterator[Problem]:
@@ -105,7 +105,7 @@ def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterato
         return
     possible = len(tensor.shape) <= MAX_DIMS and min(tensor.shape, default=0) >= 0
     if not possible or math.prod(tensor.shape) * dtype.itemsize > MAX_COUNT:
-        yield Problem(f"{key!r} has impossible shape {list(tensor.shape)!r:.200}", key=key)
+        yield Problem(f"{key!r}has invalid shape {list(tensor.shape)!r:.200}", key=key)
         return
     for fault in cover_faults(tensor.shape, [shard.box for shard in tensor.shards]):
         yield Problem(f"{key!r}: {fault}", key=key)
@@ -118,19 +118,19 @@ def _place_faults(key: str, entry: ShardEntry | ObjectEntry, manifest: Manifest)
     file = manifest.files.get(entry.file)
     start, nbytes = entry.record_offset, entry.record_nbytes
     if file is None or untagged(entry.file) in RESERVED:
-        what = f"{key!r} is said to be in {entry.file!r:.200}, which is no data file of this checkpoint"
+        what = f"{key!r}is recorded in {entry.file!r:.200}, which is not a data file of this checkpoint"
         yield Problem(what, key=key)
     elif start < 0 or nbytes <= 0 or start + nbytes > file.nbytes:
         where = f"bytes {start} to {start + nbytes} of {entry.file!r}"
-        yield Problem(f"{key!r} is said to be in {where}, which has {file.nbytes} bytes", key=key)
+        yield Problem(f"{key!r}is recorded in {where}, which has {file.nbytes} bytes", key=key)
     if entry.crc32 is not None and not 0 <= entry.crc32 <= MAX_CRC32:
-        yield Problem(f"{key!r} has an impossible CRC-32", key=key)
+        yield Problem(f"{key!r}has an invalid CRC-32", key=key)
 
 
 def _data_faults(key: str, shard: ShardEntry, element_nbytes: int) -> Iterator[Problem]:
     wanted = shard.box.numel * element_nbytes
     if shard.data_nbytes != wanted:
-        yield Problem(f"shard {shard.box} of {key!r} has {shard.data_nbytes} bytes of data, not {wanted}", key=key)
+        yield Problem(f"shard {shard.box} of {key!r} has {shard.data_nbytes} bytes of data, expected {wanted}", key=key)
     first = shard.record_offset if shard.data_offset is None else shard.data_offset
     if first < shard.record_offset or first + wanted > shard.record_offset + shard.record_nbytes:
         yield Problem(f"the data of shard {shard.box} of {key!r} does not lie inside its record", key=key)

@@ -237,7 +237,7 @@ def from_json(
     _refuse(path, head_faults(manifest))
     head = parse_head(data, path)
     if head is None or head.listing != listing_of((name, entry.nbytes) for name, entry in manifest.files.items()):
-        raise FormatError(f"{path}: its head is not that of the rest", path=path)
+        raise FormatError(f"{path}: its head does not match the rest", path=path)
     name = manifest.file_named(SHARDS_NAME)
     if name is None or read_shards is None:
         return manifest
@@ -261,7 +261,7 @@ def _with_shards(
         mixed = f"it is of save {manifest.save_id!r}, {SHARDS_NAME} beside it of save {error.save_id!r}"
         raise FormatError(f"{path}: {mixed}: files of two saves were mixed up; use another step", path=path) from error
     if (len(data), found) != (entry.nbytes, entry.crc32):
-        raise FormatError(f"{where}: it is not the file that {path} names", path=where)
+        raise FormatError(f"{where}: it differs from the file that {path} records", path=where)
     _refuse(where, table_faults(table, manifest.files, must_cover=must_cover))
     return with_table(manifest, table)
 

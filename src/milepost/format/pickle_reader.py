@@ -92,7 +92,7 @@ def read_pickle(
     except (IndexError, struct.error):
         raise FormatError(f"a pickle is truncated or malformed near byte {machine.pos}") from None
     except UnicodeError:
-        raise FormatError(f"a pickle holds text that is not text near byte {machine.pos}") from None
+        raise FormatError(f"a pickle holds invalid text near byte {machine.pos}") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,13 +149,15 @@ class _Machine:
     def charge(self, nbytes: int) -> None:
         self.allowance -= nbytes
         if self.allowance < 0:
-            raise OverLimitError(f"a pickle of {len(self.data)} bytes unfolds to far more memory than that warrants")
+            raise OverLimitError(
+                f"a pickle of {len(self.data)} bytes expands to far more memory than its size justifies"
+            )
 
     def take(self, nbytes: int) -> bytes:
         start = self.pos
         self.pos = stop = start + nbytes
         if stop > len(self.data):
-            raise FormatError(f"a pickle is truncated: {nbytes} bytes are announced at byte {start} and not there")
+            raise FormatError(f"a pickle is truncated: {nbytes} bytes are announced at byte {start} but missing")
         return self.data[start:stop]
 
     def pop_mark(self) -> list[object]:
@@ -335,7 +337,7 @@ class _Machine:
         elif index < len(memo):
             memo[index] = self.stack[-1]
         else:
-            raise FormatError(f"a pickle jumps to memo place {index} when {len(memo)} are taken")
+            raise FormatError(f"a pickle writes memo entry {index} when it has {len(memo)}")
 
     def binput(self) -> None:
         self.put(self.take(1)[0])
@@ -354,7 +356,7 @@ class _Machine:
 
     def find(self, module: object, name: object) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise FormatError("a pickle names a global by something else than text")
+            raise FormatError("a pickle names a global by a value that is not text")
         found = self.globals.get(f"{module}.{name}")
         if found is None:
             raise FormatError(f"a pickle asks for {f'{module}.{name}'!r:.200}, which is not allowed; nothing was run")
@@ -363,7 +365,7 @@ class _Machine:
     def line(self) -> str:
         stop = self.data.find(b"\n", self.pos, self.pos + _MAX_NAME_NBYTES)
         if stop < 0:
-            raise FormatError(f"a pickle names a global without end at byte {self.pos}")
+            raise FormatError(f"a pickle has an unterminated global name at byte {self.pos}")
         text = self.data[self.pos : stop].decode("utf-8")
         self.pos = stop + 1
         return text

@@ -120,7 +120,7 @@ _EMITTERS: dict[type, Callable[..., None]] = {
 def encode_latin1(*args: object) -> bytes:
     """Stand in for ``_codecs.encode`` in a pickle of bytes: text whose code points are the bytes."""
     if not (len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1")):
-        raise FormatError("_codecs.encode is used for something else than bytes")
+        raise FormatError("_codecs.encode is not used for bytes")
     return args[0].encode("latin-1")
 
 
@@ -164,7 +164,7 @@ def _check_plain(value: object) -> None:
     def measure(node: object, depth: int) -> int:
         if not isinstance(node, list | tuple | dict):
             if node is not None and not isinstance(node, bool | int | float | str | bytes):
-                raise FormatError(f"a {type(node).__name__} stands where a plain value must be")
+                raise FormatError(f"expected a plain value, found a {type(node).__name__}")
             return 1
         known = sizes.get(id(node))
         if known is not None:
@@ -177,7 +177,7 @@ def _check_plain(value: object) -> None:
             raise FormatError("a dict key is neither text nor a number")
         total = 1 + sum(measure(part, depth + 1) for part in parts)
         if total > MAX_NODES:
-            raise FormatError(f"a value unfolds to more than {MAX_NODES} parts")
+            raise FormatError(f"a value expands to more than {MAX_NODES} parts")
         open_ids.remove(id(node))
         sizes[id(node)] = total
         return total

@@ -329,7 +329,7 @@ def check_archive(record: bytes | bytearray | memoryview) -> None:
     for entry in sorted(archive.entries.values(), key=lambda entry: entry.header_offset):
         start = archive.data_offset(entry)
         if entry.header_offset < position:
-            raise FormatError(f"zip entry {entry.name!r:.100} lies over another one")
+            raise FormatError(f"zip entry {entry.name!r:.100} overlaps another one")
         position = start + entry.nbytes
         # torch.serialization.set_crc32_options(False) leaves zero in place of every CRC.
         if entry.crc32 not in (0, crc32(memoryview(record)[start:position])):
@@ -347,7 +347,7 @@ def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> L
     pickled, prefix = read_pickle_entry(archive, _MAX_TENSOR_PICKLE_NBYTES)
     tensor = read_pickle(pickled, TENSOR_GLOBALS, persistent_storage)
     if not isinstance(tensor, Rebuild):
-        raise FormatError(f"a record holds a {type(tensor).__name__} where a tensor is expected")
+        raise FormatError(f"a record: expected a tensor, found a {type(tensor).__name__}")
     return located(archive, prefix, tensor)
 
 
@@ -382,7 +382,7 @@ def read_pickle_entry(archive: ZipDirectory, limit: int) -> tuple[bytes, str]:
     """``data.pkl`` and the archive's name, byte order and CRCs checked."""
     names = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != 1:
-        raise FormatError("a record has no data.pkl (or several): it is no torch.save record")
+        raise FormatError("a record has no data.pkl (or several): it is not a torch.save record")
     prefix = names[0].removesuffix("/data.pkl")
     pickled = _checked_content(archive, archive.entries[names[0]], limit)
     order = archive.entries.get(f"{prefix}/byteorder")  # torch before 2.1 wrote none, and was little-endian
@@ -410,10 +410,10 @@ def _check_extent(tensor: Rebuild, entry: ZipEntry) -> None:
 
 def persistent_storage(pid: object) -> _Storage:
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Global)):
-        raise FormatError("a record refers to something else than a storage")
+        raise FormatError("a record refers to an object that is not a storage")
     _, cls, key, *_ = pid
     if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20):
-        raise FormatError("a record refers to a storage by a strange name")
+        raise FormatError("a record refers to a storage by an invalid name")
     if cls.value is not None and not isinstance(cls.value, _StorageClass):
         raise FormatError(f"a record's storage is of class {cls.name!r}")
     return _Storage(key, cls.value.dtype if cls.value else None)
@@ -428,20 +428,20 @@ def _ints(value: object) -> tuple[int, ...]:
     if not (isinstance(value, tuple) and len(value) <= MAX_DIMS and all(type(v) is int for v in value)):
         raise FormatError("a tensor's sizes or strides are not whole numbers")
     if any(not 0 <= v <= MAX_NBYTES for v in value):
-        raise FormatError(f"a tensor's sizes or strides {value!r:.200} are impossible")
+        raise FormatError(f"a tensor's sizes or strides {value!r:.200} are invalid")
     return value
 
 
 def _rebuild(args: tuple[object, ...], dtype: str | None) -> Rebuild:
     storage, offset, sizes, strides = args[0], args[1], _ints(args[2]), _ints(args[3])
     if not isinstance(storage, _Storage):
-        raise FormatError("a tensor is rebuilt from something else than a storage")
+        raise FormatError("a tensor is not rebuilt from a storage")
     (storage_offset,) = _ints((offset,))
     if len(sizes) != len(strides) or math.prod(sizes) > MAX_NBYTES:
-        raise FormatError(f"a tensor's sizes {list(sizes)!r:.200} do not fit its strides, or are impossible")
+        raise FormatError(f"a tensor's sizes {list(sizes)!r:.200} do not fit its strides, or are invalid")
     dtype = dtype or storage.dtype
     if dtype is None:
-        raise FormatError("a tensor's dtype is not given")
+        raise FormatError("a tensor's dtype is missing")
     return Rebuild(storage, storage_offset, sizes, strides, dtype)
 
 

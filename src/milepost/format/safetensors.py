@@ -67,7 +67,7 @@ def read_header(handle: ReadHandle) -> SafetensorsHeader:
     path = handle.path
     if handle.nbytes < 8:
         raise FormatError(
-            f"{path} is no safetensors file: it has {handle.nbytes} bytes, the header alone needs 8", path=path
+            f"{path} is not a safetensors file: it has {handle.nbytes} bytes, the header alone needs 8", path=path
         )
     raw_length = bytearray(8)
     handle.read_into(0, [memoryview(raw_length)])
@@ -75,7 +75,7 @@ def read_header(handle: ReadHandle) -> SafetensorsHeader:
     if length > MAX_HEADER_NBYTES or length + 8 > handle.nbytes:
         raise FormatError(
             f"{path} claims a header of {length:,} bytes, but the file has {handle.nbytes:,} and a header may have at "
-            f"most {MAX_HEADER_NBYTES:,}: it is truncated, or no safetensors file",
+            f"most {MAX_HEADER_NBYTES:,}: it is truncated, or not a safetensors file",
             path=path,
         )
     return parse_header(handle.read(8, length), file_nbytes=handle.nbytes, path=path)
@@ -102,7 +102,7 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
     except (ValueError, RecursionError, FormatError) as error:
         raise FormatError(f"the safetensors header of {path} is malformed: {error}", path=path) from error
     if end != file_nbytes:
-        kind = "truncated" if end > file_nbytes else "followed by bytes that belong to no tensor"
+        kind = "truncated" if end > file_nbytes else "followed by bytes outside all tensors"
         raise FormatError(
             f"{path} is {kind}: its header describes {end:,} bytes, the file has {file_nbytes:,}", path=path
         )
@@ -139,7 +139,7 @@ def plan_layout(
 def _code(name: str, dtype: str) -> str:
     code = dtypes.lookup(dtype).safetensors_name
     if name == METADATA_KEY:
-        raise ValueError(f"a tensor can't be named {METADATA_KEY}: safetensors keeps that name for itself")
+        raise ValueError(f"a tensor can't be named {METADATA_KEY}: safetensors reserves that name")
     if code is None:
         raise ValueError(f"tensor '{name}': safetensors has no dtype {dtype}")
     return code

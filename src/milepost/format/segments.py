@@ -46,12 +46,12 @@ def parse_segment(data: memoryview, files: Mapping[str, FileEntry], save_id: str
     """
     count = struct.unpack("<Q", data[-8:])[0] if len(data) >= 8 else -1
     if not 0 <= 4 * count <= len(data) - 8:
-        raise FormatError(f"{path}: its number of block CRCs can't be", path=path)
+        raise FormatError(f"{path}: its number of block CRCs is invalid", path=path)
     end = len(data) - 8 - 4 * count
     table, _ = parse_shards(data[:end], save_id, path, is_segment=True)
     crcs: UInts = np.frombuffer(data, "<u4", count, end)
     if int(table.first_blocks(BLOCK_NBYTES)[-1]) != count or set(table.files) != set(files):
-        raise FormatError(f"{path}: its block CRCs or its files are not those of its shards", path=path)
+        raise FormatError(f"{path}: its block CRCs or its files do not match its shards", path=path)
     return Segment(table, files, crcs)
 
 

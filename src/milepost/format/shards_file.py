@@ -201,7 +201,7 @@ def parse_shards(
             f"{path} was written by a newer Milepost (version {magic[7]}): upgrade Milepost", path=path
         )
     if magic != MAGIC:
-        raise fault("it does not begin as it must")
+        raise fault("it does not begin with the expected bytes")
     counts = _Counts(*numbers)
     if max(counts) > MAX_SHARDS_NBYTES or max(counts[4:]) >= _MAX_COUNT or save_id_nbytes > MAX_SAVE_ID_NBYTES:
         raise fault("a number in its header is too large")
@@ -221,9 +221,9 @@ def parse_shards(
         raise fault(problem)
     tilings = _tilings(names.dtypes, sections[5:13], counts)
     if tilings is None or _largest(sections[13]) >= len(tilings):
-        raise fault("its tilings do not fit each other")
+        raise fault("its tilings are inconsistent")
     if max(_largest(sections[14]), _largest(sections[17])) >= len(names.files):
-        raise fault("a record is said to be in a file that is not listed")
+        raise fault("a record is in a file that is not listed")
     table = ShardTable(
         files=names.files,
         keys=keys.tensors,
@@ -260,10 +260,10 @@ def _decoded_keys(data: bytes) -> _Keys:
 
 def _names_problem(names: _Files, said: _Keys, counts: _Counts) -> str:
     if (len(said.tensors), len(said.objects)) != (counts.tensors, counts.objects):
-        return "it has another number of keys than its header says"
+        return "its number of keys differs from its header"
     for keys in (said.tensors, said.objects, names.dtypes):
         if not all(map(lt, keys, keys[1:])):
-            return "its keys are not in order, or one is given twice"
+            return "its keys are not sorted, or one is repeated"
     if len(set(names.files)) != len(names.files):
         return "a file is listed twice"
     unknown = [name for name in names.dtypes if name not in DTYPES]
@@ -309,7 +309,7 @@ class LazyPaths(Mapping[str, Path]):
         if self._found is None:
             rows = typed(parse_json(self._data, self._path, "its paths"), _PATH_ROWS, self._path, "paths")
             if len(rows) != len(self._keys) or any(row in (False, ()) for row in rows):
-                raise FormatError(f"{self._path}: its paths do not fit its keys", path=self._path)
+                raise FormatError(f"{self._path}: its paths do not match its keys", path=self._path)
             pairs = zip(self._keys, rows, strict=True)
             self._found = {key: (key,) if row is True else row for key, row in pairs if row is not None and row}  # type: ignore[misc]
         return self._found

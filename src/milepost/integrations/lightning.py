@@ -232,7 +232,7 @@ class _Saves:
                 if handle.failure is None:
                     _remove(path)
                 else:
-                    log.warning("%s is kept: the save that was to take its place has failed", path)
+                    log.warning("%s is kept: the save that should replace it has failed", path)
 
 
 def _remove(path: str) -> None:
@@ -241,7 +241,7 @@ def _remove(path: str) -> None:
     try:
         found = catalog.examine(storage, name)
         if found is None or found.state not in ("committed", "damaged"):
-            log.warning("%s is left where it is: it is not a checkpoint of Milepost", path)
+            log.warning("%s is not deleted: it is not a checkpoint of Milepost", path)
         else:
             delete_checkpoint(storage, name)
     except MilepostError as error:
@@ -307,7 +307,7 @@ def to_parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     model = checkpoint["state_dict"]
     taken = sorted(key for key in model if part_of(key) != "model")
     if taken:
-        raise ConfigError(f"the module has '{taken[0]}', but '{part_of(taken[0])}.' is kept for a part; rename it")
+        raise ConfigError(f"the module has '{taken[0]}', but '{part_of(taken[0])}.' is reserved for a part; rename it")
     state: dict[str, Any] = dict(model)
     for theirs, ours in PARTS.items():
         if theirs in checkpoint:

@@ -77,7 +77,7 @@ class MilepostCallback(TrainerCallback):
     def manager(self) -> CheckpointManager:
         """The manager of the run that trains."""
         if self._manager is None:
-            raise ConfigError("MilepostCallback has a manager only while its Trainer trains")
+            raise ConfigError("MilepostCallback has a manager only while its Trainer is training")
         return self._manager
 
     # What the Trainer calls in the place of its own methods.
@@ -194,8 +194,8 @@ class MilepostCallback(TrainerCallback):
         newest = on_rank_0(comm, partial(_newest_step, self._folder))
         if newest is not None and comm.rank == 0:
             log.warning(
-                "%s holds steps up to %d, and this run begins anew: its steps take the place of those of the same "
-                "number. To go on from there, call train(resume_from_checkpoint=True)",
+                "%s holds steps up to %d, and this is a new run: its steps replace those of the same "
+                "number. To resume from there, call train(resume_from_checkpoint=True)",
                 self._folder,
                 newest,
             )
@@ -301,7 +301,7 @@ def _config_of(trainer: Trainer, config: CheckpointConfig) -> CheckpointConfig:
         "push_to_hub with hub_strategy = checkpoint": args.push_to_hub and "checkpoint" in str(args.hub_strategy.value),
     }
     problems = [
-        f"MilepostCallback does not do what TrainingArguments ask for: {name}" for name, on in refused.items() if on
+        f"MilepostCallback does not support these TrainingArguments: {name}" for name, on in refused.items() if on
     ]
     problems += [
         f"this version of transformers has no Trainer.{name}" for name in REPLACED if not hasattr(trainer, name)

@@ -72,7 +72,7 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     """
     source = weights.source
     if not source.tensors:
-        raise ConversionError(f"{source.path} holds no tensors of a model", path=source.path)
+        raise ConversionError(f"{source.path} holds no model tensors", path=source.path)
     extras = _extras(weights, options) if options.to == "hf" else None
     names = _without_wrappers(_bare_of_nest(weights), extras.weight_map if extras is not None else {})
     notes: list[str] = []
@@ -189,7 +189,7 @@ def _check_index(names: Mapping[str, str], index: Mapping[str, str], path: str) 
     if missing or unexpected:
         lines = list(_index_lines(missing, unexpected))
         raise ConversionError(
-            f"{path} does not hold the model of the index that --hf-assets lends: of its {len(index)} tensors "
+            f"{path} does not hold the model of the index in --hf-assets: of its {len(index)} tensors "
             f"{len(missing)} are missing, {len(unexpected)} are not in it\n  " + "\n  ".join(listed(lines)),
             path=path,
             problems=lines,

@@ -93,13 +93,14 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
     found = lent or source or stored
     if found is None:
         raise ConfigError(
-            f"{path} does not say the sizes of its {family.name} model: name a folder that has its {CONFIG_NAME} with "
+            f"{path} does not record the sizes of its {family.name} model: name a folder that has its "
+            f"{CONFIG_NAME} with "
             "--hf-assets"
         )
     for other in (source, stored):
         if other is not None and (differences := _differences(found.sizes, other.sizes)):
             raise ConversionError(
-                f"{assets}/{CONFIG_NAME} is of another model than {path}: {', '.join(differences)}",
+                f"{assets}/{CONFIG_NAME}describes another model than {path}: {', '.join(differences)}",
                 path=path,
                 problems=differences,
             )
@@ -115,7 +116,7 @@ def _checked(family: ConfigFamily, config: Any, path: str) -> Described | None:
     kind = config.get("model_type")
     if kind not in family.model_types and inner.get("model_type") not in family.model_types:
         other = config_family_of(config)
-        hint = f"; --model {other.name} is the family of that" if other is not None else ""
+        hint = f"; --model {other.name} is that family" if other is not None else ""
         raise ConversionError(
             f"{path} is of another family: model_type is {kind!r:.100}, {family.name} is "
             f"{' or '.join(family.model_types)}{hint}",

@@ -175,7 +175,7 @@ def _plan_training(
 ) -> tuple[Plan, Sink]:
     source = weights.source
     if weights.manifest is None:
-        raise ConversionError(f"{source.path} is no checkpoint: it holds no training state", path=source.path)
+        raise ConversionError(f"{source.path} is not a checkpoint: it holds no training state", path=source.path)
     model, settings = _model(options, recorded, weights, source.path)
     step = plan_training_step(*open_storage(src), weights.manifest, source, model, options.names)
     plan = Plan(
@@ -206,7 +206,7 @@ def _model(
         given = ModelIdentity(name=name, flavor=flavor, sizes=model_args(name, flavor))
     elif own is None:
         raise ConfigError(
-            f"{path} does not say which model it is: give --model and --flavor, or --model {HUB} if it is a model of "
+            f"{path} does not record its model: give --model and --flavor, or --model {HUB} if it is a model of "
             "transformers (or another whose tensors shall keep their names)\n  "
             + "\n  ".join(advice(weights.source.tensors))
         )
@@ -224,7 +224,7 @@ def _model(
             f"{path} holds {own}, not {given}: {', '.join(differences)}", path=path, problems=differences
         )
     sizes, changed = with_settings(given.sizes, own.sizes)
-    notes = (f"of another model than {given} as published: {', '.join(changed)}",) if changed else ()
+    notes = (f"differs from {given} as published: {', '.join(changed)}",) if changed else ()
     return replace(given, sizes=sizes), notes
 
 

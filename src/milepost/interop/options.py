@@ -69,10 +69,10 @@ class ConvertOptions:
             problems.append(f"--names {self.names} is for --to dcp only")
         if self.training_state and (self.to != "dcp" or self.dtype is not None or not self._is_trained):
             problems.append(
-                f"--training-state is for --to dcp, without --dtype, of a model that is one of {', '.join(MODEL_NAMES)}"
+                f"--training-state is for --to dcp, without --dtype, with --model one of {', '.join(MODEL_NAMES)}"
             )
         if self.hf_assets and not is_folder(self.hf_assets):
-            problems.append(f"--hf-assets {self.hf_assets} is no folder")
+            problems.append(f"--hf-assets {self.hf_assets} is not a folder")
         problems += self._model_problems()
         if problems:
             raise ConfigError(problems)
@@ -90,7 +90,7 @@ class ConvertOptions:
         if self.model == HUB or family is not None:
             if self.flavor is not None or self.sizes is not None:
                 said = (
-                    "tensors keep their names, the config tells the rest" if family is None else "the config tells it"
+                    "tensors keep their names, the rest is in the config" if family is None else "it is in the config"
                 )
                 problems.append(f"--model {self.model} takes no --flavor: {said}")
             if self.names in NAMES and self.names != OWN and not (family is not None and family.has_scheme(self.names)):
@@ -103,7 +103,7 @@ class ConvertOptions:
                 f"--model {self.model}: there is no such family; {did_you_mean}choices: {', '.join(MODELS)}"
             )
         elif (self.model is None) != (self.flavor is None and self.sizes is None):
-            problems.append("--model and --flavor go together")
+            problems.append("--model and --flavor need each other")
         elif self.model is not None and self.flavor is not None and self.sizes is None:
             try:
                 model_args(self.model, self.flavor)

@@ -106,7 +106,7 @@ def _checked_sizes(family: Family, model: ModelIdentity, shapes: Mapping[str, tu
     faults = fault_lines(key_faults(correspond(family, scheme, sizes), shapes))
     if faults:
         raise ConversionError(
-            f"{path} does not hold the training state of {model}, is it the right --model and --flavor?\n  "
+            f"{path} does not hold the training state of {model}. Are --model and --flavor right?\n  "
             + "\n  ".join(listed(faults)),
             path=path,
             problems=faults,
@@ -172,7 +172,7 @@ class _Optimizer:
                 continue
             found = _Key.of(key, theirs_of)
             if found is None:
-                raise ConversionError(f"{path}: '{key}' is state of no parameter of this model", path=path)
+                raise ConversionError(f"{path}: '{key}' is not state of a parameter of this model", path=path)
             new = found.at(theirs_of[found.parameter])
             into_theirs.setdefault(new, []).append(key)
             into_ours[key] = [new]

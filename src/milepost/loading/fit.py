@@ -33,7 +33,7 @@ class Fit:
         if missing:
             lines.append(policy.advice("allow_missing", "leave them as they are", missing, ()))
         raise StateMismatchError(
-            f"{path} does not fit what it is loaded into; nothing was changed:\n" + "\n".join(lines),
+            f"{path} does not match its target; nothing was changed:\n" + "\n".join(lines),
             path=path,
             missing=missing,
             unexpected=self.unexpected,
@@ -48,7 +48,7 @@ def unexpected_error(path: str, keys: Sequence[str], policy: Policy, others: Col
         policy.advice("allow_unexpected", "leave them out", keys, others),
     ]
     return StateMismatchError(
-        f"{path} does not fit what it is loaded into; nothing was changed:\n" + "\n".join(lines),
+        f"{path} does not match its target; nothing was changed:\n" + "\n".join(lines),
         path=path,
         unexpected=keys,
     )

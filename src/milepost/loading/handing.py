@@ -238,7 +238,7 @@ class Handing:
         outgoing, incoming = [], []
         for piece in pieces:
             if piece.reader == rank:
-                assert mine is not None, "or this rank has failed, and all have heard of it"
+                assert mine is not None, "or this rank has failed, and all ranks know"
                 outgoing = [(other, mine) for other in piece.ranks if other != rank]
                 self._take_piece(piece, mine)
             elif rank in piece.ranks:

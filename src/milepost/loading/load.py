@@ -138,7 +138,9 @@ def load(
     """
     _check_arguments(path, into, read)
     if mmap and into is not None:
-        raise ConfigError("milepost.load: mmap=True returns the whole state dict, and goes with no state dict to fill")
+        raise ConfigError(
+            "milepost.load: mmap=True returns the whole state dict, and can't be combined with a state dict to fill"
+        )
     storage, folder = open_storage(fspath(path))
     comm = comm if comm is not None else default_comm()
     policy = Policy.of(strict, allow_missing, allow_unexpected)

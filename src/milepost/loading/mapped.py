@@ -29,7 +29,7 @@ class MappedFiles:
     def __init__(self, storage: Storage, folder: str):
         if not isinstance(storage, LocalStorage):
             raise ConfigError(
-                f"milepost.load(path, mmap=True): {storage.root} is not a local folder, and can't be mapped. Load it "
+                f"milepost.load(path, mmap=True): {storage.root} is not a local folder, so it can't be mapped. Load it "
                 "without mmap, or copy it to a local folder first"
             )
         report = verify_in(storage, folder)

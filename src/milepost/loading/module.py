@@ -79,12 +79,12 @@ class ModuleOwner:
                 want_node(target, node)
                 self._nodes[name] = node
 
-        target.note("buffers that the checkpoint lacks, left as freshly built", left_fresh)
+        target.note("buffers missing from the checkpoint, left as initialized", left_fresh)
         not_kept = [".".join(self._path_of(name)) for name in buffers if name not in self._own]
         derived = [key for key in target.stored_keys if key.rpartition(".")[2] in DERIVED and key not in target.values]
         unused = sorted(target.stored_keys.intersection((*not_kept, *derived)))
         target.left.update(unused)
-        target.note("buffers of the checkpoint that this model computes itself, left out", unused)
+        target.note("buffers of the checkpoint that this model computes itself, ignored", unused)
 
     def _prepare_parts(self, target: Target, name: str, value: torch.Tensor, held: torch.Tensor | None) -> None:
         """Read a tensor that is made of others, of the same kind as it was saved."""
@@ -143,7 +143,7 @@ class ModuleOwner:
         ]
         if unfit:
             raise StateMismatchError(
-                "the checkpoint does not fit what it is loaded into; nothing was changed:\n  " + "\n  ".join(unfit),
+                "the checkpoint does not match its target; nothing was changed:\n  " + "\n  ".join(unfit),
                 mismatched=unfit,
             )
 

@@ -178,7 +178,9 @@ def _put(
         key = part.key if isinstance(part, Ref) else f"{node.key}.{name}"
         entry = target.entry(key)
         if entry is None:
-            raise ConfigError(f"{key}, of which a tensor of class {form.kind} is made, is no tensor in the checkpoint")
+            raise ConfigError(
+                f"{key}, of which a tensor of class {form.kind} is made, is not a tensor in the checkpoint"
+            )
         tensor, placed = _empty(key, entry, form, form.cuts.get(name, "whole"), rows, device)
         parts[name] = tensor
         wanted.append((key, placed))
@@ -225,7 +227,7 @@ def _want_shard(target: Target, node: TensorParts, live: Any, like: Any) -> bool
     if not isinstance(like, DTensor) or num_shards(like) != node.form.context:
         here = f"{num_shards(like)} shards" if isinstance(like, DTensor) else "one tensor"
         target.mismatched.append(
-            f"{node.key}: {node.form.context} shards that can't be cut anew in the checkpoint, {here} here (resume on "
+            f"{node.key}: {node.form.context} shards that can't be resharded in the checkpoint, {here} here (resume on "
             "the same degrees of parallelism)"
         )
         target.leave(node)

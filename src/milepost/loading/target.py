@@ -157,7 +157,7 @@ class Target:
                 unfit.append(f"{key}: {int(values.min())} to {int(values.max())} in the checkpoint, {dtype} here")
         if unfit:
             raise StateMismatchError(
-                "numbers of the checkpoint do not fit the dtype of their place; nothing was changed:\n  "
+                "values of the checkpoint do not fit the dtype of their target; nothing was changed:\n  "
                 + "\n  ".join(listed(unfit)),
                 mismatched=unfit,
             )

@@ -223,7 +223,7 @@ def diff(
         ConfigError: only one of ``model`` and ``flavor`` is given.
     """
     if (model is None) != (flavor is None):
-        raise ConfigError("--model and --flavor go together: give both, or neither to compare keys as they are stored")
+        raise ConfigError("--model and --flavor need each other: give both, or neither to compare keys as stored")
     with ExitStack() as stack, _changes_told(path_a, path_b):
         sides = []
         for path in (path_a, path_b):

@@ -109,7 +109,7 @@ def _values(changes: Sequence[ValueChange]) -> str:
         for change in changes
     ]
     numbers = ("#CHANGE", "#MAX |A-B|", "#MEAN |A-B|", "#MAX RELATIVE", "#COSINE", "#DIFFERENT", "#ELEMENTS")
-    table = table_html("value-table", "Those that changed most first", ("KEY", *numbers, "AT"), rows, search=True)
+    table = table_html("value-table", "Largest change first", ("KEY", *numbers, "AT"), rows, search=True)
     return section_html("values", "All changes", table, "AT is where the largest absolute difference is.")
 
 
@@ -127,7 +127,7 @@ def _kinds(report: DiffReport) -> str:
     if not report.kinds:
         return ""
     rows: list[list[Cell]] = [[key_html(change.key), _held(change.a), _held(change.b)] for change in report.kinds]
-    return section_html("kinds", "Of another dtype or shape", table_html("kind-table", "Keys", ("KEY", "A", "B"), rows))
+    return section_html("kinds", "Different dtype or shape", table_html("kind-table", "Keys", ("KEY", "A", "B"), rows))
 
 
 def _keys(report: DiffReport) -> str:
@@ -138,8 +138,8 @@ def _keys(report: DiffReport) -> str:
     ]
     if not rows:
         return ""
-    table = table_html("key-table", "Keys of one side", ("KEY", "ONLY IN", "WHAT"), rows, search=True)
-    return section_html("keys", "Keys that one side lacks", table)
+    table = table_html("key-table", "Keys on one side only", ("KEY", "ONLY IN", "WHAT"), rows, search=True)
+    return section_html("keys", "Keys found on one side only", table)
 
 
 def _held(held: Unmatched) -> str:

@@ -133,7 +133,7 @@ def _time_line(view: RunView) -> str:
     body += f"{time_line(view.moments, held, _when)}</div>"
     if rows:
         body += table_html("event-table", "All but the saves", ("TIME (UTC)", "EVENT", "#STEP", "DETAILS"), rows)
-    lead = "The line climbs with each committed save, and falls where the run resumed: those steps were trained twice."
+    lead = "The line rises with each committed save and falls where the run resumed: those steps were trained twice."
     return section_html("timeline", "Time line", body, lead)
 
 
@@ -178,10 +178,10 @@ def _saves(view: RunView) -> str:
     table = table_html("save-table", "Saves, oldest first", heads, rows)
     body = f"<ul class='legend'>{legend}</ul>{stacked_bars(bars, 's')}{table}"
     lead = (
-        "What each committed save cost, as rank 0 measured it. Training was stalled for the first part only; in the "
-        "background modes the rest passed while training went on."
+        "The cost of each committed save, as measured on rank 0. Training was stalled for the first part only; in the "
+        "background modes the rest ran while training continued."
     )
-    return section_html("saves", "What each save cost", body, lead)
+    return section_html("saves", "Cost of each save", body, lead)
 
 
 def _when(seconds: float) -> str:
@@ -231,7 +231,7 @@ def _steps(view: RunView) -> str:
             ]
         )
     heads = ("#STEP", "STATE", "HOLDS", "COMMITTED (UTC)", "#SIZE", "#PARAMETERS", "SAVED BY", "CHECK", "COMMAND")
-    lead = "What each step holds. <em>verified</em>: every byte was read and has the digest that was saved with it."
+    lead = "The content of each step. <em>verified</em>: every byte was read and matches its recorded digest."
     return section_html("steps", "Steps", table_html("step-table", "Steps, oldest first", heads, rows), lead)
 
 
@@ -244,7 +244,8 @@ def _disk(view: RunView) -> str:
     if growth.nbytes_per_day is not None and growth.saves_per_hour is not None:
         every = format_duration(3600 / growth.saves_per_hour)
         text += (
-            f" One save every {every} writes {format_nbytes(growth.nbytes_per_day)} a day; what stays is up to "
+            f" One save every {every} writes {format_nbytes(growth.nbytes_per_day)} per day; how many are "
+            "kept depends on "
             "<code>checkpoint.keep_latest_k</code>."
         )
     return section_html("disk", "Disk use", stacked_bars(bars, "MB"), text)
@@ -257,7 +258,7 @@ def _findings(view: RunView) -> str:
     step = view.read[-1]
     found = [(key, profile) for key, profile in step.profiles.items() if profile.statistics.flags()]
     if not found:
-        text = f"No NaN, no Inf, no dead rows, no saturated values were found in step {step.entry.step}."
+        text = f"No NaN, Inf, dead rows or saturated values were found in step {step.entry.step}."
         return section_html("findings", "Findings", f'<p class="good">{text}</p>')
     rows: list[list[Cell]] = [
         [
@@ -299,12 +300,13 @@ def _movement(view: RunView) -> str:
     body = heat_html("heat-layers", f"From step {last.since} to step {last.entry.step}, by layer", "", heads, rows)
     if grid.rest:
         body += heat_html(
-            "heat-rest", "Tensors of no layer", "", ["change"], [(key, [changes[key]]) for key in grid.rest]
+            "heat-rest", "Tensors outside the layers", "", ["change"], [(key, [changes[key]]) for key in grid.rest]
         )
     if len(moved) > 1:
         body += _over_steps(moved, grid)
     lead = (
-        "The norm of the difference over the norm before. A layer that stands out, or does not move at all, is worth a "
+        "The norm of the difference over the norm before. A layer that stands out, or does not change at "
+        "all, deserves a "
         f"look. {command_html('milepost diff', _step_at(view, last.since), step_path(view, last))}"
     )
     return section_html("movement", "Change since the step before", body, lead)
@@ -354,8 +356,8 @@ def _multiples(view: RunView) -> str:
                 points.append((float(step.entry.step), math.sqrt(sum(norm * norm for norm in norms))))
         if points:
             figures.append(_multiple(name, points, f"{number(points[0][1])} to {number(points[-1][1])}"))
-    lead = "The Euclidean norm of all tensors of a kind together, at each step that was read."
-    return section_html("norms", "Norms over the steps", f'<div class="multiples">{"".join(figures)}</div>', lead)
+    lead = "The Euclidean norm over all tensors of a kind, at each step that was read."
+    return section_html("norms", "Norms by step", f'<div class="multiples">{"".join(figures)}</div>', lead)
 
 
 def _tensors(view: RunView, part: str, title: str) -> str:
@@ -421,12 +423,15 @@ def _maps(view: RunView) -> str:
             for shard in entry.shards[:64]
             if shard.box.numel
         ]
-    rest = f" The first {MAX_MAPS} of {len(alike)} kinds of spread are drawn." if len(alike) > MAX_MAPS else ""
+    rest = f" The first {MAX_MAPS} of {len(alike)} ways of sharding are drawn." if len(alike) > MAX_MAPS else ""
     table = table_html(
-        "shard-table", "Which file holds which box (64 boxes a tensor at most)", ("KEY", "BOX", "FILE", "#BYTES"), rows
+        "shard-table",
+        "File and box of each shard (at most 64 boxes per tensor)",
+        ("KEY", "BOX", "FILE", "#BYTES"),
+        rows,
     )
     lead = (
-        f"Which rank's file holds which part of a tensor in step {step.entry.step}: dim 0 down, dim 1 across; tensors "
-        f"spread alike share a map.{rest} {command_html('milepost inspect --shards', step_path(view, step))}"
+        f"The rank whose file holds each part of a tensor in step {step.entry.step}: dim 0 down, dim 1 across; tensors "
+        f"sharded alike share a map.{rest} {command_html('milepost inspect --shards', step_path(view, step))}"
     )
-    return section_html("maps", "Where the shards are", f'<div class="maps">{"".join(figures)}</div>{table}', lead)
+    return section_html("maps", "Location of the shards", f'<div class="maps">{"".join(figures)}</div>{table}', lead)

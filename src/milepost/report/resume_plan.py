@@ -37,7 +37,7 @@ READ_BUFFER_NBYTES = NUM_IO_THREADS * BLOCK_NBYTES
 
 _LOADER_OF_TORCHTITAN = "dataloader.dp_rank_"
 OF_TORCHTITAN = (
-    "the data loader's state is torchtitan's, which only torchtitan can read: to start the data anew, set "
+    "the data loader's state is torchtitan's, which only torchtitan can read: to restart the data, set "
     "checkpoint.exclude_from_loading = dataloader"
 )
 _STATE = "optimizer.state."
@@ -113,7 +113,7 @@ def plan_resume(
         ConfigError: only one of ``model`` and ``flavor`` is given, or there is no such model.
     """
     if (model is None) != (flavor is None and sizes is None):
-        raise ConfigError("--model and --flavor go together")
+        raise ConfigError("--model and --flavor need each other")
     args = model_args(model, flavor) if model is not None and flavor is not None else sizes
     recorded = ModelIdentity.recorded(manifest.extra)
     if args is None and recorded is not None:
@@ -127,7 +127,7 @@ def plan_resume(
     faults = _Faults(manifest, model or "", args, excluded)
     same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
     if not same_degrees and any(key.startswith("rng.") for key in manifest.tensors):
-        notes.append("other degrees than the saved ones: random generators are seeded anew from rank 0's")
+        notes.append("other degrees than the saved ones: random generators are reseeded from rank 0's")
     left_out = [key for key in (*manifest.tensors, *manifest.objects) if _is_left_out(key, same_degrees)]
     planner = _Planner(manifest, degrees, stages_per_rank, same_degrees=same_degrees)
     if args is not None:

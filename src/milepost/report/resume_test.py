@@ -132,8 +132,8 @@ def parse_layouts(text: str, num_ranks: int) -> tuple[LayoutChoice, ...]:
         degrees = {match[1]: int(match[2]) for match in matches if match is not None}
         if None in matches or not degrees.keys() <= _OPTION.keys() or not all(degrees.values()):
             problems.append(
-                f"--layouts: '{name}' is no layout: write degrees such as fsdp2xtp2, of {', '.join(_OPTION)}, "
-                "or a number of ranks"
+                f"--layouts: '{name}' is not a set of degrees: write degrees such as fsdp2xtp2, "
+                f"of {', '.join(_OPTION)}, or a number of ranks"
             )
             continue
         num_ranks_of = math.prod(degree for short, degree in degrees.items() if short != "ep")
@@ -155,7 +155,7 @@ def resume_test(
     """
     runs = _Runs(settings, folder)
     first = settings.layouts[0]
-    tell(f"training {settings.num_steps} steps on {first} without a stop")
+    tell(f"training {settings.num_steps} steps on {first} without interruption")
     whole = runs.train(folder / "whole", first)
     tell(f"training again, to be killed after step {settings.kill_at}")
     runs.train(folder / "killed", first, kill_at=settings.kill_at)
@@ -279,7 +279,7 @@ class _Runs:
 
     def _fail(self, status: int, kill_at: int, tail: str) -> None:
         if status == ConfigError.exit_status:
-            raise ConfigError(f"the trainer refuses this:\n{tail.rstrip()}")
+            raise ConfigError(f"the trainer rejected this:\n{tail.rstrip()}")
         what = f"with exit status {status}" if status else "too early"
         before = f" before step {kill_at}, after which it was to be killed" if kill_at else ""
         raise MilepostError(f"a training run ended {what}{before}. It printed:\n{tail.rstrip()}")

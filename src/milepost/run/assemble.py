@@ -50,7 +50,7 @@ def check_fits(info: SaveInfo, *, num_shards: int, world_size: int) -> None:
     )
     faults = record_faults(manifest, num_shards)
     if faults:
-        raise SaveError(f"this save could not be read again, nothing was written: {'; '.join(faults)}")
+        raise SaveError(f"this save would not be readable, nothing was written: {'; '.join(faults)}")
 
 
 def assemble(

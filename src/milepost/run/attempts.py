@@ -115,9 +115,9 @@ def _why_not_replace(storage: Storage, target: str) -> str:
         return fixed
     names = storage.list(target)
     if any(entry.is_folder for entry in names):
-        return "holds other folders, so it is no checkpoint"
+        return "holds other folders, so it is not a checkpoint"
     if {MANIFEST_NAME, METADATA_NAME}.isdisjoint(entry.name for entry in names):
         others = [entry.name for entry in names if not CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
         if others:
-            return f"is no checkpoint (it holds {others[0]!r})"
+            return f"is not a checkpoint (it holds {others[0]!r})"
     return ""

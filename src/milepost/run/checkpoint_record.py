@@ -137,7 +137,7 @@ def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
         )
     if storage.stat(join(path, PART_NAME)) is not None:
         return CheckpointNotFoundError(
-            f"{where} holds one node's part of a step, no whole checkpoint: that is in the run's "
+            f"{where} holds one node's part of a step, not a complete checkpoint: that is in the run's "
             "checkpoint.remote_folder",
             path=path,
         )
@@ -252,7 +252,7 @@ def saved_over(
         external, _ = parse(data, METADATA_NAME, path, others)
     except (FormatError, StorageError):
         return None
-    note = f"{MANIFEST_NAME} is of an older save, over which another program has saved: it is not used"
+    note = f"{MANIFEST_NAME} is ignored: another program has saved over the older save that it describes"
     return data, external, note
 
 

@@ -174,7 +174,7 @@ def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
     for key in sorted({*weight_map, *found}):
         said, file = weight_map.get(key), found.get(key)
         if file is None:
-            problems.append(Problem("in the index, but in no file", INDEX_NAME, key))
+            problems.append(Problem("in the index, but not in any file", INDEX_NAME, key))
         elif said != file:
             problems.append(Problem(f"the index says {said or 'nothing of it'}", file, key))
     return problems

@@ -118,7 +118,7 @@ class RunLock:
 
     def _grows(self, path: str, nbytes: int, owner: Owner | None) -> bool:
         """Return whether its holder, on another machine or not yet named, is seen to live within a lease."""
-        log.info("%s is held by %s: waiting up to %.0f s to see whether it lives", path, owner or "?", self._lease_s)
+        log.info("%s is held by %s: waiting up to %.0f s to see whether it is alive", path, owner or "?", self._lease_s)
         for _ in range(int(self._lease_s)):
             self._sleep(1.0)
             found = self._storage.stat(path)
@@ -153,10 +153,10 @@ class RunLock:
                 if entry.name.startswith(_RIGHT_PREFIX):
                     self._storage.remove(join(self._folder, entry.name))
         except StorageError as error:
-            log.warning("what is left of broken locks could not be removed: %s", error)
+            log.warning("remains of broken locks could not be removed: %s", error)
 
     def _refusal(self, owner: Owner | None) -> RunLockedError:
-        who = f"{owner}, since {_when(owner.created_s)}" if owner is not None else "a process that left no name"
+        who = f"{owner}, since {_when(owner.created_s)}" if owner is not None else "an unknown process"
         return RunLockedError(
             f"another run writes to {self._storage.root}/{self._folder}: {who}. Wait for it, stop it, or give this run "
             "another job.dump_folder or checkpoint.folder; to only read, set checkpoint.load_only",
@@ -186,7 +186,7 @@ def _hold(storage: Storage, path: str, record: bytes, released: threading.Event,
     while not released.wait(beat_s):
         try:
             if not _is_ours(storage, path, record):
-                log.warning("%s is no longer this run's: another one has taken it", path)
+                log.warning("%s no longer belongs to this run: another run has taken it", path)
                 return
             storage.append(path, b".")
         except StorageError as error:  # the lease may run out; training need not stop for it
@@ -195,7 +195,7 @@ def _hold(storage: Storage, path: str, record: bytes, released: threading.Event,
         if _is_ours(storage, path, record):
             storage.remove(path)
     except StorageError as error:  # at the latest when this process has ended, the next run breaks it
-        log.warning("the lock of this run could not be taken away: %s", error)
+        log.warning("the lock of this run could not be removed: %s", error)
 
 
 def _let_go(released: threading.Event, thread: threading.Thread) -> None:

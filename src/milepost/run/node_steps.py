@@ -78,7 +78,7 @@ def _merged(step: int, folders: Sequence[NodeFolder], world_size: int, layout: M
         pinned = any(entry.pinned for entry in found.values())
         return replace(newest, state="committed", reason="", nbytes=nbytes, pinned=pinned, part=None)
     was_settled = any(step in folder.settled for folder in folders)
-    why = f"not every rank finds its bytes in its node's folder: {'; '.join(faults)}"
+    why = f"some ranks do not find their data in their node's folder: {'; '.join(faults)}"
     return replace(newest, state="damaged" if was_settled else "incomplete", reason=why, part=None)
 
 
@@ -106,7 +106,7 @@ def _faults(
         elif entry.world_size != world_size or (entry.part.ranks, entry.part.num_nodes) != (part.ranks, len(folders)):
             yield f"{where} has the part of {rank_list(entry.part.ranks)} of {entry.world_size}"
         elif entry.layout and layout and dict(entry.layout) != dict(layout):
-            yield f"{where} has the part of ranks of another layout"
+            yield f"{where} has the part of a run with other degrees of parallelism"
 
 
 def outdated(folder: NodeFolder, kept: Sequence[str], order: int) -> list[StepEntry]:

@@ -114,7 +114,7 @@ def put_manifest(storage: Storage, attempt: str, target: str, manifest: Manifest
         else:
             storage.remove_tree(attempt)
     except StorageError as error:
-        _log.warning("%s is committed, but is not readable for other programs yet: %s", target, error)
+        _log.warning("%s is committed, but other programs can't read it yet: %s", target, error)
 
 
 def settle_aliases(storage: Storage, target: str, manifest: Manifest | None = None) -> None:

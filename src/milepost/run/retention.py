@@ -112,11 +112,11 @@ def plan(
 
 def _why_untouchable(entry: StepEntry) -> str:
     if entry.state == "part":
-        return f"it is {entry.reason}: the run deletes such when no node needs them"
+        return f"it is {entry.reason}: the run deletes it once no node needs it"
     if entry.state != "committed":
         return f"it is {entry.state}" + (f": {entry.reason}" if entry.reason else ", written by another program")
     if entry.is_link:
-        return "it is a link to a folder elsewhere"
+        return "it is a link to another folder"
     return "it is pinned" if entry.pinned else ""
 
 
@@ -227,4 +227,4 @@ def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
     storage.sync_folder(split(path)[0])
     if is_pinned:
         storage.remove(pin)
-    log.warning("%s/%s is %s and about to be replaced: kept as %s", storage.root, path, why, split(place)[1])
+    log.warning("%s/%s is %s and about to be replaced; a copy is kept as %s", storage.root, path, why, split(place)[1])

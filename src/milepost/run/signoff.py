@@ -142,7 +142,7 @@ def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
         items = [tensor.item for *_, tensor in group]
         dtype, shape = items[0].dtype, items[0].shape
         if any((item.dtype, item.shape) != (dtype, shape) for item in items):
-            raise SaveError(f"'{key}' was stored with two dtypes or shapes by one rank", key=key)
+            raise SaveError(f"'{key}' was stored by one rank with two dtypes or shapes", key=key)
         header = tuple(item.data_offset - item.record_offset for item in items)
         record = tuple(item.record_nbytes for item in items)
         number = known.setdefault((dtype, shape, tuple(item.box for item in items), header, record), len(found))
@@ -181,7 +181,7 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
     end = _HEAD.size + text_nbytes
     if magic != _MAGIC or end > len(data) - 4:
         raise FormatError(
-            f"{path} is not a sign-off of this version of Milepost: do all ranks run the same?", path=path
+            f"{path} is not a sign-off of this version of Milepost: do all ranks run the same version?", path=path
         )
     head = typed(parse_json(data[_HEAD.size : end], path, "a sign-off"), SignOffHead, path)
     shares = tuple({name: Share(row.nbytes, dict(row.crcs)) for name, row in some.items()} for some in head.shares)
@@ -296,7 +296,7 @@ def wait_for_sign_offs(
             raise SaveError(
                 f"{rank_list(missing)} of {world_size} did not finish writing "
                 f"{reason or f'within {timeout_s:g} s'}; nothing was "
-                "committed. Look at their logs: a rank that died or a storage that hangs are the usual causes",
+                "committed. Check their logs: the usual causes are a dead rank or storage that hangs",
                 path=attempt,
                 rank=missing[0],
             )

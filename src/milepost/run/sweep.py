@@ -213,7 +213,7 @@ def name_left(storage: Storage, folder: str, left: Collection[str]) -> None:
     _named.update(paths)
     if paths:
         _log.warning(
-            "left alone, not recognised as Milepost's: %s. Delete what you know to be useless", ", ".join(paths)
+            "not removed, since not recognised as Milepost's: %s. Delete what you know is obsolete", ", ".join(paths)
         )
 
 
@@ -294,7 +294,7 @@ def _put_back(storage: Storage, folder: str, replaced: str, name: str) -> bool:
         storage.rename(join(folder, replaced), join(folder, name))
         storage.sync_folder(folder)
     except StorageError as error:
-        _log.warning("%s/%s could not get its name back: %s", storage.root, join(folder, name), error)
+        _log.warning("%s/%s could not be renamed back: %s", storage.root, join(folder, name), error)
         return False
     return True
 

@@ -114,7 +114,7 @@ class Attempts:
                     ", ".join(sorted({str(owner) for owner in owners})),
                 )
             if self._clock() > deadline:
-                log.warning("going on without it: %s still runs", owners[0])
+                log.warning("continuing without it: %s is still running", owners[0])
                 break
             sleep(LOOK_EVERY_S)
         return owners

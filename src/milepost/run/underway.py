@@ -128,7 +128,7 @@ class SaveState:
         if self.look.failure:
             return f"failed: {self.look.failure}"
         if not self.look.owners:
-            return "no living process: left behind by a run that died"
+            return "stale: its run died"
         if stuck:
             return f"stuck: {', '.join(file.name for file in stuck[:3])}{' ...' if len(stuck) > 3 else ''}"
         if self.files and all(file.is_signed for file in self.files):

@@ -422,7 +422,9 @@ class Agreement:
             if is_new and (unlike := self._learn(offers)):
                 if unlike <= self._by_shard:
                     key = min(unlike)
-                    raise SaveError(f"ranks hold values of different kinds under the key '{key}'; rename one", key=key)
+                    raise SaveError(
+                        f"ranks hold values of different kinds under the key '{key}'; rename one of them", key=key
+                    )
                 return [_Answer(by_shard=unlike)] * len(offers)
             if is_new:
                 nodes = self._nodes.groups if self._nodes is not None else None

@@ -131,7 +131,7 @@ class AsyncSaver:
                 self._thread.start()
             except RuntimeError:  # no more threads are to be had: training waits this once
                 self._thread = None
-                log.warning("no thread can be started to save %s in the background: writing it now", save.path)
+                log.warning("can't start a thread to save %s in the background: writing it now", save.path)
                 run()
         return save
 
@@ -164,7 +164,7 @@ class AsyncSaver:
         try:
             self._let_go()
         except Exception:
-            log.exception("rank %d could not let go of what it held for saving", self._comm.rank)
+            log.exception("rank %d could not release the resources of its saves", self._comm.rank)
         except BaseException as cause:  # noqa: BLE001 - an interrupt: the other ranks wait below
             failure = failure or failure_on(self._comm.rank, cause, SaveError)
         try:
@@ -247,7 +247,7 @@ def _log_lost_saves() -> None:
     """Report saves that failed in the background when nothing has raised it: the program has not called close."""
     for saver in list(_alive):
         if saver.current is not None and (error := saver.current.failure) is not None:
-            log.error("the program ends, and its last save has failed: %s", error)
+            log.error("the program is exiting, and its last save failed: %s", error)
 
 
 @interrupts_held()
@@ -297,7 +297,7 @@ def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
         while len(_savers) >= MAX_SAVERS:
             forgotten = _savers.pop(next(iter(_savers)))
             if (failure := forgotten.failure_of_current()) is not None:
-                log.error("a save in the background has failed: %s", failure)
+                log.error("a background save failed: %s", failure)
         saver = AsyncSaver(storage, comm, mode)
     _savers[storage.root, mode] = saver  # the last of them now
     return saver

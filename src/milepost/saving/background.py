@@ -206,12 +206,12 @@ def finish_saves(grace_s: float = GRACE_S) -> None:
         ended = threading.Event()
         save.when_done(ended.set)
         if not save.done():
-            log.info("finishing the save of %s, which was staged, before this process ends", save.path)
+            log.info("finishing the staged save of %s before this process exits", save.path)
         written, deadline = save.progress, time.monotonic() + grace_s
         while not ended.wait(0.5) and time.monotonic() < deadline:
             if save.progress != written:
                 written, deadline = save.progress, time.monotonic() + grace_s
         if save.failure is not None:
-            log.error("the save of %s has failed: %s", save.path, save.failure)
+            log.error("the save of %s failed: %s", save.path, save.failure)
         elif not save.done():
             log.error("the save of %s was not committed: no progress for %.0f s", save.path, grace_s)

@@ -141,7 +141,7 @@ def _enter(dst: Spot, part: NodePart, save_id: str, waiting: _Patience) -> str:
         attempt = begin_copy(dst, save_id, is_joint=True)
     else:
         attempt = attempt_of(dst.path, save_id)
-        waiting.wait_for(lambda: bool(dst.storage.names(attempt)), "node 0, which is to begin the copy,")
+        waiting.wait_for(lambda: bool(dst.storage.names(attempt)), "node 0, which starts the copy,")
         adopt_attempt(dst.storage, attempt)
     if not has_signed_off(dst.storage, attempt, part.node):
         withdraw_sign_off(dst.storage, attempt, part.node)  # an earlier try of this node's has failed, or was killed
@@ -184,7 +184,7 @@ def _offered(
 def _table_in(storage: Storage, path: str) -> ShardTable:
     segment = parse_sign_off(storage.read(path), path).segment
     if segment is None:
-        raise SaveError(f"{path} says nothing of what its node holds", path=path)
+        raise SaveError(f"{path} does not say what its node holds", path=path)
     return segment.table
 
 

@@ -112,7 +112,7 @@ class Saver:
         """Return if no rank has failed, else raise on all of them. Collective."""
         if failure is not None:
             watch.notice.post(failure)  # rank 0 may wait for a record that this rank's storage refused
-        news = failure.message if failure is not None else "its part is done"
+        news = failure.message if failure is not None else "its own part is written"
         try:
             with watched(f"rank {self._comm.rank} is waiting for the other ranks to finish {watch.where}: {news}"):
                 raise_together(self._comm, failure)

@@ -109,7 +109,7 @@ class WriterLink:
             elif isinstance(said, (JobResult, MilepostError)):
                 return said
             else:
-                raise SaveError(f"the writer process answered with a {type(said).__name__}")
+                raise SaveError(f"unexpected answer of the writer process: a {type(said).__name__}")
 
     def close(self) -> None:
         """Let the writer process go, which has no work now. Never fails."""
@@ -149,11 +149,11 @@ class WriterLink:
         died = f"the writer process of rank {job.rank} died ({how}) while it wrote {job.target}"
         if not self._is_committed(job, save):
             raise SaveError(
-                f"{died}: this save is lost, the ones before are untouched, and the next one starts a new writer",
+                f"{died}: this save is lost, earlier ones are intact, and the next one starts a new writer",
                 path=job.target,
                 rank=job.rank,
             ) from cause
-        log.warning("%s; but its work was done, and the save is committed", died)
+        log.warning("%s; but it had finished, and the save is committed", died)
         return JobResult(seconds, 0.0, job.data_nbytes, {})
 
     def _is_committed(self, job: SaveJob, save: BackgroundSave) -> bool:
@@ -196,7 +196,7 @@ def _let_go(process: subprocess.Popen[bytes], connection: Connection, owner_pid:
     try:
         process.wait(timeout=LEAVE_S)
     except subprocess.TimeoutExpired:
-        log.warning("the writer process %d has nothing left to write but does not leave: killing it", process.pid)
+        log.warning("the writer process %d has nothing left to write but does not exit: killing it", process.pid)
         process.kill()
         process.wait(timeout=LEAVE_S)
 

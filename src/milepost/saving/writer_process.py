@@ -77,7 +77,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
                 memory = memoryview(mmap.mmap(arena_fd, request.arena_nbytes))
             if not request.plan_is_known:
                 plan = request.job.plan
-            assert plan is not None, "the first request brings its plan"
+            assert plan is not None, "the first request must include a plan"
             if storage is None or (storage.root, storage.page_cache) != (request.root, request.page_cache):
                 # Kept: to a store it is a connection.
                 storage = open_root(request.root, page_cache=request.page_cache)

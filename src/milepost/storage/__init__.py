@@ -79,7 +79,7 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
         return _open_store(text)
     if scheme is not None:
         if scheme[1].lower() != "file":
-            raise ConfigError(f"{scheme[1]}:// is not known: checkpoints live in {_KNOWN}")
+            raise ConfigError(f"{scheme[1]}:// is not known: expected {_KNOWN}")
         text = unquote(text[len(scheme[0]) :])
     if not text:
         raise ConfigError("the path of a checkpoint must not be empty")

@@ -47,9 +47,9 @@ def _open(storage: Storage, path: str, *, anywhere: bool) -> ReadHandle:
         return storage.open_read(path)
     real = Path(os.path.realpath(full))
     if not anywhere and not any(real.is_relative_to(home) for home in _homes(full.parent)):
-        raise _refusal(full, f"leaves its folder (to {real}): it is not followed; put the file itself there")
+        raise _refusal(full, f"points outside its folder (to {real}) and is not followed; put the file itself there")
     if not real.exists():
-        raise _refusal(full, f"leads to a file that is missing ({real})")
+        raise _refusal(full, f"points to a missing file ({real})")
     return LocalStorage(real.parent).open_read(real.name)
 
 

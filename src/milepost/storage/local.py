@@ -119,7 +119,7 @@ class _LocalRead(ReadHandle):
             except OSError as error:
                 if error.errno == errno.ELOOP:
                     raise StorageError(
-                        f"{path} is a symbolic link; a checkpoint has none, so it is not followed",
+                        f"{path} is a symbolic link; checkpoints contain none, so it is not followed",
                         operation="open",
                         path=path,
                         errno=errno.ELOOP,
@@ -232,7 +232,7 @@ class _LocalWrite(WriteHandle):
                     self.alignment = 1
                     continue
                 if count <= 0:
-                    raise OSError(errno.EIO, "the system wrote nothing")
+                    raise OSError(errno.EIO, "the system call wrote 0 bytes")
                 offset += count
                 views = _tail(views, count)
             if self._write_back is not None:

@@ -18,7 +18,7 @@ def why_fixed(full: str) -> str:
     except FileNotFoundError:
         return ""
     if here == real or here.startswith(f"{real}/"):
-        return "is the working directory, which would be gone once another folder took its place"
+        return "is the working directory, which would disappear once another folder took its place"
     return ""
 
 

@@ -178,7 +178,7 @@ class ObjectWriter(WriteHandle):
         while upload.is_alive():
             upload.join(SILENCE_S)
             if upload.is_alive() and sent == self._next:
-                log.warning("%s: the store has taken no more of it for %.0f s; still trying", self.path, SILENCE_S)
+                log.warning("%s: the store has accepted no data for %.0f s; still trying", self.path, SILENCE_S)
             sent = self._next
         with self._changed:
             self._raise_failure()

@@ -202,7 +202,7 @@ class ObjectStorage(Storage):
 
     def open_write(self, path: str, nbytes: int, *, shared: bool = False) -> WriteHandle:
         if shared:
-            message = f"{self.describe(path)}: no two processes can write one object"
+            message = f"{self.describe(path)}: an object can't be written by two processes"
             raise StorageError(message, operation="create", path=self.describe(path), errno=errno.ENOTSUP)
         if self._head(path) is not None:
             raise self._exists("create", path)
@@ -392,7 +392,7 @@ class ObjectStorage(Storage):
             self._do(
                 "write",
                 path,
-                f"looking whether {self.root} has conditional puts",
+                f"checking whether {self.root} has conditional puts",
                 lambda: self._client().put(self._key(path), _PROBE, mode="create", use_multipart=False),
             )
         except StorageError as error:
@@ -468,7 +468,7 @@ def _why_again(error: Exception) -> str | None:
     if isinstance(error, StorageError | ConfigError):
         return None
     if isinstance(error, _CutShort):
-        return "the answer was cut"
+        return "the response was cut off"
     cause = cause_of(error)
     return cause.text if cause.passes else None
 

@@ -22,14 +22,14 @@ _PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
 _BROKEN = {
     "Connect": ("the store can't be reached", errno.ECONNREFUSED),
-    "Request": ("the connection was cut", errno.ECONNRESET),
-    "Interrupted": ("the connection was cut", errno.ECONNRESET),
-    "Decode": ("the answer was cut", errno.ECONNRESET),
-    "Timeout": ("no answer in time", errno.ETIMEDOUT),
+    "Request": ("the connection was lost", errno.ECONNRESET),
+    "Interrupted": ("the connection was lost", errno.ECONNRESET),
+    "Decode": ("the response was cut off", errno.ECONNRESET),
+    "Timeout": ("the request timed out", errno.ETIMEDOUT),
 }
 _ADVICE = {
     "NoSuchBucket": "create the bucket, or correct the URL",
-    "NoSuchUpload": "the upload was aborted: by a lifecycle rule, or by a run that took this one for dead",
+    "NoSuchUpload": "the upload was aborted: by a lifecycle rule, or by a run that assumed this one was dead",
     "InvalidAccessKeyId": "check the credentials in the environment",
     "SignatureDoesNotMatch": "check the secret key in the environment",
     "ExpiredToken": "renew the session token",
@@ -72,13 +72,13 @@ def cause_of(error: Exception) -> Cause:
         return Cause(
             "no credentials were found, neither in the environment nor from an instance role",
             errno.EACCES,
-            advice="set the variables or the profile that the cloud's own tools take",
+            advice="set the variables or the profile that the cloud's own tools use",
         )
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return Cause(f"access denied{f' ({code})' if code else ''}", errno.EACCES, advice=_ADVICE.get(code, _NO_RIGHT))
     if "BareRedirect" in text:
-        return Cause("the bucket is elsewhere", errno.ENXIO, advice=_ADVICE["PermanentRedirect"])
-    return _status(text, code) or _broken(text) or Cause("the request could not be made", errno.EIO)
+        return Cause("the bucket is in another region", errno.ENXIO, advice=_ADVICE["PermanentRedirect"])
+    return _status(text, code) or _broken(text) or Cause("the request could not be sent", errno.EIO)
 
 
 def _status(text: str, code: str) -> Cause | None:
@@ -89,7 +89,7 @@ def _status(text: str, code: str) -> Cause | None:
     passes = status in _PASSING_STATUS or code in _PASSING_CODES
     name = f"{status} {code}".strip()
     if status == 501:
-        return Cause(f"the store knows no such request ({name})", errno.ENOTSUP)
+        return Cause(f"the store does not support this request ({name})", errno.ENOTSUP)
     return Cause(f"the store answered {name}", errno.EAGAIN if passes else errno.EIO, passes, _ADVICE.get(code, ""))
 
 

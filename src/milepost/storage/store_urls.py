@@ -88,7 +88,7 @@ def _why_not(url: StoreUrl, text: str) -> str:
         return f"{url}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that the container is in"
     if "service account" in text or "OpenCredentials" in text:
         return f"{url}: the file that GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT names can't be read"
-    return f"{url}: the settings in the environment are no valid configuration of this store"
+    return f"{url}: the settings in the environment do not configure this store"
 
 
 def _azure() -> dict[str, str]:

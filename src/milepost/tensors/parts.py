@@ -113,7 +113,7 @@ def take_apart(key: str, tensor: torch.Tensor, *, by_shard: bool = False) -> Ten
     """
     if not isinstance(tensor, DTensor):
         if by_shard:
-            raise SaveError(f"ranks hold tensors of different kinds under the key '{key}'; rename one", key=key)
+            raise SaveError(f"ranks hold tensors of different kinds under the key '{key}'; rename one of them", key=key)
         return _whole(key, tensor)
     if any(isinstance(p, Partial) for p in tensor.placements):
         raise SaveError(
@@ -315,16 +315,18 @@ def put_together(form: TensorForm, parts: Mapping[str, torch.Tensor], shape: tup
     try:
         context = _from_plain(form.context, shape, device, package)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise FormatError(f"what a tensor of class {form.kind} keeps beside its parts is malformed: {error}") from error
+        raise FormatError(
+            f"what a tensor of class {form.kind} stores beside its parts is malformed: {error}"
+        ) from error
     stride = torch.empty(shape, device="meta").stride()
     try:
         made = cast("Any", kind).__tensor_unflatten__(dict(parts), context, torch.Size(shape), stride)
     except Exception as error:
         raise ConfigError(
-            f"a tensor of class {form.kind} can't be put together: {type(error).__name__}: {error}"
+            f"a tensor of class {form.kind} can't be assembled: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(made, torch.Tensor) or tuple(made.shape) != tuple(shape):
-        raise ConfigError(f"a tensor of class {form.kind} and shape {list(shape)} can't be put together of its parts")
+        raise ConfigError(f"a tensor of class {form.kind} and shape {list(shape)} can't be assembled from its parts")
     return made
 
 
@@ -394,7 +396,7 @@ def _from_plain(plain: Any, shape: tuple[int, ...], device: torch.device, packag
         return torch.Size(shape)
     if plain == _DEVICE:
         return device
-    _require(isinstance(plain, tuple) and len(plain) in (2, 3), "what a tensor keeps beside its parts")
+    _require(isinstance(plain, tuple) and len(plain) in (2, 3), "what a tensor stores beside its parts")
     tag, first, *rest = plain
     if tag == "value":
         return first
@@ -451,20 +453,22 @@ def _to_record(parts: TensorParts) -> Any:
 
 
 def _from_record(plain: Any) -> TensorParts:
-    _require(isinstance(plain, tuple) and len(plain) == 2 and type(plain[1]) is dict, "a tensor of parts")
-    _require(isinstance(plain[0], tuple) and len(plain[0]) == 5, "a tensor of parts")
+    _require(isinstance(plain, tuple) and len(plain) == 2 and type(plain[1]) is dict, "a tensor made of others")
+    _require(isinstance(plain[0], tuple) and len(plain[0]) == 5, "a tensor made of others")
     (class_name, context, shape, dtype, cuts), parts = plain
-    _require(type(class_name) is str and isinstance(dtype, torch.dtype) and type(cuts) is dict, "a tensor of parts")
-    _require(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "a tensor of parts")
-    _require(all(type(name) is str for name in (*parts, *cuts)), "a tensor of parts")
-    _require(class_name or (type(context) is int and context > 0), "a tensor of parts")
+    _require(
+        type(class_name) is str and isinstance(dtype, torch.dtype) and type(cuts) is dict, "a tensor made of others"
+    )
+    _require(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "a tensor made of others")
+    _require(all(type(name) is str for name in (*parts, *cuts)), "a tensor made of others")
+    _require(class_name or (type(context) is int and context > 0), "a tensor made of others")
     return TensorParts(TensorForm(class_name, context, shape, dtype, cuts), parts)
 
 
 def _made_of(parts: Any) -> torch.Tensor:
-    _require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, "a tensor of parts")
+    _require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, "a tensor made of others")
     inner = {name: _made_of(part) if isinstance(part, TensorParts) else part for name, part in parts.items()}
-    _require(all(isinstance(part, torch.Tensor) for part in inner.values()), "a tensor of parts")
+    _require(all(isinstance(part, torch.Tensor) for part in inner.values()), "a tensor made of others")
     # Small tensors of one value may come as views of one memory; a class may want each part to begin its own.
     own = {name: part.clone() if part.storage_offset() else part for name, part in inner.items()}
     return put_together(parts.form, own, parts.form.shape)
@@ -478,5 +482,5 @@ def as_value(tensor: torch.Tensor) -> tuple[str, TensorParts]:
     """The placeholder in a value for a tensor made of others: the name of its reader, and that one's arguments."""
     parts = take_apart("a tensor", tensor)
     if has_functions(parts.form):
-        raise TypeError("it keeps functions: give it a place of its own in the state")
+        raise TypeError("it holds functions: give it a place of its own in the state")
     return _TENSOR, parts

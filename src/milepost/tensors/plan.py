@@ -234,7 +234,7 @@ def _check_cover(holders: Iterable[tuple[str, Box]], specs: Mapping[str, TensorS
 def _raise_faults(faults: Sequence[tuple[str, str]]) -> None:
     if faults:
         lines = "\n  ".join(listed([f"{key}: {text}" for key, text in faults]))
-        message = f"the ranks' shards do not make up whole tensors, nothing was saved:\n  {lines}"
+        message = f"the ranks' shards do not cover their tensors exactly, nothing was saved:\n  {lines}"
         raise PlanError(message, key=faults[0][0])
 
 

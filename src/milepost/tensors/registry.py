@@ -91,7 +91,9 @@ def make_registered(name: object, plain: object) -> Any:
     except MilepostError:
         raise
     except Exception as error:
-        raise FormatError(f"a value of class {name!r:.200} can't be made: {type(error).__name__}: {error}") from error
+        raise FormatError(
+            f"a value of class {name!r:.200} can't be created: {type(error).__name__}: {error}"
+        ) from error
 
 
 # Stock picklers name a function by where it is found: a place that stays.
@@ -144,6 +146,8 @@ def _plain_to_dataclass(cls: type, plain: Mapping[str, Any]) -> Any:
         elif field.default_factory is not dataclasses.MISSING:
             found = field.default_factory()
         else:
-            raise ConfigError(f"the checkpoint has no value for {cls.__qualname__}.{field.name}, nor has it a default")
+            raise ConfigError(
+                f"the checkpoint has no value for {cls.__qualname__}.{field.name}, which has no default either"
+            )
         object.__setattr__(value, field.name, found)
     return value

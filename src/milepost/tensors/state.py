@@ -129,7 +129,7 @@ def _enter(
         if isinstance(value, Mapping) and len(here) > 1 and type(value) not in (*MAPPINGS, TensorParts):
             key = _key(here)
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise SaveError(f"{key} is a {kind}, a type that can't be kept: store dict(...) of it", key=key)
+            raise SaveError(f"{key} is a {kind}, a type that can't be stored: store dict(...) of it", key=key)
         if not value and not isinstance(value, TensorParts):
             flat.empty.append(here)
         inside = whole or _key(here) if isinstance(value, TensorParts) else ""

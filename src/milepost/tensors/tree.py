@@ -252,7 +252,9 @@ def _path_of(key: str, manifest: Manifest) -> Path:
     """The path of a key. A path that is not the key's own would put the value in another's place."""
     path = manifest.paths.get(key, tuple(key.split(".")))
     if ".".join(map(str, path)) != key:
-        raise FormatError(f"the checkpoint gives the key '{key}' the path {path}, which is another key's", key=key)
+        raise FormatError(
+            f"the checkpoint gives the key '{key}' the path {path}, which belongs to another key", key=key
+        )
     return path
 
 
@@ -267,7 +269,7 @@ def _put(root: Any, path: Path, value: Node) -> None:
     for element, following in zip(path, [*path[1:], None], strict=True):
         fits = isinstance(root, list) and 0 <= element < MAX_LIST if isinstance(element, int) else type(root) is dict
         if not fits:
-            raise FormatError(f"the checkpoint gives the path {path}, which contradicts its other paths or is absurd")
+            raise FormatError(f"the checkpoint gives the path {path}, which contradicts its other paths or is invalid")
         if isinstance(element, int):
             root.extend([None] * (element + 1 - len(root)))
         here = root[element] if isinstance(element, int) else root.get(element)

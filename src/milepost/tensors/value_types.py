@@ -148,7 +148,7 @@ for simple, encode, decode in (
 
 
 def _array_of(dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool, data: bytes) -> Any:
-    _require(isinstance(dtype, np.dtype) and not dtype.hasobject and isinstance(data, bytes), "a strange numpy array")
+    _require(isinstance(dtype, np.dtype) and not dtype.hasobject and isinstance(data, bytes), "an invalid numpy array")
     return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
@@ -163,7 +163,7 @@ def _stream(content: bytes, position: int) -> io.BytesIO:
 
 def _memory_format(name: str) -> torch.memory_format:
     names = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
-    _require(name in names, f"{name!r:.80} is no memory format")
+    _require(name in names, f"{name!r:.80} is not a memory format")
     found: torch.memory_format = getattr(torch, name)
     return found
 
@@ -186,7 +186,7 @@ def check_key(key: object) -> None:
     while pending:
         part = pending.pop()
         count += 1
-        _require(count <= _MAX_KEY_PARTS, "a dict key unfolds to too many parts")
+        _require(count <= _MAX_KEY_PARTS, "a dict key expands to too many parts")
         if isinstance(part, tuple | frozenset):
             pending.extend(part)
         elif isinstance(part, int):
@@ -243,7 +243,7 @@ def _make_dtype(*args: object) -> object:
     # Picklers of numpy's own add two flags, and a state that says the byte order.
     _require(len(args) == 1 or args[1:] in ((False, True), (0, 1)), "numpy.dtype is called with unknown arguments")
     if isinstance(form, str):
-        _require(_DTYPE_TEXT.fullmatch(form) is not None, f"{form!r:.80} is no dtype that is read")
+        _require(_DTYPE_TEXT.fullmatch(form) is not None, f"{form!r:.80} is not a supported dtype")
         return np.dtype(form)
     _require(isinstance(form, dict) and set(form) == {"names", "formats", "offsets", "itemsize"}, "a strange dtype")
     assert isinstance(form, dict)
@@ -254,12 +254,12 @@ def _make_dtype(*args: object) -> object:
     try:
         return np.dtype(form)  # type: ignore[call-overload]
     except (ValueError, TypeError) as error:
-        raise FormatError(f"a dtype that can't be: {error}") from error
+        raise FormatError(f"an invalid dtype: {error}") from error
 
 
 def _make_scalar(*args: object) -> object:
     dtype, data = args if len(args) == 2 else (None, None)
-    _require(isinstance(dtype, np.dtype) and isinstance(data, bytes), "a numpy scalar of unknown arguments")
+    _require(isinstance(dtype, np.dtype) and isinstance(data, bytes), "a numpy scalar with unknown arguments")
     assert isinstance(dtype, np.dtype)
     assert isinstance(data, bytes)
     _require(not dtype.hasobject and len(data) == dtype.itemsize, "a numpy scalar of the wrong size")
@@ -267,7 +267,7 @@ def _make_scalar(*args: object) -> object:
 
 
 def _make_array(*args: object) -> object:
-    _require(len(args) == 3 and args[1:] == ((0,), b"b"), "a numpy array of unknown arguments")
+    _require(len(args) == 3 and args[1:] == ((0,), b"b"), "a numpy array with unknown arguments")
     return np.empty(0, np.uint8)
 
 
@@ -282,22 +282,22 @@ def build(target: object, state: object) -> bool:
         target._metadata = state["_metadata"]  # type: ignore[attr-defined]
         return True
     if type(target) is io.BytesIO:
-        _require(isinstance(state, tuple) and len(state) == 3, "a stream of bytes with a strange state")
+        _require(isinstance(state, tuple) and len(state) == 3, "a byte stream with an invalid state")
         assert isinstance(state, tuple)
         content, position, _ = state
-        _require(type(content) is bytes and type(position) is int and not state[2], "a strange stream of bytes")
-        _require(0 <= position <= len(content), "a stream of bytes at a strange position")
+        _require(type(content) is bytes and type(position) is int and not state[2], "an invalid byte stream")
+        _require(0 <= position <= len(content), "a byte stream at an invalid position")
         target.write(content)
         target.seek(position)
         return True
     if type(target) is not np.ndarray:
         return False
-    _require(isinstance(state, tuple) and len(state) == 5, "a numpy array with a strange state")
+    _require(isinstance(state, tuple) and len(state) == 5, "a numpy array with an invalid state")
     assert isinstance(state, tuple)
     version, shape, dtype, is_fortran, data = state
-    _require(version == 1 and isinstance(shape, tuple) and isinstance(dtype, np.dtype), "a strange numpy array")
+    _require(version == 1 and isinstance(shape, tuple) and isinstance(dtype, np.dtype), "an invalid numpy array")
     _require(all(type(size) is int and 0 <= size < 1 << 62 for size in shape) and len(shape) <= 32, "a strange shape")
-    _require(not dtype.hasobject and isinstance(data, bytes) and isinstance(is_fortran, bool), "a strange numpy array")
+    _require(not dtype.hasobject and isinstance(data, bytes) and isinstance(is_fortran, bool), "an invalid numpy array")
     count = 1
     for size in shape:
         count *= size
@@ -309,13 +309,13 @@ def build(target: object, state: object) -> bool:
 def _layout(*args: object) -> object:
     names = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
     known = {f"torch.{name}": getattr(torch, name) for name in names}
-    _require(len(args) == 1 and args[0] in known, "a tensor layout that is not known")
+    _require(len(args) == 1 and args[0] in known, "an unknown tensor layout")
     return known[args[0]]  # type: ignore[index]
 
 
 def _path(kind: Any) -> Callable[..., object]:
     def make(*args: object) -> object:
-        _require(all(isinstance(part, str) for part in args), "a path of something else than text")
+        _require(all(isinstance(part, str) for part in args), "a path that is not text")
         return kind(*args)
 
     return make

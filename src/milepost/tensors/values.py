@@ -77,7 +77,9 @@ def encode_object(key: str, value: Any) -> bytes:
             _decode(stream)
         except (FormatError, ConfigError) as error:
             where = f"{key}{_place(value, lambda part: isinstance(part, type)) or ''}"
-            raise SaveError(f"{where} holds what could not be loaded again: {error.message}", key=key) from error
+            raise SaveError(
+                f"{where} holds a value that could not be loaded again: {error.message}", key=key
+            ) from error
     return stream
 
 
@@ -310,7 +312,7 @@ def _traits(key: str, value: Any) -> _Traits:
         if not isinstance(node, _CONTAINERS):
             return
         if depth > MAX_DEPTH or id(node) in open_ids:
-            raise SaveError(f"{key} holds itself, or is nested deeper than {MAX_DEPTH} levels", key=key)
+            raise SaveError(f"{key} contains itself, or is nested deeper than {MAX_DEPTH} levels", key=key)
         found.num_parts += len(node)
         found.has_sets = found.has_sets or isinstance(node, set | frozenset)
         parts = node.values() if isinstance(node, dict) else node
@@ -363,7 +365,7 @@ def _refusal(key: str, value: Any, refused: _Refused) -> SaveError:
 def _advice(value: Any) -> str:
     kind = type(value)
     if isinstance(value, enum.Enum) or dataclasses.is_dataclass(kind) or is_named_tuple(kind):
-        return f"call milepost.register_value({kind.__qualname__}) when the program starts, and it can"
+        return f"call milepost.register_value({kind.__qualname__}) when the program starts to make it loadable"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return "store its name, and look it up when it is loaded"
     if hasattr(value, "state_dict"):
@@ -452,17 +454,17 @@ class _StoredStorages:
         return _Elements(class_.value, self._found[key])
 
     def _tensor(self, *args: object) -> torch.Tensor:
-        _require(len(args) >= 6 and isinstance(args[0], _Elements), "a tensor of unknown arguments")
+        _require(len(args) >= 6 and isinstance(args[0], _Elements), "a tensor with unknown arguments")
         elements, offset, sizes, strides, requires_grad, _, *rest = args
         assert isinstance(elements, _Elements)
         dtype = elements.dtype if elements.dtype is not None else next(iter(rest), None)
-        _require(isinstance(dtype, torch.dtype) and not any(rest[1:]), "a tensor of unknown arguments")
+        _require(isinstance(dtype, torch.dtype) and not any(rest[1:]), "a tensor with unknown arguments")
         assert isinstance(dtype, torch.dtype)
         tensor = _strided(elements.raw, dtype, offset, sizes, strides)
         return tensor.requires_grad_() if requires_grad is True and tensor.is_floating_point() else tensor
 
     def _quantized(self, *args: object) -> torch.Tensor:
-        _require(len(args) == 7 and isinstance(args[0], _Elements), "a quantized tensor of unknown arguments")
+        _require(len(args) == 7 and isinstance(args[0], _Elements), "a quantized tensor with unknown arguments")
         elements, offset, sizes, strides, parameters, *_ = args
         assert isinstance(elements, _Elements)
         dtype = elements.dtype
@@ -472,12 +474,14 @@ class _StoredStorages:
         integers = _strided(elements.raw, QUANTIZED[dtype][1], offset, sizes, strides)
         scheme, *rest = parameters
         if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            _require(isinstance(rest[0], float) and isinstance(rest[1], int), "a quantized tensor of unknown arguments")
+            _require(
+                isinstance(rest[0], float) and isinstance(rest[1], int), "a quantized tensor with unknown arguments"
+            )
             return torch._make_per_tensor_quantized_tensor(integers, rest[0], rest[1])
         _require(len(rest) == 3 and all(isinstance(part, torch.Tensor) for part in rest[:2]), "a strange tensor")
-        _require(isinstance(rest[2], int) and 0 <= rest[2] < integers.dim(), "a quantized tensor of a strange axis")
+        _require(isinstance(rest[2], int) and 0 <= rest[2] < integers.dim(), "a quantized tensor with an invalid axis")
         _require(
-            all(part.numel() == integers.shape[rest[2]] for part in rest[:2]), "a quantized tensor of strange scales"
+            all(part.numel() == integers.shape[rest[2]] for part in rest[:2]), "a quantized tensor with invalid scales"
         )
         return torch._make_per_channel_quantized_tensor(integers, rest[0], rest[1], rest[2])
 
@@ -489,29 +493,29 @@ def _strided(raw: torch.Tensor, dtype: torch.dtype, offset: object, sizes: objec
     assert isinstance(sizes, tuple)
     assert isinstance(strides, tuple)
     numbers = (offset, *sizes, *strides)
-    _require(all(type(n) is int and 0 <= n <= record.MAX_NBYTES for n in numbers), "a tensor of strange sizes")
-    _require(len(sizes) == len(strides) <= record.MAX_DIMS, "a tensor of strange sizes")
+    _require(all(type(n) is int and 0 <= n <= record.MAX_NBYTES for n in numbers), "a tensor with invalid sizes")
+    _require(len(sizes) == len(strides) <= record.MAX_DIMS, "a tensor with invalid sizes")
     count = math.prod(sizes)
     span = offset + 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) if count else 0
-    _require(span * dtype.itemsize <= raw.numel(), "a tensor reaches beyond its storage")
+    _require(span * dtype.itemsize <= raw.numel(), "a tensor extends beyond its storage")
     _require(count * dtype.itemsize <= raw.numel(), "a tensor has more elements than its storage")
     elements = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype) if raw.numel() else raw.view(dtype)
     return elements.as_strided(sizes, strides, offset if count else 0).clone(memory_format=torch.contiguous_format)
 
 
 def _parameter(*args: object) -> torch.Tensor:
-    _require(len(args) == 3 and isinstance(args[0], torch.Tensor), "a parameter of unknown arguments")
+    _require(len(args) == 3 and isinstance(args[0], torch.Tensor), "a parameter with unknown arguments")
     return nn.Parameter(args[0], requires_grad=args[1] is True)  # type: ignore[arg-type]
 
 
 def _sparse(*args: object) -> torch.Tensor:
     layout, parts = args if len(args) == 2 else (None, None)
-    _require(isinstance(layout, torch.layout) and isinstance(parts, tuple), "a sparse tensor of unknown arguments")
+    _require(isinstance(layout, torch.layout) and isinstance(parts, tuple), "a sparse tensor with unknown arguments")
     assert isinstance(layout, torch.layout)
     assert isinstance(parts, tuple)
     tensors = parts[:2] if layout == torch.sparse_coo else parts[:3]
     _require(
-        len(parts) in (3, 4) and all(isinstance(part, torch.Tensor) for part in tensors), "a strange sparse tensor"
+        len(parts) in (3, 4) and all(isinstance(part, torch.Tensor) for part in tensors), "an invalid sparse tensor"
     )
     try:
         if layout == torch.sparse_coo:
@@ -519,7 +523,7 @@ def _sparse(*args: object) -> torch.Tensor:
             return torch.sparse_coo_tensor(*parts[:3], is_coalesced=is_coalesced, check_invariants=True)
         return torch.sparse_compressed_tensor(*parts[:4], layout=layout, check_invariants=True)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise FormatError(f"a sparse tensor that can't be: {error}") from error
+        raise FormatError(f"an invalid sparse tensor: {error}") from error
 
 
 def _storage_table() -> dict[str, Global]:
@@ -550,14 +554,14 @@ def _check_read(value: Any, nbytes: int) -> None:
 
     def measure(node: Any, depth: int) -> int:
         if isinstance(node, Global | Instance | _Elements):
-            raise FormatError("a class or a function is no value: store its name")
+            raise FormatError("a class or a function is not a value: store its name")
         if not isinstance(node, _CONTAINERS):
             return 1
         known = sizes.get(id(node))
         if known is not None:
             return known
         if id(node) in open_ids or depth > MAX_DEPTH:
-            raise OverLimitError(f"a value holds itself or is over {MAX_DEPTH} deep")
+            raise OverLimitError(f"a value contains itself or is nested deeper than {MAX_DEPTH}")
         parts = node.values() if isinstance(node, dict) else node
         total = 1 + len(node)
         if not _ATOMS.issuperset(map(type, parts)):
@@ -565,7 +569,7 @@ def _check_read(value: Any, nbytes: int) -> None:
             total = 1 + sum(measure(part, depth + 1) for part in parts)
             open_ids.remove(id(node))
         if total > limit:
-            raise OverLimitError(f"a value unfolds to more than {limit} parts")
+            raise OverLimitError(f"a value expands to more than {limit} parts")
         sizes[id(node)] = total
         return total
 

@@ -80,7 +80,7 @@ def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not set(names) <= set(known):
         raise ConfigError(
             f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(known)}; the model and the "
-            "optimizer are shared by all ranks, and random generators are kept for each anyway"
+            "optimizer are shared by all ranks, and random generators are always saved per rank"
         )
     return tuple(names)
 

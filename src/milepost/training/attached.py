@@ -48,8 +48,10 @@ def attached(files: Mapping[str, Content] | None, extra: Mapping[str, Any] | Non
 
 def _checked(name: str, content: Content) -> bytes:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError("expected the name of a file: letters, digits, and . _ - within")
+        raise ConfigError(
+            "expected a file name of letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'"
+        )
     data = content if isinstance(content, bytes) else Path(content).read_bytes()
     if len(data) > MAX_FILE_NBYTES:
-        raise ConfigError(f"{len(data)} bytes are more than the {MAX_FILE_NBYTES} that a file may have")
+        raise ConfigError(f"{len(data)} bytes exceed the limit of {MAX_FILE_NBYTES} per file")
     return data

@@ -75,7 +75,7 @@ def choose(
         if not _goes_on(entries, history, config, launch):
             return _named_step(entries, config.load_step, folder, launch)
         line = tuple(history.since_start())
-        again = "checkpoint.restart_branch begins another branch there"
+        again = "checkpoint.restart_branch starts another branch there"
         if config.restart_branch:
             again = f"checkpoint.restart_branch has taken effect in this job ({launch}) before"
         notes = (
@@ -174,7 +174,7 @@ def _finished(line: Sequence[StepEntry], num_steps: int | None) -> Choice | None
     end = next((entry for entry in reversed(line) if entry.is_usable), None)
     if num_steps is None or end is None or end.step < num_steps:
         return None
-    note = f"this run is finished: step {end.step} is there, and its last step is {num_steps}"
+    note = f"this run is finished: it has step {end.step}, and its last step is {num_steps}"
     return Choice(end.path, end.step, end.kind == "model", True, (note,), is_finished=True)
 
 
@@ -205,7 +205,7 @@ def _without_full_step(
         of = " of the branch that was written last" if others else ""
         raise CheckpointDamagedError(
             f"every step{of} in {folder} is damaged; refusing to start a new run over existing steps. "
-            "Look at them with `milepost verify`, restore one from a backup, or move the folder away to start anew"
+            "Look at them with `milepost verify`, restore one from a backup, or move the folder away to start a new run"
             f"{instead}:{lines}",
             path=folder,
         )
@@ -237,7 +237,7 @@ def _named_step(entries: Sequence[StepEntry], step: int, folder: str, launch: st
 
 
 def _is_seed(entry: StepEntry) -> bool:
-    """Return whether a step is loaded for its weights alone: also another program's full one, such as torchtitan's."""
+    """Return whether a step is a seed checkpoint; of an external step 0 too only the weights are loaded."""
     return entry.step == 0 and (entry.kind == "model" or entry.state == "external")
 
 

@@ -85,7 +85,7 @@ class CommitHooks:
             log.info("waiting up to %.0f s for on_commit to end", timeout_s)
             thread.join(timeout_s)
         if thread.is_alive():
-            log.warning("on_commit has not ended after %.0f s: going on without it", timeout_s)
+            log.warning("on_commit has not ended after %.0f s: continuing without it", timeout_s)
 
     def _run(self) -> None:
         while (commit := self._commits.get()) is not None:

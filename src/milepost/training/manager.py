@@ -69,7 +69,7 @@ class CheckpointManager:
                 manager.save(step, last_step=step == num_steps)
 
     At the end of the block the manager is closed (:meth:`close`). An error within the block is raised as it is: what
-    was staged by then is committed all the same, and a failure of that save is logged.
+    was staged by then is committed nevertheless, and a failure of that save is logged.
 
     Args:
         folder: where the steps are kept, as ``step-<N>`` folders.
@@ -489,7 +489,7 @@ class CheckpointManager:
                 f"{self._num_failures} saves in a row have failed; the last: {error.message}", rank=error.rank
             ) from error
         if self._comm.rank == 0:
-            log.warning("a save failed, training goes on (checkpoint.on_save_error = warn): %s", error)
+            log.warning("a save failed, training continues (checkpoint.on_save_error = warn): %s", error)
 
     def _request(
         self, step: int, *, is_last: bool, metrics: Mapping[str, float], attach: Callable[[], dict[str, Any]]

@@ -177,7 +177,7 @@ class NodeTier:
                 if not self._settle_one(own):
                     break  # in order: a hook hears of each, and the newest is what is offered last
             except MilepostError as error:  # tried again
-                log.warning("step %d is not yet noted as committed on all nodes: %s", own.commit.step, error)
+                log.warning("could not record yet that step %d is committed on all nodes: %s", own.commit.step, error)
 
     def _settle_one(self, own: _Own) -> bool:
         """False if it is only a matter of time until it is settled: what is later must wait."""

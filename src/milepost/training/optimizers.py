@@ -218,7 +218,7 @@ class OptimizersOwner:
     def _want(self, target: Target, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
         name = self._names[parameter]
         if self._has_any and name not in self._saved.state and name not in self._saved.options:
-            self._note("parameters new to the optimizer, begun afresh", name)
+            self._note("parameters new to the optimizer, with fresh state", name)
             return
         want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
         saved = self._saved.options.get(name, {})
@@ -228,7 +228,7 @@ class OptimizersOwner:
             elif option in saved or target.is_excluded(key := f"{PART}.param_groups.{name}.{option}"):
                 target.leave(saved.get(option))
             elif option not in optimizer.defaults or group[option] is None or isinstance(group[option], bool):
-                self._note("optimizer options that the checkpoint lacks, as in this run", option)
+                self._note("optimizer options missing from the checkpoint, kept as in this run", option)
             else:
                 target.want_missing([key])
         for option in [option for option in saved if option not in group]:
@@ -236,7 +236,7 @@ class OptimizersOwner:
             if option in (NAMES, *SCHEDULED) or value is None or isinstance(value, bool):
                 target.leave(saved[option])
             if option != NAMES and (option in SCHEDULED or value is None or isinstance(value, bool)):
-                self._note("optimizer options of the checkpoint that are not in this run, left out", option)
+                self._note("optimizer options of the checkpoint that this run does not have, ignored", option)
 
     def _is_kept(self, option: str, saved: Mapping[str, Node]) -> bool:
         """Return whether an option stays as it is in this run: one that the schedule sets, which is not loaded."""
@@ -253,7 +253,7 @@ class OptimizersOwner:
         for name in sorted(known & (self._saved.state.keys() | self._saved.options.keys())):
             target.leave(self._saved.state.get(name, {}))
             target.leave(self._saved.options.get(name, {}))
-            self._note("parameters that no optimizer steps any more, their state left out", name)
+            self._note("parameters that no optimizer steps any more, state ignored", name)
 
     def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
         parameter = self._parameter_of(key)
@@ -284,7 +284,7 @@ class OptimizersOwner:
                 elif _differs(value, first):
                     raise StateMismatchError(
                         f"the optimizer puts {name} in one group with {names[0]}, but they were saved with different "
-                        f"values of {option} ({value} and {first}); group them as they were. Nothing was changed",
+                        f"values of {option} ({value} and {first}); group them as they were saved. Nothing was changed",
                     )
 
     def _known(self, group: Mapping[str, Any]) -> list[str]:

@@ -183,7 +183,7 @@ class RemoteTier:
                 gives_up = failure.is_final or self._has_left or (self._ends and num_failures >= LAST_TRIES)
                 if not gives_up and self._waiting is None:
                     self._waiting = commit
-            what = "given up: `milepost sync` copies it by hand" if gives_up else "tried again"
+            what = "gave up: run `milepost sync` to copy it" if gives_up else "tried again"
             log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure.failure)
             with self._changed:
                 if not gives_up:

@@ -293,7 +293,7 @@ class Loader:
         self._bad_here.add(step)
         part = self._nodes.part_of(self._comm.rank)
         if self._comm.rank == part.ranks[0] and error.rank in part.ranks:
-            with contextlib.suppress(StorageError):  # the other ranks go on: it is passed over in this run all the same
+            with contextlib.suppress(StorageError):  # the other ranks go on: this run skips it in any case
                 self._mark_damaged(self._storage, path, error)
 
     def _policy(self, choice: Choice) -> Policy:
@@ -321,7 +321,7 @@ class Loader:
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         left = self._config.exclude_from_loading
-        return [*notes, f"left as freshly built: {', '.join(left)}"] if left else notes
+        return [*notes, f"left as initialized: {', '.join(left)}"] if left else notes
 
     def _load_weights(self, choice: Choice) -> LoadReport:
         """Start from weights in another format; each rank reads only the ranges that it holds."""
@@ -407,7 +407,7 @@ class Loader:
             is_newer = commit_order(entry) > commit_order(chosen) if entry.lineage else entry.step > choice.step
             if is_newer and not entry.is_usable and entry.step not in {*rejected, *self._warned}:
                 log.warning(
-                    "%s/%s is %s\nFalling back to an older step; this one is left where it is.",
+                    "%s/%s is %s\nFalling back to an older step; this one stays in place.",
                     self._storage.root,
                     entry.path,
                     f"{entry.state}: {entry.reason}",
@@ -428,18 +428,18 @@ class Loader:
         found = catalog.examine(storage, path)
         if found is not None and (found.is_usable or found.state == "part") and found.save_id != self._reading:
             return False
-        left = "" if self._config.load_only else ", marked: it is not tried again"
-        log.warning("%s\nFalling back to an older step; the damaged one is left where it is%s.", reason, left)
+        left = "" if self._config.load_only else ", marked as damaged: it will not be tried again"
+        log.warning("%s\nFalling back to an older step; the damaged one stays in place%s.", reason, left)
         if self._config.load_only:
             return True
         try:
             others = catalog.steps_that_share(storage, path, split(error.path or "")[1])
             catalog.mark_damaged(storage, path, reason, now=time.time())
             for other in others:
-                log.warning("%s/%s has the same file, so it is marked as damaged too", storage.root, other)
+                log.warning("%s/%s shares the file, so it is marked as damaged too", storage.root, other)
                 catalog.mark_damaged(storage, other, f"shared with {split(path)[1]}: {reason}", now=time.time())
-        except StorageError as error:  # it is passed over in this run all the same
-            log.warning("the mark could not be left: %s", error)
+        except StorageError as error:  # this run skips it in any case
+            log.warning("could not mark the step as damaged: %s", error)
         return True
 
 
@@ -512,7 +512,8 @@ class _Into:
         if not self._frozen:
             return []
         return [
-            f"{len(self._frozen)} parameters are not trained and not in the step: they stay as built or loaded before"
+            f"{len(self._frozen)} parameters are frozen and not in the step: they keep their initial or "
+            "previously loaded values"
         ]
 
     def _check_exclusions(self, stored: Collection[str]) -> None:

@@ -78,7 +78,8 @@ class TrainingState:
         taken = sorted({key for key in model_state(state.models) if part_of(key) != "model"})
         if taken:
             raise ConfigError(
-                f"the model has '{taken[0]}', but keys that start with '{part_of(taken[0])}.' are kept for that part "
+                f"the model has '{taken[0]}', but keys that start with '{part_of(taken[0])}.' are "
+                "reserved for that part "
                 "of the training state; rename the module"
             )
         return state
@@ -153,7 +154,7 @@ class TrainingState:
         if lacking:
             raise StateMismatchError(
                 f"the checkpoint holds no {', no '.join(lacking)} (it holds {', '.join(sorted(found))}); to leave "
-                f"{'it' if len(lacking) == 1 else 'them'} as freshly built, set checkpoint.exclude_from_loading = "
+                f"{'it' if len(lacking) == 1 else 'them'} as initialized, set checkpoint.exclude_from_loading = "
                 f"{','.join(lacking)}",
                 missing=lacking,
             )
@@ -304,7 +305,7 @@ def _owner_of_any(stateful: Any, path: tuple[str, ...], stored: Stored, like_of:
         try:
             own = stateful.state_dict()
         except Exception as error:  # noqa: BLE001 - it may raise anything where it is not filled yet
-            log.debug("%s has no state to tell before it is loaded: %s", type(stateful).__name__, error)
+            log.debug("%s can't report its state before it is loaded: %s", type(stateful).__name__, error)
     return StatefulOwner(stateful, path, own=own, like_of=like_of)
 
 
@@ -350,8 +351,8 @@ class PerRankOwner:
             raise StateMismatchError(
                 f"the checkpoint holds the state of {self._part} for each of {len(ranks)} ranks, and this run has "
                 "other ranks or degrees of parallelism; nothing was changed. Resume on the same ones, give the object "
-                "a method reshard(states) that makes this rank's state of all of them, or set "
-                f"checkpoint.exclude_from_loading = {self._part}: it then begins anew",
+                "a method reshard(states) that returns this rank's state from all of them, or set "
+                f"checkpoint.exclude_from_loading = {self._part}: it then starts fresh",
                 mismatched=[f"{self._part}: saved for each of {len(ranks)} ranks"],
             )
         for node in self._nodes:
@@ -385,12 +386,15 @@ class RngOwner:
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is None:
-            self.note = "it holds no random state: the generators stay as this run seeded them"
+            self.note = "it holds no random state: the generators keep this run's seeds"
         elif self._same_layout:
             set_rng_state(rebuild(self._node, values))
         else:
             derive_rng_state(rebuild(self._node, values), self._rank)
-            self.note = "saved under another layout: each rank's random generators were seeded anew from the saved ones"
+            self.note = (
+                "saved under other degrees of parallelism: each rank's random generators were reseeded from "
+                "the saved ones"
+            )
 
 
 def _several(value: Any) -> tuple[Any, ...]:

@@ -262,7 +262,7 @@ def shard_reader(
     layout = record.tensor_record(dtype, shard.box.sizes)
     where = (shard.record_offset + layout.data_offset, layout.data_nbytes, layout.nbytes)
     if shard.crc32 is None or (shard.data_offset, shard.data_nbytes, shard.record_nbytes) != where:
-        raise FormatError(f"the manifest gives the record of '{key}' impossible offsets", path=handle.path, key=key)
+        raise FormatError(f"the manifest has invalid offsets for the record of '{key}'", path=handle.path, key=key)
     return BlockReader(
         handle,
         key,

@@ -87,7 +87,7 @@ class ExtentReader:
                 yield extent
             else:
                 where = (extent.start, extent.stop)
-                self._findings.add(Problem("the file ends before or inside it", name, _key(extent), where))
+                self._findings.add(Problem("the file ends before or within it", name, _key(extent), where))
 
     def _check_batch(self, handle: ReadHandle, name: str, batch: list[Extent]) -> None:
         start, stop = batch[0].start, batch[-1].stop
@@ -131,7 +131,7 @@ def _compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
     wrong = [index for index, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     where = (extent.start + wrong[0], extent.start + wrong[-1] + 1)
     if isinstance(extent, Known):
-        return Problem(f"{extent.what} is not as it was written", name, extent.key, where)
+        return Problem(f"{extent.what} differs from what was written", name, extent.key, where)
     return Problem("padding is not zero", name, byte_range=where)
 
 

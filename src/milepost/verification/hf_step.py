@@ -97,7 +97,10 @@ class HfStep:
 def _hint(name: str) -> str:
     if untagged(name) == DIGESTS_NAME:
         return ""
-    return f" (if you changed it on purpose: without {MANIFEST_NAME} and {DIGESTS_NAME} the folder is an external one)"
+    return (
+        f" (if you changed it on purpose: without {MANIFEST_NAME} and {DIGESTS_NAME} the folder is an "
+        "external checkpoint)"
+    )
 
 
 def read_hf_step(storage: Storage, folder: str, names: Collection[str]) -> HfStep | None:

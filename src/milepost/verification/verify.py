@@ -305,7 +305,7 @@ def _shared(storage: Storage, path: str, findings: Findings) -> Iterator[str]:
     for file in dict.fromkeys(problem.file for problem in findings.merged() if problem.file):
         others = [split(other)[1] for other in catalog.steps_that_share(storage, path, file)]
         if others:
-            yield f"{', '.join(listed(others))} share {file} (by hard links): its damage is damage of these steps too"
+            yield f"{', '.join(listed(others))} share {file} (by hard links): these steps are damaged too"
 
 
 def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, findings: Findings) -> tuple[str, ...]:
@@ -465,7 +465,7 @@ def _check_alias(storage: Storage, path: str, name: str, content: bytes, finding
         return
     try:
         if storage.read(join(path, METADATA_NAME)) != content:
-            findings.add(Problem("it is of another save than milepost.json", METADATA_NAME))
+            findings.add(Problem("it belongs to another save than milepost.json", METADATA_NAME))
     except StorageError as error:
         findings.add(Problem(error.message, METADATA_NAME))
 
@@ -480,7 +480,7 @@ def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> Non
     other = dcp_metadata.manifest_from_metadata(dcp_metadata.parse_metadata(data), sizes)
     for key in sorted(manifest.tensors.keys() | other.tensors.keys() | manifest.objects.keys() | other.objects.keys()):
         if _places(manifest, key) != _places(other, key):
-            findings.add(Problem("it says something else of the key than milepost.json", METADATA_NAME, key))
+            findings.add(Problem("its entry of the key differs from milepost.json", METADATA_NAME, key))
 
 
 def _places(manifest: Manifest, key: str) -> object:
@@ -510,4 +510,6 @@ def _check_item_digests(manifest: Manifest, digests: BlockDigests, findings: Fin
     for row in unlike.tolist():
         tensor = int(np.searchsorted(table.first, row, side="right")) - 1
         box = table.tilings[table.tiling[tensor]].boxes[row - int(table.first[tensor])]
-        findings.add(Problem(f"its digests of shard {box} are not the manifest's", DIGESTS_NAME, table.keys[tensor]))
+        findings.add(
+            Problem(f"its digests of shard {box} differ from the manifest's", DIGESTS_NAME, table.keys[tensor])
+        )

@@ -58,7 +58,7 @@ class WeightsCheck:
         if is_adapter(names):
             self.notes.append("an adapter, not a whole model")
         elif config is None:
-            self.notes.append(f"{CONFIG_NAME} is missing: it is not known which model this is")
+            self.notes.append(f"{CONFIG_NAME} is missing: the model is unknown")
         self._safetensors(folder, read_hf_folder(self._storage, folder, names), step)
 
     def file(self, path: str) -> None:
@@ -100,7 +100,7 @@ class WeightsCheck:
             self._blocks(step, {name: sorted(places) for name, places in held.items()})
             return
         if found.files:
-            self.notes.append("safetensors files hold no digests: a changed value can't be told from the right one")
+            self.notes.append("safetensors files hold no digests: changed values can't be detected")
         if self._level != "full":
             self._findings.count_read(0, unchecked_nbytes=self.nbytes)
             return

@@ -46,7 +46,7 @@ def check_keywords(owner: str, given: Mapping[str, Any]) -> None:
             default, instead = _HINTS[name]
             if value != default and name not in _noted:
                 _noted.add(name)
-                _log.info("%s takes %s=%r as a hint only: %s", owner, name, value, instead)
+                _log.info("%s treats %s=%r as a hint only: %s", owner, name, value, instead)
         elif name in _REFUSED:
             default, reason = _REFUSED[name]
             if value is not None and value != default:
@@ -69,5 +69,5 @@ def stock_file_system(path: str) -> FileSystem:
         AttributeError: the path is a URL, for which stock has none.
     """
     if is_url(path):
-        raise AttributeError(f"there is no FileSystem for {path}: Milepost talks to the store itself")
+        raise AttributeError(f"there is no FileSystem for {path}: Milepost accesses the store itself")
     return FileSystem()

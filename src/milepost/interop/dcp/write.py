@@ -228,7 +228,7 @@ def _kept(planner_data: object) -> dict[str, Any]:
         pass
     raise SaveError(
         "the save planner's planner_data is neither paths of keys nor JSON (dicts with text as keys, lists, text, "
-        "numbers): it can't be kept"
+        "numbers): it can't be stored"
     )
 
 

@@ -131,9 +131,7 @@ def lent_extras(
     assets = _assets_of(folder)
     if config is None:
         if CONFIG_NAME not in assets:
-            raise ConversionError(
-                f"{folder} has no {CONFIG_NAME}: without one nobody knows what model it is", path=folder
-            )
+            raise ConversionError(f"{folder} has no {CONFIG_NAME}: without it the model is unknown", path=folder)
         config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
     weight_map = {}
     if lends_index and INDEX_NAME in assets:
@@ -174,7 +172,7 @@ def _assets_of(folder: str) -> list[str]:
     storage, inside = open_storage(folder)
     names = [entry.name for entry in storage.list(inside) if not entry.is_folder]
     names = [name for name in names if name in _LIMITS or _ASSETS.fullmatch(name)]
-    problems = [f"{len(names)} files by a tokenizer's names"] if len(names) > MAX_ASSETS else []
+    problems = [f"{len(names)} files named like a tokenizer's"] if len(names) > MAX_ASSETS else []
     for name in names[:MAX_ASSETS]:
         try:
             open_linked(storage, join(inside, name), _LIMITS.get(name, MAX_ASSET_NBYTES)).close()
@@ -182,7 +180,7 @@ def _assets_of(folder: str) -> list[str]:
             problems.append(error.message)
     if problems:
         raise ConversionError(
-            f"the assets in {folder} are not taken, nothing was written:\n  " + "\n  ".join(problems),
+            f"the assets in {folder} are rejected, nothing was written:\n  " + "\n  ".join(problems),
             path=folder,
             problems=problems,
         )
@@ -235,7 +233,7 @@ def split_into_files(
         if missing:
             raise ConversionError(
                 f"the index of the assets folder does not place {len(missing)} of {len(tensors)} tensors, "
-                f"first '{missing[0]}': is it of another model?"
+                f"first '{missing[0]}': is it another model's?"
             )
         files: dict[str, list[str]] = {}
         for key in tensors:

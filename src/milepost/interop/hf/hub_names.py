@@ -35,7 +35,7 @@ def kept_names(model: Any) -> KeptNames:
     links = _links(model, ours, dtypes)
     if links is None:
         log.warning(
-            "transformers stores tensors of %s in a way that can't be followed: its files get the module's own names",
+            "transformers stores tensors of %s in an unsupported way: the files get the module's own names",
             type(model).__name__,
         )
         links = [(Link(name, Box.whole(shape), name, Box.whole(shape), Op.SAME), shape) for name, shape in ours.items()]

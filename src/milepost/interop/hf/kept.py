@@ -105,7 +105,7 @@ class KeptTarget:
         if missing or unknown:
             lines = [*(f"missing: {key}" for key in missing), *(f"not the model's: {key}" for key in unknown)]
             raise ConversionError(
-                f"the state that is saved is not that of the {self.config.get('architectures', ['model'])[0]} that "
+                f"the saved state differs from that of the {self.config.get('architectures', ['model'])[0]} that "
                 "HfModel.of() was given: Hugging Face files would not hold it all\n  " + "\n  ".join(listed(lines)),
                 problems=lines,
             )

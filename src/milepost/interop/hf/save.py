@@ -142,7 +142,7 @@ def _check_keys(found: Correspondence, target: HfTarget) -> None:
     if missing or unknown:
         lines = [*(f"missing: {key}" for key in missing), *(f"unknown: {key}" for key in unknown)]
         raise ConversionError(
-            f"the model that is trained is not a {target.model} as Hugging Face knows it:\n  "
+            f"the model that is trained is not a {target.model} as Hugging Face defines it:\n  "
             + "\n  ".join(listed(lines)),
             problems=lines,
         )

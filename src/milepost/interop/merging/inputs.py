@@ -74,7 +74,7 @@ def _by_names_of(first: Input, weights: Weights) -> Input:
     for identity in (recorded_identity(first.weights), recorded_identity(weights)):
         translated = _translated(first, bare, identity) if identity is not None else None
         if translated is not None:
-            note = f"{weights.source.path} has other names than {first.path}: both are {identity}, and were matched"
+            note = f"{weights.source.path}has other names than {first.path}: both are {identity}, and were matched"
             return Input(weights, translated, (note,))
     return Input(weights, bare)
 
@@ -99,9 +99,9 @@ def _own_faults(one: Input) -> Iterator[str]:
     if one.weights.is_adapter:
         yield "a PEFT adapter, not a model: merge it into its base model first (merge_and_unload() of PEFT)"
     elif method_of(one.weights.source, one.weights.config) is not None:
-        yield "quantized weights, which are no numbers to average: dequantize them first"
+        yield "quantized weights, which can't be averaged: dequantize them first"
     elif not one.tensors.tensors:
-        yield "no tensors of a model"
+        yield "no model tensors"
     else:
         kinds = sorted({info.dtype for info in one.tensors.tensors.values() if not _can_be_merged(info)})
         if kinds:

@@ -209,7 +209,9 @@ def read_sizes(family: ConfigFamily, config: Mapping[str, Any], path: str) -> Si
     values = ConfigValues({**family.defaults, **said})
     sizes = family.read(values)
     if sizes.n_layers * sizes.named.get("experts", 1) > _MAX_EXPERTS:
-        values.faults.append(f"{sizes.n_layers} layers of {sizes.named['experts']} experts: more than any model has")
+        values.faults.append(
+            f"{sizes.n_layers} layers of {sizes.named['experts']} experts: more than any known model has"
+        )
     if values.faults:
         raise ConversionError(
             f"{path} does not describe a {family.name} model:\n  " + "\n  ".join(values.faults),

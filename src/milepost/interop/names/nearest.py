@@ -84,7 +84,7 @@ def _without_numbers(key: str) -> str:
 def advice(keys: Iterable[str], asked: str | None = None) -> list[str]:
     """Name the family that keys resemble, and advise on a model that was not recognised as ``asked``."""
     found = nearest(list(keys))
-    lines = found.lines() if found is not None else ["nearest family: none; no key is one of a model known here"]
+    lines = found.lines() if found is not None else ["nearest family: none; no key belongs to a supported model"]
     ask = [how_to_ask(name) for name in found.families if name != asked] if found is not None else []
     do = f"{' or '.join(ask)} if that is what it is; " if ask else "check what it is; "
     return [*lines, f"do: {do}--model hf to keep the names as they are"]

@@ -147,7 +147,7 @@ class _Building:
         if tied is not None:
             notes.append(f"{tied[1]} is {tied[0]}, which is read once")
         if dropped := [key for key in found.constants if key in stored.tensors]:
-            notes.append(f"left out, as our models have no such tensor: {dropped[0]} and {len(dropped) - 1} like it")
+            notes.append(f"skipped, as our models have no such tensor: {dropped[0]} and {len(dropped) - 1} like it")
         manifest = replace(stored, tensors=tensors, objects=objects, paths=paths)
         return Translation(manifest, self._origins, tied, tuple(notes))
 

@@ -46,9 +46,11 @@ _ENDINGS = {
 }
 """Endings of keys that only weights quantized in one way have."""
 _WHAT_WOULD_DO = {
-    "gptq": "convert the model that it was made of: GPTQ's rounding can't be undone",
-    "awq": "convert the model that it was made of: AWQ's rounding can't be undone",
-    "": "convert the model that it was made of, or load it with transformers, call dequantize() and save_pretrained()",
+    "gptq": "convert the model that it was made from: GPTQ's rounding can't be undone",
+    "awq": "convert the model that it was made from: AWQ's rounding can't be undone",
+    "": (
+        "convert the model that it was made from, or load it with transformers, call dequantize() and save_pretrained()"
+    ),
 }
 
 
@@ -234,7 +236,7 @@ def _dequantized(source: Source, method: str, config: Mapping[str, Any] | None, 
     else:
         found = dict(_find_mxfp4(source, dtype, faults))
     if not found and not faults:
-        faults.append("no tensor is: remove quantization_config from the config if the weights are whole")
+        faults.append("no tensor is: remove quantization_config from the config if the weights are not quantized")
     if faults:
         raise ConversionError(
             f"{path} should hold quantized weights ({method}):\n  " + "\n  ".join(listed(faults)),
@@ -269,7 +271,7 @@ def _find_fp8(source: Source, block: tuple[int, int], dtype: str, faults: list[s
         else:
             found[key] = _Fp8(key, key + FP8_SCALE, block, TensorInfo(dtype, info.shape))
     faults += [
-        f"{key} has no weights that it is the factor of"
+        f"{key} is a scale without weights"
         for key in source.tensors
         if key.endswith(FP8_SCALE) and key.removesuffix(FP8_SCALE) not in source.tensors
     ]
@@ -288,7 +290,7 @@ def _find_mxfp4(source: Source, dtype: str, faults: list[str]) -> dict[str, _Mxf
         scales = source.tensors.get(_scales_of(key))
         fits = info.dtype == "uint8" and len(info.shape) >= 3 and info.shape[-1] == _MX_NBYTES
         if scales is None:
-            faults.append(f"{key} is there without {_scales_of(key)}")
+            faults.append(f"{key}is present without {_scales_of(key)}")
         elif not fits or scales != TensorInfo("uint8", info.shape[:-1]):
             faults.append(
                 f"{key} is {info.dtype} {list(info.shape)} with {scales.dtype} {list(scales.shape)} of scales: "
@@ -299,7 +301,7 @@ def _find_mxfp4(source: Source, dtype: str, faults: list[str]) -> dict[str, _Mxf
             shape = (*lead, num_blocks * _MX_VALUES, outputs)
             found[key.removesuffix(_BLOCKS)] = _Mxfp4(key, _scales_of(key), TensorInfo(dtype, shape))
     faults += [
-        f"{key} is there without {key.removesuffix(_SCALES)}{_BLOCKS}"
+        f"{key}is present without {key.removesuffix(_SCALES)}{_BLOCKS}"
         for key in source.tensors
         if key.endswith(_SCALES) and key.removesuffix(_SCALES) + _BLOCKS not in source.tensors
     ]

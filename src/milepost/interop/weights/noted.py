@@ -51,7 +51,8 @@ def compare_with_noted(noted: Noted, written: Source, num_threads: int, advance:
         written.read_into(key, box, values)
         if written.tensors[key] != noted.tensors[key] or digest.crc32(raw_bytes(values)) != crc:
             raise ConversionError(
-                f"verification failed: {box} of '{key}' in {written.path} is not what was computed", path=written.path
+                f"verification failed: {box} of '{key}' in {written.path} differs from what was computed",
+                path=written.path,
             )
         if advance is not None:
             advance(values.nbytes)

@@ -70,7 +70,7 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
     full = join_path(storage.root, name) if name else storage.root
     found = storage.stat(name)
     if found is None:
-        raise CheckpointNotFoundError(f"there is nothing at {full}", path=full)
+        raise CheckpointNotFoundError(f"{full} does not exist", path=full)
     if not found.is_folder:
         # Of a link into the hub's cache only the link's name tells what it is.
         return _open_file(storage, name, is_safetensors=os.fspath(path).endswith(".safetensors"))
