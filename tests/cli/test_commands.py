@@ -233,7 +233,7 @@ def test_prune_tells_all_that_is_wrong_with_its_options_at_once(
         "milepost: error: 3 problems:\n"
         "  - --keep-latest must be at least 1, not 0\n"
         "  - --keep-every must be 0 (disabled) or more, not -1\n"
-        "  - --keep-within 2 days is no time span: write 90min, 12h, 2d or 1w\n"
+        "  - --keep-within 2 days is not a time span: write 90min, 12h, 2d or 1w\n"
     )
 
 

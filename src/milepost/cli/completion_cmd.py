@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost completion fish > ~/.config/fish/completions/milepost.fish\n\n"
         "exit status: 0, 2 wrong usage\n"
     )
-    parser.add_argument("shell", choices=SHELLS, help="the shell to complete in")
+    parser.add_argument("shell", choices=SHELLS, help="the shell to complete for")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,8 +31,10 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost convert``."""
     parser.description = (
-        "Convert weights. The source is recognised: a checkpoint folder of Milepost, torchtitan or stock DCP (of a\n"
-        "training checkpoint the model), a Hugging Face folder, a .pt/.pth or a .safetensors file. The destination\n"
+        "Convert weights. The source format is detected: a checkpoint folder of Milepost, torchtitan or "
+        "stock DCP (of a\n"
+        "training checkpoint only the model), a Hugging Face folder, a .pt/.pth or a .safetensors file. "
+        "The destination\n"
         "appears only when it is complete."
     )
     parser.epilog = (
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "      --hf-assets Llama-3.2-1B --dtype bfloat16 --verify\n"
         "  milepost convert outputs/checkpoint/step-500 model.pt --to pt --model llama3 --flavor 1B\n\n"
         "exit status: 0, 2 wrong usage, 3 no such source, 5 the source is damaged, 7 no space and the like,\n"
-        "8 source, sizes and target do not fit\n"
+        "8 source, sizes and target do not match\n"
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint folder, a Hugging Face folder or a file")
     parser.add_argument("destination", metavar="DST", help="a new folder, for --to pt a new file")
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training-state",
         action="store_true",
-        help="with --to dcp: carry over the optimizer's state, the schedule and the counters too, so that a run "
+        help="with --to dcp: also convert the optimizer's state, the schedule and the counters, so that a run "
         "resumes from the result",
     )
     add_conversion_arguments(parser)
@@ -62,30 +64,32 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         help="llama3 or qwen3 with a --flavor; "
         f"{', '.join(CONFIG_FAMILIES)} with the sizes of their config.json; or hf for any model of transformers (its "
-        "tensors keep their names); not needed if the checkpoint says so itself",
+        "tensors keep their names); not needed if the checkpoint records it",
     )
     parser.add_argument("--flavor", help="the model's size, for instance 8B")
     parser.add_argument(
         "--dtype",
         type=parse_dtype,
         choices=DTYPES,
-        help="cast to this dtype, also as fp32, bf16, fp16 (default: leave every tensor's)",
+        help="cast to this dtype; also fp32, bf16, fp16 (default: keep every tensor's dtype)",
     )
     parser.add_argument(
         "--hf-assets",
         default="",
         metavar="DIR",
-        help="with --to hf: a Hugging Face folder that lends config, tokenizer files and the split into files; of "
+        help="with --to hf: a Hugging Face folder to take the config, tokenizer files and split into files from; of "
         "models without --flavor it tells the sizes",
     )
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="with --to hf: size of the files, such as 5GB (the default) or 512MiB"
+        "--max-shard-size",
+        metavar="SIZE",
+        help="with --to hf: maximum size of a file, such as 5GB (the default) or 512MiB",
     )
     parser.add_argument(
-        "--names", choices=NAMES, default=NAMES[0], help="with --to dcp: whose parameter names to write"
+        "--names", choices=NAMES, default=NAMES[0], help="with --to dcp: the program whose parameter names to write"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read the result back, convert it the other way and compare every tensor"
+        "--verify", action="store_true", help="read the result back, convert it back and compare every tensor"
     )
     parser.add_argument(
         "--memory", default="256MiB", metavar="SIZE", help="memory for buffers, whatever the model's size (256MiB)"

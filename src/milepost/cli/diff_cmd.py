@@ -26,13 +26,14 @@ MAX_CHANGES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost diff``."""
     parser.description = (
-        "Say in what two places differ, and by how much: keys, dtypes, shapes, and the elements of all tensors whose\n"
+        "Compare two checkpoints and report by how much they differ: keys, dtypes, shapes, and the "
+        "elements of all tensors whose\n"
         "stored bytes are not known to be the same. Each is a checkpoint folder of Milepost, torchtitan or stock DCP,\n"
         "a Hugging Face folder, a .pt/.pth or a .safetensors file. With --model and --flavor the models are compared\n"
-        "whatever names and order of weights the formats have."
+        "whatever the formats' names and order of weights."
     )
     parser.epilog = (
-        "CHANGE is the norm of the difference over the norm of A. The tensors that changed most come first.\n\n"
+        "CHANGE is the norm of the difference over the norm of A. Tensors with the largest change come first.\n\n"
         "examples:\n"
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000\n"
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000 --keys 'layers.0.*' --all\n"
@@ -44,24 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "values that were not or could not be compared\n"
     )
     parser.add_argument("a", metavar="A", help="a checkpoint folder, a Hugging Face folder or a file")
-    parser.add_argument("b", metavar="B", help="what to compare it with")
+    parser.add_argument("b", metavar="B", help="the one to compare it with")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--values", action="store_true", help="read every element of both and compare them, whatever the digests say"
+        "--values", action="store_true", help="read and compare every element of both, even where digests match"
     )
-    how.add_argument("--quick", action="store_true", help="read metadata alone: which bytes differ, not by how much")
-    parser.add_argument(
-        "--keys", metavar="GLOB", action="append", default=[], help="only keys that match; may be given several times"
+    how.add_argument(
+        "--quick", action="store_true", help="read only metadata: reports which bytes differ, not by how much"
     )
+    parser.add_argument("--keys", metavar="GLOB", action="append", default=[], help="only keys that match; repeatable")
     parser.add_argument(
         "--tolerance", type=_tolerance, default=0.0, metavar="X",
         help="tensors whose elements differ by at most X count as the same (default: 0)",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help=f"print every tensor that changed, not {MAX_CHANGES}")
-    parser.add_argument("--model", help="llama3 or qwen3: compare the models alone, by Milepost's names")
-    parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
+    parser.add_argument("--all", action="store_true", help=f"print every changed tensor, not {MAX_CHANGES}")
+    parser.add_argument("--model", help="llama3 or qwen3: compare only the models, by Milepost's names")
+    parser.add_argument("--flavor", help="the model's size, for instance 8B; requires --model")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write it as one HTML page too, with pictures")
+    parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page, with charts")
 
 
 def _tolerance(text: str) -> float:
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if not report.num_common:
         raise CheckpointNotFoundError(
-            f"no key is both in {args.a} and in {args.b}: nothing was compared. To compare a model across formats give "
+            f"{args.a} and {args.b} have no key in common: nothing was compared. To compare a model "
+            "across formats give "
             "--model and --flavor",
             path=args.b,
         )
@@ -120,7 +122,7 @@ def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
 
 
 def _print_changes(changes: Sequence[ValueChange], limit: int | None) -> None:
-    console().print(f"with other values ({len(changes)}), those that changed most first:")
+    console().print(f"with other values ({len(changes)}), largest change first:")
     shown = changes[:limit]
     numbers = ("CHANGE", "MAX |A-B|", "MEAN |A-B|", "MAX RELATIVE", "COSINE", "DIFFERENT")
     rows = [

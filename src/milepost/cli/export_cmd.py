@@ -25,9 +25,9 @@ MAX_FILE_NBYTES = 130 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost export``."""
     parser.description = (
-        "Write the model of a run's newest good step (or of --step) as a Hugging Face folder, a .pt file or a\n"
-        "model-only checkpoint. For anything but a run, use `milepost convert`. Files that were saved with\n"
-        "the step, such as a tokenizer, are laid beside the weights, unless --hf-assets gives others."
+        "Write the model of a run's newest usable step (or of --step) as a Hugging Face folder, a .pt file or a\n"
+        "model-only checkpoint. For anything but a run, use `milepost convert`. Files saved with\n"
+        "the step, such as a tokenizer, are written beside the weights, unless --hf-assets gives others."
     )
     parser.epilog = (
         "examples:\n"
@@ -35,23 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost export outputs/checkpoint my-model.pt --to pt --step 500 --model llama3 --flavor 1B\n"
         "  milepost export outputs/lora my-adapter --adapter\n"
         "  milepost export outputs/lora my-tuned-model --merge-adapter --base Llama-3.2-1B\n\n"
-        "exit status: as of `milepost convert`\n"
+        "exit status: as for `milepost convert`\n"
     )
-    parser.add_argument("run_folder", metavar="RUN", help="the folder of a run, which holds its steps")
+    parser.add_argument("run_folder", metavar="RUN", help="the folder of a run")
     parser.add_argument("destination", metavar="DST", help="a new folder, for --to pt a new file")
     parser.add_argument("--to", choices=("hf", "pt", "dcp"), default="hf", help="what to write (default hf)")
-    parser.add_argument("--step", type=int, metavar="N", help="this step in place of the newest")
-    parser.add_argument("--adapter", action="store_true", help="write the step's PEFT adapter alone, as PEFT does")
+    parser.add_argument("--step", type=int, metavar="N", help="this step instead of the newest")
+    parser.add_argument("--adapter", action="store_true", help="write only the step's PEFT adapter, as PEFT does")
     parser.add_argument(
         "--merge-adapter", action="store_true", help="write the base model with the step's LoRA adapter merged in"
     )
-    parser.add_argument("--adapter-name", default="", metavar="NAME", help="which, where a step holds several")
+    parser.add_argument(
+        "--adapter-name", default="", metavar="NAME", help="the adapter to write, where a step has several"
+    )
     parser.add_argument(
         "--base", default="", metavar="DIR",
         help="with --merge-adapter: the base model's Hugging Face folder (default: the base is in the step)",
     )  # fmt: skip
     parser.add_argument(
-        "--adapter-config", default="", metavar="FILE", help="its adapter_config.json, where the step has none"
+        "--adapter-config", default="", metavar="FILE", help="the adapter_config.json to use, where the step has none"
     )
     add_conversion_arguments(parser)
 
@@ -134,8 +136,8 @@ def _lay_out_files(step: str, folder: str) -> bool:
     for key, name in keys.items():
         value = values[key]
         if not isinstance(value, bytes) or os.path.basename(name) != name:
-            reason = value.reason if isinstance(value, Unreadable) else "it is no file"
-            raise ConversionError(f"{step}: '{key}' can't be laid beside the weights: {reason}; give --hf-assets")
+            reason = value.reason if isinstance(value, Unreadable) else "it is not a file"
+            raise ConversionError(f"{step}: '{key}' can't be written beside the weights: {reason}; give --hf-assets")
         with open(os.path.join(folder, name), "wb") as file:
             file.write(value)
     return bool(keys)

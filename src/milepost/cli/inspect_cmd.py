@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost inspect``."""
     parser.description = (
         "Show what a checkpoint holds: totals by part and file, values such as step and learning rate, its tensors,\n"
-        "and where each shard is stored. Of tensors only metadata is read. PATTERN is a shell pattern of keys: quote\n"
-        "it. A Hugging Face folder, a .pt and a safetensors file are shown too."
+        "and where each shard is stored. Only metadata of tensors is read. PATTERN is a shell pattern of keys: quote\n"
+        "it. Hugging Face folders, .pt and safetensors files are supported too."
     )
     parser.epilog = (
         "examples:\n"
@@ -51,14 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 3 there is no such checkpoint, or no such tensor in it, 5 its metadata is damaged,\n"
         "2 wrong usage, 7 it can't be read\n"
     )
-    parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint, or weights of another form")
+    parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint, or weights in another format")
     parser.add_argument(
         "--tensors", metavar="PATTERN", help="list the tensors and values whose key matches; '*' lists all"
     )
     parser.add_argument(
         "--shards", action="store_true", help="list each shard with its file and offsets, and draw maps of them"
     )
-    parser.add_argument("--keys", action="store_true", help="print the keys alone, one a line")
+    parser.add_argument("--keys", action="store_true", help="print only the keys, one per line")
     parser.add_argument("--json", action="store_true", help="print everything as JSON; with --shards also the shards")
 
 
@@ -247,7 +247,7 @@ def _print_maps(tensors: Mapping[str, TensorEntry]) -> None:
     out = console()
     for keys in list(alike.values())[:MAX_MAPS]:
         entry = tensors[keys[0]]
-        more = f" and {len(keys) - 1} more stored alike" if len(keys) > 1 else ""
+        more = f" and {len(keys) - 1} more stored the same way" if len(keys) > 1 else ""
         out.print()
         print_line(f"{keys[0]}{more}: {list(entry.shape)}, {placement_text(entry)}")
         draw_map(entry, colour_of)

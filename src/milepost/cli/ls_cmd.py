@@ -32,13 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  part        what one node holds of a step whose nodes have a folder each (checkpoint.folder_per_node)\n"
         "  external    complete, written by another program: torchtitan, torch.distributed.checkpoint\n"
         "  incomplete  never committed: no reader uses it\n"
-        "  damaged     committed once, and changed since\n"
-        "  unreadable  the storage refused to read it\n"
+        "  damaged     committed, but changed since\n"
+        "  unreadable  the storage could not read it\n"
         "  newer       written by a newer Milepost in a format that this one can't read: upgrade\n\n"
-        "PARAMS counts the model's elements, DTYPE is what most of them are. LAYOUT is how many ranks saved, and the\n"
+        "PARAMS counts the model's elements, DTYPE is the dtype of most of them. LAYOUT is the number of "
+        "ranks that saved, and the\n"
         "degrees of parallelism above 1. METRICS are what the run recorded with a step. A step of an abandoned branch\n"
         "is one that a run went back behind: it is resumed only if checkpoint.load_step names it. WHERE (--remote):\n"
-        "in the folder, in checkpoint.remote_folder (remote), in both, or on its way there.\n\n"
+        "in the folder, in checkpoint.remote_folder (remote), in both, or being copied there.\n\n"
         "examples:\n"
         "  milepost ls outputs/checkpoint\n"
         "  milepost ls outputs --json\n"
@@ -51,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remote",
         action="store_true",
-        help="list also the steps of checkpoint.remote_folder, and what is on its way there",
+        help="also list the steps of checkpoint.remote_folder, and those being copied there",
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     parser.add_argument(
         "--watch", metavar="SECONDS", nargs="?", const=1.0, type=_positive,
-        help="show the saves that are being written, by which ranks, at which rate, and what is stuck: every second, "
+        help="show saves in progress, with their ranks, write rates and stuck files: every second, "
         "or every SECONDS, until Ctrl-C",
     )  # fmt: skip
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """List the steps, or watch them being written."""
     if args.watch is not None:
         if args.json or args.remote:
-            raise ConfigError("--watch goes with neither --json nor --remote")
+            raise ConfigError("--watch can't be combined with --json or --remote")
         from milepost.cli.watch import watch
 
         return watch(partial(_run_to_watch, args.path), every_s=args.watch)
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     places: dict[int, str] = {}
     if args.remote:
         if not remote:
-            raise ConfigError(f"nothing is known of a remote folder of {args.path}: no run has copied its steps")
+            raise ConfigError(f"{args.path} has no known remote folder: no run has copied its steps")
         entries, places = both_places(storage, entries, *open_storage(remote))
     ends = history.ends()
     if args.json:
@@ -143,7 +144,7 @@ def both_places(
             places[entry.step] = "both"
         else:
             is_moving = ATTEMPT_PREFIX + entry.save_id in names  # see `saving.copy_step`
-            places[entry.step] = "folder, on its way" if is_moving else "folder"
+            places[entry.step] = "folder, being copied" if is_moving else "folder"
     merged = there | {entry.step: entry for entry in entries}
     return [merged[step] for step in sorted(merged)], places
 

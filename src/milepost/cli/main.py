@@ -40,7 +40,7 @@ COMMANDS = {
     "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run, or one: state, age, size"),
     "inspect": Command("milepost.cli.inspect_cmd", "show what a checkpoint holds, and where it is stored"),
     "pin": Command("milepost.cli.pin_cmd", "protect steps from being pruned"),
-    "unpin": Command("milepost.cli.unpin_cmd", "let the retention rules decide about steps again"),
+    "unpin": Command("milepost.cli.unpin_cmd", "remove the pins of steps, so that they may be pruned again"),
     "verify": Command("milepost.cli.verify_cmd", "check that checkpoints and weights are undamaged"),
     "diff": Command("milepost.cli.diff_cmd", "compare two checkpoints, or weights across formats"),
     "stats": Command("milepost.cli.stats_cmd", "statistics of tensors: norm, mean, NaN, zeros"),
@@ -49,9 +49,7 @@ COMMANDS = {
     "convert": Command("milepost.cli.convert_cmd", "convert weights: DCP, Hugging Face, .pt, torchtitan's names"),
     "export": Command("milepost.cli.export_cmd", "write the newest weights of a run for Hugging Face or as .pt"),
     "merge": Command("milepost.cli.merge_cmd", "average or merge the weights of several checkpoints, streaming"),
-    "plan-resume": Command(
-        "milepost.cli.plan_resume_cmd", "show what a resume on other ranks would read, rank by rank"
-    ),
+    "plan-resume": Command("milepost.cli.plan_resume_cmd", "show what a resume on other ranks would read, per rank"),
     "resume-test": Command("milepost.cli.resume_test_cmd", "kill a training run, resume it, compare bit for bit"),
     "sync": Command("milepost.cli.sync_cmd", "copy checkpoints to another folder or a store, and verify the copies"),
     "prune": Command("milepost.cli.prune_cmd", "delete old checkpoints by rules, and stale save attempts"),
@@ -64,12 +62,12 @@ exit status:
   1    an unexpected error
   2    wrong usage
   3    there is no such checkpoint
-  4    a checkpoint does not fit what it would be loaded into
+  4    a checkpoint does not match its target
   5    a checkpoint is damaged
   7    the operating system refused an operation
-  8    a conversion can't be made: source, sizes and target do not fit
-  9    what was compared differs
-  11   no problem was found, but there are bytes or values that can't be checked
+  8    a conversion is not possible: source, sizes and target do not match
+  9    a comparison found differences
+  11   no problem was found, but some bytes or values can't be checked
   130  interrupted with Ctrl-C
 """
 NOT_CHECKED = 11
@@ -122,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("MILEPOST_TRACEBACK"):
             raise
         message = f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}"
-        advice = "please report it, with what MILEPOST_TRACEBACK=1 prints"
+        advice = "please report it, with the output of MILEPOST_TRACEBACK=1"
         return _fail(f"{shortened(message, MAX_MESSAGE_LENGTH)}; {advice}", MilepostError.exit_status)
 
 
@@ -212,7 +210,7 @@ def build_parser(modules: Mapping[str, CommandModule]) -> Parser:
     """The parser of the whole command line; of the commands only those of ``modules`` have their options."""
     parser = Parser(
         prog="milepost",
-        description="Look after the checkpoints of PyTorch training runs.",
+        description="Manage the checkpoints of PyTorch training runs.",
         epilog=EXIT_STATUSES,
         formatter_class=HelpFormatter,
     )

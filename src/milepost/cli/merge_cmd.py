@@ -23,16 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Merge the weights of several sources that hold the same tensors: steps of a run, or anything that\n"
         "`milepost convert` reads. Tensors stream through fixed memory, whatever the model's size. The result is a\n"
         "Hugging Face folder if the first source (the base, where there is one) is one, a .pt file by its name, else\n"
-        "a checkpoint. It is read back and appears only when every value on storage is the one that was computed."
+        "a checkpoint. It appears only once it was read back and every value equals the computed one."
     )
     parser.epilog = (
         "methods:\n"
         "  mean             mean of all, or weighted mean: --weights are divided by their sum\n"
-        "  linear           sum of all, each times its weight\n"
+        "  linear           sum of all, each multiplied by its weight\n"
         "  ema              exponential moving average of the sources, oldest first, by --decay\n"
         "  slerp            point on the arc between two; --weights 1,3 lies three quarters of the way\n"
         "  task-arithmetic  --base plus the weighted differences of the sources from it\n"
-        "  ties             as that, with small differences left out and one sign elected for each element\n\n"
+        "  ties             the same, with small differences trimmed and one sign elected per element\n\n"
         "examples:\n"
         "  milepost merge outputs/checkpoint --last 3 --to averaged\n"
         "  milepost merge outputs/checkpoint/step-20 outputs/checkpoint/step-500 --to averaged.pt --weights 1,3\n"
@@ -48,14 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="how to merge (default mean)")
     parser.add_argument("--weights", metavar="W,W,...", help="one number for each source (default: all 1)")
     parser.add_argument(
-        "--decay", type=float, metavar="D", help=f"ema: what the average keeps at each source ({DEFAULT_DECAY:g})"
+        "--decay",
+        type=float,
+        metavar="D",
+        help=f"ema: share of the average that is kept at each source ({DEFAULT_DECAY:g})",
     )
-    parser.add_argument("--base", default="", metavar="DIR", help="task-arithmetic, ties: what the sources come from")
+    parser.add_argument(
+        "--base", default="", metavar="DIR", help="task-arithmetic, ties: the model that the sources derive from"
+    )
     parser.add_argument(
         "--density", type=float, metavar="D", help=f"ties: share of each difference to keep ({DEFAULT_DENSITY:g})"
     )
     parser.add_argument("--scale", type=float, metavar="X", help="task-arithmetic, ties: factor of the difference (1)")
-    parser.add_argument("--last", type=int, metavar="N", help="of each source that is a run, its N newest good steps")
+    parser.add_argument(
+        "--last", type=int, metavar="N", help="for each source that is a run, merge its N newest usable steps"
+    )
     parser.add_argument(
         "--dtype", type=parse_dtype, choices=DTYPES, help="cast to this dtype (default: that of the first source)"
     )
@@ -129,7 +136,7 @@ def _print(report: MergeReport) -> None:
         print_line(f"  {source}{_share(report, number)}")
     if report.checked_nbytes:
         print_line(f"  {format_nbytes(report.checked_nbytes)} of the sources matched their digests")
-    print_line("  verified: read back, every value is the one that was computed")
+    print_line("  verified: read back, every value equals the computed one")
     for note in report.notes:
         print_line(f"  note: {note}")
 

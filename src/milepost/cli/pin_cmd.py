@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         marks.pin(storage, folder, entry.step)
         if not args.json:
             was = " already" if entry.pinned else ""
-            print_line(f"{path} is{was} pinned: neither the trainer nor `milepost prune` deletes it")
+            print_line(f"{path} is{was} pinned: neither the trainer nor `milepost prune` will delete it")
     if args.json:
         print_json([{"path": path, "step": entry.step, "was_pinned": entry.pinned} for path, _, entry, _ in found])
     return 0

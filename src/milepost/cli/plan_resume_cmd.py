@@ -24,26 +24,28 @@ MAX_KEYS = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost plan-resume``."""
     parser.description = (
-        "Say what a resume would read on each rank, which keys would be missing or unexpected, and the memory at the\n"
-        "load's peak. Only metadata is read. Parameters are taken to be spread as milepost.train and\n"
-        "torchtitan spread Llama and Qwen; those of other names by FSDP alone."
+        "Report what a resume would read on each rank, which keys would be missing or unexpected, and "
+        "the peak memory of the\n"
+        "load. Only metadata is read. Parameters are assumed to be sharded as milepost.train and\n"
+        "torchtitan shard Llama and Qwen; those with other names by FSDP alone."
     )
     parser.epilog = (
         "examples:\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 4\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 16 --degrees tp=2,pp=2,fsdp=4\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 8 --model llama3 --flavor 8B\n\n"
-        "exit status: 0 it fits, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 it is damaged,\n"
+        "exit status: 0 it would succeed, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 "
+        "it is damaged,\n"
         "2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of the run that resumes")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="number of ranks of the resumed run")
     parser.add_argument(
         "--degrees",
         default="",
         metavar="NAME=N,...",
-        help=f"degrees of parallelism, of {', '.join(SHORT_DEGREES.values())}; those not given are 1, and fsdp takes "
-        "the ranks that the others leave",
+        help=f"degrees of parallelism, of {', '.join(SHORT_DEGREES.values())}; the default is 1, and for fsdp "
+        "the remaining ranks",
     )
     parser.add_argument(
         "--stages-per-rank",
@@ -52,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pipeline stages on each rank: 2 for Interleaved1F1B (default 1)",
     )
-    parser.add_argument("--model", help="llama3 or qwen3: hold the keys against those of this model")
-    parser.add_argument("--flavor", help="the model's size, for instance 8B; goes with --model")
-    for option, what in (("missing", "the step may lack"), ("unexpected", "the run may have no place for")):
+    parser.add_argument("--model", help="llama3 or qwen3: compare the keys with those of this model")
+    parser.add_argument("--flavor", help="the model's size, for instance 8B; requires --model")
+    for option, what in (("missing", "the step may not have"), ("unexpected", "the run may not have")):
         parser.add_argument(
             f"--allow-{option}",
             metavar="GLOB,...",
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         saved = degrees_text(manifest.layout)
         title = f"{args.path}: {manifest.kind}, saved by {manifest.world_size} ranks" + (f" ({saved})" if saved else "")
         now = degrees_text(degrees.as_dict())
-        print_line(f"{title}; to be resumed by {degrees.world_size} ({now})")
+        print_line(f"{title}; resumed by {degrees.world_size} ({now})")
         _print(plan)
     return 0 if plan.fits else StateMismatchError.exit_status
 
@@ -168,8 +170,8 @@ def _print(plan: ResumePlan) -> None:
     reads = [rank.read_nbytes for rank in plan.ranks]
     memory = max(rank.memory_nbytes for rank in plan.ranks)
     out.print(
-        f"\nin all {format_nbytes(sum(reads))} are read, at most {format_nbytes(max(reads))} by a rank; "
-        f"memory at the load's peak: at most {format_nbytes(memory)} a rank"
+        f"\ntotal read: {format_nbytes(sum(reads))}, at most {format_nbytes(max(reads))} by one rank; "
+        f"peak memory of the load: at most {format_nbytes(memory)} per rank"
     )
     for note in plan.notes:
         print_line(f"note: {note}")
@@ -177,12 +179,12 @@ def _print(plan: ResumePlan) -> None:
         print_line(f"refused: {reason}")
     for title, keys in (
         ("missing from the checkpoint", plan.missing),
-        ("of the checkpoint have no place in the run", plan.unexpected),
+        ("unexpected: in the checkpoint but not in the run", plan.unexpected),
         ("of another shape", plan.misshapen),
         ("not read under these degrees", plan.left_out),
     ):
         print_list(title, keys, limit=MAX_KEYS)
-    out.print("it fits" if plan.fits else "[bold red]it does not fit[/]: a resume would be refused")
+    out.print("it fits" if plan.fits else "[bold red]mismatch[/]: a resume would be refused")
 
 
 def _row(rank: RankPlan) -> tuple[str, ...]:

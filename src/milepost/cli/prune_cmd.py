@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost prune``."""
     parser.description = (
         "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
-        "Whatever the rules say, these stay: the newest committed step, the newest one to resume from, pinned\n"
-        "steps, links, and what is external, incomplete or damaged. Rules add up: a step goes only if none keeps it.\n"
-        "They count on the branch that was written last. Of abandoned branches the newest steps fill what room\n"
-        "--keep-latest leaves, and what is within --keep-within stays; the rest goes first.\n"
+        "These are always kept: the newest committed step, the newest one to resume from, pinned\n"
+        "steps, links, and external, incomplete or damaged steps. Rules add up: a step is deleted only "
+        "if none keeps it.\n"
+        "They count on the branch that was written last. The newest steps of abandoned branches fill the places that\n"
+        "--keep-latest leaves, and those within --keep-within are kept; the rest are deleted first.\n"
         "Hours and days without a step are not counted."
     )
     parser.epilog = (
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-within", default="0s", metavar="TIME", help="keep what was committed within TIME: 90min, 12h, 2d, 1w"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
+    parser.add_argument("--dry-run", action="store_true", help="report what would be deleted, and delete nothing")
     parser.add_argument("--json", action="store_true", help="print the decisions as JSON")
 
 
@@ -122,10 +123,10 @@ def _checked(args: argparse.Namespace) -> float:
         if number < 0:
             problems.append(f"--{option.replace('_', '-')} must be 0 (disabled) or more, not {number}")
     if bool(args.keep_best) != bool(args.metric):
-        problems.append("--keep-best and --metric go together: which steps are best, and by which of their metrics")
+        problems.append("--keep-best and --metric need each other: how many steps to keep, and the metric to compare")
     span = _DURATION.fullmatch(args.keep_within)
     if span is None:
-        problems.append(f"--keep-within {args.keep_within} is no time span: write 90min, 12h, 2d or 1w")
+        problems.append(f"--keep-within {args.keep_within} is not a time span: write 90min, 12h, 2d or 1w")
     rules = (
         args.keep_latest,
         args.keep_every,

@@ -13,9 +13,10 @@ from milepost.storage.base import counted, format_nbytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost report``."""
     parser.description = (
-        "Write what a run's checkpoints show as one HTML file that needs no server and no network: what each save "
-        "cost, what each step holds and whether it verifies, how every layer's weights changed, histograms, which rank "
-        "holds which shard. Every byte of the steps that are read is checked; figures of large tensors are of a sample."
+        "Write a report of a run's checkpoints as one HTML file that needs no server and no network: what each save "
+        "cost, what each step holds and whether it is verified, how every layer's weights changed, "
+        "histograms, which rank "
+        "holds which shard. Every byte of the steps that are read is checked; statistics of large tensors use a sample."
     )
     parser.epilog = (
         "examples:\n"
@@ -25,13 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 2 wrong usage, 3 there is no checkpoint, 7 it can't be read or written\n"
     )
     parser.add_argument("path", metavar="RUN_OR_STEP", help="the folder of a run, or one of its steps")
-    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="where to write it (report.html)")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the file to write (report.html)")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     parser.add_argument(
         "--steps", type=int, default=12, metavar="N", help="read the weights of at most N steps (default: 12, 0: none)"
     )
     parser.add_argument(
-        "--tensorboard", metavar="FOLDER", help="write the norm and the change of each layer there too, for TensorBoard"
+        "--tensorboard",
+        metavar="FOLDER",
+        help="also write the norm and the change of each layer there, for TensorBoard",
     )
 
 

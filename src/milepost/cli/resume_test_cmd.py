@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML file of the trainer")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of each run (default 6)")
     parser.add_argument(
-        "--kill-at", type=int, metavar="M", help="kill the run when step M is done; step M-1 is saved (default: half)"
+        "--kill-at", type=int, metavar="M", help="kill the run after step M; step M-1 is saved (default: half)"
     )
     parser.add_argument(
         "--layouts",
         default="",
         metavar="A,B,...",
-        help="A trains and is killed, and each is resumed on: degrees such as fsdp2xtp2, or a number of ranks "
-        "(default: NGPU or 2 ranks, as the file says)",
+        help="A is trained on and killed, and the run is resumed on each: degrees such as fsdp2xtp2, or a number of "
+        "ranks (default: NGPU or 2 ranks, as the file says)",
     )
     parser.add_argument(
         "--tolerance",
@@ -131,13 +131,13 @@ def _print(report: ResumeTestReport) -> None:
         numeric=("LAST LOSS", "LOSS DIFFERENCE"),
     )
     verdict = "[green]passed[/]" if report.passed else "[bold red]failed[/]"
-    out.print(f"{verdict}: without the kill, the loss of step {report.num_steps} is {report.loss:.4f}")
+    out.print(f"{verdict}: uninterrupted, the loss of step {report.num_steps} is {report.loss:.4f}")
 
 
 def _result(one: Resumed) -> str:
     if one.is_same_layout:
         if one.passed:
-            return f"all {one.num_same_keys} keys of the last checkpoint are the same bit for bit"
+            return f"all {one.num_same_keys} keys of the last checkpoint are identical bit for bit"
         some = ", ".join(one.differs_in[:3]) or "the losses"
         return f"differs in {len(one.differs_in)} keys: {some}"
     return f"{'the same' if one.passed else 'not the same'} up to the order of sums (largest element {one.max_abs:.1e})"

@@ -20,7 +20,8 @@ _ONE_DIM = re.compile(r"-?\d{1,18}|(-?\d{1,18})?:(-?\d{1,18})?(:(-?\d{1,18})?)?"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost show``."""
     parser.description = (
-        "Print values of a tensor, or a slice of it, as numpy does. Only the slice is read, and its bytes are checked."
+        "Print values of a tensor, or a slice of it, as numpy does. Only the slice is read, and its digests "
+        "are checked."
     )
     parser.epilog = (
         "examples:\n"
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 2 wrong usage, 3 no such checkpoint or key, 5 it is damaged, 7 it can't be read\n"
     )
     parser.add_argument("path", metavar="STEP", help="a step, a Hugging Face folder, a .pt or a safetensors file")
-    parser.add_argument("key", metavar="KEY", help="the key, or a glob that matches some")
+    parser.add_argument("key", metavar="KEY", help="the key, or a glob of keys")
     parser.add_argument("slice", metavar="SLICE", nargs="?", default="", help="such as 0:4,-8: (default: all of it)")
     parser._negative_number_matcher = _SLICE  # so that -8: is not taken for an option
     parser.add_argument("--json", action="store_true", help="print nested lists as JSON")

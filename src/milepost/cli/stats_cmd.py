@@ -52,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
     numbers = ("MIN", "MAX", "MEAN", "STD", "NORM", "ZEROS", "NAN", "INF")
     print_table(("KEY", "TENSOR", *numbers, "FLAGS"), rows, numeric=numbers)
     for key, dtype in left_out.items():
-        console().print(f"left out: {key} ({dtype} has no numbers that numpy can compute with)", markup=False)
+        console().print(f"skipped: {key} (numpy can't compute with {dtype})", markup=False)
     return 0

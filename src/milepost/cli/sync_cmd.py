@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost sync``."""
     parser.description = (
         "Copy the committed steps of a run, or one step, to another folder or to a store, newest first. Each is\n"
-        "committed there as a save is: readers see it whole or not at all. What is there already is not copied again;\n"
-        "a copy that was cut short goes on with the files that are complete. Each copy is read back and verified."
+        "committed there like a save: readers see all of it or nothing. Steps that are there already are "
+        "not copied again;\n"
+        "an interrupted copy continues after its complete files. Each copy is read back and verified."
     )
     parser.epilog = (
         "examples:\n"
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "can't be read or written\n"
     )
     parser.add_argument("source", metavar="SRC", help="the folder of a run, or of one of its steps")
-    parser.add_argument("destination", metavar="DST", help="the folder that the steps go to; made if it is not there")
+    parser.add_argument("destination", metavar="DST", help="the destination folder; created if missing")
     parser.add_argument("--no-verify", action="store_true", help="do not read the copies back")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
@@ -64,11 +65,13 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
     step, wanted = step_of(name.rpartition("/")[2]), step_of(folder.rpartition("/")[2])
     if step is not None:
         if wanted not in (None, step):
-            raise ConfigError(f"{destination} is the place of step {wanted}, not of step {step}")
+            raise ConfigError(f"{destination} is a path for step {wanted}, not for step {step}")
         path = folder if wanted is not None else join(folder, step_name(step))
         return [(Spot(storage, name), Spot(target, path))]
     if wanted is not None:
-        raise ConfigError(f"{destination} is the place of one step: give the folder that the steps of {source} go to")
+        raise ConfigError(
+            f"{destination} is a path for one step: give the destination folder for the steps of {source}"
+        )
     storage, run_folder = open_run(source)
     found = catalog.scan(storage, run_folder)
     entries = [entry for entry in found if entry.state == "committed"]
@@ -79,7 +82,7 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
             path=source,
         )
     if not entries:
-        raise CheckpointNotFoundError(f"{source} holds no step that was committed", path=source)
+        raise CheckpointNotFoundError(f"{source} holds no committed step", path=source)
     return [
         (Spot(storage, entry.path), Spot(target, join(folder, step_name(entry.step)))) for entry in reversed(entries)
     ]

@@ -14,7 +14,7 @@ from milepost.storage.base import join
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost unpin``."""
-    parser.description = "Take the pins of steps away: the next pruning may delete them."
+    parser.description = "Unpin steps: the next pruning may delete them."
     parser.epilog = (
         "examples:\n"
         "  milepost unpin outputs/checkpoint/step-500\n\n"

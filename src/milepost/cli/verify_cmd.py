@@ -31,8 +31,10 @@ VERDICTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost verify``."""
     parser.description = (
-        "Check that checkpoints are what was saved, and weights what their headers say. Nothing is changed. A Hugging\n"
-        "Face folder, safetensors and .pt files are checked as far as they can be; what has no digests is never OK."
+        "Check that checkpoints hold what was saved, and that weights match their headers. Nothing is "
+        "changed. A Hugging\n"
+        "Face folder, safetensors and .pt files are checked as far as possible; data without digests is "
+        "never reported OK."
     )
     parser.epilog = (
         "examples:\n"
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="metadata: the commit record and the index; sizes: also every file's size; sample: also some of the "
         "records; full: every byte (default)",
     )
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads that read (default 2)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="number of reading threads (default 2)")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
 
 
@@ -102,6 +104,6 @@ def _print(report: VerifyReport) -> None:
         print_line(f"  {line}")
     if report.unchecked_nbytes:
         whole = f" of {format_nbytes(report.nbytes)}" if report.nbytes > report.unchecked_nbytes else ""
-        print_line(f"  {format_nbytes(report.unchecked_nbytes)}{whole} can't be checked: there are no digests of them")
+        print_line(f"  {format_nbytes(report.unchecked_nbytes)}{whole} can't be checked: they have no digests")
     for note in report.notes:
         print_line(f"  note: {note}")

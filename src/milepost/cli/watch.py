@@ -71,9 +71,9 @@ def _views(
 
 
 def _screen(path: str, states: Sequence[SaveState], newest: Newest | None) -> Group:
-    parts: list[Text | object] = [Text(printable(f"{path}: {_newest_text(newest)}; Ctrl-C ends"))]
+    parts: list[Text | object] = [Text(printable(f"{path}: {_newest_text(newest)}; press Ctrl-C to stop"))]
     if not states:
-        parts.append(Text("nothing is being written"))
+        parts.append(Text("no save in progress"))
     for state in states:
         parts += [Text(), Text(printable(summary(state)), style="bold")]
         if state.files:
@@ -106,7 +106,7 @@ def file_text(file: FileState) -> str:
 def _print_changes(
     path: str, views: Iterator[tuple[list[SaveState], Newest | None]], clock: Callable[[], float]
 ) -> None:
-    print_line(f"watching {path}: a line for each change, and every {REPEAT_S:g} s while a save goes on")
+    print_line(f"watching {path}: a line for each change, and every {REPEAT_S:g} s during a save")
     said: dict[str, tuple[str, float]] = {}
     step: int | None = None
     for states, newest in views:
