@@ -8,7 +8,7 @@ from milepost.errors import Problem, listed, near
 def test_a_problem_says_where_and_what():
     assert str(Problem("missing", "__0_0.distcp")) == "__0_0.distcp: missing"
     assert str(Problem("data changed", "__0_0.distcp", "w", (8, 16))) == "__0_0.distcp bytes 8-16 (w): data changed"
-    assert str(Problem("'w' has an impossible shape", key="w")) == "'w' has an impossible shape"
+    assert str(Problem("'w' has an invalid shape", key="w")) == "'w' has an invalid shape"
 
 
 def test_a_list_says_how_many_it_leaves_out():

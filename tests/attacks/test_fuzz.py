@@ -197,7 +197,7 @@ BOMBS = {
     "chunks": ("metadata", many_times_the_same_chunks, "more chunks than a file of this size"),
     "transforms": ("metadata", many_times_the_same_transforms, "transforms, or a very long one"),
     "a path": ("metadata", a_path_that_doubles, "a path has more than"),
-    "bytes": ("plain", text_encoded_again_and_again, "unfolds to far more memory"),
+    "bytes": ("plain", text_encoded_again_and_again, "expands to far more memory"),
     "keys": ("torch file", one_long_key_above_many_tensors, "a path in a state dict has more than"),
     "names": ("safetensors", one_name_twice_among_many, "the name '61a7' occurs twice"),
 }
@@ -236,7 +236,7 @@ def test_entries_that_share_bytes_are_refused() -> None:
     data = zip_of({f"archive/data/{n}": b"x" * 100 for n in range(3)} | {"archive/data.pkl": HEAD + b"N."})
     assert check_archive(data) is None
     first, second = (data.index(b"PK\x01\x02") + 42, data.index(b"PK\x01\x02", data.index(b"archive/data/1", 400)) + 42)
-    with pytest.raises(FormatError, match=r"contradicts|lies over"):
+    with pytest.raises(FormatError, match=r"contradicts|overlaps"):
         check_archive(data[:second] + data[first : first + 4] + data[second + 4 :])
 
 

@@ -42,7 +42,7 @@ def test_convert_prints_what_it_did(run_folder: Path, memory_path: Path, capsys:
     assert printed.startswith(f"{out}: llama3 debugmodel, 57 tensors, ")
     assert "matched their digests" in printed
     assert "verified: converted back, every tensor equals the source" in printed
-    assert "note: the vocabulary has 256 words, the flavor's as published 2048" in printed
+    assert "note: the vocabulary has 256 entries, the flavor's as published 2048" in printed
     assert json.loads((memory_path / "hf" / "config.json").read_text())["vocab_size"] == 256
 
 
@@ -116,7 +116,7 @@ def test_the_scripts_find_the_environment_of_the_repository_by_themselves(script
     command = [sys.executable, "-S", str(SCRIPTS / script), "/nowhere", "/x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd="/")
     assert done.returncode == 3, done.stderr
-    assert "there is nothing at /nowhere" in done.stderr
+    assert "/nowhere does not exist" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -35,7 +35,7 @@ def test_an_exact_resume_passes(config: str, capsys: pytest.CaptureFixture[str],
     line = f"resume-test {config} --layouts 2,fsdp2 {option}".rstrip()
     status, out, err = output(capsys, *line.split())
     assert err.splitlines() == [
-        "milepost: training 6 steps on 2 ranks without a stop",
+        "milepost: training 6 steps on 2 ranks without interruption",
         "milepost: training again, to be killed after step 4",
         "milepost: resuming from step 3 on 2 ranks",
         "milepost: resuming from step 3 on fsdp2",

@@ -90,7 +90,7 @@ def test_what_is_reserved_and_not_written_does_not_count(tmp_path: Path) -> None
 def test_a_save_without_a_living_process_is_told_as_left_behind(attempt: Path) -> None:
     (attempt / "owner-00000000.json").unlink()
     (state,) = states_of(attempt.parent, Watch(), 0.0)
-    assert "no living process" in state.text  # type: ignore[attr-defined]
+    assert "stale: its run died" in state.text  # type: ignore[attr-defined]
 
 
 def steps_of(attempt: Path, *acts: Callable[[], object]) -> Callable[[float], None]:

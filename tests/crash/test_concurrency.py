@@ -361,7 +361,7 @@ def keep_looking(folder: Path, command: str, hear: Callable[[], str], tell: Call
         status, printed = run_command(*arguments)
         outcomes[status] = outcomes.get(status, 0) + 1
         if status not in ALLOWED[command] or (
-            (status == 3 and not re.search(r"was deleted|no such folder|nothing at", printed))
+            (status == 3 and not re.search(r"was deleted|no such folder|does not exist", printed))
             or (status == 11 and set(re.findall(r"step-\d+(?=: not verified)", printed)) != {"step-0"})
         ):
             tell(json.dumps([arguments, status, printed]))

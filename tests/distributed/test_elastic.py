@@ -117,7 +117,10 @@ def test_every_sample_comes_once_whatever_ranks_the_job_comes_back_with(
             seen |= samples
         for segment in ranks:
             assert segment.losses == pytest.approx({n: whole.losses[n] for n in segment.losses}, abs=1e-5)
-        told = "saved under another layout: each rank's random generators were seeded anew" in capfd.readouterr().out
+        told = (
+            "saved under other degrees of parallelism: each rank's random generators were reseeded"
+            in capfd.readouterr().out
+        )
         assert told == (world_size != 2 or stop_after is None)
     assert seen == whole.samples
 

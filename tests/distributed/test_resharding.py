@@ -254,7 +254,7 @@ def test_state_saved_under_one_layout_comes_back_under_another(
         assert rank.train_state == saved[source][0].train_state
         assert rank.learning_rates == {LEARNING_RATE}
     randoms = [rank.random for rank in ranks]
-    anew = [note for rank in ranks for note in rank.notes if "random generators were seeded anew" in note]
+    anew = [note for rank in ranks for note in rank.notes if "random generators were reseeded" in note]
     if source == target:
         assert randoms == [rank.random for rank in saved[source]]
         assert not anew

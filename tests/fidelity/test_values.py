@@ -351,7 +351,7 @@ REFUSED = {
     "factory": (defaultdict(lambda: 1), "its default is made by"),
     "object array": (np.array([OfTheUser()]), "Python objects"),
     "without data": ((torch.empty(2, device="meta"),), "no data"),
-    "holds itself": (HOLDS_ITSELF, "holds itself"),
+    "contains itself": (HOLDS_ITSELF, "contains itself"),
 }
 
 
@@ -361,7 +361,7 @@ def test_what_cannot_be_kept_is_refused_in_one_line(memory_path: Path, value: An
         milepost.save(memory_path / "step-1", {"part": {"history": (1, [value])}})
     assert caught.value.message.startswith("part.history")
     assert "\n" not in caught.value.message
-    if advice != "holds itself":
+    if advice != "contains itself":
         assert "part.history[1][0]" in caught.value.message
     assert list(memory_path.iterdir()) == []
 

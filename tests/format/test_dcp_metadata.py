@@ -348,13 +348,13 @@ def test_a_place_beyond_its_file_a_gap_and_an_overlap_are_refused():
     parsed = parse_metadata(pickle.dumps(stock_metadata()))
     with pytest.raises(FormatError, match="which has 899 bytes"):
         manifest_from_metadata(parsed, {"a.distcp": 899})
-    with pytest.raises(FormatError, match="no data file"):
+    with pytest.raises(FormatError, match="not a data file"):
         manifest_from_metadata(parsed, {})
     gap = dataclasses.replace(parsed, tensors={"w": dataclasses.replace(parsed.tensors["w"], shape=(5,))})
     with pytest.raises(FormatError, match="1 of 5 elements are in no shard"):
         manifest_from_metadata(gap, {"a.distcp": 900})
     missing = dataclasses.replace(parsed, storage={})
-    with pytest.raises(FormatError, match="no place is given for 'w'"):
+    with pytest.raises(FormatError, match="no location is recorded for 'w'"):
         manifest_from_metadata(missing, {"a.distcp": 900})
     shared = dataclasses.replace(
         parsed, objects=("o",), storage={**parsed.storage, ("o", None): DcpLocation("a.distcp", 899, 1)}

@@ -95,7 +95,7 @@ def test_any_layout_reads_back_as_it_was_planned(tensors: Any):
     ("header", "data_nbytes", "said"),
     [
         (ONE, 23, "truncated"),
-        (ONE, 25, "belong to no tensor"),
+        (ONE, 25, "outside all tensors"),
         ({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [4, 28]}}, 28, "gap"),
         (ONE | {"v": {"dtype": "U8", "shape": [4], "data_offsets": [20, 24]}}, 24, "overlaps"),
         ({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}, 20, "needs 24 bytes"),
@@ -124,7 +124,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, header: Any, 
 def test_a_header_of_absurd_length_costs_nothing(tmp_path: Path, length: int):
     path = write(tmp_path, ONE, 24, length=length)
     started = time.monotonic()
-    with pytest.raises(FormatError, match="truncated, or no safetensors file"):
+    with pytest.raises(FormatError, match="truncated, or not a safetensors file"):
         read(path)
     assert time.monotonic() - started < 0.5
 

@@ -186,12 +186,12 @@ def with_tiling(table: ShardTable, number: int, **changes: object) -> ShardTable
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: column(t, "record_offset", 1, 1 << 61), "is said to be in bytes"),
-        (lambda t: column(t, "record_offset", 1, -1), "is said to be in bytes"),
+        (lambda t: column(t, "record_offset", 1, 1 << 61), "is recorded in bytes"),
+        (lambda t: column(t, "record_offset", 1, -1), "is recorded in bytes"),
         (lambda t: column(t, "record_offset", 2, 0), "overlap in '__0_0.distcp'"),
         (lambda t: column(t, "file", 1, 1), "overlap in '__2_0.distcp'"),
         (lambda t: with_tiling(t, 1, shape=(5, 6)), "'layers.0.w': 6 of 30 elements are in no shard"),
-        (lambda t: with_tiling(t, 1, shape=(1 << 40, 1 << 40)), "impossible shape"),
+        (lambda t: with_tiling(t, 1, shape=(1 << 40, 1 << 40)), "invalid shape"),
         (lambda t: with_tiling(t, 1, offsets=t.tilings[1].offsets + 1), "does not lie inside shape"),
         (lambda t: with_tiling(t, 1, offsets=t.tilings[1].offsets * 0), "more than once"),
         (lambda t: with_tiling(t, 1, sizes=t.tilings[1].sizes * (1 << 61)), "does not lie inside shape"),
@@ -207,7 +207,7 @@ def test_a_table_that_could_lead_astray_is_told(manifest: Manifest, change, mess
 
 def test_objects_outside_and_over_shards_are_told(manifest: Manifest):
     table = table_of(manifest)
-    for offset, message in ((1 << 50, "is said to be in bytes"), (0, "overlap")):
+    for offset, message in ((1 << 50, "is recorded in bytes"), (0, "overlap")):
         objects = dataclasses.replace(table.objects, record_offset=np.array([offset, table.objects.record_offset[1]]))
         faults = table_faults(dataclasses.replace(table, objects=objects), manifest.files)
         assert message in faults[0].message
@@ -216,7 +216,7 @@ def test_objects_outside_and_over_shards_are_told(manifest: Manifest):
 def test_records_in_files_that_are_not_data_are_told(manifest: Manifest):
     for name in ("milepost.json", ".metadata", "__9_0.distcp"):
         table = dataclasses.replace(table_of(manifest), files=(name, "__2_0.distcp"))
-        assert f"'{name}', which is no data file" in table_faults(table, manifest.files)[0].message
+        assert f"'{name}', which is not a data file" in table_faults(table, manifest.files)[0].message
 
 
 def test_few_faults_are_told_of_many(manifest: Manifest):

@@ -236,7 +236,7 @@ def train_anew(folder: Path) -> tuple[int, list[str]]:
     trainer = trainer_in(folder, max_steps=3)
     MilepostCallback(trainer)
     trainer.train()
-    return trainer.state.global_step, [text for text in told if "begins anew" in text]
+    return trainer.state.global_step, [text for text in told if "is a new run" in text]
 
 
 def test_a_new_run_over_the_steps_of_another_is_warned_of(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_an_index_may_not_lead_out_of_its_folder(broken: Path, name: str):
 
 
 def test_a_folder_without_weights_says_what_to_give_instead(tmp_path: Path):
-    with pytest.raises(CheckpointNotFoundError, match="there is nothing at"):
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         open_weights(tmp_path / "absent")
     with pytest.raises(CheckpointNotFoundError, match="holds no weights"):
         open_weights(tmp_path)

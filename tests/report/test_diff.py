@@ -143,7 +143,7 @@ def test_a_model_is_the_same_in_every_format(memory_path: Path, name: str) -> No
 
 
 def test_model_and_flavor_go_together(memory_path: Path) -> None:
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="need each other"):
         diff(memory_path, memory_path, model="llama3")
 
 

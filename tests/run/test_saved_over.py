@@ -160,7 +160,7 @@ def test_a_stock_save_over_ours_is_read_as_what_it_is(memory_path: Path) -> None
     assert value_in(step) == 2
     report = verify(step)
     assert report.verdict == "not_verified"
-    assert any("over which another program has saved" in note for note in report.notes)
+    assert any("another program has saved over the older save" in note for note in report.notes)
     milepost.save(step, state(3))
     assert (value_in(step), verify(step).verdict) == (3, "ok")
 

@@ -178,7 +178,7 @@ def test_a_file_that_memory_has_no_room_for_is_dropped(monkeypatch: pytest.Monke
 
 def test_a_system_that_writes_nothing_is_an_error_not_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: 0)
-    with LocalStorage(tmp_path).open_write("x", 10) as handle, pytest.raises(StorageError, match="wrote nothing"):
+    with LocalStorage(tmp_path).open_write("x", 10) as handle, pytest.raises(StorageError, match="wrote 0 bytes"):
         handle.write(0, [b"abc"])
 
 

@@ -213,7 +213,7 @@ def test_warn_goes_on_when_a_save_can_not_even_begin(
             assert not manager.save(2)
             assert not manager.save(3)
         assert manager.save(4)
-    assert caplog.text.count("a save failed, training goes on") == 2
+    assert caplog.text.count("a save failed, training continues") == 2
     assert steps_in(tmp_path / "run") == ["step-1", "step-4"]
 
 

@@ -141,7 +141,7 @@ def test_a_copy_that_fails_is_logged_and_fails_nothing(
         (remote / "step-1").write_text("in the way")
         manager.save(1)
     assert "step 1 could not be copied" in caplog.text
-    assert "`milepost sync` copies it by hand" in caplog.text
+    assert "run `milepost sync` to copy it" in caplog.text
     assert steps(str(memory_path / "run")) == [1]
 
 

@@ -69,7 +69,7 @@ def move_key(folder: Path) -> None:
 HARMS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a file is missing": (lambda folder: (folder / NAMES[1]).unlink(), NAMES[1], "missing"),
     "a file is cut": (lambda folder: os.truncate(folder / NAMES[1], 200), NAMES[1], "truncated"),
-    "a file is longer": (lambda folder: (folder / NAMES[0]).open("ab").write(b"x"), NAMES[0], "belong to no tensor"),
+    "a file is longer": (lambda folder: (folder / NAMES[0]).open("ab").write(b"x"), NAMES[0], "outside all tensors"),
     "a header is no JSON": (
         lambda folder: (folder / NAMES[0]).open("r+b").write(b"\x40" + bytes(7) + b"x" * 64),
         NAMES[0],

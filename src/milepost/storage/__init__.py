@@ -32,7 +32,7 @@ __all__ = ["LocalStorage", "Storage", "is_folder", "is_known", "is_url", "join_p
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _STORES = ("s3", "gs", "az")
-_KNOWN = "a path, file://, s3://, gs:// and az://"
+_KNOWN = "a path, file://, s3://, gs:// or az://"
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
