@@ -171,13 +171,13 @@ def slice_of_columns(folder: Path, num_tensors: int, figures: Figures) -> None:
 
     columns = {f"layers.{i}.weight": torch.zeros(SIDE, SIDE // 8) for i in range(num_tensors)}
     storage, path = open_storage(folder / OURS)
-    manifest = catalog.read_manifest(storage, path)
+    manifest = checkpoint_record.read_manifest(storage, path)
     box = Box((0, 0), (SIDE, SIDE // 8))
     leaves = {
         key: TensorLeaf(key, t.dtype, (SIDE, SIDE), (Piece(box, Box.whole(t.shape)),), t) for key, t in columns.items()
     }
     items = plan_load(manifest, [leaf.spec for leaf in leaves.values()])
-    stats = read_tensors(storage, path, items, leaves, catalog.read_digests(storage, path, manifest))
+    stats = read_tensors(storage, path, items, leaves, checkpoint_record.read_digests(storage, path, manifest))
     # Every 4 MiB digest block holds rows, and each row a wanted column: rounded to blocks, all bytes are wanted.
     rounded = sum(shard.data_nbytes for entry in manifest.tensors.values() for shard in entry.shards)
     figures.hold("1/8 slice of columns: bytes read, of the blocks", "at most", 1.05, stats.read_nbytes / rounded)

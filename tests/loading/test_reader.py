@@ -98,8 +98,8 @@ def test_small_tensors_that_stand_side_by_side_are_read_at_once_and_each_is_chec
     saved = {f"n{n:03}": torch.arange(n, n + 6.0).reshape(2, 3) for n in range(300)} | {"big": torch.zeros(1 << 20)}
     milepost.save(tmp_path / "step-1", saved)
     storage = TraceStorage(LocalStorage(tmp_path))
-    manifest = catalog.read_manifest(storage, "step-1")
-    digests = catalog.read_digests(storage, "step-1", manifest)
+    manifest = checkpoint_record.read_manifest(storage, "step-1")
+    digests = checkpoint_record.read_digests(storage, "step-1", manifest)
     into: dict[str, torch.Tensor] = {key: torch.zeros(2, 3) for key in saved if key != "big"}
     into |= {"n001": torch.zeros(3, 2).t(), "n002": torch.zeros(2, 3, dtype=torch.float64)}
     del into["n150"]  # between two others: read for nothing

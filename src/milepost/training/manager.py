@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from milepost.collective.comm import Comm, default_comm, on_every_rank, on_rank_0
 from milepost.collective.interrupt import interrupts_held
 from milepost.config import CheckpointConfig
-from milepost.errors import ConfigError, MilepostError, RunLockedError, SaveError, listed
-from milepost.interop.weights.base_samples import ONLY_TRAINABLE
+from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.loading.load import LoadReport
 from milepost.run.branches import History
 from milepost.saving.arguments import checked_step
@@ -35,16 +34,15 @@ from milepost.storage import open_storage
 from milepost.training.arguments import check_arguments_of_all_ranks, checked_per_rank
 from milepost.training.due import DueCheck
 from milepost.training.events import SaveEvent, SaveLog
-from milepost.training.frozen import record_of
 from milepost.training.hf_saves import HfSaves
 from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.pending import PendingSave
 from milepost.training.random_state import rng_state, set_rng_state
-from milepost.training.remote import RemoteTier
 from milepost.training.resume import Loader, WeightsFormat
-from milepost.training.schedule import needs_clock, reason_by_clock, reason_to_save
-from milepost.training.signals import DUE, FAILED, RequestFiles, SignalFlags
+from milepost.training.run_folder import RunFolder
+from milepost.training.save_request import Attachments, RequestMaker
+from milepost.training.signals import RequestFiles, SignalFlags
 from milepost.training.training_state import TrainingState
 
 log = logging.getLogger("milepost")
@@ -490,77 +488,6 @@ class CheckpointManager:
             ) from error
         if self._comm.rank == 0:
             log.warning("a save failed, training continues (checkpoint.on_save_error = warn): %s", error)
-
-    def _request(
-        self, step: int, *, is_last: bool, metrics: Mapping[str, float], attach: Callable[[], dict[str, Any]]
-    ) -> SaveRequest:
-        config = self._config
-        values, mistake = self._metrics.values(metrics) if self._comm.rank == 0 else ({}, None)  # rank 0's count
-        model_only = config.create_seed_checkpoint or (is_last and config.last_save_model_only)
-        is_export = model_only and not config.create_seed_checkpoint
-        in_other_format = is_export and config.last_save_in_hf and self._format is not None
-        parts = ("model",) if model_only else self._state.present()
-        only_trainable = config.only_trainable and not in_other_format
-        base = record_of(self._comm, self._state) if only_trainable else {}
-        return SaveRequest(
-            target=join(self._folder, step_name(step)),
-            make_state=partial(
-                self._make_state,
-                parts,
-                mistake,
-                None if in_other_format else lambda: {**attach(), **base},
-                only_trainable=only_trainable,
-            ),
-            info=SaveInfo(
-                step=step,
-                kind="model" if model_only else "full",
-                layout=self._layout,
-                extra={
-                    **(self._format.record() if self._format is not None else {}),
-                    **({ONLY_TRAINABLE: True} if only_trainable else {}),
-                },
-                lineage=self._history.next_lineage(step),
-                metrics=values,
-            ),
-            dtype=getattr(torch, config.export_dtype) if is_export and config.export_dtype is not None else None,
-            keep=None
-            if self._nodes is not None  # see `NodeTier`
-            else Keep(
-                self._folder,
-                config.keep_latest_k,
-                config.keep_every_n_steps,
-                self._protected | (self._remote.needed() if self._remote is not None else {}),
-                config.keep_best_k,
-                config.metric,
-                config.mode,
-            ),
-            make_form=self._format.form_of if in_other_format and self._format is not None else None,
-            per_rank=self._per_rank,
-            modules=self._state.modules,
-            full_every=config.full_every,
-        )
-
-    def _attached(
-        self, files: Mapping[str, bytes | str | PathLike[str]] | None, extra: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        """What belongs to the step: what the caller gives, and the configuration of the model's adapters."""
-        return attached({**adapter_files(self._state.models), **(files or {})}, extra)
-
-    def _make_state(
-        self,
-        parts: tuple[str, ...],
-        mistake: ConfigError | None,
-        attach: Callable[[], dict[str, Any]] | None,
-        *,
-        only_trainable: bool = False,
-    ) -> dict[str, Any]:
-        """What is saved. Here a mistake of this rank's caller fails the save on every rank."""
-        if mistake is not None:
-            raise mistake
-        state = self._state.state_dict(parts, only_trainable=only_trainable)
-        if attach is not None and self._comm.rank == 0 and (beside := attach()):
-            state[ATTACHED] = beside
-        return state
 
     def _wait_for_pending(self) -> None:
         """Wait for the save that runs, and log it. Its failure is raised on every rank. Collective."""

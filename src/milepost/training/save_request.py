@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -13,16 +13,18 @@ import torch
 from milepost.collective.comm import Comm
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError
+from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.run.assemble import SaveInfo
 from milepost.run.step_names import step_name
 from milepost.saving.agreement import SaveRequest
 from milepost.storage.base import join
 from milepost.training.attached import PART as ATTACHED
 from milepost.training.attached import attached
+from milepost.training.frozen import record_of
 from milepost.training.history import SaveHistory
 from milepost.training.metrics import MetricRecorder
 from milepost.training.peft import adapter_files
-from milepost.training.resume import ONLY_TRAINABLE, WeightsFormat
+from milepost.training.resume import WeightsFormat
 from milepost.training.run_folder import RunFolder
 from milepost.training.training_state import TrainingState
 
@@ -72,6 +74,7 @@ class RequestMaker:
         is_export = model_only and not config.create_seed_checkpoint
         weights_format = self._format if is_export and config.last_save_in_hf else None
         only_trainable = config.only_trainable and weights_format is None
+        base = record_of(self._comm, self._state) if only_trainable else {}
         metrics, mistake = self._metrics.values(given.metrics or {}) if self._comm.rank == 0 else ({}, None)
         return SaveRequest(
             target=join(self._folder.local.path, step_name(step)),
@@ -79,7 +82,7 @@ class RequestMaker:
                 self._make_state,
                 ("model",) if model_only else self._state.present(),
                 mistake,
-                given if weights_format is None else None,
+                None if weights_format is not None else partial(self._attached, given, base),
                 only_trainable=only_trainable,
             ),
             info=SaveInfo(
@@ -101,15 +104,23 @@ class RequestMaker:
             full_every=config.full_every,
         )
 
+    def _attached(self, given: Attachments, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what belongs to the step: the caller's files and values, and the adapters' configuration and base."""
+        files = {**adapter_files(self._state.models), **(given.files or {})}
+        return {**attached(files, given.extra), **base}
+
     def _make_state(
-        self, parts: tuple[str, ...], mistake: ConfigError | None, given: Attachments | None, *, only_trainable: bool
+        self,
+        parts: tuple[str, ...],
+        mistake: ConfigError | None,
+        attach: Callable[[], dict[str, Any]] | None,
+        *,
+        only_trainable: bool,
     ) -> dict[str, Any]:
         """Return the state to save. Called within the save, so that a caller's mistake on one rank fails it on all."""
         if mistake is not None:
             raise mistake
         state = self._state.state_dict(parts, only_trainable=only_trainable)
-        if given is not None and self._comm.rank == 0:
-            files = {**adapter_files(self._state.models), **(given.files or {})}
-            if beside := attached(files, given.extra):
-                state[ATTACHED] = beside
+        if attach is not None and self._comm.rank == 0 and (beside := attach()):
+            state[ATTACHED] = beside
         return state
