@@ -16,8 +16,8 @@ In reading order::
     modules         the model's parts, their tensors by FQN
     optimizers      optimizer state by FQN, or in the optimizer's own form
     attached        files and values that belong to a step
-    peft            configuration of a model's adapters, which travels with a step
-    frozen          a sample of what is not trained, and so not in steps of the trainable part
+    peft            configuration of a model's adapters, saved with a step
+    frozen          a sample of frozen parameters, saved with steps that hold only trainable ones
     random_state    random generators, restored or derived
     choice          which step to resume from: pure
     resume          loading it
