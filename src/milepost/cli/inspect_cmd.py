@@ -19,7 +19,7 @@ from milepost.format.manifest import Manifest, PartTotal, TensorEntry
 from milepost.format.summary import files_of, format_count, placement_text, shard_counts, totals_by_part
 from milepost.parallelism.degrees import degrees_text
 from milepost.report.globs import matching_keys
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.hf_folder import described, is_hf_folder, manifest_of, manifest_of_file
 from milepost.run.values import Unreadable, read_values
 from milepost.storage import open_storage

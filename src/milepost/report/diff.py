@@ -29,7 +29,7 @@ from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, 
 from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.report.globs import matching_keys
-from milepost.run import catalog
+from milepost.run import catalog, checkpoint_record
 from milepost.run.hf_folder import is_hf_step
 from milepost.run.values import Unreadable, read_values
 from milepost.storage import is_url, open_storage
