@@ -7,6 +7,7 @@ from milepost.format.manifest import Manifest
 from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
 from milepost.run.catalog import CheckpointInfo, StepEntry
+from milepost.run.step_names import find_run, step_of
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import Entry, Storage, split
 
@@ -19,7 +20,7 @@ def open_run(path: str) -> tuple[Storage, str]:
     """
     storage, name = open_storage(path)
     found = storage.stat(name)
-    folder = catalog.find_run(storage, name) if found is None or found.is_folder else None
+    folder = find_run(storage, name) if found is None or found.is_folder else None
     if folder is None:
         raise _no_run(storage, name, path, found)
     return storage, folder
@@ -39,7 +40,7 @@ def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> Chec
         what = "a PEFT adapter" if is_adapter(names) else "a Hugging Face folder"
     elif (info := catalog.examine(storage, name)) is not None and info.state != "incomplete":
         run = join_path(storage.root, split(name)[0]) if split(name)[0] else storage.root
-        hint = f": give the folder of its run, {run}" if catalog.step_of(name) is not None else ""
+        hint = f": give the folder of its run, {run}" if step_of(name) is not None else ""
         return CheckpointNotFoundError(f"{path} is a checkpoint, not a run{hint}", path=path)
     if what is not None:
         return CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)

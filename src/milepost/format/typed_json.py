@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -28,9 +27,6 @@ Metric = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info
 
 T = TypeVar("T")
 
-_prepared: set[Any] = set()
-_preparing = threading.Lock()
-
 
 def parse_json(data: bytes, path: str, what: str) -> Any:
     """The JSON value in ``data``. ``path`` and ``what`` (``a manifest``) are for the error.
@@ -48,7 +44,6 @@ def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None
 
     ``where`` is the place of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not fit.
     """
-    _prepare(kind)
     try:
         return convert(value, kind)
     except UnicodeEncodeError as error:

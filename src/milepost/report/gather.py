@@ -12,9 +12,9 @@ from milepost.interop.weights.open import open_step
 from milepost.report.history import Forecast, Moment, Save, forecast, read_log
 from milepost.report.profile import Samples, TensorProfile, profile_tensors, sample_numel
 from milepost.report.statistics import nbytes_of
-from milepost.run import catalog, checkpoint_record
+from milepost.run import catalog, checkpoint_record, step_names
 from milepost.run.catalog import StepEntry
-from milepost.run.step_names import find_run, step_of
+from milepost.run.step_names import step_of
 from milepost.storage import open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.verification.extent_reader import Progress
@@ -96,7 +96,7 @@ def _run_of(storage: Storage, name: str, path: str) -> tuple[str, int | None]:
     found = storage.stat(name)
     if found is not None and not found.is_folder:
         raise CheckpointNotFoundError(f"{path} is a file, neither a run nor a step of one", path=path)
-    folder = catalog.find_run(storage, name)
+    folder = step_names.find_run(storage, name)
     if folder is not None:
         return folder, None
     step = step_of(name)

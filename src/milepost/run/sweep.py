@@ -20,15 +20,6 @@ from milepost.errors import CheckpointNotFoundError, FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME
 from milepost.format.tags import tag_of
 from milepost.run import catalog, marks, object_commit, object_sweep
-from milepost.run.owner import OWNER_PREFIX, OWNERLESS_LIFETIME_S, is_alive, owners_of
-from milepost.run.step_names import (
-    ATTEMPT_PREFIX,
-    DAMAGED_PREFIX,
-    DELETING_PREFIX,
-    OLD_PREFIXES,
-    REPLACED_PREFIX,
-    damage_mark,
-)
 from milepost.run.owner import (
     OWNER_PREFIX,
     OWNERLESS_LIFETIME_S,
@@ -36,6 +27,14 @@ from milepost.run.owner import (
     owners_of,
     parse_owner,
     this_process,
+)
+from milepost.run.step_names import (
+    ATTEMPT_PREFIX,
+    DAMAGED_PREFIX,
+    DELETING_PREFIX,
+    OLD_PREFIXES,
+    REPLACED_PREFIX,
+    damage_mark,
 )
 from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, split
 

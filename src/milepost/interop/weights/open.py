@@ -28,7 +28,7 @@ from milepost.format.torch_file import inert_values, locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog, checkpoint_record
 from milepost.run.hf_folder import HeaderTensors, is_adapter, read_hf_folder
-from milepost.run.step_names import step_of
+from milepost.run.step_names import find_run
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
@@ -87,7 +87,7 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
 
 def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str]) -> str:
     """Why a folder is no source, and what to give instead."""
-    run = catalog.find_run(storage, folder)
+    run = find_run(storage, folder)
     if run is not None:
         newest = catalog.scan(storage, run, keep_going=True)[-1]
         at = join_path(storage.root, newest.path)
