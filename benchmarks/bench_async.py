@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 import milepost
 from milepost.collective.comm import SingleProcess
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
+from milepost.saving.request import SaveRequest
 from milepost.storage import open_storage
 
 SIDE = 2048

@@ -8,7 +8,9 @@ and check the whole record, and to plan one rank's load; and the memory that the
 Then, with ``--commands``, the processor time of ``ls``, ``inspect``, ``verify`` and ``plan-resume`` on a step of each
 size, whose data files are holes (start of Python included); and what each rank spends before it reads data.
 
-Run: python benchmarks/bench_scale.py [--ranks 64 256 1024] [--tensors 291 3411 10000] [--commands]
+What comes before, the plan, is measured by ``scale_plans.py``; ``scale_plot.py`` draws both.
+
+Run: python benchmarks/bench_scale.py [--ranks 64 256 1024] [--tensors 291 3411 10000] [--commands] [--json FILE]
 """
 
 from __future__ import annotations
@@ -272,6 +274,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, nargs="+", default=[291, 3411])
     parser.add_argument("--one", action="store_true", help="measure the one size given here, and print it as JSON")
     parser.add_argument("--commands", action="store_true", help="measure the commands too")
+    parser.add_argument("--json", type=Path, help="all figures, to a file")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.ranks[0], args.tensors[0])))
@@ -279,16 +282,20 @@ def main() -> None:
     columns = ("ranks", "tensors", "shards", "json_mb", "shards_mb", "digests_mb", "metadata_mb")
     columns += ("segment_s", "commit_s", "head_s", "read_s", "plan_load_s", "commit_peak_mb")
     print("  ".join(f"{name:>12}" for name in columns))
+    everything = []
     for num_tensors in args.tensors:
         for num_ranks in args.ranks:
             command = [sys.executable, __file__, "--one", "--ranks", str(num_ranks), "--tensors", str(num_tensors)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
             found = json.loads(done.stdout)
+            everything.append(found)
             print("  ".join(_cell(found[name]) for name in columns), flush=True)
             print("    commit: " + ", ".join(f"{k} {s:.2f} s" for k, s in found["commit_parts_s"].items()), flush=True)
             if args.commands:
                 timed = measure_commands(num_ranks, num_tensors)
                 print("    commands: " + ", ".join(f"{k} {s:.2f} s" for k, s in timed.items()), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(everything, indent=1))
 
 
 def _cell(value: float) -> str:

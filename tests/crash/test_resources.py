@@ -25,7 +25,7 @@ from milepost import CheckpointConfig, CheckpointManager, MilepostError
 from milepost.collective.comm import default_comm
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
+from milepost.saving.request import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
 from milepost.testing.faulty import FaultyStorage

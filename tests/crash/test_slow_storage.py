@@ -26,8 +26,8 @@ from milepost.collective import progress
 from milepost.errors import MilepostError, SaveError
 from milepost.run import catalog, commit, signoff
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
+from milepost.saving.request import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import Entry

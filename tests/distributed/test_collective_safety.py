@@ -45,9 +45,9 @@ IN_A_SAVE = {
     "state_dict of dataloader": "dataloader.state_dict",
     "state_dict of train_state": "train_state.state_dict",
     "state of the random generators": "milepost.training.training_state.rng_state",
-    "flatten": "milepost.saving.agreement.flatten",
+    "flatten": "milepost.saving.request.flatten",
     "boxes of a tensor": "milepost.tensors.state.tensor_leaf",
-    "encode a value": "milepost.saving.agreement.encode_object",
+    "encode a value": "milepost.saving.request.encode_object",
     "layout": "milepost.tensors.state.FlatState.layout",
     "fingerprint": "milepost.tensors.plan.LocalLayout.fingerprint",
     "write": "milepost.saving.job.write_file",
@@ -263,7 +263,7 @@ def walk_disabled(folder: Path) -> list[Heard]:
     run.save()
     run.walk(run.save, IN_A_SAVE, IN_A_SAVE_ON_RANK_0)
     run.inject("sync", "milepost.storage.LocalStorage.sync_folder", run.save, make=refused)
-    run.inject("plan", "milepost.saving.agreement.plan_save", run.save_another_structure, ranks=(0,))
+    run.inject("plan", "milepost.saving.agreement.plan_alone", run.save_another_structure)
     run.walk(run.manager.load, IN_A_LOAD, IN_A_LOAD_ON_RANK_0)
     run.walk(lambda: run.build(folder / "another"), AT_THE_START, AT_THE_START_ON_RANK_0)
     run.walk(lambda: run.manager.latest_step, {}, {"latest step": "milepost.training.resume.catalog.scan"})

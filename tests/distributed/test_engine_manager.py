@@ -27,7 +27,7 @@ from milepost.collective.comm import default_comm
 from milepost.errors import MilepostError
 from milepost.run import catalog, checkpoint_record
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
+from milepost.saving.request import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage, open_storage
 from milepost.storage.local import storage_error

@@ -11,8 +11,8 @@ import milepost
 from milepost.collective.comm import SingleProcess
 from milepost.errors import SaveError
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
+from milepost.saving.request import SaveRequest
 from milepost.storage import LocalStorage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -35,8 +35,9 @@ from milepost.saving import stage
 from milepost.saving.stage import TensorBlocks
 from milepost.saving.writer import write_file
 from milepost.storage import LocalStorage
-from milepost.tensors.layout import Piece, TensorLeaf, shard_pieces
-from milepost.tensors.plan import LocalLayout, plan_load, plan_save
+from milepost.tensors.layout import Piece, TensorLeaf, axis_cuts, shard_pieces
+from milepost.tensors.plan import LocalLayout, Mesh, Spread, WritePlan, deal, plan_load, plan_save
+from milepost.tensors.sharing import FromRank0, description, only, plan_alone, sort_out
 
 DTYPES = ("float32", "bfloat16", "int64", "bool", "complex64", "float8_e5m2", "uint16", "float4_e2m1fn_x2")
 CASTS = {"float32": ("bfloat16", "float64"), "bfloat16": ("float32",), "int64": ("int32",)}
@@ -61,7 +62,8 @@ class Sharding:
             local = torch.empty(tuple(reversed(sizes)), dtype=dtype).permute(tuple(reversed(range(len(sizes)))))
         else:
             local = torch.empty(sizes, dtype=dtype)
-        return TensorLeaf(key, dtype, shape, pieces, local)
+        spread = Spread(Mesh.of(self.mesh_shape, range(math.prod(self.mesh_shape))), axis_cuts(self.placements))
+        return TensorLeaf(key, dtype, shape, pieces, local, spread=spread if math.prod(shape) else None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,17 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return raw.set_(tensor.untyped_storage(), start, (tensor.numel() * tensor.element_size(),))  # type: ignore[call-overload]
 
 
-def save(storage: LocalStorage, num_ranks: int, cases: Sequence[Tensor], wholes: Sequence[torch.Tensor]) -> Manifest:
+def plans_made_alone(layouts: Sequence[LocalLayout]) -> list[WritePlan]:
+    """The plan that each rank makes by itself, told what follows from a description that is true of all ranks."""
+    assert len({repr(description(layout)) for layout in layouts}) == 1
+    sharing = sort_out([description(layouts[0])], [0] * len(layouts), {})
+    dealt = deal([only(layout, sharing.placed) for layout in layouts])
+    return [plan_alone(rank, own, sharing, given=FromRank0(dealt[rank]))[0] for rank, own in enumerate(layouts)]
+
+
+def save(
+    storage: LocalStorage, num_ranks: int, cases: Sequence[Tensor], wholes: Sequence[torch.Tensor], *, alone: bool
+) -> Manifest:
     ranks: list[dict[str, TensorLeaf]] = []
     for rank in range(num_ranks):
         leaves = {}
@@ -135,7 +147,8 @@ def save(storage: LocalStorage, num_ranks: int, cases: Sequence[Tensor], wholes:
                 leaf.view(index).copy_(whole[piece.box.index()])
             leaves[leaf.key] = leaf
         ranks.append(leaves)
-    plans = plan_save([LocalLayout(tuple(leaf.spec for leaf in leaves.values()), ()) for leaves in ranks])
+    layouts = [LocalLayout(tuple(leaf.spec for leaf in leaves.values()), ()) for leaves in ranks]
+    plans = plans_made_alone(layouts) if alone else plan_save(layouts)
     save_id = new_save_id()
     attempt = begin_attempt(storage, "step-1", save_id)
     for rank, (plan, leaves) in enumerate(zip(plans, ranks, strict=True)):
@@ -195,17 +208,24 @@ def check_load(
     block_nbytes=st.sampled_from([16, 48, 64, 1024]),
     slab_nbytes=st.sampled_from([16, 100, 4096]),
     task_nbytes=st.sampled_from([16, 80, 4096]),
+    alone=st.booleans(),
 )
 def test_any_sharding_onto_any_other(
-    case: tuple[tuple[int, int], list[Tensor]], seed: int, block_nbytes: int, slab_nbytes: int, task_nbytes: int
+    case: tuple[tuple[int, int], list[Tensor]],
+    seed: int,
+    block_nbytes: int,
+    slab_nbytes: int,
+    task_nbytes: int,
+    alone: bool,
 ) -> None:
+    """Whether each rank has planned alone, or one for all."""
     (num_saving, num_loading), cases = case
     generator = torch.Generator().manual_seed(seed)
     wholes = [random_tensor(tensor.dtype, tensor.shape, generator) for tensor in cases]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         storage = LocalStorage(folder)
         with mock.patch.multiple(stage, SLAB_NBYTES=slab_nbytes):
-            save(storage, num_saving, cases, wholes)
+            save(storage, num_saving, cases, wholes, alone=alone)
         manifest = checkpoint_record.read_manifest(storage, "step-1")
         stored = sum(shard.data_nbytes for tensor in manifest.tensors.values() for shard in tensor.shards)
         assert stored == sum(whole.nbytes for whole in wholes)

@@ -372,6 +372,27 @@ def test_waiting_costs_the_same_however_many_ranks_have_signed_off(memory_path: 
     assert counts == {"names": 1, "read": 100}
 
 
+@pytest.mark.parametrize(("world_size", "longest_s"), [(1, 0.5), (512, 0.5), (2048, 2.0), (16384, 5.0)])
+def test_ranks_look_for_the_outcome_less_often_the_more_they_are_and_not_all_at_once(
+    memory_path: Path, world_size: int, longest_s: float
+) -> None:
+    storage = LocalStorage(memory_path)
+    attempt, _ = begin(storage)
+    pauses: list[float] = []
+    with pytest.raises(SaveError, match="within 500 s"):
+        commit.wait_for_outcome(
+            *(storage, attempt, "run/step-5", "ab"),
+            timeout_s=500,
+            world_size=world_size,
+            clock=lambda: sum(pauses),
+            sleep=pauses.append,
+        )
+    assert pauses[0] < 0.01
+    settled = pauses[len(pauses) // 2 :]
+    assert 0.7 * longest_s <= min(settled) < max(settled) <= 1.3 * longest_s
+    assert len(set(settled)) > len(settled) // 2
+
+
 def test_waiting_for_an_outcome_ends(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     attempt, _ = begin(storage)

@@ -216,3 +216,22 @@ def test_rank_0_may_commit_and_remove_the_attempt_as_soon_as_it_sees_the_last_si
 )
 def test_ranks_for_people(ranks: list[int], text: str) -> None:
     assert rank_list(ranks) == text
+
+
+def test_ranks_are_named_with_their_hosts_up_to_ten_and_the_number_of_the_rest() -> None:
+    hosts = [f"node-{rank // 8}" for rank in range(16384)]
+    assert rank_list([3], hosts) == "rank 3 (node-0)"
+    assert rank_list([6, 7, 8, 9, 20], hosts) == "ranks 6-7 (node-0), 8-9 (node-1), 20 (node-2)"
+    late = rank_list(range(8, 16384), hosts)
+    assert late.startswith("ranks 8-15 (node-1), 16-23 (node-2), ")
+    assert late.endswith("80-87 (node-10) and 16296 more")
+    assert rank_list(range(0, 40, 2)) == "ranks 0, 2, 4, 6, 8, 10, 12, 14, 16, 18 and 10 more"
+    assert rank_list([0, 1, 2], ["here"] * 3) == "ranks 0-2"
+
+
+def test_a_rank_that_does_not_sign_off_is_named_with_its_host(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
+    sign_off(storage, attempt, sample(0))
+    with pytest.raises(SaveError, match=r"^rank 1 \(far-away\) of 2 did not finish writing within 0 s"):
+        wait_for_sign_offs(storage, attempt, 2, SAVE_ID, timeout_s=0, hosts=("here", "far-away"))

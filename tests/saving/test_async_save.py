@@ -18,8 +18,8 @@ import milepost
 from milepost.collective.comm import SingleProcess
 from milepost.errors import SaveError
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver, Mode, _log_lost_saves
+from milepost.saving.request import SaveRequest
 from milepost.saving.samples import Samples
 from milepost.saving.stage import Staging
 from milepost.storage import LocalStorage

@@ -23,7 +23,7 @@ from milepost.format.dtype import DTYPES
 from milepost.format.manifest import BLOCK_NBYTES
 from milepost.run import checkpoint_record
 from milepost.run.assemble import SaveInfo
-from milepost.saving.agreement import SaveRequest
+from milepost.saving.request import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage
 from milepost.tensors.state import flatten

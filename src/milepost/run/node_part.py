@@ -44,13 +44,26 @@ def part_of_manifest(extra: Mapping[str, Any], path: str) -> NodePart:
     return part
 
 
-def rank_list(ranks: Sequence[int]) -> str:
-    """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``."""
+MAX_NAMED = 10
+"""Runs of ranks that a message names."""
+
+
+def rank_list(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``; ``ranks 4-7 (a), 8 (b)`` if hosts are several.
+
+    Of more than ten runs the number of the ranks in the rest is said. ``hosts`` has that of each rank of the world.
+    """
+    where = hosts if len(set(hosts)) > 1 else ()
     found: list[list[int]] = []
     for rank in ranks:
-        if found and rank == found[-1][1] + 1:
+        if found and rank == found[-1][1] + 1 and (not where or where[rank] == where[found[-1][0]]):
             found[-1][1] = rank
         else:
             found.append([rank, rank])
-    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in found)
-    return ("rank " if len(ranks) == 1 else "ranks ") + text
+    shown, rest = found[:MAX_NAMED], sum(last - first + 1 for first, last in found[MAX_NAMED:])
+    named = [
+        (f"{first}-{last}" if last > first else f"{first}") + (f" ({where[first]})" if where else "")
+        for first, last in shown
+    ]
+    more = f" and {rest} more" if rest else ""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(named) + more

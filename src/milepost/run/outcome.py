@@ -6,6 +6,7 @@ They look at the storage alone, so that a save in the background needs no collec
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,10 @@ from milepost.run.commit import VISIBILITY_S
 from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
 from milepost.storage.base import Storage, join
 
+RANKS_PER_S = 1024
+"""So many ranks look each second for the outcome of a save, three names each."""
+MAX_POLL_S = 5.0
+"""But each looks as often as this."""
 FAILED_NAME = "failed"
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
@@ -49,6 +54,7 @@ def wait_for_outcome(
     save_id: str,
     *,
     timeout_s: float,
+    world_size: int = 1,
     give_up: Callable[[], str | None] = lambda: None,
     poll_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -56,13 +62,16 @@ def wait_for_outcome(
 ) -> None:
     """Return once the save is committed; for the ranks that do not publish themselves.
 
-    ``give_up`` says why to stop, or None; or raises the error to end with.
+    Looks less and less often: twice a second, but of a large ``world_size`` each rank less, and not all at once, so
+    that the storage is asked some thousand times a second at most. ``give_up`` says why to stop, or None; or raises
+    the error to end with.
 
     Raises:
         SaveError: the save failed, or there was no outcome within ``timeout_s``.
     """
     deadline = clock() + timeout_s
     poll_s = storage.poll_s if poll_s is None else poll_s
+    max_poll_s = min(max(0.5, world_size / RANKS_PER_S), MAX_POLL_S)
     gone_until: float | None = None
     while True:
         # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
@@ -88,8 +97,8 @@ def wait_for_outcome(
                 path=target,
                 rank=0,
             )
-        sleep(poll_s)
-        poll_s = min(poll_s * 1.5, 0.5)
+        sleep(poll_s * random.uniform(0.7, 1.3))
+        poll_s = min(poll_s * 1.5, max_poll_s)
 
 
 def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:

@@ -249,12 +249,13 @@ def wait_for_sign_offs(
     *,
     timeout_s: float,
     ranks: Sequence[int] | None = None,
+    hosts: Sequence[str] = (),
     give_up: Callable[[], str | None] = lambda: None,
     poll_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[SignOff, ...]:
-    """The sign-offs of all ranks, or of ``ranks`` alone, by rank.
+    """The sign-offs of all ranks, or of ``ranks`` alone, by rank. ``hosts`` has the host of each rank, for messages.
 
     Looks every ``poll_s`` at first (by default as the storage wishes), then less and less often (at least twice a
     second), and logs every ``SLOW_S`` seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the
@@ -288,13 +289,13 @@ def wait_for_sign_offs(
                 "rank %d has waited %.0f s for %s of %d to finish writing %s",
                 wanted[0],
                 logged - started,
-                rank_list(missing),
+                rank_list(missing, hosts),
                 world_size,
                 attempt,
             )
         if reason is not None or clock() >= deadline:
             raise SaveError(
-                f"{rank_list(missing)} of {world_size} did not finish writing "
+                f"{rank_list(missing, hosts)} of {world_size} did not finish writing "
                 f"{reason or f'within {timeout_s:g} s'}; nothing was "
                 "committed. Check their logs: the usual causes are a dead rank or storage that hangs",
                 path=attempt,

@@ -4,7 +4,11 @@ In reading order::
 
     save            ``save()``: flatten, agree, stage, write, sign off, publish
     arguments       what it is given, checked
-    agreement       the request, and what all ranks agree on before a byte is written
+    request         what a saver is asked for, and this rank's part of it: flattened, encoded, described
+    structure       what ranks tell each other of their states, and what rank 0 makes of it
+    agreement       what all ranks agree on before a byte is written: who writes what
+    messages        what they and rank 0 say to each other for that; last_plan: what is remembered of it
+    comparison      what ranks have in common, compared, and the attempt begun
     nodes           which ranks share a folder, where each node has its own
     replicas        what several ranks hold under one key is the same on all of them, or is stored for each
     stage           the arena, and how tensors become the bytes of this rank's file

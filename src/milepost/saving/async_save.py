@@ -22,11 +22,12 @@ from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
 from milepost.run.step_names import step_of
-from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
+from milepost.saving.agreement import TIMEOUT_S, Agreement
 from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.nodes import Nodes
+from milepost.saving.request import SaveRequest
 from milepost.saving.save import Kind
 from milepost.saving.stage import Arena, Staging, pin_memory, unpin_memory
 from milepost.saving.writer import FileImage

@@ -95,6 +95,8 @@ class SaveJob:
     """That file in the step before, to be shared if its bytes are the same; None: it is written in any case."""
     part: NodePart | None = None
     """The part of the step that this rank's node holds, where each node has a folder of its own."""
+    hosts: tuple[str, ...] = ()
+    """On rank 0: the host of each rank, for messages."""
 
     @property
     def publishes(self) -> bool:
@@ -242,7 +244,10 @@ def run_job(
         raise
     if detached and job.info is None:
         wait_for_outcome(
-            storage, job.attempt, job.target, job.save_id, timeout_s=job.timeout_s, give_up=monitor.why_stop
+            *(storage, job.attempt, job.target, job.save_id),
+            timeout_s=job.timeout_s,
+            world_size=job.world_size,
+            give_up=monitor.why_stop,
         )
     committed = time.monotonic()
     return JobResult(wrote - started, committed - wrote, written_nbytes, contents, _frozen_of(job, files), deleted)
@@ -312,6 +317,7 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
         *(storage, job.attempt, job.world_size, job.save_id),
         timeout_s=job.timeout_s,
         ranks=ranks,
+        hosts=job.hosts,
         give_up=monitor.why_stop,
     )
     if info.lineage is not None:

@@ -19,7 +19,7 @@ import torch
 from milepost.errors import SaveError, listed
 from milepost.format.box import Box
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.plan import LocalLayout
+from milepost.tensors.sharing import Group
 
 Depth = Literal["values", "sample", "whole"]
 """What is compared: values alone; tensors too, by a sample; tensors too, by every byte."""
@@ -27,15 +27,6 @@ Depth = Literal["values", "sample", "whole"]
 SAMPLE_NUMEL = 256
 """Elements of a tensor that a sample takes, evenly spaced."""
 MAX_RANKS_NAMED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The keys that exactly these ranks hold."""
-
-    ranks: tuple[int, ...]
-    tensors: tuple[tuple[str, Box], ...]
-    objects: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +46,27 @@ class Difference:
     camps: tuple[tuple[int, ...], ...]
 
 
-def groups_in_common(layouts: Sequence[LocalLayout]) -> list[Group]:
-    """The groups of two or more ranks that hold something in common. A rank is in as many as it shares keys with."""
-    holders: dict[tuple[str, Box | None], list[int]] = defaultdict(list)
-    for rank, layout in enumerate(layouts):
-        for spec in layout.tensors:
-            for box in dict.fromkeys(spec.boxes):
-                if box.numel:
-                    holders[spec.key, box].append(rank)
-        for key in layout.objects:
-            holders[key, None].append(rank)
-    by_ranks: dict[tuple[int, ...], list[tuple[str, Box | None]]] = defaultdict(list)
-    for held, ranks in holders.items():
-        if len(ranks) > 1:
-            by_ranks[tuple(ranks)].append(held)
-    return [
-        Group(
-            ranks,
-            tuple((key, box) for key, box in held if box is not None),
-            tuple(key for key, box in held if box is None),
-        )
-        for ranks, held in by_ranks.items()
-    ]
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One digest for all that a rank holds of a group of ``num_ranks``."""
+
+    num_ranks: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a rank brings of the groups in which ranks differ, by the groups' digests."""
+
+    held: Mapping[bytes, Digests]
+    groups: Mapping[bytes, Group]
+    """Those of which it is the lowest rank."""
+    roots: Mapping[str, str]
+    """The top-level name that each key stood under."""
+    shards: Mapping[str, str]
+    """Of parts that are in every shard of a DTensor, the key of that."""
+    buffers: frozenset[str]
+    host: str
 
 
 def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Digests:
@@ -131,25 +121,32 @@ def _moved_together(parts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [moved[index] for index in range(len(parts))]
 
 
-def unlike_groups(groups: Sequence[Group], brought: Sequence[Mapping[int, bytes]]) -> list[int]:
-    """The groups (indices) whose ranks brought different summaries. ``brought`` is by rank."""
-    return [index for index, group in enumerate(groups) if len({brought[rank].get(index) for rank in group.ranks}) > 1]
+def unlike_groups(brought: Sequence[Mapping[bytes, Summary]]) -> list[bytes]:
+    """The groups whose ranks brought different summaries. ``brought`` is by rank, and by the groups' digests.
+
+    Raises:
+        SaveError: not all ranks of a group know of it: they have planned from different descriptions.
+    """
+    found: dict[bytes, list[Summary]] = defaultdict(list)
+    for mine in brought:
+        for group, summary in mine.items():
+            found[group].append(summary)
+    if any(len(summaries) != summaries[0].num_ranks for summaries in found.values()):
+        raise SaveError("ranks disagree on what they have in common, nothing was saved (a bug in Milepost)")
+    return [group for group, summaries in found.items() if len({one.digest for one in summaries}) > 1]
 
 
-def differences(
-    groups: Sequence[Group], indices: Sequence[int], brought: Sequence[Mapping[int, Digests]]
-) -> list[Difference]:
-    """The keys of some groups that differ. ``brought`` is by rank."""
+def keys_that_differ(brought: Sequence[Brought]) -> list[Difference]:
+    """The keys that differ, of what ranks brought. ``brought`` is by rank."""
     found: dict[str, Difference] = {}
-    for index in indices:
-        group = groups[index]
-        held = [brought[rank][index] for rank in group.ranks]
+    for digest, group in ((digest, group) for one in brought for digest, group in one.groups.items()):
+        held = [brought[rank].held[digest] for rank in group.ranks]
         columns = [(key, True, [h.tensors[n] for h in held]) for n, (key, _) in enumerate(group.tensors)]
         columns += [(key, False, [h.objects[n] for h in held]) for n, key in enumerate(group.objects)]
         for key, is_tensor, digests in columns:
             camps: dict[bytes, list[int]] = defaultdict(list)
-            for rank, digest in zip(group.ranks, digests, strict=True):
-                camps[digest].append(rank)
+            for rank, held_digest in zip(group.ranks, digests, strict=True):
+                camps[held_digest].append(rank)
             if len(camps) > 1:
                 found.setdefault(key, Difference(key, is_tensor, tuple(map(tuple, camps.values()))))
     return list(found.values())

@@ -21,10 +21,12 @@ from milepost.errors import MilepostError
 from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
 from milepost.run.step_names import step_of
-from milepost.saving.agreement import TIMEOUT_S, Agreement, SaveRequest
+from milepost.saving.agreement import TIMEOUT_S, Agreement
 from milepost.saving.arguments import check_given, checked_step
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
+from milepost.saving.last_plan import LastPlan
 from milepost.saving.nodes import Nodes
+from milepost.saving.request import SaveRequest
 from milepost.saving.stage import TensorBlocks
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
@@ -57,9 +59,17 @@ def save(
     """
     check_given("save", path, state_dict)
     storage, target = open_storage(fspath(path))
-    saver = Saver(storage, comm if comm is not None else default_comm())
     info = SaveInfo(step=step_of(target) if step is None else checked_step(step), kind=kind, layout=dict(layout or {}))
-    return saver.save(SaveRequest(target, lambda: state_dict, info))
+    last = _last_plans.pop() if _last_plans else LastPlan()  # two threads never have the same one
+    try:
+        saver = Saver(storage, comm if comm is not None else default_comm(), last=last)
+        return saver.save(SaveRequest(target, lambda: state_dict, info))
+    finally:
+        _last_plans[:] = [last]
+
+
+_last_plans: list[LastPlan] = []
+"""That of the last call of :func:`save`, unless one is running. Holds no tensors."""
 
 
 class Saver:
@@ -74,6 +84,7 @@ class Saver:
         num_threads: int = NUM_IO_THREADS,
         check_replicas: int = 0,
         nodes: Nodes | None = None,
+        last: LastPlan | None = None,
     ):
         self._storage = storage
         self._comm = comm
@@ -83,6 +94,7 @@ class Saver:
             num_threads=num_threads,
             check_replicas=check_replicas,
             nodes=nodes,
+            last=last,
         )
 
     @collection_paused()

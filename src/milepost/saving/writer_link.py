@@ -162,6 +162,7 @@ class WriterLink:
             wait_for_outcome(
                 *(self._storage, job.attempt, job.target, job.save_id),
                 timeout_s=job.timeout_s,
+                world_size=job.world_size,
                 give_up=save.why_stop,
             )
             return True

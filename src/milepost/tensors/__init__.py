@@ -9,6 +9,7 @@ In reading order::
     tree    how the values of a checkpoint were nested, and that put together again
     layout  DTensor, FSDP and pipeline words -> global shapes and boxes; below it there are only boxes and bytes
     plan    who writes which box where, who reads which bytes: pure functions of frozen values (torch-free)
+    sharing  what ranks hold in common, and the plan that each makes of it alone (torch-free)
 """
 
 from __future__ import annotations

@@ -10,16 +10,18 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milepost.errors import SaveError
 from milepost.format.box import Box
-from milepost.tensors.plan import TensorSpec
+from milepost.tensors.plan import Mesh, Spread, TensorSpec
 
 Interval = tuple[int, int]
 """Start and length along one dim."""
@@ -63,10 +65,13 @@ class TensorLeaf:
     """Whether it is one of those that a tensor is made of, which mean something in their own dtype alone."""
     shard_of: str = ""
     """Of a part that is in every shard of a DTensor (a table, a scale): the key of that; empty for any other tensor."""
+    spread: Spread | None = None
+    """Of a DTensor with elements: how its mesh's ranks hold it."""
 
     @property
     def spec(self) -> TensorSpec:
-        return TensorSpec(self.key, dtype_name(self.dtype), self.shape, tuple(p.box for p in self.pieces))
+        boxes = tuple(p.box for p in self.pieces)
+        return TensorSpec(self.key, dtype_name(self.dtype), self.shape, boxes, self.spread)
 
     def view(self, piece: int) -> torch.Tensor:
         """The part of ``local`` that holds a piece; shares memory."""
@@ -119,7 +124,8 @@ def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
     _check_kind(key, local)
     shape = tuple(tensor.shape)
     if coordinate is None:  # this rank is not in the tensor's mesh
-        return TensorLeaf(key, tensor.dtype, shape, (), local)
+        spread = spread_of(mesh, tensor.placements) if tensor.numel() else None
+        return TensorLeaf(key, tensor.dtype, shape, (), local, spread=spread)
     if any(isinstance(p, Partial) for p in tensor.placements):
         raise SaveError(
             f"{key} is a DTensor with a pending sum (placements {tensor.placements}); redistribute it first", key=key
@@ -134,7 +140,29 @@ def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
             f"{tuple(coordinate)} {held} elements, but its local tensor {list(local.shape)} has {local.numel()}",
             key=key,
         )
-    return TensorLeaf(key, tensor.dtype, shape, pieces, local)
+    return TensorLeaf(key, tensor.dtype, shape, pieces, local, spread=spread_of(mesh, tensor.placements))
+
+
+_meshes: WeakKeyDictionary[DeviceMesh, Mesh] = WeakKeyDictionary()
+"""Thousands of tensors have the same mesh, of thousands of ranks."""
+
+
+def spread_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> Spread:
+    """How a DTensor of these placements lies on the ranks of ``mesh``."""
+    known = _meshes.get(mesh)
+    if known is None:
+        known = _meshes[mesh] = Mesh.of(tuple(mesh.shape), mesh.mesh.flatten().tolist())
+    return Spread(known, axis_cuts(placements))
+
+
+def axis_cuts(placements: Sequence[Placement]) -> tuple[tuple[int, int] | None, ...]:
+    """For each axis of a mesh the dim that is cut and into how many parts it is split first; None for replicas."""
+    return tuple(
+        (p.dim, int(p.split_factor) if isinstance(p, _StridedShard) else 1)
+        if isinstance(p, (Shard, _StridedShard))
+        else None
+        for p in placements
+    )
 
 
 def can_be_boxes(tensor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from milepost.errors import PlanError, listed
 from milepost.format import dtype as dtypes
@@ -34,6 +34,32 @@ def align(offset: int, alignment: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Mesh:
+    """The ranks of a device mesh, in its order: the last axis varies fastest. Equal if ``digest`` is."""
+
+    digest: str
+    shape: tuple[int, ...] = field(compare=False)
+    ranks: tuple[int, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, shape: Sequence[int], ranks: Sequence[int]) -> Mesh:
+        digest = hashlib.blake2b(repr((tuple(shape), tuple(ranks))).encode(), digest_size=16).hexdigest()
+        return cls(digest, tuple(shape), tuple(ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a tensor lies on a mesh, so that each rank of it knows which of the others hold what it holds.
+
+    ``cuts`` has, for each axis, the dim of the tensor that it cuts and into how many parts that is split first; or
+    None, if the ranks along it are replicas.
+    """
+
+    mesh: Mesh
+    cuts: tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """The boxes of one tensor that a rank holds. ``dtype`` is torch's name without the prefix."""
 
@@ -41,6 +67,8 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+    spread: Spread | None = None
+    """None if no mesh says which boxes other ranks hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +90,8 @@ class LocalLayout:
         digest = hashlib.blake2b(digest_size=16)
         for spec in self.tensors:
             boxes = [(box.offsets, box.sizes) for box in spec.boxes]
-            digest.update(repr((spec.key, spec.dtype, spec.shape, boxes)).encode())
+            spread = (spec.spread.mesh.digest, spec.spread.cuts) if spec.spread is not None else None
+            digest.update(repr((spec.key, spec.dtype, spec.shape, boxes, spread)).encode())
         marks = (sorted(self.buffers), sorted(self.frozen))
         digest.update(repr((self.objects, marks, list(paths.items()))).encode())
         return digest.hexdigest()
@@ -126,12 +155,41 @@ class WritePlan:
         return sum(len(plan.items) for plan, _ in self.images)
 
 
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """What one rank is to write: boxes of tensors, frozen ones by themselves, and the keys of other values."""
+
+    moving: tuple[tuple[TensorSpec, Box], ...] = ()
+    frozen: tuple[tuple[TensorSpec, Box], ...] = ()
+    objects: tuple[str, ...] = ()
+
+    def plan(self, rank: int) -> WritePlan:
+        """The files of ``rank``. Frozen tensors get one of their own where that pays."""
+        moving, frozen = ([*sorted(held, key=_by_key)] for held in (self.moving, self.frozen))
+        if frozen and _pays(_nbytes(frozen), _nbytes(moving)):
+            return replace(lay_out_file(rank, moving, self.objects), frozen=lay_out_file(rank, frozen, (), number=1))
+        return lay_out_file(rank, sorted([*moving, *frozen], key=_by_key), self.objects)
+
+
+def _by_key(held: tuple[TensorSpec, Box]) -> tuple[str, Box]:
+    return held[0].key, held[1]
+
+
 def plan_save(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None) -> tuple[WritePlan, ...]:
     """One plan for each rank such that every element of every tensor is stored exactly once.
 
+    Raises:
+        PlanError: as :func:`deal`.
+    """
+    return tuple(dealt.plan(rank) for rank, dealt in enumerate(deal(layouts, nodes)))
+
+
+def deal(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None) -> list[Dealt]:
+    """What each rank is to write such that every element of every tensor is stored exactly once.
+
     A box that several ranks hold is written by the one of them that has the least to write so far; buffers and values
-    other than tensors by the lowest rank that has them. Frozen tensors are balanced by themselves, and go to a file of
-    their own where that pays. With ``nodes``, the ranks of each, every node by itself stores all that its ranks hold.
+    other than tensors by the lowest rank that has them. Frozen tensors are balanced by themselves. With ``nodes``, the
+    ranks of each, every node by itself stores all that its ranks hold.
 
     Raises:
         PlanError: ranks disagree on a tensor's dtype or shape, or their boxes leave a gap or overlap. All faults at
@@ -142,19 +200,19 @@ def plan_save(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | N
     clash = sorted(key for layout in layouts for key in layout.objects if key in specs)
     if clash:
         raise PlanError(f"{clash[0]} is a tensor on one rank and another kind of value on another", key=clash[0])
-    plans: dict[int, WritePlan] = {}
+    found: dict[int, Dealt] = {}
     for ranks in nodes if nodes is not None else [range(len(layouts))]:
-        plans |= _plans_of_node(ranks, layouts, _held_by(holders, ranks), specs)
-    return tuple(plans[rank] for rank in range(len(layouts)))
+        found |= _deal_to_node(ranks, layouts, _held_by(holders, ranks), specs)
+    return [found[rank] for rank in range(len(layouts))]
 
 
-def _plans_of_node(
+def _deal_to_node(
     ranks: Sequence[int],
     layouts: Sequence[LocalLayout],
     holders: Mapping[tuple[str, Box], Sequence[int]],
     specs: Mapping[str, TensorSpec],
-) -> dict[int, WritePlan]:
-    """The plans of ranks that store together all that any of them holds, by rank."""
+) -> dict[int, Dealt]:
+    """What each of the ranks is to write that store together all that any of them holds."""
     buffers = frozenset[str]().union(*(layout.buffers for layout in layouts))
     marked = frozenset[str]().union(*(layout.frozen for layout in layouts))
     moving, frozen = (
@@ -167,16 +225,11 @@ def _plans_of_node(
     for rank in ranks:
         for key in layouts[rank].objects:
             object_rank.setdefault(key, rank)
-    plans = {}
+    dealt = {}
     for rank in ranks:
-        objects = [key for key in layouts[rank].objects if object_rank[key] == rank]
-        one, other = ([(specs[key], box) for key, box in sorted(found[rank])] for found in (moving, frozen))
-        if other and _pays(_nbytes(other), _nbytes(one)):
-            plan = replace(lay_out_file(rank, one, objects), frozen=lay_out_file(rank, other, (), number=1))
-        else:
-            plan = lay_out_file(rank, sorted([*one, *other], key=lambda held: (held[0].key, held[1])), objects)
-        plans[rank] = plan
-    return plans
+        one, other = (tuple((specs[key], box) for key, box in found[rank]) for found in (moving, frozen))
+        dealt[rank] = Dealt(one, other, tuple(key for key in layouts[rank].objects if object_rank[key] == rank))
+    return dealt
 
 
 def _held_by(
@@ -220,7 +273,7 @@ def _holders_of_boxes(
                 ranks = holders[spec.key, box]
                 if not ranks or ranks[-1] != rank:
                     ranks.append(rank)
-    _raise_faults(faults)
+    raise_faults(faults)
     return holders, specs
 
 
@@ -228,10 +281,11 @@ def _check_cover(holders: Iterable[tuple[str, Box]], specs: Mapping[str, TensorS
     boxes: dict[str, list[Box]] = {key: [] for key in specs}
     for key, box in holders:
         boxes[key].append(box)
-    _raise_faults([(key, fault) for key, found in boxes.items() for fault in cover_faults(specs[key].shape, found)])
+    raise_faults([(key, fault) for key, found in boxes.items() for fault in cover_faults(specs[key].shape, found)])
 
 
-def _raise_faults(faults: Sequence[tuple[str, str]]) -> None:
+def raise_faults(faults: Sequence[tuple[str, str]]) -> None:
+    """Raise PlanError with all ``faults`` of shards, each a key and a text; return if there are none."""
     if faults:
         lines = "\n  ".join(listed([f"{key}: {text}" for key, text in faults]))
         message = f"the ranks' shards do not cover their tensors exactly, nothing was saved:\n  {lines}"
@@ -264,6 +318,11 @@ def _assign(
     return assigned
 
 
+def file_name(rank: int, number: int) -> str:
+    """The name of a file of ``rank``: number 1 is that of frozen tensors."""
+    return f"__{rank}_{number}.distcp"
+
+
 def lay_out_file(
     rank: int, boxes: Iterable[tuple[TensorSpec, Box]], objects: Iterable[str], *, number: int = 0
 ) -> WritePlan:
@@ -287,7 +346,7 @@ def lay_out_file(
             )
         )
         offset += layout.nbytes
-    return WritePlan(rank, f"__{rank}_{number}.distcp", tuple(items), tuple(objects), align(offset, LARGE_ALIGNMENT))
+    return WritePlan(rank, file_name(rank, number), tuple(items), tuple(objects), align(offset, LARGE_ALIGNMENT))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from milepost.run.assemble import SaveInfo
 from milepost.run.lock import RunLock
 from milepost.run.step_names import step_name
 from milepost.run.takeover import take_over
-from milepost.saving.agreement import SaveRequest
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle
 from milepost.saving.job import Keep
+from milepost.saving.request import SaveRequest
 from milepost.storage.base import Storage, join
 from milepost.training.history import SaveHistory
 from milepost.training.resume import WeightsFormat

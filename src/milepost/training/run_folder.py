@@ -25,8 +25,8 @@ from milepost.training.remote import RemoteTier
 
 if TYPE_CHECKING:
     from milepost.run.catalog import StepEntry
-    from milepost.saving.agreement import SaveRequest
     from milepost.saving.background import SaveHandle
+    from milepost.saving.request import SaveRequest
 
 _open_here: weakref.WeakValueDictionary[tuple[int, str, str], RunFolder] = weakref.WeakValueDictionary()
 """Folders being written, by process, storage root and path: two managers would take each other's steps for theirs."""

@@ -16,7 +16,7 @@ from milepost.errors import ConfigError
 from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.run.assemble import SaveInfo
 from milepost.run.step_names import step_name
-from milepost.saving.agreement import SaveRequest
+from milepost.saving.request import SaveRequest
 from milepost.storage.base import join
 from milepost.training.attached import PART as ATTACHED
 from milepost.training.attached import attached

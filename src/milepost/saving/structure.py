@@ -1,0 +1,177 @@
+"""What ranks tell each other of their states before a save, and what rank 0 makes of it.
+
+The most of it is alike on many ranks, so they tell its digest, and one of those that have it brings it. What has the
+rank's own number in its path (its random generators, its place in the data) each rank tells by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+import torch
+
+from milepost.run.assemble import SaveInfo
+from milepost.tensors.plan import LocalLayout
+from milepost.tensors.sharing import Sharing, description, sort_out
+from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, Path
+from milepost.tensors.tree import merge_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Nesting:
+    """Where values and empty mappings stood in the state dict."""
+
+    paths: Mapping[str, Path]
+    empty: Sequence[Path]
+    skeleton: Mapping[str, bytes]
+    """As of ``dump_parts``."""
+
+    def digest(self) -> str:
+        """Equal for two nestings exactly when they are equal."""
+        digest = hashlib.blake2b(repr((list(self.paths.items()), list(self.empty))).encode(), digest_size=16)
+        for name, part in self.skeleton.items():
+            digest.update(f"{name} {len(part)} ".encode() + part)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """A description of some of a rank's state: without boxes, but of plain tensors that it holds as a whole."""
+
+    layout: LocalLayout
+    nesting: Nesting
+
+    def digest(self) -> str:
+        """Equal for two portions exactly when they are equal."""
+        return f"{self.layout.fingerprint(self.nesting.paths)} {self.nesting.digest()}"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Of its tensors and values."""
+        return frozenset(self.nesting.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """All that a rank tells of its state: what it may have in common with others, and what is its own."""
+
+    shared: Portion
+    own: Portion
+
+
+def structure_of(layout: LocalLayout, nesting: Nesting, rank: int) -> Structure:
+    """Describe the state of ``rank``.
+
+    Its own are the top-level names below which its number stands, as ``rank<N>``. Whatever is said to be whose, ranks
+    agree on it in the end; it only costs more.
+    """
+    number = f"rank{rank}"
+    places = [*nesting.paths.values(), *nesting.empty]
+    names = {str(path[0]) for path in places if number in path[1:]}
+    own = {key for key, path in nesting.paths.items() if str(path[0]) in names}
+
+    def portion(keys: frozenset[str], *, is_own: bool) -> Portion:
+        chosen = replace(
+            layout,
+            tensors=tuple(spec for spec in layout.tensors if spec.key in keys),
+            objects=tuple(key for key in layout.objects if key in keys),
+            buffers=layout.buffers & keys,
+            frozen=layout.frozen & keys,
+        )
+        nested = Nesting(
+            {key: path for key, path in nesting.paths.items() if key in keys},
+            [path for path in nesting.empty if (str(path[0]) in names) is is_own],
+            {name: part for name, part in nesting.skeleton.items() if (bool(name) and name in names) is is_own},
+        )
+        return Portion(description(chosen), nested)
+
+    return Structure(portion(frozenset(nesting.paths.keys() - own), is_own=False), portion(frozenset(own), is_own=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the manifest says of all ranks' nestings."""
+
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    empty: Sequence[Path] = ()
+    structure: bytes = b""
+
+    def put_into(self, info: SaveInfo, per_rank: frozenset[str]) -> SaveInfo:
+        """``info`` with all that follows from the state; ``per_rank`` has names whose values are stored for each."""
+        extra = dict(info.extra)
+        if self.empty:
+            extra[EMPTY_MAPPINGS] = list(self.empty)
+        if per_rank:
+            extra[PER_RANK] = sorted(per_rank)
+        # `str`: a TorchVersion would make the writer process import torch to unpickle it.
+        producer = {"torch": str(torch.__version__)}
+        return replace(info, paths=self.paths, structure=self.structure, extra=extra, producer=producer)
+
+
+class Roster:
+    """The states of all ranks, as rank 0 knows them: what is alike on several only once."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Portion] = {}  # by digest
+        self._own: dict[str, Portion] = {}  # by digest: ranks have different ones, for their numbers are in them
+        self._told: list[tuple[str, str]] = []  # by rank: the digests of both
+
+    def ask(self, told: Sequence[tuple[str, str]]) -> list[int]:
+        """The ranks that must bring their structures: the lowest of each kind that is not known, among others.
+
+        ``told`` are the digests of each rank's portions.
+        """
+        unknown: dict[str, int] = {}
+        for rank, (shared, own) in enumerate(told):
+            if shared not in self._kinds:
+                unknown.setdefault(shared, rank)
+            if own not in self._own:
+                unknown.setdefault(own, rank)
+        return sorted({*unknown.values()})
+
+    def add_own(self, portions: Mapping[str, Portion]) -> None:
+        """Take note of what ranks have of their own, by digest."""
+        self._own.update(portions)
+
+    def learn(self, told: Sequence[tuple[str, str]], brought: Sequence[Structure]) -> None:
+        """Take note of new structures, and forget what no rank has any more."""
+        for structure in brought:
+            self._kinds[structure.shared.digest()] = structure.shared
+            self._own[structure.own.digest()] = structure.own
+        self._told = list(told)
+        self._kinds = {shared: self._kinds[shared] for shared, _ in told}
+        self._own = {own: self._own[own] for _, own in told}
+
+    def sort_out(self) -> Sharing:
+        """See :func:`milepost.tensors.sharing.sort_out`."""
+        number = {shared: index for index, shared in enumerate(self._kinds)}
+        return sort_out(
+            [portion.layout for portion in self._kinds.values()],
+            [number[shared] for shared, _ in self._told],
+            {rank: self._own[own].layout for rank, (_, own) in enumerate(self._told)},
+        )
+
+    def record(self) -> tuple[Record, frozenset[str]]:
+        """What is recorded of the nestings; and the keys of tensors that are of different kinds on the ranks."""
+        nestings = [portion.nesting for portion in chain(self._kinds.values(), self._own.values())]
+        paths = {key: path for nesting in nestings for key, path in nesting.paths.items()}
+        empty = list(dict.fromkeys(path for nesting in nestings for path in nesting.empty))
+        skeletons = [
+            {**self._kinds[shared].nesting.skeleton, **self._own[own].nesting.skeleton}
+            for shared, own in dict.fromkeys(self._told)
+        ]
+        structure, unlike = merge_parts(skeletons)
+        return Record(paths, empty, structure), unlike
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtype in which each tensor is stored, of all ranks' tensors."""
+        portions = chain(self._kinds.values(), self._own.values())
+        return {spec.key: spec.dtype for portion in portions for spec in portion.layout.tensors}
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether any rank has frozen tensors."""
+        return any(portion.layout.frozen for portion in chain(self._kinds.values(), self._own.values()))
