@@ -380,7 +380,7 @@ def test_ranks_look_for_the_outcome_less_often_the_more_they_are_and_not_all_at_
     attempt, _ = begin(storage)
     pauses: list[float] = []
     with pytest.raises(SaveError, match="within 500 s"):
-        commit.wait_for_outcome(
+        wait_for_outcome(
             *(storage, attempt, "run/step-5", "ab"),
             timeout_s=500,
             world_size=world_size,
