@@ -195,7 +195,7 @@ def test_close_raises_what_nothing_else_did_and_without_it_the_end_of_the_progra
     with pytest.raises(SaveError, match="writer process of rank 0 died"):
         saver.close()
     _log_lost_saves()
-    assert caplog.text.count("its last save has failed: the writer process of rank 0 died") == 1
+    assert caplog.text.count("its last save failed: the writer process of rank 0 died") == 1
     assert list(tmp_path.iterdir()) == []
 
 

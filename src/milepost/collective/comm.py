@@ -40,11 +40,6 @@ class Comm(Protocol):
         """Tells this group from others of the job."""
         ...
 
-    @property
-    def has_job_ranks(self) -> bool:
-        """Whether a rank has the same number in this group as in the job, where device meshes have it."""
-        ...
-
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value on rank 0, in rank order; None elsewhere."""
 
@@ -98,7 +93,6 @@ class SingleProcess:
     rank = 0
     world_size = 1
     name = ""
-    has_job_ranks = False
 
     def gather(self, value: T) -> list[T] | None:
         return [value]
@@ -153,6 +147,7 @@ class ProcessGroupComm:
         self.name = str(getattr(group if group is not None else dist.group.WORLD, "group_name", ""))
         ranks = dist.get_process_group_ranks(group)
         self.has_job_ranks = ranks == list(range(len(ranks)))
+        """Whether a rank has the same number in this group as in the job, and so in device meshes."""
         # Objects are exchanged with the rank that is 0 in this group.
         self._root = 0 if group is None else dist.get_global_rank(group, 0)
         # Where the ranks of the job found each other: a server of small values, on no one's file system.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milepost.collective.comm import Comm, failure_on
+from milepost.collective.comm import Comm, ProcessGroupComm, failure_on
 from milepost.errors import MilepostError, SaveError
 from milepost.run.assemble import SaveInfo
 from milepost.saving.job import Form, Keep
@@ -97,7 +97,7 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
         frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules], request)
         layout = replace(flat.layout(), buffers=buffers, frozen=frozen)
-        if not comm.has_job_ranks:  # meshes number the ranks of the job
+        if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
             layout = replace(layout, tensors=tuple(replace(spec, spread=None) for spec in layout.tensors))
         nesting = Nesting(flat.paths, flat.empty, dump_parts(flat.skeleton))
         fingerprint = f"{layout.fingerprint(flat.paths)} {nesting.digest()}"
