@@ -50,30 +50,31 @@ class CheckpointConfig:
     interval: int | Literal["auto"] = 500
     """Save every N steps; ``auto`` picks the time between saves from what one costs and ``mtbf_hours``."""
     interval_seconds: float = 0.0
-    """Save also when this many seconds have passed since the last save; 0 disables."""
+    """Also save when this many seconds have passed since the last save; 0 disables."""
     mtbf_hours: float = 24.0
     """Mean time between failures of the whole job, in hours, for ``interval = "auto"``."""
     initial_load_path: str = ""
-    """A checkpoint to start from when the run's own folder holds no step. Empty: start from fresh weights."""
+    """A checkpoint to start from when the run's own folder holds no step. Empty: start from newly initialized
+    weights."""
     initial_load_model_only: bool = True
-    """From ``initial_load_path`` take only the model, not the optimizer and the rest."""
+    """Load only the model from ``initial_load_path``, not the optimizer and the rest."""
     initial_load_in_hf: bool = False
     """``initial_load_path`` (or the model's ``hf_assets_path``) holds Hugging Face safetensors."""
     last_save_model_only: bool = True
-    """The save at the last step holds the model alone."""
+    """The save at the last step holds only the model."""
     last_save_in_hf: bool = False
     """The save at the last step is written as Hugging Face safetensors."""
     only_trainable: bool = False
-    """Save of the model only what is trained (``requires_grad``) and its buffers, as with adapters. A resume takes the
-    rest from ``initial_load_path``, or leaves it as the program has built it; other weights than those that were there
-    when the step was saved are refused."""
+    """Save only the model's trainable parameters (``requires_grad``) and its buffers, as with adapters. A resume takes
+    the rest from ``initial_load_path``, or leaves it as initialized; other weights than those that were there when the
+    step was saved are refused."""
     hf_interval: int = 0
-    """Every N steps write the model as Hugging Face files too, in ``hf/step-<N>`` below ``folder``, while training goes
-    on: for evaluation and serving. Takes host memory for another copy of the model; 0 disables."""
+    """Every N steps also write the model as Hugging Face files, in ``hf/step-<N>`` below ``folder``, while training
+    continues: for evaluation and serving. Needs host memory for another copy of the model; 0 disables."""
     hf_keep_latest_k: int = 10
-    """As ``keep_latest_k``, of the folders of ``hf_interval``."""
+    """As ``keep_latest_k``, for the folders of ``hf_interval``."""
     hf_keep_every_n_steps: int = 0
-    """As ``keep_every_n_steps``, of the folders of ``hf_interval``."""
+    """As ``keep_every_n_steps``, for the folders of ``hf_interval``."""
     export_dtype: ExportDtype | None = None
     """Cast the model in a model-only last save, and in those of ``hf_interval``, to this dtype. Unset: every tensor
     keeps the dtype it has."""
@@ -82,65 +83,65 @@ class CheckpointConfig:
     on_save_error: Literal["stop", "warn"] = "stop"
     """When a save fails: ``stop`` raises; ``warn`` logs it and trains on, but raises after 3 failed saves in a row."""
     on_commit: str = ""
-    """Command line that rank 0 runs, beside the training, after each step that is committed. It finds MILEPOST_STEP,
+    """Command line that rank 0 runs in the background after each committed step, with MILEPOST_STEP,
     MILEPOST_PATH, MILEPOST_CONTENTS, MILEPOST_METRICS (JSON) and MILEPOST_TIER in its environment. Its failure is
     logged. Empty: none."""
     check_replicas: int = 0
-    """At every N-th save compare whole tensors that several ranks hold, to find a device that computes wrongly or a
-    missing all-reduce; 0: only a sample of them, when the structure of the state is new."""
+    """At every N-th save compare all of the tensors that several ranks hold, to detect a device that computes wrongly
+    or a missing all-reduce; 0 compares only a sample, when the structure of the state is new."""
     num_io_threads: int = NUM_IO_THREADS
     """Threads of each rank that copy, write and read the files of a checkpoint."""
     page_cache: Literal["auto", "keep", "drop", "direct"] = "auto"
-    """What becomes of written files in the operating system's page cache: ``keep`` them, so that a resume on the same
+    """What happens to written files in the operating system's page cache: ``keep`` them, so that a resume on the same
     machine reads memory; ``drop`` each part once the disk has it; ``direct`` writes past the cache (O_DIRECT). ``auto``
-    keeps what is smaller than half of the free memory, and drops what is larger."""
+    keeps files smaller than half of the free memory, and drops larger ones."""
     full_every: int = 0
-    """Tensors without gradient that have not changed since the step before are not written again: both steps share a
-    file (by a hard link). Write them anew at every N-th save, so that one damaged file can't damage every step; 1: at
+    """Tensors without gradient that have not changed since the previous step are not written again: both steps share a
+    file (by a hard link). Rewrite them at every N-th save, so that one damaged file can't damage every step; 1: at
     each save, 0: only when they have changed."""
     read: ReadMode = "auto"
-    """Who reads what several ranks want, replicas for instance. ``own``: each rank for itself; ``shared``: one of them,
-    which hands it on through the process group. ``auto``: where that would spare much, ranks measure with a few blocks
-    what is faster; else ``shared`` from an object store or a network file system, ``own`` from a disk."""
+    """Which rank reads data that several ranks want, such as replicas. ``own``: each rank for itself; ``shared``: one
+    rank, which hands it on through the process group. ``auto``: where that would spare much, ranks measure with a few
+    blocks what is faster; else ``shared`` from an object store or a network file system, ``own`` from a disk."""
     keep_latest_k: int = 10
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0
-    """Of older steps, keep the multiples of N; 0 disables."""
+    """Also keep older steps that are multiples of N; 0 disables."""
     keep_best_k: int = 0
-    """Keep also the N steps with the best value of ``metric``; 0 disables."""
+    """Also keep the N steps with the best value of ``metric``; 0 disables."""
     metric: str = ""
-    """Name of the value that ``keep_best_k`` compares, of those that ``save(step, metrics=...)`` records."""
+    """The metric that ``keep_best_k`` compares, one of those recorded by ``save(step, metrics=...)``."""
     mode: Literal["min", "max"] = "min"
     """Whether the lowest or the highest value of ``metric`` is best."""
     remote_folder: str = ""
-    """A second folder behind ``folder``, a path or the URL of a store: committed steps are copied there beside the
+    """A second folder behind ``folder``, a path or the URL of a store: committed steps are copied there during
     training, and a run resumes from the newest step of either. Empty: none."""
     folder_per_node: bool = False
-    """``folder`` is a disk or memory of each node's own: a node keeps what its ranks hold, and a step counts there once
-    all nodes have their part. It needs ``remote_folder``, where steps are complete and any number of ranks resumes."""
+    """``folder`` is on each node's own disk or memory: a node keeps what its ranks hold, and a step counts there once
+    all nodes have their part. Needs ``remote_folder``, where steps are complete and any number of ranks can resume."""
     remote_every_n_steps: int = 0
-    """Copy only steps that are multiples of N, and the last one; 0: every one, or the newest where copying is slower
+    """Copy only steps that are multiples of N, and the last one; 0: every step, or the newest where copying is slower
     than saving."""
     remote_keep_latest_k: int = 10
-    """As ``keep_latest_k``, in ``remote_folder``."""
+    """As ``keep_latest_k``, for ``remote_folder``."""
     remote_keep_every_n_steps: int = 0
-    """As ``keep_every_n_steps``, in ``remote_folder``."""
+    """As ``keep_every_n_steps``, for ``remote_folder``."""
     load_step: int = -1
-    """Begin at this step; -1 means the end of the branch that was written last. Once steps have been saved that descend
-    from it, the same command resumes from these."""
+    """Start from this step; -1 means the end of the branch that was written last. Once steps have been saved that
+    descend from it, the same command resumes from these."""
     restart_branch: bool = False
-    """Begin at ``load_step`` once more, though steps have been saved that descend from it: another branch."""
+    """Start from ``load_step`` once more, although steps have been saved that descend from it: another branch."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """What to leave as freshly built: parts (model, optimizer, lr_scheduler, dataloader, train_state, states, rng,
+    """What to leave as initialized: parts (model, optimizer, lr_scheduler, dataloader, train_state, states, rng,
     attached), or globs of keys, such as ``head.*``."""
     allow_missing: tuple[str, ...] = field(default=())
-    """Globs of keys of this run that the checkpoint may lack: they stay as freshly built. All others must be there."""
+    """Globs of keys of this run that the checkpoint may lack: they stay as initialized. All others must be there."""
     allow_unexpected: tuple[str, ...] = field(default=())
-    """Globs of keys of the checkpoint that this run may have no place for: they are left out. Others are refused."""
+    """Globs of keys of the checkpoint that this run may not have: they are ignored. Others are refused."""
     enable_first_step_checkpoint: bool = False
-    """Also save after the first step: shows early that saving works."""
+    """Also save after the first step, to show early that saving works."""
     create_seed_checkpoint: bool = False
-    """Initialise the model on one process, save it as step 0 and exit."""
+    """Initialize the model on one process, save it as step 0 and exit."""
     load_only: bool = False
     """Load, but never save."""
 
@@ -153,7 +154,7 @@ class CheckpointConfig:
             raise ConfigError(problems)
 
     def _settle_types(self) -> list[str]:
-        """Give every field a value of its type; what has none gets its default, for the other checks, and a problem."""
+        """Convert every field to its type; an invalid one gets its default, for the other checks, and a problem."""
         problems = []
         for option in fields(self):
             value = getattr(self, option.name)
@@ -197,15 +198,17 @@ class CheckpointConfig:
         if self.keep_best_k < 0:
             found.append(f"checkpoint.keep_best_k must be 0 (disabled) or more, not {self.keep_best_k}")
         if bool(self.keep_best_k) != bool(self.metric):
-            found.append("checkpoint.keep_best_k and checkpoint.metric need each other: which steps are best, by what")
+            found.append(
+                "checkpoint.keep_best_k and checkpoint.metric need each other: how many steps to keep, by which metric"
+            )
         if self.restart_branch and self.load_step == -1:
             found.append("checkpoint.restart_branch needs checkpoint.load_step: the step where the branch begins")
         if self.remote_folder and self.remote_folder == self.folder:
-            found.append(f"checkpoint.remote_folder is checkpoint.folder ({self.folder}): give another one, or none")
-        if self.folder_per_node and not self.remote_folder:
             found.append(
-                "checkpoint.folder_per_node needs checkpoint.remote_folder: a node that is lost takes its folder along"
+                f"checkpoint.remote_folder equals checkpoint.folder ({self.folder}): give another one, or none"
             )
+        if self.folder_per_node and not self.remote_folder:
+            found.append("checkpoint.folder_per_node needs checkpoint.remote_folder: a lost node loses its folder too")
         for name in ("last_save_in_hf", "hf_interval"):
             if self.folder_per_node and getattr(self, name):
                 found.append(
@@ -250,7 +253,7 @@ def is_pattern(name: str) -> bool:
 
 
 def settle(value: object, hint: Any) -> Any:
-    """``value`` as one of the type ``hint``: whole numbers and paths of any kind, lists for tuples.
+    """Convert ``value`` to the type ``hint``: integers and paths of any kind, lists to tuples.
 
     Raises:
         ValueError: it is of another type; the text says what is expected.

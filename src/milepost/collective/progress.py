@@ -70,13 +70,13 @@ class ProgressLog:
         return min(1.0, self._done_nbytes / self._nbytes) if self._nbytes else 1.0
 
     def add(self, nbytes: int) -> None:
-        """Take note that ``nbytes`` more are done; from any thread."""
+        """Record that ``nbytes`` more are done; from any thread."""
         with self._lock:
             self._done_nbytes += nbytes
             self._log()
 
     def reach(self, done_nbytes: int) -> None:
-        """Take note that ``done_nbytes`` are done in all."""
+        """Record that ``done_nbytes`` are done in all."""
         with self._lock:
             self._done_nbytes = done_nbytes
             self._log()

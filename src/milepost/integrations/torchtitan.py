@@ -45,7 +45,7 @@ class MilepostCheckpointManager(CheckpointManager):
         """torchtitan's options, and those that only Milepost has; see ``milepost.CheckpointConfig``."""
 
         interval_seconds: float = 0.0
-        """Save also when this many seconds have passed since the last save; 0 disables."""
+        """Also save when this many seconds have passed since the last save; 0 disables."""
         on_save_error: Literal["stop", "warn"] = "stop"
         """When a save fails: stop, or warn and train on."""
         check_replicas: int = 0
@@ -55,7 +55,7 @@ class MilepostCheckpointManager(CheckpointManager):
         page_cache: Literal["auto", "keep", "drop", "direct"] = "auto"
         """What becomes of written files in the operating system's page cache."""
         keep_every_n_steps: int = 0
-        """Of older steps, keep the multiples of N; 0 disables."""
+        """Also keep older steps that are multiples of N; 0 disables."""
         restart_branch: bool = False
         """Begin at load_step once more, though steps have been saved that descend from it."""
 

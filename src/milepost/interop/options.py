@@ -57,7 +57,7 @@ class ConvertOptions:
     training_state: bool = False
     """Carry over the optimizer's state, the schedule and the counters too, to a DCP target."""
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES
-    """At most so many bytes of buffers."""
+    """The largest number of bytes held in buffers."""
 
     def __post_init__(self) -> None:
         problems = []

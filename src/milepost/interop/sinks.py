@@ -202,7 +202,7 @@ class _Frame:
         return self._end, [self._footer, bytes(item.record_offset - self._end - len(self._footer)), header]
 
     def passed(self, tensor: WrittenTensor) -> None:
-        """Take note of a tensor that was written."""
+        """Record a tensor that was written."""
         item = tensor.item
         layout = record.tensor_record(item.dtype, item.box.sizes)
         self._end, self._footer = item.data_offset + item.data_nbytes, record.record_footer(layout, tensor.crc32)

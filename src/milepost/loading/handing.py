@@ -225,7 +225,7 @@ class Handing:
     def _settled(self, held: Future[memoryview | None]) -> memoryview | None:
         try:
             return held.result()
-        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
+        except BaseException as cause:  # noqa: BLE001 - the other ranks must learn of it
             self._failure = self._failure or failure_on(self._comm.rank, cause)
             return None
 

@@ -243,7 +243,7 @@ def load_from(
         fit.check(path, policy)
         for key in fit.missing:
             target.values.pop(key, None)  # nothing is read for it
-    except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+    except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part)

@@ -132,7 +132,7 @@ def _measure(
             with storage.open_read(join(folder, shard.file)) as handle:
                 reader = shard_reader(handle, block.key, entry.dtype, shard, block.shard, digests)
                 reader.read(block.low, memoryview(into), lambda: memoryview(bytearray(digests.block_nbytes)))
-        except BaseException as cause:  # noqa: BLE001 - the other ranks must hear of it
+        except BaseException as cause:  # noqa: BLE001 - the other ranks must learn of it
             failure = failure_on(comm.rank, cause)
 
     if source >= 0:

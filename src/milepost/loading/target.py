@@ -91,7 +91,7 @@ class Target:
         return node
 
     def take_all(self) -> None:
-        """Take note that all that is stored has its place."""
+        """Record that all that is stored has its place."""
         if self._stored is not None:
             self._taken.update(map(str, self._stored.tree.root))
 

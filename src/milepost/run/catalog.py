@@ -165,9 +165,9 @@ def examine(
 
 
 def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> None:
-    """Leave word beside the checkpoint at ``path`` that its bytes are not sound: scans then list it as damaged.
+    """Mark the checkpoint at ``path`` as damaged, beside it, so that scans list it as damaged.
 
-    The mark holds for the save that is there now, not for a later one at the same place. ``now`` is in seconds since
+    The mark applies to the save that is there now, not to a later one at the same path. ``now`` is in seconds since
     the epoch. Does nothing when the checkpoint is gone.
     """
     info = _look(storage, path, files_in(storage, path))

@@ -48,7 +48,7 @@ def read_mark(storage: Storage, path: str, record_id: str) -> str | None:
 
 
 def pin(storage: Storage, folder: str, step: int) -> None:
-    """Keep a step from ever being pruned. No error if it is pinned already.
+    """Protect a step from being pruned. No error if it is pinned already.
 
     Raises:
         CheckpointNotFoundError: it was deleted before the pin was there.
@@ -67,7 +67,7 @@ def pin(storage: Storage, folder: str, step: int) -> None:
 
 
 def unpin(storage: Storage, folder: str, step: int) -> None:
-    """Take the pin away. No error if there is none."""
+    """Remove the pin of a step. No error if there is none."""
     storage.remove(pin_mark(join(folder, step_name(step))))
     storage.sync_folder(folder)
 

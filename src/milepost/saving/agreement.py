@@ -106,7 +106,7 @@ class Agreement:
                 return Agreed(prepared, job, reused)
 
     def committed(self, frozen: FrozenFile | None) -> None:
-        """Take note that the last save is committed, with this file of frozen tensors."""
+        """Record that the last save is committed, with this file of frozen tensors."""
         if frozen is not None:
             self._frozen = frozen
 

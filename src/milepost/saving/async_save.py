@@ -181,7 +181,7 @@ class AsyncSaver:
             self._let_go()
 
     def failure_of_current(self) -> MilepostError | None:
-        """Wait for the save that runs on this rank; its failure. Ctrl-C counts as one: the others must hear of it."""
+        """Wait for the save that runs on this rank; its failure. Ctrl-C counts as one: the others must learn of it."""
         if self._current is None:
             return None
         try:

@@ -119,7 +119,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self._notice.check()
 
     def accepted(self) -> None:
-        """Take note that the tensors may change: what was staged will be committed if whoever runs the job lives."""
+        """Record that the tensors may change: what was staged will be committed if whoever runs the job lives."""
         if not self._staged.done():
             self._staged.set_result(None)
 

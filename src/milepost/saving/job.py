@@ -113,10 +113,10 @@ class JobMonitor:
     """Receives what a job reports while it runs, and answers while it waits. This base class takes no notice."""
 
     def wrote(self, nbytes: int) -> None:
-        """Take note that ``nbytes`` more are written. Called from any thread."""
+        """Record that ``nbytes`` more are written. Called from any thread."""
 
     def signed_off(self, files: Sequence[WrittenFile]) -> None:
-        """Take note that ``files`` are durable, and on record."""
+        """Record that ``files`` are durable, and on record."""
 
     def why_stop(self) -> str | None:
         """Return the reason to stop waiting for other ranks, or None.

@@ -114,7 +114,7 @@ class Saver:
                 result = run_job(
                     self._storage, job, TensorBlocks(prepared.flat.tensors), encoded(prepared.objects), watch
                 )
-        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
             failure = save_failure(self._comm.rank, cause)
         self._exchange(watch, failure)
         self._agreement.committed(result.frozen)

@@ -106,12 +106,12 @@ class SaveLog:
         self._write()
 
     def resumed(self, step: int, path: str) -> None:
-        """Take note that the run resumed from ``step`` at ``path``, for the line before the next save's."""
+        """Record that the run resumed from ``step`` at ``path``, for the line before the next save's."""
         said = {"event": "resumed", "step": step, "path": path, "finished": round(time.time(), 6)}
         self._waiting.append(_line(said | self._ranks))
 
     def failed(self, step: int, reason: str, error: str) -> None:
-        """Take note that a save failed, for the line before the next save's, or the last one."""
+        """Record that a save failed, for the line before the next save's, or the last one."""
         said = {"event": "failed", "step": step, "reason": reason, "finished": round(time.time(), 6)}
         self._waiting.append(_line(said | {"error": shortened(error, _MAX_ERROR_LENGTH)} | self._ranks))
         self._num_failed += 1

@@ -120,7 +120,7 @@ class HfSaves:
             self._release()
 
     def _record(self) -> None:
-        """Take note of the save that was waited for."""
+        """Record the save that was waited for."""
         if self._begun is None or not self._begun[1].done():
             return
         (step, save), self._begun = self._begun, None

@@ -24,7 +24,7 @@ class SaveHistory:
         """The last step that was committed, as far as it has been waited for."""
 
     def resumed(self, descent: Descent | None) -> None:
-        """Take note of what was loaded; None if it is no step of the run's folder."""
+        """Record what was loaded; None if it is no step of the run's folder."""
         self._next = descent
 
     def next_lineage(self, step: int) -> Lineage:
@@ -40,7 +40,7 @@ class SaveHistory:
         return lineage
 
     def committed(self, step: int, save_id: str) -> None:
-        """Take note that the last save is committed, so that the next one descends from it."""
+        """Record that the last save is committed, so that the next one descends from it."""
         self.committed_step = step
         if self._next is not None:
             self._next = self._next.committed(step, save_id)

@@ -64,7 +64,7 @@ class CommitHooks:
         self._lock = threading.Lock()
 
     def tell(self, commit: Commit) -> None:
-        """Take note of a commit, from any thread. Returns at once."""
+        """Record a commit, from any thread. Returns at once."""
         if self._act is None and not self._command:
             return
         self._commits.put(commit)

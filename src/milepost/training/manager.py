@@ -54,7 +54,7 @@ MAX_FAILURES = 3
 class CheckpointManager:
     """Saves and resumes a training run. All methods are collective: call them on every rank.
 
-    Ctrl-C in the middle of one raises KeyboardInterrupt at its end, so that no rank is left waiting for this one; a
+    Ctrl-C during a method raises KeyboardInterrupt at its end, so that no rank is left waiting for this one; a
     second Ctrl-C raises it at once.
 
     Example::
@@ -66,28 +66,29 @@ class CheckpointManager:
                 ...
                 manager.save(step, last_step=step == num_steps)
 
-    At the end of the block the manager is closed (:meth:`close`). An error within the block is raised as it is: what
-    was staged by then is committed nevertheless, and a failure of that save is logged.
+    The manager is closed at the end of the block (:meth:`close`). An error within the block propagates unchanged: a
+    save that was staged by then is still committed, and a failure of it is logged.
 
     Args:
-        folder: where the steps are kept, as ``step-<N>`` folders.
+        folder: the folder of the steps, which are folders ``step-<N>`` in it.
         config: see :class:`milepost.CheckpointConfig`.
-        model: a module, or this rank's pipeline stages. It must be given.
+        model: a module, or this rank's pipeline stages. Required.
         optimizer: one or several optimizers over the model's parameters.
-        lr_scheduler: one or several schedulers; each is given its own state back, by position.
+        lr_scheduler: one or several schedulers; each gets its own state back, by position.
         dataloader, train_state: anything with ``state_dict()`` and ``load_state_dict()``.
         states: further objects by name, each with ``state_dict()`` and ``load_state_dict()``: an averaged model
-            (EMA), a gradient scaler, a second optimizer. They must be alike on all ranks.
-        layout: degrees of parallelism by name. Recorded; random generators are restored only under the same one.
-        per_rank: parts that may belong to each rank (of lr_scheduler, dataloader, train_state): where they differ
-            between ranks they are stored for each, and given back by rank. At another number of ranks the object's
-            ``reshard(states)`` makes a state for this rank of all of the saved ones; without that method the load is
+            (EMA), a gradient scaler, a second optimizer. They must be the same on all ranks.
+        layout: degrees of parallelism by name. Recorded; random generators are restored only under the same degrees.
+        per_rank: parts that may differ between ranks (of lr_scheduler, dataloader, train_state): if they
+            differ they are stored per rank, and restored by rank. On another number of ranks the object's
+            ``reshard(states)`` makes this rank's state from all saved ones; without that method the load is
             refused. Anything else that differs between ranks is refused by :meth:`save`.
-        hf: which model this is (:class:`milepost.HfModel`), for ``initial_load_in_hf``, ``last_save_in_hf`` and
+        hf: the model (:class:`milepost.HfModel`), for ``initial_load_in_hf``, ``last_save_in_hf`` and
             ``hf_interval``.
-        on_commit: called on rank 0 with each :class:`milepost.Commit`, in a thread of its own, as soon as a step is
-            committed; ``config.on_commit`` is a command line for the same. A failure is logged and fails no save.
-        comm: how ranks exchange; by default the default process group, or one process.
+        on_commit: called on rank 0 with each :class:`milepost.Commit`, in a separate thread, as soon as a step is
+            committed; ``config.on_commit`` is a command line for the same. A failure is logged and does not fail the
+            save.
+        comm: communication between ranks; by default the default process group, or a single process.
 
     Raises (from every method, on every rank): subclasses of :class:`milepost.MilepostError`.
     """
@@ -248,19 +249,19 @@ class CheckpointManager:
     def load(self, num_steps: int | None = None, *, step: int | None = None) -> LoadReport | None:
         """Resume, or start from ``initial_load_path``; None when there is nothing to load: a new run.
 
-        Of the branch that was written last the newest committed step with the full state is taken. If its bytes are
-        damaged, it is marked so and the one that it descends from is taken, on all ranks together. With ``load_step``
-        that step is taken, and never another, until steps have been saved that descend from it: then these are resumed,
-        unless ``restart_branch`` is set. A save that still runs is waited for.
+        Loads the newest committed step with the full state, of the branch that was written last. If its bytes are
+        damaged, it is marked and all ranks load the step that it descends from. With ``load_step``
+        only that step is loaded, until steps have been saved that descend from it: the run then resumes from these,
+        unless ``restart_branch`` is set. Waits for a running save.
 
         Args:
-            num_steps: the last step of the run. If that is saved already, it is loaded, weights alone if it holds no
-                more, and ``report.step`` is its number, so that there is nothing left to train.
-            step: load this step, and never another, whatever ``load_step`` says; what is saved next descends from it.
+            num_steps: the last step of the run. If it is saved already, it is loaded (only weights if it holds no
+                more), and ``report.step`` is its number, so that there is nothing left to train.
+            step: load this step and no other, whatever ``load_step`` says; the next save descends from it.
 
         Raises:
             CheckpointNotFoundError: there is no such step, or nothing at ``initial_load_path``.
-            CheckpointDamagedError: the step that was named, or all there are, are damaged.
+            CheckpointDamagedError: the named step, or every step, is damaged.
             StateMismatchError: the checkpoint does not fit this training state; nothing was changed.
         """
         if not self._config.enable:
@@ -282,8 +283,8 @@ class CheckpointManager:
     def restore_rng(self) -> None:
         """Set this rank's random generators to where :meth:`load` left them, if it was called.
 
-        Call it where training goes on, after what draws from them on the way there: ``iter(loader)`` takes the seed of
-        its workers from torch's generator, so that dropout would go on one number later than it did.
+        Call it where training continues, after code that draws from them on the way there: ``iter(loader)`` draws the
+        seed of its workers from torch's generator, so dropout would continue one number later.
         """
         if self._rng is not None:
             set_rng_state(self._rng)
@@ -301,12 +302,12 @@ class CheckpointManager:
         """Save if a checkpoint is due after ``step``; returns whether one was begun.
 
         It is due by ``interval``, by the clock (``interval_seconds``, ``interval = "auto"``), at the last step, or
-        because a rank got a signal (:meth:`listen_to_signals`). The steps before are untouched until the new one is
+        because a rank got a signal (:meth:`listen_to_signals`). Earlier steps are kept until the new one is
         committed; then ``keep_latest_k`` is applied. When this returns, it is committed (``async_mode = "disabled"``),
         or staged (``"async"``), or being staged (``"async_with_pinned_mem"``: see :meth:`maybe_wait_for_staging`).
 
         Args:
-            step: a whole number of any integral type, the same on every rank.
+            step: an integer of any integral type, the same on every rank.
             last_step: whether training ends here.
             metrics: values measured at this step, by name, such as ``{"loss": 2.3}``. Those of rank 0 are recorded in
                 the step: ``milepost ls`` shows them, and ``keep_best_k`` compares them.
@@ -316,7 +317,7 @@ class CheckpointManager:
                 stored; ``milepost inspect`` shows them.
 
         Raises:
-            SaveError: this save failed, or the one before did in the background; on every rank. Or the manager is
+            SaveError: this save failed, or the previous one did in the background; on every rank. Or the manager is
                 closed.
         """
         step = checked_step(step)
@@ -350,7 +351,7 @@ class CheckpointManager:
         return True
 
     def _save_in_hf(self, step: int) -> None:
-        """Begin the periodic save in the other format, if one is due: after the step's own, which is resumed from."""
+        """Start the periodic save in Hugging Face's format, if due: after the step itself, which a resume needs."""
         if self._hf_saves is None or not self._hf_saves.is_due(step) or self.stop_requested:
             return
         with self._blocked():
@@ -360,7 +361,7 @@ class CheckpointManager:
                 self._stop_or_warn(error)
 
     def maybe_wait_for_staging(self) -> None:
-        """Return when the weights may be changed again. To be called before ``optimizer.step()``.
+        """Return when the weights may be changed again. Call it before ``optimizer.step()``.
 
         If staging failed, the save is lost and its error is raised, on every rank, by the next :meth:`save` or
         :meth:`close`.
@@ -376,7 +377,7 @@ class CheckpointManager:
 
     @interrupts_held()
     def maybe_wait_for_saving(self) -> None:
-        """Return when the save that runs in the background, if any, is committed. Collective.
+        """Return when the running background save, if any, is committed. Collective.
 
         Raises:
             SaveError: it has failed; on every rank, and only here.
@@ -390,7 +391,7 @@ class CheckpointManager:
 
     @interrupts_held()
     def close(self) -> None:
-        """Wait until the last save is committed (rank 0 logs how far it is), and let go of memory and processes.
+        """Wait until the last save is committed (rank 0 logs its progress), and release memory and processes.
 
         Raises:
             SaveError: on every rank, if that save failed and nothing raised it before.
@@ -416,7 +417,7 @@ class CheckpointManager:
             self._folder.close()
 
     def _leave(self) -> None:
-        """As :meth:`close` after an error of this rank: not collective, for the others may not be coming."""
+        """As :meth:`close`, after an error of this rank: not collective, since the other ranks may not close."""
         self._is_closed = True
         saver, self._saver = self._saver, None
         try:
@@ -433,8 +434,8 @@ class CheckpointManager:
     ) -> None:
         """Save at the next :meth:`save` when any rank gets SIGUSR1; on SIGTERM, save and ask to stop.
 
-        A file ``SAVE`` or ``STOP`` in the run's folder does the same, once: it is removed when it is acted on.
-        Call it on the main thread of every rank. Ranks then exchange a number at every call of :meth:`save`. A second
+        A file ``SAVE`` or ``STOP`` in the run's folder does the same, once: it is removed when it is handled.
+        Call it on the main thread of every rank. Ranks then exchange a number in every call of :meth:`save`. A second
         request to stop does what that signal did before; the same signal within a second counts as one.
 
         Args:
@@ -469,7 +470,7 @@ class CheckpointManager:
 
     @property
     def pending(self) -> SaveHandle | None:
-        """The save that was begun last, if it is written in the background and was not waited for since."""
+        """The last save, if it is written in the background and was not waited for since."""
         outcome = self._pending.outcome if self._pending is not None else None
         return outcome if isinstance(outcome, SaveHandle) else None
 
@@ -490,7 +491,7 @@ class CheckpointManager:
             log.warning("a save failed, training continues (checkpoint.on_save_error = warn): %s", error)
 
     def _wait_for_pending(self) -> None:
-        """Wait for the save that runs, and log it. Its failure is raised on every rank. Collective."""
+        """Wait for the running save, and log it. Its failure is raised on every rank. Collective."""
         try:
             if isinstance(self._saver, AsyncSaver):
                 self._saver.wait()
@@ -498,7 +499,7 @@ class CheckpointManager:
             self._record_pending()
 
     def _record_pending(self) -> None:
-        """Wait for the pending save, and on rank 0 log what it did. Its error is the saver's to raise."""
+        """Wait for the pending save, and log it on rank 0. The saver raises its error."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

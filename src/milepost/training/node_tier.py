@@ -85,7 +85,7 @@ class NodeTier:
         self._thread.start()
 
     def offer(self, commit: Commit, save_id: str, order: int, protected: Mapping[int, str]) -> None:
-        """Take note that this node's part of a save is committed. Returns at once; from any thread."""
+        """Record that this node's part of a save is committed. Returns at once; from any thread."""
         with self._changed:
             self._own.append(_Own(commit, save_id, order, dict(protected)))
             self._comm.arrive(self._key("part", save_id))

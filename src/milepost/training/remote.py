@@ -117,7 +117,7 @@ class RemoteTier:
             raise
 
     def offer(self, commit: Commit, protected: Mapping[int, str]) -> None:
-        """Take note of a step that is committed locally. Returns at once; from any thread.
+        """Record a step that is committed locally. Returns at once; from any thread.
 
         ``protected``: steps that are not to be pruned in the remote folder.
         """

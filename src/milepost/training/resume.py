@@ -344,7 +344,7 @@ class Loader:
                 logs_progress=self._comm.rank == 0,
             )
             load.restore()
-        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         assert report is not None
@@ -369,7 +369,7 @@ class Loader:
                 tell=self._comm.rank == 0,
             )
             load.restore()
-        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         assert loaded is not None

@@ -163,7 +163,7 @@ class BlockReader:
         self._compare(low, min(low + self._step, self.nbytes), crc)
 
     def passed(self, start: int, data: memoryview) -> None:
-        """Take note of ``data``, which was read from byte ``start`` on, and of no more than one block.
+        """Record ``data``, which was read from byte ``start`` on, and of no more than one block.
 
         Raises:
             DigestMismatchError: with it a block, or all the data, is complete and is not what was written.

@@ -37,7 +37,7 @@ class MergeOptions:
     max_shard_nbytes: int | None = None
     """Size of the files of a Hugging Face target; None: as the first source is split."""
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES
-    """At most so many bytes of buffers."""
+    """The largest number of bytes held in buffers."""
 
     def check(self, num_sources: int) -> None:
         """Refuse options that contradict each other or the number of sources. Raises ConfigError with all problems."""

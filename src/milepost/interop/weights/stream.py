@@ -73,7 +73,7 @@ class SlabReader:
             )
         self.num_threads = min(_MAX_THREADS, budget_nbytes // per_thread)
         self.peak_nbytes = self.num_threads * per_thread
-        """At most so many bytes of buffers are held at once."""
+        """The largest number of bytes held in buffers at once."""
 
     def slabs(self, key: str) -> Iterator[Slab]:
         """The slabs of a tensor, in order."""
