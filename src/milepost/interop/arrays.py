@@ -113,7 +113,8 @@ def _bounds(part: Any, dim: int, size: int) -> tuple[int, int, Any]:
 
 
 class OpenCheckpoint(Mapping[str, StoredArray]):
-    """The tensors of a checkpoint by key, read when they are indexed. A context manager; reads of several threads go.
+    """The tensors of a checkpoint by key, read when they are indexed. A context manager; threads may read at the same
+    time.
 
     Keys of tensors with a dtype that numpy lacks are there too; asking for such a tensor raises ConversionError.
     """
@@ -163,7 +164,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:
     the tensors lie. Public as ``milepost.open``.
 
     Raises:
-        CheckpointNotFoundError: there is nothing, or nothing that is known.
+        CheckpointNotFoundError: nothing is there, or nothing in a known format.
         CheckpointDamagedError: files are missing, truncated or malformed.
         ConversionError: tensors are stored in a form that can't be read in part (strides).
     """

@@ -28,17 +28,17 @@ CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepo
 
 
 def new_save_id() -> str:
-    """32 hex digits that no other save has."""
+    """Return a unique id of 32 hex digits."""
     return uuid.uuid4().hex
 
 
 def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
-    """Make the fresh place for a save of ``target``, beside it, and give its name. Called by one rank.
+    """Create a new attempt at saving ``target``, beside it, and return its path. Called by one rank.
 
-    Stale attempts of dead processes there are removed first: callers of ``save()`` have nobody else to do it.
+    Removes stale attempts of dead processes first: with ``save()`` no manager does it.
 
     Raises:
-        ConfigError: ``target`` exists and is something else than a checkpoint, so it must not be replaced.
+        ConfigError: ``target`` exists and is not a checkpoint, so it must not be replaced.
         StorageError: the folder can't be made.
     """
     fault = _why_not_replace(storage, target)
@@ -55,12 +55,12 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
             storage.make_folder(attempt)
         else:
             object_commit.note_target(storage, attempt, target)
-        adopt_attempt(storage, attempt)  # first of all: without its owner's record nobody may remove what is in it
+        adopt_attempt(storage, attempt)  # first of all: without its owner's record no sweep may remove it
         if storage.can_rename:
             place = Place.of(storage, attempt, target, save_id).folder
             storage.make_folder(place)
             if storage.stat(target) is not None:
-                storage.keep_access(target, place)  # before any data is in it
+                storage.keep_access(target, place)  # before it holds any data
     except BaseException:  # Ctrl-C too
         discard_quietly(storage, attempt)  # without its owner's record it would stay for an hour
         raise
@@ -68,7 +68,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
 
 
 def resume_attempt(storage: Storage, attempt: str, target: str, save_id: str) -> None:
-    """Go on with an attempt of a dead process, which the caller has adopted: with the target as it is now.
+    """Continue an attempt of a dead process, which the caller has adopted, with the target as it is now.
 
     Raises:
         ConfigError, StorageError: as :func:`begin_attempt`.
@@ -84,21 +84,21 @@ def resume_attempt(storage: Storage, attempt: str, target: str, save_id: str) ->
 
 
 def adopt_attempt(storage: Storage, attempt: str) -> None:
-    """Declare that the calling process works on the attempt too: while it lives, nobody sweeps it.
+    """Record that the calling process works on the attempt too: it is not swept while this process is alive.
 
-    A writer process calls this, since it finishes its job when the training process dies.
+    A writer process calls this, since it finishes its job even if the training process dies.
     """
     storage.write(f"{attempt}/{OWNER_PREFIX}{uuid.uuid4().hex[:8]}.json", this_process(time.time()).dump())
     storage.sync_folder(attempt)
 
 
 def abort_attempt(storage: Storage, attempt: str) -> None:
-    """Remove an attempt. Never fails: what can't be removed now is removed by a later run."""
+    """Remove an attempt. Never fails: a later run removes the rest."""
     discard_quietly(storage, attempt)
 
 
 def remove_records(storage: Storage, place: Place) -> None:
-    """Take away the records that an attempt that goes on has left: they are written anew."""
+    """Remove the records that a continued attempt has left: they are written again."""
     for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME):
         if name != MANIFEST_NAME or storage.can_rename:  # else that is the committed one's
             storage.remove(place.path(name))

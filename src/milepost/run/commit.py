@@ -10,8 +10,8 @@
         committed                publish                 only if the attempt can't be removed after the commit
     step-<N>/                    publish                 data/ renamed: the one atomic act
 
-No collective and no torch: any process that sees the storage can take part. The invariant: after a crash at any
-point, a scan shows the state before the save or the state after it.
+Uses no collective and no torch: any process with access to the storage can take part. The invariant: after a crash at
+any point, a scan shows the state before the save or the state after it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from milepost.run.sweep import discard_quietly
 from milepost.storage.base import Storage, join, split
 
 VISIBILITY_S = 60.0
-"""Another machine's files, and their sizes, may show only this many seconds later: NFS caches both."""
+"""Files of another machine, and their sizes, may become visible this many seconds late: NFS caches both."""
 
 
 def publish(
@@ -76,7 +76,7 @@ def publish(
     """
     manifest, crcs = assemble(signed, info, now=now, world_size=world_size)
     place = Place.of(storage, attempt, target, manifest.save_id)
-    # A store shows at once what it has taken.
+    # An object store is consistent: what it has accepted is visible at once.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
     manifest, records = _records(place, manifest, crcs.data)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
@@ -157,24 +157,24 @@ def _put_in_place_and_sweep(
         storage.write_all(records)
         object_commit.put_manifest(storage, attempt, target, manifest, to_json(manifest))
         return
-    # Synced before the rename, which must not outrun them.
+    # Synced before the rename: a power cut must not find the rename on disk without the records.
     storage.write_all({**records, place.path(name): to_json(manifest)})
     _carry_over(storage, target, place, manifest)
     storage.sync_folder(place.folder)
     aside = _put_in_place(storage, place.folder, target, manifest.save_id)
-    # The save is committed. What can't be removed now is removed by a later sweep, so it can't fail the save.
+    # The save is committed. A failure to clean up must not fail it: a later sweep removes the rest.
     if not discard_quietly(storage, attempt):
-        with contextlib.suppress(StorageError):  # else those who wait see the attempt stay, and must wait in vain
+        with contextlib.suppress(StorageError):  # the waiting ranks would otherwise see the attempt stay, and time out
             storage.write(f"{attempt}/{COMMITTED_NAME}", b"")
     if aside is not None:
         discard_quietly(storage, aside)
 
 
 def _carry_over(storage: Storage, target: str, place: Place, manifest: Manifest) -> None:
-    """Take along what the user has laid beside the checkpoint that is to be replaced, for it goes with its folder.
+    """Carry over the user's own files beside the checkpoint that is replaced: they would be deleted with its folder.
 
     Raises:
-        SaveError: it has the name of a file of the new checkpoint.
+        SaveError: one has the name of a file of the new checkpoint.
     """
     names = _names_beside(storage, target)
     taken = [name for name in names if name in {MANIFEST_NAME, *manifest.files}]
@@ -189,7 +189,7 @@ def _carry_over(storage: Storage, target: str, place: Place, manifest: Manifest)
 
 
 def _names_beside(storage: Storage, target: str) -> list[str]:
-    """The files in the folder ``target`` that belong to no checkpoint."""
+    """List the files in the folder ``target`` that belong to no checkpoint."""
     names = [entry.name for entry in storage.list(target) if not CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
     if not names:
         return []
@@ -197,7 +197,7 @@ def _names_beside(storage: Storage, target: str) -> list[str]:
         own = {*checkpoint_record.read_record(storage, target).manifest.files}
     except (CheckpointNotFoundError, FormatError):
         own = set()
-    # Weights of a checkpoint of which the record is lost are not mixed with those of another.
+    # Never mix the weights of a checkpoint that has lost its record with those of another.
     return [name for name in names if name not in own and (own or not is_hf_folder([name]))]
 
 
@@ -245,20 +245,20 @@ def _records(
 
 
 def finish(storage: Storage, target: str) -> None:
-    """Do what a process that died right after the commit of ``target`` may have left undone."""
+    """Complete what a process that died right after the commit of ``target`` may have left undone."""
     if not storage.can_rename:
         object_commit.settle_aliases(storage, target)
 
 
 def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str | None:
-    """Give the folder ``data`` the name ``target``. What had that name goes to ``data``, or to the name returned."""
+    """Rename the folder ``data`` to ``target``. A previous ``target`` becomes ``data``, or the returned name."""
     folder, name = split(target)
     aside = None
-    # The rename is the commit. A crash before it leaves an attempt, which is removed; after it, the checkpoint.
+    # The rename is the commit. A crash before it leaves a stale attempt, which is swept; after it, the checkpoint.
     if storage.stat(target) is None:
         storage.rename(data, target)
     elif not storage.exchange(data, target):
-        # Two renames. Between them the catalog knows the old one by its other name.
+        # No atomic exchange here, so two renames. Between them the catalog finds the old one by its other name.
         aside = join(folder, f"{REPLACED_PREFIX}{save_id}-{name}")
         storage.rename(target, aside)
         storage.sync_folder(folder)
@@ -267,6 +267,6 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
         except StorageError:
             storage.rename(aside, target)
             raise
-    storage.sync_folder(folder)  # until then a power cut may undo the rename, so nobody is told of the commit
+    storage.sync_folder(folder)  # until then a power cut may undo the rename, so the commit is reported only after it
     storage.sync_folder(split(data)[0])  # the old name must not come back after the new one is durable
     return aside

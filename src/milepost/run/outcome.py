@@ -27,13 +27,13 @@ _HEAD_NBYTES = 4096
 
 
 def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
-    """Record for the ranks in ``wait_for_outcome`` that there will be no commit, why, and because of which rank.
+    """Record for the ranks in ``wait_for_outcome`` that the save failed, why, and because of which rank.
 
-    The attempt stays, so that all can learn of it; ``abort_attempt`` takes it away. On a full disk an empty file must
-    do.
+    The attempt stays, so that all ranks can read it; ``abort_attempt`` removes it. On a full disk an empty file must
+    suffice.
 
     Raises:
-        StorageError: not even that could be left.
+        StorageError: not even that could be written.
     """
     name = f"{attempt}/{FAILED_NAME}"
     content = json.dumps({"rank": rank, "message": message}).encode()
@@ -60,7 +60,7 @@ def wait_for_outcome(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Return once the save is committed; for the ranks that do not publish themselves.
+    """Return once the save is committed; for ranks that do not publish.
 
     Looks less and less often: twice a second, but of a large ``world_size`` each rank less, and not all at once, so
     that the storage is asked some thousand times a second at most. ``give_up`` says why to stop, or None; or raises
@@ -74,8 +74,8 @@ def wait_for_outcome(
     max_poll_s = min(max(0.5, world_size / RANKS_PER_S), MAX_POLL_S)
     gone_until: float | None = None
     while True:
-        # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So an attempt that
-        # is gone means neither: only the save id at the target tells.
+        # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So a missing attempt
+        # proves neither: only the save id at the target tells.
         names = _marks_in(storage, attempt)
         if FAILED_NAME in names:
             message, rank = recorded_failure(storage, attempt)
@@ -85,7 +85,7 @@ def wait_for_outcome(
         if not names:
             if save_id_at(storage, target) == save_id:
                 return
-            # The attempt is gone at once, but the checkpoint that it has become may show later.
+            # The attempt disappears at once, but the checkpoint that it became may become visible later (NFS).
             if gone_until is None:
                 gone_until = min(deadline, clock() + VISIBILITY_S)
             if clock() >= gone_until:
@@ -102,7 +102,7 @@ def wait_for_outcome(
 
 
 def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
-    """The reason for which the save failed, and the rank, as rank 0 has recorded them in the attempt.
+    """Read why the save failed, and the rank, as rank 0 has recorded them in the attempt.
 
     Raises:
         StorageError: it has not recorded any.
@@ -117,7 +117,7 @@ def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
 def _marks_in(storage: Storage, attempt: str) -> set[str]:
     """Find the marks that record an attempt's outcome, and the attempt itself.
 
-    It is not listed: there is a sign-off of every rank in it, and every rank looks, again and again.
+    The attempt is not listed: it holds a sign-off of every rank, and every rank polls it.
     """
     itself = attempt if storage.can_rename else f"{attempt}/{TARGET_NAME}"
     places = {name: f"{attempt}/{name}" for name in (FAILED_NAME, COMMITTED_NAME)} | {TARGET_NAME: itself}
@@ -125,7 +125,7 @@ def _marks_in(storage: Storage, attempt: str) -> set[str]:
 
 
 def save_id_at(storage: Storage, target: str) -> str:
-    """The save id at ``target``, or empty. From the head of the manifest alone, since a thousand ranks may ask."""
+    """The save id at ``target``, or empty. Reads only the head of the manifest, since a thousand ranks may ask."""
     paths = (join(target, name) for name in (MANIFEST_NAME, PART_NAME))
     path = next((path for path in paths if storage.stat(path) is not None), None)
     if path is None:

@@ -45,7 +45,7 @@ Mode = Literal["async", "async_with_pinned_mem"]
 class AsyncSaver:
     """Saves state dicts again and again in the background, one at a time, through one arena that is kept.
 
-    One that is forgotten without :meth:`close` lets go of all it holds, at the end of the save that runs.
+    One that is dropped without :meth:`close` releases everything it holds at the end of the running save.
     Collective methods are :meth:`save`, :meth:`wait` and :meth:`close`; they are called on the training thread.
     """
 
@@ -137,7 +137,7 @@ class AsyncSaver:
         return save
 
     def wait(self) -> None:
-        """Return when the save that runs, if any, is committed. Collective.
+        """Return when the running save, if any, is committed. Collective.
 
         Raises:
             MilepostError: it has failed on some rank; raised on every rank, and once.
@@ -156,7 +156,7 @@ class AsyncSaver:
             self._forget_failed()
 
     def close(self) -> None:
-        """Wait for the save that runs, and let go of all memory and processes. Collective.
+        """Wait for the running save, and release all memory and processes. Collective.
 
         Raises:
             MilepostError: on every rank, if that save failed and its failure was not raised before.
@@ -175,7 +175,7 @@ class AsyncSaver:
                 self._forget_failed()
 
     def leave(self) -> None:
-        """As :meth:`close`, on a rank that ends by an error and can't meet the others: a failure is logged."""
+        """As :meth:`close`, on a rank that exits with an error and can't meet the others: a failure is logged."""
         finish_saves()
         if self._current is None or self._current.done():
             self._let_go()
@@ -262,7 +262,7 @@ def async_save(
     kind: Kind = "state",
     layout: Mapping[str, int] | None = None,
 ) -> SaveHandle:
-    """Begin to save ``state_dict`` at ``path`` and return at once. Collective over all ranks.
+    """Start saving ``state_dict`` at ``path`` in the background. Collective over all ranks.
 
     With ``mode = "async"`` everything is staged when this returns, and a thread writes. With
     ``"async_with_pinned_mem"`` staging continues in the background (call ``handle.staged()`` before the weights change;

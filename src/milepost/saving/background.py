@@ -32,7 +32,7 @@ GRACE_S = 30.0
 
 
 class SaveHandle:
-    """A save that is under way, as this rank sees it."""
+    """A running save, as this rank sees it."""
 
     def __init__(self, path: str, save_id: str, nbytes: int):
         self.path = path

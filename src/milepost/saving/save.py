@@ -48,14 +48,14 @@ def save(
     """Save ``state_dict`` as a checkpoint at ``path``. Returns when it is committed; collective over all ranks.
 
     ``state_dict`` may nest mappings and lists; its values are tensors (DTensors too), plain values, or objects with
-    ``state_dict()``. What was at ``path`` before stays as it is until the moment the new checkpoint takes its place.
+    ``state_dict()``. A previous checkpoint at ``path`` stays until the new one replaces it atomically.
     Stock ``torch.distributed.checkpoint.load`` reads the folder. ``step`` is recorded; by default it is read off a
     path that ends in ``step-<N>``. So are ``kind`` (``full``: all that a run needs to be resumed; ``model``: weights
     alone) and ``layout``, degrees of parallelism by name.
 
     Raises:
         SaveError: on every rank, when any rank failed; the message names the rank. Nothing visible has changed.
-        ConfigError: on every rank; what is at ``path`` is not a checkpoint, so it is not replaced.
+        ConfigError: on every rank; ``path`` exists but is not a checkpoint, so it is not replaced.
     """
     check_given("save", path, state_dict)
     storage, target = open_storage(fspath(path))

@@ -26,7 +26,7 @@ class JobConfig:
     config_file: str = ""
     """TOML file with the options; flags override it."""
     dump_folder: str = "./outputs"
-    """Folder for everything that the run writes."""
+    """Folder for all output of the run."""
     description: str = "milepost training"
     """Description of the run, for people."""
     print_config: bool = False
@@ -52,7 +52,7 @@ class TrainingConfig:
     dataset: str = "python_docs"
     """Data set: python_docs (the language reference that ships inside every Python)."""
     dataset_path: str = ""
-    """Your own text instead: a .txt, .jsonl (field `text`) or .parquet (column `text`) file, or a folder of such."""
+    """Your own text instead: a .txt, .jsonl (field `text`) or .parquet (column `text`) file, or a folder of these."""
     local_batch_size: int = 8
     """Sequences of one forward and backward pass on a data-parallel rank."""
     global_batch_size: int = -1
@@ -60,7 +60,7 @@ class TrainingConfig:
     seq_len: int = 2048
     """Tokens in a sequence."""
     steps: int = 10000
-    """Steps of the whole run, those before a resume included."""
+    """Steps of the whole run, including those before a resume."""
     max_norm: float = 1.0
     """Gradient clipping: the largest norm of the gradient; 0 disables it."""
     dtype: Dtype = "float32"
@@ -82,7 +82,7 @@ class ParallelismConfig:
     data_parallel_replicate_degree: int = 1
     """Replicas of the model, each on other data (with a shard degree above 1: HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Ranks that one replica is sharded over, each on other data (FSDP); -1 takes the ranks that the others leave."""
+    """Ranks that one replica is sharded over, each on other data (FSDP); -1 takes the remaining ranks."""
     tensor_parallel_degree: int = 1
     """Ranks that split each matrix product."""
     pipeline_parallel_degree: int = 1
@@ -126,11 +126,11 @@ class LRSchedulerConfig:
     warmup_steps: int = 200
     """Warm-up: steps over which the learning rate rises to optimizer.lr."""
     decay_ratio: float | None = None
-    """Share of training.steps, at the end, in which it decays. Unset: it decays from the end of the warm-up on."""
+    """Fraction of training.steps, at the end, over which it decays. Unset: from the end of the warm-up."""
     decay_type: DecayType = "linear"
     """Shape of the decay."""
     min_lr_factor: float = 0.0
-    """Where the decay ends, as a fraction of optimizer.lr."""
+    """Learning rate at the end of the decay, as a fraction of optimizer.lr."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Attachments of a step, beside the state of the run: small files, and values that describe it.
 
-They travel with the step, and are checked as all of it is: ``milepost inspect`` shows them, ``milepost export`` lays a
+They are part of the step, and checked like all of it: ``milepost inspect`` shows them, ``milepost export`` writes a
 tokenizer beside the weights, and ``milepost.load(path)`` returns them.
 """
 
@@ -29,8 +29,8 @@ def attached(files: Mapping[str, Content] | None, extra: Mapping[str, Any] | Non
     """The part of the state that holds ``files``, read now, and ``extra``; empty if there are none.
 
     Raises:
-        ConfigError: naming each file that is missing, too large or of a name that is no file's, and each name in
-            ``extra`` that is no text.
+        ConfigError: naming each file that is missing, too large or has an invalid name, and each name in
+            ``extra`` that is not text.
     """
     problems: list[str] = []
     found: dict[str, bytes] = {}

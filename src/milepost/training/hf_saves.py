@@ -1,7 +1,7 @@
 """Periodic saves in the other format (``checkpoint.hf_interval``), beside the steps, while training goes on.
 
-That folder is as a run's: its steps are committed, swept and pruned as others are, by rules of their own. They are
-written by a thread, from a copy of the model, beside the save of a step.
+That folder is like a run's: its steps are committed, swept and pruned by separate rules. They are
+written by a thread, from a copy of the model, independently of the save of a step.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class HfSaves:
         return step > 0 and step % self._config.hf_interval == 0
 
     def save(self, step: int) -> None:
-        """Begin to save the model as the folder of ``step``; returns when it is copied. Waits for the one before.
+        """Start saving the model for ``step``; returns when it is copied. Waits for the previous save.
 
         Raises:
-            SaveError: it could not be begun, or the one before failed in the background; on every rank.
+            SaveError: it could not be started, or the previous one failed in the background; on every rank.
         """
         self.wait()
         config = self._config
@@ -94,7 +94,7 @@ class HfSaves:
         self._begun = step, self._saver.save(request)
 
     def wait(self) -> None:
-        """Return when the save that runs, if any, is committed.
+        """Return when the running save, if any, is committed.
 
         Raises:
             SaveError: it has failed; on every rank, and once.
@@ -105,7 +105,7 @@ class HfSaves:
             self._record()
 
     def close(self) -> None:
-        """Wait for the save that runs, and let go of memory and the folder. Raises as :meth:`wait`."""
+        """Wait for the running save, and release memory and the folder. Raises as :meth:`wait`."""
         try:
             self._saver.close()
         finally:
@@ -113,7 +113,7 @@ class HfSaves:
             self._release()
 
     def leave(self) -> None:
-        """As :meth:`close`, on a rank that ends by an error and can't meet the others: a failure is logged."""
+        """As :meth:`close`, on a rank that exits with an error and can't meet the others: a failure is logged."""
         try:
             self._saver.leave()
         finally:

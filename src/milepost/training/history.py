@@ -21,10 +21,10 @@ class SaveHistory:
         self._scan = scan
         self._next: Descent | None = None
         self.committed_step: int | None = None
-        """The last step that was committed, as far as it has been waited for."""
+        """The last step known to be committed."""
 
     def resumed(self, descent: Descent | None) -> None:
-        """Record what was loaded; None if it is no step of the run's folder."""
+        """Record what was loaded; None if it is not a step of the run's folder."""
         self._next = descent
 
     def next_lineage(self, step: int) -> Lineage:

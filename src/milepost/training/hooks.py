@@ -27,7 +27,7 @@ Tier = Literal["folder", "remote_folder"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """A step that may be relied on from now on, in one of the run's folders."""
+    """A step that was just committed, in one of the run's folders."""
 
     step: int
     path: str
@@ -40,7 +40,7 @@ class Commit:
     """The option that names the folder: ``checkpoint.folder`` or ``checkpoint.remote_folder``."""
 
     def environment(self) -> dict[str, str]:
-        """The same for a command line, which finds it in its environment."""
+        """The environment variables that describe it to a command line."""
         return {
             "MILEPOST_STEP": str(self.step),
             "MILEPOST_PATH": self.path,

@@ -39,7 +39,7 @@ log = logging.getLogger("milepost")
 
 POLL_S = 0.25
 END_S = 60.0
-"""At the end of a run, nodes wait so long to hear of each other."""
+"""At the end of a run, nodes wait this long for each other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,12 @@ import math
 from milepost.config import CheckpointConfig
 
 FIRST_AUTO_SAVE_S = 60.0
-"""With ``interval = "auto"`` the first save, which measures what one costs, is made after this time."""
+"""With ``interval = "auto"`` the first save, which measures the cost, is made after this time."""
 MIN_STALL_S = 0.001
 
 
 def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str | None:
-    """The reason why a checkpoint is due after ``step`` by the count of steps, or None. The same on every rank."""
+    """Return why a checkpoint is due after ``step`` by the step count, or None. The same on every rank."""
     if not config.enable or config.load_only:
         return None
     if config.create_seed_checkpoint:
@@ -27,7 +27,7 @@ def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str
 
 
 def reason_by_clock(config: CheckpointConfig, *, since_save_s: float, stall_s: float | None) -> str | None:
-    """The reason why a checkpoint is due by wall time, or None. Clocks differ: one rank asks, the others follow.
+    """Return why a checkpoint is due by wall time, or None. Clocks differ, so one rank decides for all.
 
     Args:
         since_save_s: seconds since the last save, or since training began.
@@ -45,7 +45,7 @@ def reason_by_clock(config: CheckpointConfig, *, since_save_s: float, stall_s: f
 
 
 def young_daly_s(stall_s: float, mtbf_s: float) -> float:
-    """Seconds between saves that lose the least time to saving and to redoing work after failures.
+    """Return the seconds between saves that minimize the time lost to saving and to repeated work after failures.
 
     First-order optimum ``sqrt(2 * stall * MTBF)``. (Source: J. W. Young, "A first order approximation to the optimum
     checkpoint interval", CACM 17(9), 1974; J. T. Daly, FGCS 22(3), 2006.)

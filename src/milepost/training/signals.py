@@ -1,6 +1,6 @@
-"""Requests to save, and to stop: signals that a rank got, and files that somebody made in the run's folder.
+"""Requests to save and to stop: signals to any rank, and files that a user creates in the run's folder.
 
-They are noted when they arrive and acted on when all ranks have agreed.
+They are recorded when they arrive, and handled when all ranks have agreed.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ REASONS = {
     SAVE: signal.SIGUSR1.name,
     SAVE_BY_FILE: "file SAVE",
 }
-"""Why a save was asked for, the strongest request first."""
+"""The reason of each request, the strongest first."""
 
 FILES = {"SAVE": SAVE_BY_FILE, "STOP": STOP_BY_FILE}
-"""What a file of this name in the run's folder asks for."""
+"""The request that a file of this name in the run's folder makes."""
 LOOK_EVERY_S = 1.0
-"""A folder is looked at for such files at most this often."""
+"""The folder is checked for these files at most this often."""
 
 _BITS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: INTERRUPT}
 
 ECHO_S = 1.0
-"""A scheduler signals every process of a job, and a launcher passes on what it got: the same signal within this time of
+"""A scheduler signals every process of a job, and a launcher forwards signals: the same signal within this time of
 the first is the same request."""
 
 
 class SignalFlags:
-    """Notes SIGUSR1, SIGTERM and, on request, SIGINT. ``agreed`` holds what any rank had noted at the last exchange."""
+    """Records SIGUSR1, SIGTERM and, on request, SIGINT. ``agreed`` holds the requests of all ranks at the last
+    exchange."""
 
     def __init__(self) -> None:
         self.agreed = 0
@@ -88,7 +89,7 @@ class SignalFlags:
                 self._before[number] = signal.signal(number, self._note)
 
     def restore(self) -> None:
-        """Put back the handlers that were there before."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -114,7 +115,7 @@ class SignalFlags:
 
 
 class RequestFiles:
-    """Files ``SAVE`` and ``STOP`` in the run's folder, for those who can't send a signal. Each is consumed once."""
+    """Files ``SAVE`` and ``STOP`` in the run's folder, where no signal can be sent. Each is consumed once."""
 
     def __init__(self, storage: Storage, folder: str, *, clock: Callable[[], float] = time.monotonic):
         self._storage = storage
@@ -126,7 +127,7 @@ class RequestFiles:
     def take(self) -> int:
         """Return the requests since the last call. Removes the files; one that can't be removed is not acted on.
 
-        Else it would ask again and again, and end every later start too.
+        Otherwise it would repeat the request, and stop every later start too.
         """
         if self._clock() - self._looked < LOOK_EVERY_S:
             return 0

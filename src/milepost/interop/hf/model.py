@@ -26,10 +26,11 @@ from milepost.tensors.layout import TensorLeaf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfModel:
-    """The model that a run trains, in the words of the conversion tables, which Hugging Face files need.
+    """The model that a run trains, as the conversion tables define it: needed to read and write Hugging Face files.
 
-    Give it to a :class:`milepost.CheckpointManager` as ``hf``. ``assets`` is a Hugging Face folder that lends config,
-    tokenizer files and file index to a save, and weights to a start without ``initial_load_path``; may be empty.
+    Give it to a :class:`milepost.CheckpointManager` as ``hf``. ``assets`` is a Hugging Face folder that provides
+    config, tokenizer files and file index to a save, and weights to a start without ``initial_load_path``; may be
+    empty.
     """
 
     name: str
@@ -61,10 +62,11 @@ class HfModel:
         return {RECORD: self.identity.record()}
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
-        """Notes on a step of this model that was saved with other settings; none if the step does not say.
+        """Return notes on a step of this model that was saved with other settings; none if the step does not record
+        them.
 
         Raises:
-            StateMismatchError: the step at ``path`` says that it is of another model, or of other sizes.
+            StateMismatchError: the step at ``path`` records another model, or other sizes.
         """
         saved, here = ModelIdentity.recorded(extra), self.identity
         if saved is None:
@@ -89,7 +91,7 @@ class HfModel:
         """Return the form of a save of tensors of these keys and dtypes, all ranks' together.
 
         Raises:
-            ConversionError: the model is not one that the tables know, or the assets are of another.
+            ConversionError: the tables do not have the model, or the assets are of another model.
         """
         target = HfTarget(model=self.name, args=self.args, dtypes=dict(dtypes), assets=self.assets)
         plan_image(target)
@@ -100,7 +102,7 @@ class HfModel:
     ) -> LoadReport:
         """Fill this rank's ``leaves`` from the weights at ``path``, by default from the assets. Not collective.
 
-        Whatever the ``policy``: the tables know what must be there.
+        The ``policy`` does not matter: the tables define which keys must be there.
 
         Raises:
             ConfigError: there is neither a path nor assets.

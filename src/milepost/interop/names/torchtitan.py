@@ -1,10 +1,10 @@
 """The parameter names of torchtitan's releases, relative to ours.
 
-0.2 has Meta's names, as we do. 0.3 puts the projections below ``attention.qkv_linear``, calls the output ``lm_head``
-and the experts ``moe.routed_experts.inner_experts.w1_EFD``; checkpoints from between the releases hold a fused
-``wqkv``, and either name of the output. torchtitan loads strictly, so what its modules have beyond ours (the load
-balancing bias of the experts, the tied output) is written too. Sources: the state dict adapters, ``FusedQKVLinear``
-and ``MoE`` of torchtitan 0.2.2 and 0.3.0.
+0.2 has Meta's names, as we do. 0.3 puts the projections below ``attention.qkv_linear``, calls the output
+``lm_head`` and the experts ``moe.routed_experts.inner_experts.w1_EFD``; checkpoints from between the releases hold a
+fused ``wqkv``, and either name of the output. torchtitan loads strictly, so what its modules have beyond ours (the load
+balancing bias of the experts, the tied output) is written too. Sources: the state dict adapters, ``FusedQKVLinear`` and
+``MoE`` of torchtitan 0.2.2 and 0.3.0.
 """
 
 from __future__ import annotations

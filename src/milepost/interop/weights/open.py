@@ -63,7 +63,7 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
     With ``whole``, of a training checkpoint the tensors of all parts.
 
     Raises:
-        CheckpointNotFoundError: there is nothing, or nothing that is known.
+        CheckpointNotFoundError: nothing is there, or nothing in a known format.
         CheckpointDamagedError: files are missing, truncated or malformed.
     """
     storage, name = open_storage(path)
