@@ -1,24 +1,24 @@
-# make setup   a virtual environment in .venv with everything installed
+# make setup   create a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (a minute on two cores)
-# make test    the test suite (JOBS=2)   make test-slow   the tests that take minutes each
-# make test-crash  kills, errors, power cuts, restarts of jobs, hostile input: a sample of each (JOBS=2)
-# make test-integrations   the adapters, with the frameworks that are installed: trained, killed, resumed
-# make test-gpu    the tests that need a CUDA device; skipped, one by one, where there is none
-# make test-integrations-slow  those of their tests that take minutes each
-# make test-netfs  a run over a network file system, each rank on a client of its own (needs FUSE and the right to mount)
-# make conversions   converts tiny models of every family there and back, tabulated in docs/conversion.md
-# make reliability   kills, power cuts, damage and hostile input, tallied into docs/reliability.md
-# make soak    kill a training run's processes 50 times (SEED=, KILLS=), ten to twenty minutes
-# make demo-s3 train onto an S3 store on this machine, kill it, resume, verify (a few minutes)
-# make soak-store   kill ranks, launcher, store and network under a run on a store (SEED=, FAULTS=)
-# make fuzz    a hundred thousand hostile inputs to every reader (SEED=, INPUTS=), in a few minutes
-# make test-browser   the report in headless Chromium (Debian: apt-get install chromium npm)
+# make test    run the test suite (JOBS=2)   make test-slow   run the tests that take minutes each
+# make test-crash  test kills, errors, power cuts, restarts of jobs and hostile input, a sample of each (JOBS=2)
+# make test-integrations   test the adapters with the installed frameworks: train, kill, resume
+# make test-gpu    run the tests that need a CUDA device; each is skipped where there is none
+# make test-integrations-slow  run those of the adapters' tests that take minutes each
+# make test-netfs  test a run on a network file system, each rank with its own client (needs FUSE and permission to mount)
+# make conversions   convert tiny models of every family in both directions; writes the table in docs/conversion.md
+# make reliability   test kills, power cuts, damage and hostile input; writes the table in docs/reliability.md
+# make soak    kill a training run's processes 50 times (SEED=, KILLS=); takes ten to twenty minutes
+# make demo-s3 train on a local S3 store, kill it, resume, verify (a few minutes)
+# make soak-store   kill ranks, launcher, store and network during a run on a store (SEED=, FAULTS=)
+# make fuzz    feed 100,000 hostile inputs to every reader (SEED=, INPUTS=); takes a few minutes
+# make test-browser   test the report in headless Chromium (Debian: apt-get install chromium npm)
 # make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
-# make house   what the code is made of, in figures (AGAINST=<revision> beside them)
-# make docs    the documentation, into build/docs; every warning is an error
-# make lint    formatting, lint, types and the import contracts; make format puts the first in order
+# make house   print figures of the code's structure (AGAINST=<revision> compares with another revision)
+# make docs    build the documentation in build/docs; warnings are errors
+# make lint    check formatting, lint, types and import contracts; make format fixes the formatting
 #
-# Each sets up first where that is needed. PYTHON chooses the Python (3.11 or newer) that .venv is made with.
+# Each target runs setup first if needed. PYTHON chooses the Python (3.11 or newer) for .venv.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -80,8 +80,8 @@ test-integrations-slow: $(STAMP) $(TITAN)/.installed
 	timeout 1200 $(BIN)/python -m pytest -q -m "integration and slow" tests/integrations
 	timeout 1200 $(TITAN)/bin/python -m pytest -q -m "integration and slow" tests/integrations/test_torchtitan.py
 
-# torchtitan wants another torchao than torchtune: an environment of its own, before the packages of .venv. Where it
-# can't be installed its tests say that they were not run.
+# torchtitan needs a different torchao than torchtune, so it gets a separate environment, ahead of .venv's packages. If it
+# can't be installed, its tests report that they were not run.
 $(TITAN)/.installed: $(STAMP)
 	test -x $(TITAN)/bin/pip || $(PYTHON) -m venv $(TITAN)
 	timeout 1200 $(TITAN)/bin/python -m pip install --quiet --no-deps \

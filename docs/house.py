@@ -1,4 +1,4 @@
-"""The plan of the house: what ``src/milepost`` is made of, in figures and as a picture, from its own imports.
+"""The structure of ``src/milepost`` in figures and as a picture, from its own imports.
 
 ``python docs/house.py [CHECKOUT] [--against REV]`` prints the figures, beside those of another revision if one is
 named. ``docs/generate.py`` writes the picture, ``docs/house.svg``.

@@ -21,13 +21,13 @@ from milepost.run.catalog import StepEntry
 UNDATED = ""
 """The branch of all steps without a lineage."""
 MAX_TRAIL = 64
-"""A longer trail is cut to the branches of which there are steps in the folder."""
+"""A longer trail is reduced to the branches that have steps in the folder."""
 MAX_TORN_LEAD = 64
 """A torn record whose order is this far above all others is not believed."""
 
 
 def new_id() -> str:
-    """16 hex digits that no other run or branch has."""
+    """Return a unique id of 16 hex digits for a run or branch."""
     return uuid.uuid4().hex[:16]
 
 
@@ -49,7 +49,7 @@ class History:
     current: tuple[StepEntry, ...]
     """The branch that was written last, with all its ancestors, in the order of descent. Damaged steps included."""
     abandoned: tuple[StepEntry, ...]
-    """Steps from which a run went back, in the order of commits."""
+    """Steps of abandoned branches, in the order of commits."""
 
     @classmethod
     def of(cls, entries: Iterable[StepEntry]) -> History:
@@ -81,7 +81,7 @@ class History:
 
     @property
     def newest_resumable(self) -> StepEntry | None:
-        """The newest step of the current branch that training can go on from."""
+        """The newest step of the current branch that training can resume from."""
         return next((entry for entry in reversed(self.current) if entry.is_resumable), None)
 
     @property
@@ -117,7 +117,7 @@ def _parted(entries: Iterable[StepEntry], lineage: Lineage) -> tuple[list[StepEn
 
 
 def _last_dated(entries: Sequence[StepEntry]) -> StepEntry | None:
-    """The step that was committed last, of those that say so; a torn record is believed within reason."""
+    """The step that was committed last, of those with an order; a torn record counts if its order is plausible."""
     dated = [entry for entry in entries if entry.lineage is not None]
     limit = max((commit_order(entry)[0] for entry in dated if entry.kind), default=0) + MAX_TORN_LEAD
     believed = [entry for entry in dated if entry.kind or commit_order(entry)[0] <= limit]
@@ -161,18 +161,18 @@ class Descent:
         )
 
     def tried(self) -> Descent:
-        """After a save was begun: the next one gets another place, whatever becomes of this one."""
+        """Return the descent after a save was started: the next save gets another place, whatever the outcome."""
         return replace(self, order=self.order + 1)
 
     def committed(self, step: int, save_id: str) -> Descent:
-        """After a save was committed: the next one descends from it."""
+        """Return the descent after a save was committed: the next save descends from it."""
         return replace(self, parent=save_id, parent_step=step)
 
 
 def begin(entries: Sequence[StepEntry], step: int) -> Descent:
     """The descent of a run that has loaded no step of this folder and saves ``step`` first.
 
-    Where nobody has said where the state comes from, a number above the last one is taken for going on.
+    If the origin of the state is unknown, a step number above the last one counts as continuing the run.
     """
     last = History.of(entries).last
     if last is not None and step > last.step:
@@ -225,7 +225,7 @@ def _cut(trail: tuple[tuple[str, int], ...], entries: Sequence[StepEntry]) -> tu
 
 
 def _next_order(entries: Sequence[StepEntry]) -> int:
-    """Above all orders in the folder, and above those that can't be read."""
+    """Return an order above all others in the folder, and above those that can't be read."""
     unread = sum(not entry.kind for entry in entries)
     return max((entry.lineage.order for entry in entries if entry.lineage is not None), default=0) + 1 + unread
 

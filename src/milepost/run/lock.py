@@ -1,4 +1,4 @@
-"""One writer to a run's folder: a lock that says who holds it, and that a dead holder can't keep.
+"""The lock of a run's folder: it names its holder, and a dead holder loses it.
 
 The lock is a small file that names its owner. On the same machine a holder is dead when its process is gone. From
 another machine that can't be seen, so a holder adds a byte to the file now and then, and one who wants the lock watches
@@ -26,23 +26,23 @@ LOCK_NAME = ".lock"
 BEAT_S = 20.0
 """A holder adds a byte to its lock this often."""
 LEASE_S = 90.0
-"""A lock from another machine that has not grown for this long is taken for a dead run's."""
+"""A lock from another machine that has not grown for this long is assumed to be a dead run's."""
 MAX_LOCK_NBYTES = 16 << 20
-"""What a holder's bytes come to in ten years."""
+"""The bytes that a holder adds in ten years."""
 
 _RIGHT_PREFIX = LOCK_NAME + "-"
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A lock as it stood at some moment. Two that are torn are told apart by their time alone."""
+    """A snapshot of a lock. Torn ones are distinguished only by their time."""
 
     text: bytes
     mtime_s: float
 
     @property
     def owner(self) -> Owner | None:
-        """Its holder; None for one that is torn by a crash, or being written: only its growth tells."""
+        """Its holder; None for one torn by a crash, or being written: then only its growth shows life."""
         try:
             return parse_owner(self.text.rstrip(b".\n"), LOCK_NAME)
         except FormatError:
@@ -50,7 +50,7 @@ class _Seen:
 
 
 class RunLock:
-    """Held from construction to :meth:`release`, or until nobody has this object any more, or the process ends.
+    """Held from construction to :meth:`release`, or until this object is no longer referenced, or the process ends.
 
     Raises:
         RunLockedError: a run that still lives holds it; the message names host, process and start.
@@ -77,18 +77,19 @@ class RunLock:
         self._forget_rights()
         released = threading.Event()
         args = (storage, self._path, self._record, released, beat_s)
-        # The thread must not know this object, or it would never be forgotten.
+        # The thread must not reference this object, or it would never be collected.
         self._thread = threading.Thread(target=_hold, args=args, name="milepost-lock", daemon=True)
         self._thread.start()
         self._let_go = weakref.finalize(self, _let_go, released, self._thread)
 
     def release(self) -> None:
-        """Let another run in. A lock that can't be taken away is logged: it is a dead run's later."""
+        """Release the lock. A failure to remove it is logged: later it counts as a dead run's."""
         self._let_go()
         self._thread.join()
 
     def _take(self, path: str) -> bool:
-        """Return whether the file, which says who we are, could be made: of several that try, one can."""
+        """Create the lock file, which names this process; return whether it was created. Of several that try, one
+        succeeds."""
         self._record = this_process(time.time()).dump() + b"\n"
         try:
             self._storage.write(path, self._record)
@@ -104,7 +105,7 @@ class RunLock:
     def _break_or_refuse(self) -> None:
         seen = self._look(self._path)
         if seen is None:
-            return  # it was released this moment
+            return  # it was just released
         if self._is_held(self._path, seen):
             raise self._refusal((self._look(self._path) or seen).owner)
         self._break(self._path, seen)
@@ -117,7 +118,7 @@ class RunLock:
         return self._grows(path, len(seen.text), owner)
 
     def _grows(self, path: str, nbytes: int, owner: Owner | None) -> bool:
-        """Return whether its holder, on another machine or not yet named, is seen to live within a lease."""
+        """Return whether its holder, on another machine or not yet named, shows a sign of life within a lease."""
         log.info("%s is held by %s: waiting up to %.0f s to see whether it is alive", path, owner or "?", self._lease_s)
         for _ in range(int(self._lease_s)):
             self._sleep(1.0)
@@ -129,7 +130,7 @@ class RunLock:
         return False
 
     def _break(self, path: str, seen: _Seen) -> None:
-        """Take a dead run's lock away, if it is still the one that was seen.
+        """Remove a dead run's lock, if it is still the one that was seen.
 
         The right to do so is a lock too, named after what was seen: so no one takes away the lock of a run that was
         quicker. A right whose holder has died is broken likewise.
@@ -147,7 +148,7 @@ class RunLock:
             self._sleep(0.01)
 
     def _forget_rights(self) -> None:
-        """Remove what those left who died while they broke a lock. It was about locks before this one."""
+        """Remove the remains of processes that died while breaking a lock: they concern earlier locks only."""
         try:
             for entry in self._storage.list(self._folder):
                 if entry.name.startswith(_RIGHT_PREFIX):
@@ -176,30 +177,30 @@ def _look(storage: Storage, path: str) -> _Seen | None:
 
 
 def _is_ours(storage: Storage, path: str, record: bytes) -> bool:
-    """Not if the lease ran out while this process was stopped, and another run has come."""
+    """Return whether the lock is still this run's: the lease may expire while this process is suspended."""
     seen = _look(storage, path)
     return seen is not None and seen.text.startswith(record)
 
 
 def _hold(storage: Storage, path: str, record: bytes, released: threading.Event, beat_s: float) -> None:
-    """Renew the lock until it is released, then remove it, unless another one has been put in its place."""
+    """Renew the lock until it is released, then remove it, unless another run has replaced it."""
     while not released.wait(beat_s):
         try:
             if not _is_ours(storage, path, record):
                 log.warning("%s no longer belongs to this run: another run has taken it", path)
                 return
             storage.append(path, b".")
-        except StorageError as error:  # the lease may run out; training need not stop for it
+        except StorageError as error:  # the lease may expire, which is no reason to stop training
             log.warning("the lock of this run could not be renewed: %s", error)
     try:
         if _is_ours(storage, path, record):
             storage.remove(path)
-    except StorageError as error:  # at the latest when this process has ended, the next run breaks it
+    except StorageError as error:  # the next run breaks it, at the latest when this process has ended
         log.warning("the lock of this run could not be removed: %s", error)
 
 
 def _let_go(released: threading.Event, thread: threading.Thread) -> None:
-    """Have the lock removed by its thread (a fork of the holder has none, so it can't).
+    """Have the lock's thread remove it (a forked child has no such thread, so it can't).
 
     The garbage collector may run this in that very thread, or in one that holds what that one waits for: so it waits
     for the removal, but not for long.

@@ -32,7 +32,7 @@ MetricMode = Literal["min", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether one step stays. ``name`` is its folder's, in the run's folder; ``nbytes`` is what deleting it frees."""
+    """The decision on one step. ``name`` is its folder's, in the run's folder; ``nbytes`` is what deleting it frees."""
 
     step: int
     name: str
@@ -40,7 +40,7 @@ class Decision:
     reason: str
     nbytes: int
     is_abandoned: bool = False
-    """Whether it is of a branch that a run went back from."""
+    """Whether it belongs to an abandoned branch."""
 
 
 def plan(
@@ -58,7 +58,7 @@ def plan(
     protected: Mapping[int, str],
     now: float,
 ) -> list[Decision]:
-    """A decision for each step, in order of their numbers. Rules add up: a step goes only if none keeps it.
+    """Decide on each step, in order of their numbers. Rules add up: a step is deleted only if none keeps it.
 
     Args:
         entries: what ``catalog.scan`` found.
@@ -77,7 +77,7 @@ def plan(
     history = History.of(entries)
     own = [entry for entry in history.current if _is_own(entry)]
     ends = history.ends()
-    # What stands further down has the last word.
+    # Later rules take precedence.
     reasons = {entry.step: "it belongs to no run" for entry in entries if entry.step not in ends}
     reasons |= dict.fromkeys((entry.step for entry in own), "")
     reasons |= dict.fromkeys(_newest_of_each(own, 86400, keep_daily), "it is the newest of its day")
@@ -123,7 +123,7 @@ def _why_untouchable(entry: StepEntry) -> str:
 def _abandoned_to_keep(
     history: History, own: Sequence[StepEntry], ends: Mapping[int, int], keep_latest_k: int, weights_alone: bool
 ) -> dict[int, str]:
-    """Of abandoned branches: the newest for which there is room, and all while nothing newer can be resumed from."""
+    """Steps to keep of abandoned branches: the newest that fit, and all while no newer step can be resumed from."""
     abandoned = [entry for entry in history.abandoned if _is_own(entry)]
     reached = max((commit_order(entry) for entry in own if weights_alone or entry.is_resumable), default=None)
     found = {
@@ -150,7 +150,7 @@ def _is_own(entry: StepEntry) -> bool:
 
 
 def _best(entries: Sequence[StepEntry], count: int, metric: str, mode: MetricMode) -> list[StepEntry]:
-    """The steps with the best values; of equal ones the newest."""
+    """The steps with the best values; the newest of equal ones."""
     sign = 1.0 if mode == "max" else -1.0
     valued = [entry for entry in entries if math.isfinite(entry.metrics.get(metric, math.nan))]
     ranked = sorted(valued, key=lambda entry: (sign * entry.metrics[metric], commit_order(entry)))
@@ -186,7 +186,7 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
             if not delete_checkpoint(storage, path, unless=pin_mark(path)):
                 continue
         except CheckpointNotFoundError:
-            continue  # somebody else prunes at the same time: the trainer, `milepost prune`
+            continue  # another process prunes at the same time: the trainer, `milepost prune`
         except StorageError as error:
             if storage.stat(path) is not None:
                 failure = failure or error
@@ -198,7 +198,7 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
 
 
 def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
-    """Keep a step that a save of another branch is about to replace, if it is pinned or external, under another name.
+    """Rename a pinned or external step that a save of another branch is about to replace.
 
     Its new name is no step's, so that nothing deletes it; its pin goes. Any other step is replaced, as always.
 

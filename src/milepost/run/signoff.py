@@ -1,4 +1,4 @@
-"""Sign-offs: each rank's record, in storage alone, that its part of a save is durable, or why it is not.
+"""Sign-offs: each rank's record in the storage that its part of a save is durable, or why it is not.
 
 A sign-off is one small file in the attempt's folder. It appears complete (written under another name, then renamed) and
 ends with a CRC-32. Rank 0 builds the manifest from them, so no collective is needed off the training thread.
@@ -80,15 +80,15 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SignOff:
-    """One rank's record: what it wrote and synced, or the error that kept it from that."""
+    """One rank's record: what it wrote and synced, or the error that prevented it."""
 
     rank: int
     save_id: str
     segment: Segment | None = None
-    """None if it failed, or wrote files of another form than records."""
+    """None if it failed, or wrote files in another format."""
     error: str | None = None
     shares: tuple[Mapping[str, Share], ...] = ()
-    """Of the digests of files that several ranks write: by file name."""
+    """This rank's part of the digests of files that several ranks write, by file name."""
 
 
 def segment_of(files: Sequence[WrittenFile]) -> Segment:
@@ -96,7 +96,7 @@ def segment_of(files: Sequence[WrittenFile]) -> Segment:
 
     Raises SaveError if one tensor was stored with two dtypes or shapes.
     """
-    import numpy as np  # 100 ms that deleting old steps can do without
+    import numpy as np  # takes 100 ms, which deleting old steps should not cost
 
     from milepost.format.columns import ShardTable, object_columns
     from milepost.format.segments import Segment
@@ -130,7 +130,7 @@ _Stored = tuple[str, Box, int, WrittenTensor]
 
 
 def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
-    """The distinct ways in which keys are stored, and for each key the number of its own."""
+    """The distinct ways in which keys are stored, and for each key the index of its way."""
     import numpy as np
 
     from milepost.format.columns import Tiling, coordinates
@@ -155,7 +155,7 @@ def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
 
 
 def dump_sign_off(sign_off: SignOff) -> bytes:
-    """The bytes of a sign-off: who signs, the files or the error, and the segment."""
+    """Encode a sign-off: the rank, the files or the error, and the segment."""
     from milepost.format.segments import dump_segment
 
     segment = sign_off.segment
@@ -194,7 +194,7 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
-    """Put this rank's sign-off into the attempt, complete. The last thing that a rank does there.
+    """Write this rank's sign-off into the attempt, atomically. The last thing that a rank does there.
 
     Rank 0 may then publish and remove the attempt at any moment, so neither the file nor the folder is synced: a
     sign-off need not outlive a power cut, after which nobody commits what it stands for. What it stands for is durable.
@@ -207,7 +207,7 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
     """
     name = f"{attempt}/{_PREFIX}{signed.rank}"
     try:
-        # Renamed into place, for rank 0 reads it the moment that it shows.
+        # Renamed into place, since rank 0 reads it as soon as it appears.
         if storage.can_rename:
             storage.leave(f"{name}.part", dump_sign_off(signed))
             storage.rename(f"{name}.part", name)
@@ -220,13 +220,13 @@ def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
 
 
 def has_signed_off(storage: Storage, attempt: str, rank: int) -> bool:
-    """Return whether a rank has left a sign-off that does not report a failure."""
+    """Return whether a rank has signed off without a failure."""
     names = {name for name in _names_of(rank) if storage.stat(f"{attempt}/{name}") is not None}
     return bool(names) and _look(storage, attempt, names, rank).error is None
 
 
 def withdraw_sign_off(storage: Storage, attempt: str, rank: int) -> None:
-    """Take away what an earlier process has left of this rank's sign-off, so that it can sign off anew."""
+    """Remove an earlier process's sign-off of this rank, so that it can sign off again."""
     for name in (*_names_of(rank), f"{_PREFIX}{rank}.part"):
         storage.remove(f"{attempt}/{name}")
 

@@ -1,4 +1,4 @@
-"""Taking things away from a run's folder: steps, attempts, and what dead processes left there.
+"""Deletion from a run's folder: steps, attempts, and what dead processes left there.
 
 Nothing is removed for its name alone. A leftover is Milepost's if its name has one of the prefixes of ``catalog`` and a
 full id, and a marker lies inside: the record of an owner in an attempt, the commit record in a step that was replaced,
@@ -53,7 +53,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
 def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None) -> bool:
-    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link goes.
+    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link is deleted.
 
     False, and it stays, if there is a file ``unless``: whoever makes that in time keeps the checkpoint.
 
@@ -76,7 +76,7 @@ def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None)
         hidden = _hide(storage, path)
         if hidden is None:
             raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
-        if unless is not None and storage.stat(unless) is not None:  # it came between the look and the rename
+        if unless is not None and storage.stat(unless) is not None:  # it appeared between the check and the rename
             _show(storage, hidden, path)
             return False
         _remove(storage, hidden)
@@ -85,7 +85,7 @@ def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None)
 
 
 def discard(storage: Storage, path: str) -> bool:
-    """Remove a folder: first out of every reader's sight, in one atomic act, then for good. False if it is gone."""
+    """Hide a folder from readers by one atomic rename, then remove it. Returns False if it is gone already."""
     hidden = _hide(storage, path)
     if hidden is None:
         return False
@@ -107,7 +107,7 @@ def discard_quietly(storage: Storage, path: str) -> bool:
 
 
 def _hide(storage: Storage, path: str) -> str | None:
-    """Move a folder out of every reader's sight; where it is then, or None if it is gone."""
+    """Rename a folder so that no reader finds it; return its new path, or None if it is gone."""
     folder, name = split(path)
     while storage.stat(path) is not None:
         place = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
@@ -120,7 +120,7 @@ def _hide(storage: Storage, path: str) -> str | None:
                 storage.remove_tree(place)
             if error.errno not in _NO_ROOM:
                 raise
-            # A full disk has no room for the marker; a rename needs neither that nor a descriptor.
+            # A full disk has no space for the marker; a rename needs neither space nor a descriptor.
             hidden = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
         try:
             storage.rename(path, hidden)
@@ -128,7 +128,7 @@ def _hide(storage: Storage, path: str) -> str | None:
             storage.remove_tree(place)
             if error.errno != errno.ENOENT:
                 raise
-            continue  # another process was quicker, or has taken the empty place for a leftover
+            continue  # another process was faster, or has swept the empty place as stale
         return hidden
     return None
 
@@ -145,7 +145,7 @@ def _remove(storage: Storage, hidden: str) -> None:
     place, name = split(hidden)
     if _DELETING_NAME.fullmatch(name):
         place = hidden
-    # After a power cut it would be shown again, half.
+    # Otherwise it could reappear, half deleted, after a power cut.
     storage.sync_folder(place)
     storage.sync_folder(split(place)[0])
     if hidden != place:
@@ -158,9 +158,9 @@ class Sweep:
     """The result of removing stale attempts from a folder."""
 
     removed: tuple[str, ...]
-    """Names of stale save attempts, half deleted steps and the like, that are no longer there."""
+    """Names of stale save attempts, half deleted steps and the like that were removed."""
     left: tuple[str, ...]
-    """Names that only look like such: of another program, or of an older Milepost. They are the user's to delete."""
+    """Similar names of another program, or of an older Milepost. The user has to delete them."""
 
 
 def sweep_leftovers(
@@ -207,7 +207,7 @@ _named: set[str] = set()
 
 
 def name_left(storage: Storage, folder: str, left: Collection[str]) -> None:
-    """Log what a sweep has left alone, each name once in a process."""
+    """Log what a sweep did not touch, each name once per process."""
     paths = [path for name in left if (path := join(storage.root, join(folder, name))) not in _named]
     _named.update(paths)
     if paths:
@@ -240,7 +240,7 @@ def _is_draft(data: bytes) -> bool:
 
 
 def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
-    """Not while another process may be about to use it: a place for a deletion that holds nothing yet, a new draft."""
+    """Return False while another process may be about to use it: an empty place for a deletion, a new draft."""
     if _DELETING_NAME.fullmatch(entry.name):
         place = join(folder, entry.name)
         is_used = any(found.name != MARKER_NAME for found in storage.list(place))
@@ -253,7 +253,7 @@ def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
 
 
 def _has_died(storage: Storage, place: str, now: float) -> bool:
-    """Whether the process that made a place for a deletion is known to be dead."""
+    """Return whether the process that created a place for a deletion is known to be dead."""
     try:
         return not is_alive(parse_owner(storage.read(f"{place}/{MARKER_NAME}", 1 << 16), MARKER_NAME), now)
     except (StorageError, FormatError):  # gone, torn by a crash, or empty: older versions wrote no owner
@@ -280,7 +280,7 @@ def _take_away(storage: Storage, folder: str, entry: Entry) -> bool:
 
 
 def _can_go_back(storage: Storage, folder: str, replaced: Entry, name: str) -> bool:
-    """Return whether a folder is a checkpoint whose replacement has not come, so that it needs its name back."""
+    """Return whether a folder is a checkpoint whose replacement was interrupted, so that it must be renamed back."""
     if not replaced.is_folder or storage.stat(join(folder, name)) is not None:
         return False
     inside = {entry.name for entry in storage.list(join(folder, replaced.name))}
@@ -288,7 +288,7 @@ def _can_go_back(storage: Storage, folder: str, replaced: Entry, name: str) -> b
 
 
 def _put_back(storage: Storage, folder: str, replaced: str, name: str) -> bool:
-    """Return whether a replacement that stopped half-way is now undone."""
+    """Undo an interrupted replacement; return whether it was undone."""
     try:
         storage.rename(join(folder, replaced), join(folder, name))
         storage.sync_folder(folder)
@@ -304,7 +304,7 @@ def activity(storage: Storage, folder: str, *, now: float) -> list[str]:
     for entry in storage.list(folder):
         if not _ATTEMPT_NAME.fullmatch(entry.name) or not _attempt_lives(storage, folder, entry, now):
             continue
-        with contextlib.suppress(StorageError):  # it is committed or removed this moment
+        with contextlib.suppress(StorageError):  # it was just committed or removed
             attempt = join(folder, entry.name)
             owners = [str(owner) for owner in owners_of(storage, attempt) if is_alive(owner, now)]
             data = files_of_attempt(storage, attempt)
@@ -326,7 +326,7 @@ def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) ->
     try:
         owners = owners_of(storage, join(folder, attempt.name))
     except StorageError:
-        return True  # in doubt: the owner may be removing it this moment
+        return True  # in doubt: the owner may just be removing it
     if not owners:
         return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
     return any(is_alive(owner, now) for owner in owners)

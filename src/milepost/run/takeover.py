@@ -1,4 +1,4 @@
-"""Taking over a run's folder: lock it, let the writers of a run that died finish, remove what nobody will finish."""
+"""Taking over a run's folder: lock it, let the writers of a dead run finish, remove stale attempts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from milepost.storage.base import Storage, join
 log = logging.getLogger("milepost")
 
 WRITERS_TIMEOUT_S = 120.0
-"""How long a run that starts waits for the writer processes of a run that died."""
+"""Seconds that a starting run waits for the writer processes of a dead run."""
 LEASE_S = 90.0
-"""An attempt of another machine in which nothing has changed for this long is a dead process's."""
+"""An attempt of another machine that has not changed for this long is assumed to be a dead process's."""
 LOOK_EVERY_S = 0.05
 
 
 def take_over(storage: Storage, folder: str) -> RunLock:
-    """Lock a run's folder, let the writers of one that died finish, and remove stale save attempts.
+    """Lock a run's folder, let the writers of a dead run finish, and remove stale save attempts.
 
     Raises:
         RunLockedError: a run that still lives holds the lock.
@@ -68,7 +68,7 @@ class Attempts:
         self._lease_s = lease_s
         self._clock = clock
         self._seen: dict[str, tuple[object, float]] = {}
-        """For each attempt what was in it, and since when."""
+        """The content of each attempt, and the time since it has been so."""
         self.look(now=time.time())
 
     def look(self, *, now: float) -> list[Owner]:
@@ -78,7 +78,7 @@ class Attempts:
         for entry in self._storage.list(self._folder):
             if entry.name.startswith((ATTEMPT_PREFIX, OLD_ATTEMPT_PREFIX)):
                 path = join(self._folder, entry.name)
-                with contextlib.suppress(StorageError):  # its owner is removing it this moment
+                with contextlib.suppress(StorageError):  # its owner is just removing it
                     inside = (self._storage.list(path), files_of_attempt(self._storage, path))
                     before, since = self._seen.get(entry.name, (None, 0.0))
                     seen[entry.name] = (inside, since if before == inside else self._clock())
@@ -89,7 +89,7 @@ class Attempts:
         return found
 
     def dead(self) -> set[str]:
-        """The attempts in which nothing has changed for a lease, and of which no owner is seen to live here."""
+        """The attempts that have not changed for a lease, and have no owner alive on this machine."""
         since = self._clock() - self._lease_s
         still = {name for name, (_, seen) in self._seen.items() if seen <= since}
         return {name for name in still if not self._lives_here(name)}

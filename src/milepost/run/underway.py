@@ -64,7 +64,7 @@ def look(storage: Storage, folder: str, *, now: float) -> tuple[list[Look], Newe
             try:
                 looks.append(_look(storage, join(folder, entry.name), entry, now))
             except (StorageError, FileNotFoundError):
-                continue  # it is committed or removed this moment
+                continue  # it was just committed or removed
     return looks, newest
 
 

@@ -1,4 +1,4 @@
-"""One save in the background: what is known of it, what its job reports, and how its failure reaches everyone.
+"""A background save: its state, the reports of its job, and how its failure reaches every rank.
 
 Torch-free, since a process that ends (``finish_saves``) asks for it without knowing whether anything was saved.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("milepost")
 
 GRACE_S = 30.0
-"""Seconds that a process that ends waits for a save without progress: the other ranks may be gone."""
+"""Seconds that an exiting process waits for a save without progress: the other ranks may be gone."""
 
 
 class SaveHandle:
@@ -66,7 +66,7 @@ class SaveHandle:
         self._committed.result(timeout_s)
 
     def result(self) -> SaveReport:
-        """Wait for the commit; what the save did, or the error that it failed with."""
+        """Wait for the commit, and return the save's report or raise its error."""
         return self._committed.result()
 
     def done(self) -> bool:
@@ -75,12 +75,12 @@ class SaveHandle:
 
     @property
     def failure(self) -> BaseException | None:
-        """The error that the save has failed with; None while it runs and when it is committed."""
+        """The error of a failed save; None while it runs and when it is committed."""
         return self._committed.exception() if self._committed.done() else None
 
     @property
     def progress(self) -> float:
-        """The part of this rank's bytes that is written, from 0 to 1."""
+        """The fraction of this rank's bytes that is written, from 0 to 1."""
         return min(1.0, self._written_nbytes / self.nbytes) if self.nbytes else 1.0
 
     def when_done(self, act: Callable[[], None]) -> None:
@@ -89,7 +89,7 @@ class SaveHandle:
 
 
 class BackgroundSave(SaveHandle, JobMonitor):
-    """A save in the background on this rank. Owns its outcome: nobody else settles what the handle promises.
+    """A background save on this rank. Owns its outcome: only this object resolves the handle.
 
     Every error of this rank goes to :meth:`fail`, the one channel: the handle's owner finds it here, ranks that wait
     find it in the attempt, and, where that can't be written, in the job's store.
@@ -101,9 +101,9 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self._storage = storage
         self._notice = notice
         self.staging: Staging | None = None
-        """The copies that are to be made still."""
+        """The copies that remain to be made."""
         self.frozen: FrozenFile | None = None
-        """Once it is committed, this rank's file of frozen tensors in it."""
+        """This rank's file of frozen tensors in the step, once it is committed."""
         self._stage_s = 0.0
         self._lock = threading.Lock()
         _running.add(self)
@@ -119,7 +119,8 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self._notice.check()
 
     def accepted(self) -> None:
-        """Record that the tensors may change: what was staged will be committed if whoever runs the job lives."""
+        """Record that the tensors may change: the staged save will be committed unless the process that runs the job
+        dies."""
         if not self._staged.done():
             self._staged.set_result(None)
 
@@ -137,7 +138,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
                 raise
 
     def stage(self) -> None:
-        """Copy into the arena, and let go of :attr:`staging`, which holds tensors and a view of the arena."""
+        """Copy into the arena, and release :attr:`staging`, which holds tensors and a view of the arena."""
         assert self.staging is not None
         started = time.monotonic()
         self.staging.run(num_threads=self.job.num_threads)
@@ -145,7 +146,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self._stage_s = time.monotonic() - started
 
     def run(self, write: Callable[[BackgroundSave], JobResult], *, plan_s: float, reused_plan: bool) -> None:
-        """Stage, if that was not done yet, and ``write``: the whole life of the background thread."""
+        """Stage, unless done already, and ``write``: the body of the background thread."""
         with self.failing(), watched(self._doing):
             if self.staging is not None:
                 self.stage()
@@ -157,14 +158,14 @@ class BackgroundSave(SaveHandle, JobMonitor):
             self._committed.set_result(report)
 
     def fail(self, error: BaseException) -> None:
-        """End the save with ``error``, and let every rank that waits for this one know. The first error stands."""
+        """Fail the save with ``error``, and report it to every rank that waits for this one. The first error counts."""
         self.staging = None
         if self.done():
             return
         failure = save_failure(self.job.rank, error)
         if not isinstance(error, Exception):
-            failure.__cause__ = None  # an interrupt is raised here and now, and not once more where the handle is asked
-        # The other ranks first: once this handle has failed, its owner may take the attempt away.
+            failure.__cause__ = None  # an interrupt is raised here, and must not be raised again by the handle
+        # Report to the other ranks first: once this handle has failed, its owner may remove the attempt.
         self._notice.post(failure)
         report_failure(self._storage, self.job, failure)
         if not self._staged.done():
@@ -176,11 +177,11 @@ class BackgroundSave(SaveHandle, JobMonitor):
 
 
 _running: weakref.WeakSet[BackgroundSave] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_running.clear)  # the threads that write are the parent's
+os.register_at_fork(after_in_child=_running.clear)  # the writing threads belong to the parent
 
 
 def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
-    """Wait for a save to end. On rank 0 log how far it is meanwhile, and how long it took in all."""
+    """Wait for a save to end. Rank 0 logs its progress meanwhile, and the time it took."""
     started = time.monotonic()
     while not handle.done():
         try:
@@ -190,14 +191,14 @@ def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
                 waited = time.monotonic() - started
                 log.info("waiting for %s: %.0f %% written, %.0f s", handle.path, 100 * handle.progress, waited)
         except MilepostError:
-            break  # the caller asks the handle
+            break  # the caller gets the error from the handle
     waited = time.monotonic() - started
     if rank == 0 and waited >= 0.01:
         log.info("waited %.2f s for %s to be committed", waited, handle.path)
 
 
 def finish_saves(grace_s: float = GRACE_S) -> None:
-    """Wait for the saves of this process that run in the background. For whoever ends it without ``close()``.
+    """Wait for this process's background saves, if it exits without ``close()``.
 
     What was staged is committed, if the other ranks do their part: one on which nothing was written for ``grace_s``
     seconds is left as it is.
