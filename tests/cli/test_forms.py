@@ -270,3 +270,15 @@ def test_a_path_of_another_kind_is_told_what_it_is(
     status, _, err = output(capsys, *argv)
     assert status == 3
     assert hint.format(root=storage.root) in err
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "cut.pt"])
+@pytest.mark.parametrize("command", ["inspect", "stats"])
+def test_a_damaged_file_is_named_and_not_its_folder(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    Path(name).write_bytes(b"short")
+    status, _, err = output(capsys, command, name)
+    assert status == 5
+    assert name in err
+    assert f"{storage.root} is damaged" not in err

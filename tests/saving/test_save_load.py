@@ -490,3 +490,9 @@ def test_thousands_of_small_tensors_load_in_place_and_as_a_whole(memory_path: Pa
     del into["layers.7.scale"]
     with pytest.raises(StateMismatchError, match="1 key of the checkpoint has no place"):
         milepost.load(memory_path / "step-1", into)
+
+
+def test_one_key_that_does_not_fit_is_one(tmp_path: Path) -> None:
+    milepost.save(tmp_path / "step-1", {"w": torch.ones(2)})
+    with pytest.raises(StateMismatchError, match="\n  1 key does not fit:\n"):
+        milepost.load(tmp_path / "step-1", {"w": torch.ones(3)})

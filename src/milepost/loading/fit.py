@@ -29,7 +29,10 @@ class Fit:
         missing = policy.refused_missing(self.missing)
         if not missing and not self.mismatched:
             return
-        lines = [*_missing_lines(missing, self.unexpected), *_listed("do not fit", self.mismatched)]
+        lines = [
+            *_missing_lines(missing, self.unexpected),
+            *_listed(f"{_do(self.mismatched)} not fit", self.mismatched),
+        ]
         if missing:
             lines.append(policy.advice("allow_missing", "leave them as they are", missing, ()))
         raise StateMismatchError(
@@ -102,6 +105,10 @@ def _missing_lines(missing: Sequence[str], unexpected: Collection[str]) -> Itera
 
 def _has(keys: Sequence[str]) -> str:
     return "has" if len(keys) == 1 else "have"
+
+
+def _do(keys: Sequence[str]) -> str:
+    return "does" if len(keys) == 1 else "do"
 
 
 def _listed(what: str, lines: Sequence[str]) -> Iterator[str]:

@@ -202,7 +202,9 @@ def manifest_of_file(storage: Storage, path: str) -> Manifest:
     folder, name = split(path)
     if name.endswith(".safetensors"):
         found = read_headers(storage, folder, [name])
-        found.require(f"{storage.root}/{folder}".rstrip("/"))
+        if found.problems:  # they name the file
+            problems = "\n".join(listed([problem.message for problem in found.problems]))
+            raise FormatError(problems, path=f"{storage.root}/{path}")
         return _manifest("model", found, 0.0)
     tensors = {}
     with open_linked(storage, path, anywhere=True) as handle:
@@ -213,7 +215,11 @@ def manifest_of_file(storage: Storage, path: str) -> Manifest:
             handle.read_into(offset, [memoryview(data)])
             return bytes(data)
 
-        for key, stored in locate_tensors(read_at, handle.nbytes, handle.path).items():
+        try:
+            located = locate_tensors(read_at, handle.nbytes, handle.path)
+        except FormatError as error:
+            raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
+        for key, stored in located.items():
             box = Box.whole(stored.sizes)
             nbytes = box.numel * itemsize(stored.dtype)
             start = stored.data_offset + stored.storage_offset * itemsize(stored.dtype)
