@@ -13,7 +13,7 @@
 # make soak-store   kill ranks, launcher, store and network during a run on a store (SEED=, FAULTS=)
 # make fuzz    feed 100,000 hostile inputs to every reader (SEED=, INPUTS=); takes a few minutes
 # make test-browser   test the report in headless Chromium (Debian: apt-get install chromium npm)
-# make bench   the benchmarks: each line a ratio within one run (some ten minutes; wants a quiet machine)
+# make bench   run the benchmarks; writes the table of goals in docs/performance.md (half an hour; wants a quiet machine)
 # make house   print figures of the code's structure (AGAINST=<revision> compares with another revision)
 # make docs    build the documentation in build/docs; warnings are errors
 # make lint    check formatting, lint, types and import contracts; make format fixes the formatting
@@ -31,6 +31,7 @@ KILLS ?= 50
 FAULTS ?= 20
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
+BENCH := build/bench
 
 .PHONY: house help setup train test test-slow test-crash test-browser test-gpu test-netfs test-integrations test-integrations-slow reliability soak soak-store demo-s3 fuzz bench docs lint format clean
 
@@ -118,11 +119,16 @@ fuzz: $(STAMP)
 	timeout 3000 $(BIN)/python tests/attacks/fuzz.py --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 bench: $(STAMP)
-	timeout 1200 $(BIN)/python benchmarks/bench_engine.py
-	timeout 1200 $(BIN)/python benchmarks/bench_sharded.py
-	timeout 1200 $(BIN)/python benchmarks/bench_frozen.py
-	timeout 1800 $(BIN)/python benchmarks/bench_async.py
-	timeout 1800 $(BIN)/python benchmarks/bench_convert.py
+	@mkdir -p $(BENCH) && rm -f $(BENCH)/*.json
+	timeout 1800 $(BIN)/python benchmarks/bench_engine.py --json $(BENCH)/engine.json
+	timeout 1200 $(BIN)/python benchmarks/bench_sharded.py --json $(BENCH)/sharded.json
+	timeout 1800 $(BIN)/python benchmarks/bench_async.py --json $(BENCH)/async.json
+	timeout 1200 $(BIN)/python benchmarks/bench_frozen.py --json $(BENCH)/frozen.json
+	timeout 1800 $(BIN)/python benchmarks/bench_small.py --json $(BENCH)/small.json
+	timeout 1800 $(BIN)/python benchmarks/bench_convert.py --json $(BENCH)/convert.json
+	timeout 1200 $(BIN)/python benchmarks/bench_last_save.py --json $(BENCH)/last_save.json
+	timeout 1800 $(BIN)/python benchmarks/bench_store.py --only times --nbytes 4e8 --json $(BENCH)/store.json
+	$(BIN)/python benchmarks/goals.py $(BENCH)
 
 house: $(STAMP)
 	$(BIN)/python docs/house.py $(if $(AGAINST),--against $(AGAINST))

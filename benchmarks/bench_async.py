@@ -1,8 +1,8 @@
 """Saving without stopping training, against one plain copy, a synchronous save and stock ``dcp.async_save``.
 
-Run: ``python benchmarks/bench_async.py [--rounds 5] [--folder DIR] [--device cuda]``. One process, one torch thread, 96
-fp32 tensors of 2048 x 2048 (1.6 GB). The training thread does matrix products all the while. Figures are of the second
-save on. On a GPU the plain copy goes into pinned memory.
+Run: ``python benchmarks/bench_async.py [--rounds 5] [--folder DIR] [--device cuda] [--json FILE]``. One process, one
+torch thread, 96 fp32 tensors of 2048 x 2048 (1.6 GB). The training thread does matrix products all the while. Figures
+are of the second save on. On a GPU the plain copy goes into pinned memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 import milepost
+from figures import Figures as Goals
 from milepost.collective.comm import SingleProcess
 from milepost.run.assemble import SaveInfo
 from milepost.saving.async_save import AsyncSaver
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -88,12 +90,14 @@ def main() -> None:
         state = {f"layers.{i}.weight": torch.randn(SIDE, SIDE, device=args.device) for i in range(args.tensors)}
         args.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            measure(state, Path(folder), args.rounds)
+            goals = Goals(f"bench_async.py --tensors {args.tensors} --rounds {args.rounds}")
+            measure(state, Path(folder), args.rounds, goals)
+            goals.finish(args.json)
     logging.shutdown()
     os._exit(0)
 
 
-def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
+def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int, goals: Goals) -> None:
     device = next(iter(state.values())).device
     training = Training(device.type)
     nbytes = sum(t.nbytes for t in state.values())
@@ -110,11 +114,13 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
         "milepost.save (synchronous)": lambda f: synchronous(state, folder, f),
     }
     figures = {name: Figures() for name in contenders}
+    first: dict[str, float] = {}
     copies: list[float] = []
     quiet: list[float] = []
     spare = {key: torch.zeros(v.shape, dtype=v.dtype, pin_memory=v.is_cuda) for key, v in state.items()}
     for round_number in range(rounds + 1):
         if round_number == 1:  # the first round allocates, starts processes and touches memory
+            first = {name: found.blocked[0] for name, found in figures.items()}
             figures = {name: Figures() for name in contenders}
             copies, quiet = [], []
         quiet.append(statistics.median(training.run(lambda: True, at_least_s=1.5)))
@@ -128,6 +134,7 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> None:
             os.sync()
             act(figures[name])
     report(figures, copies, quiet)
+    hold(figures, first, quiet, goals)
     for mode, saver in savers.items():
         print(f"{mode}: arena {saver.arena_nbytes / 1e6:.1f} MB for {nbytes / 1e6:.1f} MB of state")
         saver.close()
@@ -173,6 +180,20 @@ def synchronous(state: dict[str, torch.Tensor], folder: Path, figures: Figures) 
     seconds = time.perf_counter() - started
     figures.blocked.append(seconds)
     figures.commit.append(seconds)
+
+
+def hold(figures: dict[str, Figures], first: dict[str, float], quiet: list[float], goals: Goals) -> None:
+    """Hold both background modes to their goals."""
+    sync, step = figures["milepost.save (synchronous)"].commit, statistics.median(quiet)
+    for mode in ("async", "async_with_pinned_mem"):
+        found = figures[f"milepost {mode}"]
+        times = {mode: found.commit, "sync": sync}
+        goals.note(f"{mode}, until committed", times)
+        goals.ratio(f"{mode}: seconds until committed, of a synchronous save", times, mode, "sync", "at most", 1.1)
+        slower = 100 * (statistics.median(found.step) / step - 1)
+        goals.hold(f"{mode}: training steps meanwhile are slower by, %", "at most", 5.0, slower)
+        blocked = first[f"milepost {mode}"] / statistics.median(found.blocked)
+        goals.hold(f"{mode}: the first save blocks, of what later ones do", "at most", 1.3, blocked)
 
 
 def report(figures: dict[str, Figures], copies: list[float], quiet: list[float]) -> None:

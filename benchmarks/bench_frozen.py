@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from figures import Figures
 from milepost import CheckpointConfig, CheckpointManager
 
 SIDE = 2048
@@ -95,17 +96,14 @@ def main() -> None:
     for name, found in results.items():
         print(f"{name}: {json.dumps({key: round(value, 4) for key, value in found.items()})}")
     lora, full = results["LoRA, shared"], results["full, shared"]
-    goals = {
-        "bytes of a later LoRA save / of the first (goal 0.02)": lora["later_save_nbytes"] / lora["first_save_nbytes"],
-        "LoRA save shared / written anew, s": lora["later_save_s_min"]
-        / results["LoRA, written anew"]["later_save_s_min"],
-        "full run shared / written anew, CPU s (goal 1)": full["later_save_cpu_s_min"]
-        / results["full, written anew"]["later_save_cpu_s_min"],
-    }
-    for name, ratio in goals.items():
-        print(f"{name}: {ratio:.4f}")
-    if args.json is not None:
-        args.json.write_text(json.dumps({"results": results, "ratios": goals}, indent=1) + "\n")
+    figures = Figures(f"bench_frozen.py --tensors {args.tensors} --rounds {args.rounds}")
+    part = lora["later_save_nbytes"] / lora["first_save_nbytes"]
+    figures.hold("LoRA, 1 % trained: bytes of a later save, of the first", "at most", 0.02, part)
+    anew = results["full, written anew"]["later_save_cpu_s_min"]
+    paid = full["later_save_cpu_s_min"] / anew
+    figures.hold("all trained: processor time of a save, of one with full_every = 1", "at most", 1.05, paid)
+    figures.note("later saves, minima", {name: [found["later_save_s_min"]] for name, found in results.items()})
+    figures.finish(args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Save and load of FSDP shards over two ranks, against stock DCP, as ratios of one run.
 
-Run: ``python benchmarks/bench_sharded.py [--tensors 96] [--rounds 5] [--folder DIR]``. 96 fp32 tensors of 2048 x 2048
-(1.6 GB in all), each sharded by rows over two ranks of one machine; contenders are interleaved.
+Run: ``python benchmarks/bench_sharded.py [--tensors 96] [--rounds 5] [--folder DIR] [--json FILE]``. 96 fp32 tensors of
+2048 x 2048 (1.6 GB in all), each sharded by rows over two ranks of one machine; contenders are interleaved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
 import time
 import warnings
@@ -19,12 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import milepost
+from figures import Figures, show
 from milepost.testing.world import run_world
 
 SIDE = 2048
@@ -36,27 +34,22 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         times = run_world(measure, WORLD_SIZE, args.tensors, args.rounds, Path(folder), timeout_s=1000.0)[0]
     size = args.tensors * SIDE * SIDE * 4
     print(f"{args.tensors} fp32 tensors of {SIDE} x {SIDE}, {size / 1e9:.2f} GB, rows sharded over {WORLD_SIZE} ranks")
-    for act in ("save", "load"):
-        ours = statistics.median(times[f"milepost.{act}"])
-        table = Table(title=act, title_justify="left")
-        for column in ("", "min s", "median s", "GB/s", "milepost is"):
-            table.add_column(column, justify="left" if not column else "right")
-        for name in (f"milepost.{act}", f"dcp.{act} (stock)"):
-            median = statistics.median(times[name])
-            table.add_row(
-                name,
-                f"{min(times[name]):.2f}",
-                f"{median:.2f}",
-                f"{size / median / 1e9:.2f}",
-                f"{median / ours:.2f}x as fast",
-            )
-        Console().print(table)
+    figures = Figures(f"bench_sharded.py --tensors {args.tensors} --rounds {args.rounds}")
+    for act, goal in (("save", 2.0), ("load", 3.0)):
+        ours, stock = f"milepost.{act}", f"dcp.{act} (stock)"
+        found = {name: times[name] for name in (ours, stock)}
+        show(f"{act}, shards of two ranks", found, size)
+        figures.note(f"{act}, shards of two ranks", found)
+        when = "load right after the save" if act == "load" else act
+        figures.ratio(f"{when}, shards of two ranks, of stock DCP's speed", found, stock, ours, "at least", goal)
+    figures.finish(args.json)
 
 
 def measure(num_tensors: int, rounds: int, folder: Path) -> dict[str, list[float]]:
@@ -83,10 +76,6 @@ def measure(num_tensors: int, rounds: int, folder: Path) -> dict[str, list[float
             folder.mkdir(parents=True)
             os.sync()
         for name, act in contenders.items():
-            if name.startswith("milepost.load") and dist.get_rank() == 0:
-                # Milepost writes past the page cache, stock through it: loads are compared from a warm one.
-                for path in folder.rglob("*.distcp"):
-                    path.read_bytes()
             dist.barrier()
             started = time.perf_counter()
             act()
