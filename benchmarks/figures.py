@@ -79,7 +79,6 @@ class Figures:
                 table.add_row(*cells(asdict(row)))
             Console(width=140).print(table)
         if path is not None:
-            kernel = platform.release().split("-")[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             machine = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}"
             path.write_text(json.dumps({**asdict(self), "machine": machine}, indent=1) + "\n")
