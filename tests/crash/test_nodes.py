@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import logging
 import os
 import re
 import shutil
@@ -27,6 +29,8 @@ from milepost import CheckpointConfig, CheckpointManager, Commit
 from milepost.cli.main import main
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, SaveError
 from milepost.run import catalog, checkpoint_record, node_steps
+from milepost.saving.copy_part import copy_part
+from milepost.saving.copy_step import Spot, begin_copy
 from milepost.storage import open_storage
 from milepost.testing.world import run_world
 from milepost.verification.verify import verify
@@ -439,3 +443,65 @@ def test_a_copy_that_is_killed_on_one_node_holds_up_no_other(
     assert max(world(one_copy_killed, memory_path)) < 45
     assert remote_steps(memory_path) == [1]
     assert verify(memory_path / "remote/step-1").is_sound
+
+
+def one_part_deleted(base: Path, node: int) -> tuple[float, str]:
+    """By hand, before it is copied: how long the end of the run took, and what was logged on this rank."""
+    run = Run(base, remote_every_n_steps=100)  # so that only the end of the run asks for a copy
+    run.load()
+    run.train(1)
+    run.manager.maybe_wait_for_saving()
+    wait_until(lambda: 1 in node_steps.settled_steps(*open_storage(home(base) / "run")))
+    if dist.get_rank() == node * RANKS_A_NODE:
+        shutil.rmtree(home(base) / "run" / "step-1")
+    dist.barrier()
+    said = io.StringIO()
+    logging.getLogger("milepost").addHandler(logging.StreamHandler(said))
+    started = time.monotonic()
+    run.manager.close()
+    return time.monotonic() - started, said.getvalue()
+
+
+@pytest.mark.parametrize("node", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_part_that_is_deleted_by_hand_is_told_at_once_on_all_nodes(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
+) -> None:
+    monkeypatch.setattr("milepost.training.remote.RETRY_S", 0.2)
+    outcomes = world(one_part_deleted, memory_path, node)
+    assert max(seconds for seconds, _ in outcomes) < 100, "not the hours that a slow link is waited for"
+    firsts = outcomes[0][1], outcomes[RANKS_A_NODE][1]
+    assert "step-1" in firsts[node], "which part is missing"
+    expected = "node 1" if node == 1 else "node 0 can't copy its part"
+    assert expected in firsts[1 - node]
+    assert remote_steps(memory_path) == []
+
+
+def test_a_damaged_header_of_a_record_is_not_copied(memory_path: Path) -> None:
+    world(save_and_drop, memory_path)
+    part = memory_path / "node0" / "run" / "step-1"  # which brings all that it holds
+    file = next(part.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[10] ^= 1  # within the first record's zip header
+    file.write_bytes(data)
+    local, remote = (Spot(*open_storage(memory_path / name)) for name in ("node0/run/step-1", "remote/step-1"))
+    begin_copy(remote, checkpoint_record.read_part(local.storage, local.path).manifest.save_id, is_joint=True)
+    other = threading.Thread(target=copy_quietly, args=(memory_path, "node1"), daemon=True)
+    other.start()
+    with pytest.raises(CheckpointDamagedError, match="damaged header or footer of"):
+        copy_part(local, remote)
+    other.join(30)
+    assert not other.is_alive(), "the other node was told"
+
+
+def copy_quietly(base: Path, node: str) -> None:
+    with contextlib.suppress(SaveError):
+        copy_part(Spot(*open_storage(base / node / "run/step-1")), Spot(*open_storage(base / "remote/step-1")))
+
+
+def save_and_drop(base: Path) -> None:
+    run = Run(base, remote_every_n_steps=100)
+    run.load()
+    run.train(1)
+    run.manager.maybe_wait_for_saving()
+    dist.barrier()
+    run.drop()

@@ -138,8 +138,8 @@ def test_a_module_is_made_of_a_checkpoint_and_of_one_of_lightning_s_own(tmp_path
     for name in ("last.ckpt", "stock.ckpt"):
         loaded = load_from_checkpoint(Sized, tmp_path / name)
         assert loaded.hparams.factor == 0.5
-    for key, value in net.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value)
+        for key, value in net.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value)
 
 
 @pytest.mark.slow

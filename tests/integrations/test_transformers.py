@@ -247,6 +247,26 @@ def test_a_new_run_over_the_steps_of_another_is_warned_of(tmp_path: Path) -> Non
     assert "resume_from_checkpoint=True" in told[0]
 
 
+def go_on_from_theirs(folder: Path) -> tuple[int, list[str]]:
+    trainer_in(folder / "theirs", max_steps=2, save_strategy="steps", save_steps=2).train()
+    told: list[str] = []
+    logging.getLogger("milepost").addFilter(lambda record: told.append(record.getMessage()) or True)
+    trainer = trainer_in(folder, max_steps=3)
+    MilepostCallback(trainer)
+    trainer.train(resume_from_checkpoint=folder / "theirs" / "checkpoint-2")
+    return len([e for e in trainer.state.log_history if "loss" in e]), [
+        text for text in told if "holds steps up" in text
+    ]
+
+
+def test_a_run_that_goes_on_from_the_trainers_own_checkpoint_is_not_called_new(tmp_path: Path) -> None:
+    run_world(train_anew, 1, tmp_path)
+    ((_, told),) = run_world(go_on_from_theirs, 1, tmp_path)
+    assert len(told) == 1
+    assert "this run resumes from the Trainer's own" in told[0]
+    assert "checkpoint-2" in told[0]
+
+
 def test_arguments_that_can_not_be_honoured_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_only_model"):
         MilepostCallback(trainer_in(tmp_path, save_only_model=True))

@@ -223,3 +223,15 @@ def test_what_is_trained_of_tied_weights_is_not_given_to_both(
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
         assert loaded.config.tie_word_embeddings is False, "for programs that would leave out what they take for tied"
+
+
+def test_a_step_with_an_adapter_is_not_written_or_merged_as_a_plain_model(
+    memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, below, out = save(memory_path / "run", adapted(base)), str(memory_path / "base"), str(memory_path / "out")
+    assert main(["export", str(run), out, "--hf-assets", below, "--model", "hf"]) == 8
+    assert "holds a PEFT adapter" in capsys.readouterr().err
+    steps = [str(run / "step-1")] * 2
+    assert main(["merge", *steps, "--to", out]) == 8
+    assert "a PEFT adapter in it" in capsys.readouterr().err
+    assert main(["export", str(run), f"{out}.pt", "--to", "pt"]) == 0, "for a training to begin with"

@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file, save_file
 
-from milepost.errors import CheckpointNotFoundError, ConversionError, DigestMismatchError, FormatError
+from milepost import CheckpointConfig, CheckpointManager
+from milepost.errors import CheckpointNotFoundError, ConversionError, DigestMismatchError, FormatError, MilepostError
 from milepost.format.box import Box
 from milepost.format.huggingface import INDEX_NAME
+from milepost.interop.convert import convert
+from milepost.interop.options import ConvertOptions
 from milepost.interop.weights.open import open_weights
 from milepost.saving.save import save
 
@@ -173,3 +178,79 @@ def test_handles_are_closed_when_opening_fails(broken: Path):
         with pytest.raises(FormatError):
             open_weights(broken)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def a_folder(path: Path, files: dict[str, dict[str, torch.Tensor]], config: dict[str, object] | None = None) -> Path:
+    path.mkdir()
+    for name, tensors in files.items():
+        save_file(tensors, path / name)
+    (path / "config.json").write_text(json.dumps({"model_type": "made up"} | (config or {})))
+    return path
+
+
+AS_IT_IS = ConvertOptions(to="hf", model="hf")
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def test_of_one_file_and_an_index_of_others_that_is_read_which_transformers_reads(memory_path: Path) -> None:
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    )
+    model.save_pretrained(memory_path / "both")
+    held = load_file(memory_path / "both" / "model.safetensors")
+    save_file({key: value + 1 for key, value in held.items()}, memory_path / "both" / SHARDS[0])
+    (memory_path / "both" / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(held, SHARDS[0])}))
+    report = convert(memory_path / "both", memory_path / "out", AS_IT_IS)
+    assert any("the former was read, as transformers does" in note for note in report.notes)
+    theirs = transformers.BertModel.from_pretrained(memory_path / "both").state_dict()
+    assert all(
+        torch.equal(value, theirs[key]) for key, value in load_file(memory_path / "out/model.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_one_of_several_files_does_not_pass_for_a_model(memory_path: Path, ending: str) -> None:
+    tensors = {"weight": torch.ones(2, 2)}
+    path = memory_path / f"model-00001-of-00002.{ending}"
+    if ending == "bin":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
+    with pytest.raises(ConversionError, match="is one of 2 files that a model is split into"):
+        convert(path, memory_path / "out", ConvertOptions(to="dcp", model="hf"))
+    model = torch.nn.Linear(2, 2)
+    config = CheckpointConfig(initial_load_path=str(path))
+    with (
+        CheckpointManager(memory_path / "run", config, model=model) as manager,
+        pytest.raises(MilepostError, match="is one of 2 files"),
+    ):
+        manager.load()
+    with open_weights(path).source as source:
+        assert [*source.tensors] == ["weight"], "it may be looked at"
+
+
+def test_a_model_split_into_torch_files_is_not_read_in_part(memory_path: Path) -> None:
+    for number in (1, 2):
+        torch.save({"weight": torch.ones(2)}, memory_path / f"pytorch_model-0000{number}-of-00002.bin")
+    with pytest.raises(CheckpointNotFoundError, match=r"split into torch files: load it with transformers and save_pr"):
+        open_weights(memory_path)
+
+
+def test_factors_of_8_bit_floats_are_not_left_out(memory_path: Path) -> None:
+    tensors = {"l.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "l.weight_scale": torch.full((1,), 3.0)}
+    folder = a_folder(memory_path / "fp8", {"model.safetensors": tensors})
+    with pytest.raises(ConversionError, match="fp8 with a factor"):
+        convert(folder, memory_path / "out", ConvertOptions(to="hf", model="hf", dtype="bfloat16"))
+    convert(folder, memory_path / "same", AS_IT_IS)
+    assert load_file(memory_path / "same" / "model.safetensors")["l.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_that_code_is_not_taken_is_told(memory_path: Path) -> None:
+    code = {"auto_map": {"AutoModel": "modeling_x.X"}}
+    folder = a_folder(memory_path / "code", {"model.safetensors": {"a": torch.ones(2)}}, code)
+    (folder / "modeling_x.py").write_text("raise SystemExit")
+    report = convert(folder, memory_path / "out", AS_IT_IS)
+    assert any("auto_map" in note for note in report.notes)
+    assert not (memory_path / "out" / "modeling_x.py").exists()

@@ -181,8 +181,11 @@ def load_from_checkpoint(
     """
     if os.path.isfile(path):
         return module.load_from_checkpoint(path, map_location="cpu", strict=strict, **arguments)
-    checkpoint = MilepostCheckpointIO().load_checkpoint(path)
-    for name in (*PARTS, "loops", "callbacks"):
+    path = os.fspath(path)
+    wanted: dict[str, Any] = {key: None for key in keys_of(path) if key not in PARTS.values()}
+    milepost.load(path, wanted, allow_unexpected=(*PARTS.values(),), comm=SingleProcess())
+    checkpoint = from_parts(wanted)
+    for name in ("loops", "callbacks"):
         checkpoint.pop(name, None)
     stream = io.BytesIO()
     torch.save(checkpoint, stream)

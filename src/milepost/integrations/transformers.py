@@ -85,11 +85,12 @@ class MilepostCallback(TrainerCallback):
     def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._close()  # of a run before, in this process
         self._resuming, given = None, resume_from_checkpoint
+        given = os.fspath(given) if isinstance(given, os.PathLike) else given
         if given is True or (isinstance(given, str) and self._is_step(given)):
             self._resuming = self._find(given)
             given = self._hand_over() if self._resuming is not None else None
         if self._resuming is None:
-            self._warn_of_steps()
+            self._warn_of_steps(given)
         return self._stock["train"](given, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -188,16 +189,20 @@ class MilepostCallback(TrainerCallback):
         assert step is not None, "is_step has found it"
         return step_to_resume(self._folder, replace(self._config, load_step=step, restart_branch=True), default_comm())
 
-    def _warn_of_steps(self) -> None:
-        """Say that a new run begins over the steps of another, as it does with the Trainer itself."""
+    def _warn_of_steps(self, given: str | bool | None) -> None:
+        """Say that a new run begins over the steps of another, as it does with the Trainer itself.
+
+        Or one that goes on from a checkpoint of the Trainer's own, which is ``given``.
+        """
         comm = default_comm()
         newest = on_rank_0(comm, partial(_newest_step, self._folder))
         if newest is not None and comm.rank == 0:
             log.warning(
-                "%s holds steps up to %d, and this is a new run: its steps replace those of the same "
-                "number. To resume from there, call train(resume_from_checkpoint=True)",
+                "%s holds steps up to %d, and this %s: its steps replace those of the same number. To resume from "
+                "there, call train(resume_from_checkpoint=True)",
                 self._folder,
                 newest,
+                f"run resumes from the Trainer's own {given}" if isinstance(given, str) else "is a new run",
             )
 
     def _is_step(self, path: str) -> bool:

@@ -23,6 +23,7 @@ from milepost.format.huggingface import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from milepost.format.safetensors import plan_layout
 from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS
 from milepost.interop.hf.extras import HfExtras, lent_extras
+from milepost.interop.names.adapter_keys import ADAPTER_KEY
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.options import HUB, ConvertOptions, ConvertReport
@@ -39,8 +40,6 @@ from milepost.storage import open_storage
 
 _PREFIX = "base_model.model."
 """Of all keys in PEFT's files, and of those of a model that PEFT has wrapped."""
-_ADAPTER = re.compile(r"(.*\.|)((?:lora|vera|ia3)_[A-Za-z_]+|modules_to_save)\.([^.]+)((?:\..+)?)")
-"""A tensor of an adapter: (module) (what) (the adapter's name) (the rest)."""
 _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin an adapter that take something from the base's weights, so that these are others from then on."""
@@ -73,7 +72,7 @@ def adapters_in(keys: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
     """For each adapter that keys are of: the key in PEFT's files, and that in the state."""
     found: dict[str, dict[str, str]] = {}
     for key in keys:
-        match = _ADAPTER.fullmatch(key)
+        match = ADAPTER_KEY.fullmatch(key)
         if match is None:
             continue
         module, what, name, rest = match.groups()
@@ -246,7 +245,7 @@ def _base_name(key: str) -> str:
 
 def _base_in(weights: Weights) -> Readable:
     """What the adapters of a step are put over, under its names without them."""
-    names = {_base_name(key): key for key in weights.source.tensors if _ADAPTER.fullmatch(key) is None}
+    names = {_base_name(key): key for key in weights.source.tensors if ADAPTER_KEY.fullmatch(key) is None}
     return Renamed(weights.source, names)
 
 
@@ -320,7 +319,7 @@ def _trained_beside(weights: Weights) -> list[str]:
     manifest, tensors = weights.manifest, weights.source.tensors
     if manifest is None:
         return []
-    others = [key for key in tensors if _ADAPTER.fullmatch(key) is None]
+    others = [key for key in tensors if ADAPTER_KEY.fullmatch(key) is None]
     if manifest.extra.get(ONLY_TRAINABLE):
         return others
     start = "optimizer.state."
@@ -341,7 +340,7 @@ def _recorded_base(weights: Weights) -> dict[str, Sample]:
     """Samples of the base, by the names in the step: those that it records, or else of what it holds."""
     path, manifest = weights.source.path, weights.manifest
     if manifest is None or not manifest.extra.get(ONLY_TRAINABLE):
-        names = {key: key for key in weights.source.tensors if _ADAPTER.fullmatch(key) is None}
+        names = {key: key for key in weights.source.tensors if ADAPTER_KEY.fullmatch(key) is None}
         return sample_of(weights.source, names)
     key = f"attached.{SAMPLES}"
     if key not in manifest.objects:

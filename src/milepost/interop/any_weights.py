@@ -16,7 +16,7 @@ from milepost.format.box import Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.interop.weights.boxes import Array, Readable, Renamed, array_dtype, as_bytes
 from milepost.interop.weights.dequantized import METHODS, method_of, method_of_keys, plain_weights
-from milepost.interop.weights.open import Weights, open_weights
+from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.loading.fit import unexpected_error
 from milepost.loading.names import renames
@@ -56,6 +56,7 @@ def load_any(
         StateMismatchError: keys or shapes do not fit; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
+    refuse_one_of_several(path)
     opened = open_weights(path)
     with opened.source:
         source = _as_the_model_has_it(opened, model_keys).source

@@ -16,6 +16,7 @@ from milepost.format.box import Box
 from milepost.interop.hf.classes import architecture
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.hf.kept import ARCHITECTURE
+from milepost.interop.names.adapter_keys import first_of_adapter
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
 from milepost.interop.names.rules import MappedBox, Op, Recipe
@@ -75,12 +76,18 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
         raise ConversionError(f"{source.path} holds no model tensors", path=source.path)
     extras = _extras(weights, options) if options.to == "hf" else None
     names = _without_wrappers(_bare_of_nest(weights), extras.weight_map if extras is not None else {})
+    if extras is not None and source.kind != "hf":
+        _refuse_adapter(names, extras.weight_map, source.path)
     notes: list[str] = []
     if extras is not None:
         names, notes = _without_tied(weights, names, extras.config)
         _check_index(names, extras.weight_map, source.path)
         if options.max_shard_nbytes is not None:
             extras = replace(extras, weight_map={})
+        if extras.config.get("auto_map"):
+            notes.append(
+                "the config names code that the model needs (auto_map): copy its files by hand, code is not taken"
+            )
     return Kept(names, extras, tuple(notes))
 
 
@@ -99,6 +106,17 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
     if method in METHODS and method_of_keys(weights.source.tensors) is None:  # the index is of the quantized files
         extras = replace(extras, config=without_quantization(extras.config), weight_map={})
     return extras
+
+
+def _refuse_adapter(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
+    """Refuse a model with an adapter in it, unless its class has those names itself."""
+    key = first_of_adapter(names)
+    if key is not None and key not in index:
+        raise ConversionError(
+            f"{path} holds a PEFT adapter ({key}): no class of transformers would find its weights under such names. "
+            "Write the adapter with `milepost export RUN DST --adapter`, or the model with --merge-adapter",
+            path=path,
+        )
 
 
 def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, Recipe]:

@@ -40,7 +40,7 @@ from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.training_state import plan_training_step
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.dequantized import plain_weights
-from milepost.interop.weights.open import Weights, open_weights, read_config
+from milepost.interop.weights.open import Weights, open_weights, read_config, refuse_one_of_several
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 from milepost.storage import open_storage
 
@@ -60,6 +60,7 @@ def convert(
         StorageError: reading or writing failed; ``dst`` does not appear.
     """
     started = time.monotonic()
+    refuse_one_of_several(src)
     weights = open_weights(src, whole=options.training_state)
     with weights.source as source:
         if weights.is_adapter:

@@ -40,6 +40,8 @@ class HfFolder:
     files: Mapping[str, FileEntry]
     problems: tuple[Problem, ...]
     """Files that are missing or malformed, and keys that are not where the index says."""
+    note: str = ""
+    """What a user should know of which files were read."""
 
     def require(self, path: str) -> None:
         """Raise FormatError with all problems of the folder at ``path``, if there are any."""
@@ -75,6 +77,7 @@ def read_hf_folder(
     """
     problems: list[Problem] = []
     weight_map: Mapping[str, str] | None = None
+    note = ""
     index = plain_or_tagged(INDEX_NAME, names)
     if index is not None:
         where = join(folder, index)
@@ -82,6 +85,11 @@ def read_hf_folder(
             weight_map = parse_weight_map(read_linked(storage, where, MAX_INDEX_NBYTES), where)
         except MilepostError as error:
             problems.append(Problem(error.message.removeprefix(f"{where}: "), index))
+    if weight_map is not None and SINGLE_NAME in names and SINGLE_NAME not in weight_map.values():
+        weight_map, note = (
+            None,
+            f"there are {SINGLE_NAME} and an index of other files: the former was read, as transformers does",
+        )
     wanted = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
     missing = [name for name in wanted if name not in names]
     problems += [Problem(f"missing: one of {len(wanted)} files; download it again", name) for name in missing]
@@ -89,7 +97,7 @@ def read_hf_folder(
     problems += found.problems
     if weight_map is not None and not problems:
         problems += _misplaced(weight_map, found.tensors)
-    return replace(found, problems=tuple(problems))
+    return replace(found, problems=tuple(problems), note=note)
 
 
 def plain_or_tagged(name: str, names: Collection[str]) -> str | None:

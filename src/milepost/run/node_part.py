@@ -48,10 +48,11 @@ MAX_NAMED = 10
 """Runs of ranks that a message names."""
 
 
-def rank_list(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+def rank_list(ranks: Sequence[int], hosts: Sequence[str] = (), member: str = "rank") -> str:
     """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``; ``ranks 4-7 (a), 8 (b)`` if hosts are several.
 
-    Of more than ten runs the number of the ranks in the rest is said. ``hosts`` has that of each rank of the world.
+    Of more than ten runs the number of the ranks in the rest is said. ``hosts`` has that of each rank of the world. ``member`` is
+    what ranks are called.
     """
     where = hosts if len(set(hosts)) > 1 else ()
     found: list[list[int]] = []
@@ -66,4 +67,4 @@ def rank_list(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
         for first, last in shown
     ]
     more = f" and {rest} more" if rest else ""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(named) + more
+    return (f"{member} " if len(ranks) == 1 else f"{member}s ") + ", ".join(named) + more

@@ -57,6 +57,7 @@ def wait_for_outcome(
     world_size: int = 1,
     give_up: Callable[[], str | None] = lambda: None,
     poll_s: float | None = None,
+    member: str = "rank",
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
@@ -64,7 +65,7 @@ def wait_for_outcome(
 
     Looks less and less often: twice a second, but of a large ``world_size`` each rank less, and not all at once, so
     that the storage is asked some thousand times a second at most. ``give_up`` says why to stop, or None; or raises
-    the error to end with.
+    the error to end with. ``member`` is what messages call a rank.
 
     Raises:
         SaveError: the save failed, or there was no outcome within ``timeout_s``.
@@ -93,7 +94,7 @@ def wait_for_outcome(
         reason = give_up()
         if reason is not None or clock() >= deadline:
             raise SaveError(
-                f"rank 0 did not commit {storage.root}/{target} {reason or f'within {timeout_s:g} s'}: see its log",
+                f"{member} 0 did not commit {storage.root}/{target} {reason or f'within {timeout_s:g} s'}: see its log",
                 path=target,
                 rank=0,
             )

@@ -252,6 +252,7 @@ def wait_for_sign_offs(
     hosts: Sequence[str] = (),
     give_up: Callable[[], str | None] = lambda: None,
     poll_s: float | None = None,
+    member: str = "rank",
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[SignOff, ...]:
@@ -259,7 +260,7 @@ def wait_for_sign_offs(
 
     Looks every ``poll_s`` at first (by default as the storage wishes), then less and less often (at least twice a
     second), and logs every ``SLOW_S`` seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the
-    error to end with.
+    error to end with. ``member`` is what messages call those who sign off.
 
     Raises:
         SaveError: a rank signed off with an error (``rank`` names it), the attempt is gone, or ranks are missing
@@ -278,7 +279,7 @@ def wait_for_sign_offs(
         look = partial(_look, storage, attempt, names)
         found = map_in_threads(look, arrived, storage.num_streams, name="milepost-sign-offs")
         signed |= dict(zip(arrived, found, strict=True))
-        _raise_failures(signed, save_id, attempt)
+        _raise_failures(signed, save_id, attempt, member)
         if len(signed) == len(wanted):
             return tuple(signed[rank] for rank in wanted)
         reason = give_up()
@@ -286,18 +287,19 @@ def wait_for_sign_offs(
         if clock() - logged >= SLOW_S:
             logged = clock()
             _log.warning(
-                "rank %d has waited %.0f s for %s of %d to finish writing %s",
+                "%s %d has waited %.0f s for %s of %d to finish writing %s",
+                member,
                 wanted[0],
                 logged - started,
-                rank_list(missing, hosts),
+                rank_list(missing, hosts, member),
                 world_size,
                 attempt,
             )
         if reason is not None or clock() >= deadline:
             raise SaveError(
-                f"{rank_list(missing, hosts)} of {world_size} did not finish writing "
+                f"{rank_list(missing, hosts, member)} of {world_size} did not finish writing "
                 f"{reason or f'within {timeout_s:g} s'}; nothing was "
-                "committed. Check their logs: the usual causes are a dead rank or storage that hangs",
+                f"committed. Check their logs: the usual causes are a dead {member} or storage that hangs",
                 path=attempt,
                 rank=missing[0],
             )
@@ -316,14 +318,14 @@ def _look(storage: Storage, attempt: str, names: set[str], rank: int) -> SignOff
     return SignOff(rank, "", error="it failed and could not record the reason; see its log")
 
 
-def _raise_failures(signed: dict[int, SignOff], save_id: str, attempt: str) -> None:
+def _raise_failures(signed: dict[int, SignOff], save_id: str, attempt: str, member: str) -> None:
     faults = []
     for rank, found in sorted(signed.items()):
         if found.error is not None:
             faults.append((rank, found.error))
         elif (found.rank, found.save_id) != (rank, save_id):
-            other = f"found one of rank {found.rank} in save {found.save_id}"
+            other = f"found one of {member} {found.rank} in save {found.save_id}"
             faults.append((rank, f"expected its sign-off of save {save_id}, {other}"))
     if faults:
-        lines = [f"rank {rank}: {text}" for rank, text in faults]
+        lines = [f"{member} {rank}: {text}" for rank, text in faults]
         raise SaveError("the save failed on " + "\n  ".join(lines), path=attempt, rank=faults[0][0])

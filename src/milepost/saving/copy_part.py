@@ -23,6 +23,7 @@ from milepost.format.box import Box
 from milepost.format.columns import Objects, ShardTable, Tensors, table_of
 from milepost.format.digest import BlockDigests, crc32
 from milepost.format.manifest import DIGESTS_NAME, Manifest, ObjectEntry, ShardEntry
+from milepost.format.record import record_footer, tensor_record
 from milepost.format.segments import Segment
 from milepost.run import catalog, checkpoint_record, commit, retention
 from milepost.run.assemble import SaveInfo
@@ -73,6 +74,19 @@ class _Record:
     @property
     def is_large(self) -> bool:
         return isinstance(self.entry, ShardEntry) and self.entry.data_nbytes >= LARGE_RECORD_NBYTES
+
+
+def tell_failure(dst: Spot, node: int, save_id: str, reason: str) -> bool:
+    """Let the other nodes hear that this one has nothing to bring. False if the copy has not begun there yet.
+
+    Raises:
+        StorageError: it can't be left there.
+    """
+    attempt = attempt_of(dst.path, save_id)
+    names = dst.storage.names(attempt)
+    if names and node not in ranks_in(names):
+        sign_off(dst.storage, attempt, SignOff(node, save_id, error=reason))
+    return bool(names)
 
 
 def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> CopyReport:
@@ -284,11 +298,14 @@ def _pieces(
         low, high = start, stop  # what the digest is of
         if isinstance(entry, ShardEntry) and entry.data_offset is not None:
             low, high = entry.data_offset, entry.data_offset + entry.data_nbytes
-        crc = 0
+        crc, frame = 0, 0
         for at in range(start, stop, PIECE_NBYTES):
             piece = bytearray(min(PIECE_NBYTES, stop - at))
             reader.read_into(at, [memoryview(piece)])
-            crc = crc32(memoryview(piece)[max(0, low - at) : max(0, high - at)], crc)
+            view = memoryview(piece)
+            frame = crc32(view[: max(0, low - at)], frame)
+            crc = crc32(view[max(0, low - at) : max(0, high - at)], crc)
+            frame = crc32(view[max(0, high - at) :], frame)
             yield piece
         if crc != entry.crc32:
             raise CheckpointDamagedError(
@@ -296,8 +313,24 @@ def _pieces(
                 path=reader.path,
                 key=record.key,
             )
+        if frame != _frame_crc(record):  # of which there is no digest: others' programs read it
+            raise CheckpointDamagedError(
+                f"damaged header or footer of {record.key}, bytes {start} to {stop} of {reader.path}: it is not copied",
+                path=reader.path,
+                key=record.key,
+            )
         position = offset + entry.record_nbytes
     yield bytes(nbytes - position)
+
+
+def _frame_crc(record: _Record) -> int:
+    """CRC-32 of what must be around the data of a record: the zip archive's own bytes. 0 where all is data."""
+    entry = record.entry
+    if not isinstance(entry, ShardEntry) or entry.data_offset is None:
+        return 0
+    assert entry.crc32 is not None
+    layout = tensor_record(record.dtype, entry.box.sizes)
+    return crc32(record_footer(layout, entry.crc32), crc32(layout.header))
 
 
 def _written(name: str, records: Sequence[_Record], digests: BlockDigests) -> WrittenFile:
@@ -336,10 +369,14 @@ def _finish(
     """Node 0 commits the step, the others wait for that."""
     storage, save_id = dst.storage, manifest.save_id
     if part.node != 0:
-        wait_for_outcome(storage, attempt, dst.path, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop)
+        wait_for_outcome(storage, attempt, dst.path, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop, member="node")
         return
     signed = wait_for_sign_offs(
-        storage, attempt, part.num_nodes, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop, poll_s=POLL_S
+        *(storage, attempt, part.num_nodes, save_id),
+        timeout_s=WAIT_S,
+        give_up=waiting.why_stop,
+        poll_s=POLL_S,
+        member="node",
     )
     if manifest.lineage is not None:
         retention.set_aside(storage, dst.path, manifest.lineage)

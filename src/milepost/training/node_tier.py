@@ -25,10 +25,11 @@ from milepost.collective.comm import Comm
 from milepost.config import CheckpointConfig
 from milepost.errors import CheckpointNotFoundError, MilepostError, StorageError
 from milepost.run import marks, node_steps, retention
-from milepost.run.catalog import StepEntry
+from milepost.run.catalog import StepEntry, examine
 from milepost.run.node_part import NodePart
 from milepost.run.step_names import pin_mark, step_name
 from milepost.run.sweep import delete_checkpoint
+from milepost.saving.copy_part import tell_failure
 from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
 from milepost.storage.base import join
@@ -77,8 +78,12 @@ class NodeTier:
         self._ends = self._has_left = False
         self._last: _Own | None = None  # of those that are settled; on rank 0
         self._num_orders = 0
-        self._remote = RemoteTier(local, remote, config, hooks, announce=self._order_copy) if comm.rank == 0 else None
-        self._copies = _Copies(local, remote) if comm.rank != 0 else None
+        self._remote: RemoteTier | None = None
+        if comm.rank == 0:
+            self._remote = RemoteTier(
+                local, remote, config, hooks, announce=self._order_copy, abandon=self._order_no_copy
+            )
+        self._copies = _Copies(local, remote, part.node) if comm.rank != 0 else None
         if self._copies is not None:  # on rank 0 the remote tier has done it
             marks.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-node", daemon=True)
@@ -247,7 +252,11 @@ class NodeTier:
     # ---- orders ----
 
     def _order_copy(self, commit: Commit) -> None:
-        self._order({"copy": commit.step})
+        entry = examine(self._local.storage, join(self._local.path, step_name(commit.step)))
+        self._order({"copy": commit.step, "save_id": entry.save_id if entry is not None else ""})
+
+    def _order_no_copy(self, commit: Commit) -> None:
+        self._order({"stop": commit.step})
 
     def _order(self, what: Mapping[str, Any]) -> None:
         with self._changed:
@@ -262,7 +271,10 @@ class NodeTier:
             if "end" in order:
                 return False
             if "copy" in order:
-                copies.begin(order["copy"])
+                copies.begin(order["copy"], order["save_id"])
+            elif "stop" in order:
+                log.warning("step %d is not copied: node 0 can't copy its part, see its log", order["stop"])
+                copies.stop()
             else:
                 with contextlib.suppress(StorageError):  # at the next order
                     folder = node_steps.look_at_node(self._local.storage, self._local.path, self._part)
@@ -273,16 +285,17 @@ class NodeTier:
 class _Copies:
     """The copies of this node's parts, one at a time, as rank 0 orders them. On nodes but the first."""
 
-    def __init__(self, local: Spot, remote: Spot):
+    def __init__(self, local: Spot, remote: Spot, node: int):
         self._local = local
         self._remote = remote
+        self._node = node
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._is_given_up = threading.Event()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, save_id: str) -> None:
         """Copy a step; what was to be copied before is given up if it is not done."""
-        self._stop()
+        self.stop()
         name = step_name(step)
         request = CopyRequest(
             src_root=self._local.storage.root,
@@ -293,16 +306,33 @@ class _Copies:
             is_part=True,
         )
         self._is_given_up.clear()
-        self._thread = threading.Thread(target=self._copy, args=(step, request), name="milepost-part", daemon=True)
+        self._thread = threading.Thread(
+            target=self._copy, args=(step, save_id, request), name="milepost-part", daemon=True
+        )
         self._thread.start()
 
-    def _copy(self, step: int, request: CopyRequest) -> None:
+    def _copy(self, step: int, save_id: str, request: CopyRequest) -> None:
         """Copy until it is there: the processes of the other nodes wait for this part."""
         while (outcome := run_copy(request, self._started)).failure and not self._is_given_up.is_set():
             log.warning(
                 "this node's part of step %d could not be copied to %s: %s", step, self._remote, outcome.failure
             )
+            if outcome.is_final:
+                self._tell_failure(step, save_id, outcome.failure)
             if outcome.is_final or self._is_given_up.wait(RETRY_S):
+                return
+
+    def _tell_failure(self, step: int, save_id: str, reason: str) -> None:
+        """Let the other nodes' processes hear that this part will not come, once they have begun."""
+        dst = Spot(self._remote.storage, join(self._remote.path, step_name(step)))
+        deadline = time.monotonic() + END_S
+        while save_id and time.monotonic() < deadline:
+            try:
+                if tell_failure(dst, self._node, save_id, reason):
+                    return
+            except StorageError as error:
+                log.warning("the other nodes could not be told that step %d is not copied: %s", step, error)
+            if self._is_given_up.wait(POLL_S):
                 return
 
     def _started(self, process: subprocess.Popen[bytes]) -> None:
@@ -310,7 +340,8 @@ class _Copies:
         if self._is_given_up.is_set():
             process.terminate()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Give up what is being copied."""
         self._is_given_up.set()
         if self._thread is not None and self._thread.is_alive():
             if self._process is not None:
@@ -326,4 +357,4 @@ class _Copies:
         """Return when the last copy has ended: it does once rank 0's has."""
         if self._thread is not None:
             self._thread.join(END_S)
-        self._stop()
+        self.stop()

@@ -68,7 +68,8 @@ def run_copy(
 class RemoteTier:
     """Copies what is offered, from construction to :meth:`close` or :meth:`leave`.
 
-    ``announce`` is called with each step before it is copied, where each node copies its own part.
+    ``announce`` is called with each step before it is copied, where each node copies its own part; ``abandon`` with one
+    that can't be copied from here.
 
     Raises:
         RunLockedError: another run writes to the remote folder.
@@ -84,8 +85,10 @@ class RemoteTier:
         *,
         retry_s: float | None = None,
         announce: Callable[[Commit], None] | None = None,
+        abandon: Callable[[Commit], None] = lambda commit: None,
     ):
         self._announce = announce
+        self._abandon = abandon
         self._local = local
         self._remote = remote
         self._config = config
@@ -213,6 +216,8 @@ class RemoteTier:
         started = time.monotonic()
         outcome = run_copy(request)
         if outcome.failure:
+            if outcome.is_final:
+                self._abandon(commit)
             return outcome
         size, seconds = format_nbytes(outcome.nbytes), time.monotonic() - started
         log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, size, seconds)

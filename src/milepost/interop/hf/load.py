@@ -18,7 +18,7 @@ from milepost.interop.names.families import family_of
 from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.weights.dequantized import plain_weights
-from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.open import open_weights, refuse_one_of_several
 from milepost.tensors.layout import TensorLeaf
 
 
@@ -52,6 +52,7 @@ def load_hf(
         StateMismatchError: they do not have what the leaves ask for; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
+    refuse_one_of_several(path)
     opened = open_weights(path)
     with opened.source:
         weights = plain_weights(opened, "float32")

@@ -11,13 +11,14 @@ from milepost.format.dtype import numpy_dtype
 from milepost.interop.as_stored import bare_names
 from milepost.interop.hf.identity import recorded_identity
 from milepost.interop.merging.merged import is_floating
+from milepost.interop.names.adapter_keys import first_of_adapter
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity
 from milepost.interop.names.match import match
 from milepost.interop.weights.boxes import Readable, Renamed, TensorInfo
 from milepost.interop.weights.dequantized import method_of
-from milepost.interop.weights.open import Weights, open_weights
+from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def open_inputs(paths: Sequence[str], stack: ExitStack) -> list[Input]:
     """
     opened = []
     for path in paths:
+        refuse_one_of_several(path)
         weights = open_weights(path)
         stack.callback(weights.source.close)
         opened.append(weights)
@@ -98,6 +100,8 @@ def _own_faults(one: Input) -> Iterator[str]:
     """The reasons why a source can't be merged at all."""
     if one.weights.is_adapter:
         yield "a PEFT adapter, not a model: merge it into its base model first (merge_and_unload() of PEFT)"
+    elif one.weights.source.kind != "hf" and (key := first_of_adapter(one.weights.source.tensors)) is not None:
+        yield f"a PEFT adapter in it ({key}): its matrices are no sum; `milepost export --merge-adapter` each first"
     elif method_of(one.weights.source, one.weights.config) is not None:
         yield "quantized weights, which can't be averaged: dequantize them first"
     elif not one.tensors.tensors:

@@ -5,6 +5,7 @@ In reading order::
     rules        one rule: pattern <-> pattern, and the tensor operation with its inverse
     model_sizes  the sizes of every model that is trained here
     sizes        the sizes of any model, as tables name them
+    adapter_keys  what adapters of PEFT add to a model's keys
     identity     which model a checkpoint is of, as it is recorded
     llama3, qwen3, qwen3_moe, torchtitan  the tables of models that are trained here
     config_family  families whose sizes a config.json tells: how a table is written

@@ -206,7 +206,7 @@ def method_of(source: Readable, config: Mapping[str, Any] | None) -> str | None:
         if method == "bitsandbytes" and isinstance(said, Mapping):
             return f"bitsandbytes {'int8' if said.get('load_in_8bit') else said.get('bnb_4bit_quant_type', 'fp4')}"
         return str(method)[:50]
-    return method_of_keys(source.tensors)
+    return method_of_keys(source.tensors) or _other_fp8(source.tensors)
 
 
 def method_of_keys(keys: Collection[str]) -> str | None:
@@ -215,6 +215,12 @@ def method_of_keys(keys: Collection[str]) -> str | None:
         if any(key.endswith(ending) for key in keys):
             return method
     return "mxfp4" if any(key.endswith(_BLOCKS) and _scales_of(key) in keys for key in keys) else None
+
+
+def _other_fp8(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The name of a method that leaves 8-bit floats beside a factor of another name than that of blocks."""
+    has_factor = any(info.dtype.startswith("float8_") and f"{key}_scale" in tensors for key, info in tensors.items())
+    return "fp8 with a factor (_scale) for each tensor or row" if has_factor else None
 
 
 def _scales_of(key: str) -> str:

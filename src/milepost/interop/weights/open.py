@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_manifest
 from milepost.verification.hf_step import CheckedFile, HfStep, read_hf_step
 
+_ONE_OF = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pt|pth)$")
+_SAVE_ANEW = "load it with transformers and save_pretrained() it, which writes safetensors, and give that folder"
 _OTHER_PARTS = tuple(f"{part}." for part in PARTS if part != "model")
 """Prefixes of what a training checkpoint holds beside the model."""
 
@@ -93,6 +96,8 @@ def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str])
         at = join_path(storage.root, newest.path)
         return f"{full} is a run, not a checkpoint: give one of its steps, for instance {at}"
     torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
+    if torch_files and _ONE_OF.search(torch_files[0]):
+        return f"{full} holds a model that is split into torch files: {_SAVE_ANEW}"
     if torch_files:
         return f"{full} is a folder of torch files: give one of them, for instance {full}/{torch_files[0]}"
     if "snapshots" in names:
@@ -101,6 +106,15 @@ def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str])
         f"{full} holds no weights: neither a checkpoint ({MANIFEST_NAME}, {METADATA_NAME}) nor safetensors files "
         "are there"
     )
+
+
+def refuse_one_of_several(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that holds a part of a model, by its name. Raises ConversionError."""
+    name = os.path.basename(os.fspath(path))
+    match = _ONE_OF.search(name)
+    if match is not None and int(match[1]) > 1:
+        do = "give the folder that holds them all" if name.endswith(".safetensors") else _SAVE_ANEW
+        raise ConversionError(f"{path} is one of {int(match[1])} files that a model is split into: {do}")
 
 
 def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
@@ -140,7 +154,7 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
         config = read_config(path)
         stack.pop_all()
     source = Source(path, "hf", tuple(handles.values()), _SafetensorsFiles(found.tensors, handles))
-    return Weights(source, config=config, is_adapter=is_adapter(names))
+    return Weights(source, config=config, notes=(found.note,) if found.note else (), is_adapter=is_adapter(names))
 
 
 def open_all(path: str | os.PathLike[str]) -> Source:
