@@ -51,8 +51,8 @@ MAX_NAMED = 10
 def rank_list(ranks: Sequence[int], hosts: Sequence[str] = (), member: str = "rank") -> str:
     """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``; ``ranks 4-7 (a), 8 (b)`` if hosts are several.
 
-    Of more than ten runs the number of the ranks in the rest is said. ``hosts`` has that of each rank of the world. ``member`` is
-    what ranks are called.
+    Of more than ten runs the number of the ranks in the rest is said. ``hosts`` has that of each rank of the world.
+    ``member`` is what ranks are called.
     """
     where = hosts if len(set(hosts)) > 1 else ()
     found: list[list[int]] = []

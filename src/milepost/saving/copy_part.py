@@ -54,6 +54,7 @@ PIECE_NBYTES = 8 << 20
 POLL_S = 0.25
 WAIT_S = 6 * 3600.0
 """The nodes wait so long for each other: the slowest link decides, and whoever started this may end it before."""
+LOOK_S = 2.0
 ORPHAN_S = 120.0
 """Once the process that asked for the copy is dead, for so long: the others' may be dead too."""
 _DRAFT = ".part"
@@ -369,7 +370,15 @@ def _finish(
     """Node 0 commits the step, the others wait for that."""
     storage, save_id = dst.storage, manifest.save_id
     if part.node != 0:
-        wait_for_outcome(storage, attempt, dst.path, save_id, timeout_s=WAIT_S, give_up=waiting.why_stop, member="node")
+        wait_for_outcome(
+            storage,
+            attempt,
+            dst.path,
+            save_id,
+            timeout_s=WAIT_S,
+            give_up=_until_node_0_fails(storage, attempt, waiting),
+            member="node",
+        )
         return
     signed = wait_for_sign_offs(
         *(storage, attempt, part.num_nodes, save_id),
@@ -386,6 +395,21 @@ def _finish(
         now=manifest.created_s,
         world_size=manifest.world_size,
     )
+
+
+def _until_node_0_fails(storage: Storage, attempt: str, waiting: _Patience) -> Callable[[], str | None]:
+    """Why to wait no longer for the commit, also because node 0 has recorded that it failed. Looks now and then."""
+    looked_s = 0.0
+
+    def why_stop() -> str | None:
+        nonlocal looked_s
+        if time.monotonic() - looked_s > LOOK_S:
+            looked_s = time.monotonic()
+            if 0 in ranks_in(storage.names(attempt)) and not has_signed_off(storage, attempt, 0):
+                return "as it has failed"
+        return waiting.why_stop()
+
+    return why_stop
 
 
 def _info(manifest: Manifest, offers: Sequence[ShardTable]) -> SaveInfo:
