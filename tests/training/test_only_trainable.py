@@ -55,7 +55,7 @@ def test_a_step_is_small_and_resumes_over_the_weights_that_were_built(memory_pat
     report = train(memory_path, again, 0)
     assert report is not None
     assert report.resumed_step == 2
-    assert any(note.startswith("2 parameters are not trained and not in the step") for note in report.notes)
+    assert any(note.startswith("2 parameters are frozen and not in the step") for note in report.notes)
     assert equal(again, model)
 
 
