@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from milepost.cli.main import main
 from milepost.report.gather import gather
 from milepost.report.profile import every_nth_run
 from milepost.storage import LocalStorage
-from milepost.testing.sample import save_arrays
+from milepost.testing.sample import Array, save_arrays
 
 EVIL = "</script><script>alert(1)</script>\"'\n\u202e\x1b[31m" + "k" * 10_000
 RNG = np.random.default_rng(3)
@@ -201,3 +202,27 @@ def test_a_sample_is_every_nth_run_of_elements(numel: int, stride: int) -> None:
     flat = np.arange(numel)
     taken = every_nth_run(flat, stride)
     assert np.array_equal(taken, flat[flat // 64 % stride == 0])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.nextafter(np.ones(64, "float32"), np.float32(2)) * (np.arange(64) % 2 == 0) + (np.arange(64) % 2 == 1),
+        np.array([1.0, np.nextafter(1.0, 2.0)]),
+        np.array([2**63 + 5, 3], "uint64"),
+        np.array([2**62 + 1, 2**62, -(2**63)]),
+        np.array([2**62 + 2048, 2**62]),
+        np.array([-1e308, 1e308]),
+        np.array([5e-324, 0.0]),
+    ],
+    ids=["ulp32", "ulp64", "uint64", "int64", "narrow-int64", "widest", "subnormal"],
+)  # fmt: skip
+def test_a_tensor_of_hardly_any_or_of_the_largest_range_is_shown(memory_path: Path, array: Array) -> None:
+    """A norm's weights after one small step: numpy has no 32 bins between 1 and the next number."""
+    array = array.astype("float32") if array.dtype == "float64" and array.size == 64 else array
+    save_arrays(LocalStorage(memory_path), "step-1", {"w": array}, step=1)
+    (step,) = gather(str(memory_path)).steps
+    histogram = step.profiles["w"].histogram
+    assert step.check == "verified"
+    assert sum(histogram) == (array.size if math.isfinite(float(array.max()) - float(array.min())) else 0)
+    written(memory_path)

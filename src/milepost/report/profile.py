@@ -122,11 +122,15 @@ def every_nth_run(flat: Any, stride: int) -> Any:
 
 
 def _histogram(sample: Any, statistics: TensorStatistics) -> tuple[int, ...]:
-    low, high = statistics.minimum, statistics.maximum
+    low, high = float(statistics.minimum), float(statistics.maximum)
     if not sample.size or not low < high or not math.isfinite(high - low):
         return ()
-    finite = sample[np.isfinite(sample)]
-    counts, _ = np.histogram(finite, bins=NUM_BINS, range=(low, high))
+    finite = sample[np.isfinite(sample)].astype(np.float64)
+    if high - low > NUM_BINS * np.spacing(max(abs(low), abs(high))):
+        counts, _ = np.histogram(finite, bins=NUM_BINS, range=(low, high))
+    else:  # numpy refuses a range with fewer numbers than bins: weights that have hardly moved from 1
+        places = ((finite - low) / (high - low) * NUM_BINS).astype(np.int64)
+        counts = np.bincount(np.clip(places, 0, NUM_BINS - 1), minlength=NUM_BINS)
     return tuple(int(count) for count in counts)
 
 
