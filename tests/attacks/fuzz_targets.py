@@ -73,7 +73,7 @@ from milepost.storage import LocalStorage
 from milepost.storage.base import ReadHandle
 from milepost.storage.links import read_linked
 from milepost.tensors.plan import WriteItem
-from milepost.tensors.values import decode_object
+from milepost.tensors.value_reader import decode_object
 from milepost.testing.format_1 import to_json_1
 from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
 from milepost.testing.sample import save_arrays

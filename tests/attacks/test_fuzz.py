@@ -24,7 +24,7 @@ from milepost.format.record import check_archive
 from milepost.run import marks
 from milepost.run.lock import RunLock
 from milepost.storage import LocalStorage
-from milepost.tensors.values import decode_object
+from milepost.tensors.value_reader import decode_object
 
 Tally = Callable[..., None]
 

@@ -12,7 +12,8 @@ import test_optimizers
 import test_schedulers
 import test_values
 
-from milepost.tensors.values import decode_object, encode_object
+from milepost.tensors.value_reader import decode_object
+from milepost.tensors.value_writer import encode_object
 
 PAGE = Path(__file__).parents[2] / "docs/reference/state.md"
 SINCE = "0.1"

@@ -121,6 +121,14 @@ class Scaled(nn.Linear):
         super()._load_from_state_dict(state, prefix, *args)
 
 
+class Expanded(nn.Linear):
+    """A buffer whose rows are one in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("mask", torch.rand(1, 4).expand(3, 4))
+
+
 MAKES: dict[str, Callable[[], nn.Module]] = {
     "fused, shown split": FusedQkv,
     "fused, shown as transposed views": SplitIntoViews,
@@ -128,6 +136,8 @@ MAKES: dict[str, Callable[[], nn.Module]] = {
     "a hook after loading": Normalised,
     "overridden": Overridden,
     "shown in other units": lambda: nn.Sequential(Scaled(4, 4), nn.BatchNorm1d(4)),
+    "without a state": nn.ReLU,
+    "quantized": lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}),
     "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
 }
@@ -209,6 +219,24 @@ def test_modules_on_the_meta_device_are_given_memory(memory_path: Path) -> None:
         stepper.step()
     assert_same(model.state_dict(), saved.state_dict())
     assert {parameter.device.type for parameter in plain.parameters()} == {"cpu"}
+
+
+def test_elements_that_are_one_in_memory_are_filled_once(memory_path: Path) -> None:
+    """Stock ``load_state_dict()`` fails on them."""
+    saved, loaded = Expanded(), Expanded()
+    first = manager(memory_path / "run", saved)
+    first.save(1)
+    first.close()
+    second = manager(memory_path / "run", loaded)
+    second.load()
+    second.close()
+    assert_same(loaded.state_dict()["mask"], saved.mask)
+    assert loaded.mask.stride() == (0, 1)
+    milepost.save(memory_path / "step-1", {"mask": torch.arange(12.0).view(3, 4)})
+    into = {"mask": torch.zeros(1, 4).expand(3, 4)}
+    with pytest.raises(milepost.StateMismatchError, match="mask: different values in the checkpoint for elements"):
+        milepost.load(memory_path / "step-1", into)
+    assert not into["mask"].any()
 
 
 def test_tensors_are_filled_where_they_are(memory_path: Path) -> None:

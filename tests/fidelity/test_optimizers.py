@@ -231,6 +231,77 @@ def test_hooks_of_the_user_see_what_is_saved_and_loaded(memory_path: Path) -> No
     assert seen == ["from a hook", 5]
 
 
+class Precise(Optimizer):
+    """Keeps fp32 state and text of bf16 parameters, which stock ``load_state_dict()`` changes."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            entry = self.state[parameter] or {"sum": torch.zeros(parameter.shape), "kind": "fp32", "step": 0}
+            entry["sum"] += parameter.grad.float()
+            entry["step"] += 1
+            self.state[parameter] = entry
+            parameter.sub_(entry["sum"].bfloat16(), alpha=0.01)
+
+
+class AsIf:
+    """What wraps an optimizer without being one."""
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("register"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+
+class AsOne(Optimizer):
+    """What wraps an optimizer, and is one by its class alone, as accelerate's is."""
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, AsIf, AsOne], ids=["bare", "as if", "as one"])
+def test_an_optimizer_behind_another_object(memory_path: Path, wrap: Any) -> None:
+    model, resumed = (new_model("SGD", seed).bfloat16() for seed in (0, 1))
+    optimizer, again = Precise(model.parameters()), Precise(resumed.parameters())
+    train(model, optimizer, range(2))
+    save(memory_path / "run", model, wrap(optimizer))
+    load(memory_path / "run", resumed, wrap(again))
+    assert_same(again.state_dict(), optimizer.state_dict())
+
+
+def test_options_of_a_group_without_parameters(memory_path: Path) -> None:
+    """To which parameters are added later, as layers are unfrozen."""
+    groups: Any = [{"params": [], "lr": 0.5, "name": "head"}, {"params": []}]
+    model, resumed = new_model("SGD", 0), new_model("SGD", 1)
+    groups[1]["params"] = list(model.parameters())
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    train(model, optimizer, range(1))
+    schedule.step()
+    save(memory_path / "run", model, optimizer)
+    again = torch.optim.SGD([{**groups[0], "params": []}, {"params": list(resumed.parameters())}], lr=0.1)
+    load(memory_path / "run", resumed, again)
+    assert again.param_groups[0]["lr"] == 0.25
+    assert_same(again.state_dict(), optimizer.state_dict())
+
+
 # ---- containers ----
 
 

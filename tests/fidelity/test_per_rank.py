@@ -92,6 +92,25 @@ def test_each_rank_gets_its_own_loader_state_back(memory_path: Path, mode: str) 
         assert found == [(5, [5.0] * 3), (10 + rank, [10.0 + rank] * 3), (20 + rank, [20.0 + rank] * 3)]
 
 
+def unlike_loaders(folder: str) -> list[Any]:
+    """What ranks have in common is equal, and one has more of it: a longer buffer, another key."""
+    rank, found = dist.get_rank(), []
+    for number, more in enumerate(({"buffer": [torch.ones(1)] * rank}, {f"shard{rank}": {"at": 1}})):
+        loader, fresh = Values(epoch=1, **more), Values()
+        with CheckpointManager(
+            f"{folder}/{number}", CheckpointConfig(**CONFIG), model=linear(), dataloader=loader
+        ) as m:
+            m.save(1)
+        with CheckpointManager(f"{folder}/{number}", CheckpointConfig(**CONFIG), model=linear(), dataloader=fresh) as m:
+            m.load()
+        found.append(str(fresh.values) == str(loader.values))
+    return found
+
+
+def test_loaders_that_hold_more_on_one_rank_are_kept_for_each(memory_path: Path) -> None:
+    assert run_world(unlike_loaders, 2, str(memory_path)) == [[True, True]] * 2
+
+
 def save_of_two(folder: str) -> None:
     with CheckpointManager(
         folder, CheckpointConfig(**CONFIG), model=linear(), dataloader=Loader(7 - dist.get_rank())
@@ -129,6 +148,8 @@ def differing(folder: str) -> dict[str, str]:
 
     found["value"] = refused(lambda: save({"a": {"same": 1, "seed": rank}}))
     found["tensor"] = refused(lambda: save({"same": torch.ones(4), "ema": torch.full((4,), float(rank))}))
+    found["lists"] = refused(lambda: save({"same": [torch.ones(1)], "history": [torch.ones(1)] * (rank + 1)}))
+    found["kinds"] = refused(lambda: save({"a": {"seed": {"b": 1} if rank == 2 else 5}}))
     stage = nn.ModuleDict({"layer0": nn.Linear(300, 300)})  # each stage numbers its layers from 0
     found["stages"] = refused(lambda: save(dict(stage.state_dict())) if torch.manual_seed(rank) is None else save(
         {key: value + rank for key, value in stage.state_dict().items()}
@@ -159,6 +180,8 @@ def test_what_differs_otherwise_is_refused_on_every_rank_with_key_and_ranks(memo
     assert "per_rank" in found["value"]
     assert "ema: rank 0" in found["tensor"]
     assert "same" not in found["tensor"].split("Tensors that")[0].replace("the same key", "")
+    assert "lists of different lengths (1 and 2) under the key 'history'" in found["lists"]
+    assert "values of different kinds under the key 'a.seed'" in found["kinds"]
     assert "layer0.weight" in found["stages"]
     assert "two pipeline stages" in found["stages"]
     assert "train_state.seen: ranks 0, 2 / ranks 1, 3" in found["train state"]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -31,13 +32,15 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from same import assert_same
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, ConfigError, SaveError
 from milepost.tensors import registry
 from milepost.tensors.snapshot import snapshot
-from milepost.tensors.values import decode_object, encode_object
+from milepost.tensors.value_reader import decode_object
+from milepost.tensors.value_writer import encode_object
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"),
@@ -126,11 +129,12 @@ KINDS: dict[str, list[Any]] = {
         *(np.arange(6).astype(kind) for kind in ("?", "i1", "u2", "<i4", ">i8", "f2", "f4", ">f8", "c8", "c16")),
         np.zeros((2, 0, 3)), np.array(3), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array(["a", "bb"]),
         np.array(["2026-01-02"], dtype="M8[D]"), np.array([(1, 2.5)], dtype=[("a", "<i4"), ("b", "<f8")]),
+        np.zeros(2, dtype=[("a", "<i4"), ("b", "<f8", (2, 3))]), np.ones(3, ml_dtypes.bfloat16),
         np.random.default_rng(0).standard_normal(20_000),
     ],
     "torch.dtype, device, Size, layout": [
         torch.bfloat16, torch.device("cuda", 1), torch.Size([2, 3]), torch.strided, torch.channels_last,
-        torch.__version__,
+        torch.__version__, torch.qint8, torch.uint4,
     ],
     "tensors inside": [
         (torch.arange(3), torch.tensor(2.5)), {1: {2: torch.ones(2, dtype=torch.bfloat16)}}, [torch.zeros(0)],
@@ -336,6 +340,10 @@ class Attributes(dict[str, int]):
     pass
 
 
+class Layers(list[Any]):
+    pass
+
+
 HOLDS_ITSELF: list[Any] = []
 HOLDS_ITSELF.append(HOLDS_ITSELF)
 
@@ -350,8 +358,11 @@ REFUSED = {
     "dict of another type": (Attributes(a=1), r"store dict\(\.\.\.\)"),
     "factory": (defaultdict(lambda: 1), "its default is made by"),
     "object array": (np.array([OfTheUser()]), "Python objects"),
-    "without data": ((torch.empty(2, device="meta"),), "no data"),
+    "without data": ((torch.empty(2, device="meta"),), "without data"),
     "contains itself": (HOLDS_ITSELF, "contains itself"),
+    "list of another type": (Layers([torch.ones(1)]), r"store list\(\.\.\.\)"),
+    "class of numpy": (np.float32, "store its name"),
+    "array of another type": (np.ma.array([1]), r"store numpy\.asarray\(\.\.\.\)"),
 }
 
 
@@ -366,8 +377,32 @@ def test_what_cannot_be_kept_is_refused_in_one_line(memory_path: Path, value: An
     assert list(memory_path.iterdir()) == []
 
 
+TENSORS_REFUSED = {
+    "layers": (Layers([torch.ones(1)]), r"store list\(\.\.\.\)"),
+    "masked": (torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])), "elements are not its own"),
+    "fake": (FakeTensorMode().from_tensor(torch.ones(2)), "a FakeTensor|without data"),
+    "nested": (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), r"tensor\.unbind\(\)"),
+    "jagged": (torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged), r"tensor\.unbind\(\)"),
+    "mkldnn": (torch.ones(2).to_mkldnn(), r"tensor\.to_dense\(\)"),
+    "half a byte": (torch.empty(2, dtype=torch.uint4), r"dtype uint4.*tensor\.view\(torch\.uint8\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of:UserWarning")
+@pytest.mark.parametrize("name", TENSORS_REFUSED)
+def test_tensors_that_have_no_bytes_of_their_own_are_refused(memory_path: Path, name: str) -> None:
+    """Of its own or in a value: never stored as whatever lies where their elements would be."""
+    tensor, advice = TENSORS_REFUSED[name]
+    for state in ({"a": {name: tensor}}, {"a": {name: (tensor,)}}):
+        with pytest.raises(SaveError, match=advice) as caught:
+            milepost.save(memory_path / "step-1", state)
+        assert caught.value.message.startswith(f"a.{name}")
+
+
 def test_two_keys_that_look_alike_are_refused(memory_path: Path) -> None:
-    with pytest.raises(SaveError, match=r"two values would be stored under the key 'a\.1'"):
+    with pytest.raises(
+        SaveError, match=r"two values would be stored under the key 'a\.1': \('a', 1\) and \('a', '1'\)"
+    ):
         milepost.save(memory_path / "step-1", {"a": {1: torch.ones(1), "1": torch.ones(1)}})
 
 
@@ -432,7 +467,7 @@ def test_equal_values_give_equal_bytes_whatever_their_objects_are() -> None:
 
 SET_OF_TEXT = """
 import hashlib
-from milepost.tensors.values import encode_object
+from milepost.tensors.value_writer import encode_object
 value = {"s": {"b", "a", "c", ("d", 1)}, "f": [frozenset("xyz")]}
 print(hashlib.sha256(encode_object("value", value)).hexdigest())
 """

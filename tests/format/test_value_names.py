@@ -20,8 +20,8 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 from milepost.errors import FormatError
 from milepost.format.value_names import VALUE_NAMES, check_value
+from milepost.tensors.value_reader import _STORAGES, decode_object
 from milepost.tensors.value_types import VALUE_GLOBALS
-from milepost.tensors.values import _STORAGES, decode_object
 from milepost.verification.verify import verify
 
 

@@ -1,7 +1,7 @@
 """The globals that the pickle of a value may name: examines an untrusted value without torch or building it.
 
-The loader (``tensors.values``) knows what to make of these, and torch's own restricted reader of the rest; a test holds
-the three against each other. Anything else a load refuses.
+The loader (``tensors.value_reader``) knows what to make of these, and torch's own restricted reader of the rest; a
+test holds the three against each other. Anything else a load refuses.
 """
 
 from __future__ import annotations

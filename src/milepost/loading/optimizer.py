@@ -90,8 +90,11 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
     into another dtype than it was saved in.
     """
     parameters = {number: parameter for parameter, number in indexed(optimizer).items()}
+    has_kept = False
 
     def keep(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        nonlocal has_kept
+        has_kept = True
         state = {
             number: _kept(entry, parameters[number], keeps_dtype.get(number, True)) if number in parameters else entry
             for number, entry in given["state"].items()
@@ -103,13 +106,23 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
             _release(entry)
 
     # After the caller's own hooks that look at what is loaded, before those that look at what was.
-    before = optimizer.register_load_state_dict_pre_hook(keep)
-    after = optimizer.register_load_state_dict_post_hook(release, prepend=True)
+    hooks = []
+    if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+        hooks.append(optimizer.register_load_state_dict_pre_hook(keep))
+        hooks.append(optimizer.register_load_state_dict_post_hook(release, prepend=True))
+    given = {number: dict(state_dict["state"].get(number, {})) for number in parameters}
     try:
         optimizer.load_state_dict(state_dict)
     finally:
-        before.remove()
-        after.remove()
+        for hook in hooks:
+            hook.remove()
+    if not has_kept:  # it is a wrapper, which hands over to another
+        for number, parameter in parameters.items():
+            loaded = optimizer.state.get(parameter, {})
+            for name in loaded.keys() & given[number].keys():
+                loaded[name] = _put_back(
+                    loaded[name], given[number][name], parameter, keeps_dtype.get(number, True), name
+                )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,6 +145,12 @@ def _kept(value: Any, parameter: torch.Tensor, keeps_dtype: bool, name: Any = No
     if type(value) is tuple:
         return tuple(_kept(item, parameter, keeps_dtype) for item in value)
     return _Kept(value) if isinstance(value, Iterable) else value
+
+
+def _put_back(loaded: Any, given: Any, parameter: torch.Tensor, keeps_dtype: bool, name: Any) -> Any:
+    """What was loaded, or what it was loaded from, where stock ``load_state_dict()`` has changed its type."""
+    kept = _kept(given, parameter, keeps_dtype, name)
+    return kept.value if isinstance(kept, _Kept) else loaded
 
 
 def _release(container: Any) -> Any:

@@ -31,7 +31,7 @@ from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
 from milepost.tensors.layout import TensorLeaf, dtype_name
 from milepost.tensors.plan import ReadItem
-from milepost.tensors.values import decode_object
+from milepost.tensors.value_reader import decode_object
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shards
 

@@ -55,6 +55,7 @@ class Target:
         """Keys whose tensors belong to the caller's objects already: filled where they are, last."""
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._narrowed: dict[str, torch.dtype] = {}
+        self._spread: dict[str, torch.Tensor] = {}
         self.cast: list[str] = []
         """One line for each tensor that is read in another dtype than that of its place."""
         self.mismatched: list[str] = []
@@ -78,6 +79,9 @@ class Target:
         stored = getattr(torch, entry.dtype) if entry is not None else tensor.dtype
         if isinstance(tensor, torch.Tensor) and is_narrower(tensor.dtype, stored):
             self._want_narrowed(key, tensor, stored)
+            return
+        if isinstance(tensor, torch.Tensor) and _is_expanded(tensor):
+            self._want_spread(key, tensor)
             return
         self.values[key] = tensor
         if live:
@@ -109,6 +113,11 @@ class Target:
     def stored_keys(self) -> frozenset[str]:
         """All keys of the checkpoint."""
         return self._stored_keys
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the checkpoint records in what order the values of a container stood."""
+        return self._stored is not None and bool(self._stored.manifest.structure)
 
     @property
     def excluded_keys(self) -> frozenset[str]:
@@ -145,9 +154,19 @@ class Target:
         self.cast.append(f"{key}: {dtype_name(stored)} -> {dtype_name(tensor.dtype)}")
         self.copies.append((tensor, wide))
 
+    def _want_spread(self, key: str, tensor: torch.Tensor) -> None:
+        """A tensor whose elements share memory: read whole, checked, and one of each copied with the live tensors."""
+        self.values[key] = whole = fresh_like(tensor)
+        self._spread[key] = tensor
+        self.copies.append((_once(tensor, tensor), _once(whole, tensor)))
+
     def check(self) -> None:
-        """Refuse numbers that their place can't hold, once all but the live tensors is read."""
-        unfit = []
+        """Refuse values that their place can't hold, once all but the live tensors is read."""
+        unfit = [
+            f"{key}: different values in the checkpoint for elements that are one here (expanded)"
+            for key, tensor in self._spread.items()
+            if key in self.values and not _is_uniform(self.values[key], tensor)
+        ]
         for key, dtype in self._narrowed.items():
             found = self.values.get(key)
             if found is None:
@@ -157,7 +176,7 @@ class Target:
                 unfit.append(f"{key}: {int(values.min())} to {int(values.max())} in the checkpoint, {dtype} here")
         if unfit:
             raise StateMismatchError(
-                "values of the checkpoint do not fit the dtype of their target; nothing was changed:\n  "
+                "values of the checkpoint do not fit their target; nothing was changed:\n  "
                 + "\n  ".join(listed(unfit)),
                 mismatched=unfit,
             )
@@ -185,6 +204,22 @@ class Target:
     def want_missing(self, keys: Iterable[str]) -> None:
         """Note keys that an object needs and the checkpoint lacks: they are reported, and refused when strict."""
         self.values.update(dict.fromkeys(keys))
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, DTensor) or tensor.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _once(tensor: torch.Tensor, expanded: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that has each element of an expanded one once; shares memory."""
+    return tensor.detach()[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in expanded.stride())]
+
+
+def _is_uniform(whole: torch.Tensor, expanded: torch.Tensor) -> bool:
+    spread = _once(whole, expanded).expand_as(whole).contiguous()
+    return torch.equal(whole.contiguous().view(torch.uint8), spread.view(torch.uint8))
 
 
 def is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:

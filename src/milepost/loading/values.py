@@ -14,7 +14,7 @@ from typing import Any
 from milepost.errors import FormatError
 from milepost.format.manifest import Manifest, ObjectEntry
 from milepost.storage.base import ReadHandle, Storage, join
-from milepost.tensors.values import decode_object
+from milepost.tensors.value_reader import decode_object
 from milepost.verification.block_reader import BlockReader
 
 MERGE_GAP_NBYTES = 64 << 10

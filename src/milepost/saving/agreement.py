@@ -196,8 +196,8 @@ class Agreement:
             answer = self._comm.broadcast(self._learn(request, offers, brought) if offers is not None else None)
         raise_interrupt(offer.error)
         assert isinstance(answer, Answer)
-        if answer.error is not None or answer.by_shard:
-            raise answer.error or BelongsToRanks(by_shard=answer.by_shard)
+        if answer.error is not None or answer.by_shard or answer.per_rank:
+            raise answer.error or BelongsToRanks(answer.per_rank, answer.by_shard)
         return answer
 
     def _offer(self, prepared: Prepared, target: str) -> Offer:
@@ -256,6 +256,8 @@ class Agreement:
                     raise structure
             last, roster = self._last, self._last.roster
             roster.learn([offer.told for offer in offers], [one for one in brought if isinstance(one, Structure)])
+            if apart := roster.unlike_below(set(request.per_rank) - self._manner.per_rank):
+                return Answer(per_rank=apart)
             last.record, unlike = roster.record()
             if unlike and unlike <= self._manner.by_shard:
                 key = min(unlike)

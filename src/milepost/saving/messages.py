@@ -50,6 +50,8 @@ class Answer:
     error: MilepostError | None = None
     by_shard: frozenset[str] = frozenset()
     """Keys of DTensors whose shards are to be stored one by one: nothing is agreed on yet."""
+    per_rank: frozenset[str] = frozenset()
+    """Names whose values are to be stored for each rank, as above."""
     shared: Shared | None = None
     """For a new plan."""
 

@@ -20,7 +20,7 @@ from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
 from milepost.tensors.state import ByName, FlatState, flatten, unwrap_stateful
 from milepost.tensors.tree import dump_parts
-from milepost.tensors.values import encode_object
+from milepost.tensors.value_writer import encode_object
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ rank's own number in its path (its random generators, its place in the data) eac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -154,16 +154,23 @@ class Roster:
             {rank: self._own[own].layout for rank, (_, own) in enumerate(self._told)},
         )
 
+    def unlike_below(self, names: Iterable[str]) -> frozenset[str]:
+        """The names below which ranks hold different containers: merged, each would be given what another holds."""
+        parts = {name: {held[name] for held in self._skeletons() if name in held} for name in names}
+        return frozenset(name for name, kinds in parts.items() if len(kinds) > 1)
+
+    def _skeletons(self) -> list[dict[str, bytes]]:
+        return [
+            {**self._kinds[shared].nesting.skeleton, **self._own[own].nesting.skeleton}
+            for shared, own in dict.fromkeys(self._told)
+        ]
+
     def record(self) -> tuple[Record, frozenset[str]]:
         """What is recorded of the nestings; and the keys of tensors that are of different kinds on the ranks."""
         nestings = [portion.nesting for portion in chain(self._kinds.values(), self._own.values())]
         paths = {key: path for nesting in nestings for key, path in nesting.paths.items()}
         empty = list(dict.fromkeys(path for nesting in nestings for path in nesting.empty))
-        skeletons = [
-            {**self._kinds[shared].nesting.skeleton, **self._own[own].nesting.skeleton}
-            for shared, own in dict.fromkeys(self._told)
-        ]
-        structure, unlike = merge_parts(skeletons)
+        structure, unlike = merge_parts(self._skeletons())
         return Record(paths, empty, structure), unlike
 
     def dtypes(self) -> dict[str, str]:

@@ -3,7 +3,9 @@
 In reading order::
 
     state   objects with a ``state_dict`` <-> one flat mapping {key: tensor or value}
-    values  values of other kinds as records; value_types: the types that are known; registry: those of the user's
+    value_types  values of other kinds: the types that are known; registry: those of the user's
+    value_traits  what is asked of one before it is written, and how it is refused
+    value_writer  values as records; value_reader: values of records
     snapshot  large plain values: copied at once, encoded later
     parts   tensors that are made of others, taken apart and put together
     tree    how the values of a checkpoint were nested, and that put together again

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milepost.errors import SaveError
 from milepost.format.box import Box
+from milepost.format.dtype import DTYPES
 from milepost.tensors.plan import Mesh, Spread, TensorSpec
 
 Interval = tuple[int, int]
@@ -109,10 +110,11 @@ def tensor_leaf(key: str, tensor: torch.Tensor | Placed) -> TensorLeaf:
     if isinstance(tensor, Placed):
         _check_kind(key, tensor.local)
         return TensorLeaf(key, tensor.dtype, tensor.shape, tensor.pieces, tensor.local.detach())
+    if not isinstance(tensor, DTensor):
+        _check_kind(key, tensor)
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         return _dtensor_leaf(key, tensor)
-    _check_kind(key, tensor)
     box = Box.whole(tensor.shape)
     return TensorLeaf(key, tensor.dtype, tuple(tensor.shape), (Piece(box, box),), tensor)
 
@@ -179,19 +181,44 @@ def can_be_boxes(tensor: torch.Tensor) -> bool:
 
 
 def _check_kind(key: str, tensor: torch.Tensor) -> None:
-    problem = None
-    if tensor.layout != torch.strided:
+    problem = problem_of(tensor)
+    if problem:
+        pass
+    elif tensor.layout != torch.strided:
         problem = f"a {tensor.layout} tensor; store its parts (indices, values) as tensors of their own"
     elif tensor.is_quantized:
         problem = "a quantized tensor; store its integers, scales and zero points as tensors of their own"
-    elif tensor.is_meta:
-        problem = "a meta tensor without data; initialise it first"
     elif is_traceable_wrapper_subclass(cast("object", tensor)):
         problem = f"a {type(tensor).__name__} wrapped around other tensors; unwrap it first"
     elif tensor.is_conj() or tensor.is_neg():
         problem = "a lazily conjugated or negated view; call resolve_conj() and resolve_neg() first"
-    if problem is not None:
+    if problem:
         raise SaveError(f"{key} is {problem}", key=key)
+
+
+def problem_of(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from being stored in any form, and what to write instead; empty if nothing does."""
+    if tensor.is_nested:
+        return "a nested tensor; store list(tensor.unbind())"
+    if tensor.layout == torch._mkldnn:
+        return "a tensor in the layout of MKLDNN; store tensor.to_dense()"
+    if tensor.is_meta:
+        return "a meta tensor without data; initialise it first"
+    if type(tensor).__torch_dispatch__ is not _NO_DISPATCH and not is_traceable_wrapper_subclass(
+        cast("object", tensor)
+    ):
+        try:
+            has_data = tensor.untyped_storage().data_ptr() != 0 or not tensor.numel()
+        except RuntimeError:
+            has_data = False
+        if not has_data:
+            return f"a {type(tensor).__name__}, whose elements are not its own; store the tensors that it is made of"
+    if not tensor.is_quantized and dtype_name(tensor.dtype) not in DTYPES:
+        return f"of dtype {dtype_name(tensor.dtype)}, of which torch has no data; store tensor.view(torch.uint8)"
+    return ""
+
+
+_NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
 def shard_pieces(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from milepost.format import record
-from milepost.tensors.values import MAX_DEPTH, encode_object
+from milepost.tensors.value_types import MAX_DEPTH
+from milepost.tensors.value_writer import encode_object
 
 FROM_PARTS = 20_000
 """Values of fewer parts are not worth it."""

@@ -130,6 +130,9 @@ def _enter(
             key = _key(here)
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise SaveError(f"{key} is a {kind}, a type that can't be stored: store dict(...) of it", key=key)
+        if isinstance(value, list) and type(value) is not list:
+            key, kind = _key(here), f"{type(value).__module__}.{type(value).__qualname__}"
+            raise SaveError(f"{key} is a {kind}, a type that can't be stored: store list(...) of it", key=key)
         if not value and not isinstance(value, TensorParts):
             flat.empty.append(here)
         inside = whole or _key(here) if isinstance(value, TensorParts) else ""
@@ -144,9 +147,8 @@ def _key(path: Path) -> str:
 def _add(flat: FlatState, path: Path, value: Any, slot: Slot, container: Any, whole: str) -> None:
     key = _key(path)
     if key in flat.paths:
-        raise SaveError(
-            f"two values would be stored under the key '{key}': {flat.paths[key]} and {path}; rename one", key=key
-        )
+        one, other = (*flat.paths[key][:-1], flat.slots[key].index), (*path[:-1], slot.index)
+        raise SaveError(f"two values would be stored under the key '{key}': {one} and {other}; rename one", key=key)
     flat.paths[key] = path
     flat.slots[key] = slot
     if isinstance(value, Placed) or (isinstance(value, torch.Tensor) and has_own_record(value)):

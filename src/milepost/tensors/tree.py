@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.errors import FormatError
+from milepost.errors import FormatError, SaveError
 from milepost.format.manifest import Manifest
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.state import EMPTY_MAPPINGS, PACKED, Path, alike, is_terminal
-from milepost.tensors.values import decode_object, encode_object
+from milepost.tensors.value_reader import decode_object
+from milepost.tensors.value_writer import encode_object
 
 MAX_STRUCTURE_NBYTES = 256 << 20
 MAX_LIST = 1 << 20
@@ -125,6 +126,9 @@ def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> tuple[bytes, frozense
     """Merge the skeletons of all ranks into the ``structure`` that a manifest records.
 
     Also the keys of tensors that ranks have taken apart in different ways, or one has and another has not.
+
+    Raises:
+        SaveError: under one key ranks hold lists of different lengths, or a container and something else.
     """
     merged: dict[Any, Any] = {}
     unlike: set[str] = set()
@@ -137,7 +141,9 @@ def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> tuple[bytes, frozense
         for part in dict.fromkeys(parts[str(name)] for parts in brought if str(name) in parts):
             here = merged[name]
             merged[name] = _load(part) if here is None else _merge(here, _load(part), (name,), unlike)
-        if isinstance(merged[name], TensorParts) and name in on_their_own:
+        if merged[name] is not None and name in on_their_own:
+            if not isinstance(merged[name], TensorParts):
+                raise _unlike_on_ranks("values of different kinds", (name,))
             unlike.add(str(name))
     return zlib.compress(encode_object("the structure", merged), 1), frozenset(unlike)
 
@@ -174,11 +180,21 @@ def _merge(one: Any, other: Any, path: Path, unlike: set[str]) -> Any:
             both[key] = _merge(both[key], part, (*path, key), unlike) if key in both else part
         return alike(one if one or not isinstance(one, TensorParts) else other, both.items())
     if isinstance(one, list) and isinstance(other, list):
-        longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
-        return [
-            _merge(part, shorter[n], (*path, n), unlike) if n < len(shorter) else part for n, part in enumerate(longer)
-        ]
+        if len(one) != len(other):
+            raise _unlike_on_ranks(f"lists of different lengths ({len(one)} and {len(other)})", path)
+        return [_merge(part, other[n], (*path, n), unlike) for n, part in enumerate(one)]
+    if type(one) is not type(other) and not isinstance(one, TensorParts) and not isinstance(other, TensorParts):
+        raise _unlike_on_ranks("values of different kinds", path)
     return other if one is None else one
+
+
+def _unlike_on_ranks(what: str, path: Path) -> SaveError:
+    key = ".".join(map(str, path))
+    return SaveError(
+        f"ranks hold {what} under the key '{key}': make them the same, declare what belongs to each rank with "
+        'CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own',
+        key=key,
+    )
 
 
 def _compare_forms(one: Any, other: Any, path: Path, unlike: set[str]) -> None:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from milepost.errors import FormatError
-from milepost.format.dtype import DTYPES
 from milepost.format.pickle_reader import Dialect, Global
 from milepost.format.plain_pickle import PLAIN_GLOBALS
 from milepost.tensors.registry import make_registered, register_reader, register_value
@@ -37,6 +36,17 @@ FACTORIES += (Counter, deque)
 
 _DTYPE_TEXT = re.compile(r"[<>|=]?(b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SUV]\d{1,9}|[mM]8(\[\d{0,9}[A-Za-zμ]+\])?)")
 _MAX_KEY_PARTS = 1000
+
+MAX_DEPTH = 100
+"""Values are nested no deeper."""
+ATOMS = frozenset({type(None), bool, int, float, str, complex})
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+QUANTIZED = {
+    torch.qint8: ("QInt8Storage", torch.int8),
+    torch.quint8: ("QUInt8Storage", torch.uint8),
+    torch.qint32: ("QInt32Storage", torch.int32),
+}
+"""dtype of quantized tensors: the storage that picklers name, and the dtype of its elements."""
 
 
 # ---- writing ----
@@ -64,7 +74,7 @@ def _array(value: np.ndarray[Any, Any]) -> Reduced:
     return value.__reduce__()  # type: ignore[return-value]
 
 
-_ARRAY = "numpy.ndarray"
+_ARRAY, _ML_DTYPE = "numpy.ndarray", "ml_dtypes"
 
 
 def _scalar(value: np.generic) -> Reduced:
@@ -73,7 +83,7 @@ def _scalar(value: np.generic) -> Reduced:
     return value.__reduce__()  # type: ignore[return-value]
 
 
-def dtype_form(dtype: np.dtype[Any]) -> str | dict[str, Any]:
+def dtype_form(dtype: np.dtype[Any]) -> str | dict[str, Any] | tuple[np.dtype[Any], tuple[int, ...]]:
     """Return what ``numpy.dtype()`` rebuilds the dtype from."""
     if dtype.names is not None and dtype.fields is not None:
         fields = [dtype.fields[name] for name in dtype.names]
@@ -83,7 +93,9 @@ def dtype_form(dtype: np.dtype[Any]) -> str | dict[str, Any]:
             "offsets": [field[1] for field in fields],
             "itemsize": dtype.itemsize,
         }
-    if dtype.subdtype is not None or _DTYPE_TEXT.fullmatch(dtype.str) is None or np.dtype(dtype.str) != dtype:
+    if dtype.subdtype is not None:
+        return dtype.subdtype
+    if _DTYPE_TEXT.fullmatch(dtype.str) is None or np.dtype(dtype.str) != dtype:
         raise TypeError(f"numpy's dtype {dtype} is not one that can be stored")
     return dtype.str
 
@@ -133,6 +145,8 @@ def reduce_value(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _scalar(value)
     if isinstance(value, np.dtype):
+        if value.type.__module__ == "ml_dtypes":
+            return make_registered, (_ML_DTYPE, value.name)
         return np.dtype, (dtype_form(value),)
     raise TypeError
 
@@ -152,7 +166,16 @@ def _array_of(dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool, da
     return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
+def _ml_dtype(name: str) -> np.dtype[Any]:
+    import ml_dtypes  # 20 ms that only values of these dtypes need
+
+    kind = vars(ml_dtypes).get(name)
+    _require(isinstance(kind, type) and issubclass(kind, np.generic), f"{name!r:.80} is no dtype that is read")
+    return np.dtype(kind)
+
+
 register_reader(_ARRAY, lambda plain: _array_of(*plain))
+register_reader(_ML_DTYPE, _ml_dtype)
 
 
 def _stream(content: bytes, position: int) -> io.BytesIO:
@@ -244,6 +267,10 @@ def _make_dtype(*args: object) -> object:
     _require(len(args) == 1 or args[1:] in ((False, True), (0, 1)), "numpy.dtype is called with unknown arguments")
     if isinstance(form, str):
         _require(_DTYPE_TEXT.fullmatch(form) is not None, f"{form!r:.80} is not a supported dtype")
+        return np.dtype(form)
+    if isinstance(form, tuple):  # elements that are arrays themselves
+        _require(len(form) == 2 and isinstance(form[0], np.dtype) and isinstance(form[1], tuple), "a strange dtype")
+        _require(len(form[1]) <= 32 and all(type(n) is int and 0 <= n < 1 << 31 for n in form[1]), "a strange dtype")
         return np.dtype(form)
     _require(isinstance(form, dict) and set(form) == {"names", "formats", "offsets", "itemsize"}, "a strange dtype")
     assert isinstance(form, dict)
@@ -369,8 +396,8 @@ def _table() -> dict[str, Global]:
         table[f"__builtin__.{old}"] = table[f"builtins.{new}"]
     for name in ("float", "bool", "list", "tuple", "dict", "int"):
         table[f"__builtin__.{name}"] = table[f"builtins.{name}"]
-    for name in DTYPES:
-        table[f"torch.{name}"] = Global(f"torch.{name}", value=getattr(torch, name), is_value=True)
+    for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+        table[str(dtype)] = Global(str(dtype), value=dtype, is_value=True)
     for name in _SCHEMES:
         table[f"torch.{name}"] = Global(f"torch.{name}", value=getattr(torch, name), is_value=True)
     return {**PLAIN_GLOBALS, **table}

@@ -33,6 +33,9 @@ SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", 
 _CYCLED = ("momentum", "betas")
 """Those too, where a schedule has stored the bounds between which they move."""
 
+EMPTY_GROUPS = "empty_groups"
+"""Beside the state that belongs to no parameter: options of groups without parameters, by their numbers."""
+
 COUNTER = "step"
 """What torch's optimizers put first in a parameter's state. Older checkpoints don't tell the order."""
 
@@ -92,10 +95,13 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
             if index in numbers:
                 _merge(merged, _by_name(f"state.{numbers[index]}", entry), optimizer)
         for group in state_dict["param_groups"]:
-            options = {option: value for option, value in group.items() if option not in ("params", NAMES)}
+            options = _options_of(group)
             for index in group["params"]:
                 _merge(merged, _by_name(f"param_groups.{numbers[index]}", options), optimizer)
         extra: dict[str, Any] = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
+        empty = {str(n): group for n, group in enumerate(state_dict["param_groups"]) if not group["params"]}
+        if empty:  # there is no parameter whose options they would be
+            extra[EMPTY_GROUPS] = {number: _options_of(group) for number, group in empty.items()}
         if shared := {index: entry for index, entry in entries.items() if index not in numbers}:
             extra["state"] = shared
         if extra:
@@ -154,7 +160,7 @@ class _Saved:
     """The part as it stands, for optimizers that have a form of their own."""
 
 
-def saved_optimizers(node: Node, names: Sequence[str]) -> _Saved:
+def saved_optimizers(node: Node, names: Sequence[str], *, has_order: bool) -> _Saved:
     """Sort what stands below ``optimizer`` by the names of this run's parameters.
 
     Keys of stock PyTorch and of older checkpoints have the name and the rest in one text, where the longest name that
@@ -169,7 +175,7 @@ def saved_optimizers(node: Node, names: Sequence[str]) -> _Saved:
             by_name[kind][rest] = dict(value)
         elif dot and kind in by_name and (name := longest_prefix(rest, known)) is not None:
             _put(by_name[kind].setdefault(name, {}), rest[len(name) + 1 :].split("."), value)
-    for name, entry in by_name["state"].items():
+    for name, entry in by_name["state"].items() if not has_order else ():
         by_name["state"][name] = dict(sorted(entry.items(), key=lambda item: item[0] != COUNTER))
     return _Saved(by_name["state"], by_name["param_groups"], part.get("extra"), part)
 
@@ -200,7 +206,7 @@ class OptimizersOwner:
         self._notes: dict[str, dict[str, None]] = {}
 
     def prepare(self, target: Target) -> None:
-        self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()))
+        self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()), has_order=target.has_order)
         for number, optimizer in enumerate(self._optimizers):
             if number in self._own_form:
                 want_node(target, self._saved.keys, self._make_by_name, self._parameter_of)
@@ -311,17 +317,26 @@ class OptimizersOwner:
             state = {
                 i: rebuild(self._saved.state[name], values) for i, name in names.items() if name in self._saved.state
             }
-            groups = [
-                {**self._group(group, values), "params": [indices[parameter] for parameter in group["params"]]}
-                for group in optimizer.param_groups
-            ]
             extra = rebuild(child(self._saved.extra, str(number)), values) or {}
-            shared = extra.pop("state", {})
+            shared, empty = extra.pop("state", {}), extra.pop(EMPTY_GROUPS, {})
+            groups = [
+                {
+                    **(self._group(group, values) if group["params"] else self._empty_group(group, empty.get(str(n)))),
+                    "params": [indices[parameter] for parameter in group["params"]],
+                }
+                for n, group in enumerate(optimizer.param_groups)
+            ]
             hand_over(
                 optimizer,
                 {"state": {**state, **shared}, "param_groups": groups, **extra},
                 keeps_dtype={index: self._keeps_dtype[name] for index, name in names.items()},
             )
+
+    def _empty_group(self, group: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The options of a group without parameters, as :meth:`_group` gives them of others."""
+        found = {option: group[option] for option in group if option != "params"}
+        taken = saved if saved is not None else {}
+        return found | {o: taken[o] for o in _options(group) if o in taken and not self._is_kept(o, taken)}
 
     def _group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """A group's options: as they were saved, and as they are here where the checkpoint has none."""
@@ -340,6 +355,10 @@ class OptimizersOwner:
 
 def _options(group: Mapping[str, Any]) -> list[str]:
     return [option for option in group if option not in ("params", NAMES)]
+
+
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {option: group[option] for option in _options(group)}
 
 
 def take_place(optimizers: Sequence[Optimizer], replaced: Mapping[Any, Any]) -> None:

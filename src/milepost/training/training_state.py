@@ -150,6 +150,8 @@ class TrainingState:
         """
         found = {part if part in PARTS[1:] else "model" for part in map(str, stored.tree.root)}
         found |= {part_of(key) for key in stored.keys}
+        if not self.model_keys():
+            found.add("model")  # of which there is nothing to hold
         lacking = [part for part in wanted if part not in found and part != "rng"]
         if lacking:
             raise StateMismatchError(

@@ -34,7 +34,7 @@ from milepost.saving.stage import tensor_blocks
 from milepost.storage import Storage, is_known, open_storage
 from milepost.tensors import plan
 from milepost.tensors.layout import can_be_boxes, dtype_name
-from milepost.tensors.values import decode_object
+from milepost.tensors.value_reader import decode_object
 
 TIMEOUT_S = 60.0
 """All ranks have signed off before DCP calls ``finish``; this is for a storage that shows files late."""

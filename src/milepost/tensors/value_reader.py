@@ -1,0 +1,232 @@
+"""Values that are not stored as tensors, made again of ``torch.save`` streams: :mod:`milepost.format.pickle_reader`
+reads them, which runs nothing, and what it may make is in :mod:`milepost.tensors.value_types`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from milepost.errors import FormatError
+from milepost.format import record
+from milepost.format.digest import crc32
+from milepost.format.dtype import DTYPES, from_storage_class
+from milepost.format.pickle_reader import Global, Instance, OverLimitError, read_pickle
+from milepost.format.plain_pickle import MAX_NODES
+from milepost.format.zip_directory import ZipDirectory
+from milepost.tensors.value_types import ATOMS, CONTAINERS, DIALECT, MAX_DEPTH, QUANTIZED, VALUE_GLOBALS
+
+MAX_VALUE_NBYTES = 64 << 30
+
+
+def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> Any:
+    """The value in a ``torch.save`` stream. Never runs code from it.
+
+    Raises:
+        FormatError: the stream is malformed, or would run code.
+        ConfigError: it holds an instance of a class that this program has not registered.
+    """
+    try:
+        return read_value(bytes(data))
+    except OverLimitError as error:
+        raise FormatError(f"{path}: the value of '{key}' is not read: {error}", path=path, key=key) from error
+    except FormatError:
+        pass  # what others' versions of torch write that is not in the tables: torch's own restricted reader decides
+    try:
+        record.check_archive(data)  # torch would unpack compressed entries, whatever they unpack to
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise FormatError(
+            f"{path}: the value of '{key}' can't be loaded safely: {error}", path=path, key=key
+        ) from error
+
+
+def read_value(raw: bytes) -> Any:
+    """The value in a stream of our own or stock torch's writing.
+
+    Raises:
+        FormatError, ConfigError: as :func:`decode_object`.
+    """
+    archive = ZipDirectory(lambda offset, nbytes: raw[offset : offset + nbytes], len(raw), max_entries=1 << 18)
+    pickled, prefix = record.read_pickle_entry(archive, MAX_VALUE_NBYTES)
+    storages = _StoredStorages(archive, prefix)
+    value = read_pickle(
+        pickled,
+        VALUE_GLOBALS if len(archive.entries) <= 3 else storages.globals(),
+        storages.find,
+        dialect=DIALECT,
+        max_nbytes=MAX_VALUE_NBYTES,
+    )
+    _check_read(value, len(pickled))
+    return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Elements:
+    """The elements of a stored storage, as one tensor; None for a storage of bytes."""
+
+    dtype: torch.dtype | None
+    raw: torch.Tensor
+
+
+class _StoredStorages:
+    """The storages of one archive."""
+
+    def __init__(self, archive: ZipDirectory, prefix: str):
+        self._archive = archive
+        self._prefix = prefix
+        self._found: dict[str, torch.Tensor] = {}
+
+    def globals(self) -> Mapping[str, Global]:
+        """All that a value with tensors may name."""
+        calls = {
+            "_rebuild_tensor_v2": self._tensor,
+            "_rebuild_tensor_v3": self._tensor,
+            "_rebuild_parameter": _parameter,
+            "_rebuild_qtensor": self._quantized,
+            "_rebuild_sparse_tensor": _sparse,
+        }
+        return {**_STORAGES, **{f"torch._utils.{name}": Global(name, call=call) for name, call in calls.items()}}
+
+    def find(self, pid: object) -> object:
+        """The elements that a persistent id refers to."""
+        _require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage", "a strange storage")
+        assert isinstance(pid, tuple)
+        _, class_, key, *_ = pid
+        _require(isinstance(class_, Global) and class_.name in _STORAGES and type(key) is str, "a strange storage")
+        if key not in self._found:
+            entry = self._archive.entries.get(f"{self._prefix}/data/{key}")
+            _require(entry is not None, f"storage {key!r:.20} is missing")
+            assert entry is not None
+            content = self._archive.content(entry, MAX_VALUE_NBYTES)
+            _require(entry.crc32 in (0, crc32(content)), f"storage {key!r:.20} does not match its CRC-32")
+            self._found[key] = torch.frombuffer(bytearray(content) or bytearray(1), dtype=torch.uint8)[: len(content)]
+        return _Elements(class_.value, self._found[key])
+
+    def _tensor(self, *args: object) -> torch.Tensor:
+        _require(len(args) >= 6 and isinstance(args[0], _Elements), "a tensor with unknown arguments")
+        elements, offset, sizes, strides, requires_grad, _, *rest = args
+        assert isinstance(elements, _Elements)
+        dtype = elements.dtype if elements.dtype is not None else next(iter(rest), None)
+        _require(isinstance(dtype, torch.dtype) and not any(rest[1:]), "a tensor with unknown arguments")
+        assert isinstance(dtype, torch.dtype)
+        tensor = _strided(elements.raw, dtype, offset, sizes, strides)
+        return tensor.requires_grad_() if requires_grad is True and tensor.is_floating_point() else tensor
+
+    def _quantized(self, *args: object) -> torch.Tensor:
+        _require(len(args) == 7 and isinstance(args[0], _Elements), "a quantized tensor with unknown arguments")
+        elements, offset, sizes, strides, parameters, *_ = args
+        assert isinstance(elements, _Elements)
+        dtype = elements.dtype
+        _require(dtype in QUANTIZED and isinstance(parameters, tuple) and len(parameters) in (3, 4), "a strange tensor")
+        assert dtype is not None
+        assert isinstance(parameters, tuple)
+        integers = _strided(elements.raw, QUANTIZED[dtype][1], offset, sizes, strides)
+        scheme, *rest = parameters
+        if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            _require(
+                isinstance(rest[0], float) and isinstance(rest[1], int), "a quantized tensor with unknown arguments"
+            )
+            return torch._make_per_tensor_quantized_tensor(integers, rest[0], rest[1])
+        _require(len(rest) == 3 and all(isinstance(part, torch.Tensor) for part in rest[:2]), "a strange tensor")
+        _require(isinstance(rest[2], int) and 0 <= rest[2] < integers.dim(), "a quantized tensor with an invalid axis")
+        _require(
+            all(part.numel() == integers.shape[rest[2]] for part in rest[:2]), "a quantized tensor with invalid scales"
+        )
+        return torch._make_per_channel_quantized_tensor(integers, rest[0], rest[1], rest[2])
+
+
+def _strided(raw: torch.Tensor, dtype: torch.dtype, offset: object, sizes: object, strides: object) -> torch.Tensor:
+    """A tensor of its own with the elements that the arguments point to."""
+    _require(type(offset) is int and isinstance(sizes, tuple) and isinstance(strides, tuple), "a strange tensor")
+    assert isinstance(offset, int)
+    assert isinstance(sizes, tuple)
+    assert isinstance(strides, tuple)
+    numbers = (offset, *sizes, *strides)
+    _require(all(type(n) is int and 0 <= n <= record.MAX_NBYTES for n in numbers), "a tensor with invalid sizes")
+    _require(len(sizes) == len(strides) <= record.MAX_DIMS, "a tensor with invalid sizes")
+    count = math.prod(sizes)
+    span = offset + 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) if count else 0
+    _require(span * dtype.itemsize <= raw.numel(), "a tensor extends beyond its storage")
+    _require(count * dtype.itemsize <= raw.numel(), "a tensor has more elements than its storage")
+    elements = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype) if raw.numel() else raw.view(dtype)
+    return elements.as_strided(sizes, strides, offset if count else 0).clone(memory_format=torch.contiguous_format)
+
+
+def _parameter(*args: object) -> torch.Tensor:
+    _require(len(args) == 3 and isinstance(args[0], torch.Tensor), "a parameter with unknown arguments")
+    return nn.Parameter(args[0], requires_grad=args[1] is True)  # type: ignore[arg-type]
+
+
+def _sparse(*args: object) -> torch.Tensor:
+    layout, parts = args if len(args) == 2 else (None, None)
+    _require(isinstance(layout, torch.layout) and isinstance(parts, tuple), "a sparse tensor with unknown arguments")
+    assert isinstance(layout, torch.layout)
+    assert isinstance(parts, tuple)
+    tensors = parts[:2] if layout == torch.sparse_coo else parts[:3]
+    _require(
+        len(parts) in (3, 4) and all(isinstance(part, torch.Tensor) for part in tensors), "an invalid sparse tensor"
+    )
+    try:
+        if layout == torch.sparse_coo:
+            is_coalesced = parts[3] if len(parts) == 4 else None
+            return torch.sparse_coo_tensor(*parts[:3], is_coalesced=is_coalesced, check_invariants=True)
+        return torch.sparse_compressed_tensor(*parts[:4], layout=layout, check_invariants=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(f"an invalid sparse tensor: {error}") from error
+
+
+def _storage_table() -> dict[str, Global]:
+    table = dict(VALUE_GLOBALS)
+    for entry in DTYPES.values():
+        if entry.storage_class is not None:
+            name = f"torch.{entry.storage_class}"
+            table[name] = Global(name, value=getattr(torch, str(from_storage_class(entry.storage_class))))
+    for dtype, (class_name, _) in QUANTIZED.items():
+        table[f"torch.{class_name}"] = Global(f"torch.{class_name}", value=dtype)
+    table["torch.storage.UntypedStorage"] = Global("torch.storage.UntypedStorage")
+    return table
+
+
+_STORAGES: Mapping[str, Global] = _storage_table()
+
+
+def _require(condition: object, problem: str) -> None:
+    if not condition:
+        raise FormatError(problem)
+
+
+def _check_read(value: Any, nbytes: int) -> None:
+    """Refuse what holds itself, is nested too deep, unfolds to too much, or is not finished."""
+    limit = MAX_NODES + nbytes
+    sizes: dict[int, int] = {}  # id of a finished container -> number of its parts, all unfolded
+    open_ids: set[int] = set()
+
+    def measure(node: Any, depth: int) -> int:
+        if isinstance(node, Global | Instance | _Elements):
+            raise FormatError("a class or a function is not a value: store its name")
+        if not isinstance(node, CONTAINERS):
+            return 1
+        known = sizes.get(id(node))
+        if known is not None:
+            return known
+        if id(node) in open_ids or depth > MAX_DEPTH:
+            raise OverLimitError(f"a value contains itself or is nested deeper than {MAX_DEPTH}")
+        parts = node.values() if isinstance(node, dict) else node
+        total = 1 + len(node)
+        if not ATOMS.issuperset(map(type, parts)):
+            open_ids.add(id(node))
+            total = 1 + sum(measure(part, depth + 1) for part in parts)
+            open_ids.remove(id(node))
+        if total > limit:
+            raise OverLimitError(f"a value expands to more than {limit} parts")
+        sizes[id(node)] = total
+        return total
+
+    measure(value, 0)
