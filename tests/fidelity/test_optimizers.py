@@ -239,6 +239,8 @@ class Precise(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.enable_grad():
+            closure()
         for parameter in self.param_groups[0]["params"]:
             entry = self.state[parameter] or {"sum": torch.zeros(parameter.shape), "kind": "fp32", "step": 0}
             entry["sum"] += parameter.grad.float()

@@ -200,7 +200,7 @@ def problem_of(tensor: torch.Tensor) -> str:
     """What keeps a tensor from being stored in any form, and what to write instead; empty if nothing does."""
     if tensor.is_nested:
         return "a nested tensor; store list(tensor.unbind())"
-    if tensor.layout == torch._mkldnn:
+    if str(tensor.layout) == "torch._mkldnn":
         return "a tensor in the layout of MKLDNN; store tensor.to_dense()"
     if tensor.is_meta:
         return "a meta tensor without data; initialise it first"

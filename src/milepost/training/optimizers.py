@@ -49,7 +49,7 @@ def unfold(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
             isinstance(inner, list | tuple)
             and bool(inner)
             and all(isinstance(item, Optimizer) for item in inner)
-            and type(optimizer).state_dict is Optimizer.state_dict
+            and getattr(type(optimizer), "state_dict", None) is Optimizer.state_dict
             and not optimizer.state
         )
         found += unfold(inner) if is_container and inner is not None else (optimizer,)
@@ -132,7 +132,7 @@ def of_own_form(optimizers: Sequence[Optimizer]) -> frozenset[Optimizer]:
     return frozenset(
         optimizer
         for optimizer in optimizers
-        if type(optimizer).state_dict is not Optimizer.state_dict
+        if getattr(type(optimizer), "state_dict", None) is not Optimizer.state_dict
         and not has_numbered_parameters(optimizer.state_dict(), optimizer)
     )
 
