@@ -31,7 +31,7 @@ from milepost.run.checkpoint_record import (
     id_by_head,
     id_of_record,
     misnamed,
-    parse,
+    parse_record,
     record_name,
     saved_over,
 )
@@ -207,7 +207,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         else:
             data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
             record_id = id_of_record(data)
-            manifest, faults = parse(data, name, path, files)
+            manifest, faults = parse_record(data, name, path, files)
             other = saved_over(storage, path, files, manifest, faults)
             if other is not None:
                 name, data, manifest, note = METADATA_NAME, *other

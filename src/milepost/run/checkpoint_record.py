@@ -109,7 +109,7 @@ def _read_record(storage: Storage, path: str, files: Mapping[str, Entry], name: 
             raise FormatError(f"{where}: {faults[0].message}", path=where)
         return storage.read(where, MAX_SHARDS_NBYTES)
 
-    manifest, faults = parse(data, name, path, files, read_shards)
+    manifest, faults = parse_record(data, name, path, files, read_shards)
     other = saved_over(storage, path, files, manifest, faults)
     if other is not None:
         data, manifest, note = other
@@ -203,7 +203,7 @@ def id_by_head(head: Head, nbytes: int) -> str:
     return f"{nbytes}-{head.crc32:08x}"
 
 
-def parse(
+def parse_record(
     data: bytes,
     name: str,
     path: str,
@@ -249,7 +249,7 @@ def saved_over(
         if found.checkpoint_id is None or found.save_id == manifest.save_id:
             return None
         others = {name: entry for name, entry in files.items() if not name.startswith("milepost.")}
-        external, _ = parse(data, METADATA_NAME, path, others)
+        external, _ = parse_record(data, METADATA_NAME, path, others)
     except (FormatError, StorageError):
         return None
     note = f"{MANIFEST_NAME} is ignored: another program has saved over the older save that it describes"
