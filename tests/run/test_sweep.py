@@ -110,7 +110,7 @@ def test_what_a_save_finds_beside_it_is_named_once(memory_path: Path, caplog: py
     assert storage.stat(".deleting-2024/photos") is not None
     told = [record.getMessage() for record in caplog.records if ".deleting-2024" in record.getMessage()]
     assert len(told) == 1
-    assert "left alone" in told[0]
+    assert "not removed, since not recognised" in told[0]
 
 
 def test_a_draft_of_a_mark_is_removed(memory_path: Path) -> None:

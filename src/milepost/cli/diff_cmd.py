@@ -112,10 +112,10 @@ def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
     print_list(f"only in {report.a}", [_held(held) for held in report.only_a], limit=MAX_LINES)
     print_list(f"only in {report.b}", [_held(held) for held in report.only_b], limit=MAX_LINES)
     kinds = [f"{change.key}: {_kind(change.a)} in A, {_kind(change.b)} in B" for change in report.kinds]
-    print_list("of another dtype or shape", kinds, limit=MAX_LINES)
+    print_list("with different dtype or shape", kinds, limit=MAX_LINES)
     changes = [f"{change.key}: {change.a} in A, {change.b} in B" for change in report.objects]
     print_list("values that are not tensors, and differ", changes, limit=MAX_LINES)
-    print_list("stored with other bytes", report.other_bytes, limit=MAX_LINES)
+    print_list("with different stored bytes", report.other_bytes, limit=MAX_LINES)
     if report.values:
         _print_changes(report.by_change(), limit)
     console().print(_summary(report, quick=quick), markup=False)
@@ -175,7 +175,7 @@ def _summary(report: DiffReport, *, quick: bool) -> str:
     if not report.num_unknown:
         return same
     if quick:
-        return f"{same}; of {report.num_unknown} the values were not compared: do so without --quick"
+        return f"{same}; the values of {report.num_unknown} were not compared: run without --quick to compare them"
     are = "is a value that is not a tensor" if report.num_unknown == 1 else "are values that are not tensors"
     return f"{same}; {report.num_unknown} {are} and could not be compared"
 

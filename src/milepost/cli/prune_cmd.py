@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {format_nbytes(freed)}{extra}")
     if swept.left:
         names = printable(", ".join(swept.left))
-        console().print(f"left alone, not recognised as Milepost's: {names}", markup=False)
+        console().print(f"not removed, since not recognised as Milepost's: {names}", markup=False)
     return 0
 
 

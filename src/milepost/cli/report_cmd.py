@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     num_damaged = sum(step.is_bad for step in view.steps) - num_unread
     bad = [f"{num_unread} could not be read"] * bool(num_unread)
     bad += [f"{num_damaged} {'is' if num_damaged == 1 else 'are'} damaged"] * bool(num_damaged)
-    noted = f"; {' and '.join(bad)}, as the page says" if bad else ""
+    noted = f"; {' and '.join(bad)} (see the page)" if bad else ""
     console().print(
         printable(f"wrote {target} ({format_nbytes(nbytes)}): {counted(len(view.steps), 'step')}{noted}"), markup=False
     )

@@ -45,7 +45,7 @@ def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None
     ``where`` is the place of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not fit.
     """
     try:
-        return convert(value, kind)
+        return as_type(value, kind)
     except UnicodeEncodeError as error:
         raise FormatError(
             f"{path}: {where or 'the document'} has a field whose name is not Unicode", path=path
@@ -56,7 +56,7 @@ def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None
         raise FormatError(f"{path}: {_explain(str(error), where)}", path=path, key=key) from error
 
 
-def convert(value: Any, kind: type[T]) -> T:
+def as_type(value: Any, kind: type[T]) -> T:
     """As ``msgspec.convert``, for any number of threads at once. Raises ``msgspec.ValidationError``.
 
     msgspec compiles a kind when it is first used and enters it where other threads find it before it is whole: a

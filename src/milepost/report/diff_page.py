@@ -41,7 +41,7 @@ def diff_page(report: DiffReport, *, now: float) -> str:
     facts = [
         ("the same", str(report.num_same)),
         ("with other values", str(len(changes) + len(report.objects) + len(report.other_bytes))),
-        ("of another dtype or shape", str(len(report.kinds))),
+        ("with different dtype or shape", str(len(report.kinds))),
         ("only in A", str(len(report.only_a))),
         ("only in B", str(len(report.only_b))),
         ("not compared", str(report.num_unknown)),

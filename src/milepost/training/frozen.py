@@ -10,7 +10,7 @@ import torch
 from milepost.collective.comm import Comm, failure_on, raise_together
 from milepost.errors import SaveError, StateMismatchError, listed
 from milepost.format.box import Box
-from milepost.interop.weights.base_samples import NAME, Sample, differences, dump, merged, parse, places
+from milepost.interop.weights.base_samples import NAME, Sample, differences, dump, merged_samples, parse, places
 from milepost.tensors.layout import TensorLeaf, dtype_name
 from milepost.tensors.state import flatten
 from milepost.training.attached import PART as ATTACHED
@@ -34,7 +34,7 @@ def record_of(comm: Comm, state: TrainingState) -> dict[str, bytes]:
         failure = failure_on(comm.rank, cause, SaveError)
     raise_together(comm, failure)
     brought = comm.gather(found)
-    return {NAME: dump(merged(brought))} if brought is not None else {}
+    return {NAME: dump(merged_samples(brought))} if brought is not None else {}
 
 
 def check_base(state: TrainingState, frozen: Collection[str], record: object, path: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from milepost.format.typed_json import convert
+from milepost.format.typed_json import as_type
 from milepost.interop.hf.classes import architecture, model_type
 from milepost.interop.names.identity import ModelIdentity, are_possible, flavor_of
 from milepost.interop.names.model_sizes import ModelArgs, RopeScaling
@@ -226,7 +226,7 @@ def identity_of(config: Mapping[str, Any]) -> ModelIdentity | None:
             "hidden_dim": config.get("moe_intermediate_size"),
         }
     try:
-        sizes = convert(said, ModelArgs)
+        sizes = as_type(said, ModelArgs)
     except msgspec.ValidationError:
         return None
     return ModelIdentity(name=name, flavor=flavor_of(name, sizes), sizes=sizes) if are_possible(sizes) else None

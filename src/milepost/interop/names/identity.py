@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from milepost.errors import ConfigError
-from milepost.format.typed_json import convert
+from milepost.format.typed_json import as_type
 from milepost.interop.names.model_sizes import MODEL_NAMES, ModelArgs, model_args, model_flavors
 
 RECORD = "model"
@@ -49,7 +49,7 @@ class ModelIdentity:
         if name not in MODEL_NAMES or not isinstance(flavor, str):
             return None
         try:
-            sizes = convert(said["sizes"], ModelArgs) if "sizes" in said else model_args(name, flavor)
+            sizes = as_type(said["sizes"], ModelArgs) if "sizes" in said else model_args(name, flavor)
         except (ConfigError, msgspec.ValidationError):
             return None
         return cls(name=name, flavor=flavor, sizes=sizes) if are_possible(sizes) else None

@@ -45,7 +45,7 @@ def places(key: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tuple(int(part) for part in np.unravel_index(n * step + shift, shape)) for n in range(count)]
 
 
-def merged(brought: Iterable[Mapping[str, Sample]]) -> dict[str, Sample]:
+def merged_samples(brought: Iterable[Mapping[str, Sample]]) -> dict[str, Sample]:
     """What all ranks know together, each of the values that it holds."""
     found: dict[str, Sample] = {}
     for samples in brought:

@@ -28,6 +28,7 @@ from milepost.format.summary import files_of
 from milepost.format.torch_file import inert_values, locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog, checkpoint_record
+from milepost.run.branches import History
 from milepost.run.hf_folder import HeaderTensors, is_adapter, read_hf_folder
 from milepost.run.step_names import find_run
 from milepost.storage import join_path, open_storage
@@ -92,14 +93,15 @@ def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str])
     """Why a folder is no source, and what to give instead."""
     run = find_run(storage, folder)
     if run is not None:
-        newest = catalog.scan(storage, run, keep_going=True)[-1]
+        entries = catalog.scan(storage, run, keep_going=True)
+        newest = History.of(entries).newest or entries[-1]
         at = join_path(storage.root, newest.path)
-        return f"{full} is a run, not a checkpoint: give one of its steps, for instance {at}"
+        return f"{full} is a run, not a checkpoint: give one of its steps, such as {at}"
     torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
     if torch_files and _ONE_OF.search(torch_files[0]):
         return f"{full} holds a model that is split into torch files: {_SAVE_ANEW}"
     if torch_files:
-        return f"{full} is a folder of torch files: give one of them, for instance {full}/{torch_files[0]}"
+        return f"{full} is a folder of torch files: give one of them, such as {full}/{torch_files[0]}"
     if "snapshots" in names:
         return f"{full} is a model in the Hugging Face cache: give its folder {full}/snapshots/<revision>"
     return (
