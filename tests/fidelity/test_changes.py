@@ -205,7 +205,7 @@ def test_buffers_that_are_new_or_no_longer_kept(memory_path: Path) -> None:
     other.register_buffer("mask", torch.zeros(2), persistent=False)
     other.register_buffer("scale", torch.full((2,), 7.0))
     notes = Run(memory_path, other, adamw(other)).load()
-    assert "buffers that the checkpoint lacks, left as initialized: scale" in notes
+    assert "buffers missing from the checkpoint, left as initialized: scale" in notes
     assert "buffers of the checkpoint that this model computes itself, ignored: freqs_cis, mask" in notes
     assert other.scale.tolist() == [7, 7]
     assert not other.mask.any()

@@ -77,7 +77,7 @@ def test_links_into_the_hubs_own_cache_are_followed(memory_path: Path) -> None:
         (snapshot / name).symlink_to(f"../../blobs/blob-of-{name}")
     assert written(snapshot)["tokenizer.json"] == b'{"a": 1}'
     (snapshot / "LICENSE").symlink_to("../../../elsewhere")
-    with pytest.raises(ConversionError, match="LICENSE is a link that leaves its folder"):
+    with pytest.raises(ConversionError, match="LICENSE is a link that points outside its folder"):
         extras(snapshot)
 
 

@@ -109,7 +109,7 @@ def test_sizes_of_a_checkpoint_that_records_none_come_from_the_assets(memory_pat
     with pytest.raises(ConfigError, match=r"--hf-assets"):
         convert(stock, memory_path / "out", ConvertOptions(to="hf", model="mistral"))
     report = convert(stock, memory_path / "out", ConvertOptions(to="hf", model="mistral", hf_assets=source))
-    assert any("136 words" in note for note in report.notes)
+    assert any("136 entries" in note for note in report.notes)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "out")
     assert loaded.config.vocab_size == 136
     assert torch.equal(loaded.lm_head.weight, state["output.weight"])
@@ -141,7 +141,7 @@ def test_the_text_model_of_a_model_that_sees_is_converted(memory_path: Path) -> 
         json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}, "dtype": "float32"})
     )
     report = convert(larger, memory_path / "ours", ConvertOptions(to="dcp", model="gemma3", verify=True))
-    assert any("left out" in note and "and 1 like it" in note for note in report.notes)
+    assert any("skipped" in note and "and 1 like it" in note for note in report.notes)
     convert(memory_path / "ours", memory_path / "back", ConvertOptions(to="hf"))
     assert_equal(hf_tensors(source), hf_tensors(memory_path / "back"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "back", dtype=torch.float32).eval()
@@ -225,7 +225,7 @@ def test_layers_that_predict_further_tokens_are_left_out_and_noted(memory_path: 
     further = {"model.layers.2.eh_proj.weight": torch.ones(64, 128), "model.layers.2.enorm.weight": torch.ones(64)}
     safetensors.torch.save_file({**tensors, **further}, source / "model.safetensors", metadata={"format": "pt"})
     report = convert(source, memory_path / "ours", ConvertOptions(to="dcp", model="deepseek_v3", verify=True))
-    assert any("left out" in note and "model.layers.2.eh_proj.weight" in note for note in report.notes)
+    assert any("skipped" in note and "model.layers.2.eh_proj.weight" in note for note in report.notes)
     convert(memory_path / "ours", memory_path / "back", ConvertOptions(to="hf"))
     assert_equal(tensors, hf_tensors(memory_path / "back"))
     beyond = {key.replace(".2.", ".3."): value for key, value in further.items()}
@@ -264,7 +264,7 @@ def test_a_model_of_another_family_is_told_by_its_config_or_its_keys(memory_path
     model = saved("qwen2, tied", memory_path / "qwen2")
     saved("mistral", memory_path / "mistral")
     with pytest.raises(
-        ConversionError, match=r"model_type is 'qwen2', mistral is mistral; --model qwen2 is the family"
+        ConversionError, match=r"model_type is 'qwen2', mistral is mistral; --model qwen2 is that family"
     ):
         convert(memory_path / "qwen2", memory_path / "out", ConvertOptions(to="dcp", model="mistral"))
     torch.save(dict(model.state_dict()), memory_path / "in.pt")

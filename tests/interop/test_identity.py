@@ -77,7 +77,7 @@ def test_every_published_llama_3_converts_with_its_own_rope(
         factor,
         rope["max_position_embeddings"],
     )
-    expected = "of another model than llama3 8B as published: rope_scaling none instead of by 8 from 8192"
+    expected = "differs from llama3 8B as published: rope_scaling none instead of by 8 from 8192"
     assert any(note.startswith(expected) for note in report.notes) == (name == "Meta-Llama-3-8B" and is_given)
 
 

@@ -516,7 +516,7 @@ def test_a_pinned_or_external_step_is_set_aside_when_another_branch_takes_its_nu
     assert names[1].startswith("step-2.aside-")
     assert names[2].startswith("step-3.aside-")
     assert len(names) == 3
-    assert "pinned and about to be replaced: kept as step-2.aside-" in caplog.text
+    assert "pinned and about to be replaced; it is kept as step-2.aside-" in caplog.text
     assert steps(catalog.scan(storage, "run")) == [1]
 
 

@@ -156,7 +156,7 @@ def test_a_stock_save_over_ours_is_read_as_what_it_is(memory_path: Path) -> None
     info = catalog.examine(LocalStorage(memory_path), "step-1")
     assert info is not None
     assert info.state == "external"
-    assert "milepost.json is of an older save" in info.reason
+    assert "milepost.json is ignored: another program has saved over" in info.reason
     assert value_in(step) == 2
     report = verify(step)
     assert report.verdict == "not_verified"

@@ -227,4 +227,4 @@ def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
     storage.sync_folder(split(path)[0])
     if is_pinned:
         storage.remove(pin)
-    log.warning("%s/%s is %s and about to be replaced; a copy is kept as %s", storage.root, path, why, split(place)[1])
+    log.warning("%s/%s is %s and about to be replaced; it is kept as %s", storage.root, path, why, split(place)[1])

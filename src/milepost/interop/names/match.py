@@ -76,7 +76,7 @@ def _notes(args: Args, fitted: Args, wanted: Correspondence, shapes: Mapping[str
     notes = []
     published, stored = sizes_of(args).named["vocab"], sizes_of(fitted).named["vocab"]
     if published != stored:
-        notes.append(f"the vocabulary has {stored} entries, the flavor's as published {published}")
+        notes.append(f"the vocabulary has {stored} entries; the published model's has {published}")
     dropped = [key for key in shapes if key in wanted.constants or key.startswith(wanted.left_out)]
     if dropped:
         notes.append(f"skipped, as our models have no such tensor: {dropped[0]} and {len(dropped) - 1} like it")

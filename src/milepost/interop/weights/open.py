@@ -133,7 +133,7 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
         stack.pop_all()
     kind = "hf" if is_safetensors else "pt"
     inert = inert_values(values)
-    notes = (f"values that are no tensors were left out: {', '.join(listed(inert))}",) if inert else ()
+    notes = (f"values that are not tensors were skipped: {', '.join(listed(inert))}",) if inert else ()
     return Weights(Source(join_path(storage.root, name), kind, [handle], stored), notes=notes, values=values)
 
 
