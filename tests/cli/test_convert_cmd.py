@@ -42,7 +42,7 @@ def test_convert_prints_what_it_did(run_folder: Path, memory_path: Path, capsys:
     assert printed.startswith(f"{out}: llama3 debugmodel, 57 tensors, ")
     assert "matched their digests" in printed
     assert "verified: converted back, every tensor equals the source" in printed
-    assert "note: the vocabulary has 256 entries, the flavor's as published 2048" in printed
+    assert "note: the vocabulary has 256 entries; the published model's has 2048" in printed
     assert json.loads((memory_path / "hf" / "config.json").read_text())["vocab_size"] == 256
 
 

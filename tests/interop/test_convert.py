@@ -131,7 +131,7 @@ def test_a_vocabulary_of_another_size_is_taken_from_the_weights_and_said(
 ):
     grown = replace(KIND.args, vocab_size=1000)
     report = convert(hf_folders("llama"), memory_path / "out", ConvertOptions(to="dcp", model="llama3", sizes=grown))
-    assert report.notes == ("the vocabulary has 128 entries, the flavor's as published 1000",)
+    assert report.notes == ("the vocabulary has 128 entries; the published model's has 1000",)
 
 
 def test_files_are_split_by_size_when_no_index_says_otherwise(memory_path: Path, hf_folders: Callable[[str], Path]):
