@@ -446,3 +446,16 @@ def test_the_generators_are_restored_where_training_goes_on(memory_path: Path) -
     torch.rand(2)
     run.manager.restore_rng()
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_parts_that_this_run_does_not_have_are_told(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = lr_scheduler.StepLR(optimizer, 2)
+    with Run(memory_path, model, optimizer, schedule).manager as manager:
+        manager.save(1)
+    with Run(memory_path, nn.Linear(2, 2)).manager as manager:
+        report = manager.load()
+    told = "in the checkpoint but not in this run, so not restored: optimizer, lr_scheduler"
+    assert told in report.notes
+    assert told in caplog.text

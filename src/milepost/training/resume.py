@@ -222,8 +222,21 @@ class Loader:
                 # Else it was replaced while it was read: look again.
                 continue
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
-            notes += [*into.left_out(), *self._restore(into)]
+            notes += [*into.left_out(), *self._left_behind(choice, report.unexpected), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _left_behind(self, choice: Choice, unexpected: Collection[str]) -> list[str]:
+        """A note, logged too, on parts of a resumed step that this run does not have, so that they are lost to it."""
+        if choice.step is None or choice.model_only:
+            return []
+        known = {*self._state.present(), *self._config.exclude_from_loading, "rng", "attached"}
+        parts = [part for part in PARTS if part not in known and part in set(map(part_of, unexpected))]
+        if not parts:
+            return []
+        note = f"in the checkpoint but not in this run, so not restored: {', '.join(parts)}"
+        if self._comm.rank == 0:
+            log.warning("%s: %s", choice.path, note)
+        return [note]
 
     def _load_base(self) -> None:
         """Load what steps of the trainable part alone leave out, as a run without steps would begin. Collective."""
