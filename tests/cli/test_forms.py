@@ -252,7 +252,7 @@ def test_the_model_of_a_marked_step_is_rescued(
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (("stats", "."), "is a run, not a checkpoint: give one of its steps, for instance {root}/checkpoint/step-2"),
+        (("stats", "."), "is a run, not a checkpoint: give one of its steps, such as {root}/checkpoint/step-2"),
         (
             ("prune", "checkpoint/step-1", "--keep-latest", "1"),
             "is a checkpoint, not a run: give the folder of its run",

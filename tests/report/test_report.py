@@ -175,7 +175,7 @@ def test_a_step_that_only_seems_to_verify_is_counted(memory_path: Path, capsys: 
     path = memory_path / "checkpoint/step-1/.metadata"
     path.write_bytes(path.read_bytes()[:-2] + b"xx")
     written(memory_path)
-    assert "1 step; 1 is damaged, as the page says" in capsys.readouterr().out
+    assert "1 step; 1 is damaged (see the page)" in capsys.readouterr().out
 
 
 def test_without_weights_only_metadata_is_read(run: Path) -> None:
