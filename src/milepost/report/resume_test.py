@@ -36,6 +36,7 @@ from milepost.verification.verify import verify
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "milepost.train.launch")
 """What is started, with torchrun's options, ``--`` and the trainer's."""
 TAIL_LINES = 30
+KILL_TRIES = 3
 _STEP_LINE = re.compile(r"\bstep (\d+)/\d+ +loss (\S+)")
 _SAVED_LINE = re.compile(r"\bsaved step \d+")
 _DEGREE = re.compile(r"([a-z]+)(\d+)")
@@ -158,8 +159,7 @@ def resume_test(
     tell(f"training {settings.num_steps} steps on {first} without interruption")
     whole = runs.train(folder / "whole", first)
     tell(f"training again, to be killed after step {settings.kill_at}")
-    runs.train(folder / "killed", first, kill_at=settings.kill_at)
-    committed = _committed_step(folder / "killed" / "checkpoint")
+    committed = _train_and_kill(runs, folder / "killed", settings)
     resumed = []
     for number, layout in enumerate(settings.layouts):
         tell(f"resuming from step {committed} on {layout}")
@@ -173,6 +173,20 @@ def resume_test(
         committed_step=committed,
         loss=whole[settings.num_steps],
         resumed=tuple(resumed),
+    )
+
+
+def _train_and_kill(runs: _Runs, folder: Path, settings: ResumeTestSettings) -> int:
+    """The step that a killed run left. On a busy machine it may make its last step before it is killed: then again."""
+    for _ in range(KILL_TRIES):
+        runs.train(folder, settings.layouts[0], kill_at=settings.kill_at)
+        committed = _committed_step(folder / "checkpoint")
+        if committed < settings.num_steps:
+            return committed
+        shutil.rmtree(folder)
+    raise MilepostError(
+        f"the run was killed after step {settings.kill_at}, but {KILL_TRIES} times its last step {settings.num_steps} "
+        "was saved by then, so nothing was left to resume. Give it more steps: --steps"
     )
 
 
