@@ -122,6 +122,10 @@ def _hide(storage: Storage, path: str) -> str | None:
                 raise
             # A full disk has no space for the marker; a rename needs neither space nor a descriptor.
             hidden = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
+        except BaseException:  # Ctrl-C: without its marker nobody could tell that the place is not in use
+            with contextlib.suppress(StorageError):
+                storage.remove_tree(place)
+            raise
         try:
             storage.rename(path, hidden)
         except StorageError as error:
