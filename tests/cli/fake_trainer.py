@@ -1,7 +1,8 @@
 """Stands in for torchrun and the trainer in tests of ``resume-test``: real processes, real checkpoints, no torch.
 
 The work is done by a child in a session of its own, as torchrun's ranks are. With ``FORGETFUL=1`` a resume begins with
-a weight that is not the saved one.
+a weight that is not the saved one. With ``AHEAD`` each run that is to be killed has made its last step before anybody
+reads of its first; with ``AHEAD=once`` the first such run alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +28,15 @@ def option(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
 
 
+def runs_ahead(folder: str) -> bool:
+    marker = Path(folder).parent / "was-ahead"
+    if not os.environ.get("AHEAD") or Path(folder).name != "killed" or marker.exists():
+        return False
+    if os.environ["AHEAD"] == "once":
+        marker.touch()
+    return True
+
+
 def main() -> None:
     storage = LocalStorage(option("--job.dump_folder"))
     num_steps, interval = int(option("--training.steps")), int(option("--checkpoint.interval"))
@@ -32,6 +44,9 @@ def main() -> None:
     start = History.of(catalog.scan(storage, "checkpoint")).newest_resumable
     weight = np.ones(4, "float32")
     done = 0
+    is_ahead = runs_ahead(option("--job.dump_folder"))
+    said: list[str] = []
+    say = said.append if is_ahead else partial(print, flush=True)
     if start is not None:
         done = start.step
         with open_weights(f"{storage.root}/{start.path}").source as source:
@@ -41,12 +56,15 @@ def main() -> None:
     for step in range(done + 1, num_steps + 1):
         time.sleep(0.02)
         weight *= 0.75
-        print(f"12:00:00 step {step}/{num_steps}  loss {weight.sum():.6f}  grad_norm 1.0", flush=True)
+        say(f"12:00:00 step {step}/{num_steps}  loss {weight.sum():.6f}  grad_norm 1.0")
         if step % interval == 0 or step == num_steps:
             save_arrays(
                 storage, f"checkpoint/step-{step}", {"w": weight}, objects={"train_state.step": step}, step=step
             )
-            print(f"12:00:00 saved step {step} (why not)", flush=True)
+            say(f"12:00:00 saved step {step} (why not)")
+    if is_ahead:
+        print("\n".join(said), flush=True)
+        time.sleep(60)  # until it is killed
 
 
 if __name__ == "__main__":

@@ -30,6 +30,19 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, st
     return status, captured.out, captured.err
 
 
+def test_a_run_that_was_too_fast_to_be_killed_is_killed_again(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AHEAD", "once")
+    status, _, err = output(capsys, "resume-test", config)
+    assert status == 0
+    assert "milepost: resuming from step 3 on" in err
+    monkeypatch.setenv("AHEAD", "always")
+    status, _, err = output(capsys, "resume-test", config)
+    assert status != 0
+    assert "3 times its last step 6 was saved by then, so nothing was left to resume" in err
+
+
 @pytest.mark.parametrize("option", ["", "--json"])
 def test_an_exact_resume_passes(config: str, capsys: pytest.CaptureFixture[str], option: str) -> None:
     line = f"resume-test {config} --layouts 2,fsdp2 {option}".rstrip()

@@ -188,6 +188,19 @@ def test_the_place_of_a_deletion_goes_at_once_when_its_process_died_before_the_r
     assert names(storage) == {"step-5"}
 
 
+def test_ctrl_c_before_the_marker_leaves_no_place_behind(memory_path: Path) -> None:
+    storage = LocalStorage(memory_path)
+    save(storage, "run/step-5")
+
+    class InterruptedAtTheMarker(WrappedStorage):
+        def write(self, path: str, data: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.delete_checkpoint(InterruptedAtTheMarker(storage), "run/step-5")
+    assert names(storage) == {"step-5"}
+
+
 def test_an_attempt_lives_while_any_of_its_owners_does(memory_path: Path) -> None:
     """The training process died; its writer process has adopted the attempt and is still at work."""
     storage = LocalStorage(memory_path)

@@ -127,10 +127,10 @@ class DiffReport:
     num_unknown: int
     """Keys of one dtype and shape on both sides, whose values nothing was found out about."""
     num_same: int
-    objects: tuple[ObjectChange, ...] = ()
-    """Values that are not tensors, and differ. Empty unless values were compared."""
     num_within: int = 0
     """Of these, tensors whose elements differ by no more than a tolerance."""
+    objects: tuple[ObjectChange, ...] = ()
+    """Values that are not tensors, and differ. Empty unless values were compared."""
 
     @property
     def num_common(self) -> int:
@@ -160,7 +160,7 @@ class DiffReport:
 
     @property
     def is_same(self) -> bool:
-        """Whether nothing different was found."""
+        """True if nothing different was found."""
         return not (self.only_a or self.only_b or self.kinds or self.values or self.other_bytes or self.objects)
 
 
@@ -192,7 +192,7 @@ class _Side:
         return {*self.tensors, *self.objects}
 
     def only(self, keys: Set[str]) -> _Side:
-        """What of it is among ``keys``."""
+        """This side with only ``keys``."""
         return replace(
             self,
             tensors={key: info for key, info in self.tensors.items() if key in keys},
@@ -494,13 +494,15 @@ class _Differences:
             self._max_rel,
             self._at,
             mean_abs=total / self._num_finite if self._num_finite else math.nan,
-            relative_norm=math.sqrt(squares / norm_a)
-            if norm_a
-            else math.nan
-            if squares or not self._num_finite
-            else 0.0,
+            relative_norm=self._relative_norm(squares, norm_a),
             cosine=self._product / math.sqrt(norm_a) / math.sqrt(norm_b) if norm_a and norm_b else math.nan,
         )
+
+    def _relative_norm(self, squares: float, norm_a: float) -> float:
+        """Norm of the difference by that of A, both given as sums of squares; NaN where it has no meaning."""
+        if norm_a:
+            return math.sqrt(squares / norm_a)
+        return math.nan if squares or not self._num_finite else 0.0
 
 
 def _distance(a: Array, b: Array, wide_a: Any, wide_b: Any) -> Any:

@@ -115,17 +115,13 @@ def _hide(storage: Storage, path: str) -> str | None:
             storage.make_folder(place)
             storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())
             hidden = f"{place}/{name}"
-        except StorageError as error:
+        except BaseException as error:  # Ctrl-C too: nobody could tell that a place without its marker is not in use
             with contextlib.suppress(StorageError):
                 storage.remove_tree(place)
-            if error.errno not in _NO_ROOM:
+            if not isinstance(error, StorageError) or error.errno not in _NO_ROOM:
                 raise
             # A full disk has no space for the marker; a rename needs neither space nor a descriptor.
             hidden = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
-        except BaseException:  # Ctrl-C: without its marker nobody could tell that the place is not in use
-            with contextlib.suppress(StorageError):
-                storage.remove_tree(place)
-            raise
         try:
             storage.rename(path, hidden)
         except StorageError as error:
