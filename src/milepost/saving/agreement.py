@@ -33,7 +33,7 @@ from milepost.saving.messages import Answer, Ask, Begun, BelongsToRanks, Given, 
 from milepost.saving.nodes import Nodes
 from milepost.saving.replicas import Depth, Summary, host_name, unlike_groups
 from milepost.saving.request import Manner, Prepared, SaveRequest, prepare_state
-from milepost.saving.structure import Roster, Structure, structure_of
+from milepost.saving.structure import Roster, Structure
 from milepost.storage.base import Storage, join, split
 from milepost.tensors.plan import LocalLayout, deal, file_name
 from milepost.tensors.sharing import FromRank0, Group, groups_in_common, only, plan_alone
@@ -207,7 +207,7 @@ class Agreement:
         try:
             if last.plan is not None and last.fingerprint == self._place(prepared):
                 return Offer(target, None, last.token, last.told, common=summaries_of(prepared, last.groups, "values"))
-            structure = structure_of(prepared.layout, prepared.nesting, self._comm.rank)
+            structure = prepared.structure
             last.token, last.plan = "", None
             last.told = structure.shared.digest(), structure.own.digest()
             return Offer(target, None, "", last.told, structure.own, host_name())
@@ -221,7 +221,7 @@ class Agreement:
 
     def _described(self, prepared: Prepared) -> Structure | MilepostError:
         try:
-            return structure_of(prepared.layout, prepared.nesting, self._comm.rank)
+            return prepared.structure
         except BaseException as cause:  # noqa: BLE001 - rank 0 waits for it
             return failure_on(self._comm.rank, cause, SaveError)
 
@@ -320,7 +320,7 @@ class Agreement:
         rank = self._comm.rank
         plan, groups = plan_alone(
             *(rank, prepared.layout, shared.sharing),
-            own=structure_of(prepared.layout, prepared.nesting, rank).own.nesting.paths,
+            own=prepared.structure.own.keys,
             given=given.placed,
             node=self._nodes.part_of(rank).ranks if self._nodes is not None else None,
         )

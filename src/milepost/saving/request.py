@@ -1,9 +1,10 @@
-"""What a saver is asked for, and this rank's part of it: flattened, encoded, described."""
+"""The request of a save, and this rank's part of it: flattened, encoded, described."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from milepost.collective.comm import Comm, ProcessGroupComm, failure_on
 from milepost.errors import MilepostError, SaveError
 from milepost.run.assemble import SaveInfo
 from milepost.saving.job import Form, Keep
-from milepost.saving.structure import Nesting
+from milepost.saving.structure import Nesting, Structure, structure_of
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.parts import plain_tensors
 from milepost.tensors.plan import LocalLayout
@@ -43,13 +44,14 @@ class SaveRequest:
     modules: tuple[nn.Module, ...] = ()
     """Modules whose buffers are in the state. These are copied before a save returns: ``forward`` changes them."""
     full_every: int = 1
-    """Frozen tensors are written anew when so many saves have been since they were; 0: only if they have changed."""
+    """Frozen tensors are written again every N saves; 0: only when they have changed."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """This rank's part of a save. An ``error`` is kept for the exchange, where every rank hears of it."""
 
+    rank: int
     state: Mapping[str, Any]
     """The nested state, as the owners gave it."""
     modules: Sequence[nn.Module]
@@ -67,10 +69,15 @@ class Prepared:
         """Keys of tensors that share memory with a buffer of one of the request's modules."""
         return self.layout.buffers
 
+    @cached_property
+    def structure(self) -> Structure:
+        """The description of this rank's state for the other ranks. Made when a new plan needs it, and once."""
+        return structure_of(self.layout, self.nesting, self.rank)
+
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How the state is flattened and encoded, beside what the request says."""
+    """Options of flattening and encoding that the request does not have."""
 
     per_rank: frozenset[str] = frozenset()
     """Top-level names whose values are stored for each rank."""
@@ -101,13 +108,15 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
             layout = replace(layout, tensors=tuple(replace(spec, spread=None) for spec in layout.tensors))
         nesting = Nesting(flat.paths, flat.empty, dump_parts(flat.skeleton))
         fingerprint = f"{layout.fingerprint(flat.paths)} {nesting.digest()}"
-        return Prepared(state, modules, flat, objects, layout, nesting, fingerprint)
+        return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, fingerprint)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
-        return _nothing(failure_on(comm.rank, cause, SaveError))
+        return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
 
-def _nothing(error: MilepostError) -> Prepared:
-    return Prepared({}, (), FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), Nesting({}, (), {}), "", error=error)
+def _nothing(rank: int, error: MilepostError) -> Prepared:
+    return Prepared(
+        rank, {}, (), FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), Nesting({}, (), {}), "", error=error
+    )
 
 
 def _encoded(key: str, value: Any, manner: Manner) -> bytes | Snapshot:
