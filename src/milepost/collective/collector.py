@@ -2,7 +2,7 @@
 
 A plan is many small objects without cycles. While they are made the collector looks through all objects of the process
 again and again, and finds nothing: of a save of 20,000 tensors that was a third of the time. (torchtitan turns it off
-for all of training, and collects every so many steps.)
+for all of training, and collects every N steps.)
 """
 
 from __future__ import annotations

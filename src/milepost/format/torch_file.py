@@ -48,7 +48,7 @@ _MAX_NODES = 1 << 17
 _MAX_PLAIN = 1 << 14
 _TAIL_NBYTES = 64 << 10
 _MAX_REPEATS = 64
-"""Tensors that are views of one storage may come to so many times the file's size together."""
+"""Tensors that are views of one storage may come to this many times the file's size together."""
 _SMALL_COUNT = 3  # entries that `small_entries` makes
 _UTF8 = 0x0800
 _DOS_DATE = 0x0021  # 1980-01-01: files must not depend on the time

@@ -1,4 +1,4 @@
-"""What ``checkpoint.read = "auto"`` comes to: measured with the first blocks, where it makes a difference.
+"""The decision of ``checkpoint.read = "auto"``: measured with the first blocks, where it makes a difference.
 
 Some ranks read a block each, hand it on to one another, and read what they got once more, all at the same time. What is
 faster is done with the rest. A second reading is that of a page cache where ranks share a machine, and goes over the
@@ -29,7 +29,7 @@ from milepost.verification.block_reader import shard_reader
 log = logging.getLogger("milepost")
 
 MAX_PROBES = 16
-"""So many ranks measure, at most."""
+"""At most this many ranks measure."""
 MAX_PROBED_PART = 32
 """To measure, all ranks together read at most one 32nd of what they want."""
 MIN_GAIN_PART = 4
@@ -62,7 +62,9 @@ class _Wish:
 def hands_on(
     comm: Comm, storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests, items: Sequence[ReadItem]
 ) -> tuple[bool, int]:
-    """Whether one rank is to read what several want, the same on every rank; and bytes read to find out. Collective.
+    """Decide whether one rank reads what several want. Collective; the result is the same on every rank.
+
+    Returns the decision, and the number of bytes that this rank has read to measure.
 
     Raises:
         MilepostError: on every rank, if any rank could not read what it measured with.

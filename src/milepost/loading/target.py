@@ -116,7 +116,7 @@ class Target:
 
     @property
     def has_order(self) -> bool:
-        """Whether the checkpoint records in what order the values of a container stood."""
+        """Return whether the checkpoint records in what order the values of a container stood."""
         return self._stored is not None and bool(self._stored.manifest.structure)
 
     @property

@@ -1,4 +1,4 @@
-"""Whether a model can be spread over the ranks as asked: pure arithmetic, before any process group exists."""
+"""Checks that a model can be spread over the ranks as requested: pure arithmetic, before any process group exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds, and who may change it. Torch-free.
+"""The contents of a run's folder, and who may change them. Torch-free.
 
 In reading order::
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds: which steps are committed, incomplete, damaged or external. The only scanner.
+"""The contents of a run's folder: which steps are committed, incomplete, damaged or external. The only scanner.
 
 Resume, retention, ``milepost ls`` and ``milepost prune`` all ask here, so they can't disagree. Only metadata is read: a
 commit record, and the sizes of the files that it names. Checking bytes is the job of ``milepost.verification``; a load

@@ -18,9 +18,9 @@ from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
 from milepost.storage.base import Storage, join
 
 RANKS_PER_S = 1024
-"""So many ranks look each second for the outcome of a save, three names each."""
+"""Ranks that look for the outcome of a save in a second, three names each."""
 MAX_POLL_S = 5.0
-"""But each looks as often as this."""
+"""Longest pause between two looks of a rank."""
 FAILED_NAME = "failed"
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096

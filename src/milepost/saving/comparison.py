@@ -1,4 +1,4 @@
-"""What ranks have in common, compared before a save begins. Collective.
+"""Comparison of what ranks have in common, before a save begins. Collective.
 
 First one digest for each group of ranks is gathered; only of groups in which ranks differ one for each key.
 """

@@ -1,4 +1,4 @@
-"""What a process remembers of the plan of its last save."""
+"""The plan of a process's last save, kept for the next one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milepost.tensors.sharing import Group
 
 @dataclass(slots=True, eq=False)
 class LastPlan:
-    """What a process remembers of the plan of the last save, so that one of the same structure can do with it.
+    """The plan of the last save, which a save of the same structure uses again.
 
     ``token`` is that plan's, the same on all ranks. A rank whose structure has changed, or that has forgotten, has
     none; then all plan anew. So it does no harm if ranks remember different plans.

@@ -1,4 +1,4 @@
-"""What ranks and rank 0 say to each other before a save."""
+"""Messages between rank 0 and the other ranks before a save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milepost.tensors.sharing import FromRank0, Sharing
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a rank says of its state, and where it saves."""
+    """A rank's description of its state, and the path it saves to."""
 
     target: str = ""
     error: MilepostError | None = None
@@ -39,7 +39,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What rank 0 answers all ranks, once it knows their structures."""
+    """Rank 0's answer to all ranks, once it knows their structures."""
 
     depth: Depth | None = None
     """How to compare what ranks have in common before the save begins; None: it was done with the offers."""
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all ranks have to know for a new plan."""
+    """Everything that all ranks need for a new plan."""
 
     token: str
     sharing: Sharing
@@ -70,7 +70,7 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What rank 0 has for one rank's new plan."""
+    """Rank 0's contribution to one rank's new plan."""
 
     placed: FromRank0 = field(default_factory=FromRank0)
     earlier: FrozenFile | None = None
@@ -88,7 +88,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of comparing: the attempt, or a verdict on what differs."""
+    """The result of a comparison: the attempt, or the decision on what differs."""
 
     begun: Begun | None = None
     unlike: Sequence[bytes] = ()

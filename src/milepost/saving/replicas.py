@@ -56,7 +56,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """What a rank brings of the groups in which ranks differ, by the groups' digests."""
+    """A rank's share of the groups in which ranks differ, by the groups' digests."""
 
     held: Mapping[bytes, Digests]
     groups: Mapping[bytes, Group]

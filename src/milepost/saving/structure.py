@@ -1,4 +1,4 @@
-"""What ranks tell each other of their states before a save, and what rank 0 makes of it.
+"""Descriptions of their states that ranks exchange before a save, and rank 0's view of all of them.
 
 The most of it is alike on many ranks, so they tell its digest, and one of those that have it brings it. What has the
 rank's own number in its path (its random generators, its place in the data) each rank tells by itself.
@@ -22,7 +22,7 @@ from milepost.tensors.tree import merge_parts
 
 @dataclass(frozen=True, slots=True)
 class Nesting:
-    """Where values and empty mappings stood in the state dict."""
+    """Places of values and empty mappings in the state dict."""
 
     paths: Mapping[str, Path]
     empty: Sequence[Path]
@@ -93,7 +93,7 @@ def structure_of(layout: LocalLayout, nesting: Nesting, rank: int) -> Structure:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the manifest says of all ranks' nestings."""
+    """The part of the manifest that describes all ranks' nestings."""
 
     paths: Mapping[str, Path] = field(default_factory=dict)
     empty: Sequence[Path] = ()
@@ -166,7 +166,7 @@ class Roster:
         ]
 
     def record(self) -> tuple[Record, frozenset[str]]:
-        """What is recorded of the nestings; and the keys of tensors that are of different kinds on the ranks."""
+        """Return the record of the nestings, and the keys of tensors that are of different kinds on the ranks."""
         nestings = [portion.nesting for portion in chain(self._kinds.values(), self._own.values())]
         paths = {key: path for nesting in nestings for key, path in nesting.paths.items()}
         empty = list(dict.fromkeys(path for nesting in nestings for path in nesting.empty))
@@ -180,5 +180,5 @@ class Roster:
 
     @property
     def has_frozen(self) -> bool:
-        """Whether any rank has frozen tensors."""
+        """True if any rank has frozen tensors."""
         return any(portion.layout.frozen for portion in chain(self._kinds.values(), self._own.values()))

@@ -127,7 +127,7 @@ class _Link(logging.Handler):
 
 
 class OrphanWatch:
-    """Whether the process at the other end of a connection is gone. Asked while a job waits for other ranks.
+    """Detects that the process at the other end of a connection is gone. Asked while a job waits for other ranks.
 
     An orphaned writer still gives the other ranks' writers ``grace_s`` seconds, then no longer waits for ranks whose
     trainers died before they had staged.

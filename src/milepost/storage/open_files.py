@@ -1,4 +1,4 @@
-"""Many files to read from, of which only so many are open at a time: a process may have as few as 1,024 open."""
+"""Many files to read from, of which a limited number is open at a time: a process may have as few as 1,024 open."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ _meshes: WeakKeyDictionary[DeviceMesh, Mesh] = WeakKeyDictionary()
 
 
 def spread_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> Spread:
-    """How a DTensor of these placements lies on the ranks of ``mesh``."""
+    """Describe how a DTensor of these placements lies on the ranks of ``mesh``."""
     known = _meshes.get(mesh)
     if known is None:
         known = _meshes[mesh] = Mesh.of(tuple(mesh.shape), mesh.mesh.flatten().tolist())
@@ -197,7 +197,7 @@ def _check_kind(key: str, tensor: torch.Tensor) -> None:
 
 
 def problem_of(tensor: torch.Tensor) -> str:
-    """What keeps a tensor from being stored in any form, and what to write instead; empty if nothing does."""
+    """Explain why a tensor can't be stored in any form, and what to write instead; empty if it can."""
     if tensor.is_nested:
         return "a nested tensor; store list(tensor.unbind())"
     if str(tensor.layout) == "torch._mkldnn":

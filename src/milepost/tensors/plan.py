@@ -24,7 +24,7 @@ LARGE_ALIGNMENT = 4096
 LARGE_RECORD_NBYTES = 64 << 10
 MIN_FROZEN_NBYTES = 64 << 10
 MIN_FROZEN_PART = 16
-"""A rank's frozen tensors get a file of their own if they have so many bytes, and one in so many of all that it writes:
+"""A rank's frozen tensors get a file of their own from this many bytes on, and from 1/16 of all that it writes:
 less would not pay for opening, syncing and linking one more file at each save."""
 
 
@@ -49,7 +49,7 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a tensor lies on a mesh, so that each rank of it knows which of the others hold what it holds.
+    """The placement of a tensor on a mesh, so that each rank of it knows which of the others hold what it holds.
 
     ``cuts`` has, for each axis, the dim of the tensor that it cuts and into how many parts that is split first; or
     None, if the ranks along it are replicas.
@@ -157,7 +157,7 @@ class WritePlan:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """What one rank is to write: boxes of tensors, frozen ones by themselves, and the keys of other values."""
+    """One rank's part of a plan: boxes of tensors, frozen ones by themselves, and the keys of other values."""
 
     moving: tuple[tuple[TensorSpec, Box], ...] = ()
     frozen: tuple[tuple[TensorSpec, Box], ...] = ()
@@ -185,7 +185,7 @@ def plan_save(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | N
 
 
 def deal(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None) -> list[Dealt]:
-    """What each rank is to write such that every element of every tensor is stored exactly once.
+    """Assign boxes and values to ranks such that every element of every tensor is stored exactly once.
 
     A box that several ranks hold is written by the one of them that has the least to write so far; buffers and values
     other than tensors by the lowest rank that has them. Frozen tensors are balanced by themselves. With ``nodes``, the
@@ -383,7 +383,7 @@ class ReadItem:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the region is all of the shard."""
+        """True if the region is all of the shard."""
         return self.src.sizes == self.shard.box.sizes
 
     def blocks(self, block_nbytes: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What ranks hold in common, and the plan that each makes of it alone.
+"""The keys that ranks hold in common, and the plan that each rank makes alone.
 
 Ranks whose states are described alike are of one *kind*: all of them under FSDP, those of one stage under pipeline
 parallelism. A description has no boxes, but says how each tensor lies on its mesh; so whoever knows it, and which ranks
@@ -58,18 +58,18 @@ class Sharing:
     frozen: frozenset[str]
     """Of the common keys."""
     num_shards: int
-    """At most so many boxes are stored, without the placed ones."""
+    """Upper bound of the number of boxes stored, without the placed ones."""
 
 
 def description(layout: LocalLayout) -> LocalLayout:
-    """What a rank tells others of its layout: no boxes, but of tensors that it holds as a whole, and on no mesh."""
+    """Reduce a layout to what other ranks need: boxes only of tensors that are held whole, and on no mesh."""
     return replace(
         layout, tensors=tuple(spec if _is_whole(spec) else replace(spec, boxes=()) for spec in layout.tensors)
     )
 
 
 def only(layout: LocalLayout, keys: frozenset[str]) -> LocalLayout:
-    """What a rank holds of ``keys``, with all boxes."""
+    """Restrict a layout to ``keys``, with all boxes."""
     return LocalLayout(
         tuple(replace(spec, spread=None) for spec in layout.tensors if spec.key in keys),
         tuple(key for key in layout.objects if key in keys),
@@ -155,7 +155,7 @@ class _Descriptions:
             raise PlanError(f"{clash} is a tensor on one rank and another kind of value on another", key=clash)
 
     def follows(self, found: Sequence[tuple[int, TensorSpec]], *, num_kinds: int) -> bool:
-        """Whether the holders of a tensor's boxes follow from who has described it, and how."""
+        """Return whether the holders of a tensor's boxes follow from its descriptions alone."""
         numbers = tuple(number for number, _ in found)
         if max(numbers) >= num_kinds and len(numbers) > 1:
             return False
@@ -177,7 +177,7 @@ class _Descriptions:
 
 
 def _max_shards(spec: TensorSpec) -> int:
-    """At most so many boxes a tensor has."""
+    """Upper bound of the number of a tensor's boxes."""
     if spec.spread is None:
         return 1
     parts = [1] * len(spec.shape)
@@ -192,7 +192,7 @@ def _max_shards(spec: TensorSpec) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FromRank0:
-    """What rank 0 gives a rank of what is placed: its part, and the groups that it is in."""
+    """A rank's part of what rank 0 deals out, and the groups that it is in."""
 
     dealt: Dealt = field(default_factory=Dealt)
     groups: tuple[Group, ...] = ()

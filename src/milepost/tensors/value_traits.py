@@ -1,4 +1,4 @@
-"""What is asked of a value before it is written, and how one is refused that can't be kept."""
+"""Checks of a value before it is written, and the error for one that can't be kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milepost.tensors.value_types import ATOMS, CONTAINERS, MAX_DEPTH
 
 @dataclasses.dataclass(slots=True)
 class Traits:
-    """What decides how a value is written."""
+    """The traits that decide how a value is written."""
 
     num_parts: int = 0
     num_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Whether a save is due after a step: by schedule, clock, signal or file, agreed by all ranks."""
+"""Deciding whether a save is due after a step: by schedule, clock, signal or file, agreed by all ranks."""
 
 from __future__ import annotations
 

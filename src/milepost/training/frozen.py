@@ -1,4 +1,4 @@
-"""What is not trained, and so not in the steps of ``checkpoint.only_trainable``: a sample of it travels with each."""
+"""Samples of the parameters that steps of ``checkpoint.only_trainable`` leave out: one travels with each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = f"{ATTACHED}.{NAME}"
 
 
 def record_of(comm: Comm, state: TrainingState) -> dict[str, bytes]:
-    """What a step is to record of the parameters that are not trained, by name; on rank 0. Collective.
+    """Return what a step records of the parameters that are not trained, by name; on rank 0. Collective.
 
     Raises:
         SaveError: on every rank.

@@ -460,7 +460,7 @@ class CheckpointManager:
 
     @property
     def stop_reason(self) -> str | None:
-        """What requested the stop, as of the last :meth:`save`: a signal's name or ``file STOP``; else None."""
+        """The source of the stop request, as of the last :meth:`save`: a signal's name or ``file STOP``; else None."""
         return self._signals.reason if self.stop_requested else None
 
     @property

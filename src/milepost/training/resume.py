@@ -496,7 +496,7 @@ class _Into:
         return "model" in self.wanted
 
     def prepare(self, manifest: Manifest, read: Read, path: str) -> Target:
-        """What to read into; the live objects are not changed.
+        """Return the target to read into; the live objects are not changed.
 
         Raises:
             StateMismatchError: the checkpoint is resumed from over other weights than those that it leaves out.

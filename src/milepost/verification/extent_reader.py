@@ -12,7 +12,7 @@ from milepost.storage.base import ReadHandle
 from milepost.verification.extents import PIECE_NBYTES, Data, Extent, Known, Unknown, Values, batches
 
 MAX_PROBLEMS = 1000
-"""So many problems are kept; the rest is counted."""
+"""Number of problems kept; the rest are counted."""
 
 Progress = Callable[[int, int], None]
 """``progress(done_nbytes, total_nbytes)``, called from any thread, one call at a time."""

@@ -27,7 +27,7 @@ from milepost.verification.external import locate_shard
 Level = Literal["metadata", "sizes", "sample", "full"]
 """What a verification looks at: see ``verify``."""
 SAMPLE_RECORDS = 256
-"""A sample has at most so many records, or blocks of files that have no records."""
+"""Maximum number of records of a sample, or of blocks of files that have no records."""
 PIECE_NBYTES = 8 << 20
 """No extent is larger: what is larger is cut."""
 

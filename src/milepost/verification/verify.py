@@ -158,7 +158,7 @@ def verify_in(
 
 
 def verify_beside_tensors(storage: Storage, path: str) -> tuple[Problem, ...]:
-    """What is wrong with the committed step at ``path``, its tensors' data aside: for whoever checks that as it reads.
+    """Verify the committed step at ``path``, except its tensors' data: for a caller who checks that as it reads.
 
     Raises:
         CheckpointNotFoundError: there is no committed step.

@@ -31,7 +31,7 @@ class Input:
 
     @property
     def path(self) -> str:
-        """Where it is."""
+        """The path of the input."""
         return self.weights.source.path
 
 

@@ -43,7 +43,7 @@ def cut_box(key: str, box: Box, inputs: Sequence[Readable]) -> Iterator[Box]:
 
 
 def common_unit(key: str, inputs: Sequence[Readable]) -> int:
-    """So many rows that no source reads a part of what belongs together."""
+    """Number of rows such that no source reads a part of what belongs together."""
     return math.lcm(*(tensors.unit_rows(key) for tensors in inputs))
 
 

@@ -29,7 +29,7 @@ NAME = "base_samples"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What is known of a tensor: some of its values, those at :func:`places`, one by one as bytes; None if unknown."""
+    """A tensor's dtype, shape and some of its values: those at :func:`places`, each as bytes; None where unknown."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ def places(key: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def merged_samples(brought: Iterable[Mapping[str, Sample]]) -> dict[str, Sample]:
-    """What all ranks know together, each of the values that it holds."""
+    """Merge the samples of all ranks, each of which has the values that it holds."""
     found: dict[str, Sample] = {}
     for samples in brought:
         for key, sample in samples.items():

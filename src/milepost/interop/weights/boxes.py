@@ -46,7 +46,7 @@ class Readable(Protocol):
         ...
 
     def unit_rows(self, key: str) -> int:
-        """So many rows (of the last dim but one) belong together: a box that cuts them costs extra reads."""
+        """Number of rows (of the last dim but one) that belong together: a box that cuts them costs extra reads."""
         ...
 
 

@@ -24,7 +24,7 @@ FP8_SCALE = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _DEFAULT_BLOCK = (128, 128)
 _CHUNK_ELEMENTS = 1 << 18
-"""So many elements are dequantized at a time: float32 copies of more would count in the memory."""
+"""Elements dequantized at a time: float32 copies of more would count in the memory."""
 _MX_VALUES = 32
 """Values that share one exponent, in ``_MX_NBYTES`` bytes."""
 _MX_NBYTES = 16
