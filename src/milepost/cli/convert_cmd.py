@@ -31,11 +31,9 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost convert``."""
     parser.description = (
-        "Convert weights. The source format is detected: a checkpoint folder of Milepost, torchtitan or "
-        "stock DCP (of a\n"
-        "training checkpoint only the model), a Hugging Face folder, a .pt/.pth or a .safetensors file. "
-        "The destination\n"
-        "appears only when it is complete."
+        "Convert weights. The source format is detected: a checkpoint folder of Milepost, torchtitan or stock DCP (of\n"
+        "a training checkpoint only the model), a Hugging Face folder, a .pt/.pth or a .safetensors file. The\n"
+        "destination appears only when it is complete."
     )
     parser.epilog = (
         "examples:\n"

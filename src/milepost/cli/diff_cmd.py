@@ -26,11 +26,10 @@ MAX_CHANGES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost diff``."""
     parser.description = (
-        "Compare two checkpoints and report by how much they differ: keys, dtypes, shapes, and the "
-        "elements of all tensors whose\n"
-        "stored bytes are not known to be the same. Each is a checkpoint folder of Milepost, torchtitan or stock DCP,\n"
-        "a Hugging Face folder, a .pt/.pth or a .safetensors file. With --model and --flavor the models are compared\n"
-        "whatever the formats' names and order of weights."
+        "Compare two checkpoints and report by how much they differ: keys, dtypes, shapes, and the elements of all\n"
+        "tensors whose stored bytes are not known to be the same. Each is a checkpoint folder of Milepost, torchtitan\n"
+        "or stock DCP, a Hugging Face folder, a .pt/.pth or a .safetensors file. With --model and --flavor the models\n"
+        "are compared whatever the formats' names and order of weights."
     )
     parser.epilog = (
         "CHANGE is the norm of the difference over the norm of A. Tensors with the largest change come first.\n\n"

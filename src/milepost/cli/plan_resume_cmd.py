@@ -24,19 +24,17 @@ MAX_KEYS = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost plan-resume``."""
     parser.description = (
-        "Report what a resume would read on each rank, which keys would be missing or unexpected, and "
-        "the peak memory of the\n"
-        "load. Only metadata is read. Parameters are assumed to be sharded as milepost.train and\n"
-        "torchtitan shard Llama and Qwen; those with other names by FSDP alone."
+        "Report what a resume would read on each rank, which keys would be missing or unexpected, and the peak memory\n"
+        "of the load. Only metadata is read. Parameters are assumed to be sharded as milepost.train and torchtitan\n"
+        "shard Llama and Qwen; those with other names by FSDP alone."
     )
     parser.epilog = (
         "examples:\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 4\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 16 --degrees tp=2,pp=2,fsdp=4\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 8 --model llama3 --flavor 8B\n\n"
-        "exit status: 0 it would succeed, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 "
-        "it is damaged,\n"
-        "2 wrong usage, 7 it can't be read\n"
+        "exit status: 0 it would succeed, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 it is\n"
+        "damaged, 2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint")
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="number of ranks of the resumed run")

@@ -23,11 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
         "These are always kept: the newest committed step, the newest one to resume from, pinned\n"
-        "steps, links, and external, incomplete or damaged steps. Rules add up: a step is deleted only "
-        "if none keeps it.\n"
-        "They count on the branch that was written last. The newest steps of abandoned branches fill the places that\n"
-        "--keep-latest leaves, and those within --keep-within are kept; the rest are deleted first.\n"
-        "Hours and days without a step are not counted."
+        "steps, links, and external, incomplete or damaged steps. Rules add up: a step is deleted only if none keeps\n"
+        "it. They count on the branch that was written last. The newest steps of abandoned branches fill the places\n"
+        "that --keep-latest leaves, and those within --keep-within are kept; the rest are deleted first. Hours and\n"
+        "days without a step are not counted."
     )
     parser.epilog = (
         "examples:\n"

@@ -20,9 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost sync``."""
     parser.description = (
         "Copy the committed steps of a run, or one step, to another folder or to a store, newest first. Each is\n"
-        "committed there like a save: readers see all of it or nothing. Steps that are there already are "
-        "not copied again;\n"
-        "an interrupted copy continues after its complete files. Each copy is read back and verified."
+        "committed there like a save: readers see all of it or nothing. Steps that are there already are not copied\n"
+        "again; an interrupted copy continues after its complete files. Each copy is read back and verified."
     )
     parser.epilog = (
         "examples:\n"

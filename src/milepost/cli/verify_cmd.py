@@ -31,10 +31,9 @@ VERDICTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost verify``."""
     parser.description = (
-        "Check that checkpoints hold what was saved, and that weights match their headers. Nothing is "
-        "changed. A Hugging\n"
-        "Face folder, safetensors and .pt files are checked as far as possible; data without digests is "
-        "never reported OK."
+        "Check that checkpoints hold what was saved, and that weights match their headers. Nothing is changed. A\n"
+        "Hugging Face folder, safetensors and .pt files are checked as far as possible; data without digests is never\n"
+        "reported OK."
     )
     parser.epilog = (
         "examples:\n"
