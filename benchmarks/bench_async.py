@@ -123,7 +123,7 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int, goals: Go
         saver.prepare(nbytes + (2 << 20))
         steps = training.run(lambda: True, at_least_s=4.0)
         print(
-            f"{mode}: memory allocated ahead of the first save; training steps meanwhile {1e3 * statistics.mean(steps):.1f} "
+            f"{mode}: memory allocated ahead of the first save; steps meanwhile {1e3 * statistics.mean(steps):.1f} "
             f"ms in the mean, {1e3 * max(steps):.1f} ms the slowest, {1e3 * undisturbed:.1f} ms before"
         )
     for round_number in range(rounds + 1):

@@ -109,7 +109,7 @@ class RequestMaker:
         )
 
     def staging_nbytes(self) -> int:
-        """Estimate the bytes of this rank's next full saves, from the tensors that are there now; 0 if it can't tell."""
+        """Estimate the bytes of this rank's next full saves, from the tensors there are now; 0 if that fails."""
         replicas = self._comm.world_size // self._degrees.get("pp", 1)
         if (nodes := self._folder.nodes) is not None:  # each node stores all that its ranks hold
             replicas = min(replicas, len(nodes.part_of(self._comm.rank).ranks))
