@@ -138,3 +138,43 @@ def test_numbers_out_of_range_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         ResumableSampler(0, batch_size=0, rank=3, world_size=2)
     assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("given", [{"num_samples": "24"}, {"batch_size": 2.5}, {"seed": None}, {"rank": True}], ids=str)
+def test_what_is_no_whole_number_is_refused(given: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"num_samples": SAMPLES, "batch_size": 2, **given}
+    with pytest.raises(ConfigError, match=f"{next(iter(given))} must be a whole number"):
+        ResumableSampler(arguments.pop("num_samples"), **arguments)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"samples_consumed": -2}, {"samples_consumed": 1.5}], ids=str)
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    sampler = ResumableSampler(SAMPLES, batch_size=2)
+    state = {**sampler.state_dict(), **state} if state else state
+    with pytest.raises(StateMismatchError, match="samples_consumed"):
+        sampler.load_state_dict(state)
+    assert sampler.samples_consumed == 0
+
+
+def test_a_loop_that_counts_nothing_is_refused_at_the_save(memory_path: Path) -> None:
+    """Over the loader itself: every resume would begin with the first sample again."""
+    sampler = ResumableSampler(SAMPLES, batch_size=2)
+    next(iter(DataLoader(dataset(), batch_sampler=sampler)))
+    with (
+        CheckpointManager(memory_path, CheckpointConfig(interval=1), model=nn.Linear(1, 1), dataloader=sampler) as m,
+        pytest.raises(ConfigError, match=r"loop over sampler.batches\(loader\)"),
+    ):
+        m.save(1)
+
+
+def test_a_loader_of_another_sampler_and_an_iterator_of_before_a_load_are_refused() -> None:
+    sampler = ResumableSampler(SAMPLES, batch_size=2)
+    with pytest.raises(ConfigError, match="batch_sampler=sampler"):
+        sampler.batches(DataLoader(dataset(), batch_size=2))
+    state = sampler.state_dict()
+    old = sampler.batches(sampler)
+    first = next(old)
+    sampler.load_state_dict(state)
+    with pytest.raises(ConfigError, match="after the load"):
+        next(old)
+    assert next(sampler.batches(sampler)) == first

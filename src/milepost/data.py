@@ -6,10 +6,11 @@ the number of samples consumed, and a run continues at another data-parallel deg
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -104,22 +105,22 @@ class ResumableSampler:
         self.batch_size = batch_size
         self.rank = default_rank if rank is None else rank
         self.world_size = default_world_size if world_size is None else world_size
+        given = {"num_samples": num_samples, "batch_size": batch_size, "world_size": self.world_size}
+        sizes = [*given.items(), ("rank", self.rank), ("seed", seed)]
         problems = [
-            f"{name} must be at least 1, not {number}"
-            for name, number in (
-                ("num_samples", num_samples),
-                ("batch_size", batch_size),
-                ("world_size", self.world_size),
-            )
-            if number < 1
+            f"{name} must be a whole number, not {value!r:.60}" for name, value in sizes if not _is_whole(value)
         ]
-        if not 0 <= self.rank < max(self.world_size, 1):
-            problems.append(f"rank must be from 0 to {self.world_size - 1}, not {self.rank}")
+        if not problems:
+            problems = [f"{name} must be at least 1, not {number}" for name, number in given.items() if number < 1]
+            if not 0 <= self.rank < max(self.world_size, 1):
+                problems.append(f"rank must be from 0 to {self.world_size - 1}, not {self.rank}")
         if problems:
             raise ConfigError([f"ResumableSampler: {problem}" for problem in problems])
-        self.order = SampleOrder(num_samples, seed)
+        self.order = SampleOrder(int(num_samples), int(seed))
         self.samples_consumed = 0
         """By all ranks together, since the beginning of the first epoch."""
+        self._turn = 0  # of the iterator that counts, and one more after a load
+        self._drawn_at: int | None = None  # the samples consumed when a loader drew, and nothing was to count
 
     @property
     def global_batch_size(self) -> int:
@@ -136,6 +137,8 @@ class ResumableSampler:
         own = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(self.rank * self.batch_size)
         first = self.samples_consumed
         while True:
+            if self._turn == 0:
+                self._drawn_at = self.samples_consumed
             yield self.order.samples(own + np.uint64(first)).tolist()
             first += self.global_batch_size
 
@@ -144,18 +147,47 @@ class ResumableSampler:
 
         Starting a loader draws a number from torch's generator; it is put back, so that a run which resumes in the
         middle of an epoch draws the same numbers (of dropout, for instance) as one that was never stopped.
+
+        Raises:
+            ConfigError: the loader draws from another sampler; or, at the next batch, ``batches`` was called again or
+                a state was loaded since, so that this iterator is at another place in the data than the count.
         """
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(loader, torch.utils.data.DataLoader) and loader.batch_sampler is not self:
+            raise ConfigError(
+                "ResumableSampler.batches: the loader draws from another sampler, so its batches can't be counted: "
+                "make it with DataLoader(dataset, batch_sampler=sampler)"
+            )
+        return self._counted(loader)
+
+    def _counted(self, loader: Iterable[T]) -> Iterator[T]:
+        self._turn += 1
+        turn = self._turn
         torch = sys.modules.get("torch")
         before = torch.get_rng_state() if torch is not None else None
         iterator = iter(loader)
         if torch is not None and before is not None:
             torch.set_rng_state(before)
         for batch in iterator:
+            if turn != self._turn:
+                raise ConfigError(
+                    "ResumableSampler.batches: this iterator was begun before a state was loaded, or before another "
+                    "one was begun: call batches(loader) again after the load"
+                )
             self.samples_consumed += self.global_batch_size
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data; the same on every rank."""
+        """The position in the data; the same on every rank.
+
+        Raises:
+            ConfigError: batches were drawn and none was counted, so a resumed run would begin with the first again.
+        """
+        if self._drawn_at is not None and self._turn == 0 and self._drawn_at == self.samples_consumed:
+            raise ConfigError(
+                "ResumableSampler: batches were drawn, but none was counted, so a resumed run would repeat them: loop "
+                "over sampler.batches(loader), not over the loader itself"
+            )
         return {
             "samples_consumed": self.samples_consumed,
             "num_samples": self.order.num_samples,
@@ -168,15 +200,26 @@ class ResumableSampler:
         Raises:
             StateMismatchError: the data set has another number of samples, or the seed is another.
         """
-        present = self.state_dict()
-        changed = [name for name in ("num_samples", "seed") if state.get(name) != present[name]]
+        present = {"num_samples": self.order.num_samples, "seed": self.order.seed}
+        consumed = state.get("samples_consumed") if isinstance(state, Mapping) else None
+        if not _is_whole(consumed) or consumed < 0:
+            raise StateMismatchError(
+                f"ResumableSampler: expected a state with the number of samples_consumed, found {state!r:.200}"
+            )
+        changed = [name for name in present if state.get(name) != present[name]]
         if changed:
             changes = [f"{name} was {state.get(name)!r} and is {present[name]!r}" for name in changed]
             raise StateMismatchError(
                 f"the checkpoint was trained on other data, so the samples seen are unknown: {'; '.join(changes)}",
                 mismatched=changes,
             )
-        self.samples_consumed = int(state["samples_consumed"])
+        self.samples_consumed = int(consumed)
+        self._turn += bool(self._turn)  # what was begun before is at another place
+        self._drawn_at = None
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _ranks() -> tuple[int, int]:

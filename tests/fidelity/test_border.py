@@ -139,6 +139,23 @@ def test_the_default_device_changes_nothing(memory_path: Path, mode: Any) -> Non
     assert found["weight"].device.type == "cpu"
 
 
+def test_a_load_in_inference_mode_makes_tensors_for_training(memory_path: Path) -> None:
+    """A program that evaluates first may still be in it. Sparse values are made on the CPU whatever the default is."""
+    model, fresh = net(), net()
+    optimizer, again = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(fresh.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    sparse = torch.eye(2).to_sparse()
+    with torch.inference_mode(), torch.device("meta"):
+        milepost.save(memory_path / "one", {"model": model, "optimizer": optimizer, "sparse": sparse})
+        milepost.load(memory_path / "one", {"model": fresh, "optimizer": again, "sparse": None})
+        found = milepost.load(memory_path / "one")
+    assert not found["sparse"].is_inference()
+    assert_same(again.state_dict(), optimizer.state_dict())
+    fresh(torch.ones(2, 4)).sum().backward()
+    again.step()
+
+
 # ---- first mistakes ----
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from same import assert_same, digest
@@ -187,6 +189,8 @@ class Odd(torch.optim.SGD):
                 state["precise"] = state.get("precise", 0) + parameter.detach().double() / 3
                 state["label"] = f"step {shared['calls']}"
                 state["seen"] = (shared["calls"], "twice")
+                state["counts"] = torch.full(parameter.shape, shared["calls"])
+                state["mask"] = parameter.detach() > 0
         shared["norms"].append(float(self.param_groups[0]["params"][0].detach().norm()))
         return loss
 
@@ -249,6 +253,55 @@ class Precise(Optimizer):
             parameter.sub_(entry["sum"].bfloat16(), alpha=0.01)
 
 
+class Sums(Optimizer):
+    """Keeps a tensor, a list or a number of each parameter, not a mapping."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.enable_grad():
+            closure()
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            kept = self.state.get(parameter)
+            if number % 3 == 0:
+                self.state[parameter] = parameter.grad if kept is None else kept + parameter.grad  # type: ignore[assignment]
+            elif number % 3 == 1:
+                self.state[parameter] = [parameter.grad, 0] if kept is None else [kept[0] * 0.5, kept[1] + 1]  # type: ignore[assignment]
+            else:
+                self.state[parameter] = (kept or 0) + 1  # type: ignore[assignment, operator]
+            parameter.sub_(parameter.grad, alpha=0.01)
+
+
+def test_state_that_is_no_mapping(memory_path: Path) -> None:
+    model, resumed = new_model("SGD", 0), new_model("SGD", 1)
+    optimizer, again = Sums(model.parameters()), Sums(resumed.parameters())
+    train(model, optimizer, range(2))
+    save(memory_path / "run", model, optimizer)
+    load(memory_path / "run", resumed, again)
+    assert_same(again.state_dict(), optimizer.state_dict())
+
+
+def test_options_of_any_kind(memory_path: Path) -> None:
+    """Options that don't compare as numbers do: arrays, NaN, tensors in lists. Of a group that is then split, too."""
+    options: Any = {
+        "array": np.arange(2),
+        "nan": math.nan,
+        "nested": {"a": [torch.ones(2)], "b": math.nan},
+        "rate": torch.tensor([0.5, math.nan]),
+    }
+    model, resumed = new_model("SGD", 0), new_model("SGD", 1)
+    parameters = list(resumed.parameters())
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), **options}], lr=0.1)
+    blank = dict.fromkeys(options)
+    again = torch.optim.SGD([{"params": parameters[:2], **blank}, {"params": parameters[2:], **blank}], lr=0.1)
+    save(memory_path / "run", model, optimizer)
+    load(memory_path / "run", resumed, again)
+    for group in again.param_groups:
+        assert_same({name: group[name] for name in options}, options)
+
+
 class AsIf:
     """What wraps an optimizer without being one."""
 
@@ -276,6 +329,16 @@ class AsOne(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+
+
+def test_an_optimizer_as_the_state_of_a_loop(memory_path: Path) -> None:
+    model, resumed = (new_model("SGD", seed).bfloat16() for seed in (0, 1))
+    optimizer, again = Precise(model.parameters()), Precise(resumed.parameters())
+    train(model, optimizer, range(2))
+    for held, door in ((optimizer, "save"), (again, "load")):
+        with CheckpointManager(memory_path, CONFIG, model=nn.Linear(1, 1), train_state=held) as manager:
+            manager.save(1) if door == "save" else manager.load()
+    assert_same(again.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, AsIf, AsOne], ids=["bare", "as if", "as one"])

@@ -39,6 +39,11 @@ class Resharding(Loader):
         return {**least, "position": least["position"], "buffer": torch.tensor([float(len(states))])}
 
 
+class Failing(Loader):
+    def reshard(self, states: list[dict[str, Any]]) -> Any:
+        return None if len(states) > 2 else states[5]
+
+
 class Values:
     def __init__(self, **values: Any):
         self.values = values
@@ -93,9 +98,16 @@ def test_each_rank_gets_its_own_loader_state_back(memory_path: Path, mode: str) 
 
 
 def unlike_loaders(folder: str) -> list[Any]:
-    """What ranks have in common is equal, and one has more of it: a longer buffer, another key."""
+    """What ranks have in common is equal, and one has more of it, or another kind: a buffer, a key, a shape."""
     rank, found = dist.get_rank(), []
-    for number, more in enumerate(({"buffer": [torch.ones(1)] * rank}, {f"shard{rank}": {"at": 1}})):
+    kinds: list[dict[str, Any]] = [
+        {"buffer": [torch.ones(1)] * rank},
+        {f"shard{rank}": {"at": 1}},
+        {"left": torch.ones(2 + rank)},
+        {"left": torch.ones(2, dtype=(torch.int64, torch.float32)[rank])},
+        {"left": torch.ones(2) if rank else None},
+    ]
+    for number, more in enumerate(kinds):
         loader, fresh = Values(epoch=1, **more), Values()
         with CheckpointManager(
             f"{folder}/{number}", CheckpointConfig(**CONFIG), model=linear(), dataloader=loader
@@ -108,7 +120,7 @@ def unlike_loaders(folder: str) -> list[Any]:
 
 
 def test_loaders_that_hold_more_on_one_rank_are_kept_for_each(memory_path: Path) -> None:
-    assert run_world(unlike_loaders, 2, str(memory_path)) == [[True, True]] * 2
+    assert run_world(unlike_loaders, 2, str(memory_path)) == [[True] * 5] * 2
 
 
 def save_of_two(folder: str) -> None:
@@ -124,6 +136,11 @@ def resume_on_three(folder: str) -> tuple[str, int, list[float]]:
     with CheckpointManager(folder, config, model=linear(), dataloader=plain) as manager:
         message = refused(manager.load)
     assert plain.position == 1
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    with CheckpointManager(folder, config, model=model, dataloader=Failing(1)) as manager:
+        assert "Failing.reshard(states) raised IndexError" in refused(manager.load)
+    assert torch.equal(model.weight, before)
     with CheckpointManager(folder, config, model=linear(), dataloader=resharding) as manager:
         manager.load()
     return message, resharding.position, resharding.buffer.tolist()
@@ -151,6 +168,7 @@ def differing(folder: str) -> dict[str, str]:
     found["lists"] = refused(lambda: save({"same": [torch.ones(1)], "history": [torch.ones(1)] * (rank + 1)}))
     found["kinds"] = refused(lambda: save({"a": {"seed": {"b": 1} if rank == 2 else 5}}))
     stage = nn.ModuleDict({"layer0": nn.Linear(300, 300)})  # each stage numbers its layers from 0
+    found["shapes"] = refused(lambda: save({"train_state": {"left": torch.ones(2 + rank)}}))
     found["stages"] = refused(lambda: save(dict(stage.state_dict())) if torch.manual_seed(rank) is None else save(
         {key: value + rank for key, value in stage.state_dict().items()}
     ))  # fmt: skip
@@ -174,11 +192,39 @@ def differing(folder: str) -> dict[str, str]:
     return found
 
 
+def schedules(folder: str, number: int) -> list[float]:
+    """Schedulers whose state is each rank's own, as by a loss that is not reduced."""
+    found = []
+    for step in (1, 2):
+        model = linear()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        plateaus = [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer) for _ in range(number)]
+        with CheckpointManager(
+            folder, CheckpointConfig(**CONFIG), model=model, lr_scheduler=plateaus, per_rank=["lr_scheduler"]
+        ) as manager:
+            if step == 1:
+                for count, plateau in enumerate(plateaus):
+                    plateau.best = 10.0 * dist.get_rank() + count
+                manager.save(1)
+            else:
+                manager.load()
+                found = [plateau.best for plateau in plateaus]
+    return found
+
+
+def test_schedulers_of_each_rank(memory_path: Path) -> None:
+    for number in (1, 2):
+        expected = [[10.0 * rank + count for count in range(number)] for rank in range(2)]
+        assert run_world(schedules, 2, str(memory_path / str(number)), number) == expected
+
+
 def test_what_differs_otherwise_is_refused_on_every_rank_with_key_and_ranks(memory_path: Path) -> None:
     found = run_world(differing, 4, str(memory_path))[0]
     assert "a.seed: rank 0 / rank 1 / rank 2 / rank 3" in found["value"]
     assert "per_rank" in found["value"]
     assert "ema: rank 0" in found["tensor"]
+    assert "train_state.left: float32 [2] on rank 0, but float32 [3] on rank 1" in found["shapes"]
+    assert "per_rank" in found["shapes"]
     assert "same" not in found["tensor"].split("Tensors that")[0].replace("the same key", "")
     assert "lists of different lengths (1 and 2) under the key 'history'" in found["lists"]
     assert "values of different kinds under the key 'a.seed'" in found["kinds"]

@@ -34,7 +34,7 @@ from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.loading.reader import ReadStats
 from milepost.loading.sources import Near, Sources, read_own_part
-from milepost.loading.target import Target
+from milepost.loading.target import Target, ordinary_tensors
 from milepost.loading.template import Template, Whole
 from milepost.loading.values import read_common, read_objects
 from milepost.run import checkpoint_record
@@ -94,6 +94,7 @@ def load(
 
 
 @interrupts_held()
+@ordinary_tensors()
 def load(
     path: str | PathLike[str],
     into: MutableMapping[str, Any] | None = None,

@@ -36,19 +36,14 @@ def indexed(optimizer: Optimizer) -> dict[nn.Parameter, Index]:
     return numbers
 
 
-def want_state(target: Target, parameter: torch.Tensor, live: Mapping[Any, Any], node: Node) -> None:
+def want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -> None:
     """Read the state of a parameter: into the tensors that the optimizer holds already, where they are alike."""
-    for name in node if isinstance(node, Mapping) else ():
-        _want_state(target, parameter, live.get(name), node[name])
-
-
-def _want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -> None:
     if isinstance(node, TensorParts):
         want_parts(target, node, live=live if isinstance(live, torch.Tensor) else None, like=parameter)
         return
     if isinstance(node, Mapping | list | tuple):
         for name in node if isinstance(node, Mapping) else range(len(node)):
-            _want_state(target, parameter, item(live, name), child(node, name))
+            want_state(target, parameter, item(live, name), child(node, name))
         return
     for key in refs(node):
         entry = target.entry(key)
@@ -102,15 +97,16 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
         return {**given, "state": state}
 
     def release(loaded: Optimizer) -> None:
-        for entry in loaded.state.values():
-            _release(entry)
+        for parameter, entry in loaded.state.items():
+            loaded.state[parameter] = _release(entry)
 
     # After the caller's own hooks that look at what is loaded, before those that look at what was.
     hooks = []
     if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
         hooks.append(optimizer.register_load_state_dict_pre_hook(keep))
         hooks.append(optimizer.register_load_state_dict_post_hook(release, prepend=True))
-    given = {number: dict(state_dict["state"].get(number, {})) for number in parameters}
+    entries = state_dict["state"]
+    given = {n: dict(entries[n]) for n in parameters if isinstance(entries.get(n), Mapping)}
     try:
         optimizer.load_state_dict(state_dict)
     finally:
@@ -119,7 +115,7 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
     if not has_kept:  # it is a wrapper, which hands over to another
         for number, parameter in parameters.items():
             loaded = optimizer.state.get(parameter, {})
-            for name in loaded.keys() & given[number].keys():
+            for name in loaded.keys() & given[number].keys() if number in given else ():
                 loaded[name] = _put_back(
                     loaded[name], given[number][name], parameter, keeps_dtype.get(number, True), name
                 )
@@ -134,8 +130,8 @@ class _Kept:
 
 def _kept(value: Any, parameter: torch.Tensor, keeps_dtype: bool, name: Any = None) -> Any:
     if isinstance(value, torch.Tensor):
-        would_cast = value.is_floating_point() and parameter.is_floating_point() and value.dtype != parameter.dtype
-        if keeps_dtype and would_cast and name != "step":
+        would_cast = parameter.is_floating_point() and value.dtype != parameter.dtype
+        if would_cast and name != "step" and (keeps_dtype or not value.is_floating_point()):
             return _Kept(value.to(device=local_tensor(parameter).device))
         return value
     if type(value) is dict:

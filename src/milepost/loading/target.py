@@ -6,7 +6,8 @@ load that is refused has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -242,6 +243,16 @@ class Restorer(Protocol):
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Hand the values over."""
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that training can use, also for a caller in inference mode: those of that mode can't leave it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

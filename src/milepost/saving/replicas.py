@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 
+from milepost.config import part_of
 from milepost.errors import SaveError, listed
 from milepost.format.box import Box
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.sharing import Group
+from milepost.tensors.sharing import OWN_TO_EACH, Group
 
 Depth = Literal["values", "sample", "whole"]
 """What is compared: values alone; tensors too, by a sample; tensors too, by every byte."""
@@ -187,16 +188,16 @@ def _refusal(found: Sequence[Difference], hosts: Sequence[str]) -> SaveError:
         return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(shown)}{more}"
 
     lines = listed([f"{d.key}: {' / '.join(named(camp) for camp in d.camps)}" for d in found])
-    if any(d.is_tensor for d in found):
-        cause = (
+    causes = []
+    replicas = [d for d in found if d.is_tensor and part_of(d.key) in ("model", "optimizer")]
+    if replicas:
+        causes.append(
             "Tensors that should be replicas differ: two pipeline stages or models use the same names (give each its "
             "own), a gradient all-reduce is missing, or a device computes wrongly"
         )
-    else:
-        cause = (
-            "One value is stored under a key: make it the same on all ranks, declare what belongs to each rank "
-            'with CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own'
-        )
+    if len(replicas) < len(found):
+        causes.append(f"One value is stored under a key: {OWN_TO_EACH}")
+    cause = "\n".join(causes)
     text = "\n  ".join(lines)
     return SaveError(
         f"ranks hold different values under the same key, nothing was saved:\n  {text}\n{cause}", key=found[0].key

@@ -7,9 +7,11 @@ rank's own number in its path (its random generators, its place in the data) eac
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -47,6 +49,17 @@ class Portion:
     def digest(self) -> str:
         """Equal for two portions exactly when they are equal."""
         return f"{self.layout.fingerprint(self.nesting.paths)} {self.nesting.digest()}"
+
+    def below(self, names: Iterable[str]) -> dict[str, Any]:
+        """What of it stands below each of the names: containers, tensors and keys of values, comparable."""
+        found: dict[str, Any] = {}
+        for name in names:
+            prefix = f"{name}."
+            tensors = [(s.key, s.dtype, s.shape) for s in self.layout.tensors if f"{s.key}.".startswith(prefix)]
+            values = [key for key in self.layout.objects if f"{key}.".startswith(prefix)]
+            if tensors or values or name in self.nesting.skeleton:
+                found[name] = self.nesting.skeleton.get(name), tuple(tensors), tuple(values)
+        return found
 
     @property
     def keys(self) -> frozenset[str]:
@@ -155,9 +168,17 @@ class Roster:
         )
 
     def unlike_below(self, names: Iterable[str]) -> frozenset[str]:
-        """The names below which ranks hold different containers: merged, each would be given what another holds."""
-        parts = {name: {held[name] for held in self._skeletons() if name in held} for name in names}
-        return frozenset(name for name, kinds in parts.items() if len(kinds) > 1)
+        """The names below which ranks hold different containers, or tensors of different shapes or dtypes.
+
+        Merged, each would be given what another holds.
+        """
+        below = {digest: portion.below(names) for digest, portion in (*self._kinds.items(), *self._own.items())}
+        kinds: dict[str, set[Any]] = defaultdict(set)
+        for pair in dict.fromkeys(self._told):
+            for name in names:
+                held = [below[digest][name] for digest in pair if name in below[digest]]
+                kinds[name].update([tuple(held)] if held else [])
+        return frozenset(name for name, found in kinds.items() if len(found) > 1)
 
     def _skeletons(self) -> list[dict[str, bytes]]:
         return [

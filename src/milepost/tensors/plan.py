@@ -284,12 +284,12 @@ def _check_cover(holders: Iterable[tuple[str, Box]], specs: Mapping[str, TensorS
     raise_faults([(key, fault) for key, found in boxes.items() for fault in cover_faults(specs[key].shape, found)])
 
 
-def raise_faults(faults: Sequence[tuple[str, str]]) -> None:
+def raise_faults(faults: Sequence[tuple[str, str]], *, advice: str = "") -> None:
     """Raise PlanError with all ``faults`` of shards, each a key and a text; return if there are none."""
     if faults:
         lines = "\n  ".join(listed([f"{key}: {text}" for key, text in faults]))
         message = f"the ranks' shards do not cover their tensors exactly, nothing was saved:\n  {lines}"
-        raise PlanError(message, key=faults[0][0])
+        raise PlanError(message + (f"\nOf one key: {advice}" if advice else ""), key=faults[0][0])
 
 
 def _assign(

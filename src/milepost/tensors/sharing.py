@@ -26,6 +26,12 @@ from milepost.tensors.plan import Dealt, LocalLayout, Mesh, Spread, TensorSpec, 
 Ranks = tuple[int, ...]
 """Ascending."""
 
+OWN_TO_EACH = (
+    "make it the same on all ranks, declare what belongs to each rank with "
+    'CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own'
+)
+"""What to do about values that differ between ranks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -149,10 +155,12 @@ class _Descriptions:
                 for number, spec in found
                 if (spec.dtype, spec.shape) != (known.dtype, known.shape)
             ]
-        raise_faults(faults)
+        raise_faults(faults, advice=OWN_TO_EACH)
         clash = min(self.objects.keys() & self.tensors.keys(), default=None)
         if clash is not None:
-            raise PlanError(f"{clash} is a tensor on one rank and another kind of value on another", key=clash)
+            raise PlanError(
+                f"{clash} is a tensor on one rank and another kind of value on another: {OWN_TO_EACH}", key=clash
+            )
 
     def follows(self, found: Sequence[tuple[int, TensorSpec]], *, num_kinds: int) -> bool:
         """Return whether the holders of a tensor's boxes follow from its descriptions alone."""

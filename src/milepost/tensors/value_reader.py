@@ -176,8 +176,8 @@ def _sparse(*args: object) -> torch.Tensor:
     try:
         if layout == torch.sparse_coo:
             is_coalesced = parts[3] if len(parts) == 4 else None
-            return torch.sparse_coo_tensor(*parts[:3], is_coalesced=is_coalesced, check_invariants=True)
-        return torch.sparse_compressed_tensor(*parts[:4], layout=layout, check_invariants=True)
+            return torch.sparse_coo_tensor(*parts[:3], device="cpu", is_coalesced=is_coalesced, check_invariants=True)
+        return torch.sparse_compressed_tensor(*parts[:4], layout=layout, device="cpu", check_invariants=True)
     except (RuntimeError, TypeError, ValueError) as error:
         raise FormatError(f"an invalid sparse tensor: {error}") from error
 

@@ -23,6 +23,7 @@ from milepost.loading.parts import empty_tensor, want_node
 from milepost.loading.target import Target
 from milepost.tensors.state import ByName
 from milepost.tensors.tree import Node, child, rebuild
+from milepost.tensors.value_writer import encode_object
 
 PART = "optimizer"
 NAMES = "param_names"
@@ -153,7 +154,8 @@ def has_numbered_parameters(state_dict: Any, optimizer: Optimizer) -> bool:
 class _Saved:
     """The optimizer state of a checkpoint, by FQN: nodes of its tree."""
 
-    state: Mapping[str, Mapping[str, Node]]
+    state: Mapping[str, Node]
+    """A mapping as a rule; of some optimizers a tensor or a list."""
     options: Mapping[str, Mapping[str, Node]]
     extra: Node
     keys: Mapping[str, Node]
@@ -167,16 +169,17 @@ def saved_optimizers(node: Node, names: Sequence[str], *, has_order: bool) -> _S
     fits is the right one.
     """
     part = node if isinstance(node, Mapping) else {}
-    by_name: dict[str, dict[str, dict[str, Node]]] = {"state": {}, "param_groups": {}}
+    by_name: dict[str, dict[str, Any]] = {"state": {}, "param_groups": {}}
     known = set(names)
     for key, value in part.items():
         kind, dot, rest = str(key).partition(".")
-        if dot and kind in by_name and rest in known and isinstance(value, Mapping):
-            by_name[kind][rest] = dict(value)
+        if dot and kind in by_name and rest in known:
+            by_name[kind][rest] = dict(value) if isinstance(value, Mapping) else value
         elif dot and kind in by_name and (name := longest_prefix(rest, known)) is not None:
             _put(by_name[kind].setdefault(name, {}), rest[len(name) + 1 :].split("."), value)
     for name, entry in by_name["state"].items() if not has_order else ():
-        by_name["state"][name] = dict(sorted(entry.items(), key=lambda item: item[0] != COUNTER))
+        if isinstance(entry, dict):
+            by_name["state"][name] = dict(sorted(entry.items(), key=lambda item: item[0] != COUNTER))
     return _Saved(by_name["state"], by_name["param_groups"], part.get("extra"), part)
 
 
@@ -371,6 +374,11 @@ def take_place(optimizers: Sequence[Optimizer], replaced: Mapping[Any, Any]) -> 
 
 
 def _differs(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return not torch.equal(torch.as_tensor(one, device="cpu"), torch.as_tensor(other, device="cpu"))
-    return bool(one != other)
+    try:
+        if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+            equal = torch.equal(torch.as_tensor(one, device="cpu"), torch.as_tensor(other, device="cpu"))
+        else:
+            equal = bool(one == other)
+    except (RuntimeError, TypeError, ValueError):  # an array, or tensors inside: no single answer
+        equal = False
+    return not equal and encode_object("", one) != encode_object("", other)  # where NaN is NaN

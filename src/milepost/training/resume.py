@@ -29,7 +29,7 @@ from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
 from milepost.loading.policy import Policy, first_match
 from milepost.loading.sources import Near, find_near
-from milepost.loading.target import Stored, Target
+from milepost.loading.target import Stored, Target, ordinary_tensors
 from milepost.run import catalog, checkpoint_record, node_steps
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
@@ -162,6 +162,7 @@ class Loader:
         choice, _ = self._choose({}, num_steps)
         return choice.step if choice is not None and choice.is_finished else None
 
+    @ordinary_tensors()
     def load(self, num_steps: int | None, step: int | None = None) -> tuple[LoadReport, Descent | None] | None:
         """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
         rejected: dict[int, str] = {}

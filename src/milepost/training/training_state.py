@@ -168,18 +168,20 @@ class TrainingState:
             # A schedule that is left out was to begin with this run's rates, not where the saved one was.
             keeps_rates = "lr_scheduler" in excluded and (bool(self.schedulers) or "lr_scheduler" in found)
             owners["optimizer"] = [OptimizersOwner(self.optimizers, names, own_form, keeps_rates=keeps_rates)]
-        if "lr_scheduler" in wanted:
-            owners["lr_scheduler"] = self._scheduler_owners(stored)
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         like_of = self._sharded_alike()
-        owners["train_state"] = [_owner_of_any(self.train_state, ("train_state",), stored, like_of)]
-        owners["states"] = [state_owner(name, stateful, stored, like_of) for name, stateful in self.states.items()]
+        owners["train_state"] = [state_owner(self.train_state, ("train_state",), stored, like_of)]
+        owners["states"] = [
+            state_owner(stateful, ("states", name), stored, like_of) for name, stateful in self.states.items()
+        ]
         saved_per_rank = stored.manifest.extra.get(PER_RANK)
         per_rank = saved_per_rank if isinstance(saved_per_rank, list) else []
+        if "lr_scheduler" in wanted and "lr_scheduler" not in per_rank:
+            owners["lr_scheduler"] = self._scheduler_owners(stored)
         for part in (
             part for part in ("lr_scheduler", "dataloader", "train_state") if part in per_rank and part in wanted
         ):
-            owners[part] = [PerRankOwner(self._owner_of(part), part, self.rank, same_layout=same_layout)]
+            owners[part] = [PerRankOwner(self._owner_of(part, stored), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
         chosen = [owner for part in PARTS if part in wanted for owner in owners[part]]
         sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
@@ -205,30 +207,50 @@ class TrainingState:
 
         return like_of
 
-    def _owner_of(self, part: str) -> Any:
+    def _owner_of(self, part: str, stored: Stored) -> Any:
         """The object that a part's state is loaded into."""
         if part == "lr_scheduler":
-            if len(self.schedulers) != 1:
-                raise StateMismatchError(
-                    f"the checkpoint holds lr_scheduler for each rank, and this run has {len(self.schedulers)} "
-                    "schedulers: give one, or set checkpoint.exclude_from_loading = lr_scheduler"
-                )
-            return self.schedulers[0]
+            by_rank = stored.tree.root.get(part)
+            saved = next(iter(by_rank.values()), None) if isinstance(by_rank, Mapping) else None
+            self._check_number(len(saved) if isinstance(saved, list) else 1)
+            return self.schedulers[0] if len(self.schedulers) == 1 else _Several(self.schedulers)
         return self.dataloader if part == "dataloader" else self.train_state
 
     def _scheduler_owners(self, stored: Stored) -> list[Restorer]:
-        """Several schedulers have their states by position; before they had, all were given the first one's."""
+        """Several schedulers have their states by position; in older checkpoints all have the first one's."""
         saved = stored.tree.root.get("lr_scheduler")
         if not isinstance(saved, list):
+            if stored.manifest.structure:  # older checkpoints don't tell
+                self._check_number(1)
             return [StatefulOwner(scheduler, ("lr_scheduler",)) for scheduler in self.schedulers]
-        if len(saved) != len(self.schedulers):
+        self._check_number(len(saved))
+        return [StatefulOwner(scheduler, ("lr_scheduler", n)) for n, scheduler in enumerate(self.schedulers)]
+
+    def _check_number(self, saved: int) -> None:
+        """Raises StateMismatchError if there are more or fewer schedulers than were saved."""
+        if saved != len(self.schedulers):
+            here = _schedulers(len(self.schedulers))
             raise StateMismatchError(
-                f"the checkpoint holds the states of {len(saved)} schedulers, this run has {len(self.schedulers)}; "
+                f"the checkpoint holds the states of {_schedulers(saved)}, this run has {here}; "
                 "nothing was changed. Give as many as were saved, in the same order, or set "
                 "checkpoint.exclude_from_loading = lr_scheduler",
-                mismatched=[f"lr_scheduler: {len(saved)} schedulers in the checkpoint, {len(self.schedulers)} here"],
+                mismatched=[f"lr_scheduler: {_schedulers(saved)} in the checkpoint, {len(self.schedulers)} here"],
             )
-        return [StatefulOwner(scheduler, ("lr_scheduler", n)) for n, scheduler in enumerate(self.schedulers)]
+
+
+def _schedulers(number: int) -> str:
+    return f"{number} scheduler{'' if number == 1 else 's'}"
+
+
+class _Several:
+    """Several schedulers as one object: their states by position."""
+
+    def __init__(self, schedulers: Sequence[Any]):
+        self._schedulers = schedulers
+
+    def load_state_dict(self, states: Sequence[Any]) -> None:
+        for scheduler, state in zip(self._schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,9 +333,8 @@ def _owner_of_any(stateful: Any, path: tuple[str, ...], stored: Stored, like_of:
     return StatefulOwner(stateful, path, own=own, like_of=like_of)
 
 
-def state_owner(name: str, stateful: Any, stored: Stored, like_of: LikeOf) -> Restorer:
-    """One of the further objects of a run, below ``states.<name>``."""
-    path = ("states", name)
+def state_owner(stateful: Any, path: tuple[str, ...], stored: Stored, like_of: LikeOf) -> Restorer:
+    """An object of the user's, its state below ``path``."""
     if isinstance(stateful, nn.Module):
         return ModuleOwner(stateful, lambda entry: (*path, entry))
     if isinstance(stateful, Optimizer) and type(stateful).state_dict is Optimizer.state_dict:
@@ -334,6 +355,7 @@ class PerRankOwner:
         self._rank = rank
         self._same_layout = same_layout
         self._nodes: list[Node] = []
+        self._states: list[Any] = []  # at most one: for this rank
 
     def prepare(self, target: Target) -> None:
         whole = target.at((self._part,))
@@ -361,12 +383,23 @@ class PerRankOwner:
             want_node(target, node)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Accept anything: the object itself decides what fits."""
+        """Reshard, if it must be: nothing has been changed yet, should the object refuse it."""
+        self._states = [rebuild(node, values) for node in self._nodes]
+        if self._states and not self._same_layout:
+            method = f"{self._part}: {type(self._stateful).__name__}.reshard(states)"
+            try:
+                state = self._stateful.reshard(self._states)
+            except Exception as error:
+                raise StateMismatchError(
+                    f"{method} raised {type(error).__name__}: {error}. Nothing was changed"
+                ) from error
+            if state is None:
+                raise StateMismatchError(f"{method} returned None, not the state for this rank. Nothing was changed")
+            self._states = [state]
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        states = [rebuild(node, values) for node in self._nodes]
-        if states:
-            self._stateful.load_state_dict(states[0] if self._same_layout else self._stateful.reshard(states))
+        for state in self._states:
+            self._stateful.load_state_dict(state)
 
 
 class RngOwner:
