@@ -108,6 +108,7 @@ class _Writer:
         self.sizes: dict[tuple[int, ...], int] = {}
         self.boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         self.chunks: dict[int, _Chunks] = {}
+        self.tensors: dict[int, bytes] = {}
 
     def take(self) -> bytes:
         """Return what was put since the last call."""
@@ -196,6 +197,17 @@ class _Writer:
         self.put(b"u")
 
     def tensor(self, number: int) -> None:
+        known = self.tensors.get(number)
+        if known is not None:
+            self.put(known)
+            return
+        is_first = number not in self.chunks
+        started = len(self.out)
+        self._tensor(number)
+        if not is_first:  # everything is in the memo, so it is the same each time
+            self.tensors[number] = b"".join(self.out[started:])
+
+    def _tensor(self, number: int) -> None:
         tiling = self.table.tilings[number]
         self.begin(METADATA_MODULE, "TensorStorageMetadata")
         self.text("properties")
@@ -268,11 +280,7 @@ class _Writer:
         length = table.spread([tiling.record_nbytes for tiling in table.tilings], start, stop)[rows]
         corner = table.spread([one.offsets for one in chunks], start, stop)[rows]
         number = number[rows]
-        # Texts and classes are put into the memo where they come first: by one item for each file that is new.
-        distinct, where = np.unique(file, return_index=True)
-        is_new = np.array([table.files[name] not in self.texts for name in distinct.tolist()], bool)
-        fresh = np.sort(where[is_new])
-        for row in fresh.tolist():
+        for row in (fresh := self.new_files(file)):
             self.place(
                 table.keys[key[row]],
                 int(corner[row]),
@@ -284,33 +292,48 @@ class _Writer:
         yield self.take()
         rest = np.ones(len(rows), bool)
         rest[fresh] = False
-        names = np.array([self.texts[table.files[name]] for name in distinct.tolist()], np.int64)
         keys = np.array([self.texts[table.keys[number]] for number in range(start, stop)], np.int64)
         yield self.rows(
             keys[key[rest] - start],
-            number[rest],
-            corner[rest],
-            names[np.searchsorted(distinct, file[rest])],
-            offset[rest],
-            length[rest],
+            (number[rest], corner[rest]),
+            (self.memo_of_files(file[rest]), offset[rest], length[rest]),
         )
 
-    def rows(self, key: Ints, number: Ints, corner: Ints, file: Ints, offset: Ints, length: Ints) -> bytes:
-        """Items as :meth:`place` makes them, all of one length: memo indices and numbers are put into a pattern."""
+    def new_files(self, file: Ints) -> list[int]:
+        """The first row of each file that is not in the memo, ascending.
+
+        Texts and classes are put into the memo where they come first: by these rows, one at a time.
+        """
+        distinct, where = np.unique(file, return_index=True)
+        is_new = np.array([self.table.files[name] not in self.texts for name in distinct.tolist()], bool)
+        rows: list[int] = np.sort(where[is_new]).tolist()
+        return rows
+
+    def memo_of_files(self, file: Ints) -> Ints:
+        """Where the memo has the name of each file of ``file``."""
+        distinct, where = np.unique(file, return_inverse=True)
+        return np.array([self.texts[self.table.files[name]] for name in distinct.tolist()], np.int64)[where]
+
+    def rows(self, key: Ints, box: tuple[Ints, Ints] | None, place: tuple[Ints, Ints, Ints]) -> bytes:
+        """Items as :meth:`place` makes them, all of one length: memo indices and numbers are put into a pattern.
+
+        ``box`` is number and corner of each, None for objects; ``place`` is file, offset and length.
+        """
         if not len(key):
             return b""
         index, info = self.globals[METADATA_MODULE, "MetadataIndex"], self.globals[FILESYSTEM_MODULE, "_StorageInfo"]
         gap4, gap8 = b"\0" * 4, b"\0" * 8
         text = {name: _fetch_long(self.texts[name]) for name in _ITEM_TEXTS}
+        of_box = (text["index"] + b"J", gap4, text["offset"] + b"j", gap4) if box is not None else ()
         pattern = [
-            *(_fetch_long(index) + _NEW_INSTANCE + b"}(", text["fqn"] + b"j", gap4, text["index"] + b"J", gap4),
-            *(text["offset"] + b"j", gap4, b"u" + _BUILD),
-            *(_fetch_long(info) + _NEW_INSTANCE + b"}(", text["relative_path"] + b"j", gap4),
+            *(_fetch_long(index) + _NEW_INSTANCE + b"}(", text["fqn"] + b"j", gap4),
+            *(of_box or (text["index"] + _NONE,)),
+            *(b"u" + _BUILD + _fetch_long(info) + _NEW_INSTANCE + b"}(", text["relative_path"] + b"j", gap4),
             *(text["offset"] + b"\x8a\x08", gap8, text["length"] + b"\x8a\x08", gap8, b"u" + _BUILD),
         ]
         out = np.empty((len(key), sum(map(len, pattern))), np.uint8)
         out[:] = np.frombuffer(b"".join(pattern), np.uint8)
-        values = iter((key, number, corner, file, offset, length))
+        values = iter((key, *(box or ()), *place))
         start = 0
         for part in pattern:
             if part in (gap4, gap8):
@@ -347,9 +370,20 @@ class _Writer:
 
     def places_of_objects(self) -> None:
         objects = self.table.objects
-        columns = (objects.file.tolist(), objects.record_offset.tolist(), objects.record_nbytes.tolist())
-        for key, file, offset, length in zip(objects.keys, *columns, strict=True):
-            self.place(key, None, None, self.table.files[file], offset, length)
+        if not len(objects.keys):
+            return
+        file = objects.file.astype(np.int64)
+        fresh = self.new_files(file)
+        if (METADATA_MODULE, "MetadataIndex") not in self.globals:
+            fresh = sorted({0, *fresh})
+        for row in fresh:
+            place = (self.table.files[file[row]], int(objects.record_offset[row]), int(objects.record_nbytes[row]))
+            self.place(objects.keys[row], None, None, *place)
+        rest = np.ones(len(file), bool)
+        rest[fresh] = False
+        keys = np.array([self.texts[key] for key in objects.keys], np.int64)
+        columns = (self.memo_of_files(file[rest]), objects.record_offset[rest], objects.record_nbytes[rest])
+        self.put(self.rows(keys[rest], None, columns))
 
     def storage_meta(self, save_id: str) -> None:
         self.begin(METADATA_MODULE, "StorageMeta")

@@ -149,8 +149,7 @@ def object_record(value: object) -> bytes:
     Plain are None, bool, int, float, str, bytes, list, tuple, dict (keys str or int) and OrderedDict, nested.
     Raises TypeError for any other value; ``torch.save`` is then the way.
     """
-    small, directory = small_entries(dump_plain(value))
-    return small + directory + directory_end(3, len(small), len(directory), zip64=False)
+    return _small_archive(dump_plain(value))
 
 
 _COPIED_NBYTES = 64 << 10
@@ -160,8 +159,7 @@ _COPIED_NBYTES = 64 << 10
 def archive(pickled: bytes | memoryview, storages: Mapping[str, memoryview]) -> bytes:
     """A ``torch.save`` stream of a pickle and the storages that it refers to, by their names."""
     if not storages and len(pickled) < _COPIED_NBYTES:
-        small, directory = small_entries(bytes(pickled))
-        return b"".join((small, directory, directory_end(3, len(small), len(directory), zip64=False)))
+        return _small_archive(bytes(pickled))
     contents: list[tuple[bytes, bytes | memoryview]] = [(b"archive/data.pkl", pickled)]
     contents += [(b"archive/byteorder", b"little"), (b"archive/version", b"3\n")]
     contents += [(b"archive/data/" + key.encode(), content) for key, content in storages.items()]
@@ -175,6 +173,20 @@ def archive(pickled: bytes | memoryview, storages: Mapping[str, memoryview]) -> 
     directory = b"".join(listed)
     end = directory_end(len(contents), position, len(directory), zip64=position >= _ZIP64_FROM)
     return b"".join([*out, directory, end])
+
+
+def _small_archive(pickled: bytes) -> bytes:
+    return _frequent_archive(pickled) if len(pickled) <= _FREQUENT_NBYTES else _put_together(pickled)
+
+
+def _put_together(pickled: bytes) -> bytes:
+    small, directory = small_entries(pickled)
+    return b"".join((small, directory, directory_end(3, len(small), len(directory), zip64=False)))
+
+
+_FREQUENT_NBYTES = 256
+_frequent_archive = lru_cache(maxsize=4096)(_put_together)
+"""An optimizer has the same few options for each of thousands of parameters."""
 
 
 def _known_entry(name: bytes, content: bytes | memoryview, header_offset: int) -> tuple[bytes, bytes]:
