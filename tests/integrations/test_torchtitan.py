@@ -95,6 +95,17 @@ def test_either_resumes_from_what_the_other_has_written(tmp_path: Path, world_si
         assert agree(run(folder, world_size, steps=6, stock=second, **options), undisturbed) == 5
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_a_step_is_whole_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+    """All but the data loader, whose state torchtitan itself keeps for as many ranks as there were."""
+    options = {"last_save_model_only": False, "steps": 4}
+    saved, *_ = run(tmp_path, before, **options)
+    found = run(tmp_path, after, **options, exclude_from_loading=["dataloader"])
+    assert found == [{**saved, "losses": []}] * after
+    (trained, *_) = run(tmp_path, after, **(options | {"steps": 5}), exclude_from_loading=["dataloader"])
+    assert [step for step, _ in trained["losses"]] == [5]
+
+
 def resume_in_ours(folder: str, world_size: int) -> dict[str, Any]:
     """The loss of our model on torchtitan's batch of step 5, resumed from its step 4; and its state after that step."""
     sizes = model_args("llama3", "debugmodel", vocab_size=2048)

@@ -86,8 +86,14 @@ def test_mistakes_are_answered(places: dict[str, Path], tmp_path: Path) -> None:
             opened["hallf"]
         with pytest.raises(IndexError, match="only integers, slices"):
             opened["w"][[0, 2]]
+        for mask in (np.array([True, False, True]), np.array(True), True, opened["w"][...] > 3):
+            with pytest.raises(IndexError, match="only integers, slices"):
+                opened["w"][mask]
+        kept = opened["w"]
         with pytest.raises(TypeError, match="no dims"):
             len(opened["count"])
+    with pytest.raises(ValueError, match="was closed"):
+        kept[0]
     with pytest.raises(milepost.CheckpointNotFoundError):
         milepost.open(tmp_path / "nothing")
 

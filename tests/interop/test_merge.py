@@ -14,8 +14,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import safetensors.torch
 import torch
 import transformers
+from hub_models import KINDS as HUB_KINDS
 from safetensors.numpy import load_file, save_file
 from tiny_models import KINDS, assert_equal, hf_tensors
 
@@ -25,6 +27,7 @@ from milepost.interop.convert import convert
 from milepost.interop.merging import merged as merged_parts
 from milepost.interop.merging.merge import merge
 from milepost.interop.merging.options import MergeOptions
+from milepost.interop.options import ConvertOptions
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 
@@ -305,3 +308,48 @@ def test_memory_grows_neither_with_the_model_nor_with_the_number_of_sources(memo
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 400 * 1000  # KB
+
+
+def test_tied_weights_are_the_same_however_often_a_source_has_them(memory_path: Path) -> None:
+    model: Any = HUB_KINDS["qwen2, tied"].model()
+    model.save_pretrained(memory_path / "hub")
+    torch.save(model.state_dict(), memory_path / "twice.pt")  # with the output projection, which the files leave out
+    sources = [memory_path / "hub", memory_path / "twice.pt"]
+    merge(sources, memory_path / "out", MergeOptions())
+    assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "hub"))
+    merge(sources[::-1], memory_path / "out.pt", MergeOptions())
+    assert_equal(torch.load(memory_path / "out.pt"), dict(model.state_dict()))
+    untied = dict(model.state_dict())
+    untied["lm_head.weight"] = untied["lm_head.weight"] * 2
+    torch.save(untied, memory_path / "untied.pt")
+    with pytest.raises(ConversionError, match=r"unexpected: lm_head\.weight"):
+        merge([sources[0], memory_path / "untied.pt"], memory_path / "no", MergeOptions())
+
+
+def test_a_family_that_is_not_trained_here_is_merged_whatever_names_it_has(memory_path: Path) -> None:
+    HUB_KINDS["mistral"].model().save_pretrained(memory_path / "hub")  # type: ignore[operator]
+    convert(memory_path / "hub", memory_path / "ours", ConvertOptions(to="dcp", model="mistral"))
+    report = merge([memory_path / "hub", memory_path / "ours"], memory_path / "out", MergeOptions())
+    assert any("has other names than" in note and "both are mistral" in note for note in report.notes)
+    assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "hub"))
+    merge([memory_path / "ours", memory_path / "hub"], memory_path / "averaged", MergeOptions())
+    convert(memory_path / "averaged", memory_path / "back", ConvertOptions(to="hf"))  # it still says what it is
+    assert_equal(hf_tensors(memory_path / "back"), hf_tensors(memory_path / "hub"))
+
+
+def test_weights_in_fp8_are_merged_as_what_they_stand_for(memory_path: Path) -> None:
+    values = torch.arange(-128.0, 128).reshape(16, 16)
+    for name, factor in (("a", 0.5), ("b", 1.5)):
+        (memory_path / name).mkdir()
+        stored = {"w": values.to(torch.float8_e4m3fn), "w_scale_inv": torch.full((1, 1), factor)}
+        safetensors.torch.save_file(stored, memory_path / name / "model.safetensors")
+        quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        config = {"architectures": ["X"], "quantization_config": quantized}
+        (memory_path / name / "config.json").write_text(json.dumps(config))
+    report = merge([memory_path / "a", memory_path / "b"], memory_path / "out", MergeOptions())
+    expected = {"w": values.to(torch.float8_e4m3fn).float().to(torch.bfloat16)}
+    assert_equal(hf_tensors(memory_path / "out"), expected)
+    assert "quantization_config" not in json.loads((memory_path / "out" / "config.json").read_text())
+    assert sum("dequantized to bfloat16" in note for note in report.notes) == 2
+    with pytest.raises(ConfigError, match=r"ends in \.pt or \.pth"):
+        merge([memory_path / "a", memory_path / "b"], memory_path / "out.safetensors", MergeOptions())

@@ -142,9 +142,11 @@ def test_a_model_is_the_same_in_every_format(memory_path: Path, name: str) -> No
     assert by_name.num_same == 0
 
 
-def test_model_and_flavor_go_together(memory_path: Path) -> None:
-    with pytest.raises(ConfigError, match="need each other"):
-        diff(memory_path, memory_path, model="llama3")
+def test_model_and_flavor_go_together_where_neither_side_says_what_it_is(memory_path: Path) -> None:
+    save_arrays(LocalStorage(memory_path), "a", {"w": np.ones(3, "float32")})
+    for given in ({"model": "llama3"}, {"flavor": "8B"}):
+        with pytest.raises(ConfigError, match="need each other"):
+            diff(memory_path / "a", memory_path / "a", **given)  # type: ignore[arg-type]
 
 
 def test_figures_of_a_change_are_over_what_is_finite_on_both_sides(memory_path: Path) -> None:

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare two checkpoints and report by how much they differ: keys, dtypes, shapes, and the elements of all\n"
         "tensors whose stored bytes are not known to be the same. Each is a checkpoint folder of Milepost, torchtitan\n"
-        "or stock DCP, a Hugging Face folder, a .pt/.pth or a .safetensors file. With --model and --flavor the models\n"
-        "are compared whatever the formats' names and order of weights."
+        "or stock DCP, a Hugging Face folder, a .pt/.pth or a .safetensors file. With --model the models are compared\n"
+        "whatever the formats' names and order of weights."
     )
     parser.epilog = (
         "CHANGE is the norm of the difference over the norm of A. Tensors with the largest change come first.\n\n"
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000 --keys 'layers.0.*' --all\n"
         "  milepost diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000 --html diff.html\n"
         "  milepost diff outputs/checkpoint/step-500 model.pt --values --tolerance 1e-6\n"
-        "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n\n"
+        "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n"
+        "  milepost diff mistral/step-0 Mistral-7B --model mistral\n\n"
         "exit status: 0 no difference was found, 9 they differ, 3 there is nothing to compare, 5 one is damaged,\n"
         "2 wrong usage, 7 one can't be read, 8 one is not the model given, 11 no difference was found, but there are\n"
         "values that were not or could not be compared\n"
@@ -58,8 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tensors whose elements differ by at most X count as the same (default: 0)",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"print every changed tensor, not {MAX_CHANGES}")
-    parser.add_argument("--model", help="llama3 or qwen3: compare only the models, by Milepost's names")
-    parser.add_argument("--flavor", help="the model's size, for instance 8B; requires --model")
+    parser.add_argument(
+        "--model",
+        help="compare only the models, by Milepost's names: llama3, qwen3 or a family of `milepost convert` (mistral, "
+        "...); hf: by the names of transformers",
+    )
+    parser.add_argument(
+        "--flavor", help="the size of a llama3 or qwen3, for instance 8B; not needed if A or B records it"
+    )
+    parser.add_argument(
+        "--hf-assets",
+        default="",
+        metavar="DIR",
+        help="a Hugging Face folder whose config.json gives the sizes of --model; not needed if A or B records them",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page, with charts")
 
@@ -84,13 +97,13 @@ def run(args: argparse.Namespace) -> int:
             keys=args.keys,
             model=args.model,
             flavor=args.flavor,
+            hf_assets=args.hf_assets,
             progress=progress,
         )
     if not report.num_common:
         raise CheckpointNotFoundError(
             f"{args.a} and {args.b} have no key in common: nothing was compared. To compare a model "
-            "across formats give "
-            "--model and --flavor",
+            "across formats give --model",
             path=args.b,
         )
     report = report.within(args.tolerance)

@@ -52,8 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pipeline stages on each rank: 2 for Interleaved1F1B (default 1)",
     )
-    parser.add_argument("--model", help="llama3 or qwen3: compare the keys with those of this model")
-    parser.add_argument("--flavor", help="the model's size, for instance 8B; requires --model")
+    parser.add_argument(
+        "--model",
+        help="compare the keys with those of this model: llama3, qwen3 or a family of `milepost convert` (mistral, "
+        "...)",
+    )
+    parser.add_argument(
+        "--flavor", help="the size of a llama3 or qwen3, for instance 8B; not needed if the step has it"
+    )
+    parser.add_argument(
+        "--hf-assets",
+        default="",
+        metavar="DIR",
+        help="a Hugging Face folder whose config.json gives the sizes of --model; not needed if the step has them",
+    )
     for option, what in (("missing", "the step may not have"), ("unexpected", "the run may not have")):
         parser.add_argument(
             f"--allow-{option}",
@@ -83,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         stages_per_rank=args.stages_per_rank,
         model=args.model,
         flavor=args.flavor,
+        hf_assets=args.hf_assets,
         policy=policy,
         excluded=_parts(args.exclude),
     )

@@ -158,7 +158,7 @@ def _not_inside(start: Ints, length: Ints, room: Ints) -> list[int]:
 def _place_fault(table: ShardTable, nbytes: Ints, key: str, file: Any, start: Any, length: Any) -> Problem:
     name = table.files[file]
     where = f"bytes {int(start)} to {int(start) + int(length)} of {name!r}"
-    return Problem(f"{key!r}is recorded in {where}, which has {int(nbytes[file])} bytes", key=key)
+    return Problem(f"{key!r} is recorded in {where}, which has {int(nbytes[file])} bytes", key=key)
 
 
 def _overlaps(table: ShardTable, nbytes: Ints) -> Iterator[Problem]:

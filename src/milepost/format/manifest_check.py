@@ -93,7 +93,7 @@ def _file_faults(name: str, file: FileEntry) -> Iterator[Problem]:
     if not 0 <= file.nbytes <= MAX_COUNT:
         yield Problem(f"file {name!r} is recorded with {file.nbytes} bytes")
     if file.crc32 is not None and not 0 <= file.crc32 <= MAX_CRC32:
-        yield Problem(f"file {name!r}has an invalid CRC-32")
+        yield Problem(f"file {name!r} has an invalid CRC-32")
     if file.content and not _CONTENT.fullmatch(file.content):
         yield Problem(f"file {name!r} has an invalid content id")
 
@@ -105,7 +105,7 @@ def _tensor_faults(key: str, tensor: TensorEntry, manifest: Manifest) -> Iterato
         return
     possible = len(tensor.shape) <= MAX_DIMS and min(tensor.shape, default=0) >= 0
     if not possible or math.prod(tensor.shape) * dtype.itemsize > MAX_COUNT:
-        yield Problem(f"{key!r}has invalid shape {list(tensor.shape)!r:.200}", key=key)
+        yield Problem(f"{key!r} has invalid shape {list(tensor.shape)!r:.200}", key=key)
         return
     for fault in cover_faults(tensor.shape, [shard.box for shard in tensor.shards]):
         yield Problem(f"{key!r}: {fault}", key=key)
@@ -118,13 +118,13 @@ def _place_faults(key: str, entry: ShardEntry | ObjectEntry, manifest: Manifest)
     file = manifest.files.get(entry.file)
     start, nbytes = entry.record_offset, entry.record_nbytes
     if file is None or untagged(entry.file) in RESERVED:
-        what = f"{key!r}is recorded in {entry.file!r:.200}, which is not a data file of this checkpoint"
+        what = f"{key!r} is recorded in {entry.file!r:.200}, which is not a data file of this checkpoint"
         yield Problem(what, key=key)
     elif start < 0 or nbytes <= 0 or start + nbytes > file.nbytes:
         where = f"bytes {start} to {start + nbytes} of {entry.file!r}"
-        yield Problem(f"{key!r}is recorded in {where}, which has {file.nbytes} bytes", key=key)
+        yield Problem(f"{key!r} is recorded in {where}, which has {file.nbytes} bytes", key=key)
     if entry.crc32 is not None and not 0 <= entry.crc32 <= MAX_CRC32:
-        yield Problem(f"{key!r}has an invalid CRC-32", key=key)
+        yield Problem(f"{key!r} has an invalid CRC-32", key=key)
 
 
 def _data_faults(key: str, shard: ShardEntry, element_nbytes: int) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
 import milepost
 from milepost.collective.comm import default_comm, on_rank_0
@@ -40,9 +41,10 @@ REPLACED = ("train", "_load_from_checkpoint", "_load_rng_state", "_save_checkpoi
 class MilepostCallback(TrainerCallback):
     """Saves and resumes all runs of a Trainer with Milepost: model, optimizer, scheduler, random state, Trainer state.
 
-    ``trainer.train(resume_from_checkpoint=True)`` resumes from the newest undamaged step, or begins a new run if there
-    is none. A path of a step loads that one. When to save is set with ``save_strategy`` and ``save_steps``;
-    ``save_total_limit`` is Milepost's ``keep_latest_k``, and with ``load_best_model_at_end`` the best step is kept too.
+    ``trainer.train(resume_from_checkpoint=True)`` resumes from the newest undamaged step; where there is no step, from
+    the newest checkpoint of the Trainer's own in its ``output_dir``, and else it begins a new run. A path of a step
+    loads that one. When to save is set with ``save_strategy`` and ``save_steps``; ``save_total_limit`` is Milepost's
+    ``keep_latest_k``, and with ``load_best_model_at_end`` the best step is kept too.
 
     Example::
 
@@ -88,7 +90,7 @@ class MilepostCallback(TrainerCallback):
         given = os.fspath(given) if isinstance(given, os.PathLike) else given
         if given is True or (isinstance(given, str) and self._is_step(given)):
             self._resuming = self._find(given)
-            given = self._hand_over() if self._resuming is not None else None
+            given = self._hand_over() if self._resuming is not None else self._own_of_trainer()
         if self._resuming is None:
             self._warn_of_steps(given)
         return self._stock["train"](given, *args, **kwargs)
@@ -181,13 +183,19 @@ class MilepostCallback(TrainerCallback):
 
     def _find(self, given: str | bool) -> Resumable | None:
         if isinstance(given, bool):
-            found = step_to_resume(self._folder, self._config, default_comm())
-            if found is None:
-                log.info("%s holds no step to resume from: a new run", self._folder)
-            return found
+            return step_to_resume(self._folder, self._config, default_comm())
         step = step_of(os.path.basename(os.path.normpath(given)))
         assert step is not None, "is_step has found it"
         return step_to_resume(self._folder, replace(self._config, load_step=step, restart_branch=True), default_comm())
+
+    def _own_of_trainer(self) -> str | None:
+        """The newest checkpoint that the Trainer itself has written, for a folder that has no step yet."""
+        comm = default_comm()
+        found: str | None = on_rank_0(comm, partial(_last_of_trainer, self._trainer.args.output_dir))
+        if comm.rank == 0:
+            where = f"the Trainer's own {found}" if found is not None else "a new run"
+            log.info("%s holds no step to resume from: %s", self._folder, where)
+        return found
 
     def _warn_of_steps(self, given: str | bool | None) -> None:
         """Say that a new run begins over the steps of another, as it does with the Trainer itself.
@@ -266,6 +274,10 @@ def _with_callbacks(trainer: Trainer) -> TrainerState:
     exported = [callback for callback in callbacks if isinstance(callback, ExportableState)]
     state = replace(trainer.state, stateful_callbacks=exported)
     return replace(state, is_local_process_zero=True, is_world_process_zero=True)
+
+
+def _last_of_trainer(folder: str) -> str | None:
+    return get_last_checkpoint(folder) if os.path.isdir(folder) else None
 
 
 def _newest_step(folder: str) -> int | None:

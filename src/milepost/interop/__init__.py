@@ -8,6 +8,8 @@ In reading order::
     hf       Hugging Face: configuration, saving from ranks, loading into them
     as_stored  weights that keep their names: those of any model of transformers (torch-free)
     by_config  which model of a family that is not trained here a source is of (torch-free)
+    tabled   a model that there are tables for, as a source says or as it was asked for (torch-free)
+    common_names  several sources' models by common names (torch-free)
     arrays   stored tensors as numpy arrays, read when they are indexed (torch-free)
     sinks    what weights are written to: a DCP folder, a Hugging Face folder, a ``.pt`` file (torch-free)
     any_weights  weights of any model by their own names, into a rank's tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, SupportsIndex, TypeAlias
@@ -23,7 +24,8 @@ class StoredArray:
     bfloat16 and the 8-bit floats are those of ``ml_dtypes``.
     """
 
-    def __init__(self, source: Source, key: str):
+    def __init__(self, opened: OpenCheckpoint, source: Source, key: str):
+        self._opened = opened
         self._source = source
         self._key = key
         info = source.tensors[key]
@@ -56,8 +58,11 @@ class StoredArray:
         Raises:
             DigestMismatchError: bytes changed after they were written.
             IndexError: an index is out of range, there are too many, or it is of another kind.
+            ValueError: the checkpoint was closed.
             StorageError: a read failed or came short.
         """
+        if self._opened.is_closed:  # its file descriptors may be another file's by now
+            raise ValueError(f"{self._opened.path} was closed: index '{self._key}' before")
         offsets, sizes, then = [], [], []
         for dim, part in enumerate(_by_dim(index, self.ndim)):
             start, stop, pick = _bounds(part, dim, self.shape[dim])
@@ -103,13 +108,24 @@ def _bounds(part: Any, dim: int, size: int) -> tuple[int, int, Any]:
         low, high = min(selected[0], selected[-1]), max(selected[0], selected[-1])
         backwards = selected.step < 0
         return low, high + 1, slice(None, None, selected.step) if abs(selected.step) > 1 or backwards else slice(None)
-    if isinstance(part, bool | np.bool_) or not hasattr(part, "__index__"):
-        raise IndexError(f"only integers, slices and '...' select elements of a stored tensor, not {part!r}")
-    number = int(part.__index__())
+    number = _whole_number(part)
     if not -size <= number < size:
         raise IndexError(f"index {number} is out of bounds for dim {dim} with size {size}")
     number %= size
     return number, number + 1, 0
+
+
+def _whole_number(part: Any) -> int:
+    """An index that numpy takes for a number. Raises IndexError for masks, lists and whatever else selects several."""
+    try:
+        if not isinstance(part, bool | np.bool_) and getattr(part, "dtype", None) != np.bool_:
+            return operator.index(part)
+    except TypeError:
+        pass
+    raise IndexError(
+        f"only integers, slices and '...' select elements of a stored tensor, not {part!r:.100}: read what holds them, "
+        "and select of the array"
+    )
 
 
 class OpenCheckpoint(Mapping[str, StoredArray]):
@@ -121,6 +137,7 @@ class OpenCheckpoint(Mapping[str, StoredArray]):
 
     def __init__(self, source: Source):
         self._source = source
+        self.is_closed = False
 
     @property
     def path(self) -> str:
@@ -131,7 +148,7 @@ class OpenCheckpoint(Mapping[str, StoredArray]):
         if key not in self._source.tensors:
             hint = near(key, self._source.tensors) if isinstance(key, str) else None
             raise KeyError(f"{self.path} has no tensor '{key}'" + (f"; did you mean '{hint}'?" if hint else ""))
-        return StoredArray(self._source, key)
+        return StoredArray(self, self._source, key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._source.tensors
@@ -147,6 +164,7 @@ class OpenCheckpoint(Mapping[str, StoredArray]):
 
     def close(self) -> None:
         """Close the files."""
+        self.is_closed = True
         self._source.close()
 
     def __enter__(self) -> OpenCheckpoint:

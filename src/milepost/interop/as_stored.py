@@ -7,12 +7,14 @@ leaves out (an output projection that is tied to the embedding), and to carry co
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from milepost.errors import MAX_LISTED, ConversionError, listed, near
 from milepost.format.box import Box
+from milepost.format.huggingface import SINGLE_NAME
+from milepost.format.safetensors import read_header
 from milepost.interop.hf.classes import architecture
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.hf.kept import ARCHITECTURE
@@ -21,9 +23,12 @@ from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.options import HUB, ConvertOptions
-from milepost.interop.weights.boxes import Readable, TensorInfo
+from milepost.interop.weights.boxes import Readable, Renamed, TensorInfo
 from milepost.interop.weights.dequantized import METHODS, method_of, method_of_keys, without_quantization
 from milepost.interop.weights.open import Weights
+from milepost.storage import open_storage
+from milepost.storage.base import join
+from milepost.storage.links import open_linked
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DDP, torch.compile, FSDP and checkpoint_wrapper put into names, wherever they stand."""
@@ -32,6 +37,10 @@ _NESTS = ("model.", "state_dict.", "model_state_dict.")
 
 OUTPUTS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_VOCABULARIES = (*EMBEDDINGS, "shared.weight", "tok_embeddings.weight", "embeddings.weight", "word_embedding.weight")
+"""Endings of the names of embeddings, which have a row for each word."""
+_MAX_REPEATED = 16
+"""More tensors that others do not have are no copies: it is another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,9 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     notes: list[str] = []
     if extras is not None:
         names, notes = _without_tied(weights, names, extras.config)
+        repeated = repeated_in(Renamed(source, names), _known_names(extras, options))
+        names = {key: old for key, old in names.items() if key not in repeated}
+        notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
         _check_index(names, extras.weight_map, source.path)
         if options.max_shard_nbytes is not None:
             extras = replace(extras, weight_map={})
@@ -106,6 +118,17 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
     if method in METHODS and method_of_keys(weights.source.tensors) is None:  # the index is of the quantized files
         extras = replace(extras, config=without_quantization(extras.config), weight_map={})
     return extras
+
+
+def _known_names(extras: HfExtras, options: ConvertOptions) -> Collection[str]:
+    """The names in the files of ``options.hf_assets``: of its index, or of its only file."""
+    if extras.weight_map or not options.hf_assets:
+        return extras.weight_map
+    storage, folder = open_storage(options.hf_assets)
+    if storage.stat(join(folder, SINGLE_NAME)) is None:
+        return ()
+    with open_linked(storage, join(folder, SINGLE_NAME), anywhere=True) as handle:
+        return read_header(handle).tensors.keys()
 
 
 def _refuse_adapter(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
@@ -181,15 +204,41 @@ def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> b
     return any(key.startswith(nest) for key in inner) or any(key in OUTPUTS for key in inner)
 
 
+def tied_pair(keys: Collection[str]) -> tuple[str, str] | None:
+    """The names of embedding and output projection, which a model may tie to each other, if it has one of each."""
+    outputs = [key for key in OUTPUTS if key in keys]
+    embeddings = [key for key in keys if key.endswith(EMBEDDINGS)]
+    return (embeddings[0], outputs[0]) if len(outputs) == len(embeddings) == 1 else None
+
+
+def repeated_in(tensors: Readable, known: Collection[str]) -> dict[str, str]:
+    """The tied tensors that are not ``known`` by their names: for each the known one that it is, to the last bit.
+
+    A module's state has a tied tensor under all its names, its files under one. Only tensors with a row for each word
+    count: others may be equal by chance, as zeros are.
+    """
+    found = tensors.tensors
+    words = {info.shape[0] for key, info in found.items() if key.endswith(_VOCABULARIES) and info.shape}
+    copies = [key for key, info in found.items() if key not in known and info.shape[:1] and info.shape[0] in words]
+    if len(copies) > _MAX_REPEATED:
+        return {}
+    repeated = {}
+    for key in copies:
+        alike = (other for other, info in found.items() if other in known and info == found[key])
+        original = next((other for other in alike if difference(tensors, other, key) is None), None)
+        if original is not None:
+            repeated[key] = original
+    return repeated
+
+
 def _without_tied(
     weights: Weights, names: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[str]]:
     """The names without an output projection that the config ties to the embedding."""
-    outputs = [key for key in names if key in OUTPUTS]
-    embeddings = [key for key in names if key.endswith(EMBEDDINGS)]
-    if config.get("tie_word_embeddings") is not True or len(outputs) != 1 or len(embeddings) != 1:
+    pair = tied_pair(names)
+    if config.get("tie_word_embeddings") is not True or pair is None:
         return dict(names), []
-    output, embedding = outputs[0], embeddings[0]
+    embedding, output = pair
     found = difference(weights.source, names[embedding], names[output])
     if found is not None:
         raise ConversionError(

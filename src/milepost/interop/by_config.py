@@ -86,10 +86,10 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
         if asked is None:
             return None
         family, recorded = asked, None
-    source = _checked(family, weights.config, f"{path}/{CONFIG_NAME}")
-    stored = _checked(family, recorded.get("config") if recorded is not None else None, path)
+    source = describe(family, weights.config, f"{path}/{CONFIG_NAME}")
+    stored = describe(family, recorded.get("config") if recorded is not None else None, path)
     assets = os.fspath(options.hf_assets)
-    lent = _checked(family, read_config(assets) if assets else None, f"{assets}/{CONFIG_NAME}")
+    lent = describe(family, read_config(assets) if assets else None, f"{assets}/{CONFIG_NAME}")
     found = lent or source or stored
     if found is None:
         raise ConfigError(
@@ -100,14 +100,14 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
     for other in (source, stored):
         if other is not None and (differences := _differences(found.sizes, other.sizes)):
             raise ConversionError(
-                f"{assets}/{CONFIG_NAME}describes another model than {path}: {', '.join(differences)}",
+                f"{assets}/{CONFIG_NAME} describes another model than {path}: {', '.join(differences)}",
                 path=path,
                 problems=differences,
             )
     return found
 
 
-def _checked(family: ConfigFamily, config: Any, path: str) -> Described | None:
+def describe(family: ConfigFamily, config: Any, path: str) -> Described | None:
     """Read a config; None if there is none. Raises ConversionError if it is of another family, or lacks sizes."""
     if not isinstance(config, Mapping):
         return None

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from milepost.config import part_of
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StorageError
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, StorageError
 from milepost.format.box import Box, cut_into_slabs
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.torch_file import Inert
+from milepost.interop.options import HUB
 from milepost.interop.weights.boxes import Array, Readable, Source, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.open import manifest_source, open_weights
 from milepost.interop.weights.stream import SLAB_NBYTES
@@ -209,27 +210,27 @@ def diff(
     keys: Sequence[str] = (),
     model: str | None = None,
     flavor: str | None = None,
+    hf_assets: str | os.PathLike[str] = "",
     progress: Progress | None = None,
 ) -> DiffReport:
     """Compare what is stored at two paths; ``values`` compares every element.
 
     With ``trust_digests`` the elements of tensors whose stored bytes have the same CRC-32s on both sides are not read.
-    Only keys that match one of the globs ``keys`` are looked at, if there are any. Given ``model`` and ``flavor``, only
-    the models are compared, by Milepost's names for their parameters.
+    Only keys that match one of the globs ``keys`` are looked at, if there are any. Given a ``model``, only the models
+    are compared, by Milepost's names for their parameters, or for ``hf`` by those of transformers without what wrappers
+    have put into them. Its sizes come from ``flavor``, from the config in ``hf_assets``, or from one of the two.
 
     Raises:
         CheckpointNotFoundError, CheckpointDamagedError: a path holds nothing, or nothing that can be read.
         ConversionError: a side is not the model given, or stored in a form that can't be read in parts.
-        ConfigError: only one of ``model`` and ``flavor`` is given.
+        ConfigError: there is no such model, or nothing tells its sizes.
     """
-    if (model is None) != (flavor is None):
-        raise ConfigError("--model and --flavor need each other: give both, or neither to compare keys as stored")
+    paths = os.fspath(path_a), os.fspath(path_b)
     with ExitStack() as stack, _changes_told(path_a, path_b):
-        sides = []
-        for path in (path_a, path_b):
-            side = _open(os.fspath(path), with_values=values or model is not None, stack=stack)
-            side = _by_our_names(side, model, flavor) if model is not None and flavor is not None else side
-            sides.append(side)
+        if model is None and flavor is None and not hf_assets:
+            sides = [_open(path, with_values=values, stack=stack) for path in paths]
+        else:
+            sides = _models(paths, model, flavor, hf_assets, stack)
         if keys:
             chosen = set(matching_keys(sorted(sides[0].keys | sides[1].keys), keys, f"{path_a} and {path_b}"))
             sides = [side.only(chosen) for side in sides]
@@ -305,28 +306,23 @@ def _metadata_side(path: str, manifest: Manifest) -> _Side:
     return _Side(path, tensors, {key: entry.crc32 for key, entry in manifest.objects.items()}, crcs)
 
 
-def _by_our_names(side: _Side, model: str, flavor: str) -> _Side:
-    """The model alone, as Milepost names it."""
+def _models(
+    paths: Sequence[str], model: str | None, flavor: str | None, assets: str | os.PathLike[str], stack: ExitStack
+) -> list[_Side]:
+    """The models alone, by common names, and not quantized."""
+    opened = []
+    for path in paths:
+        weights = open_weights(path)
+        stack.callback(weights.source.close)
+        opened.append(weights)
     # Tables of names, which a comparison under the names that are there can do without.
-    from milepost.interop.names.assembled import Assembled
-    from milepost.interop.names.families import family_of
-    from milepost.interop.names.match import match
-    from milepost.interop.names.model_sizes import model_args
+    from milepost.interop.common_names import by_names_of_hub, by_our_names
 
-    assert side.readable is not None
-    args = model_args(model, flavor)
-    found = match(_ModelOnly(side.readable), family_of(model, args), args, side.path)
-    ours = Assembled(found.tensors, found.found.into_ours())
-    return _Side(side.path, ours.tensors, readable=ours, source=side.source)
-
-
-class _ModelOnly:
-    """The tensors of a training checkpoint that are the model's."""
-
-    def __init__(self, base: Readable):
-        self.tensors = {key: info for key, info in base.tensors.items() if part_of(key) == "model"}
-        self.read_into = base.read_into
-        self.unit_rows = base.unit_rows
+    if model == HUB and flavor is None:
+        views = by_names_of_hub(opened)
+    else:
+        views = by_our_names(opened, model, flavor, assets)
+    return [_Side(one.path, one.tensors.tensors, readable=one.tensors, source=one.source) for one in views]
 
 
 def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress: Progress | None) -> DiffReport:

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 
 from milepost.config import NUM_IO_THREADS, PARTS, part_of
-from milepost.errors import ConfigError
 from milepost.format.box import Box
 from milepost.format.columns import Ints, table_of
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import BLOCK_NBYTES, DIGESTS_NAME, Manifest
-from milepost.interop.names.families import family_of
-from milepost.interop.names.identity import ModelIdentity
-from milepost.interop.names.model_sizes import ModelArgs, model_args
+from milepost.interop.names.match import with_stored_vocabulary
+from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import OWN, correspond, key_faults
 from milepost.interop.names.translate import translate
+from milepost.interop.options import HUB
+from milepost.interop.tabled import Tabled, model_as_asked, recorded_model
 from milepost.loading.names import longest_prefix
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
@@ -99,39 +99,38 @@ def plan_resume(
     model: str | None = None,
     flavor: str | None = None,
     sizes: ModelArgs | None = None,
+    hf_assets: str = "",
     policy: Policy | None = None,
     excluded: Collection[str] = (),
 ) -> ResumePlan:
     """Plan a resume of ``manifest`` under ``degrees``.
 
-    With ``model`` and ``flavor`` (or ``sizes``), or those that the step records, the stored keys and shapes are held
-    against the model's, under whatever names a load would find them; without, against each other: every layer must
-    have what any layer has, and every parameter the optimizer state that any has. What ``policy`` lets pass is noted.
-    ``excluded`` parts are not loaded.
+    With ``model`` and ``flavor`` (or ``sizes``, or the config in ``hf_assets``), or those that the step records, the
+    stored keys and shapes are held against the model's, under whatever names a load would find them; without, and for
+    ``hf``, against each other: every layer must have what any layer has, and every parameter the optimizer state that
+    any has. What ``policy`` lets pass is noted. ``excluded`` parts are not loaded.
 
     Raises:
-        ConfigError: only one of ``model`` and ``flavor`` is given, or there is no such model.
+        ConfigError: there is no such model, or nothing tells its sizes.
+        ConversionError: a config is of another model, or it lacks sizes.
     """
-    if (model is None) != (flavor is None and sizes is None):
-        raise ConfigError("--model and --flavor need each other")
-    args = model_args(model, flavor) if model is not None and flavor is not None else sizes
-    recorded = ModelIdentity.recorded(manifest.extra)
-    if args is None and recorded is not None:
-        model, args = recorded.name, recorded.sizes
-    translation = translate(manifest, model, args) if model is not None and args is not None else None
+    known = _model(manifest, model, flavor, sizes, hf_assets)
+    translation = None
+    if known is not None and known.args is not None:
+        translation = translate(manifest, known.name, known.args)
     notes: list[str] = []
     if translation is not None:
         manifest = translation.manifest
         notes += translation.notes
     manifest = _without(manifest, excluded)
-    faults = _Faults(manifest, model or "", args, excluded)
+    faults = _Faults(manifest, known, excluded)
     same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
     if not same_degrees and any(key.startswith("rng.") for key in manifest.tensors):
         notes.append("other degrees than the saved ones: random generators are reseeded from rank 0's")
     left_out = [key for key in (*manifest.tensors, *manifest.objects) if _is_left_out(key, same_degrees)]
     planner = _Planner(manifest, degrees, stages_per_rank, same_degrees=same_degrees)
-    if args is not None:
-        refused = degree_problems(args, degrees, stages_per_rank=stages_per_rank)
+    if known is not None:
+        refused = degree_problems(known.sizes, degrees, stages_per_rank=stages_per_rank)
     else:
         refused = stage_problems(planner.num_layers, degrees, stages_per_rank=stages_per_rank)
     if any(key.startswith(_LOADER_OF_TORCHTITAN) for key in manifest.objects):
@@ -150,6 +149,20 @@ def plan_resume(
         left_out=tuple(sorted(left_out)),
         notes=tuple(notes),
     )
+
+
+def _model(
+    manifest: Manifest, model: str | None, flavor: str | None, sizes: ModelArgs | None, hf_assets: str
+) -> Tabled | None:
+    """The model that the keys are held against; None for one without tables."""
+    if model is not None and sizes is not None:
+        return Tabled.of_ours(model, sizes)
+    if model == HUB and flavor is None:
+        return None
+    recorded = recorded_model(manifest.extra, None, "the step")
+    if model is None and flavor is None and sizes is None and not hf_assets:
+        return recorded
+    return model_as_asked(model, flavor, hf_assets, (recorded,))
 
 
 def _without(manifest: Manifest, excluded: Collection[str]) -> Manifest:
@@ -292,7 +305,7 @@ def parameter_of(key: str) -> str | None:
 class _Faults:
     """The keys that the checkpoint lacks, and those that are unexpected."""
 
-    def __init__(self, manifest: Manifest, model: str, args: ModelArgs | None, excluded: Collection[str]):
+    def __init__(self, manifest: Manifest, model: Tabled | None, excluded: Collection[str]):
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
@@ -304,19 +317,20 @@ class _Faults:
                 self.missing.append(f"{part}.*" if part != "model" else "the model")
         if "model" in excluded:
             return
-        if args is None:
+        if model is None:
             self._compare_layers(shapes)
         else:
-            self._compare_with_model(shapes, model, args)
+            self._compare_with_model(shapes, model)
         if "optimizer" in stored_parts:
             self._compare_optimizer(manifest, shapes)
 
-    def _compare_with_model(self, shapes: Mapping[str, tuple[int, ...]], model: str, args: ModelArgs) -> None:
-        embedding = shapes.get("tok_embeddings.weight")
-        if embedding is not None and len(embedding) == 2:
-            args = replace(args, vocab_size=embedding[0])  # the tokenizer's, not the flavor's
-        family = family_of(model, args)
-        faults = key_faults(correspond(family, family.scheme(OWN), args), shapes)
+    def _compare_with_model(self, shapes: Mapping[str, tuple[int, ...]], model: Tabled) -> None:
+        """Hold the keys against those of the model: of one that is not trained here, by the names that fit best."""
+        found = []
+        for scheme in model.tables.schemes if model.args is None else (model.tables.scheme(OWN),):
+            sizes = with_stored_vocabulary(scheme, model.sizes, shapes)  # the tokenizer's, not the flavor's
+            found.append(key_faults(correspond(model.tables, scheme, sizes), shapes))
+        faults = min(found, key=len)
         self.missing += faults.missing
         self.unexpected += faults.unexpected
         self.misshapen += faults.misshapen

@@ -11,8 +11,7 @@ In reading order::
     comparison      what ranks have in common, compared, and the attempt begun
     nodes           which ranks share a folder, where each node has its own
     replicas        what several ranks hold under one key is the same on all of them, or is stored for each
-    arena           the memory that background saves are staged in
-    stage           how tensors become the bytes of this rank's file
+    stage           the arena, and how tensors become the bytes of this rank's file
     samples         some elements of each, by which changes are noticed that torch does not count
     writer          one rank's file, digested on the way to the storage (torch-free)
     frozen          the file of frozen tensors, shared with the step before (torch-free)

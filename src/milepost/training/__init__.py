@@ -9,7 +9,6 @@ In reading order::
     schedule        when a save is due by steps or time: pure
     signals         requests to save and to stop, by signal or file
     save_request    what each save holds
-    staging_memory  how much memory saves are staged in, before the first is planned
     pending         a save in progress
     history         what each save descends from
     metrics         values that a loop measures and a save records

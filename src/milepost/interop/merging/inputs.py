@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from milepost.errors import ConversionError, listed
 from milepost.format.dtype import numpy_dtype
 from milepost.interop.as_stored import bare_names
-from milepost.interop.hf.identity import recorded_identity
+from milepost.interop.common_names import models_told, tied_alike, translated
 from milepost.interop.merging.merged import is_floating
 from milepost.interop.names.adapter_keys import first_of_adapter
-from milepost.interop.names.assembled import Assembled
-from milepost.interop.names.families import family_of
-from milepost.interop.names.identity import ModelIdentity
-from milepost.interop.names.match import match
 from milepost.interop.weights.boxes import Readable, Renamed, TensorInfo
-from milepost.interop.weights.dequantized import method_of
+from milepost.interop.weights.dequantized import method_of, plain_weights
 from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 
 
@@ -35,29 +31,31 @@ class Input:
         return self.weights.source.path
 
 
-def open_inputs(paths: Sequence[str], stack: ExitStack) -> list[Input]:
+def open_inputs(paths: Sequence[str], stack: ExitStack, dtype: str | None) -> list[Input]:
     """Open all ``paths``, to be closed with ``stack``, and see that they hold the same model.
 
-    Wrappers in names aside. A source that says which model it is may have another program's names.
+    Wrappers in names aside. A source that says which model it is may have another program's names. Weights in fp8 and
+    MXFP4 are dequantized, to ``dtype``, or bfloat16.
 
     Raises:
         ConversionError: they do not hold the same tensors, or some that can't be merged; all faults of all sources.
         CheckpointNotFoundError, CheckpointDamagedError: one can't be opened.
     """
-    opened = []
+    opened, faults = [], []
     for path in paths:
         refuse_one_of_several(path)
         weights = open_weights(path)
         stack.callback(weights.source.close)
-        opened.append(weights)
+        try:
+            opened.append(weights if weights.is_adapter else plain_weights(weights, dtype))
+        except ConversionError as error:
+            faults.append(error.message)
+            opened.append(weights)
     first = Input(opened[0], Renamed(opened[0].source, bare_names(opened[0])))
     found = [first, *(_by_names_of(first, weights) for weights in opened[1:])]
-    faults = [f"{one.path}: {fault}" for one in found for fault in _own_faults(one)]
-    counts = []
+    faults += [f"{one.path}: {fault}" for one in found for fault in _own_faults(one)]
     for other in found[1:]:
-        differences = list(_differences(first.tensors, other.tensors))
-        faults += [f"{other.path}: {line}" for line in listed(differences)]
-        counts += [f"{other.path}: {len(differences)}"] if differences else []
+        faults += [f"{other.path}: {line}" for line in listed(list(_differences(first.tensors, other.tensors)))]
     if faults:
         raise ConversionError(
             f"these sources can't be merged, nothing was written. They must hold the same tensors as {first.path}:\n  "
@@ -70,30 +68,17 @@ def open_inputs(paths: Sequence[str], stack: ExitStack) -> list[Input]:
 
 def _by_names_of(first: Input, weights: Weights) -> Input:
     """A source by the names of the first: its own, or those that a table translates; faults are found later."""
-    bare = Renamed(weights.source, bare_names(weights))
+    stored = Renamed(weights.source, bare_names(weights))
+    bare = tied_alike(stored, first.tensors)
     if bare.tensors.keys() == first.tensors.tensors.keys():
-        return Input(weights, bare)
-    for identity in (recorded_identity(first.weights), recorded_identity(weights)):
-        translated = _translated(first, bare, identity) if identity is not None else None
-        if translated is not None:
-            note = f"{weights.source.path}has other names than {first.path}: both are {identity}, and were matched"
-            return Input(weights, translated, (note,))
-    return Input(weights, bare)
-
-
-def _translated(first: Input, tensors: Readable, identity: ModelIdentity) -> Readable | None:
-    """``tensors`` by the names, and in the order of rows, that the first source has; None if a table does not fit."""
-    family = family_of(identity.name, identity.sizes)
-    try:
-        here = match(first.tensors, family, identity.sizes, first.path)
-        there = match(tensors, family, identity.sizes, "")
-    except ConversionError:
-        return None
-    recipes = here.found.into_theirs()
-    wanted = {key: recipe for key, recipe in recipes.items() if key in first.tensors.tensors}
-    if here.args != there.args or wanted.keys() != first.tensors.tensors.keys():
-        return None
-    return Assembled(Assembled(there.tensors, there.found.into_ours()), wanted)
+        changed = sorted(bare.tensors.keys() ^ stored.tensors.keys())
+        return Input(weights, bare, tuple(f"{key} is tied in {weights.source.path}" for key in changed))
+    found = translated(stored, first.tensors, list(models_told((first.weights, weights))))
+    if found is None:
+        return Input(weights, stored)
+    tensors, known = found
+    note = f"{weights.source.path} has other names than {first.path}: both are {known}, and were matched"
+    return Input(weights, tensors, (note,))
 
 
 def _own_faults(one: Input) -> Iterator[str]:
@@ -103,7 +88,7 @@ def _own_faults(one: Input) -> Iterator[str]:
     elif one.weights.source.kind != "hf" and (key := first_of_adapter(one.weights.source.tensors)) is not None:
         yield f"a PEFT adapter in it ({key}): its matrices are no sum; `milepost export --merge-adapter` each first"
     elif method_of(one.weights.source, one.weights.config) is not None:
-        yield "quantized weights, which can't be averaged: dequantize them first"
+        return  # said when they could not be dequantized
     elif not one.tensors.tensors:
         yield "no model tensors"
     else:

@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
-from milepost.errors import listed
+from milepost.errors import ConfigError, listed
 from milepost.interop.hf.extras import lent_extras
 from milepost.interop.hf.identity import recorded_identity
+from milepost.interop.hf.kept import ARCHITECTURE
 from milepost.interop.merging.inputs import Input, open_inputs
 from milepost.interop.merging.measure import arcs, num_elements, thresholds
 from milepost.interop.merging.merged import Merged, is_floating
@@ -24,12 +26,16 @@ from milepost.interop.merging.options import DEFAULT_DECAY, DEFAULT_DENSITY, WIT
 from milepost.interop.names.identity import RECORD
 from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.weights.boxes import Readable, total_nbytes
+from milepost.interop.weights.dequantized import without_quantization
 from milepost.interop.weights.noted import Noted, compare_with_noted
+from milepost.interop.weights.open import Weights
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 
 RECORD_OF_MERGE = "merge"
 """Name of the record in a manifest's ``extra``: method, sources and weights."""
 FILE_SUFFIXES = (".pt", ".pth")
+_OF_OTHERS = (".safetensors", ".bin", ".ckpt")
+"""Names of files that are not written: a folder of such a name would not be what was asked for."""
 
 
 def merge(
@@ -54,7 +60,7 @@ def merge(
     options.check(len(sources))
     paths = [*([options.base] if options.method in WITH_BASE else []), *(os.fspath(path) for path in sources)]
     with ExitStack() as stack:
-        inputs = open_inputs(paths, stack)
+        inputs = open_inputs(paths, stack, options.dtype)
         weights = _weights(options, len(sources))
         sink = _sink(dst, inputs, options, weights)
         with sink.writing():
@@ -114,14 +120,26 @@ def _sink(
 ) -> Sink:
     """Create the sink that fits the first input, its model and files."""
     first = inputs[0].weights
+    if os.fspath(dst).endswith(_OF_OTHERS):
+        raise ConfigError(f"--to {dst}: a merge writes a folder or a file that ends in {' or '.join(FILE_SUFFIXES)}")
     if os.fspath(dst).endswith(FILE_SUFFIXES):
         return TorchFileSink(dst)
     if first.source.kind == "hf" and first.config is not None:
         extras = lent_extras(first.source.path, options.dtype, options.max_shard_nbytes, lends_index=True)
-        return HfSink(dst, replace(extras, weight_map={}) if options.max_shard_nbytes is not None else extras)
-    identity = recorded_identity(first)
+        if options.max_shard_nbytes is not None or not all(key in extras.weight_map for key in first.source.tensors):
+            extras = replace(extras, weight_map={})  # or it is the index of quantized files
+        return HfSink(dst, replace(extras, config=without_quantization(extras.config)))
     said = {"method": options.method, "weights": list(weights), "sources": [one.path for one in inputs]}
-    return DcpSink(dst, {RECORD_OF_MERGE: said} | ({RECORD: identity.record()} if identity is not None else {}))
+    return DcpSink(dst, {RECORD_OF_MERGE: said} | _record_of(first))
+
+
+def _record_of(first: Weights) -> dict[str, Any]:
+    """What the first source says of its model, for a manifest."""
+    identity = recorded_identity(first)
+    if identity is not None or first.manifest is None:
+        return {RECORD: identity.record()} if identity is not None else {}
+    extra = first.manifest.extra
+    return {name: extra[name] for name in (RECORD, ARCHITECTURE) if name in extra}
 
 
 def _kind(sink: Sink) -> str:

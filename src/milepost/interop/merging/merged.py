@@ -73,10 +73,11 @@ class Merged:
             return
         dtype = wide_dtype(key, self._inputs)
         for part in cut_box(key, box, self._inputs):
-            values = self._method.values(
-                key,
-                lambda number, part=part: read_box(self._inputs, number, key, part, dtype),  # type: ignore[misc]
-            )
+            with np.errstate(over="ignore", invalid="ignore"):  # it is told below
+                values = self._method.values(
+                    key,
+                    lambda number, part=part: read_box(self._inputs, number, key, part, dtype),  # type: ignore[misc]
+                )
             target = out[part.relative_to(box).index()]
             cast_into(target, values)
             if not np.isfinite(target).all():

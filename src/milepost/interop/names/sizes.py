@@ -9,6 +9,13 @@ from typing import TypeVar
 from milepost.interop.names.model_sizes import ModelArgs
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The sizes of a mixture of experts that its spreading over ranks depends on."""
+
+    num_experts: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Sizes of one model by the names that tables call them, and which of its parameters there are."""
@@ -24,6 +31,11 @@ class Sizes:
     """Kind of layer: numbers of the layers of this kind, in models whose layers differ."""
     features: frozenset[str] = frozenset()
     """What only some models of a family have."""
+
+    @property
+    def moe(self) -> Experts | None:
+        """The experts of a layer; None without any."""
+        return Experts(self.named["experts"]) if "experts" in self.named else None
 
     def layers(self, kind: str) -> Sequence[int]:
         """The numbers of the layers of ``kind``; all of them for an empty one."""

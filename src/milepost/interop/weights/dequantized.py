@@ -296,7 +296,7 @@ def _find_mxfp4(source: Source, dtype: str, faults: list[str]) -> dict[str, _Mxf
         scales = source.tensors.get(_scales_of(key))
         fits = info.dtype == "uint8" and len(info.shape) >= 3 and info.shape[-1] == _MX_NBYTES
         if scales is None:
-            faults.append(f"{key}is present without {_scales_of(key)}")
+            faults.append(f"{key} is present without {_scales_of(key)}")
         elif not fits or scales != TensorInfo("uint8", info.shape[:-1]):
             faults.append(
                 f"{key} is {info.dtype} {list(info.shape)} with {scales.dtype} {list(scales.shape)} of scales: "
@@ -307,7 +307,7 @@ def _find_mxfp4(source: Source, dtype: str, faults: list[str]) -> dict[str, _Mxf
             shape = (*lead, num_blocks * _MX_VALUES, outputs)
             found[key.removesuffix(_BLOCKS)] = _Mxfp4(key, _scales_of(key), TensorInfo(dtype, shape))
     faults += [
-        f"{key}is present without {key.removesuffix(_SCALES)}{_BLOCKS}"
+        f"{key} is present without {key.removesuffix(_SCALES)}{_BLOCKS}"
         for key in source.tensors
         if key.endswith(_SCALES) and key.removesuffix(_SCALES) + _BLOCKS not in source.tensors
     ]
