@@ -1,4 +1,4 @@
-"""``python -m milepost``: the command line, where its script is not on the path."""
+"""``python -m milepost``: run the command line without its script on the path."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``CheckpointConfig``: every option of checkpointing, with torchtitan's names, defaults and meanings.
 
-The spellings that torchtitan's documentation uses (``load_step = -1``, both ``data_loader`` and ``dataloader``) are
-kept here, at the border, and nowhere below.
+The spellings of torchtitan's documentation (``load_step = -1``, both ``data_loader`` and ``dataloader``) are accepted
+here only; the layers below do not see them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ReadMode = Literal["auto", "own", "shared"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 NUM_IO_THREADS = 2
-"""Threads of each rank that copy, write and read the files of a checkpoint, unless told otherwise."""
+"""Default number of threads per rank that copy, write and read checkpoint files."""
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng", "attached")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
 
 
 def part_of(key: str) -> str:
-    """The part that a key of a checkpoint belongs to; ``model`` for all that has no part's prefix."""
+    """Return the part to which a key of a checkpoint belongs; ``model`` for a key without a part's prefix."""
     head = key.split(".", 1)[0]
     return head if head in PARTS[1:] else "model"
 
@@ -44,7 +44,7 @@ class CheckpointConfig:
     """
 
     enable: bool = True
-    """Whether to save and resume. A manager with ``enable = False`` does neither. The trainer's is off by default."""
+    """Save and resume; a manager with ``enable = False`` does neither. In the trainer it is off by default."""
     folder: str = "checkpoint"
     """Folder of the checkpoints, below the run's dump folder."""
     interval: int | Literal["auto"] = 500
@@ -66,18 +66,18 @@ class CheckpointConfig:
     """The save at the last step is written as Hugging Face safetensors."""
     only_trainable: bool = False
     """Save only the model's trainable parameters (``requires_grad``) and its buffers, as with adapters. A resume takes
-    the rest from ``initial_load_path``, or leaves it as initialized; other weights than those that were there when the
-    step was saved are refused."""
+    the rest from ``initial_load_path``, or leaves it as initialized; it refuses weights that differ from those present
+    when the step was saved."""
     hf_interval: int = 0
     """Every N steps also write the model as Hugging Face files, in ``hf/step-<N>`` below ``folder``, while training
     continues: for evaluation and serving. Needs host memory for another copy of the model; 0 disables."""
     hf_keep_latest_k: int = 10
-    """As ``keep_latest_k``, for the folders of ``hf_interval``."""
+    """Like ``keep_latest_k``, for the folders of ``hf_interval``."""
     hf_keep_every_n_steps: int = 0
-    """As ``keep_every_n_steps``, for the folders of ``hf_interval``."""
+    """Like ``keep_every_n_steps``, for the folders of ``hf_interval``."""
     export_dtype: ExportDtype | None = None
-    """Cast the model in a model-only last save, and in those of ``hf_interval``, to this dtype. Unset: every tensor
-    keeps the dtype it has."""
+    """Cast the model to this dtype in a model-only last save and in those of ``hf_interval``. Unset: every tensor keeps
+    its dtype."""
     async_mode: AsyncMode = "disabled"
     """``disabled``: training waits for the write. ``async``: a thread writes. ``async_with_pinned_mem``: a process."""
     on_save_error: Literal["stop", "warn"] = "stop"
@@ -92,17 +92,18 @@ class CheckpointConfig:
     num_io_threads: int = NUM_IO_THREADS
     """Threads of each rank that copy, write and read the files of a checkpoint."""
     page_cache: Literal["auto", "keep", "drop", "direct"] = "auto"
-    """What happens to written files in the operating system's page cache: ``keep`` them, so that a resume on the same
-    machine reads memory; ``drop`` each part once the disk has it; ``direct`` writes past the cache (O_DIRECT). ``auto``
+    """Treatment of written files in the operating system's page cache: ``keep`` them, so that a resume on the same
+    machine reads from memory; ``drop`` each part once it is on disk; ``direct`` bypasses the cache (O_DIRECT). ``auto``
     keeps files smaller than half of the free memory, and drops larger ones."""
     full_every: int = 0
     """Tensors without gradient that have not changed since the previous step are not written again: both steps share a
     file (by a hard link). Rewrite them at every N-th save, so that one damaged file can't damage every step; 1: at
     each save, 0: only when they have changed."""
     read: ReadMode = "auto"
-    """Which rank reads data that several ranks want, such as replicas. ``own``: each rank for itself; ``shared``: one
-    rank, which hands it on through the process group. ``auto``: where that would spare much, ranks measure with a few
-    blocks what is faster; else ``shared`` from an object store or a network file system, ``own`` from a disk."""
+    """Choice of the rank that reads data needed by several ranks, such as replicas. ``own``: each rank reads for
+    itself; ``shared``: one rank reads and distributes through the process group. ``auto``: where sharing would save
+    much, ranks measure with a few blocks which is faster; else ``shared`` from an object store or a network file
+    system, ``own`` from a disk."""
     keep_latest_k: int = 10
     """Keep the N newest committed steps; 0 keeps all."""
     keep_every_n_steps: int = 0
@@ -112,30 +113,30 @@ class CheckpointConfig:
     metric: str = ""
     """The metric that ``keep_best_k`` compares, one of those recorded by ``save(step, metrics=...)``."""
     mode: Literal["min", "max"] = "min"
-    """Whether the lowest or the highest value of ``metric`` is best."""
+    """Which value of ``metric`` is best, the lowest or the highest."""
     remote_folder: str = ""
     """A second folder behind ``folder``, a path or the URL of a store: committed steps are copied there during
     training, and a run resumes from the newest step of either. Empty: none."""
     folder_per_node: bool = False
-    """``folder`` is on each node's own disk or memory: a node keeps what its ranks hold, and a step counts there once
-    all nodes have their part. Needs ``remote_folder``, where steps are complete and any number of ranks can resume."""
+    """``folder`` is on each node's local disk or memory: a node keeps its ranks' shards, and a step counts once all
+    nodes have their part. Needs ``remote_folder``, where steps are complete and any number of ranks can resume."""
     remote_every_n_steps: int = 0
     """Copy only steps that are multiples of N, and the last one; 0: every step, or the newest where copying is slower
     than saving."""
     remote_keep_latest_k: int = 10
-    """As ``keep_latest_k``, for ``remote_folder``."""
+    """Like ``keep_latest_k``, for ``remote_folder``."""
     remote_keep_every_n_steps: int = 0
-    """As ``keep_every_n_steps``, for ``remote_folder``."""
+    """Like ``keep_every_n_steps``, for ``remote_folder``."""
     load_step: int = -1
-    """Start from this step; -1 means the end of the branch that was written last. Once steps have been saved that
-    descend from it, the same command resumes from these."""
+    """Start from this step; -1 means the end of the branch that was written last. Once steps that descend from it have
+    been saved, the same command resumes from the newest of them."""
     restart_branch: bool = False
-    """Start from ``load_step`` once more, although steps have been saved that descend from it: another branch."""
+    """Start from ``load_step`` again, on a new branch, although steps that descend from it have been saved."""
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """What to leave as initialized: parts (model, optimizer, lr_scheduler, dataloader, train_state, states, rng,
-    attached), or globs of keys, such as ``head.*``."""
+    """Parts or keys to leave as initialized: parts (model, optimizer, lr_scheduler, dataloader, train_state, states,
+    rng, attached), or globs of keys, such as ``head.*``."""
     allow_missing: tuple[str, ...] = field(default=())
-    """Globs of keys of this run that the checkpoint may lack: they stay as initialized. All others must be there."""
+    """Globs of keys of this run that the checkpoint may lack: they stay as initialized. All others are required."""
     allow_unexpected: tuple[str, ...] = field(default=())
     """Globs of keys of the checkpoint that this run may not have: they are ignored. Others are refused."""
     enable_first_step_checkpoint: bool = False
@@ -154,7 +155,7 @@ class CheckpointConfig:
             raise ConfigError(problems)
 
     def _settle_types(self) -> list[str]:
-        """Convert every field to its type; an invalid one gets its default, for the other checks, and a problem."""
+        """Convert every field to its type; an invalid one is reported and gets its default for the other checks."""
         problems = []
         for option in fields(self):
             value = getattr(self, option.name)
@@ -244,11 +245,12 @@ class CheckpointConfig:
         return found
 
 
-_HINTS = typing.get_type_hints(CheckpointConfig)  # not where a stranger's file is read: it compiles the annotations
+# At import, not when an untrusted file is read: it compiles the annotations.
+_HINTS = typing.get_type_hints(CheckpointConfig)
 
 
 def is_pattern(name: str) -> bool:
-    """Return whether a name stands for keys, not for a part: it has a dot or a wildcard."""
+    """Return True if a name selects keys, not a part: it has a dot or a wildcard."""
     return any(sign in name for sign in ".*?[")
 
 
@@ -256,7 +258,7 @@ def settle(value: object, hint: Any) -> Any:
     """Convert ``value`` to the type ``hint``: integers and paths of any kind, lists to tuples.
 
     Raises:
-        ValueError: it is of another type; the text says what is expected.
+        ValueError: it has another type; the message names the expected one.
     """
     words = [choice for choice in _choices(hint) if isinstance(choice, str)]
     kinds = [choice for choice in _choices(hint) if not isinstance(choice, str)]
@@ -278,7 +280,7 @@ def settle(value: object, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """The types that a value may have, and the words of a Literal."""
+    """Return the types that a value may have, and the choices of a Literal."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return list(typing.get_args(hint))

@@ -1,4 +1,4 @@
-"""The order of samples: one global order, whatever the number of ranks that read it.
+"""The order of samples: one global order, independent of the number of ranks that read it.
 
 Samples are counted globally from 0. The order is a pure function of (count, seed), so that the state of the data is
 the number of samples consumed, and a run continues at another data-parallel degree without missing or repeating one.
@@ -23,7 +23,7 @@ _FEISTEL_ROUNDS = 6
 
 
 class SampleOrder:
-    """A permutation of ``num_samples`` samples for every epoch, without a table of it.
+    """A permutation of ``num_samples`` samples for every epoch, computed without a table.
 
     A balanced Feistel network permutes the numbers of an even count of bits; those that fall outside the range are
     sent through it again until they don't (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Unlike
@@ -38,7 +38,7 @@ class SampleOrder:
         self._half_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
 
     def samples(self, counts: Indices) -> Indices:
-        """The samples that come at these global counts."""
+        """Return the samples at these global positions."""
         epochs, positions = counts // np.uint64(self.num_samples), counts % np.uint64(self.num_samples)
         keys = _mix(_mix(np.full_like(epochs, self.seed % 2**64)) + epochs)
         result = self._permute_bits(positions, keys)
@@ -67,10 +67,10 @@ def _mix(x: Indices) -> Indices:
 class ResumableSampler:
     """A batch sampler that resumes exactly once each sample, on any number of ranks.
 
-    Epoch after epoch, each in an order of its own, it yields this rank's batches of indices without end. Its state is
-    the count of samples that all ranks together have consumed, so it is the same on every rank and fits any other
-    number of ranks or batch size. What a loader's workers have fetched ahead is not consumed: only :meth:`batches`
-    counts, as it hands a batch out.
+    It yields this rank's batches of indices without end, each epoch in a different order. Its state is the count of
+    samples that all ranks together have consumed, so it is the same on every rank and fits any other number of ranks or
+    batch size. Samples prefetched by a loader's workers are not consumed: :meth:`batches` counts a batch when it yields
+    it.
 
     Example::
 
@@ -82,9 +82,9 @@ class ResumableSampler:
             ...
 
     Args:
-        num_samples: of the data set.
-        batch_size: samples of one batch of one rank.
-        seed: of the order; a resumed run must give the same.
+        num_samples: size of the data set.
+        batch_size: samples in one batch of one rank.
+        seed: seed of the order; a resumed run must give the same.
         rank, world_size: which of how many ranks that read different samples; by default those of the default process
             group. Ranks that share samples (tensor, pipeline, context parallelism) give the same ``rank``.
 
@@ -118,13 +118,13 @@ class ResumableSampler:
             raise ConfigError([f"ResumableSampler: {problem}" for problem in problems])
         self.order = SampleOrder(int(num_samples), int(seed))
         self.samples_consumed = 0
-        """By all ranks together, since the beginning of the first epoch."""
+        """Samples consumed by all ranks together since the beginning of the first epoch."""
         self._turn = 0  # of the iterator that counts, and one more after a load
         self._drawn_at: int | None = None  # the samples consumed when a loader drew, and nothing was to count
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of one batch over all ranks."""
+        """Samples in one batch over all ranks."""
         return self.batch_size * self.world_size
 
     @property
@@ -133,7 +133,7 @@ class ResumableSampler:
         return self.samples_consumed // self.order.num_samples
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This rank's batches of indices from the samples consumed on, without end. What is drawn is not counted."""
+        """Yield this rank's batches of indices without end, from the next sample on, without counting them."""
         own = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(self.rank * self.batch_size)
         first = self.samples_consumed
         while True:
@@ -143,10 +143,10 @@ class ResumableSampler:
             first += self.global_batch_size
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
-        """The batches of a loader over this sampler, each counted as consumed when it is handed out.
+        """Yield the batches of a loader over this sampler, counting each as consumed.
 
-        Starting a loader draws a number from torch's generator; it is put back, so that a run which resumes in the
-        middle of an epoch draws the same numbers (of dropout, for instance) as one that was never stopped.
+        Starting a loader draws a number from torch's generator; the generator's state is restored, so that a run that
+        resumes in the middle of an epoch draws the same numbers (for dropout, for instance) as an uninterrupted one.
 
         Raises:
             ConfigError: the loader draws from another sampler; or, at the next batch, ``batches`` was called again or
@@ -178,7 +178,7 @@ class ResumableSampler:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data; the same on every rank.
+        """Return the position in the data; the same on every rank.
 
         Raises:
             ConfigError: batches were drawn and none was counted, so a resumed run would begin with the first again.
@@ -195,10 +195,10 @@ class ResumableSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken, on whatever number of ranks. Call it before :meth:`batches`.
+        """Continue from ``state``, on any number of ranks. Call it before :meth:`batches`.
 
         Raises:
-            StateMismatchError: the data set has another number of samples, or the seed is another.
+            StateMismatchError: the number of samples or the seed differs.
         """
         present = {"num_samples": self.order.num_samples, "seed": self.order.seed}
         consumed = state.get("samples_consumed") if isinstance(state, Mapping) else None
@@ -223,7 +223,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _ranks() -> tuple[int, int]:
-    """Rank and world size of the default process group; of torchrun's environment before there is one."""
+    """Return rank and world size of the default process group; before it exists, of torchrun's environment."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()

@@ -1,12 +1,12 @@
-"""Every error that Milepost raises on purpose.
+"""All errors that Milepost raises on purpose.
 
 ::
 
     MilepostError                      exit status 1
-    ├── ConfigError                    2  an option, a flag or an argument is wrong; nothing was touched
+    ├── ConfigError                    2  an option, a flag or an argument is wrong; nothing was changed
     ├── CheckpointNotFoundError        3  no such step, or no checkpoint there
     ├── StateMismatchError             4  checkpoint and program differ in keys, shapes or dtypes
-    ├── CheckpointDamagedError         5  what is stored is not what was written
+    ├── CheckpointDamagedError         5  stored data differs from what was written
     │   ├── DigestMismatchError           a CRC-32 differs: bytes changed
     │   └── FormatError                   a file is malformed, truncated or hostile
     │       └── NewerFormatError             nothing is wrong with it: a newer Milepost wrote it
@@ -16,8 +16,8 @@
     ├── ConversionError                8  source, sizes and target of a conversion do not fit
     └── RunLockedError                 10 another run writes to the same folder
 
-Attributes hold what a program may want (``path``, ``key``, ``rank``, ...); the message holds what a person
-needs: what, where, and what to do next.
+Attributes are for programs (``path``, ``key``, ``rank``, ...); the message tells people what happened, where, and what
+to do next.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ __all__ = [
 
 
 MAX_MESSAGE_LENGTH = 8000
-"""Characters of a message. What a file names can be of any length; what a person reads can't."""
+"""Maximum length of a message in characters; names in a file can have any length."""
 
 
 def shortened(text: str, limit: int) -> str:
-    """``text`` with at most about ``limit`` characters: the middle of a longer one is left out, and counted."""
+    """Shorten ``text`` to about ``limit`` characters: the middle is replaced by the number of characters left out."""
     if len(text) <= limit:
         return text
     half = limit // 2
@@ -57,18 +57,18 @@ def shortened(text: str, limit: int) -> str:
 
 
 MAX_LISTED = 20
-"""A message lists this many of one kind, then says how many more there are."""
+"""Maximum number of items of one kind in a message; the rest is counted."""
 _MAX_CANDIDATES = 5000
 _MAX_NAME_LENGTH = 300
-"""Near names are sought among this many, of at most this length: the time grows with the square of both."""
+"""Limits on number and length of names searched for a near one: the time grows with the square of both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is not as it must be.
+    """One problem found by a check.
 
-    ``byte_range`` is half-open, in ``file``; None when the file as a whole is meant. ``file`` is empty, and ``key``
-    None, where none is touched, or where ``message`` names them.
+    ``byte_range`` is half-open, in ``file``; None if the problem concerns the entire file. ``file`` is empty and
+    ``key`` is None if none is concerned, or if ``message`` names them.
     """
 
     message: str
@@ -83,9 +83,9 @@ class Problem:
 
 
 def listed(things: Sequence[object], limit: int = MAX_LISTED, *, total: int | None = None, hint: str = "") -> list[str]:
-    """The first ``limit`` of ``things`` as text and, if that is not all, one entry more that says so, with ``hint``.
+    """List the first ``limit`` of ``things`` as text and, if there are more, an entry with their number and ``hint``.
 
-    ``total`` is how many there are, where ``things`` are only the first of them.
+    ``total`` is their number, if ``things`` are only the first of them.
     """
     first = [str(thing) for thing in things[:limit]]
     rest = (len(things) if total is None else total) - limit
@@ -93,20 +93,20 @@ def listed(things: Sequence[object], limit: int = MAX_LISTED, *, total: int | No
 
 
 def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of ``names`` that ``name`` may be a misspelling of; None if there is none."""
+    """Return the one of ``names`` of which ``name`` may be a misspelling; None if there is none."""
     return next(iter(all_near(name, names, 1, cutoff)), None)
 
 
 def all_near(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Those of ``names`` that ``name`` may be a misspelling of, the nearest first."""
-    import difflib  # 10 ms that only mistakes pay for
+    """Return those of ``names`` of which ``name`` may be a misspelling, nearest first."""
+    import difflib  # imported here: 10 ms that only a mistake costs
 
     candidates = [known for known in islice(names, _MAX_CANDIDATES) if len(known) <= _MAX_NAME_LENGTH]
     return difflib.get_close_matches(name[:_MAX_NAME_LENGTH], candidates, n=most, cutoff=cutoff)
 
 
 class MilepostError(Exception):
-    """Base of all errors of this package. ``exit_status`` is what the command line exits with."""
+    """Base of all errors of this package. ``exit_status`` is the command line's exit status."""
 
     exit_status = 1
 
@@ -131,7 +131,7 @@ def _rebuild(kind: type[MilepostError], args: tuple[Any, ...], attributes: dict[
 
 
 class ConfigError(MilepostError):
-    """The configuration is wrong. All problems are collected: ``problems`` holds one line for each."""
+    """The configuration is invalid. ``problems`` holds all problems, one line each."""
 
     exit_status = 2
 
@@ -145,7 +145,7 @@ class ConfigError(MilepostError):
 
 
 class CheckpointNotFoundError(MilepostError):
-    """No such checkpoint. ``available`` lists the steps that do exist, oldest first."""
+    """No such checkpoint. ``available`` lists the existing steps, oldest first."""
 
     exit_status = 3
 
@@ -155,7 +155,7 @@ class CheckpointNotFoundError(MilepostError):
 
 
 class StateMismatchError(MilepostError):
-    """The checkpoint does not fit the state to load into. Raised before a byte of data is read."""
+    """The checkpoint does not match the state to load into. Raised before any data is read."""
 
     exit_status = 4
 
@@ -175,7 +175,7 @@ class StateMismatchError(MilepostError):
 
 
 class CheckpointDamagedError(MilepostError):
-    """Stored bytes are not those that were written. The step must not be used; others may be undamaged."""
+    """Stored bytes differ from what was written. The step must not be used; others may be undamaged."""
 
     exit_status = 5
 
@@ -183,7 +183,7 @@ class CheckpointDamagedError(MilepostError):
 class DigestMismatchError(CheckpointDamagedError):
     """A CRC-32 over stored bytes differs from the recorded one.
 
-    ``byte_range`` is the half-open range ``[start, stop)`` of file ``path`` in which the damage lies.
+    ``byte_range`` is the half-open range ``[start, stop)`` of file ``path`` that holds the damage.
     """
 
     def __init__(
@@ -207,21 +207,21 @@ class FormatError(CheckpointDamagedError):
 
 
 class NewerFormatError(FormatError):
-    """A file is of a format that a newer Milepost introduced. It may be whole: upgrade to read it."""
+    """A file has a format introduced by a newer Milepost. It may be undamaged: upgrade to read it."""
 
 
 class SaveError(MilepostError):
-    """A save failed, on every rank, because of ``rank``. Nothing that was committed before is touched."""
+    """A save failed on every rank, because of ``rank``. Steps committed before are unchanged."""
 
     exit_status = 6
 
 
 class PlanError(SaveError):
-    """The ranks' shards leave a gap in a tensor, or overlap. ``key`` names it."""
+    """The ranks' shards of tensor ``key`` leave a gap or overlap."""
 
 
 class StorageError(MilepostError):
-    """A storage operation failed. ``operation`` is its name, ``errno`` the system's number for the cause."""
+    """A storage operation failed. ``operation`` is its name, ``errno`` the system's error number."""
 
     exit_status = 7
 
@@ -232,7 +232,7 @@ class StorageError(MilepostError):
 
 
 class ConversionError(MilepostError):
-    """A conversion can't be made: unmatched keys, wrong sizes, an unsuitable target. Nothing was written."""
+    """A conversion is impossible: unmatched keys, wrong sizes, an unsuitable target. Nothing was written."""
 
     exit_status = 8
 
@@ -242,6 +242,6 @@ class ConversionError(MilepostError):
 
 
 class RunLockedError(MilepostError):
-    """Another run that still lives writes to the same folder. Nothing was touched."""
+    """Another live run writes to the same folder. Nothing was changed."""
 
     exit_status = 10

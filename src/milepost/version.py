@@ -1,4 +1,4 @@
-"""The version, in a module of its own, so that nothing has to import the package's face for it."""
+"""The version, in a separate module, so that importing it does not import the package."""
 
 from __future__ import annotations
 

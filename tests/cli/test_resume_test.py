@@ -40,7 +40,7 @@ def test_a_run_that_was_too_fast_to_be_killed_is_killed_again(
     monkeypatch.setenv("AHEAD", "always")
     status, _, err = output(capsys, "resume-test", config)
     assert status != 0
-    assert "3 times its last step 6 was saved by then, so nothing was left to resume" in err
+    assert "in 3 attempts its last step 6 had been saved by then, so there was nothing to resume" in err
 
 
 @pytest.mark.parametrize("option", ["", "--json"])

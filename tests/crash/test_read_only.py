@@ -22,7 +22,7 @@ from milepost.storage import LocalStorage
 Tally = Callable[..., None]
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
-ADVICE = "mount it writable, or write to another place"
+ADVICE = "mount it writable, or write elsewhere"
 
 
 class Run:

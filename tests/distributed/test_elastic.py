@@ -227,7 +227,7 @@ def test_a_killed_rank_is_started_again_and_the_job_resumes_by_itself(
     agent.wait_for(f"step {step}/")
     os.kill(agent.ranks()[victim], signal.SIGKILL)
     output = agent.finish()
-    assert f"local rank {victim} was ended by SIGKILL\nstarting all ranks again; restarts left: 0\n" in output
+    assert f"local rank {victim} was killed by SIGKILL\nrestarting all ranks; restarts left: 0\n" in output
     assert re.search(r"resumed from .*/step-\d \(full\): [36] steps are done", output), output
     check_losses(output, undisturbed.losses)
     assert contents(tmp_path) == undisturbed.contents
@@ -275,7 +275,7 @@ def test_a_rank_killed_on_another_node_is_started_again_on_both(
     agents[0].wait_for(f"step {step}/")
     os.kill(agents[1].ranks()[0], signal.SIGKILL)
     outputs = [agent.finish() for agent in agents]
-    assert "local rank 0 was ended by SIGKILL" in outputs[1]
+    assert "local rank 0 was killed by SIGKILL" in outputs[1]
     assert all("resumed from" in output for output in outputs)
     check_losses(outputs[0], undisturbed.losses)
     assert contents(tmp_path) == undisturbed.contents
@@ -295,7 +295,7 @@ def test_a_job_goes_on_without_a_lost_node_and_takes_in_another(
     (rank,) = agents[0].ranks()
     os.kill(rank, signal.SIGSTOP)  # or it might be done before the next node has come
     agents.append(start(1, next(options)))
-    agents[0].wait_for("1 more node joins: the ranks save, and all start again")
+    agents[0].wait_for("1 more node joins: the ranks save, and all are restarted")
     os.kill(rank, signal.SIGCONT)
     output, other = agents[0].finish(), agents[2].finish()
     assert re.search(r"saved step \d \(SIGTERM", output), output
@@ -307,7 +307,7 @@ def test_nodes_that_can_not_meet_say_so_without_a_traceback(start: Callable[...,
     agent = start(1, "--nnodes 2 --rdzv_endpoint 127.0.0.1:1 --rdzv-conf is_host=false,read_timeout=1")
     assert agent.process.wait(100) == 1
     output = agent.output.read_text()
-    assert "error: the nodes of this job can't meet: The connection to the C10d store has failed" in output
+    assert "error: rendezvous of this job's nodes failed: The connection to the C10d store has failed" in output
     assert "Started anew, it resumes" in output
     assert "Traceback" not in output
 

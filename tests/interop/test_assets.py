@@ -86,7 +86,7 @@ def test_a_huge_file_is_refused_by_its_size(folder: Path, name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (folder / name).open("wb") as file:
         file.truncate(20 << 30)
-    with pytest.raises(ConversionError, match=r"has 20\.0 GiB: more than"):
+    with pytest.raises(ConversionError, match=r"has 20\.0 GiB: more than the limit"):
         extras(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_ASSET_NBYTES >> 10
 

@@ -165,7 +165,7 @@ def test_truncation_after_the_scan_is_an_error(folder: Path, memory_path: Path) 
     leaf = TensorLeaf(
         "w", torch.float32, (100_000,), (Piece(Box((0,), (100_000,)), Box((0,), (100_000,))),), torch.zeros(100_000)
     )
-    with pytest.raises(StorageError, match="it was cut off"):
+    with pytest.raises(StorageError, match="it was truncated"):
         read_tensors(storage, "step-1", plan_load(manifest, [leaf.spec]), {"w": leaf}, digests)
 
 

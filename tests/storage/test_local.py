@@ -194,7 +194,7 @@ def test_a_full_disk_says_what_where_and_what_to_do(tmp_path: Path, monkeypatch:
     error = caught.value
     assert str(error) == (
         f"no space left on device while writing 8.0 MiB at offset 16 of {tmp_path}/x; "
-        "free some space, or write to another place"
+        "free some space, or write elsewhere"
     )
     assert (error.operation, error.path, error.errno) == ("write", f"{tmp_path}/x", errno.ENOSPC)
 

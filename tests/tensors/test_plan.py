@@ -125,7 +125,7 @@ def test_overlap_names_key_and_region() -> None:
 
 
 def test_box_outside_of_its_tensor() -> None:
-    assert "w: box [4:9, 0:4] does not lie inside shape [8, 4]" in faults_of([spec("w", (8, 4), rows(4, 9))]).message
+    assert "w: box [4:9, 0:4] is not inside shape [8, 4]" in faults_of([spec("w", (8, 4), rows(4, 9))]).message
 
 
 def test_conflicting_dtypes_and_shapes_name_the_ranks() -> None:

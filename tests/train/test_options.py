@@ -189,8 +189,8 @@ WRONG = [
     (
         '[training]\ndataset = "c4"',
         [],
-        "run.toml:2: training.dataset: there is no data set 'c4'; built in: python_docs; your own files go to "
-        "training.dataset_path",
+        "run.toml:2: training.dataset: there is no data set 'c4'; built in: python_docs; for your own files "
+        "set training.dataset_path",
     ),
     (
         "",

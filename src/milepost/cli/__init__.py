@@ -1,1 +1,1 @@
-"""The command line ``milepost``: one thin file for each command, over the library function of the same purpose."""
+"""The command line ``milepost``: one thin file per command, each calling one library function."""

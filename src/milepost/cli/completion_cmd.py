@@ -1,4 +1,4 @@
-"""``milepost completion``: a script with which a shell completes commands, options, paths, models and keys."""
+"""``milepost completion``: a shell completion script for commands, options, paths, models and keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the script for the whole command line."""
-    import shtab  # all commands and this, for one script: no other command pays for it
+    import shtab  # imports shtab and the modules of all commands, which only this command needs
 
     sys.stdout.write(shtab.complete(whole_parser(), shell=args.shell))
     sys.stdout.write("\n")
@@ -56,11 +56,11 @@ KEYS = {
 end""",
     },
 }
-"""Completes to the keys of the first folder on the command line."""
+"""Completes the keys of the first folder on the command line."""
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """The parser with the options of every command; paths, models, flavors and keys complete to those that exist."""
+    """Return the parser with every command's options, set up to complete paths, models, flavors and keys."""
     import shtab
 
     from milepost.cli.main import COMMANDS, CommandModule, build_parser

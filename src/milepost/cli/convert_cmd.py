@@ -1,4 +1,4 @@
-"""``milepost convert``: weights between checkpoints, Hugging Face folders and ``.pt`` files."""
+"""``milepost convert``: convert weights between checkpoints, Hugging Face folders and ``.pt`` files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that ``convert`` and ``export`` have in common."""
+    """Options shared by ``convert`` and ``export``."""
     parser.add_argument(
         "--model",
         help="llama3 or qwen3 with a --flavor; "
@@ -96,14 +96,14 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert and print what was done."""
+    """Convert and print the report."""
     return run_conversion(args, args.source)
 
 
 def run_conversion(args: argparse.Namespace, source: str) -> int:
     """Convert ``source`` as the options say and print the report."""
     options = options_of(args)
-    from milepost.interop.convert import convert  # with numpy and the engine, which --help can do without
+    from milepost.interop.convert import convert  # imports numpy and the engine, which --help does not need
 
     with stage_bars() as progress:
         report = convert(source, args.destination, options, progress)
@@ -111,7 +111,7 @@ def run_conversion(args: argparse.Namespace, source: str) -> int:
 
 
 def print_report(report: ConvertReport, *, as_json: bool) -> int:
-    """Print what was done; the exit status."""
+    """Print the report of a conversion; returns the exit status."""
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
@@ -120,7 +120,7 @@ def print_report(report: ConvertReport, *, as_json: bool) -> int:
 
 
 def options_of(args: argparse.Namespace) -> ConvertOptions:
-    """The options of a conversion, from those of the command line. Raises ConfigError."""
+    """Return the conversion options from the command line's. Raises ConfigError."""
     return ConvertOptions(
         to=args.to,
         model=args.model,
@@ -136,13 +136,13 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
 
 
 def parse_dtype(text: str) -> str:
-    """A dtype by any of its usual names: ``bf16``, ``half``, ``torch.float32``."""
+    """Parse a dtype by any of its usual names: ``bf16``, ``half``, ``torch.float32``."""
     name = text.strip().lower().removeprefix("torch.")
     return _DTYPE_NAMES.get(name, name)
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes of a size such as ``5GB``. Raises ConfigError."""
+    """Parse a size such as ``5GB`` into bytes. Raises ConfigError."""
     match = _SIZE.fullmatch(text.strip())
     nbytes = int(float(match[1]) * _UNITS[(match[2] or "b").lower()]) if match else 0
     if nbytes <= 0:
@@ -158,7 +158,7 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in shown:
-                stack.close()  # the bar of the stage before
+                stack.close()  # the previous stage's bar
                 shown[stage] = stack.enter_context(progress_bar(stage))
             shown[stage](done, total)
 

@@ -1,4 +1,4 @@
-"""``milepost diff``: in what two checkpoints, or the weights in other formats, differ."""
+"""``milepost diff``: compare two checkpoints, or weights in other formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from milepost.report.diff import DiffReport, Unmatched, ValueChange
 
 DIFFERENT = 9
-"""Exit status when the two differ."""
+"""Exit status if the two differ."""
 MAX_LINES = 50
 MAX_CHANGES = 20
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost diff outputs/checkpoint/step-500 model.pt --values --tolerance 1e-6\n"
         "  milepost diff outputs/checkpoint/step-500 Llama-3.2-1B --values --model llama3 --flavor 1B\n"
         "  milepost diff mistral/step-0 Mistral-7B --model mistral\n\n"
-        "exit status: 0 no difference was found, 9 they differ, 3 there is nothing to compare, 5 one is damaged,\n"
+        "exit status: 0 no difference was found, 9 they differ, 3 nothing to compare, 5 one is damaged,\n"
         "2 wrong usage, 7 one can't be read, 8 one is not the model given, 11 no difference was found, but there are\n"
         "values that were not or could not be compared\n"
     )
@@ -79,14 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tolerance(text: str) -> float:
     value = float(text)
-    if not value >= 0:  # NaN too, which everything would be beyond
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, found {text}")
+    if not value >= 0:  # also rejects NaN, which every difference would exceed
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text}")
     return value
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print what differs; 9 if anything does."""
-    from milepost.report.diff import diff  # with numpy and the readers, which --help can do without
+    """Compare and print the differences; returns 9 if there are any."""
+    from milepost.report.diff import diff  # imports numpy and the readers, which --help does not need
 
     with progress_bar("comparing") if not args.quick else contextlib.nullcontext() as progress:
         report = diff(
@@ -126,7 +126,7 @@ def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
     kinds = [f"{change.key}: {_kind(change.a)} in A, {_kind(change.b)} in B" for change in report.kinds]
     print_list("with different dtype or shape", kinds, limit=MAX_LINES)
     changes = [f"{change.key}: {change.a} in A, {change.b} in B" for change in report.objects]
-    print_list("values that are not tensors, and differ", changes, limit=MAX_LINES)
+    print_list("values other than tensors that differ", changes, limit=MAX_LINES)
     print_list("with different stored bytes", report.other_bytes, limit=MAX_LINES)
     if report.values:
         _print_changes(report.by_change(), limit)
@@ -134,7 +134,7 @@ def _print(report: DiffReport, *, limit: int | None, quick: bool) -> None:
 
 
 def _print_changes(changes: Sequence[ValueChange], limit: int | None) -> None:
-    console().print(f"with other values ({len(changes)}), largest change first:")
+    console().print(f"with different values ({len(changes)}), largest change first:")
     shown = changes[:limit]
     numbers = ("CHANGE", "MAX |A-B|", "MEAN |A-B|", "MAX RELATIVE", "COSINE", "DIFFERENT")
     rows = [
@@ -161,7 +161,7 @@ def _print_changes(changes: Sequence[ValueChange], limit: int | None) -> None:
 
 
 def _print_groups(changes: Sequence[ValueChange]) -> None:
-    """Print the changes by part and layer, in one line each."""
+    """Print one line of changes for each part and layer."""
     groups: dict[str, list[ValueChange]] = {}
     for change in changes:
         groups.setdefault(change.group, []).append(change)

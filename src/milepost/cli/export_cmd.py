@@ -1,4 +1,4 @@
-"""``milepost export``: the newest weights of a run, for the world outside."""
+"""``milepost export``: write the newest weights of a run for other programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from milepost.storage import open_storage
 from milepost.storage.links import read_linked
 
 FILES = "attached.files."
-"""Keys of the files that `CheckpointManager.save(files=...)` has stored with a step."""
+"""Prefix of the keys of files stored with a step by `CheckpointManager.save(files=...)`."""
 MAX_FILE_NBYTES = 130 << 20
 
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find the step, convert it, print what was done."""
+    """Find the step, convert it and print the report."""
     _check_adapter_options(args)
     step = step_to_export(args.run_folder, args.step)
     if args.adapter or args.merge_adapter:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_adapter_options(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options that contradict each other."""
+    """Raise ConfigError for contradictory options."""
     problems = []
     if args.adapter and args.merge_adapter:
         problems.append("--adapter and --merge-adapter: choose one")
@@ -103,7 +103,7 @@ def _export_adapter(args: argparse.Namespace, step: str) -> int:
 
 
 def _adapter_config(args: argparse.Namespace, step: str) -> dict[str, Any]:
-    """The configuration that was saved with the step, or that of ``--adapter-config``."""
+    """Return the configuration saved with the step, or that of ``--adapter-config``."""
     if args.adapter_config:
         storage, name = open_storage(args.adapter_config)
         return parse_object(read_linked(storage, name, MAX_CONFIG_NBYTES), args.adapter_config)
@@ -123,7 +123,7 @@ def _adapter_config(args: argparse.Namespace, step: str) -> dict[str, Any]:
 
 
 def _lay_out_files(step: str, folder: str) -> bool:
-    """Write the files that were saved with a step, a tokenizer for instance; whether there are any.
+    """Write the files saved with a step, such as a tokenizer; returns True if there are any.
 
     Raises:
         ConversionError: one of them can't be read.
@@ -144,15 +144,15 @@ def _lay_out_files(step: str, folder: str) -> bool:
 
 
 def step_to_export(path: str, step: int | None) -> str:
-    """The path of step ``step`` of the run at ``path``, None for the newest usable one of the branch written last.
+    """Return the path of step ``step`` of the run at ``path``; None: the newest usable step of the latest branch.
 
     Raises:
-        CheckpointNotFoundError: there is no such step; lists those that are.
+        CheckpointNotFoundError: there is no such step; lists the existing ones.
     """
     storage, folder = open_run(path)
     entries = catalog.scan(storage, folder)
     usable = [entry for entry in entries if entry.is_usable]
-    # A step that is named may be damaged: every byte that is read of it is checked.
+    # A step given by number may be damaged: every byte that is read from it is checked.
     readable = [entry for entry in entries if entry.state != "incomplete"]
     chosen = History.of(entries).newest if step is None else next((e for e in readable if e.step == step), None)
     if chosen is not None:

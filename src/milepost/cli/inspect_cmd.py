@@ -1,4 +1,4 @@
-"""``milepost inspect``: what one checkpoint holds, and which file has it where."""
+"""``milepost inspect``: the content of one checkpoint, and its location in the files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from milepost.verification.external import locate_manifest
 from milepost.verification.weights import WEIGHTS_SUFFIXES
 
 MAX_MAPS = 20
-"""Shard maps that are drawn; tensors that are cut alike share one."""
+"""Maximum number of shard maps to draw; tensors sharded alike share one."""
 BAR_WIDTH = 24
 MAX_VALUES = 40
 MAX_VALUE_LENGTH = 100
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """A checkpoint or weights of another form: ``what`` is the state of the one, the name of the other."""
+    """The checkpoint or weights to show: ``what`` is a checkpoint's state or the name of another format."""
 
     storage: Storage
     name: str
@@ -104,7 +104,7 @@ class _Shown:
     reason: str
     manifest: Manifest
     needs_locating: bool = False
-    """The manifest does not say where in its records the data lies: ``.metadata`` doesn't."""
+    """True if record offsets are known from the records only: ``.metadata`` does not hold them."""
 
 
 def _open(path: str) -> _Shown:
@@ -125,20 +125,20 @@ def _open(path: str) -> _Shown:
 
 
 def _family_text(path: str) -> str:
-    """`` of llama (LlamaForCausalLM)``, as far as the folder's config tells."""
-    from milepost.interop.hf.classes import architecture, model_type  # with numpy, which other steps do without
+    """Return a suffix such as `` of llama (LlamaForCausalLM)`` from the folder's config; empty if it has none."""
+    from milepost.interop.hf.classes import architecture, model_type  # imports numpy, which other steps do not need
     from milepost.interop.weights.open import read_config
 
     try:
         config = read_config(path)
-    except MilepostError:  # `verify` says what is wrong with it
+    except MilepostError:  # `verify` reports what is wrong with it
         return ""
     family, named = model_type(config), architecture(config)
     return (f" of {family}" if family else "") + (f" ({named:.100})" if family and named else "")
 
 
 def _notable(objects: Mapping[str, Any]) -> list[str]:
-    """The values that a person asks for: progress and learning rates, not each parameter's options."""
+    """Select the values of interest: progress and learning rates, not each parameter's options."""
     kept = [key for key in sorted(objects) if part_of(key) not in ("optimizer", "rng", "model")]
     rates = [key for key in sorted(objects) if part_of(key) == "optimizer" and key.endswith(".lr")]
     return [*kept[:MAX_VALUES], *rates[:1]]
@@ -217,7 +217,7 @@ def _print_tensors(tensors: Mapping[str, TensorEntry], objects: Mapping[str, Any
 
 
 def _print_shards(tensors: Mapping[str, TensorEntry]) -> None:
-    """One row a shard: its region, its file, and the bytes from which on its record and its raw data lie there."""
+    """Print one row per shard: its region, its file, and the byte offsets of its record and of its raw data there."""
     console().print()
     rows = [
         (
@@ -282,7 +282,7 @@ def _json(
 
 
 def _json_value(value: object) -> Any:
-    """A value as it is if JSON has its like, else as text."""
+    """Return the value itself if JSON can hold it, else text."""
     is_plain = value is None or isinstance(value, bool | int | float | str)
     return value if is_plain else _value_text(value)
 

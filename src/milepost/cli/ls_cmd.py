@@ -1,4 +1,4 @@
-"""``milepost ls``: what checkpoints a run has."""
+"""``milepost ls``: list a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List the checkpoints of a run, oldest first. Only metadata is read."
     parser.epilog = (
         "states:\n"
-        "  committed   complete, as far as metadata and sizes tell\n"
-        "  part        what one node holds of a step whose nodes have a folder each (checkpoint.folder_per_node)\n"
+        "  committed   complete, judging by metadata and file sizes\n"
+        "  part        one node's part of a step in per-node folders (checkpoint.folder_per_node)\n"
         "  external    complete, written by another program: torchtitan, torch.distributed.checkpoint\n"
         "  incomplete  never committed: no reader uses it\n"
-        "  damaged     committed, but changed since\n"
+        "  damaged     changed since it was committed\n"
         "  unreadable  the storage could not read it\n"
-        "  newer       written by a newer Milepost in a format that this one can't read: upgrade\n\n"
+        "  newer       written by a newer Milepost, in a format that this one can't read: upgrade\n\n"
         "PARAMS counts the model's elements, DTYPE is the dtype of most of them. LAYOUT is the number of ranks that\n"
-        "saved, and the degrees of parallelism above 1. METRICS are what the run recorded with a step. A step of an\n"
-        "abandoned branch is one that a run went back behind: it is resumed only if checkpoint.load_step names it.\n"
+        "saved, and the degrees of parallelism above 1. METRICS are recorded with the step by the run. A step is\n"
+        "on an abandoned branch if the run has since resumed from an earlier step: it is loaded only if\n"
+        "checkpoint.load_step names it.\n"
         "WHERE (--remote): in the folder, in checkpoint.remote_folder (remote), in both, or being copied there.\n\n"
         "examples:\n"
         "  milepost ls outputs/checkpoint\n"
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_to_watch(path: str) -> tuple[Storage, str]:
-    """The run at ``path``, or the folder that becomes one with its first save."""
+    """Find the run at ``path``, or the folder that its first save will turn into one."""
     try:
         return open_run(path)
     except CheckpointNotFoundError:
@@ -118,7 +119,7 @@ def _run_to_watch(path: str) -> tuple[Storage, str]:
 
 
 def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:
-    """The run at ``path`` with its steps, or with the one that ``path`` is. Hugging Face steps get their totals."""
+    """Find the run at ``path`` with its steps, or only the step at ``path``, with totals of Hugging Face steps."""
     storage, name = open_storage(path)
     step = step_of(name)
     if step is not None and storage.stat(name) is not None:
@@ -133,7 +134,7 @@ def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:
 def both_places(
     storage: Storage, entries: list[StepEntry], remote: Storage, remote_folder: str
 ) -> tuple[list[StepEntry], dict[int, str]]:
-    """The steps of a run's two folders, each once, and where each is: in one of them, in both, on its way."""
+    """Merge the steps of a run's two folders, with the location of each: one of them, both, or being copied."""
     there = {entry.step: _with_totals(remote, entry) for entry in catalog.scan(remote, remote_folder, keep_going=True)}
     names = {entry.name for entry in remote.list(remote_folder)}
     places = dict.fromkeys(there, "remote")
@@ -153,7 +154,7 @@ def _where(places: dict[int, str], entry: StepEntry) -> dict[str, str]:
 
 
 def _with_totals(storage: Storage, entry: StepEntry) -> StepEntry:
-    """Of a step saved as Hugging Face files: the manifest does not say what is in them, their headers do."""
+    """Add totals to a step saved as Hugging Face files: they come from the files' headers, not from the manifest."""
     if entry.state != "committed" or entry.num_parameters:
         return entry
     try:
@@ -191,7 +192,7 @@ def _row(entry: StepEntry, now: float, branch_end: int | None) -> tuple[Any, ...
 
 
 def _layout(entry: StepEntry) -> str:
-    """``4 ranks: fsdp 2, tp 2``; an external checkpoint does not say."""
+    """Return ``4 ranks: fsdp 2, tp 2``; empty for an external checkpoint, which does not record it."""
     if entry.state == "external" or not entry.world_size:
         return "-"
     ranks = counted(entry.world_size, "rank")

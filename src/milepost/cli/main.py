@@ -1,7 +1,6 @@
 """Entry point of the ``milepost`` command: choose the command, run it, turn errors into messages and exit statuses.
 
-Only the chosen command's module is imported, and none of them imports torch, so that every command starts at once on
-a login node.
+Only the chosen command's module is imported, and none imports torch, so that every command starts fast on a login node.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ COMMANDS = {
     "ls": Command("milepost.cli.ls_cmd", "list the checkpoints of a run, or one: state, age, size"),
     "inspect": Command("milepost.cli.inspect_cmd", "show what a checkpoint holds, and where it is stored"),
     "pin": Command("milepost.cli.pin_cmd", "protect steps from being pruned"),
-    "unpin": Command("milepost.cli.unpin_cmd", "remove the pins of steps, so that they may be pruned again"),
+    "unpin": Command("milepost.cli.unpin_cmd", "unpin steps, so that they may be pruned again"),
     "verify": Command("milepost.cli.verify_cmd", "check that checkpoints and weights are undamaged"),
     "diff": Command("milepost.cli.diff_cmd", "compare two checkpoints, or weights across formats"),
     "stats": Command("milepost.cli.stats_cmd", "statistics of tensors: norm, mean, NaN, zeros"),
@@ -80,11 +79,11 @@ class CommandModule(Protocol):
         """Declare the command's options, its description and its examples."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it, print the result, and give the exit status."""
+        """Run the command, print the result and return the exit status."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (that of the process by default). Returns the exit status."""
+    """Run the command line ``argv`` (default: the process's). Returns the exit status."""
     _make_output_bearable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] == "help":
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in COMMANDS:
             modules[name] = cast("CommandModule", importlib.import_module(COMMANDS[name].module))
         args = _parse(build_parser(modules), arguments)
-        status = modules[args.command].run(args)  # the parser has ended the program for any other name
+        status = modules[args.command].run(args)  # the parser has already exited for any other name
         sys.stdout.flush()
         return status
     except MilepostError as error:
@@ -104,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("milepost: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _give_up_output()  # the reader (`head`, `less`) has gone
-        return 141  # as if ended by SIGPIPE
+        _give_up_output()  # the reader (`head`, `less`) has exited
+        return 141  # the status of a process killed by SIGPIPE
     except OSError as error:
         _give_up_output()
         what = error.strerror or str(error)
@@ -113,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory: free some, or run this on a larger machine", StorageError.exit_status)
     except (RecursionError, UnicodeError) as error:
-        # From the content of a file: readers refuse such with its name; this is for what slipped through.
+        # From a file's content. Readers refuse it and name the file; this catches what they missed.
         message = f"a file holds text that is not Unicode, or is nested too deeply: {error}"
         return _fail(shortened(message, MAX_MESSAGE_LENGTH), CheckpointDamagedError.exit_status)
-    except Exception as error:  # a traceback says nothing to a user
+    except Exception as error:  # a traceback does not help a user
         if os.environ.get("MILEPOST_TRACEBACK"):
             raise
         message = f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}"
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_output_bearable() -> None:
-    """Nothing that is printed may fail for want of a character (``LC_ALL=C``) or of an output (``>&-``)."""
+    """Keep printing from failing on unencodable characters (``LC_ALL=C``) or a closed output (``>&-``)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -135,8 +134,8 @@ def _make_output_bearable() -> None:
 
 
 def _give_up_output() -> None:
-    """Python must not meet again at exit what could not be written."""
-    with contextlib.suppress(io.UnsupportedOperation):  # not one of the operating system's
+    """Discard unwritable output, which Python would otherwise try to flush again at exit."""
+    with contextlib.suppress(io.UnsupportedOperation):  # no file descriptor behind it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -148,7 +147,7 @@ def _fail(message: str, status: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names the nearest option or command in place of one that does not exist."""
+    """A parser that suggests the nearest option or command for an unknown one."""
 
     given: Sequence[str] = ()
 
@@ -157,7 +156,7 @@ class Parser(argparse.ArgumentParser):
         super().error("; ".join([message, *hints]))
 
     def hint(self, word: str) -> str:
-        """A hint about the unknown option ``word``; empty if it exists, or is not an option."""
+        """Return a hint about the unknown option ``word``; empty if it exists or is not an option."""
         option = word.partition("=")[0]
         if not option.startswith("--") or option == "--" or option in self._option_string_actions:
             return ""
@@ -165,13 +164,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """The question that names the nearest of ``choices``; empty if none is near."""
+    """Return a suggestion of the nearest of ``choices``; empty if none is near."""
     found = near(word, choices)
     return f": did you mean {found}?" if found else ""
 
 
 def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
-    """The arguments as the chosen command's parser reads them; a mistake ends the program with status 2."""
+    """Parse with the chosen command's parser; wrong usage exits with status 2."""
     commands = _commands_of(parser)
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     chosen = commands.get(name, parser)
@@ -203,11 +202,11 @@ class HelpFormatter(argparse.HelpFormatter):
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):
-            self._action_max_length += 2  # commands stand further in than argparse reckons with
+            self._action_max_length += 2  # commands are indented deeper than argparse assumes
 
 
 def build_parser(modules: Mapping[str, CommandModule]) -> Parser:
-    """The parser of the whole command line; of the commands only those of ``modules`` have their options."""
+    """Build the parser of the command line; only commands in ``modules`` get their options."""
     parser = Parser(
         prog="milepost",
         description="Manage the checkpoints of PyTorch training runs.",

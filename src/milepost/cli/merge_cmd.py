@@ -1,4 +1,4 @@
-"""``milepost merge``: several weights of one model into one: the last steps of a run, or variants of a model."""
+"""``milepost merge``: merge weights of one model: the last steps of a run, or variants of a model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merge the weights of several sources that hold the same tensors: steps of a run, or anything that\n"
         "`milepost convert` reads. Tensors stream through fixed memory, whatever the model's size. The result is a\n"
-        "Hugging Face folder if the first source (the base, where there is one) is one, a .pt file by its name, else\n"
-        "a checkpoint. It appears only once it was read back and every value equals the computed one."
+        "Hugging Face folder if the first source (or --base) is one, a .pt file if it is named so, else a checkpoint.\n"
+        "It appears only after it was read back and every value equals the computed one."
     )
     parser.epilog = (
         "methods:\n"
         "  mean             mean of all, or weighted mean: --weights are divided by their sum\n"
         "  linear           sum of all, each multiplied by its weight\n"
         "  ema              exponential moving average of the sources, oldest first, by --decay\n"
-        "  slerp            point on the arc between two; --weights 1,3 lies three quarters of the way\n"
+        "  slerp            point on the arc between two; --weights 1,3 is three quarters of the way\n"
         "  task-arithmetic  --base plus the weighted differences of the sources from it\n"
         "  ties             the same, with small differences trimmed and one sign elected per element\n\n"
         "examples:\n"
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge and print what was done."""
+    """Merge and print the report."""
     options = MergeOptions(
         method=args.method,
         weights=_weights(args.weights) if args.weights is not None else (),
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sources = args.sources if args.last is None else [s for path in args.sources for s in _last(path, args.last)]
     options.check(len(sources))
-    from milepost.interop.merging.merge import merge  # with numpy and the engine, which --help can do without
+    from milepost.interop.merging.merge import merge  # imports numpy and the engine, which --help does not need
 
     with stage_bars() as progress:
         report = merge(sources, args.to, options, progress)
@@ -107,10 +107,10 @@ def _weights(text: str) -> tuple[float, ...]:
 
 
 def _last(path: str, count: int) -> Sequence[str]:
-    """The paths of the newest ``count`` usable steps of a run, oldest first.
+    """Return the paths of the newest ``count`` usable steps of a run, oldest first.
 
     Raises:
-        CheckpointNotFoundError: it is no run, or has fewer.
+        CheckpointNotFoundError: it is not a run, or has fewer.
     """
     if count < 1:
         raise ConfigError(f"--last must be at least 1, not {count}")
@@ -142,7 +142,7 @@ def _print(report: MergeReport) -> None:
 
 
 def _share(report: MergeReport, number: int) -> str:
-    """The weight of a source, or that it is the base."""
+    """Return the weight of a source as text, or that it is the base."""
     skipped = len(report.sources) - len(report.weights) if report.weights else 0
     if number < skipped:
         return " (base)"

@@ -1,4 +1,4 @@
-"""Paths on the command line: a run's folder, one of its steps, any checkpoint."""
+"""Resolve paths of the command line: a run's folder, one of its steps, any checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milepost.storage.base import Entry, Storage, split
 
 
 def open_run(path: str) -> tuple[Storage, str]:
-    """The storage of the run at ``path``, and its folder in it.
+    """Open the storage of the run at ``path``; returns it and the run's folder in it.
 
     Raises:
         CheckpointNotFoundError: there are no steps.
@@ -27,7 +27,7 @@ def open_run(path: str) -> tuple[Storage, str]:
 
 
 def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> CheckpointNotFoundError:
-    # Not above: for a run, which is what there is nearly always, these would be a quarter of a command's start.
+    # Imported here: for a run, the usual case, these would take a quarter of a command's start-up time.
     from milepost.run.hf_folder import is_adapter, is_hf_folder
     from milepost.verification.weights import WEIGHTS_SUFFIXES
 
@@ -48,7 +48,7 @@ def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> Chec
 
 
 def run_at(storage: Storage, name: str) -> str | None:
-    """The folder of the run that ``name`` stands for; None if it is a checkpoint, a file, or no run."""
+    """Return the folder of the run at ``name``; None if it is a checkpoint, a file, or not a run."""
     found = storage.stat(name)
     if found is not None and not found.is_folder:
         return None
@@ -57,7 +57,7 @@ def run_at(storage: Storage, name: str) -> str | None:
 
 
 def locate_step(path: str) -> tuple[Storage, str, int]:
-    """The storage, the run's folder and the number of the step that ``path`` ends with. It need not exist.
+    """Split ``path`` into storage, run folder and step number. The step need not exist.
 
     Raises:
         ConfigError: the path does not end with ``step-<N>``.
@@ -71,7 +71,7 @@ def locate_step(path: str) -> tuple[Storage, str, int]:
 
 
 def find_step(storage: Storage, folder: str, step: int, path: str) -> StepEntry:
-    """The entry of ``step``. Raises CheckpointNotFoundError, with the steps that are there."""
+    """Return the entry of ``step``. Raises CheckpointNotFoundError, with the existing steps."""
     entries = catalog.scan(storage, folder)
     for entry in entries:
         if entry.step == step:
@@ -82,7 +82,7 @@ def find_step(storage: Storage, folder: str, step: int, path: str) -> StepEntry:
 
 
 def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInfo | None) -> CheckpointNotFoundError:
-    """The error for a path at which no committed checkpoint is; of a run it names the newest step."""
+    """Return the error for a path without a committed checkpoint; for a run it names the newest step."""
     folder = find_run(storage, name)
     if folder is not None:
         entries = catalog.scan(storage, folder)
@@ -94,7 +94,7 @@ def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInf
 
 
 def manifest_at(path: str) -> Manifest:
-    """The manifest of the checkpoint at ``path``.
+    """Read the manifest of the checkpoint at ``path``.
 
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.

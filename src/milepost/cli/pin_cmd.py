@@ -1,4 +1,4 @@
-"""``milepost pin``: keep steps from ever being pruned."""
+"""``milepost pin``: protect steps from being pruned."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pin each step, once all are known to be there."""
+    """Pin the steps, after checking that all of them exist."""
     found = []
     for path in args.steps:
         storage, folder, step = locate_step(path)

@@ -1,4 +1,4 @@
-"""``milepost plan-resume``: what a resume under other degrees would read, before any GPU is asked for."""
+"""``milepost plan-resume``: predict what a resume under other degrees reads, before any GPU is requested."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Report what a resume would read on each rank, which keys would be missing or unexpected, and the peak memory\n"
         "of the load. Only metadata is read. Parameters are assumed to be sharded as milepost.train and torchtitan\n"
-        "shard Llama and Qwen; those with other names by FSDP alone."
+        "shard Llama and Qwen; those with other names by FSDP only."
     )
     parser.epilog = (
         "examples:\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 4\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 16 --degrees tp=2,pp=2,fsdp=4\n"
         "  milepost plan-resume outputs/checkpoint/step-500 --world-size 8 --model llama3 --flavor 8B\n\n"
-        "exit status: 0 it would succeed, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 it is\n"
+        "exit status: 0 the resume would succeed, 4 keys are missing or unexpected, 3 there is no checkpoint, 5 it is\n"
         "damaged, 2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument("path", metavar="STEP", help="the folder of a checkpoint")
@@ -71,22 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--allow-{option}",
             metavar="GLOB,...",
             default="",
-            help=f"keys that {what}, as checkpoint.allow_{option} of the run",
+            help=f"keys that {what} (checkpoint.allow_{option} of the run)",
         )
     parser.add_argument(
         "--exclude",
         metavar="PART,...",
         default="",
-        help=f"parts that are not loaded, as checkpoint.exclude_from_loading of the run: of {', '.join(PARTS)}",
+        help=f"parts not to load (checkpoint.exclude_from_loading of the run): any of {', '.join(PARTS)}",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan and print; 4 if the resume would be refused."""
+    """Plan the resume and print the plan; returns 4 if it would be refused."""
     degrees = resolve_degrees(args.degrees, args.world_size, args.stages_per_rank)
     manifest = manifest_at(args.path)
-    from milepost.report.resume_plan import plan_resume  # with the tables of models, which --help can do without
+    from milepost.report.resume_plan import plan_resume  # imports the tables of models, which --help does not need
 
     policy = Policy(_patterns(args.allow_missing), _patterns(args.allow_unexpected))
     plan = plan_resume(
@@ -154,7 +154,7 @@ def _stem(option: str) -> str:
 
 
 def _own_words(problem: str) -> str:
-    """A problem without the trainer's section, of which this command line knows nothing."""
+    """Reword a problem for this command line, which has no trainer sections."""
     return problem.removeprefix("parallelism: ").removeprefix("parallelism.")
 
 

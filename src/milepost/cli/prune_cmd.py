@@ -1,4 +1,4 @@
-"""``milepost prune``: delete old checkpoints by the rules that the trainer uses too."""
+"""``milepost prune``: delete old checkpoints by the trainer's retention rules."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
         "These are always kept: the newest committed step, the newest one to resume from, pinned\n"
         "steps, links, and external, incomplete or damaged steps. Rules add up: a step is deleted only if none keeps\n"
-        "it. They count on the branch that was written last. The newest steps of abandoned branches fill the places\n"
-        "that --keep-latest leaves, and those within --keep-within are kept; the rest are deleted first. Hours and\n"
-        "days without a step are not counted."
+        "it. Rules count the steps of the branch that was written last. If it has fewer than --keep-latest, the\n"
+        "newest steps of abandoned branches make up the number; those within --keep-within are kept; the rest are\n"
+        "deleted first. Hours and days without a step are not counted."
     )
     parser.epilog = (
         "examples:\n"
@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("path", metavar="FOLDER", help="the folder of a run")
     parser.add_argument(
-        "--keep-latest", type=int, metavar="K", help="keep the K newest committed steps, as checkpoint.keep_latest_k"
+        "--keep-latest", type=int, metavar="K", help="keep the K newest committed steps (checkpoint.keep_latest_k)"
     )
     parser.add_argument(
         "--keep-every",
         type=int,
         default=0,
         metavar="N",
-        help="keep steps that are multiples of N, as checkpoint.keep_every_n_steps",
+        help="keep steps that are multiples of N (checkpoint.keep_every_n_steps)",
     )
     parser.add_argument(
         "--keep-hourly", type=int, default=0, metavar="N", help="keep the newest step of each of the last N hours"
@@ -62,20 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", choices=("min", "max"), default="min", help="which value of --metric is best (default: min)"
     )
     parser.add_argument(
-        "--keep-within", default="0s", metavar="TIME", help="keep what was committed within TIME: 90min, 12h, 2d, 1w"
+        "--keep-within", default="0s", metavar="TIME", help="keep steps committed in the last TIME: 90min, 12h, 2d, 1w"
     )
     parser.add_argument("--dry-run", action="store_true", help="report what would be deleted, and delete nothing")
     parser.add_argument("--json", action="store_true", help="print the decisions as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decide, print each decision with its rule, delete."""
+    """Decide, print each decision with its rule, and delete."""
     keep_within_s = _checked(args)
     storage, folder = open_run(args.path)
     now = time.time()
     decisions = retention.plan(
         catalog.scan(storage, folder),
-        keep_latest_k=args.keep_latest or 1,  # the newest stays in any case
+        keep_latest_k=args.keep_latest or 1,  # the newest is always kept
         keep_every_n=args.keep_every,
         keep_within_s=keep_within_s,
         keep_hourly=args.keep_hourly,
@@ -108,12 +108,12 @@ def run(args: argparse.Namespace) -> int:
     console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {format_nbytes(freed)}{extra}")
     if swept.left:
         names = printable(", ".join(swept.left))
-        console().print(f"not removed, since not recognised as Milepost's: {names}", markup=False)
+        console().print(f"not removed, because not recognised as Milepost's: {names}", markup=False)
     return 0
 
 
 def _checked(args: argparse.Namespace) -> float:
-    """The span of ``--keep-within`` in seconds, once all options are found to be possible."""
+    """Check all options; returns ``--keep-within`` in seconds."""
     problems = []
     if args.keep_latest is not None and args.keep_latest < 1:
         problems.append(f"--keep-latest must be at least 1, not {args.keep_latest}")

@@ -1,7 +1,7 @@
-"""Output of the commands: tables for people, JSON for programs, progress for the impatient.
+"""Output of the commands: tables for people, JSON for programs, progress bars.
 
 Results go to standard output, progress to standard error. Colour and moving bars appear on a terminal only;
-``NO_COLOR`` is heeded.
+``NO_COLOR`` is respected.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 BAR_AFTER_S = 0.5
-"""Work that is done sooner shows no bar."""
+"""Work that finishes sooner shows no bar."""
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
-"""Without a terminal: when the first line of progress is printed, and the least time between two lines."""
+"""Without a terminal: time until the first line of progress, and between two lines."""
 MIN_WIDTH_OF_RATE = 60
-"""On a narrower terminal the bar and the amounts leave no room for rate and time."""
+"""A narrower terminal has no room for rate and time beside the bar and the amounts."""
 MAX_TITLE_LENGTH = 24
 BLOCK = "\u2587"
 GAP = 2
-"""Blanks between two columns of a table."""
+"""Number of blanks between two columns of a table."""
 MIN_LAST_WIDTH = 24
-"""The last column of a table may be folded to this width."""
+"""Minimum width to which the last column of a table may be folded."""
 MAX_CELL_LENGTH = 160
-"""Characters of a text that are shown in a column with others to its right."""
+"""Maximum number of characters shown in a column that is not the last."""
 MAX_TEXT_LENGTH = 2000
-"""Characters of a key or another text out of a file that are shown."""
+"""Maximum number of characters shown of a key or another text from a file."""
 
 STATE_STYLES = {
     "committed": "green",
@@ -56,7 +56,7 @@ STATE_STYLES = {
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to ``main``; rich would end the program with status 1."""
+        """Let ``main`` handle it; rich would exit with status 1."""
         raise BrokenPipeError
 
 
@@ -67,23 +67,23 @@ def console() -> Console:
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, as a terminal may show it: keys and names come from files that anybody may have written."""
+    """Make ``text`` safe to print on one line of a terminal: keys and names come from untrusted files."""
     text = shortened(text, MAX_TEXT_LENGTH)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """As :func:`printable`, of a text that may have several lines."""
+    """Apply :func:`printable` to each line of a text."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def print_line(text: str | Text) -> None:
-    """A line for people."""
+    """Print one line for people."""
     console().print(Text(printable(text)) if isinstance(text, str) else text)
 
 
 def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
-    """A title with the number of ``lines``, and the first of them; nothing if there are none."""
+    """Print a title with the number of ``lines``, and the first of them; nothing if there are none."""
     if not lines:
         return
     print_line(f"{title} ({len(lines)}):")
@@ -92,14 +92,14 @@ def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
 
 
 def write_page(path: str, document: str) -> int:
-    """Write an HTML page to the file ``path``; returns its size in bytes. What no UTF-8 can hold is spelled out."""
+    """Write an HTML page to ``path``, escaping what UTF-8 can't encode; returns its size in bytes."""
     data = document.encode("utf-8", "backslashreplace")
     pathlib.Path(path).write_bytes(data)
     return len(data)
 
 
 def print_json(value: Any) -> None:
-    """A result for programs: one JSON document. JSON has no NaN and no infinity: null stands for them."""
+    """Print a result for programs as one JSON document. NaN and infinity, which JSON lacks, become null."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
@@ -112,10 +112,10 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *, numeric: Sequence[str] = ()) -> None:
-    """A table for people, a line for each row; columns named in ``numeric`` are aligned to the right.
+    """Print a table for people, one line per row; columns named in ``numeric`` are right-aligned.
 
-    On a terminal that is too narrow the last column is folded, or each row becomes a list of its values. Nothing is
-    left out but a last column that is empty.
+    On a terminal that is too narrow the last column is folded, or each row becomes a list of its values. Only an empty
+    last column is left out.
     """
     out = console()
     cells = _cells(rows)
@@ -128,12 +128,12 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
 
 
 def live_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], numeric: Sequence[str]) -> Table:
-    """A table as :func:`print_table` prints, for a live view; the last column is folded where it is narrow."""
+    """Return a table like :func:`print_table`'s for a live view; the last column is folded if it does not fit."""
     return _table(headers, _cells(rows), numeric)
 
 
 def _cells(rows: Sequence[Sequence[str | Text]]) -> list[list[Text]]:
-    """Cells that can be shown. A column is as wide as its widest cell: one long key must not make every line so."""
+    """Shorten cells: a column is as wide as its widest cell, and one long key must not widen every line."""
     return [
         [
             Text(printable(cell if cell is row[-1] else shortened(cell, MAX_CELL_LENGTH)))
@@ -146,7 +146,7 @@ def _cells(rows: Sequence[Sequence[str | Text]]) -> list[list[Text]]:
 
 
 def _fits(headers: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:
-    """True if a line for each row is possible; the last column may be folded to ``MIN_LAST_WIDTH``."""
+    """Return True if one line per row fits; the last column may be folded to ``MIN_LAST_WIDTH``."""
     widths = [max(cell_len(header), *(row[i].cell_len for row in rows), 0) for i, header in enumerate(headers)]
     return sum(widths[:-1]) + min(widths[-1], MIN_LAST_WIDTH) + GAP * (len(widths) - 1) <= width
 
@@ -162,7 +162,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Text]], numeric: Sequ
 
 
 def _value_lists(headers: Sequence[str], rows: Sequence[Sequence[Text]]) -> Table:
-    """Each row's values on lines of their own, below its first (as psql shows wide rows)."""
+    """Print each row's values on separate lines below its first (as psql shows wide rows)."""
     table = Table.grid(padding=(0, GAP, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -175,7 +175,7 @@ def _value_lists(headers: Sequence[str], rows: Sequence[Sequence[Text]]) -> Tabl
 
 
 def _print_lines(out: Console, table: Table) -> None:
-    """Print without the blanks that rich fills lines with."""
+    """Print without the trailing blanks that rich adds."""
     for segments in out.render_lines(table, pad=False):
         line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
         line.rstrip()
@@ -183,12 +183,12 @@ def _print_lines(out: Console, table: Table) -> None:
 
 
 def bar(share: float, width: int) -> str:
-    """A bar for ``share`` (0 to 1) of ``width`` cells, of blocks where the output can show them."""
+    """Return a bar for ``share`` (0 to 1) of ``width`` cells, drawn with blocks if the output can show them."""
     return (BLOCK if can_show(BLOCK) else "#") * round(width * share)
 
 
 def can_show(text: str) -> bool:
-    """True if the encoding of standard output has these characters."""
+    """Return True if standard output's encoding has these characters."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -203,9 +203,9 @@ def state_text(state: str) -> Text:
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback ``(done_nbytes, total_nbytes)`` that shows how far a long work is, once it has taken a while.
+    """Yield a callback ``(done_nbytes, total_nbytes)`` that shows the progress of work that takes a while.
 
-    Lines of text where standard error is no terminal. It may be called from several threads.
+    Prints lines of text if standard error is not a terminal. The callback is thread-safe.
     """
     started = time.monotonic()
     last = started + FIRST_LINE_S - LINE_EVERY_S
@@ -249,7 +249,7 @@ def _fitted(title: str) -> str:
 
 
 def _new_bar(shown: Console) -> Progress:
-    from rich.progress import BarColumn, Progress, TextColumn  # not above: 50 ms that only long work needs
+    from rich.progress import BarColumn, Progress, TextColumn  # imported here: 50 ms that only long work needs
 
     title = TextColumn("{task.description}", markup=False)
     amounts = TextColumn("{task.fields[amounts]}", markup=False)

@@ -1,4 +1,4 @@
-"""``milepost report``: a run or a step as one HTML page."""
+"""``milepost report``: write a run or a step as one HTML page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from milepost.storage.base import counted, format_nbytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost report``."""
     parser.description = (
-        "Write a report of a run's checkpoints as one HTML file that needs no server and no network: what each save "
-        "cost, what each step holds and whether it is verified, how every layer's weights changed, "
-        "histograms, which rank "
-        "holds which shard. Every byte of the steps that are read is checked; statistics of large tensors use a sample."
+        "Write a report of a run's checkpoints as one HTML file that needs no server and no network: the cost of\n"
+        "each save, the content of each step and whether it is verified, changes of every layer's weights,\n"
+        "histograms, the rank that holds each shard. Every byte of the steps that are read is checked; statistics of\n"
+        "large tensors use a sample."
     )
     parser.epilog = (
         "examples:\n"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Gather, draw, write."""
-    from milepost.report.gather import gather  # with numpy and the readers, which --help can do without
+    from milepost.report.gather import gather  # imports numpy and the readers, which --help does not need
     from milepost.report.page import page
 
     with progress_bar("reading") as progress:

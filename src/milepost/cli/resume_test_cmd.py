@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the test in a temporary folder (or ``--folder``) and print what it found."""
+    """Run the test in a temporary folder (or ``--folder``) and print the report."""
     kill_at = args.kill_at if args.kill_at is not None else max(2, args.steps // 2 + 1)
     _check(args, kill_at)
-    from milepost.report.resume_test import (  # with numpy, for the comparison
+    from milepost.report.resume_test import (  # imports numpy, for the comparison
         ResumeTestSettings,
         parse_layouts,
         resume_test,
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="milepost-resume-test-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        report = resume_test(settings, folder.resolve(), _tell)
+        report = resume_test(settings, folder.resolve(), _print_stage)
     finally:
         if args.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace, kill_at: int) -> None:
         raise ConfigError(problems)
 
 
-def _tell(text: str) -> None:
+def _print_stage(text: str) -> None:
     print(f"milepost: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A drawing of which file holds which part of a tensor."""
+"""Draw which file holds which part of a tensor."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Cut = tuple[int, int]
 
 
 def same_map(entry: TensorEntry) -> object:
-    """Equal for tensors that have the same map."""
+    """Return a key that is equal for tensors with the same map."""
     return entry.shape, tuple((shard.box, shard.file) for shard in entry.shards if shard.box.numel)
 
 
 def draw_map(entry: TensorEntry, colour_of: Mapping[str, str]) -> None:
     """Print the map: rows are the cuts of one dim, columns those of another, each cell names the file.
 
-    Of a tensor that is cut along more than two dims, the slice at the origin of the others is shown; of very many
-    cuts the first and the last.
+    A tensor cut along more than two dims is shown as the slice at the origin of the others; of very many cuts only the
+    first and the last are shown.
     """
     cuts = cuts_of(entry)
     row_dim, column_dim = _axes(cuts)
@@ -51,12 +51,12 @@ def draw_map(entry: TensorEntry, colour_of: Mapping[str, str]) -> None:
 
 
 def colours(files: Sequence[str]) -> dict[str, str]:
-    """A colour for each file."""
+    """Assign a colour to each file."""
     return {file: COLOURS[index % len(COLOURS)] for index, file in enumerate(files)}
 
 
 def _axes(cuts: Sequence[Sequence[Cut]]) -> tuple[int | None, int | None]:
-    """The dims for rows and columns: the first two that are cut."""
+    """Choose the dims for rows and columns: the first two that are cut."""
     cut = [dim for dim, parts in enumerate(cuts) if len(parts) > 1]
     if not cut and cuts:
         return 0, None
@@ -76,7 +76,7 @@ def _few(cuts: Sequence[Cut], limit: int) -> list[Cut | None]:
 
 
 def _cell(entry: TensorEntry, corner: Sequence[int], colour_of: Mapping[str, str]) -> Text:
-    """The file that holds the element at ``corner``."""
+    """Return the cell of the file that holds the element at ``corner``."""
     wanted = Box(tuple(corner), (1,) * len(corner))
     for shard in entry.shards:
         if shard.box.numel and shard.box.intersect(wanted) is not None:

@@ -1,4 +1,4 @@
-"""``milepost show``: the values of a tensor, as numpy prints them."""
+"""``milepost show``: print values of a tensor as numpy does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milepost.storage.base import counted
 
 MAX_NUMEL = 1 << 24
 _SLICE = re.compile(r"-\d[-\d:,. ]*")
-"""An argument that begins like an option, and is a slice."""
+"""Matches a slice that begins like an option."""
 _ONE_DIM = re.compile(r"-?\d{1,18}|(-?\d{1,18})?:(-?\d{1,18})?(:(-?\d{1,18})?)?")
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="STEP", help="a step, a Hugging Face folder, a .pt or a safetensors file")
     parser.add_argument("key", metavar="KEY", help="the key, or a glob of keys")
     parser.add_argument("slice", metavar="SLICE", nargs="?", default="", help="such as 0:4,-8: (default: all of it)")
-    parser._negative_number_matcher = _SLICE  # so that -8: is not taken for an option
+    parser._negative_number_matcher = _SLICE  # so that -8: is not parsed as an option
     parser.add_argument("--json", action="store_true", help="print nested lists as JSON")
 
 
@@ -68,19 +68,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plain(array: Any) -> Any:
-    """Nested lists; complex numbers as [real, imaginary]."""
+    """Convert to nested lists; complex numbers become [real, imaginary]."""
     if array.dtype.kind == "c":
         return [_plain(array.real), _plain(array.imag)]
     return (array.astype("float64") if array.dtype.kind == "V" else array).tolist()
 
 
 def parse_slice(text: str, shape: tuple[int, ...]) -> tuple[Box, tuple[int | slice, ...]]:
-    """The box that ``text`` selects from, and the index that takes the selection out of it, as in numpy.
+    """Parse a slice into the box to read and the numpy index that selects from it.
 
     ``text`` is such as ``3``, ``0:4, -8:``, ``..., 2``, ``::2``.
 
     Raises:
-        ConfigError: it is not of that form, or names more dims than there are, or a single index is out of range.
+        ConfigError: it has another form or too many dims, or a single index is out of range.
     """
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
     if not parts[-1]:

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
-    from milepost.interop.weights.open import open_all  # with numpy and the readers, which --help can do without
+    """Compute and print the statistics."""
+    from milepost.interop.weights.open import open_all  # imports numpy and the readers, which --help does not need
     from milepost.report.globs import matching_keys
     from milepost.report.profile import natural
     from milepost.report.statistics import is_countable, tensor_statistics

@@ -1,4 +1,4 @@
-"""``milepost sync``: committed steps copied to another folder or to a store."""
+"""``milepost sync``: copy committed steps to another folder or to a store."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``milepost sync``."""
     parser.description = (
         "Copy the committed steps of a run, or one step, to another folder or to a store, newest first. Each is\n"
-        "committed there like a save: readers see all of it or nothing. Steps that are there already are not copied\n"
-        "again; an interrupted copy continues after its complete files. Each copy is read back and verified."
+        "committed there like a save: readers see all of it or nothing. Steps already there are not copied again;\n"
+        "an interrupted copy continues after its complete files. Each copy is read back and verified."
     )
     parser.epilog = (
         "examples:\n"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy each step, verify it, print what was done."""
+    """Copy each step, verify the copy and print the report."""
     reports = []
     for src, dst in _copies(args.source, args.destination):
         with progress_bar(f"copying {src.path.rpartition('/')[2]}") as progress:
@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
-    """The steps to copy, with their destinations, newest first.
+    """List the steps to copy with their destinations, newest first.
 
     Raises:
-        CheckpointNotFoundError: there is nothing that was committed.
-        ConfigError: the destination is a step of another number.
+        CheckpointNotFoundError: there is no committed step.
+        ConfigError: the destination names another step.
     """
     storage, name = open_storage(source)
     target, folder = open_storage(destination)
@@ -76,8 +76,8 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
     entries = [entry for entry in found if entry.state == "committed"]
     if not entries and any(entry.state == "part" for entry in found):
         raise CheckpointNotFoundError(
-            f"{source} holds one node's parts of steps: they are complete in checkpoint.remote_folder, to which "
-            "a run with checkpoint.folder_per_node brings them",
+            f"{source} holds one node's parts of steps: a run with checkpoint.folder_per_node copies "
+            "them to checkpoint.remote_folder, where they are complete",
             path=source,
         )
     if not entries:
@@ -98,7 +98,7 @@ def _verify(copy: Spot) -> None:
 def _print(report: CopyReport, *, verified: bool) -> None:
     checked = ", verified" if verified else ""
     if report.was_there:
-        print_line(f"{report.path}: was there{checked}")
+        print_line(f"{report.path}: already there{checked}")
         return
     rate = f", {format_nbytes(int(report.nbytes / report.seconds))}/s" if report.seconds > 0.1 else ""
     print_line(f"{report.path}: {format_nbytes(report.nbytes)} in {report.seconds:.1f} s{rate}{checked}")

@@ -1,4 +1,4 @@
-"""``milepost unpin``: let the rules decide about steps again."""
+"""``milepost unpin``: let retention delete steps again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Unpin each step, once all are known to be pinned."""
+    """Unpin the steps, after checking that all of them are pinned."""
     found = []
     for path in args.steps:
         storage, folder, step = locate_step(path)

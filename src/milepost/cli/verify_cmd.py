@@ -1,4 +1,4 @@
-"""``milepost verify``: check one checkpoint, or every one of a run."""
+"""``milepost verify``: check one checkpoint, or all checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from milepost.storage.base import counted, format_nbytes
 from milepost.verification.verify import LEVELS, VerifyReport, verify_in, verify_run
 
 MAX_LINES = 20
-"""Problems of one checkpoint that are printed; ``--json`` has up to 1000."""
+"""Maximum number of problems printed per checkpoint; ``--json`` has up to 1000."""
 VERDICTS = {
     "ok": (Text("OK", style="green"), 0),
     "not_verified": (Text("not verified", style="yellow"), NOT_CHECKED),
     "damaged": (Text("damaged", style="bold red"), CheckpointDamagedError.exit_status),
 }
-"""The words and the exit status of each verdict, the best first."""
+"""Text and exit status of each verdict, best first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         else:
 
             def on_step(step: int) -> Any:
-                stack.close()  # the bar of the step before
+                stack.close()  # the previous step's bar
                 return stack.enter_context(progress_bar(step_name(step)))
 
             reports = verify_run(storage, folder, args.level, num_threads=args.threads, on_step=on_step)

@@ -1,6 +1,6 @@
-"""``milepost ls --watch``: the saves that are being written, live, from the run's folder alone.
+"""``milepost ls --watch``: saves in progress, live, read from the run's folder only.
 
-On a terminal a table is drawn again and again; elsewhere a line is printed whenever something has changed.
+On a terminal a table is refreshed; elsewhere a line is printed after each change.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from milepost.storage import join_path
 from milepost.storage.base import Storage, counted, format_duration, format_nbytes
 
 MAX_FILES = 20
-"""Files of a save that are listed; those that are stuck come first, then those that are being written."""
+"""Maximum number of files listed per save: stuck ones first, then those being written."""
 REPEAT_S = 10.0
-"""Elsewhere than on a terminal, a save that goes on is mentioned again after this long."""
+"""Without a terminal, a save still in progress is reported again after this long."""
 
 
 def watch(
@@ -31,9 +31,9 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Look again and again, and show what there is, until Ctrl-C.
+    """Poll and show saves in progress until Ctrl-C.
 
-    ``find`` gives the run's storage and folder; as long as there is nothing to see, it is asked again at each look.
+    ``find`` returns the run's storage and folder; it is called again at each poll until there is a run.
     """
     storage, folder = find()
     path = join_path(storage.root, folder) if folder else storage.root
@@ -47,7 +47,7 @@ def watch(
         else:
             _print_changes(path, views, clock)
     except KeyboardInterrupt:
-        pass  # the way to end it
+        pass  # Ctrl-C is the normal way to stop
     return 0
 
 
@@ -94,7 +94,7 @@ def _row(file: FileState) -> tuple[str | Text, ...]:
 
 
 def file_text(file: FileState) -> str:
-    """The progress of a file, in a few words."""
+    """Describe a file's progress in a few words."""
     if file.is_signed:
         return "complete"
     return f"no bytes for {format_duration(file.still_s)}" if file.is_stuck else "writing"
@@ -133,7 +133,7 @@ def _print_now(text: str) -> None:
 
 
 def summary(state: SaveState) -> str:
-    """A save in one line."""
+    """Describe a save in one line."""
     complete = sum(file.is_signed for file in state.files)
     rate = f", {format_nbytes(round(state.rate))}/s" if state.rate else ""
     by = f" by {', '.join(state.look.owners[:2])}" if state.look.owners else ""
@@ -144,7 +144,7 @@ def summary(state: SaveState) -> str:
 
 
 def save_name(name: str) -> str:
-    """``save 0123abcd``, of an attempt's name."""
+    """Shorten an attempt's name to ``save 0123abcd``."""
     return f"save {name.removeprefix(ATTEMPT_PREFIX)[:8]}"
 
 

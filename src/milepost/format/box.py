@@ -1,7 +1,7 @@
-"""N-dimensional regions of a tensor, and the proof that a set of them covers it exactly once.
+"""N-dimensional regions of a tensor, and a check that a set of them covers it exactly once.
 
-A *box* is what is left of a DTensor, an FSDP shard or a pipeline stage below ``tensors/layout.py``: offsets and
-sizes in the coordinates of the global tensor. A 0-d tensor is one box with empty offsets and sizes.
+Below ``tensors/layout.py``, a DTensor, an FSDP shard or a pipeline stage is a *box*: offsets and sizes in the
+coordinates of the global tensor. A 0-d tensor is one box with empty offsets and sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
-        """The box that is all of a tensor of ``shape``."""
+        """Return the box of an entire tensor of ``shape``."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -42,7 +42,7 @@ class Box:
         return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common region in global coordinates, or None if there is none (or it holds no element)."""
+        """Return the common region in global coordinates, or None if it is empty."""
         offsets = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         stops = tuple(min(a, b) for a, b in zip(self.stops, other.stops, strict=True))
         if any(stop <= start for start, stop in zip(offsets, stops, strict=True)):
@@ -50,15 +50,15 @@ class Box:
         return Box(offsets, tuple(stop - start for start, stop in zip(offsets, stops, strict=True)))
 
     def relative_to(self, outer: Box) -> Box:
-        """The same region in the coordinates of ``outer``, which must contain it."""
+        """Return the same region in the coordinates of ``outer``, which must contain it."""
         return Box(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes)
 
     def shifted(self, by: Sequence[int]) -> Box:
-        """The same box moved by ``by``. The inverse of :meth:`relative_to` for the offsets of the outer box."""
+        """Return the box moved by ``by``: the inverse of :meth:`relative_to` for the outer box's offsets."""
         return Box(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.sizes)
 
     def index(self) -> tuple[Any, ...]:
-        """The index that selects the box in an array or a tensor: a view, of a 0-d one too."""
+        """Return the index that selects the box in an array or a tensor as a view, also of a 0-d one."""
         return (..., *(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True)))
 
     def inside(self, shape: Sequence[int]) -> bool:
@@ -68,20 +68,19 @@ class Box:
         )
 
     def __str__(self) -> str:
-        if len(self.offsets) != len(self.sizes):  # only in a message about a malformed file
+        if len(self.offsets) != len(self.sizes):  # only for messages about malformed files
             return f"[offsets {self.offsets}, sizes {self.sizes}]"
         return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=True)) + "]"
 
 
 def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The runs of ``inner`` in a row-major tensor of ``shape``, as half-open element ranges, ascending.
+    """Yield the contiguous runs of ``inner`` in a row-major tensor of ``shape`` as half-open element ranges, ascending.
 
-    ``inner`` is in the coordinates of that tensor. Trailing dims that are taken whole are merged, so a run is as
-    long as it can be.
+    ``inner`` is in the coordinates of that tensor. Full trailing dims are merged, so runs are as long as possible.
     """
     if inner.numel == 0:
         return
-    # Merge trailing dims that are taken whole: below `split`, a run is contiguous.
+    # Merge full trailing dims: below `split`, a run is contiguous.
     split = len(shape)
     run = 1
     while split > 0:
@@ -110,9 +109,9 @@ def contiguous_runs(inner: Box, shape: Sequence[int]) -> Iterator[tuple[int, int
 
 
 def span(inner: Box, shape: Sequence[int]) -> tuple[int, int]:
-    """The half-open range from the first element of ``inner`` to its last, in a row-major tensor of ``shape``.
+    """Return the half-open range from the first to the last element of ``inner`` in a row-major tensor of ``shape``.
 
-    ``inner`` is in the coordinates of that tensor, and holds an element.
+    ``inner`` is in the coordinates of that tensor and must not be empty.
     """
     first = last = 0
     stride = 1
@@ -124,7 +123,7 @@ def span(inner: Box, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def boxes_of_run(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
-    """The boxes that make up the elements ``[start, stop)`` of a row-major tensor of ``shape``, ascending.
+    """Split the elements ``[start, stop)`` of a row-major tensor of ``shape`` into boxes, ascending.
 
     Each is contiguous; there are at most two for each dim. The inverse of :func:`contiguous_runs`.
     """
@@ -134,7 +133,7 @@ def boxes_of_run(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
     if stop - start == inner * (shape[0] if shape else 1):
         yield Box.whole(shape)
         return
-    first, last = -(-start // inner), stop // inner  # the rows that are taken whole
+    first, last = -(-start // inner), stop // inner  # the complete rows
     if first > last:  # all within one row
         yield from _in_row(last, start - last * inner, stop - last * inner, shape)
         return
@@ -151,7 +150,7 @@ def _in_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterator[B
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """A box that is contiguous in a row-major tensor: ``nbytes`` from byte ``start`` of the tensor's data."""
+    """A contiguous box of a row-major tensor: ``nbytes`` from byte ``start`` of the tensor's data."""
 
     box: Box
     start: int
@@ -161,8 +160,8 @@ class Slab:
 def cut_into_slabs(shape: Sequence[int], element_nbytes: int, limit_nbytes: int, unit_rows: int = 1) -> Iterator[Slab]:
     """Cut a tensor of ``shape`` into slabs of at most ``limit_nbytes``, ascending; none is larger than the first.
 
-    ``unit_rows`` rows (of the last dim but one) are never separated, even where they are more than that. A single row
-    that is longer is cut. A tensor without elements has no slabs.
+    Units of ``unit_rows`` rows (of the last dim but one) are never split, even if larger. A single row that is longer
+    is cut. A tensor without elements has no slabs.
     """
     if 0 in shape:
         return
@@ -171,12 +170,12 @@ def cut_into_slabs(shape: Sequence[int], element_nbytes: int, limit_nbytes: int,
         dim -= 1
         inner *= shape[dim]
     if unit_rows > 1 and dim >= len(shape) - 1:
-        # The cut would fall among the rows of a unit, or inside one row.
+        # The cut would split a unit, or a single row.
         dim, inner = len(shape) - 1, element_nbytes * shape[-1]
     if dim == 0:
         yield Slab(Box.whole(shape), 0, inner)
         return
-    # Dims from `dim` on are taken whole, dim - 1 is cut into steps, those before are walked one index at a time.
+    # Dims from `dim` on are complete, dim - 1 is cut into steps, earlier dims are iterated index by index.
     unit = unit_rows if dim == len(shape) - 1 else 1
     step = max(unit, limit_nbytes // inner // unit * unit)
     start = 0
@@ -189,14 +188,14 @@ def cut_into_slabs(shape: Sequence[int], element_nbytes: int, limit_nbytes: int,
 
 
 def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
-    """Report why ``boxes`` do not cover a tensor of ``shape`` exactly once; empty if they do.
+    """Return the reasons why ``boxes`` do not cover a tensor of ``shape`` exactly once; empty if they do.
 
     Boxes without elements are allowed anywhere inside. At most ``MAX_LISTED`` faults are returned. The time is linear
-    in the number of boxes (but for sorting), whatever they are: they may come from a hostile file.
+    in the number of boxes (except for sorting) in all cases: they may come from a hostile file.
     """
     if len(boxes) == 1 and boxes[0] == Box.whole(shape):
         return []
-    faults = [f"box {box} does not lie inside shape {list(shape)}" for box in boxes if not box.inside(shape)]
+    faults = [f"box {box} is not inside shape {list(shape)}" for box in boxes if not box.inside(shape)]
     if faults:
         return faults[:MAX_LISTED]
     filled = [box for box in boxes if box.numel > 0]
@@ -205,23 +204,23 @@ def cover_faults(shape: Sequence[int], boxes: Sequence[Box]) -> list[str]:
     split = [
         dim
         for dim, size in enumerate(shape)
-        if any(box.sizes[dim] != size for box in filled)  # a box of full size begins at 0, being inside
+        if any(box.sizes[dim] != size for box in filled)  # a box of full size inside the shape begins at 0
     ]
     if len(filled) << len(split) > _MAX_CORNERS:
         return [f"{len(filled)} shards cut along {len(split)} dims are too many to check"]
     if _is_tiling(shape, filled, split):
         return []
     if not split:
-        return [f"all of it is stored {len(filled)} times"]
+        return [f"it is stored {len(filled)} times"]
     return _explain(shape, filled, split)
 
 
 def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], split: Sequence[int]) -> bool:
-    """Return whether boxes inside ``shape`` cover each element exactly once. Dims outside ``split`` are taken whole.
+    """Return whether boxes inside ``shape`` cover each element exactly once. Dims outside ``split`` are complete.
 
     A sum of boxes' indicator functions is determined by its signed corners (its mixed difference, +1 at a box's lower
-    corner and alternating in sign along each edge). So the boxes tile the tensor if and only if all their corners
-    cancel, but for those of the whole tensor.
+    corner and alternating in sign along each edge). So the boxes tile the tensor if and only if all corners cancel,
+    except those of the entire tensor.
     """
     if len(split) == 1:
         position = 0
@@ -240,7 +239,7 @@ def _is_tiling(shape: Sequence[int], boxes: Sequence[Box], split: Sequence[int])
 
 
 def _explain(shape: Sequence[int], boxes: list[Box], split: Sequence[int]) -> list[str]:
-    """Faults of boxes that are no tiling: overlaps found by a sweep along one dim, else a gap."""
+    """Explain why boxes are not a tiling: overlaps found by a sweep along one dim, else a gap."""
     axis = max(split, key=lambda dim: len({box.offsets[dim] for box in boxes}))
     faults: list[str] = []
     active: list[Box] = []
@@ -266,7 +265,7 @@ def _explain(shape: Sequence[int], boxes: list[Box], split: Sequence[int]) -> li
 
 
 def first_gap(shape: Sequence[int], boxes: Sequence[Box]) -> Box | None:
-    """A region of a tensor of ``shape`` that none of ``boxes`` holds, or None. For error messages: not fast."""
+    """Return a region of a tensor of ``shape`` that none of ``boxes`` holds, or None. Slow; for error messages."""
     rest = [Box.whole(shape)] if math.prod(shape) else []
     for box in boxes:
         rest = [piece for r in rest for piece in _subtract(r, box)]

@@ -1,10 +1,10 @@
-"""The shards of a checkpoint in columns: what ``milepost.shards`` and each rank's segment of it hold, in memory.
+"""The shards of a checkpoint in columns: the content of ``milepost.shards`` and of each rank's segment, in memory.
 
-A tensor is stored by its *tiling*: its dtype, its shape and the boxes that it is cut into. Thousands of tensors share
-a few tilings (each layer's are alike), so all that is proven or planned for a tiling holds for them at once. What is
-left for each shard is where it lies: file, offset and CRC-32, twenty bytes. ``shards_file`` has the bytes.
+A tensor is stored by its *tiling*: its dtype, its shape and the boxes into which it is cut. Thousands of tensors share
+a few tilings (layers are alike), so a check or plan for a tiling holds for all of them. Each shard adds only its
+location and digest: file, offset and CRC-32, twenty bytes. ``shards_file`` defines the bytes.
 
-Nothing here costs Python time by the shard but what is asked for shard by shard.
+No operation here takes Python time per shard, except access to individual shards.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """A way to store a tensor: its dtype, its shape, and the boxes that it is cut into, each a record.
+    """A way to store a tensor: its dtype, its shape, and the boxes into which it is cut, each a record.
 
-    ``offsets`` and ``sizes`` have a row for each box and a column for each dim. ``header_nbytes`` is what stands before
-    a box's raw data in its record, ``record_nbytes`` the length of the whole record.
+    ``offsets`` and ``sizes`` have a row for each box and a column for each dim. ``header_nbytes`` is the size of the
+    record's header before a box's raw data, ``record_nbytes`` that of the full record.
     """
 
     dtype: str
@@ -46,17 +46,17 @@ class Tiling:
 
     @cached_property
     def numel(self) -> Ints:
-        """Elements of each box."""
+        """Number of elements of each box."""
         numel: Ints = np.prod(self.sizes, axis=1, dtype=np.int64)
         return numel
 
     @cached_property
     def data_nbytes(self) -> Ints:
-        """Bytes of raw data of each box."""
+        """Size of each box's raw data in bytes."""
         return self.numel * itemsize(self.dtype)
 
     def num_blocks(self, block_nbytes: int) -> Ints:
-        """Blocks of each box's raw data; the last may be short."""
+        """Number of blocks of each box's raw data; the last may be short."""
         return -(-self.data_nbytes // block_nbytes)
 
     def block_bounds(self, block_nbytes: int) -> Sequence[int]:
@@ -72,12 +72,12 @@ class Tiling:
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
-        """The boxes as values."""
+        """The boxes as ``Box`` values."""
         pairs = zip(self.offsets.tolist(), self.sizes.tolist(), strict=True)
         return tuple(Box(tuple(offsets), tuple(sizes)) for offsets, sizes in pairs)
 
     def overlaps(self, box: Box) -> Sequence[Overlap]:
-        """All regions that the boxes have in common with ``box``. Found once: tensors that are cut alike share them."""
+        """Return all regions that the boxes have in common with ``box``; cached for tensors that are cut alike."""
         found = self._found.get(box)
         if found is None:
             found = self._found[box] = self._overlaps(box)
@@ -100,14 +100,14 @@ class Tiling:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Equal for two tilings exactly when they are the same."""
+        """A value that is equal for two tilings if and only if they are the same."""
         arrays = (self.offsets, self.sizes, self.header_nbytes, self.record_nbytes)
         return (self.dtype, self.shape, *(array.tobytes() for array in arrays))
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectColumns:
-    """The records of values that are not tensors."""
+    """The records of values other than tensors."""
 
     keys: tuple[str, ...]  # sorted
     file: UInts
@@ -118,10 +118,10 @@ class ObjectColumns:
 
 @dataclass(frozen=True, eq=False)
 class ShardTable:
-    """All that is stored, or one rank's part of it. Shards are rows, grouped by tensor, in the order of its tiling."""
+    """All stored items, or one rank's part of them. Shards are rows, grouped by tensor, in the order of its tiling."""
 
     files: tuple[str, ...]
-    keys: tuple[str, ...]  # of the tensors, sorted
+    keys: tuple[str, ...]  # keys of the tensors, sorted
     tilings: Sequence[Tiling]
     tiling: UInts  # (tensors,) index into tilings
     file: UInts  # (shards,) index into files
@@ -136,7 +136,7 @@ class ShardTable:
 
     @cached_property
     def num_boxes(self) -> Ints:
-        """Of each tiling."""
+        """Number of boxes of each tiling."""
         return np.fromiter(map(len, self.tilings), np.int64, len(self.tilings))
 
     @cached_property
@@ -149,11 +149,11 @@ class ShardTable:
 
     @cached_property
     def index(self) -> Mapping[str, int]:
-        """The number of each tensor's key."""
+        """The index of each tensor's key."""
         return {key: number for number, key in enumerate(self.keys)}
 
     def spread(self, of_tiling: Sequence[Ints], start: int = 0, stop: int | None = None) -> Ints:
-        """Values that each tiling has for its boxes, as values for the shards of the tensors ``[start, stop)``."""
+        """Expand per-box values of each tiling to per-shard values of the tensors ``[start, stop)``."""
         stop = len(self.keys) if stop is None else stop
         if start == stop:
             return np.empty(0, np.int64)
@@ -165,7 +165,7 @@ class ShardTable:
         return cast(Ints, pool[np.repeat(base, self.num_boxes[tiling]) + rows])
 
     def first_blocks(self, block_nbytes: int) -> Ints:
-        """The number of each tensor's first block in ``milepost.digests``; one more entry than tensors."""
+        """The index of each tensor's first block in ``milepost.digests``; one more entry than tensors."""
         per_tiling = [int(tiling.num_blocks(block_nbytes).sum()) for tiling in self.tilings]
         first = np.zeros(len(self.keys) + 1, np.int64)
         if len(self.keys):
@@ -174,7 +174,7 @@ class ShardTable:
 
 
 class Shards(TiledShards):
-    """The shards of one tensor, made into entries one by one as they are asked for."""
+    """The shards of one tensor; entries are created on access."""
 
     __slots__ = ("_first", "_table", "tiling")
 
@@ -273,7 +273,7 @@ class Tensors(Mapping[str, TensorEntry]):
 
 
 class Objects(Mapping[str, ObjectEntry]):
-    """The values of a table that are not tensors, by key."""
+    """The values of a table other than tensors, by key."""
 
     def __init__(self, table: ShardTable):
         self._columns = table.objects
@@ -298,10 +298,10 @@ class Objects(Mapping[str, ObjectEntry]):
 
 
 def table_of(manifest: Manifest, *, whole: bool = True) -> ShardTable:
-    """The shards of a manifest in columns.
+    """Return the shards of a manifest in columns.
 
-    Raises ValueError if it must be ``whole`` and an item is without offsets or digest, as no commit record may be; else
-    zeros stand for what is not known.
+    With ``whole``, as for a commit record, raises ValueError if an item has no offsets or digest; otherwise zeros stand
+    for unknown values.
     """
     if isinstance(manifest.tensors, Tensors):
         return manifest.tensors.table
@@ -336,9 +336,9 @@ def table_of(manifest: Manifest, *, whole: bool = True) -> ShardTable:
 def object_columns(
     objects: Mapping[str, ObjectEntry], number: Mapping[str, int], *, whole: bool = True
 ) -> ObjectColumns:
-    """The records of ``objects`` in columns; ``number`` is the index of each file.
+    """Return the records of ``objects`` in columns; ``number`` is the index of each file.
 
-    Raises ValueError for one without digest, unless ``whole`` is False.
+    Raises ValueError for one without a digest, unless ``whole`` is False.
     """
     bare = next((key for key, entry in objects.items() if entry.crc32 is None), None)
     if whole and bare is not None:
@@ -377,11 +377,11 @@ def _tiling_of(key: str, entry: TensorEntry, *, whole: bool) -> Tiling:
 
 
 def coordinates(rows: Sequence[Sequence[int]], num_dims: int) -> Ints:
-    """Offsets or sizes of boxes as an array with a row for each."""
+    """Return offsets or sizes of boxes as an array with one row per box."""
     return np.array(rows, np.int64).reshape(len(rows), num_dims)
 
 
 def with_table(manifest: Manifest, table: ShardTable) -> Manifest:
-    """``manifest`` with all that ``table`` holds."""
+    """Return ``manifest`` with the tensors and objects of ``table``."""
     found = replace(manifest, tensors=Tensors(table), objects=Objects(table), parts=())
     return replace(found, paths=table.paths, structure=table.structure)

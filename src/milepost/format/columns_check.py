@@ -1,7 +1,7 @@
-"""The checks of a table of shards that could lead a reader astray, each for all shards at once.
+"""Checks of a table of shards that might mislead a reader, each for all shards at once.
 
-They say the same as ``manifest_check`` says of entries; what is wrong is looked for one by one only once it is known
-that something is.
+They report the same faults as ``manifest_check`` does for entries; only if a check fails are shards examined one by
+one.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from milepost.format.typed_json import MAX_COUNT
 
 _BATCH_ROWS = 1 << 18
 _FEW_BOXES = 24
-"""Up to here, a proof box by box is quicker than one by arrays."""
+"""Up to this number of boxes, a check box by box is faster than one with arrays."""
 _MAX_CORNERS = 1 << 26
 
 
 def table_faults(
     table: ShardTable, files: Mapping[str, FileEntry], limit: int = MAX_LISTED, *, must_cover: bool = True
 ) -> list[Problem]:
-    """Check ``table``, whose records are in ``files``; return the first ``limit`` faults.
+    """Check ``table``, whose records are in ``files``; returns the first ``limit`` faults.
 
-    Checked are: that each tiling is possible and, if it ``must_cover``, covers its shape exactly once; that each record
-    lies inside its file, its data inside the record; and that no two records share a byte.
+    Checks that each tiling is possible and, with ``must_cover``, covers its shape exactly once; that each record is
+    inside its file and its data inside the record; and that no two records share a byte.
     """
     return list(islice(_faults(table, files, must_cover), limit))
 
@@ -67,34 +67,34 @@ def _faults(table: ShardTable, files: Mapping[str, FileEntry], must_cover: bool)
 
 
 def _impossible(tiling: Tiling) -> str:
-    """The reason why no tensor can be stored so; empty if one can. Reads on after the key."""
+    """Return the reason why a tiling is impossible, worded to follow the key; empty if it is possible."""
     if min(tiling.shape, default=0) < 0 or math.prod(tiling.shape) * itemsize(tiling.dtype) > MAX_COUNT:
         return f"has invalid shape {list(tiling.shape)!r:.200}"
     shape = np.array(tiling.shape, np.int64)
-    # Written so that no sum of hostile numbers can overflow.
+    # Written so that no sum of hostile numbers overflows.
     inside = (tiling.offsets >= 0) & (tiling.sizes >= 0) & (tiling.sizes <= shape) & (tiling.offsets <= shape)
     inside &= tiling.sizes <= shape - np.clip(tiling.offsets, 0, shape)
     if not inside.all():
         box = tiling.boxes[int(np.flatnonzero(~inside.all(axis=1))[0])]
-        return f": box {box} does not lie inside shape {list(tiling.shape)}"
+        return f": box {box} is not inside shape {list(tiling.shape)}"
     header, record = tiling.header_nbytes, tiling.record_nbytes
     fits = (header >= 0) & (record > 0) & (record <= MAX_COUNT) & (header <= record)
     fits &= tiling.data_nbytes <= record - header
     if not fits.all():
         box = tiling.boxes[int(np.flatnonzero(~fits)[0])]
-        return f": the data of shard {box} does not lie inside its record"
+        return f": the data of shard {box} is not inside its record"
     return ""
 
 
 def cover_fault(tiling: Tiling) -> str:
-    """Report why boxes inside the shape do not cover it exactly once; empty if they do. Reads on after the key."""
+    """Return the reason why boxes do not cover the shape exactly once, worded to follow the key; empty if they do."""
     if len(tiling) > _FEW_BOXES and _is_tiling(tiling):
         return ""
     return "".join(f": {fault}" for fault in cover_faults(tiling.shape, tiling.boxes)[:1])
 
 
 def _is_tiling(tiling: Tiling) -> bool:
-    """As ``box._is_tiling``, by arrays: all signed corners of the boxes cancel, but for those of the whole."""
+    """Check like ``box._is_tiling``, with arrays: all signed corners cancel, except those of the entire tensor."""
     filled = tiling.numel > 0
     offsets, sizes = tiling.offsets[filled], tiling.sizes[filled]
     if not len(sizes):
@@ -113,7 +113,7 @@ def _is_tiling(tiling: Tiling) -> bool:
     low = np.concatenate((offsets[:, split], np.zeros((1, len(split)), np.int64)))
     high = np.concatenate(((offsets + sizes)[:, split], np.array([[tiling.shape[d] for d in split]], np.int64)))
     weight = np.ones(len(low), np.int64)
-    weight[-1] = -1  # the whole
+    weight[-1] = -1  # the entire tensor
     corners, signs = [np.empty((len(low), 0), np.int64)], [weight]
     for column in range(len(split)):
         corners = [np.column_stack((corner, edge[:, column])) for corner in corners for edge in (low, high)]
@@ -129,7 +129,7 @@ def _is_tiling(tiling: Tiling) -> bool:
 
 
 def _outside(table: ShardTable, nbytes: Ints) -> Iterator[Problem]:
-    """Records that do not lie inside their files."""
+    """Report records that are not inside their files."""
     record = [tiling.record_nbytes for tiling in table.tilings]
     tensor = 0
     while tensor < len(table.keys):
@@ -162,7 +162,7 @@ def _place_fault(table: ShardTable, nbytes: Ints, key: str, file: Any, start: An
 
 
 def _overlaps(table: ShardTable, nbytes: Ints) -> Iterator[Problem]:
-    """Records that share bytes. Of records that lie in their files in the order of the table, the proof is one pass."""
+    """Report records that share bytes. If records are stored in table order, one pass suffices."""
     if _ascend(table, len(nbytes)):
         return
     objects = table.objects
@@ -180,9 +180,9 @@ def _overlaps(table: ShardTable, nbytes: Ints) -> Iterator[Problem]:
 
 
 def _ascend(table: ShardTable, num_files: int) -> bool:
-    """Return whether each record begins after the one before it in its file, as the writers lay files out.
+    """Return True if each record begins after its predecessor in the file, as Milepost writes them.
 
-    Worth a try only for tensors in many shards: one step of Python for each tensor. False says nothing.
+    Worthwhile only for tensors with many shards: it takes one Python step per tensor. False is inconclusive.
     """
     if len(table) < 8 * len(table.keys):
         return False

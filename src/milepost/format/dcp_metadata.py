@@ -1,7 +1,7 @@
 """``.metadata``, the index of a folder written by ``torch.distributed.checkpoint`` (DCP), read without running pickle.
 
-Accepted is what stock DCP of torch 2.0 and later writes: the classes of ``torch.distributed.checkpoint.metadata`` and
-``.filesystem``, sizes, dtypes and paths. Any other global is refused by name. The way back is ``dcp_writer``.
+It accepts what stock DCP of torch 2.0 and later writes: the classes of ``torch.distributed.checkpoint.metadata`` and
+``.filesystem``, sizes, dtypes and paths. Any other global is refused by name. ``dcp_writer`` is the inverse.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from milepost.format.typed_json import MAX_COUNT
 
 METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"
-_SHARDED_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # where torch up to 2.2 kept TensorProperties
+_SHARDED_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # the place of TensorProperties up to torch 2.2
 _MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 _MAX_TEXT = 1 << 16
 _MAX_TRANSFORMS = 16
 _MIN_CHUNK_NBYTES = 16
-"""No pickler describes a chunk in fewer bytes; fewer would do for one that is named again and again."""
+"""Minimum size of a pickled chunk; fewer bytes mean one chunk referenced repeatedly."""
 
 PathParts = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class DcpTensor:
-    """A tensor of the state dict: its chunks are the boxes in which it was saved."""
+    """A tensor of the state dict; its chunks are the boxes in which it was saved."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,8 +56,8 @@ class DcpLocation:
 class DcpMetadata:
     """The content of ``.metadata``.
 
-    ``storage`` is keyed by (key, offsets of the chunk), offsets being None for an object. ``paths`` tells where each
-    key stood in the nested state dict; it is empty when the planner kept no record of that in the usual form.
+    ``storage`` is keyed by (key, offsets of the chunk), offsets being None for an object. ``paths`` holds each key's
+    path in the nested state dict; empty if the planner did not record it in the usual form.
     """
 
     tensors: Mapping[str, DcpTensor]
@@ -69,7 +69,7 @@ class DcpMetadata:
     version: str | None
 
 
-# ---- what the pickle may name ----
+# ---- the globals allowed in the pickle ----
 
 
 def _size(*args: object) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ def _memory_format(*args: object) -> str:
 
 
 def _getattr(*args: object) -> str:
-    """Early Python 3.11 pickled an enum's member as ``getattr(class, name)``; here it is a look-up in a tuple."""
+    """Look up an enum's member, which early Python 3.11 pickled as ``getattr(class, name)``."""
     is_enum = len(args) == 2 and isinstance(args[0], Global) and args[0].call is _memory_format
     if not is_enum or args[1] not in _MEMORY_FORMATS:
         raise FormatError("getattr is not used for a memory format")
@@ -147,17 +147,17 @@ def _metadata_globals() -> dict[str, Global]:
 
 
 METADATA_GLOBALS: Mapping[str, Global] = MappingProxyType(_metadata_globals())
-"""All that a ``.metadata`` pickle may name."""
+"""The globals allowed in a ``.metadata`` pickle."""
 
 
 # ---- from the pickle's data to DcpMetadata ----
 
 
 def parse_metadata(data: bytes, path: str = METADATA_NAME) -> DcpMetadata:
-    """Read the bytes of a ``.metadata`` file. ``path`` is how errors name it.
+    """Read the bytes of a ``.metadata`` file. ``path`` is for error messages.
 
-    Nothing in it is run and no module is imported. Raises FormatError if it is malformed, names a class that DCP does
-    not use, or asks for memory out of proportion (more than 16 MiB + 32 times its size).
+    Runs no code from it and imports no module. Raises FormatError if it is malformed, names a class that DCP does not
+    use, or needs disproportionate memory (more than 16 MiB + 32 times its size).
     """
     try:
         return _metadata(read_pickle(data, METADATA_GLOBALS), len(data) // _MIN_CHUNK_NBYTES)
@@ -166,7 +166,7 @@ def parse_metadata(data: bytes, path: str = METADATA_NAME) -> DcpMetadata:
 
 
 def _fields(value: object, name: str) -> dict[str, Any]:
-    """The attributes of an instance of the class called ``name``."""
+    """Return the attributes of an instance of the class ``name``."""
     if not isinstance(value, Instance) or not value.name.endswith(f".{name}") or not isinstance(value.state, dict):
         found = value.name if isinstance(value, Instance) else type(value).__name__
         raise FormatError(f"expected a {name}, found a {found}, or an incomplete one")
@@ -180,7 +180,7 @@ def _metadata(value: object, max_chunks: int) -> DcpMetadata:
         raise FormatError("the index of keys or of locations is missing")
     tensors: dict[str, DcpTensor] = {}
     objects: list[str] = []
-    # What has been read is let go: a large index would else be in memory twice.
+    # Release what has been read: otherwise a large index would be in memory twice.
     for key in list(entries):
         if type(key) is not str:
             raise FormatError("a key is not text")
@@ -247,7 +247,7 @@ def _location(value: object) -> DcpLocation:
 
 
 def _paths(planner_data: object) -> dict[str, PathParts]:
-    """Paths of the default planner. Another planner may keep anything there; then keys stand for themselves."""
+    """Return the default planner's paths; empty for another planner, which may keep anything there."""
     if not isinstance(planner_data, dict):
         return {}
     return {key: path for key, path in planner_data.items() if type(key) is str and _is_path(path)}
@@ -274,13 +274,13 @@ def manifest_from_metadata(
     created_s: float = 0.0,
     path: str = METADATA_NAME,
 ) -> Manifest:
-    """The manifest of a folder that has none, from its ``.metadata`` and the sizes in bytes of the files in it.
+    """Build the manifest of a folder that has none, from its ``.metadata`` and the sizes in bytes of its files.
 
-    Where the raw data begins and its digest are None: ``record.locate_tensor`` finds them. ``kind`` is ``full`` if
-    there is any key under ``optimizer.`` or ``train_state.``, ``model`` if all are the model's, else ``state``.
-    ``world_size`` is 1: it isn't recorded. Raises FormatError for items that were transformed (compressed, encrypted)
-    by a DCP extension, and for all that ``manifest_faults`` finds: names that leave the folder, files that are absent
-    or too short, overlaps and gaps.
+    Offset and digest of raw data are None: ``record.locate_tensor`` finds them. ``kind`` is ``full`` if there is any
+    key under ``optimizer.`` or ``train_state.``, ``model`` if all keys are the model's, else ``state``. ``world_size``,
+    which is not recorded, is 1. Raises FormatError for items transformed (compressed, encrypted) by a DCP extension,
+    and for all faults found by ``manifest_faults``: names that leave the folder, files that are absent or too short,
+    overlaps and gaps.
     """
     problems: list[str] = []
     tensors = {key: _tensor_entry(key, tensor, metadata, problems) for key, tensor in metadata.tensors.items()}
@@ -311,7 +311,7 @@ def manifest_from_metadata(
 
 
 def _kind(keys: Collection[str]) -> str:
-    """The kind of state that the keys show: full training state, weights alone, or some other state dict."""
+    """Infer the kind of state from the keys: full training state, only weights, or some other state dict."""
     parts = {part_of(key) for key in keys}
     if not parts.isdisjoint(("optimizer", "train_state")):
         return "full"
@@ -337,10 +337,10 @@ def _tensor_entry(key: str, tensor: DcpTensor, metadata: DcpMetadata, problems: 
 
 
 def _distinct(chunks: tuple[Box, ...]) -> Iterator[Box]:
-    """Chunks without those that hold nothing or are listed again.
+    """Drop empty and repeated chunks.
 
-    DCP keeps one place per (key, offsets), so that of several ranks' empty shards at the tensor's end only one has a
-    place. Chunks of a tensor without any elements are all dropped but the first.
+    DCP keeps one location per (key, offsets), so that of several ranks' empty shards at the tensor's end only one has a
+    location. For a tensor without elements only the first chunk is kept.
     """
     filled = list(dict.fromkeys(box for box in chunks if box.numel > 0))
     yield from filled or chunks[:1]

@@ -1,11 +1,11 @@
-"""``.metadata`` written without torch: the pickle that stock ``torch.distributed.checkpoint`` reads.
+"""Write ``.metadata`` without torch: the pickle that stock ``torch.distributed.checkpoint`` reads.
 
 Unpickled, it gives the same objects as DCP's own file: torch's classes with the same attributes. It is emitted opcode
-by opcode, because to pickle instances of torch's classes one would have to import torch. Protocol 4; text, globals,
-sizes and boxes that come again are taken from the memo.
+by opcode, because pickling instances of torch's classes would require importing torch. Protocol 4; repeated text,
+globals, sizes and boxes are fetched from the memo.
 
-There is an entry for every shard, so these are made by numpy, thousands at a time, of one length: Python's time goes by
-the key and by the tiling.
+There is an entry for every shard, so numpy builds thousands of equal length at a time: Python's time grows with keys
+and tilings only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from milepost.format.manifest import Manifest
 from milepost.format.plain_pickle import STOP, int_opcodes
 
 DCP_VERSION = "1.0.0"
-"""What torch writes as ``Metadata.version`` (``CURRENT_DCP_VERSION``)."""
+"""torch's ``Metadata.version`` (``CURRENT_DCP_VERSION``)."""
 
 _PROTO_4, _MEMOIZE, _NONE, _FALSE = b"\x80\x04", b"\x94", b"N", b"\x89"
 _NEW_INSTANCE, _BUILD = b")\x81", b"b"
@@ -30,15 +30,15 @@ _BATCH_SHARDS = 1 << 16
 
 
 def dump_metadata(manifest: Manifest) -> bytes:
-    """The bytes of ``.metadata`` for a manifest; the same manifest gives the same bytes.
+    """Return the bytes of ``.metadata`` for a manifest; the same manifest gives the same bytes.
 
-    Keys without an entry in ``manifest.paths`` stand at the top level of the state dict.
+    Keys without an entry in ``manifest.paths`` are at the top level of the state dict.
     """
     return b"".join(metadata_pieces(manifest))
 
 
 def is_metadata_of(data: bytes, manifest: Manifest) -> bool:
-    """True if ``data`` is what :func:`dump_metadata` writes today. Another version may have written other bytes."""
+    """Return True if ``data`` is the current output of :func:`dump_metadata`; other versions may write other bytes."""
     view, position = memoryview(data), 0
     for piece in metadata_pieces(manifest):
         if view[position : position + len(piece)] != piece:
@@ -48,8 +48,8 @@ def is_metadata_of(data: bytes, manifest: Manifest) -> bool:
 
 
 def metadata_pieces(manifest: Manifest) -> Iterator[bytes]:
-    """:func:`dump_metadata` piece by piece, so that it need not be in memory as a whole."""
-    table = table_of(manifest, whole=False)  # an external checkpoint can be written anew
+    """Yield the output of :func:`dump_metadata` in pieces, so that it need not be in memory at once."""
+    table = table_of(manifest, whole=False)  # an external checkpoint can be rewritten
     writer = _Writer(table)
     keys = sorted([*table.keys, *table.objects.keys])
     writer.begin(METADATA_MODULE, "Metadata")
@@ -73,7 +73,7 @@ def metadata_pieces(manifest: Manifest) -> Iterator[bytes]:
 
 
 def _batches(table: ShardTable) -> Iterator[tuple[int, int]]:
-    """Ranges of tensors, each of about ``_BATCH_SHARDS`` shards or a single tensor."""
+    """Yield ranges of tensors, each with about ``_BATCH_SHARDS`` shards or a single tensor."""
     start = 0
     while start < len(table.keys):
         most = int(table.first[start]) + _BATCH_SHARDS
@@ -86,17 +86,17 @@ def _batches(table: ShardTable) -> Iterator[tuple[int, int]]:
 class _Chunks:
     """A tiling as pickled: opcodes for its list of chunks, and each box's position in it, if it has one.
 
-    A shard without elements is left out, as DCP finds a place by key and offsets, so that it could hide a full one that
-    begins where it does. If there is no other, the first is kept.
+    Empty shards are left out: DCP finds a location by key and offsets, so an empty shard could hide a non-empty one
+    with the same offsets. If there is no other, the first is kept.
     """
 
     opcodes: bytes
-    number: Ints  # (boxes,) place in the list; -1 for one that is left out
+    number: Ints  # (boxes,) position in the list; -1 if left out
     offsets: Ints  # (boxes,) memo index of its offsets
 
 
 class _Writer:
-    """Opcodes in ``out``, and which values are in the memo already, by the opcodes that fetch them."""
+    """Emits opcodes into ``out``; keeps the opcodes that fetch each memoized value."""
 
     def __init__(self, table: ShardTable) -> None:
         self.table = table
@@ -111,7 +111,7 @@ class _Writer:
         self.tensors: dict[int, bytes] = {}
 
     def take(self) -> bytes:
-        """Return what was put since the last call."""
+        """Return the opcodes emitted since the last call."""
         taken = b"".join(self.out)
         self.out.clear()
         return taken
@@ -119,13 +119,13 @@ class _Writer:
     # ---- values ----
 
     def memoize(self) -> int:
-        """Put the top of the stack into the memo; its place there."""
+        """Memoize the top of the stack; returns its memo index."""
         self.put(_MEMOIZE)
         self.memo_count += 1
         return self.memo_count - 1
 
     def text(self, value: str) -> int:
-        """A text; its place in the memo."""
+        """Push a text; returns its memo index."""
         index = self.texts.get(value)
         if index is not None:
             self.put(_fetch(index))
@@ -163,7 +163,7 @@ class _Writer:
         self.put((b")", b"\x85", b"\x86", b"\x87")[len(values)] if len(values) <= 3 else b"t")
 
     def size(self, values: tuple[int, ...]) -> int:
-        """A ``torch.Size``; its place in the memo."""
+        """Push a ``torch.Size``; returns its memo index."""
         index = self.sizes.get(values)
         if index is not None:
             self.put(_fetch(index))
@@ -175,7 +175,7 @@ class _Writer:
         return index
 
     def begin(self, module: str, name: str) -> None:
-        """An instance; its attributes follow as pairs of text and value, until ``end``."""
+        """Begin an instance; its attributes follow as pairs of text and value, until ``end``."""
         self.global_(module, name)
         self.put(_NEW_INSTANCE + b"}(")
 
@@ -223,7 +223,7 @@ class _Writer:
         self.end()
 
     def chunks_of(self, tiling: Tiling) -> _Chunks:
-        """The list of a tiling's chunks, which is put; later ones fetch its items from the memo."""
+        """Push the list of a tiling's chunks; later ones fetch its items from the memo."""
         number, offsets = np.full(len(tiling), -1, np.int64), np.zeros(len(tiling), np.int64)
         stored = np.flatnonzero(tiling.numel) if tiling.numel.any() else np.arange(len(tiling))[:1]
         fetches = []
@@ -247,7 +247,7 @@ class _Writer:
         return _Chunks(b"](" + b"".join(fetches) + b"e", number, offsets)
 
     def properties(self, dtype: str) -> None:
-        """``TensorProperties``, whose state is (dtype, layout, requires_grad, memory format, pin_memory)."""
+        """Push ``TensorProperties``, whose state is (dtype, layout, requires_grad, memory format, pin_memory)."""
         self.global_(METADATA_MODULE, "TensorProperties")
         self.put(_NEW_INSTANCE + b"(")
         self.global_("torch", dtype)
@@ -265,10 +265,10 @@ class _Writer:
             self.tuple_(self.table.paths.get(key, (key,)))
         self.put(b"u")
 
-    # ---- places ----
+    # ---- locations ----
 
     def places(self, start: int, stop: int) -> Iterator[bytes]:
-        """The items of ``storage_data`` for the shards of the tensors ``[start, stop)``."""
+        """Push the items of ``storage_data`` for the shards of the tensors ``[start, stop)``."""
         table = self.table
         chunks = [self.chunks.get(number, _unused(tiling)) for number, tiling in enumerate(table.tilings)]
         number = table.spread([one.number for one in chunks], start, stop)
@@ -315,7 +315,7 @@ class _Writer:
         return np.array([self.texts[self.table.files[name]] for name in distinct.tolist()], np.int64)[where]
 
     def rows(self, key: Ints, box: tuple[Ints, Ints] | None, place: tuple[Ints, Ints, Ints]) -> bytes:
-        """Items as :meth:`place` makes them, all of one length: memo indices and numbers are put into a pattern.
+        """Return items like those of :meth:`place`, all of one length, by filling numbers into a pattern.
 
         ``box`` is number and corner of each, None for objects; ``place`` is file, offset and length.
         """
@@ -343,9 +343,9 @@ class _Writer:
         return out.tobytes()
 
     def place(self, key: str, corner: int | None, number: int | None, file: str, offset: int, length: int) -> None:
-        """One item of ``storage_data``: a ``MetadataIndex`` and its ``_StorageInfo``.
+        """Push one item of ``storage_data``: a ``MetadataIndex`` and its ``_StorageInfo``.
 
-        ``corner`` is the memo index of the box's offsets, ``number`` its place among the chunks; None for an object.
+        ``corner`` is the memo index of the box's offsets, ``number`` its index among the chunks; None for an object.
         """
         self.begin(METADATA_MODULE, "MetadataIndex")
         self.text("fqn")
@@ -406,7 +406,7 @@ _ITEM_TEXTS = ("fqn", "index", "offset", "relative_path", "length")
 
 
 def _fetch(index: int) -> bytes:
-    """The opcodes that fetch a value from the memo."""
+    """Return the opcode that fetches a value from the memo."""
     return b"h%c" % index if index < 256 else _fetch_long(index)
 
 

@@ -1,7 +1,7 @@
-"""CRC-32 of what is stored: of each item as a whole, and of each block of an item's raw data.
+"""CRC-32s of stored items, and of each block of an item's raw data.
 
 The CRC is that of zip and zlib (polynomial 0xEDB88320), computed by ISA-L, which runs near memory speed and releases
-the GIL. ``milepost.digests`` holds the blocks' CRCs; its form is specified in ``docs/format.md``.
+the GIL. ``milepost.digests`` holds the blocks' CRCs; ``docs/format.md`` specifies it.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ MAGIC = b"MILEDIG\x01"
 _HEAD = struct.Struct("<8sIIQ")  # magic, bytes of the save id, block size, number of CRCs
 _MAX_SAVE_ID_NBYTES = 256
 MAX_ELEMENT_NBYTES = 16
-"""Of any dtype. Blocks are whole multiples of it, so that no element is cut."""
+"""Maximum element size of any dtype. Blocks are multiples of it, so that no element is split."""
 
 
 def to_bytes(crcs: Iterable[int]) -> bytes:
-    """CRC-32s as they are stored: 4 bytes each, little-endian, as all machines are that Milepost runs on."""
+    """Return CRC-32s as stored: 4 bytes each, little-endian, like all machines that Milepost supports."""
     return bytes(crcs) if isinstance(crcs, memoryview) else array("I", crcs).tobytes()
 
 
 def from_bytes(data: bytes) -> Sequence[int]:
-    """The CRC-32s that ``to_bytes`` made these bytes of. Read-only, without an object for each."""
+    """Return the CRC-32s in the output of ``to_bytes``. Read-only, without an object for each."""
     return memoryview(data).toreadonly().cast("I")
 
 
 def crc32(data: Any, value: int = 0) -> int:
-    """CRC-32 of a bytes-like object, continuing from ``value``."""
+    """Compute the CRC-32 of a bytes-like object, continuing from ``value``."""
     return isal_zlib.crc32(data, value)
 
 
 def combine(crc_a: int, crc_b: int, nbytes_b: int) -> int:
-    """CRC-32 of two stretches of bytes one after the other, from the CRC of each and the second one's length."""
+    """Combine the CRC-32s of two consecutive stretches of bytes, given the second one's length."""
     return isal_zlib.crc32_combine(crc_a, crc_b, nbytes_b)
 
 
 def num_blocks(data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
-    """The number of blocks in raw data of ``data_nbytes``; the last may be short, empty data has none."""
+    """Return the number of blocks in raw data of ``data_nbytes``; the last may be short, empty data has none."""
     return -(-data_nbytes // block_nbytes)
 
 
 def block_crcs(data: Any, block_nbytes: int = BLOCK_NBYTES) -> list[int]:
-    """The CRC-32 of each block of a bytes-like object that is one item's raw data from its start."""
+    """Compute the CRC-32 of each block of a bytes-like object that holds one item's raw data from its start."""
     view = memoryview(data).cast("B")
     return [crc32(view[start : start + block_nbytes]) for start in range(0, view.nbytes, block_nbytes)]
 
 
 def combine_blocks(crcs: Sequence[int], data_nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
-    """CRC-32 of a whole item, from its blocks' CRCs. ``crcs`` must be all of them, in order."""
+    """Compute the CRC-32 of an item from those of all its blocks, in order."""
     if len(crcs) != num_blocks(data_nbytes, block_nbytes):
         raise ValueError(f"{len(crcs)} CRCs for {num_blocks(data_nbytes, block_nbytes)} blocks")
     if not len(crcs):
@@ -71,9 +71,9 @@ def combine_blocks(crcs: Sequence[int], data_nbytes: int, block_nbytes: int = BL
 class BlockDigests:
     """The parsed ``milepost.digests`` of one checkpoint.
 
-    ``starts[key]`` is where the CRCs of a key begin in ``crcs``, and where, from there on, those of each shard do, with
-    one more entry at the end. No Python object exists per block, nor per shard where tensors are cut alike. Of a step
-    of Hugging Face files, they are those of whole files, by name.
+    ``starts[key]`` is the index in ``crcs`` of a key's first CRC, and the relative indices of each shard's first, with
+    one more entry at the end. There is no Python object per block, or per shard if tensors are cut alike. For a step of
+    Hugging Face files, the CRCs are of entire files, by name.
     """
 
     save_id: str
@@ -82,19 +82,19 @@ class BlockDigests:
     starts: Mapping[str, tuple[int, Sequence[int]]]
 
     def of_shard(self, key: str, shard: int) -> Sequence[int]:
-        """CRC-32s of the blocks of one shard's raw data (``shard`` as in the manifest's ``TensorEntry.shards``)."""
+        """Return the block CRC-32s of one shard's raw data (``shard``: index into ``TensorEntry.shards``)."""
         start, bounds = self.starts[key]
         return self.crcs[start + bounds[shard] : start + bounds[shard + 1]]
 
     def of_file(self, name: str) -> Sequence[int]:
-        """CRC-32s of the blocks of a file (one of ``files_in_blocks``)."""
+        """Return the block CRC-32s of a file (one of ``files_in_blocks``)."""
         return self.of_shard(name, 0)
 
 
 def files_in_blocks(manifest: Manifest) -> list[str]:
-    """The files that have a digest for each block of the whole file, in the order of the digests.
+    """Return the files with digests for each block of the file, in the order of the digests.
 
-    In a step of Hugging Face files those with tensors; else none, as shards have digests of their own.
+    In a step of Hugging Face files, those with tensors; otherwise none, since digests are per shard.
     """
     if manifest.extra.get("format") != HF_FORMAT:
         return []
@@ -102,10 +102,10 @@ def files_in_blocks(manifest: Manifest) -> list[str]:
 
 
 def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int = BLOCK_NBYTES) -> bytes:
-    """The bytes of ``milepost.digests``.
+    """Return the bytes of ``milepost.digests``.
 
-    ``crcs`` yields the block CRCs of each shard, in the manifest's order: keys sorted, then shards as they stand; or
-    those of each of ``files_in_blocks``.
+    ``crcs`` yields the block CRCs of each shard in the manifest's order (by key, then shard), or those of each of
+    ``files_in_blocks``.
     """
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
@@ -116,9 +116,10 @@ def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int 
 
 
 def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> BlockDigests:
-    """Read ``milepost.digests`` and tie it to the manifest that it belongs to.
+    """Read ``milepost.digests`` and check that it belongs to the manifest.
 
-    Raises FormatError if it is damaged, of another save, or has another number of blocks than the manifest's shards.
+    Raises FormatError if it is damaged, belongs to another save, or has a different number of blocks than the
+    manifest's shards.
     """
 
     def fault(what: str) -> FormatError:
@@ -130,9 +131,9 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
     if magic[:7] == MAGIC[:7] and magic != MAGIC:
         raise FormatError(f"{path} was written by a newer Milepost (version {magic[7]}): upgrade to read it", path=path)
     if magic != MAGIC:
-        raise fault("it does not begin like a digests file")
+        raise fault("it does not begin with the expected bytes")
     if name_nbytes > _MAX_SAVE_ID_NBYTES or len(data) != _HEAD.size + name_nbytes + 4 * count + 4:
-        raise fault(f"it has {len(data)} bytes, its header says otherwise")
+        raise fault(f"it has {len(data)} bytes, which does not match its header")
     if crc32(memoryview(data)[:-4]) != struct.unpack_from("<I", data, len(data) - 4)[0]:
         raise fault("its own CRC-32 does not match")
     if not 0 < block_nbytes <= 1 << 30 or block_nbytes % MAX_ELEMENT_NBYTES:

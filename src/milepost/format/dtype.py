@@ -1,7 +1,7 @@
-"""One table of the tensor dtypes that can be stored: every one that ``torch.save`` writes as plain elements.
+"""The table of tensor dtypes that can be stored: all that ``torch.save`` writes as plain elements.
 
 Quantized dtypes (``qint8``, ...) carry scales beside their elements, and sub-byte integers (``int4``, ...) have no
-storage in torch; neither is here.
+storage in torch; neither is included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A dtype, as far as the formats need to know it.
+    """The properties of a dtype that the formats need.
 
     ``storage_class`` is the class in ``torch`` that ``torch.save`` names in its pickle; None means that it writes an
     ``UntypedStorage`` and names the dtype itself (``_rebuild_tensor_v3``). ``numpy_name`` is a name of numpy or of
@@ -58,7 +58,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
             DType("float8_e5m2", 1, None, "float8_e5m2", "F8_E5M2"),
             DType("float8_e5m2fnuz", 1, None, "float8_e5m2fnuz", "F8_E5M2FNUZ"),
             DType("float8_e8m0fnu", 1, None, "float8_e8m0fnu", "F8_E8M0"),
-            # Two 4-bit floats to a byte: numpy has no dtype of that form.
+            # Two 4-bit floats per byte: numpy has no such dtype.
             DType("float4_e2m1fn_x2", 1),
             DType("bits8", 1),
             DType("bits16", 2),
@@ -68,14 +68,14 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
         )
     }
 )
-"""By torch's name without the ``torch.`` prefix."""
+"""The dtypes by torch's name without the ``torch.`` prefix."""
 
 SAFETENSORS_NAMES = {entry.safetensors_name: entry.name for entry in DTYPES.values() if entry.safetensors_name}
 _BY_STORAGE_CLASS = {entry.storage_class: entry.name for entry in DTYPES.values() if entry.storage_class}
 
 
 def lookup(name: str) -> DType:
-    """The table's entry for torch's ``name``. Raises FormatError for a name that is not in the table."""
+    """Return the entry for torch's ``name``. Raises FormatError for an unknown name."""
     entry = DTYPES.get(name)
     if entry is None:
         raise FormatError(f"dtype {name!r:.100} can't be stored; supported are {', '.join(DTYPES)}")
@@ -83,27 +83,27 @@ def lookup(name: str) -> DType:
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element. Raises FormatError for an unknown name."""
+    """Return the size of one element in bytes. Raises FormatError for an unknown name."""
     return lookup(name).itemsize
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic] | None:
-    """The numpy dtype (of ``ml_dtypes`` where numpy has none), or None for a dtype that only torch can compute with."""
+    """Return the numpy dtype (of ``ml_dtypes`` if numpy has none), or None for a dtype that only torch supports."""
     numpy_name = lookup(name).numpy_name
     if numpy_name is None:
         return None
-    import numpy as np  # 100 ms that listing and planning can do without
+    import numpy as np  # imported here: 100 ms that listing and planning do not need
 
     if hasattr(np, numpy_name):
         return np.dtype(numpy_name)
-    import ml_dtypes  # 20 ms that only conversions of these dtypes need
+    import ml_dtypes  # imported here: 20 ms that only these dtypes need
 
     found: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, numpy_name))
     return found
 
 
 def from_safetensors(code: str) -> str:
-    """Torch's name of a dtype code of a safetensors header. Raises FormatError for an unknown code."""
+    """Return torch's name for a safetensors dtype code. Raises FormatError for an unknown code."""
     name = SAFETENSORS_NAMES.get(code)
     if name is None:
         raise FormatError(f"safetensors dtype {code!r:.100} is unknown; supported are {', '.join(SAFETENSORS_NAMES)}")
@@ -111,5 +111,5 @@ def from_safetensors(code: str) -> str:
 
 
 def from_storage_class(storage_class: str) -> str | None:
-    """Torch's name of the dtype that a typed storage class of ``torch.save`` holds, or None."""
+    """Return torch's name of the dtype of a typed storage class of ``torch.save``, or None."""
     return _BY_STORAGE_CLASS.get(storage_class)

@@ -1,4 +1,4 @@
-"""The list of files as it stands in manifests and sign-offs."""
+"""The list of files in manifests and sign-offs."""
 
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
 import msgspec
@@ -23,7 +23,7 @@ class ShareRow(msgspec.Struct, frozen=True, array_like=True):
 
     nbytes: Count
     crcs: list[tuple[Count, Count]]
-    """Number of a block, and what the rank's bytes contribute to its CRC-32."""
+    """Index of a block, and the contribution of the rank's bytes to its CRC-32."""
 
 
 class SignOffHead(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class SignOffHead(msgspec.Struct, frozen=True):
 
 
 def file_entries(rows: list[FileRow], path: str) -> dict[str, FileEntry]:
-    """The files by name. Raises FormatError if one is listed twice; ``path`` is the file that lists them."""
+    """Return the files by name. Raises FormatError if one is listed twice; ``path`` is the file that lists them."""
     files: dict[str, FileEntry] = {}
     for row in rows:
         if row.name in files:

@@ -1,7 +1,7 @@
-"""A Hugging Face folder's files: their names, and its JSON, read with suspicion.
+"""A Hugging Face folder's files: names, and validated parsing of its JSON.
 
-What a folder's JSON says is copied into other files, printed and taken for file names. So every text in it is valid
-Unicode, nothing is nested deeply, and a file that an index names is a plain safetensors file beside it.
+The content of a folder's JSON is copied into other files, printed and used for file names. So all text must be valid
+Unicode, nesting is limited, and an index may only name plain safetensors files beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 MAX_CONFIG_NBYTES = 16 << 20
 MAX_INDEX_NBYTES = 128 << 20
-"""Ten times the index of the largest public models."""
+"""Ten times the size of the largest public models' index."""
 MAX_DEPTH = 64
 MAX_NAME_LENGTH = 200
 
@@ -29,12 +29,12 @@ _SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def shard_file_name(index: int, count: int) -> str:
-    """The name of file ``index`` (from 1) of ``count``."""
+    """Return the name of file ``index`` (from 1) of ``count``."""
     return f"model-{index:05d}-of-{count:05d}.safetensors"
 
 
 def is_weights_name(name: str) -> bool:
-    """True if ``name`` is one that a file of weights may have: a plain name, which no shell takes for an option."""
+    """Return True if ``name`` is valid for a file of weights: a plain name that no shell takes for an option."""
     return (
         name.endswith(".safetensors")
         and len(name) <= MAX_NAME_LENGTH
@@ -45,7 +45,7 @@ def is_weights_name(name: str) -> bool:
 
 
 def unindexed_files(names: Collection[str]) -> list[str]:
-    """The weights of a folder without an index; a numbered file tells how many there must be."""
+    """Return the weight files of a folder without an index; a numbered file determines their number."""
     found = sorted(name for name in names if name.endswith(".safetensors"))
     if SINGLE_NAME in found:
         return [SINGLE_NAME]
@@ -57,7 +57,7 @@ def unindexed_files(names: Collection[str]) -> list[str]:
 
 
 def parse_object(data: bytes, path: str) -> dict[str, Any]:
-    """The JSON object in ``data``. Raises FormatError for anything else; ``path`` is for the message."""
+    """Parse the JSON object in ``data``. Raises FormatError for anything else; ``path`` is for the message."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -69,7 +69,7 @@ def parse_object(data: bytes, path: str) -> dict[str, Any]:
 
 
 def parse_weight_map(data: bytes, path: str) -> dict[str, str]:
-    """Key: file name, from the content of an index. Raises FormatError if it is malformed."""
+    """Return key -> file name from the content of an index. Raises FormatError if it is malformed."""
     weight_map = parse_object(data, path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: weight_map is missing", path=path)
@@ -80,7 +80,7 @@ def parse_weight_map(data: bytes, path: str) -> dict[str, str]:
 
 
 def _check_content(value: dict[str, Any], path: str) -> None:
-    """Refuse nesting on which Python's own recursion would fail later, and text that no file can hold."""
+    """Refuse nesting beyond Python's recursion limit, and text that can't be encoded."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         children: list[Any] = []

@@ -1,6 +1,6 @@
-"""Harmless files that are something else than they are taken for, told by their first bytes.
+"""Identify files of other formats by their first bytes, for helpful errors.
 
-Magic numbers are those of the formats' own specifications, and of ``file(1)``.
+Magic numbers are from the formats' specifications and ``file(1)``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _MARKUP = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")
 
 
 def kind_of(head: bytes, nbytes: int, name: str) -> str:
-    """Identify a file by its name, size and first bytes, and say what to do with it; empty if not known.
+    """Describe a file by its name, size and first bytes, and what to do with it; empty if unknown.
 
-    Files of torch (since 1.6) and of safetensors are only told by the other's name.
+    Files of torch (since 1.6) and safetensors are reported only under the other's suffix.
     """
     for magic, what in _MAGIC:
         if head.startswith(magic):
@@ -61,7 +61,7 @@ def kind_of(head: bytes, nbytes: int, name: str) -> str:
 
 
 def kind_of_zip(names: list[str]) -> str:
-    """Identify a zip file that ``torch.save`` did not write, by the names of its entries; empty if not known."""
+    """Describe a zip file not written by ``torch.save``, by the names of its entries; empty if unknown."""
     if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in names):
         return "a TorchScript program: load it with torch.jit.load and save its state_dict()"
     if names and all(name.endswith(".npy") for name in names):
@@ -72,7 +72,7 @@ def kind_of_zip(names: list[str]) -> str:
 
 
 def names_in_tail(tail: bytes) -> list[str]:
-    """The names of a zip file's entries, as far as its directory is in ``tail``, whatever the entries are."""
+    """Return the names of a zip file's entries, as far as its directory is in ``tail``, for any entries."""
     names = []
     for match in _DIRECTORY_LINE.finditer(tail):
         start = match.start() + 46
@@ -81,14 +81,14 @@ def names_in_tail(tail: bytes) -> list[str]:
 
 
 def kind_of_pickle(pickled: bytes) -> str:
-    """Identify in the ``data.pkl`` of a ``torch.save`` file what no reader of weights supports; empty if not known."""
+    """Describe unsupported content in the ``data.pkl`` of a ``torch.save`` file; empty if unknown."""
     if b"torch.nn.modules" in pickled or b"torch.nn.parallel" in pickled:
-        return "a whole module, not its weights: save its state_dict() instead"
+        return "a module, not its weights: save its state_dict() instead"
     for name, what in (
         (b"_rebuild_qtensor", "quantised tensors: save them dequantised"),
         (b"_rebuild_sparse", "sparse tensors: save them after to_dense()"),
         (b"_rebuild_nested_tensor", "nested tensors: save their parts"),
-        (b"_rebuild_wrapper_subclass", "tensors of a subclass: save what it wraps"),
+        (b"_rebuild_wrapper_subclass", "tensors of a subclass: save the wrapped tensors"),
     ):
         if name in pickled:
             return what
@@ -96,12 +96,12 @@ def kind_of_pickle(pickled: bytes) -> str:
 
 
 def refuse_other_kind(read: Callable[[int, int], bytes], nbytes: int, path: str, name: str) -> None:
-    """Refuse a file of ``nbytes``, which ``read(offset, nbytes)`` reads, that is known to be something else.
+    """Refuse a file of ``nbytes``, read by ``read(offset, nbytes)``, that is known to be of another kind.
 
-    ``name`` is what it is taken for; where it is a link, ``path`` may have another.
+    ``name`` determines the expected format; for a link, ``path`` may have another name.
 
     Raises:
-        ConversionError: says what it is.
+        ConversionError: with its actual kind.
     """
     what = kind_of(read(0, min(nbytes, HEAD_NBYTES)), nbytes, name)
     if what:

@@ -1,8 +1,8 @@
-"""``milepost.json``: the commit record of a checkpoint, and the vocabulary of everything that reads one.
+"""``milepost.json``: the commit record of a checkpoint, and the types used by all of its readers.
 
-The manifest names every item that is stored (a shard of a tensor, or a small object) with its place and its CRC-32,
-so that listing, verifying, planning and converting need neither pickle nor torch. A checkpoint written by stock DCP
-has none; ``catalog`` then builds the same objects from ``.metadata``, with ``None`` where nothing is known.
+The manifest lists every stored item (a shard of a tensor, or a small object) with its location and CRC-32, so that
+listing, verifying, planning and converting need neither pickle nor torch. A checkpoint written by stock DCP has none;
+``catalog`` then builds the same objects from ``.metadata``, with ``None`` for unknown values.
 """
 
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
@@ -20,14 +20,14 @@ from milepost.format.typed_json import MAX_COUNT, Count
 
 MANIFEST_NAME = "milepost.json"
 PART_NAME = "milepost.part.json"
-"""As ``milepost.json``, of what one node holds of a step whose nodes have a folder each: no checkpoint by itself."""
+"""Like ``milepost.json``, for one node's part of a step in per-node folders: not a checkpoint by itself."""
 SHARDS_NAME = "milepost.shards"
 MAX_SHARDS_NBYTES = 16 << 30
-"""Of ``milepost.shards``: the places of a billion shards."""
+"""Size limit of ``milepost.shards``: the locations of a billion shards."""
 DIGESTS_NAME = "milepost.digests"
 METADATA_NAME = ".metadata"
 HF_FORMAT = "huggingface"
-"""What ``extra["format"]`` says in the manifest of a folder that holds safetensors in place of records."""
+"""``extra["format"]`` in the manifest of a folder that holds safetensors instead of records."""
 FORMAT_VERSION = 2
 BLOCK_NBYTES = 4 << 20
 """Raw tensor data is digested in blocks of this size, counted from the start of each item's data."""
@@ -37,8 +37,8 @@ BLOCK_NBYTES = 4 << 20
 class ShardEntry:
     """One stored box of a tensor: a ``torch.save`` record in a file.
 
-    ``record_offset``/``record_nbytes`` frame the whole zip record in ``file``; ``data_offset`` is where the raw
-    row-major bytes of the box begin, counted from the start of the file (None until a foreign record was looked at).
+    ``record_offset``/``record_nbytes`` locate the zip record in ``file``; ``data_offset`` is the offset of the box's
+    raw row-major bytes from the start of the file (None until an external record was located).
     """
 
     box: Box
@@ -51,28 +51,28 @@ class ShardEntry:
 
 
 class Overlap(NamedTuple):
-    """A region that a stored shard has in common with some box of its tensor."""
+    """A region that a stored shard has in common with a box of its tensor."""
 
     shard: int
-    """Its number among the tensor's shards."""
+    """Index of the shard among the tensor's shards."""
     src: Box
-    """In the coordinates of the shard's box."""
+    """The region in the coordinates of the shard's box."""
     dst: Box
-    """In the coordinates of the other box."""
+    """The region in the coordinates of the other box."""
 
 
 class TiledShards(Sequence[ShardEntry]):
-    """Shards in columns: what can be had of them without looking at them one by one."""
+    """Shards in columns: operations that do not examine shards one by one."""
 
     @property
     @abstractmethod
     def boxes(self) -> tuple[Box, ...]:
-        """The box of each shard. The same object for tensors that are cut alike."""
+        """The box of each shard; the same object for tensors that are cut alike."""
 
     @property
     @abstractmethod
     def files(self) -> Sequence[str]:
-        """The files that hold any of the shards, sorted."""
+        """The files that hold the shards, sorted."""
 
     @abstractmethod
     def block_bounds(self, block_nbytes: int) -> Sequence[int]:
@@ -80,7 +80,7 @@ class TiledShards(Sequence[ShardEntry]):
 
     @abstractmethod
     def overlaps(self, box: Box) -> Sequence[Overlap]:
-        """All regions that the shards have in common with ``box``, in the order of the shards."""
+        """Return all regions that the shards have in common with ``box``, in the order of the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class ObjectEntry:
-    """A stored value that is not a tensor: one ``torch.save`` record. ``crc32`` is of the whole record."""
+    """A stored value other than a tensor: one ``torch.save`` record. ``crc32`` covers the record."""
 
     file: str
     record_offset: int
@@ -104,59 +104,59 @@ class ObjectEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of the checkpoint. ``crc32`` is of the whole file; None where it is not recorded (format 1)."""
+    """A file of the checkpoint. ``crc32`` covers the file; None if not recorded (format 1)."""
 
     nbytes: int
     crc32: int | None = None
     content: str = ""
-    """Of a file that later steps may share: an identity of its bytes, 32 hex digits; else empty."""
+    """For a file that later steps may share: an identifier of its bytes, 32 hex digits; otherwise empty."""
     since: int | None = None
-    """Of such a file: the order (see ``Lineage``) of the save that wrote it."""
+    """For such a file: the order (see ``Lineage``) of the save that wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BranchStart:
-    """The step that a user named (``load_step``) for a branch to begin at."""
+    """The step at which the user made a branch begin (``load_step``)."""
 
     step: Count
     save_id: str = ""
-    """Of that step; empty for an external one."""
+    """Save id of that step; empty for an external one."""
     launch: str = ""
-    """The job that named it (of Slurm, of torchrun), so that its restarts are recognised; empty if it has no id."""
+    """Id of the job (of Slurm or torchrun), so that its restarts are recognised; empty if it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """The place of a step in the history of its run. See ``milepost.run.branches``."""
+    """The position of a step in the history of its run. See ``milepost.run.branches``."""
 
     run: str
-    """Id of the run: the same for all steps that descend from one beginning."""
+    """Id of the run: the same for all steps that descend from the same start."""
     order: Count
-    """Place in the order of commits in its folder; the highest was committed last. Not every number is used."""
+    """Position in the order of commits in its folder; the highest was committed last. Numbers may be skipped."""
     branch: str
-    """Id of the branch: the same for all steps that follow each other without a going back between them."""
+    """Id of the branch: the same for consecutive steps without a return to an earlier step in between."""
     parent: str = ""
-    """Save id of the step that it descends from; empty at a beginning, or if that one has no save id."""
+    """Save id of its parent step; empty for the first step, or if the parent has none."""
     parent_step: Count | None = None
-    """Number of that step; None at a beginning."""
+    """Number of the parent step; None for the first step."""
     trail: tuple[tuple[str, Count], ...] = ()
-    """The older branches that it descends from: each with the order of the last step on it that is an ancestor. Steps
-    without a lineage are the branch ``""``, in which a step's number is its order."""
+    """The older branches from which it descends, each with the order of its last step that is an ancestor. Steps
+    without a lineage form the branch ``""``, in which the order is the step number."""
     start: BranchStart | None = None
-    """What the user named for the branch to begin at, if anything."""
+    """The step at which the user made the branch begin, if any."""
     seen: Annotated[int, msgspec.Meta(ge=-1, le=MAX_COUNT)] = -1
-    """The highest number of a step without a lineage that was in the folder at its commit; -1 if there was none."""
+    """The highest step without a lineage in the folder at its commit; -1 if there was none."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartTotal:
-    """All that a checkpoint holds of one part of the training state (``model``, ``optimizer``, ...)."""
+    """Totals of one part of the training state (``model``, ``optimizer``, ...) in a checkpoint."""
 
     part: str
     num_tensors: Count
     num_elements: Count
     nbytes: Count
-    """Of the tensors, without their records' headers."""
+    """Bytes of the tensors, without record headers."""
     num_objects: Count
     dtypes: tuple[str, ...]
     """Most bytes first."""
@@ -172,28 +172,28 @@ class Manifest:
     created_s: float
     """Seconds since the epoch when the checkpoint was committed."""
     kind: str
-    """``full`` (can be resumed from), ``model`` (weights alone) or ``state`` (a plain state dict)."""
+    """``full`` (can be resumed from), ``model`` (only weights) or ``state`` (a plain state dict)."""
     world_size: int
     layout: Mapping[str, int]
-    """Degrees of parallelism it was saved under, by the trainer's names; may be empty."""
+    """Degrees of parallelism at the save, by the trainer's names; may be empty."""
     producer: Mapping[str, str]
     """Name and version of the software that wrote it."""
     tensors: Mapping[str, TensorEntry]
     objects: Mapping[str, ObjectEntry]
     files: Mapping[str, FileEntry]
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    """Where each key stood in the nested state dict, as stock DCP records it in ``planner_data``."""
+    """Path of each key in the nested state dict, as stock DCP records it in ``planner_data``."""
     structure: bytes = b""
     """The containers of the state dict, deflated, as ``milepost.tensors.tree`` records them; empty if unknown."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """JSON that the saver wished to keep beside it (``CheckpointManager`` stores the data fingerprint here)."""
+    """Additional JSON from the saver (``CheckpointManager`` stores the data fingerprint here)."""
     lineage: Lineage | None = None
-    """None for a checkpoint that belongs to no run, or is older than lineages."""
+    """None for a checkpoint outside a run, or older than lineages."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Values that were measured at this step, by name. NaN stands for all that is not finite."""
+    """Metrics of this step, by name. Values that are not finite are stored as NaN."""
     parts: tuple[PartTotal, ...] = ()
-    """What a checkpoint without ``tensors`` (of Hugging Face files) comes to; else it follows from these."""
+    """Totals of a checkpoint without ``tensors`` (of Hugging Face files); otherwise they follow from these."""
 
     def file_named(self, name: str) -> str | None:
-        """The actual name of the file ``name`` in this checkpoint, with or without the save id; None if it has none."""
+        """Return the name of the file ``name`` in this checkpoint, with or without save id; None if absent."""
         return next((known for known in (name, tagged(name, self.save_id)) if known in self.files), None)

@@ -133,7 +133,7 @@ def _data_faults(key: str, shard: ShardEntry, element_nbytes: int) -> Iterator[P
         yield Problem(f"shard {shard.box} of {key!r} has {shard.data_nbytes} bytes of data, expected {wanted}", key=key)
     first = shard.record_offset if shard.data_offset is None else shard.data_offset
     if first < shard.record_offset or first + wanted > shard.record_offset + shard.record_nbytes:
-        yield Problem(f"the data of shard {shard.box} of {key!r} does not lie inside its record", key=key)
+        yield Problem(f"the data of shard {shard.box} of {key!r} is not inside its record", key=key)
 
 
 def _overlap_faults(manifest: Manifest) -> Iterator[Problem]:

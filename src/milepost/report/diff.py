@@ -1,11 +1,11 @@
-"""``diff``: in what two sets of stored tensors differ, across formats, streaming, without torch.
+"""``diff``: compare two sets of stored tensors across formats, streaming, without torch.
 
 Either side is a checkpoint folder (Milepost, torchtitan, stock DCP), a Hugging Face folder, a ``.pt`` or a safetensors
-file. Keys are compared as they are stored, or, when the model is given, by the names that Milepost has for its
-parameters, so that a checkpoint can be held against a Hugging Face folder.
+file. Keys are compared as stored or, if the model is given, by Milepost's names for its parameters, so that a
+checkpoint can be compared with a Hugging Face folder.
 
-Without values only metadata is read. Of two checkpoints that Milepost wrote, the CRC-32s in it tell which tensors have
-other bytes, where both are cut into the same shards.
+Without values only metadata is read. For two checkpoints written by Milepost, its CRC-32s show which tensors have
+different bytes, provided that both are cut into the same shards.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from milepost.verification.extent_reader import Progress
 from milepost.verification.external import locate_manifest
 
 OBJECT_TEXT_LENGTH = 100
-"""Characters that are shown of a value that is not a tensor."""
+"""Maximum number of characters shown of a value that is not a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
-    """Something that one side has: a tensor of ``dtype`` and ``shape``, or (both empty) another value."""
+    """A key on one side only: a tensor of ``dtype`` and ``shape``, or (both empty) another value."""
 
     key: str
     dtype: str = ""
@@ -53,7 +53,7 @@ class Unmatched:
 
 @dataclass(frozen=True, slots=True)
 class KindChange:
-    """A key under which the two sides have tensors of other dtypes or shapes, or one a tensor and the other a value."""
+    """A key whose tensors differ in dtype or shape, or that is a tensor on one side and another value on the other."""
 
     a: Unmatched
     b: Unmatched
@@ -65,7 +65,7 @@ class KindChange:
 
 @dataclass(frozen=True, slots=True)
 class ObjectChange:
-    """A value that is not a tensor, and differs: as Python writes it, in A and in B."""
+    """A value other than a tensor that differs: its ``repr`` in A and in B."""
 
     key: str
     a: str
@@ -76,7 +76,7 @@ class ObjectChange:
 class ValueChange:
     """The differences between a tensor's elements. Across dtypes the values are compared.
 
-    ``num_different`` counts elements with other bytes (with another value, if dtypes differ). ``max_abs`` is the
+    ``num_different`` counts elements with different bytes (with different values, if dtypes differ). ``max_abs`` is the
     largest absolute difference, NaN where only one side is NaN; ``max_rel`` the largest one relative to ``|a|``.
     """
 
@@ -86,13 +86,14 @@ class ValueChange:
     max_abs: float
     max_rel: float
     at: tuple[int, ...]
-    """Where ``max_abs`` is."""
+    """The index of ``max_abs``."""
     mean_abs: float = math.nan
-    """Mean absolute difference over all elements that are finite on both sides; so are the two below."""
+    """Mean absolute difference over all elements that are finite on both sides; the next two are over the same
+    elements."""
     relative_norm: float = math.nan
-    """Norm of the difference over the norm of A; NaN where A is zero and B is not."""
+    """Norm of the difference over the norm of A; NaN if A is zero and B is not."""
     cosine: float = math.nan
-    """Of the angle between A and B; NaN where one is zero."""
+    """Cosine of the angle between A and B; NaN if one is zero."""
 
     @property
     def group(self) -> str:
@@ -106,7 +107,7 @@ class ValueChange:
 
 
 def group_of(key: str) -> str:
-    """Part and layer of a key: ``layers.3``, ``optimizer.state.layers.3``, ``model`` for a tensor of no layer."""
+    """Part and layer of a key: ``layers.3``, ``optimizer.state.layers.3``; ``model`` outside the layers."""
     parts = key.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return part_of(key) if at is None else ".".join(parts[: at + 1])
@@ -114,7 +115,7 @@ def group_of(key: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffReport:
-    """In what A and B differ. ``num_same`` counts keys with nothing different, as far as was looked."""
+    """The differences between A and B. ``num_same`` counts keys in which no difference was found."""
 
     a: str
     b: str
@@ -124,24 +125,24 @@ class DiffReport:
     values: tuple[ValueChange, ...]
     """Tensors whose elements differ. Empty unless values were compared."""
     other_bytes: tuple[str, ...]
-    """Keys whose stored bytes differ by their CRC-32s, of which no values were, or could be, compared."""
+    """Keys whose CRC-32s differ, and whose values were not, or could not be, compared."""
     num_unknown: int
-    """Keys of one dtype and shape on both sides, whose values nothing was found out about."""
+    """Number of keys with the same dtype and shape on both sides whose values were not compared."""
     num_same: int
     num_within: int = 0
-    """Of these, tensors whose elements differ by no more than a tolerance."""
+    """Number of these whose elements differ, by no more than the tolerance."""
     objects: tuple[ObjectChange, ...] = ()
-    """Values that are not tensors, and differ. Empty unless values were compared."""
+    """Values other than tensors that differ. Empty unless values were compared."""
 
     @property
     def num_common(self) -> int:
-        """Keys that both sides have."""
+        """Number of keys that both sides have."""
         different = {change.key for change in self.kinds} | {change.key for change in self.values}
         different |= {change.key for change in self.objects}
         return self.num_same + self.num_unknown + len(different | set(self.other_bytes))
 
     def within(self, tolerance: float) -> DiffReport:
-        """The report with tensors of one dtype taken as the same whose elements differ by at most ``tolerance``."""
+        """Return the report with tensors of one dtype counted as the same if no element differs by more."""
         kinds = {change.key for change in self.kinds}
         kept = tuple(c for c in self.values if not c.max_abs <= tolerance or c.key in kinds)
         dropped = len(self.values) - len(kept)
@@ -150,7 +151,7 @@ class DiffReport:
         return replace(self, values=kept, num_same=self.num_same + dropped, num_within=self.num_within + dropped)
 
     def by_change(self) -> list[ValueChange]:
-        """The tensors whose elements differ, those that changed most first; NaN and infinite ones before all."""
+        """Sort the tensors that differ by the size of the change, largest first; NaN and infinity come before all."""
 
         def order(change: ValueChange) -> tuple[bool, bool, float, float]:
             largest = _or_infinite(change.max_abs)
@@ -161,13 +162,13 @@ class DiffReport:
 
     @property
     def is_same(self) -> bool:
-        """True if nothing different was found."""
+        """True if no difference was found."""
         return not (self.only_a or self.only_b or self.kinds or self.values or self.other_bytes or self.objects)
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side: its tensors, its other values' CRCs, and CRCs of its tensors' shards where they are known."""
+    """One side: its tensors, the CRCs of its other values and, where known, of its tensors' shards."""
 
     path: str
     tensors: Mapping[str, TensorInfo]
@@ -176,14 +177,14 @@ class _Side:
     readable: Readable | None = None
     source: Source | None = None
     read_objects: Callable[[Sequence[str]], Mapping[str, object]] | None = None
-    """Gives the values of ``objects``; one that can't be read is an ``Unreadable``."""
+    """Reads the values of ``objects``; one that can't be read becomes an ``Unreadable``."""
 
     def held(self, key: str) -> Unmatched:
         info = self.tensors.get(key)
         return Unmatched(key, info.dtype, info.shape) if info is not None else Unmatched(key)
 
     def crcs_of(self, key: str) -> list[tuple[Box | None, int | None]]:
-        """Regions and CRC-32s of what is stored under a key; empty if nothing is known."""
+        """Return regions and CRC-32s of the data stored under a key; empty if unknown."""
         if key in self.objects:
             return [(None, self.objects[key])]
         return sorted(self.shard_crcs.get(key, ()))
@@ -193,7 +194,7 @@ class _Side:
         return {*self.tensors, *self.objects}
 
     def only(self, keys: Set[str]) -> _Side:
-        """This side with only ``keys``."""
+        """Return this side with only ``keys``."""
         return replace(
             self,
             tensors={key: info for key, info in self.tensors.items() if key in keys},
@@ -216,17 +217,17 @@ def diff(
     """Compare what is stored at two paths; ``values`` compares every element.
 
     With ``trust_digests`` the elements of tensors whose stored bytes have the same CRC-32s on both sides are not read.
-    Only keys that match one of the globs ``keys`` are looked at, if there are any. Given a ``model``, only the models
+    If globs ``keys`` are given, only keys that match one of them are compared. Given a ``model``, only the models
     are compared, by Milepost's names for their parameters, or for ``hf`` by those of transformers without what wrappers
     have put into them. Its sizes come from ``flavor``, from the config in ``hf_assets``, or from one of the two.
 
     Raises:
-        CheckpointNotFoundError, CheckpointDamagedError: a path holds nothing, or nothing that can be read.
+        CheckpointNotFoundError, CheckpointDamagedError: there is nothing at a path, or nothing readable.
         ConversionError: a side is not the model given, or stored in a form that can't be read in parts.
         ConfigError: there is no such model, or nothing tells its sizes.
     """
     paths = os.fspath(path_a), os.fspath(path_b)
-    with ExitStack() as stack, _changes_told(path_a, path_b):
+    with ExitStack() as stack, _replacement_reported(path_a, path_b):
         if model is None and flavor is None and not hf_assets:
             sides = [_open(path, with_values=values, stack=stack) for path in paths]
         else:
@@ -238,8 +239,8 @@ def diff(
 
 
 @contextmanager
-def _changes_told(*paths: str | os.PathLike[str]) -> Iterator[None]:
-    """A run that goes on deletes and replaces steps while they are read: that is no damage, and is told as such."""
+def _replacement_reported(*paths: str | os.PathLike[str]) -> Iterator[None]:
+    """Report a step that its run deleted or replaced while it was being read as such, not as damage."""
     before = [_record_id(path) for path in paths]
     try:
         yield
@@ -252,7 +253,7 @@ def _changes_told(*paths: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _record_id(path: str | os.PathLike[str]) -> str:
-    """Tells the checkpoint at ``path`` from a later one; empty if there is none."""
+    """Identify the checkpoint at ``path``, to distinguish it from a later one; empty if there is none."""
     if not is_url(path) and not os.path.isdir(path):
         return ""
     storage, folder = open_storage(path)
@@ -291,7 +292,7 @@ def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
 
 
 def _objects_of(values: Mapping[str, object]) -> Callable[[Sequence[str]], Mapping[str, object]]:
-    """Reads from ``values``, in which what is not plain can't be compared."""
+    """Return a reader of ``values``; those that are not plain data become ``Unreadable``."""
 
     def read(keys: Sequence[str]) -> Mapping[str, object]:
         found = {key: values[key] for key in keys}
@@ -309,13 +310,13 @@ def _metadata_side(path: str, manifest: Manifest) -> _Side:
 def _models(
     paths: Sequence[str], model: str | None, flavor: str | None, assets: str | os.PathLike[str], stack: ExitStack
 ) -> list[_Side]:
-    """The models alone, by common names, and not quantized."""
+    """Select the models only, under common names and dequantized."""
     opened = []
     for path in paths:
         weights = open_weights(path)
         stack.callback(weights.source.close)
         opened.append(weights)
-    # Tables of names, which a comparison under the names that are there can do without.
+    # Imported here: tables of names, which a comparison under the stored names does not need.
     from milepost.interop.common_names import by_names_of_hub, by_our_names
 
     if model == HUB and flavor is None:
@@ -359,7 +360,7 @@ def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress:
 
 
 def _compare_objects(a: _Side, b: _Side, same: dict[str, bool | None]) -> list[ObjectChange]:
-    """The values that differ of those in ``same`` whose bytes are not the same; the answers go to ``same``."""
+    """Compare the values in ``same`` that are not known to be equal; updates ``same``, returns the changes."""
     if a.read_objects is None or b.read_objects is None:
         return []
     wanted = [key for key, answer in same.items() if not answer and key in a.objects and key in b.objects]
@@ -369,7 +370,7 @@ def _compare_objects(a: _Side, b: _Side, same: dict[str, bool | None]) -> list[O
         value_a, value_b = found_a[key], found_b[key]
         if isinstance(value_a, Unreadable) or isinstance(value_b, Unreadable):
             continue
-        text_a, text_b = repr(value_a), repr(value_b)  # of values that are equal: 1 is not True, NaN is NaN
+        text_a, text_b = repr(value_a), repr(value_b)  # compare repr, not values: 1 is not True, and NaN is NaN
         same[key] = True
         if text_a != text_b:
             del same[key]
@@ -378,7 +379,7 @@ def _compare_objects(a: _Side, b: _Side, same: dict[str, bool | None]) -> list[O
 
 
 def _where_unlike(a: str, b: str) -> tuple[str, str]:
-    """Two texts that differ, each cut to some characters around the first difference."""
+    """Shorten two different texts, each to some characters around the first difference."""
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     start = max(0, at - OBJECT_TEXT_LENGTH // 2) if max(len(a), len(b)) > OBJECT_TEXT_LENGTH else 0
 
@@ -390,7 +391,7 @@ def _where_unlike(a: str, b: str) -> tuple[str, str]:
 
 
 def _same_bytes(a: _Side, b: _Side, key: str) -> bool | None:
-    """Return whether the stored bytes are the same, by CRC-32; None where that can't be told without reading them."""
+    """Return whether the stored bytes are the same, by CRC-32; None if only reading them can tell."""
     crcs_a, crcs_b = a.crcs_of(key), b.crcs_of(key)
     if [box for box, _ in crcs_a] != [box for box, _ in crcs_b]:
         return None
@@ -430,7 +431,7 @@ def _read(side: _Side, key: str, box: Box) -> Array:
 
 
 class _Differences:
-    """The differences found in one tensor so far."""
+    """Accumulates the differences found in one tensor."""
 
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape
@@ -438,7 +439,7 @@ class _Differences:
         self._max_abs = -1.0
         self._max_rel = 0.0
         self._at: tuple[int, ...] = ()
-        self._sums = np.zeros(4)  # of |b-a|, |b-a|^2, |a|^2, |b|^2 over the elements that are finite on both sides
+        self._sums = np.zeros(4)  # sums of |b-a|, |b-a|^2, |a|^2, |b|^2 over the elements that are finite on both sides
         self._product = 0.0  # of a and b, likewise
         self._num_finite = 0
 
@@ -495,14 +496,14 @@ class _Differences:
         )
 
     def _relative_norm(self, squares: float, norm_a: float) -> float:
-        """Norm of the difference by that of A, both given as sums of squares; NaN where it has no meaning."""
+        """Divide the difference's norm by A's, both given as sums of squares; NaN where undefined."""
         if norm_a:
             return math.sqrt(squares / norm_a)
         return math.nan if squares or not self._num_finite else 0.0
 
 
 def _distance(a: Array, b: Array, wide_a: Any, wide_b: Any) -> Any:
-    """``|a - b|`` of each element, as float64. Of 64-bit integers, which float64 rounds, it is computed in integers."""
+    """Compute ``|a - b|`` of each element as float64; of 64-bit integers, which float64 would round, in integers."""
     if a.dtype == b.dtype and a.dtype.kind in "iu" and a.dtype.itemsize == 8:
         bits_a, bits_b = a.view(np.uint64), b.view(np.uint64)
         return np.where(a > b, bits_a - bits_b, bits_b - bits_a).astype(np.float64)
@@ -515,5 +516,5 @@ def _or_infinite(value: float) -> float:
 
 
 def _widened(array: Array) -> Any:
-    """Elements as float64 or complex128, in which every stored dtype but 64-bit integers is exact."""
+    """Convert elements to float64 or complex128, exact for every stored dtype except 64-bit integers."""
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

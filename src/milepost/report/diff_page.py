@@ -1,4 +1,4 @@
-"""The diff of two checkpoints as one HTML file, like the report's."""
+"""The diff of two checkpoints as one HTML file, in the report's style."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _NAMES = {
 
 
 def diff_page(report: DiffReport, *, now: float) -> str:
-    """The whole document."""
+    """Return the HTML document."""
     changes = report.by_change()
     sections = [section for section in _sections(report, changes) if section]
     facts = [
         ("the same", str(report.num_same)),
-        ("with other values", str(len(changes) + len(report.objects) + len(report.other_bytes))),
+        ("with different values", str(len(changes) + len(report.objects) + len(report.other_bytes))),
         ("with different dtype or shape", str(len(report.kinds))),
         ("only in A", str(len(report.only_a))),
         ("only in B", str(len(report.only_b))),
@@ -66,7 +66,8 @@ def _sections(report: DiffReport, changes: Sequence[ValueChange]) -> Iterable[st
         yield _objects(report)
     if report.other_bytes:
         rows: list[list[Cell]] = [[key_html(key)] for key in report.other_bytes]
-        yield section_html("bytes", "Stored with other bytes", table_html("byte-table", "By CRC-32", ("KEY",), rows))
+        table = table_html("byte-table", "By CRC-32", ("KEY",), rows)
+        yield section_html("bytes", "Stored with different bytes", table)
     yield _kinds(report)
     yield _keys(report)
 
@@ -116,7 +117,7 @@ def _values(changes: Sequence[ValueChange]) -> str:
 def _objects(report: DiffReport) -> str:
     rows: list[list[Cell]] = [[key_html(c.key), text_html(c.a), text_html(c.b)] for c in report.objects]
     table = table_html("object-table", "Step, counters, options", ("KEY", "A", "B"), rows, search=True)
-    return section_html("objects", "Values that are not tensors, and differ", table)
+    return section_html("objects", "Values other than tensors that differ", table)
 
 
 def _percent(share: float) -> str:

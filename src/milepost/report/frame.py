@@ -1,8 +1,8 @@
-"""The frame of an HTML page that shows a checkpoint, and the parts that such pages are made of.
+"""The frame of the HTML pages, and their building blocks.
 
-Every string from a checkpoint is escaped, isolated from the text around it (right-to-left marks) and cut, so that a
-hostile key is shown and does nothing else. The page carries a Content-Security-Policy that allows its own script and
-style alone, by hash.
+Every string from a checkpoint is escaped, isolated from the surrounding text (right-to-left marks) and shortened, so
+that a hostile key is displayed and has no other effect. The page's Content-Security-Policy allows only its own script
+and style, by hash.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from milepost.report.pictures import attribute
 
 MAX_KEY = 300
 MAX_ROWS_SHOWN = 24
-"""Longer tables scroll in a frame of their own, under their heads; on paper they are whole."""
+"""Longer tables scroll in their own frame, under their headers; they are printed in full."""
 NUM_SHADES = 12
-"""Steps of the heat maps' colour; the stylesheet has a class for each, since the page allows no inline style."""
+"""Number of shades in the heat maps; the stylesheet has a class for each, since the page allows no inline style."""
 
 
 def document(title: str, header: str, sections: Sequence[str], names: Mapping[str, str], footer: str) -> str:
-    """The whole document; ``names`` are what the navigation calls the sections, by their anchors."""
+    """Return the document; ``names`` are the sections' names in the navigation, by anchor."""
     style, script = (files("milepost.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     return (
@@ -49,7 +49,7 @@ def _nav(sections: Sequence[str], names: Mapping[str, str]) -> str:
 
 
 def header_html(path: str, lead: str, facts: Sequence[tuple[str, str]]) -> str:
-    """The head of a page: what it is of, and its main figures."""
+    """Return the page's header: its subject and its main figures."""
     items = "".join(f"<li>{attribute(name)} <b>{text_html(value)}</b></li>" for name, value in facts)
     return (
         f'<header><h1><bdi>{text_html(path)}</bdi></h1><p class="soft">{attribute(lead)}</p>'
@@ -58,7 +58,7 @@ def header_html(path: str, lead: str, facts: Sequence[tuple[str, str]]) -> str:
 
 
 def shown(text: str, limit: int = MAX_KEY) -> str:
-    """``text`` with control and formatting characters spelled out, and the middle of a very long one left out."""
+    """Escape control and formatting characters in ``text``, and leave out the middle of a very long one."""
     if len(text) > limit:
         text = f"{text[: limit // 2]}...({len(text) - limit} characters)...{text[-limit // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
@@ -81,13 +81,13 @@ def section_html(anchor: str, title: str, body: str, lead: str = "") -> str:
 
 
 Cell = str | tuple[str, float] | tuple[str, float, str]
-"""HTML of a cell; with the number that it is sorted by; with a CSS class."""
+"""HTML of a cell, optionally with the number to sort it by and a CSS class."""
 
 
 def table_html(
     name: str, caption: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], *, search: bool = False
 ) -> str:
-    """A table whose columns sort by a click; heads that begin with ``#`` are of numbers."""
+    """Return a table whose columns sort by a click; headers that begin with ``#`` are of numeric columns."""
     head = "".join(
         f'<th scope="col"{" class=n" if h.startswith("#") else ""}><button type="button">{attribute(h.lstrip("#"))}'
         "</button></th>"
@@ -124,7 +124,7 @@ def key_html(key: str) -> str:
 def heat_html(
     name: str, caption: str, corner: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
 ) -> str:
-    """A heat map that is a table: the number in each cell, its share of the largest as the cell's shade."""
+    """Return a heat map as a table: each cell holds a number, and its shade shows the share of the largest."""
     largest = max((v for _, values in rows for v in values if math.isfinite(v)), default=0.0) or 1.0
     head = "".join(f'<th scope="col" class="n"><button type="button">{attribute(h)}</button></th>' for h in heads)
     body = []

@@ -1,4 +1,4 @@
-"""Everything that the report shows of a run or a step, as values: read here once, drawn by ``page``."""
+"""Gather everything that the report shows of a run or a step: read here once as values, drawn by ``page``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milepost.verification.extent_reader import Progress
 from milepost.verification.verify import verify_beside_tensors
 
 MAX_STEPS = 12
-"""Steps whose weights are read, unless asked for more: the newest one and others evenly between."""
+"""Default maximum number of steps whose weights are read: the first, the newest, and others evenly between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,9 @@ class StepView:
     manifest: Manifest | None = None
     profiles: Mapping[str, TensorProfile] = field(default_factory=dict)
     since: int | None = None
-    """The step that the profiles' movements are counted from."""
+    """The step that the profiles' changes are relative to."""
     check: str = "not read"
-    """``verified``, ``not read``, ``read, no digests to compare with``, or what is wrong."""
+    """``verified``, ``not read``, ``read, no digests to compare with``, or the problem."""
 
     @property
     def is_bad(self) -> bool:
@@ -44,17 +44,17 @@ class StepView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """A run, or one step of it: what the page shows."""
+    """The content of the page: a run, or one step of it."""
 
     path: str
-    """As the user gave it."""
+    """The path as given by the user."""
     run_path: str
-    """Of the folder that the steps are in."""
+    """The path of the folder that holds the steps."""
     made_s: float
     steps: Sequence[StepView]
     saves: Sequence[Save]
     moments: Sequence[Moment]
-    """What happened to the run's checkpoints, oldest first."""
+    """Events of the run's checkpoints, oldest first."""
     forecast: Forecast
 
     @property
@@ -64,9 +64,9 @@ class RunView:
 
 
 def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progress: Progress | None = None) -> RunView:
-    """Read the run (or the one step) at ``path``; of the weights those of at most ``max_steps`` steps.
+    """Read the run (or the one step) at ``path``, with the weights of at most ``max_steps`` steps.
 
-    A step that can't be read is in the view with the reason, and does not hide the others.
+    A step that can't be read is listed with the reason; the others are still read.
 
     Raises:
         CheckpointNotFoundError: there are no steps.
@@ -92,7 +92,7 @@ def gather(path: str, *, max_steps: int = MAX_STEPS, weights: bool = True, progr
 
 
 def _run_of(storage: Storage, name: str, path: str) -> tuple[str, int | None]:
-    """The run's folder, and the one step of it that ``path`` is, if it is one."""
+    """Return the run's folder and, if ``path`` is one of its steps, that step."""
     found = storage.stat(name)
     if found is not None and not found.is_folder:
         raise CheckpointNotFoundError(f"{path} is a file, neither a run nor a step of one", path=path)
@@ -106,7 +106,7 @@ def _run_of(storage: Storage, name: str, path: str) -> tuple[str, int | None]:
 
 
 def _chosen(steps: Sequence[int], limit: int) -> set[int]:
-    """At most ``limit`` of the steps: the first, the newest, and evenly between."""
+    """Choose at most ``limit`` steps: the first, the newest, and others evenly between."""
     if len(steps) <= limit:
         return set(steps)
     if limit <= 1:
@@ -164,7 +164,7 @@ def _read(
     max_numel: int,
     add: Callable[[int], None],
 ) -> tuple[Mapping[str, TensorProfile], Samples, str]:
-    """Profiles of a step's tensors, samples for the next, and what came of the digests."""
+    """Read a step: returns its tensors' profiles, the samples for the next step, and the result of the digest check."""
     try:
         with open_step(storage, entry.path, manifest) as source:
             profiles, samples = profile_tensors(source, before, max_numel=max_numel, progress=add)
@@ -178,7 +178,7 @@ def _read(
 
 
 def _what_else(storage: Storage, entry: StepEntry) -> str:
-    """What is wrong with a step whose tensors are as they were saved; empty if nothing is."""
+    """Check the rest of a step whose tensors are verified; returns its problems, empty if there are none."""
     if entry.state == "external":
         return ""
     try:
@@ -189,7 +189,7 @@ def _what_else(storage: Storage, entry: StepEntry) -> str:
 
 
 def step_path(view: RunView, step: StepView) -> str:
-    """The path of a step, for a command line."""
+    """Return the path of a step, for a command line."""
     if step_of(split(view.run_path.rstrip("/"))[1]) is not None:
         return view.run_path
     return join(view.run_path.rstrip("/"), step.entry.name)

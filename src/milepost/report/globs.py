@@ -1,4 +1,4 @@
-"""Keys that a command is asked for, by shell patterns."""
+"""Select keys by shell patterns."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from milepost.errors import CheckpointNotFoundError, all_near
 
 
 def matching_keys(keys: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
-    """The keys that one of ``patterns`` names or matches; all where there are no patterns.
+    """Select the keys that one of ``patterns`` names or matches; without patterns, all keys.
 
-    A key may itself look like a pattern (``a[0]``), so one that is written out is found first.
+    A key may itself look like a pattern (``a[0]``), so an exact match takes precedence.
 
     Raises:
-        CheckpointNotFoundError: a pattern matches no key of what errors call ``where``.
+        CheckpointNotFoundError: a pattern matches no key; the message names ``where``.
     """
     known = dict.fromkeys(keys)
     found = {} if patterns else known

@@ -1,4 +1,4 @@
-"""A run as its folder shows it: steps and events, read once, for the report. Nothing is written."""
+"""A run's history from its folder: steps and events, for the report. Read-only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from milepost.storage.base import Storage, counted, join
 
 EVENTS_NAME = "events.jsonl"
 MAX_EVENTS_NBYTES = 64 << 20
-"""Of a longer log only the end is read."""
+"""Only the end of a longer log is read."""
 MAX_EVENTS = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """One line of ``events.jsonl`` about a save that was committed. Seconds of wall clock."""
+    """One committed save, from its line in ``events.jsonl``. Seconds of wall clock."""
 
     step: int
     finished: float
@@ -33,13 +33,13 @@ class Save:
     reason: str
     kind: str
     ranks: str = ""
-    """``2 ranks: fsdp 2``; empty where the log does not say."""
+    """``2 ranks: fsdp 2``; empty if the log does not record it."""
     deleted: tuple[str, ...] = ()
-    """Names of the steps that retention deleted after it."""
+    """Names of the steps that retention deleted after the save."""
 
     @property
     def rate(self) -> float:
-        """Bytes a second that rank 0 wrote while it wrote; 0 if that is unknown."""
+        """Rank 0's write rate in bytes per second, while it was writing; 0 if unknown."""
         return self.nbytes / self.write_s if self.write_s > 0 else 0.0
 
 
@@ -48,7 +48,7 @@ EventKind = Literal["saved", "failed", "resumed", "deleted", "layout changed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Something that happened to a run's checkpoints, for the time line."""
+    """An event in the life of a run's checkpoints, for the time line."""
 
     when: float
     """Seconds since the epoch."""
@@ -66,7 +66,7 @@ class Log:
 
 
 def read_log(storage: Storage, folder: str) -> Log:
-    """Return what the log in ``folder`` records. Torn lines and others' are left out.
+    """Read the log in ``folder``. Torn lines and lines of other programs are skipped.
 
     Raises:
         StorageError: the storage can't be read.
@@ -91,7 +91,7 @@ def read_log(storage: Storage, folder: str) -> Log:
 
 
 def _moments(event: Mapping[str, Any], save: Save | None) -> list[tuple[Moment, str]]:
-    """The events of one line, each with the number of ranks that the run had then."""
+    """Return the events of one log line, each with the run's number of ranks at that time."""
     ranks = _ranks_text(event)
     if save is not None:
         found = [Moment(when=save.finished, kind="saved", step=save.step, text=save.reason)]
@@ -162,7 +162,7 @@ def _save(event: Mapping[str, Any]) -> list[Save]:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The growth of the run's folder if saves continue at the same rate. None where there are too few saves to tell."""
+    """The growth of the run's folder if saves continue at the same rate. None: too few saves to estimate it."""
 
     nbytes_now: int
     nbytes_per_save: int
@@ -170,12 +170,12 @@ class Forecast:
 
     @property
     def nbytes_per_day(self) -> int | None:
-        """Before retention deletes anything."""
+        """Bytes written per day, before retention deletes any."""
         return None if self.saves_per_hour is None else round(self.nbytes_per_save * self.saves_per_hour * 24)
 
 
 def forecast(entries: Sequence[StepEntry]) -> Forecast:
-    """From the sizes of the steps that are there, and the times between them."""
+    """Estimate growth from the sizes of the existing steps and the times between them."""
     usable = [entry for entry in entries if entry.is_usable]
     times = sorted(entry.created_s for entry in usable if entry.created_s)
     per_hour = None

@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file: text, tables and SVG made from values."""
+"""The report of a run as one HTML file: text, tables and SVG."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_MULTIPLES = 48
 
 
 def page(view: RunView) -> str:
-    """The whole document."""
+    """Return the HTML document."""
     sections = [section for section in _sections(view) if section]
     return document(f"{view.path} - Milepost report", _header(view), sections, _NAMES, _footer(view))
 
@@ -108,7 +108,7 @@ def _footer(view: RunView) -> str:
 
 
 def _time_line(view: RunView) -> str:
-    """The time line of saves, failures, resumes, changes of degrees and deletions."""
+    """Return the time line of saves, failures, resumes, changes of degrees and deletions."""
     if len(view.moments) < 2:
         return ""
     held = {step.entry.step for step in view.steps if step.entry.is_usable}
@@ -144,7 +144,7 @@ _MARKS = {
     "resumed": ('<path class="resumed" d="M2 1l10 6l-10 6z"/>', "resumed"),
     "layout changed": ('<path class="changed" d="M7 0V14"/>', "layout changed"),
 }
-"""Of each kind of event its mark and what it says in the legend."""
+"""Mark and legend text of each kind of event."""
 
 
 def _saves(view: RunView) -> str:
@@ -252,7 +252,7 @@ def _disk(view: RunView) -> str:
 
 
 def _findings(view: RunView) -> str:
-    """NaN, Inf, saturated values, dead rows, by name; only the newest step that was read."""
+    """List tensors with NaN, Inf, saturated values or dead rows in the newest step that was read."""
     if not view.read:
         return ""
     step = view.read[-1]
@@ -285,7 +285,7 @@ def _share(profile: TensorProfile) -> str:
 
 
 def _movement(view: RunView) -> str:
-    """The heat maps: kinds of tensor x layers for the last two steps, layers x steps for all that were read."""
+    """Return the heat maps: kinds of tensor x layers for the last two steps, layers x steps for all steps read."""
     moved = [step for step in view.read if any(p.movement for p in _part(step, "model").values())]
     if not moved:
         return ""
@@ -327,7 +327,7 @@ def _part(step: StepView, part: str) -> Mapping[str, TensorProfile]:
 
 
 def _over_steps(moved: Sequence[StepView], grid: Grid) -> str:
-    """Of all tensors of a layer together: the root mean square of their relative changes."""
+    """Return the heat map of layers x steps: the root mean square of the relative changes of a layer's tensors."""
 
     def change(step: StepView, layer: int) -> float:
         keys = [grid.keys[row, layer] for row in grid.rows if (row, layer) in grid.keys]
@@ -340,7 +340,7 @@ def _over_steps(moved: Sequence[StepView], grid: Grid) -> str:
 
 
 def _multiples(view: RunView) -> str:
-    """The norm of each kind of tensor over the steps."""
+    """Return charts of the norm of each kind of tensor over the steps."""
     if len(view.read) < 2:
         return ""
     grid = grid_of([key for key in view.read[-1].profiles if part_of(key) == "model"])
@@ -393,7 +393,7 @@ def _tensors(view: RunView, part: str, title: str) -> str:
 
 
 def _maps(view: RunView) -> str:
-    """One map for all tensors that are spread alike."""
+    """Return shard maps, one for all tensors sharded alike."""
     step = next((step for step in reversed(view.steps) if step.manifest and step.manifest.tensors), None)
     if step is None or step.manifest is None:
         return ""

@@ -1,4 +1,4 @@
-"""The report's pictures: SVG as text, from numbers. Colours are CSS classes, so that the page's themes decide them."""
+"""The report's pictures as SVG text. Colours are CSS classes, so that the page's themes determine them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_BOXES = 4_096
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for people: ``0.0123``, ``1.2e-07``, ``NaN``."""
+    """Format a number for people: ``0.0123``, ``1.2e-07``, ``NaN``."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -23,12 +23,12 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def attribute(text: str) -> str:
-    """``text`` as an attribute's value, or as a text node."""
+    """Escape ``text`` for an attribute's value or a text node."""
     return html.escape(text, quote=True)
 
 
 def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], unit: str, *, left: int = 110) -> str:
-    """A bar a row, of parts ``(class, name, value)`` one after the other, all on one scale."""
+    """Draw one bar per row, stacked from parts ``(class, name, value)``, all on one scale."""
     if not rows:
         return ""
     longest = max((sum(value for _, _, value in parts) for _, parts in rows), default=0.0) or 1.0
@@ -55,9 +55,9 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], u
 
 
 def time_line(moments: Sequence[Moment], held: Collection[int], when: Callable[[float], str]) -> str:
-    """Steps over time: a line that climbs with the saves and falls back with each resume, a mark for each event.
+    """Draw steps over time: a line that rises with saves and falls back with resumes, and a mark for each event.
 
-    ``held`` are the steps that are still there; ``when`` writes a time.
+    ``held`` are the steps that still exist; ``when`` formats a time.
     """
     width, height, left, bottom = 1060, 230, 64, 26
     start, end = min(m.when for m in moments), max(m.when for m in moments)
@@ -81,7 +81,7 @@ def time_line(moments: Sequence[Moment], held: Collection[int], when: Callable[[
     out.append(f'<polyline class="climb" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in path)}"/>')
     deleted = {m.step for m in moments if m.kind == "deleted"}
     for moment in moments:
-        if moment.kind != "deleted":  # shown at the save
+        if moment.kind != "deleted":  # drawn with its save
             is_there = moment.step in held and moment.step not in deleted - set(held)
             out.append(_mark(moment, *place(moment), is_there=is_there, height=height - bottom, when=when))
     return "".join(out) + "</svg>"
@@ -100,7 +100,7 @@ def _mark(moment: Moment, x: float, y: float, *, is_there: bool, height: float, 
 
 
 def line_chart(points: Sequence[tuple[float, float]], *, width: int = 240, height: int = 84, label: str = "") -> str:
-    """A line through ``(x, y)``, with the limits of both; a gap where y is not finite."""
+    """Draw a line through ``(x, y)``, with the limits of both; a gap where y is not finite."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     head = f'<svg class="line" role="img" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
     head += f'aria-label="{attribute(label)}">'
@@ -129,7 +129,7 @@ def line_chart(points: Sequence[tuple[float, float]], *, width: int = 240, heigh
 
 
 def histogram(counts: Sequence[int], label: str, *, width: int = 112, height: int = 24) -> str:
-    """Bars of a histogram, the tallest as high as the picture."""
+    """Draw a histogram; the tallest bar has the picture's height."""
     if not counts:
         return ""
     tallest = max(counts) or 1
@@ -147,10 +147,10 @@ def histogram(counts: Sequence[int], label: str, *, width: int = 112, height: in
 
 
 def shard_map(entry: TensorEntry, colour_of: dict[str, int], label: str) -> str:
-    """The boxes of a tensor, each in the colour and with the name of the file (the rank) that holds it.
+    """Draw the boxes of a tensor, each with the colour and name of the file (the rank) that holds it.
 
-    Dim 0 goes down, dim 1 across; of more dims the others are left out, of one dim the tensor is a column. Sizes are
-    those of the shape, but no side is shorter than a third of the other.
+    Dim 0 runs down, dim 1 across; further dims are left out, and a tensor of one dim is a column. Proportions follow
+    the shape, but no side is shorter than a third of the other.
     """
     shape = entry.shape[:2] if len(entry.shape) >= 2 else (*entry.shape, 1) if entry.shape else (1, 1)
     longest = max(*shape, 1)

@@ -1,7 +1,7 @@
 """Statistics of a step's weights and their change since the step before: the numbers of the report.
 
-Every byte is read and compared with its digest once; the figures come from a sample of it that is the same in every
-step, so that changes are between the same elements and two steps never have to be in memory whole.
+Every byte is read and compared with its digest once; the figures come from a sample. It is the same in every step, so
+that changes are between the same elements and two steps need not fit in memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from milepost.report.statistics import (
 
 NUM_BINS = 32
 RUN_NUMEL = 64
-"""Sampled elements lie in runs of this many, a cache line or more, so that a sample costs less than it reads."""
+"""Elements are sampled in runs of this length, a cache line or more, so that sampling touches less memory."""
 BUDGET_NUMEL = 24 << 20
-"""Elements of a step that are kept for the comparison with the next: 96 MiB of float32, two steps at a time."""
+"""Maximum number of elements kept to compare a step with the next: 96 MiB of float32, two steps at a time."""
 MIN_SAMPLE, MAX_SAMPLE = 1 << 10, 1 << 17
 
 Samples = Mapping[str, Any]
-"""For each key, the sampled elements as float32 (float64 for wider dtypes), in a fixed order."""
+"""The sampled elements of each key as float32 (float64 for wider dtypes), in a fixed order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Movement:
     """The change of a tensor from one step to the next, over the sampled elements. NaN where it is undefined."""
 
     relative_norm: float
-    """Norm of the difference over the norm before."""
+    """Norm of the difference over the previous norm."""
     cosine: float
     share_changed: float
     max_abs: float
@@ -49,18 +49,18 @@ class Movement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorProfile:
-    """One tensor of one step. The statistics count the sampled elements only: ``share`` says how much that is."""
+    """One tensor of one step. Statistics cover only the sampled elements, the fraction ``share`` of all."""
 
     statistics: TensorStatistics
     share: float
     histogram: tuple[int, ...]
     """Counts in ``NUM_BINS`` bins of equal width from the statistics' minimum to their maximum."""
     movement: Movement | None = None
-    """None if the step before does not have the tensor in this shape."""
+    """None if the previous step does not have the tensor in this shape."""
 
 
 def sample_numel(num_tensors: int) -> int:
-    """The largest number of elements to sample of each tensor, in a run whose steps hold up to ``num_tensors``."""
+    """Return the maximum number of elements to sample per tensor, in a run whose steps hold up to ``num_tensors``."""
     return min(max(BUDGET_NUMEL // max(num_tensors, 1), MIN_SAMPLE), MAX_SAMPLE)
 
 
@@ -71,10 +71,10 @@ def profile_tensors(
     max_numel: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, TensorProfile], Samples]:
-    """Profiles of every tensor that numpy can compute with, and the samples for the next step to be compared with.
+    """Profile every tensor that numpy can compute with; also returns the samples to compare the next step with.
 
-    ``progress`` is called with the bytes of each slab that was read, from any thread. The caller checks the source's
-    digests afterwards.
+    ``progress`` is called from any thread with the size of each slab that was read. The caller then checks the source's
+    digests.
     """
     keys = sorted((key for key, info in source.tensors.items() if is_countable(info.dtype)), key=natural)
     keys.sort(key=lambda key: -nbytes_of(source, key))
@@ -113,7 +113,7 @@ def _profile(
 
 
 def every_nth_run(flat: Any, stride: int) -> Any:
-    """Of a flat array every ``stride``-th run of ``RUN_NUMEL`` elements, from the first on; all of it at stride 1."""
+    """Select every ``stride``-th run of ``RUN_NUMEL`` elements of a flat array, starting with the first."""
     if stride == 1:
         return flat
     whole = flat.size // (RUN_NUMEL * stride) * RUN_NUMEL * stride
@@ -128,7 +128,7 @@ def _histogram(sample: Any, statistics: TensorStatistics) -> tuple[int, ...]:
     finite = sample[np.isfinite(sample)].astype(np.float64)
     if high - low > NUM_BINS * np.spacing(max(abs(low), abs(high))):
         counts, _ = np.histogram(finite, bins=NUM_BINS, range=(low, high))
-    else:  # numpy refuses a range with fewer numbers than bins: weights that have hardly moved from 1
+    else:  # numpy refuses a range with fewer numbers than bins, such as that of weights that barely differ from 1
         places = ((finite - low) / (high - low) * NUM_BINS).astype(np.int64)
         counts = np.bincount(np.clip(places, 0, NUM_BINS - 1), minlength=NUM_BINS)
     return tuple(int(count) for count in counts)
@@ -151,14 +151,14 @@ def _movement(before: Any, after: Any) -> Movement:
 
 
 def ratio(part: float, whole: float) -> float:
-    """``part / whole``; 0 of nothing is 0, something of nothing NaN."""
+    """Return ``part / whole``; 0/0 is 0, x/0 is NaN."""
     if whole == 0:
         return 0.0 if part == 0 else math.nan
     return part / whole
 
 
 def natural(key: str) -> tuple[tuple[bool, int, str], ...]:
-    """A sort key by which ``layers.2`` comes before ``layers.10``."""
+    """Return a sort key that puts ``layers.2`` before ``layers.10``."""
     return tuple(
         (part.isdecimal(), int(part) if part.isdecimal() and len(part) < 19 else 0, part) for part in key.split(".")
     )
@@ -166,18 +166,18 @@ def natural(key: str) -> tuple[tuple[bool, int, str], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Keys that differ in one number alone, as a table: a row a kind of tensor, a column a layer."""
+    """Keys that differ only in one number, as a table: one row per kind of tensor, one column per layer."""
 
     rows: tuple[str, ...]
-    """With ``*`` in the place of the number."""
+    """Key patterns, with ``*`` for the number."""
     layers: tuple[int, ...]
     keys: Mapping[tuple[str, int], str]
     rest: tuple[str, ...]
-    """Keys of no layer."""
+    """Keys outside the layers."""
 
 
 def grid_of(keys: Sequence[str]) -> Grid:
-    """Lay keys out by the first number in each. A row needs two layers: a lone number is just a part of a name."""
+    """Arrange keys by the first number in each. A row needs two layers: a number that occurs once is part of a name."""
     cells: dict[tuple[str, int], str] = {}
     rest = []
     for key in keys:

@@ -1,6 +1,6 @@
-"""``plan_resume``: what a resume under given degrees would read, rank by rank, from metadata alone.
+"""``plan_resume``: plan the reads of a resume under given degrees, rank by rank, from metadata only.
 
-The boxes are those of the trainer (``parallelism.placement``); from there on it is the plan of a real load
+The boxes are the trainer's (``parallelism.placement``); the plan is then made as for a real load
 (``tensors.plan.plan_load``).
 """
 
@@ -33,7 +33,7 @@ from milepost.parallelism.placement import Coordinates, box_of, cut_class, layer
 from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
 
 READ_BUFFER_NBYTES = NUM_IO_THREADS * BLOCK_NBYTES
-"""What the reader's threads hold at most beside the tensors: each a block."""
+"""Maximum size of the read buffers: one block per reading thread."""
 
 _LOADER_OF_TORCHTITAN = "dataloader.dp_rank_"
 OF_TORCHTITAN = (
@@ -53,16 +53,16 @@ class RankPlan:
     place: Coordinates
     num_tensors: int
     wanted_nbytes: int
-    """What lands in its tensors: model and optimizer state."""
+    """Bytes loaded into its tensors: model and optimizer state."""
     read_nbytes: int
-    """What it reads for that: digests are of blocks of 4 MiB, and only whole blocks can be checked."""
+    """Bytes read for that: digests cover blocks of 4 MiB, and only complete blocks can be checked."""
     num_files: int
     buffer_nbytes: int
-    """Read buffers, beside the tensors themselves."""
+    """Read buffers, in addition to the tensors."""
 
     @property
     def memory_nbytes(self) -> int:
-        """Memory at the peak of the load: the tensors and the buffers, without what training takes."""
+        """Peak memory of the load: the tensors and the buffers, without the memory of training."""
         return self.wanted_nbytes + self.buffer_nbytes
 
 
@@ -75,19 +75,19 @@ class ResumePlan:
     """Pipeline stages that each rank holds: 2 for an interleaved schedule."""
     ranks: tuple[RankPlan, ...]
     missing: tuple[str, ...]
-    """Keys (or whole parts) that the run wants and the checkpoint lacks."""
+    """Keys (or entire parts) that the run needs and the checkpoint lacks."""
     unexpected: tuple[str, ...]
-    """Stored keys that the run has no place for. Of the model or the optimizer, they make a resume fail."""
+    """Stored keys that the run does not have. In the model or the optimizer, they make a resume fail."""
     misshapen: tuple[str, ...]
     refused: tuple[str, ...]
-    """Why a model of these sizes can't be spread under these degrees; the trainer refuses it in the same words."""
+    """Reasons why a model of these sizes can't be sharded under these degrees, in the trainer's words."""
     left_out: tuple[str, ...]
-    """Stored keys that are rightly not read, such as other ranks' random state."""
+    """Stored keys that need not be read, such as other ranks' random state."""
     notes: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        """True if a resume would succeed, as far as metadata tells."""
+        """True if a resume would succeed, judging by metadata."""
         return not (self.missing or self.unexpected or self.misshapen or self.refused)
 
 
@@ -154,7 +154,7 @@ def plan_resume(
 def _model(
     manifest: Manifest, model: str | None, flavor: str | None, sizes: ModelArgs | None, hf_assets: str
 ) -> Tabled | None:
-    """The model that the keys are held against; None for one without tables."""
+    """The model with which the keys are compared; None for one without tables."""
     if model is not None and sizes is not None:
         return Tabled.of_ours(model, sizes)
     if model == HUB and flavor is None:
@@ -180,11 +180,11 @@ def _is_left_out(key: str, same_degrees: bool) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alike:
-    """Tensors that are stored alike, and of which a rank wants the same box, if any. One of them is planned."""
+    """Tensors stored alike, of which a rank loads the same box, if any. Only one of them is planned."""
 
     key: str
     numbers: Ints
-    """Of all of them, in the table."""
+    """Indices of all of them in the table."""
 
 
 class _Planner:
@@ -208,7 +208,7 @@ class _Planner:
     def plan(self, rank: int) -> RankPlan:
         place = Coordinates.of(rank, self._degrees)
         known = self._planned.get(replace(place, replica=0))
-        if known is None or self._same_degrees:  # then each rank has random state of its own
+        if known is None or self._same_degrees:  # then each rank has its own random state
             known = self._planned[replace(place, replica=0)] = self._plan(rank, place)
         return replace(known, rank=rank, place=place)
 
@@ -219,18 +219,18 @@ class _Planner:
         return [_Alike(self._table.keys[numbers[0]], np.array(numbers)) for numbers in found.values()]
 
     def _kind(self, key: str) -> object:
-        """Equal for tensors of which a rank wants the same box, if they have one shape."""
+        """Return a value that is equal for tensors of which a rank loads the same box, given equal shapes."""
         parameter = self._cut_as(key)
         return key if part_of(key) == "rng" else parameter and cut_class(parameter)
 
     def _cut_as(self, key: str) -> str | None:
-        """The parameter that a tensor is cut as; None for one that is not cut, such as a state of one number."""
+        """Return the parameter whose sharding a tensor follows; None if it is not sharded, such as a scalar state."""
         parameter = parameter_of(key)
         owner = self._manifest.tensors.get(parameter or "")
         return parameter if owner is not None and owner.shape == self._manifest.tensors[key].shape else None
 
     def _on_stages(self, pp_rank: int) -> list[_Alike]:
-        """Return the tensors that a pipeline rank holds a part of."""
+        """Return the tensors of which a pipeline rank holds a part."""
         if pp_rank not in self._held:
             stages = stages_of(
                 pp_rank,
@@ -271,7 +271,7 @@ class _Planner:
         )
 
     def _spec(self, key: str, rank: int) -> TensorSpec | None:
-        """The part of a stored tensor that the rank wants for its stages; None if nothing."""
+        """Return the part of a stored tensor that the rank needs for its stages; None if it needs none."""
         entry = self._manifest.tensors[key]
         whole = TensorSpec(key, entry.dtype, entry.shape, (Box.whole(entry.shape),))
         if part_of(key) == "rng":
@@ -283,7 +283,7 @@ class _Planner:
         return replace(whole, boxes=(box,) if box.numel else ())
 
     def _nbytes_of(self, item: ReadItem) -> int:
-        """Bytes read for an item: the blocks that hold a part of it, or its own where there are no digests of them."""
+        """Return the bytes read for an item: all blocks that overlap it, or its own bytes if there are no digests."""
         if not self._has_digests:
             return item.src.numel * itemsize(item.dtype)
         where = (item.src, item.shard.box.sizes, item.dtype)
@@ -293,7 +293,7 @@ class _Planner:
 
 
 def parameter_of(key: str) -> str | None:
-    """The parameter that a tensor of the model or of the optimizer's state belongs to; None for any other key."""
+    """Return the parameter to which a tensor of the model or the optimizer state belongs; None for any other key."""
     part = part_of(key)
     if part == "model":
         return key
@@ -303,7 +303,7 @@ def parameter_of(key: str) -> str | None:
 
 
 class _Faults:
-    """The keys that the checkpoint lacks, and those that are unexpected."""
+    """Missing and unexpected keys."""
 
     def __init__(self, manifest: Manifest, model: Tabled | None, excluded: Collection[str]):
         self.missing: list[str] = []
@@ -325,10 +325,10 @@ class _Faults:
             self._compare_optimizer(manifest, shapes)
 
     def _compare_with_model(self, shapes: Mapping[str, tuple[int, ...]], model: Tabled) -> None:
-        """Hold the keys against those of the model: of one that is not trained here, by the names that fit best."""
+        """Compare the keys with the model's: for one that is not trained here, by the names that fit best."""
         found = []
         for scheme in model.tables.schemes if model.args is None else (model.tables.scheme(OWN),):
-            sizes = with_stored_vocabulary(scheme, model.sizes, shapes)  # the tokenizer's, not the flavor's
+            sizes = with_stored_vocabulary(scheme, model.sizes, shapes)  # given by the tokenizer, not by the flavor
             found.append(key_faults(correspond(model.tables, scheme, sizes), shapes))
         faults = min(found, key=len)
         self.missing += faults.missing
@@ -336,7 +336,7 @@ class _Faults:
         self.misshapen += faults.misshapen
 
     def _compare_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Every layer must have the parameters that any layer has, and none may be left out."""
+        """Require the same parameters in every layer, and no gap between layers."""
         found: dict[int, set[str]] = defaultdict(set)
         for key in shapes:
             layer = layer_of(key)
@@ -354,7 +354,7 @@ class _Faults:
         for key in (*manifest.tensors, *manifest.objects):
             if key.startswith(_STATE):
                 told = key.removeprefix(_STATE)
-                # A tensor that is made of others has keys below its own.
+                # A tensor composed of others has keys below its own.
                 parameter = longest_prefix(told, shapes) or told.rpartition(".")[0]
                 states[parameter].add(told[len(parameter) + 1 :].partition(".")[0])
         names = set().union(*states.values())
@@ -373,7 +373,7 @@ class _Faults:
 
 
 def _is_buffer(key: str, manifest: Manifest) -> bool:
-    """Return whether the optimizer does not know the tensor: no options of it are stored, though others' are."""
+    """Return True if the optimizer does not hold the tensor: its options are not stored, but those of others are."""
     prefix = f"{_GROUPS}{key}."
     groups: Any = [name for name in manifest.objects if name.startswith(_GROUPS)]
     return bool(groups) and not any(name.startswith(prefix) for name in groups)

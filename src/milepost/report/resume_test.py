@@ -1,7 +1,7 @@
-"""``resume_test``: proof, for one's own configuration, that a run that is killed goes on as if it had not been.
+"""``resume_test``: test for a configuration that a killed run resumes exactly.
 
-The trainer runs as its users start it, as processes under torchrun: once to the end, once until it is killed with
-SIGKILL, and once from there for each layout. What is compared is what was saved at the last step.
+The trainer runs as users start it, under torchrun: once to the end, once until it is killed with SIGKILL, and from
+there once for each layout. The checkpoints of the last step are compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from milepost.training.attached import PART as ATTACHED
 from milepost.verification.verify import verify
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "milepost.train.launch")
-"""What is started, with torchrun's options, ``--`` and the trainer's."""
+"""The command, followed by torchrun's options, ``--`` and the trainer's options."""
 TAIL_LINES = 30
 KILL_TRIES = 3
 _STEP_LINE = re.compile(r"\bstep (\d+)/\d+ +loss (\S+)")
@@ -45,7 +45,7 @@ _OPTION = {short: name for name, short in SHORT_DEGREES.items()}
 
 @dataclass(frozen=True, slots=True)
 class LayoutChoice:
-    """A layout to train on: ``degrees`` by short name; empty for what the configuration says, on ``num_ranks``."""
+    """A layout to train on: ``degrees`` by short name; empty for the configuration's degrees on ``num_ranks``."""
 
     name: str
     num_ranks: int
@@ -55,7 +55,7 @@ class LayoutChoice:
         return self.name if self.degrees else "1 rank" if self.num_ranks == 1 else f"{self.num_ranks} ranks"
 
     def flags(self) -> list[str]:
-        """The trainer's flags for it: all degrees, so that the file's do not mix in."""
+        """Return the trainer's flags: all degrees, so that they override the configuration file's."""
         if not self.degrees:
             return []
         return [
@@ -71,10 +71,10 @@ class ResumeTestSettings:
 
     config_file: str
     layouts: tuple[LayoutChoice, ...]
-    """The first one trains and is killed; the run is resumed on each of them."""
+    """The run is trained and killed on the first, and resumed on each."""
     num_steps: int
     kill_at: int
-    """Killed when this step was logged; the step before it is saved."""
+    """Step after whose log line the run is killed; the step before it is saved."""
     tolerance: float
     """Largest relative difference of the loss, on another layout than the one that saved."""
     extra: tuple[str, ...] = ()
@@ -88,16 +88,16 @@ class Resumed:
     layout: str
     resumed_from: int
     loss: float
-    """Of the last step, as logged."""
+    """Loss of the last step, as logged."""
     loss_difference: float
-    """The largest relative difference of the loss of any step after the resume."""
+    """Largest relative difference of the loss at any step after the resume."""
     is_same_layout: bool
     num_same_keys: int
-    """Keys of the last checkpoint whose bytes are the same in both runs."""
+    """Number of keys of the last checkpoint whose bytes are the same in both runs."""
     differs_in: tuple[str, ...]
-    """Keys of the last checkpoint that differ at all; not counted on another layout, where sums have another order."""
+    """Keys of the last checkpoint that differ; not recorded on another layout, where the order of sums differs."""
     max_abs: float
-    """The largest difference of any element of the model, on another layout; 0 on the same."""
+    """Largest difference of any element of the model, on another layout; 0 on the same layout."""
     passed: bool
 
 
@@ -109,7 +109,7 @@ class ResumeTestReport:
     killed_after: int
     committed_step: int
     loss: float
-    """Of the last step of the run that nobody stopped."""
+    """Loss of the last step of the uninterrupted run."""
     resumed: tuple[Resumed, ...]
 
     @property
@@ -118,10 +118,10 @@ class ResumeTestReport:
 
 
 def parse_layouts(text: str, num_ranks: int) -> tuple[LayoutChoice, ...]:
-    """``fsdp2,fsdp1xtp2,4``: layouts by degrees, or by a number of ranks for the degrees that the file says.
+    """Parse ``fsdp2,fsdp1xtp2,4``: layouts by degrees, or by a number of ranks for the configuration's degrees.
 
     Raises:
-        ConfigError: with all that is wrong.
+        ConfigError: with all problems.
     """
     layouts = []
     problems = []
@@ -145,24 +145,24 @@ def parse_layouts(text: str, num_ranks: int) -> tuple[LayoutChoice, ...]:
 
 
 def resume_test(
-    settings: ResumeTestSettings, folder: Path, tell: Callable[[str], None] = lambda text: None
+    settings: ResumeTestSettings, folder: Path, on_stage: Callable[[str], None] = lambda text: None
 ) -> ResumeTestReport:
-    """Train, kill, resume, compare. ``folder`` is empty and holds the runs afterwards; ``tell`` hears of each stage.
+    """Train, kill, resume, compare. ``folder`` must be empty; ``on_stage`` is called with each stage's description.
 
     Raises:
         ConfigError: the trainer refuses the configuration.
         MilepostError: a run failed; the message has the last lines that it printed.
-        CheckpointNotFoundError, CheckpointDamagedError: the killed run left no sound step.
+        CheckpointNotFoundError, CheckpointDamagedError: the killed run left no undamaged step.
     """
     runs = _Runs(settings, folder)
     first = settings.layouts[0]
-    tell(f"training {settings.num_steps} steps on {first} without interruption")
+    on_stage(f"training {settings.num_steps} steps on {first} without interruption")
     whole = runs.train(folder / "whole", first)
-    tell(f"training again, to be killed after step {settings.kill_at}")
+    on_stage(f"training again, to be killed after step {settings.kill_at}")
     committed = _train_and_kill(runs, folder / "killed", settings)
     resumed = []
     for number, layout in enumerate(settings.layouts):
-        tell(f"resuming from step {committed} on {layout}")
+        on_stage(f"resuming from step {committed} on {layout}")
         place = folder / f"resumed-{number}"
         shutil.copytree(folder / "killed", place)
         losses = runs.train(place, layout)
@@ -177,7 +177,7 @@ def resume_test(
 
 
 def _train_and_kill(runs: _Runs, folder: Path, settings: ResumeTestSettings) -> int:
-    """The step that a killed run left. On a busy machine it may make its last step before it is killed: then again."""
+    """Return the step left by a killed run. Repeats if the run finished before it was killed."""
     for _ in range(KILL_TRIES):
         runs.train(folder, settings.layouts[0], kill_at=settings.kill_at)
         committed = _committed_step(folder / "checkpoint")
@@ -185,13 +185,13 @@ def _train_and_kill(runs: _Runs, folder: Path, settings: ResumeTestSettings) -> 
             return committed
         shutil.rmtree(folder)
     raise MilepostError(
-        f"the run was killed after step {settings.kill_at}, but {KILL_TRIES} times its last step {settings.num_steps} "
-        "was saved by then, so nothing was left to resume. Give it more steps: --steps"
+        f"the run was killed after step {settings.kill_at}, but in {KILL_TRIES} attempts its last step "
+        f"{settings.num_steps} had been saved by then, so there was nothing to resume. Give it more steps: --steps"
     )
 
 
 def _committed_step(folder: Path) -> int:
-    """The step that the killed run left, every byte of it verified."""
+    """Return the step left by the killed run, with every byte verified."""
     storage, name = open_storage(folder)
     entry = History.of(catalog.scan(storage, name)).newest_resumable
     if entry is None:
@@ -236,7 +236,7 @@ def _compare(
 
 
 def _different_keys(found: DiffReport) -> tuple[str, ...]:
-    """Of the state, that is: what is attached to a step tells of each run's own folder and options."""
+    """Compare the state only: data attached to a step depends on the run's folder and options."""
     keys = {held.key for held in (*found.only_a, *found.only_b)} | {change.key for change in found.kinds}
     keys |= {change.key for change in found.values} | {change.key for change in found.objects}
     keys |= set(found.other_bytes)
@@ -251,7 +251,7 @@ def _relative(a: float, b: float) -> float:
 
 
 class _Runs:
-    """Starts the trainer with what all runs of a test have in common."""
+    """Starts the trainer with the settings common to all runs of a test."""
 
     def __init__(self, settings: ResumeTestSettings, folder: Path):
         self._settings = settings
@@ -259,9 +259,9 @@ class _Runs:
         self._batch = _global_batch_size(settings)
 
     def train(self, place: Path, layout: LayoutChoice, *, kill_at: int = 0) -> dict[int, float]:
-        """Train in the folder ``place`` and return the losses logged, by step.
+        """Train in the folder ``place``; returns the logged losses by step.
 
-        ``kill_at``: kill it as soon as that step was logged and a step saved (which may end later, in the background).
+        ``kill_at``: kill it once that step was logged and a step was saved (which may end later, in the background).
         """
         settings = self._settings
         command = [*settings.trainer, "--nproc_per_node", str(layout.num_ranks)]
@@ -301,7 +301,7 @@ class _Runs:
 
 @contextlib.contextmanager
 def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process and all that it starts; none of them outlives the block."""
+    """Run a process; it and its descendants are killed when the block ends."""
     environment = {**os.environ, "LOG_RANK": "0", "PYTHONUNBUFFERED": "1"}
     if shutil.which("nvidia-smi") is None:  # all ranks share the cores
         environment.setdefault("OMP_NUM_THREADS", "1")
@@ -317,7 +317,7 @@ def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and its descendants, which torchrun puts into sessions of their own."""
+    """Send SIGKILL to a process and its descendants, which torchrun puts into separate sessions."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for victim in [process, *process.children(recursive=True)]:
@@ -326,13 +326,13 @@ def kill_tree(pid: int) -> None:
 
 
 def _global_batch_size(settings: ResumeTestSettings) -> int:
-    """The sequences of a step on the first layout, for all layouts to have; 0 if one layout is all there is."""
+    """Return the first layout's sequences per step, to be used on all layouts; 0 if there is only one layout."""
     if len({layout.name for layout in settings.layouts}) == 1:
         return 0
     try:
         training = tomllib.loads(Path(settings.config_file).read_text()).get("training", {})
     except tomllib.TOMLDecodeError:
-        return 0  # the trainer will say what is wrong with it
+        return 0  # the trainer reports what is wrong with it
     given = dict(flag.removeprefix("--training.").partition("=")[::2] for flag in settings.extra)
     options = {"local_batch_size": 8, "global_batch_size": -1} | training | given
     try:

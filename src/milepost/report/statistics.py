@@ -1,8 +1,8 @@
-"""Statistics of stored tensors, streaming: what ``milepost stats``, ``milepost diff`` and the report show.
+"""Streaming statistics of stored tensors, for ``milepost stats``, ``milepost diff`` and the report.
 
-Everything is computed in float64 from the elements as they are stored, slab by slab, so memory does not grow with a
-tensor. Means and sums of squares of slabs are joined as in Chan, Golub, LeVeque, "Updating formulae and a pairwise
-algorithm for computing sample variances" (1979), so that the order of the slabs costs no digits.
+Everything is computed in float64 from the stored elements, slab by slab, so memory does not grow with a tensor. Means
+and sums of squares of slabs are combined as in Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for
+computing sample variances" (1979), so that the order of the slabs does not cost precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from milepost.interop.weights.boxes import Array, Readable
 from milepost.verification.extent_reader import Progress
 
 PIECE_NUMEL = 1 << 16
-"""Elements are widened to float64 in pieces of this many, which stay in a core's cache."""
+"""Elements are widened to float64 in pieces of this size, which stay in a core's cache."""
 SLAB_NBYTES = 4 << 20
 
 
@@ -31,9 +31,9 @@ SLAB_NBYTES = 4 << 20
 class TensorStatistics:
     """Statistics of the elements of one tensor.
 
-    ``minimum`` to ``norm`` are over the finite elements, NaN if there is none; of complex elements, over their
-    magnitudes. ``std`` is the population's (numpy's ``ddof=0``), ``norm`` the Euclidean one. ``num_dead_rows`` counts
-    the rows (indices of the first dim, of two dims or more) that are zero throughout.
+    ``minimum`` to ``norm`` are over the finite elements, NaN if there are none; for complex elements, over their
+    magnitudes. ``std`` is the population's (numpy's ``ddof=0``), ``norm`` is Euclidean. ``num_dead_rows`` counts the
+    all-zero rows (indices of the first dim, for two dims or more).
     """
 
     key: str
@@ -50,15 +50,15 @@ class TensorStatistics:
     norm: float
     num_dead_rows: int = 0
     num_saturated: int = 0
-    """Elements at the largest finite magnitude of their dtype."""
+    """Number of elements at the largest finite magnitude of their dtype."""
 
     @property
     def num_finite(self) -> int:
-        """Elements that are neither NaN nor infinite."""
+        """Number of elements that are neither NaN nor infinite."""
         return self.num_elements - self.num_nan - self.num_inf
 
     def flags(self) -> tuple[str, ...]:
-        """Name what looks suspicious to an engineer; empty if nothing does."""
+        """Name suspicious properties; empty if there are none."""
         found = []
         for count, what in ((self.num_nan, "NaN"), (self.num_inf, "Inf"), (self.num_saturated, "saturated")):
             if count:
@@ -73,11 +73,11 @@ class TensorStatistics:
 def tensor_statistics(
     source: Readable, keys: Sequence[str], *, progress: Progress | None = None, num_threads: int = NUM_IO_THREADS
 ) -> list[TensorStatistics]:
-    """Statistics of every element of the tensors ``keys``, in that order.
+    """Compute statistics of every element of the tensors ``keys``, in that order.
 
     Raises:
         ConversionError: a tensor is of a dtype that numpy can't compute with (see :func:`is_countable`).
-        DigestMismatchError: from the source, for bytes that are not those that were saved.
+        DigestMismatchError: from the source, for bytes that changed since they were saved.
     """
     total = sum(nbytes_of(source, key) for key in keys)
     done = 0
@@ -96,20 +96,20 @@ def tensor_statistics(
 
 
 def is_countable(dtype: str) -> bool:
-    """Return whether numpy has the dtype: packed 4-bit floats, ``complex32`` and plain bits have no numbers to show."""
+    """Return True if numpy can compute with the dtype; not packed 4-bit floats, ``complex32`` and plain bits."""
     return numpy_dtype(dtype) is not None
 
 
 def nbytes_of(source: Readable, key: str) -> int:
-    """Bytes of a tensor's elements."""
+    """Return the size of a tensor's elements in bytes."""
     info = source.tensors[key]
     return math.prod(info.shape) * itemsize(info.dtype)
 
 
 def slabs_of(source: Readable, key: str) -> Iterator[tuple[Box, Array]]:
-    """The tensor in consecutive boxes of some megabytes, each read into memory of its own.
+    """Yield the tensor in consecutive boxes of some megabytes, each read into new memory.
 
-    Where a tensor is cut depends on its shape alone, so that two of one shape are cut alike whatever their dtypes.
+    The cuts depend only on the shape, so that tensors of one shape are cut alike, whatever their dtypes.
     """
     info = source.tensors[key]
     dtype = numpy_dtype(info.dtype)
@@ -123,29 +123,29 @@ def slabs_of(source: Readable, key: str) -> Iterator[tuple[Box, Array]]:
 
 
 def widened(array: Array) -> Any:
-    """Elements as float64: exact for every stored dtype but 64-bit integers; of complex ones the magnitudes."""
+    """Convert elements to float64, complex ones to magnitudes: exact for all dtypes but 64-bit integers."""
     if array.dtype.kind == "c":
         return np.abs(array.astype(np.complex128))
     return array.astype(np.float64)
 
 
 class Accumulator:
-    """Joins what is known of the parts of a tensor."""
+    """Combines the statistics of a tensor's parts."""
 
     def __init__(self, key: str, dtype: str, shape: tuple[int, ...]):
         self._key, self._dtype, self._shape = key, dtype, shape
         self._largest = largest_finite(dtype)
         self._num = self._num_finite = self._num_zeros = self._num_nan = self._num_inf = self._num_saturated = 0
-        self._mean = self._squares = 0.0  # of the finite elements; squares: of deviations from the mean
+        self._mean = self._squares = 0.0  # over the finite elements; squares: of deviations from the mean
         self._sum_squares = 0.0
         self._min: float = math.inf
         self._max: float = -math.inf
         self._dead_rows = 0
-        self._live_row = False  # whether the row that the last slab ended in has an element that is not zero
+        self._live_row = False  # whether the row in which the last slab ended has a nonzero element
         self._last_row = -1
 
     def add(self, slab: Array, box: Box | None = None) -> None:
-        """Count the elements of a slab. Without ``box`` (a sample of the tensor) no rows are looked at."""
+        """Count the elements of a slab. Without ``box`` (a sample of the tensor) rows are not checked."""
         flat = slab.reshape(-1)
         for start in range(0, flat.size, PIECE_NUMEL):
             stored = flat[start : start + PIECE_NUMEL]
@@ -176,7 +176,7 @@ class Accumulator:
             self._num_saturated += int(np.count_nonzero(np.abs(piece) >= self._largest))
         with np.errstate(over="ignore", invalid="ignore"):
             mean = float(piece.mean())
-            # Not np.dot: BLAS has threads of its own, which wait for a core that training uses.
+            # Not np.dot: BLAS has its own threads, which would compete with training for cores.
             squares = float(np.square(piece - mean).sum())
             self._sum_squares += float(np.square(piece).sum())
             joined = self._num_finite + num_finite
@@ -186,14 +186,14 @@ class Accumulator:
         self._num_finite = joined
 
     def _add_rows(self, slab: Array, box: Box) -> None:
-        """A row may be cut into several slabs: it is dead if it is so in all of them."""
+        """Count dead rows. A row cut into several slabs is dead if it is zero in all of them."""
         live = _live_rows(slab)
         first = box.offsets[0]
         if first != self._last_row:
             self._end_row()
             self._last_row, self._live_row = first, False
         self._live_row = self._live_row or bool(live[0])
-        if len(live) > 1:  # so the slab holds whole rows
+        if len(live) > 1:  # so the slab holds complete rows
             self._end_row()
             self._dead_rows += int(np.count_nonzero(~live[1:-1]))
             self._last_row, self._live_row = first + len(live) - 1, bool(live[-1])
@@ -203,7 +203,7 @@ class Accumulator:
             self._dead_rows += 1
 
     def result(self) -> TensorStatistics:
-        """Return the statistics; nothing may be added afterwards."""
+        """Return the statistics; call it last."""
         self._end_row()
         nothing = not self._num_finite
         nan = math.nan
@@ -227,7 +227,7 @@ class Accumulator:
 
 
 def _live_rows(slab: Array) -> Any:
-    """For each index of the first dim, whether any element there is not zero: by their bits, which is faster."""
+    """Return for each index of the first dim whether it has a nonzero element; compares bits, which is faster."""
     rows = slab.reshape(slab.shape[0], -1)
     if slab.dtype.kind == "c":
         rows = rows.view(np.dtype(f"f{slab.dtype.itemsize // 2}"))
@@ -238,7 +238,7 @@ def _live_rows(slab: Array) -> Any:
 
 
 def largest_finite(dtype: str) -> float:
-    """The largest finite magnitude of a floating dtype; infinity for others, of which none counts as saturated."""
+    """Return the largest finite magnitude of a floating dtype; infinity for others, which never count as saturated."""
     found = numpy_dtype(dtype)
     if found is None or found.kind not in "fV" or dtype == "float8_e8m0fnu":
         return math.inf

@@ -1,4 +1,4 @@
-"""Layer norms and changes as TensorBoard scalars, from what is stored: training is not stalled by them."""
+"""Layer norms and changes as TensorBoard scalars, computed from stored steps, without stalling training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from milepost.report.gather import RunView, StepView
 
 
 def scalars(step: StepView) -> Iterator[tuple[str, float]]:
-    """Name and value of each scalar of a step: per part and layer the norm, and the change since the step before.
+    """Return name and value of a step's scalars: per part and layer the norm, and the change since the previous step.
 
-    A norm is of all tensors of a layer together, a change the root mean square of their relative changes.
+    A norm is over all tensors of a layer, a change is the root mean square of their relative changes.
     """
     norms: dict[str, float] = {}
     changes: dict[str, list[float]] = {}
@@ -31,7 +31,7 @@ def scalars(step: StepView) -> Iterator[tuple[str, float]]:
 
 
 def write_scalars(view: RunView, folder: str | os.PathLike[str]) -> int:
-    """Write the scalars of all steps whose weights were read to a TensorBoard folder; returns how many.
+    """Write the scalars of all steps whose weights were read to a TensorBoard folder; returns their number.
 
     Raises:
         ConfigError: the package tensorboard is not installed.

@@ -2,16 +2,16 @@
 
 In reading order::
 
-base           the seam: ``Storage``, its handles, what it can and can't
+base           the interface: ``Storage``, its handles and capabilities
 syscalls       the Linux calls that Python lacks
-write_back     pages on their way to the device early, and bounded
+write_back     early and bounded write-back of pages
 local          a folder of a POSIX file system
-open_files     many files, of which a bounded number is open at a time
-ranges         which requests to make for many byte ranges
-retry          what is repeated, how often, how long
-store_errors   what an error of a store means
+open_files     many files, a bounded number of them open at a time
+ranges         plans of requests for many byte ranges
+retry          bounded retries
+store_errors   classification of a store's errors
 store_urls     from a URL and the environment to a client
-unfinished     uploads that nobody will end, aborted
+unfinished     aborting abandoned uploads
 object_writer  bytes to an object
 object_reader  bytes from an object
 objectstore    a prefix of a bucket
@@ -42,13 +42,13 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def is_known(path: str | os.PathLike[str]) -> bool:
-    """Return whether ``open_storage`` knows where ``path`` is."""
+    """Return whether ``open_storage`` supports ``path``."""
     found = _SCHEME.match(os.fspath(path))
     return found is None or found[1].lower() in ("file", *_STORES)
 
 
 def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> str:
-    """``name`` in ``folder``, each a path or a URL; ``name`` alone where it is absolute or a URL itself."""
+    """Join ``folder`` and ``name``, each a path or a URL; returns ``name`` if it is absolute or a URL itself."""
     text, last = os.fspath(folder), os.fspath(name)
     if _SCHEME.match(last) or os.path.isabs(last):
         return last
@@ -58,20 +58,20 @@ def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> s
 
 
 def _expanded(path: str | os.PathLike[str]) -> str:
-    """A path or URL with ``~`` and ``$VARIABLE`` replaced; a variable that is not set stays as it is written."""
+    """Expand ``~`` and ``$VARIABLE`` in a path or URL; an unset variable is left as is."""
     return os.path.expanduser(os.path.expandvars(os.fspath(path)))
 
 
 def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
-    """The storage that holds ``path`` (a path or a URL, ``file://`` percent-encoded), and the name of ``path`` in it.
+    """Open the storage of ``path`` (a path or a URL, ``file://`` percent-encoded); returns it and the name in it.
 
     ``~`` and ``$VARIABLE`` are expanded.
 
-    The storage is rooted at the parent, so that what lies beside ``path`` is within reach: a commit renames there.
-    A link at ``path`` is followed. Of the URL of a bucket the name is empty: it is the root itself.
+    The storage is rooted at the parent, so that siblings of ``path`` are accessible: a commit renames there. A link at
+    ``path`` is followed. For the URL of a bucket, which is the root itself, the name is empty.
 
     Raises:
-        ConfigError: the path is empty, its scheme is not known, or obstore is not installed.
+        ConfigError: the path is empty, its scheme is unknown, or obstore is not installed.
     """
     text = _expanded(path)
     scheme = _SCHEME.match(text)
@@ -79,7 +79,7 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
         return _open_store(text)
     if scheme is not None:
         if scheme[1].lower() != "file":
-            raise ConfigError(f"{scheme[1]}:// is not known: expected {_KNOWN}")
+            raise ConfigError(f"unknown scheme {scheme[1]}://: expected {_KNOWN}")
         text = unquote(text[len(scheme[0]) :])
     if not text:
         raise ConfigError("the path of a checkpoint must not be empty")
@@ -97,7 +97,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def open_root(root: str, *, page_cache: PageCache = "auto") -> Storage:
-    """The storage whose ``root`` this is: for another process, which can't be handed the object."""
+    """Open the storage with this ``root``, in another process, to which the object can't be passed."""
     if not is_url(root):
         return LocalStorage(root, page_cache=page_cache)
     from milepost.storage.objectstore import ObjectStorage

@@ -1,8 +1,8 @@
-"""The seam between Milepost and the places where checkpoints live.
+"""The interface between Milepost and the storage of checkpoints.
 
-A storage is a tree of names below one root. Names are relative, ``/``-separated and never leave the root; ``""`` is
-the root itself. Every method either does all that it promises or raises ``StorageError`` (``CheckpointNotFoundError``
-is not its business): there are no short reads and no short writes, and no error is swallowed.
+A storage is a tree of names below one root. Names are relative, ``/``-separated and never leave the root; ``""`` is the
+root itself. Every method either does all that it promises or raises ``StorageError`` (never
+``CheckpointNotFoundError``): there are no short reads or writes, and no error is swallowed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Bytes = bytes | bytearray | memoryview | mmap.mmap
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun: ``1 key``, ``2 keys``, ``3 retries``."""
+    """Format a count with its noun: ``1 key``, ``2 keys``, ``3 retries``."""
     if count == 1:
         return f"1 {noun}"
     plural = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
@@ -29,7 +29,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def format_nbytes(nbytes: int) -> str:
-    """A size for people: ``17 bytes``, ``8.0 MiB``."""
+    """Format a size for people: ``17 bytes``, ``8.0 MiB``."""
     if nbytes < 1024:
         return counted(nbytes, "byte")
     value = float(nbytes)
@@ -41,7 +41,7 @@ def format_nbytes(nbytes: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time span for people, to two units: ``45 s``, ``3 h 20 min``, ``2 d``."""
+    """Format a time span for people in up to two units: ``45 s``, ``3 h 20 min``, ``2 d``."""
     left = round(seconds)
     parts = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -52,27 +52,27 @@ def format_duration(seconds: float) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """The storage name of ``name`` in ``folder``, which may be the root (``""``)."""
+    """Return the storage name of ``name`` in ``folder``, which may be the root (``""``)."""
     return f"{folder}/{name}" if folder else name
 
 
 def split(path: str) -> tuple[str, str]:
-    """The folder of a storage name, and its last part: what ``join`` takes."""
+    """Split a storage name into its folder and its last part, the inverse of ``join``."""
     folder, _, name = path.rpartition("/")
     return folder, name
 
 
 def byte_views(buffers: Sequence[Bytes]) -> list[memoryview]:
-    """The buffers as flat bytes, without the empty ones."""
+    """Return the buffers as flat byte views, without empty ones."""
     views = (memoryview(buffer) for buffer in buffers)
     return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes]
 
 
 def check_name(root: str, path: str) -> str:
-    """``path``, if it is a name below ``root``.
+    """Return ``path`` if it is a valid name below ``root``.
 
     Raises:
-        StorageError: it is absolute, or has a part that leaves the root or is empty.
+        StorageError: it is absolute, or has an empty part or one that leaves the root.
     """
     if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise StorageError(
@@ -88,8 +88,8 @@ def check_name(root: str, path: str) -> str:
 class Entry:
     """One name in a folder. ``nbytes`` is 0 for folders; ``mtime_s`` is in seconds since the epoch.
 
-    ``tag`` stands for this version of a file, for ``put_if``; empty where there are no conditional puts. ``link_id`` is
-    the same for all names of a file that has several (hard links); empty for a file with one name.
+    ``tag`` identifies this version of a file for ``put_if``; empty without conditional puts. ``link_id`` is the same
+    for all names of a file with hard links; empty for a file with one name.
     """
 
     name: str
@@ -103,8 +103,7 @@ class Entry:
 
 PageCache = Literal["auto", "keep", "drop", "direct"]
 """``keep`` written pages in the operating system's cache for the next load, ``drop`` each once the device has it,
-``direct`` goes past the cache. ``auto`` keeps a file that is smaller than half of the memory that is free, and drops a
-larger one."""
+``direct`` bypasses the cache. ``auto`` keeps files smaller than half of the free memory and drops larger ones."""
 
 
 class ReadHandle(ABC):
@@ -115,21 +114,21 @@ class ReadHandle(ABC):
 
     @abstractmethod
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill ``buffers`` (writable, byte-format), one after the other, from ``offset`` on.
+        """Fill ``buffers`` (writable, byte-format) in order, starting at ``offset``.
 
-        Raises StorageError when the file ends before they are full.
+        Raises StorageError if the file ends before they are full.
         """
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """``nbytes`` from ``offset`` on. Raises as :meth:`read_into`."""
+        """Read ``nbytes`` at ``offset``. Raises like :meth:`read_into`."""
         data = bytearray(nbytes)
         self.read_into(offset, [memoryview(data)])
         return bytes(data)
 
-    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - most have no use for it
-        """Be told which byte ranges (half-open) will be read, each once, about in ascending order.
+    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - optional
+        """Announce byte ranges (half-open) that will be read, each once, roughly in ascending order.
 
-        A store fetches neighbours together and ahead of the reads. Reads that were not announced are still correct.
+        A store fetches neighbours together and ahead of the reads. Unannounced reads are still correct.
         """
 
     @abstractmethod
@@ -145,9 +144,9 @@ class ReadHandle(ABC):
 class WriteHandle(ABC):
     """A file being written. Safe to use from several threads at once on ranges that do not overlap.
 
-    ``alignment`` is what ``write`` asks of offsets, lengths and buffer addresses to be fast: 1 for no wish. A write
-    that is not aligned to it is still correct. ``is_sequential``: bytes go out in ascending order; what comes early is
-    held in memory until its turn, so one thread writes such a file.
+    ``alignment`` of offsets, lengths and buffer addresses makes ``write`` fast; 1: no preference. Unaligned writes are
+    still correct. ``is_sequential``: bytes are sent in ascending order; early ones are held in memory until their turn,
+    so one thread writes such a file.
     """
 
     path: str
@@ -156,14 +155,14 @@ class WriteHandle(ABC):
 
     @abstractmethod
     def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
-        """Store ``buffers``, one after the other, from ``offset`` on. The caller may reuse them at once.
+        """Store ``buffers`` in order, starting at ``offset``. The caller may reuse them at once.
 
-        ``stable``: the caller leaves them as they are until ``sync`` has returned, so they need not be copied.
+        ``stable``: the caller does not change them until ``sync`` has returned, so they need not be copied.
         """
 
     @abstractmethod
     def sync(self) -> None:
-        """Return when all that was written will outlive a power cut, as far as the medium can promise."""
+        """Return once everything written will survive a power cut, as far as the medium can promise."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -178,13 +177,13 @@ class WriteHandle(ABC):
 class Storage(ABC):
     """A tree of names below ``root``.
 
-    What a storage can and can't do, callers ask of its properties, never of its kind.
+    Callers check a storage's capabilities by its properties, never by its type.
     """
 
     root: str
-    """How the root is named to people, and to another process that opens it: a path, or a URL."""
+    """Name of the root for people, and for another process that opens it: a path or a URL."""
     page_cache: PageCache = "auto"
-    """What becomes of the pages of large files that are written. Without meaning for a store, which has no pages."""
+    """Treatment of the page cache when large files are written. No effect for a store."""
 
     @property
     @abstractmethod
@@ -193,7 +192,7 @@ class Storage(ABC):
 
     @property
     def is_remote(self) -> bool:
-        """True if its bytes come over a network, so that each is worth reading once for all ranks."""
+        """True if it is accessed over a network, so that reading bytes once for all ranks pays off."""
         return False
 
     @property
@@ -208,27 +207,27 @@ class Storage(ABC):
 
     @property
     def num_streams(self) -> int:
-        """The number of concurrent operations with the best throughput."""
+        """Number of concurrent operations with the best throughput."""
         return 2
 
     @property
     def poll_s(self) -> float:
-        """Seconds between polls for what another process writes, at first."""
+        """Initial interval in seconds between polls for data that another process writes."""
         return 0.002
 
     @abstractmethod
     def list(self, path: str) -> list[Entry]:
-        """List a folder, sorted by name; empty when the folder is absent.
+        """List a folder, sorted by name; empty if the folder is absent.
 
-        Where folders come and go by themselves (a store), one that is empty may be listed or not.
+        Where folders are implicit (a store), an empty one may be listed or not.
         """
 
     def names(self, path: str) -> Sequence[str]:
-        """The names in a folder, as :meth:`list`, without a look at each: for folders of which many processes ask."""
+        """Return the names in a folder, like :meth:`list` without a stat of each: for folders that are polled."""
         return [entry.name for entry in self.list(path)]
 
     def list_files(self, path: str) -> dict[str, Entry]:
-        """All files below a folder, by their names relative to it (``a/b``); empty when the folder is absent."""
+        """List all files below a folder by names relative to it (``a/b``); empty if the folder is absent."""
         found: dict[str, Entry] = {}
         for entry in self.list(path):
             if entry.is_folder:
@@ -242,7 +241,7 @@ class Storage(ABC):
 
     @abstractmethod
     def stat(self, path: str) -> Entry | None:
-        """The entry at ``path`` (links not followed), or None when there is nothing."""
+        """Return the entry at ``path`` (links not followed), or None if there is none."""
 
     @abstractmethod
     def open_read(self, path: str) -> ReadHandle:
@@ -250,18 +249,18 @@ class Storage(ABC):
 
     @abstractmethod
     def open_write(self, path: str, nbytes: int, *, shared: bool = False) -> WriteHandle:
-        """Create a file (it must not exist) of about ``nbytes``, reserving the space where that is possible.
+        """Create a file (it must not exist) of about ``nbytes``, reserving the space if possible.
 
-        ``shared``: the file may exist, and is of exactly ``nbytes`` from now on. Several processes may open it so and
-        each write ranges of its own; every one must sync.
+        ``shared``: the file may exist, and has exactly ``nbytes`` from now on. Several processes may open it this way
+        and write disjoint ranges; each must sync.
         """
 
     @abstractmethod
     def read(self, path: str, limit: int = 1 << 30) -> bytes:
-        """A whole small file. Raises StorageError if it is absent or longer than ``limit`` bytes."""
+        """Read a small file. Raises StorageError if it is absent or longer than ``limit`` bytes."""
 
     def written_nbytes(self, path: str) -> int:
-        """Bytes of a file that were written so far: fewer than its size where space is reserved; 0 if it is gone."""
+        """Return the bytes of a file written so far: fewer than its size if space is reserved; 0 if it was deleted."""
         found = self.stat(path)
         return found.nbytes if found is not None else 0
 
@@ -270,40 +269,40 @@ class Storage(ABC):
         """Create a small file (it must not exist) with ``data``, synced."""
 
     def write_all(self, files: Mapping[str, Bytes]) -> None:
-        """Create several small files (none may exist), by their names; all are synced when this returns.
+        """Create several small files (none may exist); all are synced when this returns.
 
-        Quicker than one by one. After an error any of them may be there.
+        Faster than one by one. After an error any of them may exist.
         """
         for path, data in files.items():
             self.write(path, data)
 
     def leave(self, path: str, data: Bytes) -> None:
-        """Create a small file (it must not exist) for other processes that run now.
+        """Create a small file (it must not exist) for processes that are running now.
 
-        A power cut may tear it or take it away: for what nobody asks after one.
+        A power cut may tear or delete it: only for data that is not needed after one.
         """
         self.write(path, data)
 
     @abstractmethod
     def replace(self, path: str, data: Bytes) -> None:
-        """Make ``path`` a small file with ``data``, synced, in one atomic act, whatever file was there before."""
+        """Write a small file with ``data``, synced, atomically replacing any existing file."""
 
     def read_tagged(self, path: str, limit: int = 1 << 30) -> tuple[bytes, str] | None:
-        """As ``read``, with a tag of this very version for ``put_if``; None when there is no such file."""
+        """Read a small file and the tag of this version for ``put_if``; None if there is no such file."""
         raise self._has_no("read_tagged", path)
 
     def put_if(self, path: str, data: Bytes, tag: str | None) -> None:
-        """Make ``path`` a small file with ``data`` if it still is the version of ``tag`` (None: if it is absent).
+        """Write a small file with ``data`` if ``path`` still has the version ``tag`` (None: if it is absent).
 
         Raises:
-            StorageError: with ``errno`` EEXIST when it is another version, and nothing was done.
+            StorageError: with ``errno`` EEXIST if it has another version; nothing was changed.
         """
         raise self._has_no("put_if", path)
 
     def abort_uploads(self, path: str, is_dead: Callable[[str], bool] = lambda name: True) -> int:
-        """Abort the uploads of files below a folder that were never ended; how many there were.
+        """Abort unfinished uploads of files below a folder; returns their number.
 
-        ``is_dead`` says of a file's name, relative to the folder, whether nobody is at work on it.
+        ``is_dead`` is called with a file's name relative to the folder, and returns True if no process is writing it.
         """
         return 0
 
@@ -313,7 +312,7 @@ class Storage(ABC):
 
     @abstractmethod
     def append(self, path: str, data: Bytes) -> None:
-        """Add to the end of a small file, made if absent; not synced. For logs, not for what a checkpoint needs."""
+        """Append to a small file, created if absent; not synced. For logs, not for a checkpoint's data."""
 
     @abstractmethod
     def make_folder(self, path: str) -> None:
@@ -321,7 +320,7 @@ class Storage(ABC):
 
     @abstractmethod
     def sync_folder(self, path: str) -> None:
-        """Make the names in a folder outlive a power cut."""
+        """Make the names in a folder survive a power cut."""
 
     @abstractmethod
     def rename(self, src: str, dst: str) -> None:
@@ -329,25 +328,25 @@ class Storage(ABC):
 
     @abstractmethod
     def exchange(self, one: str, other: str) -> bool:
-        """Swap two names in one atomic act. False (and nothing done) where the file system can't."""
+        """Swap two names atomically. Returns False, without effect, if the file system can't."""
 
     def why_fixed(self, path: str) -> str:
-        """The reason why the folder at ``path`` can't be replaced by another; empty if it can."""
+        """Return the reason why the folder at ``path`` can't be replaced by another; empty if it can."""
         return ""
 
     def keep_access(self, src: str, dst: str) -> None:
-        """Give the folder ``dst`` mode, owner and group of ``src``, as far as that is allowed, where there are any."""
+        """Give the folder ``dst`` the mode, owner and group of ``src``, as far as the system permits."""
         return
 
     def carry(self, src: str, dst: str) -> None:
-        """Make ``dst`` (which must not exist) the same file as ``src``, or a copy, whatever kind of file it is."""
+        """Make ``dst`` (which must not exist) the same file as ``src``, or a copy, for any kind of file."""
         self.write(dst, self.read(src))
 
     def share(self, src: str, dst: str) -> bool:
-        """Make ``dst`` (which must not exist) a file with the bytes of ``src``, without moving them; they never change.
+        """Make ``dst`` (which must not exist) share the bytes of ``src``, which never change, without a transfer.
 
-        By a second name of the same file, by blocks that two files have in common, or by a copy within a store. False,
-        and nothing done, where there is no such way, or no ``src``. ``dst`` is synced by ``sync_folder`` of its folder.
+        By a hard link, by blocks shared between two files, or by a copy within a store. Returns False, without effect,
+        if none of these is possible or ``src`` does not exist. ``dst`` is synced by ``sync_folder`` of its folder.
         """
         return False
 
@@ -362,4 +361,4 @@ class Storage(ABC):
 
     @abstractmethod
     def remove_tree(self, path: str) -> None:
-        """Delete a folder and all below it (links are removed, not followed); no error if it is absent."""
+        """Delete a folder and everything below it (links are removed, not followed); no error if it is absent."""

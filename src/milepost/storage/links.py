@@ -1,4 +1,4 @@
-"""Files that may be links: in the cache of the Hugging Face hub every file is one, into the cache's ``blobs``."""
+"""Reading files that may be links: in the Hugging Face hub's cache every file links into the cache's ``blobs``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from milepost.storage.local import LocalStorage
 
 
 def open_linked(storage: Storage, path: str, limit_nbytes: int | None = None, *, anywhere: bool = False) -> ReadHandle:
-    """Open a regular file of at most ``limit_nbytes`` for reading, also through a link.
+    """Open a regular file of at most ``limit_nbytes`` for reading, following an allowed link.
 
-    A link is followed to another file of its folder, and to the blobs of the hub's cache that it belongs to;
-    ``anywhere`` is for files that are only read, and prove by themselves what they are.
+    A link is followed to another file of its folder, and to the blobs of its hub cache; ``anywhere`` follows all links,
+    for files that are only read and whose content is validated.
 
     Raises:
-        StorageError: there is no such file, it is no regular one or larger, or the link leads elsewhere.
+        StorageError: there is no such file, it is not a regular file or larger, or the link leads elsewhere.
     """
     handle = _open(storage, path, anywhere=anywhere)
     if limit_nbytes is not None and handle.nbytes > limit_nbytes:
         handle.close()
         raise StorageError(
-            f"{handle.path} has {format_nbytes(handle.nbytes)}: more than {format_nbytes(limit_nbytes)}, the most that "
-            "such a file may have",
+            f"{handle.path} has {format_nbytes(handle.nbytes)}: more than the limit of {format_nbytes(limit_nbytes)} "
+            f"for such a file",
             operation="open",
             path=handle.path,
             errno=errno.EFBIG,
@@ -34,7 +34,7 @@ def open_linked(storage: Storage, path: str, limit_nbytes: int | None = None, *,
 
 
 def read_linked(storage: Storage, path: str, limit_nbytes: int) -> bytes:
-    """The content of a file that :func:`open_linked` opens."""
+    """Read a file opened by :func:`open_linked`."""
     with open_linked(storage, path, limit_nbytes) as handle:
         data = bytearray(handle.nbytes)
         handle.read_into(0, [memoryview(data)])
@@ -58,7 +58,7 @@ def _refusal(link: Path, reason: str) -> StorageError:
 
 
 def _homes(folder: Path) -> list[str]:
-    """Folders in which the files of a folder may be: in it, or in the ``blobs`` beside ``snapshots/<revision>``."""
+    """Return the allowed targets of a folder's links: itself, and the ``blobs`` beside ``snapshots/<revision>``."""
     homes = [os.path.realpath(folder)]
     if folder.parent.name == "snapshots":
         homes.append(os.path.realpath(folder.parent.parent / "blobs"))

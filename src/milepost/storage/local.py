@@ -29,31 +29,31 @@ from milepost.storage.mounts import why_fixed
 from milepost.storage.write_back import WriteBack, page_cache_for
 
 PAGE_NBYTES = 4096
-"""O_DIRECT asks for offsets, lengths and addresses that are multiples of the device's block, at most this large."""
+"""O_DIRECT requires offsets, lengths and addresses that are multiples of the device's block size, at most this."""
 LARGE_NBYTES = 4 << 20
-"""Smaller files are just written: ``fsync`` has them on the device at once."""
+"""Smaller files are written without early write-back: ``fsync`` is fast for them."""
 _MAX_CALL_NBYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 _MAX_CALL_BUFFERS = 1024  # IOV_MAX
 
 _ADVICE = {
-    errno.ENOSPC: "free some space, or write to another place",
-    errno.EDQUOT: "free some of the quota, or write to another place",
+    errno.ENOSPC: "free some space, or write elsewhere",
+    errno.EDQUOT: "free some of the quota, or write elsewhere",
     errno.EACCES: "check the owner and the mode of the folder",
     errno.EPERM: "check the owner and the mode of the folder",
-    errno.EROFS: "mount it writable, or write to another place",
+    errno.EROFS: "mount it writable, or write elsewhere",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "the device is failing: see the kernel's log, and do not trust this disk",
     errno.ESTALE: "the file server has lost the file; mount it again",
 }
 _NO_LINKS = {*syscalls.UNSUPPORTED, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOTDIR}
-"""What a file system answers that has no hard links, not of this file, or no more of them."""
+"""Errors of a file system that can't hard-link at all, this file, or any more."""
 _NETWORK_ADVICE = "the network file system or its server failed: see their logs, and try again when it answers"
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "lustre", "gluster", "beegfs", "gpfs", "9p", "afs", "fuse", "virtiofs")
-"""How the names of file systems begin whose data is on another machine."""
+"""Prefixes of the names of network file systems."""
 
 
 def storage_error(error: OSError, operation: str, path: str, doing: str) -> StorageError:
-    """The StorageError for a system error: cause, what was going on, where, and what to do about it."""
+    """Build the StorageError for a system error: cause, operation, place and advice."""
     cause = (error.strerror or "unknown error").lower()
     advice = _ADVICE.get(error.errno or 0)
     if error.errno == errno.EIO and is_on_network(path):
@@ -63,8 +63,8 @@ def storage_error(error: OSError, operation: str, path: str, doing: str) -> Stor
 
 
 def is_on_network(path: str) -> bool:
-    """True if the file system that holds ``path`` is mounted from another machine. The path itself is not touched."""
-    import psutil  # 20 ms that only failures pay for
+    """Return True if ``path`` is on a network file system. The path itself is not accessed."""
+    import psutil  # imported here: 20 ms that only a failure costs
 
     full = os.path.abspath(path)
     mounts = [
@@ -84,7 +84,7 @@ def _explained(operation: str, path: str, doing: str) -> Iterator[None]:
 
 
 def _head(views: Sequence[memoryview]) -> list[memoryview]:
-    """As much from the front as one call may move."""
+    """Return as many leading buffers as one call can transfer."""
     batch: list[memoryview] = []
     room = _MAX_CALL_NBYTES
     for view in views[:_MAX_CALL_BUFFERS]:
@@ -105,13 +105,13 @@ def _tail(views: list[memoryview], nbytes: int) -> list[memoryview]:
 
 
 _MAX_STRETCHES = 100_000
-"""Of data between holes, that are counted in a file that is being written."""
+"""Maximum number of data ranges between holes that are counted in a file being written."""
 
 
 class _LocalRead(ReadHandle):
     def __init__(self, path: str):
         self.path = path
-        # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing for a regular file.
+        # O_NONBLOCK: opening a FIFO must not wait for its other end. It has no effect on a regular file.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with _explained("open", path, f"opening {path}"):
             try:
@@ -140,8 +140,8 @@ class _LocalRead(ReadHandle):
                 count = os.preadv(self._fd, _head(views), offset)
             if count == 0:
                 raise StorageError(
-                    f"{self.path} ends at byte {offset}, but bytes {start} to {start + wanted} are wanted; "
-                    "it was cut off",
+                    f"{self.path} ends at byte {offset}, but bytes {start} to {start + wanted} are expected; it was "
+                    f"truncated",
                     operation="read",
                     path=self.path,
                 )
@@ -155,10 +155,10 @@ class _LocalRead(ReadHandle):
 
 
 def _reserve(fd: int, nbytes: int) -> bool:
-    """Reserve space for a file; False if it could only be seen that there is some. OSError if there is not enough."""
+    """Reserve space for a file, or only check the free space (returns False). OSError if there is not enough."""
     if not syscalls.lives_in_memory(fd):
         return syscalls.reserve(fd, nbytes)
-    # There, reserving would zero every page before it is written: the work of a whole save.
+    # In memory, reserving would zero every page before it is written: the work of a complete save.
     found = os.fstatvfs(fd)
     if nbytes > found.f_bavail * found.f_frsize:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -166,10 +166,10 @@ def _reserve(fd: int, nbytes: int) -> bool:
 
 
 class _LocalWrite(WriteHandle):
-    """A file that is reserved, written in pieces, and on its way to the device long before ``sync`` is called.
+    """A file that is reserved, written in pieces, and written back long before ``sync`` is called.
 
-    With ``page_cache = "direct"`` there are two descriptors of the file: one past the page cache for what is aligned,
-    one through it for the rest. The file system keeps the two views coherent.
+    With ``page_cache = "direct"`` the file has two descriptors: one bypasses the page cache for aligned data, one uses
+    it for the rest. The file system keeps the two views coherent.
     """
 
     def __init__(self, path: str, nbytes: int, *, shared: bool = False, page_cache: PageCache = "auto"):
@@ -188,7 +188,7 @@ class _LocalWrite(WriteHandle):
             with _explained("reserve", path, f"reserving {format_nbytes(nbytes)} for {path}"):
                 reserved = nbytes > 0 and _reserve(self._fd, nbytes)
                 if shared:
-                    os.ftruncate(self._fd, nbytes)  # the same for all who open it, so no writer is cut off
+                    os.ftruncate(self._fd, nbytes)  # the same for all processes that open it, so no write is truncated
                 elif reserved:
                     self._reserved = nbytes
         except StorageError:
@@ -202,12 +202,12 @@ class _LocalWrite(WriteHandle):
         if mode == "direct":
             self._open_direct()
         elif reserved:
-            # Without a reservation blocks are allocated as write-back comes to them: two threads that write apart
-            # then scatter the file, which was measured to cost four times what the early start gains.
+            # Without a reservation, blocks are allocated at write-back: two threads that write far apart then fragment
+            # the file, which was measured to cost four times what the early start gains.
             self._write_back = WriteBack(self._fd, drop=mode == "drop")
 
     def _open_direct(self) -> None:
-        # A refusal is no fault: everything then goes through the page cache.
+        # A refusal is not an error: everything then goes through the page cache.
         with contextlib.suppress(OSError):
             self._direct_fd = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
             self.alignment = PAGE_NBYTES
@@ -222,13 +222,13 @@ class _LocalWrite(WriteHandle):
                     if aligned:
                         count = os.pwritev(self._direct_fd, _head(aligned), offset)
                     else:
-                        # The kernel lets one thread at a time write into a file's cache, and the others spin.
+                        # The kernel lets only one thread at a time write into a file's cache; others spin.
                         with self._turn:
                             count = os.pwritev(self._fd, _head(views), offset)
                 except OSError as error:
                     if not aligned or error.errno != errno.EINVAL:
                         raise
-                    # Opened with O_DIRECT, but this range is refused: a device that wants more than a page.
+                    # Opened with O_DIRECT, but this range is refused: the device requires more than a page.
                     self.alignment = 1
                     continue
                 if count <= 0:
@@ -241,7 +241,7 @@ class _LocalWrite(WriteHandle):
             self._end = max(self._end, offset)
 
     def begin(self, nbytes: int) -> None:
-        """Have the device begin with the first ``nbytes``, which were just written. No promise: that is ``sync``'s."""
+        """Start write-back of the first ``nbytes``, which were just written. Makes no promise; only ``sync`` does."""
         with _explained("sync", self.path, f"syncing {self.path}"):
             syscalls.begin_write_back(self._fd, 0, nbytes)
 
@@ -264,7 +264,7 @@ class _LocalWrite(WriteHandle):
 
 
 def _aligned_head(offset: int, views: Sequence[memoryview]) -> list[memoryview]:
-    """The part from the front that O_DIRECT accepts: whole pages in the file, in memory and in length."""
+    """Return the leading part that O_DIRECT accepts: full pages in the file, in memory and in length."""
     head: list[memoryview] = []
     if offset % PAGE_NBYTES:
         return head
@@ -280,7 +280,7 @@ def _aligned_head(offset: int, views: Sequence[memoryview]) -> list[memoryview]:
 
 
 class LocalStorage(Storage):
-    """The folder ``root``, which need not exist yet, and all below it."""
+    """The folder ``root``, which need not exist yet, and everything below it."""
 
     can_rename = True
 
@@ -304,7 +304,7 @@ class LocalStorage(Storage):
             try:
                 with os.scandir(full) as found:
                     for item in found:
-                        with contextlib.suppress(FileNotFoundError):  # deleted while we looked
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                             entries.append(_entry(item.name, item.stat(follow_symlinks=False)))
             except FileNotFoundError:
                 return []
@@ -320,7 +320,7 @@ class LocalStorage(Storage):
 
     def stat(self, path: str) -> Entry | None:
         full = self._full(path)
-        with _explained("stat", full, f"looking at {full}"):
+        with _explained("stat", full, f"* reading the status of {full}"):
             try:
                 return _entry(os.path.basename(full), os.lstat(full))
             except (FileNotFoundError, NotADirectoryError):
@@ -336,8 +336,7 @@ class LocalStorage(Storage):
         with self.open_read(path) as handle:
             if handle.nbytes > limit:
                 raise StorageError(
-                    f"{handle.path} is {format_nbytes(handle.nbytes)} long; at most {format_nbytes(limit)} are "
-                    "expected there",
+                    f"{handle.path} has {format_nbytes(handle.nbytes)}; expected at most {format_nbytes(limit)}",
                     operation="read",
                     path=handle.path,
                     errno=errno.EFBIG,
@@ -350,7 +349,7 @@ class LocalStorage(Storage):
         full = self._full(path)
         if self.stat(path) is None:
             return 0
-        with _explained("stat", full, f"looking at {full}"):
+        with _explained("stat", full, f"* reading the status of {full}"):
             fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             return _data_nbytes(fd)
@@ -362,7 +361,7 @@ class LocalStorage(Storage):
 
     def write_all(self, files: Mapping[str, Bytes]) -> None:
         with self._made(files) as handles:
-            # All are on their way before the first is waited for: a journal then commits once for all of them.
+            # Start all before waiting for the first: a journal then commits once for all of them.
             for handle, data in zip(handles, files.values(), strict=True):
                 handle.begin(len(data))
             for handle in handles:
@@ -374,7 +373,7 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def _made(self, files: Mapping[str, Bytes]) -> Iterator[Sequence[_LocalWrite]]:
-        """New files, written and open; they are gone again if anything fails, closing them included."""
+        """Create and write new files, and hold them open; all are deleted if anything fails, including the close."""
         made = []
         try:
             with contextlib.ExitStack() as closing:
@@ -384,7 +383,7 @@ class LocalStorage(Storage):
                 yield made
         except StorageError:
             for handle in made:
-                with contextlib.suppress(OSError):  # the first error is the one to tell
+                with contextlib.suppress(OSError):  # report the first error
                     os.unlink(handle.path)
             raise
 
@@ -398,7 +397,7 @@ class LocalStorage(Storage):
 
     def append(self, path: str, data: Bytes) -> None:
         full = self._full(path)
-        with _explained("append", full, f"adding to {full}"):
+        with _explained("append", full, f"appending to {full}"):
             fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 views = byte_views([data])
@@ -418,7 +417,7 @@ class LocalStorage(Storage):
                 try:
                     os.mkdir(folder)
                 except FileExistsError:
-                    if not os.path.isdir(folder):  # another process may have been quicker, but not with a file
+                    if not os.path.isdir(folder):  # another process may have created the folder, but not a file
                         raise
                 _sync_folder(os.path.dirname(folder))
 
@@ -450,18 +449,18 @@ class LocalStorage(Storage):
                         os.chown(full_dst, uid, gid)
                         break
                     except PermissionError:
-                        continue  # only root may give a file away, and only to a group of one's own
-            # Last, as a change of owner takes the set-group-id bit away. The owner must be able to write into it.
+                        continue  # only root may change the owner, and others the group only to one of their groups
+            # Last, because a change of owner clears the set-group-id bit. The owner must be able to write into it.
             os.chmod(full_dst, stat_modes.S_IMODE(wanted.st_mode) | stat_modes.S_IRWXU)
 
     def carry(self, src: str, dst: str) -> None:
         full_src, full_dst = self._full(src), self._full(dst)
-        with _explained("carry", full_dst, f"carrying {full_src} over to {full_dst}"):
+        with _explained("carry", full_dst, f"transferring {full_src} to {full_dst}"):
             try:
                 os.link(full_src, full_dst, follow_symlinks=False)
             except FileExistsError:
                 raise
-            except OSError:  # there are no hard links, or not to files of others
+            except OSError:  # no hard links, or not to other users' files
                 shutil.copy2(full_src, full_dst, follow_symlinks=False)
 
     def share(self, src: str, dst: str) -> bool:
@@ -470,7 +469,7 @@ class LocalStorage(Storage):
             try:
                 os.link(full_src, full_dst, follow_symlinks=False)
             except FileExistsError:
-                # An answer that a network lost, and a second try: the first had made it.
+                # The answer to a first attempt was lost on the network; that attempt had succeeded.
                 if not os.path.samestat(os.lstat(full_src), os.lstat(full_dst)):
                     raise
             except FileNotFoundError:
@@ -505,22 +504,22 @@ def _entry(name: str, found: os.stat_result) -> Entry:
 
 
 def _data_nbytes(fd: int) -> int:
-    """Bytes of an open file that are data; the kernel tells what is merely reserved for a hole."""
+    """Return the number of data bytes of an open file; the kernel reports merely reserved space as a hole."""
     total = end = 0
     for _ in range(_MAX_STRETCHES):
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
             end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from there on
+            if error.errno == errno.ENXIO:  # no more data
                 return total
-            return os.fstat(fd).st_size  # a file system that does not tell
+            return os.fstat(fd).st_size  # not supported by this file system
         total += end - start
     return total
 
 
 def _clone(src: str, dst: str) -> bool:
-    """Make ``dst`` a synced file that has the blocks of ``src``, until one of them is written to; False if none can."""
+    """Make ``dst`` a synced copy-on-write clone of ``src``; returns False if not supported."""
     src_fd = os.open(src, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         dst_fd = os.open(dst, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -542,14 +541,14 @@ def _sync_folder(full: str) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems can't, and order names by themselves
+        if error.errno != errno.EINVAL:  # some network file systems can't, and order names themselves
             raise
     finally:
         os.close(fd)
 
 
 def _remove_tree(full: str) -> None:
-    """Depth first, by descriptors, so that no link is followed. Another process may be deleting the same tree."""
+    """Delete a tree by descriptors, so that no link is followed. Another process may be deleting it too."""
 
     def unlisted(error: OSError) -> None:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):

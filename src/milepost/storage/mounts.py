@@ -1,4 +1,4 @@
-"""Folders whose name can't be given to another folder: mount points, and the working directory of this process."""
+"""Folders that can't be replaced by a rename: mount points, and this process's working directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def why_fixed(full: str) -> str:
-    """The reason why the folder ``full`` can't be replaced by a rename; empty if it can."""
+    """Return the reason why the folder ``full`` can't be replaced by a rename; empty if it can."""
     real = os.path.realpath(full)
     if os.path.ismount(real) or real in _mount_points():
         return "is a mount point, so no other folder can take its place"
@@ -23,7 +23,7 @@ def why_fixed(full: str) -> str:
 
 
 def _mount_points() -> set[str]:
-    """Those of this process's mount namespace, bind mounts of one file system included."""
+    """Return the mount points of this process's mount namespace, including bind mounts of one file system."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             return {_OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split()[4]) for line in lines}

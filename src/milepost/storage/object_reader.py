@@ -1,4 +1,4 @@
-"""Bytes from an object: large reads in several requests at once, neighbouring ones in one, what comes next ahead."""
+"""Read from an object: concurrent requests for large reads, one request for neighbours, and read-ahead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ObjectReader(ReadHandle):
-    """An object that is open for reading. Every request asks for the version that was there when it was opened."""
+    """An object open for reading. Every request is for the version that existed when it was opened."""
 
     def __init__(self, storage: ObjectStorage, name: str, nbytes: int, tag: str | None):
         self.path = storage.describe(name)
@@ -39,8 +39,8 @@ class ObjectReader(ReadHandle):
         wanted = sum(map(len, views))
         if offset + wanted > self.nbytes:
             raise StorageError(
-                f"{self.path} ends at byte {self.nbytes}, but bytes {offset} to {offset + wanted} are wanted; "
-                "it was cut off",
+                f"{self.path} ends at byte {self.nbytes}, but bytes {offset} to {offset + wanted} are expected; it was "
+                f"truncated",
                 operation="read",
                 path=self.path,
             )
@@ -54,7 +54,7 @@ class ObjectReader(ReadHandle):
         self._read_large(offset, views)
 
     def _read_large(self, offset: int, views: Sequence[memoryview]) -> None:
-        """In requests of part size, several at a time. Bytes land as they come."""
+        """Read in requests of part size, several at a time, storing bytes as they arrive."""
         jobs: list[Future[None]] = []
         for view in views:
             for begin in range(0, len(view), MAX_SPAN_NBYTES):
@@ -67,7 +67,7 @@ class ObjectReader(ReadHandle):
         finally:
             for job in jobs:
                 job.cancel()
-            for job in jobs:  # nobody writes into the caller's memory any more once this has returned
+            for job in jobs:  # no thread may write into the caller's memory after this has returned
                 if not job.cancelled():
                     job.exception()
 
@@ -87,7 +87,7 @@ class ObjectReader(ReadHandle):
 
 
 def _scatter(data: Any, views: Sequence[memoryview]) -> None:
-    """Copy ``data`` into ``views``, one after the other. numpy lets other threads run meanwhile; a slice does not."""
+    """Copy ``data`` into ``views`` in order. numpy lets other threads run meanwhile; a slice assignment does not."""
     source = np.frombuffer(data, dtype=np.uint8)
     position = 0
     for view in views:
@@ -96,14 +96,14 @@ def _scatter(data: Any, views: Sequence[memoryview]) -> None:
 
 
 class Budget:
-    """Bytes that may be fetched before they are asked for, shared by all that is read from one store."""
+    """Limit on bytes fetched ahead of the reads, shared by all objects of one store."""
 
     def __init__(self, nbytes: int):
         self._left = nbytes
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
-        """Reserve ``nbytes`` if they are left, until the caller gives them back; return whether they were."""
+        """Reserve ``nbytes`` if available, until the caller returns them; returns whether they were."""
         with self._lock:
             fits = nbytes <= self._left
             self._left -= nbytes if fits else 0
@@ -115,7 +115,7 @@ class Budget:
 
 
 class _ReadAhead:
-    """Merged spans of an object, fetched in their order, some ahead of the reads, and dropped when they are used up."""
+    """Merged spans of an object, fetched in order, some ahead of the reads, and dropped once fully read."""
 
     def __init__(self, spans: Sequence[Span], fetch: Callable[[int, int], Any], storage: ObjectStorage):
         self._spans = spans
@@ -126,11 +126,11 @@ class _ReadAhead:
         self._budget = storage.ahead
         self._jobs: dict[int, Future[Any]] = {}
         self._borrowed: set[int] = set()
-        self._begun = 0  # spans before this one were asked for, or are used up
+        self._begun = 0  # spans before this one were requested or fully read
         self._lock = threading.Lock()
 
     def serve(self, offset: int, views: Sequence[memoryview]) -> bool:
-        """Fill ``views`` from the spans that hold all of the range. False: they don't, read it yourself."""
+        """Fill ``views`` from the spans that hold the range; returns False if they don't."""
         stop = offset + sum(map(len, views))
         with self._lock:
             indices = self._holding(offset, stop)
@@ -148,13 +148,13 @@ class _ReadAhead:
         return True
 
     def _holding(self, start: int, stop: int) -> range:
-        """The spans that hold ``[start, stop)`` together and are not used up; none if there is a gap."""
+        """Return the spans that together hold ``[start, stop)`` and are not fully read; none if there is a gap."""
         first = last = bisect_right(self._starts, start) - 1
         if first < 0:
             return range(0)
         while True:
             if self._left[last] <= 0 or self._spans[last].stop <= start:
-                return range(0)  # read twice, or never announced
+                return range(0)  # read twice, or not announced
             if stop <= self._spans[last].stop:
                 return range(first, last + 1)
             start = self._spans[last].stop
@@ -172,7 +172,7 @@ class _ReadAhead:
             self._fill()
 
     def _fill(self) -> None:
-        """Ask for what comes next, as far as the budget goes."""
+        """Request the next spans, as far as the budget allows."""
         while self._begun < len(self._spans):
             index, span = self._begun, self._spans[self._begun]
             if index not in self._jobs and self._left[index] > 0:
@@ -199,7 +199,7 @@ class _ReadAhead:
 
 
 def _cut(views: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes ``[start, stop)`` of buffers that stand one after the other."""
+    """Return the bytes ``[start, stop)`` of consecutive buffers."""
     position = 0
     for view in views:
         low, high = max(start - position, 0), min(stop - position, len(view))

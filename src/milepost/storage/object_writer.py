@@ -1,6 +1,6 @@
-"""Bytes to an object: parts in parallel, straight from the caller's memory, in bounded memory.
+"""Write an object: parts in parallel, directly from the caller's memory, in bounded memory.
 
-An object becomes visible whole, when its upload ends, or never. Parts that fail are repeated by obstore.
+An object becomes visible when its upload is completed, or never. obstore retries failed parts.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("milepost")
 
 MIN_PART_NBYTES = 16 << 20
-"""Parts of an upload are of this size or larger; what is smaller goes in one request."""
+"""Minimum size of an upload's parts; smaller objects are sent in one request."""
 MAX_PARTS = 9_000
-"""S3 takes 10,000 parts; what a file is announced as may be a little short."""
+"""S3 accepts 10,000 parts; a file may be slightly larger than announced."""
 NUM_STREAMS = 8
-"""Parts of one object on their way at the same time."""
+"""Number of parts of one object sent concurrently."""
 MAX_HELD_NBYTES = 4 * MIN_PART_NBYTES
-"""Held in memory until the upload takes it; what is copied and comes too early goes to a file without a name."""
+"""Limit on bytes held in memory until they are sent; beyond it, copied early bytes go to an unnamed file."""
 SILENCE_S = 20.0
-"""An upload that has taken no bytes for this long is told of in the log."""
+"""An upload that made no progress for this long is logged."""
 
 
 class Aborted(Exception):
-    """Raised inside an upload that is given up, so that obstore aborts it."""
+    """Raised inside an abandoned upload, so that obstore aborts it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes that wait for their turn: in memory, or at ``place`` of the spill file."""
+    """Bytes waiting for their turn: in memory, or at ``place`` in the spill file."""
 
     nbytes: int
     view: memoryview | None = None
@@ -47,10 +47,10 @@ class _Piece:
 
 
 class ObjectWriter(WriteHandle):
-    """An object that is being written: ranges in any order, sent on in ascending order as they come.
+    """An object being written: accepts ranges in any order and sends them in ascending order.
 
-    What is small is sent in one request, by ``sync``, and only if there is no such object yet. More is sent in parts
-    while it is written: of an upload that has begun, nothing can be seen until ``sync`` has ended it.
+    A small object is sent in one request, by ``sync``, on the condition that it does not exist. A larger one is sent in
+    parts while it is written: nothing of it is visible until ``sync`` has completed the upload.
     """
 
     is_sequential = True
@@ -61,9 +61,9 @@ class ObjectWriter(WriteHandle):
         self._name = name
         self._part_nbytes = max(MIN_PART_NBYTES, -(-nbytes // MAX_PARTS))
         self._changed = threading.Condition()
-        self._waiting: dict[int, _Piece] = {}  # by offset; each ends where the next may begin
-        self._next = 0  # the offset up to which all bytes are there, or sent
-        self._held_nbytes = 0  # of what waits, in memory
+        self._waiting: dict[int, _Piece] = {}  # by offset, disjoint
+        self._next = 0  # the offset up to which all bytes have been written or sent
+        self._held_nbytes = 0  # size of the waiting pieces in memory
         self._spill: IO[bytes] | None = None
         self._spilt_nbytes = 0
         self._end = 0
@@ -74,7 +74,7 @@ class ObjectWriter(WriteHandle):
         self._is_stored = False
 
     def write(self, offset: int, buffers: Sequence[Bytes], *, stable: bool = False) -> None:
-        """See ``WriteHandle``. ``stable`` buffers are sent as they stand, without a copy."""
+        """See ``WriteHandle``. ``stable`` buffers are sent without a copy."""
         for view in byte_views(buffers):
             with self._changed:
                 self._put(offset, view, is_stable=stable)
@@ -84,7 +84,7 @@ class ObjectWriter(WriteHandle):
         self._raise_failure()
         if offset < self._next or offset in self._waiting:
             raise StorageError(f"byte {offset} of {self.path} is written twice", operation="write", path=self.path)
-        # A writer waits only while the upload has something to send: what is missing may come from this very thread.
+        # Wait only while the upload has data to send: missing bytes may have to come from this thread.
         while self._held_nbytes > MAX_HELD_NBYTES and self._upload and self._next in self._waiting:
             self._changed.wait(1.0)
             self._raise_failure()
@@ -118,14 +118,14 @@ class ObjectWriter(WriteHandle):
     def _run(self) -> None:
         try:
             self._storage.put_parts(self._name, self._pieces(), self._part_nbytes, NUM_STREAMS)
-        except BaseException as error:  # noqa: BLE001 - the top of a thread: it is raised where the handle is used
+        except BaseException as error:  # noqa: BLE001 - the top of a thread: re-raised where the handle is used
             with self._changed:
                 self._failure = error
                 self._waiting.clear()
                 self._changed.notify_all()
 
     def _pieces(self) -> Iterator[memoryview]:
-        """The bytes of the object in ascending order, as they come. Pulled by the upload when it has room."""
+        """Yield the object's bytes in ascending order as they arrive. The upload pulls when it has room."""
         while True:
             with self._changed:
                 while self._next not in self._waiting and not self._is_complete and not self._given_up:
@@ -138,7 +138,7 @@ class ObjectWriter(WriteHandle):
             yield view
 
     def _take(self) -> memoryview | None:
-        """The next bytes: what was written there, zeros where nothing was, None at the end."""
+        """Return the next bytes: those written, zeros in gaps, None at the end."""
         piece = self._waiting.pop(self._next, None)
         if piece is None:
             if self._waiting and min(self._waiting) < self._next:
@@ -160,7 +160,7 @@ class ObjectWriter(WriteHandle):
         return view
 
     def sync(self) -> None:
-        """Send what is left, and return when the object is there, whole and durable."""
+        """Send the remaining bytes; returns once the object is complete and durable."""
         with self._changed:
             self._raise_failure()
             self._is_complete = True
@@ -188,7 +188,7 @@ class ObjectWriter(WriteHandle):
             raise self._failure
 
     def close(self) -> None:
-        """Let go. What was not synced is not stored: an upload that has begun is aborted."""
+        """Close the handle. Without a ``sync`` nothing is stored: an upload in progress is aborted."""
         if self._upload is not None and not self._is_stored:
             with self._changed:
                 self._given_up = True

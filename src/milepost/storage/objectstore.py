@@ -1,8 +1,8 @@
 """``ObjectStorage``: a prefix of a bucket in S3, GCS, Azure or anything that speaks S3, through obstore.
 
-What a store is not: there are no folders (a folder is what begins with its name and a slash), nothing can be renamed,
-nothing can be appended to. What it gives in their place: an object appears whole or not at all, and can be put on the
-condition that it is still absent, or still the version that was read.
+A store has no folders (only names that begin with the folder's name and a slash), no rename and no append. In return an
+object appears completely or not at all, and can be put on the condition that it is absent, or still has the version
+that was read.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REQUEST_TIMEOUT_S = 300.0
-"""A request that is not answered by then is made again: a part of 16 MiB must get through at 55 KB/s."""
+"""A request without an answer by then is retried: a part of 16 MiB needs 55 KB/s."""
 CONNECT_TIMEOUT_S = 10.0
 AHEAD_NBYTES = 128 << 20
-"""Held of what was fetched before it was asked for, over all open objects of a storage."""
+"""Limit on bytes fetched ahead, over all open objects of a storage."""
 APPEND_TRIES = 20
 MAX_COPY_NBYTES = 5 << 30
-"""The most that S3 copies in one request."""
+"""Maximum size that S3 copies in one request."""
 
 _PROBE = b"a store that takes this has no conditional put"
 
 
 class ObjectStorage(Storage):
-    """All below ``url``. Nothing is asked of the store before the first operation.
+    """All objects below ``url``. No request is made before the first operation.
 
-    Not to be used on both sides of a fork: obstore's threads do not survive one. A child may use it if its parent has
+    Do not use it on both sides of a fork, which obstore's threads do not survive. A child may use it if its parent has
     not.
     """
 
@@ -71,10 +71,10 @@ class ObjectStorage(Storage):
     def __init__(
         self, url: str, *, store: Any = None, retry: Retry | None = None, timeout_s: float = REQUEST_TIMEOUT_S
     ):
-        """``store`` is a client of obstore to use for the bucket of ``url``, in place of the one that is made.
+        """``store`` is an obstore client for the bucket of ``url``, used instead of a new one.
 
         Raises:
-            ConfigError: ``url`` is no URL of a store, or obstore is not installed.
+            ConfigError: ``url`` is not a store's URL, or obstore is not installed.
         """
         if store is None and importlib.util.find_spec("obstore") is None:
             raise ConfigError(f"{url.partition('://')[0]}:// needs obstore: pip install 'milepost[cloud]'")
@@ -88,21 +88,21 @@ class ObjectStorage(Storage):
         self._is_proved = False
         self._lock = threading.Lock()
 
-    # ---- what handles need ----
+    # ---- for the handles ----
 
     def describe(self, name: str) -> str:
-        """An object, for people."""
+        """Name an object for people."""
         return join(self.root, name)
 
     def pool(self) -> ThreadPoolExecutor:
-        """Threads for requests that are made side by side."""
+        """Threads for concurrent requests."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(NUM_STREAMS, thread_name_prefix="milepost-store")
             return self._pool
 
     def get_range(self, name: str, start: int, stop: int, tag: str | None) -> Any:
-        """The bytes ``[start, stop)`` of an object that is still the version ``tag``; supports the buffer protocol."""
+        """Read the bytes ``[start, stop)`` of version ``tag`` of an object; the result supports the buffer protocol."""
         options: dict[str, Any] = {"range": (start, stop)}
         if tag is not None:
             options["if_match"] = tag
@@ -129,7 +129,7 @@ class ObjectStorage(Storage):
         self._prove(name, data)
 
     def put_parts(self, name: str, pieces: Iterable[memoryview], part_nbytes: int, num_streams: int) -> None:
-        """Put an object in parts, cut from ``pieces``. Parts are repeated by obstore; the whole is not."""
+        """Put an object in parts, cut from ``pieces``. obstore retries parts, not the upload."""
         sent = _Counted(pieces)
         key = self._key(name)
         try:
@@ -142,7 +142,7 @@ class ObjectStorage(Storage):
             raise
         except Exception as error:
             cause = cause_of(error)
-            # The last answer may have been lost although the upload was ended. Nobody else writes under this name.
+            # The last answer may have been lost although the upload was completed. No one else writes under this name.
             if not sent.is_spent or self._size(name) != sent.nbytes:
                 raise cause.error("write", self.describe(name), f"writing {self.describe(name)}") from error
         found = self._size(name)
@@ -161,7 +161,7 @@ class ObjectStorage(Storage):
         found = self._do(
             "list", path, f"listing {self.describe(path)}", lambda: self._client().list_with_delimiter(self._key(path))
         )
-        objects = [meta for meta in found["objects"] if meta["path"] != self._key(path)]  # the mark of a folder itself
+        objects = [meta for meta in found["objects"] if meta["path"] != self._key(path)]  # not its marker
         entries = {name: Entry(name, True, 0, 0.0) for name in map(_last, found["common_prefixes"])}
         for meta in objects:
             entries.setdefault(_last(meta["path"]), _entry(_last(meta["path"]), meta))
@@ -174,7 +174,7 @@ class ObjectStorage(Storage):
             "list", path, f"listing {self.describe(path)}", lambda: self._client().list(prefix or None).collect()
         )
         metas = {meta["path"][start:]: meta for meta in found}
-        folders = {name[:end] for name in metas for end in _slashes(name)}  # may have an empty object as their mark
+        folders = {name[:end] for name in metas for end in _slashes(name)}  # may have an empty object as their marker
         return {name: _entry(name, metas[name]) for name in sorted(metas) if name and name not in folders}
 
     def stat(self, path: str) -> Entry | None:
@@ -192,7 +192,7 @@ class ObjectStorage(Storage):
         def act() -> bool:
             return any(self._client().list(self._key(path) or None, chunk_size=1))
 
-        return self._do("stat", path, f"looking at {self.describe(path)}", act)
+        return self._do("stat", path, f"reading the status of {self.describe(path)}", act)
 
     def open_read(self, path: str) -> ReadHandle:
         meta = self._head(path)
@@ -220,8 +220,7 @@ class ObjectStorage(Storage):
             nbytes = result.meta["size"]
             if nbytes > limit:
                 raise StorageError(
-                    f"{self.describe(path)} is {format_nbytes(nbytes)} long; at most {format_nbytes(limit)} are "
-                    "expected there",
+                    f"{self.describe(path)} has {format_nbytes(nbytes)}; expected at most {format_nbytes(limit)}",
                     operation="read",
                     path=self.describe(path),
                     errno=errno.EFBIG,
@@ -244,7 +243,7 @@ class ObjectStorage(Storage):
     def write_all(self, files: Mapping[str, Bytes]) -> None:
         try:
             puts = [self.pool().submit(self.create, path, data) for path, data in files.items()]
-        except RuntimeError:  # the interpreter shuts down: no pool takes work any more
+        except RuntimeError:  # the interpreter is shutting down: no pool accepts work any more
             super().write_all(files)
             return
         for error in [put.exception() for put in puts]:
@@ -259,7 +258,7 @@ class ObjectStorage(Storage):
         self._put(mode, path, data, f"replacing {self.describe(path)}")
 
     def append(self, path: str, data: Bytes) -> None:
-        """See ``Storage``. The object is read, and put again if it is still the one that was read."""
+        """See ``Storage``. The object is read, and replaced if it still has the version that was read."""
         for _ in range(APPEND_TRIES):
             found = self.read_tagged(path)
             old, tag = found if found is not None else (b"", None)
@@ -271,11 +270,11 @@ class ObjectStorage(Storage):
         raise self._exists("append", path)
 
     def make_folder(self, path: str) -> None:
-        """Do nothing: a folder is there as soon as something is in it."""
+        """Do nothing: a folder exists once an object is in it."""
         self._key(path)
 
     def sync_folder(self, path: str) -> None:
-        """Do nothing: what a store has taken is durable, and listed, when it answers."""
+        """Do nothing: an object is durable and listed when the store answers."""
         self._key(path)
 
     def rename(self, src: str, dst: str) -> None:
@@ -283,11 +282,11 @@ class ObjectStorage(Storage):
         raise StorageError(message, operation="rename", path=self.describe(src), errno=errno.ENOTSUP)
 
     def exchange(self, one: str, other: str) -> bool:
-        """Do nothing: a store can't."""
+        """Return False: a store can't exchange names."""
         return False
 
     def share(self, src: str, dst: str) -> bool:
-        """Have the store copy the object: no byte passes through this process."""
+        """Copy the object within the store, without transferring bytes to this process."""
         doing = f"copying {self.describe(src)} to {self.describe(dst)} within the store"
         nbytes = self._size(src)
         if nbytes is None or nbytes > MAX_COPY_NBYTES:
@@ -295,7 +294,7 @@ class ObjectStorage(Storage):
         try:
             self._do("share", dst, doing, lambda: self._client().copy(self._key(src), self._key(dst)))
         except StorageError as error:
-            _log.info("not copied by the store, so it is written: %s", error)
+            _log.info("not copied within the store, so it is written again: %s", error)
             return False
         return True
 
@@ -312,7 +311,7 @@ class ObjectStorage(Storage):
 
     def abort_uploads(self, path: str, is_dead: Callable[[str], bool] = lambda name: True) -> int:
         if self._url.scheme != "s3" or not self._url.bucket:
-            return 0  # Azure drops blocks of its own accord; for GCS a lifecycle rule does
+            return 0  # Azure drops uncommitted blocks itself; for GCS a lifecycle rule does
         prefix = self._key(path)
         return self._do(
             "abort",
@@ -324,7 +323,7 @@ class ObjectStorage(Storage):
     # ---- requests ----
 
     def _key(self, path: str) -> str:
-        """The key of a name: below the bucket, not below the root."""
+        """Return the key of a name: below the bucket, not below the root."""
         return join(self._url.path, check_name(self.root, path)) if path else self._url.path
 
     def _client(self, *, is_upload: bool = False) -> Any:
@@ -342,7 +341,7 @@ class ObjectStorage(Storage):
             return self._clients[is_upload]
 
     def _parts_retry(self) -> dict[str, Any]:
-        """Parts are repeated inside obstore, by the same rule."""
+        """Return the same retry rule in obstore's form, for parts."""
         return {
             "max_retries": self._retry.num_tries - 1,
             "retry_timeout": datetime.timedelta(seconds=self._retry.deadline_s),
@@ -354,14 +353,14 @@ class ObjectStorage(Storage):
         }
 
     def _do(self, operation: str, path: str, doing: str, act: Callable[[], T]) -> T:
-        """Make a request, again and again while its failure is one that passes."""
+        """Make a request, with retries of transient failures."""
         try:
             return self._retry.call(doing, act, _why_again)
         except (StorageError, ConfigError):
             raise
         except _CutShort as error:
             raise StorageError(
-                f"the answer was cut while {doing}",
+                f"the answer was truncated while {doing}",
                 operation=operation,
                 path=self.describe(path),
                 errno=errno.ECONNRESET,
@@ -375,8 +374,8 @@ class ObjectStorage(Storage):
         try:
             self._do("write", path, doing, lambda: self._client().put(key, payload, mode=mode, use_multipart=False))
         except StorageError as error:
-            # An earlier delivery of this very request may have succeeded: then what is there is ours. Whatever must be
-            # one process's alone names that process in its bytes.
+            # An earlier delivery of this request may have succeeded: then the object is ours. Objects that must belong
+            # to one process name it in their bytes.
             if error.errno != errno.EEXIST or not self._holds(path, payload):
                 raise
 
@@ -385,7 +384,7 @@ class ObjectStorage(Storage):
         return found is not None and found[0] == bytes(data)
 
     def _prove(self, path: str, data: Bytes) -> None:
-        """Once: see that the store keeps to its conditions. One that overlooks them can't be committed to safely."""
+        """Check once that the store honours conditional puts. Commits to one that ignores them are not safe."""
         if self._is_proved:
             return
         try:
@@ -411,8 +410,8 @@ class ObjectStorage(Storage):
         )
 
     def _head(self, path: str) -> Any:
-        """Request an object's metadata; None if there is no such object."""
-        doing = f"looking at {self.describe(path)}"
+        """Request an object's metadata; None if it does not exist."""
+        doing = f"reading the status of {self.describe(path)}"
         try:
             return self._do("stat", path, doing, lambda: self._client().head(self._key(path)))
         except StorageError as error:
@@ -429,7 +428,7 @@ class ObjectStorage(Storage):
             try:
                 self._client().delete(keys)
             except FileNotFoundError:
-                if len(keys) > 1:  # a store that deletes one by one has stopped there
+                if len(keys) > 1:  # a store that deletes one by one has stopped at this error
                     for key in keys:
                         self._delete(path, [key])
 
@@ -446,11 +445,11 @@ class ObjectStorage(Storage):
 
 
 class _CutShort(Exception):
-    """Fewer bytes came than the store had announced."""
+    """The store sent fewer bytes than announced."""
 
 
 class _Counted:
-    """Pieces on their way to the store, counted."""
+    """Counts the pieces sent to the store."""
 
     def __init__(self, pieces: Iterable[memoryview]):
         self._pieces = pieces
@@ -468,13 +467,13 @@ def _why_again(error: Exception) -> str | None:
     if isinstance(error, StorageError | ConfigError):
         return None
     if isinstance(error, _CutShort):
-        return "the response was cut off"
+        return "the response was truncated"
     cause = cause_of(error)
     return cause.text if cause.passes else None
 
 
 def _given(url: str) -> StoreUrl:
-    """The URL of a store that the caller brings: its root is the bucket's."""
+    """Parse the URL for a client given by the caller: its root is the bucket."""
     scheme, _, path = url.partition("://")
     return StoreUrl(scheme, "", path.strip("/"))
 
@@ -492,7 +491,7 @@ def _entry(name: str, meta: Any) -> Entry:
 
 
 def _tag(meta: Any) -> str:
-    """The tag by which ``put_if`` recognises a version: the entity tag for S3 and Azure, the generation for GCS."""
+    """Return a version's tag for ``put_if``: the entity tag for S3 and Azure, the generation for GCS."""
     known = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
     return json.dumps(known, sort_keys=True) if known else ""
 
@@ -501,14 +500,14 @@ _pid: int | None = None
 
 
 def _forbid_after_fork() -> None:
-    """Raise where obstore would hang: its threads are those of the process that used it first."""
+    """Raise in a forked child, where obstore would hang: its threads belong to the process that used it first."""
     global _pid
     if _pid is None:
         _pid = os.getpid()
     elif _pid != os.getpid():
         raise StorageError(
-            "this process was forked from one that had used an object store, whose threads it does not have: start it "
-            "by spawn or forkserver",
+            "this process was forked from one that had used an object store, and lacks its threads: start it by spawn "
+            "or forkserver",
             operation="connect",
             path="",
         )

@@ -1,4 +1,4 @@
-"""Many files to read from, of which a limited number is open at a time: a process may have as few as 1,024 open."""
+"""Reading many files with a limited number open at a time: a process may be limited to 1,024 open files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Self
 from milepost.storage.base import ReadHandle, Storage
 
 MAX_OPEN_FILES = 128
-"""More are open for a moment if more threads read at once, each from a file of its own."""
+"""Briefly exceeded if more threads read different files at once."""
 
 
 class OpenFiles:
-    """Files of a storage that are open while they are read from. A context manager.
+    """Files of a storage, open while they are read. A context manager.
 
-    The first ones stay open; those for which there is no room then take turns.
+    The first ones stay open; those beyond the limit take turns.
     """
 
     def __init__(self, storage: Storage, limit: int = MAX_OPEN_FILES):
@@ -28,11 +28,11 @@ class OpenFiles:
         self._num_kept = limit - self._num_turns
         self._kept: list[ReadHandle] = []
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, _Held] = OrderedDict()  # the one last used comes last
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # least recently used first
         self._ranges: dict[str, Sequence[tuple[int, int]]] = {}
 
     def open(self, path: str) -> ReadHandle:
-        """A handle of the file at ``path``, which is opened now: what is missing is known before anything is read.
+        """Open the file at ``path`` now, so that a missing file is reported before anything is read.
 
         Raises:
             StorageError: it can't be opened.
@@ -45,7 +45,7 @@ class OpenFiles:
 
     @contextmanager
     def using(self, path: str) -> Iterator[ReadHandle]:
-        """Hold the file at ``path`` open meanwhile: one of those that take turns."""
+        """Hold the file at ``path`` open for the block: one of those that take turns."""
         held = self._take(path)
         try:
             yield held.handle
@@ -60,7 +60,7 @@ class OpenFiles:
                 held.num_users += 1
                 self._held.move_to_end(path)
                 return held
-        # Not under the lock: on a network file system others would wait for it.
+        # Not under the lock: on a network file system other threads would wait for it.
         opened = self._storage.open_read(path)
         if path in self._ranges:
             opened.will_read(self._ranges[path])
@@ -68,7 +68,7 @@ class OpenFiles:
             held = self._held.get(path)
             if held is None:
                 held = self._held[path] = _Held(opened)
-            else:  # another thread was quicker
+            else:  # another thread opened it first
                 closing.callback(opened.close)
             held.num_users += 1
             idle = [name for name, one in self._held.items() if not one.num_users]
@@ -77,13 +77,13 @@ class OpenFiles:
             return held
 
     def will_read(self, path: str, ranges: Sequence[tuple[int, int]]) -> None:
-        """Announce what will be read of a file, also to the handle that is opened should this one be closed before."""
+        """Announce reads of a file, to this handle and to any later one if this one is closed meanwhile."""
         self._ranges[path] = ranges
         with self.using(path) as handle:
             handle.will_read(ranges)
 
     def close(self) -> None:
-        """Close all of them. Called once nothing reads any more."""
+        """Close all files. Called when no thread reads any more."""
         with ExitStack() as closing, self._lock:
             for handle in (*self._kept, *(held.handle for held in self._held.values())):
                 closing.callback(handle.close)
@@ -104,7 +104,7 @@ class _Held:
 
 
 class _PooledRead(ReadHandle):
-    """A file that is opened again when it is read from, should it have been closed to make room."""
+    """A file that is reopened on a read if it was closed to make room."""
 
     def __init__(self, files: OpenFiles, name: str, opened: ReadHandle):
         self.path = opened.path
@@ -120,4 +120,4 @@ class _PooledRead(ReadHandle):
         self._files.will_read(self._name, ranges)
 
     def close(self) -> None:
-        """The files close together."""
+        """Do nothing: all files are closed together."""

@@ -1,4 +1,4 @@
-"""Plans the requests for many byte ranges of an object: neighbours are merged, with little excess."""
+"""Plan the requests for many byte ranges of an object: neighbours are merged, with little excess."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_GAP_NBYTES = 512 << 10
-"""Bytes between two ranges that are rather read than skipped: less than what a request costs in time."""
+"""Maximum gap between two ranges that is read instead of skipped: reading it is faster than another request."""
 MAX_SPAN_NBYTES = 16 << 20
-"""No request is larger than this."""
+"""Maximum size of a request."""
 MAX_OVERREAD = 0.25
-"""At most this part of a request is bytes that nobody asked for."""
+"""Maximum fraction of a request that is not requested by a reader."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes ``[start, stop)`` to ask for at once; reading every range takes ``wanted_nbytes`` of it."""
+    """Bytes ``[start, stop)`` to request at once, of which the ranges take ``wanted_nbytes``."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ def merge_ranges(
     max_span_nbytes: int = MAX_SPAN_NBYTES,
     max_overread: float = MAX_OVERREAD,
 ) -> list[Span]:
-    """Ascending, disjoint spans that hold all of ``ranges`` (half-open, in any order; they may touch and overlap)."""
+    """Merge ``ranges`` (half-open, in any order, may touch and overlap) into ascending, disjoint spans."""
     wanted = sorted((start, stop) for start, stop in ranges if start < stop)
     runs: list[Span] = []
     for start, stop in wanted:
@@ -52,7 +52,7 @@ def merge_ranges(
 
 def _fits(last: Span, start: int, stop: int, max_gap: int, max_span: int, max_overread: float) -> bool:
     if start < last.stop:
-        return True  # else a byte would be in two spans
+        return True  # otherwise a byte would be in two spans
     reach = stop - last.start
     unwanted = max(0, reach - last.wanted_nbytes - (stop - start))
     return start - last.stop <= max_gap and reach <= max_span and unwanted <= max_overread * reach

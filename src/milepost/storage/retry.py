@@ -1,4 +1,4 @@
-"""Bounded repetition of requests that failed for a reason that passes: throttling, a reset, a time-out."""
+"""Bounded retries of requests after transient failures: throttling, a reset, a time-out."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ log = logging.getLogger("milepost")
 T = TypeVar("T")
 
 _jitter = random.Random()
-"""A generator of its own: the global one is the training's, whose state is saved and must not depend on a network."""
+"""A separate generator: the global one belongs to training; its state is saved and must not depend on a network."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
     """Number and duration of a request's retries.
 
-    Waits grow twofold from ``first_wait_s`` to ``max_wait_s``; each is drawn from the upper half of that span, so that
-    a thousand ranks that were throttled together do not come back together ("Exponential Backoff And Jitter", AWS
+    Waits double from ``first_wait_s`` to ``max_wait_s``, and each is reduced by up to half at random, so that a
+    thousand ranks that were throttled together do not retry together ("Exponential Backoff And Jitter", AWS
     Architecture Blog, 2015).
     """
 
     num_tries: int = 8
     deadline_s: float = 180.0
-    """No try begins later than this after the first one."""
+    """No attempt begins later than this after the first one."""
     first_wait_s: float = 0.2
     max_wait_s: float = 15.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
     def call(self, doing: str, act: Callable[[], T], why_again: Callable[[Exception], str | None]) -> T:
-        """The result of ``act``. ``why_again`` names the passing cause of an error, or gives None: then it is raised.
+        """Return the result of ``act``, with retries while ``why_again`` names a transient cause of the error.
 
-        Every failure that leads to another try is logged, with ``doing`` ("reading s3://...").
+        Every failure that leads to a retry is logged, with ``doing`` ("reading s3://...").
         """
         deadline = self.clock() + self.deadline_s
         wait_s = self.first_wait_s

@@ -1,8 +1,8 @@
-"""The meaning of obstore's errors: whether one is transient, and its message.
+"""Classify obstore's errors: transient or not, and the message.
 
-obstore hands the errors of Rust's ``object_store`` on as text that holds the whole request and the server's answer.
-That text may name an access key or an endpoint with a password in it, so none of it gets into a message: only the
-status, the error code of the store, and the operating system's word on a connection.
+obstore passes on the errors of Rust's ``object_store`` as text with the full request and the server's answer. That text
+may contain an access key or an endpoint with a password, so messages take only the status, the store's error code, and
+the operating system's error of a connection from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BROKEN = {
     "Connect": ("the store can't be reached", errno.ECONNREFUSED),
     "Request": ("the connection was lost", errno.ECONNRESET),
     "Interrupted": ("the connection was lost", errno.ECONNRESET),
-    "Decode": ("the response was cut off", errno.ECONNRESET),
+    "Decode": ("the response was truncated", errno.ECONNRESET),
     "Timeout": ("the request timed out", errno.ETIMEDOUT),
 }
 _ADVICE = {
@@ -42,7 +42,7 @@ _NO_RIGHT = "check the credentials and what the bucket's policy allows (see docs
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """The cause of a failed request. ``passes``: the same request may succeed a moment later."""
+    """The cause of a failed request. ``passes``: it is transient, and a retry may succeed."""
 
     text: str
     number: int
@@ -50,7 +50,7 @@ class Cause:
     advice: str = ""
 
     def error(self, operation: str, path: str, doing: str) -> StorageError:
-        """The StorageError for it. ``doing`` says what was going on ("reading s3://...")."""
+        """Return the StorageError. ``doing`` names the operation ("reading s3://...")."""
         message = f"{self.text} while {doing}" + (f"; {self.advice}" if self.advice else "")
         return StorageError(message, operation=operation, path=path, errno=self.number)
 

@@ -1,8 +1,8 @@
-"""From ``s3://``, ``gs://`` and ``az://`` to a client of that store, set up as the clouds' own tools are.
+"""Create clients for ``s3://``, ``gs://`` and ``az://``, configured like the clouds' own tools.
 
 Credentials, endpoint and region come from the environment: obstore reads the variables, web identities, container and
-instance roles itself; the profiles of ``~/.aws`` are read by botocore, as by the AWS command line. Nothing of it is
-kept here, and nothing of it is ever part of a name, a message or a file.
+instance roles itself; botocore reads the profiles of ``~/.aws``, as in the AWS command line. None of it is stored here,
+or ever part of a name, a message or a file.
 """
 
 from __future__ import annotations
@@ -41,32 +41,30 @@ class StoreUrl:
 
 
 def parse_store_url(text: str) -> StoreUrl:
-    """Take a URL apart.
+    """Parse a URL.
 
     Raises:
-        ConfigError: it names no bucket, or holds more than a bucket and a path: credentials, a query.
+        ConfigError: it has no bucket, or more than a bucket and a path, such as credentials or a query.
     """
     found = _URL.fullmatch(text)
     if found is None:
         scheme = text.partition("://")[0]
-        # The text itself may hold a secret: it is not repeated.
+        # The text may hold a secret: do not repeat it.
         raise ConfigError(
             f"a {scheme}:// URL must be {scheme}://<bucket>/<path>, without credentials, port, '?' and '#': "
             "credentials and endpoint come from the environment"
         )
     path = (found["path"] or "").strip("/")
-    if path and any(
-        part in ("", ".", "..") for part in path.split("/")
-    ):  # a store takes these literally, or not at all
+    if path and any(part in ("", ".", "..") for part in path.split("/")):  # stores take these literally or reject them
         raise ConfigError(f"{text}: the path must have no empty parts, '.' and '..'")
     return StoreUrl(found["scheme"].lower(), found["bucket"], path)
 
 
 def connect(url: StoreUrl, *, client_options: dict[str, Any], retry_config: dict[str, Any]) -> Any:
-    """A client of the store that ``url`` is in, from its root on. Makes no request.
+    """Create a client for the root of ``url``'s bucket. Makes no request.
 
     Raises:
-        ConfigError: what the environment says is no configuration of that store.
+        ConfigError: the environment does not configure that store.
     """
     import obstore.store
     from obstore.exceptions import BaseError
@@ -80,7 +78,7 @@ def connect(url: StoreUrl, *, client_options: dict[str, Any], retry_config: dict
             return kinds.GCSStore(url.bucket, **options)
         return kinds.AzureStore(url.bucket, config=_azure(), **options)
     except (BaseError, ValueError, OSError) as error:
-        raise ConfigError(_why_not(url, str(error))) from None  # its text may hold what the environment says
+        raise ConfigError(_why_not(url, str(error))) from None  # its text may hold secrets from the environment
 
 
 def _why_not(url: StoreUrl, text: str) -> str:
@@ -96,7 +94,7 @@ def _azure() -> dict[str, str]:
 
 
 def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for S3 beside the bucket: what obstore does not find in the environment by itself."""
+    """Return the arguments for S3 that obstore does not find in the environment itself."""
     profile = _AwsProfile.find()
     config: dict[str, str] = {}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
@@ -116,7 +114,7 @@ def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _AwsProfile:
-    """The credentials of a profile in ``~/.aws``, whatever its kind; obstore calls it when it needs them."""
+    """Credentials of a profile in ``~/.aws`` of any kind; obstore calls it when it needs them."""
 
     def __init__(self, session: Any):
         self._session = session
@@ -128,10 +126,10 @@ class _AwsProfile:
 
     @classmethod
     def find(cls) -> _AwsProfile | None:
-        """The profile to use; None when the environment itself names credentials, or there is no profile.
+        """Return the profile to use; None if the environment holds credentials, or there is no profile.
 
         Raises:
-            ConfigError: ``AWS_PROFILE`` names none that there is, or botocore is not installed.
+            ConfigError: ``AWS_PROFILE`` names a missing profile, or botocore is not installed.
         """
         named = os.environ.get("AWS_PROFILE", "")
         if any(os.environ.get(name) for name in _AWS_KEYS):
@@ -154,7 +152,7 @@ class _AwsProfile:
             ) from None
 
     def __call__(self) -> dict[str, Any]:
-        frozen = self._session.get_credentials().get_frozen_credentials()  # renewed by botocore when they run out
+        frozen = self._session.get_credentials().get_frozen_credentials()  # botocore renews them when they expire
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,

@@ -1,4 +1,4 @@
-"""The few Linux system calls that Python's ``os`` does not offer. Nothing here knows of checkpoints."""
+"""The few Linux system calls that Python's ``os`` does not offer. Independent of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE, _WAIT_AFTER = 1, 2, 4  # o
 _FICLONE = 0x40049409  # of linux/fs.h
 _MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # TMPFS_MAGIC, RAMFS_MAGIC of linux/magic.h
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY})
-"""What a kernel or a file system answers when it does not know an operation."""
+"""Errors of a kernel or file system that does not support an operation."""
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def _check(result: int, path: str) -> None:
 
 
 def _renameat2(src: str, dst: str, flags: int) -> bool:
-    """Return whether ``renameat2`` did it; False where it is not known. OSError for every other failure."""
+    """Call ``renameat2``; returns False if it is not supported. OSError for any other failure."""
     try:
         call = _libc().renameat2
     except AttributeError:  # a C library from before 2018
@@ -45,19 +45,19 @@ def _renameat2(src: str, dst: str, flags: int) -> bool:
 
 
 def exchange(one: str, other: str) -> bool:
-    """Swap what two names stand for, in one atomic act. False, and nothing done, where that is not supported."""
+    """Swap two names atomically. Returns False, without effect, if that is not supported."""
     try:
         return _renameat2(one, other, _RENAME_EXCHANGE)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        return False  # no answer to an exchange: a file system in user space took it for a plain rename
+        return False  # not a valid answer to an exchange: a file system in user space took it for a plain rename
 
 
 def rename_new(src: str, dst: str) -> None:
-    """Rename, atomically, to a name that must be free (FileExistsError otherwise).
+    """Rename atomically to a name that must not exist (FileExistsError otherwise).
 
-    Where the file system can't promise that (NFS), looking and renaming are two acts.
+    If the file system can't do that (NFS), checking and renaming are two steps.
     """
     if _renameat2(src, dst, _RENAME_NOREPLACE):
         return
@@ -67,7 +67,7 @@ def rename_new(src: str, dst: str) -> None:
 
 
 def clone(src_fd: int, dst_fd: int) -> bool:
-    """Let a file have all blocks of another one, until either is written to. False where the file system can't."""
+    """Make a file a copy-on-write clone of another. Returns False if the file system can't."""
     try:
         fcntl.ioctl(dst_fd, _FICLONE, src_fd)
     except OSError as error:
@@ -78,10 +78,10 @@ def clone(src_fd: int, dst_fd: int) -> bool:
 
 
 def reserve(fd: int, nbytes: int) -> bool:
-    """Give the file its length and its blocks ahead of the writes. False where the file system can't.
+    """Allocate the file's length and blocks before the writes. Returns False if the file system can't.
 
-    Not ``os.posix_fallocate``: where a file system can't, the C library imitates it by writing into every block,
-    which costs as much as the real write does.
+    Not ``os.posix_fallocate``: if a file system can't, the C library emulates it by writing into every block, which
+    costs as much as the real write.
     """
     try:
         _check(_libc().fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(nbytes)), "")
@@ -93,16 +93,16 @@ def reserve(fd: int, nbytes: int) -> bool:
 
 
 def begin_write_back(fd: int, offset: int, nbytes: int) -> bool:
-    """Have the kernel begin to write a range of dirty pages to the device. False where that is not known.
+    """Start write-back of a range of dirty pages. Returns False if not supported.
 
-    No promise: only ``fsync`` makes bytes outlive a power cut. OSError for a failed device, which this call may be the
+    No promise: only ``fsync`` makes bytes survive a power cut. OSError for a failed device, which this call may be the
     first and, on its descriptor, the only one to report.
     """
     return _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def finish_write_back(fd: int, offset: int, nbytes: int) -> bool:
-    """The same, and wait until the device has taken the range. OSError if it did not."""
+    """Write back a range and wait until it is on the device. OSError if that failed."""
     return _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WAIT_BEFORE | _SYNC_FILE_RANGE_WRITE | _WAIT_AFTER)
 
 
@@ -127,7 +127,7 @@ def lives_in_memory(fd: int) -> bool:
 
 
 def address_of(view: memoryview) -> int | None:
-    """The address of a buffer; None for a read-only one, whose address Python does not give."""
+    """Return the address of a buffer; None for a read-only one, whose address Python does not expose."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(view))
     except TypeError:

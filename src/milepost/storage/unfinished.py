@@ -1,4 +1,4 @@
-"""Uploads in parts that nobody will end: found and aborted on S3, where they are kept, and paid for, for ever.
+"""Find and abort abandoned multipart uploads on S3, which keeps (and charges for) them for ever.
 
 obstore can neither list nor abort them; botocore can, with the same settings from the environment.
 """
@@ -13,10 +13,10 @@ from milepost.errors import StorageError
 
 
 def abort_s3_uploads(bucket: str, prefix: str, is_dead: Callable[[str], bool]) -> int:
-    """Abort every unfinished upload of a key that begins with ``prefix``; how many there were.
+    """Abort unfinished uploads of keys that begin with ``prefix``; returns their number.
 
-    Of those that ``is_dead`` says, by the rest of their key. 0 where botocore is not installed: a lifecycle rule of the
-    bucket must do it then.
+    ``is_dead`` selects them by the rest of the key. Returns 0 if botocore is not installed: a lifecycle rule of the
+    bucket must then do it.
 
     Raises:
         StorageError: the store refused.
@@ -28,7 +28,7 @@ def abort_s3_uploads(bucket: str, prefix: str, is_dead: Callable[[str], bool]) -
         return 0
     count = 0
     try:
-        region = os.environ.get("AWS_REGION")  # obstore knows this one, botocore only AWS_DEFAULT_REGION
+        region = os.environ.get("AWS_REGION")  # obstore reads this one, botocore only AWS_DEFAULT_REGION
         client = botocore.session.get_session().create_client("s3", region_name=region)
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for upload in page.get("Uploads", ()):
@@ -43,5 +43,5 @@ def abort_s3_uploads(bucket: str, prefix: str, is_dead: Callable[[str], bool]) -
             operation="abort",
             path=f"s3://{bucket}/{prefix}",
             errno=errno.EACCES,
-        ) from None  # its text may hold what the environment says
+        ) from None  # its text may hold secrets from the environment
     return count

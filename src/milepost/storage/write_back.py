@@ -1,11 +1,11 @@
-"""Writing through the page cache without leaving the work to ``fsync``: write-back begun early, and bounded.
+"""Early and bounded write-back, so that ``fsync`` finds little left to do.
 
-Bytes that stay in the page cache make the most common resume (the process died, the machine lives) a copy in memory.
-Left alone, though, the kernel begins to write late, and ``fsync`` then waits for all of it. So each stretch of a file
-is handed to the device as soon as it is complete, while the next is being filled. (The idea is RocksDB's
-``bytes_per_sync`` with ``strict_bytes_per_sync``; PostgreSQL's ``checkpoint_flush_after`` does the same.)
+Bytes that stay in the page cache make the most common resume (the process died, the machine lives) a copy in memory. By
+default, though, the kernel begins to write late, and ``fsync`` then waits for all of it. So write-back of each stretch
+of a file begins as soon as it is complete, while the next is being filled. (The idea is RocksDB's ``bytes_per_sync``
+with ``strict_bytes_per_sync``; PostgreSQL's ``checkpoint_flush_after`` does the same.)
 
-None of this is a promise: only ``fsync`` is.
+None of this makes bytes durable: only ``fsync`` does.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from milepost.storage import syscalls
 from milepost.storage.base import PageCache
 
 STRETCH_NBYTES = 8 << 20
-"""Each thread's consecutive bytes are handed to the device in stretches of about this size."""
+"""Write-back of each thread's consecutive bytes begins in stretches of about this size."""
 IN_FLIGHT_NBYTES = 128 << 20
-"""So much of a file may be on its way to the device: dirty pages never pile up until training waits for memory."""
+"""Limit on a file's bytes under write-back: dirty pages never accumulate until training waits for memory."""
 
 
 def page_cache_for(page_cache: PageCache, nbytes: int) -> PageCache:
     """Resolve ``auto`` for a file of ``nbytes``."""
     if page_cache != "auto":
         return page_cache
-    import psutil  # 10 ms that only a process which writes needs
+    import psutil  # imported here: 10 ms that only a writing process needs
 
     return "keep" if nbytes < psutil.virtual_memory().available // 2 else "drop"
 
 
 class WriteBack:
-    """Hands what was written to one file on to the device. Used by several threads at once.
+    """Starts write-back of one file's written ranges. Used by several threads at once.
 
-    ``drop``: give pages back once the device has them. Where the kernel or the file system does not know the call
-    (NFS, FUSE), nothing is done, and ``fsync`` does it all.
+    ``drop``: free pages once the device has them. If the kernel or the file system does not support the call (NFS,
+    FUSE), this has no effect and ``fsync`` does all the work.
     """
 
     def __init__(self, fd: int, *, drop: bool):
         self._fd = fd
         self._drop = drop
         self._lock = threading.Lock()
-        self._filling: dict[int, tuple[int, int]] = {}  # thread: the stretch that it is filling
+        self._filling: dict[int, tuple[int, int]] = {}  # thread id -> the stretch that it is filling
         self._flying: deque[tuple[int, int]] = deque()
         self._num_flying = 0
         self._is_known = True
 
     def wrote(self, start: int, stop: int) -> None:
-        """Note that ``[start, stop)`` was written; begin to write back what makes a stretch. OSError as the device."""
+        """Record that ``[start, stop)`` was written; starts write-back of complete stretches. May raise OSError."""
         thread = threading.get_ident()
         begun, end = self._filling.get(thread, (start, start))
-        if end != start:  # this thread goes on elsewhere in the file
+        if end != start:  # this thread continues elsewhere in the file
             self._begin(begun, end)
             begun = start
         if stop - begun < STRETCH_NBYTES:
@@ -84,7 +84,7 @@ class WriteBack:
             self._give_back(start, stop)
 
     def synced(self, nbytes: int) -> None:
-        """Note that ``fsync`` has returned: with ``drop`` no page of the file is needed any more."""
+        """Record that ``fsync`` has returned: with ``drop``, free all pages of the file."""
         self._filling.clear()
         self._flying.clear()
         self._num_flying = 0
@@ -94,6 +94,6 @@ class WriteBack:
     def _give_back(self, start: int, stop: int) -> None:
         try:
             os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-        except OSError as error:  # advice: where it is not taken, nothing is lost
+        except OSError as error:  # advisory: a failure does no harm
             if error.errno not in syscalls.UNSUPPORTED and error.errno != errno.ESPIPE:
                 raise

@@ -1,1 +1,1 @@
-"""To test with, shipped for projects that build on Milepost: a fork launcher, faulty storage, a conformance suite."""
+"""Test tools for projects that build on Milepost: a fork launcher, faulty storage, a conformance suite."""

@@ -1,4 +1,4 @@
-"""``fake_rank``: be any rank of a world that isn't there, to see what a mesh of many ranks gives each of them."""
+"""``fake_rank``: act as any rank of a simulated world, to examine meshes of many ranks in one process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def fake_rank(rank: int, world_size: int) -> Iterator[None]:
-    """Inside, this process is ``rank`` of a default process group of ``world_size`` whose collectives do nothing."""
+    """Make this process ``rank`` of a default process group of ``world_size`` whose collectives do nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
         dist.destroy_process_group()
-        # DTensor remembers results of operations by mesh, and takes this rank's mesh for the next one's.
+        # DTensor caches results of operations by mesh, and would confuse this rank's mesh with the next one's.
         _clear_fast_path_sharding_prop_cache()
         _clear_python_sharding_prop_cache()

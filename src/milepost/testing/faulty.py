@@ -1,4 +1,4 @@
-"""A storage that breaks on command: at operation k with an error, a torn write, or whatever a hook does."""
+"""A storage that fails on command: at operation k with an error, a torn write, or a hook."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Hook = Callable[[Operation], None]
 
 
 class FaultyStorage(WrappedStorage):
-    """Counts the operations that change something and breaks at number ``fail_at`` (from 0; None never breaks).
+    """Counts the operations that change something and fails at number ``fail_at`` (from 0; None never fails).
 
     At that operation ``hook`` is called (to kill the process, for instance), with ``tear`` a write stores the first
     half of its bytes, and StorageError with ``number`` is raised. With ``stays_broken`` every later operation, reads
     included, fails too, as for a process that has died.
 
-    ``operations`` holds what was asked for, so that a first run without a fault tells how many there are.
+    ``operations`` records the operations, so that a first run without a fault shows how many there are.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A client of obstore that breaks on command: at request k, before or after the store has acted, once or for good."""
+"""An obstore client that fails on command: at request k, before or after the store has acted, once or permanently."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _READS = frozenset({"get", "head", "list", "list_with_delimiter"})
 
 
 class Killed(BaseException):
-    """Raised by every request of a process that was killed: it does nothing more."""
+    """Raised by every request of a killed process, which does nothing more."""
 
 
 class FaultyClient:
-    """Hands requests on to ``inner`` and breaks at request ``fail_at`` (from 0; None never breaks).
+    """Forwards requests to ``inner`` and fails at request ``fail_at`` (from 0; None never fails).
 
     ``busy``          the store answers 503
-    ``cut``           the connection is cut before the store hears of it
+    ``cut``           the connection is cut before the request reaches the store
     ``lost``          the store acts, the answer is lost
-    ``twice``         the store acts twice, the second answer comes back
+    ``twice``         the store acts twice, the second answer is returned
     ``killed``        the process dies before the request: this one and all later ones raise ``Killed``
     ``killed after``  the process dies when the store has acted
     """

@@ -1,4 +1,4 @@
-"""``milepost.json`` of format 1, which Milepost reads for ever and writes no more: here it is written, for tests."""
+"""Write ``milepost.json`` in format 1, which Milepost still reads but no longer writes, for tests."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TAIL = '"crc32": "%08x"\n}\n'
 
 
 def to_json_1(manifest: Manifest) -> bytes:
-    """The bytes of ``milepost.json`` of format 1; the same manifest gives the same bytes.
+    """Return the bytes of ``milepost.json`` in format 1; the same manifest gives the same bytes.
 
-    Raises ValueError for a manifest that is not fit to be a commit record: an item without offsets or digest, or a
-    fault that ``manifest_faults`` finds.
+    Raises ValueError for a manifest that can't be a commit record: an item without offsets or digest, or a fault found
+    by ``manifest_faults``.
     """
     faults = manifest_faults(manifest)
     if faults:

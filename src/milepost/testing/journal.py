@@ -1,9 +1,9 @@
-"""A journal of the system calls by which ``LocalStorage`` changes a disk: of all processes, in their real order.
+"""A journal of the system calls with which ``LocalStorage`` changes a disk, of all processes, in real order.
 
-What a crash leaves behind depends on what was really asked of the kernel, not on what a storage promises. So the
-calls themselves are written down, with the bytes that they store: while :meth:`Journal.recording` is on, the module
-``milepost.storage.local`` works through stand-ins for ``os`` and ``syscalls`` that perform each call and note it, one
-at a time over all processes forked meanwhile. ``milepost.testing.powercut`` makes disks out of such a journal.
+The state after a crash depends on the actual system calls, not on what a storage promises. So the calls are recorded
+with the bytes that they store: during :meth:`Journal.recording`, ``milepost.storage.local`` uses stand-ins for ``os``
+and ``syscalls`` that perform and record each call, one at a time over all processes forked meanwhile.
+``milepost.testing.powercut`` builds disks from such a journal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest import mock
 from milepost.storage import local, syscalls
 
 Inode = tuple[int, int]
-"""Device and inode number, by which the system knows a file or folder whatever its name is at the moment."""
+"""Device and inode number, which identify a file or folder regardless of its current name."""
 Name = tuple[Inode, str]
 """A name in a folder."""
 
@@ -86,7 +86,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """Nothing happened to the disk: a test notes what a user was told by now."""
+    """No change to the disk: a test records what has been reported to the user so far."""
 
     text: str
 
@@ -99,7 +99,7 @@ JournalNote = Callable[[Change], None]
 class Journal:
     """A journal kept in the file ``path``, made if absent.
 
-    ``can_exchange = False`` makes the disk one on which two names can't be exchanged, such as NFS.
+    ``can_exchange = False`` simulates a disk on which names can't be exchanged, such as NFS.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, can_exchange: bool = True):
@@ -109,7 +109,7 @@ class Journal:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, and in every process forked inside, what any ``LocalStorage`` changes is noted."""
+        """Record all changes by any ``LocalStorage`` in this process and in those forked inside the block."""
         with (
             mock.patch.object(local, "os", _JournaledOs(self)),
             mock.patch.object(local, "syscalls", _JournaledSyscalls(self)),
@@ -117,12 +117,12 @@ class Journal:
             yield
 
     def mark(self, text: str) -> None:
-        """Note what a user was told at this moment."""
+        """Record what has been reported to the user at this moment."""
         with self.turn() as note:
             note(Marked(text))
 
     def changes(self) -> list[Change]:
-        """All that was noted so far."""
+        """Return all changes recorded so far."""
         found: list[Change] = []
         with open(self._path, "rb") as file:
             while file.peek(1):
@@ -131,10 +131,10 @@ class Journal:
 
     @contextmanager
     def turn(self) -> Iterator[JournalNote]:
-        """Hold all other processes and threads off while a call is performed and noted."""
+        """Exclude all other processes and threads while a call is performed and recorded."""
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # ends with the descriptor, however the process ends
+            fcntl.flock(fd, fcntl.LOCK_EX)  # released with the descriptor, however the process ends
             yield lambda change: _append(fd, pickle.dumps(change))
         finally:
             os.close(fd)
@@ -146,7 +146,7 @@ def _append(fd: int, data: bytes) -> None:
 
 
 def inode_of(fd_or_path: int | str) -> Inode:
-    """The journal's name for an existing file or folder."""
+    """Return the journal's identifier of an existing file or folder."""
     found = os.stat(fd_or_path) if isinstance(fd_or_path, int) else os.lstat(fd_or_path)
     return found.st_dev, found.st_ino
 
@@ -157,7 +157,7 @@ def _name(path: str) -> Name:
 
 
 class _JournaledOs:
-    """Stands for the module ``os``: performs what it is asked, and notes what changes something."""
+    """Stands in for the module ``os``: performs each call and records those that change something."""
 
     def __init__(self, journal: Journal):
         self._journal = journal
@@ -228,7 +228,7 @@ class _JournaledOs:
 
 
 class _JournaledSyscalls:
-    """The same for ``milepost.storage.syscalls``; files in memory are treated as those of a disk."""
+    """Stands in for ``milepost.storage.syscalls``; files in memory are treated like files on disk."""
 
     def __init__(self, journal: Journal):
         self._journal = journal

@@ -1,4 +1,4 @@
-"""A checkpoint folder's bytes made in memory from arrays' bytes, without torch, storage or ranks: for format tests."""
+"""Build a checkpoint folder's bytes in memory from arrays, without torch, storage or ranks, for format tests."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Layout:
 
 
 def record_files(manifest: Manifest) -> dict[str, bytes]:
-    """``milepost.shards`` and ``milepost.json`` of a manifest, which need not be one that could be committed."""
+    """Return ``milepost.shards`` and ``milepost.json`` of a manifest, even of one that could not be committed."""
     shards = bytes(dump_shards(table_of(manifest), manifest.save_id))
     files = {**manifest.files, SHARDS_NAME: FileEntry(len(shards), crc32(shards))}
     return {SHARDS_NAME: shards, MANIFEST_NAME: to_json(replace(manifest, files=files))}
 
 
 def read_back(files: Mapping[str, bytes]) -> Manifest:
-    """Read ``milepost.json`` and ``milepost.shards`` back as a reader does."""
+    """Read ``milepost.json`` and ``milepost.shards`` back like a reader."""
     return from_json(files[MANIFEST_NAME], read_shards=lambda name, _: files[name])
 
 
@@ -60,7 +60,7 @@ def lay_out(
     save_id: str = "0123456789abcdef",
     step: int | None = 500,
 ) -> Layout:
-    """Store ``{key: (dtype, shape, pieces)}`` and plain values as records, one after the other in their files."""
+    """Store ``{key: (dtype, shape, pieces)}`` and plain values as consecutive records in their files."""
     files: dict[str, bytearray] = {}
     crcs: list[Sequence[int]] = []
     entries = {

@@ -1,15 +1,15 @@
-"""The states that a power cut may leave on a disk, made from a journal of system calls.
+"""The possible states of a disk after a power cut, derived from a journal of system calls.
 
-The model is what POSIX promises and no more. After a cut,
+The model assumes only what POSIX promises. After a cut,
 
-* of a file, what was written since its last fsync may be there or not, block by block (4096 bytes): each block is as
-  it was at any moment since then, or zero where the file did not reach that far. The length, too, is the one of any
-  moment since then, whatever its blocks are.
-* of the names in folders, each change that no fsync of its folder has covered may have happened or not, independently
-  of the others and of what the files hold; only changes of one and the same name keep their order.
-* a rename or an exchange is one change: all of it happened or nothing. That also holds between two folders, and then an
-  fsync of either makes it durable, as on every journalling file system (ext4, xfs, btrfs).
-* an fsync of a file makes its bytes durable, not its name; an fsync of a folder its names, not what is behind them.
+* data written to a file since its last fsync may be present or not, block by block (4096 bytes): each block has its
+  content of any moment since then, or zeros beyond the file's end at that moment. The length, too, is that of any
+  moment since then, independently of the blocks.
+* each change to the names in a folder that no fsync of the folder has covered may have happened or not, independently
+  of other changes and of the files' content; only changes of the same name keep their order.
+* a rename or an exchange is one change, which happened completely or not at all. That also holds between two folders,
+  where an fsync of either makes it durable, as on every journalling file system (ext4, xfs, btrfs).
+* an fsync of a file makes its bytes durable, not its name; an fsync of a folder its names, not the files' bytes.
 
 Real disks lose far less: ext4 and xfs write a file's name with its fsync, and metadata in order.
 """
@@ -41,19 +41,19 @@ from milepost.testing.journal import (
 BLOCK_NBYTES = 4096
 
 FileTree = Mapping[str, Union[bytes, "FileTree"]]
-"""What a folder holds: names, with the bytes of files and the trees of folders."""
+"""The content of a folder: names with the bytes of files and the trees of folders."""
 
 
 @dataclass(slots=True, eq=False)
 class _File:
-    """``versions`` is the content that is durable, and the content after each change since, oldest first."""
+    """``versions`` are the durable content and the content after each later change, oldest first."""
 
     versions: list[bytes]
 
 
 @dataclass(slots=True, eq=False)
 class _Folder:
-    """``names`` is what processes see, ``durable`` what outlives a cut for certain."""
+    """``names`` are those that processes see, ``durable`` those certain to survive a cut."""
 
     names: dict[str, _Node] = field(default_factory=dict)
     durable: dict[str, _Node] = field(default_factory=dict)
@@ -74,15 +74,15 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NameChange:
-    """Names that get new meanings in one act; None for none."""
+    """An atomic change of names; None: the name is deleted."""
 
     effects: tuple[tuple[_Place, _Node | None], ...]
 
 
 class Disk:
-    """A folder on a disk: what processes see of it, and what would outlive a power cut.
+    """A folder on a disk: its visible state, and the states that may survive a power cut.
 
-    Built from a folder as it stands, all of which is taken for durable; then :meth:`apply` is told each change.
+    Built from an existing folder, assumed to be durable; then :meth:`apply` is called for each change.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -98,7 +98,7 @@ class Disk:
                 made.names[item.name] = self._read(item.path)
             else:
                 inode = inode_of(item.path)
-                if inode not in self._nodes:  # else it is another name of a file that is known
+                if inode not in self._nodes:  # otherwise it is another name of a known file
                     with open(item.path, "rb") as file:
                         self._nodes[inode] = _File([file.read()])
                 made.names[item.name] = self._nodes[inode]
@@ -106,7 +106,7 @@ class Disk:
         return made
 
     def apply(self, change: Change) -> None:
-        """Let a change of the journal happen. What concerns other folders than this one is passed over."""
+        """Apply a change from the journal; ignores changes outside this folder."""
         match change:
             case Created(name, inode, is_folder):
                 if name[0] in self._nodes:
@@ -155,7 +155,7 @@ class Disk:
         self._pending.append(_NameChange(effects))
 
     def _sync_names(self, folder: _Folder) -> None:
-        """Make the changes of a folder's names durable, and of other names what these changes build upon."""
+        """Make the changes of a folder's names durable, and the changes of other names on which they depend."""
         covered, left = [], []
         needed: set[tuple[int, str]] = set()
         for change in reversed(self._pending):
@@ -171,15 +171,15 @@ class Disk:
         self._pending = left[::-1]
 
     def seen(self) -> FileTree:
-        """The state that processes see: also that after a kill, which loses nothing that was written."""
+        """The state that processes see, also after a kill, which loses nothing that was written."""
         return _tree(self._root, lambda folder: folder.names, lambda file: file.versions[-1])
 
     def durable(self) -> FileTree:
-        """The least that a power cut leaves: nothing that was not synced."""
+        """The minimum that survives a power cut: only synced data."""
         return _tree(self._root, lambda folder: folder.durable, lambda file: file.versions[0])
 
     def after_cut(self, rng: random.Random) -> FileTree:
-        """One of the states that a power cut at this moment may leave."""
+        """Return one of the possible states after a power cut at this moment."""
         chosen = self._some_changes(rng)
         moods = {"all": 2, "torn": 4, "none": 2}
         return _tree(
@@ -189,14 +189,14 @@ class Disk:
         )
 
     def _some_changes(self, rng: random.Random) -> dict[int, dict[str, _Node]]:
-        """The names of folders (by id) after a choice of the pending changes; folders without any are left out."""
+        """Return the names of folders (by id) after a choice of the pending changes, without unchanged folders."""
         likely = rng.choice((0.1, 0.5, 0.9))
         lost: set[tuple[int, str]] = set()
         chosen: dict[int, dict[str, _Node]] = {}
         for change in self._pending:
             keys = {place.key for place, _ in change.effects}
             if not lost.isdisjoint(keys) or rng.random() >= likely:
-                lost |= keys  # what happened later to these names can't have happened either
+                lost |= keys  # later changes of these names can't have happened either
                 continue
             for place, node in change.effects:
                 names = chosen.setdefault(id(place.folder), dict(place.folder.durable))
@@ -221,7 +221,7 @@ def _tree(
 
 
 def _torn(file: _File, mood: str, rng: random.Random) -> bytes:
-    """One of the contents that a file may have after a cut: the newest, the oldest, or each block of another moment."""
+    """Return one of a file's possible contents after a cut: the newest, the oldest, or blocks of different moments."""
     versions = file.versions
     if mood != "torn" or len(versions) == 1:
         return versions[0] if mood == "none" else versions[-1]
@@ -234,7 +234,7 @@ def _torn(file: _File, mood: str, rng: random.Random) -> bytes:
 
 
 def write_tree(tree: FileTree, folder: str | os.PathLike[str]) -> None:
-    """Make ``folder``, which must not exist, hold ``tree``."""
+    """Create ``folder``, which must not exist, with the content ``tree``."""
     os.makedirs(folder)
     for name, content in tree.items():
         path = os.path.join(folder, name)
@@ -246,5 +246,5 @@ def write_tree(tree: FileTree, folder: str | os.PathLike[str]) -> None:
 
 
 def frozen(tree: FileTree) -> tuple[tuple[str, object], ...]:
-    """The tree as a value that can be a key: equal if and only if names and bytes are."""
+    """Return the tree as a hashable value: equal if and only if names and bytes are."""
     return tuple((name, node if isinstance(node, bytes) else frozen(node)) for name, node in sorted(tree.items()))

@@ -1,11 +1,11 @@
-"""A loopback proxy before an HTTP server that does what networks do: cuts, delays, loses answers, says 503.
+"""A loopback proxy for an HTTP server that injects network faults: cuts, delays, lost answers, 503.
 
 ::
 
     with Proxy(store.port) as proxy:
         proxy.fault = lambda request: Fault("drop_answer") if request.number == 3 else None
         ... use proxy.endpoint ...
-        proxy.requests  # what was asked, in order
+        proxy.requests  # all requests, in order
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OWN_HEADERS = frozenset({"connection", "keep-alive", "transfer-encoding", "cont
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """A request as it came in. ``number`` counts from 0 over the proxy's life; ``path`` is without the query."""
+    """A received request. ``number`` counts from 0 over the proxy's lifetime; ``path`` excludes the query."""
 
     number: int
     method: str
@@ -45,14 +45,14 @@ class HttpRequest:
 class Fault:
     """A fault injected into a request.
 
-    ``refuse``       the connection is reset before the server hears of it
-    ``cut``          the connection is reset when half of the answer's head would be due: the server has not heard of it
+    ``refuse``       the connection is reset before the request reaches the server
+    ``cut``          the connection is reset in the middle of the answer's head; the request does not reach the server
     ``status``       the proxy answers ``status`` itself
-    ``delay``        the request waits ``seconds``, then goes on as usual
+    ``delay``        the request waits ``seconds``, then continues as usual
     ``drop_answer``  the server acts, its answer is lost
     ``truncate``     the server acts, the second half of its answer's body is lost
-    ``twice``        the server acts twice, its second answer goes back
-    ``hook``         ``hook`` is called, then the request goes on as usual
+    ``twice``        the server acts twice, its second answer is returned
+    ``hook``         ``hook`` is called, then the request continues as usual
     """
 
     kind: FaultKind
@@ -73,7 +73,7 @@ class _Answer:
 
 
 class Proxy:
-    """Serves from construction to :meth:`close`. ``fault`` is asked for each request, from several threads."""
+    """Serves from construction to :meth:`close`. ``fault`` is called for each request, from several threads."""
 
     def __init__(self, port: int, *, fault: Callable[[HttpRequest], Fault | None] = lambda request: None):
         self.fault = fault
@@ -97,7 +97,7 @@ class Proxy:
             return Counter(request.method for request in self.requests)
 
     def forget(self) -> None:
-        """Count from 0 again."""
+        """Reset the counts."""
         with self._lock:
             self.requests.clear()
 
@@ -113,7 +113,7 @@ class Proxy:
         self.close()
 
     def note(self, method: str, target: str, nbytes: int) -> Fault | None:
-        """Note a request; what is to happen to it."""
+        """Record a request; returns the fault to inject."""
         path, _, query = target.partition("?")
         with self._lock:
             request = HttpRequest(len(self.requests), method, path, query, nbytes)
@@ -125,7 +125,7 @@ class Proxy:
         return fault
 
     def forward(self, method: str, target: str, headers: list[tuple[str, str]], body: bytes) -> _Answer:
-        """Have the server act. A connection of its own for each request: nothing is to be shared but the store."""
+        """Forward a request to the server, over a new connection each: requests share nothing but the store."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT_S)
         try:
             connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
@@ -145,7 +145,7 @@ class _Server(http.server.ThreadingHTTPServer):
     proxy: Proxy
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that go away are what this is about."""
+        """Ignore errors: disconnected clients are expected here."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -153,7 +153,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -188,7 +188,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         length = str(len(answer.body))
         for name, value in answer.headers:
             if name.lower() == "content-length":
-                length = value  # of a HEAD, what a GET would have
+                length = value  # a HEAD's length is that of a GET's body
             elif name.lower() not in _OWN_HEADERS:
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
@@ -199,7 +199,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reset(reset=False)
 
     def _reset(self, *, reset: bool) -> None:
-        """Close the connection; with ``reset`` as a machine that has died would."""
+        """Close the connection; with ``reset`` like a machine that has died."""
         if reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True

@@ -1,4 +1,4 @@
-"""Real checkpoints without torch and without processes: for tests of everything that reads, lists or deletes them."""
+"""Create real checkpoints without torch and processes, for tests of code that reads, lists or deletes them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save_arrays(
     lineage: Lineage | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Manifest:
-    """Save ``arrays`` as ``num_ranks`` ranks would that shard them along their first dim, through the whole protocol.
+    """Save ``arrays`` through the complete protocol, as if sharded over ``num_ranks`` ranks along their first dim.
 
     ``objects`` are plain values (see ``record.object_record``); rank 0 writes them.
     """
@@ -87,7 +87,7 @@ def _spec(key: str, array: Array, rank: int, num_ranks: int) -> TensorSpec:
 
 
 def file_digests(folder: Path) -> dict[str, FileDigests]:
-    """The digests of the files of a folder, as the ranks that write a step of Hugging Face files compute them."""
+    """Return the digests of a folder's files, as computed by ranks that write a step of Hugging Face files."""
     found = {}
     for path in folder.iterdir():
         data = path.read_bytes()

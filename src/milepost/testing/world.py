@@ -1,8 +1,8 @@
 """``run_world``: a small gloo world whose ranks are forks of this process.
 
 Importing torch takes seconds in every process that ``torchrun`` starts. Forking after one import makes a world of four
-ranks in well under a second. The price: the parent must not have run tensor operations in threads before (the autograd
-and OpenMP pools do not survive a fork), so ranks run with one thread.
+ranks in well under a second. The limitation: the parent must not have run tensor operations in threads before (the
+autograd and OpenMP pools do not survive a fork), so ranks run with one thread.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-import torch._dynamo  # else every rank imports it, at its first DTensor operation: a second each
+import torch._dynamo  # otherwise every rank imports it at its first DTensor operation, which takes a second each
 import torch.distributed as dist
 
 
 class WorldError(AssertionError):
-    """A rank raised, died or hung. ``failures`` maps ranks to what is known."""
+    """A rank raised, died or hung. ``failures`` maps ranks to descriptions."""
 
     def __init__(self, failures: dict[int, str]):
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
@@ -41,7 +41,7 @@ def run_world(
     timeout_s: float = 120.0,
     allow_death: bool = False,
 ) -> list[Any]:
-    """Run ``fn(*args)`` on ``world_size`` ranks with a gloo process group, and return the ranks' results in order.
+    """Run ``fn(*args)`` on ``world_size`` ranks with a gloo process group; returns the results by rank.
 
     ``fn`` may use ``torch.distributed`` freely; its result must pickle. With ``allow_death`` a rank that dies (a test
     that kills one) gives ``None`` instead of an error. When a rank is not done after ``timeout_s`` seconds, every rank
@@ -50,7 +50,7 @@ def run_world(
     Raises:
         WorldError: naming each rank that raised, died or hung.
     """
-    # Rank 0 inherits the socket that it serves on: a port that was merely found free may be taken a moment later.
+    # Rank 0 inherits its listening socket: a port that was only found free may be taken a moment later.
     listener = socket.create_server(("127.0.0.1", 0))
     with tempfile.TemporaryFile("w+") as stacks:
         pids, pipes = [], []
@@ -103,15 +103,15 @@ def _run_rank(
         torch.set_num_threads(1)
         listen_fd = listener.detach() if rank == 0 else None
         listener.close()
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it without saying so
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it without a declaration
             host, port, world_size, is_master=rank == 0, master_listen_fd=listen_fd
         )
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         payload = (True, fn(*args))
-        # A rank that leaves early would break the others' last collective.
+        # A rank that exits early would break the others' last collective.
         dist.barrier()
         dist.destroy_process_group()
-    except BaseException as error:  # noqa: BLE001 - the top of a process: everything goes to the parent
+    except BaseException as error:  # noqa: BLE001 - the top of a process: everything is reported to the parent
         payload = (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     with os.fdopen(writer, "wb") as out:
         out.write(pickle.dumps(payload))
@@ -122,9 +122,9 @@ def _run_rank(
 
 
 def _collect(pipes: list[int], timeout_s: float) -> tuple[list[bytes], list[int]]:
-    """Read every pipe to its end. Returns what came, and the ranks that were not done in time.
+    """Read every pipe to its end; returns the data, and the ranks that were not done in time.
 
-    Once a rank has failed, the others get a few seconds more: they may be stuck in a collective with it.
+    After a rank has failed, the others get a few more seconds: they may be stuck in a collective with it.
     """
     chunks: list[list[bytes]] = [[] for _ in pipes]
     open_ranks = set(range(len(pipes)))
@@ -158,7 +158,7 @@ def _dump_stacks(pids: list[int], late: list[int]) -> None:
 
 
 def _reap(pids: list[int]) -> list[int]:
-    """Wait for every child (10 s each at most, then SIGKILL); the exit codes, negative for signals."""
+    """Wait for every child (at most 10 s each, then SIGKILL); returns exit codes, negative for signals."""
     codes = []
     for pid in pids:
         deadline = time.monotonic() + 10.0

@@ -1,6 +1,6 @@
-"""Storages around a storage: one that logs each operation, one that tries again when a network hiccups.
+"""Wrappers around a storage: one that records each operation, one that retries transient errors.
 
-A wrapper sees each operation as one :class:`Operation` and decides in :meth:`WrappedStorage.around` what to do.
+A wrapper receives each operation as an :class:`Operation` in :meth:`WrappedStorage.around`.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Operation:
 
 
 class WrappedStorage(Storage):
-    """Hands every operation on to ``inner``, through :meth:`around`."""
+    """Forwards every operation to ``inner``, through :meth:`around`."""
 
     def __init__(self, inner: Storage):
         self.inner = inner
         self.root = inner.root
 
     def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
-        """Perform ``operation`` by calling ``act``. Called from several threads when handles are.
+        """Perform ``operation`` by calling ``act``. Called from several threads if handles are.
 
         For a write, ``half`` does the first half of it, as a crash in the middle would.
         """
@@ -213,7 +213,7 @@ class _WrappedWrite(WriteHandle):
 
 
 class TraceStorage(WrappedStorage):
-    """Keeps every operation, in the order in which they began, in ``operations``."""
+    """Records all operations in ``operations``, in the order in which they began."""
 
     def __init__(self, inner: Storage):
         super().__init__(inner)
@@ -226,7 +226,7 @@ class TraceStorage(WrappedStorage):
         return act()
 
     def nbytes(self, name: str) -> int:
-        """Bytes that all operations of a name moved together, for instance ``read_into``."""
+        """Return the total bytes moved by all operations of a name, for instance ``read_into``."""
         with self._lock:
             return sum(operation.nbytes for operation in self.operations if operation.name == name)
 
@@ -248,19 +248,19 @@ TRANSIENT = frozenset(
         errno.EREMOTEIO,
     }
 )
-"""Errors of a network file system that may be gone a moment later. ENOSPC, EIO and the like never are."""
+"""Transient errors of a network file system. ENOSPC, EIO and the like never are."""
 
 REPEATABLE = READS | {"write_at", "make_folder", "remove", "remove_files", "remove_tree"}
-"""Operations that may be done twice.
+"""Idempotent operations, which may be repeated.
 
-Not ``sync`` and ``sync_folder``: after a failed fsync the kernel may have dropped what was not written, and a second
-one succeeds without it (see "PostgreSQL's fsync() surprise", LWN 2018). Not ``rename``, ``exchange``, ``write`` and
-``open_write``: the first try may have happened although its answer got lost.
+Not ``sync`` and ``sync_folder``: after a failed fsync the kernel may have dropped unwritten data, and a second one
+succeeds without it (see "PostgreSQL's fsync() surprise", LWN 2018). Not ``rename``, ``exchange``, ``write`` and
+``open_write``: the first attempt may have succeeded although its answer was lost.
 """
 
 
 class RetryStorage(WrappedStorage):
-    """Repeats what failed with a transient error, up to ``num_tries`` times, waiting twice as long each time."""
+    """Retries operations after transient errors, up to ``num_tries`` times, doubling the wait each time."""
 
     def __init__(
         self,

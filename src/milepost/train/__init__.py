@@ -1,18 +1,18 @@
 """A compact trainer for Llama 3 and Qwen 3 on any mix of parallelisms; it exercises every part of Milepost.
 
-Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in the order in which a run meets them::
+Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in the order in which a run uses them::
 
-    launch     torchrun that ends quietly: one message and an exit status instead of a stack of tracebacks
+    launch     torchrun with clean error reports: one message and an exit status instead of tracebacks
     __main__   one rank, from its command line to its exit status
-    options    TOML file and flags -> config; checks: what can't work is refused, all of it at once
+    options    TOML file and flags -> config; checks: report all impossible settings at once
     tokenizer  text -> token ids
     corpus     text files -> one array of token ids on disk
-    data       global sample index -> sequence of tokens; what a data-parallel rank reads at each step
+    data       global sample index -> sequence of tokens; the samples of a data-parallel rank at each step
     sizes      the sizes and settings of the model that the run starts from
-    models     the architectures; parallel: how they are spread over the ranks
+    models     the architectures; parallel: sharding them over the ranks
     optim      optimizers and the learning rate schedule
     metrics    the log line and TensorBoard
-    provenance  what travels with each step: the options, the tokenizer, the revision
+    provenance  data saved with each step: the options, the tokenizer, the revision
     loop       the training loop
 """
 

@@ -33,7 +33,7 @@ def main() -> None:
         from milepost.train.loop import train
 
         status = train(config)
-    except Exception as error:  # noqa: BLE001 - the top of a process: everything is told and ends it
+    except Exception as error:  # noqa: BLE001 - the top of a process: every error is reported and ends it
         leave_with(error)
     leave(status)
 

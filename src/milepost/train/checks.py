@@ -22,7 +22,7 @@ from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
 
 
 def find_problems(config: TrainConfig, world_size: int | None) -> list[str]:
-    """Every reason why ``config`` can't run on ``world_size`` ranks (None: not known yet)."""
+    """Return all reasons why ``config`` can't run on ``world_size`` ranks (None: not known yet)."""
     degrees, problems = _resolved(config, world_size)
     args, model_problems = _model_args(config)
     problems += model_problems
@@ -116,7 +116,7 @@ def _value_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _folder_problems(config: TrainConfig) -> Iterator[str]:
-    """The reasons why the run could not write to its folder. What only the system knows is reported when it happens."""
+    """Return the reasons why the run could not write to its folder, as far as they can be known in advance."""
     saves = config.checkpoint.enable and not config.checkpoint.load_only
     folders = {"job.dump_folder": config.job.dump_folder, "checkpoint.folder": config.checkpoint_folder()}
     if config.checkpoint.remote_folder:
@@ -127,7 +127,7 @@ def _folder_problems(config: TrainConfig) -> Iterator[str]:
             problems += _store_problems(option, folder)
         elif problem := _cannot_write(folder, saves=saves):
             problems.append(f"{option} {folder} {problem}")
-    yield from problems[:1]  # the second follows from the first
+    yield from problems[:1]  # the second problem follows from the first
 
 
 def _store_problems(option: str, url: str) -> list[str]:
@@ -152,7 +152,7 @@ def _cannot_write(folder: str, *, saves: bool) -> str | None:
 def _data_problems(config: TrainConfig) -> Iterator[str]:
     if config.training.dataset_path:
         path = Path(config.training.dataset_path)
-        if not os.path.exists(path):  # unlike Path's, it knows of no error: a name may be too long
+        if not os.path.exists(path):  # os.path's, unlike Path's, raises no error, even for a name that is too long
             yield f"training.dataset_path {path}: there is no such file or folder"
         elif not find_files(path):
             kind = "this folder holds no" if path.is_dir() else "this is not a"
@@ -160,7 +160,7 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     elif config.training.dataset not in BUILT_IN:
         yield (
             f"training.dataset: there is no data set '{config.training.dataset}'; built in: {', '.join(BUILT_IN)}; "
-            "your own files go to training.dataset_path"
+            "for your own files set training.dataset_path"
         )
     yield from _assets_problems(config.model.hf_assets_path)
 

@@ -1,7 +1,7 @@
-"""Every option of the trainer: one frozen dataclass a section, with torchtitan's names and a line on each.
+"""All options of the trainer: one frozen dataclass per section, with torchtitan's names and a line on each.
 
-``milepost.train.options`` fills these from a TOML file and flags; ``milepost.train.checks`` refuses what can't work.
-Neither they nor this module import torch, so a mistake is reported at once.
+``milepost.train.options`` fills these from a TOML file and flags; ``milepost.train.checks`` rejects invalid
+combinations. None of the three imports torch, so a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PipelineSchedule = Literal["GPipe", "1F1B", "Interleaved1F1B"]
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """The run as a whole."""
+    """The job: its configuration file and output folder."""
 
     config_file: str = ""
     """TOML file with the options; flags override it."""
@@ -52,7 +52,7 @@ class TrainingConfig:
     dataset: str = "python_docs"
     """Data set: python_docs (the language reference that ships inside every Python)."""
     dataset_path: str = ""
-    """Your own text instead: a .txt, .jsonl (field `text`) or .parquet (column `text`) file, or a folder of these."""
+    """Your own text: a .txt, .jsonl (field `text`) or .parquet (column `text`) file, or a folder of these."""
     local_batch_size: int = 8
     """Sequences of one forward and backward pass on a data-parallel rank."""
     global_batch_size: int = -1
@@ -60,9 +60,9 @@ class TrainingConfig:
     seq_len: int = 2048
     """Tokens in a sequence."""
     steps: int = 10000
-    """Steps of the whole run, including those before a resume."""
+    """Total number of steps of the run, including those before a resume."""
     max_norm: float = 1.0
-    """Gradient clipping: the largest norm of the gradient; 0 disables it."""
+    """Gradient clipping: the maximum norm of the gradient; 0 disables it."""
     dtype: Dtype = "float32"
     """Dtype of the parameters and of the optimizer's state."""
     mixed_precision_param: Dtype = "bfloat16"
@@ -80,9 +80,9 @@ class ParallelismConfig:
     """Degrees of parallelism. All but expert_parallel_degree multiply to the number of ranks."""
 
     data_parallel_replicate_degree: int = 1
-    """Replicas of the model, each on other data (with a shard degree above 1: HSDP)."""
+    """Replicas of the model, each on different data (with a shard degree above 1: HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Ranks that one replica is sharded over, each on other data (FSDP); -1 takes the remaining ranks."""
+    """Ranks over which one replica is sharded, each on different data (FSDP); -1 takes the remaining ranks."""
     tensor_parallel_degree: int = 1
     """Ranks that split each matrix product."""
     pipeline_parallel_degree: int = 1
@@ -97,7 +97,7 @@ class ParallelismConfig:
     """Ranks that split the experts of a mixture-of-experts model; taken from the shard, context and tensor ranks."""
 
     def degrees(self) -> dict[str, int]:
-        """The six degrees by option name, as they were given."""
+        """Return the six degrees by option name, as given."""
         return {name: getattr(self, name) for name in ALL_DEGREES}
 
 
@@ -168,11 +168,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=partial(CheckpointConfig, enable=False))
 
     def checkpoint_folder(self) -> str:
-        """The folder of the steps: ``checkpoint.folder`` below ``job.dump_folder``, or on its own if it is a URL."""
+        """Return the folder of the steps: ``checkpoint.folder``, below ``job.dump_folder`` unless it is a URL."""
         return join_path(self.job.dump_folder, self.checkpoint.folder)
 
     def checkpoint_options(self) -> CheckpointConfig:
-        """The options of checkpointing, with ``remote_folder`` below ``job.dump_folder`` as ``folder`` is."""
+        """Return the checkpointing options, with ``remote_folder`` also resolved below ``job.dump_folder``."""
         if not self.checkpoint.remote_folder:
             return self.checkpoint
         remote = join_path(self.job.dump_folder, self.checkpoint.remote_folder)

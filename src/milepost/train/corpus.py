@@ -1,7 +1,7 @@
-"""Text files to one array of token ids on disk, which every rank maps into memory.
+"""Encode text files into one array of token ids on disk, which every rank maps into memory.
 
-Encoding happens once: the array is kept under a name made of what it depends on (the files' names, sizes and times,
-and the tokenizer), so that a restart or another rank maps it at once.
+Text is encoded once: the array's file name is a digest of its inputs (the files' names, sizes and times, and the
+tokenizer), so that a restart or another rank maps it at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from milepost.errors import ConfigError, StorageError
 from milepost.train.tokenizer import TokenIds, Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""The text files that can be read."""
+"""Suffixes of the supported text files."""
 
 _PIECES_AT_ONCE = 256
 _TEXT_PIECE = 1 << 20
@@ -38,19 +38,19 @@ class TextPart(NamedTuple):
 
 
 def _python_docs() -> Iterator[TextPart]:
-    from pydoc_data import topics  # 0.5 MB, and only for this data set
+    from pydoc_data import topics  # imported here: 0.5 MB, needed only for this data set
 
     for name in sorted(topics.topics):
         yield TextPart(topics.topics[name])
 
 
 BUILT_IN: dict[str, Callable[[], Iterator[TextPart]]] = {"python_docs": _python_docs}
-"""Data sets that need no files: name -> its documents."""
+"""Built-in data sets: name -> documents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """An array of token ids. ``digest`` is of the ids themselves: it stays when files are moved or touched."""
+    """An array of token ids. ``digest`` covers the ids, so it does not change when files are moved or touched."""
 
     tokens: TokenIds
     name: str
@@ -59,7 +59,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """The record beside the token file that proves it complete."""
+    """The record beside a token file that marks it as complete."""
 
     dtype: str
     num_tokens: int
@@ -67,19 +67,19 @@ class _Entry:
 
 
 def find_files(path: Path) -> list[Path]:
-    """``path`` itself if it is a text file, or all text files below it, in the order of their names."""
+    """Return ``path`` itself if it is a text file, else all text files below it, sorted by name."""
     if path.is_file():
         return [path] if path.suffix in SUFFIXES else []
     return sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
 
 
 def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_folder: Path) -> Corpus:
-    """The tokens of the files at ``dataset_path``, or of the built-in ``dataset`` where that is empty.
+    """Load the tokens of the files at ``dataset_path`` or, if that is empty, of the built-in ``dataset``.
 
-    Several processes may call this at once: each result is put in place as a whole.
+    Several processes may call this at once: each result is put in place atomically.
 
     Raises:
-        ConfigError: a file can't be read as what its name says.
+        ConfigError: a file can't be read in the format of its suffix.
         StorageError: ``cache_folder`` can't be written.
     """
     if dataset_path:
@@ -101,7 +101,7 @@ def load_corpus(dataset: str, dataset_path: str, tokenizer: Tokenizer, cache_fol
 
 
 def _read_entry(entry_path: Path) -> _Entry | None:
-    """The entry, if it and its token file are complete; after a power cut either may be empty or cut short."""
+    """Return the entry if it and its token file are complete; after a power cut either may be empty or truncated."""
     try:
         entry = msgspec.json.decode(entry_path.read_bytes(), type=_Entry)
         expected_nbytes = entry.num_tokens * np.dtype(entry.dtype).itemsize
@@ -130,7 +130,7 @@ def _data_path(entry_path: Path) -> Path:
 
 
 def _encode(pieces: Iterator[TextPart], tokenizer: Tokenizer, entry_path: Path) -> _Entry:
-    """Write the token file, then its entry, each to a name of this process and, once it is durable, in place."""
+    """Write the token file, then its entry, each under a temporary name and, once durable, renamed into place."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     data_path = _data_path(entry_path)
     draft_path = data_path.with_suffix(f".{os.getpid()}.draft")
@@ -157,7 +157,7 @@ def _encode(pieces: Iterator[TextPart], tokenizer: Tokenizer, entry_path: Path) 
 
 
 def _make_durable(file: IO[bytes]) -> None:
-    """A name must not outlive a power cut that its content did not."""
+    """Sync a file and its folder: a name must not survive a power cut without its content."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -202,7 +202,7 @@ def _read_jsonl(path: Path) -> Iterator[TextPart]:
 
 def _read_parquet(path: Path) -> Iterator[TextPart]:
     try:
-        from pyarrow import ArrowInvalid, parquet  # only with such a file: it is an extra dependency
+        from pyarrow import ArrowInvalid, parquet  # imported only for such a file: an optional dependency
     except ImportError as error:
         raise ConfigError(
             f"training.dataset_path: {path} needs the package pyarrow: pip install 'milepost[train]'"

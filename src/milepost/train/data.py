@@ -1,4 +1,4 @@
-"""Sequences of tokens in the global order of ``milepost.data``, whatever the number of ranks that read them."""
+"""Sequences of tokens in the global order of ``milepost.data``, independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """All that the order and content of the samples depend on; a resumed run must agree in it."""
+    """The inputs that determine order and content of the samples; a resumed run must have the same."""
 
     dataset: str
-    """Its name, for messages."""
+    """Name of the corpus, for messages."""
     tokens: str
     """Digest of the token ids."""
     tokenizer: str
@@ -60,7 +60,7 @@ class DataLoader:
         self._tokens = corpus.tokens
         self._seq_len = seq_len
         self.global_batch_size = global_batch_size
-        # One row of counts a micro-batch; in a row, each rank has its own run of local_batch_size.
+        # One row of counts per micro-batch; in each row a rank has a run of local_batch_size.
         own = np.arange(global_batch_size, dtype=np.uint64).reshape(-1, dp_degree, local_batch_size)
         self._own_offsets = own[:, dp_rank]
 
@@ -80,16 +80,16 @@ class DataLoader:
         return {"samples_consumed": self.samples_consumed, "fingerprint": asdict(self.fingerprint)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+        """Continue from ``state``.
 
         Raises:
-            StateMismatchError: data set, tokenizer, sequence length or seed differ; the message says which. Or it is
-                the state of another program's loader.
+            StateMismatchError: data set, tokenizer, sequence length or seed differ (the message names them), or the
+            state is another program's.
         """
         if "samples_consumed" not in state:
             raise StateMismatchError(
                 f"the checkpoint holds the state of another program's data loader ({', '.join(listed(list(state), 3))})"
-                ", from which nobody but that can tell which samples were seen. Start the data anew with "
+                ", which alone knows the samples seen. Restart the data with "
                 "--checkpoint.exclude_from_loading dataloader",
                 mismatched=[f"dataloader.{key}" for key in state],
             )
@@ -98,9 +98,9 @@ class DataLoader:
         if changed not in ([], ["dataset"]):  # the same tokens under another name are the same data
             changes = [f"{name} was {saved.get(name)!r} and is {present[name]!r}" for name in changed]
             raise StateMismatchError(
-                "the checkpoint was trained on other data, so which samples were seen is unknown: "
+                "the checkpoint was trained on other data, so the samples seen are unknown: "
                 + "; ".join(changes)
-                + ". Restore these, or start the data anew with --checkpoint.exclude_from_loading dataloader",
+                + ". Restore these, or restart the data with --checkpoint.exclude_from_loading dataloader",
                 mismatched=changes,
             )
         self.samples_consumed = int(state["samples_consumed"])

@@ -1,8 +1,9 @@
-"""torchrun that ends quietly: ``python -m milepost.train.launch <torchrun's options> -- <the trainer's options>``.
+"""torchrun with clean errors: ``python -m milepost.train.launch <torchrun's options> -- <the trainer's options>``.
 
-torchrun itself answers a failed rank, and even Ctrl-C, with its own traceback and exit status 1. Here a mistake in the
-configuration is reported before anything is started, a failure is reported once, in the words of the rank that failed
-first, and the exit status is that rank's (128 + the signal's number for a signal). SIGUSR1 is passed on to the ranks.
+After a failed rank, and even after Ctrl-C, torchrun prints its own traceback and exits with status 1. Here a mistake in
+the configuration is reported before anything is started; a failure is reported once, with the message of the rank that
+failed first; and the exit status is that rank's (128 + the signal's number for a signal). SIGUSR1 is forwarded to the
+ranks.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from milepost.train.options import load_config
 from milepost.train.process import LAUNCHER_PID, leave_on_signals
 
 SHUTDOWN_TIMEOUT_S = 600
-"""How long ranks may take to save after SIGTERM or Ctrl-C before torchrun kills them; torchrun's own 30 s are short."""
+"""Seconds that ranks have to save after SIGTERM or Ctrl-C before torchrun kills them; its default of 30 s is short."""
 
 _NUMBERS_OF_RANKS = ("auto", "gpu", "cpu", "xpu")
-"""What torchrun takes for ``--nproc_per_node`` beside a number."""
+"""Words that torchrun accepts for ``--nproc_per_node`` instead of a number."""
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def check(torchrun_args: Sequence[str], trainer_args: Sequence[str]) -> None:
-    """Refuse what can't work. Raises ConfigError with every problem of both command lines."""
+    """Check both command lines. Raises ConfigError with all problems."""
     problems: list[str] = []
     num_ranks = None
     try:
@@ -67,10 +68,10 @@ def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def world_size(torchrun_args: Sequence[str]) -> int | None:
-    """The number of ranks that torchrun will start on all nodes; None where only torchrun can tell.
+    """Return the number of ranks that torchrun will start on all nodes; None if only torchrun can determine it.
 
     Raises:
-        ConfigError: a number of ranks or nodes, or LOG_RANK, that torchrun would answer with a traceback.
+        ConfigError: an invalid number of ranks or nodes, or LOG_RANK, for which torchrun would print a traceback.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nnodes", default="1")
@@ -111,19 +112,19 @@ def run(argv: Sequence[str]) -> int:
     """Run torchrun with ``argv`` and return the exit status of the job.
 
     Raises:
-        ConfigError: ``argv`` is none that torchrun understands.
+        ConfigError: torchrun does not accept ``argv``.
     """
-    from torch.distributed import run as torchrun  # seconds: only once the configuration is known to be right
+    from torch.distributed import run as torchrun  # takes seconds: only after the configuration was checked
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    # PyTorch 2.13 keeps one store for all restarts of a job, where a restarted rank finds the addresses of dead ones.
-    # This makes a new one for each, hosted by rank 0.
+    # PyTorch 2.13 keeps one store for all restarts of a job, in which a restarted rank finds the addresses of dead
+    # ones. This creates a new one for each start, hosted by rank 0.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ[LAUNCHER_PID] = str(os.getpid())
     args = _parsed(argv, torchrun.get_args_parser())
-    if "LOGLEVEL" not in os.environ:  # with it, torchrun's own log is asked for
+    if "LOGLEVEL" not in os.environ:  # it requests torchrun's own log
         _show_in_our_words(args.max_restarts)
     signal.signal(signal.SIGINT, _Interrupt(SignalException))
     try:
@@ -133,15 +134,15 @@ def run(argv: Sequence[str]) -> int:
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode < 0:
-            print(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+            print(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
             return 128 - failure.exitcode
         if str(failure.local_rank) not in os.environ.get("LOG_RANK", "0").split(","):
             print(failure.message, file=sys.stderr)
         return failure.exitcode
     except RendezvousError as lost:
         print(
-            f"error: the nodes of this job can't meet: {lost}\n"
-            "The one at --rdzv_endpoint hosts the meeting; without it the job can't continue. Started anew, it resumes "
+            f"error: rendezvous of this job's nodes failed: {lost}\n"
+            "The one at --rdzv_endpoint hosts the meeting; without it the job can't continue. Restarted, it resumes "
             "from the newest checkpoint",
             file=sys.stderr,
         )
@@ -150,20 +151,20 @@ def run(argv: Sequence[str]) -> int:
 
 
 _DEFAULTS = {"shutdown_timeout": SHUTDOWN_TIMEOUT_S, "signals_to_handle": "SIGTERM,SIGHUP,SIGQUIT"}
-"""What ours replaces of torchrun's defaults, if this torch has the option; SIGINT is handled here."""
+"""Our replacements for torchrun's defaults, if this torch has the option; SIGINT is handled here."""
 
 
 def _parsed(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
     def refuse(message: str) -> None:
         raise ConfigError(f"torchrun does not understand its options (TORCHRUN_ARGS): {message}")
 
-    parser.error = refuse  # type: ignore[assignment,method-assign]  # its own prints a page of usage
+    parser.error = refuse  # type: ignore[assignment,method-assign]  # the original prints a page of usage
     parser.set_defaults(**_DEFAULTS)
     return parser.parse_args(argv)
 
 
 class _Interrupt:
-    """Handles Ctrl-C: the first one asks the ranks to save and stop, by torchrun; a second one kills them."""
+    """Handles Ctrl-C: the first one makes torchrun ask the ranks to save and stop; a second one kills them."""
 
     def __init__(self, exception: Any):
         self._exception = exception
@@ -172,7 +173,7 @@ class _Interrupt:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self._came:
             self._came = True
-            if not _ranks():  # else they say it
+            if not _ranks():  # else they report it themselves
                 os.write(2, b"stopped by SIGINT\n")
             raise self._exception("interrupted", signal.Signals(number))
         os.write(2, b"stopped at once by a second SIGINT\n")
@@ -182,9 +183,9 @@ class _Interrupt:
 
 
 def pass_on_save_requests() -> None:
-    """From now on, send SIGUSR1 on to the ranks.
+    """Start forwarding SIGUSR1 to the ranks.
 
-    It is blocked here, which processes inherit: a rank that is only starting keeps it pending until it can save.
+    Child processes inherit its blocked state: a rank that is still starting keeps it pending until it can save.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     threading.Thread(target=_pass_on, name="milepost-save-requests", daemon=True).start()
@@ -199,7 +200,7 @@ def _pass_on() -> None:
 
 
 def _ranks() -> list[psutil.Process]:
-    """The ranks that this launcher has started. Writer processes are children of theirs."""
+    """Return the ranks started by this launcher. Writer processes are the ranks' children."""
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
@@ -209,7 +210,7 @@ def _ranks() -> list[psutil.Process]:
 
 
 class _OurWords(logging.Handler):
-    """Prints what matters of torchrun's log: that a rank died, and that all are started again."""
+    """Reports the important events of torchrun's log: a rank died, all ranks are restarted."""
 
     def __init__(self, max_restarts: int):
         super().__init__(logging.INFO)
@@ -219,13 +220,13 @@ class _OurWords(logging.Handler):
         args = record.args if isinstance(record.args, tuple) else ()
         text = None
         if record.msg.startswith("failed (exitcode: %s) local_rank: %s"):
-            if self._may_restart:  # else the end of the job says it
+            if self._may_restart:  # else it is reported at the end of the job
                 text = f"local rank {args[1]} {_ending(int(str(args[0])))}"
         elif record.msg.startswith("[%s] Worker group %s. %s/%s attempts left"):
-            text = f"starting all ranks again; restarts left: {int(str(args[2])) - 1}"
+            text = f"restarting all ranks; restarts left: {int(str(args[2])) - 1}"
         elif record.msg.startswith("[%s] Detected %s new nodes"):
             joining = "1 more node joins" if args[1] == 1 else f"{args[1]} more nodes join"
-            text = f"{joining}: the ranks save, and all start again"
+            text = f"{joining}: the ranks save, and all are restarted"
         elif record.levelno >= logging.ERROR:
             text = f"torchrun: {record.getMessage()}"
         if text is not None:
@@ -233,7 +234,7 @@ class _OurWords(logging.Handler):
 
 
 def _ending(exitcode: int) -> str:
-    return f"was ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit status {exitcode}"
+    return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit status {exitcode}"
 
 
 def _show_in_our_words(max_restarts: int) -> None:

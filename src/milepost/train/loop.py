@@ -61,7 +61,7 @@ def _take_gpu(local_rank: int) -> None:
 
 
 def join_process_group(device_type: str) -> None:
-    """Make the default process group of the ranks that torchrun started; of this process alone without torchrun."""
+    """Create the default process group of the ranks that torchrun started; without torchrun, of this process only."""
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
@@ -83,11 +83,11 @@ class TrainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = int(state["step"])
         self.ntokens_seen = int(state["ntokens_seen"])
-        self.loss = float(state.get("loss", "nan"))  # torchtitan's checkpoints have none
+        self.loss = float(state.get("loss", "nan"))  # absent from torchtitan's checkpoints
 
 
 class Trainer:
-    """A training run on this rank. The default process group must be there."""
+    """A training run on this rank. The default process group must exist."""
 
     def __init__(self, config: TrainConfig, device_type: str = "cpu"):
         self.config = config
@@ -139,7 +139,7 @@ class Trainer:
         )
 
     def run(self) -> int:
-        """Train from where the newest checkpoint is to the last step; or only write the seed checkpoint.
+        """Train from the newest checkpoint to the last step, or only write the seed checkpoint.
 
         Returns the exit status: 0, or 128 + the signal's number if SIGTERM or SIGINT came before the last step (the
         state is saved then).
@@ -156,7 +156,7 @@ class Trainer:
         return self._stopped(stop) if stop is not None and self.state.step < self.config.training.steps else 0
 
     def _stopped(self, number: signal.Signals) -> int:
-        """Say how to resume after a request to stop; the exit status, which is 0 for a file: nobody starts it again."""
+        """Log how to resume after a request to stop; returns the exit status, 0 if a file asked to stop."""
         reason = self.checkpoints.stop_reason
         command = "the same command"
         if self.config.checkpoint.restart_branch:
@@ -181,7 +181,7 @@ class Trainer:
             self.meter.log_saves(self.checkpoints.take_events())
 
     def _save(self, *, is_last: bool) -> None:
-        """Save if it is due, with what belongs to the step."""
+        """Save if due, with the step's metrics and files."""
         metrics = {"loss": self.state.loss} if self.state.step else {}
         beside = self.provenance
         self.checkpoints.save(
@@ -189,7 +189,7 @@ class Trainer:
         )
 
     def _say_when_it_stops(self, number: signal.Signals) -> None:
-        """Called in a signal handler. Between steps a save may or may not have heard of the signal already."""
+        """Report when the run will stop, from a signal handler: a save between steps may have seen the signal."""
         if self.state.step == self.config.training.steps:
             when = "the last save is being committed"
         elif self._step_at_work is not None:
@@ -218,11 +218,11 @@ class Trainer:
         self.state.loss = self.model.reduce_loss(loss_share)
         return StepFigures(step=self.state.step, loss=self.state.loss, grad_norm=grad_norm.item(), lr=lr)
 
-    # Resuming, and what stands in its place.
+    # Resuming, or starting.
 
     def _resume(self) -> None:
         report = self.checkpoints.load()
-        self.lr_schedule.apply()  # over the learning rate that the optimizer was loaded with
+        self.lr_schedule.apply()  # replaces the learning rate that was loaded with the optimizer
         if report is not None:
             log.info(_what_was_loaded(report, self.state.step))
             for note in report.notes:
@@ -230,18 +230,18 @@ class Trainer:
         elif self.config.parallelism.pipeline_parallel_degree > 1:
             log.warning(
                 "there is no checkpoint to start from, so every pipeline rank initialises its own stage's weights, "
-                "slowly for a large model. --checkpoint.create_seed_checkpoint does it once, for any degrees"
+                "slowly for a large model. --checkpoint.create_seed_checkpoint does this once, for any degrees"
             )
 
     def _is_finished(self) -> bool:
-        """True, with a line in the log, if an earlier start has already made the last step."""
+        """Return True, with a log line, if the last step was already reached before."""
         num_steps = self.config.training.steps
         last = self.checkpoints.finished_step(num_steps)
         if last is None:
             return False
         log.info(
-            f"this run is finished: {self.checkpoint_folder}/step-{last} is there and training.steps is {num_steps}. "
-            "To train on, raise training.steps; to train anew, choose another job.dump_folder"
+            f"this run is finished: {self.checkpoint_folder}/step-{last} exists and training.steps is {num_steps}. To "
+            f"continue training, raise training.steps; to start over, choose another job.dump_folder"
         )
         return True
 
@@ -250,7 +250,7 @@ class Trainer:
         if latest is not None:
             raise ConfigError(
                 f"checkpoint.create_seed_checkpoint: {self.checkpoint_folder} already holds step-{latest}; "
-                "a seed is for a run that has not begun. Choose another folder"
+                "a seed checkpoint is for a new run. Choose another folder"
             )
         self._save(is_last=True)
         log.info(f"wrote the seed checkpoint {self.checkpoint_folder}/step-0")
@@ -264,7 +264,7 @@ class Trainer:
     # Setting up.
 
     def _seed_random_numbers(self) -> None:
-        """Seed this rank's own stream of random numbers; weights and data have streams of their own."""
+        """Seed this rank's random number stream; weights and data have separate streams."""
         training = self.config.training
         seed = int(np.random.SeedSequence([training.seed, dist.get_rank()]).generate_state(1)[0])
         random.seed(seed)
@@ -295,7 +295,7 @@ class Trainer:
         return data
 
     def _read_provenance(self) -> Provenance:
-        """Read what is saved with each step; on rank 0."""
+        """Read the provenance that is saved with each step; on rank 0."""
         found, failure = Provenance(), None
         if dist.get_rank() == 0 and self.config.checkpoint.enable:
             try:
@@ -306,7 +306,7 @@ class Trainer:
         return found
 
     def _load_corpus(self, tokenizer: Tokenizer) -> Corpus:
-        """Encode the text in one process a node; the others then find it done."""
+        """Encode the text in one process per node; the others then load the result."""
         training = self.config.training
         cache_folder = Path(self.config.job.dump_folder) / "tokens"
         load = partial(load_corpus, training.dataset, training.dataset_path, tokenizer, cache_folder)
@@ -320,7 +320,7 @@ class Trainer:
         return load()
 
     def _settle_sizes(self, tokenizer: Tokenizer) -> ModelArgs:
-        """The model's sizes and settings; rank 0 looks where the run starts from."""
+        """Return the model's sizes and settings; rank 0 reads the checkpoint that the run starts from."""
         sizes = flavor_sizes(self.config, tokenizer)
         sizes, note = on_rank_0(default_comm(), partial(settled_sizes, self.config, sizes))
         if note is not None:
@@ -328,7 +328,7 @@ class Trainer:
         return sizes
 
     def _build_model(self, sizes: ModelArgs, meshes: Meshes) -> ParallelModel:
-        """The model with its initial weights, spread over the ranks. It begins on the meta device, never whole."""
+        """Build the model on the meta device, shard it and set its initial weights: it never exists in full."""
         config = self.config
         with torch.device("meta"):
             whole = make_model(config.model.name, sizes, config.training.seq_len)
@@ -344,11 +344,11 @@ class Trainer:
 
 
 def _what_was_loaded(report: LoadReport, num_steps: int) -> str:
-    """One line for the log: a resume continues a run, an initial load and a seed checkpoint begin one."""
+    """Describe the load in one log line: a resume continues a run, an initial load or a seed checkpoint starts one."""
     if report.resumed_step == 0 and report.kind == "model":
         return f"starting from the seed checkpoint {report.path}"
     if report.resumed_step is None and num_steps == 0:
-        return f"starting from the weights of {report.path}; all else is fresh"
+        return f"starting from the weights of {report.path}; everything else is newly initialized"
     if report.resumed_step is None:
         return f"starting from the state of {report.path} ({report.kind}), where {_steps(num_steps)} done"
     return f"resumed from {report.path} ({report.kind}): {_steps(num_steps)} done"

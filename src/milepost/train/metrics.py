@@ -52,9 +52,9 @@ class Meter:
         """Begin after ``step`` steps, when checkpoints have blocked training for ``blocked_s`` seconds."""
         self._measure_from(step, blocked_s)
         if self._writes_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra dependency
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            # What an earlier run wrote after the step resumed from did not happen in this one.
+            # Drop values that an earlier start wrote after the step resumed from.
             try:
                 self._writer = SummaryWriter(str(self._tb_folder), purge_step=step + 1)
             except OSError as error:
@@ -66,7 +66,7 @@ class Meter:
         self._since_step, self._since_s, self._since_blocked_s = step, time.perf_counter(), blocked_s
 
     def log(self, figures: StepFigures, *, blocked_s: float) -> None:
-        """Log the metrics of a step, if it is one to be logged.
+        """Log the metrics of a step, if it is due.
 
         ``blocked_s`` is the running total of seconds blocked by checkpoints.
         """
@@ -115,7 +115,7 @@ class Meter:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory in use at a time so far: reserved on this rank's GPU, or resident on the CPU."""
+    """Return the peak memory use so far: reserved on this rank's GPU, or resident on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

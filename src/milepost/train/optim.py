@@ -13,7 +13,7 @@ from milepost.train.config import LRSchedulerConfig, OptimizerConfig
 
 
 def build_optimizers(parts: Sequence[nn.Module], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """One optimizer for each model part of this rank (a pipeline rank may hold several stages)."""
+    """Build one optimizer for each model part of this rank (a pipeline rank may hold several stages)."""
     cls = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
     return [
         cls(
@@ -28,10 +28,10 @@ def build_optimizers(parts: Sequence[nn.Module], config: OptimizerConfig) -> lis
 
 
 def lr_factor(step: int, num_steps: int, config: LRSchedulerConfig) -> float:
-    """The factor of ``optimizer.lr`` in ``step``, counted from 1: warm-up, stable, decay (WSD).
+    """Return the factor of ``optimizer.lr`` in ``step``, counted from 1: warm-up, stable, decay (WSD).
 
     The warm-up rises to 1 at ``warmup_steps``; the decay ends at ``min_lr_factor`` in the last step. Without a
-    ``decay_ratio`` nothing is stable: the decay follows the warm-up. A warm-up longer than the run is cut to it.
+    ``decay_ratio`` there is no stable phase: the decay follows the warm-up. A warm-up longer than the run is cut to it.
     The shapes are those of torchtitan's scheduler ("sqrt": Hägele et al., 2024, "1-sqrt").
     """
     warmup_steps = min(config.warmup_steps, num_steps)
@@ -62,7 +62,7 @@ class LRSchedule:
         self._lr = lr
         self._num_steps = num_steps
         self._config = config
-        self.last_epoch = 0  # torch's name for the number of steps done; checkpoints of others have it too
+        self.last_epoch = 0  # torch's name for the number of steps done, also used by other programs' checkpoints
         self.apply()
 
     @property
@@ -76,7 +76,7 @@ class LRSchedule:
         self.apply()
 
     def apply(self) -> None:
-        """Set the learning rate of the next step, and the one that it is a factor of, as torch's schedules do."""
+        """Set the learning rate of the next step and its base value, as torch's schedules do."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
@@ -86,6 +86,6 @@ class LRSchedule:
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after ``last_epoch`` steps, on the schedule of the present options."""
+        """Continue after ``last_epoch`` steps, with the schedule of the current options."""
         self.last_epoch = int(state["last_epoch"])
         self.apply()

@@ -1,7 +1,7 @@
-"""From a TOML file and command-line flags to a ``TrainConfig``, or to one error with every mistake in it.
+"""Read a TOML file and command-line flags into a ``TrainConfig``, or raise one error with all mistakes.
 
-tyro renders ``--help``. The reading itself is done here: tyro (1.0) stops at the first wrong value, knows no file and
-line, and would apply other rules to a flag than to the same option in TOML.
+tyro renders ``--help``. Parsing is done here: tyro (1.0) stops at the first wrong value, does not report file and line,
+and would apply different rules to a flag than to the same option in TOML.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass
 class Settings:
-    """Options by dotted name as a file and flags set them, and where each was set (``file:line`` or the flag)."""
+    """Options by dotted name, as set by a file and flags, with the origin of each (``file:line`` or the flag)."""
 
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
-    """Options whose value was refused: checks that depend on them would only confuse."""
+    """Options with rejected values: checks that depend on them are skipped."""
 
     def set(self, option: str, value: object, origin: str, *, read: Callable[[Any, Any], object]) -> None:
-        """Set ``option`` to what ``read`` (``from_flag`` or ``from_toml``) makes of ``value``, or note the problem."""
+        """Set ``option`` to ``value`` as parsed by ``read`` (``from_flag`` or ``from_toml``), or record the problem."""
         self.origins[option] = origin
         try:
             self.values[option] = _expanded(option, read(value, OPTIONS[option]))
@@ -51,14 +51,14 @@ class Settings:
             self.problems.append(f"{origin}: {option} must be {error}, not {_shown(value)}")
 
     def update(self, other: Settings) -> None:
-        """Put the settings of ``other`` over these."""
+        """Override these settings with those of ``other``."""
         self.values |= other.values
         self.origins |= other.origins
         self.problems += other.problems
         self.refused |= other.refused
 
     def check_that_checkpointing_is_on(self) -> None:
-        """Refuse options of checkpointing where nothing says whether it is on: they would silently do nothing."""
+        """Reject checkpointing options if ``enable`` is not set: they would silently have no effect."""
         idle = [option for option in self.origins if option.startswith("checkpoint.")]
         if not idle or "checkpoint.enable" in self.origins:
             return
@@ -67,10 +67,10 @@ class Settings:
             f"{self.origins[idle[0]]}: checkpointing is off, so {names} would have no effect: add `enable = true` to "
             "[checkpoint] (or --checkpoint.enable), or `enable = false` to leave it off"
         )
-        self.values["checkpoint.enable"] = True  # the other checks are of what was meant
+        self.values["checkpoint.enable"] = True  # let the other checks assume that it is on
 
     def locate(self, problem: str) -> str | None:
-        """``problem`` with the place of the option it names first; None if it rests on a refused value."""
+        """Prefix ``problem`` with the origin of the option it names first; None if it depends on a rejected value."""
         named = [word for word in re.findall(r"\b\w+\.\w+", problem) if word in OPTIONS]
         section = problem.partition(":")[0]
         if section in SECTIONS:
@@ -82,9 +82,9 @@ class Settings:
 
 
 def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
-    """The configuration that the command line ``argv`` asks for, checked for a job of ``world_size`` ranks.
+    """Return the configuration of the command line ``argv``, checked for a job of ``world_size`` ranks.
 
-    With ``world_size`` None, all is checked that doesn't depend on it.
+    With ``world_size`` None, checks that depend on it are skipped.
 
     Raises:
         ConfigError: with every problem of file, flags and their combination.
@@ -106,13 +106,13 @@ def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
 
 
 def build_config(values: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
-    """A config of ``values`` (by dotted name) over the defaults; a section that refuses its values keeps these."""
+    """Build a config from ``values`` (by dotted name); a section that rejects its values gets the defaults."""
     sections: dict[str, Any] = {}
     problems: list[str] = []
     for section, cls in SECTIONS.items():
         chosen = {f.name: values[f"{section}.{f.name}"] for f in fields(cls) if f"{section}.{f.name}" in values}
         if section == "checkpoint":
-            chosen.setdefault("enable", False)  # the trainer's is off unless told otherwise, as torchtitan's
+            chosen.setdefault("enable", False)  # off by default in the trainer, as in torchtitan
         try:
             sections[section] = cls(**chosen)
         except ConfigError as error:
@@ -123,7 +123,7 @@ def build_config(values: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
 def read_flags(argv: Sequence[str]) -> Settings:
     """Read ``--section.key value``, ``--section.key=value``, ``--section.flag`` and ``--section.no_flag``.
 
-    Hyphens and underscores are the same in a name. The last setting of an option counts.
+    Hyphens and underscores are equivalent in a name. The last setting of an option wins.
     """
     settings = Settings()
     args = list(argv)
@@ -191,7 +191,7 @@ def _set_from_toml(settings: Settings, option: str, value: object, origin: str) 
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """Line of the first mention of each ``section`` and ``section.key``. For messages: tomllib doesn't tell."""
+    """Return the line of the first mention of each ``section`` and ``section.key``, which tomllib does not provide."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), start=1):
@@ -215,7 +215,7 @@ PATHS = (
     "checkpoint.initial_load_path",
     "metrics.save_tb_folder",
 )
-"""Options in which ``~`` and ``$VARIABLE`` are expanded, which a shell does not do in a file or after ``=``."""
+"""Options in which ``~`` and ``$VARIABLE`` are expanded: a shell does not do so in a file or after ``=``."""
 
 
 def _expanded(option: str, value: object) -> object:
@@ -230,7 +230,7 @@ def _did_you_mean(option: str, prefix: str) -> str:
 
 
 def from_flag(text: str, hint: Any) -> object:
-    """The value that ``text`` spells in the type ``hint``. Raises ValueError saying what it must be."""
+    """Parse ``text`` as the type ``hint``. Raises ValueError with the expected type."""
     for choice in _choices(hint):
         if isinstance(choice, str) and text == choice:
             return text
@@ -245,7 +245,7 @@ def from_flag(text: str, hint: Any) -> object:
 
 
 def from_toml(value: object, hint: Any) -> object:
-    """``value`` in the type ``hint``: a whole number does for a float, and text with commas for a list."""
+    """Convert ``value`` to the type ``hint``; accepts a whole number for a float, and text with commas for a list."""
     for choice in _choices(hint):
         if isinstance(choice, str) and value == choice:
             return value
@@ -262,14 +262,14 @@ def from_toml(value: object, hint: Any) -> object:
 
 
 def _checked(value: object, hint: Any) -> Any:
-    """``value``; ValueError if it is a whole number that no computer counts with."""
+    """Return ``value``; raises ValueError for an integer of more than 63 bits."""
     if isinstance(value, int) and value.bit_length() > 63:
         raise ValueError(f"{describe(hint)} of at most 63 bits")
     return value
 
 
 def _choices(hint: Any) -> list[Any]:
-    """The choices for a value: types, and the words of a Literal. None stands for an option that is not given."""
+    """Return the choices for a value: types, and the words of a Literal. None means that the option is not given."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return [choice for arg in typing.get_args(hint) for choice in _choices(arg) if choice is not type(None)]
     return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else [hint]
@@ -287,8 +287,8 @@ def describe(hint: Any) -> str:
 
 
 def print_help(config: TrainConfig) -> NoReturn:
-    """Print every option with what it has in ``config``, and exit with 0."""
-    import tyro  # only here: it is of no use to a rank
+    """Print all options with their values in ``config``, and exit with 0."""
+    import tyro  # imported here: ranks do not need it
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -310,7 +310,7 @@ def print_help(config: TrainConfig) -> NoReturn:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """``config`` as the TOML file that gives it (but for ``job.config_file``, which is a flag)."""
+    """Format ``config`` as the TOML file that yields it (without ``job.config_file``, which is a flag)."""
     blocks = []
     for section, cls in SECTIONS.items():
         values = {f.name: getattr(getattr(config, section), f.name) for f in fields(cls)}
@@ -321,11 +321,11 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def _shown(value: object) -> str:
-    """``value`` for a message, cut if it is long."""
+    """Format ``value`` for a message, shortened if it is long."""
     try:
         text = _toml_value(value)
-    except (RecursionError, ValueError):  # Python spells out no number of thousands of digits
-        return "something that long"
+    except (RecursionError, ValueError):  # Python refuses to print numbers of thousands of digits
+        return "a number of that many digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -333,5 +333,5 @@ def _toml_value(value: object) -> str:
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(part) for part in value) + "]"
     if isinstance(value, str | bool):
-        return json.dumps(value, ensure_ascii=False)  # the escapes of JSON are valid in TOML
+        return json.dumps(value, ensure_ascii=False)  # JSON's escapes are valid in TOML
     return str(value)

@@ -1,7 +1,7 @@
-"""One rank as a process: what it prints, how signals and errors end it. Torch-free.
+"""One rank as a process: its output, and its exit on signals and errors. Torch-free.
 
-Every way to end goes through ``leave``: it exits without finalising Python, during which a thread of gloo may abort
-the process (after all work is done, and torchrun would report a failure).
+Every exit goes through ``leave``, which skips Python's finalisation: during that a gloo thread may abort the process,
+after all work is done, and torchrun would report a failure.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _LOST_PEER = re.compile(
 
 
 def speaks() -> bool:
-    """True if this rank prints: the local ranks in LOG_RANK do (comma-separated, default 0), and a process alone."""
+    """Return True if this rank prints: its local rank is in LOG_RANK (default 0), or it is the only process."""
     return "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] in os.environ.get("LOG_RANK", "0").split(",")
 
 
 def show_log() -> None:
-    """Print what Milepost logs, with the time of day, if this rank speaks; else nothing."""
+    """Print Milepost's log with the time of day, if this rank prints."""
     log = logging.getLogger("milepost")
     handler = logging.StreamHandler(sys.stdout) if speaks() else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
@@ -53,7 +53,7 @@ def leave(status: int) -> NoReturn:
 
 
 def leave_on_signals() -> None:
-    """From now on SIGINT and SIGTERM end the process with 128 + their number and one line, without a traceback."""
+    """Make SIGINT and SIGTERM end the process with 128 + their number and one line, without a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave_on_signal)
 
@@ -64,32 +64,32 @@ def hold_save_requests() -> None:
 
 
 def accept_save_requests() -> None:
-    """Handle SIGUSR1, one that has come meanwhile too. Without a handler by now it has no effect but a line."""
+    """Handle SIGUSR1, including a pending one. If no handler was installed, it only prints a line."""
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, _nothing_to_save)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def _nothing_to_save(number: int, frame: FrameType | None) -> None:
-    write_line("SIGUSR1: this run saves nothing now (see checkpoint.enable and checkpoint.load_only)")
+    write_line("SIGUSR1: this run does not save (see checkpoint.enable and checkpoint.load_only)")
 
 
 def write_line(text: str) -> None:
-    """Print a line on stderr, if this rank speaks; safe in a signal handler."""
+    """Print a line on stderr, if this rank prints; safe in a signal handler."""
     if speaks():
         os.write(2, f"{text}\n".encode())
 
 
 def leave_with_launcher() -> None:
-    """From now on the death of torchrun's agent sends SIGTERM to this rank, which so saves and ends.
+    """Have the kernel send SIGTERM to this rank when torchrun's agent dies, so that it saves and exits.
 
-    An agent that is killed can't end its ranks. Left to themselves they would train on, with nobody to restart them,
-    and keep the run's folder locked against the next start of the job. (``PR_SET_PDEATHSIG`` of prctl(2); Linux only.)
+    An agent that is killed can't stop its ranks. They would continue training, with no one to restart them, and keep
+    the run's folder locked against the next start of the job. (``PR_SET_PDEATHSIG`` of prctl(2); Linux only.)
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.environ.get(LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):  # it has died already
+    if os.environ.get(LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):  # the agent is already dead
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -100,17 +100,17 @@ def _leave_on_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM: the process is about to end by itself."""
+    """Ignore SIGINT and SIGTERM: the process is about to exit."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave_with(error: Exception) -> NoReturn:
-    """End the process because of ``error``: one message for what Milepost raises on purpose, a traceback for the rest.
+    """End the process because of ``error``: with one message for Milepost's own errors, else with a traceback.
 
-    torchrun ends all ranks when the first one does, and shows that one as the cause. So a rank that only follows from
-    another's failure waits a little, and so does one that has the same error as the rank that speaks. Before that, a
-    save that was staged is finished: ``leave`` ends the thread that writes it.
+    torchrun stops all ranks when the first one exits, and reports that one as the cause. So a rank that failed only
+    because of another waits a little, as does one with the same error as the rank that prints. Before that, a staged
+    save is finished: ``leave`` ends the thread that writes it.
     """
     ignore_signals()
     rank = os.environ.get("RANK", "0")
@@ -130,7 +130,7 @@ def leave_with(error: Exception) -> NoReturn:
 
 
 def _record(text: str) -> None:
-    """Leave ``text`` where torchrun looks for the reason of a failure."""
+    """Write ``text`` to the file where torchrun looks for the reason of a failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w", encoding="utf-8") as file:

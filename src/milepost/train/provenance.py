@@ -16,17 +16,17 @@ GIT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The files and values saved beside the state. Read once: files may change while a run trains."""
+    """The files and values saved with the state. Read once: files may change while a run trains."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: TrainConfig) -> Provenance:
-        """Read it, for a run with these options.
+        """Read the provenance of a run with these options.
 
         Raises:
-            ConversionError: files of ``model.hf_assets_path`` have a tokenizer's names and can't be taken.
+            ConversionError: tokenizer files in ``model.hf_assets_path`` can't be copied.
             StorageError: they can't be read.
         """
         files = {CONFIG_NAME: f"{to_toml(config)}\n".encode()}
@@ -40,9 +40,9 @@ class Provenance:
 
 
 def git_revision() -> str | None:
-    """The commit that is checked out where the run was started, with ``-dirty`` behind it if files were changed.
+    """Return the commit checked out where the run was started, with the suffix ``-dirty`` if files were changed.
 
-    None where there is no repository, or no answer within ``GIT_TIMEOUT_S``.
+    None if there is no repository, or git does not answer within ``GIT_TIMEOUT_S``.
     """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,7 +1,8 @@
-"""The sizes and settings that a run's model is built with: the flavor's, as the weights that it starts from have them.
+"""The sizes and settings of a run's model: the flavor's, adjusted to the weights that the run starts from.
 
-RoPE, norms and context length are no part of the weights, yet weights are worth nothing under others. So they come
-from what the run resumes or starts from wherever that tells them; the flavor's published values are for a fresh start.
+RoPE, norms and context length are not part of the weights, yet weights are useless with different ones. So they come
+from the checkpoint or weights that the run starts from, if recorded there; the flavor's published values are for a new
+run.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from milepost.training.choice import choose, launch_id
 
 
 def flavor_sizes(config: TrainConfig, tokenizer: Tokenizer) -> ModelArgs:
-    """The flavor's published sizes, with as many tokens as the tokenizer needs."""
+    """Return the flavor's published sizes, with the vocabulary enlarged to the tokenizer's if needed."""
     model = config.model
     published = model_args(model.name, model.flavor).vocab_size
-    # A published size has room for more tokens than its tokenizer has; bytes need 256 whatever the model.
+    # A published size has room for more tokens than its tokenizer has; bytes always need 256.
     vocab_size = tokenizer.vocab_size if tokenizer.name == "bytes" else max(published, tokenizer.vocab_size)
     return model_args(model.name, model.flavor, vocab_size=vocab_size)
 
 
 def settled_sizes(config: TrainConfig, sizes: ModelArgs) -> tuple[ModelArgs, str | None]:
-    """``sizes`` with the settings of what the run starts from, and a line for the log if they are others. Reads files.
+    """Return ``sizes`` with the settings of the weights to start from, and a log line if they differ. Reads files.
 
-    What is of another model is left for the load to refuse.
+    Weights of another model are left for the load to refuse.
 
     Raises:
         ConfigError: the last save is to be written with the config of another model.
@@ -58,7 +59,7 @@ def settled_sizes(config: TrainConfig, sizes: ModelArgs) -> tuple[ModelArgs, str
 
 
 def _origins(config: TrainConfig) -> Iterator[tuple[str, ModelIdentity | None]]:
-    """The sources that a run may start from, in order of precedence, and the model there as far as it is known."""
+    """List the sources that a run may start from, in order of precedence, and the model there if it is known."""
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
     if checkpoint.enable:
         yield _of_run(config.checkpoint_folder(), checkpoint)
@@ -76,7 +77,7 @@ def _of_run(folder: str, checkpoint: CheckpointConfig) -> tuple[str, ModelIdenti
     try:
         storage, name = open_storage(folder)
         choice = choose(catalog.scan(storage, name), checkpoint, {}, folder, launch=launch_id())
-    except MilepostError:  # the load says what is wrong
+    except MilepostError:  # the load reports the problem
         return folder, None
     if choice is None or choice.step is None:
         return folder, None
@@ -86,7 +87,7 @@ def _of_run(folder: str, checkpoint: CheckpointConfig) -> tuple[str, ModelIdenti
 def _of_step(path: str) -> tuple[str, ModelIdentity | None]:
     try:
         return path, ModelIdentity.recorded(checkpoint_record.read_manifest(*open_storage(path)).extra)
-    except MilepostError:  # the load says what is wrong
+    except MilepostError:  # the load reports the problem
         return path, None
 
 
@@ -100,7 +101,7 @@ def _of_folder(folder: str) -> tuple[str, ModelIdentity | None]:
 
 
 def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
-    """Refuse at the start what would fail at a save for Hugging Face, when training is done or far."""
+    """Refuse at the start a Hugging Face save that would fail only during or after training."""
     checkpoint, assets = config.checkpoint, config.model.hf_assets_path
     if not (checkpoint.enable and (checkpoint.last_save_in_hf or checkpoint.hf_interval) and assets):
         return
@@ -113,5 +114,5 @@ def _check_assets(config: TrainConfig, sizes: ModelArgs) -> None:
         )
         if faults:
             raise ConfigError(
-                [f"checkpoint.{option}: {path} is of another model than this run: {fault}" for fault in faults]
+                [f"checkpoint.{option}: {path} holds another model than this run's: {fault}" for fault in faults]
             )

@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, or a Hugging Face ``tokenizer.json``."""
+"""Convert text to token ids: bytes, or a Hugging Face ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Differs between tokenizers that give different ids."""
+        """An identifier that differs between tokenizers that give different ids."""
 
     @property
     def begin(self) -> tuple[int, ...]: ...
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
     def end(self) -> tuple[int, ...]: ...
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """The ids of each text, without ``begin`` and ``end``."""
+        """Return the ids of each text, without ``begin`` and ``end``."""
 
 
 class ByteTokenizer:
@@ -62,7 +62,7 @@ class HFTokenizer:
     def __init__(self, folder: str):
         path = join_path(folder, TOKENIZER_NAME)
         try:
-            from tokenizers import Tokenizer as RustTokenizer  # only with such a file: it is an extra dependency
+            from tokenizers import Tokenizer as RustTokenizer  # imported only for such a file: an optional dependency
         except ImportError as error:
             raise ConfigError(
                 f"model.hf_assets_path: {path} needs the package tokenizers: pip install 'milepost[train]'"
@@ -90,14 +90,14 @@ class HFTokenizer:
 
 
 def build_tokenizer(hf_assets_path: str) -> Tokenizer:
-    """The tokenizer of ``hf_assets_path`` where that folder has a ``tokenizer.json``; bytes otherwise."""
+    """Return the tokenizer of ``hf_assets_path`` if that folder has a ``tokenizer.json``, else bytes."""
     if hf_assets_path and _is_file(join_path(hf_assets_path, TOKENIZER_NAME)):
         return HFTokenizer(hf_assets_path)
     return ByteTokenizer()
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    """A ``tokenizer_config.json``; empty if there is none."""
+    """Read a ``tokenizer_config.json``; empty if there is none."""
     if not _is_file(path):
         return {}
     try:
@@ -107,7 +107,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _is_file(path: str) -> bool:
-    storage, name = open_storage(path)  # follows a link: the hub's cache consists of them
+    storage, name = open_storage(path)  # follows links, of which the hub's cache consists
     found = storage.stat(name)
     return found is not None and not found.is_folder
 

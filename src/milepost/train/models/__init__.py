@@ -16,9 +16,9 @@ __all__ = ["MODEL_NAMES", "ModelArgs", "build_model", "make_model", "model_args"
 
 
 def build_model(name: str, flavor: str, *, vocab_size: int | None, seq_len: int) -> Decoder:
-    """Model ``name`` in size ``flavor``, on torch's current default device (``meta`` costs nothing).
+    """Build model ``name`` in size ``flavor`` on torch's current default device (``meta`` allocates nothing).
 
-    ``vocab_size`` None is the flavor's own; ``seq_len`` is the longest sequence the model will see.
+    ``vocab_size`` None means the flavor's; ``seq_len`` is the longest sequence the model will see.
 
     Raises:
         ConfigError: no such model or flavor.
@@ -27,7 +27,7 @@ def build_model(name: str, flavor: str, *, vocab_size: int | None, seq_len: int)
 
 
 def make_model(name: str, sizes: ModelArgs, seq_len: int) -> Decoder:
-    """Model ``name`` (one of ``MODEL_NAMES``) in ``sizes``, on torch's current default device."""
+    """Build model ``name`` (one of ``MODEL_NAMES``) in ``sizes`` on torch's current default device."""
     from milepost.train.models.llama3 import Llama3
     from milepost.train.models.qwen3 import Qwen3
 

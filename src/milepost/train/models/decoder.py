@@ -1,7 +1,7 @@
 """The decoder-only transformer that Llama 3 and Qwen 3 share: attention, SwiGLU, blocks, and the stack.
 
-Shapes: B batch, T (local) sequence, C model width, H heads, D head width, V vocabulary. Under a parallelism each
-rank sees its own part of T, H or V; nothing in here knows of ranks.
+Shapes: B batch, T (local) sequence, C model width, H heads, D head width, V vocabulary. Under a parallelism each rank
+sees its part of T, H or V; nothing in this module depends on ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.core: nn.Module = CausalAttention()
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        # The head count is read off the projections: under tensor parallelism a rank holds only some heads.
+        # Infer the number of heads from the projections: under tensor parallelism a rank holds only some.
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, H, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -87,13 +87,13 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, attention: Attention, ffn: FeedForward | MoE):
         super().__init__()
         self.attention = attention
-        # Which of the two it is shows in the weights' names.
+        # Different attributes, so that the weights' names tell the two apart.
         self.feed_forward = ffn if isinstance(ffn, FeedForward) else None
         self.moe = ffn if isinstance(ffn, MoE) else None
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.recompute = False
-        """Keep only the block's input for the backward pass and compute the rest again (activation checkpointing)."""
+        """Keep only the block's input for the backward pass and recompute the rest (activation checkpointing)."""
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """``x`` (B, T, C); ``rope`` holds the angles of its positions and may hold those of later ones."""
@@ -109,14 +109,14 @@ class Block(nn.Module):
 
 
 class TiedOutput(nn.Module):
-    """The output projection by the embedding matrix: a module without weights, so that the matrix is stored once."""
+    """The output projection that reuses the embedding matrix: a module without weights, so that it is stored once."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
 
 class Decoder(nn.Module, ABC):
-    """Tokens (B, T) to logits (B, T, V); or, after `keep_stage`, the stretch of it that one pipeline stage computes."""
+    """Tokens (B, T) to logits (B, T, V); after `keep_stage`, only the part that one pipeline stage computes."""
 
     rope: Tensor
 
@@ -134,7 +134,7 @@ class Decoder(nn.Module, ABC):
         self.output: nn.Module | None = (
             TiedOutput() if args.tied_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         )
-        # Not in the state dict: it follows from the configuration. `reset_buffers` fills it after a stay on meta.
+        # Not in the state dict: it follows from the configuration. `reset_buffers` fills it after the move from meta.
         self.register_buffer("rope", rope_table(args, seq_len), persistent=False)
 
     @staticmethod
@@ -148,7 +148,7 @@ class Decoder(nn.Module, ABC):
         """The tensor-parallel plan of one layer, by module name within the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is tokens (B, T) where the embedding is held, else hidden states (B, T, C) of the stage before."""
+        """``x`` is tokens (B, T) for a stage with the embedding, else hidden states (B, T, C)."""
         rope = self.rope[self.first_position :]
         h = self._embed(x) if self.embeds else x  # (B, T, C)
         for block in self.blocks():
@@ -177,7 +177,7 @@ class Decoder(nn.Module, ABC):
         return [block.moe for block in self.blocks() if block.moe is not None]
 
     def tensor_parallel_plan(self) -> TensorParallelPlan:
-        """The tensor-parallel plan of the whole model, by module name, whichever layers this rank holds."""
+        """The tensor-parallel plan of the full model, by module name, independent of the layers on this rank."""
         plan: TensorParallelPlan = {
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),
@@ -195,7 +195,7 @@ class Decoder(nn.Module, ABC):
         return plan
 
     def keep_stage(self, stage: Stage) -> None:
-        """Drop all modules that ``stage`` does not hold; what stays keeps its name."""
+        """Drop all modules that ``stage`` does not hold; the others keep their names."""
         self.layers = nn.ModuleDict({name: block for name, block in self.layers.items() if int(name) in stage.layers})
         self.embeds, self.projects = stage.is_first, stage.is_last
         if not stage.holds("tok_embeddings.weight"):
@@ -204,5 +204,5 @@ class Decoder(nn.Module, ABC):
             self.norm = self.output = None
 
     def reset_buffers(self) -> None:
-        """Computes the buffers afresh on the device they are on, in float32 whatever the weights' dtype is."""
+        """Recompute the buffers on their current device, in float32 regardless of the weights' dtype."""
         self.rope = rope_table(self.args, self.seq_len, self.rope.device)

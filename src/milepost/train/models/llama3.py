@@ -1,4 +1,4 @@
-"""Llama 3, 3.1 and 3.2: the decoder with interleaved rotary pairs, and how a layer is split over a tensor mesh.
+"""Llama 3, 3.1 and 3.2: the decoder with interleaved rotary pairs, and its tensor-parallel plan.
 
 Parameter names and the order of the rotary pairs are Meta's, so the same weights run in torchtitan and torchtune.
 """

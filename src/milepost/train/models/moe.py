@@ -1,7 +1,7 @@
 """The mixture of experts: a router sends each token to its top-k experts, whose outputs it mixes.
 
-Nothing in here knows of ranks. Under expert parallelism `MoE.exchange` carries rows to the ranks that hold their
-experts and back; under sequence or context parallelism `MoE.sum_over_sequence` adds up what is counted per sequence.
+Nothing in this module depends on ranks. Under expert parallelism `MoE.exchange` sends rows to the ranks that hold their
+experts and back; under sequence or context parallelism `MoE.sum_over_sequence` sums per-sequence counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from milepost.interop.names.model_sizes import MoEArgs
 __all__ = ["Exchange", "Experts", "MoE", "Router"]
 
 Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]
-"""(rows grouped by expert, rows per expert) -> the same two for the experts held here, and the way back for outputs."""
+"""(rows grouped by expert, rows per expert) -> the same two for the experts held here, and the function that returns
+outputs."""
 
 
 class Router(nn.Module):
@@ -46,8 +47,8 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """``rows`` (R, C), grouped by expert, of which the i-th expert held here takes ``counts[i]``."""
         if len(rows) == 0:
-            # Nobody chose an expert held here. The kernel refuses to work on no rows, but this rank must take part in
-            # the backward pass and its collectives: a zero row, which belongs to no group, stands in.
+            # No token chose an expert held here. The kernel rejects empty input, but this rank must take part in the
+            # backward pass and its collectives: pass one zero row, which belongs to no group.
             return self.forward(F.pad(rows, (0, 0, 0, 1)), counts)[:0]
         w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
         ends = counts.cumsum(0).to(torch.int32)
@@ -58,10 +59,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Top-k routing with normalised weights, and the load-balancing loss.
 
-    The balancing loss is taken per sequence (as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2), for E experts
-    ``E * sum_e share of the choices that went to e * mean probability of e``, 1 when all are used alike. Per sequence,
-    because a batch is cut into microbatches and ranks as the layout likes, and the loss must not depend on that. Its
-    gradient joins here and not at the end of the model, so that every pipeline stage sees to its own layers.
+    The balancing loss is taken per sequence (as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2), for E experts ``E *
+    sum_e share of the choices that went to e * mean probability of e``, 1 when all are used alike. Per sequence,
+    because the degrees determine how a batch is cut into microbatches and ranks, and the loss must not depend on them.
+    Its gradient is added here and not at the end of the model, so that every pipeline stage handles its own layers.
     """
 
     def __init__(self, dim: int, args: MoEArgs):
@@ -72,9 +73,9 @@ class MoE(nn.Module):
         self.exchange: Exchange = _stay
         self.sum_over_sequence: Callable[[Tensor], Tensor] = _as_is
         self.balance_scale = 0.0
-        """What a sequence's balancing loss is multiplied by, the trainer's normalisation included."""
+        """Factor of a sequence's balancing loss, including the trainer's normalisation."""
         self.balance_loss: Tensor | None = None
-        """The (scaled) balancing loss of the backward passes since it was last None: this rank's part, 0-d."""
+        """This rank's part of the (scaled) balancing loss of the backward passes since it was last None, 0-d."""
 
     def forward(self, x: Tensor) -> Tensor:
         probabilities = self.router(x)  # (B, T, E)
@@ -102,7 +103,7 @@ class MoE(nn.Module):
 
 
 class _JoinLoss(torch.autograd.Function):
-    """Passes ``x`` through; in the backward pass adds ``loss`` to the model's, with a gradient of one, and notes it."""
+    """Passes ``x`` through; in the backward pass adds ``loss`` to the model's (gradient one) and records it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, moe: MoE) -> Tensor:
@@ -111,14 +112,14 @@ class _JoinLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        # Noted here and not in the forward pass, which runs twice under activation checkpointing.
+        # Recorded here and not in the forward pass, which runs twice under activation checkpointing.
         noted = ctx.moe.balance_loss
         ctx.moe.balance_loss = ctx.loss if noted is None else noted + ctx.loss
         return grad, torch.ones_like(ctx.loss), None
 
 
 def _stay(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """The exchange of one rank that holds all experts."""
+    """The identity exchange, for a rank that holds all experts."""
     return rows, counts, _as_is
 
 

@@ -35,7 +35,7 @@ class Qwen3(Decoder):
         plan["attention.k_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
         if args.moe is not None:
             plan = {name: style for name, style in plan.items() if not name.startswith("feed_forward")}
-            # Experts are not split by width: each rank routes its own positions, to whole experts wherever they are.
+            # Experts are not split by width: each rank routes its own positions to complete experts on any rank.
             plan["moe"] = PrepareModuleInput(
                 input_layouts=(Shard(1),), desired_input_layouts=(Shard(1),), use_local_output=True
             )

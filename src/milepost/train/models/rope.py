@@ -29,7 +29,7 @@ def rope_table(args: ModelArgs, seq_len: int, device: torch.device | str | None 
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths stretched by the factor, short ones kept, those between blended."""
+    """Stretch long wavelengths by the factor, keep short ones, blend those between."""
     wavelengths = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((scaling.original_seq_len / wavelengths - low) / (high - low)).clamp(0.0, 1.0)

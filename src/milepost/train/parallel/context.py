@@ -1,9 +1,9 @@
 """Context parallelism: each rank holds one stretch of every sequence and attends over the keys of all before it.
 
 Keys and values are gathered over the mesh before attention and their gradients scattered back after it. That equals
-ring attention in result, needs no kernel of its own (there is none for CPU), and costs the memory of one layer's keys
-and values for the whole sequence, which grouped-query attention keeps small. (Llama 3's pre-training gathered them
-likewise: arXiv 2407.21783, section 3.3.2.)
+ring attention in result, needs no special kernel (there is none for CPU), and costs the memory of one layer's keys and
+values for the whole sequence, which grouped-query attention keeps small. (Llama 3's pre-training did the same: arXiv
+2407.21783, section 3.3.2.)
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["apply_context_parallel", "local_stretch"]
 
 
 def apply_context_parallel(part: Decoder, meshes: Meshes) -> None:
-    """Makes ``part`` compute this rank's stretch of its sequences, of ``part.seq_len`` over the ranks each."""
+    """Make ``part`` compute this rank's stretch of its sequences, which have ``part.seq_len`` tokens over all ranks."""
     part.first_position = meshes.cp_rank * (part.seq_len // meshes.degrees.context_parallel_degree)
     for block in part.blocks():
         block.attention.core = GatheredAttention(meshes.context_group)
 
 
 def local_stretch(batch: Tensor, meshes: Meshes) -> Tensor:
-    """This rank's columns of ``batch`` (B, sequence); all of them without context parallelism."""
+    """Return this rank's columns of ``batch`` (B, sequence); all of them without context parallelism."""
     return batch.chunk(meshes.degrees.context_parallel_degree, dim=1)[meshes.cp_rank]
 
 
 class GatheredAttention(nn.Module):
-    """Causal attention of this rank's queries over the keys of its own and all earlier ranks' stretches."""
+    """Causal attention of this rank's queries over the keys of its own stretch and all earlier ones."""
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__()
@@ -51,7 +51,7 @@ class GatheredAttention(nn.Module):
 
 
 class _GatherSequence(torch.autograd.Function):
-    """(..., T, D) of each rank to (..., ranks * T, D) on all; gradients are summed and scattered."""
+    """Gather (..., T, D) of each rank into (..., ranks * T, D) on all; gradients are summed and scattered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

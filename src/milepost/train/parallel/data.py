@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2 over the data mesh. Plain replication is the case of one shard, HSDP that of both.
+"""Data parallelism: FSDP2 over the data mesh. One shard means plain replication, shards and replicas mean HSDP.
 
 Gradients are *summed* over ranks, never averaged: the loss is already divided by the tokens of the whole batch, so
 one rule holds for every product of parallelisms. Summing needs two calls on FSDP: a divide factor of one, and sum
@@ -24,8 +24,8 @@ __all__ = ["apply_data_parallel"]
 
 
 def apply_data_parallel(part: Decoder, meshes: Meshes, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-    """Shards ``part`` over the data mesh, layer by layer, the experts over their own."""
-    # FSDP warns of module outputs that are views, in case they are changed in place. The decoder changes none.
+    """Shard ``part`` over the data mesh, layer by layer, and the experts over their mesh."""
+    # FSDP warns about module outputs that are views, in case they are changed in place. The decoder does not.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
@@ -49,5 +49,5 @@ def apply_data_parallel(part: Decoder, meshes: Meshes, param_dtype: torch.dtype,
 
 
 def _expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard | None]:
-    """By expert, or by an expert's rows where there are more ranks than experts to deal out."""
+    """Shard by expert, or by an expert's rows if there are more ranks than experts."""
     return lambda weight: Shard(expert_shard_dim(weight.shape, meshes.degrees))

@@ -1,4 +1,4 @@
-"""Expert parallelism: the experts dealt out over a mesh, and tokens sent to them and back by all-to-all."""
+"""Expert parallelism: experts sharded over a mesh, and tokens sent to them and back by all-to-all."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["apply_expert_parallel"]
 
 
 def apply_expert_parallel(part: Decoder, meshes: Meshes) -> None:
-    """Gives each rank of the expert mesh an equal run of every layer's experts.
+    """Give each rank of the expert mesh an equal run of every layer's experts.
 
-    Has the choices of experts counted over whole sequences, too, where ranks hold parts of them.
+    If ranks hold parts of sequences, also count the choices of experts over complete sequences.
     """
     for moe in part.mixtures():
         moe.sum_over_sequence = _sequence_sum(meshes)
         if meshes.degrees.expert_parallel_degree > 1:
             moe.exchange = TokenExchange(meshes.expert)
             for name, weight in list(moe.experts.named_parameters()):
-                # On the meta device: nothing is sent.
+                # On the meta device nothing is sent.
                 dealt = distribute_tensor(weight, meshes.expert, [Shard(0)], src_data_rank=None)
                 moe.experts.register_parameter(name, nn.Parameter(dealt))
 
 
 def _sequence_sum(meshes: Meshes) -> Callable[[Tensor], Tensor]:
-    """Adds up what the ranks that hold the stretches of the same sequences counted."""
+    """Return a function that sums counts over the ranks that hold stretches of the same sequences."""
     groups = []
     if meshes.degrees.context_parallel_degree > 1:
         groups.append(meshes.context_group)
@@ -51,8 +51,8 @@ def _sequence_sum(meshes: Meshes) -> Callable[[Tensor], Tensor]:
 class TokenExchange:
     """Sends each row to the rank that holds its expert; called by all ranks of ``mesh`` together.
 
-    Takes rows (R, C) grouped by expert and the rows of each of all experts (E,). Returns the rows that came here,
-    grouped by local expert, the rows of each of those (E / ep,), and a function that takes the outputs back, in the
+    Takes rows (R, C) grouped by expert, and the number of rows of each expert (E,). Returns the rows received, grouped
+    by local expert, the number of rows of each of these (E / ep,), and a function that sends the outputs back, in the
     order of the original rows.
     """
 
@@ -77,7 +77,7 @@ class TokenExchange:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends ``sent[r]`` rows to each rank r and takes ``received[r]`` from it; gradients travel the other way."""
+    """Sends ``sent[r]`` rows to each rank r and receives ``received[r]`` from it; gradients flow the other way."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:

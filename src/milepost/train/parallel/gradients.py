@@ -12,9 +12,9 @@ __all__ = ["clip_gradients", "local_part", "squared_norm_share"]
 
 
 def squared_norm_share(parameters: Iterable[nn.Parameter], tied: Tensor | None, device: torch.device) -> Tensor:
-    """This rank's share of the squared gradient norm: summed over all ranks, each gradient element counts once.
+    """Return this rank's share of the squared gradient norm: summed over all ranks, each element counts once.
 
-    What several ranks hold alike is counted by each of them in part; ``tied`` is held by a second pipeline stage too.
+    An element that several ranks hold is counted by each in part; ``tied`` is held by a second pipeline stage too.
     """
     total = torch.zeros((), dtype=torch.float32, device=device)
     for parameter in parameters:
@@ -25,7 +25,7 @@ def squared_norm_share(parameters: Iterable[nn.Parameter], tied: Tensor | None, 
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scales all gradients by ``max_norm / norm`` where ``norm`` is larger."""
+    """Scale all gradients by ``max_norm / norm`` if ``norm`` is larger."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
@@ -33,13 +33,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor, sharing memory with it."""
+    """Return this rank's part of a distributed tensor, sharing memory with it."""
     assert isinstance(tensor, DTensor), "fully_shard makes every parameter and gradient a DTensor"
     return tensor.to_local()
 
 
 def num_copies(parameter: Tensor) -> int:
-    """The number of ranks in the parameter's mesh that hold the same part of it."""
+    """Return the number of ranks in the parameter's mesh that hold the same part of it."""
     assert isinstance(parameter, DTensor), "fully_shard makes every parameter and gradient a DTensor"
     copies = 1
     for axis, placement in enumerate(parameter.placements):

@@ -1,8 +1,8 @@
-"""Initial weights that depend on the seed and the parameter's name alone, not on how the model is laid out.
+"""Initial weights that depend only on the seed and the parameter's name, not on the degrees.
 
-Each parameter is drawn whole, on the CPU, from a generator of its own, and every rank keeps its part. (Random
-initialisation of a sharded tensor in place would, on the CPU, give every rank the same numbers.) The price is time:
-each rank draws all numbers of its stage. Large models start from a seed checkpoint instead.
+Each parameter is drawn in full, on the CPU, from its own generator, and every rank keeps its part. (Random
+initialisation of a sharded tensor in place would, on the CPU, give every rank the same numbers.) This costs time: each
+rank draws all numbers of its stage. Large models start from a seed checkpoint instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESIDUAL_PROJECTIONS = ("wo.weight", "feed_forward.w2.weight", "experts.w2")
 
 
 def init_weights(part: Decoder, seed: int) -> None:
-    """Fills every parameter of ``part`` with its initial value for ``seed``."""
+    """Fill every parameter of ``part`` with its initial value for ``seed``."""
     with torch.no_grad():
         for name, parameter in part.named_parameters():
             whole = initial_weight(name, parameter.shape, part.args.n_layers, seed)
@@ -30,10 +30,10 @@ def init_weights(part: Decoder, seed: int) -> None:
 
 
 def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int) -> Tensor:
-    """The whole initial value of parameter ``name``: float32, on the CPU.
+    """Return the full initial value of parameter ``name``: float32, on the CPU.
 
-    Norms are one. All else is normal with a standard deviation of 0.02, for the projections that add to the residual
-    stream divided by the square root of their number, ``2 * n_layers`` (GPT-2, Radford et al. 2019).
+    Norms are one. All others are normal with a standard deviation of 0.02, divided for the projections that add to the
+    residual stream by the square root of their number, ``2 * n_layers`` (GPT-2, Radford et al. 2019).
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -44,10 +44,10 @@ def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int) -> Te
 
 
 def copy_local_part(target: Tensor, whole: Tensor) -> None:
-    """Copies into ``target`` the part of ``whole`` that this rank holds of it, without communication.
+    """Copy this rank's part of ``whole`` into ``target``, without communication.
 
-    Asks the layout of checkpoints what that is: torch's own ``compute_local_shape_and_global_offset`` is wrong for
-    some uneven sizes that FSDP cuts over tensor parallelism.
+    Uses the checkpoints' layout to find the part: torch's ``compute_local_shape_and_global_offset`` is wrong for some
+    uneven sizes that FSDP cuts over tensor parallelism.
     """
     leaf = tensor_leaf("weight", target)
     for index, piece in enumerate(leaf.pieces):

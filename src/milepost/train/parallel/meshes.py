@@ -1,7 +1,7 @@
 """The device meshes of a run: one root mesh for the dense weights, a second view of the same ranks for the experts.
 
 `Degrees` numbers the ranks in both. FSDP and tensor parallelism must come from one root mesh (DTensor refuses to
-combine two); context parallelism holds no weights of its own, so its ranks shard the weights together with FSDP's.
+combine two); context parallelism does not split weights, so its ranks shard them together with FSDP's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Meshes"]
 
 
 class Meshes:
-    """The coordinates of this rank in every degree, and its process groups. Built on all ranks together."""
+    """This rank's coordinates in every degree, and its process groups. Built on all ranks together."""
 
     def __init__(self, degrees: Degrees, dense: DeviceMesh):
         self.degrees = degrees
@@ -27,7 +27,7 @@ class Meshes:
 
     @classmethod
     def build(cls, degrees: Degrees, device_type: str) -> Meshes:
-        """The meshes over all ranks of the default process group (collective)."""
+        """Build the meshes over all ranks of the default process group (collective)."""
         axes = ("pp", "dp_replicate", "fsdp", "tp")
         return cls(degrees, init_device_mesh(device_type, degrees.dense_mesh, mesh_dim_names=axes))
 
@@ -56,7 +56,7 @@ class Meshes:
 
     @property
     def cp_rank(self) -> int:
-        """The part of every sequence that this rank holds."""
+        """The index of this rank's part of every sequence."""
         return self.dense.get_local_rank("fsdp") % self.degrees.context_parallel_degree
 
     @property
@@ -84,7 +84,7 @@ class Meshes:
 
     @property
     def expert(self) -> DeviceMesh:
-        """The mesh the experts are dealt out over (collective at first use)."""
+        """The mesh over which the experts are sharded (collective at first use)."""
         return self._experts["ep"]
 
     @property

@@ -1,4 +1,4 @@
-"""``parallelize``: from a model on the meta device to one that is spread over the ranks and trains."""
+"""``parallelize``: turn a model on the meta device into a sharded one that trains."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def parallelize(
     parallelism: PipelineOptions,
     activation_checkpoint: ActivationCheckpointOptions,
 ) -> ParallelModel:
-    """Spreads ``model`` (on the meta device; consumed) over the meshes. Collective; the weights are not yet set.
+    """Shard ``model`` (on the meta device; consumed) over the meshes. Collective; the weights are not yet initialised.
 
     Raises:
-        ConfigError: the model can't be spread so; all reasons at once.
+        ConfigError: the model can't be sharded this way; with all reasons.
     """
     problems = run_problems(
         model.args,
@@ -96,7 +96,7 @@ def parallelize(
 
 
 def _spread(part: Decoder, meshes: Meshes, training: TrainingOptions) -> None:
-    """Applies every parallelism but the pipeline's to ``part``, innermost first, and gives it memory."""
+    """Apply every parallelism except the pipeline to ``part``, innermost first, and allocate its memory."""
     if meshes.degrees.tensor_parallel_degree > 1:
         apply_tensor_parallel(part, meshes)
     if meshes.degrees.context_parallel_degree > 1:
@@ -113,12 +113,12 @@ class ParallelModel:
 
     def __init__(self, parts: list[Decoder], meshes: Meshes, pipeline: Pipeline | None):
         self.parts = parts
-        """One module a pipeline stage held here; without pipeline parallelism, the whole model."""
+        """One module per pipeline stage held here; without pipeline parallelism, the full model."""
         self.meshes = meshes
         self.pipeline = pipeline
 
     def init_weights(self, seed: int) -> None:
-        """Sets every parameter to its initial value, which depends on ``seed`` alone, not on the layout."""
+        """Set every parameter to its initial value, which depends only on ``seed``, not on the degrees."""
         for part in self.parts:
             init_weights(part, seed)
 
@@ -127,16 +127,16 @@ class ParallelModel:
             part.train()
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, num_global_tokens: int) -> Tensor:
-        """Adds the gradients of these samples' part of the loss; returns this rank's share of it.
+        """Accumulate the gradients of these samples' part of the loss; returns this rank's share of it.
 
         ``tokens`` and ``labels``: int64 (local batch, seq_len), the same on all ranks of one ``meshes.dp_rank``.
         The loss is the cross-entropy summed over tokens, divided by ``num_global_tokens``, those of the whole step;
         for a mixture of experts, plus the weighted mean of the sequences' load-balancing losses.
-        The share is a detached 0-d tensor; `reduce_loss` makes the whole of it.
+        The share is a detached 0-d tensor; `reduce_loss` sums the shares.
         """
         tokens, labels = (local_stretch(x.to(self.meshes.device), self.meshes) for x in (tokens, labels))
         self._set_balance_scale(num_global_tokens)
-        # The ranks of the tensor mesh compute one and the same loss: each counts a part of it.
+        # All ranks of the tensor mesh compute the same loss: each counts a part of it.
         with loss_parallel() if self.meshes.tensor.size() > 1 else nullcontext():
             if self.pipeline is not None:
                 loss = self.pipeline.forward_backward(tokens, labels, num_global_tokens)
@@ -151,13 +151,13 @@ class ParallelModel:
         return loss.detach()
 
     def _set_balance_scale(self, num_global_tokens: int) -> None:
-        """Makes the balancing losses of all sequences of the step add up to their weighted mean."""
+        """Scale the balancing losses of all sequences of the step so that they sum to their weighted mean."""
         for part in self.parts:
             for moe in part.mixtures():
                 moe.balance_scale = moe.args.balance_loss_weight * part.seq_len / num_global_tokens
 
     def _taken_balance_loss(self) -> Tensor:
-        """This rank's part of the load-balancing loss of the backward passes since the last call."""
+        """Return and reset this rank's part of the load-balancing loss of the backward passes since the last call."""
         total = torch.zeros((), device=self.meshes.device)
         for part in self.parts:
             for moe in part.mixtures():
@@ -167,15 +167,15 @@ class ParallelModel:
         return total
 
     def reduce_loss(self, share: Tensor) -> float:
-        """The loss of the whole step, on every rank, from all ranks' (summed) shares. Collective."""
+        """Return the loss of the full step on every rank, from all ranks' (summed) shares. Collective."""
         total = share.detach().double()
         dist.all_reduce(total)
         return total.item()
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """The norm of the whole model's gradient (0-d, float32), which is then scaled down to ``max_norm``. Collective.
+        """Return the norm of the full model's gradient (0-d, float32) and scale it down to ``max_norm``. Collective.
 
-        ``max_norm`` 0 leaves the gradients as they are.
+        ``max_norm`` 0 leaves the gradients unchanged.
         """
         parameters = [p for part in self.parts for p in part.parameters()]
         tied = self.pipeline.tied_embedding() if self.pipeline is not None else None

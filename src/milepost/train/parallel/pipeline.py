@@ -24,19 +24,19 @@ __all__ = ["Microbatches", "Pipeline", "split_into_stages"]
 
 @dataclass(frozen=True, slots=True)
 class Microbatches:
-    """The microbatches that go through a pipeline in one call."""
+    """The microbatches of one call of a pipeline."""
 
     number: int
     size: int
-    """Sequences in one."""
+    """Sequences per microbatch."""
     seq_len: int
-    """Tokens of a sequence, over all ranks."""
+    """Tokens per sequence, over all ranks."""
     dtype: torch.dtype
-    """Of the hidden states that travel from stage to stage."""
+    """Dtype of the hidden states sent from stage to stage."""
 
 
 def split_into_stages(model: Decoder, meshes: Meshes, schedule: str) -> list[Decoder]:
-    """This rank's stages of ``model`` (on the meta device), first to last. Stage i is rank ``i % pp``'s."""
+    """Return this rank's stages of ``model`` (on the meta device), in order. Stage i is rank ``i % pp``'s."""
     parts = []
     for stage in stages_of(
         meshes.pp_rank,
@@ -63,9 +63,9 @@ class Pipeline:
         self.schedule = self._schedule(schedule, stages, microbatches.number)
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, num_global_tokens: int) -> Tensor:
-        """Adds the gradients of the batch; returns its cross-entropy over ``num_global_tokens`` on the last stage.
+        """Accumulate the gradients of the batch; returns the cross-entropy over ``num_global_tokens``.
 
-        On other stages it returns zero. All ranks of the pipeline call this with the same batch.
+        Stages other than the last return zero. All ranks of the pipeline call this with the same batch.
         """
         self.num_global_tokens = num_global_tokens
         embedding = self.tied_embedding()
@@ -83,7 +83,7 @@ class Pipeline:
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=tokens.device)
 
     def _schedule(self, name: str, stages: Sequence[PipelineStage], number: int) -> Schedule:
-        # The loss is a sum, divided already by the tokens of the step: microbatches add up, nothing is to be scaled.
+        # The loss is a sum, already divided by the tokens of the step: microbatches add up without scaling.
         if name == "Interleaved1F1B":
             return ScheduleInterleaved1F1B(list(stages), number, self._loss, scale_grads=False)
         (stage,) = stages
@@ -95,7 +95,7 @@ class Pipeline:
         return token_loss(logits, labels, self.meshes.tensor, self.parts[-1].args.vocab_size) / self.num_global_tokens
 
     def _stage(self, part: Decoder, index: int, schedule: str, microbatches: Microbatches) -> PipelineStage:
-        """Stage ``index`` of this rank. Shapes are given, so that torch need not run the model to find them out."""
+        """Build stage ``index`` of this rank. Shapes are given, so that torch need not run the model to infer them."""
         degrees = self.meshes.degrees
         length = microbatches.seq_len // degrees.context_parallel_degree
         tokens = torch.empty(microbatches.size, length, dtype=torch.int64, device="meta")
@@ -119,14 +119,14 @@ class Pipeline:
         )
 
     def tied_embedding(self) -> Tensor | None:
-        """The embedding matrix, where another stage holds (and trains) it too."""
+        """The embedding matrix if another stage also holds (and trains) it."""
         for part in self.parts:
             if part.args.tied_embeddings and part.tok_embeddings is not None:
                 return part.tok_embeddings.weight
         return None
 
     def _add_other_end(self, embedding: Tensor, gradient_before: Tensor | None) -> None:
-        """Makes the gradient of the tied ``embedding`` the sum of those of the first and last stage, on both."""
+        """Sum the gradient of the tied ``embedding`` over the first and last stage, on both."""
         assert embedding.grad is not None, "both ends of the pipeline use it"
         mine = local_part(embedding.grad)
         other = torch.empty_like(mine)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the model's own plan applied to a part of it, and the loss over a split vocabulary.
+"""Tensor parallelism: the model's plan applied to a part of it, and the loss over a split vocabulary.
 
 Sequence parallel throughout: between attention and feed-forward each rank holds 1/tp of the positions (Korthikanti et
 al., arXiv 2205.05198). The embedding and the output projection are split by vocabulary; logits are never gathered.
@@ -20,20 +20,20 @@ __all__ = ["apply_tensor_parallel", "local_vocab_size", "token_loss"]
 
 
 def apply_tensor_parallel(part: Decoder, meshes: Meshes) -> None:
-    """Splits ``part`` over the tensor mesh as its plan says."""
+    """Split ``part`` over the tensor mesh by its plan."""
     held = {name for name, _ in part.named_modules()}
     plan = part.tensor_parallel_plan()
     parallelize_module(part, meshes.tensor, {name: style for name, style in plan.items() if name in held})
 
 
 def local_vocab_size(vocab_size: int, mesh: DeviceMesh) -> int:
-    """The number of vocabulary rows on this rank of the tensor mesh (DTensor's chunks: the last may be smaller)."""
+    """Return the number of vocabulary rows on this rank of the tensor mesh (the last chunk may be smaller)."""
     chunk = -(-vocab_size // mesh.size())
     return max(0, min(chunk, vocab_size - chunk * mesh.get_local_rank()))
 
 
 def token_loss(logits: Tensor, labels: Tensor, mesh: DeviceMesh, vocab_size: int) -> Tensor:
-    """Cross-entropy in float32, summed over all tokens with a label (-100 is none). Labels are (B, T).
+    """Compute the cross-entropy in float32, summed over all tokens with a label (-100: no label). Labels are (B, T).
 
     ``logits`` (B, T, V / tp) are this rank's part of the vocabulary over ``mesh``. With more than one rank, call it and
     the backward pass under ``loss_parallel()``.
