@@ -200,7 +200,7 @@ def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: 
         f" 300  {size}  keep      it is the newest step to resume from\n"
         f" 400  {size}  keep      it is the newest committed step\n"
         f"would delete 1 step of 4, {size}; would remove 1 stale save attempt\n"
-        "not removed, since not recognised as Milepost's: .deleting-2024\n"
+        "not removed, because not recognised as Milepost's: .deleting-2024\n"
     )
     assert [entry.name for entry in run.list("run")] == before
     status, wet, _ = output(capsys, *rules)
@@ -208,7 +208,7 @@ def test_a_dry_run_says_exactly_what_prune_then_does(run: LocalStorage, capsys: 
     assert wet.splitlines()[:-2] == dry.splitlines()[:-2]
     assert wet.splitlines()[-2:] == [
         f"deleted 1 step of 4, {size}; removed 1 stale save attempt",
-        "not removed, since not recognised as Milepost's: .deleting-2024",
+        "not removed, because not recognised as Milepost's: .deleting-2024",
     ]
     run.remove_tree("run/.deleting-2024")
     assert [entry.name for entry in run.list("run")] == [".pinned-step-100", "step-100", "step-300", "step-400"]

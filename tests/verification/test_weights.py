@@ -132,7 +132,7 @@ def test_an_adapter_is_called_one(memory_path: Path) -> None:
     safetensors.numpy.save_file({"lora_A": np.ones(3, "float32")}, memory_path / "adapter_model.safetensors")
     (memory_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     report = verify(memory_path)
-    assert (report.problems, report.notes[0]) == ((), "an adapter, not a whole model")
+    assert (report.problems, report.notes[0]) == ((), "an adapter, not a full model")
 
 
 def test_a_torch_file_is_checked_by_its_crcs(memory_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``milepost.json`` of format 1, in which every shard stands: read for ever, written no more.
+"""``milepost.json`` of format 1, which lists every shard: still read, no longer written.
 
 ``docs/format.md`` specifies it.
 """
@@ -19,7 +19,7 @@ from milepost.format.manifest_check import MAX_DIMS
 from milepost.format.typed_json import Count, Metric, Seconds, typed
 
 STRUCTURE = "structure"
-"""Under this name ``extra`` has what ``Manifest.structure`` is."""
+"""Key in ``extra`` for the content of ``Manifest.structure``."""
 
 Sizes = Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMS)]
 PathRow = Annotated[tuple[str | int, ...], msgspec.Meta(min_length=1)]
@@ -64,7 +64,7 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 def manifest_of_format_1(document: object, path: str) -> Manifest:
-    """The manifest that a parsed document is, its types checked; ``manifest_faults`` is left to the caller."""
+    """Convert a parsed document to a manifest, with types checked; the caller calls ``manifest_faults``."""
     said = typed(document, _Document, path)
     files = file_entries(said.files, path)
     names = list(files)
@@ -89,7 +89,7 @@ def manifest_of_format_1(document: object, path: str) -> Manifest:
 
 
 def _structure(text: object, path: str) -> bytes:
-    """The structure that format 1 keeps in ``extra``, as text; empty if there is none."""
+    """Return the structure that format 1 keeps in ``extra``, as text; empty if there is none."""
     try:
         return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except ValueError as error:
@@ -98,7 +98,7 @@ def _structure(text: object, path: str) -> bytes:
 
 def _tensor(key: str, row: _TensorRow, names: list[str], path: str) -> TensorEntry:
     whole = Box.whole(row.shape)
-    nbytes = DTYPES[row.dtype].itemsize if row.dtype in DTYPES else 0  # manifest_faults names an unknown one
+    nbytes = DTYPES[row.dtype].itemsize if row.dtype in DTYPES else 0  # manifest_faults reports an unknown one
     return TensorEntry(row.dtype, row.shape, tuple(_shard(key, one, names, whole, nbytes, path) for one in row.shards))
 
 

@@ -1,4 +1,4 @@
-"""The checks that every manifest must pass: one about to be written, one read, one made from ``.metadata``."""
+"""The checks that every manifest must pass, whether to be written, read, or built from ``.metadata``."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ KINDS = ("full", "model", "state")
 _MAX_NAME_NBYTES = 255
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 RESERVED = (MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME)
-"""What is written at a commit: no data is in these files."""
+"""Files that hold no data."""
 
 
 def manifest_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
-    """Report the first ``limit`` faults that would mislead a reader of ``manifest``; empty if it can be relied on.
+    """Return the first ``limit`` faults that would mislead a reader of ``manifest``; empty if there are none.
 
-    Checked are: names of files (plain, no folders), dtypes, numbers, that each record lies inside its file and its
-    data inside the record, that no two records share a byte, and that the shards cover each tensor exactly once.
+    Checks names of files (plain, no folders), dtypes, numbers, that each record is inside its file and its data inside
+    the record, that no two records share a byte, and that the shards cover each tensor exactly once.
     """
     return list(islice(_faults(manifest), limit))
 
 
 def head_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
-    """As :func:`manifest_faults`, of all but tensors and objects."""
+    """Return the faults outside tensors and objects, see :func:`manifest_faults`."""
     return list(islice(_head_faults(manifest), limit))
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether a file of a checkpoint may have this name: printable, and of an entry of the folder itself."""
+    """Return whether a checkpoint's file may have this name: printable, and directly in the folder."""
     if name in ("", ".", "..") or len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_NBYTES:
         return False
     return name.isprintable() and not set(name) & set("/\\")

@@ -1,9 +1,9 @@
-"""``milepost.json`` of format 2: a head that says what a listing needs, and the list of files.
+"""``milepost.json`` of format 2: a head with the data needed by a listing, and the list of files.
 
-It is JSON with one field and one file to a line, so that people can read, search and compare it too. The head comes
-first and is short, with a CRC-32 of its own: whoever only lists steps reads no further. The file ends with the CRC-32
-of all that stands before. The shards are in ``milepost.shards``. ``docs/format.md`` specifies it; format 1, which had
-the shards in here, is read too.
+It is JSON with one field and one file per line, so that people can also read, search and compare it. The head comes
+first and is short, with its own CRC-32: a listing of steps reads no further. The file ends with the CRC-32 of
+everything before. The shards are in ``milepost.shards``. ``docs/format.md`` specifies it; format 1, which had the
+shards in this file, is also read.
 """
 
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
@@ -38,12 +38,12 @@ from milepost.format.typed_json import MAX_COUNT, Count, Metric, Seconds, parse_
 FORMAT_NAME = "milepost"
 MAX_MANIFEST_NBYTES = 512 << 20
 MAX_HEAD_NBYTES = 64 << 10
-"""What a scan reads of a step, in one request. A head of the usual fields has less than 4 KiB."""
+"""Size of the single request in which a scan reads a step. A head with the usual fields has less than 4 KiB."""
 
 _DTYPES_NBYTES = 6 * 8 * 20
-"""Bound of the names of dtypes in a head."""
+"""Upper bound on the size of the dtype names in a head."""
 _SHARD_NBYTES = 96
-"""Bound of a shard's bytes in ``milepost.shards``, if no two tensors of up to three dims are cut alike."""
+"""Upper bound on a shard's bytes in ``milepost.shards``, if no two tensors of up to three dims are cut alike."""
 
 _HEAD_CRC = re.compile(rb'^"head_crc32": "([0-9a-f]{8})",\n', re.MULTILINE)
 _TAIL = '"crc32": "%08x"\n}\n'
@@ -53,12 +53,12 @@ _LINEAGE_PATTERN = re.compile(rb'^"lineage": (\{.*\}),$', re.MULTILINE)
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """A summary of a step's files, to be compared with a listing of its folder."""
+    """A summary of a step's files, to compare with a listing of its folder."""
 
     files: Count
     nbytes: Count
     crc32: Count
-    """Of a line ``<name> <bytes>`` for each file, sorted by name."""
+    """CRC-32 of the lines ``<name> <bytes>`` of all files, sorted by name."""
 
 
 class _Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,11 +87,11 @@ class Head:
     manifest: Manifest
     listing: Listing
     crc32: int
-    """Of the head itself."""
+    """CRC-32 of the head."""
 
 
 def listing_of(sizes: Iterable[tuple[str, int]]) -> Listing:
-    """Summarize files of these names and sizes in bytes."""
+    """Summarize files with these names and sizes in bytes."""
     pairs = sorted(sizes)
     lines = "".join(f"{name} {nbytes}\n" for name, nbytes in pairs)
     return Listing(len(pairs), sum(nbytes for _, nbytes in pairs), crc32(lines.encode("utf-8", "surrogatepass")))
@@ -101,11 +101,11 @@ def listing_of(sizes: Iterable[tuple[str, int]]) -> Listing:
 
 
 def to_json(manifest: Manifest) -> bytes:
-    """The bytes of ``milepost.json``; the same manifest gives the same bytes.
+    """Return the bytes of ``milepost.json``; the same manifest gives the same bytes.
 
-    Tensors and objects are left to ``shards_file.dump_shards``; only their totals are in here.
+    Tensors and objects are written by ``shards_file.dump_shards``; this file has only their totals.
 
-    Raises ValueError for a manifest that is not fit to be a commit record, or whose head would be too long.
+    Raises ValueError for a manifest that can't be a commit record, or whose head would be too long.
     """
     faults = head_faults(manifest)
     if faults:
@@ -123,9 +123,9 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
-    """Report what would make the record of a save unreadable, before any data is written.
+    """Return the faults that would make a save's record unreadable, before any data is written.
 
-    ``manifest`` is as far filled in as a plan goes: without tensors, and with a file for each rank. Sizes are bounds.
+    ``manifest`` is that of a plan: without tensors, and with one file per rank. Sizes are upper bounds.
     """
     parts = [PartTotal(part, MAX_COUNT, MAX_COUNT, MAX_COUNT, MAX_COUNT, ("",) * 8, MAX_COUNT) for part in PARTS]
     rest = len(_dump(dict(manifest.producer))) + len(_dump(dict(manifest.extra)))
@@ -139,7 +139,7 @@ def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
 
 
 def head_json(manifest: Manifest, parts: Iterable[PartTotal]) -> bytes:
-    """All that stands before the head's CRC-32."""
+    """Return the bytes before the head's CRC-32."""
     listing = listing_of((name, entry.nbytes) for name, entry in manifest.files.items())
     fields = [
         ("format", _dump(FORMAT_NAME)),
@@ -190,9 +190,9 @@ def _file_json(name: str, entry: FileEntry) -> str:
 
 
 def parse_head(data: bytes, path: str = MANIFEST_NAME) -> Head | None:
-    """The head of a ``milepost.json`` of format 2, from the first ``MAX_HEAD_NBYTES`` of it or all that there is.
+    """Parse the head of a ``milepost.json`` of format 2, from its first ``MAX_HEAD_NBYTES``.
 
-    None if it has none that is whole, as format 1, a later format and a damaged file: ``from_json`` tells these apart.
+    Returns None without a complete head (format 1, a later format, or a damaged file): ``from_json`` tells these apart.
     """
     match = _HEAD_CRC.search(data, 0, MAX_HEAD_NBYTES)
     if match is None or int(match[1], 16) != crc32(memoryview(data)[: match.start()]):
@@ -215,16 +215,15 @@ def from_json(
     *,
     must_cover: bool = True,
 ) -> Manifest:
-    """Parse and check ``milepost.json`` of any format. ``path`` is how errors name it.
+    """Parse and check ``milepost.json`` of any format. ``path`` is for error messages.
 
-    If it names ``milepost.shards``, the manifest's tensors come from what ``read_shards`` returns for that file's
-    name and entry. Without ``read_shards``, a manifest of format 2 has no tensors, objects and paths. Only of one
-    node's part of a step the shards need not cover their tensors (``must_cover``).
+    If it lists ``milepost.shards``, the manifest's tensors come from the result of ``read_shards`` for that file's name
+    and entry. Without ``read_shards``, a manifest of format 2 has no tensors, objects and paths. Only in one node's
+    part of a step the shards need not cover their tensors (``must_cover``).
 
     Raises:
-        NewerFormatError: a later Milepost wrote it.
-        FormatError: it is damaged (any changed byte is found), or anything in it could lead a reader astray: see
-            ``manifest_faults``. All such faults are in one message.
+        NewerFormatError: a later Milepost wrote it. FormatError: it is damaged (any changed byte is detected), or its
+        content might mislead a reader: see ``manifest_faults``. One message holds all faults.
     """
     document = _parse(data, path)
     if document["format_version"] == 1:
@@ -249,8 +248,8 @@ def from_json(
 def _with_shards(
     manifest: Manifest, entry: FileEntry, data: bytes, path: str, where: str, *, must_cover: bool
 ) -> Manifest:
-    """The manifest at ``path`` with the tensors and objects that ``milepost.shards``, at ``where``, holds."""
-    # With numpy, which a scan can do without.
+    """Add the tensors and objects of ``milepost.shards``, at ``where``, to the manifest at ``path``."""
+    # Imports numpy, which a scan does not need.
     from milepost.format.columns import with_table
     from milepost.format.columns_check import table_faults
     from milepost.format.shards_file import OtherSaveError, parse_shards
@@ -291,13 +290,13 @@ def _manifest(said: _Head) -> Manifest:
 
 
 def is_intact(data: bytes) -> bool:
-    """Return whether a whole manifest, of any format, ends with the CRC-32 of itself."""
+    """Return whether a manifest of any format ends with its own CRC-32."""
     tail = _TAIL_PATTERN.search(data, max(0, len(data) - _TAIL_NBYTES))
     return tail is not None and int(tail[1], 16) == crc32(memoryview(data)[: tail.start()])
 
 
 def _parse(data: bytes, path: str) -> dict[str, Any]:
-    """The document in a whole and undamaged manifest of a format that this code reads."""
+    """Parse an undamaged manifest of a supported format."""
     if len(data) > MAX_MANIFEST_NBYTES:
         raise FormatError(
             f"{path}: {len(data)} bytes are too many for a manifest (at most {MAX_MANIFEST_NBYTES})", path=path
@@ -321,9 +320,9 @@ def _parse(data: bytes, path: str) -> dict[str, Any]:
 
 
 def lineage_of_torn(data: bytes) -> Lineage | None:
-    """The lineage in a manifest that ``from_json`` refuses, if its line is legible; None else.
+    """Return the lineage in a manifest that ``from_json`` refuses, or None if its line is illegible.
 
-    It is not covered by any digest then: fit to say which steps the damaged one may have descended from, no more.
+    No digest covers it then: use it only to determine from which steps the damaged one may have descended.
     """
     found = _LINEAGE_PATTERN.search(data, 0, MAX_HEAD_NBYTES)
     if found is None:

@@ -1,14 +1,13 @@
 """A pickle virtual machine that can only build data.
 
-It exists because a pickle is a program: to read a stranger's ``.metadata`` or ``data.pkl`` with :mod:`pickle` is to
-run the stranger's code. This reader imports nothing and calls nothing that the file names. A global becomes a
-:class:`Global` from the table that the caller gives, or the file is refused; ``REDUCE`` calls the function that the
-table holds for it, which is ours; ``NEWOBJ`` makes an inert :class:`Instance`. What an honest pickler since protocol 2
-never writes for such data (text opcodes, ``INST``, ``OBJ``, extension codes, persistent ids by name, sets, ``DUP``) is
-refused as well.
+A pickle is a program: reading an untrusted ``.metadata`` or ``data.pkl`` with :mod:`pickle` runs its code. This reader
+imports nothing and calls nothing that the file names. A global becomes a :class:`Global` from the caller's table, or
+the file is refused; ``REDUCE`` calls our function for it from the table; ``NEWOBJ`` creates an inert :class:`Instance`.
+Opcodes that a regular pickler since protocol 2 never writes for such data (text opcodes, ``INST``, ``OBJ``, extension
+codes, persistent ids by name, sets, ``DUP``) are refused as well.
 
-Memory is bounded: lengths are checked against the bytes that are there, memo places must be taken in order (so a
-place of 2**31 reserves nothing), and every container is charged to an allowance in proportion to the file's size.
+Memory is bounded: lengths are checked against the available bytes, memo indices must be used in order (so an index of
+2**31 reserves nothing), and every container is charged to an allowance proportional to the file's size.
 
 The opcodes are documented in CPython's ``Lib/pickletools.py``.
 """
@@ -30,22 +29,22 @@ _MAX_NAME_NBYTES = 300
 _MAX_KEY_BITS = 64
 _BASE_ALLOWANCE_NBYTES = 16 << 20
 _ALLOWANCE_PER_BYTE = 32
-"""Honest metadata needs about 10 bytes of memory per byte of file."""
+"""Regular metadata needs about 10 bytes of memory per byte of file."""
 
 _DICT_NBYTES, _ITEM_NBYTES, _SMALL_NBYTES = 64, 100, 56
 
 
 class OverLimitError(FormatError):
-    """A pickle asks for too much: no other reader is to try it."""
+    """A pickle exceeds a limit: no other reader should try it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
     """The meaning of a global in a pickle.
 
-    ``call`` builds the data for a ``REDUCE`` and must raise FormatError for arguments it does not like; ``new`` allows
-    ``NEWOBJ`` without arguments, which makes an Instance if there is no ``call``. ``value`` is for globals that are
-    merely named, such as a dtype.
+    ``call`` builds the data for a ``REDUCE`` and must raise FormatError for invalid arguments; ``new`` allows
+    ``NEWOBJ`` without arguments, which creates an Instance if there is no ``call``. ``value`` is for globals that are
+    only named, such as a dtype.
     """
 
     name: str
@@ -53,14 +52,14 @@ class Global:
     new: bool = False
     value: object = None
     is_value: bool = False
-    """Whether ``value`` itself takes the place of the global."""
+    """Replace the global by ``value`` itself."""
 
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """An object of a class that the reader doesn't have: its name, and the state that the pickle gave it.
+    """An object of a class that the reader does not know: its name and its pickled state.
 
-    Hashed and compared by identity, so that it can be a dict key whatever it holds.
+    Hashed and compared by identity, so that it can be a dict key with any content.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Instance:
 
 
 Persistent = Callable[[object], object]
-"""Turns the id of a ``BINPERSID`` into the value that stands for it."""
+"""Converts the id of a ``BINPERSID`` to its value."""
 
 
 def read_pickle(
@@ -79,10 +78,10 @@ def read_pickle(
     dialect: Dialect | None = None,
     max_nbytes: int = MAX_PICKLE_NBYTES,
 ) -> object:
-    """The value that a pickle describes, built of plain values, Globals, Instances and what their ``call`` returns.
+    """Read a pickle into plain values, Globals, Instances and the results of ``call``.
 
     ``persistent`` receives the id of each ``BINPERSID``; without it they are refused. ``dialect`` allows more than
-    plain containers. Raises FormatError for anything that is not allowed, is malformed, or asks for too much memory.
+    plain containers. Raises FormatError for anything not allowed, malformed, or in need of too much memory.
     """
     if len(data) > max_nbytes:
         raise OverLimitError(f"a pickle of {len(data)} bytes: at most {max_nbytes} are read")
@@ -97,7 +96,7 @@ def read_pickle(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dialect:
-    """The types that a pickle may hold besides lists and dicts with keys of text and numbers."""
+    """The types allowed in a pickle besides lists and dicts with keys of text and numbers."""
 
     check_key: Callable[[object], None]
     """Raises FormatError for a dict key that is not allowed (or takes long to hash)."""
@@ -106,11 +105,11 @@ class Dialect:
     dicts: tuple[type, ...] = (dict, OrderedDict)
     """Types whose items are set."""
     build: Callable[[object, object], bool] = lambda target, state: False
-    """Gives an object the state that a ``BUILD`` brings; whether it did."""
+    """Sets an object's state for a ``BUILD``; returns whether it did."""
 
 
 class _Machine:
-    """One run over one pickle. Each method is the opcode it is entered under in ``_OPCODES``."""
+    """One run over one pickle. Each method implements its opcode in ``_OPCODES``."""
 
     __slots__ = ("allowance", "data", "dialect", "globals", "marks", "memo", "persistent", "pos", "sizes", "stack")
 
@@ -127,7 +126,7 @@ class _Machine:
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
-        self.sizes: dict[tuple[object, ...], tuple[object, ...]] = {}  # tuples of one to three numbers, each once
+        self.sizes: dict[tuple[object, ...], tuple[object, ...]] = {}  # interned tuples of one to three numbers
         self.globals = globals_by_name
         self.persistent = persistent
         self.allowance = _BASE_ALLOWANCE_NBYTES + _ALLOWANCE_PER_BYTE * len(data)
@@ -157,7 +156,7 @@ class _Machine:
         start = self.pos
         self.pos = stop = start + nbytes
         if stop > len(self.data):
-            raise FormatError(f"a pickle is truncated: {nbytes} bytes are announced at byte {start} but missing")
+            raise FormatError(f"a pickle is truncated: expected {nbytes} bytes at byte {start}")
         return self.data[start:stop]
 
     def pop_mark(self) -> list[object]:
@@ -201,7 +200,7 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(4), "little", signed=True))
 
     def run_of_numbers(self) -> None:
-        """Many numbers of one form, as in a long list: taken at once."""
+        """Read many numbers of one form at once, as in a long list."""
         self.pos -= 1
         opcode = self.data[self.pos]
         found = _RUNS[opcode].match(self.data, self.pos)
@@ -312,7 +311,7 @@ class _Machine:
         self.charge(_ITEM_NBYTES * (len(items) // 2))
         for index in range(0, len(items), 2):
             key = items[index]
-            # Nothing that is hashed by content and nested: hashing it can take time exponential in its depth.
+            # No nested value that is hashed by content: that can take time exponential in its depth.
             if type(key) is not str and type(key) is not Instance:
                 self.dialect.check_key(key)
             mapping[key] = items[index + 1]
@@ -386,7 +385,7 @@ class _Machine:
             raise FormatError(f"a pickle calls {named}, which is not allowed; nothing was run")
         self.charge(_SMALL_NBYTES)
         value = function.call(*args)
-        if isinstance(value, str | bytes | tuple):  # made of arguments that may be named again and again
+        if isinstance(value, str | bytes | tuple):  # its arguments may be referenced repeatedly
             self.charge(len(value) * (8 if isinstance(value, tuple) else 1))
         self.stack.append(value)
 
@@ -402,12 +401,12 @@ class _Machine:
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(state) is tuple:  # an object may copy what it is given, again and again
+        if type(state) is tuple:  # an object may copy its argument, repeatedly
             self.charge(sum(len(part) for part in state if type(part) is bytes))
         if self.dialect.build(target, state):
             return
         if type(target) is OrderedDict and type(state) is dict:
-            return  # ``module.state_dict()`` hangs its modules' versions on the dict: no content of it
+            return  # ``module.state_dict()`` attaches its modules' versions to the dict, which are not content
         if type(target) is not Instance or target.state is not None or type(state) not in (dict, tuple):
             raise FormatError(f"a pickle sets the state of a {type(target).__name__}, which is not allowed")
         target.state = state

@@ -1,8 +1,8 @@
-"""Plain Python values to and from pickle, without pickle: what a JSON-able leaf of a state dict is stored as.
+"""Plain Python values to and from pickle, without :mod:`pickle`: the stored form of a state dict's plain leaves.
 
-Plain are None, bool, int, float, str, bytes, list, tuple, dict and OrderedDict, dicts with str or int keys. They are
-written in protocol 2 with the opcodes that ``torch.load(weights_only=True)`` accepts, and read back by
-``pickle_reader``, which runs nothing.
+Plain values are None, bool, int, float, str, bytes, list, tuple, dict and OrderedDict, with str or int keys. They are
+written in protocol 2 with the opcodes accepted by ``torch.load(weights_only=True)``, and read by ``pickle_reader``,
+which runs no code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from milepost.format.pickle_reader import Global, read_pickle
 
 MAX_DEPTH = 100
 MAX_NODES = 10_000_000
-_MAX_INT_NBYTES = 255  # what LONG1 can say; weights_only knows no longer form
+_MAX_INT_NBYTES = 255  # the limit of LONG1; weights_only supports no longer form
 
 PROTO_2 = b"\x80\x02"
 STOP = b"."
@@ -24,10 +24,10 @@ _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def dump_plain(value: object) -> bytes:
-    """A protocol 2 pickle of a plain value.
+    """Return a protocol 2 pickle of a plain value.
 
-    Raises TypeError for any other value, a subclass of a plain type included (it would come back as another type),
-    and for what is nested deeper than 100 levels or contains itself.
+    Raises TypeError for any other value, including subclasses of plain types (whose type would be lost), and for values
+    nested deeper than 100 levels or containing themselves.
     """
     out = [PROTO_2]
     _emit(value, out.append, 0)
@@ -36,7 +36,7 @@ def dump_plain(value: object) -> bytes:
 
 
 def int_opcodes(value: int) -> bytes:
-    """The opcodes that push an int, as CPython's pickler chooses them."""
+    """Return the opcodes that push an int, chosen like CPython's pickler."""
     if 0 <= value < 256:
         return b"K%c" % value
     if 0 <= value < 65536:
@@ -50,7 +50,7 @@ def int_opcodes(value: int) -> bytes:
 
 
 def str_opcodes(value: str) -> bytes:
-    """The opcodes that push a str."""
+    """Return the opcodes that push a str."""
     text = value.encode("utf-8", "surrogatepass")
     return b"X" + len(text).to_bytes(4, "little") + text
 
@@ -65,7 +65,7 @@ def _emit(value: object, put: Callable[[bytes], object], depth: int) -> None:
 
 
 def _emit_bytes(value: bytes, put: Callable[[bytes], object], depth: int) -> None:
-    # Protocol 2 has no bytes; this call is how CPython's pickler spells them, and what weights_only accepts.
+    # Protocol 2 has no bytes; CPython's pickler writes this call, which weights_only accepts.
     put(b"c_codecs\nencode\n" + str_opcodes(value.decode("latin-1")) + b"X\x06\x00\x00\x00latin1\x86R")
 
 
@@ -125,7 +125,7 @@ def encode_latin1(*args: object) -> bytes:
 
 
 def ordered_dict(*args: object) -> OrderedDict[object, object]:
-    """Stand in for ``collections.OrderedDict``: always created empty, its items follow."""
+    """Stand in for ``collections.OrderedDict``: always created empty; its items follow."""
     if args:
         raise FormatError("collections.OrderedDict is called with arguments")
     return OrderedDict()
@@ -147,9 +147,9 @@ PLAIN_GLOBALS = {
 
 
 def load_plain(data: bytes) -> object:
-    """The plain value in a pickle. Raises FormatError for any other content; nothing of it is run.
+    """Return the plain value in a pickle. Raises FormatError for any other content; runs no code from it.
 
-    A value that would unfold to more than ten million parts (by naming one part again and again) is refused too.
+    A value that would expand to more than ten million parts (by repeated references) is also refused.
     """
     value = read_pickle(data, PLAIN_GLOBALS)
     _check_plain(value)
@@ -157,8 +157,8 @@ def load_plain(data: bytes) -> object:
 
 
 def _check_plain(value: object) -> None:
-    """Refuse what is not plain, holds itself, is nested too deep or unfolds to too much."""
-    sizes: dict[int, int] = {}  # id of a finished container -> number of its parts, all unfolded
+    """Refuse values that are not plain, contain themselves, are nested too deep or expand too much."""
+    sizes: dict[int, int] = {}  # id of a finished container -> number of its parts after expansion
     open_ids: set[int] = set()
 
     def measure(node: object, depth: int) -> int:

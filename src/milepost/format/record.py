@@ -1,9 +1,9 @@
 """The ``torch.save`` zip record, written and read byte for byte without torch.
 
-An item of a ``.distcp`` file is one such record. For a tensor all but the raw data and its CRC-32 follows from dtype
-and sizes: :func:`tensor_record` gives the header that goes before the data and :func:`record_footer` what goes after
-it, so that data can be streamed from wherever it is while its CRC is being computed. ``docs/format.md`` specifies the
-bytes; ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` of PyTorch are what they agree with.
+An item of a ``.distcp`` file is one such record. For a tensor everything except the raw data and its CRC-32 follows
+from dtype and sizes: :func:`tensor_record` returns the header before the data and :func:`record_footer` the footer
+after it, so that data can be streamed while its CRC is computed. ``docs/format.md`` specifies the bytes, which match
+PyTorch's ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc``.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from milepost.format.zip_directory import (
 )
 
 DATA_ALIGNMENT = 64
-"""Raw data begins at a multiple of this, counted from the start of its record."""
+"""Raw data begins at a multiple of this offset from the start of its record."""
 
 MAX_DIMS = 64
 MAX_NBYTES = 1 << 62
-_ZIP64_FROM = SATURATED - (1 << 16)  # leaves room for what surrounds the data: one decision for all fields
+_ZIP64_FROM = SATURATED - (1 << 16)  # leaves room for header and footer: one decision for all fields
 _FLAG_UTF8, _FLAG_DESCRIPTOR = 0x0800, 0x0008
 _DOS_DATE = 0x0021  # 1980-01-01: records must not depend on the time
 _VERSION, _VERSION_ZIP64 = 20, 45
-_PADDING_EXTRA_ID = b"FB"  # the extra field that torch pads with
+_PADDING_EXTRA_ID = b"FB"  # the extra field that torch uses for padding
 _MAX_TENSOR_PICKLE_NBYTES = 64 << 10
 _MAX_OBJECT_PICKLE_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """A tensor's record but for its raw data: ``header``, then ``data_nbytes`` of row-major data, then the footer.
+    """A tensor's record without its raw data: ``header``, ``data_nbytes`` of row-major data, then the footer.
 
     ``footer_template`` is the footer with zeros at ``crc_positions``, where the data's CRC-32 goes.
     """
@@ -71,20 +71,20 @@ class RecordLayout:
 
     @property
     def footer_nbytes(self) -> int:
-        """Bytes after the raw data."""
+        """Size of the footer after the raw data, in bytes."""
         return len(self.footer_template)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole record."""
+        """Size of the record in bytes."""
         return len(self.header) + self.data_nbytes + len(self.footer_template)
 
 
 @dataclass(frozen=True, slots=True)
 class LocatedTensor:
-    """The location of a stored tensor's elements, as its record says.
+    """The location of a stored tensor's elements, from its record.
 
-    ``data_offset`` (from the start of the record) and ``data_nbytes`` frame the storage; ``strides`` and
+    ``data_offset`` (from the start of the record) and ``data_nbytes`` locate the storage; ``strides`` and
     ``storage_offset`` are in elements within it. ``crc32`` is of the storage's bytes, None if the writer left CRCs out.
     """
 
@@ -98,19 +98,19 @@ class LocatedTensor:
 
     @property
     def is_row_major(self) -> bool:
-        """True if the tensor's elements are one run of the storage, in row-major order."""
+        """True if the tensor's elements are a contiguous run of the storage in row-major order."""
         strides = zip(self.sizes, self.strides, strides_of(self.sizes), strict=True)
         return 0 in self.sizes or all(size == 1 or stride == wanted for size, stride, wanted in strides)
 
     @property
     def is_plain(self) -> bool:
-        """True if the storage is the tensor's elements in row-major order and nothing else."""
+        """True if the storage holds exactly the tensor's elements in row-major order."""
         nbytes = math.prod(self.sizes) * itemsize(self.dtype)
         return self.is_row_major and self.storage_offset == 0 and self.data_nbytes == nbytes
 
 
 def strides_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a row-major tensor, as torch gives them (a dim of size 0 counts as 1)."""
+    """Return the strides in elements of a row-major tensor, like torch (a dim of size 0 counts as 1)."""
     strides = [1] * len(sizes)
     for dim in range(len(sizes) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * max(sizes[dim + 1], 1)
@@ -122,7 +122,7 @@ def strides_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16384)
 def tensor_record(dtype: str, sizes: tuple[int, ...]) -> RecordLayout:
-    """The record of a contiguous tensor. Raises FormatError for an unknown dtype or sizes that cannot be."""
+    """Build the record of a contiguous tensor. Raises FormatError for an unknown dtype or impossible sizes."""
     numel = math.prod(sizes)
     data_nbytes = numel * itemsize(dtype)
     if len(sizes) > MAX_DIMS or any(size < 0 for size in sizes) or data_nbytes > MAX_NBYTES:
@@ -137,27 +137,27 @@ def tensor_record(dtype: str, sizes: tuple[int, ...]) -> RecordLayout:
 
 
 def record_footer(layout: RecordLayout, crc32: int) -> bytes:
-    """Build what follows the raw data whose CRC-32 is given: exactly ``layout.footer_nbytes`` bytes."""
+    """Build the footer after raw data with the given CRC-32: exactly ``layout.footer_nbytes`` bytes."""
     template, crc = layout.footer_template, struct.pack("<I", crc32)
     first, second = layout.crc_positions
     return b"".join((template[:first], crc, template[first + 4 : second], crc, template[second + 4 :]))
 
 
 def object_record(value: object) -> bytes:
-    """A whole ``torch.save`` stream of a plain value, readable by ``torch.load(weights_only=True)``.
+    """Build a ``torch.save`` stream of a plain value, readable by ``torch.load(weights_only=True)``.
 
-    Plain are None, bool, int, float, str, bytes, list, tuple, dict (keys str or int) and OrderedDict, nested.
-    Raises TypeError for any other value; ``torch.save`` is then the way.
+    Plain values are None, bool, int, float, str, bytes, list, tuple, dict (keys str or int) and OrderedDict, nested.
+    Raises TypeError for any other value; use ``torch.save`` for these.
     """
     return _small_archive(dump_plain(value))
 
 
 _COPIED_NBYTES = 64 << 10
-"""Pickles up to this size are put together like other small entries, by copies."""
+"""Pickles up to this size are assembled by copying, like other small entries."""
 
 
 def archive(pickled: bytes | memoryview, storages: Mapping[str, memoryview]) -> bytes:
-    """A ``torch.save`` stream of a pickle and the storages that it refers to, by their names."""
+    """Build a ``torch.save`` stream from a pickle and the storages to which it refers by name."""
     if not storages and len(pickled) < _COPIED_NBYTES:
         return _small_archive(bytes(pickled))
     contents: list[tuple[bytes, bytes | memoryview]] = [(b"archive/data.pkl", pickled)]
@@ -190,7 +190,7 @@ _frequent_archive = lru_cache(maxsize=4096)(_put_together)
 
 
 def _known_entry(name: bytes, content: bytes | memoryview, header_offset: int) -> tuple[bytes, bytes]:
-    """Local header, padded so that the content is aligned, and directory entry of a content that is there."""
+    """Return the local header, padded to align the content, and the directory entry of existing content."""
     nbytes, crc = len(content), crc32(content)
     wide = nbytes >= _ZIP64_FROM or header_offset >= _ZIP64_FROM
     version = _VERSION_ZIP64 if wide else _VERSION
@@ -207,12 +207,12 @@ def _known_entry(name: bytes, content: bytes | memoryview, header_offset: int) -
 
 
 def _tensor_pickle(dtype: str, sizes: tuple[int, ...], numel: int) -> bytes:
-    """``data.pkl`` of a contiguous tensor: the very bytes that ``torch.save`` writes."""
+    """Return ``data.pkl`` of a contiguous tensor, byte for byte as ``torch.save`` writes it."""
     return PROTO_2 + tensor_opcodes(dtype, sizes, numel) + STOP
 
 
 def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str = "0") -> bytes:
-    """The opcodes that push a contiguous tensor whose bytes are the record ``data/<storage>``."""
+    """Return the opcodes that push a contiguous tensor whose bytes are in the entry ``data/<storage>``."""
     entry = lookup(dtype)
     typed = entry.storage_class is not None
     count = numel if typed else numel * entry.itemsize
@@ -220,7 +220,7 @@ def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str 
     memo = 6
     for values in (sizes, strides_of(sizes)):
         out.append(_tuple_opcodes(values))
-        if values:  # the empty tuple is one opcode and never memoized
+        if values:  # the empty tuple is a single opcode, never memoized
             out.append(b"q%c" % memo)
             memo += 1
     out.append(b"\x89ccollections\nOrderedDict\nq%c)Rq%c" % (memo, memo + 1))
@@ -234,7 +234,7 @@ def tensor_opcodes(dtype: str, sizes: tuple[int, ...], numel: int, storage: str 
 
 @lru_cache(maxsize=256)
 def _storage_opcodes(storage_class: str | None, storage: str) -> bytes:
-    """The beginning of ``tensor_opcodes``, up to the storage's number of elements."""
+    """Return the beginning of ``tensor_opcodes``, up to the storage's number of elements."""
     version, named = (2, f"torch\n{storage_class}") if storage_class else (3, "torch.storage\nUntypedStorage")
     out = [b"ctorch._utils\n_rebuild_tensor_v%d\nq\x00((" % version, str_opcodes("storage"), b"q\x01c", named.encode()]
     return b"".join([*out, b"\nq\x02", str_opcodes(storage), b"q\x03", str_opcodes("cpu"), b"q\x04"])
@@ -248,7 +248,7 @@ def _tuple_opcodes(values: tuple[int, ...]) -> bytes:
 
 
 def _small_entry(name: bytes, content: bytes) -> tuple[bytes, bytes, bytes]:
-    """Local header and content of an entry, its directory entry up to the offset that ends it, and its name."""
+    """Return an entry's local header and content, its directory entry up to the final offset, and its name."""
     crc, size = crc32(content), len(content)
     if size >= SATURATED:
         raise TypeError(f"a value of {size} bytes is too large to store as a plain value")
@@ -262,7 +262,7 @@ _FIXED_ENTRIES = (_small_entry(b"archive/byteorder", b"little"), _small_entry(b"
 
 
 def small_entries(pickled: bytes) -> tuple[bytes, bytes]:
-    """The three entries that every record begins with, and their part of the directory."""
+    """Return the three entries at the start of every record, and their part of the directory."""
     local, central = b"", b""
     for entry, listed, name in (_small_entry(b"archive/data.pkl", pickled), *_FIXED_ENTRIES):
         central += listed + len(local).to_bytes(4, "little") + name
@@ -271,7 +271,7 @@ def small_entries(pickled: bytes) -> tuple[bytes, bytes]:
 
 
 def _data_entry(header_offset: int, nbytes: int) -> tuple[bytes, bytes, bytes]:
-    """Local header (padded so that data is aligned), directory entry and descriptor of ``archive/data/0``, CRC zero.
+    """Return local header (padded to align data), directory entry and descriptor of ``archive/data/0``, with CRC zero.
 
     The CRC is not known when the header is written, so bit 3 defers CRC and sizes to a descriptor after the data.
     """
@@ -294,7 +294,7 @@ def _data_entry(header_offset: int, nbytes: int) -> tuple[bytes, bytes, bytes]:
 
 
 def directory_end(count: int, offset: int, nbytes: int, *, zip64: bool) -> bytes:
-    """Build what follows a directory of ``count`` entries and ``nbytes`` at ``offset``."""
+    """Build the end records of a directory of ``count`` entries and ``nbytes`` at ``offset``."""
     if not zip64:
         return END.pack(END_MAGIC, 0, 0, count, count, nbytes, offset, 0)
     short = min(count, 0xFFFF)
@@ -316,7 +316,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rebuild:
-    """A tensor as pickled: the arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3`` that matter."""
+    """A pickled tensor: the relevant arguments of ``torch._utils._rebuild_tensor_v2`` or ``_v3``."""
 
     storage: _Storage
     storage_offset: int
@@ -326,14 +326,14 @@ class Rebuild:
 
 
 def read_object(record: bytes) -> object:
-    """The plain value that a ``torch.save`` stream holds. Raises FormatError for any other content; runs nothing."""
+    """Return the plain value in a ``torch.save`` stream. Raises FormatError for any other content; runs no code."""
     archive = ZipDirectory(lambda offset, nbytes: record[offset : offset + nbytes], len(record))
     pickled, _ = read_pickle_entry(archive, _MAX_OBJECT_PICKLE_NBYTES)
     return load_plain(pickled)
 
 
 def check_archive(record: bytes | bytearray | memoryview) -> None:
-    """Raise FormatError unless a record is a zip archive of whole, stored entries, no two of them of the same bytes."""
+    """Raise FormatError unless a record is a zip archive of complete, uncompressed, disjoint entries."""
     archive = ZipDirectory(
         lambda offset, nbytes: bytes(record[offset : offset + nbytes]), len(record), max_entries=1 << 18
     )
@@ -343,7 +343,7 @@ def check_archive(record: bytes | bytearray | memoryview) -> None:
         if entry.header_offset < position:
             raise FormatError(f"zip entry {entry.name!r:.100} overlaps another one")
         position = start + entry.nbytes
-        # torch.serialization.set_crc32_options(False) leaves zero in place of every CRC.
+        # torch.serialization.set_crc32_options(False) writes zero for every CRC.
         if entry.crc32 not in (0, crc32(memoryview(record)[start:position])):
             raise FormatError(f"zip entry {entry.name!r:.100} does not match its CRC-32: the record is damaged")
 
@@ -351,9 +351,9 @@ def check_archive(record: bytes | bytearray | memoryview) -> None:
 def locate_tensor(read_at: Callable[[int, int], bytes], record_nbytes: int) -> LocatedTensor:
     """Find a tensor's elements in a record written by any torch since 1.6 (or by Milepost).
 
-    ``read_at(offset, nbytes)`` gives bytes of the record, offsets counted from its start; it is called two to four
-    times for a few KiB each, whatever the tensor's size. Raises FormatError unless the record is one dense tensor in
-    little-endian order whose elements all lie inside it.
+    ``read_at(offset, nbytes)`` returns bytes of the record, with offsets from its start; it is called two to four times
+    for a few KiB each, independent of the tensor's size. Raises FormatError unless the record is one dense
+    little-endian tensor whose elements are all inside it.
     """
     archive = ZipDirectory(read_at, record_nbytes)
     pickled, prefix = read_pickle_entry(archive, _MAX_TENSOR_PICKLE_NBYTES)
@@ -391,13 +391,13 @@ def _entry(archive: ZipDirectory, name: str) -> ZipEntry:
 
 
 def read_pickle_entry(archive: ZipDirectory, limit: int) -> tuple[bytes, str]:
-    """``data.pkl`` and the archive's name, byte order and CRCs checked."""
+    """Read ``data.pkl`` and the archive's name, checking byte order and CRCs."""
     names = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != 1:
         raise FormatError("a record has no data.pkl (or several): it is not a torch.save record")
     prefix = names[0].removesuffix("/data.pkl")
     pickled = _checked_content(archive, archive.entries[names[0]], limit)
-    order = archive.entries.get(f"{prefix}/byteorder")  # torch before 2.1 wrote none, and was little-endian
+    order = archive.entries.get(f"{prefix}/byteorder")  # torch before 2.1 wrote no byteorder, and was little-endian
     if order is not None and _checked_content(archive, order, 16) != b"little":
         raise FormatError("a record was written on a big-endian machine, which is not supported: re-save it with torch")
     return pickled, prefix
@@ -405,7 +405,7 @@ def read_pickle_entry(archive: ZipDirectory, limit: int) -> tuple[bytes, str]:
 
 def _checked_content(archive: ZipDirectory, entry: ZipEntry, limit: int) -> bytes:
     content = archive.content(entry, limit)
-    # torch.serialization.set_crc32_options(False) leaves zero in place of every CRC.
+    # torch.serialization.set_crc32_options(False) writes zero for every CRC.
     if entry.crc32 not in (0, crc32(content)):
         raise FormatError(f"zip entry {entry.name!r} does not match its CRC-32: the record is damaged")
     return content
@@ -501,4 +501,4 @@ def _tensor_globals() -> dict[str, Global]:
 
 
 TENSOR_GLOBALS: Mapping[str, Global] = MappingProxyType(_tensor_globals())
-"""What the pickle of a tensor's record may name."""
+"""The globals allowed in the pickle of a tensor's record."""

@@ -1,9 +1,9 @@
-"""The safetensors file: its header read with suspicion, its layout computed before any data is there.
+"""The safetensors file: validation of its header, and its layout from names, dtypes and shapes.
 
-A file is ``u64 length | JSON header | data``. The header maps each name to dtype, shape and the half-open byte range
-of its data, counted from the end of the header. The ranges, put in order, must tile the data: no gap, no overlap, no
-byte left over. Source: the format section of https://github.com/huggingface/safetensors (the 100 MB header limit is
-the reference implementation's).
+A file is ``u64 length | JSON header | data``. The header maps each name to dtype, shape and the half-open byte range of
+its data, counted from the end of the header. The sorted ranges must tile the data: no gap, no overlap, no trailing
+bytes. Source: the format section of https://github.com/huggingface/safetensors (the 100 MB header limit is the
+reference implementation's).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _MAX_NDIM = 64
 
 
 class StoredTensor(msgspec.Struct, frozen=True, gc=False):
-    """One tensor of a file. ``offset`` is where its row-major bytes begin, counted from the start of the file.
+    """One tensor of a file. ``offset`` is that of its row-major bytes from the start of the file.
 
-    A Struct, since a header may describe a million tensors: it takes a third of a dataclass's memory and time.
+    A Struct, because a header may describe a million tensors: it takes a third of a dataclass's memory and time.
     """
 
     dtype: str
@@ -51,7 +51,7 @@ class SafetensorsHeader:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsLayout:
-    """A file to be written: the bytes that begin it, and where each tensor's bytes go."""
+    """A file to be written: its first bytes, and each tensor's offset."""
 
     prefix: bytes
     tensors: Mapping[str, StoredTensor]
@@ -59,10 +59,10 @@ class SafetensorsLayout:
 
 
 def read_header(handle: ReadHandle) -> SafetensorsHeader:
-    """The checked header of an open file.
+    """Read and check the header of an open file.
 
     Raises:
-        FormatError: the file is truncated, has bytes that no tensor owns, or its header is malformed or hostile.
+        FormatError: the file is truncated, has bytes outside all tensors, or its header is malformed or hostile.
     """
     path = handle.path
     if handle.nbytes < 8:
@@ -82,10 +82,10 @@ def read_header(handle: ReadHandle) -> SafetensorsHeader:
 
 
 def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeader:
-    """The checked content of the JSON header ``raw`` of a file of ``file_nbytes``; ``path`` is for messages.
+    """Parse and check the JSON header ``raw`` of a file of ``file_nbytes``; ``path`` is for messages.
 
     Raises:
-        FormatError: as :func:`read_header`.
+        FormatError: see :func:`read_header`.
     """
     base = 8 + len(raw)
     try:
@@ -112,13 +112,13 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
 def plan_layout(
     tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> SafetensorsLayout:
-    """Plan a new file from name: (dtype, shape) alone.
+    """Plan a new file from name -> (dtype, shape).
 
-    Wider dtypes come first, so that every tensor is aligned to its element size; within a dtype the given order
-    stays. ``metadata`` defaults to ``{"format": "pt"}``, without which transformers refuses the file.
+    Wider dtypes come first, so that every tensor is aligned to its element size; within a dtype the given order is
+    kept. ``metadata`` defaults to ``{"format": "pt"}``, without which transformers refuses the file.
 
     Raises:
-        ValueError: a dtype that safetensors does not have, or a name that it reserves.
+        ValueError: a dtype unknown to safetensors, or a reserved name.
     """
     entries: dict[str, Any] = {METADATA_KEY: dict(metadata) if metadata is not None else {"format": "pt"}}
     relative: dict[str, StoredTensor] = {}
@@ -146,9 +146,9 @@ def _code(name: str, dtype: str) -> str:
 
 
 def _reader_of_objects(base: int) -> Callable[[list[tuple[str, Any]]], Any]:
-    """Make what :mod:`json` calls for each object: it gives a tensor for an entry, and any other object as a dict.
+    """Return an object hook for :mod:`json` that converts entries to tensors, and returns other objects as dicts.
 
-    So the many small dicts and lists of a large header are let go one by one, as they are parsed.
+    So the many small dicts and lists of a large header are released as they are parsed.
     """
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
@@ -176,7 +176,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
 
 
 def _entry_fault(name: str, entry: Any) -> str:
-    """The fault of an entry that describes no tensor."""
+    """Return the fault of an entry that does not describe a tensor."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"tensor '{name:.200}' lacks dtype, shape or data_offsets"
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -197,9 +197,9 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _checked_tiling(tensors: Mapping[str, StoredTensor], base: int) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors in the order of their data, which must be tiled from ``base`` on, and its end."""
+    """Return the tensors in the order of their data, which they must tile from ``base`` on, and its end."""
     end = base
-    # A tensor without elements shares its offset with its neighbour: it goes first.
+    # An empty tensor shares its offset with its neighbour: sort it first.
     ordered = sorted(tensors, key=lambda name: (tensors[name].offset, tensors[name].nbytes))
     for name in ordered:
         tensor = tensors[name]

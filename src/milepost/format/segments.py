@@ -1,7 +1,7 @@
-"""Segments: each rank's part of the table of shards, and how the parts become the whole.
+"""Segments: each rank's part of the table of shards, and their merge into the full table.
 
-A rank's sign-off is its segment, so the rank that commits only puts columns together: its Python runs by the key, by
-the rank and by the tiling, never by the shard.
+A rank's sign-off is its segment, so the committing rank only concatenates columns: its Python time grows with keys,
+ranks and tilings, never with shards.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Segment:
 
 
 def empty_table() -> ShardTable:
-    """The table of a rank that wrote nothing."""
+    """Return the table of a rank that wrote nothing."""
     ints, uints = np.empty(0, np.int64), np.empty(0, np.uint32)
     return ShardTable((), (), (), uints, uints, ints, uints, ObjectColumns((), uints, ints, ints, uints), {})
 
 
 def dump_segment(segment: Segment, save_id: str) -> bytes:
-    """The bytes of a segment: those of ``milepost.shards``, the block CRCs, and the number of these."""
+    """Return the bytes of a segment: those of ``milepost.shards``, the block CRCs, and their number."""
     crcs = segment.block_crcs.astype("<u4", copy=False).tobytes()
     return b"".join((dump_shards(segment.table, save_id), crcs, struct.pack("<Q", len(segment.block_crcs))))
 
 
 def parse_segment(data: memoryview, files: Mapping[str, FileEntry], save_id: str, path: str) -> Segment:
-    """Read what ``dump_segment`` wrote. ``files`` are those that its rank has written.
+    """Parse the output of ``dump_segment``. ``files`` are those written by its rank.
 
-    Raises FormatError if it is not whole, of another save, or has another number of block CRCs than its shards.
+    Raises FormatError if it is damaged, belongs to another save, or its number of block CRCs does not match its shards.
     """
     count = struct.unpack("<Q", data[-8:])[0] if len(data) >= 8 else -1
     if not 0 <= 4 * count <= len(data) - 8:
@@ -55,15 +55,15 @@ def parse_segment(data: memoryview, files: Mapping[str, FileEntry], save_id: str
     return Segment(table, files, crcs)
 
 
-# ---- from the parts to the whole ----
+# ---- merging ----
 
 
 def merge_segments(
     segments: Sequence[Segment], ranks: Sequence[int], paths: Mapping[str, Path]
 ) -> tuple[ShardTable, UInts]:
-    """The table of all segments, and the block CRCs of its shards in its order. Shards are ordered by box.
+    """Merge all segments into one table, ordered by box, and the block CRCs of its shards in that order.
 
-    ``ranks`` are those of the segments, for messages; ``paths`` become the table's.
+    ``ranks`` of the segments are for messages; ``paths`` become the table's.
 
     Raises:
         SaveError: two ranks stored the same file or object, or one tensor with two dtypes or shapes.
@@ -110,7 +110,7 @@ def _claimed_twice(segments: Sequence[Segment], ranks: Sequence[int]) -> list[st
 
 
 def _numbered(tables: Sequence[ShardTable]) -> tuple[tuple[str, ...], list[Ints]]:
-    """All keys, sorted, and for each table the numbers of its own. Ranks of one model part have the same keys."""
+    """Return all keys, sorted, and each table's indices into them. Ranks of one model part have the same keys."""
     distinct = {table.keys: table for table in tables}
     keys = tuple(sorted(set().union(*distinct)))
     number = {key: index for index, key in enumerate(keys)}
@@ -124,7 +124,7 @@ _Kind = tuple[str, tuple[int, ...]]
 def _kinds(
     tables: Sequence[ShardTable], numbers: Sequence[Ints], keys: tuple[str, ...]
 ) -> tuple[list[_Kind], list[str]]:
-    """The dtype and shape of each key; and faults, where two ranks say different ones."""
+    """Return the dtype and shape of each key, and faults if ranks disagree."""
     known: dict[_Kind, int] = {}
     kind_of = np.full(len(keys), -1, np.int64)
     clashes: dict[int, set[int]] = {}
@@ -146,7 +146,7 @@ def _kinds(
 
 
 def _parts(tables: Sequence[ShardTable]) -> tuple[list[Tiling], list[Ints]]:
-    """The distinct tilings of all tables (each a part of a whole one), and for each table the numbers of its own."""
+    """Return the distinct (partial) tilings of all tables, and each table's indices into them."""
     known: dict[object, int] = {}
     parts: list[Tiling] = []
     numbers = []
@@ -163,7 +163,7 @@ def _parts(tables: Sequence[ShardTable]) -> tuple[list[Tiling], list[Ints]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """Columns of all shards, by key. ``block`` is the number of a shard's first block among all segments' blocks."""
+    """Columns of all shards, by key. ``block`` is the index of a shard's first block among all segments' blocks."""
 
     file: UInts
     record_offset: Ints
@@ -182,7 +182,7 @@ class _Entries:
 def _placed(
     segments: Sequence[Segment], numbers: Sequence[Ints], part_numbers: Sequence[Ints], num_keys: int
 ) -> tuple[_Rows, _Entries]:
-    """All rows by key, those of one key by rank: counted first, then each segment's are put in their places."""
+    """Place all rows by key and rank: count first, then copy each segment's rows."""
     num_rows, num_entries = np.zeros(num_keys, np.int64), np.zeros(num_keys, np.int64)
     for segment, number in zip(segments, numbers, strict=True):
         num_rows[number] += np.diff(segment.table.first)
@@ -214,7 +214,7 @@ def _placed(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ByBox:
-    """A whole tiling with its boxes in order, and the place of each among its parts' boxes; None if it is the same."""
+    """A full tiling with its boxes in order, and the index of each among its parts' boxes; None if unchanged."""
 
     tiling: Tiling
     order: Ints | None
@@ -224,7 +224,7 @@ class _ByBox:
 
 
 def _tilings(parts: Sequence[Tiling], entries: _Entries, kinds: Sequence[_Kind]) -> tuple[list[_ByBox], list[int]]:
-    """The distinct tilings that keys' parts make up, and for each key the number of its own."""
+    """Return the distinct tilings composed of keys' parts, and each key's index into them."""
     known: dict[tuple[_Kind, bytes], int] = {}
     found: list[_ByBox] = []
     tiling_of = []
@@ -250,7 +250,7 @@ def _joined(kind: _Kind, parts: Sequence[Tiling]) -> _ByBox:
 
 
 def _order_by_box(rows: _Rows, tilings: Sequence[_ByBox], tiling: Sequence[int], first: Ints) -> None:
-    """Put each key's rows in the order of its tiling's boxes, in place."""
+    """Sort each key's rows by its tiling's boxes, in place."""
     bounds = first.tolist()
     for key, number in enumerate(tiling):
         order = tilings[number].order
@@ -276,7 +276,7 @@ def _objects(tables: Sequence[ShardTable]) -> ObjectColumns:
 
 
 def _block_crcs(segments: Sequence[Segment], table: ShardTable, block: Ints) -> UInts:
-    """The block CRCs of all shards in the table's order; ``block`` is each one's first among all segments' blocks."""
+    """Return the block CRCs of all shards in table order; ``block`` is each one's first among all segments' blocks."""
     crcs = np.concatenate([segment.block_crcs for segment in segments])
     counts = table.spread([tiling.num_blocks(BLOCK_NBYTES) for tiling in table.tilings])
     found: UInts = crcs[np.repeat(block - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))]

@@ -1,7 +1,7 @@
-"""The CRC-32 of every shard from those of its blocks, for all shards at once.
+"""Compute the CRC-32 of every shard from those of its blocks, for all shards at once.
 
 To append a block to a stretch of bytes, the CRC of the stretch is shifted by the block's length, which is linear over
-GF(2), and the block's CRC is added. All shards take the step together, by tables for the few lengths that there are.
+GF(2), and the block's CRC is added. All shards take each step together, with tables for the few distinct lengths.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from milepost.format.columns import Ints, ShardTable, UInts
 from milepost.format.digest import combine
 
 _FEW_ROWS = 32
-"""Up to here, a table costs more than to combine one by one."""
+"""Up to this number of shards, a table costs more than combining one by one."""
 
 
 def shard_crcs(table: ShardTable, blocks: Any, block_nbytes: int) -> UInts:
-    """The CRC-32 of each shard's raw data, from the CRC-32s of all shards' ``blocks``, in the order of the table."""
+    """Compute the CRC-32 of each shard's raw data from those of all shards' ``blocks``, in the table's order."""
     crcs = np.frombuffer(blocks, np.uint32)
     counts = table.spread([tiling.num_blocks(block_nbytes) for tiling in table.tilings])
     tails = table.spread([tiling.data_nbytes % block_nbytes for tiling in table.tilings])
     tails[tails == 0] = block_nbytes
     first = np.cumsum(counts) - counts
-    # Most blocks first, so that those which have a block left are always the first ones.
+    # Most blocks first, so that the shards with a block left are always a prefix.
     order = np.argsort(-counts, kind="stable")
     counts, tails, first = counts[order], tails[order], first[order]
     found = np.zeros(len(table), np.uint32)
@@ -46,7 +46,7 @@ def _having(counts: Ints, at_least: int) -> int:
 
 
 def _shifted(crcs: UInts, nbytes: Ints) -> UInts:
-    """Each CRC shifted by a length of its own."""
+    """Shift each CRC by its own length."""
     found = np.empty_like(crcs)
     lengths, group = np.unique(nbytes, return_inverse=True)
     order = np.argsort(group, kind="stable")
@@ -61,7 +61,7 @@ def _shifted(crcs: UInts, nbytes: Ints) -> UInts:
 
 
 def _shifts(nbytes: int) -> UInts:
-    """A table for each of the four bytes of a CRC: what it adds to the CRC shifted by ``nbytes``."""
+    """Return a table for each of a CRC's four bytes: its contribution to the CRC shifted by ``nbytes``."""
     bits = np.array([combine(1 << bit, 0, nbytes) for bit in range(32)], np.uint32)
     tables = np.zeros((4, 256), np.uint32)
     for bit in range(8):

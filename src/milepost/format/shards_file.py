@@ -1,7 +1,7 @@
 """``milepost.shards``: the bytes of a :class:`~milepost.format.columns.ShardTable`, specified in ``docs/format.md``.
 
-The same bytes, of a part of the shards, are in each rank's sign-off. A header of fixed length holds the number of
-everything, so that a reader knows the length of the file, and of each column in it, before it allocates anything.
+Each rank's sign-off holds the same form for its part of the shards. A header of fixed length holds all counts, so that
+a reader knows the length of the file, and of each column in it, before it allocates anything.
 """
 
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
@@ -28,13 +28,13 @@ MAGIC = b"MILESHD\x01"
 MAX_SAVE_ID_NBYTES = 256
 _MAX_COUNT = 1 << 32  # tilings, boxes, tensors, shards and objects are numbered in 32 bits
 _HEADER = struct.Struct("<8s2I11Q")
-_CRC_OFFSET = 12  # not at the end: with its own CRC-32 behind it, the CRC-32 of every file would be the same
+_CRC_OFFSET = 12  # not at the end: a file that ends with its own CRC-32 has a constant CRC-32
 _ALIGNMENT = 8
 _MAX_REMEMBERED_NBYTES = 8 << 20
 
 
 class OtherSaveError(FormatError):
-    """The file is whole, and of another save."""
+    """The file is intact, but belongs to another save."""
 
     def __init__(self, message: str, save_id: str, path: str):
         super().__init__(message, path=path)
@@ -42,7 +42,7 @@ class OtherSaveError(FormatError):
 
 
 class _Counts(NamedTuple):
-    """The numbers in the header, in its order."""
+    """The counts in the header, in its order."""
 
     files_nbytes: int
     keys_nbytes: int
@@ -68,7 +68,7 @@ class _Keys(msgspec.Struct, frozen=True):
 
 
 def _columns(counts: _Counts, save_id_nbytes: int) -> list[tuple[str, int]]:
-    """dtype and length of each section, in the order of the file."""
+    """Return dtype and length of each section, in file order."""
     return [
         ("u1", save_id_nbytes),
         ("u1", counts.files_nbytes),
@@ -95,7 +95,7 @@ def _columns(counts: _Counts, save_id_nbytes: int) -> list[tuple[str, int]]:
 
 
 def _placed(counts: _Counts, save_id_nbytes: int) -> tuple[list[tuple[str, int, int]], int]:
-    """dtype, length and start of each section; and the length of the file."""
+    """Return dtype, length and start of each section, and the length of the file."""
     columns = _columns(counts, save_id_nbytes)
     sizes = [-(-np.dtype(kind).itemsize * count // _ALIGNMENT) * _ALIGNMENT for kind, count in columns]
     *starts, end = accumulate(sizes, initial=_HEADER.size)
@@ -106,9 +106,9 @@ def _placed(counts: _Counts, save_id_nbytes: int) -> tuple[list[tuple[str, int, 
 
 
 def dump_shards(table: ShardTable, save_id: str) -> bytearray:
-    """The bytes of ``milepost.shards``; the same table gives the same bytes.
+    """Return the bytes of ``milepost.shards``; the same table gives the same bytes.
 
-    Raises ValueError if they would be too many, or if the save id is too long.
+    Raises ValueError if there would be too many, or if the save id is too long.
     """
     dtypes = sorted({tiling.dtype for tiling in table.tilings})
     files = _dump({"files": table.files, "dtypes": dtypes})
@@ -166,7 +166,7 @@ def _dump(value: object) -> bytes:
 
 
 def _path_json(key: str, path: Path | None) -> object:
-    """``null`` for none, ``true`` for a key that stands at the top level under its own name."""
+    """Return a path as JSON: ``null`` for none, ``true`` for a key at the top level under its own name."""
     return True if path == (key,) else path
 
 
@@ -176,13 +176,12 @@ def _path_json(key: str, path: Path | None) -> object:
 def parse_shards(
     data: bytes | bytearray | memoryview, save_id: str, path: str = SHARDS_NAME, *, is_segment: bool = False
 ) -> tuple[ShardTable, int]:
-    """Read ``milepost.shards``, or a segment of it, as far as the file by itself tells; and the CRC-32 of the file.
+    """Parse ``milepost.shards`` or a segment of it, without reference to other files; also returns its CRC-32.
 
-    What it says of other files is for ``columns_check.table_faults`` to hold against them. Columns are views of
-    ``data``, which must not change.
+    ``columns_check.table_faults`` compares it with other files. Columns are views of ``data``, which must not change.
 
-    Raises FormatError if it is damaged, of another save, or holds numbers that can't be; ``NewerFormatError`` if it is
-    of a later version.
+    Raises FormatError if it is damaged, belongs to another save, or holds impossible numbers; ``NewerFormatError`` if
+    it has a later version.
     """
 
     def fault(what: str) -> FormatError:
@@ -246,7 +245,7 @@ def _largest(column: Any) -> int:
 
 
 def _keys_in(data: bytes, path: str) -> _Keys:
-    """The keys. Segments of one save often have the same ones: these are decoded once."""
+    """Decode the keys; segments of one save often have the same ones, which are decoded once."""
     try:
         return _decoded_keys(data) if len(data) <= _MAX_REMEMBERED_NBYTES else _decoded_keys.__wrapped__(data)
     except FormatError as error:
@@ -274,7 +273,7 @@ def _names_problem(names: _Files, said: _Keys, counts: _Counts) -> str:
 
 
 def _tilings(dtypes: Sequence[str], sections: Sequence[Any], counts: _Counts) -> tuple[Tiling, ...] | None:
-    """The tilings; None if the sections' numbers contradict each other."""
+    """Decode the tilings; None if the sections' counts are inconsistent."""
     dtype, num_dims, num_boxes, shapes, offsets, sizes, header, record = sections
     dims, boxes = num_dims.astype(np.int64), num_boxes.astype(np.int64)
     if counts.tilings and (int(dtype.max()) >= len(dtypes) or int(dims.max()) > MAX_DIMS):
@@ -297,7 +296,7 @@ _PATH_ROWS = list[bool | tuple[str | int, ...] | None]
 
 
 class LazyPaths(Mapping[str, Path]):
-    """The path of each key in the nested state dict, decoded on first use."""
+    """The paths of keys in the nested state dict, decoded on first use."""
 
     def __init__(self, data: bytes, keys: Sequence[str], path: str):
         self._data = data

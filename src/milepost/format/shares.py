@@ -1,8 +1,8 @@
-"""Digests of files that several ranks write ranges of, in any order, without reading anything back.
+"""Digests of files written in ranges by several ranks, in any order, without reading anything back.
 
-A CRC is linear: what some bytes contribute to the CRC-32 of the block they lie in depends on nothing but these bytes
-and how many follow them in the block. So each rank notes the contributions of the ranges that it writes, and the XOR of
-all ranks' contributions is the digest of the block.
+A CRC is linear: the contribution of some bytes to their block's CRC-32 depends only on these bytes and on how many
+follow them in the block. So each rank records the contributions of the ranges that it writes, and the XOR of all ranks'
+contributions is the digest of the block.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ class Share:
 
     nbytes: int
     crcs: Mapping[int, int]
-    """By number of the block; of the blocks that it wrote in."""
+    """Contributions by block index, for the blocks in which it wrote."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileDigests:
-    """The CRC-32 of each block of a file, and of all of it."""
+    """The CRC-32 of each block of a file, and of the file."""
 
     nbytes: int
     blocks: tuple[int, ...]
 
     @property
     def crc32(self) -> int:
-        """Of the whole file."""
+        """CRC-32 of the file."""
         return combine_blocks(self.blocks, self.nbytes)
 
 
 class ShareCount:
-    """Counts this rank's share of a file of ``nbytes``. Safe to use from several threads."""
+    """Accumulates this rank's share of a file of ``nbytes``. Safe to use from several threads."""
 
     def __init__(self, nbytes: int):
         self._file_nbytes = nbytes
@@ -49,13 +49,13 @@ class ShareCount:
         self._lock = threading.Lock()
 
     def add(self, offset: int, data: memoryview) -> None:
-        """Note that ``data`` is written at ``offset``. Each byte of the file is noted once, by one rank."""
+        """Record that ``data`` is written at ``offset``. Each byte of the file must be recorded once, by one rank."""
         position = 0
         while position < len(data):
             block, start = divmod(offset + position, BLOCK_NBYTES)
             block_nbytes = min(BLOCK_NBYTES, self._file_nbytes - block * BLOCK_NBYTES)
             part = data[position : position + block_nbytes - start]
-            # From a register of zeros and not inverted, as the bytes before it count for nothing.
+            # From a register of zeros and not inverted, because preceding bytes must not contribute.
             linear = crc32(part, _ONES) ^ _ONES
             contribution = combine(linear, 0, block_nbytes - start - len(part))
             with self._lock:
@@ -64,15 +64,15 @@ class ShareCount:
             position += len(part)
 
     def share(self) -> Share:
-        """The part as noted so far."""
+        """Return the part recorded so far."""
         return Share(self._nbytes, dict(self._crcs))
 
 
 def joined(nbytes: int, shares: Iterable[Share]) -> FileDigests:
-    """The digests of a file of ``nbytes``, from the shares of all ranks that wrote to it.
+    """Combine the shares of all ranks that wrote a file of ``nbytes`` into its digests.
 
     Raises:
-        ValueError: together they wrote more or fewer bytes than it has.
+        ValueError: the ranks wrote more or fewer bytes than the file has.
     """
     crcs = [0] * num_blocks(nbytes)
     written = 0

@@ -1,4 +1,4 @@
-"""Totals of what a checkpoint holds: for listings and reports. Torch-free, from the manifest alone."""
+"""Totals of a checkpoint's content, for listings and reports. Torch-free, from the manifest only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest, PartTotal, TensorEntry, TiledShards
 
 _MAX_DTYPES = 8
-"""The head of a manifest is short: of more dtypes those of the most bytes are named."""
+"""Maximum number of dtypes in a manifest's head, which is short: those with the most bytes."""
 
 
 def totals_by_part(manifest: Manifest) -> list[PartTotal]:
-    """One total for each part that is there, the model first."""
+    """Return the total of each existing part, the model first."""
     if manifest.parts:
         return list(manifest.parts)
     tensors: dict[str, list[TensorEntry]] = {part: [] for part in PARTS}
@@ -37,24 +37,24 @@ def _total(part: str, tensors: Sequence[TensorEntry], num_objects: int) -> PartT
 
 
 def model_total(manifest: Manifest) -> PartTotal:
-    """The total of the part ``model``; of zeros if there is none."""
+    """Return the total of the part ``model``; zeros if there is none."""
     found = totals_by_part(manifest)
     return found[0] if found and found[0].part == "model" else PartTotal("model", 0, 0, 0, 0, ())
 
 
 def cuts_of(entry: TensorEntry) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """For each dim, the half-open intervals between all the places where a stored shard begins or ends."""
+    """Return for each dim the half-open intervals between consecutive boundaries of stored shards."""
     return _cuts(entry.shape, boxes_of(entry))
 
 
 def files_of(entry: TensorEntry) -> Sequence[str]:
-    """The files that hold any of the shards, sorted."""
+    """Return the files that hold the shards, sorted."""
     shards = entry.shards
     return shards.files if isinstance(shards, TiledShards) else sorted({shard.file for shard in shards})
 
 
 def boxes_of(entry: TensorEntry) -> tuple[Box, ...]:
-    """The box of each shard."""
+    """Return the box of each shard."""
     return entry.shards.boxes if isinstance(entry.shards, TiledShards) else tuple(shard.box for shard in entry.shards)
 
 
@@ -69,9 +69,9 @@ def _cuts(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[tuple[tuple[int
 
 
 def shard_counts(entry: TensorEntry) -> tuple[int, ...] | None:
-    """Into how many shards each dim is cut, or None if the stored boxes are not the cells of one grid.
+    """Return the number of shards along each dim, or None if the boxes are not the cells of one grid.
 
-    A checkpoint stores boxes, each once: of the mesh that they came from it shows the shards, not the replicas.
+    A checkpoint stores each box once: it shows the shards of the original mesh, not the replicas.
     """
     return _counts(entry.shape, boxes_of(entry))
 
@@ -82,11 +82,11 @@ def _counts(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | N
     if num_filled <= 1:
         return (1,) * len(shape)
     counts = tuple(len(cuts) for cuts in _cuts(shape, boxes))
-    return counts if math.prod(counts) == num_filled else None  # boxes cover a tensor once, so each is one cell
+    return counts if math.prod(counts) == num_filled else None  # boxes cover a tensor exactly once, so each is one cell
 
 
 def placement_text(entry: TensorEntry) -> str:
-    """A tensor's placement, in DTensor's words: ``whole``, ``Shard(0) over 2 x Shard(1) over 4``, ``irregular``."""
+    """Describe a placement in DTensor's terms: ``whole``, ``Shard(0) over 2 x Shard(1) over 4``, ``irregular``."""
     counts = shard_counts(entry)
     if counts is None:
         return f"irregular, {sum(box.numel > 0 for box in boxes_of(entry))} shards"
@@ -94,7 +94,7 @@ def placement_text(entry: TensorEntry) -> str:
 
 
 def format_count(count: int) -> str:
-    """A number of elements for people: ``950``, ``5.25 M``, ``8.03 B``."""
+    """Format a number of elements for people: ``950``, ``5.25 M``, ``8.03 B``."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.3g} {unit}"

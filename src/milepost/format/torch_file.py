@@ -1,7 +1,7 @@
 """A ``torch.save`` file of many tensors (``.pt``, ``.pth``), located and laid out without torch.
 
-A file written here is what ``torch.save({key: tensor, ...})`` writes: ``torch.load(weights_only=True, mmap=True)``
-reads it. Tensors that are one tensor (tied weights) share one storage. The zip structures are those of ``record``.
+A file written here is like that of ``torch.save({key: tensor, ...})``, readable by ``torch.load(weights_only=True,
+mmap=True)``. Tied weights share one storage. The zip structures are those of ``record``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MAX_NODES = 1 << 17
 _MAX_PLAIN = 1 << 14
 _TAIL_NBYTES = 64 << 10
 _MAX_REPEATS = 64
-"""Tensors that are views of one storage may come to this many times the file's size together."""
+"""Limit on the total size of tensors relative to the file, since they may be views of one storage."""
 _SMALL_COUNT = 3  # entries that `small_entries` makes
 _UTF8 = 0x0800
 _DOS_DATE = 0x0021  # 1980-01-01: files must not depend on the time
@@ -61,14 +61,14 @@ def locate_tensors(
     *,
     values: dict[str, object] | None = None,
 ) -> dict[str, LocatedTensor]:
-    """Every tensor of a file of ``nbytes``, by its path in the nested state dict, joined by dots.
+    """Locate all tensors of a file of ``nbytes``, by path in the nested state dict, joined by dots.
 
-    ``read_at(offset, nbytes)`` gives bytes of the file, ``path`` is how errors name it. Values that are not tensors are
-    put into ``values``; those that are more than numbers and text are an ``Inert``. Nothing in the file is executed.
+    ``read_at(offset, nbytes)`` returns bytes of the file, ``path`` is for error messages. Other values are put into
+    ``values``, an ``Inert`` for those that are not plain. No code in the file is run.
 
     Raises:
-        FormatError: the file is no ``torch.save`` zip file, is damaged, or holds anything but plain data and tensors.
-        ConversionError: it is something else that is known, and harmless.
+        FormatError: the file is not a ``torch.save`` zip file, is damaged, or holds anything except plain data and
+        tensors. ConversionError: it is of another known kind.
     """
     try:
         archive = ZipDirectory(read_at, nbytes, max_entries=MAX_ENTRIES)
@@ -104,7 +104,7 @@ def _refuse_other_zip(names: list[str], path: str) -> None:
 
 
 class Inert:
-    """A value that is no tensor and not plain: a set, a scalar of numpy, a namespace. Nothing of it is made."""
+    """A value that is neither a tensor nor plain: a set, a numpy scalar, a namespace. It is not constructed."""
 
     def __init__(self, name: str, parts: list[object]):
         self.name = name
@@ -140,7 +140,7 @@ _INERT = (
     *(f"{home}.{kind}" for home in ("builtins", "__builtin__") for kind in ("int", "float", "str", "bool", "list")),
     *(f"{home}.{kind}" for home in ("builtins", "__builtin__") for kind in ("dict", "tuple", "long", "unicode")),
 )
-"""What may stand beside the tensors: nothing of it is made."""
+"""The globals allowed beside the tensors, none of which is constructed."""
 _GLOBALS: Mapping[str, Global] = {
     **{name: _inert(name) for name in _INERT},
     "collections.defaultdict": Global("collections.defaultdict", call=lambda *args: {}),
@@ -158,7 +158,7 @@ def _check_key(key: object) -> None:
 
 
 def _check_storages(found: Mapping[str, LocatedTensor]) -> None:
-    """Refuse storages that share bytes without being one: torch writes none, and refuses to read them."""
+    """Refuse distinct storages that share bytes: torch never writes them, and refuses to read them."""
     storages = sorted({(tensor.data_offset, tensor.data_nbytes): key for key, tensor in found.items()}.items())
     for ((start, nbytes), key), ((next_start, _), next_key) in pairwise(storages):
         if start + nbytes > next_start:
@@ -166,19 +166,19 @@ def _check_storages(found: Mapping[str, LocatedTensor]) -> None:
 
 
 def inert_values(values: Mapping[str, object]) -> list[str]:
-    """Of what ``locate_tensors`` puts into ``values``, that which is not plain, with its kind: for a note."""
+    """Describe the values from ``locate_tensors`` that are not plain, with their kind, for a note."""
     return [f"{path} ({value.name.rpartition('.')[2]})" for path, value in values.items() if isinstance(value, Inert)]
 
 
 def _tensors_in(state: object, values: dict[str, object]) -> Iterator[tuple[str, Rebuild]]:
-    """The tensors of a nested state dict with their paths, in its order. What else is there goes to ``values``."""
+    """Yield the tensors of a nested state dict with their paths, in order; other values go to ``values``."""
     pending: list[tuple[str, object, int]] = [("", state, 0)]
-    hidden: set[str] = set()  # paths inside of values that are left out
+    hidden: set[str] = set()  # paths inside omitted values
     num_nodes = 0
     while pending:
         path, node, depth = pending.pop()
         num_nodes += 1
-        # One part may be named again and again: what it unfolds to is bounded, not only the pickle.
+        # One part may be referenced repeatedly: bound the expansion, not only the pickle.
         if num_nodes + len(pending) > _MAX_NODES or depth > _MAX_DEPTH:
             raise FormatError(f"a state dict of more than {_MAX_NODES} parts or {_MAX_DEPTH} levels is not read")
         if isinstance(node, Rebuild):
@@ -203,7 +203,7 @@ def _tensors_in(state: object, values: dict[str, object]) -> Iterator[tuple[str,
                 if not is_hidden:
                     _note_plain(values, f"{path}.{name}" if path else name, value)
                 continue
-            if len(path) + len(name) >= _MAX_PATH:  # one long key may be named again and again
+            if len(path) + len(name) >= _MAX_PATH:  # one long key may be referenced repeatedly
                 raise FormatError(f"a path in a state dict has more than {_MAX_PATH} characters: {name!r:.200}")
             pending.append((f"{path}.{name}" if path else name, value, depth + 1))
             if is_hidden:
@@ -211,7 +211,7 @@ def _tensors_in(state: object, values: dict[str, object]) -> Iterator[tuple[str,
 
 
 def _note_plain(values: dict[str, object], path: str, value: object) -> None:
-    """Put a plain value into ``values``, of which there may be some thousands: their paths may be long."""
+    """Put a plain value into ``values``, up to some thousands, since paths may be long."""
     if len(values) < _MAX_PLAIN and len(path) < _MAX_PATH:
         values[path] = value
     else:
@@ -238,11 +238,11 @@ class TorchFileLayout:
 
     @property
     def data_offsets(self) -> dict[str, int]:
-        """Key: offset of the tensor's first byte."""
+        """Key -> offset of the tensor's first byte."""
         return {key: entry.data_offset for key, entry in self.entries.items()}
 
     def frame(self, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
-        """All bytes of the file but the tensors' own, as (offset, bytes); ``crcs`` are the tensors' CRC-32s."""
+        """Return all bytes of the file except the tensors', as (offset, bytes); ``crcs`` are the tensors' CRC-32s."""
         yield 0, self.head
         directory = [self.directory_head]
         for key, entry in self.entries.items():
@@ -258,7 +258,7 @@ class TorchFileLayout:
 def plan_torch_file(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], shared: Mapping[str, str] | None = None
 ) -> TorchFileLayout:
-    """The layout of a file of ``tensors`` (key: dtype, shape); ``shared`` are further keys for tensors among them.
+    """Plan a file of ``tensors`` (key -> dtype, shape); ``shared`` are further keys for some of them.
 
     Raises:
         FormatError: a dtype that torch can't store.
@@ -291,7 +291,7 @@ def _state_dict_pickle(
 
 
 def _headers(entry: _Entry, crc32: int) -> tuple[bytes, bytes]:
-    """The local header of an entry, padded up to its data, and its line of the directory."""
+    """Return the local header of an entry, padded up to its data, and its directory entry."""
     wide = entry.nbytes >= SATURATED
     nbytes = SATURATED if wide else entry.nbytes
     sizes = struct.pack("<2Q", entry.nbytes, entry.nbytes) if wide else b""

@@ -1,6 +1,6 @@
-"""Small JSON documents as typed values: every type and bound is checked, and an error names the place.
+"""Decode small JSON documents into typed values, checking every type and bound; errors name the place.
 
-``msgspec`` does the checking. What it does not refuse by itself is refused here: a field that is given twice, ``NaN``.
+``msgspec`` does the checking; this module also refuses duplicate fields and ``NaN``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 from milepost.errors import FormatError
 
 MAX_COUNT = 1 << 62
-"""No offset, size or number of bytes in any file of a checkpoint may be larger."""
+"""Maximum of any offset, size or number of bytes in a checkpoint's files."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, msgspec.Meta(ge=-MAX_COUNT, le=MAX_COUNT)]
@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 
 def parse_json(data: bytes, path: str, what: str) -> Any:
-    """The JSON value in ``data``. ``path`` and ``what`` (``a manifest``) are for the error.
+    """Parse the JSON value in ``data``. ``path`` and ``what`` (``a manifest``) are for the error.
 
-    Raises FormatError unless it is JSON without ``NaN`` and without a field that is given twice.
+    Raises FormatError unless it is JSON without ``NaN`` and duplicate fields.
     """
     try:
         return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -40,9 +40,9 @@ def parse_json(data: bytes, path: str, what: str) -> Any:
 
 
 def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None = None) -> T:
-    """A parsed JSON value as ``kind``: a ``msgspec.Struct``, a dataclass or a plain type.
+    """Convert a parsed JSON value to ``kind``: a ``msgspec.Struct``, a dataclass or a plain type.
 
-    ``where`` is the place of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not fit.
+    ``where`` is the location of ``value`` in the file ``path``. Raises FormatError with ``key`` if it does not match.
     """
     try:
         return as_type(value, kind)
@@ -51,16 +51,16 @@ def typed(value: Any, kind: type[T], path: str, where: str = "", key: str | None
             f"{path}: {where or 'the document'} has a field whose name is not Unicode", path=path
         ) from error
     except msgspec.ValidationError as error:
-        for field, name, part, part_kind in _entries(value, kind):  # raises for the very entry
+        for field, name, part, part_kind in _entries(value, kind):  # raises for this entry
             typed(part, part_kind, path, f"{where}.{field}.{name}".lstrip("."), name if field in _BY_KEY else key)
         raise FormatError(f"{path}: {_explain(str(error), where)}", path=path, key=key) from error
 
 
 def as_type(value: Any, kind: type[T]) -> T:
-    """As ``msgspec.convert``, for any number of threads at once. Raises ``msgspec.ValidationError``.
+    """Call ``msgspec.convert``, safely from several threads. Raises ``msgspec.ValidationError``.
 
-    msgspec compiles a kind when it is first used and enters it where other threads find it before it is whole: a
-    thread that comes in between reads through a null pointer, and the process is gone (seen with 0.22.0).
+    msgspec compiles a kind on first use and publishes it to other threads before it is complete: a thread in that
+    window dereferences a null pointer, and the process crashes (seen with 0.22.0).
     """
     if kind not in _compiled:
         with _compiling:
@@ -82,11 +82,11 @@ os.register_at_fork(after_in_child=_renew_lock)  # the thread that held it is no
 
 
 _BY_KEY = ("tensors", "objects")
-"""Mappings whose names are keys of the state dict."""
+"""Fields that map keys of the state dict."""
 
 
 def _entries(value: Any, kind: Any) -> Iterator[tuple[str, str, Any, Any]]:
-    """The entries of a struct's mappings, which msgspec's errors do not tell apart: field, name, value and kind."""
+    """Yield the entries of a struct's mappings, which msgspec's errors do not distinguish: field, name, value, kind."""
     if not isinstance(value, dict) or not hasattr(kind, "__struct_fields__"):
         return
     for field in msgspec.structs.fields(kind):
@@ -101,7 +101,7 @@ _MISSING = re.compile(r"Object missing required field `(?P<field>.*?)`(?: - at `
 
 
 def _explain(text: str, where: str) -> str:
-    """An error of msgspec, with the place first: ``files[0].nbytes: expected int >= 0``."""
+    """Reword an error of msgspec with the place first: ``files[0].nbytes: expected int >= 0``."""
     match = _MISSING.fullmatch(text)
     if match is not None:
         place = f"{where}{match['at'] or ''}.{match['field']}".lstrip(".")

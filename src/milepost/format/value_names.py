@@ -1,7 +1,7 @@
-"""The globals that the pickle of a value may name: examines an untrusted value without torch or building it.
+"""The globals allowed in the pickle of a value, and a check of untrusted values without torch.
 
-The loader (``tensors.value_reader``) knows what to make of these, and torch's own restricted reader of the rest; a
-test holds the three against each other. Anything else a load refuses.
+The loader (``tensors.value_reader``) constructs some of these, and torch's restricted reader the others; a test
+compares the three. A load refuses anything else.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ VALUE_NAMES: frozenset[str] = frozenset(
 
 
 class _StandIn:
-    """In place of whatever a value is made of."""
+    """Stands in for all parts of a value."""
 
     def extend(self, items: list[object]) -> None:
-        """Ignore what is appended: it was examined already."""
+        """Ignore appended items, which were already examined."""
 
     def __setitem__(self, key: object, value: object) -> None:
-        """As for ``extend``."""
+        """Ignore the item, like ``extend``."""
 
 
 def _stand_in(*args: object) -> object:
@@ -89,10 +89,10 @@ _DIALECT = Dialect(
 
 
 def check_value(read: Callable[[int, int], bytes], nbytes: int) -> None:
-    """Look through the value in a ``torch.save`` record of ``nbytes`` that ``read(offset, nbytes)`` reads.
+    """Check the value in a ``torch.save`` record of ``nbytes``, read by ``read(offset, nbytes)``.
 
     Raises:
-        FormatError: a load would refuse it, as it is malformed, names what would run code, or hits a limit.
+        FormatError: a load would refuse it: it is malformed, would need to run code, or exceeds a limit.
     """
     archive = ZipDirectory(read, nbytes, max_entries=_MAX_ENTRIES)
     pickled, _ = read_pickle_entry(archive, _MAX_VALUE_NBYTES)

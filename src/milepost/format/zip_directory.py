@@ -1,7 +1,7 @@
-"""The directory of a small zip archive inside a larger file, read with a few ranged reads and believed in nothing.
+"""The directory of a small zip archive inside a larger file, read with a few ranged reads and fully validated.
 
-Only what ``torch.save`` writes is accepted: stored (never compressed or encrypted) entries, one disk, no archive
-comment. The structures are those of PKWARE's APPNOTE 6.3, sections 4.3.7 to 4.3.16.
+Only the form written by ``torch.save`` is accepted: stored (never compressed or encrypted) entries, one disk, no
+archive comment. The structures are those of PKWARE's APPNOTE 6.3, sections 4.3.7 to 4.3.16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOCAL_MAGIC, CENTRAL_MAGIC, END_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x
 END64_MAGIC, END64_LOCATOR_MAGIC, DESCRIPTOR_MAGIC = b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"
 ZIP64_EXTRA_ID = 0x0001
 SATURATED = 0xFFFFFFFF
-"""In a 32-bit field: the true value is in the zip64 extra field."""
+"""Marker in a 32-bit field: the actual value is in the zip64 extra field."""
 
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _MAX_ENTRIES = 1024
@@ -30,7 +30,7 @@ _WINDOW_NBYTES = 4096
 _MAX_WINDOWS = 8
 
 ReadAt = Callable[[int, int], bytes]
-"""``read_at(offset, nbytes)``: exactly those bytes of the archive, whose first byte is at 0."""
+"""``read_at(offset, nbytes)`` returns exactly those bytes of the archive, whose first byte is at 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ZipEntry:
 
 
 class ZipDirectory:
-    """The entries of an archive of ``nbytes``, by name. Raises FormatError for anything but plain stored entries.
+    """The entries of an archive of ``nbytes``, by name. Raises FormatError for anything except plain stored entries.
 
     More than ``max_entries`` entries are refused.
     """
@@ -62,7 +62,7 @@ class ZipDirectory:
         self._parse(count, self.read(offset, length))
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Bytes of the archive, from what was read before where possible."""
+        """Return bytes of the archive, from earlier reads if possible."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self._nbytes:
             raise FormatError(f"a record of {self._nbytes} bytes points to bytes {offset} to {offset + nbytes}")
         for start, window in self._windows:
@@ -71,7 +71,7 @@ class ZipDirectory:
         return self._load(offset, min(self._nbytes - offset, max(nbytes, _WINDOW_NBYTES)))[:nbytes]
 
     def data_offset(self, entry: ZipEntry) -> int:
-        """Offset of an entry's bytes, checked against its local header and the archive's end."""
+        """Return the offset of an entry's bytes, checked against its local header and the archive's end."""
         header = LOCAL_HEADER.unpack(self.read(entry.header_offset, LOCAL_HEADER.size))
         magic, _, flags, method, *_, name_nbytes, extra_nbytes = header
         name = self.read(entry.header_offset + LOCAL_HEADER.size, name_nbytes)
@@ -83,7 +83,7 @@ class ZipDirectory:
         return offset
 
     def content(self, entry: ZipEntry, limit: int) -> bytes:
-        """All bytes of an entry of at most ``limit`` bytes."""
+        """Return the bytes of an entry of at most ``limit`` bytes."""
         if entry.nbytes > limit:
             raise FormatError(f"zip entry {entry.name!r} has {entry.nbytes} bytes, at most {limit} are read")
         return self.read(self.data_offset(entry), entry.nbytes)
@@ -96,17 +96,17 @@ class ZipDirectory:
         return window
 
     def _find_directory(self) -> tuple[int, int, int]:
-        """Number of entries, offset and length of the central directory."""
+        """Return number of entries, offset and length of the central directory."""
         at = self._nbytes - END.size
         magic, disk, start_disk, here, count, length, offset, comment = END.unpack(self.read(at, END.size))
         if magic != END_MAGIC or comment or (disk or start_disk) not in (0, 0xFFFF):
-            raise FormatError("a record does not end with a zip directory: it is truncated or no torch.save record")
+            raise FormatError("a record does not end with a zip directory: it is truncated or not a torch.save record")
         locator_at = at - END64_LOCATOR.size
         if locator_at >= 0 and self.read(locator_at, 4) == END64_LOCATOR_MAGIC:
             _, _, end64_at, _ = END64_LOCATOR.unpack(self.read(locator_at, END64_LOCATOR.size))
             magic, _, _, _, _, _, here, count, length, offset = END64.unpack(self.read(end64_at, END64.size))
             if magic != END64_MAGIC:
-                raise FormatError("a record's zip64 directory is not where it is said to be")
+                raise FormatError("a record's zip64 directory is not at its recorded offset")
         if here != count or count > self._max_entries or length > self._max_entries * _NBYTES_PER_ENTRY:
             raise FormatError(f"a record's zip directory of {count} entries and {length} bytes is not torch.save's")
         return count, offset, length
@@ -133,7 +133,7 @@ class ZipDirectory:
 
 
 def _resolve_zip64(fields: tuple[int, int, int], extra: bytes, name: str) -> tuple[int, int, int]:
-    """Replace saturated 32-bit fields by those of the zip64 extra field, which holds only them, in this order."""
+    """Replace saturated 32-bit fields by values of the zip64 extra field, which holds only these, in this order."""
     if SATURATED not in fields:
         return fields
     at = 0

@@ -1,4 +1,4 @@
-"""The data of one stored item, read in any parts, and every byte that was read compared with the recorded digests.
+"""Read one stored item's data in any parts, comparing every byte with the recorded digests.
 
 Loads, verifications and conversions all read through a ``BlockReader``.
 """
@@ -20,18 +20,18 @@ from milepost.storage.base import ReadHandle
 
 @dataclass(slots=True)
 class _Parts:
-    """The bytes of one digest that were read: the CRC-32 of each part, and their number."""
+    """The parts read of one digest's bytes: the CRC-32 of each, and their total size."""
 
     crcs: dict[tuple[int, int], int] = field(default_factory=dict)
     nbytes: int = 0
 
 
 class BlockReader:
-    """Reads parts of ``nbytes`` of data that begin at ``offset`` of an open file. Safe to use from several threads.
+    """Reads parts of ``nbytes`` of data at ``offset`` of an open file. Safe to use from several threads.
 
-    The digests are CRC-32s: of each block (``block_crcs``), or of all the data (``crc32``), or none. ``frame`` is what
-    must stand before and after the data; it is compared when the block beside it is read whole. ``on_read`` is told
-    the bytes of each read.
+    The digests are CRC-32s of each block (``block_crcs``), of all the data (``crc32``), or none. ``frame`` is the
+    expected header and footer of the data; each is compared when the adjacent block is read completely. ``on_read`` is
+    called with the size of each read.
     """
 
     def __init__(
@@ -63,37 +63,37 @@ class BlockReader:
 
     @property
     def has_digests(self) -> bool:
-        """True if anything is recorded that the data can be checked against."""
+        """True if there are recorded digests."""
         return self._crc32 is not None or self._block_crcs is not None
 
     @property
     def checked_nbytes(self) -> int:
-        """The number of bytes that were compared with their digest."""
+        """Number of bytes that were compared with their digest."""
         return sum(min(low + self._unit_nbytes, self.nbytes) - low for low in self._checked)
 
     def digested(self) -> Iterator[tuple[int, int]]:
-        """The ranges of the data that have a digest each: its blocks, or all of it."""
+        """The ranges of the data with one digest each: its blocks, or all of it."""
         if self.has_digests:
             for low in range(0, self.nbytes, self._unit_nbytes):
                 yield low, min(low + self._unit_nbytes, self.nbytes)
 
     def file_range(self, low: int, high: int) -> tuple[int, int]:
-        """The bytes of the file that reading the blocks of ``[low, high)`` takes, what frames the data included."""
+        """Return the file range read for the blocks of ``[low, high)``, including header and footer."""
         before = len(self._frame[0]) if low == 0 else 0
         after = len(self._frame[1]) if high == self.nbytes else 0
         return self.offset + low - before, self.offset + high + after
 
     def read(self, start: int, into: memoryview, spare: Callable[[], memoryview] | None = None) -> None:
-        """Fill ``into`` with the data from byte ``start`` on.
+        """Fill ``into`` with the data, starting at byte ``start``.
 
-        With ``spare`` (which gives memory of a block to this thread), blocks of which ``into`` is a part are read
-        whole, and all of it is checked when this returns. Without, and where there are no blocks' digests, a digest is
-        compared as soon as all that it is of has passed; see :meth:`finish`.
+        With ``spare`` (which returns this thread's buffer of one block), blocks that overlap ``into`` are read
+        completely, and all data is checked on return. Otherwise, or without block digests, a digest is compared once
+        all its bytes have been read; see :meth:`finish`.
 
         Raises:
             DigestMismatchError: the data changed after it was written.
-            FormatError: what stands around the data is not what must.
-            StorageError: a read failed or came short.
+            FormatError: header or footer is not as expected.
+            StorageError: a read failed or was short.
         """
         stop = start + len(into)
         for low in range(start - start % self._step, stop, self._step):
@@ -105,9 +105,9 @@ class BlockReader:
     def read_through(
         self, start: int, stop: int, spare: Callable[[], memoryview], take: Callable[[int, memoryview], None]
     ) -> None:
-        """Read whole blocks, the first of which begins at ``start``, and give each to ``take`` once it is checked.
+        """Read complete blocks, the first at ``start``, and pass each to ``take`` once it is checked.
 
-        ``take(low, data)`` gets the data from byte ``low`` on, in spare memory. Raises as :meth:`read`.
+        ``take(low, data)`` receives the data from byte ``low`` on, in spare memory. Raises like :meth:`read`.
         """
         for low in range(start, stop, self._step):
             data = spare()[: min(self._step, stop - low)]
@@ -117,9 +117,9 @@ class BlockReader:
             take(low, data)
 
     def check_record(self, record: memoryview) -> memoryview:
-        """Check all of a record of one block that was read by the caller, what frames the data included; the data.
+        """Check a record of one block that the caller has read, including header and footer; returns its data.
 
-        Raises as :meth:`read`.
+        Raises like :meth:`read`.
         """
         before = len(self._frame[0])
         data = record[before : before + self.nbytes]
@@ -129,9 +129,9 @@ class BlockReader:
     def _place(
         self, low: int, first: int, part: memoryview, spare: Callable[[], memoryview] | None
     ) -> tuple[int, list[memoryview]]:
-        """The reads that get ``part`` of the block at ``low``, from byte ``first`` on.
+        """Plan the reads of ``part`` of the block at ``low``, from byte ``first`` on.
 
-        If the block can be checked and there is ``spare`` memory, that is all of it, and what frames the data.
+        If the block can be checked and there is ``spare`` memory, that is all of it, with header or footer.
         """
         if spare is None or self._block_crcs is None:
             return self.offset + first, [part]
@@ -144,7 +144,7 @@ class BlockReader:
         return self.offset + low - len(before), views
 
     def _arrived(self, low: int, first: int, views: Sequence[memoryview]) -> None:
-        """Check what was read: a part, or a whole block and what frames the data."""
+        """Check the data read: a part, or a complete block with header or footer."""
         self._on_read(sum(map(len, views)))
         if len(views) == 1:
             self.passed(first, views[0])
@@ -163,10 +163,10 @@ class BlockReader:
         self._compare(low, min(low + self._step, self.nbytes), crc)
 
     def passed(self, start: int, data: memoryview) -> None:
-        """Record ``data``, which was read from byte ``start`` on, and of no more than one block.
+        """Record ``data``, read at byte ``start``, within one block.
 
         Raises:
-            DigestMismatchError: with it a block, or all the data, is complete and is not what was written.
+            DigestMismatchError: a block, or all of the data, is now complete and differs from what was written.
         """
         if not self.has_digests:
             return
@@ -188,7 +188,7 @@ class BlockReader:
             self._compare_parts(low, high, parts.crcs)
 
     def finish(self) -> int:
-        """Check what has passed in part, reading the rest of the digested bytes; returns ``checked_nbytes``.
+        """Check partly read digests by reading the rest of their bytes; returns ``checked_nbytes``.
 
         Raises:
             DigestMismatchError: the data changed after it was written.
@@ -199,20 +199,20 @@ class BlockReader:
         return self.checked_nbytes
 
     def _compare_parts(self, low: int, high: int, parts: Mapping[tuple[int, int], int]) -> None:
-        """Compare the digest of ``[low, high)`` with that of its parts, which may overlap and leave gaps."""
+        """Compare the digest of ``[low, high)`` with that of its parts, which may overlap and have gaps."""
         value, upto = 0, {low: 0}
         for start, stop in pairwise(sorted({low, high, *(edge for part in parts for edge in part)})):
             crc = parts.get((start, stop))
             value = digest.combine(value, self._read_digest(start, stop) if crc is None else crc, stop - start)
             upto[stop] = value
         self._compare(low, high, value)
-        for (start, stop), crc in parts.items():  # those that were read again: was the first reading the same?
+        for (start, stop), crc in parts.items():  # parts read again: was the first reading the same?
             found = digest.combine(upto[start], 0, stop - start) ^ upto[stop]
             if found != crc:
                 self._raise_mismatch(start, stop, found, crc)
 
     def _read_digest(self, start: int, stop: int) -> int:
-        """The CRC-32 of the data bytes ``[start, stop)``, which are read for nothing else."""
+        """Return the CRC-32 of the data bytes ``[start, stop)``, which are read only for this."""
         buffer = memoryview(bytearray(min(stop - start, BLOCK_NBYTES)))
         value = 0
         for low in range(start, stop, BLOCK_NBYTES):
@@ -251,12 +251,12 @@ def shard_reader(
     digests: BlockDigests | None,
     on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> BlockReader:
-    """The reader of shard ``number`` of tensor ``key``. ``digests`` are those of a checkpoint that Milepost wrote.
+    """Return the reader of shard ``number`` of tensor ``key``. ``digests`` are those of a checkpoint of Milepost.
 
     Raises:
-        FormatError: the offsets are not those that dtype and sizes imply.
+        FormatError: the offsets do not match dtype and sizes.
     """
-    assert shard.data_offset is not None, "a shard of another program is located before it is read"
+    assert shard.data_offset is not None, "an external shard must be located before it is read"
     if digests is None:
         return BlockReader(handle, key, shard.data_offset, shard.data_nbytes, shard.crc32, on_read=on_read)
     layout = record.tensor_record(dtype, shard.box.sizes)

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's files and compares them with their extents: in parallel, in bounded memory, each byte once."""
+"""Read a checkpoint's files and compare them with their extents: in parallel, in bounded memory, each byte once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 class Findings:
-    """The findings of a verification so far. Safe to use from several threads."""
+    """The findings of a verification. Safe to use from several threads."""
 
     def __init__(self, progress: Progress | None = None, *, total_nbytes: int = 0):
         self.problems: list[Problem] = []
@@ -27,7 +27,7 @@ class Findings:
         self.read_nbytes = 0
         self.unchecked_nbytes = 0
         self.total_nbytes = total_nbytes
-        """What there is to read in all, for ``progress``."""
+        """Total bytes to read, for ``progress``."""
         self._progress = progress
         self._lock = threading.Lock()
 
@@ -45,7 +45,7 @@ class Findings:
                 self._progress(self.read_nbytes, max(self.total_nbytes, self.read_nbytes))
 
     def merged(self) -> tuple[Problem, ...]:
-        """The problems in order of files and offsets; neighbouring ranges of one key and kind become one."""
+        """Return the problems sorted by file and offset, with adjacent ranges of one key and kind merged."""
         result: list[Problem] = []
         for problem in sorted(self.problems, key=lambda p: (p.file, p.byte_range or (-1, -1), p.key or "")):
             last = result[-1] if result else problem
@@ -64,7 +64,7 @@ class Findings:
 
 
 class ExtentReader:
-    """Threads that take batches of extents from a file until there are none left."""
+    """Threads that take batches of a file's extents until none are left."""
 
     def __init__(self, findings: Findings, num_threads: int):
         self._findings = findings
@@ -72,7 +72,7 @@ class ExtentReader:
         self._local = threading.local()
 
     def check(self, handle: ReadHandle, name: str, extents: Iterator[Extent]) -> None:
-        """Compare ``extents`` (ascending) of the file ``name``. Errors of ``extents`` itself are raised."""
+        """Compare ``extents`` (ascending) of the file ``name``. Errors raised by ``extents`` are passed on."""
         map_in_threads(
             lambda batch: self._check_batch(handle, name, batch),
             batches(self._inside(handle, name, extents), PIECE_NBYTES),
@@ -81,7 +81,7 @@ class ExtentReader:
         )
 
     def _inside(self, handle: ReadHandle, name: str, extents: Iterator[Extent]) -> Iterator[Extent]:
-        """The extents that the file is long enough for. The others are problems."""
+        """Yield the extents inside the file; report the others as problems."""
         for extent in extents:
             if extent.stop <= handle.nbytes:
                 yield extent
@@ -112,7 +112,7 @@ class ExtentReader:
 
 
 def _compare(extent: Extent, view: memoryview, name: str) -> Problem | None:
-    """Compare the bytes ``view`` of the file ``name`` with ``extent``; return the fault."""
+    """Compare the bytes ``view`` of the file ``name`` with ``extent``; returns the fault."""
     if isinstance(extent, Unknown):
         return None
     if isinstance(extent, Data):

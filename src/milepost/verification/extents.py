@@ -1,7 +1,7 @@
-"""The expected content of every byte of a checkpoint's files, from its metadata alone: the plan of a verification.
+"""The plan of a verification: the expected content of every byte of a checkpoint's files, from its metadata.
 
-A data file is tiled by *extents*: bytes that are known, bytes that a digest is recorded of, zeros and, in files that
-Milepost did not write, bytes and values of which nothing is recorded.
+A data file is tiled by *extents*: known bytes, bytes with a digest, zeros and, in external files, bytes and values
+without any record.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shard
 
 Level = Literal["metadata", "sizes", "sample", "full"]
-"""What a verification looks at: see ``verify``."""
+"""The scope of a verification: see ``verify``."""
 SAMPLE_RECORDS = 256
-"""Maximum number of records of a sample, or of blocks of files that have no records."""
+"""Maximum number of records in a sample, or of blocks in files without records."""
 PIECE_NBYTES = 8 << 20
-"""No extent is larger: what is larger is cut."""
+"""Maximum size of an extent; larger ones are split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Bytes that must be exactly ``expected``."""
+    """Bytes that must equal ``expected``."""
 
     start: int
     expected: bytes
@@ -48,7 +48,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
-    """Bytes ``[start, stop)`` of the file that ``reader`` has a digest of, whole or as a part."""
+    """Bytes ``[start, stop)`` of the file that are covered, completely or in part, by a digest of ``reader``."""
 
     start: int
     stop: int
@@ -70,14 +70,14 @@ class Zeros:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Bytes ``[start, stop)`` that nothing is recorded of."""
+    """Bytes ``[start, stop)`` without any record."""
 
     start: int
     stop: int
 
 
 class NanCount:
-    """Counts the NaN among the values of a tensor, whose bytes pass in any order, by several threads."""
+    """Counts NaN in a tensor's values, which are read in any order by several threads."""
 
     def __init__(self, start: int, stop: int, dtype: str, key: str):
         self.start = start
@@ -88,7 +88,7 @@ class NanCount:
         self._lock = threading.Lock()
 
     def passed(self, data: memoryview) -> str | None:
-        """Note some of the values; with the last of them, what is wrong with all."""
+        """Count some of the values; with the last ones, returns the fault of all."""
         count = count_nan(data, self._dtype) if has_nan(self._dtype) else 0
         with self._lock:
             self._count += count
@@ -100,7 +100,7 @@ class NanCount:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Values:
-    """Bytes ``[start, stop)`` of a tensor of which no digest is recorded: only NaN can be told."""
+    """Bytes ``[start, stop)`` of a tensor without a digest: only NaN can be detected."""
 
     start: int
     stop: int
@@ -133,7 +133,7 @@ class PlacedRecord:
 
 
 def records_of(manifest: Manifest) -> dict[str, list[PlacedRecord]]:
-    """The records in each data file, by offset."""
+    """Return the records in each data file, by offset."""
     placed: dict[str, list[PlacedRecord]] = {}
     for key, tensor in manifest.tensors.items():
         for index, shard in enumerate(tensor.shards):
@@ -146,7 +146,7 @@ def records_of(manifest: Manifest) -> dict[str, list[PlacedRecord]]:
 
 
 def own_record(handle: ReadHandle, record: PlacedRecord, digests: BlockDigests) -> Iterator[Extent]:
-    """The extents of one record that Milepost wrote, in order, from its first byte to its last.
+    """Return the extents of one record written by Milepost, in order, from its first byte to its last.
 
     Raises:
         FormatError: the offsets are not those that dtype and sizes imply.
@@ -175,27 +175,27 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def zeros(start: int, stop: int) -> Iterator[Extent]:
-    """The padding ``[start, stop)``."""
+    """Yield the padding ``[start, stop)``."""
     return (Zeros(*piece) for piece in _pieces(start, stop))
 
 
 def unknown(start: int, stop: int) -> Iterator[Extent]:
-    """The bytes ``[start, stop)``, of which nothing is recorded."""
+    """Yield the bytes ``[start, stop)`` without any record."""
     return (Unknown(*piece) for piece in _pieces(start, stop))
 
 
 def values(start: int, stop: int, dtype: str, key: str) -> Iterator[Extent]:
-    """A tensor's values, of which no digest is recorded."""
+    """Yield a tensor's values without a digest."""
     nan = NanCount(start, stop, dtype, key)
     return (Values(*piece, nan) for piece in _pieces(start, stop))
 
 
 def external_record(handle: ReadHandle, record: PlacedRecord) -> Iterator[Extent]:
-    """The extents of one record that another program wrote.
+    """Return the extents of one record written by another program.
 
     Raises:
-        FormatError: the record is not a zip archive of the form that ``torch.save`` writes, or holds another tensor
-            than the metadata says, or a value that a load refuses.
+        FormatError: the record is not a zip archive like ``torch.save``'s, does not hold the tensor in the metadata, or
+        holds a value that a load refuses.
     """
     if isinstance(record.entry, ShardEntry):
         locate_shard(handle, record.key, record.dtype, record.entry)
@@ -210,10 +210,10 @@ def external_record(handle: ReadHandle, record: PlacedRecord) -> Iterator[Extent
 def zip_extents(
     handle: ReadHandle, start: int, stop: int, key: str = "", *, max_entries: int = 1024
 ) -> Iterator[Extent]:
-    """The extents of an archive that is at ``[start, stop)`` of a file: its entries, as far as they have CRCs.
+    """Yield the extents of an archive at ``[start, stop)`` of a file: its entries, as far as they have CRCs.
 
     Raises:
-        FormatError: entries overlap, or are not as ``torch.save`` writes them.
+        FormatError: entries overlap, or are not like ``torch.save``'s.
     """
     directory = ZipDirectory(lambda at, n: handle.read(start + at, n), stop - start, max_entries=max_entries)
     position = start
@@ -221,9 +221,9 @@ def zip_extents(
         begin = start + directory.data_offset(entry)
         if begin < position:
             raise FormatError(f"zip entry {entry.name!r:.100} overlaps the one before it", key=key or None)
-        yield from unknown(position, begin)  # a zip header and padding: parsed, but without a CRC of its own
+        yield from unknown(position, begin)  # a zip header and padding: parsed, but not covered by a CRC
         position = begin + entry.nbytes
-        # torch.serialization.set_crc32_options(False) leaves zero in place of a CRC.
+        # torch.serialization.set_crc32_options(False) writes zero for a CRC.
         if entry.crc32 or not entry.nbytes:
             yield from _data(BlockReader(handle, key, begin, entry.nbytes, entry.crc32), f"zip entry {entry.name}")
         else:
@@ -234,7 +234,7 @@ def zip_extents(
 def sampled(
     placed: Mapping[str, list[PlacedRecord]], rng: random.Random, max_records: int, max_nbytes: int
 ) -> dict[str, list[PlacedRecord]]:
-    """Some records at random: at most ``max_records``, and about ``max_nbytes`` together, but at least one."""
+    """Choose records at random: at most ``max_records``, about ``max_nbytes`` in total, and at least one."""
     pool = [(name, record) for name, records in sorted(placed.items()) for record in records]
     rng.shuffle(pool)
     chosen: dict[str, list[PlacedRecord]] = {}
@@ -250,7 +250,7 @@ def sampled(
 
 
 def batches(extents: Iterator[Extent], limit_nbytes: int) -> Iterator[list[Extent]]:
-    """Neighbouring extents, together at most ``limit_nbytes`` (or a single one that is larger)."""
+    """Group adjacent extents, up to ``limit_nbytes`` in total (or a single larger one)."""
     batch: list[Extent] = []
     for extent in extents:
         if batch and (extent.stop - batch[0].start > limit_nbytes or extent.start != batch[-1].stop):

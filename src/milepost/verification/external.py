@@ -1,7 +1,7 @@
-"""Records that another program wrote: where in them a shard's data lies. Nothing is loaded, and nothing run.
+"""Locate shards' data in records written by other programs, without loading them or running code.
 
-Stock DCP's ``.metadata`` says in which record of which file a shard is, but not where its data begins: that takes two
-to four small reads of the record itself.
+Stock DCP's ``.metadata`` holds the file and record of a shard, but not the offset of its data: that takes two to four
+small reads of the record.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
 
 NUM_THREADS = 8
-"""Small reads wait for the disk or the network, not for the processor."""
+"""Number of threads: small reads wait for the disk or the network, not for the processor."""
 
 Shard = tuple[str, str, ShardEntry]
 """The key and the dtype of a tensor, and one of its shards."""
 
 
 def locate_manifest(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
-    """``manifest`` with the places of all its shards' data: see :func:`locate_shards`."""
+    """Return ``manifest`` with the locations of all shards' data, see :func:`locate_shards`."""
     wanted = [(key, entry.dtype, shard) for key, entry in manifest.tensors.items() for shard in entry.shards]
     found = iter(locate_shards(storage, folder, wanted))
     tensors = {
@@ -34,12 +34,12 @@ def locate_manifest(storage: Storage, folder: str, manifest: Manifest) -> Manife
 
 
 def locate_shards(storage: Storage, folder: str, shards: Sequence[Shard]) -> list[ShardEntry]:
-    """The shards with the place of their data, and its CRC-32 if there is one, by the records' own headers.
+    """Return the shards with the location of their data, and its CRC-32 if any, from the records' headers.
 
-    One whose record is not a plain row-major tensor keeps ``data_offset`` None: it can only be loaded as a whole.
+    A shard whose record is not a plain row-major tensor keeps ``data_offset`` None: it can only be loaded completely.
 
     Raises:
-        FormatError: a record is malformed, or holds another dtype or shape than the commit record says.
+        FormatError: a record is malformed, or its dtype or shape does not match the commit record.
     """
     with OpenFiles(storage) as files:
         names = {shard.file for _, _, shard in shards if shard.data_offset is None}
@@ -52,7 +52,7 @@ def locate_shards(storage: Storage, folder: str, shards: Sequence[Shard]) -> lis
 
 
 def locate_shard(handle: ReadHandle, key: str, dtype: str, shard: ShardEntry) -> ShardEntry:
-    """:func:`locate_shards` for one shard in an open file."""
+    """Locate one shard in an open file, see :func:`locate_shards`."""
     start = shard.record_offset
     try:
         found = locate_tensor(lambda offset, nbytes: handle.read(start + offset, nbytes), shard.record_nbytes)
@@ -61,8 +61,8 @@ def locate_shard(handle: ReadHandle, key: str, dtype: str, shard: ShardEntry) ->
         raise FormatError(message, path=handle.path, key=key) from error
     if (found.dtype, found.sizes) != (dtype, shard.box.sizes):
         raise FormatError(
-            f"{handle.path}: the record of '{key}' at byte {start}: expected {dtype} {list(shard.box.sizes)}, as the "
-            f"checkpoint's metadata says, found {found.dtype} {list(found.sizes)}",
+            f"{handle.path}: the record of '{key}' at byte {start}: expected {dtype} {list(shard.box.sizes)}from the "
+            f"checkpoint's metadata, found {found.dtype} {list(found.sizes)}",
             path=handle.path,
             key=key,
         )

@@ -1,6 +1,6 @@
-"""A step that was saved as Hugging Face files: its digests, and its files read and checked against them.
+"""A step saved as Hugging Face files: its digests, and checks of its files against them.
 
-Such a folder may have gone through the hub: there, and in the hub's cache, its files are links.
+Such a folder may have been uploaded to the hub and downloaded again: in the hub's cache its files are links.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class HfStep:
     folder: str
     manifest: Manifest
     digests: BlockDigests | None
-    """None if an older Milepost wrote it, which kept none of the tensors' files."""
+    """None if an older Milepost wrote it, which stored no digests of the tensors' files."""
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes that each digest is of."""
+        """Number of bytes covered by each digest."""
         return self.digests.block_nbytes if self.digests is not None else 0
 
     def open_file(self, name: str) -> ReadHandle:
-        """Open a file of tensors: if it has digests, each block that is read is checked.
+        """Open a file of tensors; if it has digests, each block read is checked.
 
         Raises:
             FormatError: it has another size.
@@ -56,9 +56,9 @@ class HfStep:
         return CheckedFile(handle, self.digests.of_file(name), self.digests.block_nbytes)
 
     def small_faults(self, names: Collection[str] | None = None) -> list[Problem]:
-        """Of the files without tensors: which are missing, or are not what was written.
+        """Report the files without tensors that are missing, or differ from what was written.
 
-        ``names``: only of these, where a file that carries a save id counts by its name without it.
+        ``names`` restricts the check to these names, without save ids.
         """
         faults = []
         blocks = {*files_in_blocks(self.manifest)}
@@ -75,7 +75,7 @@ class HfStep:
         return faults
 
     def block_faults(self) -> list[Problem]:
-        """The files of which the manifest and ``milepost.digests`` say different things."""
+        """Report files whose entries in the manifest and in ``milepost.digests`` differ."""
         if self.digests is None:
             return []
         faults = []
@@ -86,7 +86,7 @@ class HfStep:
         return faults
 
     def require(self, names: Collection[str]) -> None:
-        """Raise FormatError if the small files ``names`` (or the digests themselves) are not what was written."""
+        """Raise FormatError if the small files ``names`` (or the digests themselves) differ from what was written."""
         problems = [*self.small_faults(names), *self.block_faults()]
         if problems:
             where = f"{self.storage.root}/{self.folder}".rstrip("/")
@@ -98,13 +98,13 @@ def _hint(name: str) -> str:
     if untagged(name) == DIGESTS_NAME:
         return ""
     return (
-        f" (if you changed it on purpose: without {MANIFEST_NAME} and {DIGESTS_NAME} the folder is an "
-        "external checkpoint)"
+        f" (if you changed it on purpose, delete {MANIFEST_NAME} and {DIGESTS_NAME}: the folder is then an external "
+        f"checkpoint)"
     )
 
 
 def read_hf_step(storage: Storage, folder: str, names: Collection[str]) -> HfStep | None:
-    """The record of the step in ``folder``, in which the files ``names`` are; None if it is no step of such files.
+    """Read the record of the step in ``folder`` with the files ``names``; None if it is not a step of such files.
 
     Raises:
         FormatError: the manifest or the digests are damaged, or one of them is missing.
@@ -114,7 +114,7 @@ def read_hf_step(storage: Storage, folder: str, names: Collection[str]) -> HfSte
     if MANIFEST_NAME not in names:
         if DIGESTS_NAME in names and is_hf_folder(names) and METADATA_NAME not in names:
             raise FormatError(
-                f"{where}: missing, but {DIGESTS_NAME} is there (without it, the folder would be external)", path=where
+                f"{where}: missing, but {DIGESTS_NAME} exists (without it, the folder would be external)", path=where
             )
         return None
     manifest = from_json(_read_record(storage, where, MAX_MANIFEST_NBYTES), where)
@@ -139,7 +139,7 @@ def _read_record(storage: Storage, where: str, limit_nbytes: int) -> bytes:
 
 
 class CheckedFile(ReadHandle):
-    """An open file, of which each block is compared with its digest when it is read from. Owns ``handle``."""
+    """An open file whose blocks are compared with their digests when read. Owns ``handle``."""
 
     def __init__(self, handle: ReadHandle, crcs: Sequence[int], block_nbytes: int):
         self.path = handle.path
@@ -147,11 +147,11 @@ class CheckedFile(ReadHandle):
         self._handle = handle
         self._block_nbytes = block_nbytes
         self.reader = BlockReader(handle, "", 0, handle.nbytes, None, crcs, block_nbytes)
-        """The same bytes, for those that check them later."""
+        """The unchecked file, for callers that check later."""
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         if offset + sum(map(len, buffers)) > self.nbytes:
-            self._handle.read_into(offset, buffers)  # which refuses
+            self._handle.read_into(offset, buffers)  # which raises
         for view in buffers:
             self.reader.read(offset, view, self._spare)
             offset += len(view)

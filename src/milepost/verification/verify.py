@@ -1,6 +1,6 @@
-"""``verify``: is a checkpoint what was saved? Read-only, without torch, at the speed of the disk.
+"""``verify``: check that a checkpoint is what was saved. Read-only, without torch, at the speed of the disk.
 
-Four levels, each with what the one before does:
+There are four levels, each of which includes the previous one:
 
 ==========  ==============================================================================================
 metadata    commit record, ``.metadata`` and digests are whole and agree with each other
@@ -10,9 +10,9 @@ full        every byte of every file: data against its digest, headers and foote
             padding against zero
 ==========  ==============================================================================================
 
-In an external checkpoint there are no digests but the CRC-32s of its zip records; what they do not cover (zip headers,
-padding) is counted in ``unchecked_nbytes``. Weights outside a run (Hugging Face folders, safetensors and ``torch.save``
-files) are checked as far as they can be, see ``weights``. What can't be checked is never called verified.
+An external checkpoint has no digests except the CRC-32s of its zip records; bytes outside these (zip headers, padding)
+are counted in ``unchecked_nbytes``. Weights outside a run (Hugging Face folders, safetensors and ``torch.save`` files)
+are checked as far as possible, see ``weights``. Data that can't be checked is never reported verified.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Verdict = Literal["ok", "not_verified", "damaged"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 SAMPLE_NBYTES = 2 << 30
-"""A sample takes records until it has this many bytes to read, but at least one."""
+"""Size limit of a sample in bytes; it has at least one record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +80,18 @@ class VerifyReport:
 
     path: str
     state: State
-    """As in the catalog, before any data was read."""
+    """State in the catalog, before any data was read."""
     level: Level
     problems: tuple[Problem, ...]
-    """In the order of files and offsets; the first 1000."""
+    """The first 1000 problems, by file and offset."""
     num_problems: int
     num_items: int
-    """Stored shards and objects that the checkpoint has."""
+    """Number of stored shards and objects."""
     nbytes: int
-    """Size of all its files."""
+    """Total size of all files."""
     read_nbytes: int
     unchecked_nbytes: int
-    """Nothing is recorded to check these against."""
+    """Bytes without digests."""
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -104,7 +104,7 @@ class VerifyReport:
 
     @property
     def is_sound(self) -> bool:
-        """True if all that this level checks could be checked, and no problem was found."""
+        """True if everything at this level could be checked, and no problem was found."""
         return self.verdict == "ok"
 
 
@@ -136,7 +136,7 @@ def verify_in(
     num_threads: int = 2,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """:func:`verify` for what is at ``path`` of an open storage."""
+    """Verify ``path`` in an open storage, see :func:`verify`."""
     if level not in LEVELS:
         raise ConfigError(f"there is no verification level {level!r}; levels are {', '.join(LEVELS)}")
     found = storage.stat(path)
@@ -145,7 +145,7 @@ def verify_in(
     record = storage.stat(join(path, MANIFEST_NAME))
     if record is not None and record.is_link:
         names = [entry.name for entry in storage.list(path) if not entry.is_folder]
-        if is_hf_folder(names):  # one of our steps that went through the hub
+        if is_hf_folder(names):  # one of our steps, downloaded from the hub
             return _verify_weights(storage, path, names, level, num_threads, progress)
     info = catalog.examine(storage, path)
     if info is None or info.state == "incomplete":
@@ -158,7 +158,7 @@ def verify_in(
 
 
 def verify_beside_tensors(storage: Storage, path: str) -> tuple[Problem, ...]:
-    """Verify the committed step at ``path``, except its tensors' data: for a caller who checks that as it reads.
+    """Verify the committed step at ``path`` except its tensors' data, for a caller that checks it while reading.
 
     Raises:
         CheckpointNotFoundError: there is no committed step.
@@ -220,7 +220,7 @@ def _verify_checkpoint(
 def _verify_weights(
     storage: Storage, path: str, names: Sequence[str] | None, level: Level, num_threads: int, progress: Progress | None
 ) -> VerifyReport:
-    """A report on weights that belong to no run: of a folder with the files ``names``, or of one file if None."""
+    """Verify weights outside a run: a folder with the files ``names``, or one file if None."""
     started = time.monotonic()
     findings = Findings(progress)
     check = WeightsCheck(storage, findings, num_threads=num_threads, level=level)
@@ -256,7 +256,7 @@ def verify_run(
 ) -> list[VerifyReport]:
     """Check every committed step in a run's folder, oldest first.
 
-    ``on_step`` is told each step before it is read, and may give a progress callback for it.
+    ``on_step`` is called with each step before it is read, and may return a progress callback.
 
     Raises:
         CheckpointNotFoundError: the folder holds no step, or none that was ever committed.
@@ -268,7 +268,7 @@ def verify_run(
         raise CheckpointNotFoundError(f"{storage.root}/{folder} holds {what}", path=folder)
     reports = []
     for entry in committed:
-        # A run that goes on deletes and replaces steps while we read.
+        # A live run deletes and replaces steps while we read.
         with contextlib.suppress(CheckpointNotFoundError):
             progress = on_step(entry.step)
             reports.append(verify_in(storage, entry.path, level, num_threads=num_threads, progress=progress))
@@ -277,7 +277,7 @@ def verify_run(
 
 def _notes(record: CommitRecord) -> tuple[str, ...]:
     notes = [record.note] if record.note else []
-    if not record.is_own:  # another program does not remove what an older save, or one of more ranks, has left
+    if not record.is_own:  # other programs leave files of an older save, or of one with more ranks
         stale = [name for name in sorted(record.files) if name.endswith(".distcp")]
         stale = [name for name in stale if name not in record.manifest.files]
         if stale:
@@ -286,7 +286,7 @@ def _notes(record: CommitRecord) -> tuple[str, ...]:
 
 
 def _problem_of(error: FormatError, path: str) -> Problem:
-    """Check a small file of the checkpoint at ``path``. The file is named once, relative to it."""
+    """Check a small file of the checkpoint at ``path``; the problem names it once, relative to ``path``."""
     file = (error.path or path).rpartition("/")[2]
     return Problem(error.message.removeprefix(f"{error.path}: "), file, error.key)
 
@@ -309,7 +309,7 @@ def _shared(storage: Storage, path: str, findings: Findings) -> Iterator[str]:
 
 
 def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, findings: Findings) -> tuple[str, ...]:
-    """Let a loader's mark of damage count, unless every byte was just verified."""
+    """Report a loader's damage mark, unless every byte was just verified."""
     said = marks.read_mark(storage, info.path, info.record_id)
     if said is None:
         return ()
@@ -332,7 +332,7 @@ def _check(
 ) -> None:
     is_hf = is_hf_step(record.manifest)
     digests = _check_metadata(storage, path, record, findings) if record.is_own and not is_hf else None
-    # An object for each shard, so only if it is needed.
+    # Creates an object per shard, so only if needed.
     placed = records_of(record.manifest) if level in ("sample", "full") or record.faults else {}
     if level != "metadata":
         for fault in record.faults:
@@ -343,19 +343,19 @@ def _check(
     if level == "metadata":
         return
     for name in sorted(record.files):
-        # One with the id of another save is of a checkpoint that this one has replaced, or of one under way.
+        # One with another save's id belongs to a replaced checkpoint or to a save in progress.
         is_own = tag_of(name) in ("", record.manifest.save_id)
         if name.endswith(".distcp") and name not in record.manifest.files and is_own and record.is_own:
             findings.add(Problem("it is not part of this checkpoint", name))
     if level == "sizes" or (record.is_own and digests is None):
-        return  # without digests nothing can be said of the data
+        return  # data without digests can't be checked
     if level == "sample":
         placed = sampled(placed, random.Random(), SAMPLE_RECORDS, SAMPLE_NBYTES)
         findings.total_nbytes += sum(one.stop - one.start for records in placed.values() for one in records)
     reader = ExtentReader(findings, num_threads)
     for name, records in sorted(placed.items()):
         if name not in record.files or record.files[name].is_link:
-            continue  # reported already
+            continue  # already reported
         is_cut = record.files[name].nbytes < record.manifest.files[name].nbytes
         records = [one for one in records if not is_cut or one.stop <= record.files[name].nbytes]
         try:
@@ -389,7 +389,7 @@ def _check_hf_step(
 
 
 def _with_lost_keys(fault: Problem, record: CommitRecord, records: Sequence[PlacedRecord]) -> Problem:
-    """A file that is missing or cut, with the records that are lost with it: one problem, however many these are."""
+    """Report a missing or truncated file, and the records lost with it, as one problem."""
     found = record.files.get(fault.file)
     lost = [one.key for one in records if found is None or one.stop > found.nbytes]
     if not lost or (found is not None and found.is_link):
@@ -406,9 +406,9 @@ def _extents(
     digests: BlockDigests | None,
     findings: Findings,
 ) -> Iterator[Extent]:
-    """The expected bytes of a file; also between the records if ``file_nbytes`` is given.
+    """Yield the expected content of a file; also between the records if ``file_nbytes`` is given.
 
-    A record that can't even be laid out becomes a problem.
+    A record that can't be laid out is reported as a problem.
     """
     gap = zeros if digests is not None else unknown
     position = 0
@@ -425,7 +425,7 @@ def _extents(
 
 
 def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings: Findings) -> BlockDigests | None:
-    """The small files of our own commit; the digests if they can be relied on."""
+    """Check the small files of our own commit; returns the digests if they are valid."""
     contents: dict[str, bytes] = {}
     for name, entry in record.manifest.files.items():
         is_record = untagged(name) in (METADATA_NAME, DIGESTS_NAME)
@@ -460,7 +460,7 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
 
 
 def _check_alias(storage: Storage, path: str, name: str, content: bytes, findings: Findings) -> None:
-    """Check the copy of ``.metadata`` by which stock DCP finds a checkpoint in an object store."""
+    """Check the copy of ``.metadata`` through which stock DCP finds a checkpoint in an object store."""
     if name == METADATA_NAME:
         return
     try:
@@ -471,8 +471,8 @@ def _check_alias(storage: Storage, path: str, name: str, content: bytes, finding
 
 
 def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> None:
-    """Stock DCP reads ``.metadata``, Milepost the manifest: both must lead to the same bytes."""
-    from milepost.format.dcp_writer import is_metadata_of  # with numpy, which listing the options can do without
+    """Check that ``.metadata``, read by stock DCP, and the manifest point to the same bytes."""
+    from milepost.format.dcp_writer import is_metadata_of  # imports numpy, which listing the options does not need
 
     if is_metadata_of(data, manifest):
         return
@@ -484,7 +484,7 @@ def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> Non
 
 
 def _places(manifest: Manifest, key: str) -> object:
-    """Dtype, shape and the places of all that is stored under a key."""
+    """Return dtype, shape and locations of all data stored under a key."""
     tensor, entry = manifest.tensors.get(key), manifest.objects.get(key)
     shards = {
         (shard.box, shard.file, shard.record_offset, shard.record_nbytes)
@@ -499,7 +499,7 @@ def _places(manifest: Manifest, key: str) -> object:
 
 
 def _check_item_digests(manifest: Manifest, digests: BlockDigests, findings: Findings) -> None:
-    """The digest of each shard must be that of its blocks one after the other."""
+    """Check that the digest of each shard is the combination of its blocks' digests."""
     import numpy as np
 
     from milepost.format.columns import table_of

@@ -1,8 +1,8 @@
-"""Verification of weights outside a run: a Hugging Face folder, a safetensors or a ``torch.save`` file.
+"""Verify weights outside a run: a Hugging Face folder, a safetensors or a ``torch.save`` file.
 
-Safetensors carry no digests; only a step that Milepost saved in this form has some beside them. What can be told
-elsewhere: headers and sizes are what they must be, no two tensors overlap, and no value is NaN. The zip entries of a
-``torch.save`` file have CRC-32s.
+Safetensors have no digests, except in a step that Milepost saved in this form. Otherwise the checks are: headers and
+sizes are consistent, no two tensors overlap, and no value is NaN. The zip entries of a ``torch.save`` file have
+CRC-32s.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from milepost.verification.extents import SAMPLE_RECORDS, Data, Extent, Level, u
 from milepost.verification.hf_step import CheckedFile, HfStep
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-"""Files that are verified as weights on their own."""
+"""Suffixes of files that are verified as weights by themselves."""
 
 
 def may_be_weights(path: str) -> bool:
-    """True for a file that is verified as weights: by its ending, or as it has none, like the hub cache's blobs."""
+    """Return True for a file to verify as weights: by its suffix, or without one, like the hub cache's blobs."""
     return path.endswith(WEIGHTS_SUFFIXES) or "." not in path.rpartition("/")[2]
 
 
 class WeightsCheck:
-    """Checks weights and adds what it finds to ``findings``. Only level ``full`` reads every byte, not only headers."""
+    """Checks weights and adds problems to ``findings``. Only level ``full`` reads every byte, not only headers."""
 
     def __init__(self, storage: Storage, findings: Findings, *, num_threads: int, level: Level):
         self._storage = storage
@@ -56,7 +56,7 @@ class WeightsCheck:
             if name in names and name is not None:
                 self._config(folder, name)
         if is_adapter(names):
-            self.notes.append("an adapter, not a whole model")
+            self.notes.append("an adapter, not a full model")
         elif config is None:
             self.notes.append(f"{CONFIG_NAME} is missing: the model is unknown")
         self._safetensors(folder, read_hf_folder(self._storage, folder, names), step)
@@ -111,7 +111,7 @@ class WeightsCheck:
                 self._reader.check(handle, name, extents)
 
     def _blocks(self, step: HfStep, held: Mapping[str, Sequence[tuple[int, str]]]) -> None:
-        """Compare the blocks of the step's files, all or a sample of them, with their digests."""
+        """Compare all blocks of the step's files, or a sample, with their digests."""
         if self._level not in ("sample", "full"):
             return
         blocks = [
@@ -139,7 +139,7 @@ class WeightsCheck:
         values: dict[str, object] = {}
         self.num_items = len(locate_tensors(handle.read, handle.nbytes, handle.path, values=values))
         if inert := inert_values(values):
-            self.notes.append(f"values that are no tensors: {', '.join(listed(inert))}")
+            self.notes.append(f"values other than tensors: {', '.join(listed(inert))}")
         if self._level != "full":
             self._findings.count_read(0, unchecked_nbytes=handle.nbytes)
             return
@@ -150,7 +150,7 @@ class WeightsCheck:
 
 
 def _what(places: Sequence[tuple[int, str]], start: int, stop: int) -> str:
-    """The tensors, of those at ``places`` in a file, of which bytes are in ``[start, stop)``."""
+    """Name the tensors at ``places`` in a file that overlap ``[start, stop)``."""
     first = max(bisect_right(places, start, key=lambda place: place[0]) - 1, 0)
     last = bisect_left(places, stop, key=lambda place: place[0])
     keys = [key for _, key in places[first:last]]
@@ -159,7 +159,7 @@ def _what(places: Sequence[tuple[int, str]], start: int, stop: int) -> str:
 
 
 def _extents(places: Sequence[tuple[int, str]], nbytes: int, tensors: Mapping[str, TensorEntry]) -> Iterator[Extent]:
-    """The extents of a safetensors file of ``nbytes``: its header, then its tensors, each with where it begins."""
+    """Yield the extents of a safetensors file of ``nbytes`` with their offsets: its header, then its tensors."""
     position = 0
     for start, key in places:
         if start > position:
