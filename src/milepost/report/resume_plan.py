@@ -105,14 +105,14 @@ def plan_resume(
 ) -> ResumePlan:
     """Plan a resume of ``manifest`` under ``degrees``.
 
-    With ``model`` and ``flavor`` (or ``sizes``, or the config in ``hf_assets``), or those that the step records, the
-    stored keys and shapes are held against the model's, under whatever names a load would find them; without, and for
-    ``hf``, against each other: every layer must have what any layer has, and every parameter the optimizer state that
-    any has. What ``policy`` lets pass is noted. ``excluded`` parts are not loaded.
+    With ``model`` and ``flavor`` (or ``sizes``, or the config in ``hf_assets``), or those that the step records, stored
+    keys and shapes are compared with the model's, under the names by which a load would find them. Otherwise, and for
+    ``hf``, they are compared with each other: all layers must have the same parameters, and all parameters the same
+    optimizer state. Differences that ``policy`` allows are noted. ``excluded`` parts are not loaded.
 
     Raises:
-        ConfigError: there is no such model, or nothing tells its sizes.
-        ConversionError: a config is of another model, or it lacks sizes.
+        ConfigError: there is no such model, or its sizes are unknown.
+        ConversionError: a config describes another model, or lacks sizes.
     """
     known = _model(manifest, model, flavor, sizes, hf_assets)
     translation = None
