@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from milepost.errors import StorageError
 from milepost.run import catalog, retention
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
+from milepost.run.sweep import delete_checkpoint, sweep_leftovers
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
-from milepost.testing.wrap import WrappedStorage
+from milepost.testing.wrap import Operation, WrappedStorage
 
+T = TypeVar("T")
 NOW = 1_000_000.0
 
 
@@ -182,3 +186,46 @@ def test_what_another_prunes_at_the_same_time_is_no_error(memory_path: Path) -> 
     storage.remove_tree("run/step-0")
     assert retention.apply(Shared(storage), "run", decisions) == ["step-2"]
     assert [found.step for found in catalog.scan(storage, "run")] == [3]
+
+
+class _Cut(WrappedStorage):
+    """Dies before its n-th change; everything before it has happened."""
+
+    def __init__(self, inner: LocalStorage, changes: int):
+        super().__init__(inner)
+        self.left = changes
+
+    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
+        if operation.changes:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return act()
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_what_a_user_put_into_a_step_outlives_it_wherever_the_deletion_dies(memory_path: Path, has_record: bool) -> None:
+    changes, done = 0, False
+    while not done:
+        folder = memory_path / str(changes)
+        storage = LocalStorage(folder)
+        save_arrays(storage, "run/step-1", {"w": np.zeros(3, "float32")})
+        if not has_record:  # deleted by name, as an adapter for another framework does
+            storage.remove("run/step-1/milepost.json")
+        (folder / "run/step-1/notes.txt").write_text("mine")
+        (folder / "run/step-1/evaluation/late").mkdir(parents=True)
+        (folder / "run/step-1/evaluation/late/scores.json").write_text("{}")
+        try:
+            delete_checkpoint(_Cut(storage, changes), "run/step-1")
+            done = True
+        except KeyboardInterrupt:
+            changes += 1
+            sweep_leftovers(storage, "run", now=NOW)
+            if (folder / "run/step-1").exists():
+                delete_checkpoint(storage, "run/step-1")
+        assert [path.read_text() for path in folder.rglob("notes.txt")] == ["mine"]
+        assert [path.parent.name for path in folder.rglob("scores.json")] == ["late"]
+        assert all(path.parent.name.startswith("step-1.aside-") for path in folder.rglob("notes.txt"))
+        assert not (folder / "run/step-1").exists()
+        assert not list(folder.rglob("*.distcp"))
+    assert changes > 5

@@ -7,7 +7,6 @@ start, so that a sweep can tell a save under way from a stale attempt.
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 
@@ -17,15 +16,11 @@ from milepost.format.tags import untagged
 from milepost.run import object_commit
 from milepost.run.owner import OWNER_PREFIX, this_process
 from milepost.run.place import Place
-from milepost.run.step_names import ATTEMPT_PREFIX
+from milepost.run.step_names import ATTEMPT_PREFIX, CHECKPOINT_FILE
 from milepost.run.sweep import discard_quietly, name_left, sweep_leftovers
 from milepost.storage.base import Storage, join, split
 
 _log = logging.getLogger(__name__)
-
-CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.((part\.)?json|shards|digests)")
-"""Names of files that a save writes, or one that another program interrupted."""
-
 
 def new_save_id() -> str:
     """Return a unique id of 32 hex digits."""

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from milepost.errors import CheckpointNotFoundError, FormatError, SaveError, StorageError, listed
+from milepost.errors import SaveError, StorageError, listed
 from milepost.format.digest import BlockDigests, crc32, dump_digests, files_in_blocks
 from milepost.format.manifest import (
     DIGESTS_NAME,
@@ -34,11 +34,9 @@ from milepost.format.manifest import (
 )
 from milepost.format.manifest_json import to_json
 from milepost.format.shares import FileDigests
-from milepost.format.tags import untagged
-from milepost.run import checkpoint_record, object_commit
+from milepost.run import object_commit
 from milepost.run.assemble import SaveInfo, assemble
-from milepost.run.attempts import CHECKPOINT_FILE
-from milepost.run.hf_folder import is_hf_folder
+from milepost.run.beside import names_beside
 from milepost.run.node_part import NodePart
 from milepost.run.object_commit import COMMITTED_NAME
 from milepost.run.place import Place
@@ -176,7 +174,7 @@ def _carry_over(storage: Storage, target: str, place: Place, manifest: Manifest)
     Raises:
         SaveError: one has the name of a file of the new checkpoint.
     """
-    names = _names_beside(storage, target)
+    names = names_beside(storage, target)
     taken = [name for name in names if name in {MANIFEST_NAME, *manifest.files}]
     if taken:
         raise SaveError(
@@ -186,19 +184,6 @@ def _carry_over(storage: Storage, target: str, place: Place, manifest: Manifest)
         )
     for name in names:
         storage.carry(join(target, name), place.path(name))
-
-
-def _names_beside(storage: Storage, target: str) -> list[str]:
-    """List the files in the folder ``target`` that belong to no checkpoint."""
-    names = [entry.name for entry in storage.list(target) if not CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
-    if not names:
-        return []
-    try:
-        own = {*checkpoint_record.read_record(storage, target).manifest.files}
-    except (CheckpointNotFoundError, FormatError):
-        own = set()
-    # Never mix the weights of a checkpoint that has lost its record with those of another.
-    return [name for name in names if name not in own and (own or not is_hf_folder([name]))]
 
 
 def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_s: float) -> None:

@@ -5,6 +5,7 @@
 ``.milepost-attempt-<save id>``         a save that is not committed; never a checkpoint
 ``.milepost-replaced-<save id>-<name>`` the old folder of a step while its replacement takes its name
 ``.milepost-deleting-<id>``             holds what is being deleted; never a checkpoint
+``step-<N>.aside-<id>``                 what was in a step but not Milepost's to delete or replace
 ``.pinned-step-<N>``                    an empty file: never prune that step
 ``.damaged-step-<N>.json``              a load found damaged bytes in that step
 ``.remote.json``, ``.node.json``        where steps are copied to; which steps every node holds (a folder per node)
@@ -31,6 +32,9 @@ OLD_PREFIXES = (OLD_ATTEMPT_PREFIX, ".replaced-", ".deleting-")
 PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
 REMOTE_NAME = ".remote.json"
+
+CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.((part\.)?json|shards|digests)")
+"""Files of a step that a save writes, or one that another program interrupted."""
 
 MAX_LISTINGS = 8
 """A folder whose content keeps changing is listed at most this many times."""

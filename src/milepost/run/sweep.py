@@ -20,6 +20,7 @@ from milepost.errors import CheckpointNotFoundError, FormatError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME
 from milepost.format.tags import tag_of
 from milepost.run import catalog, marks, object_commit, object_sweep
+from milepost.run.beside import keep_beside
 from milepost.run.owner import (
     OWNER_PREFIX,
     OWNERLESS_LIFETIME_S,
@@ -55,6 +56,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None) -> bool:
     """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link is deleted.
 
+    Files in its folder that are not part of it are moved to a folder beside it first.
+
     False, and it stays, if there is a file ``unless``: whoever makes that in time keeps the checkpoint.
 
     Raises:
@@ -73,6 +76,8 @@ def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None)
         if not object_sweep.delete_files(storage, path):
             raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
     else:
+        if found.is_folder:
+            keep_beside(storage, path)
         hidden = _hide(storage, path)
         if hidden is None:
             raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)

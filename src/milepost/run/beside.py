@@ -1,0 +1,51 @@
+"""The user's own files in a checkpoint's folder, which are kept whatever becomes of the step."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from milepost.errors import CheckpointNotFoundError, FormatError, listed
+from milepost.format.tags import untagged
+from milepost.run.checkpoint_record import read_record
+from milepost.run.hf_folder import is_hf_folder
+from milepost.run.step_names import CHECKPOINT_FILE
+from milepost.storage.base import Storage, join, split
+
+_log = logging.getLogger(__name__)
+
+
+def names_beside(storage: Storage, path: str) -> list[str]:
+    """List the files and folders in ``path`` that belong to no checkpoint."""
+    names = [entry.name for entry in storage.list(path) if not CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
+    if not names:
+        return []
+    try:
+        own = {*read_record(storage, path).manifest.files}
+    except (CheckpointNotFoundError, FormatError):
+        own = set()
+    # Never mix the weights of a checkpoint that has lost its record with those of another.
+    return [name for name in names if name not in own and (own or not is_hf_folder([name]))]
+
+
+def keep_beside(storage: Storage, path: str) -> str | None:
+    """Move them to a folder beside the step, which is about to be deleted; return its path, or None without any.
+
+    The storage can rename. Its name is no step's, so nothing deletes it.
+
+    Raises:
+        StorageError: they could not be moved. Those that were are in the new folder; nothing is lost.
+    """
+    names = names_beside(storage, path)
+    if not names:
+        return None
+    place = f"{path}.aside-{uuid.uuid4().hex[:8]}"
+    storage.make_folder(place)
+    for name in names:
+        storage.rename(join(path, name), join(place, name))
+    storage.sync_folder(place)
+    _log.warning(
+        "%s/%s is being deleted; what is in it but not part of the checkpoint was moved to %s: %s",
+        *(storage.root, path, split(place)[1], ", ".join(listed(names))),
+    )
+    return place
