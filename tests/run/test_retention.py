@@ -204,7 +204,9 @@ class _Cut(WrappedStorage):
 
 
 @pytest.mark.parametrize("has_record", [True, False])
-def test_what_a_user_put_into_a_step_outlives_it_wherever_the_deletion_dies(memory_path: Path, has_record: bool) -> None:
+def test_what_a_user_put_into_a_step_outlives_it_wherever_the_deletion_dies(
+    memory_path: Path, has_record: bool
+) -> None:
     changes, done = 0, False
     while not done:
         folder = memory_path / str(changes)

@@ -22,6 +22,7 @@ from milepost.storage.base import Storage, join, split
 
 _log = logging.getLogger(__name__)
 
+
 def new_save_id() -> str:
     """Return a unique id of 32 hex digits."""
     return uuid.uuid4().hex
