@@ -1,9 +1,10 @@
 """What the commit record of a large world costs: fabricated layouts, no processes and no data.
 
 Each rank holds one shard of every tensor, as with FSDP. For each size, in a process of its own: the bytes of the
-record's files; the processor time to write one rank's segment, to commit (on rank 0: read all segments, put them
-together, prove that nothing is missing or stored twice, and make every file of the record), to read the head, to read
-and check the whole record, and to plan one rank's load; and the memory that the commit takes at its peak.
+record's files; the processor time to write one rank's sign-off, to commit (on rank 0: read all sign-offs, put them
+together, prove that nothing is missing or stored twice, and write every file of the record), to read the head, to read
+and check the whole record, and to plan one rank's load; and the memory that the commit takes at its peak. The commit is
+Milepost's own, in a folder on disk; only the sign-offs and data files that it finds are made as it looks.
 
 Then, with ``--commands``, the processor time of ``ls``, ``inspect``, ``verify`` and ``plan-resume`` on a step of each
 size, whose data files are holes (start of Python included); and what each rank spends before it reads data.
@@ -16,15 +17,17 @@ Run: python benchmarks/bench_scale.py [--ranks 64 256 1024] [--tensors 291 3411 
 from __future__ import annotations
 
 import argparse
+import builtins
 import json
 import math
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +35,37 @@ import numpy as np
 
 from milepost.errors import StateMismatchError
 from milepost.format.box import Box
-from milepost.format.columns import ObjectColumns, ShardTable, Tiling, coordinates, with_table
-from milepost.format.columns_check import table_faults
-from milepost.format.dcp_writer import dump_metadata
-from milepost.format.digest import crc32, dump_digests
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, FileEntry, Manifest
-from milepost.format.manifest_json import from_json, parse_head, to_json
+from milepost.format.columns import ObjectColumns, ShardTable, Tiling, coordinates
+from milepost.format.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    MAX_SHARDS_NBYTES,
+    METADATA_NAME,
+    SHARDS_NAME,
+    FileEntry,
+)
+from milepost.format.manifest_json import from_json, parse_head
 from milepost.format.record import tensor_record
-from milepost.format.segments import Segment, dump_segment, merge_segments, parse_segment
+from milepost.format.segment_merger import SegmentMerger
+from milepost.format.segments import Segment
 from milepost.format.shard_crcs import shard_crcs
-from milepost.format.shards_file import dump_shards
 from milepost.run import checkpoint_record
-from milepost.storage import open_storage
+from milepost.run import commit as commit_module
+from milepost.run.assemble import SaveInfo
+from milepost.run.attempts import begin_attempt
+from milepost.run.signoff import SignOff, dump_sign_off, wait_for_sign_offs
+from milepost.storage import LocalStorage, open_storage
+from milepost.storage.base import Content, Entry, Storage
 from milepost.tensors.plan import TensorSpec, plan_load
+from milepost.testing.wrap import WrappedStorage
 
 SAVE_ID = "0123456789abcdef0123456789abcdef"
 SHAPES = [(16384, 16384), (16384, 53248), (53248, 16384), (16384,), (2048, 16384), (128256, 16384)]
 PARTS = ("", "optimizer.state.", "optimizer.state.")
 SUFFIX = ("", ".exp_avg", ".exp_avg_sq")
-GOALS = {"commit_s": 10.0, "read_s": 0.5}
-"""For ten million shards."""
+OWN_VALUES = ("cuda", "numpy", "python", "torch")
+VALUE_NBYTES = 4096
+RECORDS = {MANIFEST_NAME: "json", SHARDS_NAME: "shards", DIGESTS_NAME: "digests", METADATA_NAME: "metadata"}
 
 
 def keys_of(num_tensors: int) -> list[str]:
@@ -90,7 +104,9 @@ def segment_of(rank: int, num_ranks: int, keys: tuple[str, ...]) -> Segment:
     tiling = (np.arange(len(keys)) % len(SHAPES)).astype(np.uint32)
     nbytes = np.array([one.record_nbytes[0] for one in tilings], np.int64)[tiling]
     stops = np.cumsum(-(-nbytes // 4096) * 4096)
-    none, no_u4 = np.empty(0, np.int64), np.empty(0, np.uint32)
+    own = [f"rng.rank{rank}.{name}" for name in OWN_VALUES]
+    places = stops[-1] + VALUE_NBYTES * np.arange(len(own))
+    few = np.zeros(len(own), np.uint32)
     table = ShardTable(
         files=(f"__{rank}_0.distcp",),
         keys=keys,
@@ -99,13 +115,20 @@ def segment_of(rank: int, num_ranks: int, keys: tuple[str, ...]) -> Segment:
         file=np.zeros(len(keys), np.uint32),
         record_offset=np.concatenate(([0], stops[:-1])),
         crc32=np.zeros(len(keys), np.uint32),
-        objects=ObjectColumns((), no_u4, none, none, no_u4),
+        objects=ObjectColumns(tuple(sorted(own)), few, places, np.full(len(own), VALUE_NBYTES), few),
         paths={},
     )
     blocks = table.spread([one.num_blocks(4 << 20) for one in tilings])
     crcs = np.random.default_rng(rank).integers(0, 1 << 32, int(blocks.sum()), dtype=np.uint32)
     table = replace(table, crc32=shard_crcs(table, crcs, 4 << 20))
-    return Segment(table, {f"__{rank}_0.distcp": FileEntry(int(stops[-1]), 7)}, crcs)
+    return Segment(table, {f"__{rank}_0.distcp": FileEntry(int(stops[-1]) + VALUE_NBYTES * len(own), 7)}, crcs)
+
+
+def file_nbytes(rank: int, num_ranks: int, num_tensors: int) -> int:
+    """The length of a rank's file."""
+    sizes = [tensor_record("float32", box_of(shape, rank, num_ranks).sizes).nbytes for shape in SHAPES]
+    blocks = [-(-sizes[number % len(SHAPES)] // 4096) * 4096 for number in range(num_tensors)]
+    return sum(blocks) + VALUE_NBYTES * len(OWN_VALUES)
 
 
 class Clock:
@@ -121,67 +144,94 @@ class Clock:
         return found
 
 
-@dataclass(frozen=True)
-class Committed:
-    """The files of a record, as far as they are read again, and the bytes of all."""
+class Signed(WrappedStorage):
+    """A storage in which all ranks have signed off, and their data files are: each is made as it is asked for.
 
-    document: bytes
-    shards: bytes
-    digests: bytes
-    metadata: bytes
-    files: Mapping[str, FileEntry]
-    """Of the data."""
+    ``made_s`` are the processor seconds that went into that, which no real rank 0 would spend.
+    """
 
-    @property
-    def nbytes(self) -> dict[str, int]:
-        """Bytes of each file of the record."""
-        names = {"json": self.document, "shards": self.shards, "digests": self.digests, "metadata": self.metadata}
-        return {name: len(data) for name, data in names.items()}
+    def __init__(self, inner: Storage, num_ranks: int, num_tensors: int) -> None:
+        super().__init__(inner)
+        self.num_ranks = num_ranks
+        self.keys = tuple(keys_of(num_tensors))
+        self.made_s = self.dump_s = 0.0
+        self.nbytes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def names(self, path: str) -> Sequence[str]:
+        return [f"sign-off-{rank}" for rank in range(self.num_ranks)]
+
+    def read(self, path: str, limit: int = 1 << 30) -> bytes:
+        name = path.rpartition("/")[2]
+        if not name.startswith("sign-off-"):
+            return super().read(path, limit)
+        with self._lock:
+            started = time.thread_time()
+            rank = int(name.removeprefix("sign-off-"))
+            segment = segment_of(rank, self.num_ranks, self.keys)
+            before = time.thread_time()
+            data = dump_sign_off(SignOff(rank, SAVE_ID, segment))
+            self.dump_s += time.thread_time() - before
+            self.made_s += time.thread_time() - started
+        return data
+
+    def list(self, path: str) -> builtins.list[Entry]:
+        if not path.endswith("/data"):
+            return super().list(path)
+        found = super().list(path)  # `.metadata` may be there
+        started = time.thread_time()
+        for rank in range(self.num_ranks):
+            found.append(Entry(f"__{rank}_0.distcp", False, file_nbytes(rank, self.num_ranks, len(self.keys)), 0.0))
+        self.made_s += time.thread_time() - started
+        return [entry for entry in found if entry.name not in RECORDS]
+
+    def write_all(self, files: Mapping[str, Content]) -> None:
+        self.inner.write_all(files)
+        for path in files:
+            found = self.inner.stat(path)
+            assert found is not None
+            self.nbytes[found.name] = found.nbytes
 
 
-def commit(clock: Clock, written: Sequence[tuple[bytes, Mapping[str, FileEntry]]]) -> Committed:
-    """What rank 0 does once all have signed off, but for the storage."""
-    segments = clock(
-        "commit parse",
-        lambda: [parse_segment(memoryview(data), files, SAVE_ID, "sign-off") for data, files in written],
+def commit(storage: Signed) -> dict[str, float]:
+    """What rank 0 does once all have signed off: processor seconds of its parts. The step is ``step-7``."""
+    attempt = begin_attempt(storage, "step-7", SAVE_ID)
+    clock = Clock()
+    merger = SegmentMerger()
+    signed = clock(
+        "sign-offs",
+        lambda: wait_for_sign_offs(storage, attempt, storage.num_ranks, SAVE_ID, timeout_s=0, merger=merger),
     )
-    table, crcs = clock("commit merge", lambda: merge_segments(segments, range(len(segments)), {}))
-    files = {name: entry for segment in segments for name, entry in segment.files.items()}
-    faults = clock("commit prove", lambda: table_faults(table, files))
-    assert not faults, faults
-    segments.clear()
-    bare = Manifest(7, SAVE_ID, 1.7e9, "full", len(written), {"fsdp": len(written)}, {}, {}, {}, files)
-    manifest = with_table(bare, table)
-    shards = clock("commit shards", lambda: bytes(dump_shards(table, SAVE_ID)))
-    digests = clock("commit digests", lambda: dump_digests(SAVE_ID, [crcs.data]))
-    metadata = clock("commit .metadata", lambda: dump_metadata(manifest))
-    data_files = dict(files)
-    for name, content in ((SHARDS_NAME, shards), (DIGESTS_NAME, digests), (METADATA_NAME, metadata)):
-        files[name] = FileEntry(len(content), clock("commit crc", lambda one=content: crc32(one)))
-    document = clock("commit json", lambda: to_json(manifest))
-    return Committed(document, shards, digests, metadata, data_files)
+    clock.seconds["sign-offs"] -= storage.made_s
+    storage.made_s = 0.0
+    info = SaveInfo(step=7, kind="full", layout={"fsdp": storage.num_ranks})
+    clock("publish", lambda: commit_module.publish(storage, attempt, "step-7", signed, info, now=1.7e9, merger=merger))
+    clock.seconds["publish"] -= storage.made_s
+    return clock.seconds
 
 
-def sign_offs(clock: Clock, num_ranks: int, num_tensors: int) -> list[tuple[bytes, Mapping[str, FileEntry]]]:
-    """What all ranks would have signed off."""
-    keys = tuple(keys_of(num_tensors))
-    written = []
-    for rank in range(num_ranks):
-        segment = segment_of(rank, num_ranks, keys)
-        written.append((clock("segments", lambda one=segment: dump_segment(one, SAVE_ID)), segment.files))
-    return written
+def peak_mb() -> float:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(num_ranks: int, num_tensors: int) -> dict[str, Any]:
     """One size, in this process."""
-    clock = Clock()
-    written = sign_offs(clock, num_ranks, num_tensors)
-    base_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    record = commit(clock, written)
-    commit_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    head = clock("head_s", lambda: parse_head(record.document[:65536]))
-    assert head is not None
-    found = clock("read_s", lambda: from_json(record.document, MANIFEST_NAME, lambda *_: record.shards))
+    with tempfile.TemporaryDirectory() as folder:
+        local = LocalStorage(folder)
+        warm = Signed(local, 1, num_tensors)
+        commit(warm)
+        local.remove_tree("step-7")
+        storage = Signed(local, num_ranks, num_tensors)
+        base_mb = peak_mb()
+        parts = commit(storage)
+        commit_mb = peak_mb()
+        document = local.read(f"step-7/{MANIFEST_NAME}")
+        clock = Clock()
+        head = clock("head_s", lambda: parse_head(document[:65536]))
+        assert head is not None
+        shards = local.read(f"step-7/{SHARDS_NAME}", MAX_SHARDS_NBYTES)
+        found = clock("read_s", lambda: from_json(document, MANIFEST_NAME, lambda *_: shards))
     rank = num_ranks // 2
     specs = [
         TensorSpec(key, "float32", entry.shape, (box_of(entry.shape, rank, num_ranks),))
@@ -189,13 +239,12 @@ def measure(num_ranks: int, num_tensors: int) -> dict[str, Any]:
     ]
     items = clock("plan_load_s", lambda: plan_load(found, specs))
     assert len(items) == sum(math.prod(spec.boxes[0].sizes) > 0 for spec in specs)
-    parts = {name.removeprefix("commit "): s for name, s in clock.seconds.items() if name.startswith("commit ")}
     return {
         "ranks": num_ranks,
         "tensors": num_tensors,
         "shards": num_ranks * num_tensors,
-        **{f"{name}_mb": nbytes / 1e6 for name, nbytes in record.nbytes.items()},
-        "segment_s": clock.seconds["segments"] / num_ranks,
+        **{f"{column}_mb": storage.nbytes[name] / 1e6 for name, column in RECORDS.items()},
+        "segment_s": storage.dump_s / num_ranks,
         "commit_s": sum(parts.values()),
         "commit_parts_s": parts,
         **{name: clock.seconds[name] for name in ("head_s", "read_s", "plan_load_s")},
@@ -203,16 +252,13 @@ def measure(num_ranks: int, num_tensors: int) -> dict[str, Any]:
     }
 
 
-def fabricate(step: Path, num_ranks: int, num_tensors: int) -> None:
-    """A committed step whose data files are holes of the right length."""
-    record = commit(Clock(), sign_offs(Clock(), num_ranks, num_tensors))
-    step.mkdir(parents=True)
-    names = {MANIFEST_NAME: record.document, SHARDS_NAME: record.shards}
-    for name, content in {**names, DIGESTS_NAME: record.digests, METADATA_NAME: record.metadata}.items():
-        (step / name).write_bytes(content)
-    for name, entry in record.files.items():
-        with (step / name).open("wb") as file:
-            file.truncate(entry.nbytes)
+def fabricate(folder: Path, num_ranks: int, num_tensors: int) -> None:
+    """A committed step, ``step-7``, whose data files are holes of the right length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    commit(Signed(LocalStorage(folder), num_ranks, num_tensors))
+    for rank in range(num_ranks):
+        with (folder / "step-7" / f"__{rank}_0.distcp").open("wb") as file:
+            file.truncate(file_nbytes(rank, num_ranks, num_tensors))
 
 
 def _children_s() -> float:
@@ -245,7 +291,7 @@ def measure_commands(num_ranks: int, num_tensors: int) -> dict[str, float]:
     """Processor seconds of each command on a step of this size; and of a rank before it reads data."""
     with tempfile.TemporaryDirectory() as folder:
         step = Path(folder) / "step-7"
-        fabricate(step, num_ranks, num_tensors)
+        fabricate(Path(folder), num_ranks, num_tensors)
         commands = {
             "ls": ["ls", folder],
             "inspect": ["inspect", str(step)],

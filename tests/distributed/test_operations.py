@@ -19,8 +19,8 @@ from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 from milepost.testing.wrap import TraceStorage
 
-A_RANK = Counter(open_write=1, write_at=1, sync=1, close=1, sync_folder=1, write=1, rename=1)
-"""Its file, made durable with its name, and its sign-off."""
+A_RANK = Counter(open_write=1, write_at=1, sync=1, close=1, write=1, rename=1)
+"""Its file, made durable, and its sign-off. Of the names rank 0 takes care."""
 A_COMMIT = Counter(stat=4, list=3, make_folder=3, write=6, sync_folder=6, rename=2, remove_tree=2)
 """By rank 0, beside its own part and reading the sign-offs; however many ranks there are."""
 

@@ -107,12 +107,17 @@ def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int 
     ``crcs`` yields the block CRCs of each shard in the manifest's order (by key, then shard), or those of each of
     ``files_in_blocks``.
     """
+    return b"".join(digest_pieces(save_id, b"".join(map(to_bytes, crcs)), block_nbytes))
+
+
+def digest_pieces(save_id: str, crcs: Any, block_nbytes: int = BLOCK_NBYTES) -> list[Any]:
+    """:func:`dump_digests` piece by piece. ``crcs`` are all CRCs, in a buffer that is not copied."""
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
         raise ValueError(f"a save id of {len(name)} bytes: at most {_MAX_SAVE_ID_NBYTES} are allowed")
-    values = b"".join(map(to_bytes, crcs))
-    body = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values) // 4) + name + values
-    return body + struct.pack("<I", crc32(body))
+    values = memoryview(crcs).cast("B")
+    head = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values) // 4) + name
+    return [head, values, struct.pack("<I", crc32(values, crc32(head)))]
 
 
 def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> BlockDigests:

@@ -8,7 +8,7 @@ a reader knows the length of the file, and of each column in it, before it alloc
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import accumulate
 from operator import lt
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from milepost.format.dtype import DTYPES
 from milepost.format.manifest import MAX_SHARDS_NBYTES, SHARDS_NAME
 from milepost.format.manifest_check import MAX_DIMS
 from milepost.format.typed_json import parse_json, typed
+from milepost.storage.base import Bytes
 
 MAGIC = b"MILESHD\x01"
 MAX_SAVE_ID_NBYTES = 256
@@ -30,7 +31,11 @@ _MAX_COUNT = 1 << 32  # tilings, boxes, tensors, shards and objects are numbered
 _HEADER = struct.Struct("<8s2I11Q")
 _CRC_OFFSET = 12  # not at the end: a file that ends with its own CRC-32 has a constant CRC-32
 _ALIGNMENT = 8
-_MAX_REMEMBERED_NBYTES = 8 << 20
+_BETWEEN_KEYS = b'],"objects":['
+"""In the JSON of keys as it is written here; no text in it can hold these bytes."""
+_MAX_REMEMBERED = 32
+_MAX_REMEMBERED_NBYTES = 1 << 20
+"""Of as many lists of keys, each up to this size, the values are kept: pipeline stages have a list each."""
 
 
 class OtherSaveError(FormatError):
@@ -60,6 +65,14 @@ class _Counts(NamedTuple):
 class _Files(msgspec.Struct, frozen=True):
     files: tuple[str, ...]
     dtypes: tuple[str, ...]
+
+
+class _Tensors(msgspec.Struct, frozen=True):
+    tensors: tuple[str, ...]
+
+
+class _Objects(msgspec.Struct, frozen=True):
+    objects: tuple[str, ...]
 
 
 class _Keys(msgspec.Struct, frozen=True):
@@ -105,10 +118,18 @@ def _placed(counts: _Counts, save_id_nbytes: int) -> tuple[list[tuple[str, int, 
 # ---- writing ----
 
 
-def dump_shards(table: ShardTable, save_id: str) -> bytearray:
-    """Return the bytes of ``milepost.shards``; the same table gives the same bytes.
+def dump_shards(table: ShardTable, save_id: str) -> bytes:
+    """The bytes of ``milepost.shards``; the same table gives the same bytes.
 
     Raises ValueError if there would be too many, or if the save id is too long.
+    """
+    return b"".join(shards_pieces(table, save_id))
+
+
+def shards_pieces(table: ShardTable, save_id: str) -> list[Bytes]:
+    """:func:`dump_shards` piece by piece: the columns of the shards as they are in memory, not copied.
+
+    Raises: as :func:`dump_shards`.
     """
     dtypes = sorted({tiling.dtype for tiling in table.tilings})
     files = _dump({"files": table.files, "dtypes": dtypes})
@@ -129,16 +150,12 @@ def dump_shards(table: ShardTable, save_id: str) -> bytearray:
         objects=len(table.objects.keys),
     )
     name = save_id.encode()
-    placed, nbytes = _placed(counts, len(name))
+    columns = _columns(counts, len(name))
+    _, nbytes = _placed(counts, len(name))
     if nbytes > MAX_SHARDS_NBYTES or len(name) > MAX_SAVE_ID_NBYTES:
         raise ValueError(f"{SHARDS_NAME} would have {nbytes} bytes: at most {MAX_SHARDS_NBYTES} are allowed")
-    out = bytearray(nbytes)
     values: list[Any] = [
-        np.frombuffer(name, np.uint8),
-        np.frombuffer(files, np.uint8),
-        np.frombuffer(keys, np.uint8),
-        np.frombuffer(paths, np.uint8),
-        np.frombuffer(table.structure, np.uint8),
+        *(np.frombuffer(text, np.uint8) for text in (name, files, keys, paths, table.structure)),
         [dtypes.index(tiling.dtype) for tiling in tilings],
         [len(tiling.shape) for tiling in tilings],
         [len(tiling) for tiling in tilings],
@@ -150,11 +167,12 @@ def dump_shards(table: ShardTable, save_id: str) -> bytearray:
         *(table.tiling, table.file, table.record_offset, table.crc32),
         *(table.objects.file, table.objects.record_offset, table.objects.record_nbytes, table.objects.crc32),
     ]
-    for (kind, count, start), column in zip(placed, values, strict=True):
-        np.frombuffer(out, kind, count, start)[:] = column
-    _HEADER.pack_into(out, 0, MAGIC, len(name), 0, *counts)
-    struct.pack_into("<I", out, _CRC_OFFSET, crc32(out))
-    return out
+    pieces: list[Bytes] = [_HEADER.pack(MAGIC, len(name), 0, *counts)]
+    for (kind, _), column in zip(columns, values, strict=True):
+        data = np.ascontiguousarray(column, kind).view(np.uint8).data
+        pieces += [data, bytes(-len(data) % _ALIGNMENT)]
+    own_crc = reduce(lambda crc, piece: crc32(piece, crc), pieces, 0)
+    return [_HEADER.pack(MAGIC, len(name), own_crc, *counts), *pieces[1:]]
 
 
 def _joined(arrays: Sequence[Any]) -> Any:
@@ -245,16 +263,21 @@ def _largest(column: Any) -> int:
 
 
 def _keys_in(data: bytes, path: str) -> _Keys:
-    """Decode the keys; segments of one save often have the same ones, which are decoded once."""
+    """The keys. Ranks whose tensors have the same keys share one tuple of them: values of its own each rank has."""
+    tensors, between, objects = data.partition(_BETWEEN_KEYS)
+    if not between or not tensors.startswith(b'{"tensors":[') or len(tensors) > _MAX_REMEMBERED_NBYTES:
+        return typed(parse_json(data, path, "a list of keys"), _Keys, path)
     try:
-        return _decoded_keys(data) if len(data) <= _MAX_REMEMBERED_NBYTES else _decoded_keys.__wrapped__(data)
+        of_tensors = _decoded_keys(tensors + b"]}").tensors
     except FormatError as error:
         raise FormatError(f"{path}: {error.message}", path=path) from None
+    of_objects = typed(parse_json(b'{"objects":[' + objects, path, "a list of keys"), _Objects, path)
+    return _Keys(of_tensors, of_objects.objects)
 
 
-@lru_cache(maxsize=4)
-def _decoded_keys(data: bytes) -> _Keys:
-    return typed(parse_json(data, "keys", "a list of keys"), _Keys, "keys")
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _decoded_keys(data: bytes) -> _Tensors:
+    return typed(parse_json(data, "keys", "a list of keys"), _Tensors, "keys")
 
 
 def _names_problem(names: _Files, said: _Keys, counts: _Counts) -> str:

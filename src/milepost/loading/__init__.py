@@ -5,6 +5,7 @@ In reading order::
     load       ``load()``: read the record, compare, plan, read, restore
     policy     globs of keys that may be missing or left out (torch-free)
     fit        keys of both sides compared
+    unwanted   stored keys that no rank has a place for
     names      keys of a model that stand under the names of its wrappers
     mapped     the files of a step mapped into memory, for all of it
     template   a nested state dict of the caller's to load into

@@ -36,6 +36,7 @@ from milepost.loading.reader import ReadStats
 from milepost.loading.sources import Near, Sources, read_own_part
 from milepost.loading.target import Target, ordinary_tensors
 from milepost.loading.template import Template, Whole
+from milepost.loading.unwanted import unwanted_everywhere
 from milepost.loading.values import read_common, read_objects
 from milepost.run import checkpoint_record
 from milepost.run.node_part import NodePart
@@ -336,17 +337,10 @@ def _check_looked(
 
     Of a node's part of a step: that no rank of this node has a place for.
     """
-    brought = comm.gather((looked.unwanted, looked.fits_something, part.node if part is not None else 0))
-    verdict = None
-    if brought is not None:
-        by_node: dict[int, list[set[str]]] = {}
-        for unwanted, _, node in brought:
-            by_node.setdefault(node, []).append(set(unwanted))
-        nowhere = sorted(set().union(*(set.intersection(*found) for found in by_node.values())))
-        verdict = nowhere, any(fits for _, fits, _ in brought)
-    verdict = comm.broadcast(verdict)
-    assert verdict is not None
-    nowhere, fits_something = verdict
+    node = part.node if part is not None else 0
+    nowhere, fits_something = unwanted_everywhere(
+        comm, stored, looked.unwanted, fits_something=looked.fits_something, node=node
+    )
     if not fits_something:
         raise StateMismatchError(
             f"nothing was loaded: what {path} is loaded into is empty, or has none of its {len(stored)} keys "

@@ -15,6 +15,7 @@ from milepost.version import __version__
 
 if TYPE_CHECKING:
     from milepost.format.columns import UInts
+    from milepost.format.segment_merger import SegmentMerger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +59,15 @@ def assemble(
     info: SaveInfo,
     *,
     now: float,
+    merger: SegmentMerger | None = None,
     world_size: int | None = None,
     must_cover: bool = True,
 ) -> tuple[Manifest, UInts]:
     """The manifest of a save, and the block CRCs of its shards in the manifest's order.
 
-    ``signed`` holds the sign-offs of all ranks, none of them a failure. Shards are ordered by box. The files of the
-    commit itself are not in it yet. ``world_size`` is given where not each rank has signed by itself; of one node's
-    part of a step the shards need not cover the tensors (``must_cover``).
+    ``signed`` holds the sign-offs of all ranks, none of them a failure; their segments, unless ``merger`` has these.
+    Shards are ordered by box. The files of the commit itself are not in it yet. ``world_size`` is given where not each
+    rank has signed by itself; of one node's part of a step the shards need not cover the tensors (``must_cover``).
 
     Raises:
         SaveError: two ranks stored the same file or object, or one tensor with two dtypes or shapes.
@@ -74,10 +76,11 @@ def assemble(
     # With numpy, 100 ms that deleting old steps can do without.
     from milepost.format.columns import with_table
     from milepost.format.columns_check import table_faults
-    from milepost.format.segments import merge_segments
+    from milepost.format.segment_merger import SegmentMerger
 
-    parts = [(sign_off.rank, sign_off.segment) for sign_off in signed if sign_off.segment is not None]
-    table, crcs = merge_segments([segment for _, segment in parts], [rank for rank, _ in parts], info.paths)
+    if merger is None:
+        merger = SegmentMerger.of((one.rank, one.segment) for one in signed if one.segment is not None)
+    table, crcs = merger.merge(info.paths)
     manifest = Manifest(
         step=info.step,
         save_id=signed[0].save_id,
@@ -88,7 +91,7 @@ def assemble(
         producer={"milepost": __version__, **info.producer},
         tensors={},
         objects={},
-        files={name: entry for _, segment in parts for name, entry in segment.files.items()},
+        files=merger.files,
         extra=info.extra,
         lineage=info.lineage,
         metrics=info.metrics,

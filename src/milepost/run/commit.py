@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from milepost.errors import SaveError, StorageError, listed
-from milepost.format.digest import BlockDigests, crc32, dump_digests, files_in_blocks
+from milepost.format.digest import BlockDigests, crc32, digest_pieces, dump_digests, files_in_blocks
 from milepost.format.manifest import (
     DIGESTS_NAME,
     MANIFEST_NAME,
@@ -43,10 +45,15 @@ from milepost.run.place import Place
 from milepost.run.signoff import SignOff
 from milepost.run.step_names import REPLACED_PREFIX
 from milepost.run.sweep import discard_quietly
-from milepost.storage.base import Storage, join, split
+from milepost.storage.base import Bytes, Content, Storage, join, split
+
+if TYPE_CHECKING:
+    from milepost.format.segment_merger import SegmentMerger
 
 VISIBILITY_S = 60.0
 """Files of another machine, and their sizes, may become visible this many seconds late: NFS caches both."""
+SMALL_NBYTES = 32 << 20
+"""A ``.metadata`` up to this size is written together with the other records, which costs one wait for the device."""
 
 
 def publish(
@@ -57,12 +64,14 @@ def publish(
     info: SaveInfo,
     *,
     now: float,
+    merger: SegmentMerger | None = None,
     visibility_s: float = VISIBILITY_S,
     world_size: int | None = None,
 ) -> Manifest:
     """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
 
-    ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``now`` is in seconds since the epoch. What
+    ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``merger`` has their segments if they no longer
+    do, ``now`` is in seconds since the epoch. What
     was at ``target`` before is complete and in place until the new checkpoint is. Files that do not show yet with
     their recorded sizes are waited for, up to ``visibility_s`` seconds. ``world_size`` is given where not each rank has
     signed by itself.
@@ -72,11 +81,11 @@ def publish(
         SaveError: sign-offs contradict each other or the storage.
         StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
     """
-    manifest, crcs = assemble(signed, info, now=now, world_size=world_size)
+    manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size)
     place = Place.of(storage, attempt, target, manifest.save_id)
     # An object store is consistent: what it has accepted is visible at once.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
-    manifest, records = _records(place, manifest, crcs.data)
+    manifest, records = _records(storage, place, manifest, crcs.data)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
     return manifest
 
@@ -90,6 +99,7 @@ def publish_part(
     part: NodePart,
     *,
     now: float,
+    merger: SegmentMerger | None = None,
     world_size: int,
 ) -> Manifest:
     """As :func:`publish`, of one node's part of a step: ``signed`` are the sign-offs of its ranks.
@@ -97,10 +107,10 @@ def publish_part(
     Raises: as :func:`publish`. Gaps in tensors are none of its faults: other nodes hold the rest.
     """
     info = replace(info, extra={**info.extra, **part.record()})
-    manifest, crcs = assemble(signed, info, now=now, world_size=world_size, must_cover=False)
+    manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size, must_cover=False)
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S)
-    manifest, records = _records(place, manifest, crcs.data, for_others=False)
+    manifest, records = _records(storage, place, manifest, crcs.data, for_others=False)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, PART_NAME)
     return manifest
 
@@ -116,7 +126,7 @@ def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest
     """
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S if storage.can_rename else 0.0)
-    manifest, records = _records(place, manifest, digests.crcs)
+    manifest, records = _records(storage, place, manifest, digests.crcs)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
     return manifest
 
@@ -147,7 +157,7 @@ def _put_in_place_and_sweep(
     place: Place,
     target: str,
     manifest: Manifest,
-    records: Mapping[str, bytes | bytearray],
+    records: Mapping[str, Content],
     name: str = MANIFEST_NAME,
 ) -> None:
     """Write the records, the manifest among them, and let the save take its place."""
@@ -209,24 +219,64 @@ def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_
 
 
 def _records(
-    place: Place, manifest: Manifest, crcs: Sequence[int], *, for_others: bool = True
-) -> tuple[Manifest, dict[str, bytes | bytearray]]:
-    """The manifest with the files that are recorded beside it, and those: the places of all shards, their digests and,
-    ``for_others``, ``.metadata``.
+    storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[int], *, for_others: bool = True
+) -> tuple[Manifest, dict[str, Content]]:
+    """The manifest with the files that are recorded beside it, and those that are yet to be written: the places of all
+    shards, their digests and, ``for_others``, ``.metadata``.
+
+    None of them is in memory as a whole: the first two are views of columns; the third, of which the CRC-32 is known
+    only once it was made, is written on the way if it is large.
     """
     from milepost.format.columns import table_of  # with numpy, 100 ms that deleting old steps can do without
-    from milepost.format.dcp_writer import dump_metadata
-    from milepost.format.shards_file import dump_shards
+    from milepost.format.dcp_writer import metadata_pieces
+    from milepost.format.shards_file import shards_pieces
 
-    files = dict(manifest.files)
-    contents: dict[str, bytes | bytearray] = {
-        SHARDS_NAME: dump_shards(table_of(manifest), manifest.save_id),
-        DIGESTS_NAME: dump_digests(manifest.save_id, [crcs]),
+    contents: dict[str, Sequence[Bytes]] = {
+        SHARDS_NAME: shards_pieces(table_of(manifest), manifest.save_id),
+        DIGESTS_NAME: digest_pieces(manifest.save_id, crcs),
     }
+    files = {name: _entry_of(pieces) for name, pieces in contents.items()}
     if for_others:
-        contents[METADATA_NAME] = dump_metadata(manifest)
-    files |= {place.name(name): FileEntry(len(content), crc32(content)) for name, content in contents.items()}
-    return replace(manifest, files=files), {place.path(name): content for name, content in contents.items()}
+        made = metadata_pieces(manifest)
+        pieces = _take(made, SMALL_NBYTES)
+        following = next(made, None)
+        if following is None:
+            contents[METADATA_NAME], files[METADATA_NAME] = pieces, _entry_of(pieces)
+        else:
+            counted = _Counted(chain(pieces, [following], made))
+            storage.write_all({place.path(METADATA_NAME): counted})
+            files[METADATA_NAME] = counted.entry
+    files = {place.name(name): entry for name, entry in files.items()}
+    records: dict[str, Content] = {place.path(name): pieces for name, pieces in contents.items()}
+    return replace(manifest, files={**manifest.files, **files}), records
+
+
+class _Counted:
+    """Pieces of a file as they pass, and what the manifest says of it in the end."""
+
+    def __init__(self, pieces: Iterable[Bytes]) -> None:
+        self._pieces = pieces
+        self.entry = FileEntry(0, 0)
+
+    def __iter__(self) -> Iterator[Bytes]:
+        for piece in self._pieces:
+            self.entry = FileEntry(self.entry.nbytes + len(piece), crc32(piece, self.entry.crc32 or 0))
+            yield piece
+
+
+def _entry_of(pieces: Iterable[Bytes]) -> FileEntry:
+    counted = _Counted(pieces)
+    for _ in counted:
+        pass
+    return counted.entry
+
+
+def _take(pieces: Iterator[Bytes], nbytes: int) -> list[Bytes]:
+    """The first pieces, up to ``nbytes`` and the one that exceeds them."""
+    taken: list[Bytes] = []
+    while sum(map(len, taken)) < nbytes and (piece := next(pieces, None)) is not None:
+        taken.append(piece)
+    return taken
 
 
 def finish(storage: Storage, target: str) -> None:

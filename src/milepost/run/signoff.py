@@ -10,8 +10,8 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from milepost.tensors.plan import WriteItem
 
 if TYPE_CHECKING:
     from milepost.format.columns import Tiling
+    from milepost.format.segment_merger import SegmentMerger
     from milepost.format.segments import Segment
 
 _log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ _MAGIC = b"MILESGN\x02"
 _HEAD = struct.Struct("<8sQ")  # magic, bytes of JSON; then the JSON, the segment, and a CRC-32 of all before
 _PREFIX = "sign-off-"
 _FAILED = ".failed"
+_THREADS = "milepost-sign-offs"
+_AT_ONCE = 8
+"""Sign-offs that are read before their segments are merged, for each stream of the storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +257,14 @@ def wait_for_sign_offs(
     give_up: Callable[[], str | None] = lambda: None,
     poll_s: float | None = None,
     member: str = "rank",
+    merger: SegmentMerger | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[SignOff, ...]:
     """The sign-offs of all ranks, or of ``ranks`` alone, by rank. ``hosts`` has the host of each rank, for messages.
+
+    Their segments go into ``merger``, if there is one, as they arrive, and are then no longer in the sign-offs: only a
+    few of them are in memory at a time.
 
     Looks every ``poll_s`` at first (by default as the storage wishes), then less and less often (at least twice a
     second), and logs every ``SLOW_S`` seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the
@@ -277,9 +285,17 @@ def wait_for_sign_offs(
             raise SaveError(f"the save's folder {attempt} is gone: was it deleted by another program?", path=attempt)
         arrived = [rank for rank in wanted if rank not in signed and names & _names_of(rank)]
         look = partial(_look, storage, attempt, names)
-        found = map_in_threads(look, arrived, storage.num_streams, name="milepost-sign-offs")
-        signed |= dict(zip(arrived, found, strict=True))
-        _raise_failures(signed, save_id, attempt, member)
+        faults: list[tuple[int, str]] = []
+        for some in _batches(arrived, _AT_ONCE * storage.num_streams):
+            for rank, found in zip(some, map_in_threads(look, some, storage.num_streams, name=_THREADS), strict=True):
+                fault = _fault(found, rank, save_id, member)
+                if fault:
+                    faults.append((rank, fault))
+                elif merger is not None and found.segment is not None:
+                    merger.add(rank, found.segment)
+                    found = replace(found, segment=None)
+                signed[rank] = found
+        _raise_faults(faults, attempt, member)
         if len(signed) == len(wanted):
             return tuple(signed[rank] for rank in wanted)
         reason = give_up()
@@ -318,14 +334,22 @@ def _look(storage: Storage, attempt: str, names: set[str], rank: int) -> SignOff
     return SignOff(rank, "", error="it failed and could not record the reason; see its log")
 
 
-def _raise_failures(signed: dict[int, SignOff], save_id: str, attempt: str, member: str) -> None:
-    faults = []
-    for rank, found in sorted(signed.items()):
-        if found.error is not None:
-            faults.append((rank, found.error))
-        elif (found.rank, found.save_id) != (rank, save_id):
-            other = f"found one of {member} {found.rank} in save {found.save_id}"
-            faults.append((rank, f"expected its sign-off of save {save_id}, {other}"))
+def _fault(found: SignOff, rank: int, save_id: str, member: str) -> str:
+    """Why a sign-off keeps the save from being committed; empty if it does not."""
+    if found.error is not None:
+        return found.error
+    if (found.rank, found.save_id) != (rank, save_id):
+        other = f"found one of {member} {found.rank} in save {found.save_id}"
+        return f"expected its sign-off of save {save_id}, {other}"
+    return ""
+
+
+def _raise_faults(faults: Sequence[tuple[int, str]], attempt: str, member: str) -> None:
     if faults:
         lines = [f"{member} {rank}: {text}" for rank, text in faults]
         raise SaveError("the save failed on " + "\n  ".join(lines), path=attempt, rank=faults[0][0])
+
+
+def _batches(ranks: Sequence[int], count: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(ranks), count):
+        yield ranks[start : start + count]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
@@ -18,6 +18,8 @@ from typing import Literal, Self
 from milepost.errors import StorageError
 
 Bytes = bytes | bytearray | memoryview | mmap.mmap
+Content = Bytes | Iterable[Bytes]
+"""Of a file: in one piece, or in several that may be made on the way."""
 
 
 def counted(count: int, noun: str) -> str:
@@ -66,6 +68,11 @@ def byte_views(buffers: Sequence[Bytes]) -> list[memoryview]:
     """Return the buffers as flat byte views, without empty ones."""
     views = (memoryview(buffer) for buffer in buffers)
     return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views if view.nbytes]
+
+
+def pieces_of(content: Content) -> Iterable[Bytes]:
+    """The pieces of a file."""
+    return (content,) if isinstance(content, Bytes) else content
 
 
 def check_name(root: str, path: str) -> str:
@@ -268,13 +275,14 @@ class Storage(ABC):
     def write(self, path: str, data: Bytes) -> None:
         """Create a small file (it must not exist) with ``data``, synced."""
 
-    def write_all(self, files: Mapping[str, Bytes]) -> None:
-        """Create several small files (none may exist); all are synced when this returns.
+    def write_all(self, files: Mapping[str, Content]) -> None:
+        """Create several files (none may exist), by their names; all are synced when this returns.
 
-        Faster than one by one. After an error any of them may exist.
+        Quicker than one by one. Of a file in several pieces one at a time is in memory, where the storage writes in
+        place. After an error any of them may be there.
         """
-        for path, data in files.items():
-            self.write(path, data)
+        for path, content in files.items():
+            self.write(path, content if isinstance(content, Bytes) else b"".join(content))
 
     def leave(self, path: str, data: Bytes) -> None:
         """Create a small file (it must not exist) for processes that are running now.

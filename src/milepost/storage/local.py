@@ -10,12 +10,13 @@ import shutil
 import stat as stat_modes
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from milepost.errors import StorageError
 from milepost.storage import syscalls
 from milepost.storage.base import (
     Bytes,
+    Content,
     Entry,
     PageCache,
     ReadHandle,
@@ -24,9 +25,10 @@ from milepost.storage.base import (
     byte_views,
     check_name,
     format_nbytes,
+    pieces_of,
 )
 from milepost.storage.mounts import why_fixed
-from milepost.storage.write_back import WriteBack, page_cache_for
+from milepost.storage.write_back import STRETCH_NBYTES, WriteBack, page_cache_for
 
 PAGE_NBYTES = 4096
 """O_DIRECT requires offsets, lengths and addresses that are multiples of the device's block size, at most this."""
@@ -240,10 +242,26 @@ class _LocalWrite(WriteHandle):
         with self._lock:
             self._end = max(self._end, offset)
 
-    def begin(self, nbytes: int) -> None:
-        """Start write-back of the first ``nbytes``, which were just written. Makes no promise; only ``sync`` does."""
+    def write_on(self, pieces: Iterable[Bytes]) -> None:
+        """Write ``pieces`` one after the other; the device begins with a stretch of them while the next are made."""
+        if isinstance(pieces, Sequence):
+            self.write(0, pieces)
+            return
+        begun = offset = 0
+        for piece in pieces:
+            self.write(offset, [piece])
+            offset += memoryview(piece).nbytes
+            if offset - begun >= STRETCH_NBYTES:
+                self._begin(begun, offset)
+                begun = offset
+
+    def begin(self) -> None:
+        """Have the device begin with all that was written. No promise: that is ``sync``'s."""
+        self._begin(0, self._end)
+
+    def _begin(self, start: int, stop: int) -> None:
         with _explained("sync", self.path, f"syncing {self.path}"):
-            syscalls.begin_write_back(self._fd, 0, nbytes)
+            syscalls.begin_write_back(self._fd, start, stop - start)
 
     def sync(self) -> None:
         with _explained("sync", self.path, f"syncing {self.path}"):
@@ -359,11 +377,11 @@ class LocalStorage(Storage):
     def write(self, path: str, data: Bytes) -> None:
         self.write_all({path: data})
 
-    def write_all(self, files: Mapping[str, Bytes]) -> None:
+    def write_all(self, files: Mapping[str, Content]) -> None:
         with self._made(files) as handles:
-            # Start all before waiting for the first: a journal then commits once for all of them.
-            for handle, data in zip(handles, files.values(), strict=True):
-                handle.begin(len(data))
+            # All are on their way before the first is waited for: a journal then commits once for all of them.
+            for handle in handles:
+                handle.begin()
             for handle in handles:
                 handle.sync()
 
@@ -372,14 +390,14 @@ class LocalStorage(Storage):
             pass
 
     @contextlib.contextmanager
-    def _made(self, files: Mapping[str, Bytes]) -> Iterator[Sequence[_LocalWrite]]:
-        """Create and write new files, and hold them open; all are deleted if anything fails, including the close."""
+    def _made(self, files: Mapping[str, Content]) -> Iterator[Sequence[_LocalWrite]]:
+        """New files, written and open; they are gone again if anything fails, closing them included."""
         made = []
         try:
             with contextlib.ExitStack() as closing:
-                for path, data in files.items():
+                for path, content in files.items():
                     made.append(closing.enter_context(_LocalWrite(self._full(path), 0)))
-                    made[-1].write(0, [data])
+                    made[-1].write_on(pieces_of(content))
                 yield made
         except StorageError:
             for handle in made:

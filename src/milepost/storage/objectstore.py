@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from milepost.errors import ConfigError, StorageError
 from milepost.storage.base import (
     Bytes,
+    Content,
     Entry,
     ReadHandle,
     Storage,
@@ -127,6 +128,18 @@ class ObjectStorage(Storage):
                 raise self._unconditional("refuses") from error
             raise
         self._prove(name, data)
+
+    def _create_of(self, name: str, content: Content) -> None:
+        """As :meth:`create`, of a file in several pieces too: in parts if it is large."""
+        if isinstance(content, Bytes):
+            self.create(name, content)
+            return
+        with self.open_write(name, 0) as handle:
+            offset = 0
+            for piece in content:
+                handle.write(offset, [piece])
+                offset += memoryview(piece).nbytes
+            handle.sync()
 
     def put_parts(self, name: str, pieces: Iterable[memoryview], part_nbytes: int, num_streams: int) -> None:
         """Put an object in parts, cut from ``pieces``. obstore retries parts, not the upload."""
@@ -240,10 +253,10 @@ class ObjectStorage(Storage):
     def write(self, path: str, data: Bytes) -> None:
         self.create(path, data)
 
-    def write_all(self, files: Mapping[str, Bytes]) -> None:
+    def write_all(self, files: Mapping[str, Content]) -> None:
         try:
-            puts = [self.pool().submit(self.create, path, data) for path, data in files.items()]
-        except RuntimeError:  # the interpreter is shutting down: no pool accepts work any more
+            puts = [self.pool().submit(self._create_of, path, content) for path, content in files.items()]
+        except RuntimeError:  # the interpreter shuts down: no pool takes work any more
             super().write_all(files)
             return
         for error in [put.exception() for put in puts]:

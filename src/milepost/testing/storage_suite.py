@@ -17,6 +17,7 @@ import errno
 import itertools
 import mmap
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -61,6 +62,22 @@ class StorageSuite:
             storage.write_all({"a/new": b"n", "a/one": b"other"})
         assert caught.value.errno == errno.EEXIST
         assert storage.read("a/one") == b"first"
+
+    def test_a_file_is_made_of_pieces_that_come_one_by_one(self, storage: Storage) -> None:
+        storage.make_folder("a")
+        whole = _pattern(20 << 20)
+        pieces = (whole[start : start + (3 << 20)] for start in range(0, len(whole), 3 << 20))
+        storage.write_all({"a/made": pieces, "a/list": [b"one", b"", memoryview(whole)[:100]], "a/none": []})
+        assert storage.read("a/made") == whole
+        assert storage.read("a/list") == b"one" + whole[:100]
+        assert storage.read("a/none") == b""
+
+        def failing() -> Iterator[bytes]:
+            yield b"begun"
+            raise StorageError("broken", operation="read", path="")
+
+        with pytest.raises(StorageError, match="broken"):
+            storage.write_all({"a/broken": failing()})
 
     def test_a_shared_file_stays_when_the_other_goes(self, storage: Storage) -> None:
         storage.make_folder("a")

@@ -1,0 +1,343 @@
+"""The table of a whole checkpoint from the segments of its ranks, put together one by one as they arrive.
+
+Of each segment only numbers are kept: sixteen bytes for a shard and four for a block, in columns that grow. What ranks
+have in common (keys, and which tensors are cut alike) is kept once. The columns of the table are then filled one after
+the other, each source being given up before the next: at no time is more than one column there twice. So the memory
+that a commit takes is that of the table and eight bytes more for each shard. Python runs by the key, by the rank and by
+the tiling, never by the shard.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from milepost.errors import SaveError, listed
+from milepost.format.columns import Ints, ObjectColumns, Path, ShardTable, Tiling, UInts
+from milepost.format.manifest import BLOCK_NBYTES, FileEntry
+from milepost.format.segments import Segment
+
+_Kind = tuple[str, tuple[int, ...]]
+"""A dtype and a shape."""
+
+
+@dataclass(slots=True, eq=False)
+class _Form:
+    """What the segments of many ranks have in common: keys, which of them are cut alike, and into how many boxes."""
+
+    keys: tuple[str, ...]
+    tiling: UInts  # (tensors,)
+    kinds: tuple[int, ...]  # of each tiling
+    num_boxes: Ints  # (tensors,)
+    has_single_boxes: bool
+    number: Ints  # (tensors,) of each key among all keys, known at the end
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One rank's segment: where its rows and blocks begin in the columns, and what is its own."""
+
+    rank: int
+    form: _Form
+    parts: UInts  # (tilings,) number of the part that each is
+    files: tuple[str, ...]
+    file: UInts | int  # of each shard; or of all
+    row: int
+    num_rows: int
+    block: int
+    num_blocks: int
+    objects: ObjectColumns
+
+
+class _Parts:
+    """The distinct tilings of all segments, each a part of a whole one, as columns of all their boxes."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[_Kind, int] = {}
+        self._known: dict[tuple[int, bytes], int] = {}
+        self._kind, self._num_boxes = array("I"), array("I")
+        self._box, self._coordinate = array("q"), array("q")  # where those of each part begin
+        self._columns = {name: array("q") for name in ("offsets", "sizes", "header_nbytes", "record_nbytes")}
+
+    def kind_of(self, tiling: Tiling) -> int:
+        """The number of a tiling's dtype and shape."""
+        return self.kinds.setdefault((tiling.dtype, tiling.shape), len(self.kinds))
+
+    def number_of(self, tiling: Tiling) -> int:
+        """The number of a part, which is taken in if it is new."""
+        columns = {name: np.ascontiguousarray(getattr(tiling, name), np.int64).tobytes() for name in self._columns}
+        kind = self.kind_of(tiling)
+        number = self._known.setdefault((kind, b"".join(columns.values())), len(self._kind))
+        if number == len(self._kind):
+            self._kind.append(kind)
+            self._num_boxes.append(len(tiling))
+            self._box.append(len(self._columns["record_nbytes"]))
+            self._coordinate.append(len(self._columns["offsets"]))
+            for name, data in columns.items():
+                self._columns[name].frombytes(data)
+        return number
+
+    def joined(self, kind: _Kind, parts: UInts) -> tuple[Tiling, Ints]:
+        """The tiling of all boxes of ``parts``, ordered by box, and the place in it of each of these boxes."""
+        dtype, shape = kind
+        num_boxes = np.frombuffer(self._num_boxes, np.uint32)[parts].astype(np.int64)
+        before = np.cumsum(num_boxes) - num_boxes
+        count = int(num_boxes.sum())
+        box = np.repeat(np.frombuffer(self._box, np.int64)[parts] - before, num_boxes) + np.arange(count)
+        first = np.frombuffer(self._coordinate, np.int64)[parts] - before * len(shape)
+        corner = np.repeat(first, num_boxes) + np.arange(count) * len(shape)
+        coordinate = corner[:, None] + np.arange(len(shape))
+        offsets, sizes = (np.frombuffer(self._columns[name], np.int64)[coordinate] for name in ("offsets", "sizes"))
+        header, record = (self._values(name)[box] for name in ("header_nbytes", "record_nbytes"))
+        order = np.lexsort((*sizes.T[::-1], *offsets.T[::-1])) if shape else np.arange(count)
+        place = np.empty(count, np.int64)
+        place[order] = np.arange(count)
+        return Tiling(dtype, shape, offsets[order], sizes[order], header[order], record[order]), place
+
+    def _values(self, name: str) -> Ints:
+        return np.frombuffer(self._columns[name], np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """How all tensors are cut: the tilings, that of each key, and the first row and block of each key."""
+
+    tilings: Sequence[Tiling]
+    tiling: Ints  # (keys,)
+    first_row: Ints  # (keys + 1,)
+    first_block: Ints  # (keys + 1,)
+    pool: Ints  # (tilings,) where each one's boxes begin in what follows
+    place: Ints  # (boxes,) by arrival: the place of a box among those of its tiling
+    block: Ints  # (boxes,) by place: the first block, among those of the tiling
+    num_blocks: Ints  # (boxes,) by place
+
+    @classmethod
+    def of(cls, joined: Sequence[tuple[Tiling, Ints]], tiling: Ints) -> _Cut:
+        tilings = [one for one, _ in joined]
+        counts = [one.num_blocks(BLOCK_NBYTES) for one in tilings]
+        num_boxes = np.fromiter(map(len, tilings), np.int64, len(tilings))
+        total_blocks = np.fromiter((count.sum() for count in counts), np.int64, len(counts))
+        return cls(
+            tilings=tilings,
+            tiling=tiling,
+            first_row=_starts(num_boxes[tiling]),
+            first_block=_starts(total_blocks[tiling]),
+            pool=np.cumsum(num_boxes) - num_boxes,
+            place=_joined([place for _, place in joined]),
+            block=_joined([np.cumsum(count) - count for count in counts]),
+            num_blocks=_joined(counts),
+        )
+
+
+class SegmentMerger:
+    """Collects the segments of a save, and makes its table of them. Made for one save, and spent by ``merge``."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, FileEntry] = {}
+        """The files of all segments."""
+        self._writers: dict[str, int] = {}
+        self._faults: list[str] = []
+        self._forms: dict[tuple[object, ...], _Form] = {}
+        self._members: list[_Member] = []
+        self._parts = _Parts()
+        self._columns = {"record_offset": array("q"), "crc32": array("I"), "blocks": array("I")}
+
+    @classmethod
+    def of(cls, segments: Iterable[tuple[int, Segment]]) -> SegmentMerger:
+        """A merger of these ranks' segments."""
+        merger = cls()
+        for rank, segment in segments:
+            merger.add(rank, segment)
+        return merger
+
+    def add(self, rank: int, segment: Segment) -> None:
+        """Take in the segment of ``rank``, which is not needed any more. Ranks may come in any order."""
+        table = segment.table
+        self._claim(rank, [f"file {name}" for name in segment.files])
+        self._claim(rank, [f"'{key}'" for key in table.objects.keys])
+        self.files.update(segment.files)
+        columns = {"record_offset": table.record_offset, "crc32": table.crc32, "blocks": segment.block_crcs}
+        starts = {name: len(self._columns[name]) for name in columns}
+        for name, column in columns.items():
+            self._columns[name].frombytes(np.ascontiguousarray(column).view(np.uint8).data)
+        parts = np.array([self._parts.number_of(tiling) for tiling in table.tilings], np.uint32)
+        member = _Member(
+            *(rank, self._form_of(table), parts, table.files, _alike(table.file)),
+            *(starts["record_offset"], len(table), starts["blocks"], len(segment.block_crcs)),
+            objects=_copied(table.objects),
+        )
+        self._members.append(member)
+
+    def _claim(self, rank: int, names: Sequence[str]) -> None:
+        for name in names:
+            if (other := self._writers.setdefault(name, rank)) != rank:
+                self._faults.append(f"{name} was stored by rank {min(rank, other)} and by rank {max(rank, other)}")
+
+    def _form_of(self, table: ShardTable) -> _Form:
+        kinds = tuple(map(self._parts.kind_of, table.tilings))
+        identity = (table.keys, table.tiling.tobytes(), kinds, table.num_boxes.tobytes())
+        form = self._forms.get(identity)
+        if form is None:
+            num_boxes = table.num_boxes[table.tiling] if len(table.keys) else np.empty(0, np.int64)
+            tiling = table.tiling.copy()
+            is_single = bool((num_boxes == 1).all())
+            form = _Form(table.keys, tiling, kinds, num_boxes, is_single, np.empty(0, np.int64))
+            self._forms[identity] = form
+        return form
+
+    def merge(self, paths: Mapping[str, Path]) -> tuple[ShardTable, UInts]:
+        """The table of all segments, and the block CRCs of its shards in its order. Shards are ordered by box.
+
+        ``paths`` become the table's.
+
+        Raises:
+            SaveError: two ranks stored the same file or object, or one tensor with two dtypes or shapes.
+        """
+        self._members.sort(key=lambda member: member.rank)
+        keys = tuple(sorted(set[str]().union(*(form.keys for form in self._forms.values()))))
+        index = {key: number for number, key in enumerate(keys)}
+        for form in self._forms.values():
+            form.number = np.fromiter(map(index.__getitem__, form.keys), np.int64, len(form.keys))
+        kinds, faults = self._kinds(keys)
+        faults = [*self._faults, *faults]
+        if faults:
+            raise SaveError(f"the ranks contradict each other: {'; '.join(listed(faults))}")
+        cut = self._cut(kinds)
+        objects = self._objects()
+        table = ShardTable(
+            files=tuple(name for member in self._members for name in member.files),
+            keys=keys,
+            tilings=cut.tilings,
+            tiling=cut.tiling.astype(np.uint32),
+            record_offset=self._column("record_offset", np.int64, cut),
+            file=self._file_column(cut),
+            crc32=self._column("crc32", np.uint32, cut),
+            objects=objects,
+            paths={key: paths[key] for key in (*keys, *objects.keys) if key in paths},
+        )
+        return table, self._block_column(cut)
+
+    def _kinds(self, keys: Sequence[str]) -> tuple[list[_Kind], list[str]]:
+        """The dtype and shape of each key; and faults, where two ranks say different ones."""
+        kinds = list(self._parts.kinds)
+        kind_of = np.full(len(keys), -1, np.int64)
+        clashes: dict[int, set[int]] = {}
+        for form in self._forms.values():
+            if not len(form.keys):
+                continue
+            said = np.array(form.kinds, np.int64)[form.tiling]
+            before = kind_of[form.number]
+            for place in np.flatnonzero((before != said) & (before >= 0)).tolist():
+                clashes.setdefault(int(form.number[place]), {int(before[place])}).add(int(said[place]))
+            kind_of[form.number] = np.where(before >= 0, before, said)
+        faults = [
+            f"'{keys[key]}' was stored as "
+            + " and as ".join(f"{d} {list(s)}" for d, s in sorted(kinds[k] for k in one))
+            for key, one in sorted(clashes.items())
+        ]
+        return [kinds[kind] for kind in kind_of.tolist()], faults
+
+    def _cut(self, kinds: Sequence[_Kind]) -> _Cut:
+        """How tensors are cut: the parts of each key, by rank, joined; and this once for keys with the same parts."""
+        num_parts = np.zeros(len(kinds), np.int64)
+        for member in self._members:
+            num_parts[member.form.number] += 1
+        first = _starts(num_parts)
+        parts, following = np.empty(int(first[-1]), np.uint32), first[:-1].copy()
+        for member in self._members:
+            number = member.form.number
+            parts[following[number]] = member.parts[member.form.tiling] if len(number) else 0
+            following[number] += 1
+        known: dict[tuple[_Kind, bytes], int] = {}
+        joined: list[tuple[Tiling, Ints]] = []
+        tiling = np.empty(len(kinds), np.int64)
+        for key, kind in enumerate(kinds):
+            made_of = parts[first[key] : first[key + 1]]
+            number = known.setdefault((kind, made_of.tobytes()), len(joined))
+            if number == len(joined):
+                joined.append(self._parts.joined(kind, made_of))
+            tiling[key] = number
+        return _Cut.of(joined, tiling)
+
+    # ---- columns ----
+
+    def _placed(self, cut: _Cut) -> Iterator[tuple[_Member, Ints, Ints]]:
+        """For each member, the key of each of its rows, and the place of the row among those of the key."""
+        following = np.zeros(len(cut.tiling), np.int64)  # rows of each key that came before
+        for member in self._members:
+            form, key = member.form, member.form.number
+            box = cut.pool[cut.tiling[key]] + following[key] if len(key) else key
+            if not form.has_single_boxes:
+                before = np.cumsum(form.num_boxes) - form.num_boxes
+                box = np.repeat(box - before, form.num_boxes) + np.arange(member.num_rows)
+                key = np.repeat(key, form.num_boxes)
+            yield member, key, cut.place[box]
+            following[form.number] += form.num_boxes
+
+    def _column(self, name: str, kind: type[Any], cut: _Cut) -> Any:
+        source = np.frombuffer(self._columns.pop(name), kind)
+        column = np.empty(int(cut.first_row[-1]), kind)
+        for member, key, place in self._placed(cut):
+            column[cut.first_row[key] + place] = source[member.row : member.row + member.num_rows]
+        return column
+
+    def _file_column(self, cut: _Cut) -> UInts:
+        column = np.empty(int(cut.first_row[-1]), np.uint32)
+        num_files = 0
+        for member, key, place in self._placed(cut):
+            column[cut.first_row[key] + place] = member.file + np.uint32(num_files)
+            num_files += len(member.files)
+        return column
+
+    def _block_column(self, cut: _Cut) -> UInts:
+        source = np.frombuffer(self._columns.pop("blocks"), np.uint32)
+        column = np.empty(int(cut.first_block[-1]), np.uint32)
+        for member, key, place in self._placed(cut):
+            box = cut.pool[cut.tiling[key]] + place if len(key) else place
+            count = cut.num_blocks[box]
+            start = cut.first_block[key] + cut.block[box]
+            if not (count == 1).all():
+                before = np.cumsum(count) - count
+                start = np.repeat(start - before, count) + np.arange(member.num_blocks)
+            column[start] = source[member.block : member.block + member.num_blocks]
+        return column
+
+    def _objects(self) -> ObjectColumns:
+        parts = [member.objects for member in self._members]
+        keys = [key for part in parts for key in part.keys]
+        bases = np.cumsum([0, *(len(member.files) for member in self._members)]).tolist()
+        file = _joined([part.file + np.uint32(base) for part, base in zip(parts, bases, strict=False)], np.uint32)
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+        return ObjectColumns(
+            tuple(keys[place] for place in order.tolist()),
+            file[order],
+            _joined([part.record_offset for part in parts])[order],
+            _joined([part.record_nbytes for part in parts])[order],
+            _joined([part.crc32 for part in parts], np.uint32)[order],
+        )
+
+
+def _alike(file: UInts) -> UInts | int:
+    """The one number that all of ``file`` are; else a copy."""
+    return int(file[0]) if len(file) and (file == file[0]).all() else file.copy()
+
+
+def _copied(objects: ObjectColumns) -> ObjectColumns:
+    """Free of the message that the columns are views of."""
+    columns = (objects.file, objects.record_offset, objects.record_nbytes, objects.crc32)
+    return ObjectColumns(objects.keys, *(column.copy() for column in columns))  # type: ignore[arg-type]
+
+
+def _starts(counts: Ints) -> Ints:
+    """Where each of several stretches begins that come one after the other; and where the last one ends."""
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+def _joined(arrays: Sequence[Any], kind: type[Any] = np.int64) -> Any:
+    return np.concatenate(arrays) if arrays else np.empty(0, kind)

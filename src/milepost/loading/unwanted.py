@@ -1,0 +1,72 @@
+"""Stored keys that no rank has a place for, found without gathering keys: a bit for each."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from milepost.collective.comm import Comm
+
+
+@dataclass(frozen=True, slots=True)
+class _Brought:
+    """One rank's part: ``bits`` of the keys that rank 0 has read too, and other ``keys``."""
+
+    bits: bytes
+    keys: frozenset[str]
+    fits_something: bool
+    node: int
+
+
+def unwanted_everywhere(
+    comm: Comm, stored: Collection[str], unwanted: Collection[str], *, fits_something: bool, node: int
+) -> tuple[list[str], bool]:
+    """The keys that all ranks of a ``node`` find ``unwanted``, sorted; and if any rank ``fits_something``.
+
+    They are ``stored`` ones, or parts of one. Collective. A rank sends what its bits compress to, some hundred bytes
+    where it wants most of the keys, or a few: the keys themselves would be megabytes from each rank, of which thousands
+    have values of their own. Ranks that have read other keys than rank 0 (nodes have a folder each, names are another
+    program's) send keys.
+    """
+    keys = sorted(stored)
+    mine = hashlib.blake2b("\0".join(keys).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    is_alike = comm.broadcast(mine if comm.rank == 0 else None) == mine
+    brought = comm.gather(
+        _Brought(
+            bits=_packed([key in unwanted for key in keys]) if is_alike else b"",
+            keys=frozenset(unwanted).difference(keys) if is_alike else frozenset(unwanted),
+            fits_something=fits_something,
+            node=node,
+        )
+    )
+    found = None
+    if brought is not None:
+        by_node: dict[int, list[_Brought]] = {}
+        for one in brought:
+            by_node.setdefault(one.node, []).append(one)
+        nowhere = set[str]().union(*(_common(keys, ranks) for ranks in by_node.values()))
+        found = sorted(nowhere), any(one.fits_something for one in brought)
+    found = comm.broadcast(found)
+    assert found is not None
+    return found
+
+
+def _packed(flags: Sequence[bool]) -> bytes:
+    return zlib.compress(np.packbits(np.array(flags, np.bool_)).tobytes())
+
+
+def _common(keys: Sequence[str], brought: Sequence[_Brought]) -> set[str]:
+    """The keys that all of these ranks find unwanted."""
+    sets = [set(one.keys) for one in brought if not one.bits]
+    alike = [one for one in brought if one.bits]
+    if alike:
+        distinct = {one.bits for one in alike}
+        all_bits = np.bitwise_and.reduce([np.frombuffer(zlib.decompress(bits), np.uint8) for bits in distinct])
+        flags = np.unpackbits(all_bits, count=len(keys))
+        beside = set(alike[0].keys).intersection(*(one.keys for one in alike[1:]))
+        sets.append({*beside, *(keys[place] for place in np.flatnonzero(flags).tolist())})
+    return set.intersection(*sets)
