@@ -119,7 +119,7 @@ def _placed(counts: _Counts, save_id_nbytes: int) -> tuple[list[tuple[str, int, 
 
 
 def dump_shards(table: ShardTable, save_id: str) -> bytes:
-    """The bytes of ``milepost.shards``; the same table gives the same bytes.
+    """Return the bytes of ``milepost.shards``; the same table gives the same bytes.
 
     Raises ValueError if there would be too many, or if the save id is too long.
     """
@@ -127,7 +127,7 @@ def dump_shards(table: ShardTable, save_id: str) -> bytes:
 
 
 def shards_pieces(table: ShardTable, save_id: str) -> list[Bytes]:
-    """:func:`dump_shards` piece by piece: the columns of the shards as they are in memory, not copied.
+    """Return the bytes of :func:`dump_shards` in pieces: views of the shards' columns, not copied.
 
     Raises: as :func:`dump_shards`.
     """
@@ -263,7 +263,7 @@ def _largest(column: Any) -> int:
 
 
 def _keys_in(data: bytes, path: str) -> _Keys:
-    """The keys. Ranks whose tensors have the same keys share one tuple of them: values of its own each rank has."""
+    """Decode the keys. Segments with the same tensors share one tuple of their keys; each rank has its own values."""
     tensors, between, objects = data.partition(_BETWEEN_KEYS)
     if not between or not tensors.startswith(b'{"tensors":[') or len(tensors) > _MAX_REMEMBERED_NBYTES:
         return typed(parse_json(data, path, "a list of keys"), _Keys, path)

@@ -19,7 +19,7 @@ from milepost.errors import StorageError
 
 Bytes = bytes | bytearray | memoryview | mmap.mmap
 Content = Bytes | Iterable[Bytes]
-"""Of a file: in one piece, or in several that may be made on the way."""
+"""A file's content: in one piece, or in several that may be generated while it is written."""
 
 
 def counted(count: int, noun: str) -> str:
@@ -71,7 +71,7 @@ def byte_views(buffers: Sequence[Bytes]) -> list[memoryview]:
 
 
 def pieces_of(content: Content) -> Iterable[Bytes]:
-    """The pieces of a file."""
+    """Return the pieces of a file."""
     return (content,) if isinstance(content, Bytes) else content
 
 
@@ -276,10 +276,10 @@ class Storage(ABC):
         """Create a small file (it must not exist) with ``data``, synced."""
 
     def write_all(self, files: Mapping[str, Content]) -> None:
-        """Create several files (none may exist), by their names; all are synced when this returns.
+        """Create several files (none may exist); all are synced when this returns.
 
-        Quicker than one by one. Of a file in several pieces one at a time is in memory, where the storage writes in
-        place. After an error any of them may be there.
+        Faster than one by one. Generated pieces are in memory one at a time where the storage can write them so. After
+        an error any of the files may exist.
         """
         for path, content in files.items():
             self.write(path, content if isinstance(content, Bytes) else b"".join(content))

@@ -243,7 +243,7 @@ class _LocalWrite(WriteHandle):
             self._end = max(self._end, offset)
 
     def write_on(self, pieces: Iterable[Bytes]) -> None:
-        """Write ``pieces`` one after the other; the device begins with a stretch of them while the next are made."""
+        """Write ``pieces`` one after the other; write-back of each stretch starts while the next is being made."""
         if isinstance(pieces, Sequence):
             self.write(0, pieces)
             return
@@ -256,7 +256,7 @@ class _LocalWrite(WriteHandle):
                 begun = offset
 
     def begin(self) -> None:
-        """Have the device begin with all that was written. No promise: that is ``sync``'s."""
+        """Start write-back of all that was written. Makes no promise; only ``sync`` does."""
         self._begin(0, self._end)
 
     def _begin(self, start: int, stop: int) -> None:
@@ -379,7 +379,7 @@ class LocalStorage(Storage):
 
     def write_all(self, files: Mapping[str, Content]) -> None:
         with self._made(files) as handles:
-            # All are on their way before the first is waited for: a journal then commits once for all of them.
+            # Start all before waiting for the first: a journal then commits once for all of them.
             for handle in handles:
                 handle.begin()
             for handle in handles:
@@ -391,7 +391,7 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def _made(self, files: Mapping[str, Content]) -> Iterator[Sequence[_LocalWrite]]:
-        """New files, written and open; they are gone again if anything fails, closing them included."""
+        """Create and write new files, and hold them open; all are deleted if anything fails, including the close."""
         made = []
         try:
             with contextlib.ExitStack() as closing:
