@@ -257,10 +257,9 @@ class SegmentMerger:
         tiling = np.empty(len(kinds), np.int64)
         for key, kind in enumerate(kinds):
             made_of = parts[first[key] : first[key + 1]]
-            number = known.setdefault((kind, made_of.tobytes()), len(joined))
-            if number == len(joined):
+            tiling[key] = known.setdefault((kind, made_of.tobytes()), len(joined))
+            if tiling[key] == len(joined):
                 joined.append(self._parts.joined(kind, made_of))
-            tiling[key] = number
         return _Cut.of(joined, tiling)
 
     # ---- columns ----
