@@ -235,3 +235,69 @@ def test_a_step_with_an_adapter_is_not_written_or_merged_as_a_plain_model(
     assert main(["merge", *steps, "--to", out]) == 8
     assert "a PEFT adapter in it" in capsys.readouterr().err
     assert main(["export", str(run), f"{out}.pt", "--to", "pt"]) == 0, "for a training to begin with"
+
+
+LAYERS = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+KINDS_OF_ADAPTERS = {
+    "loha": peft.LoHaConfig(r=2, **LAYERS),
+    "lokr": peft.LoKrConfig(r=2, **LAYERS),
+    "ia3": peft.IA3Config(**LAYERS, feedforward_modules=[]),
+    "fourierft": peft.FourierFTConfig(n_frequency=9, **LAYERS),
+    "hra": peft.HRAConfig(r=2, **LAYERS),
+    "c3a": peft.C3AConfig(block_size=8, **LAYERS),
+    "road": peft.RoadConfig(group_size=16, **LAYERS),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+    "embedding": peft.LoraConfig(**(LORA | {"target_modules": ["embed_tokens"]})),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("loha", "embedding") else pytest.param(name, marks=pytest.mark.slow)
+        for name in KINDS_OF_ADAPTERS
+    ],
+)
+def test_adapters_of_other_kinds_are_written_as_peft_writes_them(memory_path: Path, base: Any, name: str) -> None:
+    model = peft.get_peft_model(copy.deepcopy(base), KINDS_OF_ADAPTERS[name]).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.01 * (number + 1))
+    model.save_pretrained(memory_path / "expected")
+    run = save(memory_path / "run", model)
+    assert main(["export", str(run), str(memory_path / "out"), "--adapter"]) == 0
+    found, expected = (load_file(memory_path / place / "adapter_model.safetensors") for place in ("out", "expected"))
+    assert_equal(found, expected)
+    assert (
+        main(["export", str(run), str(memory_path / "merged"), "--merge-adapter", "--base", str(memory_path / "base")])
+        == 8
+    )
+    assert (
+        main(
+            ["export", str(run), str(memory_path / "plain"), "--hf-assets", str(memory_path / "base"), "--model", "hf"]
+        )
+        == 8
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embedding_of_another_size_than_the_bases_goes_with_the_adapter(
+    memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    larger = transformers.AutoModelForCausalLM.from_pretrained(memory_path / "base")
+    larger.resize_token_embeddings(140)
+    model = peft.get_peft_model(larger, peft.LoraConfig(**LORA))
+    model.save_pretrained(memory_path / "expected")
+    assert main(["export", str(save(memory_path / "run", model)), str(memory_path / "out"), "--adapter"]) == 0
+    found, expected = (load_file(memory_path / place / "adapter_model.safetensors") for place in ("out", "expected"))
+    assert found.keys() == expected.keys() | {"base_model.model.lm_head.weight"}  # which PEFT's save finds to be shared
+    assert_equal({key: found[key] for key in expected}, expected)
+    alone = save(memory_path / "alone", model, only_trainable=True)
+    assert main(["export", str(alone), str(memory_path / "no"), "--adapter"]) == 8
+    assert "has 140 words, its base" in capsys.readouterr().err
+    prompts = peft.get_peft_model(
+        copy.deepcopy(base), peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    )
+    assert main(["export", str(save(memory_path / "prompts", prompts)), str(memory_path / "no"), "--adapter"]) == 8
+    assert "its configuration says PROMPT_TUNING: use save_pretrained() of PEFT" in capsys.readouterr().err

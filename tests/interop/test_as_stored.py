@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from hub_models import KINDS, logits, saved
+from hub_models import KINDS, Kind, logits, saved
 from tiny_models import assert_equal, hf_tensors
 
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
 from milepost.errors import ConfigError, ConversionError
+from milepost.interop import as_stored
 from milepost.interop.convert import convert
+from milepost.interop.hf.hub_names import kept_names
 from milepost.interop.options import ConvertOptions
 
 FAST = ("qwen2, tied", "gpt2", "deepseek_v3", "gpt_oss")
@@ -82,7 +86,8 @@ def test_a_cast_leaves_whole_numbers_alone(memory_path: Path) -> None:
     assert (found["w"].dtype, found["steps"].item()) == (torch.bfloat16, 2**40 + 1)
 
 
-def test_what_does_not_fit_is_refused(memory_path: Path) -> None:
+def test_what_does_not_fit_is_refused(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: None)  # as without transformers
     model = saved("mistral", memory_path / "assets")
     saved("phi3", memory_path / "other")
     torch.save(model.state_dict(), memory_path / "in.pt")
@@ -115,3 +120,51 @@ def test_an_output_that_is_no_longer_tied_is_not_lost(memory_path: Path) -> None
             memory_path / "out",
             ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets"),
         )
+
+
+@pytest.mark.parametrize("max_shard_size", ["20KB", "5GB"], ids=["index", "one file"])
+def test_what_a_module_has_under_several_names_is_stored_under_the_one_of_its_files(
+    memory_path: Path, max_shard_size: str
+) -> None:
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=96)
+    model = transformers.T5ForConditionalGeneration(config)
+    model.save_pretrained(memory_path / "assets", max_shard_size=max_shard_size)
+    torch.save(model.state_dict(), memory_path / "in.pt")
+    options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets", verify=True)
+    report = convert(memory_path / "in.pt", memory_path / "out", options)
+    assert "lm_head.weight is shared.weight, which is stored once" in report.notes
+    assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "assets"))
+
+
+MIXTRAL = Kind("MixtralConfig", {"num_local_experts": 4, "tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("asked", ["here", pytest.param("transformers", marks=pytest.mark.slow)])
+def test_a_module_that_is_cut_in_another_way_than_its_files_is_stored_as_they_are(
+    memory_path: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts of a layer are one tensor of the module, and several in the files."""
+    model: Any = MIXTRAL.model()
+    if asked == "here":  # what a process with transformers would say
+        monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: kept_names(model))
+    model.save_pretrained(memory_path / "assets", max_shard_size="60KB")
+    with CheckpointManager(memory_path / "run", CheckpointConfig(interval=1), model=model) as manager:
+        manager.save(1)
+    step, out = memory_path / "run/step-1", memory_path / "out"
+    options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets", verify=True)
+    report = convert(step, out, options)
+    assert any("names are those of the module of MixtralForCausalLM" in note for note in report.notes)
+    assert_equal(hf_tensors(out), hf_tensors(memory_path / "assets"))
+    convert(step, memory_path / "half", replace(options, dtype="bfloat16"))
+    expected = {key: value.bfloat16() for key, value in hf_tensors(out).items()}
+    assert_equal(hf_tensors(memory_path / "half"), expected)
+    untied = dict(model.state_dict())
+    untied["lm_head.weight"] = untied["lm_head.weight"] + 1
+    torch.save(untied, memory_path / "untied.pt")
+    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to .* it would be lost|it would be lost"):
+        convert(memory_path / "untied.pt", memory_path / "lost", options)
+    del untied["model.norm.weight"]
+    untied["lm_head.weight"] = model.state_dict()["lm_head.weight"]
+    torch.save(untied, memory_path / "less.pt")
+    with pytest.raises(ConversionError, match=r"missing: model\.norm\.weight"):
+        convert(memory_path / "less.pt", memory_path / "lost", options)

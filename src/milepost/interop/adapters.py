@@ -33,7 +33,7 @@ from milepost.interop.weights.base_samples import ONLY_TRAINABLE, Sample, differ
 from milepost.interop.weights.boxes import Array, Readable, Renamed, Source, TensorInfo, cast_into, total_nbytes
 from milepost.interop.weights.dequantized import plain_weights, without_quantization
 from milepost.interop.weights.noted import Noted, compare_with_noted
-from milepost.interop.weights.open import Weights, open_weights
+from milepost.interop.weights.open import Weights, open_weights, read_config
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 from milepost.run.values import read_values
 from milepost.storage import open_storage
@@ -55,6 +55,8 @@ _KNOWN_OPTIONS = frozenset(
     )
 )
 """Of PEFT 0.21's LoRA: those that say which modules and how it is trained, or that merging heeds."""
+_EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
+"""As PEFT knows them."""
 _UNTOLD = (None, False, "", "none", 0)
 MAX_NBYTES = 256 << 20
 
@@ -80,8 +82,7 @@ def adapters_in(keys: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
         inner = f"{module}{what}{rest}" if what != "modules_to_save" else f"{module.removesuffix('.')}{rest}"
         if what == "lora_magnitude_vector":
             inner = inner.removesuffix(".weight")
-        file_key = inner if inner.startswith(_PREFIX) else _PREFIX + inner
-        found.setdefault(name, {})[file_key] = key
+        found.setdefault(name, {})[_file_key(inner)] = key
     return found
 
 
@@ -106,9 +107,12 @@ def export_adapter(
                 "step, write a whole model with --merge-adapter",
                 path=src,
             )
-        content = _cast(adapter.tensors, options.dtype)
+        beside_it, notes = _embeddings_to_store(weights, config)
+        own = adapters_in(weights.source.tensors)[adapter.name]
+        content = _cast(Renamed(weights.source, {**own, **beside_it}), options.dtype)
         sink = AdapterSink(dst, adapter.config)
-        return _written(weights, (weights.source,), content, sink, options, started, None, f"adapter {adapter.name}")
+        flavor = f"adapter {adapter.name}"
+        return _written(weights, (weights.source,), content, sink, options, started, None, flavor, notes)
 
 
 def export_merged(
@@ -206,6 +210,13 @@ def _written(
 def _adapter(weights: Weights, config: Mapping[str, Any], name: str) -> Adapter:
     path = weights.source.path
     found = adapters_in(weights.source.tensors)
+    kind = config.get("peft_type")
+    if not found and isinstance(kind, str):
+        raise ConversionError(
+            f"{path} holds no adapter of a kind that can be taken from a step, its configuration says {kind}: use "
+            "save_pretrained() of PEFT",
+            path=path,
+        )
     if not found:
         raise ConversionError(f"{path} holds no PEFT adapter: export the model without --adapter", path=path)
     if name not in found and (name or len(found) > 1):
@@ -224,6 +235,49 @@ def _check_beside(config: Mapping[str, Any], path: str, options: Sequence[str], 
         raise ConversionError(
             f"the adapter in {path} was trained with {' and '.join(found)}: use {instead} of PEFT", path=path
         )
+
+
+def _embeddings_to_store(weights: Weights, config: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Of the base, what PEFT stores with an adapter: embeddings that it is put over, or that have another size now.
+
+    As by ``save_embedding_layers="auto"``: the key in PEFT's files and that in the step, and notes.
+
+    Raises:
+        ConversionError: the step does not hold what the adapter can't be loaded without.
+    """
+    path, tensors = weights.source.path, weights.source.tensors
+    targets = config.get("target_modules")
+    is_target = isinstance(targets, list) and any(name in targets for name in _EMBEDDING_LAYERS)
+    if is_target:
+        held = [key for key in tensors if key.endswith(tuple(f"{n}.base_layer.weight" for n in _EMBEDDING_LAYERS))]
+        note = "the adapter is over an embedding, which this step leaves out: PEFT takes that of the base model"
+        return {_file_key(key): key for key in held}, () if held else (note,)
+    layers = tuple(f"{name}.weight" for name in _EMBEDDING_LAYERS)
+    rows = {s.shape[0] for key, s in _recorded_base(weights).items() if key.endswith(layers) and s.shape}
+    base = config.get("base_model_name_or_path")
+    words = _words_of(base) if isinstance(base, str) and base else None
+    if words is None or rows <= {words}:
+        return {}, ()
+    held = [key for key in tensors if key.endswith(layers)]
+    if not held:
+        raise ConversionError(
+            f"the model in {path} has {max(rows)} words, its base {base} has {words}: the adapter can't be loaded "
+            "without the changed embedding, which a step of checkpoint.only_trainable leaves out unless it is trained "
+            "(modules_to_save); save steps without it",
+            path=path,
+        )
+    return {_file_key(key): key for key in held}, (f"with the embedding, as the base has {words} words",)
+
+
+def _words_of(base: str) -> int | None:
+    """The size of the vocabulary of a base model in a local folder; None if there is none."""
+    config = read_config(base) if os.path.isdir(base) else None
+    words = config.get("vocab_size") if config is not None else None
+    return words if isinstance(words, int) else None
+
+
+def _file_key(key: str) -> str:
+    return key if key.startswith(_PREFIX) else _PREFIX + key
 
 
 def _check_start(config: Mapping[str, Any], path: str) -> None:

@@ -15,9 +15,10 @@ from milepost.errors import MAX_LISTED, ConversionError, listed, near
 from milepost.format.box import Box
 from milepost.format.huggingface import SINGLE_NAME
 from milepost.format.safetensors import read_header
+from milepost.interop.hf.class_names import names_of_class
 from milepost.interop.hf.classes import architecture
 from milepost.interop.hf.extras import HfExtras, lent_extras
-from milepost.interop.hf.kept import ARCHITECTURE
+from milepost.interop.hf.kept import ARCHITECTURE, KeptNames
 from milepost.interop.names.adapter_keys import first_of_adapter
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
@@ -50,15 +51,21 @@ class Kept:
     names: Mapping[str, str]
     extras: HfExtras | None
     notes: tuple[str, ...]
+    of_class: KeptNames | None = None
+    """What the tensors are called and how they are cut in files of their class, if the names are its module's."""
 
     def content(self, weights: Weights, dtype: str | None) -> Assembled:
         """Read from the source what is written; floating-point tensors in ``dtype``."""
-        return Assembled(weights.source, _recipes(self.names, weights.source.tensors, dtype))
+        if self.of_class is None:
+            return Assembled(weights.source, _recipes(self.names, weights.source.tensors, dtype))
+        files = Assembled(Renamed(weights.source, self.names), self.of_class.into_theirs())
+        return Assembled(files, _recipes({key: key for key in files.tensors}, files.tensors, dtype))
 
     def back(self, written: Readable) -> Assembled:
         """Read back what was written, under the names of the source."""
         names = {old: new for new, old in self.names.items()}
-        return Assembled(written, _recipes(names, written.tensors, None))
+        module = written if self.of_class is None else Assembled(written, self.of_class.into_ours())
+        return Assembled(module, _recipes(names, module.tensors, None))
 
 
 def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
@@ -85,22 +92,74 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
         raise ConversionError(f"{source.path} holds no model tensors", path=source.path)
     extras = _extras(weights, options) if options.to == "hf" else None
     names = _without_wrappers(_bare_of_nest(weights), extras.weight_map if extras is not None else {})
-    if extras is not None and source.kind != "hf":
+    if extras is None:
+        return Kept(names, None, ())
+    if source.kind != "hf":
         _refuse_adapter(names, extras.weight_map, source.path)
-    notes: list[str] = []
-    if extras is not None:
-        names, notes = _without_tied(weights, names, extras.config)
-        repeated = repeated_in(Renamed(source, names), _known_names(extras, options))
-        names = {key: old for key, old in names.items() if key not in repeated}
-        notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
-        _check_index(names, extras.weight_map, source.path)
-        if options.max_shard_nbytes is not None:
-            extras = replace(extras, weight_map={})
-        if extras.config.get("auto_map"):
-            notes.append(
-                "the config names code that the model needs (auto_map): copy its files by hand, code is not taken"
+    known = _known_names(extras, options)
+    bare, notes = _without_tied(weights, names, extras.config)
+    repeated = repeated_in(Renamed(source, bare), known)
+    notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
+    kept = Kept({key: old for key, old in bare.items() if key not in repeated}, extras, tuple(notes))
+    if kept.names.keys() != set(known) and (known or _is_of_module(weights)):
+        kept = _by_class(weights, names, extras, known) or kept
+    if kept.of_class is None:
+        _check_index(kept.names, extras.weight_map, source.path)
+    if options.max_shard_nbytes is not None:
+        kept = replace(kept, extras=replace(extras, weight_map={}))
+    if extras.config.get("auto_map"):
+        note = "the config names code that the model needs (auto_map): copy its files by hand, code is not taken"
+        kept = replace(kept, notes=(*kept.notes, note))
+    return kept
+
+
+def _is_of_module(weights: Weights) -> bool:
+    """Return whether the names are those of a module of transformers, as the step records."""
+    return weights.manifest is not None and isinstance(weights.manifest.extra.get(ARCHITECTURE), str)
+
+
+def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, known: Collection[str]) -> Kept | None:
+    """What is written if the names are those of the module of the model's class; None if they are not.
+
+    Raises:
+        ConversionError: tensors that the class ties differ.
+    """
+    source = weights.source
+    said = weights.manifest.extra.get(ARCHITECTURE) if weights.manifest is not None else None
+    name = said if isinstance(said, str) else architecture(extras.config)
+    found = names_of_class(name, extras.config) if name is not None and source.kind != "hf" else None
+    if found is None or (known and set(known) != found.theirs.keys()):
+        return None
+    held = {key: old for key, old in names.items() if key not in found.copies and key not in found.ignored}
+    shapes = {key: source.tensors[old].shape for key, old in held.items()}
+    faults = list(_module_faults(found.ours, shapes))
+    if len(faults) >= len(names.keys() ^ set(known)) > 0 or (faults and not known):
+        return None  # nor are they: the report is on the names in files
+    if faults:
+        raise ConversionError(
+            f"{source.path} does not hold a {name} as --hf-assets describes it:\n  " + "\n  ".join(listed(faults)),
+            path=source.path,
+            problems=faults,
+        )
+    for copy, original in found.copies.items():
+        fault = difference(source, names[original], names[copy]) if copy in names else None
+        if fault is not None:
+            raise ConversionError(
+                f"{source.path}: {name} ties {copy} to {original}, but {fault}: it would be lost", path=source.path
             )
-    return Kept(names, extras, tuple(notes))
+    note = f"the names are those of the module of {name}: files have {len(found.theirs)} tensors for its {len(held)}"
+    places_all = all(key in extras.weight_map for key in found.theirs)
+    return Kept(held, extras if places_all else replace(extras, weight_map={}), (note,), found)
+
+
+def _module_faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """What is missing, misshapen and unexpected of a module's tensors."""
+    yield from (f"missing: {key}" for key in wanted if key not in found)
+    for key, shape in found.items():
+        if key not in wanted:
+            yield f"unexpected: {key}"
+        elif wanted[key] != shape:
+            yield f"{key}: shape {list(shape)} instead of {list(wanted[key])}"
 
 
 def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:

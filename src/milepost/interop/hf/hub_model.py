@@ -105,7 +105,8 @@ class HubModel:
             tied = {prefix + name: recipes[kept] for name, kept in names.copies.items()}
             ours = {prefix + name: recipe for name, recipe in recipes.items()} | tied
             there = Assembled(view, {key: ours[key] for key in leaves if key in ours and _is_there(ours[key], view)})
-            missing = sorted(key for key in leaves if key not in there.tensors)
+            never_there = {prefix + name for name in names.ignored if prefix + name not in there.tensors}
+            missing = sorted(key for key in leaves if key not in there.tensors and key not in never_there)
             unexpected = _unexpected(view, recipes, names)
             self._refuse(source.path, view, there, unexpected, policy)
             _check_tied(view, names, source.path)
@@ -115,6 +116,7 @@ class HubModel:
             nbytes = fill(there, wanted, num_threads, f"loading {source.path}" if logs_progress else None)
             source.check_digests()
         let_pass = policy.let_pass(missing, unexpected)
+        computed = [f"{key} is in no file of this class: left as initialized" for key in sorted(never_there)]
         return LoadReport(
             path=source.path,
             step=None,
@@ -127,7 +129,7 @@ class HubModel:
             missing=tuple(missing),
             cast=cast,
             let_pass=let_pass,
-            notes=(*weights.notes, *map(str, let_pass)),
+            notes=(*weights.notes, *computed, *map(str, let_pass)),
         )
 
     def _refuse(self, path: str, view: Readable, there: Readable, unexpected: list[str], policy: Policy) -> None:

@@ -7,11 +7,14 @@ transformers reverts that when it saves. On the meta device that costs nothing, 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -137,3 +140,14 @@ def _link(owner: str, shape: tuple[int, ...], key: str, view: torch.Tensor) -> L
 def _without_leading_ones(sizes: Sequence[int]) -> tuple[int, ...]:
     first = next((number for number, size in enumerate(sizes) if size != 1), len(sizes))
     return tuple(sizes[first:])
+
+
+def main(class_name: str) -> None:
+    """Print the names of a class in the sizes of the config on standard input, as the last line."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**json.load(sys.stdin))
+    with torch.device("meta"):
+        model = getattr(transformers, class_name)(config)
+    print(flush=True)
+    sys.stdout.buffer.write(msgspec.json.encode(kept_names(model)))
