@@ -32,7 +32,9 @@ def part_of(key: str) -> str:
     return head if head in PARTS[1:] else "model"
 
 
-_PART_ALIASES = {"data_loader": "dataloader", "optimizers": "optimizer", "lr_schedulers": "lr_scheduler"}
+_PART_ALIASES = {"data_loader": "dataloader", "optimizers": "optimizer", "lr_schedulers": "lr_scheduler"} | {
+    f"{part}.*": part for part in PARTS[1:]
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,12 @@ def plain_loader() -> Any:
     return torch.utils.data.DataLoader([1, 2])  # type: ignore[arg-type]
 
 
+def twice(folder: str, kind: Any) -> Any:
+    model = net()
+    optimizer = kind(model.parameters(), lr=0.1)
+    return CheckpointManager(folder, model=model, optimizer=[optimizer, optimizer])
+
+
 MISTAKES: dict[str, tuple[Any, str]] = {
     "a module as folder": (lambda f: CheckpointManager(net(), f), "the folder comes first"),  # type: ignore[arg-type]
     "a dict of models": (lambda f: CheckpointManager(f, model={"a": net()}), "nn.ModuleDict"),  # type: ignore[arg-type]
@@ -175,6 +181,17 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "a plain loader": (lambda f: CheckpointManager(f, model=net(), dataloader=plain_loader()), "ResumableSampler"),
     "a dict as state": (lambda f: CheckpointManager(f, model=net(), train_state={"n": 1}), "these two methods"),  # type: ignore[arg-type]
     "degrees as list": (lambda f: CheckpointManager(f, model=net(), layout=[2]), "degrees by name"),  # type: ignore[arg-type]
+    "degrees as text": (lambda f: milepost.save(f, {"n": 1}, layout={"fsdp": "2"}), "degrees by name"),  # type: ignore[dict-item]
+    "states as list": (lambda f: CheckpointManager(f, model=net(), states=[net()]), "objects by name"),  # type: ignore[arg-type]
+    "a command as on_commit": (lambda f: CheckpointManager(f, model=net(), on_commit="ls"), "config.on_commit"),  # type: ignore[arg-type]
+    "hf as text": (lambda f: CheckpointManager(f, model=net(), hf="llama"), "milepost.HfModel"),  # type: ignore[arg-type]
+    "parts of ranks": (lambda f: CheckpointManager(f, model=net(), per_rank=None), "expected a collection"),  # type: ignore[arg-type]
+    "one twice": (lambda f: twice(f, torch.optim.SGD), "one optimizer is given twice"),
+    "register an object": (lambda f: milepost.register_value(3), "expected a class"),  # type: ignore[type-var]
+    "no path": (lambda f: milepost.verify(None), "expected the path of a checkpoint"),  # type: ignore[arg-type]
+    "a file": (lambda f: milepost.load(__file__), "is a file, and a checkpoint is a folder"),
+    "no patterns": (lambda f: milepost.load(f, {"n": 1}, allow_missing=None), "expected a list of patterns"),  # type: ignore[call-overload]
+    "strict as text": (lambda f: milepost.load(f, {"n": 1}, strict="no"), "expected True or False"),  # type: ignore[call-overload]
     "save a module": (lambda f: milepost.save(f, net()), '{"model": model}'),  # type: ignore[arg-type]
     "save swapped": (lambda f: milepost.save({"n": 1}, f), "the path comes first"),  # type: ignore[arg-type]
     "a mode": (lambda f: milepost.async_save(f, {"n": 1}, mode="fast"), "expected async or"),  # type: ignore[arg-type]
@@ -230,6 +247,9 @@ def other_step(folder: Path) -> str:
         with pytest.raises(SaveError, match="every rank must save the same step") as caught:
             manager.save(3 + rank)
         assert manager.save(7)
+        assert manager.save(8)
+        with pytest.raises(ConfigError, match="every rank must ask for the same step"):
+            manager.load(step=7 + rank)
     return caught.value.message
 
 

@@ -117,13 +117,27 @@ def test_options_that_another_version_of_torch_adds_or_lacks(memory_path: Path) 
     assert run.optimizer.param_groups[0]["decoupled_weight_decay"] is True
 
 
-def test_another_kind_of_optimizer_is_refused(memory_path: Path) -> None:
+KINDS: dict[str, Any] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "Adam, whose state looks the same": lambda model: torch.optim.Adam(model.parameters()),
+    "Adamax": lambda model: torch.optim.Adamax(model.parameters()),
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_another_kind_of_optimizer_is_refused(memory_path: Path, make: Any) -> None:
     saved(memory_path)
     model = Net()
     before = digest(model.state_dict())
-    with pytest.raises(StateMismatchError):
-        Run(memory_path, model, torch.optim.SGD(model.parameters(), lr=0.1)).load()
+    with pytest.raises(StateMismatchError, match="exclude_from_loading = optimizer"):
+        Run(memory_path, model, make(model)).load()
     assert digest(model.state_dict()) == before
+
+
+def test_another_kind_of_schedule_is_refused(memory_path: Path) -> None:
+    scheduled(memory_path, cosine)
+    with pytest.raises(StateMismatchError, match=r"CosineAnnealingLR, this run has StepLR.*= lr_scheduler"):
+        scheduled(memory_path, step_lr, 0).load()
 
 
 def regrouped(model: nn.Module) -> Optimizer:
@@ -427,6 +441,33 @@ def test_any_key_or_glob_can_be_left_as_it_is(memory_path: Path) -> None:
     assert run.scheduler.T_max == 77
     assert run.scheduler.last_epoch == 2
     assert_same(run.model.body.state_dict(), first.model.body.state_dict())
+
+
+def test_an_exclusion_that_leaves_a_part_incomplete(memory_path: Path) -> None:
+    """Some of a parameter's state is of no use; where the run has the rest, it is kept. Generators are left whole."""
+    scheduled(memory_path)
+    fresh = scheduled(memory_path, cosine, 0, exclude_from_loading=["optimizer.state.*.step"])
+    with pytest.raises(StateMismatchError, match=r"head.weight: step excluded, and this run has none yet"):
+        fresh.load()
+    opened.pop().close()
+    run = scheduled(memory_path, cosine, 0, exclude_from_loading=["optimizer.state.*.step", "rng.rank0.numpy*"])
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(7):
+        run.optimizer.step()
+    state = torch.get_rng_state()
+    assert "random generators keep this run's seeds" in run.load()
+    assert {entry["step"].item() for entry in run.optimizer.state.values()} == {7}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_momentum_that_this_runs_schedule_sets(memory_path: Path) -> None:
+    scheduled(memory_path, step_lr)
+    cycle: Any = lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)  # noqa: E731
+    run = scheduled(memory_path, cycle, 0, exclude_from_loading=["lr_scheduler.*"])
+    betas = run.optimizer.param_groups[0]["betas"]
+    run.load()
+    assert run.optimizer.param_groups[0]["betas"] == betas != (0.9, 0.999)
 
 
 # ---- random generators where training goes on ----

@@ -123,6 +123,29 @@ def test_loaders_that_hold_more_on_one_rank_are_kept_for_each(memory_path: Path)
     assert run_world(unlike_loaders, 2, str(memory_path)) == [[True] * 5] * 2
 
 
+def unlike_train_states(folder: str) -> list[bool]:
+    """Keys that one rank has, an order of its own, and a mapping that is empty elsewhere; of a part not declared."""
+    rank, found = dist.get_rank(), []
+    kinds: list[dict[str, Any]] = [
+        {"both": 1, f"rank{rank}": torch.ones(1)},
+        {"a": 1, "b": 2} if rank else {"b": 2, "a": 1},
+        {"seen": {"at": {"n": 1}} if rank else {}},
+        {"seen": 1} if rank else {},
+    ]
+    for number, kind in enumerate(kinds):
+        for held in (Values(**kind), fresh := Values()):
+            with CheckpointManager(
+                f"{folder}/{number}", CheckpointConfig(**CONFIG), model=linear(), train_state=held
+            ) as m:
+                m.load() if held is fresh else m.save(1)
+        found.append(str(fresh.values) == str(kind))
+    return found
+
+
+def test_keys_of_one_rank_are_not_given_to_another(memory_path: Path) -> None:
+    assert run_world(unlike_train_states, 2, str(memory_path)) == [[True] * 4] * 2
+
+
 def save_of_two(folder: str) -> None:
     with CheckpointManager(
         folder, CheckpointConfig(**CONFIG), model=linear(), dataloader=Loader(7 - dist.get_rank())

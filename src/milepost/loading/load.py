@@ -187,6 +187,15 @@ def _check_arguments(path: object, into: object, read: object) -> None:
     raise ConfigError(f"milepost.load(path, into): `into` is {instead}")
 
 
+def _check_folder(storage: Storage, folder: str) -> None:
+    found = storage.stat(folder) if folder else None
+    if found is not None and not found.is_folder:
+        raise ConfigError(
+            f"{storage.root}/{folder} is a file, and a checkpoint is a folder. The weights in a file can be a run's "
+            "initial_load_path, or be made a checkpoint by `milepost convert`"
+        )
+
+
 @collection_paused()
 def load_from(
     storage: Storage,
@@ -374,6 +383,7 @@ def _read_for_all(
     assert brought is not None, "rank 0 has gathered it"
     if len({path for path, *_ in brought}) > 1 or any(is_part for _, is_part, _ in brought):
         return None
+    _check_folder(storage, folder)
     manifest = checkpoint_record.read_manifest(storage, folder)
     common = read_common(storage, folder, manifest) if len(brought) > 1 else {}
     may_hand_on = len(brought) > 1 and not any(has_near for *_, has_near in brought)

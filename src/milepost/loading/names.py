@@ -10,7 +10,7 @@ from milepost.format.box import Box
 from milepost.format.manifest import Manifest
 from milepost.tensors.plan import Origin
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "base_layer")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "base_layer")
 _ADAPTED = "base_model.model."
 """Before the keys of a model that PEFT has put adapters over."""
 _PREFIXES = ("module.", "model.", "state_dict.", "model_state_dict.")

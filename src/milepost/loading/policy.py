@@ -45,6 +45,8 @@ class Policy:
         """The policy of a caller of ``load``. Raises ConfigError for what is no list of patterns."""
         missing = checked_patterns("allow_missing", allow_missing)
         unexpected = checked_patterns("allow_unexpected", allow_unexpected)
+        if not isinstance(strict, bool):
+            raise ConfigError(f"strict={strict!r:.60}: expected True or False")
         return cls(missing, unexpected) if strict else cls(("*",), ("*",))
 
     def refused_missing(self, keys: Iterable[str]) -> tuple[str, ...]:
@@ -94,6 +96,8 @@ def checked_patterns(option: str, patterns: Iterable[str]) -> tuple[str, ...]:
     """``patterns`` as a tuple. Raises ConfigError for a single text, which would be taken apart, and for no text."""
     if isinstance(patterns, str):
         raise ConfigError(f'{option}="{patterns}": expected a list of patterns; write {option}=["{patterns}"]')
+    if not isinstance(patterns, Iterable):
+        raise ConfigError(f"{option}: expected a list of patterns, found a {type(patterns).__name__}")
     found = tuple(patterns)
     for pattern in found:
         if not isinstance(pattern, str) or not pattern:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Mapping
 from os import PathLike
@@ -31,6 +32,23 @@ def checked_step(step: Any) -> int:
     if not 0 <= number <= MAX_STEP:
         raise ConfigError(f"step {number!r:.80}: expected a number from 0 to {MAX_STEP}")
     return number
+
+
+def checked_layout(layout: Any) -> dict[str, int]:
+    """Degrees of parallelism by name.
+
+    Raises:
+        ConfigError: something else.
+    """
+    expected = 'layout: expected degrees by name, such as {"fsdp": 8}, found'
+    if layout is not None and not isinstance(layout, Mapping):
+        raise ConfigError(f"{expected} a {type(layout).__name__}")
+    found = dict(layout or {})
+    for name, degree in found.items():
+        is_number = isinstance(degree, numbers.Integral) and not isinstance(degree, bool)
+        if not isinstance(name, str) or not is_number or degree < 0:
+            raise ConfigError(f"{expected} {name!r:.60}: {degree!r:.60}")
+    return {name: int(degree) for name, degree in found.items()}
 
 
 def check_given(function: str, path: object, state_dict: object) -> None:

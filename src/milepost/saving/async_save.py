@@ -23,7 +23,7 @@ from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
 from milepost.run.step_names import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement
-from milepost.saving.arguments import check_given, checked_step
+from milepost.saving.arguments import check_given, checked_layout, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.nodes import Nodes
@@ -279,7 +279,9 @@ def async_save(
         raise ConfigError(f"milepost.async_save(mode={mode!r}): expected {' or '.join(get_args(Mode))}")
     storage, target = open_storage(fspath(path))
     saver = _saver_for(storage, comm if comm is not None else default_comm(), mode)
-    info = SaveInfo(step=step_of(target) if step is None else checked_step(step), kind=kind, layout=dict(layout or {}))
+    info = SaveInfo(
+        step=step_of(target) if step is None else checked_step(step), kind=kind, layout=checked_layout(layout)
+    )
     return saver.save(SaveRequest(target, lambda: state_dict, info))
 
 

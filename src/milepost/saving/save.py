@@ -22,7 +22,7 @@ from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
 from milepost.run.step_names import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement
-from milepost.saving.arguments import check_given, checked_step
+from milepost.saving.arguments import check_given, checked_layout, checked_step
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
 from milepost.saving.last_plan import LastPlan
 from milepost.saving.nodes import Nodes
@@ -59,7 +59,9 @@ def save(
     """
     check_given("save", path, state_dict)
     storage, target = open_storage(fspath(path))
-    info = SaveInfo(step=step_of(target) if step is None else checked_step(step), kind=kind, layout=dict(layout or {}))
+    info = SaveInfo(
+        step=step_of(target) if step is None else checked_step(step), kind=kind, layout=checked_layout(layout)
+    )
     last = _last_plans.pop() if _last_plans else LastPlan()  # two threads never have the same one
     try:
         saver = Saver(storage, comm if comm is not None else default_comm(), last=last)

@@ -18,8 +18,8 @@ import torch
 from milepost.run.assemble import SaveInfo
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.sharing import Sharing, description, sort_out
-from milepost.tensors.state import EMPTY_MAPPINGS, PER_RANK, Path
-from milepost.tensors.tree import merge_parts
+from milepost.tensors.state import EMPTY_MAPPINGS, LOOP_PARTS, PER_RANK, Path
+from milepost.tensors.tree import ByRank, merge_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +191,19 @@ class Roster:
         nestings = [portion.nesting for portion in chain(self._kinds.values(), self._own.values())]
         paths = {key: path for nesting in nestings for key, path in nesting.paths.items()}
         empty = list(dict.fromkeys(path for nesting in nestings for path in nesting.empty))
-        structure, unlike = merge_parts(self._skeletons())
+        structure, unlike = merge_parts(self._skeletons(), self._by_rank())
         return Record(paths, empty, structure), unlike
+
+    def _by_rank(self) -> ByRank:
+        """What each rank holds of a loop's own state, where that is not the same on all: containers and their keys."""
+        found: dict[str, dict[bytes, list[int]]] = {name: defaultdict(list) for name in LOOP_PARTS}
+        for rank, pair in enumerate(self._told):
+            skeletons = self._kinds[pair[0]].nesting.skeleton, self._own[pair[1]].nesting.skeleton
+            for name, kinds in found.items():
+                kinds[next((parts[name] for parts in skeletons if name in parts), b"")].append(rank)
+        return {
+            name: [(ranks, part) for part, ranks in kinds.items()] for name, kinds in found.items() if len(kinds) > 1
+        }
 
     def dtypes(self) -> dict[str, str]:
         """The dtype in which each tensor is stored, of all ranks' tensors."""

@@ -71,8 +71,10 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     ``path`` is followed. For the URL of a bucket, which is the root itself, the name is empty.
 
     Raises:
-        ConfigError: the path is empty, its scheme is unknown, or obstore is not installed.
+        ConfigError: it is no path, or empty, its scheme is unknown, or obstore is not installed.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"expected the path of a checkpoint, found a {type(path).__name__}")
     text = _expanded(path)
     scheme = _SCHEME.match(text)
     if scheme is not None and scheme[1].lower() in _STORES:

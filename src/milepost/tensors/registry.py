@@ -48,6 +48,10 @@ def register_value(
     Raises:
         ConfigError: the class needs ``encode`` and ``decode``, or another class has the name.
     """
+    if not isinstance(cls, type):
+        raise ConfigError(f"register_value: expected a class, found a {type(cls).__name__}")
+    if name is not None and not (isinstance(name, str) and name):
+        raise ConfigError(f"register_value({cls.__qualname__}): expected a name as text, found {name!r:.60}")
     if (encode is None) != (decode is None):
         raise ConfigError(f"register_value({cls.__qualname__}): give both encode and decode, or neither")
     if encode is None or decode is None:

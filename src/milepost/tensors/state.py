@@ -28,6 +28,8 @@ Path = tuple[str | int, ...]
 PER_RANK = "per_rank"
 """Under this name the manifest's ``extra`` lists the top-level names below which each rank's state stands, as
 ``rank<N>``."""
+LOOP_PARTS = ("lr_scheduler", "dataloader", "train_state", "states")
+"""Parts that are of the loop itself: what each rank gave, it gets back, keys and order."""
 EMPTY_MAPPINGS = "empty_mappings"
 """Under this name the manifest's ``extra`` lists the paths of mappings without items, which have no keys."""
 PACKED = "milepost.packed"
@@ -100,6 +102,8 @@ def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> Fl
         SaveError: two values would get the same key, or a tensor of a kind that can't be stored.
     """
     flat = FlatState({}, {}, {}, {})
+    if PACKED in state_dict:
+        raise SaveError(f"the key '{PACKED}' is Milepost's own: rename it", key=PACKED)
     packed = _Packing().packed_below(state_dict)
     if id(state_dict) in packed:
         state_dict = {PACKED: dict(state_dict)}

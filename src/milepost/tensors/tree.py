@@ -40,6 +40,11 @@ class Held:
     value: Any
 
 
+ByRank = Mapping[str, Sequence[tuple[Sequence[int], bytes]]]
+"""Of parts of which ranks hold different containers: the ranks of each kind, and its skeleton."""
+_BY_RANK = "milepost.by_rank"
+"""Under this name the record of the structure has them."""
+
 Read = Callable[[str], Any]
 """Reads the value of a key of a checkpoint that is not a tensor."""
 
@@ -74,6 +79,14 @@ class Tree:
             root.update(tree._held(root.pop(PACKED)))
             tree.is_packed = True
         return tree
+
+    def narrow(self, manifest: Manifest, rank: int) -> None:
+        """Of parts of which ranks held different containers, leave what ``rank`` held, in its order."""
+        stored = {*manifest.tensors, *manifest.objects}
+        for name, part in _parts_of(manifest, rank).items():
+            self.root.pop(name, None)
+            if part:
+                self.root.update(_with_refs({name: _load(part)}, (), {*stored}))
 
     def at(self, path: Sequence[Any]) -> Node | None:
         """The node at ``path``, whose elements are compared as text; None if there is none."""
@@ -122,8 +135,8 @@ def dump_parts(skeleton: Mapping[Any, Any]) -> dict[str, bytes]:
     return {"": encode_object("", list(skeleton)), **parts}
 
 
-def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> tuple[bytes, frozenset[str]]:
-    """Merge the skeletons of all ranks into the ``structure`` that a manifest records.
+def merge_parts(brought: Sequence[Mapping[str, bytes]], by_rank: ByRank) -> tuple[bytes, frozenset[str]]:
+    """Merge the skeletons of all ranks into the ``structure`` that a manifest records, with those that differ.
 
     Also the keys of tensors that ranks have taken apart in different ways, or one has and another has not.
 
@@ -145,7 +158,8 @@ def merge_parts(brought: Sequence[Mapping[str, bytes]]) -> tuple[bytes, frozense
             if not isinstance(merged[name], TensorParts):
                 raise _unlike_on_ranks("values of different kinds", (name,))
             unlike.add(str(name))
-    return zlib.compress(encode_object("the structure", merged), 1), frozenset(unlike)
+    recorded = {**merged, _BY_RANK: dict(by_rank)} if by_rank else merged
+    return zlib.compress(encode_object("the structure", recorded), 1), frozenset(unlike)
 
 
 def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
@@ -156,15 +170,36 @@ def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
     """
     if not manifest.structure:
         return {}
+    skeleton = _recorded(manifest)
+    skeleton.pop(_BY_RANK, None)
+    return skeleton
+
+
+def _parts_of(manifest: Manifest, rank: int) -> dict[str, bytes]:
+    """The skeletons of what a rank held of parts that were not the same on all, by name; empty where it held none."""
+    recorded = _recorded(manifest).get(_BY_RANK, {}) if manifest.structure else {}
+    try:
+        return {str(name): part for name, kinds in recorded.items() for ranks, part in kinds if rank in ranks}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FormatError(f"the structure that a checkpoint records of its ranks is malformed: {error}") from error
+
+
+def _recorded(manifest: Manifest) -> dict[Any, Any]:
+    found = _load(_inflated(manifest.structure))
+    if type(found) is not dict:
+        raise FormatError("the structure that a checkpoint records is malformed")
+    return found
+
+
+def _inflated(data: bytes) -> bytes:
     try:
         inflate = zlib.decompressobj()
-        data = inflate.decompress(manifest.structure, MAX_STRUCTURE_NBYTES)
+        found = inflate.decompress(data, MAX_STRUCTURE_NBYTES)
     except zlib.error as error:
         raise FormatError(f"the structure that a checkpoint records is malformed: {error}") from error
-    skeleton = _load(data)
-    if type(skeleton) is not dict or not inflate.eof:
+    if not inflate.eof:
         raise FormatError("the structure that a checkpoint records is malformed")
-    return skeleton
+    return found
 
 
 def _load(data: bytes) -> Any:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from milepost.collective.comm import Comm, by_ranks, failure_on, raise_together
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, listed
+from milepost.saving.arguments import checked_layout
 
 
 def check_arguments(
@@ -24,6 +25,9 @@ def check_arguments(
     lr_scheduler: Any,
     parts: Mapping[str, Any],
     layout: Any,
+    states: Any = None,
+    on_commit: Any = None,
+    hf: Any = None,
 ) -> None:
     """Refuse arguments of a kind that can't be saved. ``parts`` are the loader and the train state, by name.
 
@@ -43,8 +47,17 @@ def check_arguments(
         problems += _stateful_problems("lr_scheduler", scheduler)
     for name, part in parts.items():
         problems += _stateful_problems(name, part) if part is not None else ()
-    if layout is not None and not isinstance(layout, Mapping):
-        problems.append(f'layout: expected degrees by name, such as {{"fsdp": 8}}, found a {_kind(layout)}')
+    try:
+        checked_layout(layout)
+    except ConfigError as error:
+        problems.append(error.message)
+    if states is not None and not isinstance(states, Mapping):
+        problems.append(f'states: expected objects by name, such as {{"ema": ema}}, found a {_kind(states)}')
+    if on_commit is not None and not callable(on_commit):
+        hint = "; a command line goes into config.on_commit" if isinstance(on_commit, str) else ""
+        problems.append(f"on_commit: expected a function, found a {_kind(on_commit)}{hint}")
+    if hf is not None and not hasattr(hf, "form_of"):
+        problems.append(f"hf: expected a milepost.HfModel, found a {_kind(hf)}")
     if problems:
         raise ConfigError([f"CheckpointManager: {problem}" for problem in problems])
 
@@ -77,7 +90,7 @@ def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
         ConfigError: ``names`` holds anything else.
     """
     known = ("lr_scheduler", "dataloader", "train_state")
-    if isinstance(names, str) or not set(names) <= set(known):
+    if isinstance(names, str) or not isinstance(names, Collection) or not set(names) <= set(known):
         raise ConfigError(
             f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(known)}; the model and the "
             "optimizer are shared by all ranks, and random generators are always saved per rank"
@@ -126,7 +139,10 @@ def _optimizer_problems(optimizer: Any) -> Iterator[str]:
     if isinstance(optimizer, Mapping):
         yield "optimizer: expected an optimizer or a list of them, found a dict: give list(optimizers.values())"
         return
-    for item in _each(optimizer):
+    given = _each(optimizer)
+    if len({*map(id, given)}) < len(given):
+        yield "optimizer: one optimizer is given twice"
+    for item in given:
         if isinstance(item, type) or not all(hasattr(item, name) for name in _OPTIMIZER):
             hint = ": give an instance, not the class" if isinstance(item, type) else ""
             yield f"optimizer: expected an optimizer or a list of them, found a {_kind(item)}{hint}"

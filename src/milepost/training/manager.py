@@ -121,6 +121,9 @@ class CheckpointManager:
             lr_scheduler=lr_scheduler,
             parts={"dataloader": dataloader, "train_state": train_state},
             layout=layout,
+            states=states,
+            on_commit=on_commit,
+            hf=hf,
         )
         self._config = config if config is not None else CheckpointConfig()
         self._storage, path = open_storage(fspath(folder))
@@ -242,6 +245,7 @@ class CheckpointManager:
         """The last step, if a run of ``num_steps`` steps has nothing left to train; else None. Collective."""
         if not self._config.enable:
             return None
+        num_steps = checked_step(num_steps)
         self._loader.look()
         return on_rank_0(self._comm, partial(self._loader.finished_step, num_steps))
 
@@ -271,7 +275,8 @@ class CheckpointManager:
                 self._wait_for_pending()  # a step that is being written is there to be resumed from
             except SaveError as error:
                 self._stop_or_warn(error)
-            found = self._loader.load(num_steps, step)
+            asked = [None if number is None else checked_step(number) for number in (num_steps, step)]
+            found = self._loader.load(*asked)
         report, descent = found if found is not None else (None, None)
         self._history.resumed(descent)
         self._rng = rng_state()

@@ -18,8 +18,11 @@ class MetricRecorder:
         self._wanted = wanted
         self._has_warned = False
 
-    def values(self, metrics: Mapping[str, Any]) -> tuple[dict[str, float], ConfigError | None]:
+    def values(self, metrics: Any) -> tuple[dict[str, float], ConfigError | None]:
         """The metrics as they are recorded, and what is wrong with them. Any number will do, a 0-d tensor too."""
+        if not isinstance(metrics, Mapping):
+            kind = type(metrics).__name__
+            return {}, ConfigError(f"metrics: expected numbers by name, such as {{'loss': 2.3}}, found a {kind}")
         found, problems = {}, []
         for name, value in metrics.items():
             try:

@@ -207,6 +207,7 @@ class OptimizersOwner:
         self._keeps_dtype: dict[str, bool] = {}
         self._keeps_rates = keeps_rates
         self._notes: dict[str, dict[str, None]] = {}
+        self._excluded: dict[str, dict[str, Any]] = {}  # by parameter: state that stays as it is here
 
     def prepare(self, target: Target) -> None:
         self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()), has_order=target.has_order)
@@ -218,6 +219,7 @@ class OptimizersOwner:
                 self._want(target, optimizer, group, parameter)
             want_node(target, child(self._saved.extra, str(number)))
         self._leave_frozen(target)
+        self._keep_excluded(target)
         for what, keys in self._notes.items():
             target.note(what, list(keys))
         for parameter, name in self._names.items():
@@ -232,7 +234,7 @@ class OptimizersOwner:
         want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
         saved = self._saved.options.get(name, {})
         for option in _options(group):
-            if option in saved and not self._is_kept(option, saved):
+            if option in saved and not self._is_kept(option, saved, group):
                 want_node(target, saved[option])
             elif option in saved or target.is_excluded(key := f"{PART}.param_groups.{name}.{option}"):
                 target.leave(saved.get(option))
@@ -247,9 +249,9 @@ class OptimizersOwner:
             if option != NAMES and (option in SCHEDULED or value is None or isinstance(value, bool)):
                 self._note("optimizer options of the checkpoint that this run does not have, ignored", option)
 
-    def _is_kept(self, option: str, saved: Mapping[str, Node]) -> bool:
+    def _is_kept(self, option: str, saved: Mapping[str, Node], group: Mapping[str, Any]) -> bool:
         """Return whether an option stays as it is in this run: one that the schedule sets, which is not loaded."""
-        is_cycled = option in _CYCLED and "max_momentum" in saved
+        is_cycled = option in _CYCLED and ("max_momentum" in saved or "max_momentum" in group)
         return self._keeps_rates and (option in SCHEDULED or is_cycled)
 
     def _note(self, what: str, key: str) -> None:
@@ -263,6 +265,28 @@ class OptimizersOwner:
             target.leave(self._saved.state.get(name, {}))
             target.leave(self._saved.options.get(name, {}))
             self._note("parameters that no optimizer steps any more, state ignored", name)
+
+    def _keep_excluded(self, target: Target) -> None:
+        """Keep what a user has excluded of parameters' state as it is here; without it the rest would be of no use."""
+        start = f"{PART}.state."
+        excluded: dict[str, set[str]] = {}
+        for key in target.excluded_keys:
+            name = longest_prefix(key.removeprefix(start), self._names.values()) if key.startswith(start) else None
+            if name is not None:
+                element = key.removeprefix(f"{start}{name}.").partition(".")[0]
+                excluded.setdefault(name, set()).add(element)
+        for optimizer in self._optimizers:
+            for _, parameter in each_parameter(optimizer) if not self._own_form else ():
+                name = self._names[parameter]
+                here = optimizer.state.get(parameter, {})
+                elements = excluded.get(name, set())
+                self._excluded[name] = {key: here[key] for key in here if key in elements} if elements else {}
+                lacking = sorted(elements - self._excluded[name].keys())
+                if lacking and self._saved.state.get(name):
+                    target.mismatched.append(
+                        f"{start}{name}: {', '.join(lacking)} excluded, and this run has none yet (exclude "
+                        f"{start}{name}.*, or take none of it out)"
+                    )
 
     def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
         parameter = self._parameter_of(key)
@@ -282,7 +306,7 @@ class OptimizersOwner:
     def _check_group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         names = self._known(group)
         for option in _options(group):
-            if names and self._is_kept(option, self._saved.options[names[0]]):
+            if names and self._is_kept(option, self._saved.options[names[0]], group):
                 continue
             first: Any = None
             for name in names:
@@ -320,6 +344,9 @@ class OptimizersOwner:
             state = {
                 i: rebuild(self._saved.state[name], values) for i, name in names.items() if name in self._saved.state
             }
+            for i, name in names.items():
+                if self._excluded.get(name):
+                    state[i] = {**state.get(i, {}), **self._excluded[name]}
             extra = rebuild(child(self._saved.extra, str(number)), values) or {}
             shared, empty = extra.pop("state", {}), extra.pop(EMPTY_GROUPS, {})
             groups = [
@@ -339,7 +366,7 @@ class OptimizersOwner:
         """The options of a group without parameters, as :meth:`_group` gives them of others."""
         found = {option: group[option] for option in group if option != "params"}
         taken = saved if saved is not None else {}
-        return found | {o: taken[o] for o in _options(group) if o in taken and not self._is_kept(o, taken)}
+        return found | {o: taken[o] for o in _options(group) if o in taken and not self._is_kept(o, taken, group)}
 
     def _group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """A group's options: as they were saved, and as they are here where the checkpoint has none."""
@@ -347,7 +374,7 @@ class OptimizersOwner:
         known = self._known(group)
         saved = self._saved.options[known[0]] if known else {}
         for option in _options(group):
-            if option in saved and not self._is_kept(option, saved):
+            if option in saved and not self._is_kept(option, saved, group):
                 value = rebuild(saved[option], values)
                 here = group[option]
                 if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import Comm, by_ranks, failure_on, on_rank_0, raise_together
 from milepost.config import PARTS, CheckpointConfig, part_of
 from milepost.errors import (
     CheckpointDamagedError,
@@ -19,6 +19,7 @@ from milepost.errors import (
     NewerFormatError,
     StateMismatchError,
     StorageError,
+    listed,
     near,
 )
 from milepost.format.manifest import HF_FORMAT, Manifest
@@ -165,6 +166,7 @@ class Loader:
     @ordinary_tensors()
     def load(self, num_steps: int | None, step: int | None = None) -> tuple[LoadReport, Descent | None] | None:
         """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
+        self._check_asked(num_steps, step)
         rejected: dict[int, str] = {}
         has_base = not (self._config.only_trainable and self._config.initial_load_path)
         while True:
@@ -225,6 +227,15 @@ class Loader:
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
             notes += [*into.left_out(), *self._left_behind(choice, report.unexpected), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _check_asked(self, num_steps: int | None, step: int | None) -> None:
+        """Raises ConfigError on every rank if ranks ask for different steps. Collective."""
+        asked = self._comm.gather(f"num_steps {num_steps}, step {step}")
+        failure = None
+        if asked is not None and len(set(asked)) > 1:
+            lines = "".join(f"\n  {line}" for line in listed(by_ranks(asked)))
+            failure = ConfigError(f"load: every rank must ask for the same step, found{lines}")
+        raise_together(self._comm, failure)
 
     def _left_behind(self, choice: Choice, unexpected: Collection[str]) -> list[str]:
         """A note, logged too, on parts of a resumed step that this run does not have, so that they are lost to it."""
@@ -510,6 +521,8 @@ class _Into:
                 frozen = {key for key in self._frozen if first_match(self._excluded_keys, key) is None}
                 check_base(self._state, frozen, record, path)
         stored = Stored(manifest, read, self.is_excluded if self._excluded_keys or self._frozen else None)
+        if same_layout:
+            stored.tree.narrow(stored.manifest, self._state.rank)
         self._check_exclusions(stored.keys)
         self._left_models = frozenset(
             key for key in manifest.tensors if part_of(key) == "model" and first_match(self._allow_unexpected, key)

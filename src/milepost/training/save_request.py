@@ -26,7 +26,7 @@ from milepost.training.metrics import MetricRecorder
 from milepost.training.peft import adapter_files
 from milepost.training.resume import WeightsFormat
 from milepost.training.run_folder import RunFolder
-from milepost.training.training_state import TrainingState
+from milepost.training.training_state import KINDS, TrainingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ class RequestMaker:
                 extra={
                     **(self._format.record() if self._format is not None else {}),
                     **({ONLY_TRAINABLE: True} if only_trainable else {}),
+                    **({} if model_only else {KINDS: self._state.kinds()}),
                 },
                 lineage=self._history.next_lineage(step),
                 metrics=metrics,

@@ -35,6 +35,9 @@ from milepost.training.random_state import derive_rng_state, rng_state, set_rng_
 
 log = logging.getLogger("milepost")
 
+KINDS = "kinds"
+"""Under this name the manifest's ``extra`` has the classes of optimizers and schedulers."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingState:
@@ -88,6 +91,10 @@ class TrainingState:
     def modules(self) -> tuple[nn.Module, ...]:
         """All modules of this run: the model's parts, and those among the further objects."""
         return (*self.models, *(state for state in self.states.values() if isinstance(state, nn.Module)))
+
+    def kinds(self) -> dict[str, list[str]]:
+        """The classes of optimizers and schedulers that are PyTorch's own, by part; empty text for any other."""
+        return {"optimizer": [*map(_kind, self.optimizers)], "lr_scheduler": [*map(_kind, self.schedulers)]}
 
     def model_keys(self) -> frozenset[str]:
         """The keys of the model's state."""
@@ -160,6 +167,8 @@ class TrainingState:
                 f"{','.join(lacking)}",
                 missing=lacking,
             )
+        if self.rank == 0:  # which has recorded its own
+            self._check_kinds([part for part in wanted if has_part(stored, part)], stored.manifest.extra.get(KINDS))
         owners: dict[str, list[Restorer]] = {"model": [module_owner(part) for part in self.models]}
         if "optimizer" in wanted:
             # Not asked before: some make their state when asked, by a step that a new run must not have taken.
@@ -226,6 +235,22 @@ class TrainingState:
         self._check_number(len(saved))
         return [StatefulOwner(scheduler, ("lr_scheduler", n)) for n, scheduler in enumerate(self.schedulers)]
 
+    def _check_kinds(self, parts: Collection[str], recorded: Any) -> None:
+        """Raises StateMismatchError if the state of another optimizer or scheduler would be taken for this run's."""
+        recorded = recorded if isinstance(recorded, Mapping) else {}
+        for part, here in self.kinds().items():
+            saved = recorded.get(part) if part in parts else None
+            if not isinstance(saved, list) or not all([*saved, *here]):
+                continue
+            differ = not {*here} <= {*saved} if part == "optimizer" else len(here) == len(saved) and here != saved
+            if differ:
+                raise StateMismatchError(
+                    f"{part}: the checkpoint holds the state of {', '.join(dict.fromkeys(saved))}, this run has "
+                    f"{', '.join(dict.fromkeys(here))}, which would go on from it in its own way; nothing was changed. "
+                    f"To leave it as initialized, set checkpoint.exclude_from_loading = {part}",
+                    mismatched=[f"{part}: {', '.join(saved)} in the checkpoint, {', '.join(here)} here"],
+                )
+
     def _check_number(self, saved: int) -> None:
         """Raises StateMismatchError if there are more or fewer schedulers than were saved."""
         if saved != len(self.schedulers):
@@ -236,6 +261,17 @@ class TrainingState:
                 "checkpoint.exclude_from_loading = lr_scheduler",
                 mismatched=[f"lr_scheduler: {_schedulers(saved)} in the checkpoint, {len(self.schedulers)} here"],
             )
+
+
+def _kind(stateful: Any) -> str:
+    kind = type(stateful)
+    return kind.__qualname__ if kind.__module__.startswith("torch.optim.") else ""
+
+
+def has_part(stored: Stored, part: str) -> bool:
+    """Return whether anything is stored of a part, and not excluded."""
+    manifest = stored.manifest
+    return any(key.startswith(f"{part}.") for keys in (manifest.tensors, manifest.objects) for key in keys)
 
 
 def _schedulers(number: int) -> str:
@@ -409,18 +445,22 @@ class RngOwner:
         self._rank = rank
         self._same_layout = same_layout
         self._node: Node = None
+        self._is_left = False
         self.note = ""
 
     def prepare(self, target: Target) -> None:
         path = ("rng", f"rank{self._rank}") if self._same_layout else ("rng", "rank0", "torch")
-        self._node = target.at(path)
+        self._is_left = any(key.startswith("rng.") for key in target.excluded_keys)
+        self._node = None if self._is_left else target.at(path)
         want_node(target, self._node)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Any state fits."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        if self._node is None:
+        if self._is_left:  # a part of their state is of no use
+            self.note = "random generators keep this run's seeds"
+        elif self._node is None:
             self.note = "it holds no random state: the generators keep this run's seeds"
         elif self._same_layout:
             set_rng_state(rebuild(self._node, values))
