@@ -267,6 +267,26 @@ def test_a_run_that_goes_on_from_the_trainers_own_checkpoint_is_not_called_new(t
     assert "checkpoint-2" in told[0]
 
 
+def begin_with_theirs(folder: Path, steps: int) -> int:
+    trainer = trainer_in(folder, max_steps=steps)
+    MilepostCallback(trainer)
+    begun = Begun(trainer)
+    trainer.add_callback(begun)
+    trainer.train(resume_from_checkpoint=True)
+    return int(begun.found["step"])
+
+
+def train_without(folder: Path) -> None:
+    trainer_in(folder, max_steps=2, save_steps=2).train()
+
+
+def test_where_there_is_no_step_the_newest_of_the_trainers_own_is_resumed_from(tmp_path: Path) -> None:
+    run_world(train_without, 1, tmp_path)
+    assert run_world(begin_with_theirs, 1, tmp_path, 3) == [2], "not from scratch"
+    assert sorted(steps_in(tmp_path)) == [3]
+    assert run_world(begin_with_theirs, 1, tmp_path, 4) == [3], "from ours, now that there is one"
+
+
 def test_arguments_that_can_not_be_honoured_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_only_model"):
         MilepostCallback(trainer_in(tmp_path, save_only_model=True))

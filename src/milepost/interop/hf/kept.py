@@ -106,6 +106,8 @@ class KeptTarget:
             lines = [*(f"missing: {key}" for key in missing), *(f"not the model's: {key}" for key in unknown)]
             raise ConversionError(
                 f"the saved state differs from that of the {self.config.get('architectures', ['model'])[0]} that "
-                "HfModel.of() was given: Hugging Face files would not hold it all\n  " + "\n  ".join(listed(lines)),
+                "HfModel.of() was given: Hugging Face files would not hold it all (of a model in pipeline stages, "
+                "leave `hf` out and write them from a step, with `milepost export --model hf`)\n  "
+                + "\n  ".join(listed(lines)),
                 problems=lines,
             )
