@@ -171,3 +171,19 @@ def test_a_step_says_that_its_names_are_the_hubs(memory_path: Path) -> None:
         == 0
     )
     assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "assets"))
+
+
+def test_what_a_class_computes_and_never_stores_is_not_missing(memory_path: Path) -> None:
+    sizes = {
+        f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    config = transformers.MarianConfig(
+        **sizes, d_model=8, vocab_size=32, max_position_embeddings=16, pad_token_id=0, decoder_start_token_id=0
+    )
+    model: Any = transformers.MarianMTModel(config)
+    model.save_pretrained(memory_path / "weights")
+    fresh: Any = transformers.MarianMTModel(config)
+    report = start(memory_path / "next", fresh, memory_path / "weights")
+    assert report.missing == ()
+    assert any("encoder.embed_positions.weight is in no file of this class" in note for note in report.notes)
+    assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))

@@ -6,10 +6,12 @@ transformers reverts that when it saves. On the meta device that costs nothing, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import math
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +27,9 @@ from milepost.interop.names.rules import Link, Op
 from milepost.loading.names import without_wrappers
 
 log = logging.getLogger("milepost")
+
+_MAX_NBYTES = 8 << 30
+"""Of the process that is asked for names: a config may say that there are a billion layers."""
 
 
 def kept_names(model: Any) -> KeptNames:
@@ -146,6 +151,8 @@ def main(class_name: str) -> None:
     """Print the names of a class in the sizes of the config on standard input, as the last line."""
     import transformers
 
+    with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
+        resource.setrlimit(resource.RLIMIT_DATA, (_MAX_NBYTES, _MAX_NBYTES))
     config = transformers.AutoConfig.for_model(**json.load(sys.stdin))
     with torch.device("meta"):
         model = getattr(transformers, class_name)(config)
