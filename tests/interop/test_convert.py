@@ -240,7 +240,7 @@ def test_keys_that_do_not_fit_are_all_listed(memory_path: Path, hf_folders: Call
     with pytest.raises(ConversionError) as caught:
         convert(source, memory_path / "out", KIND.options("dcp"))
     message = caught.value.message
-    assert "missing: model.norm.weight (there is model.norm.wieght)" in message
+    assert "missing: model.norm.weight (found model.norm.wieght)" in message
     assert "unexpected: model.layers.0.self_attn.q_proj.bias" in message
     assert "lm_head.weight has shape [128, 60]" in message
     assert untouched(memory_path, {"source"})
@@ -267,7 +267,7 @@ def test_what_is_there_is_never_overwritten(memory_path: Path, hf_folders: Calla
     (memory_path / "full" / "mine").touch()
     (memory_path / "model.pt").write_text("mine")
     for to, name in (("dcp", "full"), ("hf", "full"), ("pt", "model.pt")):
-        with pytest.raises(ConversionError, match="exists already"):
+        with pytest.raises(ConversionError, match="already exists"):
             convert(hf_folders("llama"), memory_path / name, KIND.options(to))  # type: ignore[arg-type]
     assert (memory_path / "model.pt").read_text() == "mine"
     (memory_path / "empty").mkdir()

@@ -236,7 +236,7 @@ def test_what_can_not_be_averaged_is_told(memory_path: Path) -> None:
     assert sorted(note.partition(":")[0] for note in report.notes) == [
         "merged values that are not finite (NaN or infinite)",
         "the weights sum to 2, not to 1",
-        f"whole numbers that differ were taken from {memory_path}/a",
+        f"differing integers were taken from {memory_path}/a",
     ]
     assert read(memory_path / "out")["steps"] == 0
     config = {"architectures": ["X"], "quantization_config": {"quant_method": "gptq"}}

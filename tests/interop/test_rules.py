@@ -161,4 +161,4 @@ def test_missing_unexpected_and_misshapen_keys_are_told_apart():
     faults = key_faults(found, stored)
     assert faults.missing == ("model.norm.weight",)
     assert faults.unexpected == ("model.norm.wieght",)
-    assert faults.misshapen == ("lm_head.weight has shape [2048, 255], the model's sizes make it [2048, 256]",)
+    assert faults.misshapen == ("lm_head.weight has shape [2048, 255], expected [2048, 256] by the model's sizes",)

@@ -218,13 +218,13 @@ def test_one_of_several_files_does_not_pass_for_a_model(memory_path: Path, endin
         torch.save(tensors, path)
     else:
         save_file(tensors, path)
-    with pytest.raises(ConversionError, match="is one of 2 files that a model is split into"):
+    with pytest.raises(ConversionError, match="is one of a model's 2 files"):
         convert(path, memory_path / "out", ConvertOptions(to="dcp", model="hf"))
     model = torch.nn.Linear(2, 2)
     config = CheckpointConfig(initial_load_path=str(path))
     with (
         CheckpointManager(memory_path / "run", config, model=model) as manager,
-        pytest.raises(MilepostError, match="is one of 2 files"),
+        pytest.raises(MilepostError, match="is one of a model's 2 files"),
     ):
         manager.load()
     with open_weights(path).source as source:

@@ -173,7 +173,7 @@ def test_a_training_step_is_converted_and_back_with_its_optimizer(memory_path: P
     options = kind.options("dcp", names=names, training_state=True, verify=True)
     report = convert(memory_path / "ours/step-7", memory_path / "made/step-7", options)
     assert report.verified
-    assert "not carried over: dataloader" in report.notes
+    assert "not converted: dataloader" in report.notes
     made, there = all_of(memory_path / "made/step-7"), all_of(memory_path / "theirs/step-7")
     assert made.keys() == there.keys()
     assert all(np.array_equal(made[key], there[key]) for key in made)

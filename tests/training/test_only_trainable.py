@@ -98,9 +98,9 @@ def test_over_other_weights_a_step_is_not_resumed(memory_path: Path) -> None:
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(StateMismatchError, match="trained over other weights than this run has") as caught:
         train(memory_path, other, 0)
-    assert caught.value.mismatched == ("0.bias: other values", "0.weight: other values") or set(
+    assert caught.value.mismatched == ("0.bias: different values", "0.weight: different values") or set(
         caught.value.mismatched
-    ) == {"0.bias: other values", "0.weight: other values"}
+    ) == {"0.bias: different values", "0.weight: different values"}
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
     larger = nn.Sequential(*model_of(0.5), nn.Linear(2, 2).requires_grad_(requires_grad=False))
     with pytest.raises(StateMismatchError, match=r"3\.weight: not in the model then"):
@@ -121,7 +121,7 @@ def test_what_was_frozen_on_the_way_is_not_lost(memory_path: Path) -> None:
         manager.save(3)
     again = model_of(0.5)
     again[2].requires_grad_(requires_grad=False)
-    with pytest.raises(StateMismatchError, match=r"2\.weight: other values"):
+    with pytest.raises(StateMismatchError, match=r"2\.weight: different values"):
         CheckpointManager(
             memory_path / "later", config, model=again, optimizer=torch.optim.SGD([again[1].weight])
         ).load()
@@ -157,4 +157,4 @@ def test_the_base_is_known_whatever_the_ranks_hold_of_it(memory_path: Path) -> N
     assert run_world(sharded, 2, memory_path, 0, 0.0) == ["", ""]
     assert run_world(sharded, 2, memory_path, 1, 0.0) == ["", ""]
     refused = run_world(sharded, 2, memory_path, 1, 0.5)
-    assert all("0.weight: other values" in message for message in refused)
+    assert all("0.weight: different values" in message for message in refused)

@@ -1,8 +1,8 @@
-"""Milepost inside frameworks that have a training loop of their own. Each file needs the one it is named for.
+"""Milepost inside frameworks with their own training loop. Each file needs the framework it is named after.
 
 In reading order::
 
-    choice        the step that a framework is to resume from, chosen and checked before it is told
+    choice        choosing and checking the step to resume from, before the framework starts
     accelerate    loops with Hugging Face Accelerate
     transformers  the Trainer of Hugging Face transformers
     lightning     Lightning's Trainer

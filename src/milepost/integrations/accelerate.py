@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: a ``CheckpointManager`` of all that an ``Accelerator`` has prepared and registered."""
+"""Hugging Face Accelerate: a ``CheckpointManager`` of everything that an ``Accelerator`` prepared or registered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milepost.errors import ConfigError
 from milepost.training.manager import CheckpointManager
 
 KINDS_OF_THEIR_OWN = ("DEEPSPEED", "MEGATRON_LM", "XLA")
-"""Kinds of training whose engines keep models and optimizers in forms of their own."""
+"""Engines that keep models and optimizers in their own forms."""
 
 
 def checkpoint_manager(
@@ -26,21 +26,21 @@ def checkpoint_manager(
     train_state: Any = None,
     layout: Mapping[str, int] | None = None,
 ) -> CheckpointManager:
-    """Return a manager of what ``accelerator.prepare()`` and ``register_for_checkpointing()`` were given so far.
+    """Return a manager of everything passed to ``accelerator.prepare()`` and ``register_for_checkpointing()`` so far.
 
-    That is: models, optimizers, schedulers, data loaders that have a state (``use_stateful_dataloader``), the gradient
-    scaler and the registered objects, in the order in which they were given.
+    That is: models, optimizers, schedulers, data loaders with a state (``use_stateful_dataloader``), the gradient
+    scaler and the registered objects, in the given order.
 
     Args:
-        train_state: as for :class:`milepost.CheckpointManager`.
+        train_state: see :class:`milepost.CheckpointManager`.
         layout: degrees of parallelism by name; by default the number of processes.
 
     Raises:
-        ConfigError: no model was prepared, or it is DeepSpeed, Megatron-LM or XLA that trains it.
+        ConfigError: no model was prepared, or DeepSpeed, Megatron-LM or XLA trains it.
     """
     kind = accelerator.distributed_type.value
     if kind in KINDS_OF_THEIR_OWN:
-        raise ConfigError(f"checkpoint_manager does not save what {kind} trains; use its own checkpoints")
+        raise ConfigError(f"checkpoint_manager does not support {kind}; use its own checkpoints")
     models = list(accelerator._models)
     if not models:
         raise ConfigError("the Accelerator has no model: call accelerator.prepare() before checkpoint_manager()")
@@ -62,7 +62,7 @@ def checkpoint_manager(
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer itself, of one that Accelerate has wrapped."""
+    """Return the optimizer inside Accelerate's wrapper."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     if isinstance(optimizer, Optimizer):
@@ -71,7 +71,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 class _Several:
-    """The states of several data loaders as one."""
+    """Combines the states of several data loaders."""
 
     def __init__(self, loaders: list[Any]):
         self._loaders = loaders

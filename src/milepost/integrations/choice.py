@@ -1,7 +1,7 @@
-"""The step that a framework is to resume from, chosen and checked before the framework is told.
+"""Choose and check the step to resume from, before the framework starts.
 
-A framework sets up its data and its counters for the step that it is told, before its model can be loaded: by then it
-is too late to fall back to an older one. So all bytes of the step are checked first.
+A framework sets up its data and counters for a given step before its model can be loaded: then it is too late to fall
+back to an older step. So all bytes of the step are checked first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class Resumable:
-    """A step that holds the full state, all of whose bytes were compared with their digests."""
+    """A step with the full state, all bytes of which were compared with their digests."""
 
     step: int
     path: str
@@ -33,9 +33,9 @@ class Resumable:
 
 
 def step_to_resume(folder: str, config: CheckpointConfig, comm: Comm) -> Resumable | None:
-    """The step that a run in ``folder`` resumes from; None for a new run. Collective.
+    """Return the step from which a run in ``folder`` resumes; None for a new run. Collective.
 
-    What is damaged is marked so, logged and passed over, as :meth:`milepost.CheckpointManager.load` does.
+    Damaged steps are marked, logged and skipped, like in :meth:`milepost.CheckpointManager.load`.
 
     Raises:
         CheckpointDamagedError, CheckpointNotFoundError, StateMismatchError: see ``CheckpointManager.load``.

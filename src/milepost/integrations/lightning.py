@@ -1,7 +1,7 @@
-"""Lightning: a ``CheckpointIO``, and a callback that brings it to every strategy, sharded ones too.
+"""Lightning: a ``CheckpointIO``, and a callback that installs it in every strategy, including sharded ones.
 
-A checkpoint is a folder under the name that Lightning gives it (``last.ckpt``), with the model's keys at the top level,
-so that all of Milepost's commands know it.
+A checkpoint is a folder with the name given by Lightning (``last.ckpt``) and the model's keys at the top level, so that
+all of Milepost's commands support it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from milepost.training.random_state import rng_state, set_rng_state
 log = logging.getLogger("milepost")
 
 PARTS = {"optimizer_states": "optimizer", "lr_schedulers": "lr_scheduler"}
-"""Entries of Lightning's checkpoint that are parts of their own; ``state_dict`` is the model, all else train state."""
+"""Entries of Lightning's checkpoint that become separate parts; ``state_dict`` is the model, all others are train
+state."""
 RANDOM = "milepost_random_state"
 
 
@@ -48,13 +49,13 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 class MilepostCheckpointIO(CheckpointIO):
-    """Saves Lightning's checkpoints with Milepost, for the strategies in which rank 0 saves: one device, and DDP.
+    """Saves Lightning's checkpoints with Milepost, for strategies in which rank 0 saves: one device, and DDP.
 
-    Files of Lightning's own are still loaded, and no code from them is run unless ``weights_only=False`` is given.
+    Lightning's own files are still loaded; no code from them is run unless ``weights_only=False`` is given.
 
     Args:
-        mode: ``async``: a thread writes while training goes on; ``async_with_pinned_mem``: a process; None: training
-            waits.
+        mode: ``async``: a thread writes while training continues; ``async_with_pinned_mem``: a process; None: training
+        waits.
     """
 
     def __init__(self, mode: Mode | None = "async"):
@@ -64,7 +65,7 @@ class MilepostCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Save; with a ``mode``, all is staged when this returns. The error of a save before is raised here."""
+        """Save; with a ``mode``, everything is staged on return. The error of an earlier save is raised here."""
         if storage_options is not None:
             raise ConfigError("MilepostCheckpointIO has no storage_options; put a URL of the store in the path")
         self._saves.save(os.fspath(path), to_parts(checkpoint), checkpoint["global_step"], SingleProcess())
@@ -72,7 +73,7 @@ class MilepostCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint at ``path``, in CPU memory, every byte compared with its digest."""
+        """Load the checkpoint at ``path`` into CPU memory, comparing every byte with its digest."""
         self._saves.wait(SingleProcess())
         if os.path.isfile(path):
             is_safe = weights_only is None or weights_only
@@ -80,7 +81,7 @@ class MilepostCheckpointIO(CheckpointIO):
         return from_parts(milepost.load(path, comm=SingleProcess()))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete a checkpoint once the one that takes its place is committed. What is none is left where it is."""
+        """Delete a checkpoint once its replacement is committed. Anything else is left unchanged."""
         if os.path.isfile(path):
             self._saves.wait(SingleProcess())
             self._stock.remove_checkpoint(path)
@@ -88,7 +89,7 @@ class MilepostCheckpointIO(CheckpointIO):
             self._saves.remove(os.fspath(path))
 
     def teardown(self) -> None:
-        """Return when the last save is committed.
+        """Return once the last save is committed.
 
         Raises:
             SaveError: it has failed.
@@ -97,11 +98,11 @@ class MilepostCheckpointIO(CheckpointIO):
 
 
 class MilepostCallback(Callback):
-    """Brings Milepost to a Trainer, whatever its strategy, and keeps the random state of each rank.
+    """Installs Milepost in a Trainer with any strategy, and saves the random state of each rank.
 
     Under ``FSDPStrategy`` and ``ModelParallelStrategy`` each rank saves its shards, and a checkpoint resumes on other
-    numbers of ranks; under the others it is :class:`MilepostCheckpointIO` that saves. When to save and what to keep is
-    still for ``ModelCheckpoint`` to say, and ``trainer.fit(ckpt_path="last")`` resumes.
+    numbers of ranks; under the others :class:`MilepostCheckpointIO` saves. ``ModelCheckpoint`` still decides when to
+    save and what to keep, and ``trainer.fit(ckpt_path="last")`` resumes.
 
     Args:
         mode: see :class:`MilepostCheckpointIO`.
@@ -114,12 +115,12 @@ class MilepostCallback(Callback):
         self._random: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place of what the strategy saves and loads with, before anything is loaded."""
+        """Replace the strategy's means of saving and loading, before anything is loaded."""
         strategy = trainer.strategy
         if strategy is self._taken:
             return
         self._taken = strategy
-        # A link to what is not committed yet would be lost with the run that made it.
+        # A link to a checkpoint that is not committed yet would be lost with its run.
         links = any(getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks)
         mode = None if links else self._mode
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
@@ -130,7 +131,7 @@ class MilepostCallback(Callback):
             strategy.checkpoint_io = MilepostCheckpointIO(mode)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Return when the last save is committed: these strategies do not tear down what saves for them.
+        """Return once the last save is committed: these strategies do not tear down their CheckpointIO.
 
         Raises:
             SaveError: it has failed.
@@ -139,11 +140,11 @@ class MilepostCallback(Callback):
             self._sharded.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let what was staged be committed, if the other ranks are there: nobody meets them after an error."""
+        """Wait for staged saves without a collective: after an error the other ranks may not take part."""
         finish_saves()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random state of every rank. Collective, as all of this is under Lightning."""
+        """Add the random state of every rank. Collective, like all saves under Lightning."""
         comm = default_comm()
         states = comm.broadcast(comm.gather(rng_state()) or [])
         checkpoint[RANDOM] = {f"rank{rank}": state for rank, state in enumerate(states)}
@@ -172,8 +173,8 @@ def load_from_checkpoint(
 ) -> Module:
     """Return a ``module`` with the weights and hyperparameters of a checkpoint, on the CPU.
 
-    In the place of ``Module.load_from_checkpoint``, which opens a file. ``arguments`` are those of its constructor that
-    the checkpoint does not have.
+    Replaces ``Module.load_from_checkpoint``, which opens a file. ``arguments`` are constructor arguments that the
+    checkpoint does not hold.
 
     Raises:
         CheckpointDamagedError: bytes changed after they were written.
@@ -194,7 +195,7 @@ def load_from_checkpoint(
 
 
 class _Saves:
-    """Saves one after the other, and what is to be removed when the last of them is committed."""
+    """Runs saves one after the other, and removes replaced checkpoints once the last save is committed."""
 
     def __init__(self, mode: Mode | None):
         self._mode = mode
@@ -208,10 +209,10 @@ class _Saves:
             milepost.save(path, state, comm=comm, step=step, kind=kind)
         else:
             self._current = milepost.async_save(path, state, mode=self._mode, comm=comm, step=step, kind=kind)
-            self._current.staged()  # Lightning has no place to wait in before the weights change
+            self._current.staged()  # Lightning has no hook for waiting before the weights change
 
     def wait(self, comm: Comm) -> None:
-        """Raise on every rank what the last save has failed with, and remove what it has replaced. Collective."""
+        """Raise the last save's error on every rank, and remove the checkpoints that it replaced. Collective."""
         current, self._current = self._current, None
         if current is not None:
             try:
@@ -228,18 +229,18 @@ class _Saves:
             self._current.when_done(partial(self._remove_replaced, self._current))
 
     def _remove_replaced(self, handle: SaveHandle) -> None:
-        """Remove what the ended save has replaced; called by the thread that ends it, and by who waits for it."""
+        """Remove the checkpoints replaced by a finished save. Called by the thread that ends it, and by waiters."""
         with self._lock:
             paths, self._replaced = self._replaced, []
             for path in paths:
                 if handle.failure is None:
                     _remove(path)
                 else:
-                    log.warning("%s is kept: the save that should replace it has failed", path)
+                    log.warning("%s is kept: the save that should replace it failed", path)
 
 
 def _remove(path: str) -> None:
-    """Delete a checkpoint. What can't be deleted is logged: training does not depend on it."""
+    """Delete a checkpoint. A failure is logged: training does not depend on it."""
     storage, name = open_storage(path)
     try:
         found = catalog.examine(storage, name)
@@ -268,7 +269,7 @@ class _Sharded:
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = self._optimizer_states()
         state = to_parts(checkpoint)
-        state["train_state"] = comm.broadcast(state["train_state"])  # clocks in it differ by rank
+        state["train_state"] = comm.broadcast(state["train_state"])  # it contains clock values that differ by rank
         self._saves.save(path, state, step, comm)
 
     def load_checkpoint(
@@ -302,10 +303,10 @@ class _Sharded:
 
 
 def to_parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning's checkpoint with the model at the top level and the rest under Milepost's parts.
+    """Convert Lightning's checkpoint: the model at the top level, the rest under Milepost's parts.
 
     Raises:
-        ConfigError: the model has a name that is kept for a part.
+        ConfigError: a name in the model is reserved for a part.
     """
     model = checkpoint["state_dict"]
     taken = sorted(key for key in model if part_of(key) != "model")
@@ -320,7 +321,7 @@ def to_parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_parts(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning's checkpoint again, of what :func:`to_parts` has made."""
+    """Convert back to Lightning's checkpoint, the inverse of :func:`to_parts`."""
     checkpoint: dict[str, Any] = dict(state.get("train_state") or {})
     checkpoint["state_dict"] = {key: value for key, value in state.items() if part_of(key) == "model"}
     for theirs, ours in PARTS.items():
@@ -330,7 +331,7 @@ def from_parts(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keys_of(path: str) -> list[str]:
-    """The keys at the top level of a checkpoint.
+    """Return the keys at the top level of a checkpoint.
 
     Raises:
         CheckpointNotFoundError: there is none.

@@ -1,7 +1,7 @@
-"""torchtitan: a ``CheckpointManager`` in the place of its own, which its configuration selects.
+"""torchtitan: a ``CheckpointManager`` that replaces its own, selected by its configuration.
 
-Its options keep their names and meanings; Milepost's stand beside them and become flags too. Steps have the keys of
-torchtitan's own, so that either resumes from what the other has written.
+Its options keep their names and meanings; Milepost's are added and become flags too. Steps have torchtitan's keys, so
+that either resumes from the other's steps.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ SAME = (
     "create_seed_checkpoint",
     "load_only",
 )
-"""Options of torchtitan's that Milepost has under the same name, with the same meaning."""
+"""torchtitan's options that Milepost has under the same name, with the same meaning."""
 
 
 class MilepostCheckpointManager(CheckpointManager):
-    """torchtitan's checkpoint manager, with Milepost to save, find, load, keep and delete steps."""
+    """torchtitan's checkpoint manager, using Milepost to save, find, load, keep and delete steps."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
-        """torchtitan's options, and those that only Milepost has; see ``milepost.CheckpointConfig``."""
+        """torchtitan's options, and those specific to Milepost; see ``milepost.CheckpointConfig``."""
 
         interval_seconds: float = 0.0
         """Also save when this many seconds have passed since the last save; 0 disables."""
@@ -53,11 +53,11 @@ class MilepostCheckpointManager(CheckpointManager):
         num_io_threads: int = NUM_IO_THREADS
         """Threads of each rank that copy, write and read the files of a checkpoint."""
         page_cache: Literal["auto", "keep", "drop", "direct"] = "auto"
-        """What becomes of written files in the operating system's page cache."""
+        """Treatment of written files in the operating system's page cache."""
         keep_every_n_steps: int = 0
         """Also keep older steps that are multiples of N; 0 disables."""
         restart_branch: bool = False
-        """Begin at load_step once more, though steps have been saved that descend from it."""
+        """Start from load_step again, on a new branch, although steps that descend from it have been saved."""
 
         def __post_init__(self) -> None:
             CheckpointManager.Config.__post_init__(self)
@@ -101,11 +101,11 @@ class MilepostCheckpointManager(CheckpointManager):
             dataloader=dataloader,
             train_state=states.get("train_state"),
             states=others,
-            per_rank=(),  # torchtitan's data loader keeps each rank's state under a name of its own
+            per_rank=(),  # torchtitan's data loader keeps each rank's state under a separate name
         )
 
     def __del__(self) -> None:
-        """Closing is for all ranks at once, and an object goes whenever it likes."""
+        """Do not close here: closing is collective, and objects are collected at different times."""
 
     @property
     def manager(self) -> milepost.CheckpointManager:
@@ -132,7 +132,7 @@ class MilepostCheckpointManager(CheckpointManager):
         return begun
 
     def _save_in_hf(self, step: int) -> bool:
-        """Write the weights through torchtitan's adapter beside the steps, and let them appear whole."""
+        """Write the weights through torchtitan's adapter beside the steps, visible only when complete."""
         self._manager.maybe_wait_for_saving()
         final = self._create_checkpoint_id(step)
         place = f"{final}.unfinished"
@@ -164,7 +164,7 @@ class MilepostCheckpointManager(CheckpointManager):
         return False  # each commit applies `keep_latest_k`
 
     def _close(self) -> None:
-        """Return when the last save is committed; after an error, without meeting the other ranks."""
+        """Return once the last save is committed; after an error, without a collective."""
         error = sys.exc_info()
         if error[0] is not None:
             self._manager.__exit__(*error)
@@ -189,7 +189,7 @@ def with_milepost(config: Any, **options: Any) -> Any:
 
 
 def _config_of(config: MilepostCheckpointManager.Config) -> CheckpointConfig:
-    """Milepost's options of torchtitan's."""
+    """Convert torchtitan's options to Milepost's."""
     in_hf = config.initial_load_in_hf
     values = {name: getattr(config, name) for name in (*SAME, *OURS)}
     return CheckpointConfig(

@@ -1,7 +1,7 @@
 """Saves in Weights & Biases and MLflow: a reference to each committed step, with its digest. Nothing is uploaded.
 
-Each function returns what ``CheckpointManager(on_commit=...)`` takes. It is called on rank 0, beside the training, and
-a tracker that fails fails no save.
+Each function returns a callback for ``CheckpointManager(on_commit=...)``. It runs on rank 0, concurrently with
+training, and a tracker's failure does not fail a save.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def to_wandb(run: Any, name: str = "") -> OnCommit:
 
     def log(commit: Commit) -> None:
         artifact = wandb.Artifact(name or f"checkpoint-{run.id}", type="checkpoint", metadata=reference(commit))
-        # Of its own accord wandb would read all files to digest them.
+        # By default wandb would read all files to digest them.
         artifact.add_reference(_url(commit.path), name=f"step-{commit.step}", checksum=False)
         run.log_artifact(artifact, aliases=["latest", f"step-{commit.step}"])
 
@@ -50,7 +50,7 @@ def to_mlflow(run_id: str, tracking_uri: str | None = None) -> OnCommit:
 
 
 def reference(commit: Commit) -> dict[str, Any]:
-    """The record of a step for a tracker. ``digest`` is of its commit record, which has those of all the rest."""
+    """The record of a step for a tracker. ``digest`` covers its commit record, which holds all other digests."""
     storage, path = open_storage(commit.path)
     record = join(path, MANIFEST_NAME)
     digest = ""

@@ -1,6 +1,6 @@
-"""Hugging Face transformers: a ``Trainer`` that saves and resumes with Milepost, in the place of its own checkpoints.
+"""Hugging Face transformers: a ``Trainer`` that saves and resumes with Milepost instead of its own checkpoints.
 
-The Trainer goes on deciding when to save; what it writes, keeps and resumes from are Milepost's steps.
+The Trainer still decides when to save; it writes, keeps and resumes from Milepost's steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("milepost")
 
 STATE_NAME = "trainer_state.json"
 REPLACED = ("train", "_load_from_checkpoint", "_load_rng_state", "_save_checkpoint", "_load_best_model")
-"""The Trainer's methods that know of checkpoints."""
+"""The Trainer's methods for checkpoints."""
 
 
 class MilepostCallback(TrainerCallback):
@@ -54,12 +54,12 @@ class MilepostCallback(TrainerCallback):
 
     Args:
         trainer: the Trainer; the callback adds itself.
-        folder: where the steps are kept; by default ``milepost`` in the Trainer's ``output_dir``.
-        config: further options; by default training goes on while a step is written (``async_mode="async"``) and, as
+        folder: folder of the steps; by default ``milepost`` in the Trainer's ``output_dir``.
+        config: further options; by default training continues while a step is written (``async_mode="async"``) and, as
             with the Trainer itself, all steps are kept.
 
     Raises:
-        ConfigError: the Trainer's arguments ask for something that Milepost does not do.
+        ConfigError: the Trainer's arguments require something that Milepost does not support.
     """
 
     def __init__(self, trainer: Trainer, folder: str | None = None, config: CheckpointConfig | None = None):
@@ -82,10 +82,10 @@ class MilepostCallback(TrainerCallback):
             raise ConfigError("MilepostCallback has a manager only while its Trainer is training")
         return self._manager
 
-    # What the Trainer calls in the place of its own methods.
+    # Replacements for the Trainer's methods.
 
     def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._close()  # of a run before, in this process
+        self._close()  # of an earlier run in this process
         self._resuming, given = None, resume_from_checkpoint
         given = os.fspath(given) if isinstance(given, os.PathLike) else given
         if given is True or (isinstance(given, str) and self._is_step(given)):
@@ -96,11 +96,11 @@ class MilepostCallback(TrainerCallback):
         return self._stock["train"](given, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._resuming is None:  # the Trainer's own, to begin with
+        if self._resuming is None:  # the Trainer's own at first
             self._stock["_load_from_checkpoint"](resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random state once the Trainer has skipped the samples that were seen."""
+        """Restore the random state once the Trainer has skipped the samples already seen."""
         if self._resuming is None:
             self._stock["_load_rng_state"](checkpoint)
             return
@@ -134,7 +134,7 @@ class MilepostCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the manager of this run, now that all is prepared, and load."""
+        """Create the manager of this run, now that everything is prepared, and load."""
         self._close()
         trainer = self._trainer
         scaler = getattr(trainer.accelerator, "scaler", None)
@@ -170,7 +170,7 @@ class MilepostCallback(TrainerCallback):
         metrics: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep what was measured, for the save of this step."""
+        """Keep the metrics for the save of this step."""
         before = self._metrics[1] if self._metrics[0] == state.global_step else {}
         numbers = {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
         self._metrics = state.global_step, {**before, **numbers}
@@ -178,7 +178,7 @@ class MilepostCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Return when the last save is committed."""
+        """Return once the last save is committed."""
         self._close()
 
     def _find(self, given: str | bool) -> Resumable | None:
@@ -198,9 +198,9 @@ class MilepostCallback(TrainerCallback):
         return found
 
     def _warn_of_steps(self, given: str | bool | None) -> None:
-        """Say that a new run begins over the steps of another, as it does with the Trainer itself.
+        """Warn that a new run starts over the steps of another, as the Trainer itself allows.
 
-        Or one that goes on from a checkpoint of the Trainer's own, which is ``given``.
+        Also for a run that resumes from the Trainer's own checkpoint ``given``.
         """
         comm = default_comm()
         newest = on_rank_0(comm, partial(_newest_step, self._folder))
@@ -219,7 +219,7 @@ class MilepostCallback(TrainerCallback):
         return is_ours and step_of(name) is not None
 
     def _hand_over(self) -> str:
-        """A folder with the state of the Trainer at the step, which it reads before there is anything to load into."""
+        """Yield a folder with the step's Trainer state, which the Trainer reads before the model exists."""
         assert self._resuming is not None
         saved: dict[str, Any] = {"train_state": None}
         milepost.load(self._resuming.path, saved, allow_unexpected=["*"])
@@ -244,7 +244,7 @@ class MilepostCallback(TrainerCallback):
 
 
 class _TrainerState:
-    """The Trainer's own state, as the JSON that it writes itself, and the loss that it has not logged yet."""
+    """The Trainer's state in its own JSON form, and the loss not logged yet."""
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
@@ -260,16 +260,16 @@ class _TrainerState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         trainer = self._trainer
         trainer._tr_loss.fill_(state["unlogged_loss"])
-        trainer._total_loss_scalar = -state["unlogged_loss"]  # the mean at the end is of this call's steps
+        trainer._total_loss_scalar = -state["unlogged_loss"]  # the mean at the end is over this call's steps
         trainer._globalstep_last_logged = state["last_logged_step"]
 
     def reshard(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """On another number of ranks each goes on from the state of rank 0."""
+        """On another number of ranks, each continues from rank 0's state."""
         return states[0]
 
 
 def _with_callbacks(trainer: Trainer) -> TrainerState:
-    """The state with that of the callbacks that have one, as the Trainer would write it on rank 0."""
+    """Return the state including that of stateful callbacks, as the Trainer would write it on rank 0."""
     callbacks = [*trainer.callback_handler.callbacks, trainer.control]
     exported = [callback for callback in callbacks if isinstance(callback, ExportableState)]
     state = replace(trainer.state, stateful_callbacks=exported)
@@ -286,10 +286,10 @@ def _newest_step(folder: str) -> int | None:
 
 
 def _best_step(folder: str, state: TrainerState, config: CheckpointConfig) -> int:
-    """The step that is kept for the best value: of equal ones retention keeps the newest, the Trainer names the first.
+    """Return the kept step with the best value: of equal ones retention keeps the newest, the Trainer names the first.
 
     Raises:
-        CheckpointNotFoundError: it is not there any more.
+        CheckpointNotFoundError: it no longer exists.
     """
     storage, name = open_storage(folder)
     steps = {entry.step: entry for entry in catalog.scan(storage, name) if entry.is_usable}
@@ -306,7 +306,7 @@ def _best_step(folder: str, state: TrainerState, config: CheckpointConfig) -> in
 
 
 def _config_of(trainer: Trainer, config: CheckpointConfig) -> CheckpointConfig:
-    """The options, with what the Trainer's arguments say of checkpoints.
+    """Merge the options with the Trainer's arguments about checkpoints.
 
     Raises:
         ConfigError: naming each argument that could not be honoured.

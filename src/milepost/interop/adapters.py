@@ -1,7 +1,7 @@
 """PEFT adapters in a step: written as PEFT's own folder, or merged into the base model (LoRA). Torch-free.
 
-In the state of a model, an adapter's tensors have its name in theirs (``lora_A.default.weight``), and what it is put
-over is a ``base_layer``; PEFT's files have neither.
+In a model's state, keys of an adapter's tensors contain its name (``lora_A.default.weight``), and the wrapped module is
+a ``base_layer``; keys in PEFT's files contain neither.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from milepost.run.values import read_values
 from milepost.storage import open_storage
 
 _PREFIX = "base_model.model."
-"""Of all keys in PEFT's files, and of those of a model that PEFT has wrapped."""
+"""Prefix of all keys in PEFT's files, and in a model wrapped by PEFT."""
 _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to begin an adapter that take something from the base's weights, so that these are others from then on."""
+"""Initialisations of an adapter that change the base's weights."""
 _OTHER_KINDS = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "target_parameters")
 _KNOWN_OPTIONS = frozenset(
     re.findall(
@@ -54,7 +54,7 @@ _KNOWN_OPTIONS = frozenset(
         eva_config corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""",
     )
 )
-"""Of PEFT 0.21's LoRA: those that say which modules and how it is trained, or that merging heeds."""
+"""Options of PEFT 0.21's LoRA that select modules, concern training, or are respected by merging."""
 _EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
 """As PEFT knows them."""
 _UNTOLD = (None, False, "", "none", 0)
@@ -71,14 +71,14 @@ class Adapter:
 
 
 def adapters_in(keys: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
-    """For each adapter that keys are of: the key in PEFT's files, and that in the state."""
+    """Return for each adapter: key in PEFT's files -> key in the state."""
     found: dict[str, dict[str, str]] = {}
     for key in keys:
         match = ADAPTER_KEY.fullmatch(key)
         if match is None:
             continue
         module, what, name, rest = match.groups()
-        # The module that is trained in place of the base's has the base's name in PEFT's files.
+        # A module trained instead of the base's has the base's name in PEFT's files.
         inner = f"{module}{what}{rest}" if what != "modules_to_save" else f"{module.removesuffix('.')}{rest}"
         if what == "lora_magnitude_vector":
             inner = inner.removesuffix(".weight")
@@ -89,10 +89,10 @@ def adapters_in(keys: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
 def export_adapter(
     src: str, dst: str | os.PathLike[str], config: Mapping[str, Any], name: str, options: ConvertOptions
 ) -> ConvertReport:
-    """Write the adapter of a step as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+    """Write the adapter of a step in PEFT's form: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Raises:
-        ConversionError: the step holds none, or several and ``name`` is none of them; nothing was written.
+        ConversionError: the step holds none, or ``name`` does not select one of several; nothing was written.
     """
     started = time.monotonic()
     weights = open_weights(src)
@@ -102,9 +102,9 @@ def export_adapter(
         beside = _trained_beside(weights)
         if beside:
             raise ConversionError(
-                f"the step in {src} has trained values that are not the adapter's, and PEFT's files have no place for "
-                f"them: {', '.join(listed(beside))}. Name such modules in modules_to_save before training; of this "
-                "step, write a whole model with --merge-adapter",
+                f"the step in {src} has trained values outside the adapter, which PEFT's files can't hold: "
+                f"{', '.join(listed(beside))}. Name such modules in modules_to_save before training; for this step, "
+                "write the full model with --merge-adapter",
                 path=src,
             )
         beside_it, notes = _embeddings_to_store(weights, config)
@@ -126,10 +126,10 @@ def export_merged(
 ) -> ConvertReport:
     """Write the base model with the LoRA adapter of a step merged in, as a Hugging Face folder.
 
-    The base is the Hugging Face folder ``base``, else what the step itself holds, with the config of ``hf_assets``.
+    The base is the Hugging Face folder ``base``, or else the step's own, with the config of ``hf_assets``.
 
     Raises:
-        ConversionError: the adapter is no plain LoRA, or does not fit the base; nothing was written.
+        ConversionError: the adapter is not a plain LoRA, or does not fit the base; nothing was written.
     """
     started = time.monotonic()
     weights = open_weights(src)
@@ -183,7 +183,7 @@ def _written(
     flavor: str,
     notes: tuple[str, ...] = (),
 ) -> ConvertReport:
-    """Write ``content``, which is made of what is ``read``; read it back, and report."""
+    """Write ``content``, computed from ``read``; read it back, and report."""
     nbytes = total_nbytes(content.tensors.values())
     noted = Noted(content)
     reader = SlabReader(noted, options.budget_nbytes, stage(progress, "exporting", nbytes))
@@ -229,7 +229,7 @@ def _adapter(weights: Weights, config: Mapping[str, Any], name: str) -> Adapter:
 
 
 def _check_beside(config: Mapping[str, Any], path: str, options: Sequence[str], instead: str) -> None:
-    """Refuse an adapter that has trained values outside its own tensors: they would be lost. Raises ConversionError."""
+    """Refuse an adapter with trained values outside its own tensors, which would be lost. Raises ConversionError."""
     found = [option for option in options if config.get(option) not in (None, "none")]
     if found:
         raise ConversionError(
@@ -281,48 +281,48 @@ def _file_key(key: str) -> str:
 
 
 def _check_start(config: Mapping[str, Any], path: str) -> None:
-    """Refuse an adapter whose start has changed the base: only the step itself has that. Raises ConversionError."""
+    """Refuse an adapter whose initialisation changed the base, which only the step holds. Raises ConversionError."""
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise ConversionError(
-            f"the adapter in {path} began by changing the weights of the base (init_lora_weights = {start}), so the "
-            "published ones are not what it belongs to: of a step that holds the whole model leave out --base and "
-            "give --hf-assets, else use merge_and_unload() of PEFT",
+            f"the adapter in {path} changed the weights of the base at its initialisation (init_lora_weights = "
+            f"{start}), so it does not fit the published ones: for a step with the full model leave out --base and "
+            f"give --hf-assets, else use merge_and_unload() of PEFT",
             path=path,
         )
 
 
 def _base_name(key: str) -> str:
-    """The base model's name of a tensor that adapters are put over."""
+    """Return the base model's name of a tensor wrapped by adapters."""
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _base_in(weights: Weights) -> Readable:
-    """What the adapters of a step are put over, under its names without them."""
+    """Return the base of a step's adapters, under the base's names."""
     names = {_base_name(key): key for key in weights.source.tensors if ADAPTER_KEY.fullmatch(key) is None}
     return Renamed(weights.source, names)
 
 
 def _check_holds_base(weights: Weights) -> None:
-    """Refuse a step that holds the adapter alone. Raises ConversionError."""
+    """Refuse a step that holds only the adapter. Raises ConversionError."""
     path, manifest = weights.source.path, weights.manifest
     if manifest is not None and manifest.extra.get(ONLY_TRAINABLE):
         raise ConversionError(
-            f"{path} holds what was trained, not the model below (checkpoint.only_trainable): name the base model "
-            "that it was trained over with --base",
+            f"{path} holds only the trained tensors, not the base (checkpoint.only_trainable): name its base model "
+            f"with --base",
             path=path,
         )
 
 
 def _check_base(weights: Weights, given: Readable, adapter: Adapter) -> None:
-    """Refuse a base of other values than the one that the adapter was trained over, as far as the step tells.
+    """Refuse a base with other values than the one that the adapter was trained on, as far as the step records them.
 
     Raises:
         ConversionError: naming the tensors.
     """
     path = weights.source.path
     recorded = _recorded_base(weights)
-    # A base that was quantized for the training only, as QLoRA does, has other dtypes and shapes.
+    # A base quantized only for training, as in QLoRA, has other dtypes and shapes.
     recorded = {key: sample for key, sample in recorded.items() if sample.dtype.startswith(("float", "bfloat"))}
     known = {_base_name(key): sample for key, sample in recorded.items()}
     names = {key: name for key in recorded if (name := _base_name(key)) in given.tensors}
@@ -331,7 +331,7 @@ def _check_base(weights: Weights, given: Readable, adapter: Adapter) -> None:
     lines = list(differences(known, {key: sample for key, sample in found.items() if key not in trained}))
     if lines:
         raise ConversionError(
-            f"the adapter in {path} was trained over another base than --base: {len(lines)} of {len(found)} tensors "
+            f"the adapter in {path} was trained on another base than --base: {len(lines)} of {len(found)} tensors "
             "differ, nothing was written\n  " + "\n  ".join(listed(lines)),
             path=path,
             problems=lines,
@@ -339,12 +339,12 @@ def _check_base(weights: Weights, given: Readable, adapter: Adapter) -> None:
 
 
 def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[str, Any]) -> tuple[Readable, bool]:
-    """The base with an output projection of its own, if the adapter changes that or the embedding that it is tied to.
+    """Give the base a separate output projection if the adapter changes it or the embedding it is tied to.
 
-    PEFT trains a copy of the one and leaves the other as it was, so that the result is tied no longer.
+    PEFT trains a copy of one and leaves the other unchanged, so that the result is no longer tied.
 
     Raises:
-        ConversionError: they are tied in a way that is not known here.
+        ConversionError: they are tied in an unknown way.
     """
     if config.get("tie_word_embeddings") is False:
         return held, False
@@ -361,7 +361,7 @@ def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[
     if len(output) != 1 or len(embeddings) != 1:
         raise ConversionError(
             f"the adapter in {weights.source.path} has trained an embedding or output projection, which the base ties "
-            "to each other in a way that is not known here: use merge_and_unload() of PEFT",
+            f"to each other in an unknown way: use merge_and_unload() of PEFT",
             path=weights.source.path,
         )
     names = {key: key for key in held.tensors} | {output[0]: embeddings[0]}
@@ -369,7 +369,7 @@ def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[
 
 
 def _trained_beside(weights: Weights) -> list[str]:
-    """Keys of parameters that were trained and are no adapter's. Of a whole step, those with optimizer state."""
+    """Return keys of trained parameters outside the adapter. In a full step, those with optimizer state."""
     manifest, tensors = weights.manifest, weights.source.tensors
     if manifest is None:
         return []
@@ -382,7 +382,7 @@ def _trained_beside(weights: Weights) -> list[str]:
 
 
 def _with_trained_beside(weights: Weights, adapter: Adapter) -> Adapter:
-    """The adapter with what was trained beside it, which counts as the modules that are trained whole do."""
+    """Add values trained beside the adapter, treated like fully trained modules."""
     beside = {_PREFIX + _base_name(key): key for key in _trained_beside(weights)}
     if not beside:
         return adapter
@@ -391,14 +391,14 @@ def _with_trained_beside(weights: Weights, adapter: Adapter) -> Adapter:
 
 
 def _recorded_base(weights: Weights) -> dict[str, Sample]:
-    """Samples of the base, by the names in the step: those that it records, or else of what it holds."""
+    """Return samples of the base by the names in the step: recorded ones, or else of the tensors it holds."""
     path, manifest = weights.source.path, weights.manifest
     if manifest is None or not manifest.extra.get(ONLY_TRAINABLE):
         names = {key: key for key in weights.source.tensors if ADAPTER_KEY.fullmatch(key) is None}
         return sample_of(weights.source, names)
     key = f"attached.{SAMPLES}"
     if key not in manifest.objects:
-        return {}  # of a version that recorded none
+        return {}  # from a version that recorded none
     storage, folder = open_storage(path)
     return parse(read_values(storage, folder, manifest, [key], max_nbytes=MAX_NBYTES)[key], path)
 
@@ -413,9 +413,9 @@ def _cast(base: Readable, dtype: str | None) -> Readable:
 
 
 class LoraMerged:
-    """The tensors of ``base`` plus, where ``adapter`` has matrices for them, their scaled product.
+    """The tensors of ``base`` plus, if ``adapter`` has matrices for them, their scaled product.
 
-    As PEFT merges: W + B A * scale, in float32. Of modules that were trained whole the trained ones are taken.
+    Like PEFT's merge: W + B A * scale, in float32. Fully trained modules are taken from the adapter.
     """
 
     def __init__(self, base: Readable, adapter: Adapter, path: str):
@@ -475,7 +475,7 @@ class LoraMerged:
             cast_into(out, values)
 
     def _difference(self, key: str, box: Box) -> Array:
-        """The box of the scaled product: of B the rows, of A the columns that it takes."""
+        """Compute a box of the scaled product from the rows of B and the columns of A that it needs."""
         (rows, columns), (num_rows, num_columns) = box.offsets, box.sizes
         is_swapped = bool(self._adapter.config.get("fan_in_fan_out"))
         if is_swapped:
@@ -509,7 +509,7 @@ def _unmergeable(config: Mapping[str, Any]) -> list[str]:
 
 
 def _malformed(config: Mapping[str, Any]) -> list[str]:
-    """What of the options that tell the scale is of a wrong kind."""
+    """Report options for the scale that have a wrong type."""
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         return ["alpha_pattern: expected an object"]
@@ -521,7 +521,7 @@ def _malformed(config: Mapping[str, Any]) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            faults.append(f"alpha_pattern: {pattern!r:.50} is no pattern: {error}")
+            faults.append(f"alpha_pattern: {pattern!r:.50} is not a valid pattern: {error}")
     return faults
 
 

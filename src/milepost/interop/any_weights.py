@@ -1,4 +1,4 @@
-"""Weights of any model by their own names, from any source that ``open_weights`` knows: a ``.pt`` file, safetensors."""
+"""Load weights of any model by their own names, from any source that ``open_weights`` supports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from milepost.tensors.layout import TensorLeaf
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The result of a load, as this rank saw it."""
+    """The result of a load on this rank."""
 
     path: str
     num_tensors: int
@@ -47,10 +47,10 @@ def load_any(
     num_threads: int,
     tell: bool,
 ) -> Loaded:
-    """Fill this rank's ``leaves`` from the weights at ``path``, prefixes and wrappers in their names aside.
+    """Fill this rank's ``leaves`` from the weights at ``path``, ignoring prefixes and wrappers in names.
 
-    ``model_keys`` are those of this rank's model: stored ones without a place there are refused, unless
-    ``must_be_wanted`` does not hold for them or the policy lets them pass. Not collective.
+    ``model_keys`` are those of this rank's model: other stored keys are refused, unless ``must_be_wanted`` is false for
+    them or the policy allows them. Not collective.
 
     Raises:
         StateMismatchError: keys or shapes do not fit; nothing was changed.
@@ -88,7 +88,7 @@ def load_any(
 
 
 def _as_the_model_has_it(weights: Weights, model_keys: Collection[str]) -> Weights:
-    """``weights``, dequantized if they are fp8 or MXFP4 and the model is not."""
+    """Return ``weights``, dequantized if they are fp8 or MXFP4 and the model is not."""
     method = method_of(weights.source, weights.config)
     if method not in METHODS or method_of_keys(model_keys) == method:
         return weights
@@ -96,7 +96,7 @@ def _as_the_model_has_it(weights: Weights, model_keys: Collection[str]) -> Weigh
 
 
 def check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> tuple[str, ...]:
-    """The casts that ``leaves`` need, one line each. Raises StateMismatchError for what is missing or misshapen."""
+    """List the casts that ``leaves`` need. Raises StateMismatchError for missing or misshapen tensors."""
     missing = sorted(key for key in leaves if key not in ours.tensors)
     mismatched, cast = [], []
     for key, leaf in leaves.items():
@@ -118,7 +118,7 @@ def check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> tu
 
 
 def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, told_as: str | None) -> int:
-    """Read into ``leaves``, slab by slab; returns the bytes read. ``told_as`` names it in the log."""
+    """Read into ``leaves``, slab by slab; returns the bytes read. ``told_as`` is its name in the log."""
     local = threading.local()
 
     def work(task: tuple[str, int, Slab]) -> None:

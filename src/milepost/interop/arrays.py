@@ -1,4 +1,4 @@
-"""Stored tensors as numpy arrays, read when they are asked for, without torch (the idea is ``h5py``'s)."""
+"""Stored tensors as numpy arrays, read on indexing, without torch (the idea is ``h5py``'s)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from milepost.interop.weights.boxes import Array, Source, array_dtype
 from milepost.interop.weights.open import open_all
 
 Index: TypeAlias = "SupportsIndex | slice | Any"
-"""What selects along one dim: a number or a slice; ``...`` stands for all dims that are not named."""
+"""Selection along one dim: a number or a slice; ``...`` stands for all remaining dims."""
 
 
 class StoredArray:
-    """One tensor of an open checkpoint. Indexing reads what is selected, checks its digests and gives an array.
+    """One tensor of an open checkpoint. Indexing reads the selection, checks its digests and returns an array.
 
-    bfloat16 and the 8-bit floats are those of ``ml_dtypes``.
+    bfloat16 and 8-bit floats are those of ``ml_dtypes``.
     """
 
     def __init__(self, opened: OpenCheckpoint, source: Source, key: str):
@@ -53,13 +53,13 @@ class StoredArray:
         return self.shape[0]
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Array:
-        """The elements that ``index`` (numbers, slices of any step, ``...``) selects, as numpy would give them.
+        """Return the elements selected by ``index`` (numbers, slices with any step, ``...``), like numpy.
 
         Raises:
             DigestMismatchError: bytes changed after they were written.
-            IndexError: an index is out of range, there are too many, or it is of another kind.
+            IndexError: an index is out of range or of another type, or there are too many.
             ValueError: the checkpoint was closed.
-            StorageError: a read failed or came short.
+            StorageError: a read failed or was short.
         """
         if self._opened.is_closed:  # its file descriptors may be another file's by now
             raise ValueError(f"{self._opened.path} was closed: index '{self._key}' before")
@@ -87,7 +87,7 @@ class StoredArray:
 
 
 def _by_dim(index: Any, ndim: int) -> list[Any]:
-    """One entry for each dim."""
+    """Expand the index to one entry per dim."""
     parts = list(index) if isinstance(index, tuple) else [index]
     gaps = [place for place, part in enumerate(parts) if part is Ellipsis]
     if len(gaps) > 1:
@@ -100,7 +100,7 @@ def _by_dim(index: Any, ndim: int) -> list[Any]:
 
 
 def _bounds(part: Any, dim: int, size: int) -> tuple[int, int, Any]:
-    """The rows to read along a dim, and what to take of them."""
+    """Return the range to read along a dim, and the index to apply to it."""
     if isinstance(part, slice):
         selected = range(size)[part]
         if not selected:
@@ -129,10 +129,9 @@ def _whole_number(part: Any) -> int:
 
 
 class OpenCheckpoint(Mapping[str, StoredArray]):
-    """The tensors of a checkpoint by key, read when they are indexed. A context manager; threads may read at the same
-    time.
+    """The tensors of a checkpoint by key, read on indexing. A context manager; safe to use from several threads.
 
-    Keys of tensors with a dtype that numpy lacks are there too; asking for such a tensor raises ConversionError.
+    Keys of tensors whose dtype numpy lacks are included; accessing such a tensor raises ConversionError.
     """
 
     def __init__(self, source: Source):
@@ -178,11 +177,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:
     """Open the tensors at ``path`` for reading with numpy; torch is not needed.
 
     ``path`` is a step of Milepost, torchtitan or stock DCP (all its tensors, the optimizer's too), a Hugging Face
-    folder, a ``.pt`` or a ``.safetensors`` file, on a disk or in an object store. Nothing is read but what says where
-    the tensors lie. Public as ``milepost.open``.
+    folder, a ``.pt`` or a ``.safetensors`` file, on a disk or in an object store. Only metadata that locates the
+    tensors is read. Public as ``milepost.open``.
 
     Raises:
-        CheckpointNotFoundError: nothing is there, or nothing in a known format.
+        CheckpointNotFoundError: there is nothing, or nothing in a known format.
         CheckpointDamagedError: files are missing, truncated or malformed.
         ConversionError: tensors are stored in a form that can't be read in part (strides).
     """

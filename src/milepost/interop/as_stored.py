@@ -1,7 +1,7 @@
-"""Weights that keep their names: a module of transformers has the hub's names already, so it needs no table.
+"""Convert weights that keep their names: a transformers module already has the hub's names and needs no table.
 
-What is left to do is to find the prefix under which a wrapper has stored them, to leave out what ``save_pretrained``
-leaves out (an output projection that is tied to the embedding), and to carry config and tokenizer along.
+The remaining work is to find the prefix added by a wrapper, to leave out what ``save_pretrained`` leaves out (an output
+projection tied to the embedding), and to copy config and tokenizer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from milepost.storage.base import join
 from milepost.storage.links import open_linked
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What DDP, torch.compile, FSDP and checkpoint_wrapper put into names, wherever they stand."""
+"""Name components added by DDP, torch.compile, FSDP and checkpoint_wrapper, at any position."""
 _NESTS = ("model.", "state_dict.", "model_state_dict.")
-"""Under what whole programs put the model into a checkpoint (Accelerate: ``model.``). The hub has such names too."""
+"""Prefixes of the model in programs' checkpoints (Accelerate: ``model.``). The hub has such names too."""
 
 OUTPUTS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -46,7 +46,7 @@ _MAX_REPEATED = 16
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The tensors to write: name in the target: name in the source. ``extras`` stand beside them in a HF folder."""
+    """The tensors to write: name in the target -> name in the source. ``extras`` are added in a HF folder."""
 
     names: Mapping[str, str]
     extras: HfExtras | None
@@ -55,24 +55,24 @@ class Kept:
     """What the tensors are called and how they are cut in files of their class, if the names are its module's."""
 
     def content(self, weights: Weights, dtype: str | None) -> Assembled:
-        """Read from the source what is written; floating-point tensors in ``dtype``."""
+        """Return a reader of the target's content; floating-point tensors in ``dtype``."""
         if self.of_class is None:
             return Assembled(weights.source, _recipes(self.names, weights.source.tensors, dtype))
         files = Assembled(Renamed(weights.source, self.names), self.of_class.into_theirs())
         return Assembled(files, _recipes({key: key for key in files.tensors}, files.tensors, dtype))
 
     def back(self, written: Readable) -> Assembled:
-        """Read back what was written, under the names of the source."""
+        """Return a reader of the written tensors under the names of the source."""
         names = {old: new for new, old in self.names.items()}
         module = written if self.of_class is None else Assembled(written, self.of_class.into_ours())
         return Assembled(module, _recipes(names, module.tensors, None))
 
 
 def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
-    """Return whether the tensors need no other names.
+    """Return whether the tensors keep their names.
 
-    So it was asked, a config or the step names the class of transformers, or a ``.pt`` file is made of a model that
-    nobody names.
+    True if requested, if a config or the step names a transformers class, or if a ``.pt`` file is the target or source
+    of an unnamed model.
     """
     if options.model is not None:
         return options.model == HUB
@@ -81,11 +81,11 @@ def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
 
 
 def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
-    """Decide what is written under which name. Reads tensors only to see whether two that must be tied are equal.
+    """Decide which tensors are written under which names. Reads tensors only to compare two that must be tied.
 
     Raises:
         ConversionError: there is nothing to write, no config for a Hugging Face folder, or the index of
-            ``options.hf_assets`` is of another model: with what is missing and unexpected.
+        ``options.hf_assets`` belongs to another model: with missing and unexpected keys.
     """
     source = weights.source
     if not source.tensors:
@@ -108,7 +108,7 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     if options.max_shard_nbytes is not None:
         kept = replace(kept, extras=replace(extras, weight_map={}))
     if extras.config.get("auto_map"):
-        note = "the config names code that the model needs (auto_map): copy its files by hand, code is not taken"
+        note = "the config refers to custom code (auto_map): copy its files yourself, code is not copied"
         kept = replace(kept, notes=(*kept.notes, note))
     return kept
 
@@ -168,13 +168,12 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
         folder = weights.source.path
     if not folder:
         raise ConversionError(
-            "a Hugging Face folder needs a config.json, which nothing but the model's own can tell: name a folder "
-            "that has it with --hf-assets",
+            "a Hugging Face folder needs the model's config.json: name a folder that has it with --hf-assets",
             path=weights.source.path,
         )
     extras = lent_extras(folder, options.dtype, options.max_shard_nbytes, lends_index=bool(options.hf_assets))
     method = method_of(weights.source, extras.config)
-    if method in METHODS and method_of_keys(weights.source.tensors) is None:  # the index is of the quantized files
+    if method in METHODS and method_of_keys(weights.source.tensors) is None:  # the index describes the quantized files
         extras = replace(extras, config=without_quantization(extras.config), weight_map={})
     return extras
 
@@ -191,12 +190,12 @@ def _known_names(extras: HfExtras, options: ConvertOptions) -> Collection[str]:
 
 
 def _refuse_adapter(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
-    """Refuse a model with an adapter in it, unless its class has those names itself."""
+    """Refuse a model that contains an adapter, unless its class itself has those names."""
     key = first_of_adapter(names)
     if key is not None and key not in index:
         raise ConversionError(
-            f"{path} holds a PEFT adapter ({key}): no class of transformers would find its weights under such names. "
-            "Write the adapter with `milepost export RUN DST --adapter`, or the model with --merge-adapter",
+            f"{path} holds a PEFT adapter ({key}): no transformers class has weights with such names. Write the "
+            f"adapter with `milepost export RUN DST --adapter`, or the model with --merge-adapter",
             path=path,
         )
 
@@ -215,9 +214,9 @@ def _recipes(names: Mapping[str, str], tensors: Mapping[str, TensorInfo], dtype:
 
 
 def bare_names(weights: Weights) -> dict[str, str]:
-    """Name without what programs and wrappers have put before and into it: name in the source.
+    """Return name without prefixes and components of programs and wrappers -> name in the source.
 
-    Of Hugging Face files all names are the model's own.
+    In Hugging Face files all names are the model's own.
     """
     if weights.source.kind == "hf":
         return {key: key for key in weights.source.tensors}
@@ -225,9 +224,9 @@ def bare_names(weights: Weights) -> dict[str, str]:
 
 
 def _bare_of_nest(weights: Weights) -> dict[str, str]:
-    """Name without that of the entry that holds the model, where it is known to be one: name in the source.
+    """Return name without the prefix of the entry that holds the model, if it is known -> name in the source.
 
-    A checkpoint records where each key stood; in a ``.pt`` file only names tell that no module has.
+    A checkpoint records each key's path; in a ``.pt`` file only names that no module has show the entry.
     """
     keys = list(weights.source.tensors)
     paths = weights.manifest.paths if weights.manifest is not None else {}
@@ -239,7 +238,7 @@ def _bare_of_nest(weights: Weights) -> dict[str, str]:
 
 
 def _without_wrappers(names: dict[str, str], index: Mapping[str, str]) -> dict[str, str]:
-    """Name without what wrappers have put in: name in the source."""
+    """Return name without wrappers' components -> name in the source."""
     for wrapper in _WRAPPERS:
         shorter = {key.replace(wrapper, ""): old for key, old in names.items()}
         is_wrapped = any(_parts_have(key, wrapper) for key in names) and len(shorter) == len(names)
@@ -256,7 +255,7 @@ def _parts_have(key: str, wrapper: str) -> bool:
 
 
 def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> bool:
-    """Return whether a prefix that all names have is not the model's own. Without an index its repetition tells."""
+    """Return whether a prefix common to all names is not the model's own. Without an index its repetition shows it."""
     if index:
         return sum(key.removeprefix(nest) in index for key in names) > sum(key in index for key in names)
     inner = [key.removeprefix(nest) for key in names]
@@ -293,7 +292,7 @@ def repeated_in(tensors: Readable, known: Collection[str]) -> dict[str, str]:
 def _without_tied(
     weights: Weights, names: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[str]]:
-    """The names without an output projection that the config ties to the embedding."""
+    """Drop an output projection that the config ties to the embedding."""
     pair = tied_pair(names)
     if config.get("tie_word_embeddings") is not True or pair is None:
         return dict(names), []
@@ -305,7 +304,7 @@ def _without_tied(
             path=weights.source.path,
         )
     kept = {key: old for key, old in names.items() if key != output}
-    return kept, [f"{output} is {embedding}, which is stored once"]
+    return kept, [f"{output} equals {embedding}, which is stored once"]
 
 
 def _check_index(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
@@ -316,7 +315,7 @@ def _check_index(names: Mapping[str, str], index: Mapping[str, str], path: str) 
         lines = list(_index_lines(missing, unexpected))
         raise ConversionError(
             f"{path} does not hold the model of the index in --hf-assets: of its {len(index)} tensors "
-            f"{len(missing)} are missing, {len(unexpected)} are not in it\n  " + "\n  ".join(listed(lines)),
+            f"{len(missing)} are missing, and {len(unexpected)} are unexpected\n  " + "\n  ".join(listed(lines)),
             path=path,
             problems=lines,
         )
@@ -325,5 +324,5 @@ def _check_index(names: Mapping[str, str], index: Mapping[str, str], path: str) 
 def _index_lines(missing: list[str], unexpected: list[str]) -> Iterator[str]:
     for number, key in enumerate(missing):
         hint = near(key, unexpected) if number < MAX_LISTED else None
-        yield f"missing: {key}" + (f" (there is {hint})" if hint else "")
+        yield f"missing: {key}" + (f" (found {hint})" if hint else "")
     yield from (f"unexpected: {key}" for key in unexpected)

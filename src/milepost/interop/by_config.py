@@ -1,7 +1,7 @@
-"""Models of families that the trainer does not train: which one a source is of, told by a ``config.json``.
+"""Identify models of families that the trainer does not train, from a ``config.json``.
 
-The config is that of the source, of ``--hf-assets``, or the one that a conversion has recorded in the checkpoint it
-wrote, so that the way back needs no options.
+The config is that of the source, of ``--hf-assets``, or the one recorded in the checkpoint by a conversion, so that
+converting back needs no options.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from milepost.interop.weights.boxes import TensorInfo
 from milepost.interop.weights.open import Weights, read_config
 
 _MAX_RECORD_NBYTES = 1 << 20
-"""A config that is larger (a list of labels) is not recorded."""
+"""A larger config (with a list of labels) is not recorded."""
 _OF_THE_LARGER = ("quantization_config", "vision_config", "text_config")
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model of a family, with the sizes that ``config`` (of the text model, not quantized) tells."""
+    """A model of a family, with the sizes in ``config`` (of the text model, not quantized)."""
 
     family: ConfigFamily
     sizes: Sizes
@@ -44,17 +44,17 @@ class Described:
         return self.family.name
 
     def record(self) -> dict[str, Any]:
-        """As it goes into a manifest, for :func:`described_by`."""
+        """Return the record for a manifest, read by :func:`described_by`."""
         config = dict(self.config)
         if len(json.dumps(config)) > _MAX_RECORD_NBYTES:
             return {"name": self.name, "flavor": self.flavor}
         return {"name": self.name, "flavor": self.flavor, "config": config}
 
     def extras(self, tensors: Mapping[str, TensorInfo], weights: Weights, options: ConvertOptions) -> HfExtras:
-        """The files beside ``tensors`` in a Hugging Face folder, split as the index of the assets says, if possible.
+        """Return the files beside ``tensors`` in a Hugging Face folder, split by the assets' index if possible.
 
         Raises:
-            ConversionError, CheckpointDamagedError: as :func:`lent_extras`.
+            ConversionError, CheckpointDamagedError: see :func:`lent_extras`.
         """
         config = with_dtype(self.config, main_dtype(tensors)) | {"architectures": [self.family.architecture]}
         folder = os.fspath(options.hf_assets)
@@ -68,11 +68,11 @@ class Described:
 
 
 def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
-    """The model of ``weights``, if it was asked for or recorded as one of these families.
+    """Return the model of ``weights``, if it was requested or recorded as one of these families.
 
     Raises:
-        ConfigError: there is no config that tells the sizes.
-        ConversionError: a config is of another model, or it lacks sizes.
+        ConfigError: there is no config with the sizes.
+        ConversionError: a config describes another model, or lacks sizes.
     """
     recorded = weights.manifest.extra.get(RECORD) if weights.manifest is not None else None
     name = recorded.get("name") if isinstance(recorded, Mapping) else None
@@ -108,7 +108,7 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
 
 
 def describe(family: ConfigFamily, config: Any, path: str) -> Described | None:
-    """Read a config; None if there is none. Raises ConversionError if it is of another family, or lacks sizes."""
+    """Read a config; None if there is none. Raises ConversionError if it describes another family, or lacks sizes."""
     if not isinstance(config, Mapping):
         return None
     text = config.get("text_config")
@@ -118,7 +118,7 @@ def describe(family: ConfigFamily, config: Any, path: str) -> Described | None:
         other = config_family_of(config)
         hint = f"; --model {other.name} is that family" if other is not None else ""
         raise ConversionError(
-            f"{path} is of another family: model_type is {kind!r:.100}, {family.name} is "
+            f"{path} describes another family: model_type is {kind!r:.100}, {family.name} is "
             f"{' or '.join(family.model_types)}{hint}",
             path=path,
         )
@@ -129,7 +129,7 @@ def describe(family: ConfigFamily, config: Any, path: str) -> Described | None:
 
 
 def _differences(found: Sizes, other: Sizes) -> list[str]:
-    """List the differences between two models of one family, the vocabulary aside."""
+    """List the differences between two models of one family, except the vocabulary."""
     pairs = [(name, found.named.get(name), other.named.get(name)) for name in found.named if name != "vocab"]
     pairs += [
         (name, getattr(found, name), getattr(other, name))

@@ -1,10 +1,10 @@
-"""``convert``: weights from one program's files to another's, streaming, checked, and visible only when whole.
+"""``convert``: convert weights between programs' formats, streaming, checked, and visible only when complete.
 
 ::
 
     source --names of the source -> ours--> our tensors --ours -> names of the target--> sink
 
-Models that there is no table for keep their names (``as_stored``).
+Models without a table keep their names (``as_stored``).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def convert(
     options: ConvertOptions,
     progress: StageProgress | None = None,
 ) -> ConvertReport:
-    """Convert the weights at ``src`` to ``dst``, which must not exist yet, and appears only when it is whole.
+    """Convert the weights at ``src`` to ``dst``, which must not exist yet, and appears only when it is complete.
 
     Raises:
-        ConversionError: source, sizes and target do not fit; all faults at once, and nothing was written.
+        ConversionError: source, sizes and target do not match; with all faults; nothing was written.
         DigestMismatchError: bytes of the source are damaged; ``dst`` does not appear.
         CheckpointDamagedError: files of the source are missing, truncated or malformed.
         StorageError: reading or writing failed; ``dst`` does not appear.
@@ -65,7 +65,7 @@ def convert(
     with weights.source as source:
         if weights.is_adapter:
             raise ConversionError(
-                f"{source.path} is a PEFT adapter, not a whole model: merge it into its base model (merge_and_unload() "
+                f"{source.path} is a PEFT adapter, not a full model: merge it into its base model (merge_and_unload() "
                 "of PEFT), save that, and convert the result",
                 path=source.path,
             )
@@ -100,15 +100,15 @@ def convert(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The plan of a conversion: what will be written. ``shared`` keys repeat others."""
+    """The plan of a conversion. ``shared`` keys repeat others."""
 
     content: Readable
     shared: Mapping[str, str]
     written_nbytes: int
     original: Readable
-    """The source's tensors ..."""
+    """The source's tensors."""
     back: Callable[[Readable], Readable]
-    """... and what was written, read in the same names, to be compared with them."""
+    """Reads the written tensors under the same names, to compare them with the source's."""
     model: str
     flavor: str
     source_names: str
@@ -196,9 +196,9 @@ def _plan_training(
 def _model(
     options: ConvertOptions, own: ModelIdentity | None, weights: Weights, path: str
 ) -> tuple[ModelIdentity, tuple[str, ...]]:
-    """The model to convert, and notes: from the options, or from what the source says of itself.
+    """Return the model to convert, from the options or from the source's own record, and notes.
 
-    The settings that weights don't depend on (RoPE, norm, context) are the source's wherever it tells them.
+    Settings on which weights don't depend (RoPE, norm, context) are the source's if it records them.
     """
     name, flavor = options.model, options.flavor
     if name is not None and options.sizes is not None:
@@ -208,7 +208,7 @@ def _model(
     elif own is None:
         raise ConfigError(
             f"{path} does not record its model: give --model and --flavor, or --model {HUB} if it is a model of "
-            "transformers (or another whose tensors shall keep their names)\n  "
+            f"transformers (or another whose tensors should keep their names)\n  "
             + "\n  ".join(advice(weights.source.tensors))
         )
     else:
@@ -230,7 +230,7 @@ def _model(
 
 
 def _identity_of_assets(folder: str, given: ModelIdentity) -> ModelIdentity | None:
-    """The model of the folder that lends its config, if it is the given one but for settings."""
+    """Return the model of the assets folder's config, if it differs from the given one only in settings."""
     config = read_config(folder)
     found = identity_of(config) if config is not None else None
     return found if found is not None and found.name == given.name else None
@@ -239,7 +239,7 @@ def _identity_of_assets(folder: str, given: ModelIdentity) -> ModelIdentity | No
 def _check_config(
     source: Source, config: Mapping[str, Any] | None, family: Family, model: ModelIdentity
 ) -> tuple[str, ...]:
-    """Refuse a Hugging Face source of another model, from its config alone; a note when there is none."""
+    """Refuse a Hugging Face source of another model, by its config; returns a note if there is none."""
     if source.kind != "hf":
         return ()
     if config is None:
@@ -251,7 +251,7 @@ def _check_config(
 def _check_vocabulary(config: Mapping[str, Any] | None, found: Match[ModelArgs], path: str) -> None:
     if config is not None and config.get("vocab_size") != found.args.vocab_size:
         raise ConversionError(
-            f"{path}: {CONFIG_NAME} says vocab_size {config.get('vocab_size')}, the embedding has "
+            f"{path}: {CONFIG_NAME} has vocab_size {config.get('vocab_size')}, the embedding has "
             f"{found.args.vocab_size} rows",
             path=path,
         )
@@ -264,7 +264,7 @@ def plan_conversion(
     notes: tuple[str, ...],
     options: ConvertOptions,
 ) -> Plan:
-    """Plan how each tensor of the target is made from the source's. Nothing is read yet."""
+    """Plan the computation of each target tensor from the source's. Nothing is read yet."""
     scheme = options.names
     if options.to == "hf":
         scheme = "hf"
@@ -312,7 +312,7 @@ def _make_sink(
 
 
 def _run(source: Source, plan: Plan, sink: Sink, options: ConvertOptions, progress: StageProgress | None) -> int:
-    """Write, check, verify, publish; on any failure take away what was written. Returns the bytes checked."""
+    """Write, check, verify and publish; on any failure remove the output. Returns the bytes checked."""
     advance = stage(progress, "converting", plan.written_nbytes)
     reader = SlabReader(plan.content, options.budget_nbytes, advance)
     with sink.writing():
@@ -327,11 +327,11 @@ def _run(source: Source, plan: Plan, sink: Sink, options: ConvertOptions, progre
 def verify_conversion(
     plan: Plan, written: Source, options: ConvertOptions, progress: StageProgress | None = None
 ) -> None:
-    """Convert ``written`` back to the names of the source and compare every byte, in the dtype that was written.
+    """Convert ``written`` back to the source's names and compare every byte, in the written dtype.
 
     Raises:
         ConversionError: naming the first tensor that differs.
-        DigestMismatchError: what was read back differs from what was written.
+        DigestMismatchError: the data read back differs from what was written.
     """
     back = plan.back(written)
     reader = SlabReader(back, options.budget_nbytes, stage(progress, "verifying", total_nbytes(back.tensors.values())))

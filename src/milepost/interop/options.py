@@ -15,13 +15,13 @@ from milepost.storage import is_folder
 TargetKind = Literal["dcp", "hf", "pt"]
 DTYPES = ("float32", "bfloat16", "float16")
 NAMES = (OWN, "torchtitan-0.2", "torchtitan-0.3")
-"""The schemes of names that a DCP checkpoint can be written in."""
+"""The naming schemes of a written DCP checkpoint."""
 HUB = "hf"
-"""In place of a model's name: any module of transformers. Its tensors keep the names that they have."""
+"""Instead of a model's name: any transformers module. Its tensors keep their names."""
 
 
 MODELS = (*MODEL_NAMES, *CONFIG_FAMILIES, *ALSO_CALLED, HUB)
-"""All that can be asked for as a model."""
+"""All choices for a model."""
 
 DEFAULT_BUDGET_NBYTES = 256 << 20
 DEFAULT_SHARD_NBYTES = 5_000_000_000
@@ -32,32 +32,32 @@ class ConvertOptions:
     """Options of a conversion.
 
     Raises:
-        ConfigError: options that contradict each other.
+        ConfigError: options contradict each other.
     """
 
     to: TargetKind
     model: str | None = None
-    """``llama3`` or ``qwen3``; a family whose sizes a ``config.json`` tells (``mistral``, ...); ``hf`` for any model of
-    transformers, by its own names. None: what the checkpoint says of itself."""
+    """``llama3`` or ``qwen3``; a family with sizes from a ``config.json`` (``mistral``, ...); ``hf`` for any model of
+    transformers, by its own names. None: the model recorded in the checkpoint."""
     flavor: str | None = None
     sizes: ModelArgs | None = None
-    """Sizes of a ``model`` that is none of the known flavors, in place of ``flavor``."""
+    """Sizes of a ``model`` that matches no known flavor, instead of ``flavor``."""
     dtype: str | None = None
-    """Cast every tensor to this; None keeps each one's."""
+    """Cast every tensor to this dtype; None keeps each tensor's."""
     names: str = OWN
-    """Of a DCP target: ours, or those of a release of torchtitan."""
+    """Names in a DCP target: ours, or those of a release of torchtitan."""
     hf_assets: str | os.PathLike[str] = ""
-    """A Hugging Face folder (weights not needed) that lends its config, tokenizer files and file index; empty: none.
+    """A Hugging Face folder (weights not needed) that provides config, tokenizer files and file index; empty: none.
 
-    Of a family whose sizes come from a config, it may lend that for any target."""
+    For a family with sizes from a config, it may provide the config for any target."""
     max_shard_nbytes: int | None = None
-    """Size of the files of a Hugging Face target; None: as the index of ``hf_assets`` says, else 5 GB."""
+    """Size of a Hugging Face target's files; None: by the index of ``hf_assets``, else 5 GB."""
     verify: bool = False
-    """Read everything back, convert it the other way and compare, before it becomes visible."""
+    """Read everything back, convert it back and compare, before it becomes visible."""
     training_state: bool = False
-    """Carry over the optimizer's state, the schedule and the counters too, to a DCP target."""
+    """Also convert the optimizer's state, the schedule and the counters, to a DCP target."""
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES
-    """The largest number of bytes held in buffers."""
+    """Maximum number of bytes in buffers."""
 
     def __post_init__(self) -> None:
         problems = []

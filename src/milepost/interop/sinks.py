@@ -1,7 +1,7 @@
-"""Writing weights: a DCP checkpoint, a Hugging Face folder or a ``.pt`` file, each invisible until it is whole.
+"""Write weights: a DCP checkpoint, a Hugging Face folder or a ``.pt`` file, each invisible until complete.
 
-All three use the attempt folder of the commit protocol: a killed conversion leaves what no reader takes for weights,
-and what a later save or conversion beside it sweeps.
+All three use the commit protocol's attempt folder: the remains of a killed conversion are not mistaken for weights by
+any reader, and are removed by a later save or conversion beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
 
 
 class Sink(ABC):
-    """A place for weights. ``begin`` .. ``write`` .. (``reopen``) .. ``publish``, or ``abort`` at any time."""
+    """A target for weights. ``begin`` .. ``write`` .. (``reopen``) .. ``publish``, or ``abort`` at any time."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.storage, self.target = open_storage(path)
@@ -51,7 +51,7 @@ class Sink(ABC):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Begin now; at the end publish what was written, or take everything away after an error."""
+        """Begin; at the end of the block publish the output, or remove everything after an error."""
         try:
             self.begin()
             yield
@@ -61,32 +61,32 @@ class Sink(ABC):
             raise
 
     def begin(self) -> None:
-        """Make the place of the attempt.
+        """Create the attempt's folder.
 
         Raises:
-            ConversionError: there is something at the target already.
+            ConversionError: the target already exists.
         """
         found = self.storage.stat(self.target)
         if found is not None and not (found.is_folder and not self.storage.list(self.target)):
-            raise ConversionError(f"{self.path} exists already: remove it or give another destination", path=self.path)
+            raise ConversionError(f"{self.path} already exists: remove it or give another destination", path=self.path)
         self._attempt = begin_attempt(self.storage, self.target, self.save_id)
 
     @property
     def place(self) -> Place:
-        """The place of the attempt's files.
+        """The location of the attempt's files.
 
-        Of files with names of their own (not a checkpoint's), in a store, at once where they will stay: the target
-        holds nothing, and what is looked for first is written last.
+        In a store, files other than a checkpoint's are written directly to their final location: the target is empty,
+        and the file that readers open first is written last.
         """
         place = Place.of(self.storage, self._attempt, self.target, self.save_id)
         return place if self.has_manifest else replace(place, tag="")
 
     has_manifest = False
-    """Whether names are found through a manifest, so that they may carry the save id."""
+    """True if a manifest lists the file names, so that they may contain the save id."""
 
     @abstractmethod
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
-        """Write and sync all tensors of ``reader``. ``shared``: keys of tensors that equal another one.
+        """Write and sync all tensors of ``reader``. ``shared``: keys of tensors equal to another one.
 
         Raises:
             StorageError: the storage refused, for instance for lack of space.
@@ -94,21 +94,21 @@ class Sink(ABC):
 
     @abstractmethod
     def reopen(self) -> Source:
-        """Open what was written, to read it back from the storage."""
+        """Open the written tensors, to read them back from the storage."""
 
     @abstractmethod
     def publish(self) -> None:
-        """Give what was written its name, in one atomic act, and make that durable."""
+        """Publish the output under its name atomically and durably."""
 
     def abort(self) -> None:
-        """Take everything away."""
+        """Remove everything."""
         if self._attempt:
             if not self.has_manifest and not self.storage.can_rename:
                 self.storage.remove_tree(self.target)
             abort_attempt(self.storage, self._attempt)
 
     def _publish_by_rename(self, name: str) -> None:
-        """Rename ``name`` within the attempt to the target, which is nothing or an empty folder."""
+        """Rename ``name`` within the attempt to the target, which is absent or an empty folder."""
         if not self.storage.can_rename:
             abort_attempt(self.storage, self._attempt)
             return
@@ -125,10 +125,9 @@ class Sink(ABC):
 
 
 class DcpSink(Sink):
-    """A checkpoint folder, committed as one that training saved. ``extra`` goes into its manifest.
+    """A checkpoint folder, committed like one saved by training. ``extra`` goes into its manifest.
 
-    ``objects`` are the records of values beside the tensors, of a training state; ``paths`` says where keys of several
-    parts stand.
+    ``objects`` are the records of a training state's other values; ``paths`` are the paths of keys of several parts.
     """
 
     has_manifest = True
@@ -149,13 +148,13 @@ class DcpSink(Sink):
         self._info = SaveInfo(step=step_of(self.target), kind="full" if self._objects else "model")
 
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
-        """See ``Sink``. Shared tensors are stored as often as they have names: stock DCP knows no sharing."""
+        """See ``Sink``. Shared tensors are stored once per name: stock DCP does not support sharing."""
         tensors = reader.content.tensors
         boxes = [(_spec(key, info), Box.whole(info.shape)) for key, info in tensors.items()]
         plan = lay_out_file(0, boxes, tuple(self._objects))
         objects, nbytes = place_objects(plan, self._objects)
         with self.storage.open_write(self.place.path(plan.file), nbytes) as handle:
-            # In ascending order where that is asked for, else few large writes, and what stands between the data last.
+            # In ascending order if the storage requires it, else few large writes, and the bytes between the data last.
             groups = [(item,) for item in plan.items] if handle.is_sequential else [plan.items]
             frame, written = _Frame(), list[WrittenTensor]()
             for group in groups:
@@ -191,13 +190,13 @@ def _written(item: WriteItem, passed: PassedBytes) -> WrittenTensor:
 
 
 class _Frame:
-    """The bytes between the tensors' data, in order: each one's footer, padding, and the next one's header."""
+    """Generates the bytes between the tensors' data, in order: footer, padding, and the next header."""
 
     def __init__(self) -> None:
         self._end, self._footer = 0, b""
 
     def before(self, item: WriteItem) -> tuple[int, list[bytes]]:
-        """The bytes before a tensor's data, with their offset."""
+        """Return the bytes before a tensor's data, with their offset."""
         header = record.tensor_record(item.dtype, item.box.sizes).header
         return self._end, [self._footer, bytes(item.record_offset - self._end - len(self._footer)), header]
 
@@ -208,7 +207,7 @@ class _Frame:
         self._end, self._footer = item.data_offset + item.data_nbytes, record.record_footer(layout, tensor.crc32)
 
     def end(self, nbytes: int) -> tuple[int, list[bytes]]:
-        """The bytes after the last tensor of a file of ``nbytes``, with their offset."""
+        """Return the bytes after the last tensor of a file of ``nbytes``, with their offset."""
         return self._end, [self._footer, bytes(nbytes - self._end - len(self._footer))]
 
 
@@ -234,7 +233,7 @@ class HfSink(Sink):
             layout = plan_layout({key: (tensors[key].dtype, tensors[key].shape) for key in keys})
             self._write_file(self.place.path(name), layout, reader)
         small = dict(self._extras.files(files, tensors))
-        for name in sorted(small, key=lambda name: name == CONFIG_NAME):  # without a config nobody takes it for a model
+        for name in sorted(small, key=lambda name: name == CONFIG_NAME):  # without it, not a model
             self.storage.write(self.place.path(name), small[name])
 
     def _write_file(self, name: str, layout: SafetensorsLayout, reader: SlabReader) -> None:
@@ -255,7 +254,7 @@ class HfSink(Sink):
 
 
 class TorchFileSink(Sink):
-    """One file, as ``torch.save`` writes a state dict."""
+    """One file like ``torch.save``'s of a state dict."""
 
     @property
     def _file(self) -> str:
@@ -264,7 +263,7 @@ class TorchFileSink(Sink):
         return self.place.path(split(self.target)[1])
 
     def write(self, reader: SlabReader, shared: Mapping[str, str]) -> None:
-        """See ``Sink``. Shared tensors share one storage, as after ``torch.save`` of tied weights."""
+        """See ``Sink``. Shared tensors share one storage, like tied weights in ``torch.save``."""
         tensors = reader.content.tensors
         stored = {key: (info.dtype, info.shape) for key, info in tensors.items() if key not in shared}
         layout = plan_torch_file(stored, shared)

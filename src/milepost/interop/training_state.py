@@ -1,11 +1,11 @@
-"""A whole training step from one program's names to another's: model, optimizer state, schedule, counters.
+"""Convert a full training step from one program's names to another's: model, optimizer state, schedule, counters.
 
 ::
 
     stored --names of the source -> ours--> ours --ours -> names of the target--> the same step, for the other program
 
-Both ways are the tables of ``names``; each tensor of the optimizer's state that has its parameter's shape is cut and
-put together as that is. What only its own program can read (a data loader's state, random state) is left out.
+Both conversions use the tables of ``names``; an optimizer state tensor of its parameter's shape is split and assembled
+like the parameter. State that only its own program can read (a data loader's, random state) is left out.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from milepost.verification.block_reader import BlockReader
 
 CARRIED = ("model", "optimizer", "lr_scheduler", "train_state")
 OF_LAMBDA_LR = ("torchtitan-0.2",)
-"""Releases whose schedule is loaded as torch's LambdaLR has stored it."""
+"""Releases that load their schedule in the form of torch's LambdaLR."""
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """A step under the names of the target. ``objects`` are records, as they are stored."""
+    """A step under the names of the target. ``objects`` are stored records."""
 
     ours: Readable
     content: Readable
     back: Mapping[str, Recipe]
-    """Each tensor of ``ours``, put together again from those of ``content``."""
+    """Recipes of the tensors of ``ours`` from those of ``content``."""
     objects: Mapping[str, bytes]
     paths: Mapping[str, tuple[str | int, ...]]
     notes: tuple[str, ...]
@@ -66,11 +66,11 @@ class TrainingStep:
 def plan_training_step(
     storage: Storage, folder: str, manifest: Manifest, stored: Readable, model: ModelIdentity, names: str
 ) -> TrainingStep:
-    """Plan how the step in ``folder`` becomes one under the ``names`` of another program. Reads small values.
+    """Plan the conversion of the step in ``folder`` to the ``names`` of another program. Reads small values.
 
     Raises:
-        ConversionError: it holds no optimizer state, keys or shapes of another model, or values that differ between
-            parameters of which the target has one.
+        ConversionError: it holds no optimizer state, keys or shapes of another model, or different values for
+        parameters that are one in the target.
     """
     path = f"{storage.root}/{folder}"
     if not any(key.startswith(_STATE) for key in manifest.tensors):
@@ -90,7 +90,7 @@ def plan_training_step(
     content = Assembled(ours, of_model.into_theirs() | optimizer.forward(ours) | rest)
     back = of_model.into_ours() | optimizer.backward(content) | rest
     left = sorted({part_of(key) for key in (*here.tensors, *here.objects)} - set(CARRIED))
-    notes = (*(found.notes if found is not None else ()), *([f"not carried over: {', '.join(left)}"] if left else []))
+    notes = (*(found.notes if found is not None else ()), *([f"not converted: {', '.join(left)}"] if left else []))
     objects = _objects(storage, folder, values, optimizer.into_theirs)
     if names in OF_LAMBDA_LR:
         objects |= _lambda_schedule(objects)
@@ -99,14 +99,14 @@ def plan_training_step(
 
 
 def _checked_sizes(family: Family, model: ModelIdentity, shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelArgs:
-    """The sizes of ``model`` with the stored vocabulary. Raises ConversionError if it is not what is stored."""
+    """Return the sizes of ``model`` with the stored vocabulary. Raises ConversionError if another model is stored."""
     shapes = {key: shape for key, shape in shapes.items() if part_of(key) == "model"}
     scheme = family.scheme(OWN)
     sizes = with_stored_vocabulary(scheme, model.sizes, shapes)
     faults = fault_lines(key_faults(correspond(family, scheme, sizes), shapes))
     if faults:
         raise ConversionError(
-            f"{path} does not hold the training state of {model}. Are --model and --flavor right?\n  "
+            f"{path} does not hold the training state of {model}; check --model and --flavor:\n  "
             + "\n  ".join(listed(faults)),
             path=path,
             problems=faults,
@@ -133,29 +133,29 @@ def _path_of(key: str, manifest: Manifest) -> tuple[str | int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A key of optimizers, taken apart."""
+    """A parsed optimizer key."""
 
     kind: str
     parameter: str
     name: str
-    """Of the state or the option, with a dot before it."""
+    """Name of the state or option, with a leading dot."""
 
     @classmethod
     def of(cls, key: str, parameters: Collection[str]) -> _Key | None:
-        """None for a key of another part, or of a parameter that is none of these."""
+        """Parse a key; None for another part's key, or an unknown parameter."""
         kind = next((kind for kind in (_STATE, _GROUPS) if key.startswith(kind)), None)
         rest = key.removeprefix(kind) if kind is not None else ""
         parameter = longest_prefix(rest, parameters)
         return cls(kind, parameter, rest[len(parameter) :]) if kind is not None and parameter is not None else None
 
     def at(self, parameter: str) -> str:
-        """The key of the same for another parameter."""
+        """Return the same key for another parameter."""
         return f"{self.kind}{parameter}{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Optimizer:
-    """The keys of optimizers on both sides: each of the one with those of the other's that it is made of."""
+    """The optimizer keys of both sides: each key with the keys from which it is built."""
 
     names: Correspondence
     into_theirs: Mapping[str, Sequence[str]]
@@ -163,7 +163,7 @@ class _Optimizer:
 
     @classmethod
     def of(cls, keys: Iterable[str], names: Correspondence, path: str) -> _Optimizer:
-        """For the keys that are stored under our names."""
+        """Build it for the keys stored under our names."""
         into_theirs: dict[str, list[str]] = {}
         into_ours: dict[str, list[str]] = {}
         theirs_of = {key: recipe.pieces[0].source_key for key, recipe in names.into_ours().items()}
@@ -179,11 +179,11 @@ class _Optimizer:
         return cls(names, into_theirs, into_ours)
 
     def forward(self, ours: Readable) -> dict[str, Recipe]:
-        """The tensors of the target's optimizer, of ours."""
+        """Return the recipes of the target's optimizer tensors from ours."""
         return _recipes(self.into_theirs, self.names.into_theirs(), self.names.ours, ours)
 
     def backward(self, content: Readable) -> dict[str, Recipe]:
-        """The tensors of our optimizer, of the target's."""
+        """Return the recipes of our optimizer tensors from the target's."""
         return _recipes(self.into_ours, self.names.into_ours(), self.names.theirs, content)
 
 
@@ -193,10 +193,10 @@ def _recipes(
     shapes: Mapping[str, tuple[int, ...]],
     source: Readable,
 ) -> dict[str, Recipe]:
-    """The recipe of each tensor: its parameter's where it has the same shape, else a plain copy.
+    """Return the recipe of each tensor: its parameter's if it has the same shape, else a plain copy.
 
     Raises:
-        ConversionError: it is to be one tensor, and is several that differ.
+        ConversionError: several different tensors would become one.
     """
     recipes = {}
     for new, sources in moved.items():
@@ -221,10 +221,10 @@ def _recipes(
 def _objects(
     storage: Storage, folder: str, entries: Mapping[str, ObjectEntry], moved: Mapping[str, Sequence[str]]
 ) -> dict[str, bytes]:
-    """The records of all values but tensors, under the target's keys.
+    """Return the records of all values except tensors, under the target's keys.
 
     Raises:
-        ConversionError: one is to be made of several that differ.
+        ConversionError: several different values would become one.
         DigestMismatchError: a record changed after it was written.
     """
     records = _read_records(storage, folder, entries)
@@ -240,9 +240,9 @@ def _objects(
 
 
 def _lambda_schedule(objects: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The state that torch's LambdaLR stores besides its count of steps, which is all that the others keep.
+    """Return the state that torch's LambdaLR stores besides its step count, which is all that the other releases store.
 
-    For one group of parameters, whose rate is a function of the count: torchtitan 0.2's. Names are torch 2.13's.
+    For one parameter group whose rate is a function of the count, as in torchtitan 0.2. Names are torch 2.13's.
     """
     count = _value(objects.get("lr_scheduler.last_epoch"))
     rates = {name: _of_all(objects, f".{name}") for name in ("initial_lr", "lr")}
@@ -261,7 +261,7 @@ def _lambda_schedule(objects: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _of_all(objects: Mapping[str, bytes], option: str) -> float | None:
-    """The value of an option that all parameters have alike; None if there is none."""
+    """Return an option's value if it is the same for all parameters; None if there is none."""
     found = {record for key, record in objects.items() if key.startswith(_GROUPS) and key.endswith(option)}
     value = _value(found.pop()) if len(found) == 1 else None
     return value if isinstance(value, float) else None

@@ -1,4 +1,4 @@
-"""Arguments and attributes of stock's ``FileSystemWriter`` and ``FileSystemReader``: what Milepost makes of each."""
+"""Handling of the arguments and attributes of stock's ``FileSystemWriter`` and ``FileSystemReader``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _HINTS: Mapping[str, tuple[Any, str]] = {
     "single_file_per_rank": (True, "each rank writes one file"),
     "sync_files": (True, "files are always synced: a save that reports success must survive a power cut"),
     "per_thread_copy_ahead": (10_000_000, "tensors are copied in slabs of 8 MiB"),
-    "cache_staged_state_dict": (False, "async_save stages in buffers of its own; milepost.async_save reuses its arena"),
+    "cache_staged_state_dict": (False, "async_save stages in its own buffers; milepost.async_save reuses its arena"),
 }
-"""Arguments that are hints to stock's writer, with their defaults and what Milepost does."""
+"""Arguments that are hints to stock's writer, with their defaults and Milepost's behaviour."""
 _REFUSED: Mapping[str, tuple[Any, str]] = {
     "_extensions": (None, "a transformed stream can't be verified, listed or resharded"),
     "_extension_registry": (None, "transformed streams are not read: load such a checkpoint with stock DCP"),
@@ -29,16 +29,16 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
 """Arguments that are refused unless they have their default, and the reason."""
 
 PLANNER_DATA = "planner_data"
-"""Where the manifest's ``extra`` has what a planner of the user's own keeps in the metadata."""
+"""Key in the manifest's ``extra`` for a custom planner's data in the metadata."""
 
 _noted: set[str] = set()
 
 
 def check_keywords(owner: str, given: Mapping[str, Any]) -> None:
-    """Log each hint that has no effect, once in a process.
+    """Log each hint that has no effect, once per process.
 
     Raises:
-        ConfigError: an argument is unknown, or asks for what Milepost does not do; all of them at once.
+        ConfigError: arguments are unknown or unsupported; with all of them.
     """
     faults = []
     for name, value in given.items():
@@ -58,15 +58,15 @@ def check_keywords(owner: str, given: Mapping[str, Any]) -> None:
 
 
 def stock_path(path: str) -> str | Path:
-    """The ``path`` that stock's writer has: a Path, or a URL as it is."""
+    """Return the ``path`` attribute of stock's writer: a Path, or a URL unchanged."""
     return path if is_url(path) else Path(path)
 
 
 def stock_file_system(path: str) -> FileSystem:
-    """The ``fs`` that stock's writer has. Milepost itself does not use it.
+    """Return the ``fs`` attribute of stock's writer, which Milepost itself does not use.
 
     Raises:
-        AttributeError: the path is a URL, for which stock has none.
+        AttributeError: the path is a URL, which stock does not support.
     """
     if is_url(path):
         raise AttributeError(f"there is no FileSystem for {path}: Milepost accesses the store itself")

@@ -1,4 +1,4 @@
-"""``StorageReader``: stock ``dcp.load`` from folders that Milepost or stock DCP wrote."""
+"""``StorageReader``: stock ``dcp.load`` from folders written by Milepost or stock DCP."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from milepost.tensors.layout import Piece, TensorLeaf, can_be_boxes
 
 
 class StorageReader(DcpStorageReader):
-    """A DCP storage reader that checks digests and runs nothing from the checkpoint. Reads stock folders too.
+    """A DCP storage reader that checks digests and runs no code from the checkpoint. Also reads stock folders.
 
     Args:
         path: the checkpoint's folder.
-        arguments: those that stock's ``FileSystemReader`` takes; see ``docs/from-dcp.md``.
+        arguments: those of stock's ``FileSystemReader``; see ``docs/from-dcp.md``.
 
     Raises:
-        ConfigError: an argument is not known, or not possible here.
+        ConfigError: an argument is unknown or unsupported.
     """
 
     def __init__(self, path: str | os.PathLike[str], **arguments: Any):
@@ -64,7 +64,7 @@ class StorageReader(DcpStorageReader):
 
     @property
     def fs(self) -> FileSystem:
-        """The attribute of this name of stock's reader; not used."""
+        """The attribute of stock's reader; not used."""
         return stock_file_system(self.checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -74,7 +74,7 @@ class StorageReader(DcpStorageReader):
         rank = kwargs.get("rank")
         if rank is None:
             self._manifest = checkpoint_record.read_manifest(self._storage, self._folder)
-        else:  # stock DCP asks for it where there is no metadata of all ranks
+        else:  # stock DCP passes it if there is no metadata of all ranks
             self._manifest = _rank_local(self._storage, self._folder, rank)
         self._numbers = {}
         return dcp_metadata_of(self._manifest, self.load_id)
@@ -100,7 +100,7 @@ class StorageReader(DcpStorageReader):
                     f"{list(request.lengths)} of '{request.storage_index.fqn}'",
                     mismatched=[request.storage_index.fqn],
                 )
-            # What is not plain memory (a conjugated view, a sparse tensor) takes a copy, as in stock DCP.
+            # A target that is not plain memory (a conjugated view, a sparse tensor) needs a copy, as in stock DCP.
             local = target if can_be_boxes(target) else torch.empty(target.shape, dtype=target.dtype)
             targets.append((request, target, local))
             leaves[str(number)] = _leaf(str(number), local)
@@ -112,7 +112,7 @@ class StorageReader(DcpStorageReader):
             planner.commit_tensor(request, target)
         wanted = {r.storage_index.fqn: r for r in plan.items if r.type == LoadItemType.BYTE_IO}
         for key, value in read_objects(self._storage, self._folder, manifest, wanted):
-            # DCP's planner unpickles without restriction: it gets a stream of our own making, of the checked value.
+            # DCP's planner unpickles without restriction: give it our own stream of the checked value.
             stream = io.BytesIO()
             torch.save(value, stream)
             stream.seek(0)
@@ -158,7 +158,7 @@ def _leaf(key: str, tensor: torch.Tensor) -> TensorLeaf:
 
 
 def _rank_local(storage: Storage, folder: str, rank: int) -> Manifest:
-    """The manifest of what one rank saved alone (stock's ``use_collectives=False``), from its own metadata."""
+    """Return the manifest of one rank's separate save (stock's ``use_collectives=False``), from its own metadata."""
     path = join(folder, f"__{rank}.metadata")
     entries = [entry for entry in storage.list(folder) if not entry.is_folder and not entry.is_link]
     sizes = {entry.name: entry.nbytes for entry in entries}
@@ -166,7 +166,7 @@ def _rank_local(storage: Storage, folder: str, rank: int) -> Manifest:
 
 
 def dcp_metadata_of(manifest: Manifest, load_id: str | None = None) -> Metadata:
-    """A manifest as DCP's planners want it."""
+    """Convert a manifest to the metadata that DCP's planners expect."""
     tensors: dict[str, Any] = {
         key: TensorStorageMetadata(
             properties=TensorProperties(dtype=getattr(torch, entry.dtype)),

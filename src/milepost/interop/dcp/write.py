@@ -1,4 +1,4 @@
-"""``StorageWriter``: stock ``dcp.save`` into checkpoints that appear whole or not at all."""
+"""``StorageWriter``: stock ``dcp.save`` with atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from milepost.tensors.layout import can_be_boxes, dtype_name
 from milepost.tensors.value_reader import decode_object
 
 TIMEOUT_S = 60.0
-"""All ranks have signed off before DCP calls ``finish``; this is for a storage that shows files late."""
+"""Time to wait for sign-offs: all ranks signed off before DCP calls ``finish``, but storage may show files late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +51,16 @@ class _Attempt:
 
 
 class StorageWriter(DcpStorageWriter):
-    """A DCP storage writer whose checkpoints appear whole or not at all, with digests.
+    """A DCP storage writer of atomic checkpoints with digests.
 
     Args:
-        path: the checkpoint's folder. One that is there already is replaced at the moment of the commit.
+        path: the checkpoint's folder. An existing one is replaced at the commit.
         overwrite: False refuses to replace a checkpoint.
         thread_count: threads that write on each rank.
-        arguments: the others that stock's ``FileSystemWriter`` takes; see ``docs/from-dcp.md``.
+        arguments: the others of stock's ``FileSystemWriter``; see ``docs/from-dcp.md``.
 
     Raises:
-        ConfigError: an argument is not known, or not possible here.
+        ConfigError: an argument is unknown or unsupported.
     """
 
     def __init__(
@@ -88,18 +88,18 @@ class StorageWriter(DcpStorageWriter):
 
     @property
     def fs(self) -> FileSystem:
-        """The attribute of this name of stock's writer; not used."""
+        """The attribute of stock's writer; not used."""
         return stock_file_system(self.checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._give_up()  # if the previous save failed on some rank
+        self._give_up()  # the previous save may have failed on some rank
         self._open(checkpoint_id or self.checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True) and dist.is_initialized() and dist.get_world_size() > 1:
             raise SaveError(
-                "milepost.StorageWriter needs use_collectives=True on several ranks: a checkpoint is committed as a "
-                "whole, by all of them"
+                "milepost.StorageWriter needs use_collectives=True on several ranks: all of them commit a checkpoint "
+                "together"
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -114,7 +114,7 @@ class StorageWriter(DcpStorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._give_up()
         path = begin_attempt(self._storage, self._target, self.save_id)
-        # DCP does not tell the coordinator when another rank fails: the attempt then goes when the writer does.
+        # DCP does not notify the coordinator when another rank fails: the attempt is then removed with the writer.
         self._abandon = weakref.finalize(self, _abort_here, self._storage, path, os.getpid())
         attempts = [_Attempt(path, self.save_id, rank, len(plans)) for rank in range(len(plans))]
         self._attempt = attempts[0]
@@ -176,7 +176,7 @@ class StorageWriter(DcpStorageWriter):
         metadata.storage_meta = self.storage_meta()
 
     def _give_up(self) -> None:
-        """Take the attempt away, if one is there still."""
+        """Remove the attempt, if it still exists."""
         if self._abandon is not None:
             self._abandon()
         self._attempt = None
@@ -190,14 +190,14 @@ class StorageWriter(DcpStorageWriter):
 
 
 def _abort_here(storage: Storage, attempt: str, pid: int) -> None:
-    if os.getpid() == pid:  # a fork has a copy of the writer, not its save
+    if os.getpid() == pid:  # a forked child has a copy of the writer, but not its save
         abort_attempt(storage, attempt)
 
 
 def _in_full(plans: list[SavePlan]) -> list[SavePlan]:
-    """The plans with those in full that a planner with ``enable_plan_caching`` left out as known.
+    """Return the plans, filling in those that a planner with ``enable_plan_caching`` omitted as known.
 
-    It would give each rank the plan of the save before, with the place of that save in it.
+    The planner would give each rank the previous save's plan, with that save's location.
     """
     if all(plan.usable for plan in plans):
         return plans
@@ -212,10 +212,10 @@ def _in_full(plans: list[SavePlan]) -> list[SavePlan]:
 
 
 def _kept(planner_data: object) -> dict[str, Any]:
-    """The fields of the manifest that keep what a planner has put into the metadata.
+    """Return the manifest fields that store a planner's metadata.
 
     Raises:
-        SaveError: it can't be kept, as it is neither paths of keys nor JSON.
+        SaveError: it can't be stored, because it is neither paths of keys nor JSON.
     """
     if planner_data is None:
         return {}
@@ -244,7 +244,7 @@ def _item_key(item: WriteItem) -> tuple[str, Box | None]:
 
 
 def _checked_object(item: WriteItem, planner: SavePlanner) -> bytes:
-    """A value as DCP's planner pickled it, refused if it would need code to load."""
+    """Return a value as pickled by DCP's planner; refuses one that would need to run code at the load."""
     given = planner.resolve_data(item)
     if not isinstance(given, io.BytesIO):
         raise SaveError(
@@ -275,7 +275,7 @@ def _write_plan(rank: int, items: Sequence[WriteItem], objects: Sequence[str]) -
 
 
 class _Written(JobMonitor):
-    """Keeps what a job has written, for DCP's own record of it."""
+    """Records what a job has written, for DCP."""
 
     files: Sequence[WrittenFile] = ()
 
@@ -284,7 +284,7 @@ class _Written(JobMonitor):
 
 
 class _PlannerBlocks:
-    """A ``BlockSource`` that asks DCP's planner for each tensor when it is written."""
+    """A ``BlockSource`` that gets each tensor from DCP's planner when it is written."""
 
     def __init__(self, planner: SavePlanner, items: dict[tuple[str, Box | None], WriteItem]):
         self._planner = planner

@@ -3,16 +3,16 @@
 In reading order::
 
     config  ``config.json`` <-> sizes
-    classes classes of transformers -> families, and what family a config is of
-    extras  what lies beside the tensors: config, index, the tokenizer's files (torch-free)
-    identity   which model a source says that it is (torch-free)
-    model   ``HfModel``: what a training run knows of Hugging Face's files, of a model with a table
-    hub_model  the same of any model of transformers; hub_names: how transformers names and stores its tensors
-    kept    such a model as files (torch-free)
+    classes classes of transformers -> families, and the family of a config
+    extras  files beside the tensors: config, index, the tokenizer's (torch-free)
+    identity   the model recorded in a source (torch-free)
+    model   ``HfModel``: Hugging Face files of a training run, for a model with a table
+    hub_model  the same for any model of transformers; hub_names: its tensors' names and form in files
+    kept    the files of such a model (torch-free)
     class_names  the names of a class in its files, asked of transformers in another process (torch-free)
-    form    a save in this form, as a job writes it (torch-free)
-    save    safetensors written by the ranks, without a pass that consolidates (torch-free)
-    merge   safetensors made of the ranks' files, in a store, where no two ranks can write one (torch-free)
+    form    the form of a save, for its job (torch-free)
+    save    safetensors written by all ranks, without consolidation (torch-free)
+    merge   safetensors merged from the ranks' files, in a store (torch-free)
     load    safetensors into a sharded model
 """
 

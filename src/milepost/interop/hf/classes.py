@@ -1,7 +1,7 @@
 """The model family of a ``config.json``, by the transformers class that it names.
 
-``classes.json`` is made by ``scripts/hf_classes.py`` from transformers' own tables, and is read only where a config
-does not say its ``model_type`` itself.
+``classes.json`` is made by ``scripts/hf_classes.py`` from transformers' own tables, and is read only if a config has no
+``model_type``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _HEAD = re.compile(r"(For[A-Z]\w*|LMHead\w*|DoubleHeads\w*|Text|Vision|Pre[Tt]ra
 
 
 def architecture(config: Mapping[str, Any] | None) -> str | None:
-    """The class of transformers that a ``config.json`` names."""
+    """Return the transformers class named by a ``config.json``."""
     named = config.get("architectures") if config is not None else None
     first = named[0] if isinstance(named, list) and named else None
     return first if isinstance(first, str) else None
 
 
 def model_type(config: Mapping[str, Any] | None) -> str | None:
-    """The family of models that a ``config.json`` is of, as transformers calls it; None if it names none.
+    """Return the model family of a ``config.json``, by transformers' name; None if it names none.
 
-    Of a class that the table does not have (a newer one, a repository's own) it is the name without what it ends in:
-    ``acme`` of ``AcmeForCausalLM``.
+    For a class not in the table (a newer or custom one) it is the class name without its suffix: ``acme`` of
+    ``AcmeForCausalLM``.
     """
     said = config.get("model_type") if config is not None else None
     if isinstance(said, str) and said:

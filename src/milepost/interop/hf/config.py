@@ -1,7 +1,7 @@
-"""``config.json`` of Hugging Face: checked against our sizes, and made from them.
+"""Hugging Face's ``config.json``: checked against our sizes, and created from them.
 
 Transformers 4 spells ``rope_theta``, ``rope_scaling`` and ``torch_dtype``; transformers 5 spells ``rope_parameters``
-and ``dtype``. Both are read; what is written carries both, so that either version loads it.
+and ``dtype``. Both are read and written, so that either version loads it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _ARCHITECTURES = {
 
 _DEFAULT_THETA = 10_000.0
 _MAX_NUMBER = 1 << 64
-"""JSON's whole numbers have no limit, a float has."""
+"""Limit on numbers: integers in JSON are unlimited, floats are not."""
 
 _SPECIAL_TOKENS = {("llama3", 128256): (128000, 128001), ("qwen3", 151936): (151643, 151643)}
-"""(model, vocabulary) as published: its ids of begin and end of text."""
+"""(model, published vocabulary) -> its ids of begin and end of text."""
 
 
 def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> list[str]:
-    """Report where ``config`` describes another model than ``family`` in the sizes ``args``: one line per difference.
+    """List the differences between ``config`` and ``family`` in the sizes ``args``, one line each.
 
-    Only what decides the outputs is compared. What ``config`` leaves out has transformers' default.
+    Only settings that affect the outputs are compared. Those missing in ``config`` have transformers' defaults.
     """
     wanted_type, _ = _ARCHITECTURES[family]
     found_type = model_type(config)
@@ -59,7 +59,7 @@ def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> li
 
 
 def _compared(config: Mapping[str, Any], family: str, args: ModelArgs) -> list[tuple[str, Any, Any]]:
-    """(name, the config's value, ours) for all that must agree."""
+    """Yield (name, the config's value, ours) for all settings that must agree."""
     heads = config.get("num_attention_heads", _ABSENT)
     size = config.get("hidden_size", _ABSENT)
     computed = size // heads if isinstance(heads, int) and isinstance(size, int) and heads else _ABSENT
@@ -97,7 +97,7 @@ def _compared(config: Mapping[str, Any], family: str, args: ModelArgs) -> list[t
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """Theta and scaling, in either version's spelling; the newer one counts where both are."""
+    """Return theta and scaling, in either version's spelling; the newer one takes precedence."""
     parameters = config.get("rope_parameters")
     if isinstance(parameters, Mapping):
         theta = parameters.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
@@ -134,7 +134,7 @@ def _equal(found: Any, wanted: Any) -> bool:
 
 
 def make_config(family: str, args: ModelArgs, dtype: str) -> dict[str, Any]:
-    """A ``config.json`` for weights of ``dtype``, which transformers 4 and 5 both load."""
+    """Create a ``config.json`` for weights of ``dtype``, readable by transformers 4 and 5."""
     family_name, class_name = _ARCHITECTURES[family]
     scaling = _scaling_parameters(args.rope_scaling)
     config: dict[str, Any] = {
@@ -184,7 +184,7 @@ def make_config(family: str, args: ModelArgs, dtype: str) -> dict[str, Any]:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """``config`` for weights of another dtype, each dtype key that it has changed."""
+    """Return ``config`` for weights of another dtype, with all dtype keys changed."""
     changed = dict(config)
     for name in ("dtype", "torch_dtype"):
         if name in changed:
@@ -193,9 +193,9 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def identity_of(config: Mapping[str, Any]) -> ModelIdentity | None:
-    """The model that a ``config.json`` describes, in our words; None if it is of a kind that we don't know.
+    """Return the model described by a ``config.json`` in our terms; None if it is of an unknown kind.
 
-    What we have no word for (``hidden_act``, biases, other scalings of RoPE) is left to :func:`config_faults`.
+    Settings without an equivalent (``hidden_act``, biases, other RoPE scalings) are checked by :func:`config_faults`.
     """
     family = next((name for name, (kind, _) in _ARCHITECTURES.items() if kind == model_type(config)), None)
     if family is None:
@@ -233,7 +233,7 @@ def identity_of(config: Mapping[str, Any]) -> ModelIdentity | None:
 
 
 def _scaling_sizes(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Llama 3.1's scaling in our words; None for none and for kinds that we don't have."""
+    """Return Llama 3.1's scaling in our terms; None for none and for unsupported kinds."""
     if scaling is None or scaling.get("rope_type") != "llama3":
         return None
     return {

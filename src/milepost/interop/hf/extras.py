@@ -1,7 +1,7 @@
 """Files beside the tensors of a Hugging Face folder: config, index, and the tokenizer's files of another folder.
 
-That other folder (``--hf-assets``) may be a stranger's. All of it is looked at before anything is written: of what it
-holds only files of known names are taken, links lead nowhere but into the hub's own cache, and sizes are bounded.
+That other folder (``--hf-assets``) may be untrusted. It is checked before anything is written: only files with known
+names are copied, links may lead only into the hub's cache, and sizes are bounded.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _ASSETS = re.compile(
     r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config|preprocessor_config)"
     r"[A-Za-z0-9._-]*\.(json|txt|model|jinja)|(LICENSE|NOTICE|USE_POLICY)[A-Za-z0-9._-]*"
 )
-"""Files of an assets folder that belong beside the weights."""
+"""Files of an assets folder that are copied beside the weights."""
 MAX_ASSET_NBYTES = 128 << 20
-"""Three times the largest tokenizer that is published."""
+"""Three times the size of the largest published tokenizer."""
 MAX_ASSETS = 64
 
 _LIMITS = {CONFIG_NAME: MAX_CONFIG_NBYTES, INDEX_NAME: MAX_INDEX_NBYTES}
@@ -52,21 +52,21 @@ class HfExtras:
 
     config: Mapping[str, Any]
     folder: str = ""
-    """A path or URL; empty: no other folder lends files."""
+    """A path or URL; empty: no assets folder."""
     assets: Sequence[str] = ()
-    """Files of ``folder`` to take along as they are."""
+    """Files of ``folder`` to copy unchanged."""
     made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Further files, by name, as JSON; they take the place of the folder's."""
+    """Further files by name, as JSON; they override the folder's."""
     weight_map: Mapping[str, str] = field(default_factory=dict)
-    """How an index splits the model into files; empty: split by size."""
+    """Key -> file, from an index; empty: split by size."""
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
 
     def files(
         self, weights: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo], *, has_index: bool = False
     ) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each file beside those of the tensors; ``weights`` are those and the keys in them.
+        """Return name and content of all files except the tensors', which ``weights`` lists with their keys.
 
-        ``has_index``: also of a single file, which has another name than the usual one.
+        ``has_index``: write an index even for a single file, if that has an unusual name.
         """
         if len(weights) > 1 or self.weight_map or has_index:
             yield INDEX_NAME, _json(_index(weights, tensors))
@@ -85,10 +85,10 @@ def hf_extras(
     folder: str,
     max_shard_nbytes: int | None,
 ) -> HfExtras:
-    """Gather what goes beside ``tensors``: from the assets in ``folder``, or made. A size given overrules its index.
+    """Collect the files beside ``tensors``, from the assets in ``folder`` or created. A given size overrides its index.
 
     Raises:
-        ConversionError: the config is of another model, or files of the folder can't be taken: all of them at once.
+        ConversionError: the config describes another model, or files of the folder can't be copied; with all faults.
         CheckpointDamagedError: its config or index is malformed.
     """
     dtype = main_dtype(tensors)
@@ -96,7 +96,7 @@ def hf_extras(
     if CONFIG_NAME not in assets:
         config = make_config(family, args, dtype)
     else:
-        # What is written is not quantized, whatever the folder's own weights are.
+        # The output is not quantized, even if the folder's own weights are.
         config = without_quantization(parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}"))
         check_config(config, family, args, f"{folder}/{CONFIG_NAME}")
         config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
@@ -120,12 +120,12 @@ def lent_extras(
     lends_index: bool,
     config: Mapping[str, Any] | None = None,
 ) -> HfExtras:
-    """Take all that goes beside the tensors from ``folder``, whatever model it is of. ``dtype``: that of a cast.
+    """Collect the files beside the tensors from ``folder``, for any model. ``dtype``: target of a cast.
 
-    ``config`` is written in place of the folder's own, which then need not be there.
+    ``config`` replaces the folder's own, which then need not exist.
 
     Raises:
-        ConversionError: there is no config, or files of the folder can't be taken: all of them at once.
+        ConversionError: there is no config, or files of the folder can't be copied; with all faults.
         CheckpointDamagedError: its config or index is malformed.
     """
     assets = _assets_of(folder)
@@ -146,28 +146,28 @@ def lent_extras(
 
 
 def read_assets(folder: str) -> dict[str, bytes]:
-    """The files of ``folder`` that belong beside weights, such as a tokenizer's, by name. Not its config, nor an index.
+    """Read the files of ``folder`` that belong beside weights, such as a tokenizer's, without config and index.
 
     Raises:
-        ConversionError: files of the folder can't be taken: all of them at once.
+        ConversionError: files of the folder can't be copied; with all faults.
     """
     return {name: _read(folder, name) for name in _assets_of(folder) if name not in _LIMITS}
 
 
 def lent_files(folder: str) -> list[str]:
-    """The files of a folder to take along as they are: those of a tokenizer, licences.
+    """Return the files of a folder to copy unchanged: a tokenizer's, licences.
 
     Raises:
-        ConversionError: files can't be taken: all of them at once.
+        ConversionError: files can't be copied; with all faults.
     """
     return [name for name in _assets_of(folder) if name not in _LIMITS]
 
 
 def _assets_of(folder: str) -> list[str]:
-    """The files of a folder that are taken, or read: each is there, of a size that it may have, and no link elsewhere.
+    """Check the files of a folder to be copied or read: each must exist, within its size limit, and not link elsewhere.
 
     Raises:
-        ConversionError: with every file that is not so.
+        ConversionError: with all invalid files.
     """
     storage, inside = open_storage(folder)
     names = [entry.name for entry in storage.list(inside) if not entry.is_folder]
@@ -193,7 +193,7 @@ def _read(folder: str, name: str) -> bytes:
 
 
 def check_config(config: Mapping[str, Any], family: str, args: ModelArgs, path: str) -> None:
-    """Refuse a ``config.json`` of another model. The size of the vocabulary is left to the weights to tell.
+    """Refuse a ``config.json`` of another model. The vocabulary size is not compared: the weights determine it.
 
     Raises:
         ConversionError: with every difference.
@@ -204,12 +204,14 @@ def check_config(config: Mapping[str, Any], family: str, args: ModelArgs, path: 
     faults = config_faults(config, family, args)
     if faults:
         raise ConversionError(
-            f"{path} is of another model than the flavor given:\n  " + "\n  ".join(faults), path=path, problems=faults
+            f"{path} describes another model than the given flavor:\n  " + "\n  ".join(faults),
+            path=path,
+            problems=faults,
         )
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype that most of the bytes have."""
+    """Return the dtype of most of the bytes."""
     nbytes: dict[str, int] = {}
     for info in tensors.values():
         nbytes[info.dtype] = nbytes.get(info.dtype, 0) + total_nbytes([info])
@@ -223,7 +225,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def split_into_files(
     tensors: Mapping[str, TensorInfo], weight_map: Mapping[str, str], max_nbytes: int
 ) -> dict[str, list[str]]:
-    """File name: keys in it. As ``weight_map`` says, else in order, no file above ``max_nbytes`` (but for one tensor).
+    """Return file name -> keys: by ``weight_map``, else in order with at most ``max_nbytes`` per file (or one tensor).
 
     Raises:
         ConversionError: ``weight_map`` does not place every tensor.

@@ -1,4 +1,4 @@
-"""Hugging Face files as the form of a save: what ``run_job`` asks for, put together from ``save``. Torch-free."""
+"""Hugging Face files as the form of a save, for ``run_job``, built on ``save``. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from milepost.tensors.plan import WritePlan
 class HfForm:
     """A save as a Hugging Face folder, ready for ``from_pretrained``; see ``saving.job.Form``.
 
-    Where several ranks can write one file, each writes its ranges of the final files. Where they can't (an object
-    store), each writes a file of its own, and whoever publishes makes the final files of them.
+    If several ranks can write one file, each writes its ranges of the final files. Otherwise (in an object store) each
+    writes a separate file, and the publishing rank merges them into the final files.
     """
 
     target: AnyHfTarget

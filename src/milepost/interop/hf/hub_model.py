@@ -1,4 +1,4 @@
-"""Any model of transformers in the own loop: started from Hugging Face files, and ended in them, sharded or not."""
+"""Train any model of transformers from and to Hugging Face files in one's own loop, sharded or not."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from milepost.tensors.layout import TensorLeaf
 
 
 class HubModel:
-    """A ``PreTrainedModel`` as a manager's ``hf``. Made by :meth:`milepost.HfModel.of`."""
+    """A ``PreTrainedModel`` as a manager's ``hf``. Created by :meth:`milepost.HfModel.of`."""
 
     def __init__(self, model: nn.Module, assets: str = ""):
         self._model = pretrained_in(model)
         self._assets = assets
 
     def record(self) -> Mapping[str, Any]:
-        """The record of each step: the class, so that its weights are known to have the hub's names."""
+        """Return the record of each step: the class, which shows that its weights have the hub's names."""
         return {ARCHITECTURE: _class_name(self._model)}
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
-        """No notes: keys and shapes tell what fits."""
+        """Return no notes: keys and shapes decide what fits."""
         return []
 
     def translate(self, manifest: Manifest) -> Translation | None:
-        """None: names differ from the module's by prefixes alone, which every load recognises."""
+        """Return None: names differ from the module's only in prefixes, which every load recognises."""
         return None
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
         """Return the form of a save of tensors of these keys and dtypes, all ranks' together.
 
         Raises:
-            ConversionError: they are not the model's, or the assets can't be taken.
+            ConversionError: they are not the model's, or the assets can't be copied.
         """
         names = kept_names(self._model)
         config = copy.deepcopy(self._model.config)
@@ -79,11 +79,11 @@ class HubModel:
     ) -> LoadReport:
         """Fill this rank's ``leaves`` from the weights at ``path``, by default from the assets. Not collective.
 
-        Their names are those of the hub or of the module, also under the prefixes of wrappers.
+        Their names are the hub's or the module's, also with wrappers' prefixes.
 
         Raises:
             ConfigError: there is neither a path nor assets.
-            ConversionError: they are an adapter's, or quantized in a way that can't be undone; nothing was changed.
+            ConversionError: they are an adapter, or quantized irreversibly; nothing was changed.
             StateMismatchError: keys or shapes do not fit; nothing was changed.
             CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
         """
@@ -98,8 +98,8 @@ class HubModel:
         opened = open_weights(path)
         with opened.source:
             if opened.is_adapter:
-                raise ConversionError(f"{opened.source.path} is a PEFT adapter, not a whole model", path=path)
-            weights = plain_weights(opened, "float32")  # `pretrained_in` lets no quantized model pass
+                raise ConversionError(f"{opened.source.path} is a PEFT adapter, not a full model", path=path)
+            weights = plain_weights(opened, "float32")  # `pretrained_in` refuses quantized models
             source = weights.source
             view, recipes = _as_stored(source, names)
             tied = {prefix + name: recipes[kept] for name, kept in names.copies.items()}
@@ -133,7 +133,7 @@ class HubModel:
         )
 
     def _refuse(self, path: str, view: Readable, there: Readable, unexpected: list[str], policy: Policy) -> None:
-        """Refuse weights that have nothing of the model, or more than it has a place for."""
+        """Refuse weights that have none of the model's tensors, or unexpected ones."""
         if not there.tensors:
             raise StateMismatchError(
                 f"nothing was loaded: {path} has none of the tensors of {_class_name(self._model)}", path=path
@@ -144,10 +144,10 @@ class HubModel:
 
 
 def pretrained_in(model: nn.Module) -> Any:
-    """The ``PreTrainedModel`` that ``model`` is, or wraps (DDP, ``torch.compile``, a module of one's own).
+    """Return the ``PreTrainedModel`` that ``model`` is or wraps (DDP, ``torch.compile``, a custom module).
 
     Raises:
-        ConfigError: there is none, there are several, or it can't be stored as it is.
+        ConfigError: there is none or several, or it can't be stored.
     """
     from transformers import PreTrainedModel
 
@@ -164,9 +164,7 @@ def pretrained_in(model: nn.Module) -> Any:
         )
     inner: Any = found[0][1]
     if getattr(inner, "hf_quantizer", None) is not None:
-        raise ConfigError(
-            "HfModel.of() was given a quantized model: its weights can't be trained and stored as they are"
-        )
+        raise ConfigError("HfModel.of() was given a quantized model: its weights can't be trained and stored")
     if any(".base_layer." in name for name, _ in inner.named_parameters()):
         raise ConfigError(
             "HfModel.of() was given a model with PEFT adapters in it: save the steps without `hf`, and write the "
@@ -176,7 +174,7 @@ def pretrained_in(model: nn.Module) -> Any:
 
 
 def _class_name(model: nn.Module) -> str:
-    return type(model).__name__.removeprefix("FSDP")  # `fully_shard` gives it a class of its own
+    return type(model).__name__.removeprefix("FSDP")  # `fully_shard` changes its class
 
 
 def _as_json(config: Any) -> dict[str, Any]:
@@ -185,7 +183,7 @@ def _as_json(config: Any) -> dict[str, Any]:
 
 
 def _prefix(keys: Collection[str], names: KeptNames) -> str:
-    """The prefix of the module's names in ``keys``: the module may be a part of what is saved."""
+    """Return the prefix of the module's names in ``keys``: the module may be a part of the saved state."""
     known = {*names.ours, *names.copies}
     if any(key in known for key in keys):
         return ""
@@ -195,7 +193,7 @@ def _prefix(keys: Collection[str], names: KeptNames) -> str:
 
 
 def _as_stored(source: Readable, names: KeptNames) -> tuple[Readable, dict[str, Recipe]]:
-    """The source under the names of the files or of the module, whichever more of it has, and how to read it."""
+    """Return the source's names, by files or module, whichever match more, and how to read it."""
     by_files, by_module = (_without_prefix(source, {**known, **names.copies}) for known in (names.theirs, names.ours))
     in_files = sum(key in by_files.tensors for key in names.theirs) / max(len(names.theirs), 1)
     in_module = sum(key in by_module.tensors for key in names.ours) / max(len(names.ours), 1)
@@ -219,7 +217,7 @@ def _is_there(recipe: Recipe, view: Readable) -> bool:
 
 
 def _unexpected(view: Readable, recipes: Mapping[str, Recipe], names: KeptNames) -> list[str]:
-    """Stored tensors that no tensor of the module is made of."""
+    """Return stored tensors from which no tensor of the module is built."""
     used = {piece.source_key for recipe in recipes.values() for piece in recipe.pieces}
     return sorted(key for key in view.tensors if key not in used and not _may_be_left(key, names))
 

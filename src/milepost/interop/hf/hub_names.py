@@ -1,7 +1,7 @@
-"""The names that transformers stores a module under: found by having it convert a state dict without data.
+"""The names under which transformers stores a module, found by having it convert a state dict without data.
 
-Since transformers 5 a module may have other tensors than its files on the hub (the experts of a layer as one), and
-transformers reverts that when it saves. On the meta device that costs nothing, and views tell which elements go where.
+Since transformers 5 a module's tensors may differ from those in its files on the hub (a layer's experts as one), and
+transformers reverts that at a save. On the meta device that costs nothing, and views show the destination of elements.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_NBYTES = 8 << 30
 
 
 def kept_names(model: Any) -> KeptNames:
-    """The tensors of ``model`` (a ``PreTrainedModel``, sharded or not) and how ``save_pretrained`` would store them."""
+    """Return the tensors of ``model`` (a ``PreTrainedModel``, sharded or not) and their form in ``save_pretrained``."""
     held = {without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
     copies = _copies(model, tensors)
@@ -57,7 +57,7 @@ def kept_names(model: Any) -> KeptNames:
 
 
 def _copies(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Of tensors with several names those that ``save_pretrained`` leaves out: the name that it keeps."""
+    """Return for tensors with several names: name left out by ``save_pretrained`` -> name that it keeps."""
     declared = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
     same: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -72,7 +72,7 @@ def _copies(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 def _links(
     model: Any, ours: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
 ) -> list[tuple[Link, tuple[int, ...]]] | None:
-    """The destination of each tensor's elements, with its shape; None if it can't be followed."""
+    """Return the destination of each tensor's elements, with its shape; None if it can't be traced."""
     try:
         revert = importlib.import_module("transformers.core_model_loading").revert_weight_conversion
     except (ImportError, AttributeError):  # before transformers 5 a module had the names of its files
@@ -82,7 +82,7 @@ def _links(
     try:
         with _WithoutCopies():  # type: ignore[no-untyped-call]
             stored = revert(model, dict(empty))
-    except Exception:  # noqa: BLE001 - of another library: whatever it was, this way leads nowhere
+    except Exception:  # noqa: BLE001 - any error of that library: this method does not work
         return None
     links = []
     for key, view in stored.items():
@@ -106,7 +106,7 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 class _WithoutCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies are views here, so that what was copied is still known by its memory."""
+    """Replaces copies by views, so that the memory still identifies the copied elements."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default:
@@ -115,7 +115,7 @@ class _WithoutCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _link(owner: str, shape: tuple[int, ...], key: str, view: torch.Tensor) -> Link | None:
-    """The box of a row-major tensor of ``shape`` that ``view`` shows, as it is or with the last two dims exchanged."""
+    """Return the box of a row-major tensor of ``shape`` shown by ``view``, perhaps with the last two dims exchanged."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     sizes, order = [1] * len(shape), list[int]()
     for size, stride in zip(view.shape, view.stride(), strict=True):

@@ -1,4 +1,4 @@
-"""The model that a source of weights says it holds. Torch-free."""
+"""The model recorded in a source of weights. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from milepost.interop.weights.open import Weights
 
 
 def recorded_identity(weights: Weights) -> ModelIdentity | None:
-    """The model that its manifest or config names, if it is one that there are tables for."""
+    """Return the model in the source's manifest or config, if there are tables for it."""
     recorded = ModelIdentity.recorded(weights.manifest.extra) if weights.manifest is not None else None
     return recorded or (identity_of(weights.config) if weights.config is not None else None)

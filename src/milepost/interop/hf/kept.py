@@ -1,4 +1,4 @@
-"""A model of transformers as Hugging Face files: by no table, but by what it says of itself. Torch-free."""
+"""A model of transformers as Hugging Face files, described by itself instead of a table. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import TensorInfo
 
 ARCHITECTURE = "architecture"
-"""Name of the record in a manifest's ``extra``: the class of transformers whose names the tensors have."""
+"""Name of the record in a manifest's ``extra``: the transformers class of the tensors' names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptNames:
-    """The tensors of a module of transformers, and how they are stored in its files."""
+    """The tensors of a transformers module, and their form in its files."""
 
     ours: Mapping[str, tuple[int, ...]]
-    """Shapes by the module's names, of tied tensors by one of them."""
+    """Shapes by the module's names; tied tensors have one."""
     theirs: Mapping[str, tuple[int, ...]]
     """Shapes by the names in the files."""
     links: tuple[Link, ...]
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Names of tied tensors that are not stored: the name that is."""
+    """Name of a tied tensor that is not stored -> the stored name."""
     ignored: frozenset[str] = frozenset()
-    """Names that are in the module's state and not in its files."""
+    """Names in the module's state that are not in its files."""
 
     def into_ours(self) -> dict[str, Recipe]:
-        """Each tensor of the module, put together from those in the files."""
+        """Return each tensor of the module, assembled from those in the files."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
         for link in self.links:
             pieces[link.ours_key].append(MappedBox(link.ours, link.theirs_key, link.theirs, link.op))
         return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
 
     def into_theirs(self) -> dict[str, Recipe]:
-        """Each tensor in the files, put together from those of the module."""
+        """Return each tensor in the files, assembled from those of the module."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
         for link in self.links:
             pieces[link.theirs_key].append(MappedBox(link.theirs, link.ours_key, link.ours, link.op.inverse))
@@ -49,17 +49,17 @@ class KeptNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptTarget:
-    """See ``save.AnyHfTarget``. ``config`` and ``made`` are what the model writes beside its weights itself."""
+    """See ``save.AnyHfTarget``. ``config`` and ``made`` are files that the model itself writes beside its weights."""
 
     names: KeptNames
     prefix: str
-    """Of our keys, before the module's names."""
+    """Prefix of our keys before the module's names."""
     dtypes: Mapping[str, str]
-    """Each of our keys with the dtype it is stored in."""
+    """Our key -> stored dtype."""
     config: Mapping[str, Any]
     made: Mapping[str, Mapping[str, Any]]
     assets: str = ""
-    """A Hugging Face folder that lends tokenizer files; empty: none."""
+    """A Hugging Face folder that provides tokenizer files; empty: none."""
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
 
     def content(self) -> HfContent:
@@ -106,7 +106,7 @@ class KeptTarget:
             lines = [*(f"missing: {key}" for key in missing), *(f"not the model's: {key}" for key in unknown)]
             raise ConversionError(
                 f"the saved state differs from that of the {self.config.get('architectures', ['model'])[0]} that "
-                "HfModel.of() was given: Hugging Face files would not hold it all (of a model in pipeline stages, "
+                "HfModel.of() was given: Hugging Face files would be incomplete (of a model in pipeline stages, "
                 "leave `hf` out and write them from a step, with `milepost export --model hf`)\n  "
                 + "\n  ".join(listed(lines)),
                 problems=lines,

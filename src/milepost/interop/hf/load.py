@@ -1,6 +1,6 @@
-"""Starting a training from Hugging Face files: every rank reads only the ranges that it holds.
+"""Start training from Hugging Face files: every rank reads only the ranges that it holds.
 
-The only module here that knows tensors; all that decides what to read is in ``rules`` and ``source``.
+The only module here that handles torch tensors; ``rules`` and ``source`` decide what to read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from milepost.tensors.layout import TensorLeaf
 
 @dataclass(frozen=True, slots=True)
 class HfLoadReport:
-    """The result of a load from Hugging Face files, as this rank saw it."""
+    """The result of a load from Hugging Face files on this rank."""
 
     path: str
     num_tensors: int
     read_nbytes: int
-    """Bytes of the regions that this rank asked for, in the stored dtype."""
+    """Bytes of the regions that this rank requested, in the stored dtype."""
     cast: tuple[str, ...]
     """Tensors whose stored dtype differs: ``key: bfloat16 -> float32``."""
     notes: tuple[str, ...]
@@ -44,12 +44,12 @@ def load_hf(
     num_threads: int = 2,
     tell: bool = False,
 ) -> HfLoadReport:
-    """Fill this rank's ``leaves`` (our keys) from the weights at ``path``: a Hugging Face folder, or any other source
-    that ``milepost convert`` knows. Not collective. With ``tell``, the log says how far a long load is.
+    """Fill this rank's ``leaves`` (our keys) from the weights at ``path``. Not collective.
+    ``path`` has any format of ``milepost convert``. With ``tell``, the progress of a long load is logged.
 
     Raises:
-        ConversionError: the weights are of another model; nothing was changed.
-        StateMismatchError: they do not have what the leaves ask for; nothing was changed.
+        ConversionError: the weights belong to another model; nothing was changed.
+        StateMismatchError: they lack tensors of the leaves; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
     refuse_one_of_several(path)
@@ -69,5 +69,5 @@ def load_hf(
         ours = Assembled(found.tensors, found.found.into_ours())
         cast = check_fit(ours, leaves, source.path)
         nbytes = fill(ours, leaves, num_threads, f"loading {source.path}" if tell else None)
-        source.check_digests()  # of a `.pt` file or a checkpoint: what was read in part is completed for it
+        source.check_digests()  # for a `.pt` file or a checkpoint: partly read digests are completed
     return HfLoadReport(source.path, len(leaves), nbytes, cast, (*weights.notes, *found.notes))

@@ -1,7 +1,7 @@
-"""Hugging Face files out of the files of all ranks, where no two ranks can write one file: in an object store.
+"""Merge all ranks' files into Hugging Face files, in an object store, where ranks can't share a file.
 
-Every rank's tensors are there, in its own file, with digests. One rank streams them into the final files, in memory
-that does not grow with the model, and takes the ranks' files away. Torch-free.
+Each rank's tensors are in its own file, with digests. One rank streams them into the final files, in memory that does
+not grow with the model, and removes the ranks' files. Torch-free.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from milepost.storage.base import Storage
 def merge_ranks(
     storage: Storage, place: Place, target: AnyHfTarget, signed: Sequence[SignOff], info: SaveInfo
 ) -> dict[str, FileDigests]:
-    """Make the final files at ``place`` of what the ranks have ``signed``. Returns their names there and digests.
+    """Merge the files ``signed`` by the ranks into the final ones at ``place``; returns names and digests.
 
     Raises:
-        DigestMismatchError: what a rank wrote is no longer what it signed.
+        DigestMismatchError: a rank's file changed after its sign-off.
         StorageError: the storage refused.
     """
     image = plan_image(target)

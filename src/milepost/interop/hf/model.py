@@ -1,4 +1,4 @@
-"""``HfModel``: which model a run trains, so that it can start from Hugging Face files and end in them."""
+"""``HfModel``: the model of a run, so that it can read and write Hugging Face files."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class HfModel:
     args: ModelArgs
     assets: str = ""
     flavor: str = CUSTOM
-    """The name of these sizes, as it is recorded and shown."""
+    """The recorded and displayed name of these sizes."""
 
     @staticmethod
     def of(model: nn.Module, assets: str = "") -> HubModel:
-        """Any model of transformers, for a manager's ``hf``: its steps are written as ``save_pretrained`` would.
+        """Return any model of transformers as a manager's ``hf``: its steps are written like by ``save_pretrained``.
 
         ``model`` is a ``PreTrainedModel``, sharded or not (FSDP2, tensor parallelism), or a module around one, such as
-        DDP's; the manager is given the same. ``assets`` is a Hugging Face folder that lends tokenizer files to a save,
-        and weights to a start without ``initial_load_path``; may be empty.
+        DDP's; the manager is given the same. ``assets`` is a Hugging Face folder that provides tokenizer files to a
+        save, and weights to a start without ``initial_load_path``; may be empty.
 
         Raises:
             ConfigError: there is no such model in it, or it is quantized or has PEFT adapters.
@@ -54,16 +54,15 @@ class HfModel:
 
     @property
     def identity(self) -> ModelIdentity:
-        """The model by name, flavor and sizes."""
+        """The model's name, flavor and sizes."""
         return ModelIdentity(name=self.name, flavor=self.flavor, sizes=self.args)
 
     def record(self) -> Mapping[str, Any]:
-        """The record of each step, so that it can be converted and exported without naming the model."""
+        """Return the record of each step, so that it can be converted and exported without naming the model."""
         return {RECORD: self.identity.record()}
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
-        """Return notes on a step of this model that was saved with other settings; none if the step does not record
-        them.
+        """Return notes on other settings in a step of this model; none if the step does not record them.
 
         Raises:
             StateMismatchError: the step at ``path`` records another model, or other sizes.
@@ -84,14 +83,14 @@ class HfModel:
         return [f"it was saved with {', '.join(changed)}, which this run does not use"] if changed else []
 
     def translate(self, manifest: Manifest) -> Translation | None:
-        """Describe under our names a checkpoint that was stored under those of another program."""
+        """Return the manifest of another program's checkpoint under our names."""
         return translate(manifest, self.name, self.args)
 
     def form_of(self, dtypes: Mapping[str, str]) -> HfForm:
         """Return the form of a save of tensors of these keys and dtypes, all ranks' together.
 
         Raises:
-            ConversionError: the tables do not have the model, or the assets are of another model.
+            ConversionError: the tables lack the model, or the assets belong to another model.
         """
         target = HfTarget(model=self.name, args=self.args, dtypes=dict(dtypes), assets=self.assets)
         plan_image(target)
@@ -102,11 +101,11 @@ class HfModel:
     ) -> LoadReport:
         """Fill this rank's ``leaves`` from the weights at ``path``, by default from the assets. Not collective.
 
-        The ``policy`` does not matter: the tables define which keys must be there.
+        The ``policy`` has no effect: the tables define the required keys.
 
         Raises:
             ConfigError: there is neither a path nor assets.
-            ConversionError, StateMismatchError: the weights are of another model; nothing was changed.
+            ConversionError, StateMismatchError: the weights belong to another model; nothing was changed.
             CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
         """
         path = path or self.assets

@@ -1,7 +1,7 @@
-"""Saving a model in training as Hugging Face files: every rank writes its own ranges of the final files.
+"""Save a model in training as Hugging Face files: every rank writes its own ranges of the final files.
 
-There is no second pass and no gathering: names, dtypes and shapes alone give every file's layout, so each rank knows
-where in which file the elements of its boxes belong. Torch-free, for a background process may do the writing.
+There is no second pass and no gathering: names, dtypes and shapes determine every file's layout, so each rank knows the
+file and offset of its boxes' elements. Torch-free, because a background process may write.
 """
 
 from __future__ import annotations
@@ -41,39 +41,40 @@ class HfContent:
     """The content of the files, with the source of each element."""
 
     tensors: Mapping[str, TensorInfo]
-    """By the names in the files."""
+    """Tensors by the names in the files."""
     links: Mapping[str, tuple[Link, ...]]
-    """For each of our keys, where its elements go; nowhere, if another one repeats it."""
+    """Our key -> destinations of its elements; none if it repeats another key."""
     recipes: Mapping[str, Recipe]
-    """The same links from the other side."""
+    """The same links by their keys."""
     head_dim: int
     extras: HfExtras
     max_shard_nbytes: int
 
 
 class AnyHfTarget(Protocol):
-    """A model that is to be saved as Hugging Face files. Plain data, the same on every rank; must pickle."""
+    """A model to be saved as Hugging Face files. Plain data, the same on every rank; must pickle."""
 
     def content(self) -> HfContent:
-        """Work out what the files are to hold. Pure, and equal on every rank.
+        """Compute the content of the files. Pure, and equal on every rank.
 
         Raises:
-            ConversionError: the model's tensors are not those of its tables, or the assets belong to another model.
+            ConversionError: the model's tensors do not match its tables, or the assets belong to another model.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfTarget:
-    """A model that there is a table for."""
+    """A model with a table."""
 
     model: str
     """``llama3`` or ``qwen3``."""
     args: ModelArgs
     dtypes: Mapping[str, str]
-    """Each of our keys with the dtype it is stored in."""
+    """Our key -> stored dtype."""
     assets: str = ""
-    """A Hugging Face folder that lends config, tokenizer files and file index; empty: they are made, or left out."""
+    """A Hugging Face folder that provides config, tokenizer files and file index; empty: they are created or left
+    out."""
     max_shard_nbytes: int = DEFAULT_SHARD_NBYTES
 
     def content(self) -> HfContent:
@@ -93,7 +94,7 @@ class HfTarget:
 
 
 def by_our_key(links: Sequence[Link]) -> dict[str, tuple[Link, ...]]:
-    """The links of each of our keys."""
+    """Return the links of each of our keys."""
     found: dict[str, list[Link]] = {}
     for link in links:
         found.setdefault(link.ours_key, []).append(link)
@@ -109,7 +110,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HfImage:
-    """The final files: their layouts, and what leads from our boxes to places in them."""
+    """The final files: their layouts, and the links from our boxes to them."""
 
     content: HfContent
     files: Mapping[str, SafetensorsLayout]
@@ -120,7 +121,7 @@ def plan_image(target: AnyHfTarget) -> HfImage:
     """Plan the files. Pure, and equal on every rank.
 
     Raises:
-        ConversionError: the model's tensors are not those of its tables, or the assets belong to another model.
+        ConversionError: the model's tensors do not match its tables, or the assets belong to another model.
     """
     content = target.content()
     tensors = content.tensors
@@ -159,7 +160,7 @@ def _foreign_tensors(found: Correspondence, target: HfTarget) -> dict[str, Tenso
 
 
 def write_frame(storage: Storage, folder: str, image: HfImage) -> dict[str, Share]:
-    """Write all but the tensors: headers, index, config and the assets' files. Called by one rank; returns its shares.
+    """Write everything except the tensors: headers, index, config and assets. Called by one rank; returns its shares.
 
     Raises:
         StorageError: the storage refused.
@@ -195,7 +196,7 @@ def write_part(
 ) -> dict[str, Share]:
     """Write and sync this rank's boxes (``items``) into the final files; returns its shares of them.
 
-    Files are created by whoever comes first. Memory beside the source: two slabs and a buffer a thread.
+    The first rank to open a file creates it. Memory besides the source: two slabs and a buffer per thread.
 
     Raises:
         StorageError: the first failure on any thread.
@@ -257,7 +258,7 @@ def _write_item(
 def _slabs(
     item: WriteItem, links: Sequence[Link], head_dim: int, source: BlockSource | FileImage
 ) -> Iterator[tuple[Slab, Array]]:
-    """The item's data as arrays, slab by slab; each is valid until the next."""
+    """Yield the item's data as arrays, slab by slab; each is valid until the next."""
     unit = 1
     if any(link.op is Op.TRANSPOSED for link in links):
         unit = item.box.sizes[-2]
@@ -305,9 +306,9 @@ def _parts(link: Link, head_dim: int, box: Box, values: Array) -> Iterator[tuple
 
 
 def _rows_as_halves(start: int, rows: Array, head_dim: int) -> Iterator[tuple[int, Array]]:
-    """Rows ``[start, start + len(rows))`` in Meta's order as (first row, rows) in Hugging Face's.
+    """Convert rows ``[start, start + len(rows))`` in Meta's order to (first row, rows) in Hugging Face's.
 
-    Whole heads stay together; of a head that is cut, the rows of each half are consecutive.
+    Complete heads stay together; of a partial head, the rows of each half are consecutive.
     """
     stop = start + len(rows)
     low, high = -(-start // head_dim) * head_dim, stop // head_dim * head_dim
@@ -329,7 +330,7 @@ def _swapped(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def join_shares(image: HfImage, shares: Sequence[Mapping[str, Share]]) -> dict[str, FileDigests]:
-    """The digests of all files, from every rank's shares of them.
+    """Combine all ranks' shares into the digests of all files.
 
     Raises:
         SaveError: bytes of a file were written by no rank, or by several.
@@ -349,7 +350,7 @@ def join_shares(image: HfImage, shares: Sequence[Mapping[str, Share]]) -> dict[s
 
 
 def commit_record(info: SaveInfo, *, save_id: str, world_size: int, now: float) -> Manifest:
-    """The manifest under which a save in this format is committed: it names no tensors, as they are not records."""
+    """Return the manifest of a save in this format: it lists no tensors, because they are not records."""
     return Manifest(
         step=info.step,
         save_id=save_id,

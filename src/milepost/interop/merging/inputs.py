@@ -19,7 +19,7 @@ from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_s
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An open source, its model's tensors by the names of the first source, and what was done to them."""
+    """An open source, its model's tensors by the names of the first source, and notes on their translation."""
 
     weights: Weights
     tensors: Readable
@@ -32,13 +32,13 @@ class Input:
 
 
 def open_inputs(paths: Sequence[str], stack: ExitStack, dtype: str | None) -> list[Input]:
-    """Open all ``paths``, to be closed with ``stack``, and see that they hold the same model.
+    """Open all ``paths``, to be closed with ``stack``, and check that they hold the same model.
 
-    Wrappers in names aside. A source that says which model it is may have another program's names. Weights in fp8 and
+    Wrappers in names are ignored. A source that records its model may have another program's names. Weights in fp8 and
     MXFP4 are dequantized, to ``dtype``, or bfloat16.
 
     Raises:
-        ConversionError: they do not hold the same tensors, or some that can't be merged; all faults of all sources.
+        ConversionError: they do not hold the same tensors, or some can't be merged; with all faults of all sources.
         CheckpointNotFoundError, CheckpointDamagedError: one can't be opened.
     """
     opened, faults = [], []
@@ -67,7 +67,7 @@ def open_inputs(paths: Sequence[str], stack: ExitStack, dtype: str | None) -> li
 
 
 def _by_names_of(first: Input, weights: Weights) -> Input:
-    """A source by the names of the first: its own, or those that a table translates; faults are found later."""
+    """Return a source by the names of the first, its own or translated by a table; faults are found later."""
     stored = Renamed(weights.source, bare_names(weights))
     bare = tied_alike(stored, first.tensors)
     if bare.tensors.keys() == first.tensors.tensors.keys():
@@ -82,11 +82,11 @@ def _by_names_of(first: Input, weights: Weights) -> Input:
 
 
 def _own_faults(one: Input) -> Iterator[str]:
-    """The reasons why a source can't be merged at all."""
+    """Return the reasons why a source can't be merged at all."""
     if one.weights.is_adapter:
         yield "a PEFT adapter, not a model: merge it into its base model first (merge_and_unload() of PEFT)"
     elif one.weights.source.kind != "hf" and (key := first_of_adapter(one.weights.source.tensors)) is not None:
-        yield f"a PEFT adapter in it ({key}): its matrices are no sum; `milepost export --merge-adapter` each first"
+        yield f"a PEFT adapter in it ({key}): its matrices have no mean; `milepost export --merge-adapter` each first"
     elif method_of(one.weights.source, one.weights.config) is not None:
         return  # said when they could not be dequantized
     elif not one.tensors.tensors:

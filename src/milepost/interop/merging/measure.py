@@ -1,4 +1,4 @@
-"""Measurements of whole tensors that some methods need before they merge a part: passes over all values."""
+"""Measurements over complete tensors that some methods need first: passes over all values."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from milepost.interop.weights.stream import Advance
 
 NUM_THREADS = 4
 LOW_BITS = 15
-"""A magnitude is found in two passes: by the 16 upper bits of its 31, then by these."""
+"""A magnitude is found in two passes: by its upper 16 of 31 bits, then by the remaining ones."""
 
 
 def num_elements(inputs: Sequence[Readable]) -> int:
-    """Elements of all tensors that are merged, of one source."""
+    """Return the number of elements of all merged tensors of one source."""
     return sum(Box.whole(inputs[0].tensors[key].shape).numel for key in _keys(inputs))
 
 
@@ -35,7 +35,7 @@ def _keys(inputs: Sequence[Readable]) -> list[str]:
 
 
 def arcs(inputs: Sequence[Readable], share: float, advance: Advance | None) -> dict[str, tuple[float, float]]:
-    """For each tensor the factors that lead ``share`` of the way from the first source to the second."""
+    """Return for each tensor the factors of the point at ``share`` of the arc from the first source to the second."""
 
     def measure(key: str) -> tuple[str, tuple[float, float]]:
         sums = np.zeros(3, np.float64)
@@ -51,7 +51,7 @@ def arcs(inputs: Sequence[Readable], share: float, advance: Advance | None) -> d
 
 
 def thresholds(inputs: Sequence[Readable], density: float, advance: Advance | None) -> dict[str, list[float]]:
-    """For each tensor, of each source's difference from the base, the least magnitude in its largest ``density``."""
+    """Return for each tensor and source the threshold of the largest ``density`` of differences to the base."""
 
     def measure(key: str) -> tuple[str, list[float]]:
         return key, [_threshold(inputs, number, key, density, advance) for number in range(1, len(inputs))]
@@ -60,7 +60,7 @@ def thresholds(inputs: Sequence[Readable], density: float, advance: Advance | No
 
 
 def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float, advance: Advance | None) -> float:
-    """The exact k-th largest magnitude of a difference, in float32, by counting: no tensor is held or sorted."""
+    """Find the exact k-th largest magnitude of a difference, in float32, by counting instead of sorting."""
     shape = inputs[0].tensors[key].shape
     if 0 in shape:
         return 0.0
@@ -79,7 +79,7 @@ def _threshold(inputs: Sequence[Readable], number: int, key: str, density: float
 
 
 def _magnitudes(inputs: Sequence[Readable], number: int, key: str, part: Box) -> npt.NDArray[np.uint32]:
-    """The magnitudes of a difference as bits of float32, which are in the order of the values."""
+    """Return the magnitudes of a difference as float32 bits, which sort like the values."""
     dtype = wide_dtype(key, inputs)
     values = read_box(inputs, number, key, part, dtype)
     values -= read_box(inputs, BASE, key, part, dtype)
@@ -88,7 +88,7 @@ def _magnitudes(inputs: Sequence[Readable], number: int, key: str, part: Box) ->
 
 
 def _from_above(counts: npt.NDArray[Any], wanted: int) -> tuple[int, int]:
-    """The bin that the ``wanted``-th value from above lies in, and its place from above within that bin."""
+    """Return the bin of the ``wanted``-th largest value, and its rank within that bin."""
     cumulated = np.cumsum(counts[::-1])
     place = int(np.searchsorted(cumulated, wanted))
     before = int(cumulated[place - 1]) if place else 0

@@ -1,8 +1,8 @@
-"""``merge``: weights of one model from several sources into one, streaming, verified, and visible only when whole.
+"""``merge``: merge weights of one model, streaming, verified, and visible only when complete.
 
 ::
 
-    sources --under the names of the first--> measure whole tensors --> merge part by part --> sink --> read back
+    sources --under the names of the first--> measure tensors --> merge part by part --> sink --> read back
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def merge(
 ) -> MergeReport:
     """Merge the weights at ``sources`` into ``dst``, which must not exist yet, and appears only when it is verified.
 
-    ``dst`` becomes a ``.pt`` file by its name, else a Hugging Face folder if the first source (the base, where there
-    is one) is one, else a checkpoint folder. Values are computed in float32, of tensors of 32 or more bits in float64.
+    ``dst`` becomes a ``.pt`` file if it is named so, else a Hugging Face folder if the first source (or the base) is
+    one, else a checkpoint folder. Values are computed in float32, for dtypes of 32 or more bits in float64.
 
     Raises:
         ConfigError: options that contradict each other or the number of sources.
-        ConversionError: the sources do not hold the same tensors; all faults at once, and nothing was written.
+        ConversionError: the sources do not hold the same tensors; with all faults; nothing was written.
         DigestMismatchError: bytes of a source are damaged; ``dst`` does not appear.
         CheckpointDamagedError: files of a source are missing, truncated or malformed.
         StorageError: reading or writing failed; ``dst`` does not appear.
@@ -97,7 +97,7 @@ def _weights(options: MergeOptions, num_sources: int) -> tuple[float, ...]:
 def _method(
     options: MergeOptions, weights: tuple[float, ...], inputs: Sequence[Readable], progress: StageProgress | None
 ) -> Method:
-    """The method, with what it needs to know of whole tensors measured."""
+    """Return the method, with the measurements over complete tensors that it needs."""
     scale = 1.0 if options.scale is None else options.scale
     density = DEFAULT_DENSITY if options.density is None else options.density
     if options.method == "slerp":
@@ -158,7 +158,7 @@ def _notes(inputs: Sequence[Input], merged: Merged, options: MergeOptions) -> li
         notes.append(f"dtypes differ between the sources, the result has those of {inputs[0].path}: {_some(others)}")
     if merged.differing:
         where = inputs[0].path
-        notes.append(f"whole numbers that differ were taken from {where}: {_some(sorted(merged.differing))}")
+        notes.append(f"differing integers were taken from {where}: {_some(sorted(merged.differing))}")
     if merged.not_finite:
         notes.append(f"merged values that are not finite (NaN or infinite): {_some(sorted(merged.not_finite))}")
     return notes

@@ -1,4 +1,4 @@
-"""A source whose tensors are merged when they are read, in parts of fixed size: memory is a constant."""
+"""A source whose tensors are merged when they are read, in parts of fixed size, in constant memory."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from milepost.interop.merging.methods import Method
 from milepost.interop.weights.boxes import Array, Readable, TensorInfo, as_bytes, cast_into
 
 PART_NUMEL = 1 << 18
-"""Elements that are merged at a time, of a few sources together in the caches of a core."""
+"""Number of elements merged at a time: those of a few sources fit in a core's caches."""
 
 
 def is_floating(info: TensorInfo) -> bool:
-    """Return whether a tensor's values can be merged; whole numbers and booleans are taken from the first source."""
+    """Return whether a tensor's values can be merged; integers and booleans are taken from the first source."""
     return info.dtype in ("float64", "float32", "bfloat16", "float16")
 
 
 def wide_dtype(key: str, inputs: Sequence[Readable]) -> np.dtype[Any]:
-    """The dtype in which a tensor is merged: wider than that of any source, so that equal values stay what they are."""
+    """Return the dtype in which a tensor is merged: wider than any source's, so that equal values are preserved."""
     is_narrow = all(itemsize(tensors.tensors[key].dtype) < 4 for tensors in inputs)
     return np.dtype(np.float32 if is_narrow else np.float64)
 
 
 def read_box(inputs: Sequence[Readable], number: int, key: str, box: Box, dtype: np.dtype[Any]) -> Array:
-    """A part of one source's tensor in a dtype, in new memory."""
+    """Read a part of one source's tensor in a dtype, into new memory."""
     values = np.empty(box.sizes, dtype)
     inputs[number].read_into(key, box, values)
     return values
 
 
 def cut_box(key: str, box: Box, inputs: Sequence[Readable]) -> Iterator[Box]:
-    """``box`` of a tensor in parts that are merged one after the other."""
+    """Split ``box`` into parts that are merged one after the other."""
     for slab in cut_into_slabs(box.sizes, 1, PART_NUMEL, common_unit(key, inputs)):
         yield slab.box.shifted(box.offsets)
 
 
 def common_unit(key: str, inputs: Sequence[Readable]) -> int:
-    """Number of rows such that no source reads a part of what belongs together."""
+    """Return a number of rows that does not split any source's units."""
     return math.lcm(*(tensors.unit_rows(key) for tensors in inputs))
 
 
@@ -58,9 +58,9 @@ class Merged:
             key: TensorInfo(dtypes[key], info.shape) for key, info in inputs[0].tensors.items()
         }
         self.not_finite: set[str] = set()
-        """Keys of tensors with values, among those read, that are infinite or NaN."""
+        """Keys of tensors with infinite or NaN values among those read."""
         self.differing: set[str] = set()
-        """Keys of tensors that are not merged (whole numbers) and are not the same in all sources."""
+        """Keys of tensors that are not merged (integers) and differ between sources."""
 
     def unit_rows(self, key: str) -> int:
         """See ``weights.boxes.Readable``."""

@@ -1,7 +1,7 @@
-"""The arithmetic of merging: what becomes of the values of one tensor in all sources. Pure, in numpy.
+"""The arithmetic of merging one tensor's values from all sources. Pure, in numpy.
 
-Every method is elementwise once what it needs to know of whole tensors is measured (``measure``), so that tensors can
-be merged in parts of any size.
+Every method is elementwise after its measurements over complete tensors (``measure``), so that tensors can be merged in
+parts of any size.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 from milepost.interop.weights.boxes import Array
 
 ReadPart = Callable[[int], Array]
-"""Gives the part of source n in the dtype of the computation, in memory that the caller may change."""
+"""Returns the part of source n in the computation's dtype, in memory that the caller may change."""
 BASE = 0
-"""The number of the base, where a method has one; the other sources follow."""
+"""Index of the base, if a method has one; the other sources follow."""
 LINEAR_ABOVE = 0.9995
-"""Cosine of directions so near to each other that their spherical interpolation is the linear one."""
+"""Cosine above which spherical interpolation is replaced by linear."""
 
 
 class Method(Protocol):
     """A way to merge."""
 
     def values(self, key: str, read: ReadPart) -> Array:
-        """The merged part of tensor ``key``, in memory of the caller."""
+        """Return the merged part of tensor ``key``, in memory owned by the caller."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
-    """The sum of all sources, each times its weight, over ``divisor``."""
+    """The weighted sum of all sources, divided by ``divisor``."""
 
     weights: Sequence[float]
     divisor: float = 1.0
@@ -49,7 +49,7 @@ class WeightedSum:
 
 @dataclass(frozen=True, slots=True)
 class Slerp:
-    """Two sources, each times a factor of the tensor's own: a point of the arc between them (``measure.arcs``)."""
+    """Two sources with factors per tensor: a point on the arc between them (``measure.arcs``)."""
 
     factors: Mapping[str, tuple[float, float]]
 
@@ -80,8 +80,8 @@ class TaskArithmetic:
 class Ties:
     """The base and the merged differences of the sources from it (TIES, Yadav et al., arXiv 2306.01708).
 
-    Of each difference only values of at least ``thresholds[key]`` count (one a source; ``measure.thresholds``). For
-    each element the sign with the larger weighted sum is elected, and those of that sign are averaged. NaN stays NaN.
+    Only differences of at least ``thresholds[key]`` count (one per source; ``measure.thresholds``). For each element
+    the sign with the larger weighted sum is elected, and values with that sign are averaged. NaN stays NaN.
     """
 
     weights: Sequence[float]
@@ -115,22 +115,22 @@ class Ties:
 
 
 def _times(values: Array, factor: float) -> Array:
-    """``values``, in place, times ``factor``."""
+    """Multiply ``values`` in place by ``factor``."""
     if factor != 1:
         values *= values.dtype.type(factor)
     return values
 
 
 def ema_weights(num_sources: int, decay: float) -> tuple[float, ...]:
-    """The weights that an exponential moving average gives its values, oldest first: it begins with the first one."""
+    """Return the weights of an exponential moving average, oldest first; it starts from the first value."""
     later = tuple((1 - decay) * decay ** (num_sources - 1 - number) for number in range(1, num_sources))
     return (decay ** (num_sources - 1), *later)
 
 
 def arc_factors(dot: float, square_a: float, square_b: float, share: float) -> tuple[float, float]:
-    """Factors of two vectors whose sum lies ``share`` of the way on the arc from one to the other (Shoemake 1985).
+    """Return the factors of two vectors for the point at ``share`` of the arc between them (Shoemake 1985).
 
-    ``dot`` is their product, the squares are those of their norms. Where there is no arc it is the straight line.
+    ``dot`` is their dot product, the squares are those of their norms. Without an arc, interpolation is linear.
     """
     norms = float(np.sqrt(square_a) * np.sqrt(square_b))
     cosine = dot / norms if norms > 0 else 1.0

@@ -23,24 +23,24 @@ class MergeOptions:
     method: str = "mean"
     """One of ``METHODS``."""
     weights: tuple[float, ...] = ()
-    """One for each source; empty: all 1. ``mean`` divides by their sum, the others take them as they are."""
+    """One for each source; empty: all 1. ``mean`` divides by their sum, the others use them unchanged."""
     decay: float | None = None
-    """``ema``: what the average keeps of itself at each further source; None: 0.9."""
+    """``ema``: share of the average kept at each source; None: 0.9."""
     base: str = ""
-    """``task-arithmetic``, ``ties``: the model that the sources are variants of."""
+    """``task-arithmetic``, ``ties``: the model from which the sources derive."""
     density: float | None = None
-    """``ties``: the share of each difference that is kept, the largest values; None: 0.2."""
+    """``ties``: share of each difference to keep, the largest values; None: 0.2."""
     scale: float | None = None
     """``task-arithmetic``, ``ties``: factor of the merged difference; None: 1."""
     dtype: str | None = None
     """Cast every tensor to this; None keeps those of the first source, or of the base."""
     max_shard_nbytes: int | None = None
-    """Size of the files of a Hugging Face target; None: as the first source is split."""
+    """Size of a Hugging Face target's files; None: like the first source's."""
     budget_nbytes: int = DEFAULT_BUDGET_NBYTES
-    """The largest number of bytes held in buffers."""
+    """Maximum number of bytes in buffers."""
 
     def check(self, num_sources: int) -> None:
-        """Refuse options that contradict each other or the number of sources. Raises ConfigError with all problems."""
+        """Check options against each other and the number of sources. Raises ConfigError with all problems."""
         problems = [*self._problems_of_method(num_sources), *self._problems_of_weights(num_sources)]
         if self.dtype is not None and self.dtype not in DTYPES:
             problems.append(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
@@ -57,7 +57,7 @@ class MergeOptions:
             wanted = "exactly 2 sources" if method == "slerp" else "2 or more sources" if least == 2 else "a source"
             yield f"--method {method} merges {wanted}, found {num_sources}"
         if method in WITH_BASE and not self.base:
-            yield f"--method {method} needs --base: the model that the sources are variants of"
+            yield f"--method {method} needs --base: the model from which the sources derive"
         owners = {
             "--base": (self.base or None, WITH_BASE),
             "--scale": (self.scale, WITH_BASE),
@@ -101,9 +101,9 @@ class MergeReport:
     """``dcp``, ``hf`` or ``pt``."""
     method: str
     sources: tuple[str, ...]
-    """The base first, where there is one."""
+    """The base first, if there is one."""
     weights: tuple[float, ...]
-    """What each source's values, or their difference from the base, were multiplied with; empty for ``slerp``."""
+    """Factor of each source's values, or of their difference from the base; empty for ``slerp``."""
     num_tensors: int
     written_nbytes: int
     checked_nbytes: int

@@ -1,20 +1,20 @@
-"""Names of parameters between programs: tables read both ways. Torch-free.
+"""Parameter names of different programs, in two-way tables. Torch-free.
 
 In reading order::
 
     rules        one rule: pattern <-> pattern, and the tensor operation with its inverse
-    model_sizes  the sizes of every model that is trained here
-    sizes        the sizes of any model, as tables name them
-    adapter_keys  what adapters of PEFT add to a model's keys
-    identity     which model a checkpoint is of, as it is recorded
-    llama3, qwen3, qwen3_moe, torchtitan  the tables of models that are trained here
-    config_family  families whose sizes a config.json tells: how a table is written
+    model_sizes  the sizes of the trainer's models
+    sizes        the sizes of any model, by the tables' names
+    adapter_keys  the keys of PEFT's adapters
+    identity     the recorded model of a checkpoint
+    llama3, qwen3, qwen3_moe, torchtitan  the tables of the trainer's models
+    config_family  families whose sizes are in a config.json: writing their tables
     hub_dense, hub_experts  their tables
     families     all of them by name
-    assembled    a recipe put on top of stored tensors: those of one program read as another's
-    nearest      which family a set of keys resembles
-    match        which table fits which keys
-    translate    a training checkpoint of another program under our names, for a load and for plan-resume
+    assembled    recipes over stored tensors: reading one program's as another's
+    nearest      the family that a set of keys resembles
+    match        the table that fits a set of keys
+    translate    another program's training checkpoint under our names, for a load and for plan-resume
 """
 
 from __future__ import annotations

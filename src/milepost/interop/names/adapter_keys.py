@@ -1,4 +1,4 @@
-"""Keys of the tensors that adapters of PEFT add to a model."""
+"""Keys of the tensors that PEFT's adapters add to a model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _KINDS = (
 )
 """Names of PEFT 0.21 that its files have as they are, but for the adapter's name."""
 ADAPTER_KEY = re.compile(rf"(.*\.|)({'|'.join(_KINDS)})\.([^.]+)((?:\..+)?)")
-"""A tensor of an adapter: (module) (what) (the adapter's name) (the rest)."""
+"""An adapter's tensor: (module) (kind) (adapter name) (rest)."""
 
 
 def first_of_adapter(keys: Iterable[str]) -> str | None:
-    """The first key that an adapter has added; None without any."""
+    """Return the first key added by an adapter; None if there is none."""
     return next((key for key in keys if _is_of_adapter(key)), None)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of one program read as those of another: a recipe of ``rules`` put on top of what is stored."""
+"""Read one program's tensors as another's, by recipes of ``rules`` over the stored ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milepost.interop.weights.boxes import Array, Readable, TensorInfo
 
 
 class Assembled:
-    """Tensors that ``recipes`` put together from those of ``base``: the same boxes, under other names and orders."""
+    """Tensors assembled by ``recipes`` from those of ``base``, with other names and order of elements."""
 
     def __init__(self, base: Readable, recipes: Mapping[str, Recipe], dtype: str | None = None):
         self._base = base
@@ -45,7 +45,7 @@ class Assembled:
                 self._read_piece(piece, common.relative_to(piece.target), out[common.relative_to(box).index()])
 
     def _read_piece(self, piece: MappedBox, part: Box, out: Array) -> None:
-        """Fill ``out`` with the box ``part`` of a piece (in the piece's own coordinates)."""
+        """Fill ``out`` with the box ``part`` of a piece (in the piece's coordinates)."""
         # Source and target differ at most in leading dims of size 1.
         ndim = len(piece.source.sizes)
         offsets, sizes = part.offsets[len(part.offsets) - ndim :], part.sizes[len(part.sizes) - ndim :]
@@ -62,7 +62,7 @@ class Assembled:
             self._read_heads(piece, offsets, sizes, target)
 
     def _read_heads(self, piece: MappedBox, offsets: tuple[int, ...], sizes: tuple[int, ...], target: Array) -> None:
-        """Read the whole heads that the wanted rows lie in, and reorder the rows of each."""
+        """Read the heads that contain the requested rows, and reorder the rows of each."""
         head = piece.head_dim
         first = offsets[0] // head * head
         stop = -(-(offsets[0] + sizes[0]) // head) * head
@@ -83,7 +83,7 @@ def _swap(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _reshaped_view(array: Array, sizes: tuple[int, ...]) -> Array:
-    """``array`` with leading dims of size 1 added or dropped: a view, whatever its layout."""
+    """Return a view of ``array`` with leading dims of size 1 added or dropped, for any layout."""
     drop = array.ndim - len(sizes)
     view: Array = array[(0,) * drop] if drop > 0 else array[(np.newaxis,) * -drop]
     return view

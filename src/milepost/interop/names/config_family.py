@@ -1,7 +1,7 @@
-"""Families whose sizes are told by a model's ``config.json``: how a table is written, and how sizes are read.
+"""Families whose sizes are in a model's ``config.json``: writing their tables, and reading sizes.
 
-A table has one line a parameter: our name, its shape, and Hugging Face's name for it. The trainer trains none of these
-models; our names are those that Meta's and torchtitan's models have.
+A table has one line per parameter: our name, its shape, and Hugging Face's name for it. The trainer does not train
+these models; our names are those of Meta's and torchtitan's models.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from milepost.interop.names.torchtitan import own_scheme
 
 _MAX_SIZE = 1 << 31
 _MAX_COUNT = 1 << 14
-"""Of layers and experts: tables are made of them, so a hostile config must not ask for billions."""
+"""Maximum number of layers and of experts: tables grow with them, so a hostile config must not request billions."""
 _MAX_EXPERTS = 1 << 20
-"""Of all layers together: fifty times those of the largest published models."""
+"""Maximum number of experts in all layers together: fifty times that of the largest published models."""
 
 
 # ---- writing a table ----
@@ -27,7 +27,7 @@ _MAX_EXPERTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One parameter, ours and Hugging Face's."""
+    """One parameter, under our and Hugging Face's name."""
 
     parameter: Parameter
     row: Row
@@ -43,7 +43,7 @@ def line(
     layers: str = "",
     when: str = "",
 ) -> Line:
-    """One parameter. ``shape`` names sizes, with spaces between; for the rest see ``Parameter`` and ``Row``."""
+    """Define one parameter. ``shape`` names sizes, separated by spaces; for the rest see ``Parameter`` and ``Row``."""
     return Line(Parameter(ours, tuple(shape.split()), layers, when), Row(ours, theirs, op, part))
 
 
@@ -57,27 +57,27 @@ def in_layer(
     layers: str = "",
     when: str = "",
 ) -> Line:
-    """One parameter of each layer, by its names below the layer's."""
+    """Define one parameter of each layer, by its names below the layer's."""
     ours, theirs = f"layers.{{layer}}.{ours}", f"model.layers.{{layer}}.{theirs}"
     return line(ours, shape, theirs, op, part=part, layers=layers, when=when)
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFamily:
-    """A family of models of transformers with all that is needed to convert one."""
+    """A family of transformers models, with everything needed to convert one."""
 
     name: str
     tables: Family
     model_types: tuple[str, ...]
     """``model_type`` of the text model's config; others are those of models that contain it."""
     architecture: str
-    """The class of transformers that the converted weights are of."""
+    """The transformers class of the converted weights."""
     read: Callable[[ConfigValues], Sizes]
     defaults: Mapping[str, Any]
-    """What an entry means that published configs leave out: that of transformers' class."""
+    """Defaults for entries missing in published configs, from transformers' class."""
 
     def has_scheme(self, name: str) -> bool:
-        """Return whether another program's names are known of it."""
+        """Return whether another program's names for it are known."""
         return any(scheme.name == name for scheme in self.tables.schemes)
 
 
@@ -95,11 +95,11 @@ def config_family(
     others: Sequence[Scheme] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> ConfigFamily:
-    """Make a family of its table.
+    """Build a family from its table.
 
-    ``variants``: lines in place of those of the same parameter, in other layouts that Hugging Face files have.
-    ``inside``: prefixes of a larger model that the text model may be part of; ``beside``: what else that model has.
-    ``others``: the names that other programs give our parameters.
+    ``variants``: alternative lines for the same parameter, for other layouts of Hugging Face files. ``inside``:
+    prefixes of a larger model that may contain the text model; ``beside``: other parts of that model. ``others``: other
+    programs' names for our parameters.
     """
     parameters = tuple(entry.parameter for entry in lines)
     rows = tuple(entry.row for entry in lines)
@@ -124,14 +124,14 @@ def _hf_scheme(
 
 
 class ConfigValues:
-    """A ``config.json`` that may hold anything. What is wrong with it is gathered in ``faults``."""
+    """A ``config.json`` with untrusted content. Problems are collected in ``faults``."""
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
         self.faults: list[str] = []
 
     def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MAX_SIZE) -> int:
-        """A number from ``least`` to ``most`` (exclusive); ``default`` where there is none, or null."""
+        """Return a number from ``least`` to ``most`` (exclusive); ``default`` if missing or null."""
         value = self._config.get(name)
         if value is None:
             value = default
@@ -141,15 +141,15 @@ class ConfigValues:
         return 1
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A number of layers or experts; it may be 0 where that is the ``default``."""
+        """Return a number of layers or experts; 0 is allowed if it is the ``default``."""
         return self.number(name, default, least=0 if default == 0 else 1, most=_MAX_COUNT)
 
     def has(self, name: str) -> bool:
-        """Return whether there is something other than null, zero, false or empty."""
+        """Return whether the entry is present and not null, zero, false or empty."""
         return bool(self._config.get(name))
 
     def is_true(self, name: str, default: bool = False) -> bool:
-        """A switch; ``default`` where there is none, or null."""
+        """Return a boolean; ``default`` if missing or null."""
         value = self._config.get(name)
         if value is None:
             value = default
@@ -158,7 +158,7 @@ class ConfigValues:
         return value is True
 
     def numbers(self, name: str, below: int) -> tuple[int, ...] | None:
-        """A list of numbers from 0 to ``below`` (exclusive); None where there is none, or null."""
+        """Return a list of numbers from 0 to ``below`` (exclusive); None if missing or null."""
         value = self._config.get(name)
         if value is None:
             return None
@@ -175,7 +175,7 @@ def attention_sizes(
     kinds: Mapping[str, Sequence[int]] | None = None,
     features: Sequence[str] = (),
 ) -> Sizes:
-    """The sizes that all decoders have, and ``more``."""
+    """Return the sizes that all decoders have, and ``more``."""
     dim, heads = config.number("hidden_size"), config.number("num_attention_heads")
     kv_heads = config.number("num_key_value_heads", heads)
     width = config.number("head_dim", max(1, dim // heads))
@@ -200,10 +200,10 @@ def attention_sizes(
 
 
 def read_sizes(family: ConfigFamily, config: Mapping[str, Any], path: str) -> Sizes:
-    """The sizes of the model of ``family`` that ``config`` describes.
+    """Read the sizes of the model of ``family`` described by ``config``.
 
     Raises:
-        ConversionError: with everything that is missing in the config at ``path``, or is no size.
+        ConversionError: with all missing or invalid entries of the config at ``path``.
     """
     said = {name: value for name, value in config.items() if value is not None}
     values = ConfigValues({**family.defaults, **said})

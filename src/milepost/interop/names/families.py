@@ -14,7 +14,7 @@ from milepost.interop.names.rules import OWN, Family
 from milepost.interop.names.torchtitan import own_scheme, torchtitan_schemes
 
 META = "meta"
-"""Our names as Meta's own files have them: the output projection is there even when it is tied."""
+"""The names in Meta's own files, which have an output projection even if it is tied."""
 
 LLAMA3 = Family(
     "llama3",
@@ -44,25 +44,25 @@ QWEN3_MOE = Family(
 
 
 def family_of(model: str, args: ModelArgs) -> Family:
-    """The tables of ``model`` (a name of ``model_sizes``) in the sizes ``args``."""
+    """Return the tables of ``model`` (a name in ``model_sizes``) for the sizes ``args``."""
     if model == "llama3":
         return LLAMA3
     return QWEN3 if args.moe is None else QWEN3_MOE
 
 
 CONFIG_FAMILIES: Mapping[str, ConfigFamily] = {family.name: family for family in (*DENSE, *EXPERTS)}
-"""Families that the trainer does not train: sizes come from ``config.json``."""
+"""Families that the trainer does not train, with sizes from ``config.json``."""
 ALSO_CALLED = {"qwen2.5": "qwen2", "phi4": "phi3"}
-"""Names of models of a family that users know better than the family's."""
+"""Model names that users know better than the family's name."""
 FAMILIES: tuple[Family, ...] = (LLAMA3, QWEN3, QWEN3_MOE, *(family.tables for family in CONFIG_FAMILIES.values()))
 
 
 def config_family_named(model: str | None) -> ConfigFamily | None:
-    """The family called ``model`` whose sizes come from ``config.json``; None if there is none."""
+    """Return the family ``model`` whose sizes come from ``config.json``; None if there is none."""
     return CONFIG_FAMILIES.get(ALSO_CALLED.get(model, model)) if model is not None else None
 
 
 def config_family_of(config: Mapping[str, Any]) -> ConfigFamily | None:
-    """The family of the model that a ``config.json`` is of, if the trainer does not train it."""
+    """Return the family of a ``config.json``, if the trainer does not train it."""
     kind = config.get("model_type")
     return next((family for family in CONFIG_FAMILIES.values() if kind in family.model_types), None)

@@ -1,7 +1,7 @@
 """Dense families of the hub: Mistral, Qwen 2 and 2.5, OLMo 2, Phi 3 and 4, Gemma 3 (the text model).
 
-Source: the classes of transformers 5. Rows of the query and key projections stay in Hugging Face's order (halves), but
-for Mistral, whose own files have Meta's.
+Source: the classes of transformers 5. Rows of the query and key projections stay in Hugging Face's order (halves),
+except for Mistral, whose own files have Meta's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ OLMO2 = config_family(
         in_layer("attention.q_norm.weight", "q_rows", "self_attn.q_norm.weight"),
         in_layer("attention.k_norm.weight", "kv_rows", "self_attn.k_norm.weight"),
         *MLP,
-        # Both norms stand behind what they norm.
+        # Both norms follow the layers that they normalize.
         in_layer("post_attention_norm.weight", "dim", "post_attention_layernorm.weight"),
         in_layer("post_ffn_norm.weight", "dim", "post_feedforward_layernorm.weight"),
         *HEAD,

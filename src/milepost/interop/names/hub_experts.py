@@ -1,8 +1,8 @@
 """Mixtures of experts of the hub: DeepSeek-V3 (latent attention), gpt-oss, Llama 4 (the text model).
 
 Sources: the classes of transformers 5, and torchtitan's models and state dict adapters of these families, of 0.2 and
-0.3. Our names are torchtitan 0.2's: experts are stacked, [experts, out, in]; those of gpt-oss have the rows of gate and
-up in turn.
+0.3. Our names are torchtitan 0.2's: experts are stacked, [experts, out, in]; gpt-oss interleaves the rows of gate and
+up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHAPES = {"w1": "experts expert_hidden dim", "w2": "experts dim expert_hidden",
 def _experts(
     theirs: Sequence[str], op: Op = Op.SAME, gate: Slice | None = None, up: Slice | None = None
 ) -> tuple[Line, ...]:
-    """The experts, whose ``w1``, ``w2`` and ``w3`` Hugging Face calls ``theirs``."""
+    """Define the experts; ``theirs`` are Hugging Face's names for ``w1``, ``w2`` and ``w3``."""
     parts = (gate, None, up)
     return tuple(
         in_layer(f"moe.experts.{ours}", shape, name, op, part=part, layers="moe")
@@ -37,7 +37,7 @@ def _experts(
 
 
 def _gated(ours: str, theirs: str, hidden: str, *, layers: str, when: str = "") -> tuple[Line, ...]:
-    """A gated feed-forward with one matrix a projection."""
+    """Define a gated feed-forward with one matrix per projection."""
     lines = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
     return tuple(
         in_layer(
@@ -99,7 +99,7 @@ def _deepseek_v3(config: ConfigValues) -> Sizes:
     kinds = {
         "dense": range(min(num_dense, num_layers)),
         "moe": range(num_dense, num_layers),
-        # The layers that predict further tokens, which transformers' class does not have either.
+        # Layers that predict further tokens, which transformers' class also lacks.
         "beyond": range(num_layers, num_layers + config.count("num_nextn_predict_layers", 0)),
     }
     features = ["latent queries" if has_latent_queries else "full queries", *["shared experts"][: min(num_shared, 1)]]

@@ -1,4 +1,4 @@
-"""The model of a checkpoint: name, flavor and all sizes, as its manifest records them. Torch-free."""
+"""The model of a checkpoint, as recorded in its manifest: name, flavor and all sizes. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ RECORD = "model"
 """Name of the record in a manifest's ``extra``."""
 
 CUSTOM = "custom"
-"""The flavor of sizes that none of the known flavors has."""
+"""The flavor for sizes that match no known flavor."""
 
 _MAX_SIZE = 1 << 31
 _MAX_COUNT = 1 << 14
-"""Of layers and experts: tables are made of them, so a hostile record must not ask for billions."""
+"""Maximum number of layers and of experts: tables grow with them, so a hostile record must not request billions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """A model by name and flavor, with the sizes and settings that it was really built with."""
+    """A model by name and flavor, with its actual sizes and settings."""
 
     name: str
     flavor: str
@@ -36,12 +36,12 @@ class ModelIdentity:
         return f"{self.name} {self.flavor}"
 
     def record(self) -> dict[str, Any]:
-        """As it goes into a manifest's ``extra``."""
+        """Return the record for a manifest's ``extra``."""
         return {"name": self.name, "flavor": self.flavor, "sizes": asdict(self.sizes)}
 
     @classmethod
     def recorded(cls, extra: Mapping[str, Any]) -> ModelIdentity | None:
-        """Read the model from a manifest's ``extra``; None if it names none, or is invalid."""
+        """Read the model from a manifest's ``extra``; None if there is none, or it is invalid."""
         said = extra.get(RECORD)
         if not isinstance(said, Mapping):
             return None
@@ -56,7 +56,7 @@ class ModelIdentity:
 
 
 def are_possible(sizes: ModelArgs) -> bool:
-    """Return whether all numbers are positive and none is absurd."""
+    """Return whether all numbers are positive and plausible."""
     numbers = [sizes.dim, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.hidden_dim, sizes.vocab_size]
     counts, settings = [sizes.n_layers], [sizes.rope_theta, sizes.norm_eps]
     if sizes.moe is not None:
@@ -86,7 +86,7 @@ _WEIGHTS_DEPEND_ON = (
 
 
 def size_differences(found: ModelArgs, expected: ModelArgs) -> list[str]:
-    """List the differing sizes that the weights depend on, such as ``n_layers 32 instead of 16``."""
+    """List differing sizes on which weights depend, such as ``n_layers 32 instead of 16``."""
     pairs = [(name, getattr(found, name), getattr(expected, name)) for name in _WEIGHTS_DEPEND_ON]
     if found.moe is not None and expected.moe is not None:
         pairs = [pair for pair in pairs if pair[0] != "hidden_dim"]
@@ -98,7 +98,7 @@ def size_differences(found: ModelArgs, expected: ModelArgs) -> list[str]:
 
 
 def flavor_of(name: str, sizes: ModelArgs) -> str:
-    """The flavor whose weights have these sizes, whatever the vocabulary; ``custom`` if there is none."""
+    """Return the flavor with these sizes, ignoring the vocabulary; ``custom`` if there is none."""
     for flavor in model_flavors(name):
         if not size_differences(replace(model_args(name, flavor), vocab_size=sizes.vocab_size), sizes):
             return flavor
@@ -106,7 +106,8 @@ def flavor_of(name: str, sizes: ModelArgs) -> str:
 
 
 def with_settings(sizes: ModelArgs, of: ModelArgs) -> tuple[ModelArgs, list[str]]:
-    """``sizes`` with what weights don't depend on (RoPE, norm, context) as another model has it, and what changed."""
+    """Return ``sizes`` with another model's settings that don't affect weights (RoPE, norm, context), and the
+    changes."""
     names = ("rope_theta", "rope_scaling", "norm_eps", "max_seq_len")
     changed = {name: getattr(of, name) for name in names if getattr(of, name) != getattr(sizes, name)}
     words = [f"{name} {_shown(value)} instead of {_shown(getattr(sizes, name))}" for name, value in changed.items()]

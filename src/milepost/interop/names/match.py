@@ -1,4 +1,4 @@
-"""Finds the scheme whose names a set of stored tensors has, and reports what is wrong if none fits."""
+"""Find the scheme whose names a set of stored tensors has, and report the faults if none fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from milepost.interop.weights.stream import SLAB_NBYTES
 
 @dataclass(frozen=True, slots=True)
 class Match(Generic[Args]):
-    """Stored tensors that are the model ``args`` in the names of ``found.scheme``."""
+    """Stored tensors of the model ``args`` in the names of ``found.scheme``."""
 
     tensors: Readable
     found: Correspondence
@@ -29,11 +29,11 @@ class Match(Generic[Args]):
 
 
 def match(stored: Readable, family: Family, args: Args, path: str) -> Match[Args]:
-    """Recognise the names of ``stored``. The vocabulary may be another than the flavor's: then the stored one counts.
+    """Recognise the names of ``stored``. If the vocabulary differs from the flavor's, the stored one is used.
 
     Raises:
-        ConversionError: they are no such model; lists what is missing, unexpected and misshapen in the names that
-            come nearest.
+        ConversionError: they are not such a model; lists missing, unexpected and misshapen tensors in the closest
+        scheme.
     """
     nearest: tuple[int, KeyFaults, Scheme] | None = None
     for prefix, scheme in _candidates(stored, family):
@@ -53,12 +53,12 @@ def match(stored: Readable, family: Family, args: Args, path: str) -> Match[Args
 
 
 def _without_prefix(stored: Readable, prefix: str) -> Readable:
-    """The tensors that have a prefix, without it."""
+    """Return the tensors that have a prefix, without it."""
     return Renamed(stored, {key.removeprefix(prefix): key for key in stored.tensors if key.startswith(prefix)})
 
 
 def _candidates(stored: Readable, family: Family) -> Iterator[tuple[str, Scheme]]:
-    """(prefix, scheme) to try, likely ones first."""
+    """Yield (prefix, scheme) to try, likely ones first."""
     for prefix in PREFIXES:
         if prefix == "" or any(key.startswith(prefix) for key in stored.tensors):
             for scheme in family.schemes:
@@ -66,7 +66,7 @@ def _candidates(stored: Readable, family: Family) -> Iterator[tuple[str, Scheme]
 
 
 def with_stored_vocabulary(scheme: Scheme, args: Args, shapes: Mapping[str, tuple[int, ...]]) -> Args:
-    """``args`` with as many words as the stored embedding has rows."""
+    """Return ``args`` with the vocabulary size of the stored embedding."""
     key = next(row.theirs for row in scheme.rows if row.ours == "tok_embeddings.weight")
     shape = shapes.get(key)
     return with_vocabulary(args, shape[0]) if shape is not None and len(shape) == 2 else args
@@ -94,24 +94,22 @@ def fault_lines(faults: KeyFaults) -> list[str]:
 
 def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored: Readable) -> str:
     hints = {key: near(key, faults.unexpected) for key in faults.missing[:MAX_LISTED]}
-    missing = [
-        f"missing: {key}" + (f" (there is {hint})" if (hint := hints.get(key)) else "") for key in faults.missing
-    ]
+    missing = [f"missing: {key}" + (f" (found {hint})" if (hint := hints.get(key)) else "") for key in faults.missing]
     unexpected = [f"unexpected: {key}" for key in faults.unexpected]
     lines = [*listed(missing), *listed(unexpected), *listed(faults.misshapen), *advice(stored.tensors, family.name)]
     matching = len(stored.tensors) - len(faults.unexpected) - len(faults.misshapen)
     counts = f"{len(faults.missing)} missing, {len(faults.unexpected)} unexpected, {len(faults.misshapen)} misshapen"
     return (
-        f"{path} does not hold this {family.name} model, is it the right --model and --flavor? Of its "
+        f"{path} does not hold this {family.name} model; check --model and --flavor. Of its "
         f"{len(stored.tensors)} tensors, by the names of scheme '{scheme.name}': {counts}, {matching} match\n  "
         + "\n  ".join(lines)
     )
 
 
 def tied_fault(match: Match[Args]) -> str | None:
-    """Report why the embedding and the output projection of a tied model are not one tensor; None if they are.
+    """Return the reason why the tied embedding and output projection are not one tensor; None if they are.
 
-    Only a source that stores both is read.
+    Reads only a source that stores both.
     """
     tied = match.found.tied
     if tied is None or tied[1] not in match.tensors.tensors:
@@ -121,7 +119,7 @@ def tied_fault(match: Match[Args]) -> str | None:
 
 
 def difference(tensors: Readable, one: str, other: str) -> str | None:
-    """Describe how a tensor differs from another; None if the two are equal to the last bit."""
+    """Describe how a tensor differs from another; None if they are bit-identical."""
     first, second = tensors.tensors[one], tensors.tensors[other]
     if first != second:
         return f"{other} is {second.dtype} {list(second.shape)}, {one} is {first.dtype} {list(first.shape)}"
@@ -135,7 +133,7 @@ def difference(tensors: Readable, one: str, other: str) -> str | None:
 
 
 def repeated(recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """The keys among ``recipes`` that repeat another's recipe, with that other key: tensors to store once."""
+    """Return key -> other key for recipes that repeat another's: tensors to store once."""
     first: dict[int, str] = {}
     shared = {}
     for key, recipe in recipes.items():

@@ -1,8 +1,7 @@
-"""The sizes of every model that Milepost trains and converts: plain tables, read without torch.
+"""The sizes of the models that Milepost trains and converts: plain tables, without torch.
 
-Sources: the ``params.json`` / ``config.json`` files published with Llama 3.1, Llama 3.2 and Qwen 3.
-The debug flavors are ours; Llama's has the shape and the RoPE of torchtitan's, so that checkpoints of the two can be
-exchanged.
+Sources: the ``params.json`` / ``config.json`` files published with Llama 3.1, Llama 3.2 and Qwen 3. The debug flavors
+are ours; Llama's has the shape and RoPE of torchtitan's, so that their checkpoints are interchangeable.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ class RopeScaling:
 
     factor: float
     low_freq_factor: float = 1.0
-    """Wavelengths above ``original_seq_len / low_freq_factor`` are stretched by the whole factor."""
+    """Wavelengths above ``original_seq_len / low_freq_factor`` are stretched by the full factor."""
     high_freq_factor: float = 4.0
-    """Wavelengths below ``original_seq_len / high_freq_factor`` stay as they are."""
+    """Wavelengths below ``original_seq_len / high_freq_factor`` are unchanged."""
     original_seq_len: int = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEArgs:
-    """A feed-forward of which every token visits ``top_k`` of ``num_experts``."""
+    """A feed-forward layer with ``num_experts``, of which each token uses ``top_k``."""
 
     num_experts: int
     top_k: int
     hidden_dim: int
-    """The width inside one expert."""
+    """The hidden width of one expert."""
     balance_loss_weight: float = 1e-3
     """Weight of the loss that keeps the experts evenly used (see ``models/moe.py``)."""
 
@@ -50,7 +49,7 @@ class ModelArgs:
     n_kv_heads: int
     head_dim: int
     hidden_dim: int
-    """The width inside the dense feed-forward; unused where ``moe`` is set."""
+    """The hidden width of the dense feed-forward; unused with ``moe``."""
     vocab_size: int
     max_seq_len: int
     """The longest context the published weights were trained for; a run may use any length."""
@@ -152,13 +151,13 @@ MODEL_NAMES = tuple(_MODELS)
 
 
 def model_flavors(name: str) -> tuple[str, ...]:
-    """The flavors of model ``name``, smallest first within dense and MoE. Raises ConfigError with the nearest name."""
+    """Return the flavors of model ``name``, smallest first within dense and MoE. Raises ConfigError."""
     _require(name, _MODELS, "model.name", "model")
     return tuple(_MODELS[name])
 
 
 def model_args(name: str, flavor: str, *, vocab_size: int | None = None) -> ModelArgs:
-    """The published sizes of ``flavor``, with the tokenizer's ``vocab_size`` in place of its own where one is given.
+    """Return the published sizes of ``flavor``, with the given ``vocab_size``, if any.
 
     Raises:
         ConfigError: no such model or flavor; the message lists those that exist and names the nearest.

@@ -1,4 +1,4 @@
-"""The family that a set of stored keys resembles most: for the report on models that no table fits."""
+"""Find the family that a set of stored keys resembles most, to report on models that no table fits."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from milepost.interop.names.families import CONFIG_FAMILIES, FAMILIES
 from milepost.interop.names.rules import Family, Scheme
 
 PREFIXES = ("", "model.", "state_dict.", "module.")
-"""Under what a state dict may stand in a checkpoint or a ``.pt`` file."""
+"""Prefixes of a state dict in a checkpoint or a ``.pt`` file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resemblance:
-    """The resemblance of keys to the names of a family, numbers of layers and experts aside."""
+    """The resemblance of keys to the names of a family, ignoring numbers of layers and experts."""
 
     families: tuple[str, ...]
-    """More than one where several have the same names."""
+    """Several if they have the same names."""
     scheme: str
     num_keys: int
     num_known: int
     unknown: tuple[str, ...]
-    """Keys, ``N`` for each number, that the scheme does not have."""
+    """Keys, with ``N`` for each number, that the scheme lacks."""
     absent: tuple[str, ...]
-    """Names of the scheme, ``N`` for each number, that no key has."""
+    """Names of the scheme, with ``N`` for each number, that no key has."""
 
     def lines(self) -> list[str]:
-        """The report."""
+        """Return the report."""
         names = " or ".join(f"'{name}'" for name in self.families)
         found = [
             f"nearest family: {names} (scheme '{self.scheme}'); {self.num_known} of {self.num_keys} keys match it, "
             f"{self.num_keys - self.num_known} do not"
         ]
         found += [f"  does not match: {line}" for line in listed(list(self.unknown))]
-        found += [f"  is not there: {line}" for line in listed(list(self.absent))]
+        found += [f"  missing: {line}" for line in listed(list(self.absent))]
         return found
 
 
 def nearest(keys: Collection[str]) -> Resemblance | None:
-    """The family and scheme whose names ``keys`` have most of; None if they have none of any."""
+    """Return the family and scheme with which ``keys`` share most names; None if they share none."""
     best: tuple[float, Resemblance] | None = None
     for prefix in PREFIXES:
         inner = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
@@ -82,7 +82,7 @@ def _without_numbers(key: str) -> str:
 
 
 def advice(keys: Iterable[str], asked: str | None = None) -> list[str]:
-    """Name the family that keys resemble, and advise on a model that was not recognised as ``asked``."""
+    """Name the family that keys resemble, and how to convert a model not recognised as ``asked``."""
     found = nearest(list(keys))
     lines = found.lines() if found is not None else ["nearest family: none; no key belongs to a supported model"]
     ask = [how_to_ask(name) for name in found.families if name != asked] if found is not None else []
@@ -91,7 +91,7 @@ def advice(keys: Iterable[str], asked: str | None = None) -> list[str]:
 
 
 def how_to_ask(family: str) -> str:
-    """The options that ask for a family."""
+    """Return the options that select a family."""
     if family in CONFIG_FAMILIES:
         return f"--model {family} --hf-assets DIR (with its config.json)"
     return f"--model {family.removesuffix('_moe')} --flavor SIZE"

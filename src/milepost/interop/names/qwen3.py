@@ -42,7 +42,7 @@ SHARED_ROWS = (
     Row("norm.weight", "model.norm.weight"),
     Row("output.weight", "lm_head.weight"),
 )
-"""The rows that the dense and the MoE models have in common."""
+"""The rows common to dense and MoE models."""
 
 HF = Scheme(
     "hf",

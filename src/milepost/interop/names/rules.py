@@ -1,8 +1,8 @@
 """Two-way tables between our parameters and those of another program, and the engine that reads them.
 
 A *family* lists our parameters with symbolic shapes. A *scheme* is one table of another program's names for them: each
-row says where a foreign tensor's elements lie in ours. ``correspond`` fills in a model's sizes and returns links
-between boxes; ``into_ours`` and ``into_theirs`` are the same links read in the two directions.
+row maps an external tensor's elements into ours. ``correspond`` fills in a model's sizes and returns links between
+boxes; ``into_ours`` and ``into_theirs`` are the same links read in the two directions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OWN = "milepost"
 
 
 class Op(Enum):
-    """The operation that turns the elements of a source box into those of a target box."""
+    """The operation that converts the elements of a source box to those of a target box."""
 
     SAME = "same"
     TRANSPOSED = "transposed"
@@ -33,25 +33,25 @@ class Op(Enum):
 
     @property
     def inverse(self) -> Op:
-        """The op that leads back."""
+        """The inverse op."""
         return {Op.TO_PAIRS: Op.TO_HALVES, Op.TO_HALVES: Op.TO_PAIRS}.get(self, self)
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One of our parameters. ``shape`` holds names of ``Sizes.named``; ``{layer}`` in ``key`` is each layer."""
+    """One of our parameters. ``shape`` holds names of ``Sizes.named``; ``{layer}`` in ``key`` stands for each layer."""
 
     key: str
     shape: tuple[str, ...]
     layers: str = ""
-    """The kind of layers that have it; empty: all layers."""
+    """The kind of layers with this parameter; empty: all layers."""
     when: str = ""
-    """What a model must feature to have it; empty: every model has it."""
+    """The feature that a model needs to have it; empty: all models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Our tensor is slice ``index`` of those along a dim of theirs, which have the sizes that ``of`` names."""
+    """Our tensor is slice ``index`` along a dim of theirs, whose slices have the sizes named by ``of``."""
 
     index: int
     of: tuple[str, ...]
@@ -60,17 +60,17 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class QkvGroup:
-    """Our projection is ``part`` (q, k, v) of a fused one: for each key-value head its queries, its key, its value."""
+    """Our projection is ``part`` (q, k, v) of a fused one: per key-value head its queries, key and value."""
 
     part: str
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: our key, their key, and how theirs lies in ours.
+    """One line of a table: our key, their key, and the mapping between them.
 
-    ``{expert}`` in ``theirs`` means that dim 0 of our tensor is one foreign tensor for each expert. ``op`` leads from
-    theirs to ours.
+    ``{expert}`` in ``theirs`` means that dim 0 of our tensor is one external tensor per expert. ``op`` converts theirs
+    to ours.
     """
 
     ours: str
@@ -81,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A foreign tensor that our models do not have: written as zeros, ignored when read."""
+    """An external tensor that our models lack: written as zeros, ignored when read."""
 
     theirs: str
     shape: tuple[str, ...]
@@ -97,34 +97,33 @@ class Scheme:
     rows: tuple[Row, ...]
     constants: tuple[Constant, ...] = ()
     ignored: tuple[str, ...] = ()
-    """Keys without information of their own (recomputed buffers) that may be present and are not read."""
+    """Keys of recomputed buffers that may be present and are not read."""
     left_out: tuple[str, ...] = ()
-    """Beginnings of keys of what is beside the model (a vision tower, layers of kind ``beyond``): not converted, which
-    the report says."""
+    """Key prefixes of other parts (a vision tower, layers of kind ``beyond``): not converted, but reported."""
     tied_output: str | None = None
-    """Their name of the output projection, which for tied embeddings may be stored beside the embedding."""
+    """Their name of the output projection, which may be stored even if tied to the embedding."""
     writes_tied_output: bool = False
-    """Their program asks for ``tied_output`` although it equals the embedding."""
+    """Their program requires ``tied_output`` although it equals the embedding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Models of one architecture. The first of ``schemes`` is our own names."""
+    """Models of one architecture. The first of ``schemes`` has our own names."""
 
     name: str
     parameters: tuple[Parameter, ...]
     schemes: tuple[Scheme, ...]
 
     def scheme(self, name: str) -> Scheme:
-        """The scheme called ``name``. Raises KeyError."""
+        """Return the scheme ``name``. Raises KeyError."""
         return {scheme.name: scheme for scheme in self.schemes}[name]
 
 
 @dataclass(frozen=True, slots=True)
 class MappedBox:
-    """A box of a target tensor and the box of a source tensor that its elements come from, by ``op``.
+    """A box of a target tensor and the source box from which ``op`` computes its elements.
 
-    The boxes may differ in leading dims of size 1. For the RoPE ops, both hold whole heads of ``head_dim`` rows.
+    The boxes may differ in leading dims of size 1. For the RoPE ops, both hold complete heads of ``head_dim`` rows.
     """
 
     target: Box
@@ -136,7 +135,7 @@ class MappedBox:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The recipe of a target tensor. Without pieces it is zeros of ``dtype``; else None keeps the source's."""
+    """The recipe of a target tensor. Without pieces it is zeros of ``dtype``; else None keeps the source's dtype."""
 
     shape: tuple[int, ...]
     pieces: tuple[MappedBox, ...]
@@ -145,7 +144,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A box of one of our tensors and the box of one of theirs with the same elements; ``op`` leads to ours."""
+    """A box of our tensor and the box of theirs with the same elements; ``op`` converts theirs to ours."""
 
     ours_key: str
     ours: Box
@@ -156,7 +155,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Correspondence:
-    """A scheme with a model's sizes filled in: every tensor of both sides, and the links between them."""
+    """A scheme instantiated with a model's sizes: all tensors of both sides, and the links between them."""
 
     scheme: Scheme
     ours: Mapping[str, tuple[int, ...]]
@@ -166,18 +165,18 @@ class Correspondence:
     ignored: frozenset[str]
     left_out: tuple[str, ...]
     tied: tuple[str, str] | None
-    """(their embedding, their output projection) of a model that ties the two."""
+    """(their embedding, their output projection), for a model that ties them."""
     head_dim: int
 
     def into_ours(self) -> dict[str, Recipe]:
-        """Each of our tensors, put together from theirs."""
+        """Return the recipes of our tensors from theirs."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
         for link in self.links:
             pieces[link.ours_key].append(MappedBox(link.ours, link.theirs_key, link.theirs, link.op, self.head_dim))
         return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
 
     def into_theirs(self) -> dict[str, Recipe]:
-        """Each of their tensors, put together from ours; the constants among them are zeros."""
+        """Return the recipes of their tensors from ours; constants are zeros."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
         for link in self.links:
             pieces[link.theirs_key].append(
@@ -192,7 +191,7 @@ class Correspondence:
 
 @dataclass(frozen=True, slots=True)
 class KeyFaults:
-    """The differences between a set of stored tensors and a model in some scheme. All empty: there are none."""
+    """The differences between a set of stored tensors and a model in a scheme. All empty: none."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -203,7 +202,7 @@ class KeyFaults:
 
 
 def correspond(family: Family, scheme: Scheme, args: ModelArgs | Sizes) -> Correspondence:
-    """``scheme`` with the sizes of ``args`` filled in. Needs memory for the names alone."""
+    """Instantiate ``scheme`` with the sizes of ``args``. Needs memory only for names."""
     sizes = sizes_of(args)
     parameters = {p.key: p for p in family.parameters if _has(sizes, p)}
     ours: dict[str, tuple[int, ...]] = {}
@@ -235,7 +234,7 @@ def correspond(family: Family, scheme: Scheme, args: ModelArgs | Sizes) -> Corre
 
 
 def _has(sizes: Sizes, parameter: Parameter) -> bool:
-    """Return whether a model of these sizes has a parameter of its own."""
+    """Return whether a model of these sizes has the parameter."""
     if parameter.key == "output.weight" and sizes.tied_embeddings:
         return False
     return not parameter.when or parameter.when in sizes.features
@@ -250,7 +249,7 @@ def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) ->
     known = wanted.theirs.keys() | optional
     unexpected = tuple(key for key in stored if key not in known and not key.startswith(wanted.left_out))
     misshapen = tuple(
-        f"{key} has shape {list(stored[key])}, the model's sizes make it {list(shape)}"
+        f"{key} has shape {list(stored[key])}, expected {list(shape)} by the model's sizes"
         for key, shape in wanted.theirs.items()
         if key in stored and stored[key] != shape
     )
@@ -258,14 +257,14 @@ def key_faults(wanted: Correspondence, stored: Mapping[str, tuple[int, ...]]) ->
 
 
 def _layers(pattern: str, kind: str, sizes: Sizes) -> Sequence[int]:
-    """The layers that a pattern stands for; one pass for a pattern without ``{layer}``."""
+    """Yield the layers of a pattern; once for a pattern without ``{layer}``."""
     return sizes.layers(kind) if "{layer}" in pattern else (0,)
 
 
 def _links(
     row: Row, key: str, layer: int, shape: tuple[int, ...], sizes: Sizes
 ) -> Iterator[tuple[Link, tuple[int, ...]]]:
-    """The links of one of our tensors, each with the shape of the foreign tensor that it leads to."""
+    """Yield the links of one of our tensors, each with the shape of its external tensor."""
     if "{expert}" in row.theirs:
         for expert in range(shape[0]):
             ours = Box((expert,) + (0,) * (len(shape) - 1), (1, *shape[1:]))
@@ -295,7 +294,7 @@ def _foreign_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _qkv_boxes(part: QkvGroup, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[Box, Box]]:
-    """For each key-value head: its rows in our projection, and in the fused one."""
+    """Yield for each key-value head its rows in our projection and in the fused one."""
     queries = sizes.n_heads // sizes.n_kv_heads
     start, count = {"q": (0, queries), "k": (queries, 1), "v": (queries + 1, 1)}[part.part]
     rest = shape[1:]
@@ -307,5 +306,5 @@ def _qkv_boxes(part: QkvGroup, shape: tuple[int, ...], sizes: Sizes) -> Iterator
 
 
 def num_parameters(wanted: Correspondence) -> int:
-    """The number of parameters of the model."""
+    """Return the number of parameters of the model."""
     return sum(math.prod(shape) for shape in wanted.ours.values())

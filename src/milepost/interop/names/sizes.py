@@ -1,4 +1,4 @@
-"""The sizes that tables of names are filled in with, whatever told them: a flavor or a ``config.json``."""
+"""The sizes that instantiate tables of names, from a flavor or a ``config.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of one model by the names that tables call them, and which of its parameters there are."""
+    """Sizes of one model by the tables' names, and the features that determine its parameters."""
 
     named: Mapping[str, int]
     n_layers: int
@@ -28,9 +28,9 @@ class Sizes:
     tied_embeddings: bool = False
     """The output projection is the embedding matrix, stored once."""
     kinds: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Kind of layer: numbers of the layers of this kind, in models whose layers differ."""
+    """Kind -> indices of the layers of this kind, in models whose layers differ."""
     features: frozenset[str] = frozenset()
-    """What only some models of a family have."""
+    """Features that only some models of a family have."""
 
     @property
     def moe(self) -> Experts | None:
@@ -38,16 +38,16 @@ class Sizes:
         return Experts(self.named["experts"]) if "experts" in self.named else None
 
     def layers(self, kind: str) -> Sequence[int]:
-        """The numbers of the layers of ``kind``; all of them for an empty one."""
+        """Return the indices of the layers of ``kind``; of all layers if it is empty."""
         return self.kinds[kind] if kind else range(self.n_layers)
 
 
 Args = TypeVar("Args", ModelArgs, Sizes)
-"""What a table is filled in with: the sizes of a model that Milepost trains, or those of any other."""
+"""The sizes of a model that Milepost trains, or of any other."""
 
 
 def sizes_of(args: ModelArgs | Sizes) -> Sizes:
-    """The sizes that the tables' shapes name."""
+    """Return the sizes named in the tables' shapes."""
     if isinstance(args, Sizes):
         return args
     named = {
@@ -71,7 +71,7 @@ def sizes_of(args: ModelArgs | Sizes) -> Sizes:
 
 
 def with_vocabulary(args: Args, vocab_size: int) -> Args:
-    """``args`` with a vocabulary of another size."""
+    """Return ``args`` with another vocabulary size."""
     if isinstance(args, Sizes):
         return replace(args, named={**args.named, "vocab": vocab_size})
     return replace(args, vocab_size=vocab_size)

@@ -1,10 +1,10 @@
 """The parameter names of torchtitan's releases, relative to ours.
 
-0.2 has Meta's names, as we do. 0.3 puts the projections below ``attention.qkv_linear``, calls the output
-``lm_head`` and the experts ``moe.routed_experts.inner_experts.w1_EFD``; checkpoints from between the releases hold a
-fused ``wqkv``, and either name of the output. torchtitan loads strictly, so what its modules have beyond ours (the load
-balancing bias of the experts, the tied output) is written too. Sources: the state dict adapters, ``FusedQKVLinear`` and
-``MoE`` of torchtitan 0.2.2 and 0.3.0.
+0.2 has Meta's names, as we do. 0.3 puts the projections below ``attention.qkv_linear``, calls the output ``lm_head``
+and the experts ``moe.routed_experts.inner_experts.w1_EFD``; checkpoints from between the releases hold a fused
+``wqkv``, and either name of the output. torchtitan loads strictly, so tensors that only its modules have (the load
+balancing bias of the experts, the tied output) are written too. Sources: the state dict adapters, ``FusedQKVLinear``
+and ``MoE`` of torchtitan 0.2.2 and 0.3.0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from functools import partial
 from milepost.interop.names.rules import Constant, Op, Parameter, QkvGroup, Row, Scheme
 
 OPTIMIZER_NAMES = {"torchtitan-0.3": "torchtitan between releases (wqkv, lm_head, experts as in 0.3)"}
-"""Of a release whose optimizers have other names than its models: these are fused, and taken apart when it saves."""
+"""A release whose optimizers use other names than its models: projections are fused, and split when it saves the
+model."""
 
 _ATTENTION = "layers.{layer}.attention."
 _EXPERTS = "layers.{layer}.moe.experts."
@@ -50,7 +51,7 @@ _FUSED_QKV = {
 
 
 def own_scheme(parameters: Sequence[Parameter], name: str, *, writes_tied_output: bool = False) -> Scheme:
-    """Our own names, which are Meta's and torchtitan 0.2's."""
+    """Return our own names, which are Meta's and torchtitan 0.2's."""
     return Scheme(
         name,
         tuple(Row(p.key, p.key) for p in parameters),
@@ -63,10 +64,10 @@ def own_scheme(parameters: Sequence[Parameter], name: str, *, writes_tied_output
 def torchtitan_schemes(
     parameters: Sequence[Parameter], *, has_qkv_linear: bool = True, transposes_experts: bool = True
 ) -> tuple[Scheme, ...]:
-    """``torchtitan-0.2`` and ``torchtitan-0.3``, then the names in use between the two (for reading).
+    """Return ``torchtitan-0.2``, ``torchtitan-0.3``, and the names in use between the two (for reading).
 
-    ``has_qkv_linear``: whether the projections of attention are below that name, not those of latent attention.
-    ``transposes_experts``: whether theirs, [experts, out, in], are [experts, in, out] among ours.
+    ``has_qkv_linear``: attention projections (except latent attention's) are below that name. ``transposes_experts``:
+    their [experts, out, in] is our [experts, in, out].
     """
     separate = _SEPARATE_QKV if has_qkv_linear else {}
     make = partial(_scheme, parameters=parameters, transposed=_MATRICES if transposes_experts else ())

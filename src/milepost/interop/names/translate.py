@@ -1,8 +1,8 @@
-"""A training checkpoint of another program as if it were stored under our names, optimizer state included.
+"""Translate another program's training checkpoint to our names, including optimizer state.
 
-A load, and ``milepost plan-resume``, ask the same: which scheme's names the stored keys are, and what of which stored
-tensor each of ours is made of. Model and optimizer may have names of different schemes: torchtitan 0.3 stores its
-fused projection taken apart in the model, and whole in the optimizer's state.
+A load and ``milepost plan-resume`` both need the scheme of the stored keys, and the stored tensors that make up each of
+ours. Model and optimizer may use different schemes: torchtitan 0.3 stores its fused projection split in the model, and
+fused in the optimizer's state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 def translate(manifest: Manifest, model: str, args: ModelArgs) -> Translation | None:
-    """``manifest`` under our names, for a run of ``model``; None where it has them, or names that no scheme knows."""
+    """Return ``manifest`` under our names, for a run of ``model``; None if it already has them, or no scheme fits."""
     shapes = {key: entry.shape for key, entry in manifest.tensors.items() if part_of(key) == "model"}
     family = family_of(model, args)
     found = _of_model(family, args, shapes)
@@ -45,7 +45,7 @@ def translate(manifest: Manifest, model: str, args: ModelArgs) -> Translation | 
 
 
 def _readable(family: Family, args: ModelArgs, shapes: Mapping[str, Shape]) -> Iterator[Correspondence]:
-    """The family's schemes under which a tensor is boxes of stored ones, in the same order of elements."""
+    """Return the family's schemes whose tensors consist of boxes of stored ones, in the same order of elements."""
     for scheme in family.schemes:
         if all(row.op in (Op.SAME, Op.TRANSPOSED) and "{expert}" not in row.theirs for row in scheme.rows):
             yield correspond(family, scheme, with_stored_vocabulary(scheme, args, shapes))
@@ -57,15 +57,15 @@ def _of_model(family: Family, args: ModelArgs, shapes: Mapping[str, Shape]) -> C
 
 @dataclass(frozen=True, slots=True)
 class _Stepped:
-    """The stored optimizer state, by the names that ``names`` has for parameters."""
+    """The stored optimizer state, by the parameter names of ``names``."""
 
     names: Correspondence
     entries: Mapping[str, Mapping[str, str]]
-    """For each parameter: the rest of the key (``state.exp_avg``), and the key."""
+    """Parameter -> rest of the key (``state.exp_avg``) -> key."""
 
     @classmethod
     def of(cls, manifest: Manifest, candidates: Iterable[Correspondence]) -> _Stepped | None:
-        """Under the first names that all keys and shapes fit; None if there are none, or nothing is stored."""
+        """Use the first names that fit all keys and shapes; None if there are none, or nothing is stored."""
         keys = [key for key in (*manifest.tensors, *manifest.objects) if key.startswith(_KINDS)]
         for names in candidates if keys else ():
             known = set(names.theirs) | ({names.tied[1]} if names.tied is not None else set())
@@ -82,12 +82,12 @@ class _Stepped:
 
 
 def _fits(stored: TensorEntry | None, shape: Shape | None) -> bool:
-    """Return whether a stored value may be state of a parameter: state that is not of its shape has other dims."""
+    """Return whether a stored value may be a parameter's state: state of another shape has other dims."""
     return stored is None or shape is None or stored.shape == shape or len(stored.shape) != len(shape)
 
 
 class _Building:
-    """A manifest under our names, tensor by tensor."""
+    """Builds a manifest under our names, tensor by tensor."""
 
     def __init__(self, manifest: Manifest):
         self._stored = manifest
@@ -98,13 +98,13 @@ class _Building:
         self._used: set[str] = set()
 
     def add_model(self, found: Correspondence) -> None:
-        """All of our parameters."""
+        """Add all of our parameters."""
         self._used |= {*found.theirs, *found.constants, *found.ignored}
         for key, recipe in found.into_ours().items():
             self._add_tensor(key, (key,), _origins(recipe), recipe.shape)
 
     def add_optimizer(self, stepped: _Stepped) -> None:
-        """The state and options of all of our parameters that are stored."""
+        """Add the stored state and options of all of our parameters."""
         for key, recipe in stepped.names.into_ours().items():
             origins = _origins(recipe)
             parameter = origins[0].key
@@ -117,7 +117,7 @@ class _Building:
                 elif self._stored.tensors[stored].shape == stepped.names.theirs[parameter]:
                     state = [replace(origin, key=stored) for origin in origins]
                     self._add_tensor(".".join(path), path, state, recipe.shape)
-                else:  # of the parameter as a whole, such as the count of steps
+                else:  # per parameter, such as the step count
                     shape = self._stored.tensors[stored].shape
                     self._add_tensor(".".join(path), path, [whole(stored, shape)], shape)
 
@@ -134,7 +134,7 @@ class _Building:
         self._origins[key] = origins
 
     def result(self, found: Correspondence) -> Translation:
-        """The translation, with all that needs none."""
+        """Return the translation, with all entries that need none."""
         tied = found.tied if found.tied is not None and found.tied[1] in self._stored.tensors else None
         self._used |= {tied[1]} if tied is not None else set()
         stored = self._stored
@@ -157,7 +157,7 @@ def _origins(recipe: Recipe) -> list[Origin]:
 
 
 def _shards(entry: TensorEntry, origin: Origin) -> Iterator[ShardEntry]:
-    """The stored shards of an origin, in the coordinates of the tensor that it is a part of."""
+    """Return the stored shards of an origin, in the coordinates of the composed tensor."""
     for overlap in overlaps(entry.shards, origin.stored):
         shard = entry.shards[overlap.shard]
         box: Box = swapped(overlap.dst) if origin.is_transposed else overlap.dst

@@ -1,13 +1,13 @@
-"""Tensors from any format and into any, in boxes, streaming. Torch-free.
+"""Tensors from and to any format, in boxes, streaming. Torch-free.
 
 In reading order::
 
-    boxes   a source: which tensors there are, and any box of one
-    dequantized  fp8 and MXFP4 as if they were not quantized
-    open    path -> source, whatever format lies there
+    boxes   a source: its tensors, and any box of them
+    dequantized  fp8 and MXFP4 weights, dequantized while reading
+    open    path -> source, for any format
     stream  source -> sink in bounded memory
-    base_samples  a sample of weights that a step leaves out, to be compared with those it is put over
-    noted   what was read, to be compared with what was written
+    base_samples  samples of the weights that a step leaves out, to compare with those of its base
+    noted   digests of tensors read, to compare with the written ones
 """
 
 from __future__ import annotations

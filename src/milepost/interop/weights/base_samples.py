@@ -1,8 +1,7 @@
-"""A sample of the weights that a step leaves out, as they are not trained: another base is told by it. Torch-free.
+"""Samples of the untrained weights that a step leaves out, to detect another base. Torch-free.
 
-Steps that hold what is trained alone mean something over the weights that they were trained over, and over no others;
-their keys and shapes fit any model of that size. So each such step records the dtype, the shape and some values of
-every tensor that it leaves out.
+A step with only trained tensors is valid only on the weights that it was trained on, but its keys and shapes fit any
+model of that size. So each such step records the dtype, the shape and some values of every tensor that it leaves out.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from milepost.format.box import Box
 from milepost.interop.weights.boxes import Array, Readable, array_dtype, cast_into
 
 NUM_VALUES = 8
-"""Of each tensor; all of one that has fewer."""
+"""Number of values per tensor; all of a smaller one."""
 ONLY_TRAINABLE = "only_trainable"
-"""Name of the record in a manifest's ``extra``: of the model the step holds what was trained alone."""
+"""Name of the record in a manifest's ``extra``: the step holds only the model's trained tensors."""
 NAME = "base_samples"
-"""Of the record among what is attached to a step."""
+"""Name of the record among the data attached to a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A tensor's dtype, shape and some of its values: those at :func:`places`, each as bytes; None where unknown."""
+    """A tensor's dtype, shape and values at :func:`places`, each as bytes; None if unknown."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +36,7 @@ class Sample:
 
 
 def places(key: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The indices of the values to take of a tensor: spread over it, and the same for all who ask."""
+    """Return the indices of a tensor's sampled values: spread over it, and always the same."""
     numel = math.prod(shape)
     count = min(numel, NUM_VALUES)
     step = numel // count if count else 0
@@ -46,7 +45,7 @@ def places(key: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def merged_samples(brought: Iterable[Mapping[str, Sample]]) -> dict[str, Sample]:
-    """Merge the samples of all ranks, each of which has the values that it holds."""
+    """Merge the samples of all ranks, each with the values that it holds."""
     found: dict[str, Sample] = {}
     for samples in brought:
         for key, sample in samples.items():
@@ -60,7 +59,7 @@ def merged_samples(brought: Iterable[Mapping[str, Sample]]) -> dict[str, Sample]
 
 
 def dump(samples: Mapping[str, Sample]) -> bytes:
-    """The record that a step has of ``samples``: JSON, of each key the dtype, the shape and the values in hex."""
+    """Return the record of ``samples``: JSON with dtype, shape and hex values of each key."""
     record = {
         key: [sample.dtype, list(sample.shape), [None if value is None else value.hex() for value in sample.values]]
         for key, sample in sorted(samples.items())
@@ -69,7 +68,7 @@ def dump(samples: Mapping[str, Sample]) -> bytes:
 
 
 def parse(record: object, path: str) -> dict[str, Sample]:
-    """The samples of a record.
+    """Parse the samples of a record.
 
     Raises:
         FormatError: it is malformed.
@@ -92,9 +91,9 @@ def _parsed(key: str, dtype: str, sizes: list[int], values: list[str | None]) ->
 
 
 def differences(recorded: Mapping[str, Sample], found: Mapping[str, Sample]) -> Iterator[str]:
-    """A line for each tensor that is another one, of those that are in both.
+    """List differing tensors, one line each, among those in both.
 
-    Values are compared in either dtype: that of bfloat16 and that of float32 are equal if one is the other rounded.
+    Values are compared in either dtype: a bfloat16 and a float32 value are equal if one is the other rounded.
     """
     for key, here in found.items():
         there = recorded.get(key)
@@ -103,7 +102,7 @@ def differences(recorded: Mapping[str, Sample], found: Mapping[str, Sample]) -> 
         if here.shape != there.shape:
             yield f"{key}: shape {list(there.shape)} in the step, {list(here.shape)} here"
         elif not _are_equal(here, there):
-            yield f"{key}: other values"
+            yield f"{key}: different values"
 
 
 def _are_equal(one: Sample, other: Sample) -> bool:
@@ -122,7 +121,7 @@ def _is_rounded(fine: Array, coarse: Array) -> bool:
 
 
 def sample_of(source: Readable, names: Mapping[str, str]) -> dict[str, Sample]:
-    """Samples of stored tensors: ``names`` maps their keys in a record to those in ``source``."""
+    """Sample stored tensors: ``names`` maps their keys in a record to those in ``source``."""
     found = {}
     for key, stored in names.items():
         info = source.tensors[stored]

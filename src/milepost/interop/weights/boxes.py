@@ -1,8 +1,8 @@
-"""Reading boxes of stored tensors, whatever file they are in, and checking every byte on the way.
+"""Read boxes of stored tensors from any format, checking every byte.
 
-A ``Source`` knows for each tensor which stretches of which files hold it; folders of Hugging Face, DCP folders and
-``.pt`` files differ only in how that is found out (``open``). ``names.assembled`` puts
-recipes on top, so that a tensor of another program reads like a stored one.
+A ``Source`` holds the file stretches of each tensor; Hugging Face folders, DCP folders and ``.pt`` files differ only in
+how these are located (``open``). ``names.assembled`` applies recipes on top, so that another program's tensor reads
+like a stored one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class TensorInfo:
 
 
 class Readable(Protocol):
-    """Anything that boxes of tensors can be read from, by several threads at once."""
+    """Anything from which boxes of tensors can be read, by several threads at once."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is."""
+        """All tensors."""
         ...
 
     def read_into(self, key: str, box: Box, out: Array) -> None:
@@ -46,12 +46,12 @@ class Readable(Protocol):
         ...
 
     def unit_rows(self, key: str) -> int:
-        """Number of rows (of the last dim but one) that belong together: a box that cuts them costs extra reads."""
+        """Return the number of rows (of the last dim but one) in a unit: a box that splits one costs extra reads."""
         ...
 
 
 class Renamed:
-    """Tensors of ``base`` under other keys: ``names`` maps those to the stored ones."""
+    """Tensors of ``base`` under other keys: ``names`` maps these to the stored ones."""
 
     def __init__(self, base: Readable, names: Mapping[str, str]):
         self._base = base
@@ -69,7 +69,7 @@ class Renamed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """One stored box: its row-major bytes begin ``start`` bytes into what ``reader`` reads."""
+    """One stored box: its row-major bytes begin at byte ``start`` of ``reader``'s data."""
 
     box: Box
     reader: BlockReader
@@ -78,7 +78,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class TensorStretches:
-    """A tensor and the stretches that make it up."""
+    """A tensor and its stretches."""
 
     info: TensorInfo
     stretches: tuple[Stretch, ...]
@@ -95,7 +95,7 @@ class Source:
         self._files = files
         self.tensors: Mapping[str, TensorInfo] = {key: stored.info for key, stored in tensors.items()}
         self._stored = tensors
-        self._read_from: dict[int, BlockReader] = {}  # of those whose data has digests
+        self._read_from: dict[int, BlockReader] = {}  # readers whose data has digests
 
     def read_into(self, key: str, box: Box, out: Array) -> None:
         """See :class:`Readable`."""
@@ -122,9 +122,9 @@ class Source:
         return 1
 
     def check_digests(self) -> int:
-        """Check what was read against the recorded digests; returns how many bytes they are of.
+        """Check the bytes read against the recorded digests; returns the number of bytes covered.
 
-        What a digest is of is checked as a whole: where only a part was read, the rest is read for it now.
+        If only a part of a digest's bytes was read, the rest is read now.
 
         Raises:
             DigestMismatchError: naming file, key and byte range.
@@ -132,7 +132,7 @@ class Source:
         return sum(reader.finish() for reader in self._read_from.values())
 
     def check(self, key: str) -> None:
-        """Check what was read of one tensor, as :meth:`check_digests` does of all."""
+        """Check the bytes read of one tensor, see :meth:`check_digests`."""
         for reader in {stretch.reader for stretch in self._stored[key].stretches}:
             if reader.has_digests:
                 reader.finish()
@@ -150,18 +150,18 @@ class Source:
 
 
 def cast_into(target: Array, values: Array) -> None:
-    """Copy with torch's rules for a change of dtype: to nearest even, overflow to infinity."""
+    """Copy with torch's rules for dtype conversion: round to nearest even, overflow to infinity."""
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(target, values, casting="unsafe")
 
 
 def total_nbytes(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes of tensors."""
+    """Return the total size of tensors in bytes."""
     return sum(Box.whole(t.shape).numel * itemsize(t.dtype) for t in tensors)
 
 
 def array_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of torch's ``name``. Raises ConversionError where numpy has none."""
+    """Return the numpy dtype of torch's ``name``. Raises ConversionError if numpy has none."""
     found = numpy_dtype(name)
     if found is None:
         raise ConversionError(f"tensors of dtype {name} can't be converted: numpy has no such dtype")
@@ -169,10 +169,10 @@ def array_dtype(name: str) -> np.dtype[Any]:
 
 
 def as_bytes(array: Array) -> Bytes:
-    """The memory of a C-contiguous array as a flat array of bytes."""
+    """View the memory of a C-contiguous array as a flat array of bytes."""
     return array.reshape(-1).view(np.uint8)
 
 
 def raw_bytes(array: Array) -> memoryview:
-    """The memory of a C-contiguous array."""
+    """View the memory of a C-contiguous array."""
     return memoryview(as_bytes(array))  # type: ignore[arg-type]

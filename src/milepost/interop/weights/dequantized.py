@@ -1,9 +1,9 @@
-"""Quantized weights read as if they were not: block-wise fp8 and MXFP4, dequantized box by box in fixed memory.
+"""Read quantized weights dequantized: block-wise fp8 and MXFP4, box by box, in fixed memory.
 
-Block-wise fp8 (DeepSeek-V3): ``X`` in an 8-bit float with ``X_scale_inv``, one factor for each block of rows and
-columns (128 x 128 as a rule). MXFP4 (gpt-oss; OCP Microscaling Formats, v1.0): ``X_blocks``, two 4-bit floats to a
-byte, the low half first, and ``X_scales``, an exponent for each 32 of them; as transformers does, ``X`` has the last
-two dims exchanged. Values and factors are exact in float32, in which they are multiplied; the product is rounded once.
+Block-wise fp8 (DeepSeek-V3): ``X`` in an 8-bit float with ``X_scale_inv``, one factor per block of rows and columns
+(usually 128 x 128). MXFP4 (gpt-oss; OCP Microscaling Formats, v1.0): ``X_blocks``, two 4-bit floats per byte, the low
+half first, and ``X_scales``, one exponent per 32 of them; as in transformers, ``X`` has the last two dims exchanged.
+Values and factors are exact in float32, in which they are multiplied; the product is rounded once.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ FP8_SCALE = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _DEFAULT_BLOCK = (128, 128)
 _CHUNK_ELEMENTS = 1 << 18
-"""Elements dequantized at a time: float32 copies of more would count in the memory."""
+"""Elements dequantized at a time, so that float32 copies need little memory."""
 _MX_VALUES = 32
-"""Values that share one exponent, in ``_MX_NBYTES`` bytes."""
+"""Number of values that share one exponent, in ``_MX_NBYTES`` bytes."""
 _MX_NBYTES = 16
 _TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 _PAIRS = np.stack([_TWICE_E2M1[np.arange(256) & 15], _TWICE_E2M1[np.arange(256) >> 4]], axis=-1)
 _HALF_POWERS = np.exp2(np.arange(256, dtype=np.float64) - 128).astype(np.float32)
-"""Of each E8M0 exponent: the factor halved and the values doubled, as float32 does not reach 2 to the 128."""
+"""For each E8M0 exponent: factors are halved and values doubled, because float32 does not reach 2 to the 128."""
 
 METHODS = ("fp8", "mxfp4")
-"""What is dequantized here."""
+"""The methods supported here."""
 _ENDINGS = {
     FP8_SCALE: "fp8",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
@@ -44,10 +44,10 @@ _ENDINGS = {
     ".qzeros": "awq",
     ".weight_packed": "compressed-tensors",
 }
-"""Endings of keys that only weights quantized in one way have."""
+"""Key suffixes specific to one quantization method."""
 _WHAT_WOULD_DO = {
-    "gptq": "convert the model that it was made from: GPTQ's rounding can't be undone",
-    "awq": "convert the model that it was made from: AWQ's rounding can't be undone",
+    "gptq": "convert the original model: GPTQ's rounding can't be undone",
+    "awq": "convert the original model: AWQ's rounding can't be undone",
     "": (
         "convert the model that it was made from, or load it with transformers, call dequantize() and save_pretrained()"
     ),
@@ -56,7 +56,7 @@ _WHAT_WOULD_DO = {
 
 @dataclass(frozen=True, slots=True)
 class _Fp8:
-    """The location of a tensor of 8-bit floats and of its factors."""
+    """A tensor of 8-bit floats and its factors."""
 
     key: str
     scale_key: str
@@ -66,7 +66,7 @@ class _Fp8:
 
 @dataclass(frozen=True, slots=True)
 class _Mxfp4:
-    """The location of a tensor's blocks and exponents. ``info`` is that of the dequantized one."""
+    """A tensor's blocks and exponents. ``info`` describes the dequantized tensor."""
 
     blocks_key: str
     scales_key: str
@@ -74,7 +74,7 @@ class _Mxfp4:
 
 
 class Dequantized(Source):
-    """The tensors of ``base``, those of ``quantized`` dequantized. Takes ownership of ``base``."""
+    """The tensors of ``base``, with those of ``quantized`` dequantized. Takes ownership of ``base``."""
 
     def __init__(self, base: Source, quantized: Mapping[str, _Fp8 | _Mxfp4]):
         super().__init__(base.path, base.kind, (), {})
@@ -176,11 +176,10 @@ def _chunks(box: Box, *, by_columns: bool) -> Sequence[Box]:
 
 
 def plain_weights(weights: Weights, dtype: str | None) -> Weights:
-    """``weights`` without quantization: fp8 and MXFP4 dequantized to ``dtype`` (None: to bfloat16), with a note.
+    """Return ``weights`` with fp8 and MXFP4 dequantized to ``dtype`` (None: bfloat16), with a note.
 
     Raises:
-        ConversionError: they are quantized in another way: its name, and what would do; or a factor is missing or has
-            another shape than its weights ask for.
+        ConversionError: they use another method (named, with advice), or a factor is missing or has the wrong shape.
     """
     source, config = weights.source, weights.config
     method = method_of(source, config)
@@ -194,12 +193,12 @@ def plain_weights(weights: Weights, dtype: str | None) -> Weights:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` of the same model, not quantized."""
+    """Return the ``config.json`` without quantization."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def method_of(source: Readable, config: Mapping[str, Any] | None) -> str | None:
-    """The quantization method of weights, by their config or names; None if they are not quantized."""
+    """Return the quantization method by config or names; None if not quantized."""
     said = config.get("quantization_config") if config is not None else None
     if said is not None:
         method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else "unknown"
@@ -210,7 +209,7 @@ def method_of(source: Readable, config: Mapping[str, Any] | None) -> str | None:
 
 
 def method_of_keys(keys: Collection[str]) -> str | None:
-    """The quantization method of weights, by their names; None if no name shows one."""
+    """Return the quantization method by names; None if no name shows one."""
     for ending, method in _ENDINGS.items():
         if any(key.endswith(ending) for key in keys):
             return method
@@ -218,7 +217,7 @@ def method_of_keys(keys: Collection[str]) -> str | None:
 
 
 def _other_fp8(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The name of a method that leaves 8-bit floats beside a factor of another name than that of blocks."""
+    """Return the method of 8-bit floats with factors other than per block."""
     has_factor = any(info.dtype.startswith("float8_") and f"{key}_scale" in tensors for key, info in tensors.items())
     return "fp8 with a factor (_scale) for each tensor or row" if has_factor else None
 
@@ -228,7 +227,7 @@ def _scales_of(key: str) -> str:
 
 
 def _dequantized(source: Source, method: str, config: Mapping[str, Any] | None, dtype: str) -> Source:
-    """``source`` with its fp8 or MXFP4 tensors in ``dtype``: float32 or bfloat16."""
+    """Return ``source`` with its fp8 or MXFP4 tensors in ``dtype``: float32 or bfloat16."""
     path = source.path
     if method not in METHODS:
         hint = next(hint for name, hint in _WHAT_WOULD_DO.items() if name in method.lower())
@@ -242,7 +241,7 @@ def _dequantized(source: Source, method: str, config: Mapping[str, Any] | None, 
     else:
         found = dict(_find_mxfp4(source, dtype, faults))
     if not found and not faults:
-        faults.append("no tensor is: remove quantization_config from the config if the weights are not quantized")
+        faults.append("no tensor is quantized: if that is right, remove quantization_config from the config")
     if faults:
         raise ConversionError(
             f"{path} should hold quantized weights ({method}):\n  " + "\n  ".join(listed(faults)),

@@ -1,4 +1,4 @@
-"""Tensors of which is noted what was read of them, so that what was written can be read back and compared."""
+"""Record digests of tensors while reading, so that the written data can be read back and compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milepost.interop.weights.stream import Advance
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Noted:
-    """``base``, taking note of the CRC-32 of each part that was read of it: what must be on storage then."""
+    """Wraps ``base`` and records the CRC-32 of each part read: the expected content on storage."""
 
     base: Readable
     crcs: dict[tuple[str, Box], int] = field(default_factory=dict)
@@ -38,11 +38,11 @@ class Noted:
 
 
 def compare_with_noted(noted: Noted, written: Source, num_threads: int, advance: Advance | None) -> None:
-    """Read back what was written and compare it with what was computed.
+    """Read back the written data and compare it with what was computed.
 
     Raises:
         ConversionError: naming the first tensor that differs.
-        DigestMismatchError: what was read back differs from the digests beside it.
+        DigestMismatchError: the data read back differs from its recorded digests.
     """
 
     def compare(part: tuple[tuple[str, Box], int]) -> None:
@@ -58,6 +58,6 @@ def compare_with_noted(noted: Noted, written: Source, num_threads: int, advance:
             advance(values.nbytes)
 
     if written.tensors.keys() != noted.tensors.keys():
-        raise ConversionError(f"verification failed: {written.path} holds other keys", path=written.path)
+        raise ConversionError(f"verification failed: {written.path} holds different keys", path=written.path)
     map_in_threads(compare, list(noted.crcs.items()), num_threads, name="milepost-verify")
     written.check_digests()

@@ -1,4 +1,4 @@
-"""Finding out what a path holds: a Hugging Face folder, a DCP checkpoint, a ``.pt`` or a safetensors file."""
+"""Open the weights at a path: a Hugging Face folder, a DCP checkpoint, a ``.pt`` or a safetensors file."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ from milepost.verification.hf_step import CheckedFile, HfStep, read_hf_step
 _ONE_OF = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pt|pth)$")
 _SAVE_ANEW = "load it with transformers and save_pretrained() it, which writes safetensors, and give that folder"
 _OTHER_PARTS = tuple(f"{part}." for part in PARTS if part != "model")
-"""Prefixes of what a training checkpoint holds beside the model."""
+"""Key prefixes of a training checkpoint's parts other than the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """An open source of weights, with what its folder tells of the model."""
+    """An open source of weights, with its folder's information about the model."""
 
     source: Source
     config: Mapping[str, Any] | None = None
     """``config.json`` of a Hugging Face folder."""
     manifest: Manifest | None = None
-    """Of a DCP checkpoint."""
+    """The manifest of a DCP checkpoint."""
     notes: tuple[str, ...] = ()
     values: Mapping[str, object] = field(default_factory=dict)
-    """What stands beside the tensors in a ``.pt`` file, by its path, as ``locate_tensors`` gives it."""
+    """Other values in a ``.pt`` file by path, from ``locate_tensors``."""
     is_adapter: bool = False
-    """A folder that holds an adapter for a model, not the model."""
+    """True for a folder that holds an adapter, not a model."""
 
 
 def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weights:
-    """Open the weights at ``path``, whatever they are. The caller closes ``source``.
+    """Open the weights at ``path`` in any format. The caller closes ``source``.
 
-    With ``whole``, of a training checkpoint the tensors of all parts.
+    With ``whole``, includes the tensors of all parts of a training checkpoint.
 
     Raises:
-        CheckpointNotFoundError: nothing is there, or nothing in a known format.
+        CheckpointNotFoundError: there is nothing, or nothing in a known format.
         CheckpointDamagedError: files are missing, truncated or malformed.
     """
     storage, name = open_storage(path)
@@ -76,11 +76,11 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
     if found is None:
         raise CheckpointNotFoundError(f"{full} does not exist", path=full)
     if not found.is_folder:
-        # Of a link into the hub's cache only the link's name tells what it is.
+        # For a link into the hub's cache, only the link's name shows the format.
         return _open_file(storage, name, is_safetensors=os.fspath(path).endswith(".safetensors"))
     names = {entry.name for entry in storage.list(name)}
     is_hf = INDEX_NAME in names or SINGLE_NAME in names
-    # A last save in Hugging Face's format has our commit record too: it says what the folder is.
+    # A last save in Hugging Face's format also has our commit record, which holds the format.
     step = read_hf_step(storage, name, names)
     if step is None and (MANIFEST_NAME in names or (METADATA_NAME in names and not is_hf)):
         return _open_dcp(storage, name, whole=whole)
@@ -90,7 +90,7 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
 
 
 def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str]) -> str:
-    """Why a folder is no source, and what to give instead."""
+    """Return the error for a folder that is not a source, with the alternative."""
     run = find_run(storage, folder)
     if run is not None:
         entries = catalog.scan(storage, run, keep_going=True)
@@ -99,24 +99,21 @@ def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str])
         return f"{full} is a run, not a checkpoint: give one of its steps, such as {at}"
     torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
     if torch_files and _ONE_OF.search(torch_files[0]):
-        return f"{full} holds a model that is split into torch files: {_SAVE_ANEW}"
+        return f"{full} holds a model split into torch files: {_SAVE_ANEW}"
     if torch_files:
         return f"{full} is a folder of torch files: give one of them, such as {full}/{torch_files[0]}"
     if "snapshots" in names:
         return f"{full} is a model in the Hugging Face cache: give its folder {full}/snapshots/<revision>"
-    return (
-        f"{full} holds no weights: neither a checkpoint ({MANIFEST_NAME}, {METADATA_NAME}) nor safetensors files "
-        "are there"
-    )
+    return f"{full} holds no weights: neither a checkpoint ({MANIFEST_NAME}, {METADATA_NAME}) nor safetensors files"
 
 
 def refuse_one_of_several(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that holds a part of a model, by its name. Raises ConversionError."""
+    """Refuse a file that is one part of a model, by its name. Raises ConversionError."""
     name = os.path.basename(os.fspath(path))
     match = _ONE_OF.search(name)
     if match is not None and int(match[1]) > 1:
         do = "give the folder that holds them all" if name.endswith(".safetensors") else _SAVE_ANEW
-        raise ConversionError(f"{path} is one of {int(match[1])} files that a model is split into: {do}")
+        raise ConversionError(f"{path} is one of a model's {int(match[1])} files: {do}")
 
 
 def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
@@ -143,7 +140,7 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
 def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None) -> Weights:
     path = join_path(storage.root, folder) if folder else storage.root
     if step is not None:
-        names = names & step.manifest.files.keys()  # in a store there may be files of other saves
+        names = names & step.manifest.files.keys()  # a store may also hold files of other saves
         step.require({CONFIG_NAME, INDEX_NAME, DIGESTS_NAME})
 
     def open_file(name: str) -> ReadHandle:
@@ -160,9 +157,9 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
 
 
 def open_all(path: str | os.PathLike[str]) -> Source:
-    """All tensors at a path, not the model's alone: of a step, a Hugging Face folder, a ``.pt`` or a safetensors file.
+    """Open all tensors of a step (not only the model's), a Hugging Face folder, a ``.pt`` or safetensors file.
 
-    Raises as :func:`open_weights`.
+    Raises like :func:`open_weights`.
     """
     storage, name = open_storage(path)
     found = storage.stat(name)
@@ -173,7 +170,7 @@ def open_all(path: str | os.PathLike[str]) -> Source:
 
 
 def open_step(storage: Storage, folder: str, manifest: Manifest) -> Source:
-    """All tensors of a committed step (of all parts), whatever form it was saved in."""
+    """Open all tensors of a committed step (of all parts), in any form of a save."""
     if not manifest.tensors:
         return open_weights(join_path(storage.root, folder)).source
     digests = checkpoint_record.read_digests(storage, folder, manifest)
@@ -183,7 +180,7 @@ def open_step(storage: Storage, folder: str, manifest: Manifest) -> Source:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The ``config.json`` of a Hugging Face folder; None where there is none. Raises FormatError for anything else."""
+    """Read the ``config.json`` of a Hugging Face folder; None if there is none. Raises FormatError."""
     storage, inside = open_storage(folder)
     name = join(inside, CONFIG_NAME)
     if storage.stat(name) is None:
@@ -192,7 +189,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 class _SafetensorsFiles(Mapping[str, TensorStretches]):
-    """Tensors of open files. What reads one is made when it is asked for: a header may describe a million."""
+    """Tensors of open files; readers are created on access, because a header may describe a million."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], handles: Mapping[str, ReadHandle]):
         self._entries = entries
@@ -229,7 +226,7 @@ def _open_dcp(storage: Storage, folder: str, *, whole: bool) -> Weights:
 
 
 def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests | None) -> Source:
-    """The tensors that a manifest describes, from the files in ``folder``."""
+    """Open the tensors of a manifest from the files in ``folder``."""
     stored = {}
     with ExitStack() as stack:
         files = stack.enter_context(OpenFiles(storage))
@@ -259,7 +256,7 @@ def _torch_file_tensors(handle: ReadHandle, values: dict[str, object]) -> dict[s
         found = locate_tensors(handle.read, handle.nbytes, handle.path, values=values)
     except FormatError as error:
         raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
-    # A storage is read, and checked against its CRC, as one, whatever number of tensors are views of it.
+    # A storage is read and checked against its CRC once, regardless of the number of tensors that are views of it.
     storages: dict[int, BlockReader] = {}
     stored = {}
     for key, tensor in found.items():

@@ -1,7 +1,7 @@
-"""Tensors through fixed memory: cut into slabs, read by a few threads, written as a file image.
+"""Stream tensors through fixed memory: cut into slabs, read by a few threads, written as a file image.
 
-Every thread owns one aligned buffer, into which slabs are read where they will be written from: memory is a product of
-constants, whatever the model's size.
+Every thread owns one aligned buffer, into which slabs are read and from which they are written: memory is a product of
+constants, independent of the model's size.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ TASK_NBYTES = 64 << 20
 BUFFER_NBYTES = 16 << 20
 _PAGE_NBYTES = 4096
 _COPIES = 2
-"""A slab is copied at most so often on its way into the buffer (rows being reordered, elements being cast)."""
+"""Maximum number of copies of a slab on its way into the buffer (to reorder rows or cast elements)."""
 _MAX_THREADS = 4
 
 Advance = Callable[[int], None]
-"""Told how many further bytes are done; called from several threads."""
+"""Called with the number of further bytes done, from several threads."""
 StageProgress = Callable[[str, int, int], None]
-"""Told the stage (``converting``, ``verifying``), and how many bytes of how many are done; from several threads."""
+"""Called with the stage (``converting``, ``verifying``), bytes done and total bytes, from several threads."""
 
 
 def stage(progress: StageProgress | None, doing: str, total_nbytes: int) -> Advance | None:
-    """Return the function that turns the bytes of one stage into progress. Several threads may call it."""
+    """Return a thread-safe function that converts the bytes of one stage to progress."""
     if progress is None:
         return None
     done, lock = 0, threading.Lock()
@@ -52,7 +52,7 @@ def stage(progress: StageProgress | None, doing: str, total_nbytes: int) -> Adva
 
 
 class SlabReader:
-    """Reads slabs of ``content``, and knows how many threads may do so within ``budget_nbytes``.
+    """Reads slabs of ``content``, and computes the number of threads that fit ``budget_nbytes``.
 
     Raises:
         ConversionError: the budget does not allow for one thread.
@@ -63,9 +63,9 @@ class SlabReader:
         self._progress = progress
         self._local = threading.local()
         self.slab_nbytes = max((self._largest(key) for key in content.tensors), default=0)
-        """No slab is larger."""
+        """Maximum size of a slab."""
         self.buffer_nbytes = max(BUFFER_NBYTES, self.slab_nbytes + 2 * _PAGE_NBYTES)
-        """What an ``ImageStream`` needs to take any slab in one piece."""
+        """Buffer size with which an ``ImageStream`` accepts any slab in one piece."""
         per_thread = self.buffer_nbytes + _COPIES * self.slab_nbytes
         if per_thread > budget_nbytes:
             raise ConversionError(
@@ -73,10 +73,10 @@ class SlabReader:
             )
         self.num_threads = min(_MAX_THREADS, budget_nbytes // per_thread)
         self.peak_nbytes = self.num_threads * per_thread
-        """The largest number of bytes held in buffers at once."""
+        """The maximum number of bytes in buffers at once."""
 
     def slabs(self, key: str) -> Iterator[Slab]:
-        """The slabs of a tensor, in order."""
+        """Yield the slabs of a tensor, in order."""
         info = self.content.tensors[key]
         return cut_into_slabs(info.shape, itemsize(info.dtype), SLAB_NBYTES, self.content.unit_rows(key))
 
@@ -85,7 +85,7 @@ class SlabReader:
         return 0 if first is None else first.nbytes
 
     def read_into(self, key: str, slab: Slab, raw: Bytes) -> Array:
-        """Fill ``raw`` (a flat array of ``slab.nbytes`` bytes) with a slab; the same memory as the slab's elements."""
+        """Fill ``raw`` (a flat array of ``slab.nbytes`` bytes) with a slab; returns its elements in the same memory."""
         array: Array = raw.view(array_dtype(self.content.tensors[key].dtype)).reshape(slab.box.sizes)
         self.content.read_into(key, slab.box, array)
         if self._progress is not None:
@@ -93,7 +93,7 @@ class SlabReader:
         return array
 
     def read(self, key: str, slab: Slab) -> Array:
-        """The elements of a slab, contiguous, in memory of this thread; valid until it reads the next one."""
+        """Read the elements of a slab, contiguous, into this thread's memory; valid until its next read."""
         buffer: Bytes | None = getattr(self._local, "buffer", None)
         if buffer is None:
             buffer = self._local.buffer = np.empty(self.slab_nbytes, np.uint8)
@@ -109,7 +109,7 @@ class PlacedTensor:
 
 
 class PassedBytes:
-    """CRC-32s of the parts of one run of bytes that passed by, in any order, cut at the digests' block boundaries."""
+    """CRC-32s of the parts of one run of bytes, recorded in any order and split at block boundaries."""
 
     __slots__ = ("_lock", "_parts")
 
@@ -118,7 +118,7 @@ class PassedBytes:
         self._lock = threading.Lock()
 
     def add(self, start: int, data: memoryview) -> None:
-        """Note ``data``, which stands at ``start``. A part that passes twice counts once."""
+        """Record ``data`` at ``start``. A repeated part counts once."""
         found = {}
         position = 0
         while position < len(data):
@@ -130,7 +130,7 @@ class PassedBytes:
             self._parts.update(found)
 
     def blocks(self, nbytes: int) -> list[int]:
-        """The CRC-32 of each block of a run of ``nbytes`` that the parts tile."""
+        """Return the CRC-32 of each block of a run of ``nbytes`` tiled by the parts."""
         crcs = [0] * digest.num_blocks(nbytes)
         for start, (length, crc) in sorted(self._parts.items()):
             index = start // BLOCK_NBYTES
@@ -138,7 +138,7 @@ class PassedBytes:
         return crcs
 
     def crc32(self) -> int:
-        """The CRC-32 of all parts together, which must tile a run of bytes."""
+        """Return the CRC-32 of all parts, which must tile a run of bytes."""
         value = 0
         for _, (length, crc) in sorted(self._parts.items()):
             value = digest.combine(value, crc, length)
@@ -153,11 +153,11 @@ def write_image(
     digests: bool = True,
     on_write: Callable[[int, memoryview], None] | None = None,
 ) -> dict[str, PassedBytes]:
-    """Write tensors at their places in an open file, several threads at once. Returns the ``digests`` of each's bytes.
+    """Write tensors at their offsets in an open file, with several threads. Returns each tensor's ``digests``.
 
-    ``tensors`` are in the order of their offsets. What lies between them is the caller's, to be written afterwards:
-    short gaps are filled with zeros where bytes can be written twice. ``on_write`` is told the offset and the bytes of
-    each write, from several threads.
+    ``tensors`` are sorted by offset. The caller writes the bytes between them afterwards: short gaps are filled with
+    zeros if bytes can be written twice. ``on_write`` is called with the offset and bytes of each write, from several
+    threads.
 
     Raises:
         StorageError: the first failure on any thread.
@@ -181,7 +181,7 @@ def write_image(
 
 
 def _tasks(tensors: Sequence[PlacedTensor], reader: SlabReader) -> Iterator[list[tuple[PlacedTensor, Slab]]]:
-    """Consecutive slabs of about ``TASK_NBYTES`` together."""
+    """Yield groups of consecutive slabs of about ``TASK_NBYTES``."""
     task: list[tuple[PlacedTensor, Slab]] = []
     nbytes = 0
     for placed in tensors:
@@ -196,10 +196,10 @@ def _tasks(tensors: Sequence[PlacedTensor], reader: SlabReader) -> Iterator[list
 
 
 class ImageStream:
-    """Ranges of a file, gathered in ``buffer`` so that all but the outermost edges are written as whole, aligned pages.
+    """Collects ranges of a file in ``buffer``, so that all except the outermost edges are written as aligned pages.
 
-    With ``fill_gaps``, short gaps between ascending ranges are filled with zeros. ``on_write`` is told the offset and
-    the bytes of each write.
+    With ``fill_gaps``, short gaps between ascending ranges are filled with zeros. ``on_write`` is called with the
+    offset and bytes of each write.
     """
 
     def __init__(
@@ -215,11 +215,11 @@ class ImageStream:
         self._fill_gaps = fill_gaps
         self._array = np.frombuffer(buffer, dtype=np.uint8)
         self._memory = memoryview(buffer)
-        self._base = 0  # where the buffer begins in the file: a multiple of the page
-        self._begin = self._end = 0  # what is held, in the buffer
+        self._base = 0  # file offset of the buffer: a multiple of the page size
+        self._begin = self._end = 0  # the occupied part of the buffer
 
     def place(self, offset: int, nbytes: int) -> Bytes:
-        """Memory for the ``nbytes`` at ``offset``, to be filled before the next call.
+        """Return memory for the ``nbytes`` at ``offset``, to be filled before the next call.
 
         ``nbytes`` is at most the buffer's size less two pages.
         """
@@ -244,13 +244,13 @@ class ImageStream:
             np.copyto(self.place(offset + taken, len(part)), part)
 
     def flush(self) -> None:
-        """Write all that is held."""
+        """Write all buffered bytes."""
         self._write_pages()
         self._write(self._begin, self._end)
         self._begin = self._end
 
     def _write_pages(self) -> None:
-        """Write all that is held but for a page that is not full, which moves to the front."""
+        """Write all buffered bytes except an incomplete page, which moves to the front."""
         first = -(-self._begin // _PAGE_NBYTES) * _PAGE_NBYTES
         last = self._end // _PAGE_NBYTES * _PAGE_NBYTES
         if first >= last:
