@@ -157,7 +157,7 @@ def test_an_adapter_is_merged_into_the_base_that_it_was_trained_over_alone(
     out, below = str(memory_path / "out"), str(memory_path / "base")
     alone = str(save(memory_path / "alone", adapted(base), only_trainable=True))
     assert main(["export", alone, out, "--merge-adapter", "--hf-assets", below]) == 8
-    assert "name the base model that it was trained over with --base" in capsys.readouterr().err
+    assert "name its base model with --base" in capsys.readouterr().err
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         tuned.model.layers[1].self_attn.k_proj.weight.mul_(1.001)
@@ -165,7 +165,7 @@ def test_an_adapter_is_merged_into_the_base_that_it_was_trained_over_alone(
     whole = str(save(memory_path / "whole", adapted(base)))
     for run in (alone, whole):
         assert main(["export", run, out, "--merge-adapter", "--base", str(memory_path / "other")]) == 8
-        assert "was trained over another base than --base" in capsys.readouterr().err
+        assert "was trained on another base than --base" in capsys.readouterr().err
     base.to(torch.bfloat16).save_pretrained(memory_path / "bf16")  # the same, rounded
     assert main(["export", alone, out, "--merge-adapter", "--base", str(memory_path / "bf16")]) == 0
 

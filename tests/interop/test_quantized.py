@@ -284,7 +284,7 @@ def test_other_quantizations_are_refused_by_name_with_what_would_do(memory_path:
     torch.save(tensors, memory_path / "file.pt")
     for options in (ConvertOptions(to="dcp", model="mistral"), ConvertOptions(to="pt", dtype="bfloat16")):
         with pytest.raises(
-            ConversionError, match=rf"quantized weights \({method}\).*convert the model that it was made"
+            ConversionError, match=rf"quantized weights \({method}\).*convert the original model"
         ):
             convert(memory_path / "folder", memory_path / "out", options)
     with pytest.raises(ConversionError, match=rf"quantized weights \({method}\)"):

@@ -338,7 +338,7 @@ class LocalStorage(Storage):
 
     def stat(self, path: str) -> Entry | None:
         full = self._full(path)
-        with _explained("stat", full, f"* reading the status of {full}"):
+        with _explained("stat", full, f"reading the status of {full}"):
             try:
                 return _entry(os.path.basename(full), os.lstat(full))
             except (FileNotFoundError, NotADirectoryError):
@@ -367,7 +367,7 @@ class LocalStorage(Storage):
         full = self._full(path)
         if self.stat(path) is None:
             return 0
-        with _explained("stat", full, f"* reading the status of {full}"):
+        with _explained("stat", full, f"reading the status of {full}"):
             fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             return _data_nbytes(fd)
