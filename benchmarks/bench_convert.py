@@ -52,7 +52,7 @@ _STAND_IN_CHILD = """
 import os, sys, threading, time
 import numpy as np
 from milepost.cli.main import main
-from milepost.storage import local
+from milepost.storage import local_files
 
 once = threading.Lock()
 limit_s, passed, started = float(sys.argv[1]), 0, time.perf_counter()
@@ -76,7 +76,7 @@ def tell():
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(time.perf_counter() - started, passed, int(peak.split()[1]) * 1024, "torch" in sys.modules, flush=True)
 
-local._reserve = reserve
+local_files._reserve = reserve
 os.pwritev = pwritev
 assert main(sys.argv[2:]) == 0
 tell()

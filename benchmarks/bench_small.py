@@ -32,6 +32,7 @@ import milepost
 from figures import Figures, show
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.storage import local
+from milepost.storage.local_files import LocalWrite
 
 OURS, STOCK = "Milepost", "stock DCP"
 
@@ -171,9 +172,7 @@ def clock() -> Iterator[list[float]]:
         mock.patch.object(local.LocalStorage, name, timed(getattr(local.LocalStorage, name)))
         for name in (*reads, *writes, *moves)
     ]
-    patches += [
-        mock.patch.object(local._LocalWrite, n, timed(getattr(local._LocalWrite, n))) for n in ("write", "sync")
-    ]
+    patches += [mock.patch.object(LocalWrite, n, timed(getattr(LocalWrite, n))) for n in ("write", "sync")]
     for patch in patches:
         patch.start()
     try:

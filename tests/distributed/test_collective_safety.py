@@ -66,7 +66,7 @@ IN_A_LOAD = {
     "digests": "milepost.loading.load.parse_digests",
     "plan": "milepost.loading.sources.plan_load",
     "open a file": "milepost.storage.local.LocalStorage.open_read",
-    "read": "milepost.storage.local._LocalRead.read_into",
+    "read": "milepost.storage.local_files.LocalRead.read_into",
     "read a tensor": "milepost.loading.load.map_in_threads",
     "read a value": "milepost.loading.values.decode_object",
     "restore the optimizer": "milepost.training.optimizers.OptimizersOwner.restore",

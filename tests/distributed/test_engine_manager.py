@@ -30,7 +30,7 @@ from milepost.run.assemble import SaveInfo
 from milepost.saving.request import SaveRequest
 from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage, open_storage
-from milepost.storage.local import storage_error
+from milepost.storage.system_errors import storage_error
 from milepost.testing.world import run_world
 from milepost.testing.wrap import Operation, WrappedStorage
 

@@ -283,9 +283,7 @@ def test_other_quantizations_are_refused_by_name_with_what_would_do(memory_path:
     write(memory_path / "folder", tensors, quantization, memory_path / "source")
     torch.save(tensors, memory_path / "file.pt")
     for options in (ConvertOptions(to="dcp", model="mistral"), ConvertOptions(to="pt", dtype="bfloat16")):
-        with pytest.raises(
-            ConversionError, match=rf"quantized weights \({method}\).*convert the original model"
-        ):
+        with pytest.raises(ConversionError, match=rf"quantized weights \({method}\).*convert the original model"):
             convert(memory_path / "folder", memory_path / "out", options)
     with pytest.raises(ConversionError, match=rf"quantized weights \({method}\)"):
         convert(memory_path / "file.pt", memory_path / "out", ConvertOptions(to="pt", dtype="bfloat16"))

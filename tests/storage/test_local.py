@@ -20,7 +20,7 @@ import pytest
 from milepost.errors import ConfigError, StorageError
 from milepost.storage import LocalStorage, open_storage, syscalls, write_back
 from milepost.storage.base import ReadHandle, format_nbytes
-from milepost.storage.local import storage_error
+from milepost.storage.system_errors import storage_error
 from milepost.testing.storage_suite import StorageSuite
 
 

@@ -5,7 +5,10 @@ In reading order::
 base           the interface: ``Storage``, its handles and capabilities
 syscalls       the Linux calls that Python lacks
 write_back     early and bounded write-back of pages
-local          a folder of a POSIX file system
+system_errors  the operating system's errors, with advice
+local_files    open files of a POSIX file system
+local_tree     its files and folders by name
+local          a folder of it
 open_files     many files, a bounded number of them open at a time
 ranges         plans of requests for many byte ranges
 retry          bounded retries

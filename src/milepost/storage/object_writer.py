@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 from milepost.errors import StorageError
 from milepost.storage.base import Bytes, WriteHandle, byte_views
-from milepost.storage.local import storage_error
+from milepost.storage.system_errors import storage_error
 
 if TYPE_CHECKING:
     from milepost.storage.objectstore import ObjectStorage

@@ -1,7 +1,7 @@
 """A journal of the system calls with which ``LocalStorage`` changes a disk, of all processes, in real order.
 
 The state after a crash depends on the actual system calls, not on what a storage promises. So the calls are recorded
-with the bytes that they store: during :meth:`Journal.recording`, ``milepost.storage.local`` uses stand-ins for ``os``
+with the bytes that they store: during :meth:`Journal.recording`, ``milepost.storage.local*`` use stand-ins for ``os``
 and ``syscalls`` that perform and record each call, one at a time over all processes forked meanwhile.
 ``milepost.testing.powercut`` builds disks from such a journal.
 """
@@ -12,13 +12,13 @@ import fcntl
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from milepost.storage import local, syscalls
+from milepost.storage import local, local_files, local_tree, syscalls
 
 Inode = tuple[int, int]
 """Device and inode number, which identify a file or folder regardless of its current name."""
@@ -110,10 +110,11 @@ class Journal:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record all changes by any ``LocalStorage`` in this process and in those forked inside the block."""
-        with (
-            mock.patch.object(local, "os", _JournaledOs(self)),
-            mock.patch.object(local, "syscalls", _JournaledSyscalls(self)),
-        ):
+        journaled_os, journaled_syscalls = _JournaledOs(self), _JournaledSyscalls(self)
+        with ExitStack() as patches:
+            for module in (local, local_files, local_tree):
+                patches.enter_context(mock.patch.object(module, "os", journaled_os))
+                patches.enter_context(mock.patch.object(module, "syscalls", journaled_syscalls))
             yield
 
     def mark(self, text: str) -> None:
