@@ -49,7 +49,7 @@ _WHAT_WOULD_DO = {
     "gptq": "convert the original model: GPTQ's rounding can't be undone",
     "awq": "convert the original model: AWQ's rounding can't be undone",
     "": (
-        "convert the model that it was made from, or load it with transformers, call dequantize() and save_pretrained()"
+        "convert the original model, or load it with transformers, call dequantize() and save_pretrained()"
     ),
 }
 
