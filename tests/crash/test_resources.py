@@ -139,7 +139,7 @@ def test_warn_goes_on_twice_on_a_real_full_disk(tmp_path: Path) -> None:
     with small("tmpfs", tmp_path / "small") as folder:
         messages = run_world(warn_on_a_full_disk, 2, folder, timeout_s=60)
     assert messages[0] == messages[1]
-    assert messages[0].startswith("3 saves in a row have failed; the last: ")
+    assert messages[0].startswith("3 consecutive saves failed; the last: ")
 
 
 # ---- errors of one rank ----

@@ -379,4 +379,4 @@ def test_a_request_that_cannot_be_removed_is_not_acted_on(
     (folder / "STOP").mkdir()
     assert not loop.manager.save(1)
     assert not loop.manager.save(2)
-    assert caplog.text.count("the file STOP is not acted on, since it can't be removed") == 1
+    assert caplog.text.count("the file STOP is ignored, because it can't be removed") == 1

@@ -147,7 +147,7 @@ def test_what_is_trained_alone_resumes_over_shards_and_stages(memory_path: Path,
     again = run_world(only_trainable, 2, memory_path, how, 0)
     assert again == [(True, weights) for _, weights in trained]
     refused = run_world(only_trainable, 2, memory_path, how, 0, 1.0)
-    assert all("trained over other weights" in message for message in refused), "on every rank, whoever holds them"
+    assert all("trained on other frozen weights" in message for message in refused), "on every rank, whoever holds them"
     if how != "pp":
         other = {"fsdp": "tp", "tp": "fsdp"}[how]
         assert run_world(only_trainable, 2, memory_path, other, 0) == again, "a step is of no layout"

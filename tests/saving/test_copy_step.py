@@ -86,7 +86,7 @@ def test_another_process_that_copies_the_same_is_left_to_it(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", says_who], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         dst.write(f"{attempt}/{OWNER_PREFIX}0000abcd.json", process.stdout.readline())
-        with pytest.raises(SaveError, match="is copying to"):
+        with pytest.raises(SaveError, match="is already copying to"):
             copy_step(src, Spot(dst, STEP))
         process.communicate(b"\n", timeout=20)
     copy_step(src, Spot(dst, STEP))

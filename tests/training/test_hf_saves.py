@@ -83,7 +83,7 @@ def test_a_failure_stops_or_warns_as_that_of_a_step(memory_path: Path, monkeypat
 
 
 def test_it_needs_to_know_the_model(memory_path: Path) -> None:
-    with pytest.raises(ConfigError, match="hf_interval need to know the model"):
+    with pytest.raises(ConfigError, match="hf_interval need the model"):
         CheckpointManager(memory_path, CheckpointConfig(hf_interval=2), model=tiny())
     with pytest.raises(ConfigError, match=r"hf_interval must be 0 \(disabled\) or more"):
         CheckpointConfig(hf_interval=-1)

@@ -68,7 +68,7 @@ def test_warn_goes_on_and_stops_after_three_failures_in_a_row(
         broken.setattr(manager._storage, "open_write", disk_full)
         manager.save(6)
         manager.save(7)
-        with pytest.raises(SaveError, match=r"3 saves in a row have failed; the last: .*no space left"):
+        with pytest.raises(SaveError, match=r"3 consecutive saves failed; the last: .*no space left"):
             save_twice(manager)
     steps = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir() and p.name.startswith("step-")}
     assert steps == {"step-1", "step-4", "step-5"}

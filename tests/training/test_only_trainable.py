@@ -96,14 +96,14 @@ def test_over_other_weights_a_step_is_not_resumed(memory_path: Path) -> None:
     train(memory_path, model_of(0.5), 1)
     other = model_of(0.75)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(StateMismatchError, match="trained over other weights than this run has") as caught:
+    with pytest.raises(StateMismatchError, match="trained on other frozen weights than this run") as caught:
         train(memory_path, other, 0)
     assert caught.value.mismatched == ("0.bias: different values", "0.weight: different values") or set(
         caught.value.mismatched
     ) == {"0.bias: different values", "0.weight: different values"}
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
     larger = nn.Sequential(*model_of(0.5), nn.Linear(2, 2).requires_grad_(requires_grad=False))
-    with pytest.raises(StateMismatchError, match=r"3\.weight: not in the model then"):
+    with pytest.raises(StateMismatchError, match=r"3\.weight: not in the saved model"):
         train(memory_path, larger, 0)
     assert train(memory_path, model_of(0.75), 0, exclude_from_loading=["0.*"]) is not None, "as was asked for"
     begun = train(memory_path / "new", model_of(0.75), 0, initial_load_path=str(memory_path / "step-1"))

@@ -2,12 +2,12 @@
 
 ::
 
-    offers      gather      where, an error, digests of the state (while nothing changes: those of what is in common)
-    asked       broadcast   whose description rank 0 does not know; or the answer at once: nothing has changed
-    described   collect     from these ranks alone
-    sharing     broadcast   who is of which kind, and what several kinds have in common
-    placed      gather      boxes that no mesh tells, if there are any; and scatter: who writes them
-    compared    gather      digests of what ranks have in common, once each has planned; and broadcast: the attempt
+        offers      gather      path, error, digests of the state (if nothing changed: of the replicated state)
+        asked       broadcast   ranks whose description rank 0 lacks; or the answer at once: nothing has changed
+        described   collect     from these ranks only
+        sharing     broadcast   the kind of each rank, and the state common to several kinds
+        placed      gather      boxes not derivable from a mesh, if any; and scatter: who writes them
+        compared    gather      digests of replicated state, after planning; and broadcast: the attempt
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from milepost.tensors.sharing import FromRank0, Group, groups_in_common, only, p
 log = logging.getLogger("milepost")
 
 TIMEOUT_S = 600.0
-"""Seconds that a rank waits for the others' records before it gives a save up."""
+"""Seconds that a rank waits for the others' records before it abandons a save."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
-    """A save that all ranks have agreed on."""
+    """A save agreed by all ranks."""
 
     prepared: Prepared
     job: SaveJob
@@ -54,7 +54,7 @@ class Agreed:
 
 
 class Agreement:
-    """Turns what each rank brings into a job for each, reusing the plan while the structure stays the same."""
+    """Turns each rank's state into its job, reusing the plan while the structure is unchanged."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Agreement:
         self._timeout_s = timeout_s
         self._num_threads = num_threads
         self._check_replicas = check_replicas
-        # Ranks compare what they have encoded. What is found to differ between ranks is the same on all of them.
+        # Ranks compare encoded state. The result, what differs between ranks, is the same on all of them.
         self._manner = Manner(may_defer=may_defer and comm.world_size == 1)
         self._num_saves = 0
         self._last = last if last is not None else LastPlan()
@@ -86,15 +86,15 @@ class Agreement:
         """Flatten this rank's state, and agree with the others on who writes what. Collective.
 
         Raises:
-            SaveError, PlanError, ConfigError: on every rank, if any rank brought or met an error, or if ranks hold
-                different things under one key.
+            SaveError, PlanError, ConfigError: on every rank, if any rank had an error, or if ranks hold different data
+            under one key.
         """
         prepared = prepare_state(request, self._comm, self._manner)
         while True:
             try:
                 job, reused = self._settle(request, prepared)
             except BelongsToRanks as found:
-                # Once a part is stored for each rank, it stays so: its structure no longer changes with its values.
+                # Once a part is stored per rank, it stays so: its structure no longer changes with its values.
                 self._manner = replace(
                     self._manner,
                     per_rank=self._manner.per_rank | found.parts,
@@ -111,7 +111,7 @@ class Agreement:
             self._frozen = frozen
 
     def _settle(self, request: SaveRequest, prepared: Prepared) -> tuple[SaveJob, bool]:
-        """This rank's job, and whether the previous plan was reused. Collective."""
+        """Return this rank's job, and whether the previous plan was reused. Collective."""
         try:
             answer = self._answer(request, prepared)
             given = self._given(request, prepared, answer.shared) if answer.shared is not None else None
@@ -145,11 +145,11 @@ class Agreement:
         return job, answer.shared is None
 
     def _forget(self) -> None:
-        """After a failure all plan anew."""
+        """Drop the plan: after a failure all ranks plan again."""
         self._last.token, self._last.plan, self._last.roster = "", None, Roster()
 
     def _earlier(self, request: SaveRequest) -> FrozenFile | None:
-        """The file of the step that this save descends from, unless it is time to write it anew."""
+        """Return the frozen file of the parent step, unless it is due to be rewritten."""
         lineage, frozen = request.info.lineage, self._frozen
         if lineage is None or frozen is None or frozen.save_id != lineage.parent:
             return None
@@ -157,7 +157,7 @@ class Agreement:
         return None if is_due else frozen
 
     def _begin_on_nodes(self, request: SaveRequest, save_id: str, info: SaveInfo | None) -> str:
-        """Have each node's first rank make the attempt in its own folder; its name. Collective."""
+        """Have each node's first rank create the attempt in its own folder; returns its name. Collective."""
         attempt, failure = None, None
         if info is not None:
             try:
@@ -173,7 +173,7 @@ class Agreement:
         return join(split(request.target)[0], ATTEMPT_PREFIX + save_id)
 
     def _info(self, request: SaveRequest, answer: Answer) -> SaveInfo | None:
-        """What the manifest says that this rank is to write; None if it writes none."""
+        """Return the content of the manifest that this rank writes; None if it writes none."""
         if self._comm.rank == 0 or (self._nodes is not None and self._nodes.is_first(self._comm.rank)):
             return self._last.record.put_into(answer.info or request.info, self._manner.per_rank)
         return None
@@ -181,12 +181,12 @@ class Agreement:
     # ---- who writes what ----
 
     def _answer(self, request: SaveRequest, prepared: Prepared) -> Answer:
-        """What rank 0 answers, once it has been told all that it did not know. Collective.
+        """Return rank 0's answer, once it has the missing descriptions. Collective.
 
-        Raises: what any rank has brought, and whatever keeps the ranks from saving.
+        Raises any rank's error, and any reason why the ranks can't save.
         """
         where = f"{self._storage.root}/{request.target}"
-        # Nodes may call their own folders as they like: the step is the same.
+        # Nodes may have different folder names: the step is the same.
         offer = self._offer(prepared, where if self._nodes is None else split(request.target)[1])
         with meeting(self._comm, f"saving {where}"):
             offers = self._comm.gather(offer)
@@ -215,7 +215,7 @@ class Agreement:
             return Offer(target, failure_on(self._comm.rank, cause, SaveError))
 
     def _place(self, prepared: Prepared) -> str:
-        """Tells for what a plan of this rank's is valid."""
+        """Return the key of the plan's validity on this rank."""
         nodes = self._nodes.groups if self._nodes is not None else ()
         return f"{self._comm.name} {self._comm.rank} {self._comm.world_size} {nodes} {prepared.fingerprint}"
 
@@ -226,7 +226,7 @@ class Agreement:
             return failure_on(self._comm.rank, cause, SaveError)
 
     def _ask_or_answer(self, request: SaveRequest, offers: Sequence[Offer]) -> Ask | Answer:
-        """Rank 0's answer to all offers. Errors become answers, so that no rank is left waiting."""
+        """Return rank 0's answer to all offers. Errors become answers, so that no rank is left waiting."""
         try:
             failure = merge_failures([offer.error for offer in offers])
             if failure is not None:
@@ -243,13 +243,13 @@ class Agreement:
             before = self._last.hosts if len(self._last.hosts) == len(offers) else ("",) * len(offers)
             self._last.hosts = tuple(offer.host or host for offer, host in zip(offers, before, strict=True))
             return Ask(roster.ask([offer.told for offer in offers]))
-        except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
+        except BaseException as cause:  # noqa: BLE001 - the error must reach every rank
             return Answer(error=as_save_error(cause))
 
     def _learn(
         self, request: SaveRequest, offers: Sequence[Offer], brought: Sequence[Structure | MilepostError]
     ) -> Answer:
-        """Rank 0's answer when structures are new: what all ranks need for their plans."""
+        """Return rank 0's answer to new structures: the data that all ranks need for their plans."""
         try:
             for structure in brought:
                 if isinstance(structure, MilepostError):
@@ -275,11 +275,11 @@ class Agreement:
             )
             depth: Depth = "whole" if self._is_check_due else "sample"
             return self._answer_with(request, Answer(depth, shared=shared))
-        except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
+        except BaseException as cause:  # noqa: BLE001 - the error must reach every rank
             return Answer(error=as_save_error(cause))
 
     def _answer_with(self, request: SaveRequest, answer: Answer) -> Answer:
-        """The answer, with what all ranks get of the request."""
+        """Return the answer, with the request's data for all ranks."""
         return replace(
             answer,
             form=request.make_form(self._last.roster.dtypes()) if request.make_form is not None else None,
@@ -287,7 +287,7 @@ class Agreement:
         )
 
     def _given(self, request: SaveRequest, prepared: Prepared, shared: Shared) -> Given:
-        """What rank 0 has for this rank besides, told which boxes of placed tensors each rank holds. Collective."""
+        """Return rank 0's further data for this rank, given the boxes of placed tensors on each rank. Collective."""
         if not shared.gives:
             return Given()
         layouts = self._comm.gather(only(prepared.layout, shared.sharing.placed))
@@ -306,17 +306,17 @@ class Agreement:
                     groups[rank].append(group)
             earlier: Mapping[str, FrozenFile] = {}
             if request.info.lineage is not None and self._last.roster.has_frozen and self._nodes is None:
-                # Of a run that was resumed, or whose structure has changed.
+                # After a resume, or a change of structure.
                 earlier = frozen_files_of_parent(self._storage, request.target, request.info.lineage)
             return [
                 Given(FromRank0(dealt[rank], tuple(groups[rank])), earlier.get(file_name(rank, 1)))
                 for rank in range(len(layouts))
             ]
-        except BaseException as cause:  # noqa: BLE001 - every rank must hear of it
+        except BaseException as cause:  # noqa: BLE001 - the error must reach every rank
             return [Given(error=as_save_error(cause))] * len(layouts)
 
     def _plan(self, prepared: Prepared, shared: Shared, given: Given) -> None:
-        """Make this rank's new plan, and remember it."""
+        """Create and store this rank's new plan."""
         rank = self._comm.rank
         plan, groups = plan_alone(
             *(rank, prepared.layout, shared.sharing),
@@ -337,7 +337,7 @@ class Agreement:
         return bool(self._check_replicas) and self._num_saves % self._check_replicas == 0
 
     def _depth(self, common: Sequence[Mapping[bytes, Summary]]) -> Depth | None:
-        """How thoroughly to compare, where plans are used again; None if there is nothing more to compare."""
+        """Return the depth of the comparison for a reused plan; None if there is nothing more to compare."""
         if not any(common):
             return None
         if self._is_check_due:
@@ -354,7 +354,7 @@ class Agreement:
             return Begun(save_id, begin_attempt(self._storage, request.target, save_id))
 
     def _compare(self, request: SaveRequest, prepared: Prepared, answer: Answer, given: Given | None) -> Begun:
-        """Plan, if the structure is new, and compare what ranks have in common; then the attempt. Collective."""
+        """Plan, if the structure is new, compare replicated state, and return the attempt. Collective."""
 
         def plan() -> Mapping[bytes, Group]:
             if answer.shared is not None and given is not None:

@@ -13,19 +13,19 @@ import torch
 from milepost.errors import ConfigError
 
 MAX_STEP = 10**18 - 1
-"""What fits the name of a step's folder."""
+"""Largest number that fits the name of a step's folder."""
 
 
 def checked_step(step: Any) -> int:
-    """The number of a step: of any integral type, numpy's and tensors without dims too.
+    """Return a step number given in any integral type, including numpy's and 0-d tensors.
 
     Raises:
-        ConfigError: it is no whole number, negative or absurdly large.
+        ConfigError: it is not an integer, or out of range.
     """
     is_flag = isinstance(step, bool) or getattr(step, "dtype", None) in (torch.bool, bool)
     try:
         number = None if is_flag or getattr(step, "shape", None) else operator.index(step)
-    except (TypeError, RuntimeError):  # what torch raises for a tensor of floats
+    except (TypeError, RuntimeError):  # torch's error for a tensor of floats
         number = None
     if number is None:
         raise ConfigError(f"step {step!r:.80}: expected a whole number, found a {type(step).__name__}")
@@ -52,10 +52,10 @@ def checked_layout(layout: Any) -> dict[str, int]:
 
 
 def check_given(function: str, path: object, state_dict: object) -> None:
-    """Explain first mistakes of a caller of ``save`` and ``async_save``.
+    """Explain common mistakes in calls of ``save`` and ``async_save``.
 
     Raises:
-        ConfigError: ``path`` is no path, or ``state_dict`` no mapping.
+        ConfigError: ``path`` is not a path, or ``state_dict`` is not a mapping.
     """
     if not isinstance(path, str | PathLike):
         is_swapped = isinstance(state_dict, str | PathLike)
@@ -69,4 +69,6 @@ def check_given(function: str, path: object, state_dict: object) -> None:
     hint = ""
     if hasattr(state_dict, "state_dict"):
         hint = f': write {function}(path, {{"model": model}})'
-    raise ConfigError(f"milepost.{function}(path, state_dict): expected a dict of what to save, found a {kind}{hint}")
+    raise ConfigError(
+        f"milepost.{function}(path, state_dict): expected a dict of the state to save, found a {kind}{hint}"
+    )

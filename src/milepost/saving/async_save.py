@@ -1,6 +1,6 @@
-"""``async_save``: training goes on while a checkpoint is written.
+"""``async_save``: training continues while a checkpoint is written.
 
-Two events matter. *Staged*: the weights may change again. *Committed*: the checkpoint may be relied on.
+There are two events. *Staged*: the weights may change again. *Committed*: the checkpoint is durable.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Mode = Literal["async", "async_with_pinned_mem"]
 
 
 class AsyncSaver:
-    """Saves state dicts again and again in the background, one at a time, through one arena that is kept.
+    """Saves state dicts in the background, one at a time, through one reused arena.
 
     One that is dropped without :meth:`close` releases everything it holds at the end of the running save.
     Collective methods are :meth:`save`, :meth:`wait` and :meth:`close`; they are called on the training thread.
@@ -76,7 +76,7 @@ class AsyncSaver:
         self._writer = WriterLink(storage, self._arena) if mode == "async_with_pinned_mem" else None
         self._current: BackgroundSave | None = None
         self._thread: threading.Thread | None = None
-        # Whether ranks have yet to compare notes on the current save: the same on every rank, whatever became of it.
+        # Whether ranks have yet to exchange the current save's outcome: the same on every rank.
         self._is_open = False
         _alive.add(self)
 
@@ -87,12 +87,12 @@ class AsyncSaver:
 
     @property
     def current(self) -> SaveHandle | None:
-        """The save that was begun last."""
+        """The save started last."""
         return self._current
 
     @property
     def writer_pid(self) -> int | None:
-        """The id of the writer process; None in the mode that has none."""
+        """The id of the writer process; None in the mode without one."""
         return self._writer.pid if self._writer is not None else None
 
     def is_for(self, comm: Comm) -> bool:
@@ -100,10 +100,9 @@ class AsyncSaver:
         return (self._comm.rank, self._comm.world_size) == (comm.rank, comm.world_size)
 
     def save(self, request: SaveRequest) -> SaveHandle:
-        """Begin to save what is requested: flatten, agree, stage; the rest happens in the background. Collective.
+        """Start a save: flatten, agree, stage; the rest happens in the background. Collective.
 
-        A save that still runs is waited for. Its failure, on any rank, is raised here on every rank, and nothing new
-        is begun.
+        Waits for a running save. Its failure, on any rank, is raised here on every rank, and no new save is started.
         """
         self.wait()
         started = time.monotonic()
@@ -112,7 +111,7 @@ class AsyncSaver:
         notice = FailureNotice(self._comm, job.save_id, for_all=job.part is not None)
         save = self._current = BackgroundSave(self._storage, job, notice)
         self._is_open = True
-        # From here on an error of this rank alone goes to the handle: the other ranks are on their way already.
+        # From here on an error of only this rank goes to the handle: the other ranks have already started.
         with save.failing():
             image = self._fit_arena(job.plan)
             save.staging = Staging(
@@ -126,21 +125,21 @@ class AsyncSaver:
                 save.accepted()
             write = partial(_write, self._storage, self._arena, self._writer, prepared.objects)
             run = partial(save.run, write, plan_s=plan_s, reused_plan=agreed.reused_plan)
-            # Not a daemon: a program that ends, even by an exception, waits for what it has staged.
+            # Not a daemon: a program that ends, even by an exception, waits for staged saves.
             self._thread = threading.Thread(target=run, name="milepost-save")
             try:
                 self._thread.start()
-            except RuntimeError:  # no more threads are to be had: training waits this once
+            except RuntimeError:  # no more threads are available: training waits this time
                 self._thread = None
                 log.warning("can't start a thread to save %s in the background: writing it now", save.path)
                 run()
         return save
 
     def wait(self) -> None:
-        """Return when the running save, if any, is committed. Collective.
+        """Return once the running save, if any, is committed. Collective.
 
         Raises:
-            MilepostError: it has failed on some rank; raised on every rank, and once.
+            MilepostError: it failed on some rank; raised on every rank, and once.
         """
         if not self._is_open:
             return
@@ -175,13 +174,13 @@ class AsyncSaver:
                 self._forget_failed()
 
     def leave(self) -> None:
-        """As :meth:`close`, on a rank that exits with an error and can't meet the others: a failure is logged."""
+        """Close without collectives, on a rank that exits with an error: a failure is logged."""
         finish_saves()
         if self._current is None or self._current.done():
             self._let_go()
 
     def failure_of_current(self) -> MilepostError | None:
-        """Wait for the save that runs on this rank; its failure. Ctrl-C counts as one: the others must learn of it."""
+        """Wait for this rank's running save and return its failure. Ctrl-C counts as one: it must reach the others."""
         if self._current is None:
             return None
         try:
@@ -193,7 +192,7 @@ class AsyncSaver:
         return save_failure(self._comm.rank, error) if error is not None else None
 
     def _forget_failed(self) -> None:
-        """After a failure that every rank knows of: it is not raised again, and its attempt is taken away."""
+        """Forget a failure known to every rank: it is not raised again, and its attempt is removed."""
         if self._current is not None and self._current.failure is not None:
             if self._current.job.publishes:
                 abort_attempt(self._storage, self._current.job.attempt)
@@ -204,7 +203,7 @@ class AsyncSaver:
             self._unpin_arena()
             # In both modes: from a GPU, a copy into pinned memory takes a fraction of the time.
             if pin_memory(self._arena.memory):
-                # Not of this object: a save that still runs keeps the arena, when its saver is forgotten.
+                # Not bound to this object: a running save keeps the arena if its saver is dropped.
                 self._unpin = weakref.finalize(self._arena, unpin_memory, self._arena.memory)
             if self._comm.rank == 0:
                 pinned = "pinned" if self._unpin is not None else "not pinned: there is no CUDA device"
@@ -214,12 +213,12 @@ class AsyncSaver:
 
     def _unpin_arena(self) -> None:
         if self._unpin is not None:
-            self._unpin()  # its old memory, if it has grown
+            self._unpin()  # the old memory, if it has grown
             self._unpin = None
 
     def _let_go(self) -> None:
         if self._thread is not None:
-            self._thread.join()  # it uses what goes now; an interrupt may have cut the wait for its save short
+            self._thread.join()  # it uses the memory released now; an interrupt may have ended the wait for its save
         if self._writer is not None:
             self._writer.close()
         self._unpin_arena()
@@ -233,7 +232,7 @@ def _write(
     objects: Mapping[str, bytes | Snapshot],
     save: BackgroundSave,
 ) -> JobResult:
-    """Write the arena: by the writer process, or here. Holds no saver, which may be forgotten meanwhile."""
+    """Write the arena, by the writer process or here. Does not hold the saver, which may be dropped meanwhile."""
     if writer is not None:
         return writer.run(save.job, encoded(objects), save)
     save.accepted()
@@ -245,7 +244,7 @@ _alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
 
 @atexit.register
 def _log_lost_saves() -> None:
-    """Report saves that failed in the background when nothing has raised it: the program has not called close."""
+    """Log background failures that were never raised, because the program did not call close."""
     for saver in list(_alive):
         if saver.current is not None and (error := saver.current.failure) is not None:
             log.error("the program is exiting, and its last save failed: %s", error)
@@ -264,15 +263,14 @@ def async_save(
 ) -> SaveHandle:
     """Start saving ``state_dict`` at ``path`` in the background. Collective over all ranks.
 
-    With ``mode = "async"`` everything is staged when this returns, and a thread writes. With
-    ``"async_with_pinned_mem"`` staging continues in the background (call ``handle.staged()`` before the weights change;
-    buffers of modules in ``state_dict`` are copied already) and a process writes, which finishes even if this one is
-    killed. Staging memory of the state's size is kept and used again by the next call for the same folder (of the
-    last few); a save that still runs is waited for first. ``step``, ``kind`` and ``layout`` are recorded, as by
-    :func:`milepost.save`.
+    With ``mode = "async"`` everything is staged on return, and a thread writes. With ``"async_with_pinned_mem"``
+    staging continues in the background (call ``handle.staged()`` before the weights change; buffers of modules in
+    ``state_dict`` are already copied) and a process writes, which finishes even if this one is killed. Staging memory
+    of the state's size is reused by the next call for the same folder (of the last few); a running save is waited for
+    first. ``step``, ``kind`` and ``layout`` are recorded, as by :func:`milepost.save`.
 
     Raises:
-        SaveError: on every rank, when any rank failed before staging, or the previous save of this folder failed.
+        SaveError: on every rank, if any rank failed before staging, or the previous save of this folder failed.
     """
     check_given("async_save", path, state_dict)
     if mode not in get_args(Mode):
@@ -286,14 +284,14 @@ def async_save(
 
 
 MAX_SAVERS = 4
-"""Folders that ``async_save`` was last called for keep their memory and writer process; this many of them."""
+"""Number of recent folders of ``async_save`` that keep their memory and writer process."""
 _savers: dict[tuple[str, str], AsyncSaver] = {}
 
 
 def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
-    """The saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls.
+    """Return the saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls.
 
-    Nor does it with folders: the saver not called for the longest is forgotten, which is the same one on every rank.
+    Nor with folders: the least recently used saver is dropped, the same one on every rank.
     """
     saver = _savers.pop((storage.root, mode), None)
     if saver is None or not saver.is_for(comm):
@@ -302,5 +300,5 @@ def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
             if (failure := forgotten.failure_of_current()) is not None:
                 log.error("a background save failed: %s", failure)
         saver = AsyncSaver(storage, comm, mode)
-    _savers[storage.root, mode] = saver  # the last of them now
+    _savers[storage.root, mode] = saver  # now the most recent
     return saver

@@ -1,6 +1,6 @@
 """A background save: its state, the reports of its job, and how its failure reaches every rank.
 
-Torch-free, since a process that ends (``finish_saves``) asks for it without knowing whether anything was saved.
+Torch-free, because ``finish_saves`` at process exit needs it even if nothing was saved.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ GRACE_S = 30.0
 
 
 class SaveHandle:
-    """A running save, as this rank sees it."""
+    """A running save on this rank."""
 
     def __init__(self, path: str, save_id: str, nbytes: int):
         self.path = path
         self.save_id = save_id
         self.nbytes = nbytes
-        """Bytes of tensor data that this rank writes."""
+        """Bytes of tensor data written by this rank."""
         self._written_nbytes = 0
         self._staged: Future[None] = Future()
         self._committed: Future[SaveReport] = Future()
 
     def staged(self, timeout_s: float | None = None) -> None:
-        """Return when the tensors may be changed again.
+        """Return once the tensors may be changed again.
 
         Raises:
             TimeoutError: not within ``timeout_s`` seconds.
@@ -57,7 +57,7 @@ class SaveHandle:
         return self._staged.done()
 
     def committed(self, timeout_s: float | None = None) -> None:
-        """Return when the checkpoint may be relied on, on all ranks.
+        """Return once the checkpoint is committed, on all ranks.
 
         Raises:
             TimeoutError: not within ``timeout_s`` seconds.
@@ -70,17 +70,17 @@ class SaveHandle:
         return self._committed.result()
 
     def done(self) -> bool:
-        """Return whether the save has ended, one way or the other."""
+        """Return whether the save has ended, successfully or not."""
         return self._committed.done()
 
     @property
     def failure(self) -> BaseException | None:
-        """The error of a failed save; None while it runs and when it is committed."""
+        """The error of a failed save; None while it runs and if it was committed."""
         return self._committed.exception() if self._committed.done() else None
 
     @property
     def progress(self) -> float:
-        """The fraction of this rank's bytes that is written, from 0 to 1."""
+        """The fraction of this rank's bytes written so far, from 0 to 1."""
         return min(1.0, self._written_nbytes / self.nbytes) if self.nbytes else 1.0
 
     def when_done(self, act: Callable[[], None]) -> None:
@@ -89,10 +89,10 @@ class SaveHandle:
 
 
 class BackgroundSave(SaveHandle, JobMonitor):
-    """A background save on this rank. Owns its outcome: only this object resolves the handle.
+    """A background save on this rank. Owns the outcome: only this object resolves the handle.
 
-    Every error of this rank goes to :meth:`fail`, the one channel: the handle's owner finds it here, ranks that wait
-    find it in the attempt, and, where that can't be written, in the job's store.
+    Every error of this rank goes to :meth:`fail`, the single channel: the handle's owner finds it here, waiting ranks
+    in the attempt or, if that can't be written, in the job's store.
     """
 
     def __init__(self, storage: Storage, job: SaveJob, notice: FailureNotice):
@@ -103,7 +103,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self.staging: Staging | None = None
         """The copies that remain to be made."""
         self.frozen: FrozenFile | None = None
-        """This rank's file of frozen tensors in the step, once it is committed."""
+        """This rank's file of frozen tensors in the step, after the commit."""
         self._stage_s = 0.0
         self._lock = threading.Lock()
         _running.add(self)
@@ -119,16 +119,15 @@ class BackgroundSave(SaveHandle, JobMonitor):
         self._notice.check()
 
     def accepted(self) -> None:
-        """Record that the tensors may change: the staged save will be committed unless the process that runs the job
-        dies."""
+        """Record that the tensors may change: the save will be committed unless the process of the job dies."""
         if not self._staged.done():
             self._staged.set_result(None)
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Within, an error fails the save instead of being raised; only an interrupt is raised as well.
+        """Make errors in the block fail the save instead of being raised; an interrupt is also raised.
 
-        The other ranks are on their way: an error raised here alone would leave them waiting.
+        The other ranks have already started: an error raised only here would leave them waiting.
         """
         try:
             yield
@@ -164,7 +163,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
             return
         failure = save_failure(self.job.rank, error)
         if not isinstance(error, Exception):
-            failure.__cause__ = None  # an interrupt is raised here, and must not be raised again by the handle
+            failure.__cause__ = None  # an interrupt is raised here; the handle must not raise it again
         # Report to the other ranks first: once this handle has failed, its owner may remove the attempt.
         self._notice.post(failure)
         report_failure(self._storage, self.job, failure)
@@ -181,7 +180,7 @@ os.register_at_fork(after_in_child=_running.clear)  # the writing threads belong
 
 
 def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
-    """Wait for a save to end. Rank 0 logs its progress meanwhile, and the time it took."""
+    """Wait for the end of a save. Rank 0 logs its progress meanwhile, and the time it took."""
     started = time.monotonic()
     while not handle.done():
         try:
@@ -200,8 +199,8 @@ def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
 def finish_saves(grace_s: float = GRACE_S) -> None:
     """Wait for this process's background saves, if it exits without ``close()``.
 
-    What was staged is committed, if the other ranks do their part: one on which nothing was written for ``grace_s``
-    seconds is left as it is.
+    Staged saves are committed if the other ranks do their part; one without progress for ``grace_s`` seconds is
+    abandoned.
     """
     for save in list(_running):
         ended = threading.Event()

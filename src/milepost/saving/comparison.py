@@ -1,6 +1,6 @@
-"""Comparison of what ranks have in common, before a save begins. Collective.
+"""Comparison of replicated state before a save. Collective.
 
-First one digest for each group of ranks is gathered; only of groups in which ranks differ one for each key.
+First one digest per group of ranks is gathered, then one per key only for groups in which ranks differ.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 
 def held_by(prepared: Prepared, group: Group, depth: Depth) -> Digests:
-    """This rank's digests of what it shares with the others of a group."""
+    """Return this rank's digests of the state shared with the others of a group."""
     return digests_of(group, prepared.flat.tensors, encoded(prepared.objects), depth)
 
 
 def summaries_of(prepared: Prepared, groups: Mapping[bytes, Group], depth: Depth) -> dict[bytes, Summary]:
-    """One digest of this rank's for each group that it is in."""
+    """Return one digest for each of this rank's groups."""
     return {
         digest: Summary(len(group.ranks), summary_of(held_by(prepared, group, depth)))
         for digest, group in groups.items()
@@ -44,7 +44,7 @@ def summaries_of(prepared: Prepared, groups: Mapping[bytes, Group], depth: Depth
 
 
 class Comparison:
-    """Compares what ranks hold, and has rank 0 ``begin`` the attempt once nothing differs that must not."""
+    """Compares the ranks' state, and has rank 0 ``begin`` the attempt once all replicas are equal."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class Comparison:
         self._note_buffers = note_buffers
 
     def run(self, plan: Callable[[], Mapping[bytes, Group]]) -> Begun:
-        """The attempt. ``plan`` gives the groups that this rank is in; its errors reach every rank. Collective.
+        """Compare and return the attempt. ``plan`` returns this rank's groups; its errors reach every rank. Collective.
 
-        Values of the top-level names ``per_rank`` may differ: they are stored for each rank.
+        Values of the top-level names ``per_rank`` may differ: they are stored per rank.
 
-        Raises: what any rank met; BelongsToRanks; or that ranks hold different things under one key.
+        Raises any rank's error, BelongsToRanks, or an error if ranks hold different data under one key.
         """
         groups: Mapping[bytes, Group] = {}
 
@@ -121,7 +121,7 @@ class Comparison:
 
 
 def exchanged(comm: Comm, bring: Callable[[], T], decide: Callable[[list[T]], Outcome]) -> Outcome:
-    """Rank 0 decides on what every rank brings; an error of any rank becomes the outcome on all. Collective."""
+    """Let rank 0 decide on all ranks' contributions; an error of any rank becomes the outcome on all. Collective."""
     mine: T | None = None
     failure = None
     try:
@@ -143,7 +143,7 @@ def exchanged(comm: Comm, bring: Callable[[], T], decide: Callable[[list[T]], Ou
 
 
 def as_save_error(cause: BaseException) -> MilepostError:
-    """An error that rank 0 met on behalf of all ranks."""
+    """Wrap an error of rank 0 for all ranks."""
     if isinstance(cause, StorageError):
         cause = SaveError(cause.message, path=cause.path)
     return failure_on(0, cause, SaveError)

@@ -1,13 +1,13 @@
-"""One node's part of a step, brought to the run's other folder: there the parts of all nodes become one checkpoint.
+"""Copy one node's part of a step to the run's remote folder, where all nodes' parts form one checkpoint.
 
-Each node's process does this for its own part, and they meet in the attempt, as the ranks of a save do::
+Each node's process does this for its own part; they cooperate in the attempt like the ranks of a save::
 
-    <attempt>/part-<node>       offer      what the node holds; with those of lower nodes: what it is to bring
+    <attempt>/part-<node>       offer      the node's content; with those of lower nodes: what it must copy
     __<rank>_0.distcp           copy       the records that no lower node has, packed, each compared with its digest
     <attempt>/sign-off-<node>   sign_off   its files are durable
     step-<N>/                   publish    by node 0, once all have signed off
 
-What several nodes hold (replicas) is brought once, by the lowest of them. Torch-free.
+Replicas on several nodes are copied once, by the lowest of them. Torch-free.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ from milepost.tensors.plan import LARGE_ALIGNMENT, LARGE_RECORD_NBYTES, SMALL_AL
 PIECE_NBYTES = 8 << 20
 POLL_S = 0.25
 WAIT_S = 6 * 3600.0
-"""The nodes wait so long for each other: the slowest link decides, and whoever started this may end it before."""
+"""Seconds that nodes wait for each other: the slowest link decides; the starting process may end it earlier."""
 LOOK_S = 2.0
 ORPHAN_S = 120.0
-"""Once the process that asked for the copy is dead, for so long: the others' may be dead too."""
+"""The same once the process that requested the copy is dead: the others' may be dead too."""
 _DRAFT = ".part"
 _OFFER_PREFIX = "part-"
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """A record of this node's, and what is known of it."""
+    """A record on this node, and its properties."""
 
     key: str
     entry: ShardEntry | ObjectEntry
     shard: int = 0
-    """Its number among the shards of its tensor."""
+    """Index among the shards of its tensor."""
     dtype: str = ""
     shape: tuple[int, ...] = ()
 
@@ -78,10 +78,10 @@ class _Record:
 
 
 def tell_failure(dst: Spot, node: int, save_id: str, reason: str) -> bool:
-    """Let the other nodes hear that this one has nothing to bring. False if the copy has not begun there yet.
+    """Report to the other nodes that this one has nothing to copy. False if the copy has not begun there yet.
 
     Raises:
-        StorageError: it can't be left there.
+        StorageError: it can't be written there.
     """
     attempt = attempt_of(dst.path, save_id)
     names = dst.storage.names(attempt)
@@ -91,13 +91,13 @@ def tell_failure(dst: Spot, node: int, save_id: str, reason: str) -> bool:
 
 
 def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> CopyReport:
-    """Copy the part of a step at ``src``, and see the step committed at ``dst`` with the parts of the other nodes.
+    """Copy the part of a step at ``src``, and wait for the commit at ``dst`` with the other nodes' parts.
 
     Raises:
         CheckpointNotFoundError: there is no part at ``src``.
-        CheckpointDamagedError: bytes of it are not what was saved.
-        SaveError: another node gave up, or did not come.
-        StorageError: one of the two refused. What is copied already is not copied again the next time.
+        CheckpointDamagedError: its bytes differ from what was saved.
+        SaveError: another node gave up, or did not arrive.
+        StorageError: one of the two refused. A retry does not copy again what is already copied.
     """
     started = time.monotonic()
     record = checkpoint_record.read_part(src.storage, src.path)
@@ -108,7 +108,7 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
     waiting = _Patience()
     attempt = _enter(dst, part, manifest.save_id, waiting)
-    try:  # from here on an error is left in the attempt: the other nodes wait there
+    try:  # from here on an error is recorded in the attempt, where the other nodes wait
         if record.faults:
             raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
         digests = checkpoint_record.read_digests(src.storage, src.path, manifest)
@@ -118,14 +118,14 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         nbytes = _bring(src, dst, attempt, part, manifest, digests, offers, progress)
         _finish(dst, attempt, part, manifest, offers, waiting)
     except (CheckpointDamagedError, SaveError) as error:
-        with suppress(StorageError):  # it is there already, or can't be left: the others give up in time
+        with suppress(StorageError):  # already recorded, or impossible: the others give up at their time-out
             sign_off(dst.storage, attempt, SignOff(part.node, manifest.save_id, error=error.message))
         raise
     return CopyReport(path=str(dst), nbytes=nbytes, seconds=time.monotonic() - started, was_there=False)
 
 
 class _Patience:
-    """The time to wait for other nodes: as long as the process that asked for this copy lives, and a little longer."""
+    """The time to wait for other nodes: while the process that requested this copy lives, and a little longer."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -133,7 +133,7 @@ class _Patience:
         self._deadline = time.monotonic() + WAIT_S
 
     def why_stop(self) -> str | None:
-        """Return the reason to wait no longer, or None."""
+        """Return the reason to stop waiting, or None."""
         now = time.monotonic()
         if os.getppid() != self._parent:
             self._orphan_since = self._orphan_since or now
@@ -142,16 +142,16 @@ class _Patience:
         return f"within {WAIT_S / 3600:.0f} hours" if now > self._deadline else None
 
     def wait_for(self, is_so: Callable[[], bool], what: str) -> None:
-        """Return when ``is_so``. Raises SaveError, saying that ``what`` did not come, when the wait is over."""
+        """Return once ``is_so``. Raises SaveError, naming the missing ``what``, when the wait is over."""
         while not is_so():
             reason = self.why_stop()
             if reason is not None:
-                raise SaveError(f"{what} did not come {reason}")
+                raise SaveError(f"{what} did not arrive {reason}")
             time.sleep(POLL_S)
 
 
 def _enter(dst: Spot, part: NodePart, save_id: str, waiting: _Patience) -> str:
-    """The attempt: made by node 0, entered by the others."""
+    """Return the attempt: created by node 0, entered by the others."""
     if part.node == 0:
         attempt = begin_copy(dst, save_id, is_joint=True)
     else:
@@ -159,7 +159,7 @@ def _enter(dst: Spot, part: NodePart, save_id: str, waiting: _Patience) -> str:
         waiting.wait_for(lambda: bool(dst.storage.names(attempt)), "node 0, which starts the copy,")
         adopt_attempt(dst.storage, attempt)
     if not has_signed_off(dst.storage, attempt, part.node):
-        withdraw_sign_off(dst.storage, attempt, part.node)  # an earlier try of this node's has failed, or was killed
+        withdraw_sign_off(dst.storage, attempt, part.node)  # an earlier attempt of this node failed or was killed
     return attempt
 
 
@@ -171,7 +171,7 @@ def _offered(
     digests: BlockDigests,
     waiting: _Patience,
 ) -> list[ShardTable]:
-    """The parts that the nodes hold, in their order; publishes this node's beside those of the others."""
+    """Publish this node's part and return all nodes' parts, in order."""
     import numpy as np
 
     table = table_of(manifest)
@@ -199,7 +199,7 @@ def _offered(
 def _table_in(storage: Storage, path: str) -> ShardTable:
     segment = parse_sign_off(storage.read(path), path).segment
     if segment is None:
-        raise SaveError(f"{path} does not say what its node holds", path=path)
+        raise SaveError(f"{path} does not list its node's content", path=path)
     return segment.table
 
 
@@ -216,9 +216,9 @@ def _bring(
     offers: Sequence[ShardTable],
     progress: CopyProgress | None,
 ) -> int:
-    """Copy what no lower node holds, and sign off. Returns the bytes that were sent."""
+    """Copy the records that no lower node holds, and sign off. Returns the bytes sent."""
     storage, save_id = dst.storage, manifest.save_id
-    if has_signed_off(storage, attempt, part.node):  # an earlier process of this node has brought all
+    if has_signed_off(storage, attempt, part.node):  # an earlier process of this node has copied everything
         return 0
     place = Place.of(storage, attempt, dst.path, save_id)
     by_file = _records(offers[part.node], offers[: part.node])
@@ -239,7 +239,7 @@ def _bring(
 
 
 def _records(own: ShardTable, lower: Sequence[ShardTable]) -> dict[str, list[_Record]]:
-    """By file, in their order there: the records of which no lower node has another."""
+    """Return by file, in file order, the records that no lower node has."""
     taken = {key: _boxes(key, lower) for key in own.keys}
     known = {key for table in lower for key in table.objects.keys}
     by_file: dict[str, list[_Record]] = {}
@@ -263,7 +263,7 @@ def _boxes(key: str, tables: Sequence[ShardTable]) -> set[Box]:
 
 
 def _packed(records: Sequence[_Record]) -> tuple[list[int], int]:
-    """Pack the kept records without gaps, as ``plan.lay_out_file`` places them; return their offsets and the size."""
+    """Pack the kept records without gaps, like ``plan.lay_out_file``; return their offsets and the size."""
     offsets, end, in_objects = [], 0, False
     for record in records:
         if isinstance(record.entry, ObjectEntry) and not in_objects:
@@ -277,7 +277,7 @@ def _packed(records: Sequence[_Record]) -> tuple[list[int], int]:
 def _copy_records(src: Spot, storage: Storage, place: Place, file: str, records: Sequence[_Record]) -> None:
     final = place.path(file)
     draft = final + _DRAFT if storage.can_rename else final
-    storage.remove(draft)  # of a copy that was cut short
+    storage.remove(draft)  # from an interrupted copy
     offsets, nbytes = _packed(records)
     with src.storage.open_read(join(src.path, file)) as reader, storage.open_write(draft, nbytes) as writer:
         reader.will_read([(r.entry.record_offset, r.entry.record_offset + r.entry.record_nbytes) for r in records])
@@ -290,13 +290,13 @@ def _copy_records(src: Spot, storage: Storage, place: Place, file: str, records:
 def _pieces(
     reader: ReadHandle, records: Sequence[_Record], offsets: Sequence[int], nbytes: int
 ) -> Iterator[bytes | bytearray]:
-    """The bytes of the packed file. Raises CheckpointDamagedError when a record is not what was saved."""
+    """Yield the bytes of the packed file. Raises CheckpointDamagedError if a record differs from what was saved."""
     position = 0
     for record, offset in zip(records, offsets, strict=True):
         yield bytes(offset - position)
         entry = record.entry
         start, stop = entry.record_offset, entry.record_offset + entry.record_nbytes
-        low, high = start, stop  # what the digest is of
+        low, high = start, stop  # the bytes covered by the digest
         if isinstance(entry, ShardEntry) and entry.data_offset is not None:
             low, high = entry.data_offset, entry.data_offset + entry.data_nbytes
         crc, frame = 0, 0
@@ -314,7 +314,7 @@ def _pieces(
                 path=reader.path,
                 key=record.key,
             )
-        if frame != _frame_crc(record):  # of which there is no digest: others' programs read it
+        if frame != _frame_crc(record):  # without a digest: other programs read it
             raise CheckpointDamagedError(
                 f"damaged header or footer of {record.key}, bytes {start} to {stop} of {reader.path}: it is not copied",
                 path=reader.path,
@@ -325,7 +325,7 @@ def _pieces(
 
 
 def _frame_crc(record: _Record) -> int:
-    """CRC-32 of what must be around the data of a record: the zip archive's own bytes. 0 where all is data."""
+    """Return the CRC-32 of the expected bytes around a record's data, those of the zip archive. 0 if all is data."""
     entry = record.entry
     if not isinstance(entry, ShardEntry) or entry.data_offset is None:
         return 0
@@ -367,7 +367,7 @@ def _written(name: str, records: Sequence[_Record], digests: BlockDigests) -> Wr
 def _finish(
     dst: Spot, attempt: str, part: NodePart, manifest: Manifest, offers: Sequence[ShardTable], waiting: _Patience
 ) -> None:
-    """Node 0 commits the step, the others wait for that."""
+    """Commit the step on node 0; the others wait for that."""
     storage, save_id = dst.storage, manifest.save_id
     if part.node != 0:
         wait_for_outcome(
@@ -398,7 +398,7 @@ def _finish(
 
 
 def _until_node_0_fails(storage: Storage, attempt: str, waiting: _Patience) -> Callable[[], str | None]:
-    """Why to wait no longer for the commit, also because node 0 has recorded that it failed. Looks now and then."""
+    """Return the reason to stop waiting for the commit, such as node 0's recorded failure. Polls now and then."""
     looked_s = 0.0
 
     def why_stop() -> str | None:

@@ -1,8 +1,8 @@
 """A process that copies one step to another place and prunes there. Never imports torch.
 
 Its last argument is a request as JSON, its output lines of JSON: ``{"done": ..., "total": ...}`` now and then, at the
-end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It ends its work also when the process
-that started it has died.
+end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It finishes its work even if its parent
+process has died.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class CopyRequest:
     keep: Keep | None
     """None: another node's process prunes there."""
     is_part: bool = False
-    """Whether it is one node's part of a step, which meets the others' there."""
+    """True if it is one node's part of a step, combined with the others' there."""
 
 
 def start(request: CopyRequest) -> subprocess.Popen[bytes]:
-    """Start the process. What it says comes from ``stdout``; what libraries say goes to ``stderr``."""
+    """Start the process. Its messages come from ``stdout``; libraries' output goes to ``stderr``."""
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).parents[2]), json.dumps(asdict(request))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is for the training
+        start_new_session=True,  # Ctrl-C must reach only the training process
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
 
@@ -71,7 +71,7 @@ def messages(process: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any]]:
 
 
 def main() -> int:
-    """Do what the last argument of the command line asks for."""
+    """Run the request in the last argument of the command line."""
     given = json.loads(sys.argv[-1])
     keep = given.pop("keep")
     if keep is not None:
@@ -84,7 +84,7 @@ def main() -> int:
         is_final = isinstance(error, CheckpointDamagedError | CheckpointNotFoundError | ConfigError)
         _say({"error": error.message, "is_final": is_final})
         return 1
-    except Exception as error:  # noqa: BLE001 - the top of a process: whoever asked is told
+    except Exception as error:  # noqa: BLE001 - the top of a process: every error is reported to the parent
         _say({"error": f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}", "is_final": True})
         return 1
     _say({"nbytes": report.nbytes, "seconds": report.seconds})
@@ -105,7 +105,7 @@ def _copy(request: CopyRequest) -> CopyReport:
     if request.is_part:
         report = copy_part(src, dst, progress)
     else:
-        found = verify_in(src.storage, src.path)  # near, and in the page cache still
+        found = verify_in(src.storage, src.path)  # local, and still in the page cache
         if found.problems:
             raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(found.problems))}", path=src.path)
         report = copy_step(src, dst, progress)
@@ -115,5 +115,5 @@ def _copy(request: CopyRequest) -> CopyReport:
 
 
 def _say(message: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # whoever asked is gone
+    with contextlib.suppress(OSError):  # the parent has exited
         print(json.dumps(message), flush=True)

@@ -1,8 +1,8 @@
-"""A committed step in another place: its files copied, and committed there by the same protocol. Torch-free.
+"""Copy a committed step to another place and commit it there by the same protocol. Torch-free.
 
-The copy is the same checkpoint: same save id, same bytes of data, same digests. Only names differ, where one place is
-an object store (see ``run.place``) and the other is not. A copy that was cut short goes on with the files that are
-complete: its attempt is named after the save id, so whoever copies the same step finds it.
+The copy is the same checkpoint: same save id, same bytes of data, same digests. Only names differ if one place is an
+object store (see ``run.place``) and the other is not. An interrupted copy continues after its complete files: its
+attempt is named after the save id, so that a later copy of the same step finds it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from milepost.verification.hf_step import read_hf_step
 PIECE_NBYTES = 8 << 20
 NUM_THREADS = 2
 MAX_LOOKED_AT = 8
-"""Of the steps beside a copy, the newest are looked at for files that it may share with them."""
+"""Number of newest steps beside a copy that are searched for files to share."""
 _PART = ".part"
 
 CopyProgress = Callable[[int, int], None]
-"""Told how many bytes of how many are copied, from several threads."""
+"""Called with bytes copied and total bytes, from several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +59,31 @@ class CopyReport:
 
     path: str
     nbytes: int
-    """Bytes that were sent: without those of an earlier copy that was cut short."""
+    """Bytes sent, without those of an earlier interrupted copy."""
     seconds: float
     was_there: bool
-    """Whether the step was there already, and nothing was done."""
+    """True if the step was already there, and nothing was done."""
 
 
 def attempt_of(target: str, save_id: str) -> str:
-    """The folder of the attempt to copy the step of ``save_id`` to ``target``: it is there while that is under way."""
+    """Return the folder of the attempt to copy the step of ``save_id`` to ``target``; it exists during the copy."""
     return join(split(target)[0], ATTEMPT_PREFIX + save_id)
 
 
 def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> CopyReport:
-    """Copy the committed step at ``src`` to ``dst``. What is committed there under another save id is replaced.
+    """Copy the committed step at ``src`` to ``dst``. A step with another save id there is replaced.
 
     Raises:
         CheckpointNotFoundError: there is no step at ``src``.
-        CheckpointDamagedError: files of it are missing or of another size.
+        CheckpointDamagedError: files of it are missing or have another size.
         ConfigError: it was written by another program.
-        SaveError: another process is at it, or a step at ``dst`` must not be replaced.
-        StorageError: one of the two refused. What is copied already is not copied again the next time.
+        SaveError: another process is copying, or a step at ``dst`` must not be replaced.
+        StorageError: one of the two refused. A retry does not copy again what is already copied.
     """
     started = time.monotonic()
     record = checkpoint_record.read_record(src.storage, src.path)
     if not record.is_own:
-        raise ConfigError(f"{src} was written by another program: copy its folder as it is")
+        raise ConfigError(f"{src} was written by another program: copy its folder unchanged")
     if record.faults:
         raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
     manifest = record.manifest
@@ -109,13 +109,13 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
 
 
 def begin_copy(dst: Spot, save_id: str, *, is_joint: bool = False) -> str:
-    """The attempt to copy to ``dst``: a fresh one, or that of a copy that was cut short, taken over.
+    """Start the attempt to copy to ``dst``, or take over that of an interrupted copy.
 
-    ``is_joint``: processes of other nodes work on it too.
+    ``is_joint``: other nodes' processes take part.
 
     Raises:
-        SaveError: another process is at it.
-        ConfigError, StorageError: as ``begin_attempt``.
+        SaveError: another process is copying.
+        ConfigError, StorageError: see ``begin_attempt``.
     """
     storage, attempt = dst.storage, attempt_of(dst.path, save_id)
     if storage.stat(attempt) is None:
@@ -124,15 +124,15 @@ def begin_copy(dst: Spot, save_id: str, *, is_joint: bool = False) -> str:
     me = replace(this_process(now), created_s=0.0)
     alive = [one for one in owners_of(storage, attempt) if is_alive(one, now) and replace(one, created_s=0.0) != me]
     if alive and not is_joint:
-        raise SaveError(f"{alive[0]} is copying to {dst} already: wait for it, or stop it", path=dst.path)
-    adopt_attempt(storage, attempt)  # before anything else: a sweep would take it away
+        raise SaveError(f"{alive[0]} is already copying to {dst}: wait for it, or stop it", path=dst.path)
+    adopt_attempt(storage, attempt)  # before anything else: a sweep would remove it
     resume_attempt(storage, attempt, dst.path, save_id)
     return attempt
 
 
 def _data_files(manifest: Manifest) -> dict[str, int]:
-    """The files that hold data, largest first. The others are small, and written anew."""
-    from milepost.format.columns import table_of  # with numpy, which listing the options can do without
+    """Return the files that hold data, largest first. The others are small, and rewritten."""
+    from milepost.format.columns import table_of  # imports numpy, which listing the options does not need
 
     blocks = files_in_blocks(manifest)
     names = {*blocks, *table_of(manifest).files}
@@ -140,7 +140,7 @@ def _data_files(manifest: Manifest) -> dict[str, int]:
 
 
 def _shareable(dst: Spot, manifest: Manifest) -> dict[str, FrozenFile]:
-    """For files of the step that steps of its run beside ``dst`` have too: those, by the name of the step's own."""
+    """Return name -> file of a step beside ``dst`` for files that the run's steps share."""
     wanted = {entry.content: name for name, entry in manifest.files.items() if entry.content}
     if not wanted or manifest.lineage is None:
         return {}
@@ -161,7 +161,7 @@ def _copy_files(
     shareable: Mapping[str, FrozenFile],
     progress: CopyProgress | None,
 ) -> int:
-    """Copy what is not there whole, or share it with another step there. Returns the bytes that were sent."""
+    """Copy incomplete or missing files, or share them with another step there. Returns the bytes sent."""
     present = {entry.name: entry.nbytes for entry in storage.list(place.folder) if place.holds(entry.name)}
     for name in present:
         if name.endswith(_PART):
@@ -169,7 +169,7 @@ def _copy_files(
     missing = {name: nbytes for name, nbytes in files.items() if present.get(place.name(untagged(name))) != nbytes}
     for name in [name for name in missing if name in shareable]:
         final = place.path(untagged(name))
-        storage.remove(final)  # of a copy that was cut short
+        storage.remove(final)  # from an interrupted copy
         if share(storage, shareable[name], final):
             del missing[name]
     done = total = sum(files.values())
@@ -191,7 +191,7 @@ def _copy_file(
     src: Spot, storage: Storage, place: Place, files: Mapping[str, int], count: Callable[[int], None], name: str
 ) -> None:
     final = place.path(untagged(name))
-    # Where a file is seen before it is complete, it gets its name when it is.
+    # If incomplete files are visible, rename the file once it is complete.
     draft = final + _PART if storage.can_rename else final
     if not storage.can_rename and storage.stat(final) is not None:
         storage.remove(final)
@@ -212,7 +212,7 @@ def _copy_file(
 
 
 def _renamed(manifest: Manifest, place: Place) -> Manifest:
-    """The manifest with its files of data under the names that they have at ``place``, and none of the others."""
+    """Return the manifest with only its data files, under their names at ``place``."""
     from milepost.format.columns import table_of, with_table
 
     table = table_of(manifest)
@@ -222,10 +222,10 @@ def _renamed(manifest: Manifest, place: Place) -> Manifest:
 
 
 def _copy_small_files(src: Spot, storage: Storage, place: Place, record: CommitRecord) -> dict[str, FileDigests]:
-    """Copy the files of a step of Hugging Face files that hold no tensors; the digests of all its files."""
+    """Copy the files without tensors of a step of Hugging Face files; returns the digests of all its files."""
     step = read_hf_step(src.storage, src.path, [record.name, *record.files])
     if step is None or step.digests is None:
-        raise ConfigError(f"{src} has no digests: it was saved by an older Milepost. Copy its folder as it is")
+        raise ConfigError(f"{src} has no digests: it was saved by an older Milepost. Copy its folder unchanged")
     step.require([untagged(name) for name in record.manifest.files])
     digests = step.digests
     weights = files_in_blocks(record.manifest)
@@ -234,21 +234,21 @@ def _copy_small_files(src: Spot, storage: Storage, place: Place, record: CommitR
         for name in record.manifest.files
         if name not in weights and untagged(name) != DIGESTS_NAME
     }
-    if INDEX_NAME in contents or place.tag:  # it names the files that hold the tensors
+    if INDEX_NAME in contents or place.tag:  # it lists the files that hold the tensors
         contents[INDEX_NAME] = _index(src, contents.get(INDEX_NAME), weights, place)
     written = {
         place.name(untagged(name)): FileDigests(record.manifest.files[name].nbytes, tuple(digests.of_file(name)))
         for name in weights
     }
     for plain, data in contents.items():
-        storage.remove(place.path(plain))  # of a copy that was cut short
+        storage.remove(place.path(plain))  # from an interrupted copy
         storage.write(place.path(plain), data)
         written[place.name(plain)] = FileDigests(len(data), tuple(block_crcs(data)))
     return written
 
 
 def _index(src: Spot, known: bytes | None, weights: Sequence[str], place: Place) -> bytes:
-    """The index of the files that hold tensors, under the names that they have at ``place``."""
+    """Return the index of the files that hold tensors, under their names at ``place``."""
     if known is not None:
         index = parse_object(known, join(src.path, INDEX_NAME))
         weight_map = parse_weight_map(known, join(src.path, INDEX_NAME))

@@ -1,12 +1,12 @@
-"""The file of frozen tensors: written once, and shared with the step before for as long as its bytes stay the same.
+"""The file of frozen tensors: written once, and shared with the previous step while its bytes are unchanged.
 
-Which tensors are in it is a guess, made when the save is planned. Whether they have changed is not: the bytes of this
-save are digested, whatever was guessed, and only if they are those of the earlier file does the new step get it too.
-Its CRC-32s are those of the bytes in memory, so that a file that is not what it should be is found out by every load.
+The plan only guesses which tensors are frozen, but changes are always detected: the bytes of this save are digested,
+and the new step shares the earlier file only if they are equal. Its CRC-32s are those of the bytes in memory, so that
+every load detects a wrong file.
 
-Shared is only with the step that the save descends from, committed and of the same run, and not if it is known to be
-damaged. One that is deleted or replaced at this very moment is not there, or has another save id, and the file is
-written anew.
+A file is shared only with the parent step, if that is committed, belongs to the same run, and is not known to be
+damaged. If the parent is deleted or replaced meanwhile, it is missing or has another save id, and the file is
+rewritten.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class FrozenFile:
-    """A file of frozen tensors in a committed step. ``content`` and ``since`` are those of ``FileEntry``."""
+    """A file of frozen tensors in a committed step. ``content`` and ``since``: see ``FileEntry``."""
 
     step_path: str
     save_id: str
@@ -47,7 +47,7 @@ class FrozenFile:
 
 
 def frozen_files_of_parent(storage: Storage, target: str, lineage: Lineage) -> dict[str, FrozenFile]:
-    """The frozen files of the step that a save of ``target`` descends from, by plain name; empty if it is unusable."""
+    """Return the frozen files of the parent step of a save of ``target``, by plain name; empty if it is unusable."""
     if lineage.parent_step is None or not lineage.parent:
         return {}
     path = join(split(target)[0], step_name(lineage.parent_step))
@@ -56,12 +56,12 @@ def frozen_files_of_parent(storage: Storage, target: str, lineage: Lineage) -> d
         fits = info is not None and info.save_id == lineage.parent
         return frozen_files_of(storage, info, lineage.run) if info is not None and fits else {}
     except StorageError as error:
-        log.warning("%s/%s can't be read, so nothing is shared with it: %s", storage.root, path, error)
+        log.warning("%s/%s can't be read, so no file is shared with it: %s", storage.root, path, error)
         return {}
 
 
 def frozen_files_of(storage: Storage, info: CheckpointInfo, run: str) -> dict[str, FrozenFile]:
-    """Such files of a step, by plain name; none if it is damaged, or of another run than ``run``.
+    """Return a step's frozen files, by plain name; none if it is damaged, or not of the run ``run``.
 
     Raises:
         StorageError: the storage refused.
@@ -72,7 +72,7 @@ def frozen_files_of(storage: Storage, info: CheckpointInfo, run: str) -> dict[st
     try:
         manifest = from_json(storage.read(record, MAX_MANIFEST_NBYTES), record)
     except FormatError:
-        return {}  # it was whole a moment ago
+        return {}  # it was complete a moment ago
     return {
         untagged(name): FrozenFile(info.path, manifest.save_id, name, entry.nbytes, entry.content, entry.since)
         for name, entry in manifest.files.items()
@@ -88,12 +88,12 @@ def share_unchanged(
     earlier: FrozenFile | None,
     num_threads: int,
 ) -> tuple[str, WrittenFile | None]:
-    """The identity of the bytes of frozen tensors; and their file, if that of an earlier step has these and is shared.
+    """Return the identifier of the frozen tensors' bytes and, if an earlier step's equal file is shared, that file.
 
     Raises:
-        StorageError: the storage failed. That it can't share is no failure.
+        StorageError: the storage failed, other than for lack of sharing.
     """
-    from milepost.saving.writer import digest_file  # numpy: who only copies files does without
+    from milepost.saving.writer import digest_file  # imports numpy, which copying files does not need
 
     content, tensors = digest_file(plan, source, num_threads=num_threads)
     if earlier is None or earlier.content != content or not share(storage, earlier, place.path(plan.file)):
@@ -103,14 +103,14 @@ def share_unchanged(
 
 
 def share(storage: Storage, earlier: FrozenFile, path: str) -> bool:
-    """Make ``path`` that very file; False, and nothing done, if its step is no longer fit or the storage can't."""
+    """Share the file as ``path``; False, without effect, if its step is no longer suitable or the storage can't."""
     if storage.stat(damage_mark(earlier.step_path)) is not None:
         return False
     if not storage.share(join(earlier.step_path, earlier.name), path):
         return False
     found = storage.stat(path)
     is_whole = found is not None and not found.is_link and found.nbytes == earlier.nbytes
-    # Looked at last: the step was there all the time, so the file was its.
+    # Checked last: the step existed all the time, so the file belonged to it.
     if is_whole and save_id_at(storage, earlier.step_path) == earlier.save_id:
         return True
     storage.remove(path)

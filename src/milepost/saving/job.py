@@ -1,5 +1,6 @@
-"""The rest of a save once it is planned: write, sign off, publish, prune. No torch and no collective: any thread or
-process can do it, and the ranks agree through storage records alone.
+"""The part of a save after its plan: write, sign off, publish, prune.
+
+Without torch and collectives: any thread or process can run it, and the ranks agree only through records in storage.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Keep:
 
 
 class Form(Protocol):
-    """Files of another format than DCP's records, such as Hugging Face's. Must pickle, and need no torch."""
+    """A format other than DCP's records, such as Hugging Face's. Must pickle, and not need torch."""
 
     def write(
         self,
@@ -58,65 +59,65 @@ class Form(Protocol):
         num_threads: int,
         on_progress: Callable[[int], None] | None,
     ) -> tuple[tuple[WrittenFile, ...], tuple[Mapping[str, Share], ...]]:
-        """Write and sync what this rank holds at ``place``; on the first rank also what belongs to all.
+        """Write and sync this rank's data at ``place``; on the first rank also the common files.
 
-        Returns the files that are this rank's own, and its shares of the digests of those that it is not alone with.
+        Returns the files of only this rank, and its shares of the digests of shared files.
         """
 
     def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
-        """Check that all is there and make it the checkpoint at ``target``."""
+        """Check completeness and publish the checkpoint at ``target``."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaveJob:
-    """One rank's share of one save. Plain data that a writer process can be sent."""
+    """One rank's share of one save, as plain data that can be sent to a writer process."""
 
     target: str
     """Path of the checkpoint, relative to the storage's root."""
     attempt: str
-    """The folder of this attempt, which no reader takes for a checkpoint."""
+    """The folder of this attempt, ignored by readers."""
     save_id: str
     rank: int
     world_size: int
     plan: WritePlan
     info: SaveInfo | None
-    """What the manifest says beside the items; only on the rank that publishes: rank 0, or the first of a node."""
+    """The manifest's content besides the items; only on the publishing rank: rank 0, or the first of a node."""
     keep: Keep | None
-    """On that rank only: which steps to prune after the commit; None prunes nothing."""
+    """On that rank only: the retention rules to apply after the commit; None prunes nothing."""
     timeout_s: float
-    """Seconds that it waits for the other ranks' records, and they for its commit."""
+    """Seconds to wait for the other ranks' records, and for the commit."""
     form: Form | None = None
     """None: DCP's records, Milepost's own format."""
     num_threads: int = NUM_IO_THREADS
-    """Threads that write this rank's file."""
+    """Number of threads that write this rank's file."""
     order: int = 0
-    """Place of the save in the order of commits, for a file of frozen tensors."""
+    """Position of the save in the order of commits, for a file of frozen tensors."""
     earlier: FrozenFile | None = None
-    """That file in the step before, to be shared if its bytes are the same; None: it is written in any case."""
+    """That file in the previous step, to be shared if its bytes are the same; None: always write it."""
     part: NodePart | None = None
-    """The part of the step that this rank's node holds, where each node has a folder of its own."""
+    """The part of the step on this rank's node, with per-node folders."""
     hosts: tuple[str, ...] = ()
     """On rank 0: the host of each rank, for messages."""
 
     @property
     def publishes(self) -> bool:
-        """True if this rank is the one that commits."""
+        """True if this rank commits."""
         return self.info is not None
 
     @property
     def data_nbytes(self) -> int:
-        """Bytes of tensor data that this rank saves."""
+        """Bytes of tensor data saved by this rank."""
         return self.plan.data_nbytes
 
 
 class JobMonitor:
-    """Receives what a job reports while it runs, and answers while it waits. This base class takes no notice."""
+    """Receives a job's progress, and is polled while it waits. This base class does nothing."""
 
     def wrote(self, nbytes: int) -> None:
         """Record that ``nbytes`` more are written. Called from any thread."""
 
     def signed_off(self, files: Sequence[WrittenFile]) -> None:
-        """Record that ``files`` are durable, and on record."""
+        """Record that ``files`` are durable and signed off."""
 
     def why_stop(self) -> str | None:
         """Return the reason to stop waiting for other ranks, or None.
@@ -129,38 +130,38 @@ class JobMonitor:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """The outcome of a job. On ranks but 0, ``commit_s`` is the wait for rank 0 (if it was waited for at all)."""
+    """The outcome of a job. On ranks other than 0, ``commit_s`` is the wait for rank 0, if any."""
 
     write_s: float
     commit_s: float
     nbytes: int
-    """Bytes that this rank wrote."""
+    """Bytes written by this rank."""
     contents: Mapping[str, str]
-    """On rank 0: for each part of the state, a digest of all its tensors' CRCs. Equal if nothing changed."""
+    """On rank 0: a digest of all tensors' CRCs of each part of the state. Equal if nothing changed."""
     frozen: FrozenFile | None = None
     """This rank's file of frozen tensors, for the next save to share."""
     deleted: tuple[str, ...] = ()
-    """On rank 0: names of the steps that retention deleted once this one was committed."""
+    """On rank 0: names of the steps deleted by retention after this commit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """The outcome of a save, as this rank saw it. Times are in seconds of wall clock."""
+    """The outcome of a save on this rank. Times are in seconds of wall clock."""
 
     path: str
     save_id: str
     nbytes: int
-    """Bytes that this rank wrote."""
+    """Bytes written by this rank."""
     plan_s: float
     stage_s: float = 0.0
     write_s: float
     commit_s: float
     reused_plan: bool
-    """Whether the plan of the previous save was reused, without exchanging layouts."""
+    """True if the plan of the previous save was reused, without exchanging layouts."""
     contents: Mapping[str, str]
     """On rank 0: a digest of each part of the state. Equal in two saves if nothing changed between them."""
     deleted: tuple[str, ...] = ()
-    """On rank 0: names of the steps that retention deleted once this one was committed."""
+    """On rank 0: names of the steps deleted by retention after this commit."""
 
     @classmethod
     def of(
@@ -191,9 +192,9 @@ def run_job(
 ) -> JobResult:
     """Write this rank's file and sign it off; on rank 0 also wait for all ranks, publish and prune.
 
-    When this returns on rank 0 the checkpoint is committed. ``detached`` jobs run without a training thread that
-    could exchange the outcome: other ranks then wait for it in storage. A failure is recorded in the attempt, where
-    the ranks that wait for this one find it.
+    When this returns on rank 0 the checkpoint is committed. ``detached`` jobs run without a training thread that could
+    exchange the outcome: other ranks then wait for it in storage. A failure is recorded in the attempt, for the ranks
+    that wait for this one.
 
     Raises:
         SaveError: this rank failed, or any rank did (on rank 0, and everywhere if detached), named.
@@ -236,7 +237,7 @@ def run_job(
         wrote = time.monotonic()
         if job.info is not None:
             contents = _publish(storage, job, job.info, monitor)
-            # Only now: nothing is deleted before what replaces it is durable.
+            # Only now: nothing is deleted before its replacement is durable.
             deleted = prune(storage, job.keep) if job.keep is not None else ()
     except BaseException as error:
         report_failure(storage, job, error)
@@ -260,17 +261,17 @@ def _frozen_of(job: SaveJob, files: Sequence[WrittenFile]) -> FrozenFile | None:
 
 
 def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None:
-    """Record in the attempt that this rank has failed, and why, for the ranks that wait for it. Never fails itself.
+    """Record this rank's failure and its reason in the attempt, for the ranks that wait for it. Never fails itself.
 
-    Rank 0 waits for each rank's sign-off, the others for the outcome that rank 0 records. What was recorded first
-    is kept, so a failure may be reported again by another process that learns of it.
+    Rank 0 waits for each rank's sign-off, the others for the outcome recorded by rank 0. The first record is kept, so
+    that another process may report the same failure again.
     """
     text = error.message if isinstance(error, MilepostError) else f"{type(error).__name__}: {error}"
     rank = getattr(error, "rank", None)
     if rank is None or rank == job.rank:
         rank, outcome = job.rank, f"rank {job.rank}: {text.removeprefix(f'rank {job.rank}: ')}"
     else:
-        outcome = text  # it names the rank that this one fails because of
+        outcome = text  # it already names the rank that caused this failure
     records = [partial(sign_off, storage, job.attempt, SignOff(job.rank, job.save_id, error=text))]
     if job.publishes:
         records.append(partial(fail_attempt, storage, job.attempt, outcome, rank=rank))
@@ -278,27 +279,27 @@ def report_failure(storage: Storage, job: SaveJob, error: BaseException) -> None
         try:
             record()
         except StorageError:
-            pass  # it is recorded already, or can't be; the caller has the first error to raise
+            pass  # already recorded, or impossible; the caller raises the first error
         except Exception:
             log.exception("rank %d failed to save %s and could not record the reason", job.rank, job.target)
 
 
 def relay_failure(storage: Storage, job: SaveJob, error: SaveError) -> None:
-    """Record the failure of another rank, which could not do so itself, for a writer process that waits for it."""
+    """Record the failure of another rank that could not do so itself, for a waiting writer process."""
     try:
         if job.publishes:
             failed = error.rank or 0
-            if job.part is not None and failed not in job.part.ranks:  # the writer waits for those of its node
+            if job.part is not None and failed not in job.part.ranks:  # the writer waits for the ranks of its node
                 failed = job.part.ranks[-1]
             sign_off(storage, job.attempt, SignOff(failed, job.save_id, error=error.message))
         else:
             fail_attempt(storage, job.attempt, error.message, rank=error.rank)
     except StorageError:
-        pass  # it is recorded already
+        pass  # already recorded
 
 
 def save_failure(rank: int, cause: BaseException) -> SaveError:
-    """Whatever made a save fail on ``rank``, as the SaveError that is raised on every rank."""
+    """Convert any cause of a failure on ``rank`` to the SaveError raised on every rank."""
     if isinstance(cause, SaveError):
         failure = cause
     else:
@@ -368,7 +369,7 @@ def prune(storage: Storage, keep: Keep) -> tuple[str, ...]:
 
 
 def contents_of(manifest: Manifest) -> dict[str, str]:
-    """For each part of the state, a digest over the CRC-32s of all its tensors."""
+    """Return for each part of the state a digest over the CRC-32s of all its tensors."""
     from milepost.format.columns import table_of
 
     table = table_of(manifest)

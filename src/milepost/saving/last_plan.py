@@ -12,20 +12,20 @@ from milepost.tensors.sharing import Group
 
 @dataclass(slots=True, eq=False)
 class LastPlan:
-    """The plan of the last save, which a save of the same structure uses again.
+    """The plan of the last save, reused by a save with the same structure.
 
-    ``token`` is that plan's, the same on all ranks. A rank whose structure has changed, or that has forgotten, has
-    none; then all plan anew. So it does no harm if ranks remember different plans.
+    ``token`` identifies the plan, the same on all ranks. A rank whose structure changed, or that dropped its plan, has
+    none; then all ranks plan again. So it does no harm if ranks keep different plans.
     """
 
     token: str = ""
     fingerprint: str = ""
-    """Of this rank's state, and its place among the ranks."""
+    """Key of this rank's state and its position among the ranks."""
     told: tuple[str, str] = ("", "")
     """The digests of this rank's structure."""
     plan: WritePlan | None = None
     groups: Mapping[bytes, Group] = field(default_factory=dict)
-    """Those that this rank is in, by digest."""
+    """This rank's groups, by digest."""
     record: Record = field(default_factory=Record)
     """On the ranks that write a manifest."""
     roster: Roster = field(default_factory=Roster)
@@ -33,4 +33,4 @@ class LastPlan:
     num_shards: int = 0
     """On rank 0 only."""
     hosts: tuple[str, ...] = ()
-    """Of each rank; on rank 0 only."""
+    """Per rank; on rank 0 only."""

@@ -21,18 +21,18 @@ class Offer:
     target: str = ""
     error: MilepostError | None = None
     token: str = ""
-    """Of the plan that the rank would use again."""
+    """Token of the plan that the rank would reuse."""
     told: tuple[str, str] = ("", "")
     own: Portion | None = None
-    """Without a plan: what no other rank has like it."""
+    """Without a plan: the state unique to this rank."""
     host: str = ""
     common: Mapping[bytes, Summary] = field(default_factory=dict)
-    """With a plan: of each group that the rank is in, a digest of its values."""
+    """With a plan: a digest of the values of each of the rank's groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """In place of an answer: a new plan is made, and these ranks have yet to bring their structures."""
+    """Instead of an answer: a new plan is needed, and these ranks must send their structures."""
 
     ranks: Sequence[int]
 
@@ -42,30 +42,30 @@ class Answer:
     """Rank 0's answer to all ranks, once it knows their structures."""
 
     depth: Depth | None = None
-    """How to compare what ranks have in common before the save begins; None: it was done with the offers."""
+    """Depth of the comparison of replicated state before the save; None: done with the offers."""
     form: Form | None = None
     begun: Begun | None = None
     info: SaveInfo | None = None
-    """Where several ranks write a manifest: what it says."""
+    """Content of the manifest, if several ranks write one."""
     error: MilepostError | None = None
     by_shard: frozenset[str] = frozenset()
-    """Keys of DTensors whose shards are to be stored one by one: nothing is agreed on yet."""
+    """Keys of DTensors whose shards must be stored one by one: nothing is agreed yet."""
     per_rank: frozenset[str] = frozenset()
-    """Names whose values are to be stored for each rank, as above."""
+    """Names whose values must be stored per rank; also nothing is agreed yet."""
     shared: Shared | None = None
     """For a new plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Everything that all ranks need for a new plan."""
+    """The data that all ranks need for a new plan."""
 
     token: str
     sharing: Sharing
     gives: bool
-    """Whether rank 0 has something for each rank besides."""
+    """True if rank 0 has further data for each rank."""
     record: Record | None
-    """Where several ranks write a manifest."""
+    """Set if several ranks write a manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,13 @@ class Given:
 
     placed: FromRank0 = field(default_factory=FromRank0)
     earlier: FrozenFile | None = None
-    """What the step before has of its file of frozen tensors."""
+    """The previous step's file of frozen tensors."""
     error: MilepostError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The attempt that rank 0 has made for a save; where each node has a folder of its own, that is to be made."""
+    """The attempt created by rank 0 for a save; with per-node folders, the one to create."""
 
     save_id: str
     attempt: str
@@ -98,7 +98,7 @@ class Outcome:
 
 
 class BelongsToRanks(Exception):
-    """Raised on every rank: some of the state differs between ranks, and is to be stored for each.
+    """Raised on every rank: some of the state differs between ranks, and must be stored per rank.
 
     ``parts`` of the state, or keys of DTensors whose shards are of different kinds.
     """

@@ -1,4 +1,4 @@
-"""Finds the ranks that share a folder, where each node has its own disk: by probing, not by host names."""
+"""Find the ranks that share a folder if each node has its own disk: by probing, not by host names."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ PROBE_PREFIX = ".milepost-probe-"
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """The ranks of a run by node: those that see the same folder, ascending; nodes by their lowest rank."""
+    """The ranks of a run by node, i.e. that see the same folder, ascending; nodes by their lowest rank."""
 
     groups: tuple[tuple[int, ...], ...]
 
     def part_of(self, rank: int) -> NodePart:
-        """The part of each step that the node of ``rank`` holds."""
+        """Return the part of each step on the node of ``rank``."""
         node = next(number for number, ranks in enumerate(self.groups) if rank in ranks)
         return NodePart(node, len(self.groups), self.groups[node])
 
     def is_first(self, rank: int) -> bool:
-        """Return whether ``rank`` acts for its node: it is the lowest there."""
+        """Return whether ``rank`` acts for its node, as the lowest rank there."""
         return any(ranks[0] == rank for ranks in self.groups)
 
 
 def find_nodes(storage: Storage, folder: str, comm: Comm) -> Nodes:
-    """See which ranks share ``folder``: each leaves a file there and looks for those of the others. Collective.
+    """Find which ranks share ``folder``: each writes a file there and looks for the others'. Collective.
 
     Raises:
-        ConfigError: on every rank, if some see more of the others than these see of them.
+        ConfigError: on every rank, if visibility between ranks is not symmetric.
         StorageError: on every rank, if the folder can't be written on some.
     """
     token = comm.broadcast(uuid.uuid4().hex)
@@ -48,14 +48,14 @@ def find_nodes(storage: Storage, folder: str, comm: Comm) -> Nodes:
     except BaseException as cause:  # noqa: BLE001 - the other ranks wait
         failure = failure_on(comm.rank, cause)
     try:
-        raise_together(comm, failure)  # all are there
+        raise_together(comm, failure)  # all files are written
         try:
             seen = _seen(storage, folder, token)
         except BaseException as cause:  # noqa: BLE001 - as above
             failure = failure_on(comm.rank, cause)
-        raise_together(comm, failure)  # all have looked
+        raise_together(comm, failure)  # all ranks have looked
     finally:
-        with contextlib.suppress(StorageError):  # the other ranks go on, and it is empty
+        with contextlib.suppress(StorageError):  # the other ranks continue, and it is empty
             storage.remove(mine)
     brought = comm.gather(seen)
     verdict = comm.broadcast(_groups(brought) if brought is not None else None)

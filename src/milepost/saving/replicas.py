@@ -1,8 +1,8 @@
 """Comparison of replicas: values that several ranks hold under one key must be equal, since they are stored once.
 
 Values are compared at every save, by a digest of their encoded bytes; tensors by a sample of their elements when the
-structure of the state is new, and whole when asked to. Ranks that hold the same keys form a group, and of a group only
-one digest travels: which keys differ is asked for when two digests do.
+structure of the state is new, and completely on request. Ranks with the same keys form a group, for which each sends
+one digest; the differing keys are requested only if digests differ.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.sharing import OWN_TO_EACH, Group
 
 Depth = Literal["values", "sample", "whole"]
-"""What is compared: values alone; tensors too, by a sample; tensors too, by every byte."""
+"""Scope of a comparison: only values; also samples of tensors; also all bytes of tensors."""
 
 SAMPLE_NUMEL = 256
-"""Elements of a tensor that a sample takes, evenly spaced."""
+"""Number of sampled elements per tensor, evenly spaced."""
 MAX_RANKS_NAMED = 8
 
 
@@ -40,7 +40,7 @@ class Digests:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A key under which ranks hold different things: ``camps`` are the ranks that agree with each other."""
+    """A key under which ranks hold different data: ``camps`` are groups of ranks that agree with each other."""
 
     key: str
     is_tensor: bool
@@ -49,7 +49,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One digest for all that a rank holds of a group of ``num_ranks``."""
+    """One digest of a rank's state in a group of ``num_ranks``."""
 
     num_ranks: int
     digest: bytes
@@ -61,20 +61,20 @@ class Brought:
 
     held: Mapping[bytes, Digests]
     groups: Mapping[bytes, Group]
-    """Those of which it is the lowest rank."""
+    """The groups of which it is the lowest rank."""
     roots: Mapping[str, str]
-    """The top-level name that each key stood under."""
+    """The top-level name of each key."""
     shards: Mapping[str, str]
-    """Of parts that are in every shard of a DTensor, the key of that."""
+    """Key of the DTensor, for parts that are in each of its shards."""
     buffers: frozenset[str]
     host: str
 
 
 def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Digests:
-    """This rank's digests of what it shares with the others of a group.
+    """Return this rank's digests of the state shared with the others of a group.
 
-    Replicas of a tensor are compared as ``depth`` says. What every shard of a tensor has a copy of always is: it may
-    be the shard's own (a scale), and is alike only by chance.
+    Replicas of a tensor are compared by ``depth``. A part with a copy in every shard is always compared: it may belong
+    to the shard (a scale), and be equal only by chance.
     """
     chosen = [held for held in group.tensors if depth != "values" or tensors[held[0]].shard_of]
     digests = dict(zip(chosen, _tensor_digests(chosen, tensors, whole=depth == "whole"), strict=True))
@@ -85,7 +85,7 @@ def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping
 
 
 def summary_of(held: Digests) -> bytes:
-    """One digest for all of a group's."""
+    """Combine a group's digests into one."""
     return _digest(b"".join((*held.tensors, b"|", *held.objects)))
 
 
@@ -95,17 +95,17 @@ def _digest(data: bytes | memoryview) -> bytes:
 
 def _tensor_digests(held: Sequence[tuple[str, Box]], tensors: Mapping[str, TensorLeaf], *, whole: bool) -> list[bytes]:
     parts = [_elements(tensors[key], box, whole=whole) for key, box in held]
-    if not whole:  # small: one copy from each device for all of them
+    if not whole:  # small: one copy per device for all of them
         parts = _moved_together(parts)
     return [_digest(part.cpu().numpy().data) for part in parts]
 
 
 def _elements(leaf: TensorLeaf, box: Box, *, whole: bool) -> torch.Tensor:
-    """Some or all elements of a piece, as a flat tensor of bytes, in an order that depends on the shape alone."""
+    """Return some or all elements of a piece as a flat tensor of bytes, in an order that depends only on the shape."""
     view = leaf.view([piece.box for piece in leaf.pieces].index(box)).detach()
     if not whole and view.numel() > SAMPLE_NUMEL:
         at = torch.linspace(0, view.numel() - 1, SAMPLE_NUMEL, dtype=torch.float64, device=view.device).long()
-        if view.element_size() == 1:  # `take` knows no 8-bit floats
+        if view.element_size() == 1:  # `take` does not support 8-bit floats
             view = view.view(torch.uint8)
         view = torch.take(view, at)
     return view.contiguous().view(-1).view(torch.uint8)
@@ -123,10 +123,10 @@ def _moved_together(parts: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def unlike_groups(brought: Sequence[Mapping[bytes, Summary]]) -> list[bytes]:
-    """The groups whose ranks brought different summaries. ``brought`` is by rank, and by the groups' digests.
+    """Return the groups whose ranks sent different summaries. ``brought`` is by rank and group digest.
 
     Raises:
-        SaveError: not all ranks of a group know of it: they have planned from different descriptions.
+        SaveError: not all ranks of a group sent one: they planned from different descriptions.
     """
     found: dict[bytes, list[Summary]] = defaultdict(list)
     for mine in brought:
@@ -138,7 +138,7 @@ def unlike_groups(brought: Sequence[Mapping[bytes, Summary]]) -> list[bytes]:
 
 
 def keys_that_differ(brought: Sequence[Brought]) -> list[Difference]:
-    """The keys that differ, of what ranks brought. ``brought`` is by rank."""
+    """Return the differing keys in the ranks' contributions. ``brought`` is by rank."""
     found: dict[str, Difference] = {}
     for digest, group in ((digest, group) for one in brought for digest, group in one.groups.items()):
         held = [brought[rank].held[digest] for rank in group.ranks]
@@ -155,12 +155,12 @@ def keys_that_differ(brought: Sequence[Brought]) -> list[Difference]:
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """The decision on differences: stored for each rank, allowed, or refused."""
+    """The decision on differences: stored per rank, allowed, or refused."""
 
     per_rank: frozenset[str] = frozenset()
-    """Top-level names whose values are to be stored for each rank."""
+    """Top-level names whose values must be stored per rank."""
     buffers: tuple[str, ...] = ()
-    """Keys of buffers that differ: the lowest rank's are stored."""
+    """Keys of buffers that differ, of which the lowest rank's are stored."""
     error: SaveError | None = None
 
 
@@ -172,7 +172,7 @@ def judge(
     buffers: Collection[str],
     hosts: Sequence[str],
 ) -> Ruling:
-    """Decide. ``roots`` has the top-level name that each key stood under, ``hosts`` the host of each rank."""
+    """Decide on differences. ``roots`` maps keys to top-level names, ``hosts`` ranks to hosts."""
     own = frozenset(roots[d.key] for d in found if roots.get(d.key) in per_rank)
     let_pass = tuple(d.key for d in found if d.is_tensor and d.key in buffers)
     refused = [d for d in found if roots.get(d.key) not in own and d.key not in let_pass]
@@ -205,5 +205,5 @@ def _refusal(found: Sequence[Difference], hosts: Sequence[str]) -> SaveError:
 
 
 def host_name() -> str:
-    """This rank's host, for messages."""
+    """Return this rank's host, for messages."""
     return socket.gethostname()

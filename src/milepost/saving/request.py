@@ -26,39 +26,40 @@ from milepost.tensors.value_writer import encode_object
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SaveRequest:
-    """One save as a saver is asked for it: the same on every rank but for what ``make_state`` returns."""
+    """One requested save: the same on every rank except for the result of ``make_state``."""
 
     target: str
     """Path of the checkpoint in the storage."""
     make_state: Callable[[], Mapping[str, Any]]
-    """Called by the saver, so that its error too reaches every rank."""
+    """Called by the saver, so that its error reaches every rank."""
     info: SaveInfo
     dtype: torch.dtype | None = None
-    """Floating-point tensors are stored in this dtype; None: in their own."""
+    """Dtype in which floating-point tensors are stored; None: their own."""
     keep: Keep | None = None
-    """Which older steps to prune after the commit; None prunes nothing."""
+    """The retention rules to apply after the commit; None prunes nothing."""
     make_form: Callable[[Mapping[str, str]], Form] | None = None
-    """Another file format, for tensors of these keys and dtypes, all ranks' together; called on rank 0."""
+    """Creates another file format for all ranks' tensors, given keys and dtypes; called on rank 0."""
     per_rank: tuple[str, ...] = ()
-    """Top-level names whose values may belong to each rank: stored for each where they differ."""
+    """Top-level names whose values may differ between ranks, and are then stored per rank."""
     modules: tuple[nn.Module, ...] = ()
-    """Modules whose buffers are in the state. These are copied before a save returns: ``forward`` changes them."""
+    """Modules whose buffers are in the state. Buffers are copied before a save returns, because ``forward`` changes
+    them."""
     full_every: int = 1
-    """Frozen tensors are written again every N saves; 0: only when they have changed."""
+    """Rewrite frozen tensors every N saves; 0: only if they have changed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """This rank's part of a save. An ``error`` is kept for the exchange, where every rank hears of it."""
+    """This rank's part of a save. An ``error`` is kept for the exchange, which raises it on every rank."""
 
     rank: int
     state: Mapping[str, Any]
-    """The nested state, as the owners gave it."""
+    """The nested state from its owners."""
     modules: Sequence[nn.Module]
-    """Those in the state dict itself."""
+    """Tensors in the state dict itself."""
     flat: FlatState
     objects: Mapping[str, bytes | Snapshot]
-    """Encoded, but for large values that no other rank has a say in."""
+    """Encoded values, except large ones that concern no other rank."""
     layout: LocalLayout
     nesting: Nesting
     fingerprint: str
@@ -71,24 +72,24 @@ class Prepared:
 
     @cached_property
     def structure(self) -> Structure:
-        """The description of this rank's state for the other ranks. Made when a new plan needs it, and once."""
+        """The description of this rank's state for the other ranks, created once, when a new plan needs it."""
         return structure_of(self.layout, self.nesting, self.rank)
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """Options of flattening and encoding that the request does not have."""
+    """Options of flattening and encoding outside the request."""
 
     per_rank: frozenset[str] = frozenset()
-    """Top-level names whose values are stored for each rank."""
+    """Top-level names whose values are stored per rank."""
     by_shard: frozenset[str] = frozenset()
     """Keys of DTensors whose shards are stored one by one."""
     may_defer: bool = False
-    """Whether large values may be encoded later."""
+    """True if large values may be encoded later."""
 
 
 def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prepared | None = None) -> Prepared:
-    """Flatten and encode this rank's state, or again what was got before. An error is kept for the exchange."""
+    """Flatten and encode this rank's state, reusing an earlier result if given. An error is kept for the exchange."""
     try:
         if before is not None:
             state, modules = before.state, before.modules
@@ -125,7 +126,7 @@ def _encoded(key: str, value: Any, manner: Manner) -> bytes | Snapshot:
 
 
 def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:
-    """The keys of leaves that share memory with a buffer of ``modules``, whatever they are called."""
+    """Return the keys of leaves that share memory with a buffer of ``modules``, under any name."""
     memory: set[tuple[torch.device, int] | None] = set()
     for module in modules:
         for buffer in module.buffers():
@@ -135,9 +136,9 @@ def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -
 
 
 def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], request: SaveRequest) -> frozenset[str]:
-    """The keys of leaves that are parameters of ``modules`` without gradient, whatever they are called.
+    """Return the keys of leaves that are parameters of ``modules`` without gradient, under any name.
 
-    None where steps share nothing: a save without a history, in another format, or one that is always written anew.
+    Returns None if steps share nothing: a save without a history, in another format, or always rewritten.
     """
     if request.full_every == 1 or request.make_form is not None or request.info.lineage is None:
         return frozenset()
@@ -151,13 +152,13 @@ def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], re
 
 
 def _start_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
-    """Where a tensor's elements begin; None where that is nowhere. Parts of one memory (FSDP1's) are told apart."""
+    """Return the start of a tensor's elements, or None without memory. Distinguishes parts of one memory (FSDP1's)."""
     memory = _memory_of(tensor)
     return (tensor.device, tensor.data_ptr()) if memory is not None and tensor.numel() else None
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
-    """The identity of a tensor's memory; None where it has none (meta tensors, wrappers)."""
+    """Return the identity of a tensor's memory; None without any (meta tensors, wrappers)."""
     try:
         pointer = tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):

@@ -1,7 +1,7 @@
-"""A few elements of each tensor that is to be staged, taken when the save begins and looked for in the copies.
+"""Samples of each tensor to be staged, taken when the save begins and compared with the copies.
 
-Changes in place are counted by torch, but not those through ``.data`` or through memory that is shared with NumPy: an
-optimizer that steps so would be staged in the middle of its step, unnoticed.
+torch counts changes in place, but not those through ``.data`` or memory shared with NumPy: without samples, an
+optimizer that uses these could be staged unnoticed in the middle of its step.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 
 SAMPLE_NUMEL = 16
-"""Elements of a tensor that are taken, evenly spaced."""
+"""Number of sampled elements per tensor, evenly spaced."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """The elements taken of all tensors of one device and dtype, one after the other."""
+    """The concatenated samples of all tensors of one device and dtype."""
 
     keys: tuple[str, ...]
     copies: tuple[torch.Tensor, ...]
     flat: tuple[bool, ...]
-    """Whether the tensor's elements lie in order, as those of its copy always do."""
+    """True if the tensor's elements are in order, like those of its copy."""
     taken: torch.Tensor
 
     def changed(self) -> Iterator[str]:
@@ -41,10 +41,10 @@ class _Batch:
 
 
 class Samples:
-    """Elements of tensors as they are now. On a GPU the training stream takes them, behind the work that is queued."""
+    """Samples of tensors' current elements. On a GPU they are taken on the training stream, after the queued work."""
 
     def __init__(self, copies: Iterable[tuple[str, torch.Tensor, torch.Tensor]]):
-        """``copies``: key, where the elements are to be copied to, and the tensor; both of one shape and dtype."""
+        """``copies``: key, destination and tensor; both of one shape and dtype."""
         grouped = defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Tensor, torch.Tensor]]](list)
         for key, copy, tensor in copies:
             if copy.numel() and copy.dtype == tensor.dtype:
@@ -61,13 +61,14 @@ class Samples:
             ]
 
     def changed(self) -> list[str]:
-        """The keys of tensors whose copies, which are complete now, do not have those elements."""
+        """Return the keys of tensors whose copies, now complete, differ from the samples."""
         return [key for batch in self._batches for key in batch.changed()]
 
 
 def _few(tensor: torch.Tensor, flat: bool) -> torch.Tensor:
-    """Some elements, the same ones of every tensor of a shape: of all in their order, by one call, where they lie so;
-    else along the longest dim, in the middle of the others.
+    """Sample the same elements of every tensor of a shape.
+
+    Contiguous elements are taken from all, by one call; otherwise along the longest dim, in the middle of the others.
     """
     if flat:
         numel = tensor.numel()
@@ -83,5 +84,5 @@ def _few(tensor: torch.Tensor, flat: bool) -> torch.Tensor:
 
 
 def _joinable(few: torch.Tensor) -> torch.Tensor:
-    """As integers where ``cat`` does not know the dtype (8-bit floats)."""
+    """View as integers if ``cat`` does not support the dtype (8-bit floats)."""
     return few.view(torch.uint8) if few.element_size() == 1 else few

@@ -1,4 +1,4 @@
-"""``save``: a state dict to a committed checkpoint, on one process or many.
+"""``save``: save a state dict as a committed checkpoint, on one process or many.
 
 ::
 
@@ -45,16 +45,16 @@ def save(
     kind: Kind = "state",
     layout: Mapping[str, int] | None = None,
 ) -> SaveReport:
-    """Save ``state_dict`` as a checkpoint at ``path``. Returns when it is committed; collective over all ranks.
+    """Save ``state_dict`` as a checkpoint at ``path``. Returns once it is committed; collective over all ranks.
 
     ``state_dict`` may nest mappings and lists; its values are tensors (DTensors too), plain values, or objects with
-    ``state_dict()``. A previous checkpoint at ``path`` stays until the new one replaces it atomically.
-    Stock ``torch.distributed.checkpoint.load`` reads the folder. ``step`` is recorded; by default it is read off a
-    path that ends in ``step-<N>``. So are ``kind`` (``full``: all that a run needs to be resumed; ``model``: weights
-    alone) and ``layout``, degrees of parallelism by name.
+    ``state_dict()``. A previous checkpoint at ``path`` stays until the new one replaces it atomically. Stock
+    ``torch.distributed.checkpoint.load`` reads the folder. ``step`` is recorded; by default it is taken from a path
+    that ends in ``step-<N>``. Also recorded are ``kind`` (``full``: everything needed to resume a run; ``model``: only
+    weights) and ``layout``, degrees of parallelism by name.
 
     Raises:
-        SaveError: on every rank, when any rank failed; the message names the rank. Nothing visible has changed.
+        SaveError: on every rank, if any rank failed; the message names the rank. Nothing visible has changed.
         ConfigError: on every rank; ``path`` exists but is not a checkpoint, so it is not replaced.
     """
     check_given("save", path, state_dict)
@@ -62,7 +62,7 @@ def save(
     info = SaveInfo(
         step=step_of(target) if step is None else checked_step(step), kind=kind, layout=checked_layout(layout)
     )
-    last = _last_plans.pop() if _last_plans else LastPlan()  # two threads never have the same one
+    last = _last_plans.pop() if _last_plans else LastPlan()  # unique per thread
     try:
         saver = Saver(storage, comm if comm is not None else default_comm(), last=last)
         return saver.save(SaveRequest(target, lambda: state_dict, info))
@@ -71,11 +71,11 @@ def save(
 
 
 _last_plans: list[LastPlan] = []
-"""That of the last call of :func:`save`, unless one is running. Holds no tensors."""
+"""The saver of the last call of :func:`save`, unless one is running. Holds no tensors."""
 
 
 class Saver:
-    """Saves state dicts again and again, each committed before :meth:`save` returns."""
+    """Saves state dicts, each committed before :meth:`save` returns."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Saver:
 
     @collection_paused()
     def save(self, request: SaveRequest) -> SaveReport:
-        """Save what is requested: flatten, agree, then write, sign off, publish and prune. Collective.
+        """Run a save: flatten, agree, write, sign off, publish and prune. Collective.
 
         Nothing is staged: the bytes are written from the tensors themselves. See :func:`save`.
         """
@@ -116,7 +116,7 @@ class Saver:
                 result = run_job(
                     self._storage, job, TensorBlocks(prepared.flat.tensors), encoded(prepared.objects), watch
                 )
-        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+        except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
             failure = save_failure(self._comm.rank, cause)
         self._exchange(watch, failure)
         self._agreement.committed(result.frozen)
@@ -125,20 +125,20 @@ class Saver:
     def _exchange(self, watch: _Foreground, failure: MilepostError | None) -> None:
         """Return if no rank has failed, else raise on all of them. Collective."""
         if failure is not None:
-            watch.notice.post(failure)  # rank 0 may wait for a record that this rank's storage refused
+            watch.notice.post(failure)  # rank 0 may be waiting for a record that this rank's storage refused
         news = failure.message if failure is not None else "its own part is written"
         try:
             with watched(f"rank {self._comm.rank} is waiting for the other ranks to finish {watch.where}: {news}"):
                 raise_together(self._comm, failure)
         except BaseException:
-            # Every rank knows by now, so nobody needs the records in the attempt any more.
+            # Every rank knows the outcome, so the records in the attempt are no longer needed.
             if watch.job.publishes:
                 abort_attempt(self._storage, watch.job.attempt)
             raise
 
 
 class _Foreground(JobMonitor):
-    """Logs how far a save is that training waits for, and ends it when another rank has failed."""
+    """Logs the progress of a blocking save, and ends it when another rank has failed."""
 
     def __init__(self, comm: Comm, job: SaveJob, where: str):
         self.job = job

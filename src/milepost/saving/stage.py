@@ -1,4 +1,4 @@
-"""From tensors to the bytes that are written: in place where memory is right already, else through a bounded copy."""
+"""Convert tensors to the bytes to write: in place if the memory is suitable, else through a bounded copy."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan
 
 SLAB_NBYTES = 8 << 20
-"""Tensors that are not contiguous on the CPU are copied in slabs of at most about this size."""
+"""Approximate maximum size of slabs in which tensors that are not contiguous on the CPU are copied."""
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes. Shares memory; keeps the tensor alive.
+    """View the memory of a contiguous CPU tensor as writable bytes. Keeps the tensor alive.
 
-    Goes through the storage, since ``view(torch.uint8)`` does not take every dtype and 0-d tensors.
+    Uses the storage, because ``view(torch.uint8)`` does not support all dtypes and 0-d tensors.
     """
     raw = torch.empty(0, dtype=torch.uint8, device="cpu")
     offset = tensor.storage_offset() * tensor.element_size()
@@ -34,7 +34,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class TensorBlocks:
-    """A ``BlockSource`` that reads the leaves themselves: the caller must not change them meanwhile."""
+    """A ``BlockSource`` that reads the leaves directly: the caller must not change them meanwhile."""
 
     def __init__(self, leaves: Mapping[str, TensorLeaf]):
         self._leaves = leaves
@@ -45,8 +45,10 @@ class TensorBlocks:
 
 
 def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The row-major bytes of a tensor as ``dtype``, in order: all at once where they lie so in host memory, else in
-    copies of at most ``SLAB_NBYTES``. Each is valid as long as it is referenced.
+    """Yield the row-major bytes of a tensor as ``dtype``, in order.
+
+    All at once if they are so in host memory, else in copies of at most ``SLAB_NBYTES``. Each block is valid as long
+    as it is referenced.
     """
     if tensor.numel() == 0:
         return
@@ -59,10 +61,10 @@ def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvi
 
 
 class Arena:
-    """Host memory in the form of one rank's files, all but the objects at their end. Grows when a plan needs more.
+    """Host memory in the form of one rank's files, without the objects at their end. Grows when a plan needs more.
 
-    Staging is one pass of copies into it, writing a few large writes. It is a memfd: nameless shared memory that a
-    writer process can map too, and that is gone with its last user, however that ends. Every save reuses it.
+    Staging is one pass of copies into it, writing takes a few large writes. It is a memfd: unnamed shared memory that a
+    writer process can also map, and that is freed with its last user, however that ends. Every save reuses it.
 
     ``memory`` is valid until the next :meth:`fit` that grows it.
     """
@@ -78,17 +80,17 @@ class Arena:
         return len(self.memory)
 
     def fit(self, plan: WritePlan) -> bool:
-        """Make room for the image of ``plan``; returns whether the memory was allocated anew."""
+        """Make room for the image of ``plan``; returns whether memory was allocated."""
         needed = max(plan.image_nbytes, LARGE_ALIGNMENT)
         if needed <= self.nbytes:
             return False
         os.ftruncate(self.fd, needed)
-        # The old mapping goes when its last view does.
+        # The old mapping is freed with its last view.
         self.memory = memoryview(mmap.mmap(self.fd, needed))
         return True
 
     def close(self) -> None:
-        """Give the memory back. A writer process that still maps it keeps it until it is done."""
+        """Release the memory. A writer process that still maps it keeps it until it is done."""
         self.memory = memoryview(b"")
         self._close_fd()
         self.fd = -1
@@ -97,10 +99,10 @@ class Arena:
 class Staging:
     """Copies the planned boxes of a save into its file image.
 
-    Made on the training thread at the moment of the save; :meth:`run` may be called from another thread. In between,
-    and until it returns, the tensors must not change: that is checked by their version counters, and by a sample of
-    their elements when :meth:`run` ``is_deferred``. Tensors that ``forward`` changes (keys in ``buffers``) are copied
-    at once, so that training may continue up to ``optimizer.step()``.
+    Created on the training thread at the time of the save; :meth:`run` may be called from another thread. Until it
+    returns, the tensors must not change: this is checked by their version counters, and by a sample of their elements
+    if :meth:`run` ``is_deferred``. Tensors changed by ``forward`` (keys in ``buffers``) are copied at once, so that
+    training may continue up to ``optimizer.step()``.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Staging:
     ):
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watched: list[tuple[str, torch.Tensor, int]] = []
-        # An image of zero bytes has no memory that torch could take; then nothing is planned either.
+        # torch accepts no memory for an image of zero bytes; then nothing is planned either.
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         memory = torch.frombuffer(image, dtype=torch.uint8) if plan.num_items else empty
         devices = set()
@@ -139,14 +141,14 @@ class Staging:
         self._ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
     def run(self, *, num_threads: int = NUM_IO_THREADS) -> None:
-        """Copy everything; when this returns, training may change the tensors again.
+        """Copy everything; on return, training may change the tensors again.
 
-        From a GPU, copies go over a stream of their own that starts behind the work that was queued when this object
-        was made, so the training stream is not held up. (Source: the side-stream staging of torch's
-        ``distributed.checkpoint.staging`` and of torchsnapshot.)
+        From a GPU, copies use a separate stream that starts after the work queued at construction, so the training
+        stream is not blocked. (Source: the side-stream staging of torch's ``distributed.checkpoint.staging`` and of
+        torchsnapshot.)
 
         Raises:
-            SaveError: a tensor was changed in place meanwhile, so what was copied may be torn.
+            SaveError: a tensor was changed in place meanwhile, so the copy may be torn.
         """
         if self._ready:
             self._copy_from_cuda()

@@ -1,7 +1,7 @@
 """Descriptions of their states that ranks exchange before a save, and rank 0's view of all of them.
 
-The most of it is alike on many ranks, so they tell its digest, and one of those that have it brings it. What has the
-rank's own number in its path (its random generators, its place in the data) each rank tells by itself.
+Most of it is the same on many ranks, so they send its digest, and one of them sends the content. State with the rank's
+number in its path (random generators, data position) is sent by each rank.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from milepost.tensors.tree import ByRank, merge_parts
 
 @dataclass(frozen=True, slots=True)
 class Nesting:
-    """Places of values and empty mappings in the state dict."""
+    """Paths of values and empty mappings in the state dict."""
 
     paths: Mapping[str, Path]
     empty: Sequence[Path]
     skeleton: Mapping[str, bytes]
-    """As of ``dump_parts``."""
+    """In the form of ``dump_parts``."""
 
     def digest(self) -> str:
-        """Equal for two nestings exactly when they are equal."""
+        """A value equal for two nestings if and only if they are equal."""
         digest = hashlib.blake2b(repr((list(self.paths.items()), list(self.empty))).encode(), digest_size=16)
         for name, part in self.skeleton.items():
             digest.update(f"{name} {len(part)} ".encode() + part)
@@ -41,17 +41,17 @@ class Nesting:
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """A description of some of a rank's state: without boxes, but of plain tensors that it holds as a whole."""
+    """A description of some of a rank's state, without boxes except of plain tensors that it holds completely."""
 
     layout: LocalLayout
     nesting: Nesting
 
     def digest(self) -> str:
-        """Equal for two portions exactly when they are equal."""
+        """A value equal for two portions if and only if they are equal."""
         return f"{self.layout.fingerprint(self.nesting.paths)} {self.nesting.digest()}"
 
     def below(self, names: Iterable[str]) -> dict[str, Any]:
-        """What of it stands below each of the names: containers, tensors and keys of values, comparable."""
+        """Return the content below each of the names: containers, tensors and keys of values, comparable."""
         found: dict[str, Any] = {}
         for name in names:
             prefix = f"{name}."
@@ -63,13 +63,13 @@ class Portion:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Of its tensors and values."""
+        """Keys of its tensors and values."""
         return frozenset(self.nesting.paths)
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """All that a rank tells of its state: what it may have in common with others, and what is its own."""
+    """A rank's description of its state: the part possibly common with others, and its own."""
 
     shared: Portion
     own: Portion
@@ -78,8 +78,8 @@ class Structure:
 def structure_of(layout: LocalLayout, nesting: Nesting, rank: int) -> Structure:
     """Describe the state of ``rank``.
 
-    Its own are the top-level names below which its number stands, as ``rank<N>``. Whatever is said to be whose, ranks
-    agree on it in the end; it only costs more.
+    Its own are the top-level names with ``rank<N>`` below them. A wrong classification only costs more: the ranks still
+    agree in the end.
     """
     number = f"rank{rank}"
     places = [*nesting.paths.values(), *nesting.empty]
@@ -113,7 +113,7 @@ class Record:
     structure: bytes = b""
 
     def put_into(self, info: SaveInfo, per_rank: frozenset[str]) -> SaveInfo:
-        """``info`` with all that follows from the state; ``per_rank`` has names whose values are stored for each."""
+        """Return ``info`` with the data derived from the state; ``per_rank`` names values stored per rank."""
         extra = dict(info.extra)
         if self.empty:
             extra[EMPTY_MAPPINGS] = list(self.empty)
@@ -125,15 +125,15 @@ class Record:
 
 
 class Roster:
-    """The states of all ranks, as rank 0 knows them: what is alike on several only once."""
+    """Rank 0's view of all ranks' states, with common parts stored once."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, Portion] = {}  # by digest
-        self._own: dict[str, Portion] = {}  # by digest: ranks have different ones, for their numbers are in them
+        self._own: dict[str, Portion] = {}  # by digest: different per rank, because they contain rank numbers
         self._told: list[tuple[str, str]] = []  # by rank: the digests of both
 
     def ask(self, told: Sequence[tuple[str, str]]) -> list[int]:
-        """The ranks that must bring their structures: the lowest of each kind that is not known, among others.
+        """Return the ranks that must send their structures, such as the lowest of each unknown kind.
 
         ``told`` are the digests of each rank's portions.
         """
@@ -146,11 +146,11 @@ class Roster:
         return sorted({*unknown.values()})
 
     def add_own(self, portions: Mapping[str, Portion]) -> None:
-        """Take note of what ranks have of their own, by digest."""
+        """Record the ranks' own portions, by digest."""
         self._own.update(portions)
 
     def learn(self, told: Sequence[tuple[str, str]], brought: Sequence[Structure]) -> None:
-        """Take note of new structures, and forget what no rank has any more."""
+        """Record new structures, and drop those that no rank has any more."""
         for structure in brought:
             self._kinds[structure.shared.digest()] = structure.shared
             self._own[structure.own.digest()] = structure.own
@@ -168,9 +168,9 @@ class Roster:
         )
 
     def unlike_below(self, names: Iterable[str]) -> frozenset[str]:
-        """The names below which ranks hold different containers, or tensors of different shapes or dtypes.
+        """Return the names below which ranks hold different containers, or tensors of different shapes or dtypes.
 
-        Merged, each would be given what another holds.
+        If merged, each rank would be given another's.
         """
         below = {digest: portion.below(names) for digest, portion in (*self._kinds.items(), *self._own.items())}
         kinds: dict[str, set[Any]] = defaultdict(set)
@@ -206,7 +206,7 @@ class Roster:
         }
 
     def dtypes(self) -> dict[str, str]:
-        """The dtype in which each tensor is stored, of all ranks' tensors."""
+        """Return the stored dtype of all ranks' tensors."""
         portions = chain(self._kinds.values(), self._own.values())
         return {spec.key: spec.dtype for portion in portions for spec in portion.layout.tensors}
 

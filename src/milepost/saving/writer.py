@@ -1,8 +1,8 @@
-"""One rank's file, written at the speed of the disk: headers, raw data and footers in one pass, digests on the way.
+"""Write one rank's file at the speed of the disk: headers, raw data and footers in one pass, with digests.
 
-The whole layout is known before the first byte (``plan``), and a record's CRC comes after its data, so data is
-touched once: digested piece by piece, gathered, and written by few large calls. Where the storage asks for aligned
-writes (O_DIRECT), bytes go through one aligned buffer per thread; elsewhere straight from the caller's memory.
+The layout is known before the first byte (``plan``), and a record's CRC follows its data, so data is touched once:
+digested piece by piece, gathered, and written by few large calls. If the storage prefers aligned writes (O_DIRECT),
+bytes go through one aligned buffer per thread; otherwise directly from the caller's memory.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from milepost.storage.base import Bytes, Storage, WriteHandle
 from milepost.tensors.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
 
 GROUP_NBYTES = 16 << 20
-"""Threads take the file in groups of records of about this size."""
+"""Approximate size of the groups of records taken by threads."""
 BUFFER_NBYTES = 8 << 20
-"""Aligned buffer of each thread, used where the storage asks for aligned writes."""
+"""Size of each thread's aligned buffer, used if the storage prefers aligned writes."""
 GATHER_NBYTES = 16 << 20
-"""Elsewhere, about this much is gathered for one call."""
+"""Otherwise, approximate number of bytes gathered for one call."""
 PIECE_NBYTES = 512 << 10
-"""Data is digested and handed on in pieces of this size, which stay in a core's second-level cache in between."""
+"""Size of the pieces in which data is digested and passed on, which stay in a core's second-level cache."""
 
 
 class BlockSource(Protocol):
@@ -41,14 +41,14 @@ class BlockSource(Protocol):
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
         """The item's raw row-major bytes, in order and in blocks of any size.
 
-        A block keeps its bytes as long as it is referenced, which the writer does for at most about
-        ``GATHER_NBYTES`` of them at once.
+        A block keeps its bytes as long as it is referenced; the writer references at most about ``GATHER_NBYTES`` at
+        once.
         """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileImage:
-    """A whole file in memory: the raw data of every planned item is at its offset. The rest is filled in here.
+    """A file in memory, with the raw data of every planned item at its offset. The rest is filled in here.
 
     ``memory`` is page-aligned and at least ``plan.objects_offset`` long.
     """
@@ -57,7 +57,7 @@ class FileImage:
 
 
 def parts_of(plan: WritePlan, source: BlockSource | FileImage) -> Iterator[tuple[WritePlan, BlockSource | FileImage]]:
-    """The plan of each file that a rank writes, with what its bytes come from; of memory, that file's image."""
+    """Return the plan of each file written by a rank, with its source of bytes; for memory, that file's image."""
     for file, start in plan.images:
         if file.has_file:
             stop = start + file.objects_offset
@@ -84,13 +84,13 @@ def write_file(
     num_threads: int = NUM_IO_THREADS,
     on_progress: Callable[[int], None] | None = None,
 ) -> WrittenFile:
-    """Write and sync the file of ``plan`` at ``place``; the folder's own sync is the caller's.
+    """Write and sync the file of ``plan`` at ``place``; the caller syncs the folder.
 
-    Memory beside the source: ``BUFFER_NBYTES`` a thread, or ``GATHER_NBYTES`` where the source has to copy.
-    ``on_progress`` is called with the bytes of each group that is written, from any thread.
+    Memory besides the source: ``BUFFER_NBYTES`` per thread, or ``GATHER_NBYTES`` if the source has to copy.
+    ``on_progress`` is called from any thread with the bytes of each group written.
 
     Raises:
-        StorageError: the first failure on any thread. The file is left as it is, for the caller to remove.
+        StorageError: the first failure on any thread. The file is left for the caller to remove.
     """
     placed, end = place_objects(plan, objects)
     nbytes = align(end, LARGE_ALIGNMENT)
@@ -106,10 +106,10 @@ def write_file(
 def digest_file(
     plan: WritePlan, source: BlockSource | FileImage, *, num_threads: int = NUM_IO_THREADS
 ) -> tuple[str, tuple[WrittenTensor, ...]]:
-    """An identity of the bytes that the file of ``plan``, which holds no objects, would have, and its tensors' digests.
+    """Compute an identifier of the bytes of ``plan``'s file, which holds no objects, and its tensors' digests.
 
-    Two files have the same identity (XXH3, 128 bits, over all bytes) only if they are equal: a CRC-32 is for damage,
-    and too short to say of millions of tensors that none has changed.
+    Files with the same identifier (XXH3, 128 bits, over all bytes) are equal. A CRC-32 is for damage, and too short to
+    show that none of millions of tensors has changed.
     """
 
     def digested(group: _Group) -> tuple[bytes, list[WrittenTensor]]:
@@ -129,10 +129,10 @@ def digest_file(
 
 
 def write_stream(handle: WriteHandle, offset: int, pieces: Iterable[Bytes], buffer: mmap.mmap | None) -> None:
-    """Write consecutive ``pieces`` from ``offset`` on, by few large calls.
+    """Write consecutive ``pieces`` at ``offset`` by few large calls.
 
-    With a ``buffer`` they are copied into it, so that every write but the last is whole disk blocks. Without one
-    they are written from where they are, and are referenced until then.
+    With a ``buffer`` they are copied into it, so that all writes except the last are full disk blocks. Without one they
+    are written in place, and referenced until then.
     """
     if buffer is None:
         gathered: list[Bytes] = []
@@ -172,7 +172,7 @@ class _GroupWriter:
         self._local = threading.local()
 
     def write(self, group: _Group) -> list[WrittenTensor]:
-        """Write a group; what was written, with digests."""
+        """Write a group; returns the written records with digests."""
         written: list[WrittenTensor] = []
         if isinstance(self._source, FileImage):
             stop = _complete_image(group, self._source.memory, written)
@@ -184,7 +184,7 @@ class _GroupWriter:
         return written
 
     def buffer(self) -> mmap.mmap | None:
-        """This thread's aligned buffer, if the storage asks for aligned writes."""
+        """This thread's aligned buffer, if the storage prefers aligned writes."""
         if self._handle.alignment == 1:
             return None
         if not hasattr(self._local, "buffer"):
@@ -194,7 +194,7 @@ class _GroupWriter:
 
 
 def place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[WrittenObject, ...], int]:
-    """Place each object's record; return the offsets and the end of the last one."""
+    """Place each object's record; returns the offsets and the end of the last one."""
     placed = []
     offset = plan.objects_offset
     for key in plan.objects:
@@ -206,7 +206,7 @@ def place_objects(plan: WritePlan, objects: Mapping[str, bytes]) -> tuple[tuple[
 
 
 def object_pieces(position: int, placed: Sequence[WrittenObject], objects: Mapping[str, bytes]) -> Iterator[bytes]:
-    """The objects' records, and the zeros between and behind them, from ``position`` on."""
+    """Yield the objects' records, and the zeros between and after them, from ``position`` on."""
     for written in placed:
         yield bytes(written.record_offset - position)
         yield objects[written.key]
@@ -215,7 +215,7 @@ def object_pieces(position: int, placed: Sequence[WrittenObject], objects: Mappi
 
 
 def _groups(items: Sequence[WriteItem]) -> list[_Group]:
-    """Cut the file where a record starts on a disk block, every ``GROUP_NBYTES`` or so."""
+    """Cut the file at records that start on a disk block, about every ``GROUP_NBYTES``."""
     groups: list[_Group] = []
     current: list[WriteItem] = []
     for item in items:
@@ -230,7 +230,7 @@ def _groups(items: Sequence[WriteItem]) -> list[_Group]:
 
 
 def _record_pieces(group: _Group, source: BlockSource, written: list[WrittenTensor]) -> Iterator[Bytes]:
-    """The bytes of a group, headers, footers and zeros included; ``written`` gets each tensor once it has passed."""
+    """Yield the bytes of a group with headers, footers and zeros; appends each finished tensor to ``written``."""
     position = group.start
     for item in group.items:
         layout = record.tensor_record(item.dtype, item.box.sizes)
@@ -259,7 +259,7 @@ def _record_pieces(group: _Group, source: BlockSource, written: list[WrittenTens
 
 
 def _complete_image(group: _Group, image: memoryview, written: list[WrittenTensor]) -> int:
-    """Put headers, footers and zeros around the data that is in place; where the group ends."""
+    """Fill headers, footers and zeros around data in place; returns the end of the group."""
     position = group.start
     for item in group.items:
         layout = record.tensor_record(item.dtype, item.box.sizes)

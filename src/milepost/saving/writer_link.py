@@ -1,8 +1,8 @@
-"""The trainer's end of its link to a writer process, which writes while training continues.
+"""The trainer's end of the connection to a writer process, which writes while training continues.
 
-A writer process is started once, never imports torch, maps the arena by its file descriptor and talks over a pipe: no
-ports, no re-import of the user's main module. It lives in a session of its own, so it outlives a killed trainer and
-finishes what was staged; then it leaves.
+A writer process is started once, never imports torch, maps the arena by its file descriptor and communicates over a
+pipe: no ports, no re-import of the user's main module. It runs in a separate session, so it survives a killed trainer
+and finishes the staged save; then it exits.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from milepost.tensors.plan import WritePlan
 log = logging.getLogger("milepost")
 
 RELAY_S = 1.0
-"""Seconds between looks of a waiting trainer for the failure of another rank."""
+"""Polling interval in seconds of a waiting trainer for another rank's failure."""
 LEAVE_S = 20.0
-"""Seconds that a writer process without work may take to leave before it is killed."""
+"""Seconds that an idle writer process may take to exit before it is killed."""
 
 _BOOT = """\
 import os, sys
@@ -45,11 +45,11 @@ from milepost.saving.writer_process import prepare, serve
 serve(*prepare())
 os._exit(0)
 """
-"""``-P`` keeps the working directory off the path: a ``json.py`` there must not become a module of the writer's."""
+"""``-P`` keeps the working directory off the path: the writer must not import a ``json.py`` there."""
 
 
 class WriterLink:
-    """Runs jobs in a writer process, started now and again when it has died. Forgotten, it lets that process go."""
+    """Runs jobs in a writer process, which is restarted if it has died, and released when this object is dropped."""
 
     def __init__(self, storage: Storage, arena: Arena):
         self._storage = storage
@@ -57,7 +57,7 @@ class WriterLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._stderr: IO[bytes] | None = None
-        self._logged_nbytes = 0  # of what the process has printed
+        self._logged_nbytes = 0  # of the process's output
         self._sent_plan: WritePlan | None = None
         self._start()
 
@@ -67,11 +67,12 @@ class WriterLink:
         return self._process.pid if self._process is not None else None
 
     def run(self, job: SaveJob, objects: Mapping[str, bytes], save: BackgroundSave) -> JobResult:
-        """Hand a job over and return its result. Once ``save`` knows that it is accepted, it is done even if
-        this process dies.
+        """Run a job in the process and return its result.
+
+        Once ``save`` knows that it is accepted, it is done even if this process dies.
 
         Raises:
-            MilepostError: as the job raised it.
+            MilepostError: raised by the job.
             SaveError: the writer process died before the save was committed.
         """
         if self._process is None or self._process.poll() is not None:
@@ -112,7 +113,7 @@ class WriterLink:
                 raise SaveError(f"unexpected answer of the writer process: a {type(said).__name__}")
 
     def close(self) -> None:
-        """Let the writer process go, which has no work now. Never fails."""
+        """Release the idle writer process. Never fails."""
         if self._process is not None:
             self._let_go()
         if self._stderr is not None:
@@ -140,7 +141,7 @@ class WriterLink:
         _open_ends.add(ours)
 
     def _after_death(self, job: SaveJob, save: BackgroundSave, seconds: float, cause: BaseException) -> JobResult:
-        """Find the outcome of a save whose writer died: it was committed nevertheless, or SaveError is raised."""
+        """Return the result of a save whose writer died, if it was committed nevertheless; else raise SaveError."""
         assert self._process is not None
         status = self._process.wait(timeout=60)
         self._log_stderr(job.rank)
@@ -157,7 +158,7 @@ class WriterLink:
         return JobResult(seconds, 0.0, job.data_nbytes, {})
 
     def _is_committed(self, job: SaveJob, save: BackgroundSave) -> bool:
-        """Return whether the job of a dead writer is committed; on a rank that has signed off, once rank 0 is done."""
+        """Return whether a dead writer's job is committed; on a rank that has signed off, waits for rank 0."""
         if not job.publishes and signoff.has_signed_off(self._storage, job.attempt, job.rank):
             wait_for_outcome(
                 *(self._storage, job.attempt, job.target, job.save_id),
@@ -169,7 +170,7 @@ class WriterLink:
         return save_id_at(self._storage, job.target) == job.save_id
 
     def _log_stderr(self, rank: int) -> None:
-        """Log what the writer process has printed: the traceback of a crash, or a warning of Python's."""
+        """Log the writer process's output: the traceback of a crash, or a Python warning."""
         assert self._stderr is not None
         printed = os.pread(self._stderr.fileno(), 1 << 16, self._logged_nbytes)
         self._logged_nbytes += len(printed)
@@ -178,7 +179,7 @@ class WriterLink:
 
 
 def _relay(storage: Storage, job: SaveJob, save: BackgroundSave) -> bool:
-    """Record the failure of a rank that could not do it itself, for the writer process; whether there is one."""
+    """Record another rank's failure that it could not record itself, for the writer; returns True if there is one."""
     try:
         save.why_stop()
     except SaveError as error:
@@ -189,7 +190,7 @@ def _relay(storage: Storage, job: SaveJob, save: BackgroundSave) -> bool:
 
 def _let_go(process: subprocess.Popen[bytes], connection: Connection, owner_pid: int) -> None:
     if os.getpid() != owner_pid:
-        return  # a fork has a copy of the link, not its writer
+        return  # a forked child has a copy of the link, but not its writer
     # A message, since a forked child may hold the connection open; the end of the stream is for a trainer that dies.
     with contextlib.suppress(OSError):
         connection.send(LEAVE)
@@ -206,9 +207,9 @@ _open_ends: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """Close the links in a forked process, the worker of a DataLoader for instance.
+    """Close the links in a forked process, such as a DataLoader worker.
 
-    Else a writer process would not notice that its trainer has died, for as long as the child lives.
+    Otherwise a writer process would not notice its trainer's death while the child lives.
     """
     for end in list(_open_ends):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """The writer process. Never imports torch.
 
-Takes requests from a connection, one at a time, and answers each with log lines, progress, and a result or an error.
-It leaves when the trainer says so, or has died and the job at hand is done.
+Handles requests from a connection one at a time, answering each with log lines, progress, and a result or an error. It
+exits on the trainer's request, or once the trainer has died and the current job is done.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from milepost.storage.base import PageCache
 from milepost.tensors.plan import WritePlan
 
 PROGRESS_S = 0.5
-"""Progress is reported at most this often."""
+"""Minimum interval in seconds between progress reports."""
 LEAVE = None
 """The message that ends a writer process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A job for the writer process. ``plan`` of the job is left out when it is the one sent before."""
+    """A job for the writer process. The job's ``plan`` is left out if it equals the previous one."""
 
     root: str
     page_cache: PageCache
@@ -53,11 +53,11 @@ class LogLine:
 
 
 NO_PLAN = WritePlan(0, "", (), (), 0)
-"""Stands in a request for the plan that the writer process has already."""
+"""Placeholder for a plan that the writer process already has."""
 
 
 def prepare() -> tuple[Connection, int]:
-    """Become a writer process, whose last arguments are ``<connection fd> <arena fd>``; both, for :func:`serve`."""
+    """Set up a writer process with last arguments ``<connection fd> <arena fd>``; returns both for :func:`serve`."""
     faulthandler.enable()
     logging.captureWarnings(True)
     logging.getLogger("milepost").setLevel(logging.INFO)
@@ -65,7 +65,7 @@ def prepare() -> tuple[Connection, int]:
 
 
 def serve(connection: Connection, arena_fd: int) -> None:
-    """Run jobs until the trainer says to leave, or is gone."""
+    """Run jobs until the trainer asks to exit, or has exited."""
     link = _Link(connection)
     logging.getLogger().addHandler(link)
     memory = memoryview(b"")
@@ -79,7 +79,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
                 plan = request.job.plan
             assert plan is not None, "the first request must include a plan"
             if storage is None or (storage.root, storage.page_cache) != (request.root, request.page_cache):
-                # Kept: to a store it is a connection.
+                # Kept: for a store it is a connection.
                 storage = open_root(request.root, page_cache=request.page_cache)
             link.send(_run(link, storage, request, replace(request.job, plan=plan), memory))
     finally:
@@ -87,7 +87,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
 
 
 def _next_request(connection: Connection) -> Request | None:
-    """Read the next request; None when the trainer asks to exit, or is gone."""
+    """Read the next request; None if the trainer asks to exit, or has exited."""
     try:
         request: Request | None = connection.recv()
     except (EOFError, OSError):
@@ -100,7 +100,7 @@ def _run(
 ) -> JobResult | MilepostError:
     watch = _Watch(link, job.data_nbytes)
     try:
-        if job.publishes:  # without the writer that commits, the others' work is lost
+        if job.publishes:  # without the committing writer, the others' work is lost
             adopt_attempt(storage, job.attempt)
         return run_job(storage, job, FileImage(memory), request.objects, watch, detached=True)
     except MilepostError as error:
@@ -111,7 +111,7 @@ def _run(
 
 
 class _Link(logging.Handler):
-    """The way to the trainer, from any thread. Messages of an orphan are dropped."""
+    """The thread-safe connection to the trainer. Messages of an orphan are dropped."""
 
     def __init__(self, connection: Connection):
         super().__init__()
@@ -127,10 +127,10 @@ class _Link(logging.Handler):
 
 
 class OrphanWatch:
-    """Detects that the process at the other end of a connection is gone. Asked while a job waits for other ranks.
+    """Detects the exit of the process at the other end of a connection. Polled while a job waits for other ranks.
 
-    An orphaned writer still gives the other ranks' writers ``grace_s`` seconds, then no longer waits for ranks whose
-    trainers died before they had staged.
+    An orphaned writer waits another ``grace_s`` seconds for the other ranks' writers, but not for ranks whose trainers
+    died before staging.
     """
 
     def __init__(self, connection: Connection, clock: Callable[[], float], grace_s: float = 30.0):
@@ -141,9 +141,9 @@ class OrphanWatch:
         self._lock = threading.Lock()
 
     def give_up(self) -> str | None:
-        """The reason to stop waiting, or None."""
+        """Return the reason to stop waiting, or None."""
         with self._lock:
-            # The trainer sends nothing while a job runs, so anything to read is the end of the stream.
+            # The trainer sends nothing while a job runs, so readability means the end of the stream.
             if self._since is None and self._connection.poll(0):
                 self._since = self._clock()
             if self._since is not None and self._clock() - self._since > self._grace_s:
@@ -152,7 +152,7 @@ class OrphanWatch:
 
 
 class _Watch(JobMonitor):
-    """Reports bytes written now and then, and when they are all of ``nbytes``; stops waiting when orphaned."""
+    """Reports bytes written at intervals and at the end (``nbytes``); stops waiting when orphaned."""
 
     def __init__(self, link: _Link, nbytes: int):
         self._link = link

@@ -4,15 +4,15 @@ In reading order::
 
     manager         ``CheckpointManager``: when to save, what to keep, where to resume from
     arguments       its arguments, checked
-    run_folder      the folder it writes to: locked, and copied on to a remote one
+    run_folder      the folder it writes to, locked, and its remote folder
     due             whether a save is due, agreed by all ranks
     schedule        when a save is due by steps or time: pure
     signals         requests to save and to stop, by signal or file
-    save_request    what each save holds
+    save_request    the content of each save
     pending         a save in progress
-    history         what each save descends from
-    metrics         values that a loop measures and a save records
-    training_state  the whole state of a run as one state dict, and back
+    history         the lineage of each save
+    metrics         values measured by the loop and recorded with a save
+    training_state  the full state of a run as one state dict, and back
     modules         the model's parts, their tensors by FQN
     optimizers      optimizer state by FQN, or in the optimizer's own form
     attached        files and values that belong to a step
@@ -24,8 +24,8 @@ In reading order::
     events          saves, failures and resumes, for logs and TensorBoard
     hf_saves        periodic saves of the model in Hugging Face's format, beside the steps
     remote          copies committed steps to a remote folder while training continues
-    node_tier       the same where each node has its own folder: when a step counts there, and what is pruned
-    hooks           what runs after a commit: a function, a command line
+    node_tier       the same for per-node folders: when a step counts, and pruning
+    hooks           callbacks after a commit: a function, a command line
 """
 
 from __future__ import annotations

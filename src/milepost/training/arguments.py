@@ -29,7 +29,7 @@ def check_arguments(
     on_commit: Any = None,
     hf: Any = None,
 ) -> None:
-    """Refuse arguments of a kind that can't be saved. ``parts`` are the loader and the train state, by name.
+    """Refuse arguments that can't be saved. ``parts`` are the loader and the train state, by name.
 
     Raises:
         ConfigError: with every problem at once.
@@ -63,7 +63,7 @@ def check_arguments(
 
 
 def check_arguments_of_all_ranks(comm: Comm, **given: Any) -> None:
-    """As :func:`check_arguments`, on every rank; also refuse different folders. Collective.
+    """Check arguments on every rank, see :func:`check_arguments`; also refuse different folders. Collective.
 
     Raises:
         ConfigError: on every rank.
@@ -76,7 +76,7 @@ def check_arguments_of_all_ranks(comm: Comm, **given: Any) -> None:
     folders = comm.gather(str(given["folder"]))
     config = given["config"]
     if isinstance(config, CheckpointConfig) and config.folder_per_node:
-        folders = None  # each node may name its own
+        folders = None  # each node may have its own
     if folders is not None and failure is None and len(set(folders)) > 1:
         lines = "".join(f"\n  {shown}" for shown in listed(by_ranks(folders)))
         failure = ConfigError(f"CheckpointManager: every rank must be given the same folder, found{lines}")
@@ -123,7 +123,7 @@ def _model_problems(model: Any) -> Iterator[str]:
         if lazy:
             yield (
                 f"model: {', '.join(listed(lazy, 3))} of lazy modules have no shape yet: run a batch through the model "
-                "before the manager is made"
+                f"before creating the manager"
             )
 
 
@@ -156,7 +156,7 @@ def _stateful_problems(name: str, part: Any) -> Iterator[str]:
         hint = ": give an instance, not the class"
     elif isinstance(part, torch.utils.data.DataLoader):
         hint = (
-            ", which can't tell where it is: give torchdata's StatefulDataLoader, or a DataLoader's "
+            ", whose position can't be saved: give torchdata's StatefulDataLoader, or a DataLoader's "
             "milepost.data.ResumableSampler"
         )
     elif isinstance(part, Mapping | int | float):

@@ -1,6 +1,6 @@
-"""Attachments of a step, beside the state of the run: small files, and values that describe it.
+"""Attachments of a step, in addition to the state: small files, and values that describe it.
 
-They are part of the step, and checked like all of it: ``milepost inspect`` shows them, ``milepost export`` writes a
+They are part of the step, and checked like the rest: ``milepost inspect`` shows them, ``milepost export`` writes a
 tokenizer beside the weights, and ``milepost.load(path)`` returns them.
 """
 
@@ -18,7 +18,7 @@ PART = "attached"
 FILES = "files"
 EXTRA = "extra"
 MAX_FILE_NBYTES = 128 << 20
-"""Three times the largest tokenizer that is published."""
+"""Three times the size of the largest published tokenizer."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
@@ -26,7 +26,7 @@ Content = bytes | str | os.PathLike[str]
 
 
 def attached(files: Mapping[str, Content] | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The part of the state that holds ``files``, read now, and ``extra``; empty if there are none.
+    """Return the part of the state with ``files``, read now, and ``extra``; empty if there are none.
 
     Raises:
         ConfigError: naming each file that is missing, too large or has an invalid name, and each name in

@@ -1,4 +1,4 @@
-"""The choice of the step that a run resumes from: pure, from what the catalog found."""
+"""Choose the step from which a run resumes: pure, given the catalog's entries."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Choice:
     """The checkpoint to load. ``step`` is None for ``initial_load_path``, which is not a step of this run."""
 
     path: str
-    """Relative to the run's storage for a step; as configured for an initial load."""
+    """Path relative to the run's storage for a step; as configured for an initial load."""
     step: int | None
     model_only: bool
     may_fall_back: bool
-    """Whether an older step may be taken when this one turns out to be damaged."""
+    """Fall back to an older step if this one turns out to be damaged."""
     notes: tuple[str, ...] = field(default=())
     start: BranchStart | None = None
-    """The step itself, if a user has named it for a branch to begin at."""
+    """The step itself, if the user made a branch begin at it."""
     is_finished: bool = False
-    """Whether it is the last step of the run, after which there is nothing left to train."""
+    """True if it is the last step of the run, so that nothing is left to train."""
     in_hf: bool = False
-    """Whether that step is of Hugging Face files."""
+    """True if that step consists of Hugging Face files."""
     in_remote: bool = False
-    """Whether it is read from the run's remote folder."""
+    """True if it is read from the run's remote folder."""
     save_id: str = ""
-    """Of the step."""
+    """Save id of the step."""
 
 
 def choose(
@@ -54,15 +54,15 @@ def choose(
     launch: str = "",
     num_steps: int | None = None,
 ) -> Choice | None:
-    """Choose what a run loads at its start; None for a new run, which needs a folder without any saved step.
+    """Choose the checkpoint to load at a run's start; None for a new run, whose folder has no saved steps.
 
-    ``rejected`` maps steps that were tried and found damaged to what was wrong. ``folder`` is for messages. ``launch``
+    ``rejected`` maps steps that were found damaged to the reasons. ``folder`` is for messages. ``launch``
     identifies the job (see :func:`launch_id`); ``num_steps`` is the last step of the run, if it is known.
 
     Raises:
-        CheckpointNotFoundError: ``load_step`` is not there.
+        CheckpointNotFoundError: ``load_step`` does not exist.
         CheckpointDamagedError: ``load_step`` is damaged, or every step of the current branch is.
-        StateMismatchError: only steps without optimizer and train state are there.
+        StateMismatchError: there are only steps without optimizer and train state.
         NewerFormatError: a newer Milepost wrote the step to load, or one that may be the newest.
     """
     _refuse_newer(entries, config.load_step, folder)
@@ -77,7 +77,7 @@ def choose(
         line = tuple(history.since_start())
         again = "checkpoint.restart_branch starts another branch there"
         if config.restart_branch:
-            again = f"checkpoint.restart_branch has taken effect in this job ({launch}) before"
+            again = f"checkpoint.restart_branch has already taken effect in this job ({launch})"
         notes = (
             f"checkpoint.load_step = {config.load_step}: resuming from a later step that descends from it; {again}",
         )
@@ -85,7 +85,7 @@ def choose(
     if finished is not None:
         return finished
     full = next((entry for entry in reversed(line) if entry.is_resumable), None)
-    if config.load_step >= 0 and (full is None or full.step == config.load_step):  # all that descends is damaged
+    if config.load_step >= 0 and (full is None or full.step == config.load_step):  # all descendants are damaged
         return _named_step(entries, config.load_step, folder, launch)
     if full is not None:
         notes += tuple(_passed_over(entries, history, full))
@@ -96,10 +96,10 @@ def choose(
 def both_tiers(
     here: Sequence[StepEntry], remote: Sequence[StepEntry], bad_here: Collection[int] = ()
 ) -> list[tuple[StepEntry, bool]]:
-    """The steps of a run's two folders, each once, and whether it is to be read from the remote one.
+    """Merge the steps of a run's two folders, with whether to read each from the remote one.
 
-    The nearer one is, unless only the other has it whole, or has committed it later. ``bad_here`` are steps whose bytes
-    were found damaged in the nearer one.
+    The local folder is preferred, unless only the remote one has the step complete, or committed it later. ``bad_here``
+    are steps found damaged in the local folder.
     """
     near = {entry.step: entry for entry in here}
     far = {entry.step: entry for entry in remote}
@@ -118,18 +118,18 @@ def both_tiers(
 
 
 def _refuse_newer(entries: Sequence[StepEntry], load_step: int, folder: str) -> None:
-    """An older Milepost must not go on from an older step, as if what a newer one saved were damaged."""
+    """Refuse to resume from an older step as if a newer Milepost's step were damaged."""
     newer = [entry for entry in entries if entry.state == "newer" and load_step in (-1, entry.step)]
     if newer:
         raise NewerFormatError(
-            f"{folder}/{newer[-1].name} can't be read here: {newer[-1].reason}. To resume from an older step all the "
-            "same, name it with checkpoint.load_step",
+            f"{folder}/{newer[-1].name} can't be read here: {newer[-1].reason}. To resume from an older step anyway, "
+            f"set checkpoint.load_step",
             path=newer[-1].path,
         )
 
 
 def _refuse_parts(entries: Sequence[StepEntry], folder: str) -> None:
-    """One node's parts must not be passed over, as if nothing were there."""
+    """Refuse to ignore one node's parts, as if the folder were empty."""
     parts = [entry for entry in entries if entry.state == "part"]
     if parts:
         raise ConfigError(
@@ -140,10 +140,10 @@ def _refuse_parts(entries: Sequence[StepEntry], folder: str) -> None:
 
 
 def launch_id(environ: Mapping[str, str] = os.environ) -> str:
-    """An id that all restarts of a job have and no other job has; empty if nothing is known.
+    """Return an id common to all restarts of a job and unique to it; empty if unknown.
 
-    Slurm requeues a job under its old number. torchrun starts ranks again under one run id, if it was given one; else
-    its agent, their parent process, tells one launch from another.
+    Slurm requeues a job under its old number. torchrun restarts ranks under one run id, if given; otherwise the agent,
+    their parent process, identifies the launch.
     """
     if "SLURM_JOB_ID" in environ:
         return f"slurm-{environ['SLURM_JOB_ID']}"
@@ -159,18 +159,18 @@ def _rejected(entry: StepEntry, reason: str | None) -> StepEntry:
 
 
 def _goes_on(entries: Sequence[StepEntry], history: History, config: CheckpointConfig, launch: str) -> bool:
-    """Return whether the branch that was written last is the one that ``load_step`` has begun already."""
+    """Return whether the branch that was written last was started by ``load_step``."""
     start = history.start
     if start is None or start.step != config.load_step:
         return False
     if config.restart_branch and (not launch or start.launch != launch):
         return False
-    # An older save under this number, or a newer one, is another beginning.
+    # An older or newer save with this number is another start.
     return all(entry.save_id in ("", start.save_id) for entry in entries if entry.step == start.step)
 
 
 def _finished(line: Sequence[StepEntry], num_steps: int | None) -> Choice | None:
-    """The end of the run, if it is there already."""
+    """Return the last step of the run, if it is already saved."""
     end = next((entry for entry in reversed(line) if entry.is_usable), None)
     if num_steps is None or end is None or end.step < num_steps:
         return None
@@ -185,7 +185,7 @@ def _without_full_step(
     config: CheckpointConfig,
     folder: str,
 ) -> Choice | None:
-    """Decide what to do if no step of the current branch can be resumed from."""
+    """Handle a current branch without any step to resume from."""
     usable = [entry for entry in line if entry.is_usable]
     damaged = [entry for entry in entries if entry.state == "damaged"]
     if [entry.step for entry in usable] == [0] and not damaged:
@@ -205,7 +205,7 @@ def _without_full_step(
         of = " of the branch that was written last" if others else ""
         raise CheckpointDamagedError(
             f"every step{of} in {folder} is damaged; refusing to start a new run over existing steps. "
-            "Look at them with `milepost verify`, restore one from a backup, or move the folder away to start a new run"
+            "Check them with `milepost verify`, restore one from a backup, or move the folder away to start a new run"
             f"{instead}:{lines}",
             path=folder,
         )
@@ -231,18 +231,18 @@ def _named_step(entries: Sequence[StepEntry], step: int, folder: str, launch: st
             "Choose another step, or leave load_step at -1 to resume from the newest verified one",
             path=entry.path,
         )
-    # Step 0 holds no optimizer state worth loading; a later model-only step is refused when its parts are missed.
+    # Step 0 holds no useful optimizer state; a later model-only step is refused because parts are missing.
     start = BranchStart(step, entry.save_id, launch)
     return Choice(entry.path, step, _is_seed(entry), False, start=start)
 
 
 def _is_seed(entry: StepEntry) -> bool:
-    """Return whether a step is a seed checkpoint; of an external step 0 too only the weights are loaded."""
+    """Return whether a step is a seed checkpoint; from an external step 0, too, only the weights are loaded."""
     return entry.step == 0 and (entry.kind == "model" or entry.state == "external")
 
 
 def _passed_over(entries: Sequence[StepEntry], history: History, chosen: StepEntry) -> list[str]:
-    """Describe newer steps that were passed over, for the user."""
+    """Describe newer steps that were skipped, for the user."""
     ends = history.ends()
     notes = []
     for entry in entries:

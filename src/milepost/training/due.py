@@ -24,7 +24,7 @@ class DueCheck:
 
     def reason(self, step: int, *, is_last: bool) -> str | None:
         """Return why to save after ``step``; None if no save is due. Collective if signals or the clock are in use."""
-        asked = self._agreed_request()  # even where no step is due: a request must not wait for the next one
+        asked = self._agreed_request()  # even if no step is due: a request must not wait for the next one
         if self._signals.stop_signal is not None:
             return asked
         return reason_to_save(self._config, step, is_last=is_last) or asked

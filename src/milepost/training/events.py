@@ -1,7 +1,7 @@
-"""The record of what happens to a run's checkpoints, for the log, for TensorBoard and for ``events.jsonl``.
+"""The events of a run's checkpoints, for the log, for TensorBoard and for ``events.jsonl``.
 
-A line of ``events.jsonl`` is a JSON object: a save that was committed, or with an ``event`` a save that failed or a
-resume. Lines of the latter kinds are written with the next save's, so that they cost no request of their own.
+A line of ``events.jsonl`` is a JSON object: a committed save or, with an ``event``, a failed save or a resume. The
+latter are written with the next save's line, so that they need no separate request.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _MAX_WAITING = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveEvent:
-    """A save that was committed, as rank 0 saw it. Times are in seconds of wall clock."""
+    """A committed save, as observed on rank 0. Times are in seconds of wall clock."""
 
     step: int
     reason: str
     kind: str
     save_id: str
     finished: float
-    """When it was known to be committed, in seconds since the epoch."""
+    """Time at which the commit was known, in seconds since the epoch."""
     stall_s: float
-    """How long training was stalled by it, waiting for an earlier save included."""
+    """Time for which it stalled training, including a wait for an earlier save."""
     plan_s: float
     stage_s: float
     write_s: float
     commit_s: float
     nbytes: int
-    """Bytes that rank 0 wrote."""
+    """Bytes written by rank 0."""
     world_size: int = 1
     layout: Mapping[str, int] = field(default_factory=dict)
     """Degrees of parallelism by name."""
@@ -68,7 +68,7 @@ class SaveEvent:
         )
 
     def line(self) -> bytes:
-        """One line of ``events.jsonl``."""
+        """Return the line for ``events.jsonl``."""
         return _line({k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()})
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class SaveEvent:
 
 
 class SaveLog:
-    """The saves of a run, for the log, for ``events.jsonl`` and for who takes them. On rank 0."""
+    """Records the saves of a run, for the log, ``events.jsonl`` and ``take``. On rank 0."""
 
     def __init__(self, storage: Storage, folder: str, world_size: int = 1, layout: Mapping[str, int] | None = None):
         self._storage = storage
@@ -91,10 +91,10 @@ class SaveLog:
         self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING)
         self._num_failed = 0
         self._events: list[SaveEvent] = []
-        self._contents: Mapping[str, str] = {}  # of the save before
+        self._contents: Mapping[str, str] = {}  # of the previous save
 
     def record(self, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float) -> None:
-        """Record a committed save, and warn if it looks as if training does not proceed. Never fails."""
+        """Record a committed save, and warn if training does not seem to progress. Never fails."""
         event = SaveEvent.of(report, step=step, reason=reason, kind=kind, stall_s=stall_s, **self._ranks)
         self._events.append(event)
         log.info("%s", event)
@@ -106,18 +106,18 @@ class SaveLog:
         self._write()
 
     def resumed(self, step: int, path: str) -> None:
-        """Record that the run resumed from ``step`` at ``path``, for the line before the next save's."""
+        """Record a resume from ``step`` at ``path``, to be written before the next save's line."""
         said = {"event": "resumed", "step": step, "path": path, "finished": round(time.time(), 6)}
         self._waiting.append(_line(said | self._ranks))
 
     def failed(self, step: int, reason: str, error: str) -> None:
-        """Record that a save failed, for the line before the next save's, or the last one."""
+        """Record a failed save, to be written before the next save's line, or at the close."""
         said = {"event": "failed", "step": step, "reason": reason, "finished": round(time.time(), 6)}
         self._waiting.append(_line(said | {"error": shortened(error, _MAX_ERROR_LENGTH)} | self._ranks))
         self._num_failed += 1
 
     def close(self) -> None:
-        """Write what no save has been committed after. Never fails."""
+        """Write pending lines. Never fails."""
         if self._num_failed:
             self._write()
 
@@ -131,7 +131,7 @@ class SaveLog:
             log.warning("events could not be logged: %s", error)
 
     def take(self) -> list[SaveEvent]:
-        """The saves that were recorded since the last call, oldest first."""
+        """Return the saves recorded since the last call, oldest first."""
         events, self._events = self._events, []
         return events
 
@@ -141,7 +141,7 @@ def _line(fields: Mapping[str, Any]) -> bytes:
 
 
 def append_lines(storage: Storage, folder: str, lines: bytes) -> None:
-    """Add lines to the log in ``folder``. A line that a crash cut short stays a line of its own.
+    """Append lines to the log in ``folder``. A line truncated by a crash stays a separate line.
 
     Raises:
         StorageError: the storage refused.
@@ -162,17 +162,18 @@ def _is_torn(storage: Storage, path: str) -> bool:
 
 
 def suspicion(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
-    """The reason to doubt that training proceeds, from the digests of two saves in a row; None if there is none."""
+    """Return the reason to doubt that training progresses, from two consecutive saves' digests, or None."""
     common = {part for part in ("model", "optimizer") if part in before and part in after}
     if "model" not in common:
         return None
     same = {part for part in common if before[part] == after[part]}
     if same == common:
-        return "not one tensor has changed since the save before: is the optimizer stepping?"
+        return "no tensor has changed since the previous save: is the optimizer stepping?"
     if same == {"model"}:
-        return "the optimizer's state has changed since the save before, but not one weight: is the learning rate 0?"
+        return "the optimizer's state has changed since the previous save, but no weight: is the learning rate 0?"
     if same == {"optimizer"}:
         return (
-            "weights have changed since the save before, but the optimizer's state has not: is it the right optimizer?"
+            "weights have changed since the previous save, but the optimizer's state has not: is it the right "
+            "optimizer?"
         )
     return None

@@ -1,4 +1,4 @@
-"""Samples of the parameters that steps of ``checkpoint.only_trainable`` leave out: one travels with each step."""
+"""Samples of the parameters left out by ``checkpoint.only_trainable``, saved with each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = f"{ATTACHED}.{NAME}"
 
 
 def record_of(comm: Comm, state: TrainingState) -> dict[str, bytes]:
-    """Return what a step records of the parameters that are not trained, by name; on rank 0. Collective.
+    """Return a step's record of the frozen parameters, by name; on rank 0. Collective.
 
     Raises:
         SaveError: on every rank.
@@ -38,34 +38,34 @@ def record_of(comm: Comm, state: TrainingState) -> dict[str, bytes]:
 
 
 def check_base(state: TrainingState, frozen: Collection[str], record: object, path: str) -> None:
-    """Compare what this rank holds of the parameters that a step leaves out with what the step records of them.
+    """Compare this rank's frozen parameters with the step's record of them.
 
     Raises:
-        StateMismatchError: these are other weights than those that the rest was trained over.
+        StateMismatchError: the weights differ from those that the step was trained on.
         FormatError: the record is malformed.
     """
     recorded = parse(record, path)
     here = local_samples((key, value) for key, value in state.state_dict(("model",)).items() if key in frozen)
-    lines = [*(f"{key}: not in the model then" for key in here if key not in recorded), *differences(recorded, here)]
+    lines = [*(f"{key}: not in the saved model" for key in here if key not in recorded), *differences(recorded, here)]
     if lines:
         raise StateMismatchError(
-            f"{path} holds what was trained over other weights than this run has: of the {len(here)} parameters that "
-            f"are not trained and that this rank holds, {len(lines)} differ; nothing was changed. Load the weights "
-            "that it was trained over first (checkpoint.initial_load_path), or, to begin a new run with it over "
-            "these, set checkpoint.initial_load_path to it and choose another folder\n  " + "\n  ".join(listed(lines)),
+            f"{path} was trained on other frozen weights than this run's: of the {len(here)} frozen parameters on "
+            f"this rank, {len(lines)} differ; nothing was changed. First load the weights that it was trained on "
+            "(checkpoint.initial_load_path) or, to start a new run with it on these weights, set "
+            "checkpoint.initial_load_path to it and choose another folder\n  " + "\n  ".join(listed(lines)),
             path=path,
             mismatched=lines,
         )
 
 
 def local_samples(tensors: Iterable[tuple[str, Any]]) -> dict[str, Sample]:
-    """Samples of the values that this rank holds of ``tensors``; of those that could not be saved, none."""
+    """Sample this rank's values of ``tensors``; tensors that can't be saved have no sample."""
     found: dict[str, Sample] = {}
     for key, tensor in tensors:
         try:
             leaves: Mapping[str, TensorLeaf] = flatten({key: tensor}).tensors
         except SaveError:
-            continue  # it is not saved, so it need not be of a kind that can be
+            continue  # it is not saved, so it may be of an unsupported kind
         found.update({name: _sample(leaf) for name, leaf in leaves.items()})
     return found
 
@@ -81,7 +81,7 @@ def _sample(leaf: TensorLeaf) -> Sample:
         columns = zip(*(_relative(wanted[n], piece.box) for n in held), strict=True)
         index = tuple(torch.tensor(column, device=region.device) for column in columns)
         if region.dtype.itemsize == 1:
-            region = region.view(torch.uint8)  # of 8-bit floats no element can be taken
+            region = region.view(torch.uint8)  # elements of 8-bit floats can't be indexed
         taken = (region[index] if index else region.reshape(1)).cpu().contiguous()
         raw = taken.view(torch.uint8).numpy().tobytes()
         for position, n in enumerate(held):

@@ -1,4 +1,4 @@
-"""Periodic saves in the other format (``checkpoint.hf_interval``), beside the steps, while training goes on.
+"""Periodic saves in Hugging Face's format (``checkpoint.hf_interval``), beside the steps, while training continues.
 
 That folder is like a run's: its steps are committed, swept and pruned by separate rules. They are
 written by a thread, from a copy of the model, independently of the save of a step.
@@ -31,11 +31,11 @@ from milepost.training.training_state import TrainingState
 log = logging.getLogger("milepost")
 
 FOLDER = "hf"
-"""Name of the folder, in the run's."""
+"""Name of the folder in the run's folder."""
 
 
 class HfSaves:
-    """Saves the model every ``hf_interval`` steps. Collective but for :meth:`is_due` and :meth:`leave`."""
+    """Saves the model every ``hf_interval`` steps. Collective except :meth:`is_due` and :meth:`leave`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class HfSaves:
         self._begun: tuple[int, SaveHandle] | None = None
         self._lock: RunLock | None = None  # rank 0 holds it
         self._saver = on_every_rank(comm, lambda: AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads))
-        on_rank_0(comm, self._take_folder)  # last: nothing after it may fail, and leave the folder locked
+        on_rank_0(comm, self._take_folder)  # last: no later failure may leave the folder locked
 
     def _take_folder(self) -> None:
         self._storage.make_folder(self._folder)
@@ -69,7 +69,7 @@ class HfSaves:
         return step > 0 and step % self._config.hf_interval == 0
 
     def save(self, step: int) -> None:
-        """Start saving the model for ``step``; returns when it is copied. Waits for the previous save.
+        """Start saving the model for ``step``; returns once it is copied. Waits for the previous save.
 
         Raises:
             SaveError: it could not be started, or the previous one failed in the background; on every rank.
@@ -94,10 +94,10 @@ class HfSaves:
         self._begun = step, self._saver.save(request)
 
     def wait(self) -> None:
-        """Return when the running save, if any, is committed.
+        """Return once the running save, if any, is committed.
 
         Raises:
-            SaveError: it has failed; on every rank, and once.
+            SaveError: it failed; on every rank, and once.
         """
         try:
             self._saver.wait()
@@ -105,7 +105,7 @@ class HfSaves:
             self._record()
 
     def close(self) -> None:
-        """Wait for the running save, and release memory and the folder. Raises as :meth:`wait`."""
+        """Wait for the running save, and release memory and the folder. Raises like :meth:`wait`."""
         try:
             self._saver.close()
         finally:
@@ -113,14 +113,14 @@ class HfSaves:
             self._release()
 
     def leave(self) -> None:
-        """As :meth:`close`, on a rank that exits with an error and can't meet the others: a failure is logged."""
+        """Close without collectives, on a rank that exits with an error: a failure is logged."""
         try:
             self._saver.leave()
         finally:
             self._release()
 
     def _record(self) -> None:
-        """Record the save that was waited for."""
+        """Record the save that has ended."""
         if self._begun is None or not self._begun[1].done():
             return
         (step, save), self._begun = self._begun, None

@@ -13,7 +13,7 @@ from milepost.run.catalog import StepEntry
 
 
 class SaveHistory:
-    """The lineage of each save of a run: a loaded step, or the save before, is its parent. The same on every rank."""
+    """The lineage of each save of a run: its parent is the loaded step or the previous save. The same on every rank."""
 
     def __init__(self, comm: Comm, scan: Callable[[], list[StepEntry]], look: Callable[[], None]):
         self._comm = comm
@@ -24,11 +24,11 @@ class SaveHistory:
         """The last step known to be committed."""
 
     def resumed(self, descent: Descent | None) -> None:
-        """Record what was loaded; None if it is not a step of the run's folder."""
+        """Record the loaded step; None if it is not in the run's folder."""
         self._next = descent
 
     def next_lineage(self, step: int) -> Lineage:
-        """The lineage of a save of ``step``. Collective for the first save of a run that has loaded no step.
+        """Return the lineage of a save of ``step``. Collective for the first save of a run that has loaded no step.
 
         Raises:
             SaveError: on every rank, if the folder can't be read.

@@ -15,11 +15,11 @@ from typing import IO, Literal
 log = logging.getLogger("milepost")
 
 CLOSE_TIMEOUT_S = 600.0
-"""A run that ends waits this long for what is still being done after its last commits."""
+"""Seconds that an ending run waits for its last hooks."""
 MAX_OUTPUT = 2000
-"""Bytes at the end of a command's output that are kept, for the log."""
+"""Bytes kept of the end of a command's output, for the log."""
 OUTPUT_S = 1.0
-"""A command that has ended is given this long for the rest of its output."""
+"""Seconds to wait for the rest of an ended command's output."""
 PIECE_NBYTES = 64 << 10
 
 Tier = Literal["folder", "remote_folder"]
@@ -27,20 +27,20 @@ Tier = Literal["folder", "remote_folder"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """A step that was just committed, in one of the run's folders."""
+    """A newly committed step in one of the run's folders."""
 
     step: int
     path: str
-    """Of the step's folder: a path or a URL."""
+    """Path or URL of the step's folder."""
     contents: str
     """``full`` or ``model``."""
     metrics: Mapping[str, float]
-    """The values that were recorded with it."""
+    """The metrics recorded with it."""
     tier: Tier = "folder"
     """The option that names the folder: ``checkpoint.folder`` or ``checkpoint.remote_folder``."""
 
     def environment(self) -> dict[str, str]:
-        """The environment variables that describe it to a command line."""
+        """Return the environment variables that describe it to a command line."""
         return {
             "MILEPOST_STEP": str(self.step),
             "MILEPOST_PATH": self.path,
@@ -51,9 +51,9 @@ class Commit:
 
 
 class CommitHooks:
-    """Calls ``act`` and runs ``command`` for each commit, one after the other, in a thread of its own.
+    """Calls ``act`` and runs ``command`` for each commit, in order, in a separate thread.
 
-    Whatever fails there is logged, and changes nothing for training or for the checkpoint.
+    A failure is logged, and affects neither training nor the checkpoint.
     """
 
     def __init__(self, act: Callable[[Commit], None] | None, command: str):
@@ -74,7 +74,7 @@ class CommitHooks:
                 self._thread.start()
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Return when all that was told is done, or after ``timeout_s``, which is logged."""
+        """Return once all hooks are done, or after ``timeout_s``, which is logged."""
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is None:
@@ -92,7 +92,7 @@ class CommitHooks:
             if self._act is not None:
                 try:
                     self._act(commit)
-                except Exception:  # it is the user's code
+                except Exception:  # user code
                     log.exception("on_commit failed for step %d", commit.step)
             if self._command:
                 self._run_command(commit)
@@ -106,7 +106,7 @@ class CommitHooks:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the training
+                start_new_session=True,  # Ctrl-C must reach only the training process
             )
         except OSError as error:
             log.error("checkpoint.on_commit failed for step %d: %s", commit.step, error.strerror)
@@ -121,9 +121,9 @@ class CommitHooks:
 
 
 class _Tail:
-    """The end of what a command prints. All of it is read, so that it never waits; little of it is kept.
+    """Keeps the end of a command's output. All output is read, so that the command never blocks.
 
-    What the command has left running in the background may hold its output open: that is not waited for.
+    Background processes of the command may hold its output open: they are not waited for.
     """
 
     def __init__(self, stream: IO[bytes]):

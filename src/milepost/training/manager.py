@@ -1,4 +1,4 @@
-"""``CheckpointManager``: what a training loop talks to. When to save, what to keep, where to resume from."""
+"""``CheckpointManager``: the interface to a training loop. Decides when to save, what to keep, where to resume from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from milepost.training.training_state import TrainingState
 log = logging.getLogger("milepost")
 
 MAX_FAILURES = 3
-"""This many failed saves in a row stop a run even with ``on_save_error = "warn"``."""
+"""Number of consecutive failed saves that stop a run even with ``on_save_error = "warn"``."""
 
 
 class CheckpointManager:
@@ -132,8 +132,7 @@ class CheckpointManager:
         parts_per_rank = checked_per_rank(per_rank)
         if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf or self._config.hf_interval):
             raise ConfigError(
-                "initial_load_in_hf, last_save_in_hf and hf_interval need to know the model: give CheckpointManager "
-                "`hf`"
+                "initial_load_in_hf, last_save_in_hf and hf_interval need the model: give CheckpointManager `hf`"
             )
         state = on_every_rank(
             self._comm,
@@ -156,7 +155,7 @@ class CheckpointManager:
         self._log = SaveLog(self._storage, path, self._comm.world_size, degrees)
         self._signals = SignalFlags()
         self._due = DueCheck(self._config, self._comm, self._signals, RequestFiles(self._storage, path))
-        self._rng: Mapping[str, Any] | None = None  # as `load` left it
+        self._rng: Mapping[str, Any] | None = None  # as restored by `load`
         self._blocked_s = 0.0
         self._num_failures = 0  # in a row
         self._loader = Loader(
@@ -206,7 +205,7 @@ class CheckpointManager:
         )
 
     def _offer_newest(self) -> None:
-        """Copy the newest step that all nodes hold to the remote folder, if the run before did not. On rank 0."""
+        """Copy the newest step that all nodes hold to the remote folder, if the previous run did not. On rank 0."""
         newest = History.of(self._loader.scan()).newest
         if newest is not None and not self._loader.is_remote(newest):
             self._folder.offer_newest(newest)
@@ -222,7 +221,7 @@ class CheckpointManager:
 
     @property
     def blocked_s(self) -> float:
-        """Seconds that the training thread has spent in this manager's methods."""
+        """Seconds spent by the training thread in this manager's methods."""
         return self._blocked_s
 
     @property
@@ -233,7 +232,7 @@ class CheckpointManager:
     @property
     @interrupts_held()
     def latest_step(self) -> int | None:
-        """The newest step of the branch that was written last, of whatever kind; None if there is none. Collective."""
+        """Return the newest step of any kind on the branch that was written last; None if there is none. Collective."""
         if not self._config.enable:
             return None
         self._loader.look()
@@ -242,7 +241,7 @@ class CheckpointManager:
 
     @interrupts_held()
     def finished_step(self, num_steps: int) -> int | None:
-        """The last step, if a run of ``num_steps`` steps has nothing left to train; else None. Collective."""
+        """Return the last step, if a run of ``num_steps`` steps has nothing left to train; else None. Collective."""
         if not self._config.enable:
             return None
         num_steps = checked_step(num_steps)
@@ -251,7 +250,7 @@ class CheckpointManager:
 
     @interrupts_held()
     def load(self, num_steps: int | None = None, *, step: int | None = None) -> LoadReport | None:
-        """Resume, or start from ``initial_load_path``; None when there is nothing to load: a new run.
+        """Resume, or start from ``initial_load_path``; returns None for a new run with nothing to load.
 
         Loads the newest committed step with the full state, of the branch that was written last. If its bytes are
         damaged, it is marked and all ranks load the step that it descends from. With ``load_step``
@@ -272,7 +271,7 @@ class CheckpointManager:
             return None
         with self._blocked():
             try:
-                self._wait_for_pending()  # a step that is being written is there to be resumed from
+                self._wait_for_pending()  # a step being written can then be resumed from
             except SaveError as error:
                 self._stop_or_warn(error)
             asked = [None if number is None else checked_step(number) for number in (num_steps, step)]
@@ -286,10 +285,10 @@ class CheckpointManager:
         return report
 
     def restore_rng(self) -> None:
-        """Set this rank's random generators to where :meth:`load` left them, if it was called.
+        """Set this rank's random generators to their state after :meth:`load`, if it was called.
 
-        Call it where training continues, after code that draws from them on the way there: ``iter(loader)`` draws the
-        seed of its workers from torch's generator, so dropout would continue one number later.
+        Call it where training continues, after code that draws from them: ``iter(loader)`` draws the seed of its
+        workers from torch's generator, so dropout would continue one number later.
         """
         if self._rng is not None:
             set_rng_state(self._rng)
@@ -327,7 +326,7 @@ class CheckpointManager:
         """
         step = checked_step(step)
         if self._is_closed:
-            raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; make a new one")
+            raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; create a new one")
         if self._saver is None:
             return False
         reason = self._due.reason(step, is_last=last_step)
@@ -356,7 +355,7 @@ class CheckpointManager:
         return True
 
     def _save_in_hf(self, step: int) -> None:
-        """Start the periodic save in Hugging Face's format, if due: after the step itself, which a resume needs."""
+        """Start the periodic save in Hugging Face's format, if due: after the step, which a resume needs."""
         if self._hf_saves is None or not self._hf_saves.is_due(step) or self.stop_requested:
             return
         with self._blocked():
@@ -366,7 +365,7 @@ class CheckpointManager:
                 self._stop_or_warn(error)
 
     def maybe_wait_for_staging(self) -> None:
-        """Return when the weights may be changed again. Call it before ``optimizer.step()``.
+        """Return once the weights may be changed again. Call it before ``optimizer.step()``.
 
         If staging failed, the save is lost and its error is raised, on every rank, by the next :meth:`save` or
         :meth:`close`.
@@ -382,10 +381,10 @@ class CheckpointManager:
 
     @interrupts_held()
     def maybe_wait_for_saving(self) -> None:
-        """Return when the running background save, if any, is committed. Collective.
+        """Return once the running background save, if any, is committed. Collective.
 
         Raises:
-            SaveError: it has failed; on every rank, and only here.
+            SaveError: it failed; on every rank, and only here.
         """
         with self._blocked():
             try:
@@ -399,7 +398,7 @@ class CheckpointManager:
         """Wait until the last save is committed (rank 0 logs its progress), and release memory and processes.
 
         Raises:
-            SaveError: on every rank, if that save failed and nothing raised it before.
+            SaveError: on every rank, if that save failed and was not raised before.
         """
         self._is_closed = True
         if self._saver is None:
@@ -414,7 +413,7 @@ class CheckpointManager:
                     if self._hf_saves is not None:
                         self._hf_saves.close()
         finally:
-            # Not before: Ctrl-C while the last save is being written must not lose it.
+            # Not earlier: Ctrl-C while the last save is being written must not lose it.
             self._signals.restore()
             self._record_pending()
             if self._comm.rank == 0:
@@ -422,7 +421,7 @@ class CheckpointManager:
             self._folder.close()
 
     def _leave(self) -> None:
-        """As :meth:`close`, after an error of this rank: not collective, since the other ranks may not close."""
+        """Close after an error of this rank, without collectives, since the other ranks may not close."""
         self._is_closed = True
         saver, self._saver = self._saver, None
         try:
@@ -439,12 +438,12 @@ class CheckpointManager:
     ) -> None:
         """Save at the next :meth:`save` when any rank gets SIGUSR1; on SIGTERM, save and ask to stop.
 
-        A file ``SAVE`` or ``STOP`` in the run's folder does the same, once: it is removed when it is handled.
-        Call it on the main thread of every rank. Ranks then exchange a number in every call of :meth:`save`. A second
-        request to stop does what that signal did before; the same signal within a second counts as one.
+        A file ``SAVE`` or ``STOP`` in the run's folder does the same, once: it is removed when it is handled. Call it
+        on the main thread of every rank. Ranks then exchange a number in every call of :meth:`save`. A second request
+        to stop has the signal's previous effect; the same signal within a second counts as one.
 
         Args:
-            interrupt: handle SIGINT (Ctrl-C) as SIGTERM is.
+            interrupt: handle SIGINT (Ctrl-C) like SIGTERM.
             on_stop: called with the signal, in its handler, when the first request to stop arrives on this rank.
         """
         if self._saver is not None:
@@ -452,7 +451,7 @@ class CheckpointManager:
 
     @property
     def stop_requested(self) -> bool:
-        """True if a rank was asked to stop, as of the last :meth:`save`; then that save is committed already."""
+        """True if a rank was asked to stop, as of the last :meth:`save`; that save is then already committed."""
         return self.stop_signal is not None
 
     @property
@@ -470,17 +469,17 @@ class CheckpointManager:
 
     @property
     def committed_step(self) -> int | None:
-        """The last step that this manager has committed, as far as it has been waited for; None before the first."""
+        """The last step known to be committed by this manager; None before the first."""
         return self._history.committed_step
 
     @property
     def pending(self) -> SaveHandle | None:
-        """The last save, if it is written in the background and was not waited for since."""
+        """The last save, if it is written in the background and has not been waited for."""
         outcome = self._pending.outcome if self._pending is not None else None
         return outcome if isinstance(outcome, SaveHandle) else None
 
     def take_events(self) -> list[SaveEvent]:
-        """The saves that were committed since the last call, oldest first. On rank 0; empty elsewhere."""
+        """Return the saves committed since the last call, oldest first. On rank 0; empty elsewhere."""
         return self._log.take()
 
     def _stop_or_warn(self, error: SaveError) -> None:
@@ -490,7 +489,7 @@ class CheckpointManager:
             raise error
         if self._num_failures >= MAX_FAILURES:
             raise SaveError(
-                f"{self._num_failures} saves in a row have failed; the last: {error.message}", rank=error.rank
+                f"{self._num_failures} consecutive saves failed; the last: {error.message}", rank=error.rank
             ) from error
         if self._comm.rank == 0:
             log.warning("a save failed, training continues (checkpoint.on_save_error = warn): %s", error)

@@ -1,4 +1,4 @@
-"""Values that a loop measures and a save records: ``CheckpointManager.save(step, metrics=...)``."""
+"""Metrics recorded with a save: ``CheckpointManager.save(step, metrics=...)``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ log = logging.getLogger("milepost")
 
 
 class MetricRecorder:
-    """Checks metrics, and warns once if ``wanted`` (``checkpoint.metric``) is not among them."""
+    """Checks metrics, and warns once if ``wanted`` (``checkpoint.metric``) is missing."""
 
     def __init__(self, wanted: str):
         self._wanted = wanted
         self._has_warned = False
 
     def values(self, metrics: Any) -> tuple[dict[str, float], ConfigError | None]:
-        """The metrics as they are recorded, and what is wrong with them. Any number will do, a 0-d tensor too."""
+        """Return the metrics to record, and their problems. Any number is accepted, also a 0-d tensor."""
         if not isinstance(metrics, Mapping):
             kind = type(metrics).__name__
             return {}, ConfigError(f"metrics: expected numbers by name, such as {{'loss': 2.3}}, found a {kind}")

@@ -1,6 +1,6 @@
-"""The modules of a run: keys that depend on no wrapper, their state, and loading them.
+"""The modules of a run: wrapper-independent keys, their state, and loading.
 
-Keys are fully qualified names (FQNs) as the unwrapped model would have them.
+Keys are fully qualified names (FQNs) in the unwrapped model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from milepost.errors import ConfigError, SaveError
 
 _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module", "_orig_mod")
-"""Names under which activation checkpointing and ``torch.compile`` hold the module that they wrap."""
+"""Attribute names of the module wrapped by activation checkpointing or ``torch.compile``."""
 
 
 def fqn(root: nn.Module, name: str) -> str:
-    """The name of a parameter or buffer of ``root`` as the unwrapped model would have it."""
+    """Return the name of a parameter or buffer of ``root`` in the unwrapped model."""
     kept = []
     module: Any = root
     for segment in name.split("."):
@@ -32,7 +32,7 @@ def fqn(root: nn.Module, name: str) -> str:
 
 
 def _inside(module: Any, segment: str) -> Any:
-    """The module that has ``segment``: a wrapper may leave itself out of the names of its ``state_dict()``."""
+    """Return the module that has ``segment``: a wrapper may omit itself from the names in its ``state_dict()``."""
     while isinstance(module, nn.Module) and segment not in module._modules:
         inner = next((module._modules[name] for name in _WRAPPER_SEGMENTS if name in module._modules), None)
         if inner is None:
@@ -42,13 +42,13 @@ def _inside(module: Any, segment: str) -> Any:
 
 
 def model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
-    """The parameters and persistent buffers of all ``parts`` (pipeline stages of this rank) by FQN.
+    """Return the parameters and persistent buffers of all ``parts`` (pipeline stages of this rank) by FQN.
 
-    Tensors share memory with the modules, unless a module's ``state_dict()`` makes new ones.
+    Tensors share memory with the modules, unless a module's ``state_dict()`` creates new ones.
 
     Raises:
         ConfigError: FSDP1 (``FullyShardedDataParallel``), which flattens parameters; use ``fully_shard``.
-        SaveError: two parts have a tensor of the same name that is not the same tensor.
+        SaveError: two parts have different tensors with the same name.
     """
     state: dict[str, Any] = {}
     for part in parts:
@@ -67,7 +67,7 @@ def model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
 
 
 def parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """The FQN of every parameter; of a tied one, the first of its names."""
+    """Return the FQN of every parameter; for a tied one, the first of its names."""
     return {
         parameter: fqn(part, name)
         for part in reversed(parts)

@@ -1,11 +1,11 @@
-"""The near folder of a run whose nodes have one each: when a step counts there, what goes, and who copies what when.
+"""The local folders of a run with one per node: when a step counts, pruning, and the copies to the remote folder.
 
-One :class:`NodeTier` on the first rank of each node. They agree in the background through the job's own store (no
-collective, and no folder that all see)::
+One :class:`NodeTier` on the first rank of each node. They agree in the background through the job's store, without
+collectives or a shared folder::
 
     part      each node: its part of a save is committed in its folder
-    noted     each node: it knows that all have theirs, and has noted that beside the step
-    order 1.. rank 0 to the others: which older parts to keep, which step to copy, that the run ends
+        noted     each node: it knows that all have theirs, and has recorded that beside the step
+        order 1.. rank 0 to the others: the older parts to keep, the step to copy, the end of the run
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ log = logging.getLogger("milepost")
 
 POLL_S = 0.25
 END_S = 60.0
-"""At the end of a run, nodes wait this long for each other."""
+"""Seconds that nodes wait for each other at the end of a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """A save of which this node's part is committed."""
+    """A save whose part on this node is committed."""
 
     commit: Commit
     save_id: str
@@ -55,7 +55,7 @@ class _Own:
 
 
 class NodeTier:
-    """Settles what is offered, from construction to :meth:`close` or :meth:`leave`. ``remote`` is given on rank 0."""
+    """Settles offered saves, from construction to :meth:`close` or :meth:`leave`. ``remote`` is given on rank 0."""
 
     def __init__(
         self,
@@ -84,27 +84,27 @@ class NodeTier:
                 local, remote, config, hooks, announce=self._order_copy, abandon=self._order_no_copy
             )
         self._copies = _Copies(local, remote, part.node) if comm.rank != 0 else None
-        if self._copies is not None:  # on rank 0 the remote tier has done it
+        if self._copies is not None:  # on rank 0 the remote tier does it
             marks.note_remote(local.storage, local.path, join(remote.storage.root, remote.path))
         self._thread = threading.Thread(target=self._run, name="milepost-node", daemon=True)
         self._thread.start()
 
     def offer(self, commit: Commit, save_id: str, order: int, protected: Mapping[int, str]) -> None:
-        """Record that this node's part of a save is committed. Returns at once; from any thread."""
+        """Record that this node's part of a save is committed. Returns at once; thread-safe."""
         with self._changed:
             self._own.append(_Own(commit, save_id, order, dict(protected)))
             self._comm.arrive(self._key("part", save_id))
             self._changed.notify_all()
 
     def offer_what_is_left(self, entry: StepEntry) -> None:
-        """Offer the step that a run before this one committed on all nodes but did not copy. On rank 0."""
+        """Offer the step that an earlier run committed on all nodes but did not copy. On rank 0."""
         assert self._remote is not None
         path = join(self._local.storage.root, entry.path)
         metrics = dict(entry.metrics)
         self._remote.offer(Commit(step=entry.step, path=path, contents=entry.kind or "full", metrics=metrics), {})
 
     def close(self) -> None:
-        """Return when all saves are settled and the newest is copied. For when the last is over."""
+        """Return once all saves are settled and the newest is copied. Call it after the last save."""
         self._comm.arrive(self._key("closing"))  # after the last offer of this node's
         with self._changed:
             self._ends = True
@@ -112,7 +112,7 @@ class NodeTier:
         self._thread.join()
 
     def leave(self) -> None:
-        """Let go after an error: a copy that runs is finished by its process, if the other nodes do their part."""
+        """Stop after an error: a running copy is finished by its process, if the other nodes do their part."""
         with self._changed:
             self._has_left = True
             self._changed.notify_all()
@@ -135,7 +135,7 @@ class NodeTier:
             if self._copies is not None and not self._follow(self._copies):
                 break
             if ends and self._copies is not None and not math.isfinite(self._comm.num_arrived(self._key("ended"))):
-                break  # rank 0 is gone
+                break  # rank 0 has exited
             if ends and self._remote is not None:
                 deadline = min(deadline, time.monotonic() + END_S)
                 if self._is_over() or time.monotonic() > deadline:
@@ -145,7 +145,7 @@ class NodeTier:
         self._end()
 
     def _is_over(self) -> bool:
-        """Return whether rank 0 has nothing left to settle. If a save failed on a node, some parts never come."""
+        """Return whether rank 0 has nothing left to settle. If a save failed on a node, its part never arrives."""
         has_all = self._all_have("closing", "")
         with self._changed:
             if has_all:
@@ -162,11 +162,11 @@ class NodeTier:
         elif self._remote is not None and not self._has_left:
             self._remote.close()
             if self._last is not None:
-                with contextlib.suppress(StorageError):  # what had to stay while it was copied
+                with contextlib.suppress(StorageError):  # steps kept while they were copied
                     self._prune_all(self._last, self._remote)
             self._order({"end": True})
             deadline = time.monotonic() + END_S
-            # The store that they ask may end with this process.
+            # The store that the other nodes poll may end with this process.
             while self._comm.num_arrived(self._key("ended")) < self._part.num_nodes - 1:
                 if time.monotonic() > deadline:
                     break
@@ -180,19 +180,19 @@ class NodeTier:
         for own in waiting:
             try:
                 if not self._settle_one(own):
-                    break  # in order: a hook hears of each, and the newest is what is offered last
-            except MilepostError as error:  # tried again
+                    break  # in order: hooks run for each, and the newest is offered last
+            except MilepostError as error:  # will be retried
                 log.warning("could not record yet that step %d is committed on all nodes: %s", own.commit.step, error)
 
     def _settle_one(self, own: _Own) -> bool:
-        """False if it is only a matter of time until it is settled: what is later must wait."""
+        """Settle a save; False if it is still in progress, so that later ones must wait."""
         if not own.is_noted:
             if not self._all_have("part", own.save_id):
                 return True
             node_steps.note_settled(self._local.storage, self._local.path, own.commit.step, own.save_id)
             self._comm.arrive(self._key("noted", own.save_id))
             with self._changed:
-                # What came before and is not settled never will be: it has failed on a node.
+                # Earlier unsettled saves never will be: they failed on a node.
                 self._own = [one for one in self._own if one.order > own.order]
                 if self._remote is not None:
                     own = replace(own, is_noted=True)
@@ -204,7 +204,7 @@ class NodeTier:
         with self._changed:
             self._own = [one for one in self._own if one.order > own.order]
         self._hooks.tell(own.commit)
-        self._remote.offer(own.commit, own.protected)  # before the pruning, which spares what is to be copied
+        self._remote.offer(own.commit, own.protected)  # before the pruning, which keeps the step to be copied
         self._last = own
         self._prune_all(own, self._remote)
         return True
@@ -214,7 +214,7 @@ class NodeTier:
         self._order({"kept": kept, "order": own.order})
 
     def _prune(self, own: _Own, remote: RemoteTier) -> list[str]:
-        """Apply the rules to the settled steps on rank 0's node; the save ids of those that stay."""
+        """Apply the rules to the settled steps on rank 0's node; returns the save ids of those kept."""
         config = self._config
         folder = node_steps.look_at_node(self._local.storage, self._local.path, self._part)
         entries = [
@@ -264,7 +264,7 @@ class NodeTier:
             self._comm.post(self._key("order", str(self._num_orders)), json.dumps(what))
 
     def _follow(self, copies: _Copies) -> bool:
-        """Do what rank 0 has ordered since the last time; False when the run is over."""
+        """Follow rank 0's orders since the last call; returns False at the end of the run."""
         while (text := self._comm.look_up(self._key("order", str(self._num_orders + 1)))) is not None:
             self._num_orders += 1
             order = json.loads(text)
@@ -283,7 +283,7 @@ class NodeTier:
 
 
 class _Copies:
-    """The copies of this node's parts, one at a time, as rank 0 orders them. On nodes but the first."""
+    """Copies this node's parts one at a time, on rank 0's orders. On all nodes except the first."""
 
     def __init__(self, local: Spot, remote: Spot, node: int):
         self._local = local
@@ -294,7 +294,7 @@ class _Copies:
         self._is_given_up = threading.Event()
 
     def begin(self, step: int, save_id: str) -> None:
-        """Copy a step; what was to be copied before is given up if it is not done."""
+        """Copy a step; an earlier copy that is not done is abandoned."""
         self.stop()
         name = step_name(step)
         request = CopyRequest(
@@ -312,7 +312,7 @@ class _Copies:
         self._thread.start()
 
     def _copy(self, step: int, save_id: str, request: CopyRequest) -> None:
-        """Copy until it is there: the processes of the other nodes wait for this part."""
+        """Copy with retries until done: the other nodes' processes wait for this part."""
         while (outcome := run_copy(request, self._started)).failure and not self._is_given_up.is_set():
             log.warning(
                 "this node's part of step %d could not be copied to %s: %s", step, self._remote, outcome.failure
@@ -323,7 +323,7 @@ class _Copies:
                 return
 
     def _tell_failure(self, step: int, save_id: str, reason: str) -> None:
-        """Let the other nodes' processes hear that this part will not come, once they have begun."""
+        """Report to the other nodes' processes that this part will not arrive, once they have begun."""
         dst = Spot(self._remote.storage, join(self._remote.path, step_name(step)))
         deadline = time.monotonic() + END_S
         while save_id and time.monotonic() < deadline:
@@ -331,7 +331,7 @@ class _Copies:
                 if tell_failure(dst, self._node, save_id, reason):
                     return
             except StorageError as error:
-                log.warning("the other nodes could not be told that step %d is not copied: %s", step, error)
+                log.warning("could not report to the other nodes that step %d is not copied: %s", step, error)
             if self._is_given_up.wait(POLL_S):
                 return
 
@@ -341,7 +341,7 @@ class _Copies:
             process.terminate()
 
     def stop(self) -> None:
-        """Give up what is being copied."""
+        """Abandon the running copy."""
         self._is_given_up.set()
         if self._thread is not None and self._thread.is_alive():
             if self._process is not None:
@@ -350,11 +350,11 @@ class _Copies:
         self._process = None
 
     def leave(self) -> None:
-        """Try no more; a copy that runs is finished by its process."""
+        """Stop retrying; a running copy is finished by its process."""
         self._is_given_up.set()
 
     def close(self) -> None:
-        """Return when the last copy has ended: it does once rank 0's has."""
+        """Return once the last copy has ended, which follows rank 0's."""
         if self._thread is not None:
             self._thread.join(END_S)
         self.stop()

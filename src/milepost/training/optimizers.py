@@ -1,8 +1,8 @@
-"""The optimizers of a run: state keyed by parameter name, so that it survives other groups, ranks and stages.
+"""The optimizers of a run: state keyed by parameter name, so that it can be loaded into other groups, ranks and stages.
 
 Keys are those of stock PyTorch's flattened form: ``state.<fqn>.<name>`` and ``param_groups.<fqn>.<option>``. State
-that belongs to no parameter is kept below ``extra.<number of the optimizer>``. An optimizer whose ``state_dict()`` is
-of a form of its own (a container of others, as a rule) is saved and loaded in that form.
+outside parameters is stored below ``extra.<number of the optimizer>``. An optimizer whose ``state_dict()`` has its own
+form (usually a container of others) is saved and loaded in that form.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from milepost.tensors.value_writer import encode_object
 
 PART = "optimizer"
 NAMES = "param_names"
-"""An option of groups that were made of named parameters. It says what the keys say: stored nowhere."""
+"""An option of groups created from named parameters. It repeats the keys, so it is not stored."""
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
-"""Options that a schedule sets."""
+"""Options set by a schedule."""
 _CYCLED = ("momentum", "betas")
-"""Those too, where a schedule has stored the bounds between which they move."""
+"""Also options for which a schedule stored bounds."""
 
 EMPTY_GROUPS = "empty_groups"
-"""Beside the state that belongs to no parameter: options of groups without parameters, by their numbers."""
+"""Key, beside the state outside parameters, of the options of groups without parameters, by index."""
 
 COUNTER = "step"
-"""What torch's optimizers put first in a parameter's state. Older checkpoints don't tell the order."""
+"""First entry of a parameter's state in torch's optimizers. Older checkpoints don't record the order."""
 
 
 def unfold(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
-    """The optimizers that hold state: of a container without any of its own, those that it contains."""
+    """Return the optimizers that hold state: instead of a container without its own state, those that it contains."""
     found: list[Optimizer] = []
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizers", None)
@@ -58,10 +58,10 @@ def unfold(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
 
 
 def check_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
-    """Refuse what could not be found again.
+    """Refuse parameters whose state could not be restored.
 
     Raises:
-        ConfigError: an optimizer steps a parameter that no model part holds, or two step the same.
+        ConfigError: an optimizer steps a parameter outside all model parts, or two step the same one.
     """
     owner_of: dict[nn.Parameter, Optimizer] = {}
     for optimizer in optimizers:
@@ -74,12 +74,12 @@ def check_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Paramete
             if parameter not in names:
                 raise ConfigError(
                     f"{type(optimizer).__name__} steps a parameter of shape {list(parameter.shape)} that is in no "
-                    "model part given to the CheckpointManager; its state could not be found again"
+                    f"model part given to the CheckpointManager; its state could not be restored"
                 )
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """All optimizers' state and options, keyed by FQN. Tensors share memory with the optimizers.
+    """Return all optimizers' state and options, keyed by FQN. Tensors share memory with the optimizers.
 
     Raises:
         SaveError: two optimizers would be stored under the same key.
@@ -87,7 +87,7 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
     merged = ByName()
     for number, optimizer in enumerate(optimizers):
         state_dict = optimizer.state_dict()
-        if not has_numbered_parameters(state_dict, optimizer):  # of a form of its own, or made so by a hook
+        if not has_numbered_parameters(state_dict, optimizer):  # its own form, or one made by a hook
             _merge(merged, state_dict, optimizer)
             continue
         numbers = {index: names[p] for p, index in indexed(optimizer).items()}
@@ -101,7 +101,7 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
                 _merge(merged, _by_name(f"param_groups.{numbers[index]}", options), optimizer)
         extra: dict[str, Any] = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
         empty = {str(n): group for n, group in enumerate(state_dict["param_groups"]) if not group["params"]}
-        if empty:  # there is no parameter whose options they would be
+        if empty:  # options without parameters
             extra[EMPTY_GROUPS] = {number: _options_of(group) for number, group in empty.items()}
         if shared := {index: entry for index, entry in entries.items() if index not in numbers}:
             extra["state"] = shared
@@ -111,7 +111,7 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
 
 
 def _by_name(prefix: str, entry: Any) -> dict[str, Any]:
-    """A parameter's entry under flat keys; as one mapping where its own keys could not be told apart in them."""
+    """Return a parameter's entry under flat keys; as one mapping if flat keys would be ambiguous."""
     if not isinstance(entry, Mapping) or not all(type(key) is str and "." not in key for key in entry):
         return {prefix: entry}
     return {f"{prefix}.{key}": value for key, value in entry.items()}
@@ -122,14 +122,14 @@ def _merge(into: dict[str, Any], more: Mapping[str, Any], optimizer: Optimizer) 
         if key in into:
             raise SaveError(
                 f"{type(optimizer).__name__} and another optimizer both have state for '{key}': give one of them to "
-                "the CheckpointManager, or let each step parameters of its own",
+                "the CheckpointManager, or let each step different parameters",
                 key=f"{PART}.{key}",
             )
         into[key] = value
 
 
 def of_own_form(optimizers: Sequence[Optimizer]) -> frozenset[Optimizer]:
-    """Those whose ``state_dict()`` is not torch's, nor of the form that torch gives it."""
+    """Return optimizers whose ``state_dict()`` is neither torch's nor of its form."""
     return frozenset(
         optimizer
         for optimizer in optimizers
@@ -155,18 +155,18 @@ class _Saved:
     """The optimizer state of a checkpoint, by FQN: nodes of its tree."""
 
     state: Mapping[str, Node]
-    """A mapping as a rule; of some optimizers a tensor or a list."""
+    """Usually a mapping; for some optimizers a tensor or a list."""
     options: Mapping[str, Mapping[str, Node]]
     extra: Node
     keys: Mapping[str, Node]
-    """The part as it stands, for optimizers that have a form of their own."""
+    """The part unchanged, for optimizers with their own form."""
 
 
 def saved_optimizers(node: Node, names: Sequence[str], *, has_order: bool) -> _Saved:
-    """Sort what stands below ``optimizer`` by the names of this run's parameters.
+    """Sort the entries below ``optimizer`` by this run's parameter names.
 
-    Keys of stock PyTorch and of older checkpoints have the name and the rest in one text, where the longest name that
-    fits is the right one.
+    Keys of stock PyTorch and of older checkpoints join the name and the rest in one text: the longest matching name is
+    the right one.
     """
     part = node if isinstance(node, Mapping) else {}
     by_name: dict[str, dict[str, Any]] = {"state": {}, "param_groups": {}}
@@ -190,7 +190,7 @@ def _put(root: dict[str, Node], path: Sequence[str], value: Node) -> None:
 
 
 class OptimizersOwner:
-    """All optimizers of a run, to load from what :func:`optimizer_state` saved, or stock PyTorch."""
+    """All optimizers of a run, to load from the output of :func:`optimizer_state`, or of stock PyTorch."""
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ class OptimizersOwner:
                 self._note("optimizer options of the checkpoint that this run does not have, ignored", option)
 
     def _is_kept(self, option: str, saved: Mapping[str, Node], group: Mapping[str, Any]) -> bool:
-        """Return whether an option stays as it is in this run: one that the schedule sets, which is not loaded."""
+        """Return whether an option keeps this run's value: it is set by the schedule, which is not loaded."""
         is_cycled = option in _CYCLED and ("max_momentum" in saved or "max_momentum" in group)
         return self._keeps_rates and (option in SCHEDULED or is_cycled)
 
@@ -258,7 +258,7 @@ class OptimizersOwner:
         self._notes.setdefault(what, {})[key] = None
 
     def _leave_frozen(self, target: Target) -> None:
-        """State of parameters that the model has, and no optimizer any more."""
+        """Ignore state of model parameters that no optimizer steps any more."""
         stepped = {self._names[p] for optimizer in self._optimizers for _, p in each_parameter(optimizer)}
         known = set(self._names.values()) - stepped if not self._own_form else set[str]()
         for name in sorted(known & (self._saved.state.keys() | self._saved.options.keys())):
@@ -293,12 +293,12 @@ class OptimizersOwner:
         return empty_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
 
     def _parameter_of(self, key: str) -> nn.Parameter | None:
-        """The parameter whose state stands under a key of the checkpoint."""
+        """Return the parameter whose state is under a key of the checkpoint."""
         name = longest_prefix(key.removeprefix(f"{PART}.state."), set(self._names.values()))
         return next((parameter for parameter, known in self._names.items() if known == name), None)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Raises StateMismatchError if parameters of one group were saved with different options."""
+        """Raise StateMismatchError if parameters of one group were saved with different options."""
         for number, optimizer in enumerate(self._optimizers):
             for group in optimizer.param_groups if number not in self._own_form else ():
                 self._check_group(group, values)
@@ -317,11 +317,12 @@ class OptimizersOwner:
                 elif _differs(value, first):
                     raise StateMismatchError(
                         f"the optimizer puts {name} in one group with {names[0]}, but they were saved with different "
-                        f"values of {option} ({value} and {first}); group them as they were saved. Nothing was changed",
+                        f"values of {option} ({value} and {first}); group them as in the saved run. Nothing was "
+                        f"changed",
                     )
 
     def _known(self, group: Mapping[str, Any]) -> list[str]:
-        """The names of a group's parameters that the checkpoint has options of."""
+        """Return the names of a group's parameters with options in the checkpoint."""
         names = [self._names[parameter] for parameter in group["params"]]
         return [name for name in names if name in self._saved.options]
 
@@ -330,7 +331,7 @@ class OptimizersOwner:
         return bool(self._saved.state or self._saved.options)
 
     def adopt(self, replaced: Mapping[Any, Any]) -> None:
-        """Go on with parameters that have taken the place of others (see ``ModuleOwner.replaced``)."""
+        """Switch to parameters that replaced others (see ``ModuleOwner.replaced``)."""
         self._names = {replaced.get(parameter, parameter): name for parameter, name in self._names.items()}
         take_place(self._optimizers, replaced)
 
@@ -363,13 +364,13 @@ class OptimizersOwner:
             )
 
     def _empty_group(self, group: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The options of a group without parameters, as :meth:`_group` gives them of others."""
+        """Return the options of a group without parameters, like :meth:`_group`."""
         found = {option: group[option] for option in group if option != "params"}
         taken = saved if saved is not None else {}
         return found | {o: taken[o] for o in _options(group) if o in taken and not self._is_kept(o, taken, group)}
 
     def _group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """A group's options: as they were saved, and as they are here where the checkpoint has none."""
+        """Return a group's options: the saved ones, and this run's where the checkpoint has none."""
         found = {option: group[option] for option in group if option != "params"}
         known = self._known(group)
         saved = self._saved.options[known[0]] if known else {}
@@ -392,7 +393,7 @@ def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take_place(optimizers: Sequence[Optimizer], replaced: Mapping[Any, Any]) -> None:
-    """Let optimizers that were made over parameters on the meta device step those that were loaded."""
+    """Let optimizers created for parameters on the meta device step the loaded ones."""
     for optimizer in optimizers if replaced else ():
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
@@ -406,6 +407,6 @@ def _differs(one: Any, other: Any) -> bool:
             equal = torch.equal(torch.as_tensor(one, device="cpu"), torch.as_tensor(other, device="cpu"))
         else:
             equal = bool(one == other)
-    except (RuntimeError, TypeError, ValueError):  # an array, or tensors inside: no single answer
+    except (RuntimeError, TypeError, ValueError):  # an array or nested tensors: comparison is not a single bool
         equal = False
-    return not equal and encode_object("", one) != encode_object("", other)  # where NaN is NaN
+    return not equal and encode_object("", one) != encode_object("", other)  # in which NaN equals NaN

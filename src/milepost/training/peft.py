@@ -1,4 +1,4 @@
-"""The configuration of a model's PEFT adapters travels with each step: weights alone don't tell what they are."""
+"""The configuration of a model's PEFT adapters, saved with each step: it does not follow from the weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CONFIG_NAME = "adapter_config.json"
 
 
 def adapter_files(models: Sequence[nn.Module]) -> dict[str, bytes]:
-    """The file with the configuration of each adapter in ``models``, as PEFT writes it; none without adapters.
+    """Return the configuration file of each adapter in ``models``, in PEFT's form; empty without adapters.
 
-    That of a single one is called as PEFT calls it; of several each has its adapter's name in its own.
+    A single adapter's file has PEFT's name; with several, each file name contains the adapter's name.
     """
     configs = next((found for model in models if (found := _configs(model))), {})
     if len(configs) == 1:
@@ -25,7 +25,7 @@ def adapter_files(models: Sequence[nn.Module]) -> dict[str, bytes]:
 
 
 def _configs(model: nn.Module) -> Mapping[str, Any]:
-    """By adapter's name, of a model of PEFT or one that transformers has put an adapter into."""
+    """Return configurations by adapter name, of a PEFT model or a transformers model with adapters."""
     for module in model.modules():
         found = getattr(module, "peft_config", None)
         if isinstance(found, Mapping) and all(hasattr(config, "save_pretrained") for config in found.values()):
@@ -35,7 +35,7 @@ def _configs(model: nn.Module) -> Mapping[str, Any]:
 
 def _content(config: Any) -> bytes:
     stored = copy.deepcopy(config)
-    stored.inference_mode = True  # as PEFT does when it saves
+    stored.inference_mode = True  # like PEFT's save
     with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
         stored.save_pretrained(folder)
         return (Path(folder) / CONFIG_NAME).read_bytes()

@@ -1,4 +1,4 @@
-"""A save that was begun and is not logged yet."""
+"""A started save that is not logged yet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milepost.saving.job import SaveReport
 
 @dataclass(slots=True, eq=False)
 class PendingSave:
-    """A save that was begun, with its report, or the handle that will have it."""
+    """A started save, with its report, or the handle that will provide it."""
 
     step: int
     reason: str
@@ -20,7 +20,7 @@ class PendingSave:
     is_staged: bool = False
 
     def report(self, rank: int) -> SaveReport | None:
-        """Wait for the save to end and return its report; None if it failed."""
+        """Wait for the end of the save and return its report; None if it failed."""
         if isinstance(self.outcome, SaveReport):
             return self.outcome
         log_wait(self.outcome, rank)
@@ -28,6 +28,6 @@ class PendingSave:
 
     @property
     def failure(self) -> str:
-        """The error that made it fail; empty if it did not."""
+        """The error of a failed save; empty if it did not fail."""
         error = None if isinstance(self.outcome, SaveReport) else self.outcome.failure
         return getattr(error, "message", str(error)) if error is not None else ""

@@ -12,7 +12,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of this process's random generators: torch (and the current CUDA device), numpy and Python."""
+    """Return the state of this process's random generators: torch (and the current CUDA device), numpy and Python."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     state: dict[str, Any] = {
@@ -37,7 +37,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def derive_rng_state(origin: torch.Tensor, rank: int) -> None:
-    """Seed this process's generators from a saved state and the rank: alike on every run, different on every rank."""
+    """Seed this process's generators from a saved state and the rank: reproducible, and different on every rank."""
     digest = hashlib.blake2b(origin.numpy().tobytes() + rank.to_bytes(8, "little"), digest_size=8).digest()
     seed = int.from_bytes(digest, "little")
     torch.manual_seed(seed)

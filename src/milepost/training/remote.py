@@ -1,6 +1,6 @@
-"""The tier behind a run's folder: committed steps, copied to ``checkpoint.remote_folder`` beside the training.
+"""The remote tier of a run: copies committed steps to ``checkpoint.remote_folder`` during training.
 
-On rank 0. One step is copied at a time, in a process of its own; of those that wait, only the newest is: a slow link
+On rank 0. One step is copied at a time, in a separate process, and of the waiting ones only the newest: a slow link
 gets fewer steps, not a queue.
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger("milepost")
 
 RETRY_S = 10.0
 LAST_TRIES = 3
-"""Once the run has ended, a copy that fails this often is given up."""
+"""Number of failures after which a copy is abandoned once the run has ended."""
 LOG_EVERY_S = 10.0
 
 
@@ -41,16 +41,16 @@ class CopyOutcome:
     """The outcome of a copy. ``is_final``: it failed because of the step itself, so it is not retried."""
 
     failure: str = ""
-    """Why the step could not be copied; empty if it is there."""
+    """Reason why the step could not be copied; empty if it was."""
     is_final: bool = False
     nbytes: int = 0
-    """What was sent."""
+    """Bytes sent."""
 
 
 def run_copy(
     request: CopyRequest, started: Callable[[subprocess.Popen[bytes]], None] = lambda process: None
 ) -> CopyOutcome:
-    """Copy in a process of its own, which ``started`` is told of; what came of it."""
+    """Copy in a separate process, passed to ``started``; returns the outcome."""
     said: Mapping[str, Any] = {}
     try:
         with copy_process.start(request) as process:
@@ -66,10 +66,10 @@ def run_copy(
 
 
 class RemoteTier:
-    """Copies what is offered, from construction to :meth:`close` or :meth:`leave`.
+    """Copies offered steps, from construction to :meth:`close` or :meth:`leave`.
 
-    ``announce`` is called with each step before it is copied, where each node copies its own part; ``abandon`` with one
-    that can't be copied from here.
+    If each node copies its own part, ``announce`` is called with each step before it is copied, and ``abandon`` with
+    one that can't be copied from here.
 
     Raises:
         RunLockedError: another run writes to the remote folder.
@@ -97,13 +97,13 @@ class RemoteTier:
         self._changed = threading.Condition()
         self._waiting: Commit | None = None
         self._current: Commit | None = None
-        self._newest: Commit | None = None  # of those that were offered, also if it is not to be copied
+        self._newest: Commit | None = None  # of the offered steps, even if not to be copied
         self._protected: Mapping[int, str] = {}
         self._ends = self._has_left = False
         self._copied_step: int | None = None
-        remote.storage.list(remote.path)  # a bucket that is not there is refused before something is put in it
+        remote.storage.list(remote.path)  # refuse a missing bucket before anything is written
         self._lock = RunLock(remote.storage, remote.path)
-        # A process of a run before this one may still be copying: it is let, and its attempt is not swept.
+        # An earlier run's process may still be copying: let it finish, and keep its attempt.
         swept = sweep_leftovers(remote.storage, remote.path, now=time.time())
         name_left(remote.storage, remote.path, swept.left)
         if not remote.storage.can_rename:
@@ -120,9 +120,9 @@ class RemoteTier:
             raise
 
     def offer(self, commit: Commit, protected: Mapping[int, str]) -> None:
-        """Record a step that is committed locally. Returns at once; from any thread.
+        """Record a locally committed step. Returns at once; thread-safe.
 
-        ``protected``: steps that are not to be pruned in the remote folder.
+        ``protected``: steps not to prune in the remote folder.
         """
         every = self._config.remote_every_n_steps
         with self._changed:
@@ -132,13 +132,13 @@ class RemoteTier:
                 self._changed.notify_all()
 
     def needed(self) -> dict[int, str]:
-        """The local steps that must stay until they are copied, with the reason."""
+        """Return the local steps that must be kept until they are copied, with the reason."""
         with self._changed:
             wanted = [commit for commit in (self._current, self._waiting) if commit is not None]
         return {commit.step: "it is being copied to checkpoint.remote_folder" for commit in wanted}
 
     def close(self) -> None:
-        """Return when the newest step is copied too, or can't be, which is logged."""
+        """Return once the newest step is copied, or its failure is logged."""
         with self._changed:
             if self._newest is not None and self._newest.step not in (self._copied_step, self._current_step()):
                 self._waiting = self._newest
@@ -151,7 +151,7 @@ class RemoteTier:
         self._lock.release()
 
     def leave(self) -> None:
-        """Let go after an error: the step that is being copied is finished by its process, no other is begun."""
+        """Stop after an error: the running copy is finished by its process, no other is started."""
         with self._changed:
             self._ends = self._has_left = True
             self._waiting = None
@@ -162,7 +162,7 @@ class RemoteTier:
         return self._current.step if self._current is not None else None
 
     def _offer_what_is_left(self) -> None:
-        """Offer the step that a run before this one committed but did not copy."""
+        """Offer the step that an earlier run committed but did not copy."""
         newest = History.of(catalog.scan(self._local.storage, self._local.path)).newest
         if newest is None or newest.state != "committed":
             return
@@ -193,14 +193,14 @@ class RemoteTier:
                     self._changed.wait_for(lambda: self._has_left, self._retry_s)
 
     def _next(self) -> Commit | None:
-        """The next step to copy; None at the end."""
+        """Return the next step to copy; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is not None or self._ends)
             self._current, self._waiting = self._waiting, None
             return self._current
 
     def _copy(self, commit: Commit) -> CopyOutcome | None:
-        """Copy a step, and tell the hooks. Returns why it failed; None if it is there."""
+        """Copy a step and run the hooks. Returns the reason of a failure; None on success."""
         name = step_name(commit.step)
         dst_path = join(self._remote.path, name)
         request = CopyRequest(

@@ -1,4 +1,4 @@
-"""Loading a run's state, with fallback where bytes are damaged. ``choice`` picks the step."""
+"""Load a run's state, falling back from damaged steps. ``choice`` picks the step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SPELLING = "set checkpoint.{option} = {patterns}"
 
 
 class WeightsFormat(Protocol):
-    """Another format that a run may start from and end in, as a manager knows it. See ``milepost.HfModel``."""
+    """The manager's interface to another format of weights. See ``milepost.HfModel``."""
 
     def form_of(self, dtypes: Mapping[str, str]) -> Form:
         """Return the form of a save of tensors of these keys and dtypes, all ranks' together. Pure.
@@ -68,35 +68,34 @@ class WeightsFormat(Protocol):
         """
 
     def record(self) -> Mapping[str, Any]:
-        """Return what each step records of the model, in its manifest's ``extra``."""
+        """Return the record of the model in each step's manifest ``extra``."""
 
     def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
-        """Notes on the step at ``path`` that has recorded ``extra``.
+        """Return notes on the step at ``path`` with the record ``extra``.
 
         Raises:
-            StateMismatchError: it is of another model.
+            StateMismatchError: it belongs to another model.
         """
 
     def translate(self, manifest: Manifest) -> Translation | None:
-        """Describe a checkpoint under this run's names; None where it has them already, or unknown ones."""
+        """Return a checkpoint's manifest under this run's names; None if it already has them, or unknown ones."""
 
     def load(
         self, path: str, leaves: Mapping[str, TensorLeaf], policy: Policy, *, num_threads: int, logs_progress: bool
     ) -> LoadReport:
-        """Fill this rank's ``leaves`` from the weights at ``path``; empty: from where the format itself says.
+        """Fill this rank's ``leaves`` from the weights at ``path``; empty: from the format's default.
 
-        ``policy`` says what may be missing or unexpected. Not collective. Nothing is changed when the weights do not
-        fit.
+        ``policy`` allows missing or unexpected keys. Not collective. Nothing is changed if the weights do not fit.
         """
 
 
 def is_weights_file(path: str) -> bool:
-    """Return whether a path names one file of weights, not a folder."""
+    """Return whether a path names a file of weights, not a folder."""
     return path.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and not is_folder(path)
 
 
 class Loader:
-    """Loads into the live objects of a run. All methods are collective but :meth:`scan` and :meth:`finished_step`."""
+    """Loads into a run's live objects. All methods except :meth:`scan` and :meth:`finished_step` are collective."""
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class Loader:
         nodes: Nodes | None = None,
     ):
         self._nodes = nodes
-        self._node_folders: list[NodeFolder] = []  # on rank 0: what all nodes' folders held when it was looked last
+        self._node_folders: list[NodeFolder] = []  # on rank 0: the content of all nodes' folders at the last look
         self._storage = storage
         self._folder = folder
         self._config = config
@@ -120,13 +119,13 @@ class Loader:
         self._layout = layout
         self._format = weights_format
         self._remote = remote
-        self._remote_steps: frozenset[int] = frozenset()  # those of the last scan that are to be read there
-        self._bad_here: set[int] = set()  # found damaged in the folder; not in the remote one
-        self._reading = ""  # save id of the checkpoint that is being loaded
+        self._remote_steps: frozenset[int] = frozenset()  # those of the last scan to read from the remote folder
+        self._bad_here: set[int] = set()  # found damaged in the local folder only
+        self._reading = ""  # save id of the checkpoint being loaded
         self._warned: set[int] = set()  # of these steps
 
     def look(self) -> None:
-        """Gather what the folders of all nodes hold, where each has its own. Before :meth:`scan`. Collective."""
+        """Gather the content of all nodes' folders, if each has its own. Call it before :meth:`scan`. Collective."""
         if self._nodes is None:
             return
         found, failure = None, None
@@ -140,7 +139,7 @@ class Loader:
         self._node_folders = [folder for folder in brought if folder is not None] if brought is not None else []
 
     def scan(self) -> list[StepEntry]:
-        """The steps of the run's folder, with those of the remote one that are not there, or are newer or whole."""
+        """Return the run's steps, taking those missing, older or incomplete here from the remote folder."""
         if self._nodes is not None:
             here = node_steps.merged(self._node_folders, self._comm.world_size, self._layout)
         else:
@@ -152,20 +151,20 @@ class Loader:
         return [entry for entry, _ in found]
 
     def is_remote(self, entry: StepEntry) -> bool:
-        """Return whether the remote folder has the save that ``entry`` is of. On rank 0."""
+        """Return whether the remote folder has the save of ``entry``. On rank 0."""
         if self._remote is None:
             return False
         found = catalog.scan(self._remote.storage, self._remote.path)
         return any(one.is_usable and one.save_id == entry.save_id for one in found)
 
     def finished_step(self, num_steps: int) -> int | None:
-        """The last step, if a start of this run would find nothing left to train up to ``num_steps``. On rank 0."""
+        """Return the last step, if nothing is left to train up to ``num_steps``. On rank 0."""
         choice, _ = self._choose({}, num_steps)
         return choice.step if choice is not None and choice.is_finished else None
 
     @ordinary_tensors()
     def load(self, num_steps: int | None, step: int | None = None) -> tuple[LoadReport, Descent | None] | None:
-        """See ``CheckpointManager.load``. Also what the next save of this run descends from, if from a step of it."""
+        """Load, see ``CheckpointManager.load``; also returns the parent of the run's next save, if any."""
         self._check_asked(num_steps, step)
         rejected: dict[int, str] = {}
         has_base = not (self._config.only_trainable and self._config.initial_load_path)
@@ -219,10 +218,10 @@ class Loader:
                     continue
                 if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error)):
                     if self._remote is not None and not choice.in_remote:
-                        self._bad_here.add(choice.step)  # the other folder may have it whole
+                        self._bad_here.add(choice.step)  # the other folder may have it undamaged
                     else:
                         rejected[choice.step] = error.message
-                # Else it was replaced while it was read: look again.
+                # Otherwise it was replaced while it was being read: look again.
                 continue
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
             notes += [*into.left_out(), *self._left_behind(choice, report.unexpected), *self._restore(into)]
@@ -238,7 +237,7 @@ class Loader:
         raise_together(self._comm, failure)
 
     def _left_behind(self, choice: Choice, unexpected: Collection[str]) -> list[str]:
-        """A note, logged too, on parts of a resumed step that this run does not have, so that they are lost to it."""
+        """Note and log parts of a resumed step that this run does not have, and does not restore."""
         if choice.step is None or choice.model_only:
             return []
         known = {*self._state.present(), *self._config.exclude_from_loading, "rng", "attached"}
@@ -251,16 +250,16 @@ class Loader:
         return [note]
 
     def _load_base(self) -> None:
-        """Load what steps of the trainable part alone leave out, as a run without steps would begin. Collective."""
+        """Load the parameters that trainable-only steps leave out, like a new run would. Collective."""
         config = replace(self._config, only_trainable=False, load_step=-1, restart_branch=False)
         nowhere = join(self._folder, "no-step")
         Loader(self._storage, nowhere, config, self._comm, self._state, self._layout, self._format).load(None)
 
     def _translate(self, storage: Storage, path: str, manifest: Manifest) -> Translation | None:
-        """Describe a checkpoint under this run's names, if it has known names of another program.
+        """Translate a checkpoint with another program's known names to this run's.
 
         Raises:
-            StateMismatchError: it stores two tensors that are one in this run, and they are not known to be equal.
+            StateMismatchError: it stores two tensors that are one in this run, and may differ.
         """
         translation = self._format.translate(manifest) if self._format is not None else None
         if translation is None or translation.tied is None:
@@ -271,20 +270,20 @@ class Loader:
         if not are_equal(*pair.values()):
             one, other = translation.tied
             raise StateMismatchError(
-                f"{join(storage.root, path)}: {one} and {other} are one tensor in this run (tied), and what is stored "
-                "of the two is not known to be equal. `milepost convert` compares them, and makes a checkpoint of one",
+                f"{join(storage.root, path)}: {one} and {other} are one tensor in this run (tied), but their stored "
+                f"values may differ. `milepost convert` compares them, and makes a checkpoint of one",
                 path=path,
                 mismatched=translation.tied,
             )
         return translation
 
     def _has_other_names(self, storage: Storage, path: str) -> bool:
-        """Return whether another program has written a checkpoint, and under names that are not known. Collective."""
+        """Return whether another program wrote the checkpoint, under unknown names. Collective."""
         chosen_keys = [name for name in self._config.exclude_from_loading if name not in PARTS]
         if self._format is None or self._config.allow_missing or chosen_keys:
             return False
         lacks = False
-        with contextlib.suppress(MilepostError):  # what is wrong with it, the load says
+        with contextlib.suppress(MilepostError):  # the load reports the problem
             found = catalog.examine(storage, path)
             if found is not None and found.state == "external":
                 manifest = checkpoint_record.read_manifest(storage, path)
@@ -293,7 +292,7 @@ class Loader:
         return bool(self._comm.union(int(lacks)))
 
     def _place(self, choice: Choice) -> tuple[Storage, str]:
-        """The storage and path that a choice is read from."""
+        """Return the storage and path from which a choice is read."""
         if choice.step is None:
             return open_storage(choice.path)
         if choice.in_remote and self._remote is not None:
@@ -301,28 +300,28 @@ class Loader:
         return self._storage, choice.path
 
     def _part_of(self, choice: Choice) -> NodePart | None:
-        """The part of the chosen step that this rank reads, if nodes have a folder each and it is read there."""
+        """Return the part of the chosen step that this rank reads, if it is read from per-node folders."""
         if self._nodes is None or choice.step is None or choice.in_remote:
             return None
         return self._nodes.part_of(self._comm.rank)
 
     def _near(self, choice: Choice) -> Near | None:
-        """The part of a step that this node has, where the step is read from the remote folder."""
+        """Return this node's part of a step that is read from the remote folder."""
         if self._nodes is None or not choice.in_remote or choice.step is None or not choice.save_id:
             return None
         return find_near(self._storage, join(self._folder, step_name(choice.step)), choice.save_id)
 
     def _mark_damaged_part(self, path: str, step: int, error: CheckpointDamagedError) -> None:
-        """Mark a step on the node that has found its part damaged; no node reads it there again in this run."""
+        """Mark a step on the node that found its part damaged; no node reads it locally again in this run."""
         assert self._nodes is not None
         self._bad_here.add(step)
         part = self._nodes.part_of(self._comm.rank)
         if self._comm.rank == part.ranks[0] and error.rank in part.ranks:
-            with contextlib.suppress(StorageError):  # the other ranks go on: this run skips it in any case
+            with contextlib.suppress(StorageError):  # the other ranks continue: this run skips it in any case
                 self._mark_damaged(self._storage, path, error)
 
     def _policy(self, choice: Choice) -> Policy:
-        """The keys that may be missing: what a new run adds to the weights it starts from, as far as it names them."""
+        """Return the policy for missing keys: those that a new run adds to its initial weights, as configured."""
         config = self._config
         added = ("*",) if choice.step is None else ()
         return Policy((*config.allow_missing, *added), config.allow_unexpected, SPELLING)
@@ -338,7 +337,7 @@ class Loader:
         return into.prepare(manifest, read, path)
 
     def _restore(self, into: _Into) -> list[str]:
-        """Hand what was read to the live objects; what there is to note. Collective."""
+        """Restore the live objects from the data read; returns notes. Collective."""
         failure, notes = None, []
         try:
             notes = into.restore()
@@ -369,7 +368,7 @@ class Loader:
                 logs_progress=self._comm.rank == 0,
             )
             load.restore()
-        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+        except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         assert report is not None
@@ -394,7 +393,7 @@ class Loader:
                 tell=self._comm.rank == 0,
             )
             load.restore()
-        except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+        except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
             failure = failure_on(self._comm.rank, cause)
         raise_together(self._comm, failure)
         assert loaded is not None
@@ -416,14 +415,14 @@ class Loader:
     def _choose(
         self, rejected: dict[int, str], num_steps: int | None, step: int | None = None
     ) -> tuple[Choice | None, Descent | None]:
-        """Choose what to load, and the descent of the next save; warn of steps passed over, once. On rank 0."""
+        """Choose the checkpoint to load and the next save's parent; warn once about skipped steps. On rank 0."""
         entries = self.scan()
         where = join(self._storage.root, self._folder)
         config, launch = self._config, launch_id()
-        if step is not None:  # asked for by the program itself: a branch begins there each time
+        if step is not None:  # requested by the program itself: starts a branch each time
             config, launch = replace(config, load_step=step, restart_branch=True), ""
         choice = choose(entries, config, rejected, where, launch=launch, num_steps=num_steps)
-        # Already now: of a step whose record can't be read, nothing else will say which save it is.
+        # Set it now: if the step's record can't be read, nothing else identifies the save.
         self._reading = next((e.save_id for e in entries if choice is not None and e.step == choice.step), "")
         if choice is None or choice.step is None:
             return choice, None
@@ -445,9 +444,9 @@ class Loader:
         return choice, descend(entries, chosen, start=choice.start)
 
     def _mark_damaged(self, storage: Storage, path: str, error: CheckpointDamagedError) -> bool:
-        """Mark the step that was being read, and those that have the damaged file too.
+        """Mark the step being read, and those that share the damaged file.
 
-        False if another save has taken its place meanwhile.
+        Returns False if another save has replaced it meanwhile.
         """
         reason = error.message
         found = catalog.examine(storage, path)
@@ -470,16 +469,16 @@ class Loader:
 
 def _renamed(path: str) -> StateMismatchError:
     return StateMismatchError(
-        f"{path} was written by another program, under other names than this run's: its weights can be read, its "
-        "optimizer state can't. To begin a new run with the weights, set checkpoint.initial_load_path to it, leave "
-        "checkpoint.initial_load_model_only as it is, and choose another job.dump_folder or checkpoint.folder; or make "
-        "a checkpoint of them with `milepost convert`",
+        f"{path} was written by another program, with other names than this run's: its weights can be loaded, but not "
+        f"its optimizer state. To start a new run with the weights, set checkpoint.initial_load_path to it, leave "
+        f"checkpoint.initial_load_model_only unchanged, and choose another job.dump_folder or checkpoint.folder; or "
+        f"convert them to a checkpoint with `milepost convert`",
         path=path,
     )
 
 
 class _Into:
-    """The parts of a training state that are wanted, and their load once the checkpoint's manifest is known."""
+    """The requested parts of a training state, and their load once the checkpoint's manifest is known."""
 
     def __init__(
         self,
@@ -498,7 +497,7 @@ class _Into:
         self._excluded_keys = [name for name in config.exclude_from_loading if name not in PARTS]
         self._allow_unexpected = config.allow_unexpected
         self._left_models: frozenset[str] = frozenset()
-        self._frozen: frozenset[str] = frozenset()  # of these the checkpoint holds nothing, on purpose
+        self._frozen: frozenset[str] = frozenset()  # the checkpoint omits these on purpose
         self._world_size = world_size
         self._layout = layout
         self._load: StateLoad | None = None
@@ -511,7 +510,7 @@ class _Into:
         """Return the target to read into; the live objects are not changed.
 
         Raises:
-            StateMismatchError: the checkpoint is resumed from over other weights than those that it leaves out.
+            StateMismatchError: this run's weights differ from those that the checkpoint leaves out.
         """
         same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
         if manifest.extra.get(ONLY_TRAINABLE):
@@ -531,11 +530,11 @@ class _Into:
         return self._load.prepare()
 
     def is_excluded(self, key: str) -> bool:
-        """Return whether the user wishes a key's value to stay as it is here."""
+        """Return whether the user excluded a key from loading."""
         return key in self._frozen or first_match(self._excluded_keys, key) is not None
 
     def left_out(self) -> list[str]:
-        """A note on the parameters that the checkpoint leaves out on purpose, if any."""
+        """Return a note on the parameters that the checkpoint leaves out on purpose, if any."""
         if not self._frozen:
             return []
         return [
@@ -544,7 +543,7 @@ class _Into:
         ]
 
     def _check_exclusions(self, stored: Collection[str]) -> None:
-        """Refuse a pattern that names nothing: what it was meant to keep would be overwritten."""
+        """Refuse a pattern without a match: the values it was meant to keep would be overwritten."""
         known = {*stored, *self._state.model_keys()}
         for pattern in self._excluded_keys:
             if not any(first_match([pattern], key) for key in known):
@@ -555,21 +554,21 @@ class _Into:
                 )
 
     def check(self) -> None:
-        """Refuse what does not fit, once all but the live tensors is read."""
+        """Refuse a mismatch, once everything except the live tensors is read."""
         if self._load is not None:
             self._load.check()
 
     def is_complete(self, key: str) -> bool:
-        """Return whether a stored key must have a place: weights and optimizer state are never left out silently."""
+        """Return whether a stored key must be loaded: weights and optimizer state are never left out silently."""
         if self.is_excluded(key):
             return False
-        if key.startswith(_OPTIMIZER_KEYS):  # of a parameter that is left out itself
+        if key.startswith(_OPTIMIZER_KEYS):  # belongs to a parameter that is itself left out
             name = key.split(".", 2)[2]
             if any(name.startswith(f"{left}.") for left in self._left_models):
                 return False
         return part_of(key) in self.wanted and part_of(key) in ("model", "optimizer")
 
     def restore(self) -> list[str]:
-        """Hand what was read to the live objects. Returns remarks for the log."""
+        """Restore the live objects from the data read. Returns remarks for the log."""
         assert self._load is not None, "restored after it was read"
         return self._load.restore()

@@ -1,4 +1,4 @@
-"""The folder that a manager writes to: locked for its run, with the remote folder that its steps are copied to."""
+"""The folder that a manager writes to, locked for its run, and its remote folder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from milepost.saving.request import SaveRequest
 
 _open_here: weakref.WeakValueDictionary[tuple[int, str, str], RunFolder] = weakref.WeakValueDictionary()
-"""Folders being written, by process, storage root and path: two managers would take each other's steps for theirs."""
+"""Folders in use, by process, storage root and path: two managers would confuse each other's steps."""
 
 
 class RunFolder:
-    """A run's folder. Where each node has a folder of its own, ``nodes`` says which ranks share one.
+    """A run's folder. With per-node folders, ``nodes`` holds the ranks that share one.
 
-    ``protected`` maps steps that retention must keep to the reason. Making one is collective, and fails on every rank.
+    ``protected`` maps steps that retention must keep to the reason. Construction is collective, and fails on every
+    rank.
     """
 
     def __init__(self, local: Spot, remote: Spot | None, config: CheckpointConfig, comm: Comm, hooks: CommitHooks):
@@ -47,29 +48,29 @@ class RunFolder:
         self._hooks = hooks
         self._lock: RunLock | None = None  # on the first rank of each folder
         self._remote_tier: RemoteTier | None = None  # on rank 0
-        self._node_tier: NodeTier | None = None  # on the first rank of each node, where nodes have a folder each
+        self._node_tier: NodeTier | None = None  # on the first rank of each node, with per-node folders
         self.nodes = self._find_nodes()
 
     @property
     def name(self) -> str:
-        """The folder with the root of its storage, as messages show it."""
+        """The folder with its storage's root, for messages."""
         return join(self.local.storage.root, self.local.path)
 
     def _find_nodes(self) -> Nodes | None:
-        """Find which ranks share the folder; None where all do. Collective."""
+        """Find the ranks that share the folder; None if all do. Collective."""
         config = self._config
         if not (config.enable and config.folder_per_node) or self._comm.world_size == 1:
             return None
         if not self.local.storage.can_rename:
             raise ConfigError(
-                f"checkpoint.folder_per_node: {self.name} is an object store, which all nodes see: leave it unset, or "
-                "give checkpoint.folder a path on each node's own disk"
+                f"checkpoint.folder_per_node: {self.name} is an object store, shared by all nodes: leave it unset, or "
+                f"set checkpoint.folder to a path on each node's local disk"
             )
         nodes = find_nodes(self.local.storage, self.local.path, self._comm)
         return nodes if len(nodes.groups) > 1 else None
 
     def _on_first_ranks(self, act: Callable[[], None]) -> None:
-        """Run ``act`` on rank 0, or on the first rank of each node that has a folder. Its error reaches all ranks."""
+        """Run ``act`` on rank 0, or on the first rank of each node with a folder. An error is raised on all ranks."""
         if self.nodes is None:
             on_rank_0(self._comm, act)
             return
@@ -82,7 +83,7 @@ class RunFolder:
         raise_together(self._comm, failure)
 
     def check(self) -> None:
-        """Refuse a checkpoint where the folder of a run is expected: steps would be saved inside it. Collective."""
+        """Refuse a checkpoint as the folder of a run: steps would be saved inside it. Collective."""
         self._on_first_ranks(self._check)
 
     def _check(self) -> None:
@@ -94,12 +95,12 @@ class RunFolder:
             resume = f", and load_step={step}" if step is not None else ""
             raise ConfigError(
                 f"{self.name} is a checkpoint, not the folder of a run. To resume from it, give the folder that "
-                f"it is in, {run}{resume}; to begin a new run with its weights, give another folder and "
+                f"contains it, {run}{resume}; to start a new run with its weights, give another folder and "
                 f'initial_load_path="{self.name}"'
             )
 
     def take(self, token: str) -> None:
-        """Lock the folder and the remote one for this run, once the writers of a run that died have finished.
+        """Lock the folder and the remote one for this run, once the writers of a dead run have finished.
 
         Collective. ``token`` identifies the run and is the same on every rank.
 
@@ -136,7 +137,7 @@ class RunFolder:
         return os.getpid(), self.local.storage.root, self.local.path
 
     def keep(self) -> Keep | None:
-        """Return what a commit keeps of the older steps; None where ``NodeTier`` prunes instead."""
+        """Return the retention rules applied at a commit; None if ``NodeTier`` prunes instead."""
         if self.nodes is not None:
             return None
         config = self._config
@@ -151,7 +152,7 @@ class RunFolder:
         )
 
     def announce(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
-        """Run the hooks and copy the step on when the save is committed: now, or from the thread that commits it."""
+        """Run the hooks and start the copy when the save is committed: now, or from the committing thread."""
         if (self._comm.rank != 0 and self._node_tier is None) or request.info.step is None:
             return
         commit = Commit(
@@ -160,7 +161,7 @@ class RunFolder:
             contents=request.info.kind,
             metrics=dict(request.info.metrics),
         )
-        # The closure must not hold this object: a running save would keep a manager alive that its user has dropped.
+        # The closure must not hold this object: a running save would keep a dropped manager alive.
         hooks, remote, tier, protected = self._hooks, self._remote_tier, self._node_tier, self.protected
         lineage = request.info.lineage
 
@@ -179,12 +180,12 @@ class RunFolder:
             begun.when_done(lambda: committed() if begun.failure is None else None)
 
     def offer_newest(self, entry: StepEntry) -> None:
-        """Copy the newest step that all nodes hold, which the run before this one did not get to. On rank 0."""
+        """Copy the newest step that all nodes hold, if an earlier run did not. On rank 0."""
         assert self._node_tier is not None
         self._node_tier.offer_what_is_left(entry)
 
     def close(self) -> None:
-        """Wait until what was committed is copied and the hooks have run, then release the folder."""
+        """Wait for copies and hooks of committed steps, then release the folder."""
         for tier in (self._remote_tier, self._node_tier):
             if tier is not None:
                 tier.close()

@@ -1,4 +1,4 @@
-"""The request of each periodic save: which parts of the training state, in which form, and what goes with them."""
+"""The request of each periodic save: parts of the training state, format, and attachments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from milepost.training.training_state import KINDS, TrainingState
 
 @dataclass(frozen=True, slots=True)
 class Attachments:
-    """The arguments of one save beside the step: metrics, small files, and values that describe the step."""
+    """The arguments of a save besides the step: metrics, small files, and values that describe the step."""
 
     metrics: Mapping[str, float] | None = None
     files: Mapping[str, bytes | str | PathLike[str]] | None = None
@@ -39,7 +39,7 @@ class Attachments:
 
 
 class RequestMaker:
-    """Makes the request of each save of a run. The same on every rank but for the state."""
+    """Creates the request of each save of a run, the same on every rank except for the state."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class RequestMaker:
         )
 
     def _attached(self, given: Attachments, base: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what belongs to the step: the caller's files and values, and the adapters' configuration and base."""
+        """Return the step's attachments: the caller's files and values, and the adapters' configuration and base."""
         files = {**adapter_files(self._state.models), **(given.files or {})}
         return {**attached(files, given.extra), **base}
 

@@ -7,7 +7,7 @@ import math
 from milepost.config import CheckpointConfig
 
 FIRST_AUTO_SAVE_S = 60.0
-"""With ``interval = "auto"`` the first save, which measures the cost, is made after this time."""
+"""Seconds until the first save with ``interval = "auto"``, which measures the cost."""
 MIN_STALL_S = 0.001
 
 

@@ -25,7 +25,7 @@ FAILED = 8
 INTERRUPT = 16
 SAVE_BY_FILE = 32
 STOP_BY_FILE = 64
-"""Bits that ranks exchange: a save is due by the clock, was asked for by SIGUSR1, or by SIGTERM (STOP) or SIGINT
+"""Bits that ranks exchange: a save is due by the clock, was requested by SIGUSR1, by SIGTERM (STOP) or SIGINT
 (INTERRUPT) before stopping, or by a file; or a rank failed to decide (FAILED)."""
 
 REASONS = {
@@ -35,10 +35,10 @@ REASONS = {
     SAVE: signal.SIGUSR1.name,
     SAVE_BY_FILE: "file SAVE",
 }
-"""The reason of each request, the strongest first."""
+"""The reason of each request, strongest first."""
 
 FILES = {"SAVE": SAVE_BY_FILE, "STOP": STOP_BY_FILE}
-"""The request that a file of this name in the run's folder makes."""
+"""The request made by a file of this name in the run's folder."""
 LOOK_EVERY_S = 1.0
 """The folder is checked for these files at most this often."""
 
@@ -50,8 +50,7 @@ the first is the same request."""
 
 
 class SignalFlags:
-    """Records SIGUSR1, SIGTERM and, on request, SIGINT. ``agreed`` holds the requests of all ranks at the last
-    exchange."""
+    """Records SIGUSR1, SIGTERM and, on request, SIGINT. ``agreed``: all ranks' requests at the last exchange."""
 
     def __init__(self) -> None:
         self.agreed = 0
@@ -66,20 +65,20 @@ class SignalFlags:
 
     @property
     def stop_signal(self) -> signal.Signals | None:
-        """The signal that the ranks have agreed to stop by; None if they have not. A file STOP counts as SIGTERM."""
+        """The signal by which the ranks agreed to stop; None if they did not. A file STOP counts as SIGTERM."""
         if self.agreed & INTERRUPT:
             return signal.SIGINT
         return signal.SIGTERM if self.agreed & (STOP | STOP_BY_FILE) else None
 
     @property
     def reason(self) -> str | None:
-        """The request to save that the ranks have agreed on; None if there is none."""
+        """The request to save on which the ranks agreed; None if there is none."""
         return next((reason for bit, reason in REASONS.items() if self.agreed & bit), None)
 
     def listen(self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None) -> None:
-        """Install the handlers; on the main thread. With ``interrupt``, SIGINT is handled as SIGTERM is.
+        """Install the handlers; on the main thread. With ``interrupt``, SIGINT is handled like SIGTERM.
 
-        A second request to stop does what that signal did before. ``on_stop`` is called in the handler of the first.
+        A second request to stop has the signal's previous effect. ``on_stop`` is called in the handler of the first.
         """
         if self.listening:
             return
@@ -115,7 +114,7 @@ class SignalFlags:
 
 
 class RequestFiles:
-    """Files ``SAVE`` and ``STOP`` in the run's folder, where no signal can be sent. Each is consumed once."""
+    """Files ``SAVE`` and ``STOP`` in the run's folder, for use where no signal can be sent. Each is consumed once."""
 
     def __init__(self, storage: Storage, folder: str, *, clock: Callable[[], float] = time.monotonic):
         self._storage = storage
@@ -125,9 +124,9 @@ class RequestFiles:
         self._warned = False
 
     def take(self) -> int:
-        """Return the requests since the last call. Removes the files; one that can't be removed is not acted on.
+        """Return the requests since the last call. Removes the files; one that can't be removed is ignored.
 
-        Otherwise it would repeat the request, and stop every later start too.
+        Otherwise it would repeat the request, and stop every later start as well.
         """
         if self._clock() - self._looked < LOOK_EVERY_S:
             return 0
@@ -141,6 +140,6 @@ class RequestFiles:
                     asked |= bit
             except StorageError as error:
                 if not self._warned:
-                    log.warning("the file %s is not acted on, since it can't be removed: %s", name, error)
+                    log.warning("the file %s is ignored, because it can't be removed: %s", name, error)
                 self._warned = True
         return asked

@@ -1,4 +1,4 @@
-"""A whole training state as one state dict, part by part, and back."""
+"""The full training state as one state dict, part by part, and back."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class TrainingState:
         states: Mapping[str, Any],
         rank: int,
     ) -> TrainingState:
-        """From what a :class:`CheckpointManager` is given.
+        """Create it from the arguments of a :class:`CheckpointManager`.
 
         Raises:
-            ConfigError: there is no model, the model has a name that is kept for a part, or one of ``states`` has no
-                state.
+            ConfigError: there is no model, a name in the model is reserved for a part, or one of ``states`` has no
+            state.
         """
         optimizers = unfold(_several(optimizer))
         state = cls(
@@ -89,7 +89,7 @@ class TrainingState:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All modules of this run: the model's parts, and those among the further objects."""
+        """All modules of this run: the model's parts, and modules among the further objects."""
         return (*self.models, *(state for state in self.states.values() if isinstance(state, nn.Module)))
 
     def kinds(self) -> dict[str, list[str]]:
@@ -97,7 +97,7 @@ class TrainingState:
         return {"optimizer": [*map(_kind, self.optimizers)], "lr_scheduler": [*map(_kind, self.schedulers)]}
 
     def model_keys(self) -> frozenset[str]:
-        """The keys of the model's state."""
+        """Return the keys of the model's state."""
         return frozenset(model_state(self.models))
 
     def present(self) -> tuple[str, ...]:
@@ -110,12 +110,12 @@ class TrainingState:
             "train_state": self.train_state is not None,
             "states": bool(self.states),
             "rng": True,
-            "attached": False,  # of a save, not of the run
+            "attached": False,  # belongs to a save, not to the run
         }
         return tuple(part for part in PARTS if has[part])
 
     def frozen_keys(self) -> frozenset[str]:
-        """The keys of parameters that are not trained."""
+        """Return the keys of frozen parameters."""
         return frozenset(
             fqn(part, name)
             for part in self.models
@@ -124,9 +124,9 @@ class TrainingState:
         )
 
     def state_dict(self, wanted: Collection[str], *, only_trainable: bool = False) -> dict[str, Any]:
-        """The state of the ``wanted`` parts. Model and optimizer tensors share memory with the live ones.
+        """Return the state of the ``wanted`` parts. Model and optimizer tensors share memory with the live ones.
 
-        ``only_trainable`` leaves out the parameters that are not trained.
+        ``only_trainable`` leaves out frozen parameters.
         """
         state = ByName()
         if "model" in wanted:
@@ -153,7 +153,7 @@ class TrainingState:
         """Return the load into the live objects. The ``excluded`` parts are left out, as configured.
 
         Raises:
-            StateMismatchError: the checkpoint lacks a whole part that is wanted.
+            StateMismatchError: the checkpoint lacks a requested part.
         """
         found = {part if part in PARTS[1:] else "model" for part in map(str, stored.tree.root)}
         found |= {part_of(key) for key in stored.keys}
@@ -171,10 +171,10 @@ class TrainingState:
             self._check_kinds([part for part in wanted if has_part(stored, part)], stored.manifest.extra.get(KINDS))
         owners: dict[str, list[Restorer]] = {"model": [module_owner(part) for part in self.models]}
         if "optimizer" in wanted:
-            # Not asked before: some make their state when asked, by a step that a new run must not have taken.
+            # Not called earlier: some create their state on request, by a step that a new run must not take.
             own_form = of_own_form(self.optimizers)
             names = parameter_names(self.models)
-            # A schedule that is left out was to begin with this run's rates, not where the saved one was.
+            # A schedule that is left out starts with this run's rates, not at the saved position.
             keeps_rates = "lr_scheduler" in excluded and (bool(self.schedulers) or "lr_scheduler" in found)
             owners["optimizer"] = [OptimizersOwner(self.optimizers, names, own_form, keeps_rates=keeps_rates)]
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
@@ -201,9 +201,9 @@ class TrainingState:
         return StateLoad(Target(None), [module_owner(part) for part in self.models], self.optimizers)
 
     def _sharded_alike(self) -> LikeOf:
-        """For the key of a tensor of another object: the DTensor of the model that it goes by the name of, if any.
+        """Return the model's DTensor with the name of another object's tensor, if any.
 
-        Averages of weights have their names, and are sharded as they are. On one process nothing is sharded.
+        Averages of weights have the weights' names and sharding. On one process nothing is sharded.
         """
         named = {key: tensor for key, tensor in model_state(self.models).items() if isinstance(tensor, DTensor)}
 
@@ -217,7 +217,7 @@ class TrainingState:
         return like_of
 
     def _owner_of(self, part: str, stored: Stored) -> Any:
-        """The object that a part's state is loaded into."""
+        """Return the object into which a part's state is loaded."""
         if part == "lr_scheduler":
             by_rank = stored.tree.root.get(part)
             saved = next(iter(by_rank.values()), None) if isinstance(by_rank, Mapping) else None
@@ -226,7 +226,7 @@ class TrainingState:
         return self.dataloader if part == "dataloader" else self.train_state
 
     def _scheduler_owners(self, stored: Stored) -> list[Restorer]:
-        """Several schedulers have their states by position; in older checkpoints all have the first one's."""
+        """Return owners of schedulers: states by position; in older checkpoints all have the first one's."""
         saved = stored.tree.root.get("lr_scheduler")
         if not isinstance(saved, list):
             if stored.manifest.structure:  # older checkpoints don't tell
@@ -252,7 +252,7 @@ class TrainingState:
                 )
 
     def _check_number(self, saved: int) -> None:
-        """Raises StateMismatchError if there are more or fewer schedulers than were saved."""
+        """Raise StateMismatchError if the number of schedulers differs from the saved one."""
         if saved != len(self.schedulers):
             here = _schedulers(len(self.schedulers))
             raise StateMismatchError(
@@ -291,16 +291,16 @@ class _Several:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateLoad:
-    """One load into the live objects of a run: first all that is wanted, then the hand-over."""
+    """One load into the live objects of a run: first read everything, then restore."""
 
     target: Target
     owners: Sequence[Restorer]
     optimizers: Sequence[Optimizer]
     rate_setters: Sequence[Any] = ()
-    """Schedulers that are loaded while their optimizers are not: these get the rates that the schedule has reached."""
+    """Schedulers loaded without their optimizers, which get the schedule's current rates."""
 
     def prepare(self) -> Target:
-        """Collect what the objects want; they are not changed."""
+        """Collect the target state of the objects, without changing them."""
         for owner in self.owners:
             owner.prepare(self.target)
         return self.target
@@ -311,7 +311,7 @@ class StateLoad:
             owner.check(self.target.values)
 
     def restore(self) -> list[str]:
-        """Hand over what was read. Returns remarks for the log."""
+        """Restore the objects from the data read. Returns remarks for the log."""
         replaced: dict[torch.Tensor, torch.Tensor] = {}
         notes = []
         for owner in self.owners:
@@ -322,14 +322,14 @@ class StateLoad:
                 replaced.update(owner.replaced)
             if isinstance(owner, RngOwner) and owner.note:
                 notes.append(owner.note)
-        take_place(self.optimizers, replaced)  # also where their state is not loaded
+        take_place(self.optimizers, replaced)  # even if their state is not loaded
         for scheduler in self.rate_setters:
             set_rates(scheduler)
         return notes
 
 
 def set_rates(scheduler: Any) -> None:
-    """Set an optimizer's learning rates to where its schedule is: it computes the next ones from these."""
+    """Set an optimizer's learning rates to its schedule's, from which the next ones are computed."""
     optimizer, rates = getattr(scheduler, "optimizer", None), getattr(scheduler, "_last_lr", None)
     bases = getattr(scheduler, "base_lrs", ())
     groups = getattr(optimizer, "param_groups", ())
@@ -355,22 +355,22 @@ def module_owner(part: nn.Module) -> ModuleOwner:
 
 
 def _owner_of_any(stateful: Any, path: tuple[str, ...], stored: Stored, like_of: LikeOf) -> Restorer:
-    """An object of the user's. Its DTensors come back as DTensors: as it has them itself, or as the model has.
+    """Return the owner of a user's object. Its DTensors are restored with its own or the model's sharding.
 
-    It is asked for what it has only where that matters, since not all can say it before they are loaded.
+    Its state is requested only if needed, because some objects can't report it before they are loaded.
     """
     own = None
     start = ".".join(path) + "."
     if torch.distributed.is_initialized() and any(key.startswith(start) for key in stored.manifest.tensors):
         try:
             own = stateful.state_dict()
-        except Exception as error:  # noqa: BLE001 - it may raise anything where it is not filled yet
+        except Exception as error:  # noqa: BLE001 - it may raise anything before it is filled
             log.debug("%s can't report its state before it is loaded: %s", type(stateful).__name__, error)
     return StatefulOwner(stateful, path, own=own, like_of=like_of)
 
 
 def state_owner(stateful: Any, path: tuple[str, ...], stored: Stored, like_of: LikeOf) -> Restorer:
-    """An object of the user's, its state below ``path``."""
+    """Return the owner of a user's object with its state below ``path``."""
     if isinstance(stateful, nn.Module):
         return ModuleOwner(stateful, lambda entry: (*path, entry))
     if isinstance(stateful, Optimizer) and type(stateful).state_dict is Optimizer.state_dict:
@@ -382,7 +382,7 @@ class PerRankOwner:
     """A part that was saved for each rank. On the same layout each rank gets its own state back.
 
     On another one the object's ``reshard(states)`` is called with all saved states, in the order of the old ranks, and
-    returns the state for this rank.
+    returns this rank's state.
     """
 
     def __init__(self, stateful: Any, part: str, rank: int, *, same_layout: bool):
@@ -412,14 +412,14 @@ class PerRankOwner:
                 f"the checkpoint holds the state of {self._part} for each of {len(ranks)} ranks, and this run has "
                 "other ranks or degrees of parallelism; nothing was changed. Resume on the same ones, give the object "
                 "a method reshard(states) that returns this rank's state from all of them, or set "
-                f"checkpoint.exclude_from_loading = {self._part}: it then starts fresh",
+                f"checkpoint.exclude_from_loading = {self._part}: it then starts newly initialized",
                 mismatched=[f"{self._part}: saved for each of {len(ranks)} ranks"],
             )
         for node in self._nodes:
             want_node(target, node)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Reshard, if it must be: nothing has been changed yet, should the object refuse it."""
+        """Reshard if needed: nothing has been changed yet if the object refuses."""
         self._states = [rebuild(node, values) for node in self._nodes]
         if self._states and not self._same_layout:
             method = f"{self._part}: {type(self._stateful).__name__}.reshard(states)"
@@ -439,7 +439,7 @@ class PerRankOwner:
 
 
 class RngOwner:
-    """This process's random generators: as they were on the same layout, else derived from rank 0's."""
+    """This process's random generators: restored on the same layout, else derived from rank 0's."""
 
     def __init__(self, rank: int, *, same_layout: bool):
         self._rank = rank
@@ -479,7 +479,7 @@ def _several(value: Any) -> tuple[Any, ...]:
 
 
 def _checked_states(states: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises ConfigError for names and objects that could not be saved and found again."""
+    """Check names and objects; raises ConfigError for those that could not be restored."""
     problems = [
         f"states[{name!r}] must be an object with state_dict() and load_state_dict() under a name without a dot"
         for name, stateful in states.items()

@@ -48,9 +48,7 @@ _ENDINGS = {
 _WHAT_WOULD_DO = {
     "gptq": "convert the original model: GPTQ's rounding can't be undone",
     "awq": "convert the original model: AWQ's rounding can't be undone",
-    "": (
-        "convert the original model, or load it with transformers, call dequantize() and save_pretrained()"
-    ),
+    "": ("convert the original model, or load it with transformers, call dequantize() and save_pretrained()"),
 }
 
 
