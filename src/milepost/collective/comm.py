@@ -1,4 +1,4 @@
-"""The few exchanges between ranks that a checkpoint needs, and their stand-in when there is one process.
+"""The few exchanges between ranks that a checkpoint needs, and their single-process version.
 
 Only this module calls a collective, and only on the training thread. Background writers agree through storage alone.
 Exchanges carry Python objects between trusted ranks of one job, and plain bytes. What is read from a checkpoint passes
@@ -22,7 +22,7 @@ from milepost.errors import MilepostError, SaveError, listed
 T = TypeVar("T")
 
 WINDOW_NBYTES = 64 << 20
-"""This much is received at once in an exchange of bytes."""
+"""Maximum number of bytes received at once in an exchange."""
 _TAG = 0x6D69  # of such an exchange, among the messages of the group
 
 
@@ -37,7 +37,7 @@ class Comm(Protocol):
 
     @property
     def name(self) -> str:
-        """Tells this group from others of the job."""
+        """Identifies this group among others of the job."""
         ...
 
     def gather(self, value: T) -> list[T] | None:
@@ -59,7 +59,7 @@ class Comm(Protocol):
         """The bits that any rank has set in ``flags``, on every rank. Cheap enough for every training step."""
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Return once every rank has called this."""
 
     def exchange(
         self,
@@ -147,7 +147,7 @@ class ProcessGroupComm:
         self.name = str(getattr(group if group is not None else dist.group.WORLD, "group_name", ""))
         ranks = dist.get_process_group_ranks(group)
         self.has_job_ranks = ranks == list(range(len(ranks)))
-        """Whether a rank has the same number in this group as in the job, and so in device meshes."""
+        """True if ranks have the same number in this group as in the job, and so in device meshes."""
         # Objects are exchanged with the rank that is 0 in this group.
         self._root = 0 if group is None else dist.get_global_rank(group, 0)
         # Where the ranks of the job found each other: a server of small values, on no one's file system.
@@ -251,7 +251,7 @@ def _wait(work: dist.Work | None) -> None:
 
 
 class FailureNotice:
-    """The news of a failed save past its storage, for a rank whose storage refuses even a sign-off.
+    """Reports a failed save without its storage, for a rank whose storage refuses even a sign-off.
 
     The ranks of a save agree through storage records. A rank that has run out of open files, or has lost its mount,
     can write none, and the others would wait for it to the time-out. So a failure is posted in the job's own store
@@ -352,7 +352,7 @@ def raise_interrupt(error: MilepostError | None) -> None:
 
 
 def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | None:
-    """One error out of what the ranks brought (by rank), or None.
+    """Merge the ranks' errors (by rank) into one, or None.
 
     A rank's own error is preferred to one that only reports another rank's.
     """
@@ -371,7 +371,7 @@ def merge_failures(brought: Sequence[MilepostError | None]) -> MilepostError | N
 
 
 def by_ranks(values: Sequence[object]) -> list[str]:
-    """The values that the ranks brought, one line per value: ``ranks 0, 2: step 3``."""
+    """List the ranks' values, one line per value: ``ranks 0, 2: step 3``."""
     ranks: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)

@@ -1,4 +1,4 @@
-"""Ctrl-C while ranks talk to each other: held back until they are done."""
+"""Hold back Ctrl-C while ranks communicate."""
 
 from __future__ import annotations
 

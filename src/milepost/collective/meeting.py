@@ -1,7 +1,7 @@
-"""Ranks that come together for a save, so that one that does not come is named within seconds.
+"""Rendezvous of all ranks before a save, so that a missing one is named within seconds.
 
-A rank that waits in a collective for one that trains on would meet that one's collectives instead, or hang to the
-group's time-out. So rank 0 waits for the others' word in the job's own store first, which costs one question.
+A rank that waits in a collective for one that continues training would be matched with that one's collectives, or hang
+until the group's time-out. So rank 0 first waits for the others in the job's store, which costs one request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from milepost.errors import listed
 log = logging.getLogger("milepost")
 
 LATE_S = 5.0
-"""A rank that has not come after this many seconds is named, and again after twice as many."""
+"""Seconds after which a missing rank is named, and again after twice as many."""
 PATIENCE_S = 30.0
 """After this many seconds the collective is entered nevertheless: it finds out whether a rank is dead."""
 _MAX_PAUSE_S = 0.02

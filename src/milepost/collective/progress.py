@@ -1,6 +1,6 @@
-"""Lines in the log while work takes long: how far it is, and what it waits for.
+"""Log the progress of long work, and what it waits for.
 
-A storage that hangs can't be stopped, but it need not hang unseen.
+A hanging storage can't be stopped, but it is reported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SLOW_S = 30.0
 
 
 def writing(rank: int, where: str, part: float) -> str:
-    """Describe for :func:`watched` what a rank does that has written ``part`` (0 to 1) of its bytes of a save."""
+    """Describe for :func:`watched` a rank that has written ``part`` (0 to 1) of its bytes of a save."""
     if part < 1.0:
         return f"rank {rank} is writing {where} ({100 * part:.0f} % written)"
     return f"rank {rank} has written its part of {where} and is waiting for the disk, the other ranks or the commit"
@@ -26,7 +26,7 @@ def writing(rank: int, where: str, part: float) -> str:
 
 @contextmanager
 def watched(what: str | Callable[[], str]) -> Iterator[None]:
-    """Log a warning every ``SLOW_S`` seconds that ``what`` still goes on, as long as the block runs.
+    """Log a warning every ``SLOW_S`` seconds that ``what`` is still in progress, while the block runs.
 
     ``what`` names the rank and the operation: see :func:`writing`.
     """

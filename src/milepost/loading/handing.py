@@ -1,4 +1,4 @@
-"""Blocks that several ranks want: each is read by one of them, checked, and handed on to the others.
+"""Blocks that several ranks need: each is read and checked by one of them, and sent to the others.
 
 Replicas want the same bytes, and so do ranks whose slices cut through the same blocks. Ranks tell each other once which
 blocks they want; who reads what follows from that alone, on every rank alike (``plan_rounds``). Then they go round by
@@ -26,10 +26,10 @@ from milepost.loading.reader import HandedBlocks
 from milepost.tensors.plan import ReadItem
 
 PIECE_NBYTES = 16 << 20
-"""Each rank reads about this much in a round."""
+"""Approximate number of bytes that each rank reads per round."""
 PIECE_BLOCKS = 1024
 BLOCK_COST_NBYTES = 64 << 10
-"""What it costs to read a block at all, as bytes, for a fair share among the ranks."""
+"""Fixed cost of reading a block, in bytes, for balancing between ranks."""
 
 Runs = npt.NDArray[np.int64]
 """Numbers of blocks, as ascending half-open ranges: a row ``(start, stop)`` for each."""
@@ -37,7 +37,7 @@ Runs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wish:
-    """The blocks that exactly these ranks want."""
+    """The blocks needed by exactly these ranks."""
 
     ranks: tuple[int, ...]
     runs: Runs

@@ -1,4 +1,4 @@
-"""``load``: a checkpoint into a state dict, whatever layout it was saved under.
+"""``load``: load a checkpoint into a state dict, from any layout.
 
 ::
 
@@ -50,29 +50,29 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """The result of a load, as this rank saw it."""
+    """The result of a load on this rank."""
 
     path: str
     step: int | None
     kind: str
     num_tensors: int
     wanted_nbytes: int
-    """Bytes that landed in this rank's tensors."""
+    """Bytes loaded into this rank's tensors."""
     read_nbytes: int
-    """Bytes that this rank read from the storage, whole digest blocks included."""
+    """Bytes read from the storage by this rank, in complete digest blocks."""
     seconds: float
     unexpected: tuple[str, ...]
-    """Keys that the checkpoint holds and this rank has no place for. They were left out."""
+    """Keys of the checkpoint that this rank does not have; they were left out."""
     missing: tuple[str, ...]
-    """Keys that the checkpoint lacks and that were let pass: left as they were."""
+    """Keys that the checkpoint lacks and that were allowed: left unchanged."""
     cast: tuple[str, ...]
     """Tensors whose stored dtype differs: ``key: float32 -> bfloat16``."""
     let_pass: tuple[LetPass, ...] = ()
-    """For each pattern of ``allow_missing`` and ``allow_unexpected`` the keys that it let pass."""
+    """The keys allowed by each pattern of ``allow_missing`` and ``allow_unexpected``."""
     resumed_step: int | None = None
     """The step of the run's own folder that a ``CheckpointManager`` resumed from; None for any other load."""
     notes: tuple[str, ...] = ()
-    """What a user should know: which newer steps were passed over, what was not restored."""
+    """Notes for the user, such as newer steps that were skipped and values not restored."""
 
 
 @overload
@@ -109,11 +109,11 @@ def load(
 ) -> LoadReport | dict[str, Any]:
     """Load the checkpoint at ``path`` into ``into``, in place; without it, return all of it. Collective over all ranks.
 
-    ``into`` is a state dict like the one that was saved, under any layout: tensors are filled where they are (each
-    rank reads only what it holds), other values are replaced, objects with ``load_state_dict()`` get theirs, None and
-    empty containers take what stood in their place. Without ``into`` the whole state dict is returned, with the
-    containers and values that were saved and tensors on the CPU, on every rank. Every byte that lands is checked
-    against its digest. Nothing in the checkpoint is executed.
+    ``into`` is a state dict like the one that was saved, under any layout: tensors are filled in place (each rank reads
+    only its shards), other values are replaced, objects with ``load_state_dict()`` get their state, None and empty
+    containers take the saved value in their place. Without ``into`` the full state dict is returned, with the saved
+    containers and values and tensors on the CPU, on every rank. Every byte loaded is checked against its digest. No
+    code from the checkpoint is run.
 
     Args:
         strict: whether all keys must be on both sides. ``False`` lets any be missing or left out; the report lists
@@ -122,11 +122,10 @@ def load(
             both match all below ``head``.
         allow_unexpected: globs of keys of the checkpoint that may have no place in ``into`` (of any rank): they are
             left out.
-        mmap: without ``into``: tensors are views of the files, in memory only once they are looked at; changes to them
-            are not written. The step, which must be in a local folder, is verified first. Tensors that lie in several
-            pieces are read as usual.
-        read: who reads what several ranks want: each for itself (``"own"``), or one of them, which hands it on
-            (``"shared"``); ``"auto"`` measures which is faster, see ``checkpoint.read``.
+        mmap: without ``into``: tensors are views of the files, loaded into memory on access; changes to them are not
+        written. The step, which must be in a local folder, is verified first. Tensors stored in several pieces are read
+        as usual. read: which rank reads data that several ranks need: each for itself (``"own"``), or one of them,
+        which distributes it (``"shared"``); ``"auto"`` measures which is faster, see ``checkpoint.read``.
 
     Raises:
         StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
@@ -170,7 +169,7 @@ def load(
 
 
 def _check_arguments(path: object, into: object, read: object) -> None:
-    """Explain first mistakes where they are made. The same on every rank, as the program is."""
+    """Explain common mistakes in the arguments, which are the same on every rank."""
     if read not in get_args(ReadMode):
         raise ConfigError(f"milepost.load: expected read to be one of {', '.join(get_args(ReadMode))}, found {read!r}")
     if not isinstance(path, str | PathLike):
@@ -213,7 +212,7 @@ def load_from(
     near: Near | None = None,
     read: ReadMode = "auto",
 ) -> LoadReport:
-    """Read a checkpoint in a folder of an open storage into what ``make_target`` returns for its manifest.
+    """Read a checkpoint in a folder of an open storage into the target that ``make_target`` returns for its manifest.
 
     ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
     then. ``wanted_keys`` are those of a model by its own names, where the stored ones may be a wrapper's; names of
@@ -254,7 +253,7 @@ def load_from(
         fit.check(path, policy)
         for key in fit.missing:
             target.values.pop(key, None)  # nothing is read for it
-    except BaseException as cause:  # noqa: BLE001 - whatever it was, the other ranks must learn of it
+    except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part)
@@ -294,7 +293,7 @@ def load_from(
         with watched(f"rank {comm.rank} is reading {path}"), ExitStack() as closing:
             try:
                 for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
-                    if handing is not None:  # which goes on with them
+                    if handing is not None:  # which continues with them
                         closing.enter_context(reads)
                     with reads if handing is None else nullcontext(), sources.guard(reads):
                         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
@@ -330,19 +329,19 @@ def load_from(
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
-    """The comparison of a checkpoint with what a rank holds."""
+    """The comparison of a checkpoint with a rank's state."""
 
     unwanted: frozenset[str] | set[str] = frozenset()
-    """Stored keys that it has no place for, and that are not to be left out."""
+    """Stored keys that it does not have and that must not be left out."""
     fits_something: bool = False
-    """Whether any stored key has a place, or the checkpoint has none at all."""
+    """True if any stored key has a place, or the checkpoint has no keys."""
     let_pass: tuple[LetPass, ...] = ()
 
 
 def _check_looked(
     comm: Comm, looked: _Looked, path: str, policy: Policy, stored: Collection[str], part: NodePart | None
 ) -> None:
-    """Refuse stored keys that no rank has a place for: a model with fewer layers would lose the rest silently.
+    """Refuse stored keys that no rank has: a model with fewer layers would otherwise lose the rest silently.
 
     Of a node's part of a step: that no rank of this node has a place for.
     """
@@ -364,19 +363,19 @@ def _check_looked(
 
 @dataclass(frozen=True, slots=True)
 class _ReadForAll:
-    """The metadata of a checkpoint that rank 0 has read for all ranks."""
+    """The metadata of a checkpoint, read by rank 0 for all ranks."""
 
     manifest: Manifest
     common: Mapping[str, bytes]
-    """Values that all of them want: see ``values.read_common``."""
+    """Values that all ranks need: see ``values.read_common``."""
     may_hand_on: bool
-    """Whether there are several ranks, and each reads the checkpoint itself, not what is nearby."""
+    """True if there are several ranks, and each reads the checkpoint itself, not a nearby part."""
 
 
 def _read_for_all(
     storage: Storage, folder: str, brought: Sequence[tuple[str, bool, bool]] | None
 ) -> _ReadForAll | None:
-    """On rank 0: the commit record, and the values that all ranks want. None if each has to read its own.
+    """On rank 0: read the commit record and the values that all ranks need. None if each has to read its own.
 
     ``brought`` is of each rank: the path, whether it is a node's part of a step, and whether it has one nearby.
     """
@@ -391,7 +390,7 @@ def _read_for_all(
 
 
 def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:
-    """Do what comes after the reads of live tensors, or of all others."""
+    """Finish the reads of live tensors, or of all others."""
     if live:
         target.copy_held()
     else:
@@ -400,7 +399,7 @@ def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:
 
 
 def _read_value(storage: Storage, folder: str, manifest: Manifest, common: Mapping[str, bytes], key: str) -> Any:
-    """The value of one key that is not a tensor; None if there is none."""
+    """Read the value of one key other than a tensor; None if there is none."""
     if key not in manifest.objects:
         return None
     return dict(read_objects(storage, folder, manifest, [key], common))[key]

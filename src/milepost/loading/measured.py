@@ -29,7 +29,7 @@ from milepost.verification.block_reader import shard_reader
 log = logging.getLogger("milepost")
 
 MAX_PROBES = 16
-"""At most this many ranks measure."""
+"""Maximum number of ranks that measure."""
 MAX_PROBED_PART = 32
 """To measure, all ranks together read at most one 32nd of what they want."""
 MIN_GAIN_PART = 4
@@ -48,7 +48,7 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What a rank wants, in short."""
+    """A summary of a rank's requested data."""
 
     blocks_nbytes: int
     stored_nbytes: int
@@ -62,7 +62,7 @@ class _Wish:
 def hands_on(
     comm: Comm, storage: Storage, folder: str, manifest: Manifest, digests: BlockDigests, items: Sequence[ReadItem]
 ) -> tuple[bool, int]:
-    """Decide whether one rank reads what several want. Collective; the result is the same on every rank.
+    """Decide whether one rank reads data that several need. Collective; the result is the same on every rank.
 
     Returns the decision, and the number of bytes that this rank has read to measure.
 

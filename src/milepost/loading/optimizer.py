@@ -1,4 +1,4 @@
-"""Loading an optimizer through its own ``load_state_dict()``, without one step of it, and without its losses.
+"""Load an optimizer through its own ``load_state_dict()``, without a step, and without loss of types or precision.
 
 The state of a parameter is made from what the checkpoint holds, not from what a fresh optimizer would come to hold.
 Stock ``load_state_dict()`` casts floating-point state to the parameter's dtype and takes any iterable apart; where the

@@ -11,7 +11,7 @@ from milepost.errors import ConfigError, listed
 
 @dataclass(frozen=True, slots=True)
 class LetPass:
-    """The keys that one pattern of a policy let pass."""
+    """The keys allowed by one pattern of a policy."""
 
     option: str
     """``allow_missing`` or ``allow_unexpected``."""
@@ -38,7 +38,7 @@ class Policy:
     allow_unexpected: tuple[str, ...] = ()
     """Keys of the checkpoint that may have no place: they are left out."""
     spelling: str = "give {option}=[{patterns}]"
-    """How a user sets an option, for messages."""
+    """Spelling of an option, for messages."""
 
     @classmethod
     def of(cls, strict: bool, allow_missing: Iterable[str], allow_unexpected: Iterable[str]) -> Policy:
@@ -50,15 +50,15 @@ class Policy:
         return cls(missing, unexpected) if strict else cls(("*",), ("*",))
 
     def refused_missing(self, keys: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``keys`` that must not be missing."""
+        """Return those of ``keys`` that must not be missing."""
         return tuple(key for key in keys if first_match(self.allow_missing, key) is None)
 
     def refused_unexpected(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` that must have a place."""
+        """Return those of ``keys`` that must have a place."""
         return {key for key in keys if first_match(self.allow_unexpected, key) is None}
 
     def let_pass(self, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[LetPass, ...]:
-        """For each pattern the keys that it lets pass, of those that are missing or unexpected."""
+        """Return the missing or unexpected keys that each pattern allows."""
         found: dict[tuple[str, str], list[str]] = {}
         for option, patterns, keys in (
             ("allow_missing", self.allow_missing, missing),

@@ -1,4 +1,4 @@
-"""Stored shards into tensors: ranged reads in parallel, and every byte that lands is digested on the way.
+"""Read stored shards into tensors: parallel ranged reads, with a digest of every byte.
 
 Data is digested in blocks of 4 MiB, and whole blocks are read. Where the wanted region is one run in the file and in
 memory, it is read straight into its place; regions that are strided, on another device or of another dtype go block
@@ -36,12 +36,12 @@ from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shards
 
 TASK_NBYTES = 32 << 20
-"""Reads are cut into tasks of about this size for the threads."""
+"""Approximate size of the tasks for reading threads."""
 SMALL_NBYTES = 64 << 10
-"""Shards up to this size are read together with their neighbours."""
+"""Maximum size of shards that are read together with their neighbours."""
 GROUP_NBYTES = 1 << 20
 GAP_NBYTES = 4 << 10
-"""What lies between neighbours may be this large, and is read for nothing."""
+"""Maximum gap between neighbours, which is read in vain."""
 
 Task = Callable[[], None]
 
@@ -327,7 +327,7 @@ def read_tensors(
     Raises:
         DigestMismatchError: stored bytes changed; names file, key and byte range. Some tensors may be filled already.
         FormatError: a record's header or footer is not what its manifest entry implies.
-        StorageError: a read failed or came short.
+        StorageError: a read failed or was short.
     """
     with TensorReads(storage, folder, items, leaves, digests) as reads:
         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")

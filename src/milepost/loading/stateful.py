@@ -1,4 +1,4 @@
-"""Loading anything that has ``load_state_dict()``: it is given all that was saved for it."""
+"""Load anything with ``load_state_dict()``: it is given all of its saved state."""
 
 from __future__ import annotations
 

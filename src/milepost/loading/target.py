@@ -1,4 +1,4 @@
-"""The target of a load: for each wanted key a tensor, or a place for a value.
+"""The target of a load: a tensor or a place for a value for each requested key.
 
 Tensors that live in the caller's objects are filled last, once everything else has been read and checked, so that a
 load that is refused has changed nothing.
@@ -38,22 +38,22 @@ class Stored:
 
 
 class Target:
-    """Collects what is to be read. ``values`` holds the results under their keys once the load is done."""
+    """Collects the keys to read. ``values`` holds the results by key once the load is done."""
 
     def __init__(self, stored: Stored | None):
         self._stored = stored
         self.is_excluded: Callable[[str], bool] = stored.is_excluded if stored is not None else lambda key: False
-        """Whether the value of a key is to stay as it is here; the stored tree has none of these."""
+        """Returns True if a key is excluded from loading; the stored tree has none of these."""
         self.notes: list[str] = []
-        """What a user should know of values that are not restored."""
+        """Notes for the user on values that are not restored."""
         self.keeps_parts = False
-        """Whether tensors that can't be put together here are given as dicts of their parts."""
+        """Return tensors that can't be assembled here as dicts of their parts."""
         self._stored_keys = frozenset[str]()
         if stored is not None:
             self._stored_keys = frozenset((*stored.manifest.tensors, *stored.manifest.objects))
         self.values: dict[str, Any] = ByName()
         self.live: set[str] = set()
-        """Keys whose tensors belong to the caller's objects already: filled where they are, last."""
+        """Keys whose tensors belong to the caller's objects: filled in place, last."""
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._narrowed: dict[str, torch.dtype] = {}
         self._spread: dict[str, torch.Tensor] = {}
@@ -62,7 +62,7 @@ class Target:
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
         self.left: set[str] = set()
-        """Keys of the checkpoint that are of no use here."""
+        """Keys of the checkpoint that are not used here."""
         self._taken: set[str] = set()  # names at the top of a checkpoint that is stored as one value
 
     def want(self, key: str, tensor: torch.Tensor | Placed, *, live: bool, path: Sequence[Any] = ()) -> None:
@@ -162,7 +162,7 @@ class Target:
         self.copies.append((_once(tensor, tensor), _once(whole, tensor)))
 
     def check(self) -> None:
-        """Refuse values that their place can't hold, once all but the live tensors is read."""
+        """Refuse values that their place can't hold, once everything except the live tensors is read."""
         unfit = [
             f"{key}: different values in the checkpoint for elements that are one here (expanded)"
             for key, tensor in self._spread.items()
@@ -233,16 +233,16 @@ def is_narrower(dtype: torch.dtype, stored: torch.dtype) -> bool:
 
 
 class Restorer(Protocol):
-    """Loads one object of the caller's through its own ``load_state_dict()``."""
+    """Loads one of the caller's objects through its own ``load_state_dict()``."""
 
     def prepare(self, target: Target) -> None:
-        """Add what the object wants to ``target``. The object is not changed."""
+        """Add the object's keys to ``target``. The object is not changed."""
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Refuse values that don't fit. They are read, all but the live tensors; nothing has been changed yet."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Hand the values over."""
+        """Pass the values to the object."""
 
 
 @contextmanager

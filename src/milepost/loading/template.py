@@ -1,4 +1,4 @@
-"""Loading into a nested state dict of the caller's: tensors where they are, objects through their own doors."""
+"""Load into the caller's nested state dict: tensors in place, objects through their own methods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Path = tuple[Any, ...]
 
 
 class Whole:
-    """All that a checkpoint holds, as a new state dict: its containers and values, and tensors on the CPU.
+    """The full content of a checkpoint as a new state dict: its containers and values, and tensors on the CPU.
 
     Of ``mapped`` files the tensors that can be are taken as they lie there, and are not read.
     """
@@ -52,7 +52,7 @@ class Whole:
         self.state_dict: dict[str, Any] = {}
 
     def check(self) -> None:
-        """Nothing to check: there is nothing that it could not fit."""
+        """Accept everything."""
 
     def restore(self) -> None:
         """Put the state dict together."""
@@ -149,7 +149,7 @@ class Template:
         self._slots.append((slot, node))
 
     def check(self) -> None:
-        """Refuse what does not fit, once all but the live tensors is read."""
+        """Refuse a mismatch, once everything except the live tensors is read."""
         for owner in self._owners:
             owner.check(self.target.values)
 

@@ -1,10 +1,10 @@
-"""Degrees of parallelism and what they place where: one set of rules for the trainer and for plans. Torch-free.
+"""Degrees of parallelism and placement rules, shared by the trainer and by plans. Torch-free.
 
 In reading order::
 
     degrees    the six degrees, how they fill a world, and the meshes they make of its ranks
-    placement  which box of a parameter each rank holds, and which layers each pipeline stage
-    fit        which models can be spread under which degrees
+    placement  the box of a parameter on each rank, and the layers of each pipeline stage
+    fit        checks that a model can be sharded under given degrees
 """
 
 from __future__ import annotations

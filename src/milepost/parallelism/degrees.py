@@ -1,4 +1,4 @@
-"""``Degrees``: over how many ranks each kind of parallelism is spread, and how ranks are numbered in the meshes."""
+"""``Degrees``: the number of ranks of each kind of parallelism, and the numbering of ranks in the meshes."""
 
 from __future__ import annotations
 

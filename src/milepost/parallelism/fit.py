@@ -30,7 +30,7 @@ class ModelSizes(Protocol):
 
 
 def degree_problems(sizes: ModelSizes, degrees: Degrees, *, stages_per_rank: int) -> list[str]:
-    """Every reason why a model can't be spread under ``degrees``, one sentence each; empty if it can."""
+    """Return all reasons why a model can't be sharded under ``degrees``, one sentence each; empty if it can."""
     tp, ep = degrees.tensor_parallel_degree, degrees.expert_parallel_degree
     problems = [
         f"parallelism.tensor_parallel_degree {tp} does not divide the model's {number} {kind}"
@@ -62,7 +62,7 @@ def stage_problems(num_layers: int, degrees: Degrees, *, stages_per_rank: int) -
 def run_problems(
     sizes: ModelSizes, degrees: Degrees, *, seq_len: int, local_batch_size: int, schedule: str, microbatch_size: int
 ) -> list[str]:
-    """Every reason why a model can't be trained under ``degrees``: those of :func:`degree_problems`, and the batch's.
+    """Return all reasons why a model can't be trained under ``degrees``, including the batch's.
 
     ``schedule`` is a key of `STAGES_PER_RANK`; ``microbatch_size`` the sequences of one pipeline microbatch.
     """

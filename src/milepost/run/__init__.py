@@ -2,23 +2,23 @@
 
 In reading order::
 
-    step_names         names in a run's folder, and which of them are steps
+    step_names         names in a run's folder, including steps
     node_part          one node's part of a step, where each node has its own folder
-    checkpoint_record  the commit record of a checkpoint, and whether its files agree with it
-    marks              pinned and damaged steps; where the steps are copied to
-    catalog            the scanner: which steps are committed, incomplete, damaged or external
-    node_steps         which steps every node holds, where each node has its own folder
-    branches           which steps descend from which, and where a run resumes
-    retention          which steps may be deleted, and why; deletes them
+    checkpoint_record  the commit record of a checkpoint, and the check of its files against it
+    marks              marks of pinned and damaged steps, and of the remote folder
+    catalog            the scanner: committed, incomplete, damaged and external steps
+    node_steps         the steps that every node holds, with per-node folders
+    branches           the descent of steps, and the step to resume from
+    retention          the rules for deleting steps, and their deletion
     owner              the process that an attempt or a lock belongs to, and whether it is alive
     lock               one run at a time in a folder
     beside             the user's own files in a step's folder: kept whatever becomes of the step
-    sweep              deletes steps and stale save attempts, and only what is provably Milepost's
+    sweep              deletes steps and stale save attempts that are provably Milepost's
     object_sweep       the same on an object store, which has no folders to rename
     takeover           locks a run's folder, once the writers of a run that died have finished
-    place              where an attempt's files are, and what they are called
-    attempts           the fresh place that a save writes to: begun, taken over, aborted
-    signoff            the record each rank leaves of what it wrote, and the wait for all of them
+    place              location and names of an attempt's files
+    attempts           the folder that a save writes to: begun, taken over, aborted
+    signoff            each rank's record of what it wrote, and the wait for all of them
     assemble           sign-offs -> one manifest
     hf_folder          a Hugging Face folder, or a step saved as one, described as a manifest
     values             values that are not tensors, read without torch

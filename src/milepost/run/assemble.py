@@ -1,4 +1,4 @@
-"""From the ranks' sign-offs to the manifest: pure, and the last check of a save before it is committed."""
+"""Assemble the ranks' sign-offs into the manifest: pure, and the last check of a save before its commit."""
 
 from __future__ import annotations
 

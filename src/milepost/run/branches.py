@@ -1,6 +1,6 @@
-"""Branches: which steps descend from which, and what the next save descends from. Pure functions of a scan.
+"""Branches: the descent of steps, and the parent of the next save. Pure functions of a scan.
 
-A run goes on from its newest step, save after save: that is a branch. When it goes back to an older step, by
+A run continues from its newest step, save after save: that is a branch. When it returns to an older step, by
 ``load_step`` or because the newest is damaged, another branch begins there, and the steps after it are abandoned. What
 was written last decides which branch is the current one; neither a step's number nor a clock does.
 

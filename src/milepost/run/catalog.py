@@ -1,6 +1,6 @@
-"""The contents of a run's folder: which steps are committed, incomplete, damaged or external. The only scanner.
+"""The contents of a run's folder: committed, incomplete, damaged and external steps. The only scanner.
 
-Resume, retention, ``milepost ls`` and ``milepost prune`` all ask here, so they can't disagree. Only metadata is read: a
+Resume, retention, ``milepost ls`` and ``milepost prune`` all use it, so they can't disagree. Only metadata is read: a
 commit record, and the sizes of the files that it names. Checking bytes is the job of ``milepost.verification``; a load
 that finds damaged ones marks the step (:func:`mark_damaged`).
 """
@@ -43,7 +43,7 @@ from milepost.storage.base import Entry, Storage, join, split
 State = Literal["committed", "part", "incomplete", "damaged", "external", "newer", "unreadable"]
 """``part``: what one node holds of a step whose nodes have a folder each. ``newer``: apparently committed, by a
 Milepost whose format this one does not know. ``unreadable``: the storage refused, so nothing is known; only a listing
-goes on after that."""
+continues after that."""
 
 _STATES: Mapping[str, State] = {MANIFEST_NAME: "committed", PART_NAME: "part", METADATA_NAME: "external"}
 """The state of a folder with this commit record, if nothing is wrong with it."""
@@ -86,7 +86,7 @@ class CheckpointInfo:
 
     @property
     def is_usable(self) -> bool:
-        """True if it can be loaded, as far as metadata tells."""
+        """True if it can be loaded, judging by metadata."""
         return self.state in ("committed", "external")
 
     @property
@@ -105,7 +105,7 @@ class StepEntry(CheckpointInfo):
 
 
 def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[StepEntry]:
-    """The steps in a run's folder, oldest first; empty if there is no such folder.
+    """List the steps in a run's folder, oldest first; empty if there is no such folder.
 
     ``keep_going``: list a step that the storage refuses to read as ``unreadable``, for those who only show the list.
 
@@ -128,7 +128,7 @@ def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[Ste
     infos = map_in_threads(look, steps, storage.num_streams if inside else 1, name="milepost-scan")
     entries = []
     for (step, name), info in zip(steps, infos, strict=True):
-        if info is not None:  # deleted while we looked
+        if info is not None:  # deleted meanwhile
             entries.append(
                 StepEntry(
                     **{field: getattr(info, field) for field in CheckpointInfo.__slots__},

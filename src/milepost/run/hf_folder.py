@@ -1,4 +1,4 @@
-"""A Hugging Face folder described as a manifest: which tensors its files hold, and where. From their headers alone.
+"""Describe a Hugging Face folder as a manifest of the tensors in its files, from their headers only.
 
 A step whose model was saved in this form is described likewise: its own manifest names files, not tensors.
 """
@@ -41,7 +41,7 @@ class HfFolder:
     problems: tuple[Problem, ...]
     """Files that are missing or malformed, and keys that are not where the index says."""
     note: str = ""
-    """What a user should know of which files were read."""
+    """Notes for the user on the files that were read."""
 
     def require(self, path: str) -> None:
         """Raise FormatError with all problems of the folder at ``path``, if there are any."""

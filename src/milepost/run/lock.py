@@ -88,7 +88,7 @@ class RunLock:
         self._thread.join()
 
     def _take(self, path: str) -> bool:
-        """Create the lock file, which names this process; return whether it was created. Of several that try, one
+        """Create the lock file, naming this process; returns whether it was created. Of several callers one
         succeeds."""
         self._record = this_process(time.time()).dump() + b"\n"
         try:

@@ -1,6 +1,6 @@
 """The outcome of a save: rank 0 records a failure, the other ranks wait for a commit or a failure.
 
-They look at the storage alone, so that a save in the background needs no collective.
+They poll only the storage, so that a background save needs no collective.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Retention: pure rules over what the catalog found, each decision with its reason.
+"""Retention: pure rules over the catalog's entries, each decision with its reason.
 
 Only committed steps of Milepost's own are ever deleted. The rules count on the current branch. Steps of abandoned
 branches fill what room ``keep_latest_k`` leaves, and go first; none of them goes before a newer step of the current
 branch can be resumed from. Kept in any case are: the newest committed step of the current branch and its newest that
-can be resumed from, pinned and protected steps, links, and all that is external, incomplete or damaged, since nobody
-can say what those are worth.
+can be resumed from, pinned and protected steps, links, and all external, incomplete or damaged steps, whose value is
+unknown.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def plan(
     """Decide on each step, in order of their numbers. Rules add up: a step is deleted only if none keeps it.
 
     Args:
-        entries: what ``catalog.scan`` found.
+        entries: the result of ``catalog.scan``.
         keep_latest_k: keep the N newest committed steps; 0 keeps all.
         keep_every_n: keep the steps that are multiples of this; 0 disables.
         keep_within_s: keep what was committed in the last N seconds before ``now``, of any branch; 0 disables.

@@ -1,4 +1,4 @@
-"""Sign-offs: each rank's record in the storage that its part of a save is durable, or why it is not.
+"""Sign-offs: each rank's record in the storage that its part of a save is durable, or of its failure.
 
 A sign-off is one small file in the attempt's folder. It appears complete (written under another name, then renamed) and
 ends with a CRC-32. Rank 0 builds the manifest from them, so no collective is needed off the training thread.
@@ -84,7 +84,7 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SignOff:
-    """One rank's record: what it wrote and synced, or the error that prevented it."""
+    """One rank's record of the data it wrote and synced, or of its error."""
 
     rank: int
     save_id: str

@@ -1,4 +1,4 @@
-"""Deletion from a run's folder: steps, attempts, and what dead processes left there.
+"""Deletion from a run's folder: steps, attempts, and remains of dead processes.
 
 Nothing is removed for its name alone. A leftover is Milepost's if its name has one of the prefixes of ``catalog`` and a
 full id, and a marker lies inside: the record of an owner in an attempt, the commit record in a step that was replaced,
@@ -171,7 +171,7 @@ class Sweep:
 def sweep_leftovers(
     storage: Storage, folder: str, *, now: float, dead: Collection[str] = (), dry_run: bool = False
 ) -> Sweep:
-    """Remove from a run's folder what dead processes left there.
+    """Remove the remains of dead processes from a run's folder.
 
     An attempt whose owner may still live is left alone, with all that belongs to it, unless ``dead`` names it. A
     replacement that was cut short is undone: the old checkpoint gets its name back. ``now`` is in seconds since the
@@ -212,7 +212,7 @@ _named: set[str] = set()
 
 
 def name_left(storage: Storage, folder: str, left: Collection[str]) -> None:
-    """Log what a sweep did not touch, each name once per process."""
+    """Log the names that a sweep left alone, each once per process."""
     paths = [path for name in left if (path := join(storage.root, join(folder, name))) not in _named]
     _named.update(paths)
     if paths:

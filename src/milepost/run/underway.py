@@ -1,4 +1,4 @@
-"""Saves that are being written, as a run's folder shows them from outside: which rank's file grows, which does not.
+"""Saves in progress, observed from outside through a run's folder: the growth of each rank's file.
 
 A ``Watch`` is given one look after another and remembers what a single look can't tell: rates, and since when a file
 has not grown.
@@ -21,7 +21,7 @@ from milepost.run.sweep import files_of_attempt
 from milepost.storage.base import Entry, Storage, join
 
 STUCK_S = 10.0
-"""A file that has not grown for this long, and is not complete, is called stuck."""
+"""Seconds without growth after which an incomplete file is reported stuck."""
 _RANK = re.compile(r"__(\d{1,9})_\d+\.distcp")
 _RATE_SPAN_S = 3.0
 """Rates are over about this long."""
@@ -98,7 +98,7 @@ class FileState:
     nbytes: int
     rate: float
     still_s: float
-    """For how long it has not grown."""
+    """Seconds since it last grew."""
     is_signed: bool
 
     @property

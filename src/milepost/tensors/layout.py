@@ -1,4 +1,4 @@
-"""From tensors to boxes: the only place that knows DTensor, meshes and placements.
+"""Convert tensors to boxes: the only module that handles DTensor, meshes and placements.
 
 A rank's part of a tensor is a list of *pieces*: a box in the global tensor and the region of the rank's local tensor
 that holds it. An evenly sharded DTensor is one piece; a ``_StridedShard`` (FSDP over TP on one dim) may be several.

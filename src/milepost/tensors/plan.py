@@ -1,6 +1,6 @@
 """Plans of saves and loads, for each rank: pure functions of frozen values.
 
-Nothing here knows of tensors, processes or files. A plan can be printed, compared and tested by itself.
+Independent of tensors, processes and files. A plan can be printed, compared and tested by itself.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class WritePlan:
     items: tuple[WriteItem, ...]
     objects: tuple[str, ...]
     objects_offset: int
-    """Where the first object's record starts: a multiple of ``LARGE_ALIGNMENT``."""
+    """Offset of the first object's record: a multiple of ``LARGE_ALIGNMENT``."""
     frozen: WritePlan | None = None
     """The rank's second file, of frozen tensors alone, if it has one."""
 
@@ -212,7 +212,7 @@ def _deal_to_node(
     holders: Mapping[tuple[str, Box], Sequence[int]],
     specs: Mapping[str, TensorSpec],
 ) -> dict[int, Dealt]:
-    """What each of the ranks is to write that store together all that any of them holds."""
+    """Assign boxes to a node's ranks, which together store everything that any of them holds."""
     buffers = frozenset[str]().union(*(layout.buffers for layout in layouts))
     marked = frozenset[str]().union(*(layout.frozen for layout in layouts))
     moving, frozen = (
@@ -366,7 +366,7 @@ class ReadItem:
     leaf: str
     """Key of the tensor to fill; the same as ``key`` but where it is stored under another, or as part of another."""
     is_transposed: bool = False
-    """Whether the last two dims of ``dst`` are those of ``src`` swapped."""
+    """True if the last two dims of ``dst`` are those of ``src`` swapped."""
 
     @property
     def run(self) -> tuple[int, int]:
@@ -408,7 +408,7 @@ class Origin:
     """Of the stored tensor."""
     stored: Box
     is_transposed: bool = False
-    """Whether the last two dims of ``box`` are those of ``stored`` swapped."""
+    """True if the last two dims of ``box`` are those of ``stored`` swapped."""
 
 
 def plan_load(

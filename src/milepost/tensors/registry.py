@@ -1,7 +1,7 @@
-"""Classes of the user's whose instances a checkpoint may hold: by a name, and in plain values.
+"""The user's classes whose instances a checkpoint may hold, stored by name as plain values.
 
-Reading a checkpoint never imports what it names. An instance comes back if, and only if, the program that reads has
-registered its class itself.
+Reading a checkpoint never imports what it names. An instance is restored only if the reading program has registered its
+class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegisteredType:
-    """A class, the name it is stored under, and the way to plain values and back."""
+    """A class, its stored name, and its conversion to plain values and back."""
 
     cls: type
     name: str
@@ -40,10 +40,10 @@ def register_value(
 ) -> type[T]:
     """Let instances of ``cls`` be saved and loaded; returns ``cls``, so that it can be used as a decorator.
 
-    Enums, dataclasses and named tuples need no more than this. For any other class ``encode`` makes plain values
-    (numbers, text, containers, tensors, other registered values) of an instance and ``decode`` makes an instance of
-    them. ``name`` is what is stored, by default the module and name of the class: give the old one to a class that
-    has moved. Call it when the program starts, on every rank, before anything is saved or loaded.
+    Enums, dataclasses and named tuples need no more than this. For any other class ``encode`` converts an instance to
+    plain values (numbers, text, containers, tensors, other registered values) and ``decode`` converts them back.
+    ``name`` is stored, by default the module and name of the class: give the old one for a class that has moved. Call
+    it when the program starts, on every rank, before anything is saved or loaded.
 
     Raises:
         ConfigError: the class needs ``encode`` and ``decode``, or another class has the name.
@@ -66,19 +66,19 @@ def register_value(
 
 
 def register_reader(name: str, decode: Callable[[Any], Any]) -> None:
-    """Let what is stored under ``name`` be read, without a class whose instances are written so."""
+    """Register a reader for values stored under ``name``, without a class that is written this way."""
     _by_name[name] = RegisteredType(object, name, lambda value: value, decode)
 
 
 def registered(cls: type) -> RegisteredType | None:
-    """Look up how instances of a class are stored; None if it is not registered."""
+    """Return the registration of a class; None if it is not registered."""
     return _by_type.get(cls)
 
 
 def make_registered(name: object, plain: object) -> Any:
-    """The value that was stored in plain form under the name of a registered class.
+    """Restore a value from its plain form under the name of a registered class.
 
-    Stock PyTorch calls this too, where it reads such a value.
+    Stock PyTorch also calls this when it reads such a value.
 
     Raises:
         ConfigError: this program has registered no class under the name.
@@ -123,7 +123,7 @@ def _ways_of(cls: type) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
 
 
 def _enum_to_plain(member: enum.Enum) -> Any:
-    """Its name; of a combination of flags, which has none of its own, the value."""
+    """Return an enum member's name or, for a combination of flags without a name, its value."""
     return member.name if member.name in type(member).__members__ else (member.value,)
 
 
@@ -140,7 +140,7 @@ def _fields_to_plain(value: Any) -> dict[str, Any]:
 
 
 def _plain_to_dataclass(cls: type, plain: Mapping[str, Any]) -> Any:
-    """An instance with the stored fields; one that is new since then has its default."""
+    """Return an instance with the stored fields, and defaults for newer ones."""
     value: Any = object.__new__(cls)
     for field in dataclasses.fields(cls):
         if field.name in plain:

@@ -30,7 +30,7 @@ OWN_TO_EACH = (
     "make it the same on all ranks, declare what belongs to each rank with "
     'CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own'
 )
-"""What to do about values that differ between ranks."""
+"""Advice for values that differ between ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +300,7 @@ def replicas_of(rank: int, spread: Spread) -> Ranks:
 def _part_of(
     rank: int, writers: Ranks, boxes: Sequence[tuple[TensorSpec, Box]], buffers: Collection[str]
 ) -> list[tuple[TensorSpec, Box]]:
-    """What ``rank`` writes of boxes that all ``writers`` hold: the largest first, each to the least loaded of them.
+    """Return the boxes that ``rank`` writes of those held by all ``writers``: largest first, each to the least loaded.
 
     Running mean and variance must come from the same rank, so all buffers come from the first. Of the others, it
     depends on what they hold who comes first: a rank that shares things with different ranks is not always it.

@@ -26,7 +26,7 @@ _AT_ONCE = 5_000
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _PROTOCOL = 2
 _START: dict[type, bytes] = {list: b"\x80\x02]", dict: b"\x80\x02}"}
-"""What the pickle of a list or dict begins with: the protocol, and an empty one that the items are put into."""
+"""Start of the pickle of a list or dict: the protocol, and an empty container for the items."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -69,10 +69,10 @@ class FlatState:
     tensors: dict[str, TensorLeaf]
     objects: dict[str, Any]
     paths: dict[str, Path]
-    """Where each key stood in the nested dict, as stock DCP's ``planner_data`` has it."""
+    """Path of each key in the nested dict, as in stock DCP's ``planner_data``."""
     slots: dict[str, Slot]
     empty: list[Path] = field(default_factory=list)
-    """Where mappings without items stood. A key for them would keep stock DCP from finding the others."""
+    """Paths of empty mappings. A key for them would keep stock DCP from finding the others."""
     skeleton: dict[Any, Any] = field(default_factory=dict)
     """The containers of the state dict, of their types and in their order, with None in place of each leaf."""
 
@@ -81,13 +81,13 @@ class FlatState:
 
 
 def unwrap_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace each top-level value that has a ``state_dict()`` by what it returns, as stock DCP does."""
+    """Replace each top-level value that has a ``state_dict()`` by its result, like stock DCP."""
     unwrapped = {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
     return ByName(unwrapped) if isinstance(state_dict, ByName) else unwrapped
 
 
 def is_stateful(value: Any) -> TypeGuard[Stateful]:
-    """Return whether a value hands out its state itself. Tensors and mappings go first: asking a protocol is slow."""
+    """Return whether a value has a ``state_dict()``. Checks tensors and mappings first: protocol checks are slow."""
     if type(value) in _PLAIN or isinstance(value, (torch.Tensor, Mapping, list, type)):
         return False
     return isinstance(value, Stateful)
@@ -194,7 +194,7 @@ def is_terminal(values: list[Any]) -> bool:
 
 
 def alike(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    """A new container of the type and order of another one, with other values.
+    """Return a new container with another one's type and order, and new values.
 
     A mapping of a type that is not known becomes a dict.
     """

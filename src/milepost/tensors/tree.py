@@ -56,7 +56,7 @@ class Tree:
         self.root = root
         self._read = read
         self.is_packed = False
-        """Whether all of it is stored as one value."""
+        """True if it is stored as one value."""
 
     @classmethod
     def of(cls, manifest: Manifest, read: Read | None = None) -> Tree:

@@ -1,5 +1,7 @@
-"""Values that are not stored as tensors, made again of ``torch.save`` streams: :mod:`milepost.format.pickle_reader`
-reads them, which runs nothing, and what it may make is in :mod:`milepost.tensors.value_types`.
+"""Restore values other than tensors from ``torch.save`` streams.
+
+:mod:`milepost.format.pickle_reader` reads them without running code; :mod:`milepost.tensors.value_types` lists the
+supported types.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Refused(Exception):
         self.value = value
         self.reason = reason
         self.what = what
-        """What it is and what to write instead, where its class does not say it."""
+        """Description and alternative, if not determined by its class."""
 
 
 def refusal(key: str, value: Any, refused: Refused) -> SaveError:

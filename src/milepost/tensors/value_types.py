@@ -32,7 +32,7 @@ Reduced = tuple[Any, ...]
 
 FACTORIES: tuple[type, ...] = (int, float, complex, str, bytes, bool, list, tuple, dict, set, frozenset, OrderedDict)
 FACTORIES += (Counter, deque)
-"""What a ``defaultdict`` may be made with."""
+"""Factories allowed in a ``defaultdict``."""
 
 _DTYPE_TEXT = re.compile(r"[<>|=]?(b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SUV]\d{1,9}|[mM]8(\[\d{0,9}[A-Za-zμ]+\])?)")
 _MAX_KEY_PARTS = 1000
@@ -404,7 +404,7 @@ def _table() -> dict[str, Global]:
 
 
 VALUE_GLOBALS: Mapping[str, Global] = _table()
-"""What the pickle of a value may name, tensors aside."""
+"""The globals allowed in the pickle of a value, except tensors."""
 
 DIALECT = Dialect(
     check_key,

@@ -32,7 +32,7 @@ from milepost.tensors.value_traits import Refused, place, refusal, traits_of
 from milepost.tensors.value_types import ATOMS, MAX_DEPTH, NATIVE, QUANTIZED, REDUCERS, reduce_value
 
 _PROTOCOL = 2
-"""What ``torch.load(weights_only=True)`` reads. It spells bytes as text, so large ones need a later one."""
+"""Protocol of ``torch.load(weights_only=True)``. It writes bytes as text, so large ones need a later protocol."""
 _PROTOCOL_FOR_BYTES = 4
 _LARGE_BYTES = 64 << 10
 _REMEMBERED_FROM = 20_000
@@ -111,7 +111,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(self.out, protocol)
         self.fast = is_fast
         self.is_special = False
-        """Whether it met anything that is not a plain container, number, text or tensor."""
+        """True once a value other than a plain container, number, text or tensor was written."""
         self.no_hooks: OrderedDict[Any, Any] = OrderedDict()
         self.num_bytes = 0
         """Bytes of arrays, which are bytes in the pickle."""
