@@ -18,7 +18,8 @@ def ask(cases: list[list[tuple[list[str], set[str], bool, int]]]) -> list[tuple[
     found = []
     for case in cases:
         stored, unwanted, fits, node = case[dist.get_rank()]
-        found.append(unwanted_everywhere(comm, stored, unwanted, fits_something=fits, node=node))
+        known = case[0][0] if node == 0 else ()
+        found.append(unwanted_everywhere(comm, unwanted, stored=stored, known=known, fits_something=fits, node=node))
     return found
 
 

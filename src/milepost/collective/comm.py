@@ -329,6 +329,8 @@ def raise_together(comm: Comm, error: MilepostError | None) -> None:
     (Ctrl-C) raises that, once the others know.
     """
     try:
+        if not comm.union(error is not None):  # one message a rank, where a gather of objects takes four
+            return
         brought = comm.gather(error)
         verdict = merge_failures(brought) if brought is not None else None
         verdict = comm.broadcast(verdict)
@@ -337,8 +339,7 @@ def raise_together(comm: Comm, error: MilepostError | None) -> None:
             raise error from lost  # the others can't be reached, but here it is known what went wrong
         raise
     raise_interrupt(error)
-    if verdict is None:
-        return
+    assert verdict is not None
     if error is not None and str(error) in str(verdict):
         raise verdict from error
     raise verdict

@@ -226,7 +226,7 @@ def load_from(
     looked = _Looked()
     brought = comm.gather((path, part is not None, near is not None))
     with watched(f"rank {comm.rank} is reading the manifest of {path}"):
-        shared = on_rank_0(comm, partial(_read_for_all, storage, folder, brought))
+        shared = on_rank_0(comm, partial(_read_for_all, storage, folder, brought, read))
     try:
         with watched(f"rank {comm.rank} is reading the manifest of {path}"):
             if shared is not None:
@@ -256,7 +256,8 @@ def load_from(
     except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
-    _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part)
+    known = stored_keys if shared is not None else ()
+    _check_looked(comm, looked, path, policy, {*manifest.tensors, *manifest.objects}, part, known=known)
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
     objects = [key for key in flat.objects if key not in fit.missing]
     read_digests = partial(checkpoint_record.read_digests_file, storage, folder, recorded)
@@ -277,9 +278,8 @@ def load_from(
     # Of what other programs wrote there are no digests, and no rank trusts what another has read of it.
     handed_on, stats = False, ReadStats()
     if shared is not None and shared.may_hand_on and digests is not None:
-        read = comm.broadcast(read)
-        handed_on = read == "shared"
-        if read == "auto":
+        handed_on = shared.read == "shared"
+        if shared.read == "auto":
             with watched(f"rank {comm.rank} is measuring how to read {path}"):
                 everything = sources.due(lambda leaf: True)
                 handed_on, nbytes = hands_on(comm, storage, folder, recorded, digests, everything)
@@ -339,7 +339,14 @@ class _Looked:
 
 
 def _check_looked(
-    comm: Comm, looked: _Looked, path: str, policy: Policy, stored: Collection[str], part: NodePart | None
+    comm: Comm,
+    looked: _Looked,
+    path: str,
+    policy: Policy,
+    stored: Collection[str],
+    part: NodePart | None,
+    *,
+    known: Collection[str],
 ) -> None:
     """Refuse stored keys that no rank has: a model with fewer layers would otherwise lose the rest silently.
 
@@ -347,7 +354,7 @@ def _check_looked(
     """
     node = part.node if part is not None else 0
     nowhere, fits_something = unwanted_everywhere(
-        comm, stored, looked.unwanted, fits_something=looked.fits_something, node=node
+        comm, looked.unwanted, stored=stored, known=known, fits_something=looked.fits_something, node=node
     )
     if not fits_something:
         raise StateMismatchError(
@@ -370,10 +377,12 @@ class _ReadForAll:
     """Values that all ranks need: see ``values.read_common``."""
     may_hand_on: bool
     """True if there are several ranks, and each reads the checkpoint itself, not a nearby part."""
+    read: ReadMode
+    """Rank 0's."""
 
 
 def _read_for_all(
-    storage: Storage, folder: str, brought: Sequence[tuple[str, bool, bool]] | None
+    storage: Storage, folder: str, brought: Sequence[tuple[str, bool, bool]] | None, read: ReadMode
 ) -> _ReadForAll | None:
     """On rank 0: read the commit record and the values that all ranks need. None if each has to read its own.
 
@@ -386,7 +395,7 @@ def _read_for_all(
     manifest = checkpoint_record.read_manifest(storage, folder)
     common = read_common(storage, folder, manifest) if len(brought) > 1 else {}
     may_hand_on = len(brought) > 1 and not any(has_near for *_, has_near in brought)
-    return _ReadForAll(manifest, common, may_hand_on)
+    return _ReadForAll(manifest, common, may_hand_on, read)
 
 
 def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:

@@ -70,9 +70,12 @@ def hands_on(
         MilepostError: on every rank, if any rank could not read what it measured with.
     """
     wishes = comm.gather(_wish(manifest, digests.block_nbytes, items, comm))
-    probes = comm.broadcast(_probes(wishes, digests.block_nbytes) if wishes is not None else ())
+    answer = (_probes(wishes, digests.block_nbytes), storage.is_remote) if wishes is not None else None
+    answer = comm.broadcast(answer)
+    assert answer is not None
+    probes, is_remote = answer
     if not probes:
-        return comm.broadcast(storage.is_remote), 0
+        return is_remote, 0
     return _measure(comm, storage, folder, manifest, digests, dict(probes))
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
-from milepost.tensors.layout import Placed, can_be_boxes, dtype_name
+from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.state import PACKED, ByName
 from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
@@ -257,8 +257,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a DTensor that this rank holds; any other tensor as it is. Shares memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return detached_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor | None) -> bool:

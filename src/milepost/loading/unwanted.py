@@ -1,8 +1,7 @@
-"""Stored keys that no rank has a place for, found without gathering keys: a bit for each."""
+"""Finds stored keys that no rank has a place for, from a bit for each key of each rank."""
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from milepost.collective.comm import Comm
 
 @dataclass(frozen=True, slots=True)
 class _Brought:
-    """One rank's part: ``bits`` of the keys that rank 0 has read too, and other ``keys``."""
+    """One rank's part: ``bits`` of the keys that all ranks know, and other ``keys``."""
 
     bits: bytes
     keys: frozenset[str]
@@ -23,18 +22,23 @@ class _Brought:
 
 
 def unwanted_everywhere(
-    comm: Comm, stored: Collection[str], unwanted: Collection[str], *, fits_something: bool, node: int
+    comm: Comm,
+    unwanted: Collection[str],
+    *,
+    stored: Collection[str],
+    known: Collection[str],
+    fits_something: bool,
+    node: int,
 ) -> tuple[list[str], bool]:
-    """The keys that all ranks of a ``node`` find ``unwanted``, sorted; and if any rank ``fits_something``.
+    """Find the keys that all ranks of a ``node`` find ``unwanted``, sorted; and if any rank ``fits_something``.
 
-    They are ``stored`` ones, or parts of one. Collective. A rank sends what its bits compress to, some hundred bytes
-    where it wants most of the keys, or a few: the keys themselves would be megabytes from each rank, of which thousands
-    have values of their own. Ranks that have read other keys than rank 0 (nodes have a folder each, names are another
-    program's) send keys.
+    They are ``stored`` ones, or parts of one. Collective. ``known`` are the same keys on every rank, or none. A rank
+    whose stored keys they are sends a bit for each, compressed to some hundred bytes where it wants most of the keys,
+    or a few: the keys themselves would be megabytes from each rank, of which thousands have values of their own.
+    Ranks with other stored keys (nodes have a folder each, names are another program's) send keys.
     """
-    keys = sorted(stored)
-    mine = hashlib.blake2b("\0".join(keys).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    is_alike = comm.broadcast(mine if comm.rank == 0 else None) == mine
+    keys = sorted(known)
+    is_alike = bool(keys) and set(stored) == set(known)
     brought = comm.gather(
         _Brought(
             bits=_packed([key in unwanted for key in keys]) if is_alike else b"",

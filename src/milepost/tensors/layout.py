@@ -110,19 +110,17 @@ def tensor_leaf(key: str, tensor: torch.Tensor | Placed) -> TensorLeaf:
     if isinstance(tensor, Placed):
         _check_kind(key, tensor.local)
         return TensorLeaf(key, tensor.dtype, tensor.shape, tensor.pieces, tensor.local.detach())
-    if not isinstance(tensor, DTensor):
-        _check_kind(key, tensor)
-    tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         return _dtensor_leaf(key, tensor)
+    _check_kind(key, tensor)
     box = Box.whole(tensor.shape)
-    return TensorLeaf(key, tensor.dtype, tuple(tensor.shape), (Piece(box, box),), tensor)
+    return TensorLeaf(key, tensor.dtype, tuple(tensor.shape), (Piece(box, box),), tensor.detach())
 
 
 def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    local = arrived(tensor.to_local())
+    local = detached_local(tensor)
     _check_kind(key, local)
     shape = tuple(tensor.shape)
     if coordinate is None:  # this rank is not in the tensor's mesh
@@ -143,6 +141,14 @@ def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
             key=key,
         )
     return TensorLeaf(key, tensor.dtype, shape, pieces, local, spread=spread_of(mesh, tensor.placements))
+
+
+def detached_local(tensor: DTensor) -> torch.Tensor:
+    """Return this rank's shard of a DTensor, detached.
+
+    Not ``tensor.detach().to_local()``: the dispatcher of DTensors and autograd would take 0.3 ms of each tensor.
+    """
+    return arrived(tensor._local_tensor.detach())
 
 
 _meshes: WeakKeyDictionary[DeviceMesh, Mesh] = WeakKeyDictionary()
@@ -169,8 +175,7 @@ def axis_cuts(placements: Sequence[Placement]) -> tuple[tuple[int, int] | None, 
 
 def can_be_boxes(tensor: torch.Tensor) -> bool:
     """Return whether the elements of a tensor are stored as boxes (of a meta tensor: would be, if it had any)."""
-    local = tensor.detach()
-    local = arrived(local.to_local() if isinstance(local, DTensor) else local)
+    local = detached_local(tensor) if isinstance(tensor, DTensor) else arrived(tensor.detach())
     return (
         local.layout == torch.strided
         and not local.is_quantized
