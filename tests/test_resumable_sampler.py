@@ -141,14 +141,14 @@ def test_numbers_out_of_range_are_all_named() -> None:
 
 
 @pytest.mark.parametrize("given", [{"num_samples": "24"}, {"batch_size": 2.5}, {"seed": None}, {"rank": True}], ids=str)
-def test_what_is_no_whole_number_is_refused(given: dict[str, Any]) -> None:
+def test_anything_but_an_integer_is_refused(given: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"num_samples": SAMPLES, "batch_size": 2, **given}
     with pytest.raises(ConfigError, match=f"{next(iter(given))} must be a whole number"):
         ResumableSampler(arguments.pop("num_samples"), **arguments)
 
 
 @pytest.mark.parametrize("state", [None, {}, {"samples_consumed": -2}, {"samples_consumed": 1.5}], ids=str)
-def test_what_is_no_state_is_refused(state: Any) -> None:
+def test_anything_but_a_state_is_refused(state: Any) -> None:
     sampler = ResumableSampler(SAMPLES, batch_size=2)
     state = {**sampler.state_dict(), **state} if state else state
     with pytest.raises(StateMismatchError, match="samples_consumed"):

@@ -395,7 +395,7 @@ def go_on(folder: Path, sound: Path) -> None:
     assert not lines
 
 
-def test_a_step_that_is_saved_anew_is_good_again(sound: Path, memory_path: Path) -> None:
+def test_a_step_that_is_saved_again_is_good_again(sound: Path, memory_path: Path) -> None:
     run_world(go_on, 2, memory_path / "run", sound, timeout_s=60)
 
 
@@ -436,7 +436,7 @@ def flip_data(step: Path) -> None:
     (step / "__1_0.distcp").write_bytes(content)
 
 
-def test_several_damaged_steps_are_each_told_of_and_none_left_is_an_error(sound: Path, memory_path: Path) -> None:
+def test_several_damaged_steps_are_each_reported_and_none_left_is_an_error(sound: Path, memory_path: Path) -> None:
     (lines, states), (others, _) = run_world(two_of_three, 2, memory_path / "run", sound, timeout_s=60)
     assert len(lines) == 2, lines
     assert "step-3" in lines[0]
@@ -470,7 +470,7 @@ def foreign_state(shift: float) -> dict[str, Any]:
     return {**tensors, "half": (torch.rand(50, generator=generator) + shift).bfloat16(), **values}
 
 
-def test_damage_in_a_foreign_checkpoint_is_found_or_does_not_matter(memory_path: Path, tally: Tally) -> None:
+def test_damage_in_an_external_checkpoint_is_found_or_does_not_matter(memory_path: Path, tally: Tally) -> None:
     """All that its CRC-32s cover is checked; a load gives what was saved, or an error."""
     for name, shift in (("older", 1.0), ("sound", 2.0)):
         dcp.save(foreign_state(shift), checkpoint_id=memory_path / name)

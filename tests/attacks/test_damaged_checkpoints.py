@@ -244,7 +244,7 @@ def test_missing_files_are_found(step: Path, file: str) -> None:
     assert f"{file}: missing" in error.message
 
 
-def test_without_its_commit_record_it_is_foreign_and_still_checked(sound: Path, step: Path) -> None:
+def test_without_its_commit_record_it_is_external_and_still_checked(sound: Path, step: Path) -> None:
     """What is left is what stock DCP would have written, CRC-32s of its records included."""
     (step / MANIFEST_NAME).unlink()
     (step / DIGESTS_NAME).unlink()
@@ -294,7 +294,7 @@ def test_links_are_not_followed(step: Path, memory_path: Path, file: str) -> Non
 
 @pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_file_is_refused_and_not_waited_for(step: Path, file: str, make: Callable[[Path], None]) -> None:
+def test_anything_but_a_file_is_refused_and_not_waited_for(step: Path, file: str, make: Callable[[Path], None]) -> None:
     (step / file).unlink()
     make(step / file)
     with pytest.raises((CheckpointDamagedError, StorageError)):

@@ -175,7 +175,7 @@ def test_verify_with_no_threads_is_a_users_mistake(run: LocalStorage, capsys: py
     )
 
 
-def test_a_file_in_place_of_a_folder_is_told_plainly(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_place_of_a_folder_is_reported_plainly(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = output(capsys, "verify", "run/step-100/milepost.json")
     assert (status, out) == (7, "")
     assert "not a directory" in err
@@ -405,7 +405,7 @@ def test_a_terminal_that_knows_only_ascii_gets_ascii(run: LocalStorage, encoding
     assert "## __1_0" in out
 
 
-def test_a_full_disk_behind_the_output_is_told_without_a_traceback(run: LocalStorage) -> None:
+def test_a_full_disk_behind_the_output_is_reported_without_a_traceback(run: LocalStorage) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "milepost", "ls", "run"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60

@@ -87,7 +87,7 @@ def test_sizes_are_read(text: str, nbytes: int):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5XB", "0"])
-def test_what_is_no_size_is_refused(text: str):
+def test_an_invalid_size_is_refused(text: str):
     with pytest.raises(ConfigError, match="such as 5GB"):
         parse_size("--max-shard-size", text)
 

@@ -262,7 +262,7 @@ def test_the_model_of_a_marked_step_is_rescued(
         (("report", "model.pt"), "is a file, neither a run nor a step of one"),
     ],
 )
-def test_a_path_of_another_kind_is_told_what_it_is(
+def test_a_path_of_another_kind_is_reported_with_its_kind(
     storage: LocalStorage, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], hint: str
 ) -> None:
     Path("run").rename("checkpoint")

@@ -178,7 +178,7 @@ def test_every_command_with_a_result_prints_it_as_json_too() -> None:
     assert as_json == set(COMMANDS) - {"completion", "report"}  # the page is the result
 
 
-def test_a_step_of_a_newer_version_is_told_apart_from_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_of_a_newer_version_is_distinguished_from_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(LocalStorage(root), "new/step-1", 1, NOW)
     age_by_a_version(Path("new/step-1/milepost.json"))
     assert run(["verify", "new/step-1"]) == 5

@@ -85,7 +85,7 @@ def test_the_runs_can_be_kept(config: str, capsys: pytest.CaptureFixture[str], t
     assert "step-4" not in killed
 
 
-def test_a_run_that_fails_is_told_with_what_it_printed(
+def test_a_run_that_fails_is_reported_with_what_it_printed(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = "import sys; print('the optimizer exploded'); sys.exit(int(sys.argv[1]))"

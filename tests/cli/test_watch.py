@@ -44,7 +44,7 @@ def states_of(folder: Path, seen: Watch, now: float) -> list[object]:
     return list(seen.update(looks, now))
 
 
-def test_rates_completion_and_what_is_stuck_are_told(attempt: Path) -> None:
+def test_rates_completion_and_what_is_stuck_are_reported(attempt: Path) -> None:
     folder, seen = attempt.parent, Watch()
     states_of(folder, seen, 0.0)
     for second in range(1, 13):
@@ -87,7 +87,7 @@ def test_what_is_reserved_and_not_written_does_not_count(tmp_path: Path) -> None
     assert storage.written_nbytes("gone") == 0
 
 
-def test_a_save_without_a_living_process_is_told_as_left_behind(attempt: Path) -> None:
+def test_a_save_without_a_live_process_is_reported_stale(attempt: Path) -> None:
     (attempt / "owner-00000000.json").unlink()
     (state,) = states_of(attempt.parent, Watch(), 0.0)
     assert "stale: its run died" in state.text  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import pytest
 from milepost.collective.collector import collection_paused
 
 
-def test_it_goes_on_after_the_block_and_after_an_error():
+def test_it_continues_after_the_block_and_after_an_error():
     with collection_paused():
         assert not gc.isenabled()
         with collection_paused():

@@ -59,7 +59,7 @@ def test_weights_from_hugging_face_tell_it_too(
     assert f"loading {memory_path}/hf: 100 % after " in caplog.text
 
 
-def test_the_wait_for_a_save_in_the_background_is_told_on_one_rank(caplog: pytest.LogCaptureFixture):
+def test_the_wait_for_a_save_in_the_background_is_reported_on_one_rank(caplog: pytest.LogCaptureFixture):
     """As ``close()`` waits at the end of a run."""
     caplog.set_level(logging.INFO, logger="milepost")
     for rank in (1, 0):

@@ -63,7 +63,7 @@ def set_to(offset_s: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_saves_go_on_and_keep_what_they_should(memory_path: Path, mode: str, tally: Tally) -> None:
+def test_saves_continue_and_keep_what_they_should(memory_path: Path, mode: str, tally: Tally) -> None:
     saves = 0
     for number, name in enumerate(("deleting old steps", "the same step again", "later saves")):
         case, folder = CASES[name], memory_path / str(number)

@@ -434,7 +434,7 @@ class DeletesAt(WrappedStorage):
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_step_deleted_at_any_moment_of_a_verification_is_told_as_such(
+def test_a_step_deleted_at_any_moment_of_a_verification_is_reported_as_such(
     memory_path: Path, replaced: bool, tally: Any
 ) -> None:
     storage = LocalStorage(memory_path)

@@ -292,7 +292,7 @@ def lost_parts(base: Path) -> None:
     again.drop()
 
 
-def test_a_lost_part_is_told_and_is_never_a_new_run(memory_path: Path) -> None:
+def test_a_lost_part_is_reported_and_is_never_a_new_run(memory_path: Path) -> None:
     world(lost_parts, memory_path)
 
 
@@ -463,7 +463,7 @@ def one_part_deleted(base: Path, node: int) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("node", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_part_that_is_deleted_by_hand_is_told_at_once_on_all_nodes(
+def test_a_part_that_is_deleted_by_hand_is_reported_at_once_on_all_nodes(
     memory_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
 ) -> None:
     monkeypatch.setattr("milepost.training.remote.RETRY_S", 0.2)

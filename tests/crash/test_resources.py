@@ -135,7 +135,7 @@ def warn_on_a_full_disk(folder: Path) -> str:
     return message
 
 
-def test_warn_goes_on_twice_on_a_real_full_disk(tmp_path: Path) -> None:
+def test_warn_continues_twice_on_a_real_full_disk(tmp_path: Path) -> None:
     with small("tmpfs", tmp_path / "small") as folder:
         messages = run_world(warn_on_a_full_disk, 2, folder, timeout_s=60)
     assert messages[0] == messages[1]

@@ -140,7 +140,7 @@ def run_through(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_slow_writes_are_waited_for_and_told_of_by_rank(memory_path: Path, mode: str, tally: Tally) -> None:
+def test_slow_writes_are_waited_for_and_reported_by_rank(memory_path: Path, mode: str, tally: Tally) -> None:
     def wrap(name: str, storage: Storage) -> Storage:
         is_slow = name == writer_name(mode, 1)
         return Hooked(storage, lambda op: time.sleep(PAUSE_S if is_slow and op.name in ("write_at", "sync") else 0))
@@ -163,7 +163,7 @@ def test_slow_writes_are_waited_for_and_told_of_by_rank(memory_path: Path, mode:
     tally(f"writes on rank 1 of 2 that take long ({mode})", tried=1, lost=0)
 
 
-def test_a_slow_begin_is_told_of(memory_path: Path) -> None:
+def test_a_slow_begin_is_reported(memory_path: Path) -> None:
     def wrap(name: str, storage: Storage) -> Storage:
         return Hooked(storage, lambda op: time.sleep(PAUSE_S if name == "rank 0" and op.name == "make_folder" else 0))
 

@@ -332,7 +332,7 @@ def walk_interrupted(folder: Path) -> list[Heard]:
     return run.finish() + background.finish()
 
 
-def test_an_interrupt_of_one_rank_is_told_to_the_others(memory_path: Path, tally: Any) -> None:
+def test_an_interrupt_of_one_rank_is_reported_to_the_others(memory_path: Path, tally: Any) -> None:
     tried = check(run_world(walk_interrupted, RANKS, memory_path, timeout_s=150), interrupted=True)
     tally(f"KeyboardInterrupt on one of {RANKS} ranks: every rank raises, the next save is kept", tried=tried, lost=0)
 

@@ -282,7 +282,7 @@ def test_a_rank_killed_on_another_node_is_started_again_on_both(
 
 
 @pytest.mark.slow
-def test_a_job_goes_on_without_a_lost_node_and_takes_in_another(
+def test_a_job_continues_without_a_lost_node_and_takes_in_another(
     start: Callable[..., Agent], undisturbed: Undisturbed
 ) -> None:
     """On two nodes, on one, and on two again; shards and samples are dealt out anew each time."""

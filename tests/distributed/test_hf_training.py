@@ -139,6 +139,6 @@ def test_weights_of_another_model_are_refused_before_training(memory_path: Path)
     assert run_world(start, 1) == ["ConversionError"]
 
 
-def test_a_folder_without_weights_is_told_on_every_rank():
+def test_a_folder_without_weights_is_reported_on_every_rank():
     with pytest.raises(ConfigError, match="needs the folder with the weights"):
         load_config(["--checkpoint.enable", "--checkpoint.initial_load_in_hf"], 1)

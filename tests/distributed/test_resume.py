@@ -165,7 +165,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(runs: Runs, capfd: pytest.C
     assert listing() == before
 
 
-def test_with_more_steps_it_goes_on_from_the_newest_full_state_and_says_so(
+def test_with_more_steps_it_continues_from_the_newest_full_state_and_says_so(
     runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     shutil.copytree(runs.whole_folder, tmp_path / "run")
@@ -198,7 +198,7 @@ def test_the_full_state_converts_too(runs: Runs, tmp_path: Path):
     assert any(key.startswith("state.layers.0.") for key in loaded["optimizer"])
 
 
-def test_a_step_that_is_not_there_is_told_with_those_that_are(runs: Runs):
+def test_a_step_that_is_not_there_is_reported_with_those_that_are(runs: Runs):
     with pytest.raises(WorldError, match=r"CheckpointNotFoundError: .*step 7 does not exist.*steps that do: 5, 10"):
         run_world(train_rank, 1, configure(runs.whole_folder, 1, "--checkpoint.load_step", "7"))
 

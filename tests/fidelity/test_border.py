@@ -92,7 +92,7 @@ def test_values_of_other_types_that_mean_the_same() -> None:
     assert type(config.interval) is int
 
 
-def test_the_library_saves_unless_told_otherwise(memory_path: Path) -> None:
+def test_the_library_saves_by_default(memory_path: Path) -> None:
     for config in (None, CheckpointConfig(interval=500), CheckpointConfig(interval=500, enable=False)):
         folder = memory_path / str(config and config.enable)
         with CheckpointManager(folder, config, model=net()) as manager:

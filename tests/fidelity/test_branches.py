@@ -315,7 +315,7 @@ def test_the_best_steps_are_kept_by_value(folder: Path, opened: Callable[..., Lo
 
 
 @pytest.mark.parametrize("metrics", [{"loss": "0.5"}, {"loss": None}, {7: 0.5}, {"loss": torch.ones(2)}])
-def test_what_is_no_metric_fails_the_save_and_not_the_run(
+def test_an_invalid_metric_fails_the_save_and_not_the_run(
     folder: Path, opened: Callable[..., Loop], metrics: dict[Any, Any]
 ) -> None:
     loop = opened(folder, interval=1)

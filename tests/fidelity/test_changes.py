@@ -473,7 +473,7 @@ def test_momentum_that_this_runs_schedule_sets(memory_path: Path) -> None:
 # ---- random generators where training goes on ----
 
 
-def test_the_generators_are_restored_where_training_goes_on(memory_path: Path) -> None:
+def test_the_generators_are_restored_where_training_continues(memory_path: Path) -> None:
     """What draws from them between ``load()`` and the first step, as ``iter(loader)`` does, changes nothing."""
     torch.manual_seed(3)
     first = saved(memory_path)
@@ -489,7 +489,7 @@ def test_the_generators_are_restored_where_training_goes_on(memory_path: Path) -
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_parts_that_this_run_does_not_have_are_told(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_that_this_run_does_not_have_are_reported(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = lr_scheduler.StepLR(optimizer, 2)

@@ -509,9 +509,7 @@ class MadeWhenAsked(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize("excluded", [(), ("optimizer",)])
-def test_an_optimizer_is_not_asked_for_its_state_before_a_run_that_begins_anew(
-    memory_path: Path, excluded: tuple[str, ...]
-) -> None:
+def test_an_optimizer_is_not_asked_for_its_state_before_a_new_run(memory_path: Path, excluded: tuple[str, ...]) -> None:
     model = nn.Linear(2, 2)
     for _ in range(2 if excluded else 1):
         optimizer = MadeWhenAsked(model.parameters())

@@ -42,7 +42,7 @@ def layout() -> Layout:
     )
 
 
-def test_the_crc_is_that_of_zlib_and_goes_on_from_a_value():
+def test_the_crc_is_that_of_zlib_and_continues_from_a_value():
     assert crc32(RAW) == zlib.crc32(RAW)
     assert crc32(memoryview(RAW)[100:], crc32(RAW[:100])) == crc32(RAW)
 

@@ -240,13 +240,13 @@ def test_what_could_lead_astray_is_refused(manifest: Manifest, edit: Callable[[d
 @pytest.mark.parametrize(
     "text", ['"a": 1, "a": 2,', '"a": NaN,', '"a": ' + "[" * 100_000 + ",", '"a": ' + "9" * 5000 + ",", '"\\x": 1,']
 )
-def test_what_is_no_proper_json_is_refused(text: str):
+def test_invalid_json_is_refused(text: str):
     body = b'{"format": "milepost", ' + text.encode()
     with pytest.raises(FormatError, match="not the JSON of a manifest"):
         from_json(body + b'"crc32": "%08x"\n}\n' % crc32(body))
 
 
-def test_all_faults_are_told_at_once(manifest: Manifest):
+def test_all_faults_are_reported_at_once(manifest: Manifest):
     def break_two(document: dict[str, Any]) -> None:
         document["tensors"]["norm.weight"]["shape"] = [300]
         document["tensors"]["scalar"]["dtype"] = "float99"

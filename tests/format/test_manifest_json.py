@@ -139,7 +139,7 @@ def test_the_head_alone_says_what_a_listing_shows(manifest: Manifest, record: di
 
 
 @pytest.mark.parametrize("harm", ["missing", "longer", "renamed", "another"])
-def test_a_listing_that_differs_in_any_name_or_size_is_told_by_the_head(manifest: Manifest, harm: str):
+def test_a_listing_that_differs_in_any_name_or_size_is_detected_by_the_head(manifest: Manifest, harm: str):
     sizes = {name: entry.nbytes for name, entry in manifest.files.items()}
     listing = listing_of(sizes.items())
     name = next(iter(sizes))
@@ -261,7 +261,7 @@ def test_what_could_lead_astray_is_refused(
 @pytest.mark.parametrize(
     "text", ['"a": 1, "a": 2,', '"a": NaN,', '"a": ' + "[" * 100_000 + ",", '"a": ' + "9" * 5000 + ",", '"\\x": 1,']
 )
-def test_what_is_no_proper_json_is_refused(text: str):
+def test_invalid_json_is_refused(text: str):
     body = b'{"format": "milepost", ' + text.encode()
     with pytest.raises(FormatError, match="not the JSON of a manifest"):
         from_json(body + b'"crc32": "%08x"\n}\n' % crc32(body))

@@ -171,7 +171,7 @@ def test_a_big_endian_record_is_refused_as_such():
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2).to_sparse(), [torch.zeros(2)], {"a": 1}, torch.device("cpu"), "text"])
-def test_what_is_no_dense_tensor_is_refused(value: object):
+def test_anything_but_a_dense_tensor_is_refused(value: object):
     with pytest.raises(FormatError):
         locate(torch_record(value))
 

@@ -122,7 +122,7 @@ def test_a_save_of_nothing_and_ranks_that_wrote_nothing() -> None:
     assert (len(table), len(crcs), table.keys) == (0, 0, ())
 
 
-def test_what_two_ranks_claim_is_told_by_rank_whoever_came_first() -> None:
+def test_what_two_ranks_claim_is_reported_by_rank_whoever_came_first() -> None:
     rng = random.Random(1)
     held = [("w", (8,), Box((0,), (8,)))]
     other = [("w", (9,), Box((0,), (9,)))]

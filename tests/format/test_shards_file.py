@@ -199,13 +199,13 @@ def with_tiling(table: ShardTable, number: int, **changes: object) -> ShardTable
         (lambda t: with_tiling(t, 1, record_nbytes=t.tilings[1].record_nbytes * 0), "inside its record"),
     ],
 )
-def test_a_table_that_could_lead_astray_is_told(manifest: Manifest, change, message: str):  # type: ignore[no-untyped-def]
+def test_a_misleading_table_is_reported(manifest: Manifest, change, message: str):  # type: ignore[no-untyped-def]
     faults = table_faults(change(table_of(manifest)), manifest.files)
     assert message in faults[0].message
     assert faults[0].key is not None
 
 
-def test_objects_outside_and_over_shards_are_told(manifest: Manifest):
+def test_objects_outside_and_over_shards_are_reported(manifest: Manifest):
     table = table_of(manifest)
     for offset, message in ((1 << 50, "is recorded in bytes"), (0, "overlap")):
         objects = dataclasses.replace(table.objects, record_offset=np.array([offset, table.objects.record_offset[1]]))
@@ -213,13 +213,13 @@ def test_objects_outside_and_over_shards_are_told(manifest: Manifest):
         assert message in faults[0].message
 
 
-def test_records_in_files_that_are_not_data_are_told(manifest: Manifest):
+def test_records_in_files_that_are_not_data_are_reported(manifest: Manifest):
     for name in ("milepost.json", ".metadata", "__9_0.distcp"):
         table = dataclasses.replace(table_of(manifest), files=(name, "__2_0.distcp"))
         assert f"'{name}', which is not a data file" in table_faults(table, manifest.files)[0].message
 
 
-def test_few_faults_are_told_of_many(manifest: Manifest):
+def test_few_faults_of_many_are_reported(manifest: Manifest):
     files = {name: FileEntry(1) for name in manifest.files}
     assert len(table_faults(table_of(manifest), files, limit=8)) == 8
 

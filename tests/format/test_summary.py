@@ -67,7 +67,7 @@ def boxes_on(mesh: tuple[int, ...], placements: list[Placement], shape: tuple[in
         ((2,), [Shard(0)], (0, 3), "whole", (1, 1)),
     ],
 )
-def test_the_placement_of_a_dtensor_is_told_from_its_boxes(
+def test_the_placement_of_a_dtensor_is_inferred_from_its_boxes(
     mesh: tuple[int, ...],
     placements: list[Placement],
     shape: tuple[int, ...],

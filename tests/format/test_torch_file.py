@@ -157,7 +157,7 @@ def test_a_state_dict_that_unfolds_without_end_is_refused():
 
 
 @pytest.mark.parametrize("data", [b"", b"hello" * 100, pickle.dumps({"w": 1})])
-def test_what_is_no_torch_file_is_refused(data: bytes):
+def test_anything_but_a_torch_file_is_refused(data: bytes):
     with pytest.raises(FormatError):
         located(data)
 

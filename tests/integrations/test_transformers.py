@@ -259,7 +259,7 @@ def go_on_from_theirs(folder: Path) -> tuple[int, list[str]]:
     ]
 
 
-def test_a_run_that_goes_on_from_the_trainers_own_checkpoint_is_not_called_new(tmp_path: Path) -> None:
+def test_a_run_that_continues_from_the_trainers_own_checkpoint_is_not_called_new(tmp_path: Path) -> None:
     run_world(train_anew, 1, tmp_path)
     ((_, told),) = run_world(go_on_from_theirs, 1, tmp_path)
     assert len(told) == 1

@@ -129,7 +129,7 @@ def test_a_module_of_another_shape_than_the_bases_is_refused(memory_path: Path, 
     assert not (memory_path / "out").exists()
 
 
-def test_what_can_not_be_exported_is_told(memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_not_be_exported_is_reported(memory_path: Path, base: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(memory_path / "out")
     plain = str(save(memory_path / "plain", base))
     assert main(["export", plain, out, "--adapter"]) == 8

@@ -92,7 +92,7 @@ def test_a_huge_file_is_refused_by_its_size(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fifo", "folder"])
-def test_what_is_no_regular_file_is_not_waited_for(folder: Path, name: str) -> None:
+def test_anything_but_a_regular_file_is_not_waited_for(folder: Path, name: str) -> None:
     (folder / "LICENSE").unlink()
     if name == "fifo":
         os.mkfifo(folder / "LICENSE")

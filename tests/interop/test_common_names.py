@@ -73,7 +73,7 @@ def test_a_resume_is_planned_against_the_tables_of_a_family(places: Path, capsys
 
 
 @pytest.mark.parametrize("places", ["mistral"], indirect=True)
-def test_a_model_that_is_another_or_none_is_told(places: Path) -> None:
+def test_a_model_that_is_another_or_none_is_reported(places: Path) -> None:
     ours, hub = places / "ours", places / "hub"
     with pytest.raises(ConfigError, match=r"no such family; did you mean 'mistral'\?"):
         diff(ours, hub, model="mistal")

@@ -182,7 +182,7 @@ def untouched(folder: Path, before: set[str]) -> bool:
     return {entry.name for entry in folder.iterdir()} == before
 
 
-def test_a_wrong_flavor_is_told_from_the_config_alone(memory_path: Path, hf_folders: Callable[[str], Path]):
+def test_a_wrong_flavor_is_detected_from_the_config_only(memory_path: Path, hf_folders: Callable[[str], Path]):
     with pytest.raises(ConversionError, match="hidden_size is 64, the flavor's is 4096") as caught:
         convert(hf_folders("llama"), memory_path / "out", ConvertOptions(to="dcp", model="llama3", flavor="8B"))
     assert len(caught.value.problems) > 3
@@ -394,7 +394,7 @@ def test_a_large_model_is_converted_in_little_memory(memory_path: Path):
     assert int(done.stdout) * 1024 < 250_000_000
 
 
-def test_options_that_contradict_each_other_are_all_told():
+def test_options_that_contradict_each_other_are_all_reported():
     with pytest.raises(ConfigError) as caught:
         ConvertOptions(to="hf", model="llama3", dtype="int8", names="torchtitan-0.3")
     assert len(caught.value.problems) == 3

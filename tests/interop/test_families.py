@@ -260,7 +260,7 @@ def test_a_model_that_fits_half_gets_one_report(memory_path: Path, capsys: pytes
     assert not Path(out).exists()
 
 
-def test_a_model_of_another_family_is_told_by_its_config_or_its_keys(memory_path: Path) -> None:
+def test_a_model_of_another_family_is_identified_by_its_config_or_its_keys(memory_path: Path) -> None:
     model = saved("qwen2, tied", memory_path / "qwen2")
     saved("mistral", memory_path / "mistral")
     with pytest.raises(
@@ -300,7 +300,7 @@ def test_a_config_of_absurdly_many_experts_is_refused() -> None:
         read_sizes(CONFIG_FAMILIES["deepseek_v3"], asked, "config.json")
 
 
-def test_what_a_family_cannot_do_is_told_before_anything_is_opened() -> None:
+def test_what_a_family_cannot_do_is_reported_before_anything_is_opened() -> None:
     with pytest.raises(ConfigError, match=r"--names torchtitan-0\.3 is for llama3.* and .* only"):
         ConvertOptions(to="dcp", model="mistral", names="torchtitan-0.3")
     with pytest.raises(ConfigError, match="--model mistral takes no --flavor: it is in the config"):

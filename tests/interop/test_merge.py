@@ -226,7 +226,7 @@ def test_options_that_do_not_go_together_are_refused_at_once(memory_path: Path) 
             options.check(count)
 
 
-def test_what_can_not_be_averaged_is_told(memory_path: Path) -> None:
+def test_what_can_not_be_averaged_is_reported(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     for number, name in enumerate("ab"):
         tensors = {"w": np.full(4, 6e4, np.float16), "steps": np.array([number]), "same": np.arange(3)}

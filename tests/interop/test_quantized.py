@@ -290,7 +290,7 @@ def test_other_quantizations_are_refused_by_name_with_what_would_do(memory_path:
     assert not (memory_path / "out").exists()
 
 
-def test_what_is_wrong_with_factors_is_all_told(memory_path: Path) -> None:
+def test_what_is_wrong_with_factors_is_all_reported(memory_path: Path) -> None:
     source, folder = memory_path / "source", memory_path / "fp8"
     saved("deepseek_v3", source)
     quantized = fp8_folder(folder, source)

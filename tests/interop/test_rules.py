@@ -149,7 +149,7 @@ def test_query_rows_are_reordered_as_metas_own_conversion_script_does():
     assert torch.equal(torch.from_numpy(theirs), expected)
 
 
-def test_missing_unexpected_and_misshapen_keys_are_told_apart():
+def test_missing_unexpected_and_misshapen_keys_are_distinguished():
     args = model_args("llama3", "debugmodel")
     family = family_of("llama3", args)
     found = correspond(family, family.scheme("hf"), args)

@@ -247,7 +247,7 @@ def test_factors_of_8_bit_floats_are_not_left_out(memory_path: Path) -> None:
     assert load_file(memory_path / "same" / "model.safetensors")["l.weight"].dtype == torch.float8_e4m3fn
 
 
-def test_that_code_is_not_taken_is_told(memory_path: Path) -> None:
+def test_a_note_says_that_code_is_not_copied(memory_path: Path) -> None:
     code = {"auto_map": {"AutoModel": "modeling_x.X"}}
     folder = a_folder(memory_path / "code", {"model.safetensors": {"a": torch.ones(2)}}, code)
     (folder / "modeling_x.py").write_text("raise SystemExit")

@@ -117,7 +117,7 @@ def test_a_training_checkpoint_of_torchtitan_is_converted_without_its_balancing_
     assert all(torch.equal(back[key], ours[key]) for key in ours)
 
 
-def test_square_experts_of_torchtitan_are_told_from_ours_by_the_bias_beside_them(memory_path: Path):
+def test_square_experts_of_torchtitan_are_distinguished_from_ours_by_the_bias_beside_them(memory_path: Path):
     kind = Kind("qwen3", replace(KINDS["qwen3-moe"].args, moe=replace(KINDS["qwen3-moe"].args.moe, hidden_dim=64)))
     hf_model(kind).save_pretrained(memory_path / "hf")
     ours = our_weights(kind, memory_path / "hf", memory_path)

@@ -170,7 +170,7 @@ def test_truncation_after_the_scan_is_an_error(folder: Path, memory_path: Path) 
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 5), (2, 4, 4)])
-def test_blocks_that_are_handed_on_fill_transposed_tensors(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+def test_blocks_that_are_shared_fill_transposed_tensors(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     stored = torch.rand(sizes)
     milepost.save(tmp_path / "ck", {"theirs": stored})
     storage = LocalStorage(tmp_path)

@@ -34,7 +34,7 @@ def test_experts_are_spread_over_ranks_that_other_degrees_count():
         Degrees.resolve(options.degrees(), 2)
 
 
-def test_every_degree_out_of_range_is_told():
+def test_every_degree_out_of_range_is_reported():
     options = ParallelismConfig(data_parallel_shard_degree=-2, context_parallel_degree=0)
     with pytest.raises(ConfigError) as caught:
         Degrees.resolve(options.degrees(), 1)

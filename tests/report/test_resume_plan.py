@@ -88,7 +88,7 @@ def test_a_plan_is_the_sum_of_the_plans_of_each_tensor(memory_path: Path, degree
         assert rank.num_tensors == sum(bool(spec.boxes) for spec in specs)
 
 
-def test_missing_and_unexpected_keys_are_told(memory_path: Path) -> None:
+def test_missing_and_unexpected_keys_are_reported(memory_path: Path) -> None:
     arrays: dict[str, Array] = {f"layers.{i}.attention.wq.weight": np.ones((8, 8), "float32") for i in (0, 2)}
     arrays |= {f"optimizer.state.{key}.exp_avg": array for key, array in arrays.items()}
     arrays["optimizer.state.layers.0.attention.wq.weight.step"] = np.array(1.0, "float32")

@@ -165,7 +165,7 @@ def test_files_that_the_commit_record_does_not_name_are_no_damage(storage: Local
     assert only(storage).state == "committed"
 
 
-def test_a_checkpoint_of_another_program_is_foreign(storage: LocalStorage) -> None:
+def test_a_checkpoint_of_another_program_is_external(storage: LocalStorage) -> None:
     make_external(storage, "run/step-8")
     entry = only(storage)
     assert (entry.state, entry.kind, entry.step, entry.is_usable) == ("external", "full", 8, True)
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_program_is_foreign(storage: LocalStorage) -> No
 
 
 @pytest.mark.parametrize("harm", ["torn", "missing", "short"])
-def test_a_foreign_checkpoint_that_lost_something_is_damaged(storage: LocalStorage, harm: str) -> None:
+def test_an_external_checkpoint_that_lost_something_is_damaged(storage: LocalStorage, harm: str) -> None:
     """It was committed once: to call it partial would let a run start afresh over it."""
     make_external(storage, "run/step-8")
     metadata, file = Path(storage.root, "run/step-8/.metadata"), Path(storage.root, "run/step-8/__1_0.distcp")
@@ -303,7 +303,7 @@ def test_a_mark_of_damage_holds_for_that_save_only(storage: LocalStorage) -> Non
     assert [e.state for e in catalog.scan(storage, "run")] == ["committed", "committed"]
 
 
-def test_a_foreign_step_can_be_marked_too(storage: LocalStorage) -> None:
+def test_an_external_step_can_be_marked_too(storage: LocalStorage) -> None:
     make_external(storage, "run/step-5")
     catalog.mark_damaged(storage, "run/step-5", "cut off", now=1.0)
     assert (only(storage).state, only(storage).reason) == ("damaged", "cut off")
@@ -383,7 +383,7 @@ def test_a_manifest_of_a_damaged_or_absent_checkpoint_is_an_error(storage: Local
         checkpoint_record.read_manifest(storage, "run/step-5")
 
 
-def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: LocalStorage) -> None:
+def test_an_external_manifest_is_located_to_the_same_bytes_as_our_own(storage: LocalStorage) -> None:
     save(storage, "run/step-5")
     own = checkpoint_record.read_manifest(storage, "run/step-5")
     make_external(storage, "run/step-6")
@@ -393,7 +393,7 @@ def test_a_foreign_manifest_is_located_to_the_same_bytes_as_our_own(storage: Loc
     assert located.tensors == own.tensors
 
 
-def test_a_foreign_record_of_another_shape_or_form_is_refused(storage: LocalStorage) -> None:
+def test_an_external_record_of_another_shape_or_form_is_refused(storage: LocalStorage) -> None:
     make_external(storage, "run/step-6")
     manifest = checkpoint_record.read_manifest(storage, "run/step-6")
     entry = manifest.tensors["w"]

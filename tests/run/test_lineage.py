@@ -130,7 +130,7 @@ def test_after_going_back_the_end_of_the_new_branch_is_the_latest(folder: Folder
     )
 
 
-def test_the_same_command_goes_on_from_what_descends_from_the_named_step(folder: Folder) -> None:
+def test_the_same_command_continues_from_what_descends_from_the_named_step(folder: Folder) -> None:
     folder.save(10, 20, 30)
     assert folder.start(10).step == 10
     assert folder.start(10).step == 10  # it died before it had saved anything
@@ -145,7 +145,7 @@ def test_the_same_command_goes_on_from_what_descends_from_the_named_step(folder:
     assert steps(folder.history.abandoned) == [30]
 
 
-def test_the_same_command_goes_on_when_the_named_step_was_the_newest_or_is_gone(folder: Folder) -> None:
+def test_the_same_command_continues_when_the_named_step_was_the_newest_or_is_gone(folder: Folder) -> None:
     folder.save(10, 20)
     folder.start(20)
     folder.save(30)
@@ -353,7 +353,7 @@ def test_a_state_dict_that_belongs_to_no_run_is_not_pruned(folder: Folder) -> No
 # ---- beginnings and ends ----
 
 
-def test_a_run_without_a_load_goes_on_above_and_begins_anew_below(folder: Folder) -> None:
+def test_a_run_without_a_load_continues_above_and_starts_over_below(folder: Folder) -> None:
     folder.save(10, 20)
     run = folder.steps[20].lineage
     folder.start_fresh()
@@ -417,7 +417,7 @@ def test_a_long_trail_keeps_the_branches_of_which_there_are_steps(folder: Folder
     assert steps(folder.history.current) == [1000, 1]
 
 
-def test_ids_that_met_by_hand_are_told_apart_by_time(folder: Folder) -> None:
+def test_ids_that_met_by_hand_are_distinguished_by_time(folder: Folder) -> None:
     folder.save(10, 20)
     lineage = folder.steps[20].lineage
     assert lineage is not None

@@ -197,7 +197,7 @@ def copy_of(begun: object) -> obstore.store.MemoryStore:
 # ---- two processes at one step ----
 
 
-def test_of_two_writers_at_one_step_one_wins_and_the_other_is_told() -> None:
+def test_of_two_writers_at_one_step_one_wins_and_the_other_is_reported() -> None:
     storage = storage_on(obstore.store.MemoryStore())
     begun: list[str] = []
 

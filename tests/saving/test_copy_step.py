@@ -58,7 +58,7 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["store", "disk"])
-def test_a_copy_that_was_cut_short_goes_on_where_it_stopped(tmp_path: Path, kind: str) -> None:
+def test_an_interrupted_copy_continues_where_it_stopped(tmp_path: Path, kind: str) -> None:
     src = saved(LocalStorage(tmp_path / "src"))
     dst = Spot(memory() if kind == "store" else LocalStorage(tmp_path / "dst"), STEP)
 

@@ -169,7 +169,7 @@ def test_what_is_no_longer_frozen_is_saved_as_trained(run: Run) -> None:
     run.check(3, model)
 
 
-def test_everything_anew_at_every_nth_save(run: Run) -> None:
+def test_everything_is_rewritten_at_every_nth_save(run: Run) -> None:
     model = Adapted()
     run.save(model, 1, 2, full_every=3)
     run.save(model, 3, 4, 5, full_every=3)

@@ -393,7 +393,7 @@ def test_empty_dicts_are_remembered(step: Path) -> None:
     assert_same(stock, without_list)
 
 
-def test_save_replaces_what_was_there(step: Path) -> None:
+def test_save_replaces_an_existing_checkpoint(step: Path) -> None:
     milepost.save(step, {"a": torch.ones(2), "b": torch.ones(3)})
     report = milepost.save(step, {"a": torch.zeros(2)})
     into = {"a": torch.ones(2)}

@@ -254,7 +254,7 @@ def test_links_are_not_written_through(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_is_no_regular_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+def test_anything_but_a_regular_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     storage = LocalStorage(tmp_path)

@@ -283,7 +283,7 @@ def test_a_store_that_refuses_conditions_is_refused(proxy: Proxy) -> None:
         ("AWS_ENDPOINT_URL", "http://user:hush@127.0.0.1:9", "the store can't be reached (connection refused) while"),
     ],
 )
-def test_no_secret_is_told(
+def test_no_secret_is_printed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, value: str, told: str
 ) -> None:
     monkeypatch.setenv(variable, value)

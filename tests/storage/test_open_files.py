@@ -76,7 +76,7 @@ def test_what_was_announced_is_announced_again_to_a_file_that_is_opened_again(me
     assert ("a", [(2, 4)]) in told[1:]
 
 
-def test_a_file_that_is_missing_is_told_before_anything_is_read(memory_path: Path) -> None:
+def test_a_file_that_is_missing_is_reported_before_anything_is_read(memory_path: Path) -> None:
     with OpenFiles(LocalStorage(memory_path)) as files, pytest.raises(StorageError, match="gone"):
         files.open("gone")
 

@@ -138,7 +138,7 @@ def test_conflicting_dtypes_and_shapes_name_the_ranks() -> None:
     assert "b: float32 [2, 4] on rank 0, but float32 [3, 4] on rank 1" in error.message
 
 
-def test_many_faults_are_told_at_once_but_not_all() -> None:
+def test_many_faults_are_reported_at_once_but_not_all() -> None:
     error = faults_of([spec(f"w{n:02}", (8, 4), rows(0, 3)) for n in range(25)])
     assert len(re.findall(r"w\d\d: ", error.message)) == 20
     assert "... and 5 more" in error.message

@@ -92,7 +92,7 @@ def test_assets_without_a_tokenizer_mean_bytes(tmp_path: Path):
     assert build_tokenizer(str(tmp_path)).name == "bytes"
 
 
-def test_a_broken_tokenizer_is_told(tmp_path: Path):
+def test_a_broken_tokenizer_is_reported(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"hf_assets_path: .*tokenizer\.json is not a tokenizer"):
         build_tokenizer(str(tmp_path))
@@ -155,14 +155,14 @@ def test_the_same_text_elsewhere_has_the_same_digest(tmp_path: Path):
         ("a.jsonl", b"\n", r"a\.jsonl: there is no text in it"),
     ],
 )
-def test_what_is_not_text_is_told_with_its_place(tmp_path: Path, name: str, content: bytes, message: str):
+def test_anything_but_text_is_reported_with_its_place(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load(tmp_path / name)
     assert not list((tmp_path / "cache").glob("*.draft"))
 
 
-def test_a_parquet_file_without_text_is_told(tmp_path: Path):
+def test_a_parquet_file_without_text_is_reported(tmp_path: Path):
     import pyarrow
     from pyarrow import parquet
 

@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path):
     assert "Traceback" not in out
 
 
-def test_an_error_on_every_rank_is_told_once_whichever_rank_is_shown(tmp_path: Path):
+def test_an_error_on_every_rank_is_reported_once_whichever_rank_is_shown(tmp_path: Path):
     (tmp_path / "checkpoint" / "step-5").mkdir(parents=True)
     run = start(tmp_path, *SMALL, "--checkpoint.load_step=7", LOG_RANK="1")
     out, _ = run.communicate(timeout=120)
@@ -101,7 +101,7 @@ def test_an_error_on_every_rank_is_told_once_whichever_rank_is_shown(tmp_path: P
     assert "exitcode" not in out, "torchrun's own log"
 
 
-def test_a_mistake_in_the_configuration_is_told_before_anything_is_started(tmp_path: Path):
+def test_a_mistake_in_the_configuration_is_reported_before_anything_is_started(tmp_path: Path):
     started = time.monotonic()
     run = start(tmp_path / "out", "--training.stepz=4", "--parallelism.tensor_parallel_degree=3")
     out, _ = run.communicate(timeout=60)
@@ -113,7 +113,7 @@ def test_a_mistake_in_the_configuration_is_told_before_anything_is_started(tmp_p
     assert time.monotonic() - started < 30
 
 
-def test_under_plain_torchrun_a_mistake_is_told_by_one_rank_before_torch_is_loaded():
+def test_under_plain_torchrun_a_mistake_is_reported_by_one_rank_before_torch_is_loaded():
     command = [sys.executable, "-X", "importtime", "-m", "milepost.train", "--training.steps", "0"]
     outputs = []
     for rank in ("0", "1"):
@@ -173,6 +173,6 @@ def test_options_that_torchrun_does_not_have_are_refused_in_a_line(tmp_path: Pat
     )
 
 
-def test_the_options_of_torchrun_and_of_the_trainer_are_told_apart():
+def test_the_options_of_torchrun_and_of_the_trainer_are_distinguished():
     assert split_args(["--nnodes", "2", "--", "--a.b", "--"]) == (["--nnodes", "2"], ["--a.b", "--"])
     assert split_args(["--nnodes"]) == (["--nnodes"], [])

@@ -50,7 +50,7 @@ def test_every_model_part_has_an_optimizer_and_all_follow_one_course():
         assert (group["lr"], group["betas"], group["weight_decay"]) == (0.4, (0.8, 0.95), 0.3)
 
 
-def test_a_resumed_course_goes_on_and_follows_the_present_number_of_steps():
+def test_a_resumed_course_continues_and_follows_the_present_number_of_steps():
     config = LRSchedulerConfig(warmup_steps=1)
     parts = [torch.nn.Linear(2, 2)]
 

@@ -231,7 +231,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("toml", "flags", "message"), WRONG, ids=[message[:60] for *_, message in WRONG])
-def test_a_mistake_is_told_with_its_place_and_what_would_be_right(toml: str, flags: list[str], message: str):
+def test_a_mistake_is_reported_with_its_place_and_what_would_be_right(toml: str, flags: list[str], message: str):
     assert problems(toml, *flags) == (message,)
 
 
@@ -291,7 +291,7 @@ def test_home_and_variables_are_expanded_in_paths(monkeypatch: pytest.MonkeyPatc
     assert load('[job]\ndump_folder = "~/run-$RUN"\n').job.dump_folder == f"{tmp_path}/run-7"
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     toml = (
         "[training]\nstepz = 3\nseq_len = 0\n[optimizer]\nlr = true\n[checkpoint]\nkeep_latest_k = -1\nenable = true\n"
     )
@@ -312,7 +312,7 @@ def test_weights_in_hugging_face_files_need_their_folder():
     )
 
 
-def test_a_missing_file_is_told_with_the_nearest_name():
+def test_a_missing_file_is_reported_with_the_nearest_name():
     Path("debug.toml").touch()
     with pytest.raises(ConfigError) as caught:
         load_config(["--job.config_file", "debgu.toml"], 1)
@@ -321,13 +321,13 @@ def test_a_missing_file_is_told_with_the_nearest_name():
     )
 
 
-def test_what_is_not_toml_is_told_with_its_line():
+def test_invalid_toml_is_reported_with_its_line():
     assert problems("[training]\nsteps 4\n") == (
         "run.toml: this is not TOML: Expected '=' after a key in a key/value pair (at line 2, column 7)",
     )
 
 
-def test_degrees_that_do_not_multiply_to_the_world_are_told_with_the_numbers():
+def test_degrees_that_do_not_multiply_to_the_world_are_reported_with_the_numbers():
     toml = "[parallelism]\ndata_parallel_shard_degree = 2\ntensor_parallel_degree = 2\n"
     assert problems(toml, world_size=2) == (
         "run.toml:2: parallelism: the degrees multiply to 4 but the world has 2 ranks (data_parallel_shard 2 x "
@@ -336,7 +336,7 @@ def test_degrees_that_do_not_multiply_to_the_world_are_told_with_the_numbers():
     assert load(toml, world_size=None).parallelism.tensor_parallel_degree == 2
 
 
-def test_a_shard_degree_that_can_not_be_filled_in_is_told_with_the_numbers():
+def test_a_shard_degree_that_can_not_be_filled_in_is_reported_with_the_numbers():
     assert problems("", "--parallelism.tensor_parallel_degree", "2", world_size=3) == (
         "--parallelism.tensor_parallel_degree: parallelism: 3 ranks can't be divided by 2 (tensor_parallel 2); "
         "data_parallel_shard_degree takes the ranks that the other degrees leave",

@@ -20,7 +20,7 @@ MODES: tuple[AsyncMode, ...] = ("disabled", "async", "async_with_pinned_mem")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_commit_is_told_once_it_may_be_relied_on(memory_path: Path, mode: AsyncMode) -> None:
+def test_each_commit_is_reported_once_it_is_durable(memory_path: Path, mode: AsyncMode) -> None:
     seen: list[Commit] = []
 
     def act(commit: Commit) -> None:

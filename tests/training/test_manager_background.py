@@ -203,7 +203,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_warn_goes_on_when_a_save_can_not_even_begin(
+def test_warn_continues_when_a_save_can_not_even_begin(
     tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It counts once, and the next save is tried."""

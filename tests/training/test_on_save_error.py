@@ -45,7 +45,7 @@ def test_stop_raises_at_once_and_leaves_nothing_half_done(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_warn_goes_on_and_stops_after_three_failures_in_a_row(
+def test_warn_continues_and_stops_after_three_failures_in_a_row(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.WARNING, logger="milepost")

@@ -146,7 +146,7 @@ def test_a_copy_that_fails_is_logged_and_fails_nothing(
 
 
 @pytest.mark.usefixtures("store_environment")
-def test_a_remote_folder_that_can_not_be_read_is_told_before_training(memory_path: Path) -> None:
+def test_a_remote_folder_that_can_not_be_read_is_reported_before_training(memory_path: Path) -> None:
     with pytest.raises(StorageError, match="no such bucket"):
         CheckpointManager(memory_path / "run", config("s3://no-such-bucket/run"), model=model(0))
 

@@ -149,7 +149,7 @@ def test_a_flipped_bit_anywhere_is_found_and_named(storage: LocalStorage, name: 
     assert verify_in(storage, STEP).is_sound
 
 
-def test_damage_to_one_block_is_told_apart_from_its_neighbours(storage: LocalStorage) -> None:
+def test_damage_to_one_block_is_distinguished_from_its_neighbours(storage: LocalStorage) -> None:
     manifest = save(storage)
     (shard, _) = manifest.tensors["large"].shards
     assert shard.data_offset is not None
@@ -159,7 +159,7 @@ def test_damage_to_one_block_is_told_apart_from_its_neighbours(storage: LocalSto
     assert str(problem).startswith(f"{shard.file} bytes {problem.byte_range[0]}-{problem.byte_range[1]} (large): data")
 
 
-def test_neighbouring_damage_is_told_as_one_range(storage: LocalStorage) -> None:
+def test_neighbouring_damage_is_reported_as_one_range(storage: LocalStorage) -> None:
     manifest = save(storage)
     (shard, _) = manifest.tensors["large"].shards
     assert shard.data_offset is not None
@@ -252,7 +252,7 @@ def test_small_files_that_are_gone_are_named(storage: LocalStorage, name: str) -
         assert [problem.file for problem in problems] == [name]
 
 
-def test_a_data_file_that_belongs_to_nothing_is_told(storage: LocalStorage) -> None:
+def test_a_data_file_that_belongs_to_nothing_is_reported(storage: LocalStorage) -> None:
     save(storage)
     data_file(storage, "__9_0.distcp").write_bytes(b"x")
     data_file(storage, "notes.txt").write_bytes(b"x")
@@ -350,7 +350,7 @@ def test_many_problems_are_counted_but_not_all_kept(storage: LocalStorage) -> No
 # ---- foreign ones ----
 
 
-def test_a_foreign_checkpoint_is_verified_as_far_as_its_crcs_go(storage: LocalStorage) -> None:
+def test_an_external_checkpoint_is_verified_as_far_as_its_crcs_go(storage: LocalStorage) -> None:
     make_external(storage)
     report = verify_in(storage, STEP)
     assert (report.problems, report.verdict, report.is_sound) == ((), "not_verified", False)
@@ -359,7 +359,7 @@ def test_a_foreign_checkpoint_is_verified_as_far_as_its_crcs_go(storage: LocalSt
     assert 0 < report.unchecked_nbytes < report.nbytes / 100
 
 
-def test_a_flipped_bit_in_foreign_data_is_found(storage: LocalStorage) -> None:
+def test_a_flipped_bit_in_external_data_is_found(storage: LocalStorage) -> None:
     """``large`` is one zip entry, larger than the buffer of a thread."""
     manifest = save(storage)
     storage.remove(f"{STEP}/milepost.json")
@@ -376,7 +376,7 @@ def test_a_flipped_bit_in_foreign_data_is_found(storage: LocalStorage) -> None:
 
 
 @pytest.mark.parametrize("level", ["sample", "full"])
-def test_a_foreign_record_that_is_no_record_is_named(storage: LocalStorage, level: str) -> None:
+def test_an_external_record_that_is_no_record_is_named(storage: LocalStorage, level: str) -> None:
     manifest = save(storage)
     storage.remove(f"{STEP}/milepost.json")
     storage.remove(f"{STEP}/milepost.digests")

@@ -232,7 +232,7 @@ class LocalStorage(Storage):
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                return local_tree.clone(full_src, full_dst)
+                return local_tree.clone_file(full_src, full_dst)
             return True
 
     def remove(self, path: str) -> None:

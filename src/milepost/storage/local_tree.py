@@ -41,7 +41,7 @@ def data_nbytes(fd: int) -> int:
     return total
 
 
-def clone(src: str, dst: str) -> bool:
+def clone_file(src: str, dst: str) -> bool:
     """Make ``dst`` a synced copy-on-write clone of ``src``; returns False if not supported."""
     src_fd = os.open(src, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:

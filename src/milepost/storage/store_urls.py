@@ -16,8 +16,6 @@ from typing import Any
 
 from milepost.errors import ConfigError
 
-SCHEMES = ("s3", "gs", "az")
-
 _URL = re.compile(
     r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})(?P<path>/[^?#]*)?", re.IGNORECASE
 )
