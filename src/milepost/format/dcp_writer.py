@@ -310,7 +310,7 @@ class _Writer:
         return rows
 
     def memo_of_files(self, file: Ints) -> Ints:
-        """Where the memo has the name of each file of ``file``."""
+        """Memo index of the name of each file of ``file``."""
         distinct, where = np.unique(file, return_inverse=True)
         return np.array([self.texts[self.table.files[name]] for name in distinct.tolist()], np.int64)[where]
 

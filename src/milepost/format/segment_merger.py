@@ -27,7 +27,7 @@ _Kind = tuple[str, tuple[int, ...]]
 
 @dataclass(slots=True, eq=False)
 class _Form:
-    """What the segments of many ranks have in common: keys, which of them are cut alike, and into how many boxes."""
+    """The common structure of many ranks' segments: keys, those cut alike, and numbers of boxes."""
 
     keys: tuple[str, ...]
     tiling: UInts  # (tensors,)
@@ -104,7 +104,7 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cut:
-    """How all tensors are cut: the tilings, that of each key, and the first row and block of each key."""
+    """The cuts of all tensors: tilings, each key's tiling, and each key's first row and block."""
 
     tilings: Sequence[Tiling]
     tiling: Ints  # (keys,)
@@ -242,7 +242,7 @@ class SegmentMerger:
         return [kinds[kind] for kind in kind_of.tolist()], faults
 
     def _cut(self, kinds: Sequence[_Kind]) -> _Cut:
-        """How tensors are cut: the parts of each key, by rank, joined; and this once for keys with the same parts."""
+        """Join the parts of each key, by rank, once for keys with the same parts."""
         num_parts = np.zeros(len(kinds), np.int64)
         for member in self._members:
             num_parts[member.form.number] += 1
@@ -332,7 +332,7 @@ def _copied(objects: ObjectColumns) -> ObjectColumns:
 
 
 def _starts(counts: Ints) -> Ints:
-    """Where each of several stretches begins that come one after the other; and where the last one ends."""
+    """Return the start of each of several consecutive stretches, and the end of the last one."""
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts

@@ -35,7 +35,7 @@ _BETWEEN_KEYS = b'],"objects":['
 """In the JSON of keys as it is written here; no text in it can hold these bytes."""
 _MAX_REMEMBERED = 32
 _MAX_REMEMBERED_NBYTES = 1 << 20
-"""Of as many lists of keys, each up to this size, the values are kept: pipeline stages have a list each."""
+"""Number and maximum size of cached lists of keys: each pipeline stage has one."""
 
 
 class OtherSaveError(FormatError):

@@ -56,7 +56,7 @@ _KNOWN_OPTIONS = frozenset(
 )
 """Options of PEFT 0.21's LoRA that select modules, concern training, or are respected by merging."""
 _EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
-"""As PEFT knows them."""
+"""PEFT's names of them."""
 _UNTOLD = (None, False, "", "none", 0)
 MAX_NBYTES = 256 << 20
 
@@ -238,7 +238,7 @@ def _check_beside(config: Mapping[str, Any], path: str, options: Sequence[str], 
 
 
 def _embeddings_to_store(weights: Weights, config: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Of the base, what PEFT stores with an adapter: embeddings that it is put over, or that have another size now.
+    """Return the base's embeddings that PEFT stores with an adapter: wrapped or resized ones.
 
     As by ``save_embedding_layers="auto"``: the key in PEFT's files and that in the step, and notes.
 

@@ -52,7 +52,7 @@ class Kept:
     extras: HfExtras | None
     notes: tuple[str, ...]
     of_class: KeptNames | None = None
-    """What the tensors are called and how they are cut in files of their class, if the names are its module's."""
+    """Names and cuts of the tensors in files of their class, if the names are its module's."""
 
     def content(self, weights: Weights, dtype: str | None) -> Assembled:
         """Return a reader of the target's content; floating-point tensors in ``dtype``."""
@@ -119,7 +119,7 @@ def _is_of_module(weights: Weights) -> bool:
 
 
 def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, known: Collection[str]) -> Kept | None:
-    """What is written if the names are those of the module of the model's class; None if they are not.
+    """Return the tensors to write if the names are those of the class's module; None if they are not.
 
     Raises:
         ConversionError: tensors that the class ties differ.
@@ -153,7 +153,7 @@ def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, know
 
 
 def _module_faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """What is missing, misshapen and unexpected of a module's tensors."""
+    """Report missing, misshapen and unexpected tensors of a module."""
     yield from (f"missing: {key}" for key in wanted if key not in found)
     for key, shape in found.items():
         if key not in wanted:

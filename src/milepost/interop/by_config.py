@@ -86,10 +86,10 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
         if asked is None:
             return None
         family, recorded = asked, None
-    source = describe(family, weights.config, f"{path}/{CONFIG_NAME}")
-    stored = describe(family, recorded.get("config") if recorded is not None else None, path)
+    source = sizes_in(family, weights.config, f"{path}/{CONFIG_NAME}")
+    stored = sizes_in(family, recorded.get("config") if recorded is not None else None, path)
     assets = os.fspath(options.hf_assets)
-    lent = describe(family, read_config(assets) if assets else None, f"{assets}/{CONFIG_NAME}")
+    lent = sizes_in(family, read_config(assets) if assets else None, f"{assets}/{CONFIG_NAME}")
     found = lent or source or stored
     if found is None:
         raise ConfigError(
@@ -107,7 +107,7 @@ def described_by(weights: Weights, options: ConvertOptions) -> Described | None:
     return found
 
 
-def describe(family: ConfigFamily, config: Any, path: str) -> Described | None:
+def sizes_in(family: ConfigFamily, config: Any, path: str) -> Described | None:
     """Read a config; None if there is none. Raises ConversionError if it describes another family, or lacks sizes."""
     if not isinstance(config, Mapping):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from milepost.errors import ConfigError, ConversionError, near
 from milepost.format.huggingface import CONFIG_NAME
-from milepost.interop.by_config import Described, describe
+from milepost.interop.by_config import Described, sizes_in
 from milepost.interop.hf.classes import architecture
 from milepost.interop.hf.config import identity_of
 from milepost.interop.names.families import (
@@ -39,7 +39,7 @@ class Tabled:
     sizes: Sizes
     flavor: str = CUSTOM
     args: ModelArgs | None = None
-    """Of a model that Milepost trains, all that it is built with."""
+    """All sizes and settings, for a model that Milepost trains."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.flavor}" if self.args is not None else self.name
@@ -63,9 +63,9 @@ def recorded_model(extra: Mapping[str, Any], config: Mapping[str, Any] | None, p
     name = record.get("name") if isinstance(record, Mapping) else None
     family = CONFIG_FAMILIES.get(name) if isinstance(name, str) else None
     if family is not None and isinstance(record, Mapping):
-        return _tabled(describe(family, record.get("config"), path))
+        return _tabled(sizes_in(family, record.get("config"), path))
     family = config_family_of(config) if config is not None else None
-    return _tabled(describe(family, config, f"{path}/{CONFIG_NAME}")) if family is not None else None
+    return _tabled(sizes_in(family, config, f"{path}/{CONFIG_NAME}")) if family is not None else None
 
 
 def model_of(weights: Weights) -> Tabled | None:

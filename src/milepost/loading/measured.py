@@ -52,7 +52,7 @@ class _Wish:
 
     blocks_nbytes: int
     stored_nbytes: int
-    """Of all tensors of which it wants anything."""
+    """Total bytes of all tensors of which it needs a part."""
     keys: bytes
     """A digest of the names of those."""
     block: _Block | None

@@ -107,7 +107,7 @@ class ModuleOwner:
             target.refuse(node, f"a {type(local_tensor(value)).__name__} of another form here")
 
     def _look_at_tied(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
-        """Of a tensor with several names one is read, and what is stored under the others must be equal."""
+        """Read a tensor with several names once; data stored under the other names must be equal."""
         groups: dict[int, list[str]] = {}
         for name, value in self._own.items():
             if is_plain_entry(name, value) and name in held:

@@ -55,7 +55,7 @@ class Translation:
     manifest: Manifest
     """Under the names here. Shards of a tensor that is cut out of another are boxes of it, without digests."""
     origins: Mapping[str, Sequence[Origin]] = field(default_factory=dict)
-    """What each tensor is made of that is not stored so under its own name."""
+    """The origins of each tensor that is not stored under its own name."""
     tied: tuple[str, str] | None = None
     """Stored tensors of which the manifest has the first only: they must be equal."""
     notes: tuple[str, ...] = ()

@@ -144,7 +144,7 @@ def _kept(value: Any, parameter: torch.Tensor, keeps_dtype: bool, name: Any = No
 
 
 def _put_back(loaded: Any, given: Any, parameter: torch.Tensor, keeps_dtype: bool, name: Any) -> Any:
-    """What was loaded, or what it was loaded from, where stock ``load_state_dict()`` has changed its type."""
+    """Return the loaded value, or the original if stock ``load_state_dict()`` changed its type."""
     kept = _kept(given, parameter, keeps_dtype, name)
     return kept.value if isinstance(kept, _Kept) else loaded
 

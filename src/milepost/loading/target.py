@@ -101,7 +101,7 @@ class Target:
             self._taken.update(map(str, self._stored.tree.root))
 
     def settle_packed(self) -> list[str]:
-        """Of a checkpoint that is stored as one value, count that as used if anything in it is.
+        """Count a checkpoint that is stored as one value as used if anything in it is.
 
         Returns what stands at its top and has no place here.
         """

@@ -127,7 +127,7 @@ class Stage:
     index: int
     num_stages: int
     num_layers: int
-    """Of the whole model."""
+    """Number of layers of the full model."""
     tied: bool
     """The last stage projects by the embedding matrix, and so holds it too."""
 

@@ -76,7 +76,7 @@ class CheckpointInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     has_training_state: bool = False
     shared_nbytes: int = 0
-    """Of ``nbytes``, those in files that other steps have too: deleting this step alone does not free them."""
+    """Part of ``nbytes`` in files shared with other steps: deleting only this step does not free it."""
     part: NodePart | None = None
 
     @property

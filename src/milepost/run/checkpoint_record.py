@@ -1,4 +1,4 @@
-"""The commit record: what makes a folder a checkpoint, and whether the files there agree with it.
+"""The commit record, which makes a folder a checkpoint, and the check of its files against it.
 
 It is ``milepost.json``, or ``.metadata`` for a checkpoint of another program. Only metadata is read.
 """
@@ -47,15 +47,15 @@ class CommitRecord:
     record_id: str
     manifest: Manifest
     files: Mapping[str, Entry]
-    """What is in the folder."""
+    """The entries in the folder."""
     faults: tuple[Problem, ...]
-    """Its files that are not as the record says."""
+    """Files that differ from the record."""
     note: str = ""
-    """What is strange, and no fault."""
+    """Notes on oddities that are not faults."""
 
     @property
     def read(self) -> tuple[str, ...]:
-        """The files that were read, and checked, for it."""
+        """The files that were read and checked for it."""
         shards = self.manifest.file_named(SHARDS_NAME)
         return (self.name,) if shards is None else (self.name, shards)
 
@@ -71,7 +71,7 @@ def is_checkpoint(storage: Storage, path: str) -> bool:
 
 
 def read_record(storage: Storage, path: str) -> CommitRecord:
-    """The commit record of the checkpoint at ``path``, and how the files that are there fit it.
+    """Read the commit record of the checkpoint at ``path``, and compare the existing files with it.
 
     Raises:
         CheckpointNotFoundError: there is no commit record.
@@ -85,7 +85,7 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
 
 
 def read_part(storage: Storage, path: str) -> CommitRecord:
-    """As :func:`read_record`, of one node's part of a step."""
+    """Read the record of one node's part of a step, see :func:`read_record`."""
     files = files_in(storage, path)
     if PART_NAME not in files:
         raise _no_checkpoint(storage, path)
@@ -118,7 +118,7 @@ def _read_record(storage: Storage, path: str, files: Mapping[str, Entry], name: 
 
 
 def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
-    """The error for a place without a commit record: of a run's folder it names the steps."""
+    """Return the error for a place without a commit record; for a run's folder it names the steps."""
     where = f"{storage.root}/{path}"
     found = storage.stat(path)
     if found is None:
@@ -147,7 +147,7 @@ def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
 
 
 def read_manifest(storage: Storage, path: str) -> Manifest:
-    """The manifest of the checkpoint at ``path``; for an external one built from ``.metadata``.
+    """Read the manifest of the checkpoint at ``path``; for an external one it is built from ``.metadata``.
 
     Raises:
         CheckpointNotFoundError: there is no commit record.
@@ -158,10 +158,10 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
         if not record.faults:
             return record.manifest
     except FormatError:
-        pass  # see `examine`: look once more, then say so
+        pass  # see `examine`: look once more, then raise
     except StorageError as error:
         if error.errno != errno.ENOENT:
-            raise  # else it was deleted or replaced this moment
+            raise  # otherwise it was deleted or replaced just now
     record = read_record(storage, path)
     if record.faults:
         raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {'; '.join(listed(record.faults))}", path=path)

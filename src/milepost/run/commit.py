@@ -68,7 +68,7 @@ def publish(
     visibility_s: float = VISIBILITY_S,
     world_size: int | None = None,
 ) -> Manifest:
-    """Make the attempt the checkpoint at ``target``, in one atomic act, and durable. Called by one rank.
+    """Publish the attempt as the checkpoint at ``target``, atomically and durably. Called by one rank.
 
     ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``merger`` has their segments if they no longer
     do, ``now`` is in seconds since the epoch. What
@@ -79,7 +79,7 @@ def publish(
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
         SaveError: sign-offs contradict each other or the storage.
-        StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
+        StorageError: the storage refused; ``target`` is unchanged, or is the new checkpoint.
     """
     manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size)
     place = Place.of(storage, attempt, target, manifest.save_id)
@@ -102,9 +102,9 @@ def publish_part(
     merger: SegmentMerger | None = None,
     world_size: int,
 ) -> Manifest:
-    """As :func:`publish`, of one node's part of a step: ``signed`` are the sign-offs of its ranks.
+    """Publish one node's part of a step, see :func:`publish`: ``signed`` are the sign-offs of its ranks.
 
-    Raises: as :func:`publish`. Gaps in tensors are none of its faults: other nodes hold the rest.
+    Raises like :func:`publish`, except for gaps in tensors: other nodes hold the rest.
     """
     info = replace(info, extra={**info.extra, **part.record()})
     manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size, must_cover=False)
@@ -116,13 +116,13 @@ def publish_part(
 
 
 def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest, digests: BlockDigests) -> Manifest:
-    """As :func:`publish`, for a copy of a checkpoint that is committed elsewhere.
+    """Publish a copy of a checkpoint that is committed elsewhere, see :func:`publish`.
 
-    ``manifest`` is that one's, with the files of data as they are called here, and no others.
+    ``manifest`` is that one's, with only the data files, under their names here.
 
     Raises:
         SaveError: a file is missing or has another size.
-        StorageError: the storage refused; ``target`` is as it was, or is the copy.
+        StorageError: the storage refused; ``target`` is unchanged, or is the copy.
     """
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S if storage.can_rename else 0.0)
@@ -134,13 +134,13 @@ def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest
 def publish_files(
     storage: Storage, attempt: str, target: str, written: Mapping[str, FileDigests], record: Manifest
 ) -> Manifest:
-    """As :func:`publish`, for an attempt whose files are of another format (Hugging Face's): it has no ``.metadata``.
+    """Publish an attempt with files of another format (Hugging Face's), without ``.metadata``; see :func:`publish`.
 
-    ``written`` are the files that must be there. ``record`` becomes the commit record, with all files named.
+    ``written`` are the required files. ``record`` becomes the commit record, listing all files.
 
     Raises:
         SaveError: a file is missing or has another size.
-        StorageError: the storage refused; ``target`` is as it was, or is the new checkpoint.
+        StorageError: the storage refused; ``target`` is unchanged, or is the new checkpoint.
     """
     place = Place.of(storage, attempt, target, record.save_id)
     record = replace(record, files={name: FileEntry(found.nbytes, found.crc32) for name, found in written.items()})

@@ -88,8 +88,7 @@ class RunLock:
         self._thread.join()
 
     def _take(self, path: str) -> bool:
-        """Create the lock file, naming this process; returns whether it was created. Of several callers one
-        succeeds."""
+        """Create the lock file, naming this process; returns True for the one caller that succeeds."""
         self._record = this_process(time.time()).dump() + b"\n"
         try:
             self._storage.write(path, self._record)

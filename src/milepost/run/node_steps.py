@@ -26,7 +26,7 @@ class NodeFolder:
     """The content of one node's folder."""
 
     part: NodePart
-    """Which part of the run's steps belongs here now."""
+    """The part of the run's steps that belongs here now."""
     entries: tuple[StepEntry, ...]
     settled: Mapping[int, str]
     """Steps of which all nodes had their part: the save id of each."""

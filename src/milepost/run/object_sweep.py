@@ -28,7 +28,7 @@ from milepost.storage.base import Entry, Storage, join, split
 _log = logging.getLogger(__name__)
 
 READERS_S = 600.0
-"""What was replaced stays for so long after its replacement, for readers that have begun."""
+"""Seconds that replaced files are kept, for readers that have begun."""
 
 _ATTEMPT_NAME = re.compile(re.escape(ATTEMPT_PREFIX) + r"[0-9a-f]{32}")
 _PLAIN = re.compile(r"__[0-9]+_[0-9]+\.distcp|milepost\.(shards|digests)")

@@ -43,9 +43,9 @@ class Owner:
     pid_namespace: _Text
     pid: int
     started: _Text
-    """When the process began, in clock ticks since the boot, as in ``/proc/<pid>/stat``."""
+    """Start of the process in clock ticks since the boot, as in ``/proc/<pid>/stat``."""
     created_s: Annotated[float, msgspec.Meta(ge=0, le=_MAX_TIME_S)]
-    """When this record was made, in seconds since the epoch."""
+    """Time of this record, in seconds since the epoch."""
 
     def dump(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()

@@ -40,7 +40,7 @@ class Decision:
     reason: str
     nbytes: int
     is_abandoned: bool = False
-    """Whether it belongs to an abandoned branch."""
+    """True if it belongs to an abandoned branch."""
 
 
 def plan(

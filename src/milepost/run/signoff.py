@@ -335,7 +335,7 @@ def _look(storage: Storage, attempt: str, names: set[str], rank: int) -> SignOff
 
 
 def _fault(found: SignOff, rank: int, save_id: str, member: str) -> str:
-    """Why a sign-off keeps the save from being committed; empty if it does not."""
+    """Return the reason why a sign-off prevents the commit; empty if it does not."""
     if found.error is not None:
         return found.error
     if (found.rank, found.save_id) != (rank, save_id):

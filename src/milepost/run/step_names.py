@@ -28,7 +28,7 @@ REPLACED_PREFIX = ".milepost-replaced-"
 DELETING_PREFIX = ".milepost-deleting-"
 OLD_ATTEMPT_PREFIX = ".attempt-"
 OLD_PREFIXES = (OLD_ATTEMPT_PREFIX, ".replaced-", ".deleting-")
-"""Of Milepost 0.1. Other programs use such names too, so they are read, and never removed."""
+"""Names of Milepost 0.1. Other programs use them too, so they are read, and never removed."""
 PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
 REMOTE_NAME = ".remote.json"

@@ -195,7 +195,7 @@ class Roster:
         return Record(paths, empty, structure), unlike
 
     def _by_rank(self) -> ByRank:
-        """What each rank holds of a loop's own state, where that is not the same on all: containers and their keys."""
+        """Return each rank's containers and keys of a loop's own state, where ranks differ."""
         found: dict[str, dict[bytes, list[int]]] = {name: defaultdict(list) for name in LOOP_PARTS}
         for rank, pair in enumerate(self._told):
             skeletons = self._kinds[pair[0]].nesting.skeleton, self._own[pair[1]].nesting.skeleton

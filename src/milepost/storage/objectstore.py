@@ -130,7 +130,7 @@ class ObjectStorage(Storage):
         self._prove(name, data)
 
     def _create_of(self, name: str, content: Content) -> None:
-        """As :meth:`create`, of a file in several pieces too: in parts if it is large."""
+        """Create an object from one or several pieces, see :meth:`create`; in parts if it is large."""
         if isinstance(content, Bytes):
             self.create(name, content)
             return

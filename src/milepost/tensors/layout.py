@@ -63,11 +63,11 @@ class TensorLeaf:
     pieces: tuple[Piece, ...]
     local: torch.Tensor
     is_part: bool = False
-    """Whether it is one of those that a tensor is made of, which mean something in their own dtype alone."""
+    """True for a part of a composed tensor, which must keep its own dtype."""
     shard_of: str = ""
-    """Of a part that is in every shard of a DTensor (a table, a scale): the key of that; empty for any other tensor."""
+    """Key of the DTensor, for a part that is in each of its shards (a table, a scale); otherwise empty."""
     spread: Spread | None = None
-    """Of a DTensor with elements: how its mesh's ranks hold it."""
+    """Placement on the mesh's ranks, for a DTensor with elements."""
 
     @property
     def spec(self) -> TensorSpec:

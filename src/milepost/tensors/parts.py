@@ -31,7 +31,7 @@ from milepost.tensors.layout import Piece, Placed, arrived, shard_pieces
 from milepost.tensors.registry import is_named_tuple, register_reader, register_value, registered
 
 Cut = Literal["as outer", "by rows", "whole"]
-"""How an inner tensor lies on the ranks of the DTensor around: as the outer one, in proportion to its rows, whole."""
+"""Placement of an inner tensor on the ranks of the outer DTensor: like it, in proportion to its rows, or replicated."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
 _SHAPE, _DEVICE = ("the shape",), ("the device",)
@@ -44,9 +44,9 @@ class TensorForm:
     class_name: str
     """``module:qualified name``; empty for a DTensor whose shards are stored one by one."""
     context: Any
-    """What the class keeps beside tensors, as plain data (see :func:`_to_plain`); the number of shards."""
+    """The class's data other than tensors, as plain data (see :func:`_to_plain`); or the number of shards."""
     shape: tuple[int, ...]
-    """Of the outer tensor, on all ranks."""
+    """Shape of the outer tensor, over all ranks."""
     dtype: torch.dtype
     cuts: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
     """For each attribute, where a DTensor was around; empty for one that is whole."""
@@ -69,9 +69,9 @@ class TensorParts(dict[str, Any]):
         super().__init__(parts)
         self.form = form
         self.key = key
-        """Of a node: the key of the tensor that it stands for."""
+        """For a node: the key of its tensor."""
         self.tensor: torch.Tensor | None = None
-        """Of a node: what takes its place once its parts are read."""
+        """For a node: its replacement once its parts are read."""
 
 
 def comes_apart(tensor: object) -> bool:

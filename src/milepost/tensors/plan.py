@@ -405,7 +405,7 @@ class Origin:
 
     box: Box
     key: str
-    """Of the stored tensor."""
+    """Key of the stored tensor."""
     stored: Box
     is_transposed: bool = False
     """True if the last two dims of ``box`` are those of ``stored`` swapped."""

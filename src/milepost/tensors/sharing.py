@@ -176,7 +176,7 @@ class _Descriptions:
         return self._is_complete(spread.mesh, numbers)
 
     def _is_complete(self, mesh: Mesh, numbers: tuple[int, ...]) -> bool:
-        """Whether all ranks of a mesh are among those that have described a tensor on it."""
+        """Return whether all ranks of a mesh are among those that described a tensor on it."""
         known = self._complete.get((mesh, numbers))
         if known is None:
             ranks = {rank for number in numbers for rank in self._described[number][0]}

@@ -41,7 +41,7 @@ class Held:
 
 
 ByRank = Mapping[str, Sequence[tuple[Sequence[int], bytes]]]
-"""Of parts of which ranks hold different containers: the ranks of each kind, and its skeleton."""
+"""For parts whose containers differ between ranks: the ranks of each kind, and its skeleton."""
 _BY_RANK = "milepost.by_rank"
 """Under this name the record of the structure has them."""
 
@@ -81,7 +81,7 @@ class Tree:
         return tree
 
     def narrow(self, manifest: Manifest, rank: int) -> None:
-        """Of parts of which ranks held different containers, leave what ``rank`` held, in its order."""
+        """Reduce parts whose containers differed between ranks to those of ``rank``, in its order."""
         stored = {*manifest.tensors, *manifest.objects}
         for name, part in _parts_of(manifest, rank).items():
             self.root.pop(name, None)

@@ -20,7 +20,7 @@ class Traits:
 
     num_parts: int = 0
     num_bytes: int = 0
-    """Of all ``bytes`` in it."""
+    """Total size of all ``bytes`` in it."""
     has_sets: bool = False
 
 

@@ -22,10 +22,10 @@ MAX_FILE_NBYTES = 128 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
-Content = bytes | str | os.PathLike[str]
+FileContent = bytes | str | os.PathLike[str]
 
 
-def attached(files: Mapping[str, Content] | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def attached(files: Mapping[str, FileContent] | None, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the part of the state with ``files``, read now, and ``extra``; empty if there are none.
 
     Raises:
@@ -46,7 +46,7 @@ def attached(files: Mapping[str, Content] | None, extra: Mapping[str, Any] | Non
     return {name: values for name, values in state.items() if values}
 
 
-def _checked(name: str, content: Content) -> bytes:
+def _checked(name: str, content: FileContent) -> bytes:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
             "expected a file name of letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'"

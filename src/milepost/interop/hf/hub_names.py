@@ -29,7 +29,7 @@ from milepost.loading.names import without_wrappers
 log = logging.getLogger("milepost")
 
 _MAX_NBYTES = 8 << 30
-"""Of the process that is asked for names: a config may say that there are a billion layers."""
+"""Limit of the process that computes names: a config may claim a billion layers."""
 
 
 def kept_names(model: Any) -> KeptNames:

@@ -134,7 +134,7 @@ def _sink(
 
 
 def _record_of(first: Weights) -> dict[str, Any]:
-    """What the first source says of its model, for a manifest."""
+    """Return the first source's record of its model, for a manifest."""
     identity = recorded_identity(first)
     if identity is not None or first.manifest is None:
         return {RECORD: identity.record()} if identity is not None else {}

@@ -10,8 +10,8 @@ from milepost.interop.names.model_sizes import ModelArgs
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """The sizes of a mixture of experts that its spreading over ranks depends on."""
+class ExpertCount:
+    """The number of experts, on which their sharding over ranks depends."""
 
     num_experts: int
 
@@ -33,9 +33,9 @@ class Sizes:
     """Features that only some models of a family have."""
 
     @property
-    def moe(self) -> Experts | None:
+    def moe(self) -> ExpertCount | None:
         """The experts of a layer; None without any."""
-        return Experts(self.named["experts"]) if "experts" in self.named else None
+        return ExpertCount(self.named["experts"]) if "experts" in self.named else None
 
     def layers(self, kind: str) -> Sequence[int]:
         """Return the indices of the layers of ``kind``; of all layers if it is empty."""
