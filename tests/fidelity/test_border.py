@@ -147,6 +147,7 @@ def test_a_load_in_inference_mode_makes_tensors_for_training(memory_path: Path) 
     optimizer.step()
     sparse = torch.eye(2).to_sparse()
     with torch.inference_mode(), torch.device("meta"):
+        milepost.async_save(memory_path / "two", {"model": model}).committed(60)
         milepost.save(memory_path / "one", {"model": model, "optimizer": optimizer, "sparse": sparse})
         milepost.load(memory_path / "one", {"model": fresh, "optimizer": again, "sparse": None})
         found = milepost.load(memory_path / "one")
@@ -154,6 +155,7 @@ def test_a_load_in_inference_mode_makes_tensors_for_training(memory_path: Path) 
     assert_same(again.state_dict(), optimizer.state_dict())
     fresh(torch.ones(2, 4)).sum().backward()
     again.step()
+    milepost.async_save(memory_path / "two", {"model": fresh}).committed(60)  # with the memory of the one before
 
 
 # ---- first mistakes ----
@@ -250,6 +252,10 @@ def other_step(folder: Path) -> str:
         assert manager.save(8)
         with pytest.raises(ConfigError, match="every rank must ask for the same step"):
             manager.load(step=7 + rank)
+        with pytest.raises(SaveError, match=r"step-9 \(model\)"):
+            manager.save(9, last_step=rank == 0)
+    with pytest.raises(ConfigError, match=r"checkpoint.async_mode: every rank must be given the same"):
+        CheckpointManager(folder / "x", CheckpointConfig(async_mode=("disabled", "async")[rank]), model=net())  # type: ignore[arg-type]
     return caught.value.message
 
 
@@ -263,6 +269,9 @@ def one_comes_late(folder: Path) -> list[str]:
         if torch.distributed.get_rank() == late:
             time.sleep(1.5)
         milepost.save(folder / f"late-{late}", {"n": 1})
+    if torch.distributed.get_rank() == 1:
+        time.sleep(1)
+    milepost.load(folder / "late-1")
     return [line for line in said if "waiting for rank" in line]
 
 
@@ -278,4 +287,5 @@ def test_a_rank_that_does_not_call_save_is_named(memory_path: Path, monkeypatch:
     first, second = run_world(one_comes_late, 2, memory_path, timeout_s=60)
     assert "late-1: waiting for rank 1 " in first[0]
     assert "late-0: waiting for rank 0 " in second[0]
+    assert any(line.startswith("loading ") and "waiting for rank 1" in line for line in first)
     assert "if rank == 0" in first[0]

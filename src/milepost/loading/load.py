@@ -20,6 +20,7 @@ from typing import Any, get_args, overload
 from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
 from milepost.collective.interrupt import interrupts_held
+from milepost.collective.meeting import meeting
 from milepost.collective.progress import ProgressLog, watched
 from milepost.collective.threads import map_in_threads
 from milepost.config import NUM_IO_THREADS, ReadMode
@@ -34,7 +35,7 @@ from milepost.loading.names import Translation, renamed, renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.loading.reader import ReadStats
 from milepost.loading.sources import Near, Sources, read_own_part
-from milepost.loading.target import Target, ordinary_tensors
+from milepost.loading.target import Target
 from milepost.loading.template import Template, Whole
 from milepost.loading.unwanted import unwanted_everywhere
 from milepost.loading.values import read_common, read_objects
@@ -42,7 +43,7 @@ from milepost.run import checkpoint_record
 from milepost.run.node_part import NodePart
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
-from milepost.tensors.state import flatten
+from milepost.tensors.state import flatten, ordinary_tensors
 from milepost.tensors.tree import Read
 
 log = logging.getLogger("milepost")
@@ -224,7 +225,8 @@ def load_from(
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
     looked = _Looked()
-    brought = comm.gather((path, part is not None, near is not None))
+    with meeting(comm, f"loading {path}"):
+        brought = comm.gather((path, part is not None, near is not None))
     with watched(f"rank {comm.rank} is reading the manifest of {path}"):
         shared = on_rank_0(comm, partial(_read_for_all, storage, folder, brought, read))
     try:

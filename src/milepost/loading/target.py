@@ -6,8 +6,7 @@ load that is refused has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -243,16 +242,6 @@ class Restorer(Protocol):
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Pass the values to the object."""
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that training can use, also for a caller in inference mode: those of that mode can't leave it."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -187,7 +187,8 @@ class Agreement:
         """
         where = f"{self._storage.root}/{request.target}"
         # Nodes may have different folder names: the step is the same.
-        offer = self._offer(prepared, where if self._nodes is None else split(request.target)[1])
+        target = where if self._nodes is None else split(request.target)[1]
+        offer = self._offer(prepared, f"{target} ({request.info.kind})")
         with meeting(self._comm, f"saving {where}"):
             offers = self._comm.gather(offer)
             answer = self._comm.broadcast(self._ask_or_answer(request, offers) if offers is not None else None)
@@ -234,7 +235,7 @@ class Agreement:
             targets = [offer.target for offer in offers]
             if len(set(targets)) > 1:
                 lines = "".join(f"\n  {line}" for line in listed(by_ranks(targets)))
-                raise SaveError(f"every rank must save the same step in the same folder, found{lines}")
+                raise SaveError(f"every rank must save the same step and kind in the same folder, found{lines}")
             if self._last.token and all(offer.token == self._last.token for offer in offers):
                 depth = self._depth([offer.common for offer in offers])
                 return self._answer_with(request, Answer(depth, begun=self._begin(request) if depth is None else None))

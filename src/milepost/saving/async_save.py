@@ -36,6 +36,7 @@ from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
 from milepost.tensors.snapshot import Snapshot, encoded
+from milepost.tensors.state import ordinary_tensors
 
 log = logging.getLogger("milepost")
 
@@ -99,6 +100,7 @@ class AsyncSaver:
         """Return whether this saver's ranks are those of ``comm``."""
         return (self._comm.rank, self._comm.world_size) == (comm.rank, comm.world_size)
 
+    @ordinary_tensors()
     def save(self, request: SaveRequest) -> SaveHandle:
         """Start a save: flatten, agree, stage; the rest happens in the background. Collective.
 
@@ -116,7 +118,7 @@ class AsyncSaver:
             image = self._fit_arena(job.plan)
             save.staging = Staging(
                 *(prepared.flat.tensors, job.plan, image),
-                buffers=prepared.buffers,
+                buffers=prepared.buffers | prepared.layout.frozen,
                 is_deferred=self._mode != "async",
             )
             plan_s = time.monotonic() - started

@@ -31,6 +31,7 @@ from milepost.saving.stage import TensorBlocks
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.snapshot import encoded
+from milepost.tensors.state import ordinary_tensors
 
 Kind = Literal["state", "full", "model"]
 
@@ -99,6 +100,7 @@ class Saver:
             last=last,
         )
 
+    @ordinary_tensors()
     @collection_paused()
     def save(self, request: SaveRequest) -> SaveReport:
         """Run a save: flatten, agree, write, sign off, publish and prune. Collective.

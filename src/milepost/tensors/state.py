@@ -8,7 +8,8 @@ container are one leaf: a record for each would take more room and time than the
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -49,6 +50,16 @@ _PLAIN = frozenset((*_ATOMS, tuple, set, frozenset, np.ndarray, torch.Size, torc
 
 class ByName(dict[str, Any]):
     """A mapping whose keys are names that others look for: never stored as one value."""
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that training can use, also for a caller in inference mode: those of that mode can't leave it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,11 +115,14 @@ def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> Fl
     flat = FlatState({}, {}, {}, {})
     if PACKED in state_dict:
         raise SaveError(f"the key '{PACKED}' is Milepost's own: rename it", key=PACKED)
-    packed = _Packing().packed_below(state_dict)
-    if id(state_dict) in packed:
-        state_dict = {PACKED: dict(state_dict)}
-        packed = {id(state_dict[PACKED])}
-    flat.skeleton.update(_enter(flat, state_dict, (), packed, frozenset(by_shard)))
+    try:
+        packed = _Packing().packed_below(state_dict)
+        if id(state_dict) in packed:
+            state_dict = {PACKED: dict(state_dict)}
+            packed = {id(state_dict[PACKED])}
+        flat.skeleton.update(_enter(flat, state_dict, (), packed, frozenset(by_shard)))
+    except RecursionError:
+        raise SaveError("the state contains itself, or its mappings and lists are nested too deep") from None
     return flat
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from milepost.collective.comm import Comm, by_ranks, failure_on, raise_together
+from milepost.collective.meeting import meeting
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, listed
 from milepost.saving.arguments import checked_layout
@@ -73,14 +75,32 @@ def check_arguments_of_all_ranks(comm: Comm, **given: Any) -> None:
         check_arguments(**given)
     except ConfigError as error:
         failure = failure_on(comm.rank, error)
-    folders = comm.gather(str(given["folder"]))
-    config = given["config"]
-    if isinstance(config, CheckpointConfig) and config.folder_per_node:
-        folders = None  # each node may have its own
-    if folders is not None and failure is None and len(set(folders)) > 1:
-        lines = "".join(f"\n  {shown}" for shown in listed(by_ranks(folders)))
-        failure = ConfigError(f"CheckpointManager: every rank must be given the same folder, found{lines}")
+    with meeting(comm, f"making a CheckpointManager for {str(given['folder'])[:200]}"):
+        fit = (str(given["folder"]), given["config"] or CheckpointConfig()) if failure is None else None
+        brought = comm.gather(fit)
+    if brought is not None and None not in brought:
+        failure = _unlike([folder for folder, _ in brought], [config for _, config in brought])
     raise_together(comm, failure)
+
+
+_OF_A_HOST = ("folder", "num_io_threads", "page_cache")
+"""Options that may differ between ranks."""
+
+
+def _unlike(folders: Sequence[str], configs: Sequence[CheckpointConfig]) -> ConfigError | None:
+    """The error for ranks that were given different folders or options; None if they are the same."""
+    problems = []
+    if len(set(folders)) > 1 and not configs[0].folder_per_node:  # else each node may name its own
+        problems.append(f"CheckpointManager: every rank must be given the same folder, found{_lines(folders)}")
+    for option in (field.name for field in fields(CheckpointConfig) if field.name not in _OF_A_HOST):
+        found = [repr(getattr(config, option)) for config in configs]
+        if len(set(found)) > 1:
+            problems.append(f"checkpoint.{option}: every rank must be given the same, found{_lines(found)}")
+    return ConfigError(problems) if problems else None
+
+
+def _lines(by_rank: Sequence[str]) -> str:
+    return "".join(f"\n  {shown}" for shown in listed(by_ranks(by_rank)))
 
 
 def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:

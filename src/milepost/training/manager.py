@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from milepost.collective.comm import Comm, default_comm, on_every_rank, on_rank_0
 from milepost.collective.interrupt import interrupts_held
+from milepost.collective.meeting import meeting
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.loading.load import LoadReport
@@ -235,8 +236,9 @@ class CheckpointManager:
         """Return the newest step of any kind on the branch that was written last; None if there is none. Collective."""
         if not self._config.enable:
             return None
-        self._loader.look()
-        newest = History.of(on_rank_0(self._comm, self._loader.scan)).newest
+        with meeting(self._comm, "CheckpointManager.latest_step"):
+            self._loader.look()
+            newest = History.of(on_rank_0(self._comm, self._loader.scan)).newest
         return newest.step if newest is not None else None
 
     @interrupts_held()
@@ -245,8 +247,9 @@ class CheckpointManager:
         if not self._config.enable:
             return None
         num_steps = checked_step(num_steps)
-        self._loader.look()
-        return on_rank_0(self._comm, partial(self._loader.finished_step, num_steps))
+        with meeting(self._comm, "CheckpointManager.finished_step"):
+            self._loader.look()
+            return on_rank_0(self._comm, partial(self._loader.finished_step, num_steps))
 
     @interrupts_held()
     def load(self, num_steps: int | None = None, *, step: int | None = None) -> LoadReport | None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from milepost.collective.comm import Comm, by_ranks, failure_on, on_rank_0, raise_together
+from milepost.collective.meeting import meeting
 from milepost.config import PARTS, CheckpointConfig, part_of
 from milepost.errors import (
     CheckpointDamagedError,
@@ -30,7 +31,7 @@ from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
 from milepost.loading.policy import Policy, first_match
 from milepost.loading.sources import Near, find_near
-from milepost.loading.target import Stored, Target, ordinary_tensors
+from milepost.loading.target import Stored, Target
 from milepost.run import catalog, checkpoint_record, node_steps
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
@@ -43,7 +44,7 @@ from milepost.saving.nodes import Nodes
 from milepost.storage import is_folder, open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.state import flatten
+from milepost.tensors.state import flatten, ordinary_tensors
 from milepost.tensors.tree import Read
 from milepost.training.choice import Choice, both_tiers, choose, launch_id
 from milepost.training.frozen import KEY as BASE
@@ -229,7 +230,8 @@ class Loader:
 
     def _check_asked(self, num_steps: int | None, step: int | None) -> None:
         """Raises ConfigError on every rank if ranks ask for different steps. Collective."""
-        asked = self._comm.gather(f"num_steps {num_steps}, step {step}")
+        with meeting(self._comm, f"loading from {join(self._storage.root, self._folder)}"):
+            asked = self._comm.gather(f"num_steps {num_steps}, step {step}")
         failure = None
         if asked is not None and len(set(asked)) > 1:
             lines = "".join(f"\n  {line}" for line in listed(by_ranks(asked)))
