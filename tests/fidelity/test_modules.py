@@ -14,7 +14,7 @@ from same import assert_same
 from torch import nn
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager
+from milepost import CheckpointConfig, CheckpointManager, SaveError, StateMismatchError
 
 CONFIG = CheckpointConfig(enable=True, interval=1, last_save_model_only=False)
 
@@ -251,3 +251,49 @@ def test_tensors_are_filled_where_they_are(memory_path: Path) -> None:
     second.close()
     assert [parameter.data_ptr() for parameter in loaded.parameters()] == pointers
     assert_same(loaded.weight, saved.weight)
+
+
+class Observer(nn.Module):
+    """A module that takes another shape than it has, as those of quantization-aware training do."""
+
+    scale: torch.Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("scale", torch.arange(float(channels)))
+        self.weight = nn.Parameter(torch.full((2,), float(channels)))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        if state[f"{prefix}scale"].numel() > 3:
+            rest[-1].append("no more than 3 channels")
+        self.scale = torch.empty_like(state[f"{prefix}scale"])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_a_module_that_takes_another_shape(memory_path: Path) -> None:
+    for channels in (3, 4):
+        saved, loaded = (nn.Sequential(nn.Linear(1, 1), Observer(n)) for n in (channels, 1))
+        before = [parameter.detach().clone() for parameter in loaded.parameters()]
+        milepost.save(memory_path / str(channels), {"model": saved})
+        if channels == 3:
+            milepost.load(memory_path / str(channels), {"model": loaded})
+            assert_same(dict(loaded.state_dict()), dict(saved.state_dict()))
+            continue
+        with pytest.raises(StateMismatchError, match="1: no more than 3 channels"):
+            milepost.load(memory_path / str(channels), {"model": loaded})
+        assert_same([parameter.detach() for parameter in loaded.parameters()], before)
+        assert loaded[1].scale.tolist() == [0]
+
+
+def test_lazy_modules_and_what_stays_on_the_meta_device(memory_path: Path) -> None:
+    saved = nn.Sequential(nn.Linear(3, 2))
+    milepost.save(memory_path / "one", {"model": saved})
+    lazy = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(SaveError, match=r"model\.0\.weight is of a lazy module"):
+        milepost.save(memory_path / "lazy", {"model": lazy})
+    milepost.load(memory_path / "one", {"model": lazy})
+    assert_same(dict(lazy.state_dict()), dict(saved.state_dict()))
+    with torch.device("meta"):
+        larger = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    report = milepost.load(memory_path / "one", {"model": larger}, allow_missing=["model.1"])
+    assert "on the meta device and not loaded, so still without values: 1.weight" in report.notes

@@ -15,10 +15,11 @@ from same import assert_same, digest
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from milepost import CheckpointConfig, CheckpointManager, StateMismatchError
+from milepost import CheckpointConfig, CheckpointManager, SaveError, StateMismatchError
 from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
@@ -164,7 +165,25 @@ def two_ranks(folder: Path, wrap: str) -> list[str]:
         assert_same(again.state_dict(), optimizer.state_dict(), name)
         assert_same(resumed.state_dict(), model.state_dict(), name)
         tried.append(name)
+    if wrap == "ddp":
+        check_divided(folder / "divided", wrapped)
     return tried
+
+
+def check_divided(folder: Path, wrapped: Any) -> None:
+    """An optimizer that divides its state among ranks needs no consolidation: each rank saves its part."""
+    runs = []
+    for seed in (0, 1):
+        model = wrapped("AdamW", seed)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.05 / (seed + 1))
+        if seed == 0:
+            train(model, optimizer, range(2))
+            save(folder, model, optimizer)
+        else:
+            load(folder, model, optimizer)
+        train(model, optimizer, range(2, 4))
+        runs.append((model.state_dict(), optimizer.optim.state_dict()))
+    assert_same(runs[1], runs[0])
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
@@ -329,6 +348,40 @@ class AsOne(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+
+
+class Sharp(Optimizer):
+    """Wraps an optimizer and shows its own state alone, as published implementations of SAM do."""
+
+    def __init__(self, parameters: Any, base: Any, **options: Any):
+        super().__init__(parameters, options)
+        self.base = base(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["old"] = parameter.detach().clone()
+        self.base.step(closure)
+
+
+def test_a_wrapper_that_leaves_out_what_it_wraps_is_refused(memory_path: Path) -> None:
+    model = new_model("SGD", 0)
+    optimizer = Sharp(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    save(memory_path / "untrained", model, optimizer)
+    train(model, optimizer, range(2))
+    with pytest.raises(SaveError, match=r"SGD that it wraps as `base`.*optimizer=optimizer.base, states="):
+        save(memory_path / "run", model, optimizer)
+    runs = []
+    for door in ("save", "load"):
+        resumed = model if door == "save" else new_model("SGD", 1)
+        again = optimizer if door == "save" else Sharp(resumed.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+        with CheckpointManager(
+            memory_path / "both", CONFIG, model=resumed, optimizer=again.base, states={"sharp": again}
+        ) as manager:
+            manager.save(1) if door == "save" else manager.load()
+        runs.append((again.state_dict(), again.base.state_dict(), resumed.state_dict()))
+    assert_same(runs[1], runs[0])
 
 
 def test_an_optimizer_as_the_state_of_a_loop(memory_path: Path) -> None:

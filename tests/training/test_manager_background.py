@@ -48,15 +48,18 @@ def refuse(path: str) -> Any:
 
 
 class Counting(nn.Module):
-    """Batch norm, and a large buffer that every forward changes."""
+    """Batch norm, and what every forward changes: a large buffer, and a parameter without gradient (a codebook)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Linear(64, 1))
         self.register_buffer("seen", torch.zeros(1 << 20))
+        self.codes = nn.Parameter(torch.zeros(1 << 20), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.add_(1)
+        with torch.no_grad():
+            self.codes.add_(1)
         return self.body(x)
 
 
@@ -87,8 +90,8 @@ def test_the_same_for_a_module_given_to_async_save(tmp_path: Path) -> None:
     handle.committed(60)
     other = Counting()
     milepost.load(tmp_path / "ck", {"model": other})
-    assert other.seen.max() == 0
-    assert model.seen.max() == 1
+    assert other.seen.max() == other.codes.max() == 0
+    assert model.seen.max() == model.codes.max() == 1
 
 
 # ---- waiting and closing ----

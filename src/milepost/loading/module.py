@@ -7,6 +7,7 @@ all others are read into new memory, and ``load_state_dict()`` does with them wh
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -21,6 +22,7 @@ from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, wa
 from milepost.loading.target import Target, fresh_like, local_tensor, same_memory
 from milepost.tensors.layout import Placed, can_be_boxes
 from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
+from milepost.tensors.state import LAZY
 from milepost.tensors.tree import Node, Ref, rebuild
 
 EXTRA_STATE = "_extra_state"
@@ -41,6 +43,7 @@ class ModuleOwner:
         self._all_live = True
         self._in_place = set[str]()  # names of those that are made of others, and are read where they are
         self._copies_of: dict[str, str] = {}  # names of tied tensors -> the name under which they are read
+        self._resized: list[str] = []  # names of those that are read in another shape than they have here
         self._alike: list[tuple[str, str]] = []  # keys of tied tensors whose values must be found equal
         self.replaced: dict[torch.Tensor, torch.Tensor] = {}
         """Parameters and buffers that were on the meta device -> those that stand in their place now."""
@@ -55,6 +58,10 @@ class ModuleOwner:
             path = self._path_of(name)
             key = ".".join(path)
             if name in self._copies_of or target.is_excluded(key):
+                continue
+            if isinstance(value, LAZY) or self._resizes(target, name, value, key):
+                self._all_live = False
+                self._want_as_stored(target, name, value, key)
                 continue
             if comes_apart(value) or (isinstance(value, DTensor) and is_by_shard(target.at(path))):
                 self._prepare_parts(target, name, value, held.get(name))
@@ -80,11 +87,59 @@ class ModuleOwner:
                 self._nodes[name] = node
 
         target.note("buffers missing from the checkpoint, left as initialized", left_fresh)
+        loaded = {name for name in self._on_meta if self._keys.get(name, name) in target.stored_keys}
+        blank = [name for name, tensor in held.items() if tensor.is_meta and name not in {*loaded, *self._nodes}]
+        target.note("on the meta device and not loaded, so still without values", blank)
         not_kept = [".".join(self._path_of(name)) for name in buffers if name not in self._own]
         derived = [key for key in target.stored_keys if key.rpartition(".")[2] in DERIVED and key not in target.values]
         unused = sorted(target.stored_keys.intersection((*not_kept, *derived)))
         target.left.update(unused)
         target.note("buffers of the checkpoint that this model computes itself, ignored", unused)
+
+    def _resizes(self, target: Target, name: str, value: Any, key: str) -> bool:
+        """Return whether an entry has another shape in the checkpoint, and its module's own way of loading may take it.
+
+        Observers of quantization-aware training do. Modules of ``torch.nn`` do not.
+        """
+        entry = target.entry(key)
+        if entry is None or not is_plain_entry(name, value) or entry.shape == tuple(value.shape):
+            return False
+        kind = type(self._holder_of(name))
+        is_own = kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        is_plain = not value.is_meta and not isinstance(value, DTensor)
+        return is_plain and is_own and not kind.__module__.startswith("torch.nn.")
+
+    def _holder_of(self, name: str) -> nn.Module:
+        """The module of an entry's name; an empty one for a name that a hook or an override has made up."""
+        try:
+            return self._module.get_submodule(name.rpartition(".")[0])
+        except AttributeError:
+            return nn.Module()
+
+    def _want_as_stored(self, target: Target, name: str, value: torch.Tensor, key: str) -> None:
+        entry = target.entry(key)
+        if entry is None:
+            target.want_missing([key])
+            return
+        self._keys[name] = key
+        target.want(key, torch.empty(entry.shape, dtype=value.dtype, device=value.device), live=False)
+        if not isinstance(value, LAZY):
+            self._resized.append(name)
+
+    def _check_resized(self, values: Mapping[str, Any]) -> list[str]:
+        """Try tensors of other shapes on copies of their modules, so that a refusal changes nothing."""
+        unfit = []
+        for prefix in dict.fromkeys(name.rpartition(".")[0] for name in self._resized):
+            trial = copy.deepcopy(self._module.get_submodule(prefix))
+            names = {name.rpartition(".")[2]: name for name in self._own if name.rpartition(".")[0] == prefix}
+            state = {
+                short: values[self._keys[name]] if name in self._resized else self._own[name]
+                for short, name in names.items()
+            }
+            errors: list[str] = []
+            trial._load_from_state_dict(state, "", {}, True, [], [], errors)
+            unfit += [f"{prefix or type(trial).__name__}: {error}" for error in errors]
+        return unfit
 
     def _prepare_parts(self, target: Target, name: str, value: torch.Tensor, held: torch.Tensor | None) -> None:
         """Read a tensor that is made of others, of the same kind as it was saved."""
@@ -110,7 +165,7 @@ class ModuleOwner:
         """Read a tensor with several names once; data stored under the other names must be equal."""
         groups: dict[int, list[str]] = {}
         for name, value in self._own.items():
-            if is_plain_entry(name, value) and name in held:
+            if not isinstance(value, LAZY) and is_plain_entry(name, value) and name in held:
                 groups.setdefault(id(held[name]), []).append(name)
         for names in groups.values():
             keys = {name: ".".join(self._path_of(name)) for name in names}
@@ -141,6 +196,7 @@ class ModuleOwner:
             for one, other in self._alike
             if one in values and other in values and not _same_bits(values[one], values[other])
         ]
+        unfit += self._check_resized(values)
         if unfit:
             raise StateMismatchError(
                 "the checkpoint does not match its target; nothing was changed:\n  " + "\n  ".join(unfit),

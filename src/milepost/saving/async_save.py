@@ -118,7 +118,7 @@ class AsyncSaver:
             image = self._fit_arena(job.plan)
             save.staging = Staging(
                 *(prepared.flat.tensors, job.plan, image),
-                buffers=prepared.buffers | prepared.layout.frozen,
+                buffers=prepared.changed_by_forward,
                 is_deferred=self._mode != "async",
             )
             plan_s = time.monotonic() - started

@@ -94,7 +94,7 @@ class Comparison:
             groups={digest: one for digest, one in unlike.items() if one.ranks[0] == self._comm.rank},
             roots={key: str(path[0]) for key, path in prepared.flat.paths.items()} if unlike else {},
             shards={key: leaf.shard_of for key, leaf in prepared.flat.tensors.items() if leaf.shard_of},
-            buffers=prepared.buffers,
+            buffers=prepared.layout.buffers,
             host=host_name(),
         )
 

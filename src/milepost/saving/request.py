@@ -42,8 +42,7 @@ class SaveRequest:
     per_rank: tuple[str, ...] = ()
     """Top-level names whose values may differ between ranks, and are then stored per rank."""
     modules: tuple[nn.Module, ...] = ()
-    """Modules whose buffers are in the state. Buffers are copied before a save returns, because ``forward`` changes
-    them."""
+    """Modules whose tensors are in the state. What ``forward`` may change of them is copied before a save returns."""
     full_every: int = 1
     """Rewrite frozen tensors every N saves; 0: only if they have changed."""
 
@@ -63,12 +62,14 @@ class Prepared:
     layout: LocalLayout
     nesting: Nesting
     fingerprint: str
+    frozen: frozenset[str] = frozenset()
+    """Keys of parameters without gradient."""
     error: MilepostError | None = None
 
     @property
-    def buffers(self) -> frozenset[str]:
-        """Keys of tensors that share memory with a buffer of one of the request's modules."""
-        return self.layout.buffers
+    def changed_by_forward(self) -> frozenset[str]:
+        """Keys of tensors that ``forward`` may change: buffers, and parameters without gradient (a codebook's)."""
+        return self.layout.buffers | self.frozen
 
     @cached_property
     def structure(self) -> Structure:
@@ -103,13 +104,13 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
             flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
         objects = {key: _encoded(key, value, manner) for key, value in flat.objects.items()}
         buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
-        frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules], request)
-        layout = replace(flat.layout(), buffers=buffers, frozen=frozen)
+        frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules])
+        layout = replace(flat.layout(), buffers=buffers, frozen=frozen if _shares(request) else frozenset())
         if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
             layout = replace(layout, tensors=tuple(replace(spec, spread=None) for spec in layout.tensors))
         nesting = Nesting(flat.paths, flat.empty, dump_parts(flat.skeleton))
         fingerprint = f"{layout.fingerprint(flat.paths)} {nesting.digest()}"
-        return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, fingerprint)
+        return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, fingerprint, frozen)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
@@ -135,13 +136,13 @@ def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -
     return frozenset(leaf.key for leaf in leaves if _memory_of(leaf.local) in memory) if memory else frozenset()
 
 
-def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module], request: SaveRequest) -> frozenset[str]:
-    """Return the keys of leaves that are parameters of ``modules`` without gradient, under any name.
+def _shares(request: SaveRequest) -> bool:
+    """Return whether steps share files: not without a history, in another format, or where all is written anew."""
+    return request.full_every != 1 and request.make_form is None and request.info.lineage is not None
 
-    Returns None if steps share nothing: a save without a history, in another format, or always rewritten.
-    """
-    if request.full_every == 1 or request.make_form is not None or request.info.lineage is None:
-        return frozenset()
+
+def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:
+    """The keys of leaves that are parameters of ``modules`` without gradient, whatever they are called."""
     memory: set[tuple[torch.device, int] | None] = set()
     for module in modules:
         for parameter in module.parameters():

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from milepost.errors import SaveError
 from milepost.tensors.layout import Placed, TensorLeaf, arrived, can_be_boxes, tensor_leaf
@@ -33,6 +34,8 @@ LOOP_PARTS = ("lr_scheduler", "dataloader", "train_state", "states")
 """Parts that are of the loop itself: what each rank gave, it gets back, keys and order."""
 EMPTY_MAPPINGS = "empty_mappings"
 """Under this name the manifest's ``extra`` lists the paths of mappings without items, which have no keys."""
+LAZY = (UninitializedParameter, UninitializedBuffer)
+"""Tensors of lazy modules that have not seen a batch."""
 PACKED = "milepost.packed"
 """The key of the values at the top level of a state dict, where they are many and small."""
 PACK_FROM = 4096
@@ -137,6 +140,9 @@ def _enter(
         here: Path = (*path, index if isinstance(container, list) else str(index))
         if type(value) not in _PLAIN and is_stateful(value):
             value = value.state_dict()
+        if isinstance(value, LAZY):
+            key = _key(here)
+            raise SaveError(f"{key} is of a lazy module and has no shape yet: run a batch through it first", key=key)
         value = arrived(value) if isinstance(value, torch.Tensor) else value
         if comes_apart(value) or (by_shard and isinstance(value, torch.Tensor) and _key(here) in by_shard):
             value = take_apart(_key(here), value, by_shard=_key(here) in by_shard)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from milepost.collective.comm import Comm, by_ranks, failure_on, raise_together
 from milepost.collective.meeting import meeting
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, listed
 from milepost.saving.arguments import checked_layout
+from milepost.tensors.state import LAZY
 
 
 def check_arguments(
@@ -78,8 +78,9 @@ def check_arguments_of_all_ranks(comm: Comm, **given: Any) -> None:
     with meeting(comm, f"making a CheckpointManager for {str(given['folder'])[:200]}"):
         fit = (str(given["folder"]), given["config"] or CheckpointConfig()) if failure is None else None
         brought = comm.gather(fit)
-    if brought is not None and None not in brought:
-        failure = _unlike([folder for folder, _ in brought], [config for _, config in brought])
+    found = [one for one in brought or () if one is not None]
+    if brought is not None and len(found) == len(brought):
+        failure = _unlike([folder for folder, _ in found], [config for _, config in found])
     raise_together(comm, failure)
 
 
@@ -118,9 +119,6 @@ def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-_LAZY = (UninitializedParameter, UninitializedBuffer)
-
-
 def _model_problems(model: Any) -> Iterator[str]:
     if isinstance(model, Mapping):
         if model and all(isinstance(part, nn.Module) for part in model.values()):
@@ -139,7 +137,7 @@ def _model_problems(model: Any) -> Iterator[str]:
             hint = ": give an instance, not the class" if isinstance(part, type) else ""
             yield f"model: expected a module or a list of modules, found a {_kind(part)}{hint}"
             continue
-        lazy = [name for name, tensor in _tensors(part) if isinstance(tensor, _LAZY)]
+        lazy = [name for name, tensor in _tensors(part) if isinstance(tensor, LAZY)]
         if lazy:
             yield (
                 f"model: {', '.join(listed(lazy, 3))} of lazy modules have no shape yet: run a batch through the model "

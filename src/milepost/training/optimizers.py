@@ -86,7 +86,8 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
     """
     merged = ByName()
     for number, optimizer in enumerate(optimizers):
-        state_dict = optimizer.state_dict()
+        state_dict = state_dict_of(optimizer)
+        _check_hidden(optimizer)
         if not has_numbered_parameters(state_dict, optimizer):  # its own form, or one made by a hook
             _merge(merged, state_dict, optimizer)
             continue
@@ -108,6 +109,49 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
         if extra:
             merged.setdefault("extra", {})[str(number)] = extra
     return merged
+
+
+def state_dict_of(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's ``state_dict()``; of PyTorch's ZeroRedundancyOptimizer, which has one on one rank only, its part.
+
+    Each rank saves the state of the parameters that it steps, by their names, so it is found again on other ranks.
+    """
+    local = local_optimizer(optimizer)
+    if local is None:
+        return optimizer.state_dict()
+    numbers = indexed(optimizer)
+    return {
+        "state": {numbers[p]: local.state[p] for _, p in each_parameter(local) if p in local.state},
+        "param_groups": [{**one, "params": [numbers[p] for p in one["params"]]} for one in optimizer.param_groups],
+    }
+
+
+def local_optimizer(optimizer: Any) -> Optimizer | None:
+    """The optimizer of this rank's parameters in a ZeroRedundancyOptimizer; None for any other kind."""
+    is_zero = any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__)
+    return optimizer.optim if is_zero else None
+
+
+def _check_hidden(optimizer: Optimizer) -> None:
+    """Refuse a wrapper whose ``state_dict()`` leaves out the state of the optimizer that it wraps, as SAM's does.
+
+    Raises:
+        SaveError: it has such state.
+    """
+    if getattr(type(optimizer), "state_dict", None) is not Optimizer.state_dict:
+        return
+    for name, inner in vars(optimizer).items():
+        if not isinstance(inner, Optimizer) or inner.state is optimizer.state:
+            continue
+        entries = [entry.values() if isinstance(entry, Mapping) else [entry] for entry in inner.state.values()]
+        if any(value is not None for values in entries for value in values):
+            kind, wrapped = type(optimizer).__name__, type(inner).__name__
+            raise SaveError(
+                f"{kind}.state_dict() leaves out the state of the {wrapped} that it wraps as `{name}`, which would be "
+                f"lost: give CheckpointManager that one, and the {kind} beside it: optimizer=optimizer.{name}, "
+                f'states={{"{kind.lower()}": optimizer}}',
+                key=PART,
+            )
 
 
 def _by_name(prefix: str, entry: Any) -> dict[str, Any]:
@@ -134,7 +178,7 @@ def of_own_form(optimizers: Sequence[Optimizer]) -> frozenset[Optimizer]:
         optimizer
         for optimizer in optimizers
         if getattr(type(optimizer), "state_dict", None) is not Optimizer.state_dict
-        and not has_numbered_parameters(optimizer.state_dict(), optimizer)
+        and not has_numbered_parameters(state_dict_of(optimizer), optimizer)
     )
 
 
@@ -154,7 +198,7 @@ def has_numbered_parameters(state_dict: Any, optimizer: Optimizer) -> bool:
 class _Saved:
     """The optimizer state of a checkpoint, by FQN: nodes of its tree."""
 
-    state: Mapping[str, Node]
+    state: dict[str, Node]
     """Usually a mapping; for some optimizers a tensor or a list."""
     options: Mapping[str, Mapping[str, Node]]
     extra: Node
@@ -231,7 +275,10 @@ class OptimizersOwner:
         if self._has_any and name not in self._saved.state and name not in self._saved.options:
             self._note("parameters new to the optimizer, with fresh state", name)
             return
-        want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
+        if _steps_elsewhere(optimizer, parameter):
+            target.leave(self._saved.state.pop(name, {}))
+        else:
+            want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
         saved = self._saved.options.get(name, {})
         for option in _options(group):
             if option in saved and not self._is_kept(option, saved, group):
@@ -382,6 +429,12 @@ class OptimizersOwner:
                     value = value.to(here.device)
                 found[option] = value
         return found
+
+
+def _steps_elsewhere(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Return whether another rank has the state of a parameter (see :func:`state_dict_of`)."""
+    local = local_optimizer(optimizer)
+    return local is not None and all(parameter is not p for group in local.param_groups for p in group["params"])
 
 
 def _options(group: Mapping[str, Any]) -> list[str]:
