@@ -23,11 +23,14 @@ from tiny_models import KINDS, assert_equal, hf_tensors
 
 import milepost
 from milepost.errors import ConfigError, ConversionError, DigestMismatchError
+from milepost.format.box import Box
 from milepost.interop.convert import convert
 from milepost.interop.merging import merged as merged_parts
 from milepost.interop.merging.merge import merge
 from milepost.interop.merging.options import MergeOptions
 from milepost.interop.options import ConvertOptions
+from milepost.interop.weights.dequantized import plain_weights
+from milepost.interop.weights.open import open_weights
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 
@@ -335,6 +338,27 @@ def test_a_family_that_is_not_trained_here_is_merged_whatever_names_it_has(memor
     merge([memory_path / "ours", memory_path / "hub"], memory_path / "averaged", MergeOptions())
     convert(memory_path / "averaged", memory_path / "back", ConvertOptions(to="hf"))  # it still says what it is
     assert_equal(hf_tensors(memory_path / "back"), hf_tensors(memory_path / "hub"))
+
+
+def test_rows_that_belong_together_are_merged_in_narrow_parts(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all rows of MXFP4 weights do, of which one expert has more than is merged at a time."""
+    monkeypatch.setattr(merged_parts, "PART_NUMEL", 64)
+    monkeypatch.setattr(merged_parts, "MAX_PART_NUMEL", 100)
+    rng = np.random.default_rng(1)
+    stored = {"w_blocks": rng.integers(0, 256, (2, 6, 2, 16), np.uint8), "w_scales": np.full((2, 6, 2), 127, np.uint8)}
+    values = {}
+    for number, name in enumerate("ab"):
+        stored["w_blocks"] = stored["w_blocks"] ^ number
+        save_file(stored, memory_path / f"{name}.safetensors")
+        with plain_weights(open_weights(memory_path / f"{name}.safetensors"), "float32").source as source:
+            values[name] = np.empty((2, 64, 6), np.float32)
+            source.read_into("w", Box.whole((2, 64, 6)), values[name])
+    for method, expected in (("mean", (values["a"] + values["b"]) / 2), ("slerp", slerp(list(values.values()), 0.5))):
+        sources = [memory_path / "a.safetensors", memory_path / "b.safetensors"]
+        merge(sources, memory_path / method, MergeOptions(method=method, dtype="float32"))
+        np.testing.assert_allclose(read(memory_path / method)["w"], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_in_fp8_are_merged_as_what_they_stand_for(memory_path: Path) -> None:

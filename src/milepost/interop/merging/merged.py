@@ -16,6 +16,8 @@ from milepost.interop.weights.boxes import Array, Readable, TensorInfo, as_bytes
 
 PART_NUMEL = 1 << 18
 """Number of elements merged at a time: those of a few sources fit in a core's caches."""
+MAX_PART_NUMEL = 16 * PART_NUMEL
+"""Parts with more elements are also split along the last dim: merging a part needs several times its memory."""
 
 
 def is_floating(info: TensorInfo) -> bool:
@@ -39,7 +41,19 @@ def read_box(inputs: Sequence[Readable], number: int, key: str, box: Box, dtype:
 def cut_box(key: str, box: Box, inputs: Sequence[Readable]) -> Iterator[Box]:
     """Split ``box`` into parts that are merged one after the other."""
     for slab in cut_into_slabs(box.sizes, 1, PART_NUMEL, common_unit(key, inputs)):
-        yield slab.box.shifted(box.offsets)
+        yield from _columns(slab.box.shifted(box.offsets))
+
+
+def _columns(part: Box) -> Iterator[Box]:
+    """Split a part whose rows can't be separated (MXFP4 weights) along its last dim."""
+    *lead, width = part.sizes or (1,)
+    if part.numel <= MAX_PART_NUMEL:
+        yield part
+        return
+    step = max(1, PART_NUMEL * width // part.numel)
+    for start in range(0, width, step):
+        offsets = (*part.offsets[:-1], part.offsets[-1] + start)
+        yield Box(offsets, (*lead, min(step, width - start)))
 
 
 def common_unit(key: str, inputs: Sequence[Readable]) -> int:
