@@ -73,7 +73,7 @@ def test_a_file_that_the_new_checkpoint_would_hide_is_an_error(
     milepost.save(step, state(1))
     (step / "mine").write_text("keep me")
     # No save of ours has a file of a user's name, but for Hugging Face files; so the same is made here.
-    monkeypatch.setattr("milepost.run.commit._names_beside", lambda storage, target: ["__0_0.distcp"])
+    monkeypatch.setattr("milepost.run.commit.names_beside", lambda storage, target: ["__0_0.distcp"])
     with pytest.raises(SaveError, match=r"__0_0\.distcp in .* would be lost"):
         milepost.save(step, state(2))
     assert value_in(step) == 1

@@ -363,7 +363,7 @@ def test_a_full_disk_does_not_keep_a_step_from_being_deleted(memory_path: Path) 
     storage = LocalStorage(memory_path)
 
     class Full(WrappedStorage):
-        def make_folder(self, path: str) -> None:
+        def make_folder(self, path: str, *, synced: bool = True) -> None:
             raise StorageError("no space left", operation="make folder", path=path, errno=errno.ENOSPC)
 
     save(storage, "run/step-5")
@@ -382,8 +382,8 @@ def test_a_pin_that_comes_while_a_step_is_being_deleted_keeps_it(memory_path: Pa
                 marks.pin(storage, "run", 5)
             super().rename(src, dst)
 
-        def make_folder(self, path: str) -> None:
-            super().make_folder(path)
+        def make_folder(self, path: str, *, synced: bool = True) -> None:
+            super().make_folder(path, synced=synced)
             if moment == "make_folder":
                 marks.pin(storage, "run", 5)
 
@@ -397,8 +397,8 @@ def test_two_that_delete_one_step_do_not_fail(memory_path: Path) -> None:
     save(storage, "run/step-5")
 
     class Quicker(WrappedStorage):
-        def make_folder(self, path: str) -> None:
-            super().make_folder(path)
+        def make_folder(self, path: str, *, synced: bool = True) -> None:
+            super().make_folder(path, synced=synced)
             if storage.stat("run/step-5") is not None:
                 sweep.delete_checkpoint(storage, "run/step-5")
 

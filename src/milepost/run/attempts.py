@@ -48,15 +48,16 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     attempt = join(folder, ATTEMPT_PREFIX + save_id)
     try:
         if storage.can_rename:
-            storage.make_folder(attempt)
+            # Not synced one by one: each would be a commit of the file system's journal, while training waits. The
+            # owner's record is, before there is any data: without it no sweep may remove the attempt.
+            place = Place.of(storage, attempt, target, save_id).folder
+            storage.make_folder(attempt, synced=False)
+            storage.make_folder(place, synced=False)
         else:
             object_commit.note_target(storage, attempt, target)
-        adopt_attempt(storage, attempt)  # first of all: without its owner's record no sweep may remove it
-        if storage.can_rename:
-            place = Place.of(storage, attempt, target, save_id).folder
-            storage.make_folder(place)
-            if storage.stat(target) is not None:
-                storage.keep_access(target, place)  # before it holds any data
+        adopt_attempt(storage, attempt)
+        if storage.can_rename and storage.stat(target) is not None:
+            storage.keep_access(target, place)  # before it holds any data
     except BaseException:  # Ctrl-C too
         discard_quietly(storage, attempt)  # without its owner's record it would stay for an hour
         raise

@@ -117,8 +117,8 @@ def _hide(storage: Storage, path: str) -> str | None:
     while storage.stat(path) is not None:
         place = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
         try:
-            storage.make_folder(place)
-            storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())
+            storage.make_folder(place, synced=False)
+            storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())  # synced, the folder with it
             hidden = f"{place}/{name}"
         except BaseException as error:  # Ctrl-C too: nobody could tell that a place without its marker is not in use
             with contextlib.suppress(StorageError):

@@ -323,8 +323,11 @@ class Storage(ABC):
         """Append to a small file, created if absent; not synced. For logs, not for a checkpoint's data."""
 
     @abstractmethod
-    def make_folder(self, path: str) -> None:
-        """Create a folder and its parents, each synced into its parent; no error if it exists."""
+    def make_folder(self, path: str, *, synced: bool = True) -> None:
+        """Create a folder and its parents, each synced into its parent; no error if it exists.
+
+        Without ``synced`` the folder itself is not: a power cut may take it, with all that is in it.
+        """
 
     @abstractmethod
     def sync_folder(self, path: str) -> None:

@@ -161,8 +161,8 @@ class LocalStorage(Storage):
             finally:
                 os.close(fd)
 
-    def make_folder(self, path: str) -> None:
-        full = self._full(path)
+    def make_folder(self, path: str, *, synced: bool = True) -> None:
+        full = wanted = self._full(path)
         with explained("make folder", full, f"creating the folder {full}"):
             missing = []
             while not os.path.isdir(full):
@@ -174,7 +174,8 @@ class LocalStorage(Storage):
                 except FileExistsError:
                     if not os.path.isdir(folder):  # another process may have created the folder, but not a file
                         raise
-                local_tree.sync_folder(os.path.dirname(folder))
+                if synced or folder != wanted:
+                    local_tree.sync_folder(os.path.dirname(folder))
 
     def sync_folder(self, path: str) -> None:
         full = self._full(path)

@@ -282,7 +282,7 @@ class ObjectStorage(Storage):
                     raise
         raise self._exists("append", path)
 
-    def make_folder(self, path: str) -> None:
+    def make_folder(self, path: str, *, synced: bool = True) -> None:
         """Do nothing: a folder exists once an object is in it."""
         self._key(path)
 

@@ -140,8 +140,8 @@ class WrappedStorage(Storage):
         operation = Operation("append", path, nbytes=memoryview(data).nbytes)
         self.around(operation, lambda: self.inner.append(path, data))
 
-    def make_folder(self, path: str) -> None:
-        self.around(Operation("make_folder", path), lambda: self.inner.make_folder(path))
+    def make_folder(self, path: str, *, synced: bool = True) -> None:
+        self.around(Operation("make_folder", path), lambda: self.inner.make_folder(path, synced=synced))
 
     def sync_folder(self, path: str) -> None:
         self.around(Operation("sync_folder", path), lambda: self.inner.sync_folder(path))
