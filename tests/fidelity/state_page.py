@@ -64,7 +64,15 @@ def text() -> str:
         "Each through its own `state_dict()` and `load_state_dict()`, with its hooks. A run that is resumed equals the "
         "undisturbed one to the last bit with every one of torch's classes:\n\n"
         f"- optimizers: {_names(test_optimizers.CLASSES)}\n"
-        f"- schedulers: {_names(test_schedulers.CLASSES)}\n"
+        f"- schedulers: {_names(test_schedulers.CLASSES)}\n\n"
+        "The state of a parameter may have any form (a mapping, a tensor, a list, a number) and dtype, and so may the "
+        "options of a group. PyTorch's `ZeroRedundancyOptimizer` needs no consolidation: each rank saves its part, and "
+        "any number of ranks loads it. An optimizer that wraps another and leaves its state out of `state_dict()`, as "
+        "implementations of SAM do, is refused at the save, with what to give instead.\n\n"
+        "## Each rank\n\n"
+        "`lr_scheduler`, `dataloader`, `train_state` and `states` come back with the keys and the order that each rank "
+        "gave, on the same number of ranks. Different values under one key are refused, but for the parts in "
+        "`per_rank`.\n"
     )
 
 
