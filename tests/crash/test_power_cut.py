@@ -165,7 +165,6 @@ class Explorer:
 
     def _try(self, tree: FileTree, check: Callable[[], None]) -> str:
         """Make the disk and check it; empty, or what was wrong."""
-        os.makedirs(self._storage.root, exist_ok=True)  # of a disk that has lost everything
         write_tree(tree, self._storage.root)
         try:
             check()
