@@ -118,8 +118,16 @@ def measure(state: dict[str, torch.Tensor], folder: Path, rounds: int, goals: Go
     copies: list[float] = []
     quiet: list[float] = []
     spare = {key: torch.zeros(v.shape, dtype=v.dtype, pin_memory=v.is_cuda) for key, v in state.items()}
+    undisturbed = statistics.median(training.run(lambda: True, at_least_s=1.5))
+    for mode, saver in savers.items():  # as a manager does after the first step
+        saver.prepare(nbytes + (2 << 20))
+        steps = training.run(lambda: True, at_least_s=4.0)
+        print(
+            f"{mode}: memory allocated ahead of the first save; steps meanwhile {1e3 * statistics.mean(steps):.1f} "
+            f"ms in the mean, {1e3 * max(steps):.1f} ms the slowest, {1e3 * undisturbed:.1f} ms before"
+        )
     for round_number in range(rounds + 1):
-        if round_number == 1:  # the first round allocates, starts processes and touches memory
+        if round_number == 1:  # the first round makes plans and starts processes
             first = {name: found.blocked[0] for name, found in figures.items()}
             figures = {name: Figures() for name in contenders}
             copies, quiet = [], []

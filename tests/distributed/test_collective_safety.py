@@ -88,7 +88,7 @@ AT_THE_START_ON_RANK_0 = {
 }
 ON_SIGNALS = {"signals": "milepost.training.signals.SignalFlags.take"}
 IN_THE_BACKGROUND = {
-    "arena": "milepost.saving.stage.Arena.fit",
+    "arena": "milepost.saving.arena.Arena.fit",
     "staging plan": "milepost.saving.async_save.Staging",
     "staging": "milepost.saving.stage.Staging.run",
     "hand over": "milepost.saving.async_save.FileImage",

@@ -48,9 +48,24 @@ def test_pinned_memory_is_used_and_let_go(tmp_path: Path):
     saver.close()
 
 
+def test_memory_that_is_allocated_ahead_is_pinned_and_used(tmp_path: Path):
+    saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async", timeout_s=60.0)
+    live = {"w": torch.ones(1024, 1024, device="cuda")}
+    saver.prepare(8 << 20)
+    saver.save(SaveRequest("ck", lambda: live, INFO)).committed(60)
+    assert saver.arena_nbytes == 8 << 20
+    assert torch.frombuffer(saver._arena.memory, dtype=torch.uint8).is_pinned()
+    into = {"w": torch.zeros(1024, 1024, device="cuda")}
+    milepost.load(tmp_path / "ck", into)
+    assert torch.equal(into["w"], live["w"])
+    saver.close()
+
+
 def test_a_change_during_staging_is_noticed(tmp_path: Path):
     saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem", timeout_s=60.0)
     live = {f"w{i}": torch.ones(4096, 4096, device="cuda") for i in range(8)}
+    saver.save(SaveRequest("whole", lambda: live, INFO)).committed(60)  # memory is there from now on
+    torch.cuda._sleep(2_000_000_000)  # the copies wait for this second or so, so the change comes before their end
     handle = saver.save(SaveRequest("torn", lambda: live, INFO))
     live["w7"].add_(1)
     with pytest.raises(SaveError, match="maybe_wait_for_staging"):

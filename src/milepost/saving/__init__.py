@@ -11,7 +11,8 @@ In reading order::
     comparison      comparing replicated state, and starting the attempt
     nodes           the ranks that share a folder, with per-node folders
     replicas        state that several ranks hold under one key: equal, or stored per rank
-    stage           the arena, and staging of tensors into the image of this rank's file
+    arena           the memory in which background saves are staged
+    stage           staging of tensors into the image of this rank's file
     samples         sampled elements, to detect changes that torch does not count
     writer          writing one rank's file, with digests (torch-free)
     frozen          the file of frozen tensors, shared with the previous step (torch-free)

@@ -23,13 +23,14 @@ from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
 from milepost.run.step_names import step_of
 from milepost.saving.agreement import TIMEOUT_S, Agreement
+from milepost.saving.arena import Arena
 from milepost.saving.arguments import check_given, checked_layout, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.nodes import Nodes
 from milepost.saving.request import SaveRequest
 from milepost.saving.save import Kind
-from milepost.saving.stage import Arena, Staging, pin_memory, unpin_memory
+from milepost.saving.stage import Staging
 from milepost.saving.writer import FileImage
 from milepost.saving.writer_link import WriterLink
 from milepost.storage import open_storage
@@ -73,7 +74,6 @@ class AsyncSaver:
             may_defer=True,
         )
         self._arena = Arena()
-        self._unpin: weakref.finalize[..., Arena] | None = None
         self._writer = WriterLink(storage, self._arena) if mode == "async_with_pinned_mem" else None
         self._current: BackgroundSave | None = None
         self._thread: threading.Thread | None = None
@@ -95,6 +95,13 @@ class AsyncSaver:
     def writer_pid(self) -> int | None:
         """The id of the writer process; None in the mode without one."""
         return self._writer.pid if self._writer is not None else None
+
+    def prepare(self, nbytes: int) -> None:
+        """Begin to allocate memory to stage ``nbytes`` in, so that the first save doesn't wait for it.
+
+        An estimate does: a save that needs more than that enlarges the memory. Not collective.
+        """
+        self._arena.prepare(nbytes)
 
     def is_for(self, comm: Comm) -> bool:
         """Return whether this saver's ranks are those of ``comm``."""
@@ -201,29 +208,17 @@ class AsyncSaver:
             self._current = None
 
     def _fit_arena(self, plan: WritePlan) -> memoryview:
-        if self._arena.fit(plan):
-            self._unpin_arena()
-            # In both modes: from a GPU, a copy into pinned memory takes a fraction of the time.
-            if pin_memory(self._arena.memory):
-                # Not bound to this object: a running save keeps the arena if its saver is dropped.
-                self._unpin = weakref.finalize(self._arena, unpin_memory, self._arena.memory)
-            if self._comm.rank == 0:
-                pinned = "pinned" if self._unpin is not None else "not pinned: there is no CUDA device"
-                kind = "shared memory" if self._mode == "async_with_pinned_mem" else "memory"
-                log.info("staging arena of rank 0: %.1f MB of %s, %s", self._arena.nbytes / 1e6, kind, pinned)
+        if self._arena.fit(plan) and self._comm.rank == 0:
+            pinned = "pinned" if self._arena.is_pinned else "not pinned (no CUDA)"
+            kind = "shared memory" if self._mode == "async_with_pinned_mem" else "memory"
+            log.info("staging arena of rank 0: %.1f MB of %s, %s", self._arena.nbytes / 1e6, kind, pinned)
         return self._arena.memory
-
-    def _unpin_arena(self) -> None:
-        if self._unpin is not None:
-            self._unpin()  # the old memory, if it has grown
-            self._unpin = None
 
     def _let_go(self) -> None:
         if self._thread is not None:
             self._thread.join()  # it uses the memory released now; an interrupt may have ended the wait for its save
         if self._writer is not None:
             self._writer.close()
-        self._unpin_arena()
         self._arena.close()
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
@@ -16,7 +13,7 @@ from milepost.errors import SaveError
 from milepost.format.box import cut_into_slabs
 from milepost.saving.samples import Samples
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.plan import LARGE_ALIGNMENT, WriteItem, WritePlan
+from milepost.tensors.plan import WriteItem, WritePlan
 
 SLAB_NBYTES = 8 << 20
 """Approximate maximum size of slabs in which tensors that are not contiguous on the CPU are copied."""
@@ -58,42 +55,6 @@ def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvi
     for slab in cut_into_slabs(tensor.shape, dtype.itemsize, SLAB_NBYTES):
         # Both calls release the GIL while they copy, so that other threads write meanwhile.
         yield tensor_bytes(tensor[slab.box.index()].to(device="cpu", dtype=dtype).contiguous())
-
-
-class Arena:
-    """Host memory in the form of one rank's files, without the objects at their end. Grows when a plan needs more.
-
-    Staging is one pass of copies into it, writing takes a few large writes. It is a memfd: unnamed shared memory that a
-    writer process can also map, and that is freed with its last user, however that ends. Every save reuses it.
-
-    ``memory`` is valid until the next :meth:`fit` that grows it.
-    """
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("milepost-arena", os.MFD_CLOEXEC)
-        self._close_fd = weakref.finalize(self, os.close, self.fd)
-        self.memory = memoryview(b"")
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the host memory held."""
-        return len(self.memory)
-
-    def fit(self, plan: WritePlan) -> bool:
-        """Make room for the image of ``plan``; returns whether memory was allocated."""
-        needed = max(plan.image_nbytes, LARGE_ALIGNMENT)
-        if needed <= self.nbytes:
-            return False
-        os.ftruncate(self.fd, needed)
-        # The old mapping is freed with its last view.
-        self.memory = memoryview(mmap.mmap(self.fd, needed))
-        return True
-
-    def close(self) -> None:
-        """Release the memory. A writer process that still maps it keeps it until it is done."""
-        self.memory = memoryview(b"")
-        self._close_fd()
-        self.fd = -1
 
 
 class Staging:
@@ -181,18 +142,3 @@ class Staging:
                 "discarded. Call maybe_wait_for_staging() before optimizer.step()",
                 key=changed[0],
             )
-
-
-def pin_memory(image: memoryview) -> bool:
-    """Pin host memory for asynchronous copies from the GPU; False (and nothing done) without CUDA."""
-    if not torch.cuda.is_available():
-        return False
-    memory = torch.frombuffer(image, dtype=torch.uint8)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    return True
-
-
-def unpin_memory(image: memoryview) -> None:
-    """Undo :func:`pin_memory`, before the memory is unmapped."""
-    memory = torch.frombuffer(image, dtype=torch.uint8)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

@@ -24,9 +24,9 @@ from typing import IO
 from milepost.errors import MilepostError, SaveError
 from milepost.run import signoff
 from milepost.run.outcome import save_id_at, wait_for_outcome
+from milepost.saving.arena import Arena
 from milepost.saving.background import BackgroundSave
 from milepost.saving.job import JobResult, SaveJob, relay_failure
-from milepost.saving.stage import Arena
 from milepost.saving.writer_process import LEAVE, NO_PLAN, LogLine, Request
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan

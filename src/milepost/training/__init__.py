@@ -9,6 +9,7 @@ In reading order::
     schedule        when a save is due by steps or time: pure
     signals         requests to save and to stop, by signal or file
     save_request    the content of each save
+    staging_memory  the memory that saves are staged in, estimated before the first is planned
     pending         a save in progress
     history         the lineage of each save
     metrics         values measured by the loop and recorded with a save

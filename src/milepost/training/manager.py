@@ -152,6 +152,7 @@ class CheckpointManager:
         self._folder = RunFolder(Spot(self._storage, path), remote, self._config, self._comm, hooks)
         self._saver = on_every_rank(self._comm, self._make_saver)
         self._is_closed = False
+        self._is_prepared = False
         self._pending: PendingSave | None = None
         self._log = SaveLog(self._storage, path, self._comm.world_size, degrees)
         self._signals = SignalFlags()
@@ -285,6 +286,7 @@ class CheckpointManager:
         if report is not None and report.resumed_step is not None:
             self._folder.protected[report.resumed_step] = "this run resumed from it"
             self._log.resumed(report.resumed_step, report.path)
+            self._prepare_staging()
         return report
 
     def restore_rng(self) -> None:
@@ -334,6 +336,7 @@ class CheckpointManager:
             return False
         reason = self._due.reason(step, is_last=last_step)
         if reason is None:
+            self._prepare_staging()
             self._save_in_hf(step)
             return False
         with self._blocked() as blocked:
@@ -356,6 +359,12 @@ class CheckpointManager:
             self._record_pending()
         self._save_in_hf(step)
         return True
+
+    def _prepare_staging(self) -> None:
+        """Allocate the memory of background saves, once the state is whole: after a resume, or the first step."""
+        if not self._is_prepared and isinstance(self._saver, AsyncSaver):
+            self._is_prepared = True
+            self._saver.prepare(self._requests.staging_nbytes())
 
     def _save_in_hf(self, step: int) -> None:
         """Start the periodic save in Hugging Face's format, if due: after the step, which a resume needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,10 @@ from milepost.training.metrics import MetricRecorder
 from milepost.training.peft import adapter_files
 from milepost.training.resume import WeightsFormat
 from milepost.training.run_folder import RunFolder
+from milepost.training.staging_memory import staging_nbytes
 from milepost.training.training_state import KINDS, TrainingState
+
+log = logging.getLogger("milepost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,20 @@ class RequestMaker:
             modules=self._state.modules,
             full_every=config.full_every,
         )
+
+    def staging_nbytes(self) -> int:
+        """Estimate the bytes of this rank's next full saves, from the tensors there are now; 0 if that fails."""
+        replicas = self._comm.world_size // self._degrees.get("pp", 1)
+        if (nodes := self._folder.nodes) is not None:  # each node stores all that its ranks hold
+            replicas = min(replicas, len(nodes.part_of(self._comm.rank).ranks))
+        try:
+            return staging_nbytes(
+                *(self._state.modules, self._state.optimizers, max(1, replicas)),
+                only_trainable=self._config.only_trainable,
+            )
+        except Exception as error:  # noqa: BLE001 - of a model or optimizer of an unusual kind; it is but an estimate
+            log.debug("can't estimate the size of a save: %s", error)
+            return 0
 
     def _attached(self, given: Attachments, base: Mapping[str, Any]) -> dict[str, Any]:
         """Return the step's attachments: the caller's files and values, and the adapters' configuration and base."""

@@ -1,0 +1,127 @@
+"""Host memory that saves are staged in: kept from save to save, allocated ahead of the first one, pinned for a GPU."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import weakref
+
+import torch
+
+from milepost.tensors.plan import LARGE_ALIGNMENT, WritePlan
+
+log = logging.getLogger("milepost")
+
+_PIECE_NBYTES = 64 << 20
+"""Memory is touched in pieces of this size, so that :meth:`Arena.close` need not wait for all of it."""
+
+
+class Arena:
+    """Host memory in the form of one rank's files, all but the objects at their end. Grows when a plan needs more.
+
+    Staging is one pass of copies into it, writing a few large writes. It is a memfd: nameless shared memory that a
+    writer process can map too, and that is gone with its last user, however that ends. Every save reuses it. Where this
+    process uses CUDA the memory is pinned: a copy from a GPU then takes a fraction of the time.
+
+    ``memory`` is valid until the next :meth:`fit` that grows it.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("milepost-arena", os.MFD_CLOEXEC)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        self.memory = memoryview(b"")
+        # Not of a saver: a save that still runs keeps the arena when its saver is forgotten.
+        self._unpin: weakref.finalize[..., Arena] | None = None
+        self._preparation: threading.Thread | None = None
+        self._is_cut_short = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the host memory held."""
+        return len(self.memory)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a GPU can copy into the memory by itself."""
+        return self._unpin is not None
+
+    def prepare(self, nbytes: int) -> None:
+        """Begin to allocate ``nbytes`` in a thread, before the first :meth:`fit`, which waits for its end.
+
+        The pages of new memory are given, zeroed and pinned when they are touched first, which takes several times as
+        long as to copy the state into them. If this fails, :meth:`fit` does it again and raises what went wrong.
+        """
+        if self.nbytes or self._preparation is not None or nbytes <= 0:
+            return
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        # Not a daemon: those are stopped anywhere, here with memory in hand that goes.
+        thread = threading.Thread(target=self._prepare, args=(nbytes, device), name="milepost-arena")
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are to be had: the first save allocates the memory
+            return
+        self._preparation = thread
+
+    def _prepare(self, nbytes: int, device: int | None) -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread is on the first GPU, which may be another rank's
+            os.ftruncate(self.fd, nbytes)
+            memory = memoryview(mmap.mmap(self.fd, nbytes))
+            pages = torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE]
+            for piece in pages.split(_PIECE_NBYTES // mmap.PAGESIZE):
+                if self._is_cut_short:
+                    return
+                piece.zero_()  # releases the GIL
+            if device is not None:
+                self._pin(memory)
+            self.memory = memory
+        except Exception as error:  # noqa: BLE001 - the first save does it again, and can raise
+            log.debug("staging memory of %.1f MB was not allocated ahead: %s", nbytes / 1e6, error)
+
+    def fit(self, plan: WritePlan) -> bool:
+        """Make room for the image of ``plan``; returns whether the memory was allocated anew, now or ahead."""
+        prepared = self._wait_for_preparation()
+        needed = max(plan.image_nbytes, LARGE_ALIGNMENT)
+        if needed <= self.nbytes:
+            return prepared
+        self._unpin_memory()  # the old one
+        os.ftruncate(self.fd, needed)
+        # The old mapping goes when its last view does.
+        self.memory = memoryview(mmap.mmap(self.fd, needed))
+        if torch.cuda.is_initialized():
+            self._pin(self.memory)
+        return True
+
+    def close(self) -> None:
+        """Give the memory back. A writer process that still maps it keeps it until it is done."""
+        self._is_cut_short = True
+        self._wait_for_preparation()
+        self._unpin_memory()
+        self.memory = memoryview(b"")
+        self._close_fd()
+        self.fd = -1
+
+    def _wait_for_preparation(self) -> bool:
+        if self._preparation is None:
+            return False
+        self._preparation.join()
+        self._preparation = None
+        return self.nbytes > 0
+
+    def _pin(self, memory: memoryview) -> None:
+        raw = torch.frombuffer(memory, dtype=torch.uint8)
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(raw.data_ptr(), raw.nbytes, 0))
+        self._unpin = weakref.finalize(self, _unpin, memory)
+
+    def _unpin_memory(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+
+
+def _unpin(memory: memoryview) -> None:
+    raw = torch.frombuffer(memory, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(raw.data_ptr()))
