@@ -262,7 +262,7 @@ def walk_disabled(folder: Path) -> list[Heard]:
     run = Run(folder / "run")
     run.save()
     run.walk(run.save, IN_A_SAVE, IN_A_SAVE_ON_RANK_0)
-    run.inject("sync", "milepost.storage.local._LocalWrite.sync", run.save, ranks=(1, 2, 3), make=refused)
+    run.inject("sync", "milepost.storage.local_files.LocalWrite.sync", run.save, ranks=(1, 2, 3), make=refused)
     run.inject("sync folder", "milepost.storage.LocalStorage.sync_folder", run.save, ranks=(0,), make=refused)
     run.inject("plan", "milepost.saving.agreement.plan_alone", run.save_another_structure)
     run.walk(run.manager.load, IN_A_LOAD, IN_A_LOAD_ON_RANK_0)

@@ -22,6 +22,7 @@ FLAVORS = ("--flavor", "--model_flavor")
 LARGE = {"1B", "8B"}
 """Sizes that a test can't hold: the run below is of the debug model, and it is named in their place."""
 MADE_BEFORE = {
+    "mistral/step-0": "convert Mistral-7B mistral/step-0 --to dcp --model mistral",
     "model.pt": "convert outputs/checkpoint/step-500 model.pt --to pt --model llama3 --flavor debugmodel",
     "unpin": "pin outputs/checkpoint/step-500 outputs/checkpoint/step-1000",
 }

@@ -62,7 +62,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "exported.pt": (lambda: b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(100), "ONNX"),
     "packed.pt": (lambda: gzip.compress(b"x" * 100), "gzip"),
     "script.pt": (scripted, "TorchScript"),
-    "module.pt": (lambda: torch_bytes(torch.nn.Linear(2, 2)), r"whole module.*state_dict\(\)"),
+    "module.pt": (lambda: torch_bytes(torch.nn.Linear(2, 2)), r"a module, not its weights.*state_dict\(\)"),
     "quantised.pt": (lambda: torch_bytes({"w": quantised()}), "quantised"),
     "sparse.pt": (lambda: torch_bytes({"w": torch.eye(3).to_sparse()}), "sparse"),
     "named.pt": (lambda: safetensors.numpy.save(ARRAYS), "safetensors file"),

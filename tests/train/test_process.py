@@ -169,4 +169,4 @@ def test_a_save_request_to_a_rank_that_is_starting_waits_until_it_can_save(
     assert ended(start)[0] == 0
     captured = capfd.readouterr()
     assert captured.out == ("started\nasked to save\n" if handled else "started\n")
-    assert ("SIGUSR1: this run saves nothing now" in captured.err) is not handled
+    assert ("SIGUSR1: this run does not save" in captured.err) is not handled

@@ -82,5 +82,5 @@ def test_another_model_is_left_for_the_load_to_refuse(tmp_path: Path) -> None:
 def test_assets_of_another_model_are_refused_before_training_and_not_at_the_last_save(tmp_path: Path) -> None:
     folder = assets(tmp_path / "llama", replace(UNSCALED, n_layers=2))
     config = config_of(tmp_path, f"--model.hf_assets_path={folder}", "--checkpoint.last_save_in_hf")
-    with pytest.raises(ConfigError, match=r"last_save_in_hf: .*config\.json is of another model .*num_hidden_layers"):
+    with pytest.raises(ConfigError, match=r"last_save_in_hf: .*config\.json holds another model .*num_hidden_layers"):
         settled_sizes(config, FLAVOR)

@@ -40,7 +40,7 @@ def disk_full(path: str, nbytes: int, **_: object) -> Any:
     raise StorageError(f"no space left on device: {path}", operation="open_write", path=path, errno=28)
 
 
-def refuse(path: str) -> Any:
+def refuse(path: str, **options: Any) -> Any:
     raise StorageError("read-only file system", operation="make folder", path=path, errno=30)
 
 
