@@ -77,7 +77,9 @@ def test_nothing_is_seeded_over_steps(seeded: Path) -> None:
     config = load_config(
         ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", f"--job.dump_folder={seeded}"], 1
     )
-    with pytest.raises(WorldError, match=r"ConfigError: .*/checkpoint already holds step-0; a seed checkpoint is for a new run"):
+    with pytest.raises(
+        WorldError, match=r"ConfigError: .*/checkpoint already holds step-0; a seed checkpoint is for a new run"
+    ):
         run_world(_first_losses, 1, [config])
 
 

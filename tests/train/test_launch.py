@@ -122,7 +122,9 @@ def test_under_plain_torchrun_a_mistake_is_reported_by_one_rank_before_torch_is_
         assert done.returncode == 2
         outputs.append(done.stderr)
     assert "error: --training.steps: training.steps must be at least 1, not 0" in outputs[0]
-    assert "error" not in outputs[1].replace("milepost.errors", "").replace("system_errors", "").replace("store_errors", "")
+    assert "error" not in outputs[1].replace("milepost.errors", "").replace("system_errors", "").replace(
+        "store_errors", ""
+    )
     assert not any(line.endswith("| torch") for line in "".join(outputs).splitlines())
 
 
