@@ -53,7 +53,10 @@ MEMORY_NBYTES = 256 << 20
 MAX_FAILURES = 5
 """A target with so many failures is not tried further."""
 MAX_CORPUS = 500
-_HARMLESS = {"builtins.id", "socket.gethostname", "os.listdir", "os.scandir", "pathlib.Path.glob", "pathlib.Path.rglob"}
+_HARMLESS = {
+    *("builtins.id", "array.__new__", "socket.gethostname"),
+    *("os.listdir", "os.scandir", "pathlib.Path.glob", "pathlib.Path.rglob"),
+}
 """Audit events of what changes nothing: telling who we are, looking at names."""
 _PYTHON = tuple({os.path.realpath(path) + "/" for path in (sys.prefix, sys.base_prefix)})
 _IDENTITY = ("/proc/", "/etc/machine-id")

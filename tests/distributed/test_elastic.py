@@ -308,7 +308,7 @@ def test_nodes_that_can_not_meet_say_so_without_a_traceback(start: Callable[...,
     assert agent.process.wait(100) == 1
     output = agent.output.read_text()
     assert "error: rendezvous of this job's nodes failed: The connection to the C10d store has failed" in output
-    assert "Started anew, it resumes" in output
+    assert "Restarted, it resumes" in output
     assert "Traceback" not in output
 
 

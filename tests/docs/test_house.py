@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -33,3 +34,23 @@ def test_cycles_and_chains_are_found() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
     assert house.cycles(graph) == [("a", "b"), ("a", "c"), ("b", "c")]
     assert house.longest_chain(graph) == ["d", "a", "b", "c"]
+
+
+SETS_GENERATORS = {"training/random_state.py", "train/loop.py"}
+DRAWS = re.compile(
+    r"\brandom\.(?!Random\b|SystemRandom\b)[a-z_]+\(|np\.random\.(?!default_rng\b|SeedSequence\b|Generator\b)[a-z_]+\("
+    r"|torch\.(rand|randn|randint|randperm|manual_seed|seed)\("
+)
+
+
+def test_nothing_draws_from_the_generators_that_are_part_of_the_training_state() -> None:
+    """A pause with jitter on a waiting rank would make the numbers of a resumed run others."""
+    root = house.ROOT / "src/milepost"
+    found = {
+        f"{path.relative_to(root)}: {match[0]}"
+        for path in root.rglob("*.py")
+        for match in DRAWS.finditer(path.read_text())
+        if str(path.relative_to(root)) not in SETS_GENERATORS and path.parent.name != "testing"
+    }
+    assert found == set()
+    assert any(DRAWS.search((root / name).read_text()) for name in SETS_GENERATORS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -356,6 +357,7 @@ def test_waiting_costs_the_same_however_many_ranks_have_signed_off(memory_path: 
         sign_off(storage, attempt, SignOff(rank, "ab", error="no space left" if rank == 99 else None))
     storage.operations.clear()
     polls = iter(range(5))
+    generator = random.getstate()
     with pytest.raises(SaveError, match="the training has ended"):
         wait_for_outcome(
             *(storage, attempt, "run/step-5", "ab"),
@@ -365,6 +367,7 @@ def test_waiting_costs_the_same_however_many_ranks_have_signed_off(memory_path: 
         )
     assert {operation.name for operation in storage.operations} == {"stat"}
     assert len(storage.operations) <= 3 * 5
+    assert random.getstate() == generator, "the pauses drew from the generator that is part of the training state"
     storage.operations.clear()
     with pytest.raises(SaveError, match="rank 99: no space left"):
         wait_for_sign_offs(storage, attempt, 100, "ab", timeout_s=60)

@@ -24,6 +24,8 @@ MAX_POLL_S = 5.0
 FAILED_NAME = "failed"
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
+_jitter = random.Random()
+"""Not the generator of `random` itself: that one is part of the training state."""
 
 
 def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
@@ -98,7 +100,7 @@ def wait_for_outcome(
                 path=target,
                 rank=0,
             )
-        sleep(poll_s * random.uniform(0.7, 1.3))
+        sleep(poll_s * _jitter.uniform(0.7, 1.3))
         poll_s = min(poll_s * 1.5, max_poll_s)
 
 
