@@ -1,6 +1,7 @@
 # make setup   create a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (a minute on two cores)
 # make test    run the test suite (JOBS=2)   make test-slow   run the tests that take minutes each
+# make test-layouts  train, kill, resume and reshard under every combination of degrees of parallelism (JOBS=2)
 # make test-crash  test kills, errors, power cuts, restarts of jobs and hostile input, a sample of each (JOBS=2)
 # make test-integrations   test the adapters with the installed frameworks: train, kill, resume
 # make test-gpu    run the tests that need a CUDA device; each is skipped where there is none
@@ -32,8 +33,10 @@ FAULTS ?= 20
 CONFIG_FILE ?= ./configs/debug_cpu.toml
 INPUTS ?= 100000
 BENCH := build/bench
+# Worlds of up to eight ranks that train: a quarter of the time of all tests.
+LAYOUTS := $(addprefix tests/distributed/test_,layouts.py resharding.py resume.py seed.py hf_training.py)
 
-.PHONY: house help setup train test test-slow test-crash test-browser test-gpu test-netfs test-integrations test-integrations-slow reliability soak soak-store demo-s3 fuzz bench docs lint format clean
+.PHONY: house help setup train test test-layouts test-slow test-crash test-browser test-gpu test-netfs test-integrations test-integrations-slow reliability soak soak-store demo-s3 fuzz bench docs lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -52,7 +55,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	timeout 1800 $(BIN)/python -m pytest -q -m "not slow and not browser and not integration" -n $(JOBS) --dist loadfile \
-		--ignore tests/crash --ignore tests/attacks --ignore tests/distributed/test_elastic.py
+		--ignore tests/crash --ignore tests/attacks --ignore tests/distributed/test_elastic.py $(addprefix --ignore ,$(LAYOUTS))
+
+test-layouts: $(STAMP)
+	timeout 1200 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile $(LAYOUTS)
 
 test-crash: $(STAMP)
 	timeout 1800 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile tests/crash tests/attacks \
