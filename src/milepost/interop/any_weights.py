@@ -117,8 +117,8 @@ def check_fit(ours: Readable, leaves: Mapping[str, TensorLeaf], path: str) -> tu
     return tuple(sorted(cast))
 
 
-def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, told_as: str | None) -> int:
-    """Read into ``leaves``, slab by slab; returns the bytes read. ``told_as`` is its name in the log."""
+def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, log_name: str | None) -> int:
+    """Read into ``leaves``, slab by slab; returns the bytes read. ``log_name`` is its name in the log."""
     local = threading.local()
 
     def work(task: tuple[str, int, Slab]) -> None:
@@ -142,7 +142,7 @@ def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, tol
         for slab in cut_into_slabs(piece.box.sizes, itemsize(ours.tensors[key].dtype), SLAB_NBYTES, ours.unit_rows(key))
     ]
     nbytes = sum(slab.nbytes for _, _, slab in tasks)
-    progress = ProgressLog(told_as, nbytes) if told_as is not None else None
+    progress = ProgressLog(log_name, nbytes) if log_name is not None else None
     with torch.no_grad():
         map_in_threads(work, tasks, num_threads, name="milepost-load")
     return nbytes

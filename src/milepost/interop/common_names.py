@@ -36,7 +36,7 @@ def by_our_names(
     """All models by Milepost's names for their parameters, those of fp8 and MXFP4 dequantized.
 
     Raises:
-        ConfigError: there is no such model, or nothing tells its sizes.
+        ConfigError: there is no such model, or its sizes are recorded nowhere.
         ConversionError: a source is another model, or quantized in a way that can't be undone.
     """
     known = model_as_asked(model, flavor, assets, map(model_of, opened))
@@ -92,8 +92,8 @@ def translated(tensors: Readable, like: Readable, models: Sequence[Tabled]) -> t
     return None
 
 
-def models_told(opened: Sequence[Weights]) -> Iterator[Tabled]:
-    """The models that sources say they are; one that says so in a way that makes no sense says nothing."""
+def recorded_models(opened: Sequence[Weights]) -> Iterator[Tabled]:
+    """The models that sources record; an invalid record counts as none."""
     for weights in opened:
         try:
             known = model_of(weights)

@@ -1,4 +1,4 @@
-"""A model that there are tables for, with its sizes: as a source says of itself, or as it was asked for. Torch-free."""
+"""A model that has tables, with its sizes: as a source records it, or as the caller names it. Torch-free."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def recorded_model(extra: Mapping[str, Any], config: Mapping[str, Any] | None, p
 
 
 def model_of(weights: Weights) -> Tabled | None:
-    """The model that open weights say they are. Raises as :func:`recorded_model`."""
+    """The model that open weights record. Raises like :func:`recorded_model`."""
     extra = weights.manifest.extra if weights.manifest is not None else {}
     return recorded_model(extra, weights.config, weights.source.path)
 
 
 def model_as_asked(
-    model: str | None, flavor: str | None, assets: str | os.PathLike[str], told: Iterable[Tabled | None]
+    model: str | None, flavor: str | None, assets: str | os.PathLike[str], recorded: Iterable[Tabled | None]
 ) -> Tabled:
-    """The model that ``--model``, ``--flavor`` and ``--hf-assets`` name; its sizes may be ``told`` by the sources.
+    """Return the model that ``--model``, ``--flavor`` and ``--hf-assets`` name; its sizes may come from ``recorded``.
 
     Raises:
-        ConfigError: there is no such model, or nothing tells its sizes.
+        ConfigError: there is no such model, or its sizes are recorded nowhere.
         ConversionError: the config of ``assets`` is of another model, or it lacks sizes.
     """
     family = config_family_named(model)
@@ -97,7 +97,7 @@ def model_as_asked(
     name = family.name if family is not None else model
     if assets:
         return _lent(os.fspath(assets), name)
-    chosen = next((one for one in told if one is not None and one.name == name), None)
+    chosen = next((one for one in recorded if one is not None and one.name == name), None)
     if chosen is None and family is None:
         raise ConfigError(_BOTH)
     if chosen is None:

@@ -256,7 +256,7 @@ class Handing:
                 self._num_threads,
                 name="milepost-take",
             )
-        except BaseException as cause:  # noqa: BLE001 - told in the next round, and the others still send this one
+        except BaseException as cause:  # noqa: BLE001 - reported in the next round, and the others still send this one
             self._failure = failure_on(self._comm.rank, cause)
 
     def _nbytes(self, piece: HandedPiece) -> int:

@@ -353,10 +353,10 @@ class _Faults:
         states: dict[str, set[str]] = defaultdict(set)
         for key in (*manifest.tensors, *manifest.objects):
             if key.startswith(_STATE):
-                told = key.removeprefix(_STATE)
+                leaf = key.removeprefix(_STATE)
                 # A tensor composed of others has keys below its own.
-                parameter = longest_prefix(told, shapes) or told.rpartition(".")[0]
-                states[parameter].add(told[len(parameter) + 1 :].partition(".")[0])
+                parameter = longest_prefix(leaf, shapes) or leaf.rpartition(".")[0]
+                states[parameter].add(leaf[len(parameter) + 1 :].partition(".")[0])
         names = set().union(*states.values())
         self.missing += [
             f"{_STATE}{parameter}.{name}"

@@ -99,6 +99,6 @@ def assemble(
     faults = [*head_faults(manifest), *table_faults(table, manifest.files, must_cover=must_cover)]
     if faults:
         key = next((fault.key for fault in faults if fault.key), None)
-        told = "; ".join(fault.message for fault in faults[:MAX_LISTED])
-        raise PlanError(f"the save is incomplete: {told}", key=key)
+        reasons = "; ".join(fault.message for fault in faults[:MAX_LISTED])
+        raise PlanError(f"the save is incomplete: {reasons}", key=key)
     return with_table(manifest, replace(table, structure=info.structure)), crcs

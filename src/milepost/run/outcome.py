@@ -113,8 +113,8 @@ def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
     said = storage.read(f"{attempt}/{FAILED_NAME}", 1 << 20)
     if not said:
         return "rank 0 failed to commit and could not record the reason; see its log", None
-    told = json.loads(said)
-    return told["message"], told["rank"]
+    recorded = json.loads(said)
+    return recorded["message"], recorded["rank"]
 
 
 def _marks_in(storage: Storage, attempt: str) -> set[str]:

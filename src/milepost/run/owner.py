@@ -115,7 +115,7 @@ def _pid_namespace() -> str:
 def _started(pid: int) -> str | None:
     """Start time of a process; empty if there is none, or it is dead and only waits to be reaped.
 
-    None if that can't be told, for want of a free file descriptor, say.
+    None if that is unknown, for want of a free file descriptor, say.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

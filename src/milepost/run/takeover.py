@@ -104,10 +104,10 @@ class Attempts:
     def wait(self, timeout_s: float, *, sleep: Callable[[float], None] = time.sleep) -> list[Owner]:
         """Return when no process may still work on an attempt, or with those that may, after ``timeout_s``."""
         deadline = self._clock() + timeout_s
-        told = False
+        has_logged = False
         while owners := self.look(now=time.time()):
-            if not told:
-                told = True
+            if not has_logged:
+                has_logged = True
                 log.info(
                     "waiting up to %.0f s for %s to commit what an earlier run had staged",
                     timeout_s,

@@ -207,11 +207,12 @@ class Agreement:
             return Offer(target, prepared.error)
         try:
             if last.plan is not None and last.fingerprint == self._place(prepared):
-                return Offer(target, None, last.token, last.told, common=summaries_of(prepared, last.groups, "values"))
+                common = summaries_of(prepared, last.groups, "values")
+                return Offer(target, None, last.token, last.digests, common=common)
             structure = prepared.structure
             last.token, last.plan = "", None
-            last.told = structure.shared.digest(), structure.own.digest()
-            return Offer(target, None, "", last.told, structure.own, host_name())
+            last.digests = structure.shared.digest(), structure.own.digest()
+            return Offer(target, None, "", last.digests, structure.own, host_name())
         except BaseException as cause:  # noqa: BLE001 - an interrupt: rank 0 waits for the offer
             return Offer(target, failure_on(self._comm.rank, cause, SaveError))
 
@@ -240,10 +241,10 @@ class Agreement:
                 depth = self._depth([offer.common for offer in offers])
                 return self._answer_with(request, Answer(depth, begun=self._begin(request) if depth is None else None))
             roster = self._last.roster
-            roster.add_own({offer.told[1]: offer.own for offer in offers if offer.own is not None})
+            roster.add_own({offer.digests[1]: offer.own for offer in offers if offer.own is not None})
             before = self._last.hosts if len(self._last.hosts) == len(offers) else ("",) * len(offers)
             self._last.hosts = tuple(offer.host or host for offer, host in zip(offers, before, strict=True))
-            return Ask(roster.ask([offer.told for offer in offers]))
+            return Ask(roster.ask([offer.digests for offer in offers]))
         except BaseException as cause:  # noqa: BLE001 - the error must reach every rank
             return Answer(error=as_save_error(cause))
 
@@ -256,7 +257,7 @@ class Agreement:
                 if isinstance(structure, MilepostError):
                     raise structure
             last, roster = self._last, self._last.roster
-            roster.learn([offer.told for offer in offers], [one for one in brought if isinstance(one, Structure)])
+            roster.learn([offer.digests for offer in offers], [one for one in brought if isinstance(one, Structure)])
             if apart := roster.unlike_below(set(request.per_rank) - self._manner.per_rank):
                 return Answer(per_rank=apart)
             last.record, unlike = roster.record()

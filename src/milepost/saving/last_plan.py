@@ -21,7 +21,7 @@ class LastPlan:
     token: str = ""
     fingerprint: str = ""
     """Key of this rank's state and its position among the ranks."""
-    told: tuple[str, str] = ("", "")
+    digests: tuple[str, str] = ("", "")
     """The digests of this rank's structure."""
     plan: WritePlan | None = None
     groups: Mapping[bytes, Group] = field(default_factory=dict)

@@ -22,7 +22,7 @@ class Offer:
     error: MilepostError | None = None
     token: str = ""
     """Token of the plan that the rank would reuse."""
-    told: tuple[str, str] = ("", "")
+    digests: tuple[str, str] = ("", "")
     own: Portion | None = None
     """Without a plan: the state unique to this rank."""
     host: str = ""

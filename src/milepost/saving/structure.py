@@ -130,15 +130,15 @@ class Roster:
     def __init__(self) -> None:
         self._kinds: dict[str, Portion] = {}  # by digest
         self._own: dict[str, Portion] = {}  # by digest: different per rank, because they contain rank numbers
-        self._told: list[tuple[str, str]] = []  # by rank: the digests of both
+        self._digests: list[tuple[str, str]] = []  # by rank: the digests of both
 
-    def ask(self, told: Sequence[tuple[str, str]]) -> list[int]:
+    def ask(self, digests: Sequence[tuple[str, str]]) -> list[int]:
         """Return the ranks that must send their structures, such as the lowest of each unknown kind.
 
-        ``told`` are the digests of each rank's portions.
+        ``digests`` are the digests of each rank's portions.
         """
         unknown: dict[str, int] = {}
-        for rank, (shared, own) in enumerate(told):
+        for rank, (shared, own) in enumerate(digests):
             if shared not in self._kinds:
                 unknown.setdefault(shared, rank)
             if own not in self._own:
@@ -149,22 +149,22 @@ class Roster:
         """Record the ranks' own portions, by digest."""
         self._own.update(portions)
 
-    def learn(self, told: Sequence[tuple[str, str]], brought: Sequence[Structure]) -> None:
+    def learn(self, digests: Sequence[tuple[str, str]], brought: Sequence[Structure]) -> None:
         """Record new structures, and drop those that no rank has any more."""
         for structure in brought:
             self._kinds[structure.shared.digest()] = structure.shared
             self._own[structure.own.digest()] = structure.own
-        self._told = list(told)
-        self._kinds = {shared: self._kinds[shared] for shared, _ in told}
-        self._own = {own: self._own[own] for _, own in told}
+        self._digests = list(digests)
+        self._kinds = {shared: self._kinds[shared] for shared, _ in digests}
+        self._own = {own: self._own[own] for _, own in digests}
 
     def sort_out(self) -> Sharing:
         """See :func:`milepost.tensors.sharing.sort_out`."""
         number = {shared: index for index, shared in enumerate(self._kinds)}
         return sort_out(
             [portion.layout for portion in self._kinds.values()],
-            [number[shared] for shared, _ in self._told],
-            {rank: self._own[own].layout for rank, (_, own) in enumerate(self._told)},
+            [number[shared] for shared, _ in self._digests],
+            {rank: self._own[own].layout for rank, (_, own) in enumerate(self._digests)},
         )
 
     def unlike_below(self, names: Iterable[str]) -> frozenset[str]:
@@ -174,7 +174,7 @@ class Roster:
         """
         below = {digest: portion.below(names) for digest, portion in (*self._kinds.items(), *self._own.items())}
         kinds: dict[str, set[Any]] = defaultdict(set)
-        for pair in dict.fromkeys(self._told):
+        for pair in dict.fromkeys(self._digests):
             for name in names:
                 held = [below[digest][name] for digest in pair if name in below[digest]]
                 kinds[name].update([tuple(held)] if held else [])
@@ -183,7 +183,7 @@ class Roster:
     def _skeletons(self) -> list[dict[str, bytes]]:
         return [
             {**self._kinds[shared].nesting.skeleton, **self._own[own].nesting.skeleton}
-            for shared, own in dict.fromkeys(self._told)
+            for shared, own in dict.fromkeys(self._digests)
         ]
 
     def record(self) -> tuple[Record, frozenset[str]]:
@@ -197,7 +197,7 @@ class Roster:
     def _by_rank(self) -> ByRank:
         """Return each rank's containers and keys of a loop's own state, where ranks differ."""
         found: dict[str, dict[bytes, list[int]]] = {name: defaultdict(list) for name in LOOP_PARTS}
-        for rank, pair in enumerate(self._told):
+        for rank, pair in enumerate(self._digests):
             skeletons = self._kinds[pair[0]].nesting.skeleton, self._own[pair[1]].nesting.skeleton
             for name, kinds in found.items():
                 kinds[next((parts[name] for parts in skeletons if name in parts), b"")].append(rank)

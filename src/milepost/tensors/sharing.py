@@ -313,8 +313,8 @@ def _part_of(
     )
     if not order:
         return mine
-    told = hashlib.blake2b(repr((order[0][0].key, order[0][1].offsets)).encode(), digest_size=8).digest()
-    first = int.from_bytes(told, "little") % len(writers)
+    seed = hashlib.blake2b(repr((order[0][0].key, order[0][1].offsets)).encode(), digest_size=8).digest()
+    first = int.from_bytes(seed, "little") % len(writers)
     turn = (writers[first:] + writers[:first])[: len(order)]
     loads = [(0, number) for number in range(len(turn))]
     for spec, box in order:

@@ -111,7 +111,7 @@ REDUCERS: dict[type, Callable[[Any], Reduced]] = {
     torch.torch_version.TorchVersion: lambda value: (torch.torch_version.TorchVersion, (str(value),)),
     torch.Size: lambda value: (torch.Size, (tuple(value),)),
 }
-"""By exact type: what a pickler is told to write."""
+"""By exact type: what the pickler writes."""
 
 _SCHEMES = (
     "per_tensor_affine",

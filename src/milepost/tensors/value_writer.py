@@ -1,6 +1,6 @@
 """Values that are not stored as tensors: Python objects of known types as ``torch.save`` streams.
 
-Writing is CPython's own pickler, which is told what to do with every type that is not built in, so that nothing is
+Writing is CPython's own pickler, with a rule for every type that is not built in, so that nothing is
 written which could not be read. Equal values give equal bytes, which ranks compare: sets are sorted, and a part that
 is one object with another is written twice (but in values of many parts, for their size).
 """

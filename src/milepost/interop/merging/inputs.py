@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from milepost.errors import ConversionError, listed
 from milepost.format.dtype import numpy_dtype
 from milepost.interop.as_stored import bare_names
-from milepost.interop.common_names import models_told, tied_alike, translated
+from milepost.interop.common_names import recorded_models, tied_alike, translated
 from milepost.interop.merging.merged import is_floating
 from milepost.interop.names.adapter_keys import first_of_adapter
 from milepost.interop.weights.boxes import Readable, Renamed, TensorInfo
@@ -73,7 +73,7 @@ def _by_names_of(first: Input, weights: Weights) -> Input:
     if bare.tensors.keys() == first.tensors.tensors.keys():
         changed = sorted(bare.tensors.keys() ^ stored.tensors.keys())
         return Input(weights, bare, tuple(f"{key} is tied in {weights.source.path}" for key in changed))
-    found = translated(stored, first.tensors, list(models_told((first.weights, weights))))
+    found = translated(stored, first.tensors, list(recorded_models((first.weights, weights))))
     if found is None:
         return Input(weights, stored)
     tensors, known = found

@@ -87,7 +87,7 @@ class Merged:
             return
         dtype = wide_dtype(key, self._inputs)
         for part in cut_box(key, box, self._inputs):
-            with np.errstate(over="ignore", invalid="ignore"):  # it is told below
+            with np.errstate(over="ignore", invalid="ignore"):  # reported below
                 values = self._method.values(
                     key,
                     lambda number, part=part: read_box(self._inputs, number, key, part, dtype),  # type: ignore[misc]
