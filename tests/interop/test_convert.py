@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import safetensors.torch
@@ -273,6 +274,17 @@ def test_what_is_there_is_never_overwritten(memory_path: Path, hf_folders: Calla
     (memory_path / "empty").mkdir()
     convert(hf_folders("llama"), memory_path / "empty", KIND.options("hf"))
     assert (memory_path / "empty" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["dcp", "hf", "pt"])
+def test_a_destination_inside_a_checkpoint_is_refused(
+    memory_path: Path, hf_folders: Callable[[str], Path], to: Literal["dcp", "hf", "pt"]
+):
+    convert(hf_folders("llama"), memory_path / "step-4", KIND.options("dcp"))
+    before = sorted(memory_path.rglob("*"))
+    with pytest.raises(ConversionError, match=r"inside the checkpoint .*/step-4, .*outside of it"):
+        convert(hf_folders("llama"), memory_path / "step-4" / "below" / "out", KIND.options(to))
+    assert sorted(memory_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "pt"])

@@ -226,3 +226,14 @@ def test_a_tensor_of_hardly_any_or_of_the_largest_range_is_shown(memory_path: Pa
     assert step.check == "verified"
     assert sum(histogram) == (array.size if math.isfinite(float(array.max()) - float(array.min())) else 0)
     written(memory_path)
+
+
+@pytest.mark.parametrize("command", [["report", "run", "-o"], ["diff", "a", "b", "--html"]], ids=["report", "diff"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(
+    memory_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+):
+    for target, reason in (("nowhere/page.html", "there is no folder"), (".", "is a folder")):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(memory_path / target)])
+        assert ended.value.code == 2
+        assert reason in capsys.readouterr().err

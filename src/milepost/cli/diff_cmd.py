@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milepost.cli.main import NOT_CHECKED
-from milepost.cli.render import console, print_json, print_list, print_table, progress_bar, write_page
+from milepost.cli.render import console, page_path, print_json, print_list, print_table, progress_bar, write_page
 from milepost.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face folder whose config.json gives the sizes of --model; not needed if A or B records them",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--html", metavar="FILE", help="also write it as one HTML page, with charts")
+    parser.add_argument("--html", type=page_path, metavar="FILE", help="also write it as one HTML page, with charts")
 
 
 def _tolerance(text: str) -> float:

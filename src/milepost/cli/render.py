@@ -6,6 +6,7 @@ Results go to standard output, progress to standard error. Colour and moving bar
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -89,6 +90,16 @@ def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
     print_line(f"{title} ({len(lines)}):")
     for line in listed(lines, limit, hint="; --json lists them"):
         print_line(f"  {line}")
+
+
+def page_path(text: str) -> str:
+    """Check the path of a page to write before the work for it begins; the type of an argument of argparse."""
+    path = pathlib.Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give the path of a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} to: create it first")
+    return text
 
 
 def write_page(path: str, document: str) -> int:

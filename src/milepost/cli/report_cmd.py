@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import webbrowser
 
-from milepost.cli.render import console, printable, progress_bar, write_page
+from milepost.cli.render import console, page_path, printable, progress_bar, write_page
 from milepost.storage.base import counted, format_nbytes
 
 
@@ -26,7 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status: 0, 2 wrong usage, 3 there is no checkpoint, 7 it can't be read or written\n"
     )
     parser.add_argument("path", metavar="RUN_OR_STEP", help="the folder of a run, or one of its steps")
-    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the file to write (report.html)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=page_path,
+        default="report.html",
+        metavar="FILE",
+        help="the file to write (report.html)",
+    )
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     parser.add_argument(
         "--steps", type=int, default=12, metavar="N", help="read the weights of at most N steps (default: 12, 0: none)"
