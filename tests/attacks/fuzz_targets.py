@@ -50,14 +50,8 @@ from milepost.format.manifest_check import manifest_faults
 from milepost.format.manifest_json import from_json, parse_head, to_json
 from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import dump_plain, load_plain
-from milepost.format.record import (
-    TENSOR_GLOBALS,
-    locate_tensor,
-    object_record,
-    read_object,
-    record_footer,
-    tensor_record,
-)
+from milepost.format.record import object_record, record_footer, tensor_record
+from milepost.format.record_reader import TENSOR_GLOBALS, locate_tensor, read_object
 from milepost.format.safetensors import plan_layout, read_header
 from milepost.format.shards_file import dump_shards, parse_shards
 from milepost.format.torch_file import locate_tensors, plan_torch_file

@@ -20,7 +20,7 @@ from fuzz_mutations import mutate_bytes, zip_of
 from fuzz_targets import RECORDS, TARGETS, Target
 
 from milepost.errors import FormatError, MilepostError, StorageError
-from milepost.format.record import check_archive
+from milepost.format.record_reader import check_archive
 from milepost.run import marks
 from milepost.run.lock import RunLock
 from milepost.storage import LocalStorage

@@ -29,14 +29,8 @@ from milepost.format.manifest import MANIFEST_NAME, SHARDS_NAME
 from milepost.format.manifest_json import from_json
 from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import load_plain
-from milepost.format.record import (
-    TENSOR_GLOBALS,
-    locate_tensor,
-    object_record,
-    read_object,
-    record_footer,
-    tensor_record,
-)
+from milepost.format.record import object_record, record_footer, tensor_record
+from milepost.format.record_reader import TENSOR_GLOBALS, locate_tensor, read_object
 from milepost.format.shards_file import parse_shards
 from milepost.testing.format_1 import to_json_1
 from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files

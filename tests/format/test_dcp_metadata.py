@@ -26,7 +26,7 @@ from milepost.format.box import Box
 from milepost.format.dcp_metadata import DcpLocation, DcpMetadata, DcpTensor, manifest_from_metadata, parse_metadata
 from milepost.format.dcp_writer import dump_metadata
 from milepost.format.dtype import DTYPES
-from milepost.format.record import locate_tensor, read_object
+from milepost.format.record_reader import locate_tensor, read_object
 from milepost.testing.manifests import Layout, StoredBox, lay_out
 from milepost.testing.world import run_world
 

@@ -16,16 +16,8 @@ import torch
 from milepost.errors import FormatError
 from milepost.format.digest import crc32
 from milepost.format.dtype import DTYPES, itemsize
-from milepost.format.record import (
-    DATA_ALIGNMENT,
-    LocatedTensor,
-    locate_tensor,
-    object_record,
-    read_object,
-    record_footer,
-    strides_of,
-    tensor_record,
-)
+from milepost.format.record import DATA_ALIGNMENT, object_record, record_footer, strides_of, tensor_record
+from milepost.format.record_reader import LocatedTensor, locate_tensor, read_object
 
 SIZES = [(), (0,), (3,), (2, 3), (2, 0, 3), (1, 2, 3), (1, 2, 1, 4), (2, 2, 2, 2, 2), (300,)]
 

@@ -276,11 +276,11 @@ def manifest_from_metadata(
 ) -> Manifest:
     """Build the manifest of a folder that has none, from its ``.metadata`` and the sizes in bytes of its files.
 
-    Offset and digest of raw data are None: ``record.locate_tensor`` finds them. ``kind`` is ``full`` if there is any
-    key under ``optimizer.`` or ``train_state.``, ``model`` if all keys are the model's, else ``state``. ``world_size``,
-    which is not recorded, is 1. Raises FormatError for items transformed (compressed, encrypted) by a DCP extension,
-    and for all faults found by ``manifest_faults``: names that leave the folder, files that are absent or too short,
-    overlaps and gaps.
+    Offset and digest of raw data are None: ``record_reader.locate_tensor`` finds them. ``kind`` is ``full`` if there is
+    any key under ``optimizer.`` or ``train_state.``, ``model`` if all keys are the model's, else ``state``.
+    ``world_size``, which is not recorded, is 1. Raises FormatError for items transformed (compressed, encrypted) by a
+    DCP extension, and for all faults found by ``manifest_faults``: names that leave the folder, files that are absent
+    or too short, overlaps and gaps.
     """
     problems: list[str] = []
     tensors = {key: _tensor_entry(key, tensor, metadata, problems) for key, tensor in metadata.tensors.items()}

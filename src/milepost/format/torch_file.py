@@ -18,17 +18,14 @@ from milepost.format.dtype import itemsize
 from milepost.format.kinds import kind_of_pickle, kind_of_zip, names_in_tail
 from milepost.format.pickle_reader import Dialect, Global, read_pickle
 from milepost.format.plain_pickle import PLAIN_GLOBALS, PROTO_2, STOP, str_opcodes
-from milepost.format.record import (
-    DATA_ALIGNMENT,
+from milepost.format.record import DATA_ALIGNMENT, directory_end, small_entries, tensor_opcodes
+from milepost.format.record_reader import (
     TENSOR_GLOBALS,
     LocatedTensor,
     Rebuild,
-    directory_end,
     located,
     persistent_storage,
     read_pickle_entry,
-    small_entries,
-    tensor_opcodes,
 )
 from milepost.format.zip_directory import (
     CENTRAL_HEADER,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from milepost.format.dtype import DTYPES
 from milepost.format.pickle_reader import Dialect, Global, read_pickle
-from milepost.format.record import read_pickle_entry
+from milepost.format.record_reader import read_pickle_entry
 from milepost.format.zip_directory import ZipDirectory
 
 _MAX_VALUE_NBYTES = 64 << 30

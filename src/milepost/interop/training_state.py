@@ -19,7 +19,8 @@ from milepost.config import part_of
 from milepost.errors import ConversionError, listed
 from milepost.format.box import Box
 from milepost.format.manifest import Manifest, ObjectEntry
-from milepost.format.record import object_record, read_object
+from milepost.format.record import object_record
+from milepost.format.record_reader import read_object
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
 from milepost.interop.names.identity import ModelIdentity

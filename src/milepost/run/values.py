@@ -9,7 +9,7 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, StorageError
 from milepost.format.digest import crc32
 from milepost.format.manifest import Manifest, ObjectEntry
-from milepost.format.record import read_object
+from milepost.format.record_reader import read_object
 from milepost.storage.base import Storage, join
 
 MAX_VALUE_NBYTES = 1 << 20

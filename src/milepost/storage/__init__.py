@@ -8,8 +8,10 @@ write_back     early and bounded write-back of pages
 system_errors  the operating system's errors, with advice
 local_files    open files of a POSIX file system
 local_tree     its files and folders by name
+mounts         folders that a rename cannot replace
 local          a folder of it
 open_files     many files, a bounded number of them open at a time
+links          files behind links, as in the Hugging Face hub's cache
 ranges         plans of requests for many byte ranges
 retry          bounded retries
 store_errors   classification of a store's errors

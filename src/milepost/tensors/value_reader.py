@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from milepost.errors import FormatError
-from milepost.format import record
+from milepost.format import record, record_reader
 from milepost.format.digest import crc32
 from milepost.format.dtype import DTYPES, from_storage_class
 from milepost.format.pickle_reader import Global, Instance, OverLimitError, read_pickle
@@ -41,7 +41,7 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
     except FormatError:
         pass  # what others' versions of torch write that is not in the tables: torch's own restricted reader decides
     try:
-        record.check_archive(data)  # torch would unpack compressed entries, whatever they unpack to
+        record_reader.check_archive(data)  # torch would unpack compressed entries, whatever they unpack to
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:
         raise FormatError(
@@ -56,7 +56,7 @@ def read_value(raw: bytes) -> Any:
         FormatError, ConfigError: as :func:`decode_object`.
     """
     archive = ZipDirectory(lambda offset, nbytes: raw[offset : offset + nbytes], len(raw), max_entries=1 << 18)
-    pickled, prefix = record.read_pickle_entry(archive, MAX_VALUE_NBYTES)
+    pickled, prefix = record_reader.read_pickle_entry(archive, MAX_VALUE_NBYTES)
     storages = _StoredStorages(archive, prefix)
     value = read_pickle(
         pickled,

@@ -4,6 +4,7 @@ Run it with ``./run_train.sh`` or ``torchrun -m milepost.train``. The parts, in 
 
     launch     torchrun with clean error reports: one message and an exit status instead of tracebacks
     __main__   one rank, from its command line to its exit status
+    process    output, signals and exit of a rank
     options    TOML file and flags -> config; checks: report all impossible settings at once
     tokenizer  text -> token ids
     corpus     text files -> one array of token ids on disk

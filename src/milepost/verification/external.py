@@ -12,7 +12,7 @@ from dataclasses import replace
 from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError
 from milepost.format.manifest import Manifest, ShardEntry
-from milepost.format.record import locate_tensor
+from milepost.format.record_reader import locate_tensor
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
 
