@@ -21,7 +21,8 @@ In reading order::
     frozen          a sample of frozen parameters, saved with steps that hold only trainable ones
     random_state    random generators, restored or derived
     choice          which step to resume from: pure
-    resume          loading it
+    resume          loading it; parts_load: the parts of the state to load, and their target
+    weights_format  the protocol for weights in another format
     events          saves, failures and resumes, for logs and TensorBoard
     hf_saves        periodic saves of the model in Hugging Face's format, beside the steps
     remote          copies committed steps to a remote folder while training continues

@@ -25,8 +25,8 @@ from milepost.saving.job import Keep
 from milepost.saving.request import SaveRequest
 from milepost.storage.base import Storage, join
 from milepost.training.history import SaveHistory
-from milepost.training.resume import WeightsFormat
 from milepost.training.training_state import TrainingState
+from milepost.training.weights_format import WeightsFormat
 
 log = logging.getLogger("milepost")
 

@@ -40,11 +40,12 @@ from milepost.training.history import SaveHistory
 from milepost.training.hooks import Commit, CommitHooks
 from milepost.training.pending import PendingSave
 from milepost.training.random_state import rng_state, set_rng_state
-from milepost.training.resume import Loader, WeightsFormat
+from milepost.training.resume import Loader
 from milepost.training.run_folder import RunFolder
 from milepost.training.save_request import Attachments, RequestMaker
 from milepost.training.signals import RequestFiles, SignalFlags
 from milepost.training.training_state import TrainingState
+from milepost.training.weights_format import WeightsFormat
 
 log = logging.getLogger("milepost")
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
 
 from milepost.collective.comm import Comm, by_ranks, failure_on, on_rank_0, raise_together
 from milepost.collective.meeting import meeting
@@ -21,17 +20,15 @@ from milepost.errors import (
     StateMismatchError,
     StorageError,
     listed,
-    near,
 )
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.interop.any_weights import Loaded, load_any
-from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.loading.load import LoadReport, load_from
 from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
-from milepost.loading.policy import Policy, first_match
+from milepost.loading.policy import Policy
 from milepost.loading.sources import Near, find_near
-from milepost.loading.target import Stored, Target
+from milepost.loading.target import Target
 from milepost.run import catalog, checkpoint_record, node_steps
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
@@ -39,55 +36,20 @@ from milepost.run.node_part import NodePart
 from milepost.run.node_steps import NodeFolder
 from milepost.run.step_names import step_name
 from milepost.saving.copy_step import Spot
-from milepost.saving.job import Form
 from milepost.saving.nodes import Nodes
 from milepost.storage import is_folder, open_storage
 from milepost.storage.base import Storage, join, split
-from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten, ordinary_tensors
 from milepost.tensors.tree import Read
 from milepost.training.choice import Choice, both_tiers, choose, launch_id
-from milepost.training.frozen import KEY as BASE
-from milepost.training.frozen import check_base
-from milepost.training.training_state import StateLoad, TrainingState
+from milepost.training.parts_load import PartsLoad
+from milepost.training.training_state import TrainingState
+from milepost.training.weights_format import WeightsFormat
 from milepost.verification.external import locate_manifest
 
 log = logging.getLogger("milepost")
 
-_OPTIMIZER_KEYS = ("optimizer.state.", "optimizer.param_groups.")
 SPELLING = "set checkpoint.{option} = {patterns}"
-
-
-class WeightsFormat(Protocol):
-    """The manager's interface to another format of weights. See ``milepost.HfModel``."""
-
-    def form_of(self, dtypes: Mapping[str, str]) -> Form:
-        """Return the form of a save of tensors of these keys and dtypes, all ranks' together. Pure.
-
-        Raises:
-            ConversionError: such tensors can't be stored in this format.
-        """
-
-    def record(self) -> Mapping[str, Any]:
-        """Return the record of the model in each step's manifest ``extra``."""
-
-    def check_record(self, extra: Mapping[str, Any], path: str) -> list[str]:
-        """Return notes on the step at ``path`` with the record ``extra``.
-
-        Raises:
-            StateMismatchError: it belongs to another model.
-        """
-
-    def translate(self, manifest: Manifest) -> Translation | None:
-        """Return a checkpoint's manifest under this run's names; None if it already has them, or unknown ones."""
-
-    def load(
-        self, path: str, leaves: Mapping[str, TensorLeaf], policy: Policy, *, num_threads: int, logs_progress: bool
-    ) -> LoadReport:
-        """Fill this rank's ``leaves`` from the weights at ``path``; empty: from the format's default.
-
-        ``policy`` allows missing or unexpected keys. Not collective. Nothing is changed if the weights do not fit.
-        """
 
 
 def is_weights_file(path: str) -> bool:
@@ -181,7 +143,7 @@ class Loader:
                 return self._load_weights(choice), descent
             if choice.step is None and is_weights_file(choice.path):
                 return self._load_file(choice), descent
-            into = _Into(
+            into = PartsLoad(
                 self._state,
                 self._wanted(choice),
                 self._comm.world_size,
@@ -332,13 +294,13 @@ class Loader:
         parts = ("model",) if choice.model_only else self._state.present()
         return tuple(part for part in parts if part not in self._config.exclude_from_loading)
 
-    def _make_target(self, into: _Into, path: str, notes: list[str], manifest: Manifest, read: Read) -> Target:
+    def _make_target(self, into: PartsLoad, path: str, notes: list[str], manifest: Manifest, read: Read) -> Target:
         self._reading = manifest.save_id
         if self._format is not None and into.wants_model:
             notes += self._format.check_record(manifest.extra, path)
         return into.prepare(manifest, read, path)
 
-    def _restore(self, into: _Into) -> list[str]:
+    def _restore(self, into: PartsLoad) -> list[str]:
         """Restore the live objects from the data read; returns notes. Collective."""
         failure, notes = None, []
         try:
@@ -357,7 +319,7 @@ class Loader:
                 raise ConfigError(f"{choice.path} holds Hugging Face files: give CheckpointManager `hf`")
             path = choice.path if choice.step is None else join(self._place(choice)[0].root, choice.path)
             load = self._state.loading_weights()
-            into = _Into(self._state, ("model",), self._comm.world_size, self._layout, self._config)
+            into = PartsLoad(self._state, ("model",), self._comm.world_size, self._layout, self._config)
             report = self._format.load(
                 path,
                 {
@@ -378,7 +340,7 @@ class Loader:
 
     def _load_file(self, choice: Choice) -> LoadReport:
         """Start from the weights in one file, of any model."""
-        into = _Into(self._state, ("model",), self._comm.world_size, self._layout, self._config)
+        into = PartsLoad(self._state, ("model",), self._comm.world_size, self._layout, self._config)
         loaded: Loaded | None = None
         failure = None
         started = time.monotonic()
@@ -477,100 +439,3 @@ def _renamed(path: str) -> StateMismatchError:
         f"convert them to a checkpoint with `milepost convert`",
         path=path,
     )
-
-
-class _Into:
-    """The requested parts of a training state, and their load once the checkpoint's manifest is known."""
-
-    def __init__(
-        self,
-        state: TrainingState,
-        wanted: tuple[str, ...],
-        world_size: int,
-        layout: Mapping[str, int],
-        config: CheckpointConfig,
-        *,
-        resumes: bool = False,
-    ):
-        self._state = state
-        self._resumes = resumes
-        self.wanted = wanted
-        self._excluded_parts = [name for name in config.exclude_from_loading if name in PARTS]
-        self._excluded_keys = [name for name in config.exclude_from_loading if name not in PARTS]
-        self._allow_unexpected = config.allow_unexpected
-        self._left_models: frozenset[str] = frozenset()
-        self._frozen: frozenset[str] = frozenset()  # the checkpoint omits these on purpose
-        self._world_size = world_size
-        self._layout = layout
-        self._load: StateLoad | None = None
-
-    @property
-    def wants_model(self) -> bool:
-        return "model" in self.wanted
-
-    def prepare(self, manifest: Manifest, read: Read, path: str) -> Target:
-        """Return the target to read into; the live objects are not changed.
-
-        Raises:
-            StateMismatchError: this run's weights differ from those that the checkpoint leaves out.
-        """
-        same_layout = manifest.world_size == self._world_size and dict(manifest.layout) == self._layout
-        if manifest.extra.get(ONLY_TRAINABLE):
-            self._frozen = self._state.frozen_keys() - manifest.tensors.keys()
-            record = read(BASE) if self._resumes and "model" in self.wanted else None
-            if record is not None:
-                frozen = {key for key in self._frozen if first_match(self._excluded_keys, key) is None}
-                check_base(self._state, frozen, record, path)
-        stored = Stored(manifest, read, self.is_excluded if self._excluded_keys or self._frozen else None)
-        if same_layout:
-            stored.tree.narrow(stored.manifest, self._state.rank)
-        self._check_exclusions(stored.keys)
-        self._left_models = frozenset(
-            key for key in manifest.tensors if part_of(key) == "model" and first_match(self._allow_unexpected, key)
-        )
-        self._load = self._state.loading(self.wanted, stored, same_layout=same_layout, excluded=self._excluded_parts)
-        return self._load.prepare()
-
-    def is_excluded(self, key: str) -> bool:
-        """Return whether the user excluded a key from loading."""
-        return key in self._frozen or first_match(self._excluded_keys, key) is not None
-
-    def left_out(self) -> list[str]:
-        """Return a note on the parameters that the checkpoint leaves out on purpose, if any."""
-        if not self._frozen:
-            return []
-        return [
-            f"{len(self._frozen)} parameters are frozen and not in the step: they keep their initial or "
-            "previously loaded values"
-        ]
-
-    def _check_exclusions(self, stored: Collection[str]) -> None:
-        """Refuse a pattern without a match: the values it was meant to keep would be overwritten."""
-        known = {*stored, *self._state.model_keys()}
-        for pattern in self._excluded_keys:
-            if not any(first_match([pattern], key) for key in known):
-                hint = near(pattern, known)
-                raise StateMismatchError(
-                    f"checkpoint.exclude_from_loading: no key of the checkpoint or the model matches '{pattern}'"
-                    + (f"; did you mean '{hint}'?" if hint else "")
-                )
-
-    def check(self) -> None:
-        """Refuse a mismatch, once everything except the live tensors is read."""
-        if self._load is not None:
-            self._load.check()
-
-    def is_complete(self, key: str) -> bool:
-        """Return whether a stored key must be loaded: weights and optimizer state are never left out silently."""
-        if self.is_excluded(key):
-            return False
-        if key.startswith(_OPTIMIZER_KEYS):  # belongs to a parameter that is itself left out
-            name = key.split(".", 2)[2]
-            if any(name.startswith(f"{left}.") for left in self._left_models):
-                return False
-        return part_of(key) in self.wanted and part_of(key) in ("model", "optimizer")
-
-    def restore(self) -> list[str]:
-        """Restore the live objects from the data read. Returns remarks for the log."""
-        assert self._load is not None, "restored after it was read"
-        return self._load.restore()

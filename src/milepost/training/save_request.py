@@ -25,10 +25,10 @@ from milepost.training.frozen import record_of
 from milepost.training.history import SaveHistory
 from milepost.training.metrics import MetricRecorder
 from milepost.training.peft import adapter_files
-from milepost.training.resume import WeightsFormat
 from milepost.training.run_folder import RunFolder
 from milepost.training.staging_memory import staging_nbytes
 from milepost.training.training_state import KINDS, TrainingState
+from milepost.training.weights_format import WeightsFormat
 
 log = logging.getLogger("milepost")
 
