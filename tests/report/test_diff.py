@@ -16,7 +16,8 @@ from milepost.cli.main import main
 from milepost.errors import ConfigError, DigestMismatchError
 from milepost.interop.convert import convert
 from milepost.interop.options import ConvertOptions
-from milepost.report.diff import DiffReport, ObjectChange, ValueChange, diff
+from milepost.report.diff import DiffReport, ObjectChange, diff
+from milepost.report.differences import ValueChange
 from milepost.storage import LocalStorage
 from milepost.testing.sample import Array, save_arrays
 

@@ -15,7 +15,8 @@ from milepost.cli.render import console, page_path, print_json, print_list, prin
 from milepost.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from milepost.report.diff import DiffReport, Unmatched, ValueChange
+    from milepost.report.diff import DiffReport, Unmatched
+    from milepost.report.differences import ValueChange
 
 DIFFERENT = 9
 """Exit status if the two differ."""

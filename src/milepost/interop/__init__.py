@@ -15,7 +15,7 @@ In reading order::
     any_weights  weights of any model by their own names, into a rank's tensors
     training_state  a full training step from one program's names to another's (torch-free)
     options  the options of a conversion; convert: running it (torch-free)
-    adapters  PEFT's adapters, exported from a step or merged into the base model (torch-free)
+    adapters  PEFT's adapters, exported from a step; lora: a base model with one merged in (torch-free)
     merging  merging weights of one model from several sources (torch-free)
 """
 

@@ -7,15 +7,11 @@ a ``base_layer``; keys in PEFT's files contain neither.
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from milepost.errors import ConversionError, listed
 from milepost.format.box import Box
@@ -23,6 +19,7 @@ from milepost.format.huggingface import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from milepost.format.safetensors import plan_layout
 from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS
 from milepost.interop.hf.extras import HfExtras, lent_extras
+from milepost.interop.lora import PREFIX, Adapter, LoraMerged
 from milepost.interop.names.adapter_keys import ADAPTER_KEY
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.rules import MappedBox, Op, Recipe
@@ -30,7 +27,7 @@ from milepost.interop.options import HUB, ConvertOptions, ConvertReport
 from milepost.interop.sinks import HfSink, Sink
 from milepost.interop.weights.base_samples import NAME as SAMPLES
 from milepost.interop.weights.base_samples import ONLY_TRAINABLE, Sample, differences, parse, sample_of
-from milepost.interop.weights.boxes import Array, Readable, Renamed, Source, TensorInfo, cast_into, total_nbytes
+from milepost.interop.weights.boxes import Readable, Renamed, Source, TensorInfo, total_nbytes
 from milepost.interop.weights.dequantized import plain_weights, without_quantization
 from milepost.interop.weights.noted import Noted, compare_with_noted
 from milepost.interop.weights.open import Weights, open_weights, read_config
@@ -38,36 +35,11 @@ from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 from milepost.run.values import read_values
 from milepost.storage import open_storage
 
-_PREFIX = "base_model.model."
-"""Prefix of all keys in PEFT's files, and in a model wrapped by PEFT."""
-_LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of an adapter that change the base's weights."""
-_OTHER_KINDS = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "target_parameters")
-_KNOWN_OPTIONS = frozenset(
-    re.findall(
-        r"\w+",
-        """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
-        target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
-        init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
-        loftq_config
-        eva_config corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""",
-    )
-)
-"""Options of PEFT 0.21's LoRA that select modules, concern training, or are respected by merging."""
 _EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
 """PEFT's names of them."""
-_UNTOLD = (None, False, "", "none", 0)
 MAX_NBYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's tensors under the keys of PEFT's files, and its configuration."""
-
-    name: str
-    tensors: Readable
-    config: Mapping[str, Any]
 
 
 def adapters_in(keys: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
@@ -277,7 +249,7 @@ def _words_of(base: str) -> int | None:
 
 
 def _file_key(key: str) -> str:
-    return key if key.startswith(_PREFIX) else _PREFIX + key
+    return key if key.startswith(PREFIX) else PREFIX + key
 
 
 def _check_start(config: Mapping[str, Any], path: str) -> None:
@@ -294,7 +266,7 @@ def _check_start(config: Mapping[str, Any], path: str) -> None:
 
 def _base_name(key: str) -> str:
     """Return the base model's name of a tensor wrapped by adapters."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _base_in(weights: Weights) -> Readable:
@@ -327,7 +299,7 @@ def _check_base(weights: Weights, given: Readable, adapter: Adapter) -> None:
     known = {_base_name(key): sample for key, sample in recorded.items()}
     names = {key: name for key in recorded if (name := _base_name(key)) in given.tensors}
     found = {_base_name(key): sample for key, sample in sample_of(given, names).items()}
-    trained = {key.removeprefix(_PREFIX) for key in adapter.tensors.tensors}
+    trained = {key.removeprefix(PREFIX) for key in adapter.tensors.tensors}
     lines = list(differences(known, {key: sample for key, sample in found.items() if key not in trained}))
     if lines:
         raise ConversionError(
@@ -348,7 +320,7 @@ def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[
     """
     if config.get("tie_word_embeddings") is False:
         return held, False
-    trained = {key.removeprefix(_PREFIX) for key in adapter.tensors.tensors}
+    trained = {key.removeprefix(PREFIX) for key in adapter.tensors.tensors}
     modules = {key.partition(".lora_")[0] + ".weight" if ".lora_" in key else key for key in trained}
     embeddings = [key for key in held.tensors if key.endswith(EMBEDDINGS)]
     outputs = [key for key in OUTPUTS if key in held.tensors]
@@ -383,7 +355,7 @@ def _trained_beside(weights: Weights) -> list[str]:
 
 def _with_trained_beside(weights: Weights, adapter: Adapter) -> Adapter:
     """Add values trained beside the adapter, treated like fully trained modules."""
-    beside = {_PREFIX + _base_name(key): key for key in _trained_beside(weights)}
+    beside = {PREFIX + _base_name(key): key for key in _trained_beside(weights)}
     if not beside:
         return adapter
     own = adapters_in(weights.source.tensors)[adapter.name]
@@ -410,119 +382,6 @@ def _cast(base: Readable, dtype: str | None) -> Readable:
         cast = dtype if dtype is not None and info.dtype.startswith(("float", "bfloat")) else None
         recipes[key] = Recipe(info.shape, (MappedBox(whole, key, whole, Op.SAME),), cast)
     return Assembled(base, recipes)
-
-
-class LoraMerged:
-    """The tensors of ``base`` plus, if ``adapter`` has matrices for them, their scaled product.
-
-    Like PEFT's merge: W + B A * scale, in float32. Fully trained modules are taken from the adapter.
-    """
-
-    def __init__(self, base: Readable, adapter: Adapter, path: str):
-        self._base = base
-        self._adapter = adapter
-        pairs: dict[str, dict[str, str]] = {}
-        self._trained: dict[str, str] = {}
-        faults = list(_unmergeable(adapter.config))
-        for key in adapter.tensors.tensors:
-            inner = key.removeprefix(_PREFIX)
-            match = _LORA.fullmatch(inner)
-            if match is not None:
-                pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = key
-            elif "lora_" in inner:
-                faults.append(f"{key}: not a matrix of plain LoRA")
-            else:
-                self._trained[inner] = key
-        self._pairs = {target: (found["A"], found["B"]) for target, found in pairs.items() if len(found) == 2}
-        faults += [f"{target}: a matrix of the pair is missing" for target in pairs if target not in self._pairs]
-        for target in (*pairs, *self._trained):
-            if target not in base.tensors:
-                faults.append(f"{target}: not in the base model")
-        faults += [fault for target in self._pairs if target in base.tensors for fault in self._misshapen(target)]
-        for target, key in self._trained.items():
-            shape = adapter.tensors.tensors[key].shape
-            if target in base.tensors and shape != base.tensors[target].shape:
-                faults.append(f"{target}: {list(shape)} in the adapter, {list(base.tensors[target].shape)} in the base")
-        if faults:
-            raise ConversionError(
-                f"the adapter in {path} can't be merged, nothing was written:\n  " + "\n  ".join(listed(faults)),
-                path=path,
-                problems=faults,
-            )
-        self.tensors: Mapping[str, TensorInfo] = base.tensors
-        self.notes = (f"{len(self._pairs)} of {len(base.tensors)} tensors were merged with the adapter",)
-
-    def _misshapen(self, target: str) -> list[str]:
-        a, b = (self._adapter.tensors.tensors[key].shape for key in self._pairs[target])
-        shape = self._base.tensors[target].shape
-        made = (a[1], b[0]) if self._adapter.config.get("fan_in_fan_out") else (b[0], a[1])
-        return [] if made == shape and a[0] == b[1] else [f"{target}: {list(b)} x {list(a)} for {list(shape)}"]
-
-    def unit_rows(self, key: str) -> int:
-        """See ``weights.boxes.Readable``."""
-        return self._base.unit_rows(key)
-
-    def read_into(self, key: str, box: Box, out: Array) -> None:
-        """See ``weights.boxes.Readable``."""
-        if key in self._trained:
-            self._adapter.tensors.read_into(self._trained[key], box, out)
-        elif key not in self._pairs:
-            self._base.read_into(key, box, out)
-        else:
-            values = np.empty(box.sizes, np.float32)
-            self._base.read_into(key, box, values)
-            values += self._difference(key, box)
-            cast_into(out, values)
-
-    def _difference(self, key: str, box: Box) -> Array:
-        """Compute a box of the scaled product from the rows of B and the columns of A that it needs."""
-        (rows, columns), (num_rows, num_columns) = box.offsets, box.sizes
-        is_swapped = bool(self._adapter.config.get("fan_in_fan_out"))
-        if is_swapped:
-            rows, columns, num_rows, num_columns = columns, rows, num_columns, num_rows
-        a_key, b_key = self._pairs[key]
-        rank = self._adapter.tensors.tensors[a_key].shape[0]
-        a, b = np.empty((rank, num_columns), np.float32), np.empty((num_rows, rank), np.float32)
-        self._adapter.tensors.read_into(a_key, Box((0, columns), a.shape), a)
-        self._adapter.tensors.read_into(b_key, Box((rows, 0), b.shape), b)
-        product: Array = (b @ a) * np.float32(self._scale(key, rank))
-        return product.T if is_swapped else product
-
-    def _scale(self, key: str, rank: int) -> float:
-        config = self._adapter.config
-        module = key.removesuffix(".weight")
-        patterns = config.get("alpha_pattern") or {}
-        alpha = next(
-            (value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module)),
-            config.get("lora_alpha", rank),
-        )
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _unmergeable(config: Mapping[str, Any]) -> list[str]:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return [f"{kind}: only LoRA is merged here; use merge_and_unload() of PEFT"]
-    options = (*_OTHER_KINDS, *sorted(set(config) - _KNOWN_OPTIONS - set(_OTHER_KINDS)))
-    is_set = [option for option in options if config.get(option) not in _UNTOLD and config[option] not in ([], {})]
-    return [f"{option} is set: use merge_and_unload() of PEFT" for option in is_set] + _malformed(config)
-
-
-def _malformed(config: Mapping[str, Any]) -> list[str]:
-    """Report options for the scale that have a wrong type."""
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        return ["alpha_pattern: expected an object"]
-    faults = []
-    for name, alpha in {"lora_alpha": config.get("lora_alpha", 1), **patterns}.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            faults.append(f"{name}: expected a number as its alpha, found {alpha!r:.50}")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            faults.append(f"alpha_pattern: {pattern!r:.50} is not a valid pattern: {error}")
-    return faults
 
 
 class AdapterSink(HfSink):

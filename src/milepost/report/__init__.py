@@ -4,7 +4,7 @@ In reading order::
 
     statistics   norm, mean, NaN of each tensor, streaming
     globs        selection of keys by shell patterns
-    diff         two checkpoints compared
+    diff         two checkpoints compared; differences: the elements of two tensors
     history      events and disk use of a run
     profile      samples of each step's weights, and their changes
     gather       everything that the report shows, as values

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
-from milepost.report.diff import DiffReport, Unmatched, ValueChange
+from milepost.report.diff import DiffReport, Unmatched
+from milepost.report.differences import ValueChange
 from milepost.report.frame import (
     Cell,
     command_html,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from milepost.errors import ConfigError
-from milepost.report.diff import group_of
+from milepost.report.differences import group_of
 from milepost.report.gather import RunView, StepView
 
 

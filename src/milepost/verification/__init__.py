@@ -3,6 +3,7 @@
 In reading order::
 
     verify         ``verify()``: sizes, records, digests; one report of all problems
+    checkpoint     a committed step: its small files, and every record
     extents        the byte ranges of a file and their digests
     block_reader   one item's data, read in any parts and checked; also for loads and conversions
     external       locating the data in other programs' records
