@@ -11,6 +11,7 @@ In reading order::
     template   a nested state dict of the caller's to load into
     target     the target of a load, and the owners of state: each is loaded by its own method
     parts      tensors composed of others; stateful: anything with ``load_state_dict()``
+    trial      what a module's own way of loading would do with what is stored
     module     a module, with its hooks; optimizer: an optimizer, without a step of it
     sources    the checkpoint, or this node's local part of the same save
     values     options, scalars and other values, most of them read once for all ranks

@@ -14,18 +14,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from milepost.errors import StateMismatchError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
-from milepost.loading.target import Target, fresh_like, local_tensor, same_memory
+from milepost.loading.target import EXTRA_STATE, Target, fresh_like, local_tensor, same_memory
+from milepost.loading.trial import Trial, has_users_way, names_of_wrappers, try_loading
 from milepost.tensors.layout import Placed, can_be_boxes
 from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
 from milepost.tensors.state import LAZY
-from milepost.tensors.tree import Node, Ref, rebuild
+from milepost.tensors.tree import Node, Ref, rebuild, refs
 
-EXTRA_STATE = "_extra_state"
 DERIVED = ("freqs_cis", "inv_freq", "position_ids")
 """Buffers that models compute from their sizes, and that some store: a model that has no such name needs none."""
 
@@ -45,6 +45,10 @@ class ModuleOwner:
         self._copies_of: dict[str, str] = {}  # names of tied tensors -> the name under which they are read
         self._resized: list[str] = []  # names of those that are read in another shape than they have here
         self._alike: list[tuple[str, str]] = []  # keys of tied tensors whose values must be found equal
+        self._trial: Trial | None = None  # of a way of loading that is not PyTorch's alone
+        self._made = set[str]()  # names that it fills from what is stored under others
+        self.renamed: dict[str, str] = {}
+        """Keys of tensors that the module's own way of loading takes from another key: that one."""
         self.replaced: dict[torch.Tensor, torch.Tensor] = {}
         """Parameters and buffers that were on the meta device -> those that stand in their place now."""
 
@@ -54,14 +58,18 @@ class ModuleOwner:
         self._look_at_tied(target, held)
         buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
         left_fresh = []
+        self._try(target, held)
         for name, value in self._own.items():
             path = self._path_of(name)
             key = ".".join(path)
-            if name in self._copies_of or target.is_excluded(key):
+            if name in {*self._copies_of, *self._made} or target.is_excluded(key):
                 continue
             if isinstance(value, LAZY) or self._resizes(target, name, value, key):
                 self._all_live = False
                 self._want_as_stored(target, name, value, key)
+                continue
+            if self._moves(target, name, key):
+                self._want_moved(target, name, key, held)
                 continue
             if comes_apart(value) or (isinstance(value, DTensor) and is_by_shard(target.at(path))):
                 self._prepare_parts(target, name, value, held.get(name))
@@ -73,6 +81,7 @@ class ModuleOwner:
                     left_fresh.append(key)
                     continue
                 live = same_memory(value, held.get(name)) and not any(key in pair for pair in self._alike)
+                live = live and (self._trial is None or self._trial.places.get(name) == name)
                 self._keys[name] = key
                 self._all_live = self._all_live and live
                 target.want(key, value if live else fresh_like(value), live=live)
@@ -88,13 +97,92 @@ class ModuleOwner:
 
         target.note("buffers missing from the checkpoint, left as initialized", left_fresh)
         loaded = {name for name in self._on_meta if self._keys.get(name, name) in target.stored_keys}
-        blank = [name for name, tensor in held.items() if tensor.is_meta and name not in {*loaded, *self._nodes}]
+        filled = self._trial.filled if self._trial is not None else frozenset()
+        self._on_meta |= {name: held[name] for name in filled if held[name].is_meta}
+        known = {*loaded, *self._nodes, *filled}
+        blank = [name for name, tensor in held.items() if tensor.is_meta and name not in known]
         target.note("on the meta device and not loaded, so still without values", blank)
         not_kept = [".".join(self._path_of(name)) for name in buffers if name not in self._own]
         derived = [key for key in target.stored_keys if key.rpartition(".")[2] in DERIVED and key not in target.values]
         unused = sorted(target.stored_keys.intersection((*not_kept, *derived)))
         target.left.update(unused)
         target.note("buffers of the checkpoint that this model computes itself, ignored", unused)
+
+    def _try(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
+        """Find out what the module's own way of loading would do with what is stored, and want what it has moved."""
+        if not has_users_way(self._module):
+            return
+        here = {".".join(self._path_of(name)): name for name in self._own}
+        root = self._path_of("")[:-1]
+        wrappers = names_of_wrappers({key[len(".".join((*root, ""))) :]: name for key, name in here.items()})
+        keys: dict[str, str] = {}
+        given = {name: self._own[name] for name in self._copies_of}
+        for stored, node in target.names_below(root).items():
+            key = ".".join((*root, stored))
+            name = here.get(key) or wrappers.name_of(stored)
+            if not is_extra_state(name) and not target.is_excluded(key):
+                keys[name] = key
+                given[name] = self._given(target, key, node)
+        missing = [n for k, n in here.items() if n not in given and not is_extra_state(n)]
+        given |= {name: self._own[name] for name in missing if target.is_excluded(".".join(self._path_of(name)))}
+        trial = try_loading(self._module, given, metadata=getattr(self._own, "_metadata", None))
+        others = keys.keys() - self._own.keys()
+        if trial.refusal:
+            if others or not given.keys() >= set(missing):
+                kind = type(self._module).__name__
+                target.mismatched.append(f"load_state_dict() of the {kind} does not take the keys: {trial.refusal}")
+            return
+        self._trial = trial
+        self._made.update(name for name in missing if name not in given and name not in trial.missing)
+        for name in others:
+            if name not in trial.unexpected:
+                self._want_moved(target, name, keys[name], held)
+
+    def _given(self, target: Target, key: str, node: Node) -> Any:
+        """A stand-in for a stored value: a tensor of its shape without data, any other value as it is."""
+        if isinstance(node, TensorParts):
+            return torch.empty(node.form.shape, device="meta")
+        entry = target.entry(key)
+        if entry is not None:
+            return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+        return rebuild(node, {key: target.value_of(Ref(key)) for key in refs(node)})
+
+    def _moves(self, target: Target, name: str, key: str) -> bool:
+        """Return whether the module copies a tensor of this name elsewhere, or to its own place in another shape."""
+        entry = target.entry(key)
+        if self._trial is None or entry is None or not is_plain_entry(name, self._own[name]):
+            return False
+        return self._trial.places.get(name, name) != name or entry.shape != tuple(self._own[name].shape)
+
+    def _want_moved(self, target: Target, name: str, key: str, held: Mapping[str, torch.Tensor]) -> None:
+        """Read what is stored under ``name``: into the tensor that it would be copied to as it is, else as stored."""
+        assert self._trial is not None, "it has told"
+        self._all_live = False
+        entry = target.entry(key)
+        if entry is None:
+            node = target.names_below(self._path_of("")[:-1]).get(key, target.at(self._path_of(name)))
+            want_node(target, node)
+            self._nodes[name] = node
+            return
+        self._keys[name] = key
+        place = self._trial.places.get(name, "")
+        there = self._own.get(place)
+        if there is not None:
+            self.renamed[".".join(self._path_of(place))] = key
+        if there is not None and same_memory(there, held.get(place)) and not there.is_meta:
+            target.want(key, there, live=True)
+        else:
+            target.want(key, _as_stored(entry, self._neighbour(name)), live=False)
+
+    def _neighbour(self, name: str) -> torch.Tensor | None:
+        """A tensor of the module near ``name``, which tells of what kind one of that name would be."""
+        while True:
+            name = name.rpartition(".")[0]
+            start = f"{name}." if name else ""
+            near = (value for key, value in self._own.items() if key.startswith(start) and is_plain_entry(key, value))
+            found = next((value for value in near if not isinstance(value, LAZY)), None)
+            if found is not None or not name:
+                return found
 
     def _resizes(self, target: Target, name: str, value: Any, key: str) -> bool:
         """Return whether an entry has another shape in the checkpoint, and its module's own way of loading may take it.
@@ -215,14 +303,21 @@ class ModuleOwner:
         for name, first in self._copies_of.items():
             if first in state:
                 state[name] = state[first]
+        for name in {*self._keys, *self._nodes} - self._own.keys():
+            if name in self._nodes:
+                state[name] = rebuild(self._nodes[name], values)
+            elif self._keys[name] in values:
+                state[name] = values[self._keys[name]]
         metadata = getattr(self._own, "_metadata", None)
         if metadata is not None:  # versions of the modules' state, which some read
             cast("Any", state)._metadata = metadata
         if self._on_meta:
+            filled = self._trial.filled if self._trial is not None else frozenset()
+            made = {t: fresh_like(t) for name, t in self._on_meta.items() if name in filled}
             self.replaced = materialise(
-                self._module, {tensor: state[name] for name, tensor in self._on_meta.items() if name in state}
+                self._module, made | {t: state[name] for name, t in self._on_meta.items() if name in state}
             )
-        if len(state) == len(self._own):
+        if state.keys() | self._made >= self._own.keys():
             self._module.load_state_dict(state)
         else:
             self._module.load_state_dict(state, strict=False)
@@ -269,10 +364,25 @@ def _untied(one: str, other: str) -> str:
     return f"{one} and {other}: one tensor here (tied), two of different values in the checkpoint"
 
 
+def is_extra_state(name: str) -> bool:
+    """Return whether a name in a state dict is that of a module's extra state."""
+    return name == EXTRA_STATE or name.endswith(f".{EXTRA_STATE}")
+
+
 def is_plain_entry(name: str, value: object) -> bool:
     """Return whether an entry of a state dict is a tensor of a fixed shape, unlike a module's extra state."""
-    is_extra = name == EXTRA_STATE or name.endswith(f".{EXTRA_STATE}")
-    return isinstance(value, torch.Tensor) and not is_extra and can_be_boxes(value)
+    return isinstance(value, torch.Tensor) and not is_extra_state(name) and can_be_boxes(value)
+
+
+def _as_stored(entry: TensorEntry, like: torch.Tensor | None) -> torch.Tensor:
+    """A new tensor for all of a stored one, on the mesh or device of ``like``."""
+    dtype = getattr(torch, entry.dtype)
+    local = local_tensor(like) if like is not None else None
+    made = torch.empty(entry.shape, dtype=dtype, device="cpu" if local is None or local.is_meta else local.device)
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        return DTensor.from_local(made, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return made
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

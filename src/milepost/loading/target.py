@@ -6,19 +6,23 @@ load that is refused has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from milepost.config import part_of
 from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.state import PACKED, ByName
 from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
+
+EXTRA_STATE = "_extra_state"
+"""The last element of the name under which a module's state dict has what its ``get_extra_state()`` returns."""
 
 
 class Stored:
@@ -93,6 +97,16 @@ class Target:
         if node is not None:
             self._taken.add(str(path[0]))
         return node
+
+    def names_below(self, path: Sequence[Any]) -> dict[str, Node]:
+        """What stands below ``path``, by name, as in a module's state dict; at the top the model's own."""
+        root = self._stored.tree.root if self._stored is not None else None
+        found = root if not path else self.at(path)
+        named: dict[str, Node] = {}
+        for name, node in found.items() if isinstance(found, Mapping) else ():
+            if path or part_of(str(name)) == "model":
+                named.update(_named(str(name), node))
+        return named
 
     def take_all(self) -> None:
         """Record that all that is stored has its place."""
@@ -204,6 +218,16 @@ class Target:
     def want_missing(self, keys: Iterable[str]) -> None:
         """Note keys that an object needs and the checkpoint lacks: they are reported, and refused when strict."""
         self.values.update(dict.fromkeys(keys))
+
+
+def _named(name: str, node: Node) -> Iterator[tuple[str, Node]]:
+    """A node by its name, or those below it where its name was taken apart at the dots."""
+    is_value = not isinstance(node, Mapping) or isinstance(node, TensorParts) or EXTRA_STATE in name
+    if is_value or not node:
+        yield name, node
+        return
+    for rest, inner in node.items():
+        yield from _named(f"{name}.{rest}", inner)
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ form (usually a container of others) is saved and loaded in that form.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,6 +205,12 @@ class _Saved:
     keys: Mapping[str, Node]
     """The part unchanged, for optimizers with their own form."""
 
+    def under(self, renamed: Mapping[str, str]) -> _Saved:
+        """Under this run's names, of which ``renamed`` gives the saved ones where they differ."""
+        here = {saved: name for name, saved in renamed.items()}
+        state = {here.get(name, name): node for name, node in self.state.items()}
+        return replace(self, state=state, options={here.get(name, name): o for name, o in self.options.items()})
+
 
 def saved_optimizers(node: Node, names: Sequence[str], *, has_order: bool) -> _Saved:
     """Sort the entries below ``optimizer`` by this run's parameter names.
@@ -250,11 +256,17 @@ class OptimizersOwner:
         self._own_form = {number for number, optimizer in enumerate(optimizers) if optimizer in own_form}
         self._keeps_dtype: dict[str, bool] = {}
         self._keeps_rates = keeps_rates
+        self._renamed: dict[str, str] = {}
         self._notes: dict[str, dict[str, None]] = {}
         self._excluded: dict[str, dict[str, Any]] = {}  # by parameter: state that stays as it is here
 
+    def find_under(self, renamed: Mapping[str, str]) -> None:
+        """Look for the state of these parameters under other names, which the model's hooks take their weights from."""
+        self._renamed = {name: renamed[name] for name in self._names.values() if name in renamed}
+
     def prepare(self, target: Target) -> None:
-        self._saved = saved_optimizers(target.at((PART,)), list(self._names.values()), has_order=target.has_order)
+        names = [self._renamed.get(name, name) for name in self._names.values()]
+        self._saved = saved_optimizers(target.at((PART,)), names, has_order=target.has_order).under(self._renamed)
         for number, optimizer in enumerate(self._optimizers):
             if number in self._own_form:
                 want_node(target, self._saved.keys, self._make_by_name, self._parameter_of)

@@ -301,8 +301,13 @@ class StateLoad:
 
     def prepare(self) -> Target:
         """Collect the target state of the objects, without changing them."""
+        renamed: dict[str, str] = {}
         for owner in self.owners:
+            if isinstance(owner, OptimizersOwner):
+                owner.find_under(renamed)
             owner.prepare(self.target)
+            if isinstance(owner, ModuleOwner):
+                renamed.update(owner.renamed)
         return self.target
 
     def check(self) -> None:
