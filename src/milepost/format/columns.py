@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -157,12 +157,14 @@ class ShardTable:
         stop = len(self.keys) if stop is None else stop
         if start == stop:
             return np.empty(0, np.int64)
-        pool = np.concatenate(of_tiling)
-        pool_start = np.cumsum(self.num_boxes) - self.num_boxes
+        return np.concatenate(of_tiling)[self.box_numbers(start, stop)]
+
+    def box_numbers(self, start: int, stop: int) -> Ints:
+        """The box of each shard of the tensors ``[start, stop)``, counted over the boxes of all tilings."""
         tiling = self.tiling[start:stop]
-        base = pool_start[tiling] - self.first[start:stop]
+        base = (np.cumsum(self.num_boxes) - self.num_boxes)[tiling] - self.first[start:stop]
         rows = np.arange(self.first[start], self.first[stop])
-        return cast(Ints, pool[np.repeat(base, self.num_boxes[tiling]) + rows])
+        return np.repeat(base, self.num_boxes[tiling]) + rows
 
     def first_blocks(self, block_nbytes: int) -> Ints:
         """The index of each tensor's first block in ``milepost.digests``; one more entry than tensors."""

@@ -10,8 +10,10 @@ and tilings only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from milepost.format.columns import Ints, ShardTable, Tiling, table_of
 from milepost.format.dcp_metadata import FILESYSTEM_MODULE, METADATA_MODULE
 from milepost.format.manifest import Manifest
 from milepost.format.plain_pickle import STOP, int_opcodes
+from milepost.storage.base import Bytes
 
 DCP_VERSION = "1.0.0"
 """torch's ``Metadata.version`` (``CURRENT_DCP_VERSION``)."""
@@ -27,6 +30,7 @@ DCP_VERSION = "1.0.0"
 _PROTO_4, _MEMOIZE, _NONE, _FALSE = b"\x80\x04", b"\x94", b"N", b"\x89"
 _NEW_INSTANCE, _BUILD = b")\x81", b"b"
 _BATCH_SHARDS = 1 << 16
+_Column = npt.NDArray[np.integer[Any]]
 
 
 def dump_metadata(manifest: Manifest) -> bytes:
@@ -47,7 +51,7 @@ def is_metadata_of(data: bytes, manifest: Manifest) -> bool:
     return position == len(data)
 
 
-def metadata_pieces(manifest: Manifest) -> Iterator[bytes]:
+def metadata_pieces(manifest: Manifest) -> Iterator[Bytes]:
     """Yield the output of :func:`dump_metadata` in pieces, so that it need not be in memory at once."""
     table = table_of(manifest, whole=False)  # an external checkpoint can be rewritten
     writer = _Writer(table)
@@ -60,6 +64,7 @@ def metadata_pieces(manifest: Manifest) -> Iterator[bytes]:
     yield _PROTO_4 + writer.take()
     writer.text("storage_data")
     writer.put(b"}(")
+    writer.begin_places()
     for start, stop in _batches(table):
         yield from writer.places(start, stop)
     writer.places_of_objects()
@@ -100,7 +105,7 @@ class _Writer:
 
     def __init__(self, table: ShardTable) -> None:
         self.table = table
-        self.out: list[bytes] = []
+        self.out: list[Bytes] = []
         self.put = self.out.append
         self.memo_count = 0
         self.texts: dict[str, int] = {}
@@ -109,6 +114,10 @@ class _Writer:
         self.boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         self.chunks: dict[int, _Chunks] = {}
         self.tensors: dict[int, bytes] = {}
+        self.of_boxes: list[Ints] = []
+        """Of each tiling's boxes: number among the chunks, memo index of the offsets, bytes of the record."""
+        self.file_texts: Ints = np.empty(0, np.int64)
+        """Memo index of the name of each file; -1 if it is not there yet."""
 
     def take(self) -> bytes:
         """Return the opcodes emitted since the last call."""
@@ -267,54 +276,47 @@ class _Writer:
 
     # ---- locations ----
 
-    def places(self, start: int, stop: int) -> Iterator[bytes]:
+    def begin_places(self) -> None:
+        """Put what the items of ``storage_data`` take from the memo into columns."""
+        tilings, files = self.table.tilings, self.table.files
+        self.file_texts = np.array([self.texts.get(name, -1) for name in files], np.int64)
+        chunks = [self.chunks.get(number, _unused(tiling)) for number, tiling in enumerate(tilings)]
+        columns = zip(
+            *((one.number, one.offsets, tiling.record_nbytes) for one, tiling in zip(chunks, tilings, strict=True)),
+            strict=True,
+        )
+        self.of_boxes = [np.concatenate(column) for column in columns]
+
+    def places(self, start: int, stop: int) -> Iterator[Bytes]:
         """Push the items of ``storage_data`` for the shards of the tensors ``[start, stop)``."""
         table = self.table
-        chunks = [self.chunks.get(number, _unused(tiling)) for number, tiling in enumerate(table.tilings)]
-        number = table.spread([one.number for one in chunks], start, stop)
-        rows = np.flatnonzero(number >= 0)
-        first = int(table.first[start])
-        key = np.repeat(np.arange(start, stop), np.diff(table.first[start : stop + 1]))[rows]
-        file = table.file[first : int(table.first[stop])][rows].astype(np.int64)
-        offset = table.record_offset[first : int(table.first[stop])][rows]
-        length = table.spread([tiling.record_nbytes for tiling in table.tilings], start, stop)[rows]
-        corner = table.spread([one.offsets for one in chunks], start, stop)[rows]
-        number = number[rows]
-        for row in (fresh := self.new_files(file)):
-            self.place(
-                table.keys[key[row]],
-                int(corner[row]),
-                int(number[row]),
-                table.files[file[row]],
-                int(offset[row]),
-                int(length[row]),
-            )
+        box = table.box_numbers(start, stop)
+        place, offsets, nbytes = (values[box] for values in self.of_boxes)
+        here = slice(int(table.first[start]), int(table.first[stop]))
+        tensor = np.repeat(np.arange(start, stop), np.diff(table.first[start : stop + 1]))
+        columns: Sequence[_Column] = [tensor, place, offsets, table.file[here], table.record_offset[here], nbytes]
+        if (place < 0).any():
+            columns = [column[place >= 0] for column in columns]
+        fresh = self.new_files(columns[3])
+        for row in fresh:
+            first, *others = (int(column[row]) for column in columns)
+            self.place(table.keys[first], *others)
         yield self.take()
-        rest = np.ones(len(rows), bool)
-        rest[fresh] = False
-        keys = np.array([self.texts[table.keys[number]] for number in range(start, stop)], np.int64)
-        yield self.rows(
-            keys[key[rest] - start],
-            (number[rest], corner[rest]),
-            (self.memo_of_files(file[rest]), offset[rest], length[rest]),
-        )
+        key, number, corner, file, offset, length = _without(columns, fresh)
+        texts = np.array([self.texts[key] for key in table.keys[start:stop]], np.int64)
+        yield self.rows(texts[key - start], (number, corner), (self.file_texts[file], offset, length))
 
-    def new_files(self, file: Ints) -> list[int]:
-        """The first row of each file that is not in the memo, ascending.
+    def new_files(self, file: _Column) -> list[int]:
+        """The first row of each file that is not in the memo, ascending; its name will be.
 
         Texts and classes are put into the memo where they come first: by these rows, one at a time.
         """
-        distinct, where = np.unique(file, return_index=True)
-        is_new = np.array([self.table.files[name] not in self.texts for name in distinct.tolist()], bool)
-        rows: list[int] = np.sort(where[is_new]).tolist()
-        return rows
+        rows = np.flatnonzero(self.file_texts[file] < 0)
+        _, where = np.unique(file[rows], return_index=True)
+        found: list[int] = np.sort(rows[where]).tolist()
+        return found
 
-    def memo_of_files(self, file: Ints) -> Ints:
-        """Memo index of the name of each file of ``file``."""
-        distinct, where = np.unique(file, return_inverse=True)
-        return np.array([self.texts[self.table.files[name]] for name in distinct.tolist()], np.int64)[where]
-
-    def rows(self, key: Ints, box: tuple[Ints, Ints] | None, place: tuple[Ints, Ints, Ints]) -> bytes:
+    def rows(self, key: _Column, box: tuple[_Column, _Column] | None, place: tuple[_Column, ...]) -> Bytes:
         """Return items like those of :meth:`place`, all of one length, by filling numbers into a pattern.
 
         ``box`` is number and corner of each, None for objects; ``place`` is file, offset and length.
@@ -331,21 +333,24 @@ class _Writer:
             *(b"u" + _BUILD + _fetch_long(info) + _NEW_INSTANCE + b"}(", text["relative_path"] + b"j", gap4),
             *(text["offset"] + b"\x8a\x08", gap8, text["length"] + b"\x8a\x08", gap8, b"u" + _BUILD),
         ]
-        out = np.empty((len(key), sum(map(len, pattern))), np.uint8)
-        out[:] = np.frombuffer(b"".join(pattern), np.uint8)
-        values = iter((key, *(box or ()), *place))
-        start = 0
-        for part in pattern:
-            if part in (gap4, gap8):
-                column = np.ascontiguousarray(next(values).astype("<u4" if part == gap4 else "<i8"))
-                out[:, start : start + len(part)] = _bytes_of(column)
-            start += len(part)
-        return out.tobytes()
+        starts = accumulate(map(len, pattern), initial=0)
+        gaps = [
+            (start, "<u4" if part == gap4 else "<i8")
+            for start, part in zip(starts, pattern, strict=False)
+            if part in (gap4, gap8)
+        ]
+        item = b"".join(pattern)
+        out = np.empty((len(key), len(item)), np.uint8)
+        out[:] = np.frombuffer(item, np.uint8)
+        for (start, kind), column in zip(gaps, (key, *(box or ()), *place), strict=True):
+            field = np.dtype({"names": ["gap"], "formats": [kind], "offsets": [start], "itemsize": len(item)})
+            out.view(field)["gap"][:, 0] = column
+        return out.reshape(-1).data
 
-    def place(self, key: str, corner: int | None, number: int | None, file: str, offset: int, length: int) -> None:
+    def place(self, key: str, number: int | None, corner: int | None, file: int, offset: int, length: int) -> None:
         """Push one item of ``storage_data``: a ``MetadataIndex`` and its ``_StorageInfo``.
 
-        ``corner`` is the memo index of the box's offsets, ``number`` its index among the chunks; None for an object.
+        ``number`` is the box's index among the chunks, ``corner`` the memo index of its offsets; None for an object.
         """
         self.begin(METADATA_MODULE, "MetadataIndex")
         self.text("fqn")
@@ -361,7 +366,7 @@ class _Writer:
         self.end()
         self.begin(FILESYSTEM_MODULE, "_StorageInfo")
         self.text("relative_path")
-        self.text(file)
+        self.file_texts[file] = self.text(self.table.files[file])
         self.text("offset")
         self.number(offset)
         self.text("length")
@@ -372,18 +377,16 @@ class _Writer:
         objects = self.table.objects
         if not len(objects.keys):
             return
-        file = objects.file.astype(np.int64)
-        fresh = self.new_files(file)
+        fresh = self.new_files(objects.file)
         if (METADATA_MODULE, "MetadataIndex") not in self.globals:
             fresh = sorted({0, *fresh})
         for row in fresh:
-            place = (self.table.files[file[row]], int(objects.record_offset[row]), int(objects.record_nbytes[row]))
+            place = (int(column[row]) for column in (objects.file, objects.record_offset, objects.record_nbytes))
             self.place(objects.keys[row], None, None, *place)
-        rest = np.ones(len(file), bool)
-        rest[fresh] = False
         keys = np.array([self.texts[key] for key in objects.keys], np.int64)
-        columns = (self.memo_of_files(file[rest]), objects.record_offset[rest], objects.record_nbytes[rest])
-        self.put(self.rows(keys[rest], None, columns))
+        columns: Sequence[_Column] = [keys, objects.file, objects.record_offset, objects.record_nbytes]
+        key, file, offset, length = _without(columns, fresh)
+        self.put(self.rows(key, None, (self.file_texts[file], offset, length)))
 
     def storage_meta(self, save_id: str) -> None:
         self.begin(METADATA_MODULE, "StorageMeta")
@@ -396,6 +399,11 @@ class _Writer:
         self.text("modules")
         self.put(b"]")
         self.end()
+
+
+def _without(columns: Sequence[_Column], rows: list[int]) -> Sequence[_Column]:
+    """The columns without a few of their rows."""
+    return [np.delete(column, rows) for column in columns] if rows else columns
 
 
 def _unused(tiling: Tiling) -> _Chunks:
@@ -412,7 +420,3 @@ def _fetch(index: int) -> bytes:
 
 def _fetch_long(index: int) -> bytes:
     return b"j" + index.to_bytes(4, "little")
-
-
-def _bytes_of(column: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    return column.view(np.uint8).reshape(len(column), -1)

@@ -69,7 +69,7 @@ class _Parts:
 
     def number_of(self, tiling: Tiling) -> int:
         """The number of a part, which is taken in if it is new."""
-        columns = {name: np.ascontiguousarray(getattr(tiling, name), np.int64).tobytes() for name in self._columns}
+        columns = {name: getattr(tiling, name).astype(np.int64, copy=False).tobytes() for name in self._columns}
         kind = self.kind_of(tiling)
         number = self._known.setdefault((kind, b"".join(columns.values())), len(self._kind))
         if number == len(self._kind):
@@ -104,10 +104,14 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cut:
-    """The cuts of all tensors: tilings, each key's tiling, and each key's first row and block."""
+    """The cuts of all tensors: tilings, each key's tiling, and each key's first row and block.
+
+    Keys that all ranks cut alike are one *group*: what holds for one of its keys holds for all.
+    """
 
     tilings: Sequence[Tiling]
-    tiling: Ints  # (keys,)
+    tiling: Ints  # (groups,)
+    group: Ints  # (keys,)
     first_row: Ints  # (keys + 1,)
     first_block: Ints  # (keys + 1,)
     pool: Ints  # (tilings,) where each one's boxes begin in what follows
@@ -116,7 +120,7 @@ class _Cut:
     num_blocks: Ints  # (boxes,) by place
 
     @classmethod
-    def of(cls, joined: Sequence[tuple[Tiling, Ints]], tiling: Ints) -> _Cut:
+    def of(cls, joined: Sequence[tuple[Tiling, Ints]], tiling: Ints, group: Ints) -> _Cut:
         tilings = [one for one, _ in joined]
         counts = [one.num_blocks(BLOCK_NBYTES) for one in tilings]
         num_boxes = np.fromiter(map(len, tilings), np.int64, len(tilings))
@@ -124,13 +128,42 @@ class _Cut:
         return cls(
             tilings=tilings,
             tiling=tiling,
-            first_row=_starts(num_boxes[tiling]),
-            first_block=_starts(total_blocks[tiling]),
+            group=group,
+            first_row=_starts(num_boxes[tiling[group]]),
+            first_block=_starts(total_blocks[tiling[group]]),
             pool=np.cumsum(num_boxes) - num_boxes,
             place=_joined([place for _, place in joined]),
             block=_joined([np.cumsum(count) - count for count in counts]),
             num_blocks=_joined(counts),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The rows that each segment of one form has: boxes of the groups of its keys, taken again for each key."""
+
+    key: Ints  # (rows,)
+    box: Ints  # (rows,) index into the boxes of all groups
+    groups: Ints  # (groups,) in the form
+    num_boxes: Ints  # (groups,)
+
+    @classmethod
+    def of(cls, form: _Form, group: Ints) -> _Rows:
+        groups, first, which = np.unique(group[form.number], return_index=True, return_inverse=True)
+        num_boxes = form.num_boxes[first]
+        key, box = form.number, (np.cumsum(num_boxes) - num_boxes)[which]
+        if not form.has_single_boxes:
+            before = np.cumsum(form.num_boxes) - form.num_boxes
+            key = np.repeat(key, form.num_boxes)
+            box = np.repeat(box - before, form.num_boxes) + np.arange(len(key))
+        return cls(key, box, groups, num_boxes)
+
+    def boxes(self, start: Ints) -> Ints:
+        """The boxes of all groups, of which each one's begin at ``start``."""
+        if (self.num_boxes == 1).all():
+            return start
+        before = np.cumsum(self.num_boxes) - self.num_boxes
+        return np.repeat(start - before, self.num_boxes) + np.arange(int(self.num_boxes.sum()))
 
 
 class SegmentMerger:
@@ -212,7 +245,7 @@ class SegmentMerger:
             files=tuple(name for member in self._members for name in member.files),
             keys=keys,
             tilings=cut.tilings,
-            tiling=cut.tiling.astype(np.uint32),
+            tiling=cut.tiling[cut.group].astype(np.uint32),
             record_offset=self._column("record_offset", np.int64, cut),
             file=self._file_column(cut),
             crc32=self._column("crc32", np.uint32, cut),
@@ -243,63 +276,92 @@ class SegmentMerger:
 
     def _cut(self, kinds: Sequence[_Kind]) -> _Cut:
         """Join the parts of each key, by rank, once for keys with the same parts."""
-        num_parts = np.zeros(len(kinds), np.int64)
+        first_keys, group = self._groups(len(kinds))
+        number = np.full(len(kinds), -1, np.int64)
+        number[first_keys] = np.arange(len(first_keys))
+        chosen = {}  # of each form, which of its keys are the first of a group, and of which
+        num_parts = np.zeros(len(first_keys), np.int64)
         for member in self._members:
-            num_parts[member.form.number] += 1
+            form = member.form
+            if id(form) not in chosen:
+                at = np.flatnonzero(number[form.number] >= 0)
+                chosen[id(form)] = number[form.number[at]], form.tiling[at]
+            num_parts[chosen[id(form)][0]] += 1
         first = _starts(num_parts)
         parts, following = np.empty(int(first[-1]), np.uint32), first[:-1].copy()
         for member in self._members:
-            number = member.form.number
-            parts[following[number]] = member.parts[member.form.tiling] if len(number) else 0
-            following[number] += 1
+            groups, tiling_of = chosen[id(member.form)]
+            parts[following[groups]] = member.parts[tiling_of] if len(groups) else 0
+            following[groups] += 1
         known: dict[tuple[_Kind, bytes], int] = {}
         joined: list[tuple[Tiling, Ints]] = []
-        tiling = np.empty(len(kinds), np.int64)
-        for key, kind in enumerate(kinds):
-            made_of = parts[first[key] : first[key + 1]]
-            tiling[key] = known.setdefault((kind, made_of.tobytes()), len(joined))
-            if tiling[key] == len(joined):
-                joined.append(self._parts.joined(kind, made_of))
-        return _Cut.of(joined, tiling)
+        tiling = np.empty(len(first_keys), np.int64)
+        for place, key in enumerate(first_keys.tolist()):
+            made_of = parts[first[place] : first[place + 1]]
+            tiling[place] = known.setdefault((kinds[key], made_of.tobytes()), len(joined))
+            if tiling[place] == len(joined):
+                joined.append(self._parts.joined(kinds[key], made_of))
+        return _Cut.of(joined, tiling, group)
+
+    def _groups(self, num_keys: int) -> tuple[Ints, Ints]:
+        """The first key of each group, ascending, and each key's group: keys that all ranks cut alike.
+
+        Their forms have the same tiling for them, so that it need not be asked of each rank.
+        """
+        group, count = np.zeros(num_keys, np.int64), 1
+        for form in self._forms.values():
+            if len(form.keys):
+                pairs = group[form.number] * len(form.kinds) + form.tiling
+                distinct, which = np.unique(pairs, return_inverse=True)
+                group[form.number] = count + which
+                count += len(distinct)
+        _, first, group = np.unique(group, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        number = np.empty(len(order), np.int64)
+        number[order] = np.arange(len(order))
+        return first[order], number[group]
 
     # ---- columns ----
 
-    def _placed(self, cut: _Cut) -> Iterator[tuple[_Member, Ints, Ints]]:
-        """For each member, the key of each of its rows, and the place of the row among those of the key."""
-        following = np.zeros(len(cut.tiling), np.int64)  # rows of each key that came before
+    def _placed(self, cut: _Cut, starts: Ints) -> Iterator[tuple[_Member, Ints, Ints, Ints, Ints]]:
+        """For each member, of each of its rows: the key's entry of ``starts``, and the box's index in what follows.
+
+        That is, of each of its boxes: the place among those of the tiling, and the index in what ``cut`` has by place.
+        """
+        following = np.zeros(len(cut.tiling), np.int64)  # boxes of each group that came before
+        pool = cut.pool[cut.tiling]
+        form, rows, start = None, None, starts
         for member in self._members:
-            form, key = member.form, member.form.number
-            box = cut.pool[cut.tiling[key]] + following[key] if len(key) else key
-            if not form.has_single_boxes:
-                before = np.cumsum(form.num_boxes) - form.num_boxes
-                box = np.repeat(box - before, form.num_boxes) + np.arange(member.num_rows)
-                key = np.repeat(key, form.num_boxes)
-            yield member, key, cut.place[box]
-            following[form.number] += form.num_boxes
+            if member.form is not form or rows is None:  # one after the other, they are mostly alike
+                form, rows = member.form, _Rows.of(member.form, cut.group)
+                start = starts[rows.key]
+            begin = pool[rows.groups]
+            place = cut.place[rows.boxes(begin + following[rows.groups])]
+            yield member, start, rows.box, place, place + np.repeat(begin, rows.num_boxes)
+            following[rows.groups] += rows.num_boxes
 
     def _column(self, name: str, kind: type[Any], cut: _Cut) -> Any:
         source = np.frombuffer(self._columns.pop(name), kind)
         column = np.empty(int(cut.first_row[-1]), kind)
-        for member, key, place in self._placed(cut):
-            column[cut.first_row[key] + place] = source[member.row : member.row + member.num_rows]
+        for member, start, box, place, _ in self._placed(cut, cut.first_row):
+            column[start + place[box]] = source[member.row : member.row + member.num_rows]
         return column
 
     def _file_column(self, cut: _Cut) -> UInts:
         column = np.empty(int(cut.first_row[-1]), np.uint32)
         num_files = 0
-        for member, key, place in self._placed(cut):
-            column[cut.first_row[key] + place] = member.file + np.uint32(num_files)
+        for member, start, box, place, _ in self._placed(cut, cut.first_row):
+            column[start + place[box]] = member.file + np.uint32(num_files)
             num_files += len(member.files)
         return column
 
     def _block_column(self, cut: _Cut) -> UInts:
         source = np.frombuffer(self._columns.pop("blocks"), np.uint32)
         column = np.empty(int(cut.first_block[-1]), np.uint32)
-        for member, key, place in self._placed(cut):
-            box = cut.pool[cut.tiling[key]] + place if len(key) else place
-            count = cut.num_blocks[box]
-            start = cut.first_block[key] + cut.block[box]
+        for member, first, box, _, by_place in self._placed(cut, cut.first_block):
+            count, start = cut.num_blocks[by_place], first + cut.block[by_place][box]
             if not (count == 1).all():
+                count = count[box]
                 before = np.cumsum(count) - count
                 start = np.repeat(start - before, count) + np.arange(member.num_blocks)
             column[start] = source[member.block : member.block + member.num_blocks]

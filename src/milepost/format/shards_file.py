@@ -8,7 +8,7 @@ a reader knows the length of the file, and of each column in it, before it alloc
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import accumulate
 from operator import lt
 from typing import Any, NamedTuple
@@ -232,8 +232,8 @@ def parse_shards(
     if said != save_id:
         raise OtherSaveError(f"{path}: it belongs to save {said!r}, not to save {save_id!r}", said, path)
     names = typed(parse_json(sections[1].tobytes(), path, "a list of files"), _Files, path)
-    keys = _keys_in(sections[2].tobytes(), path)
-    problem = _names_problem(names, keys, counts)
+    of_tensors, of_objects = _keys_in(sections[2].tobytes(), path)
+    problem = _names_problem(names, of_tensors, of_objects, counts)
     if problem:
         raise fault(problem)
     tilings = _tilings(names.dtypes, sections[5:13], counts)
@@ -243,14 +243,14 @@ def parse_shards(
         raise fault("a record is in a file that is not listed")
     table = ShardTable(
         files=names.files,
-        keys=keys.tensors,
+        keys=of_tensors.keys,
         tilings=tilings,
         tiling=sections[13],
         file=sections[14],
         record_offset=sections[15],
         crc32=sections[16],
-        objects=ObjectColumns(keys.objects, *sections[17:21]),
-        paths=LazyPaths(sections[3].tobytes(), (*keys.tensors, *keys.objects), path),
+        objects=ObjectColumns(of_objects, *sections[17:21]),
+        paths=LazyPaths(sections[3].tobytes(), of_tensors.keys, of_objects, path),
         structure=sections[4].tobytes(),
     )
     if int(table.first[-1]) != counts.shards:
@@ -262,36 +262,53 @@ def _largest(column: Any) -> int:
     return int(column.max()) if len(column) else -1
 
 
-def _keys_in(data: bytes, path: str) -> _Keys:
-    """Decode the keys. Segments with the same tensors share one tuple of their keys; each rank has its own values."""
-    tensors, between, objects = data.partition(_BETWEEN_KEYS)
-    if not between or not tensors.startswith(b'{"tensors":[') or len(tensors) > _MAX_REMEMBERED_NBYTES:
-        return typed(parse_json(data, path, "a list of keys"), _Keys, path)
-    try:
-        of_tensors = _decoded_keys(tensors + b"]}").tensors
-    except FormatError as error:
-        raise FormatError(f"{path}: {error.message}", path=path) from None
-    of_objects = typed(parse_json(b'{"objects":[' + objects, path, "a list of keys"), _Objects, path)
-    return _Keys(of_tensors, of_objects.objects)
+class _TensorKeys:
+    """The keys of tensors, as they are encoded, decoded, and whether they ascend."""
+
+    def __init__(self, encoded: bytes, keys: tuple[str, ...]) -> None:
+        self.encoded = encoded
+        self.keys = keys
+        self.distinct = frozenset(keys)
+        self.ascend = all(map(lt, keys, keys[1:]))
 
 
-@lru_cache(maxsize=_MAX_REMEMBERED)
-def _decoded_keys(data: bytes) -> _Tensors:
-    return typed(parse_json(data, "keys", "a list of keys"), _Tensors, "keys")
+_known_keys: dict[tuple[int, int], _TensorKeys] = {}
 
 
-def _names_problem(names: _Files, said: _Keys, counts: _Counts) -> str:
-    if (len(said.tensors), len(said.objects)) != (counts.tensors, counts.objects):
+def _keys_in(data: bytes, path: str) -> tuple[_TensorKeys, tuple[str, ...]]:
+    """Decode the keys of tensors and of objects. Each rank has its own objects, but most have the same tensors.
+
+    So those are decoded and checked once. A long list is found again by its CRC-32, which costs less than its hash.
+    """
+    # From the end, because the keys of a rank's objects are few.
+    end = data.rfind(_BETWEEN_KEYS)
+    if end < 0 or end > _MAX_REMEMBERED_NBYTES or not data.startswith(b'{"tensors":['):
+        found = typed(parse_json(data, path, "a list of keys"), _Keys, path)
+        return _TensorKeys(b"", found.tensors), found.objects
+    encoded, following = data[:end], data[end + len(_BETWEEN_KEYS) :]
+    place = end, crc32(encoded)
+    known = _known_keys.get(place)
+    if known is None or known.encoded != encoded:
+        tensors = typed(parse_json(encoded + b"]}", path, "a list of keys"), _Tensors, path).tensors
+        known = _TensorKeys(encoded, tensors)
+        if len(_known_keys) >= _MAX_REMEMBERED:
+            _known_keys.clear()
+        _known_keys[place] = known
+    objects = typed(parse_json(b'{"objects":[' + following, path, "a list of keys"), _Objects, path)
+    return known, objects.objects
+
+
+def _names_problem(names: _Files, tensors: _TensorKeys, objects: Sequence[str], counts: _Counts) -> str:
+    if (len(tensors.keys), len(objects)) != (counts.tensors, counts.objects):
         return "its number of keys differs from its header"
-    for keys in (said.tensors, said.objects, names.dtypes):
-        if not all(map(lt, keys, keys[1:])):
-            return "its keys are not sorted, or one is repeated"
+    if not tensors.ascend or not all(all(map(lt, some, some[1:])) for some in (objects, names.dtypes)):
+        return "its keys are not sorted, or one is repeated"
     if len(set(names.files)) != len(names.files):
         return "a file is listed twice"
     unknown = [name for name in names.dtypes if name not in DTYPES]
     if unknown:
         return f"dtype {unknown[0]!r:.50} is unknown"
-    both = set(said.objects).intersection(said.tensors)
+    both = tensors.distinct.intersection(objects)
     return f"{min(both)!r} is both a tensor and an object" if both else ""
 
 
@@ -321,18 +338,19 @@ _PATH_ROWS = list[bool | tuple[str | int, ...] | None]
 class LazyPaths(Mapping[str, Path]):
     """The paths of keys in the nested state dict, decoded on first use."""
 
-    def __init__(self, data: bytes, keys: Sequence[str], path: str):
+    def __init__(self, data: bytes, tensors: Sequence[str], objects: Sequence[str], path: str):
         self._data = data
-        self._keys = keys
+        self._keys = tensors, objects
         self._path = path
         self._found: dict[str, Path] | None = None
 
     def _decoded(self) -> dict[str, Path]:
         if self._found is None:
             rows = typed(parse_json(self._data, self._path, "its paths"), _PATH_ROWS, self._path, "paths")
-            if len(rows) != len(self._keys) or any(row in (False, ()) for row in rows):
+            keys = [*self._keys[0], *self._keys[1]]
+            if len(rows) != len(keys) or any(row in (False, ()) for row in rows):
                 raise FormatError(f"{self._path}: its paths do not match its keys", path=self._path)
-            pairs = zip(self._keys, rows, strict=True)
+            pairs = zip(keys, rows, strict=True)
             self._found = {key: (key,) if row is True else row for key, row in pairs if row is not None and row}  # type: ignore[misc]
         return self._found
 
