@@ -60,7 +60,7 @@ def counting() -> Iterator[Counter[str]]:
         return traced[-1], name
 
     with (
-        mock.patch("milepost.saving.save.open_storage", opened),
+        mock.patch("milepost.saving.request.open_storage", opened),
         mock.patch("milepost.loading.load.open_storage", opened),
     ):
         yield found

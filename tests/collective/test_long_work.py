@@ -55,7 +55,7 @@ def test_weights_from_hugging_face_tell_it_too(
     monkeypatch.setattr(ProgressLog, "EVERY_S", 0.0)
     for tell in (False, True):
         assert caplog.text == ""
-        load_hf(memory_path / "hf", "llama3", args, flatten(state).tensors, tell=tell)
+        load_hf(memory_path / "hf", "llama3", args, flatten(state).tensors, logs_progress=tell)
     assert f"loading {memory_path}/hf: 100 % after " in caplog.text
 
 

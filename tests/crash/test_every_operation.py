@@ -1,7 +1,7 @@
 """A run that dies, or meets an error, at any operation on its storage, from its start to the end of its save.
 
-Whatever happens: a scan shows the state before or the state after, whole; the next run resumes from it, leaves nothing
-behind, and saves. (The commit protocol alone is put through the same in ``tests/checkpoint/test_commit.py``.)
+Whatever happens: a scan shows the state before or the state after, never a mix; the next run resumes from it, leaves
+nothing behind, and saves. (``tests/run/test_commit.py`` does the same to the commit protocol alone.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from unittest import mock
 
 import pytest
 import torch
+from small_runs import Progress
 from torch import nn
+from two_ranks import in_a_child
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
@@ -41,16 +43,6 @@ WIDTH = 20_000
 
 FROZEN = 0.125
 """The value of a tensor that is frozen, so that its file is shared from step to step."""
-
-
-class Progress:
-    step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 class Model(nn.Module):
@@ -173,19 +165,6 @@ def count_operations(folder: Path, case: Case) -> int:
     return len(counting.operations)
 
 
-def in_a_child(do: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            do()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
-
-
 @pytest.fixture(autouse=True)
 def quick_but_threaded() -> Iterator[None]:
     """Each large record is a group of its own; a lock that a crash left half-written is not watched for its lease."""
@@ -266,5 +245,5 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next(memory_path: Path) -> 
 
 def killed_save(folder: Path) -> None:
     storage = FaultyStorage(LocalStorage(folder), fail_at=8, tear=True, hook=kill)
-    with mock.patch("milepost.saving.save.open_storage", return_value=(storage, "model")):
+    with mock.patch("milepost.saving.request.open_storage", return_value=(storage, "model")):
         milepost.save(folder / "model", {"w": torch.ones(3)})

@@ -254,26 +254,8 @@ def test_hooks_of_the_user_see_what_is_saved_and_loaded(memory_path: Path) -> No
     assert seen == ["from a hook", 5]
 
 
-class Precise(Optimizer):
-    """Keeps fp32 state and text of bf16 parameters, which stock ``load_state_dict()`` changes."""
-
-    def __init__(self, parameters: Any):
-        super().__init__(parameters, {"lr": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        with torch.enable_grad():
-            closure()
-        for parameter in self.param_groups[0]["params"]:
-            entry = self.state[parameter] or {"sum": torch.zeros(parameter.shape), "kind": "fp32", "step": 0}
-            entry["sum"] += parameter.grad.float()
-            entry["step"] += 1
-            self.state[parameter] = entry
-            parameter.sub_(entry["sum"].bfloat16(), alpha=0.01)
-
-
-class Sums(Optimizer):
-    """Keeps a tensor, a list or a number of each parameter, not a mapping."""
+class PerParameter(Optimizer):
+    """Calls ``update`` for each parameter, by its position."""
 
     def __init__(self, parameters: Any):
         super().__init__(parameters, {"lr": 0.1})
@@ -283,14 +265,37 @@ class Sums(Optimizer):
         with torch.enable_grad():
             closure()
         for number, parameter in enumerate(self.param_groups[0]["params"]):
-            kept = self.state.get(parameter)
-            if number % 3 == 0:
-                self.state[parameter] = parameter.grad if kept is None else kept + parameter.grad  # type: ignore[assignment]
-            elif number % 3 == 1:
-                self.state[parameter] = [parameter.grad, 0] if kept is None else [kept[0] * 0.5, kept[1] + 1]  # type: ignore[assignment]
-            else:
-                self.state[parameter] = (kept or 0) + 1  # type: ignore[assignment, operator]
-            parameter.sub_(parameter.grad, alpha=0.01)
+            self.update(number, parameter)
+
+    def update(self, number: int, parameter: Any) -> None:
+        raise NotImplementedError
+
+
+class Precise(PerParameter):
+    """Keeps fp32 state and text of bf16 parameters, which stock ``load_state_dict()`` changes."""
+
+    def update(self, number: int, parameter: Any) -> None:
+        entry = self.state[parameter] or {"sum": torch.zeros(parameter.shape), "kind": "fp32", "step": 0}
+        entry["sum"] += parameter.grad.float()
+        entry["step"] += 1
+        self.state[parameter] = entry
+        parameter.sub_(entry["sum"].bfloat16(), alpha=0.01)
+
+
+class Sums(PerParameter):
+    """Keeps a tensor, a list or a number of each parameter, not a mapping."""
+
+    def update(self, number: int, parameter: Any) -> None:
+        kept: Any = self.state.get(parameter)
+        new: Any
+        if number % 3 == 0:
+            new = parameter.grad if kept is None else kept + parameter.grad
+        elif number % 3 == 1:
+            new = [parameter.grad, 0] if kept is None else [kept[0] * 0.5, kept[1] + 1]
+        else:
+            new = (kept or 0) + 1
+        self.state[parameter] = new
+        parameter.sub_(parameter.grad, alpha=0.01)
 
 
 def test_state_that_is_no_mapping(memory_path: Path) -> None:

@@ -17,7 +17,7 @@ from milepost.format.columns_check import table_faults
 from milepost.format.manifest import FileEntry, Manifest, ObjectEntry, ShardEntry
 from milepost.format.record import tensor_record
 from milepost.format.segment_merger import SegmentMerger
-from milepost.format.segments import Segment, dump_segment, empty_table, parse_segment
+from milepost.format.segments import Segment, dump_segment, parse_segment
 from milepost.format.shards_file import dump_shards
 from milepost.run.signoff import WrittenFile, WrittenObject, WrittenTensor, segment_of
 from milepost.tensors.plan import WriteItem
@@ -117,7 +117,7 @@ def test_the_table_holds_what_the_segments_hold_in_whatever_order_they_arrive(se
 
 
 def test_a_save_of_nothing_and_ranks_that_wrote_nothing() -> None:
-    nothing = Segment(empty_table(), {}, np.empty(0, np.uint32))
+    nothing = segment_of([])
     table, crcs = SegmentMerger.of([(0, nothing), (1, nothing)]).merge({})
     assert (len(table), len(crcs), table.keys) == (0, 0, ())
 
@@ -148,7 +148,15 @@ def test_the_memory_of_a_merge_is_that_of_the_table_and_a_column() -> None:
         few = np.zeros(num_keys, np.uint32)
         offsets = np.arange(num_keys, dtype=np.int64) * layout.nbytes
         table = ShardTable(
-            (f"__{rank}_0.distcp",), keys, [cut], few, few, offsets, few + np.uint32(rank), empty_table().objects, {}
+            (f"__{rank}_0.distcp",),
+            keys,
+            [cut],
+            few,
+            few,
+            offsets,
+            few + np.uint32(rank),
+            segment_of([]).table.objects,
+            {},
         )
         return Segment(table, {f"__{rank}_0.distcp": FileEntry(layout.nbytes * num_keys)}, few)
 

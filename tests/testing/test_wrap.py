@@ -1,9 +1,8 @@
-"""Wrapped storages: they behave as what they wrap, and add exactly what they promise."""
+"""Wrapped storages conform like the storage inside, and record or fail as documented."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +12,7 @@ from milepost.errors import StorageError
 from milepost.storage import LocalStorage
 from milepost.testing.faulty import FaultyStorage
 from milepost.testing.storage_suite import StorageSuite
-from milepost.testing.wrap import Operation, RetryStorage, TraceStorage, WrappedStorage
+from milepost.testing.wrap import Operation, TraceStorage
 
 T = TypeVar("T")
 
@@ -24,24 +23,10 @@ class TestTraceConforms(StorageSuite):
         return TraceStorage(LocalStorage(memory_path))
 
 
-class TestRetryAndFaultyConform(StorageSuite):
+class TestFaultyConforms(StorageSuite):
     @pytest.fixture
-    def storage(self, memory_path: Path) -> RetryStorage:
-        return RetryStorage(FaultyStorage(LocalStorage(memory_path)))
-
-
-class Flaky(WrappedStorage):
-    """Fails the first ``times`` calls of the operation ``name`` with ``number``."""
-
-    def __init__(self, root: Path, name: str, number: int, times: int):
-        super().__init__(LocalStorage(root))
-        self.name, self.number, self.left = name, number, times
-
-    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
-        if operation.name == self.name and self.left:
-            self.left -= 1
-            raise StorageError("flaky", operation=operation.name, path=operation.path, errno=self.number)
-        return act()
+    def storage(self, memory_path: Path) -> FaultyStorage:
+        return FaultyStorage(LocalStorage(memory_path))
 
 
 def test_a_trace_holds_every_operation_in_order_with_its_size(memory_path: Path) -> None:
@@ -66,61 +51,6 @@ def test_a_trace_holds_every_operation_in_order_with_its_size(memory_path: Path)
         "rename a b",
     ]
     assert storage.nbytes("read_into") == 3
-
-
-def test_transient_errors_are_retried_with_growing_pauses(memory_path: Path) -> None:
-    (memory_path / "note").write_bytes(b"x")
-    pauses: list[float] = []
-    storage = RetryStorage(Flaky(memory_path, "read", errno.ESTALE, 3), first_wait_s=0.5, sleep=pauses.append)
-    assert storage.read("note") == b"x"
-    assert pauses == [0.5, 1.0, 2.0]
-
-
-def test_retries_are_bounded(memory_path: Path) -> None:
-    pauses: list[float] = []
-    storage = RetryStorage(Flaky(memory_path, "list", errno.ETIMEDOUT, 100), num_tries=4, sleep=pauses.append)
-    with pytest.raises(StorageError, match="flaky"):
-        storage.list("")
-    assert len(pauses) == 3
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT])
-def test_lasting_errors_are_not_retried(memory_path: Path, number: int) -> None:
-    flaky = Flaky(memory_path, "list", number, 1)
-    with pytest.raises(StorageError):
-        RetryStorage(flaky, sleep=lambda s: None).list("")
-    assert flaky.left == 0
-
-
-@pytest.mark.parametrize("name", ["sync", "sync_folder", "rename", "exchange", "write", "open_write"])
-def test_what_may_not_be_done_twice_is_done_once(memory_path: Path, name: str) -> None:
-    """A second fsync would succeed without the data that the first one lost; a second exchange would undo the first."""
-    for folder in ("one", "two"):
-        (memory_path / folder).mkdir()
-    storage = RetryStorage(Flaky(memory_path, name, errno.EAGAIN, 1), sleep=lambda s: None)
-    acts = {
-        "sync": lambda: _synced(storage),
-        "sync_folder": lambda: storage.sync_folder(""),
-        "rename": lambda: storage.rename("one", "three"),
-        "exchange": lambda: storage.exchange("one", "two"),
-        "write": lambda: storage.write("note", b"x"),
-        "open_write": lambda: storage.open_write("note", 1),
-    }
-    with pytest.raises(StorageError, match="flaky"):
-        acts[name]()
-
-
-def _synced(storage: RetryStorage) -> None:
-    with storage.open_write("x", 1) as handle:
-        handle.sync()
-
-
-def test_a_handle_of_a_retrying_storage_retries_too(memory_path: Path) -> None:
-    storage = RetryStorage(Flaky(memory_path, "write_at", errno.EAGAIN, 2), sleep=lambda s: None)
-    with storage.open_write("x", 3) as handle:
-        handle.write(0, [b"abc"])
-        handle.sync()
-    assert storage.read("x") == b"abc"
 
 
 def test_a_fault_comes_at_its_operation_and_only_there(memory_path: Path) -> None:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.remote:
         if not remote:
             raise ConfigError(f"{args.path} has no known remote folder: no run has copied its steps")
-        entries, places = both_places(storage, entries, *open_storage(remote))
+        entries, places = both_places(entries, *open_storage(remote))
     ends = history.ends()
     if args.json:
         print_json([_json(entry, ends.get(entry.step)) | _where(places, entry) for entry in entries])
@@ -132,7 +132,7 @@ def _listed(path: str) -> tuple[Storage, str, list[StepEntry], History]:
 
 
 def both_places(
-    storage: Storage, entries: list[StepEntry], remote: Storage, remote_folder: str
+    entries: list[StepEntry], remote: Storage, remote_folder: str
 ) -> tuple[list[StepEntry], dict[int, str]]:
     """Merge the steps of a run's two folders, with the location of each: one of them, both, or being copied."""
     there = {entry.step: _with_totals(remote, entry) for entry in catalog.scan(remote, remote_folder, keep_going=True)}

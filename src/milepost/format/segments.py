@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from milepost.errors import FormatError
-from milepost.format.columns import ObjectColumns, ShardTable, UInts
+from milepost.format.columns import ShardTable, UInts
 from milepost.format.manifest import BLOCK_NBYTES, FileEntry
 from milepost.format.shards_file import dump_shards, parse_shards
 
@@ -21,12 +21,6 @@ class Segment:
     table: ShardTable
     files: Mapping[str, FileEntry]
     block_crcs: UInts
-
-
-def empty_table() -> ShardTable:
-    """Return the table of a rank that wrote nothing."""
-    ints, uints = np.empty(0, np.int64), np.empty(0, np.uint32)
-    return ShardTable((), (), (), uints, uints, ints, uints, ObjectColumns((), uints, ints, ints, uints), {})
 
 
 def dump_segment(segment: Segment, save_id: str) -> bytes:

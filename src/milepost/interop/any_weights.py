@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -19,22 +19,10 @@ from milepost.interop.weights.dequantized import METHODS, method_of, method_of_k
 from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.loading.fit import unexpected_error
+from milepost.loading.load import LoadReport
 from milepost.loading.names import renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.tensors.layout import TensorLeaf
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """The result of a load on this rank."""
-
-    path: str
-    num_tensors: int
-    read_nbytes: int
-    cast: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    let_pass: tuple[LetPass, ...]
 
 
 def load_any(
@@ -45,8 +33,8 @@ def load_any(
     *,
     must_be_wanted: Callable[[str], bool],
     num_threads: int,
-    tell: bool,
-) -> Loaded:
+    logs_progress: bool,
+) -> LoadReport:
     """Fill this rank's ``leaves`` from the weights at ``path``, ignoring prefixes and wrappers in names.
 
     ``model_keys`` are those of this rank's model: other stored keys are refused, unless ``must_be_wanted`` is false for
@@ -56,6 +44,7 @@ def load_any(
         StateMismatchError: keys or shapes do not fit; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
+    started = time.monotonic()
     refuse_one_of_several(path)
     opened = open_weights(path)
     with opened.source:
@@ -74,16 +63,45 @@ def load_any(
         if refused:
             raise unexpected_error(source.path, refused, policy, set(view.tensors) - set(refused))
         cast = check_fit(view, {**found, **{key: leaves[key] for key in policy.refused_missing(missing)}}, source.path)
-        nbytes = fill(view, found, num_threads, f"loading {source.path}" if tell else None)
+        nbytes = fill(view, found, num_threads, f"loading {source.path}" if logs_progress else None)
         source.check_digests()
-    return Loaded(
-        path=source.path,
-        num_tensors=len(found),
-        read_nbytes=nbytes,
+    let_pass = policy.let_pass(missing, unexpected)
+    return weights_report(
+        *(source.path, len(found), nbytes, started),
+        unexpected=unexpected,
+        missing=missing,
         cast=cast,
-        missing=tuple(missing),
+        let_pass=let_pass,
+        notes=map(str, let_pass),
+    )
+
+
+def weights_report(
+    path: str,
+    num_tensors: int,
+    nbytes: int,
+    started: float,
+    *,
+    unexpected: Iterable[str] = (),
+    missing: Iterable[str] = (),
+    cast: tuple[str, ...],
+    let_pass: tuple[LetPass, ...] = (),
+    notes: Iterable[str],
+) -> LoadReport:
+    """Report a load of ``nbytes`` of weights that began at ``started`` (monotonic)."""
+    return LoadReport(
+        path=path,
+        step=None,
+        kind="model",
+        num_tensors=num_tensors,
+        wanted_nbytes=nbytes,
+        read_nbytes=nbytes,
+        seconds=time.monotonic() - started,
         unexpected=tuple(unexpected),
-        let_pass=policy.let_pass(missing, unexpected),
+        missing=tuple(missing),
+        cast=cast,
+        let_pass=let_pass,
+        notes=tuple(notes),
     )
 
 

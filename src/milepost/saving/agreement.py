@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt, raise_together
@@ -53,6 +54,15 @@ class Agreed:
     reused_plan: bool
 
 
+class SaverSettings(TypedDict, total=False):
+    """The settings of a saver, of either kind."""
+
+    timeout_s: float
+    num_threads: int
+    check_replicas: int
+    nodes: Nodes | None
+
+
 class Agreement:
     """Turns each rank's state into its job, reusing the plan while the structure is unchanged."""
 
@@ -61,19 +71,16 @@ class Agreement:
         storage: Storage,
         comm: Comm,
         *,
-        timeout_s: float,
-        num_threads: int = NUM_IO_THREADS,
-        check_replicas: int = 0,
-        nodes: Nodes | None = None,
         may_defer: bool = False,
         last: LastPlan | None = None,
+        **settings: Unpack[SaverSettings],
     ):
         self._storage = storage
-        self._nodes = nodes
         self._comm = comm
-        self._timeout_s = timeout_s
-        self._num_threads = num_threads
-        self._check_replicas = check_replicas
+        self._nodes = settings.get("nodes")
+        self._timeout_s = settings.get("timeout_s", TIMEOUT_S)
+        self._num_threads = settings.get("num_threads", NUM_IO_THREADS)
+        self._check_replicas = settings.get("check_replicas", 0)
         # Ranks compare encoded state. The result, what differs between ranks, is the same on all of them.
         self._manner = Manner(may_defer=may_defer and comm.world_size == 1)
         self._num_saves = 0

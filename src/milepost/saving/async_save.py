@@ -12,28 +12,22 @@ import time
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from os import PathLike, fspath
-from typing import Any, Literal, get_args
+from os import PathLike
+from typing import Any, Literal, Unpack, get_args
 
 from milepost.collective.comm import Comm, FailureNotice, default_comm, failure_on, raise_together
 from milepost.collective.interrupt import interrupts_held
-from milepost.config import NUM_IO_THREADS
 from milepost.errors import ConfigError, MilepostError, SaveError
-from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
-from milepost.run.step_names import step_of
-from milepost.saving.agreement import TIMEOUT_S, Agreement
+from milepost.saving.agreement import Agreement, SaverSettings
 from milepost.saving.arena import Arena
-from milepost.saving.arguments import check_given, checked_layout, checked_step
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
-from milepost.saving.nodes import Nodes
-from milepost.saving.request import SaveRequest
+from milepost.saving.request import SaveRequest, request_of
 from milepost.saving.save import Kind
 from milepost.saving.stage import Staging
 from milepost.saving.writer import FileImage
 from milepost.saving.writer_link import WriterLink
-from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.plan import WritePlan
 from milepost.tensors.snapshot import Snapshot, encoded
@@ -51,28 +45,11 @@ class AsyncSaver:
     Collective methods are :meth:`save`, :meth:`wait` and :meth:`close`; they are called on the training thread.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        comm: Comm,
-        mode: Mode,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        num_threads: int = NUM_IO_THREADS,
-        check_replicas: int = 0,
-        nodes: Nodes | None = None,
-    ):
+    def __init__(self, storage: Storage, comm: Comm, mode: Mode, **settings: Unpack[SaverSettings]):
         self._storage = storage
         self._comm = comm
         self._mode = mode
-        self._agreement = Agreement(
-            *(storage, comm),
-            timeout_s=timeout_s,
-            num_threads=num_threads,
-            check_replicas=check_replicas,
-            nodes=nodes,
-            may_defer=True,
-        )
+        self._agreement = Agreement(storage, comm, may_defer=True, **settings)
         self._arena = Arena()
         self._writer = WriterLink(storage, self._arena) if mode == "async_with_pinned_mem" else None
         self._current: BackgroundSave | None = None
@@ -269,15 +246,10 @@ def async_save(
     Raises:
         SaveError: on every rank, if any rank failed before staging, or the previous save of this folder failed.
     """
-    check_given("async_save", path, state_dict)
+    storage, request = request_of("async_save", path, state_dict, step, kind, layout)
     if mode not in get_args(Mode):
         raise ConfigError(f"milepost.async_save(mode={mode!r}): expected {' or '.join(get_args(Mode))}")
-    storage, target = open_storage(fspath(path))
-    saver = _saver_for(storage, comm if comm is not None else default_comm(), mode)
-    info = SaveInfo(
-        step=step_of(target) if step is None else checked_step(step), kind=kind, layout=checked_layout(layout)
-    )
-    return saver.save(SaveRequest(target, lambda: state_dict, info))
+    return _saver_for(storage, comm if comm is not None else default_comm(), mode).save(request)
 
 
 MAX_SAVERS = 4

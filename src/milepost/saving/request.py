@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from torch import nn
 from milepost.collective.comm import Comm, ProcessGroupComm, failure_on
 from milepost.errors import MilepostError, SaveError
 from milepost.run.assemble import SaveInfo
+from milepost.run.step_names import step_of
+from milepost.saving.arguments import check_given, checked_layout, checked_step
 from milepost.saving.job import Form, Keep
 from milepost.saving.structure import Nesting, Structure, structure_of
+from milepost.storage import open_storage
+from milepost.storage.base import Storage
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.parts import plain_tensors
 from milepost.tensors.plan import LocalLayout
@@ -45,6 +50,26 @@ class SaveRequest:
     """Modules whose tensors are in the state. What ``forward`` may change of them is copied before a save returns."""
     full_every: int = 1
     """Rewrite frozen tensors every N saves; 0: only if they have changed."""
+
+
+def request_of(
+    function: str,
+    path: str | PathLike[str],
+    state_dict: Mapping[str, Any],
+    step: int | None,
+    kind: str,
+    layout: Mapping[str, int] | None,
+) -> tuple[Storage, SaveRequest]:
+    """Return the storage and the request of a call of ``save`` or ``async_save``.
+
+    Raises:
+        ConfigError: an argument is invalid.
+    """
+    check_given(function, path, state_dict)
+    storage, target = open_storage(fspath(path))
+    step = step_of(target) if step is None else checked_step(step)
+    info = SaveInfo(step=step, kind=kind, layout=checked_layout(layout))
+    return storage, SaveRequest(target, lambda: state_dict, info)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from os import PathLike, fspath
-from typing import Any, Literal
+from os import PathLike
+from typing import Any, Literal, Unpack
 
 from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, FailureNotice, default_comm, raise_together
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.progress import ProgressLog, watched, writing
-from milepost.config import NUM_IO_THREADS
 from milepost.errors import MilepostError
-from milepost.run.assemble import SaveInfo
 from milepost.run.attempts import abort_attempt
-from milepost.run.step_names import step_of
-from milepost.saving.agreement import TIMEOUT_S, Agreement
-from milepost.saving.arguments import check_given, checked_layout, checked_step
+from milepost.saving.agreement import Agreement, SaverSettings
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
 from milepost.saving.last_plan import LastPlan
-from milepost.saving.nodes import Nodes
-from milepost.saving.request import SaveRequest
+from milepost.saving.request import SaveRequest, request_of
 from milepost.saving.stage import TensorBlocks
-from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.snapshot import encoded
 from milepost.tensors.state import ordinary_tensors
@@ -58,15 +52,11 @@ def save(
         SaveError: on every rank, if any rank failed; the message names the rank. Nothing visible has changed.
         ConfigError: on every rank; ``path`` exists but is not a checkpoint, so it is not replaced.
     """
-    check_given("save", path, state_dict)
-    storage, target = open_storage(fspath(path))
-    info = SaveInfo(
-        step=step_of(target) if step is None else checked_step(step), kind=kind, layout=checked_layout(layout)
-    )
+    storage, request = request_of("save", path, state_dict, step, kind, layout)
     last = _last_plans.pop() if _last_plans else LastPlan()  # unique per thread
     try:
         saver = Saver(storage, comm if comm is not None else default_comm(), last=last)
-        return saver.save(SaveRequest(target, lambda: state_dict, info))
+        return saver.save(request)
     finally:
         _last_plans[:] = [last]
 
@@ -79,26 +69,11 @@ class Saver:
     """Saves state dicts, each committed before :meth:`save` returns."""
 
     def __init__(
-        self,
-        storage: Storage,
-        comm: Comm,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        num_threads: int = NUM_IO_THREADS,
-        check_replicas: int = 0,
-        nodes: Nodes | None = None,
-        last: LastPlan | None = None,
+        self, storage: Storage, comm: Comm, *, last: LastPlan | None = None, **settings: Unpack[SaverSettings]
     ):
         self._storage = storage
         self._comm = comm
-        self._agreement = Agreement(
-            *(storage, comm),
-            timeout_s=timeout_s,
-            num_threads=num_threads,
-            check_replicas=check_replicas,
-            nodes=nodes,
-            last=last,
-        )
+        self._agreement = Agreement(storage, comm, last=last, **settings)
 
     @ordinary_tensors()
     @collection_paused()

@@ -1,4 +1,4 @@
-"""Wrappers around a storage: one that records each operation, one that retries transient errors.
+"""Wrappers around a storage, and one that records each operation.
 
 A wrapper receives each operation as an :class:`Operation` in :meth:`WrappedStorage.around`.
 """
@@ -6,14 +6,11 @@ A wrapper receives each operation as an :class:`Operation` in :meth:`WrappedStor
 from __future__ import annotations
 
 import builtins
-import errno
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from milepost.errors import StorageError
 from milepost.storage.base import Bytes, Entry, ReadHandle, Storage, WriteHandle
 
 T = TypeVar("T")
@@ -229,62 +226,3 @@ class TraceStorage(WrappedStorage):
         """Return the total bytes moved by all operations of a name, for instance ``read_into``."""
         with self._lock:
             return sum(operation.nbytes for operation in self.operations if operation.name == name)
-
-
-TRANSIENT = frozenset(
-    {
-        errno.EINTR,
-        errno.EAGAIN,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.ECONNRESET,
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-        errno.ENETRESET,
-        errno.EREMOTEIO,
-    }
-)
-"""Transient errors of a network file system. ENOSPC, EIO and the like never are."""
-
-REPEATABLE = READS | {"write_at", "make_folder", "remove", "remove_files", "remove_tree"}
-"""Idempotent operations, which may be repeated.
-
-Not ``sync`` and ``sync_folder``: after a failed fsync the kernel may have dropped unwritten data, and a second one
-succeeds without it (see "PostgreSQL's fsync() surprise", LWN 2018). Not ``rename``, ``exchange``, ``write`` and
-``open_write``: the first attempt may have succeeded although its answer was lost.
-"""
-
-
-class RetryStorage(WrappedStorage):
-    """Retries operations after transient errors, up to ``num_tries`` times, doubling the wait each time."""
-
-    def __init__(
-        self,
-        inner: Storage,
-        *,
-        num_tries: int = 5,
-        first_wait_s: float = 0.1,
-        sleep: Callable[[float], None] = time.sleep,
-    ):
-        super().__init__(inner)
-        self._num_tries = num_tries
-        self._first_wait_s = first_wait_s
-        self._sleep = sleep
-
-    def around(self, operation: Operation, act: Callable[[], T], half: Callable[[], None] | None = None) -> T:
-        if operation.name not in REPEATABLE:
-            return act()
-        wait_s = self._first_wait_s
-        for _ in range(self._num_tries - 1):
-            try:
-                return act()
-            except StorageError as error:
-                if error.errno not in TRANSIENT:
-                    raise
-            self._sleep(wait_s)
-            wait_s *= 2
-        return act()

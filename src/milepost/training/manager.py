@@ -25,6 +25,7 @@ from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.loading.load import LoadReport
 from milepost.run.branches import History
+from milepost.saving.agreement import SaverSettings
 from milepost.saving.arguments import checked_step
 from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle
@@ -190,22 +191,12 @@ class CheckpointManager:
         config = self._config
         if not config.enable or config.load_only:
             return None
-        if config.async_mode == "disabled":
-            return Saver(
-                self._storage,
-                self._comm,
-                num_threads=config.num_io_threads,
-                check_replicas=config.check_replicas,
-                nodes=self._folder.nodes,
-            )
-        return AsyncSaver(
-            self._storage,
-            self._comm,
-            config.async_mode,
-            num_threads=config.num_io_threads,
-            check_replicas=config.check_replicas,
-            nodes=self._folder.nodes,
+        settings = SaverSettings(
+            num_threads=config.num_io_threads, check_replicas=config.check_replicas, nodes=self._folder.nodes
         )
+        if config.async_mode == "disabled":
+            return Saver(self._storage, self._comm, **settings)
+        return AsyncSaver(self._storage, self._comm, config.async_mode, **settings)
 
     def _offer_newest(self) -> None:
         """Copy the newest step that all nodes hold to the remote folder, if the previous run did not. On rank 0."""

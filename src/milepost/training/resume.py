@@ -22,7 +22,7 @@ from milepost.errors import (
     listed,
 )
 from milepost.format.manifest import HF_FORMAT, Manifest
-from milepost.interop.any_weights import Loaded, load_any
+from milepost.interop.any_weights import load_any
 from milepost.loading.load import LoadReport, load_from
 from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
@@ -39,6 +39,7 @@ from milepost.saving.copy_step import Spot
 from milepost.saving.nodes import Nodes
 from milepost.storage import is_folder, open_storage
 from milepost.storage.base import Storage, join, split
+from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.state import flatten, ordinary_tensors
 from milepost.tensors.tree import Read
 from milepost.training.choice import Choice, both_tiers, choose, launch_id
@@ -142,7 +143,7 @@ class Loader:
             if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
                 return self._load_weights(choice), descent
             if choice.step is None and is_weights_file(choice.path):
-                return self._load_file(choice), descent
+                return self._load_weights(choice, is_file=True), descent
             into = PartsLoad(
                 self._state,
                 self._wanted(choice),
@@ -311,26 +312,29 @@ class Loader:
         left = self._config.exclude_from_loading
         return [*notes, f"left as initialized: {', '.join(left)}"] if left else notes
 
-    def _load_weights(self, choice: Choice) -> LoadReport:
-        """Start from weights in another format; each rank reads only the ranges that it holds."""
+    def _load_weights(self, choice: Choice, *, is_file: bool = False) -> LoadReport:
+        """Start from weights in another format, or from a file of any model's. Collective.
+
+        Each rank reads only the ranges that it holds.
+        """
         report, failure = None, None
         try:
-            if self._format is None:
-                raise ConfigError(f"{choice.path} holds Hugging Face files: give CheckpointManager `hf`")
-            path = choice.path if choice.step is None else join(self._place(choice)[0].root, choice.path)
             load = self._state.loading_weights()
             into = PartsLoad(self._state, ("model",), self._comm.world_size, self._layout, self._config)
-            report = self._format.load(
-                path,
-                {
-                    key: leaf
-                    for key, leaf in flatten(load.prepare().values).tensors.items()
-                    if not into.is_excluded(key)
-                },
-                Policy(self._config.allow_missing, self._config.allow_unexpected, SPELLING),
-                num_threads=self._config.num_io_threads,
-                logs_progress=self._comm.rank == 0,
-            )
+            leaves = flatten(load.prepare().values).tensors
+            leaves = {key: leaf for key, leaf in leaves.items() if not into.is_excluded(key)}
+            if is_file:
+                report = load_any(
+                    choice.path,
+                    leaves,
+                    self._state.model_keys(),
+                    self._policy(choice),
+                    must_be_wanted=into.is_complete,
+                    num_threads=self._config.num_io_threads,
+                    logs_progress=self._comm.rank == 0,
+                )
+            else:
+                report = self._load_in_format(choice, leaves)
             load.restore()
         except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
             failure = failure_on(self._comm.rank, cause)
@@ -338,42 +342,15 @@ class Loader:
         assert report is not None
         return replace(report, step=choice.step, resumed_step=choice.step, notes=(*choice.notes, *report.notes))
 
-    def _load_file(self, choice: Choice) -> LoadReport:
-        """Start from the weights in one file, of any model."""
-        into = PartsLoad(self._state, ("model",), self._comm.world_size, self._layout, self._config)
-        loaded: Loaded | None = None
-        failure = None
-        started = time.monotonic()
-        try:
-            load = self._state.loading_weights()
-            leaves = flatten(load.prepare().values).tensors
-            loaded = load_any(
-                choice.path,
-                {key: leaf for key, leaf in leaves.items() if not into.is_excluded(key)},
-                self._state.model_keys(),
-                self._policy(choice),
-                must_be_wanted=into.is_complete,
-                num_threads=self._config.num_io_threads,
-                tell=self._comm.rank == 0,
-            )
-            load.restore()
-        except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
-            failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
-        assert loaded is not None
-        return LoadReport(
-            path=loaded.path,
-            step=None,
-            kind="model",
-            num_tensors=loaded.num_tensors,
-            wanted_nbytes=loaded.read_nbytes,
-            read_nbytes=loaded.read_nbytes,
-            seconds=time.monotonic() - started,
-            unexpected=loaded.unexpected,
-            missing=loaded.missing,
-            cast=loaded.cast,
-            let_pass=loaded.let_pass,
-            notes=(*choice.notes, *map(str, loaded.let_pass)),
+    def _load_in_format(self, choice: Choice, leaves: Mapping[str, TensorLeaf]) -> LoadReport:
+        if self._format is None:
+            raise ConfigError(f"{choice.path} holds Hugging Face files: give CheckpointManager `hf`")
+        return self._format.load(
+            choice.path if choice.step is None else join(self._place(choice)[0].root, choice.path),
+            leaves,
+            Policy(self._config.allow_missing, self._config.allow_unexpected, SPELLING),
+            num_threads=self._config.num_io_threads,
+            logs_progress=self._comm.rank == 0,
         )
 
     def _choose(

@@ -45,7 +45,7 @@ def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> li
         return [f"model_type is {found_type!r}{f' (of {named:.100})' if named else ''}, {family} is {wanted_type!r}"]
     faults = [
         f"{name} is {found!r}, the flavor's is {wanted!r}"
-        for name, found, wanted in _compared(config, family, args)
+        for name, found, wanted in _compared(config, args)
         if found is not _ABSENT and not _equal(found, wanted)
     ]
     faults += [
@@ -58,8 +58,8 @@ def config_faults(config: Mapping[str, Any], family: str, args: ModelArgs) -> li
     return faults
 
 
-def _compared(config: Mapping[str, Any], family: str, args: ModelArgs) -> list[tuple[str, Any, Any]]:
-    """Yield (name, the config's value, ours) for all settings that must agree."""
+def _compared(config: Mapping[str, Any], args: ModelArgs) -> list[tuple[str, Any, Any]]:
+    """Return (name, the config's value, ours) for all settings that must agree."""
     heads = config.get("num_attention_heads", _ABSENT)
     size = config.get("hidden_size", _ABSENT)
     computed = size // heads if isinstance(heads, int) and isinstance(size, int) and heads else _ABSENT

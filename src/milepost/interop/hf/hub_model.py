@@ -14,7 +14,7 @@ from milepost.errors import ConfigError, ConversionError, StateMismatchError
 from milepost.format.box import Box
 from milepost.format.huggingface import GENERATION_CONFIG_NAME
 from milepost.format.manifest import Manifest
-from milepost.interop.any_weights import check_fit, fill
+from milepost.interop.any_weights import check_fit, fill, weights_report
 from milepost.interop.hf.form import HfForm
 from milepost.interop.hf.hub_names import kept_names
 from milepost.interop.hf.kept import ARCHITECTURE, KeptNames, KeptTarget
@@ -117,16 +117,10 @@ class HubModel:
             source.check_digests()
         let_pass = policy.let_pass(missing, unexpected)
         computed = [f"{key} is in no file of this class: left as initialized" for key in sorted(never_there)]
-        return LoadReport(
-            path=source.path,
-            step=None,
-            kind="model",
-            num_tensors=len(wanted),
-            wanted_nbytes=nbytes,
-            read_nbytes=nbytes,
-            seconds=time.monotonic() - started,
-            unexpected=tuple(unexpected),
-            missing=tuple(missing),
+        return weights_report(
+            *(source.path, len(wanted), nbytes, started),
+            unexpected=unexpected,
+            missing=missing,
             cast=cast,
             let_pass=let_pass,
             notes=(*weights.notes, *computed, *map(str, let_pass)),

@@ -1,17 +1,14 @@
-"""Start training from Hugging Face files: every rank reads only the ranges that it holds.
-
-The only module here that handles torch tensors; ``rules`` and ``source`` decide what to read.
-"""
+"""Start training from Hugging Face files: every rank reads only the ranges that it holds."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 
 from milepost.errors import ConversionError
 from milepost.format.huggingface import CONFIG_NAME
-from milepost.interop.any_weights import check_fit, fill
+from milepost.interop.any_weights import check_fit, fill, weights_report
 from milepost.interop.hf.extras import check_config
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.families import family_of
@@ -19,20 +16,8 @@ from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import open_weights, refuse_one_of_several
+from milepost.loading.load import LoadReport
 from milepost.tensors.layout import TensorLeaf
-
-
-@dataclass(frozen=True, slots=True)
-class HfLoadReport:
-    """The result of a load from Hugging Face files on this rank."""
-
-    path: str
-    num_tensors: int
-    read_nbytes: int
-    """Bytes of the regions that this rank requested, in the stored dtype."""
-    cast: tuple[str, ...]
-    """Tensors whose stored dtype differs: ``key: bfloat16 -> float32``."""
-    notes: tuple[str, ...]
 
 
 def load_hf(
@@ -42,16 +27,18 @@ def load_hf(
     leaves: Mapping[str, TensorLeaf],
     *,
     num_threads: int = 2,
-    tell: bool = False,
-) -> HfLoadReport:
+    logs_progress: bool = False,
+) -> LoadReport:
     """Fill this rank's ``leaves`` (our keys) from the weights at ``path``. Not collective.
-    ``path`` has any format of ``milepost convert``. With ``tell``, the progress of a long load is logged.
+
+    ``path`` has any format of ``milepost convert``. With ``logs_progress`` the progress of a long load is logged.
 
     Raises:
         ConversionError: the weights belong to another model; nothing was changed.
         StateMismatchError: they lack tensors of the leaves; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
+    started = time.monotonic()
     refuse_one_of_several(path)
     opened = open_weights(path)
     with opened.source:
@@ -68,6 +55,7 @@ def load_hf(
             )
         ours = Assembled(found.tensors, found.found.into_ours())
         cast = check_fit(ours, leaves, source.path)
-        nbytes = fill(ours, leaves, num_threads, f"loading {source.path}" if tell else None)
+        nbytes = fill(ours, leaves, num_threads, f"loading {source.path}" if logs_progress else None)
         source.check_digests()  # for a `.pt` file or a checkpoint: partly read digests are completed
-    return HfLoadReport(source.path, len(leaves), nbytes, cast, (*weights.notes, *found.notes))
+    notes = (*weights.notes, *found.notes)
+    return weights_report(source.path, len(leaves), nbytes, started, cast=cast, notes=notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,18 +112,4 @@ class HfModel:
             raise ConfigError(
                 "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path or model.hf_assets_path"
             )
-        started = time.monotonic()
-        found = load_hf(path, self.name, self.args, leaves, num_threads=num_threads, tell=logs_progress)
-        return LoadReport(
-            path=found.path,
-            step=None,
-            kind="model",
-            num_tensors=found.num_tensors,
-            wanted_nbytes=found.read_nbytes,
-            read_nbytes=found.read_nbytes,
-            seconds=time.monotonic() - started,
-            unexpected=(),
-            missing=(),
-            cast=found.cast,
-            notes=found.notes,
-        )
+        return load_hf(path, self.name, self.args, leaves, num_threads=num_threads, logs_progress=logs_progress)
