@@ -103,7 +103,7 @@ def _cell(action: argparse.Action) -> str:
 
 
 def _split_epilog(epilog: str) -> tuple[str, str, str]:
-    """What stands before the examples, the examples, and the exit statuses."""
+    """Return the text before the examples, the examples, and the exit statuses."""
     before, _, rest = epilog.partition("examples:\n")
     examples, _, after = rest.partition("\n\n")
     return before.strip("\n"), textwrap.dedent(examples), after

@@ -68,7 +68,7 @@ def folder_graph(graph: Graph, depth: int = 1) -> Graph:
 
 
 def folder_of(module: str, depth: int = 1) -> str:
-    """Where a module stands, ``depth`` folders deep; a module of the package itself stands for itself."""
+    """Return the folder of a module, at most ``depth`` deep; a module directly in the package is its own."""
     return "/".join(module.split(".")[1:][:depth])
 
 
@@ -107,7 +107,7 @@ def longest_chain(graph: Graph) -> list[str]:
 
 
 def figures(root: Path) -> dict[str, object]:
-    """What is counted of a checkout."""
+    """Return the figures of a checkout."""
     known, graph = modules(root), module_graph(root)
     lines = {name: len(file.read_text().splitlines()) for name, file in known.items()}
     by_folder: dict[str, list[int]] = defaultdict(list)
@@ -149,7 +149,7 @@ def repeated_names(known: Mapping[str, Path]) -> list[str]:
 
 
 def private_reaches(root: Path) -> int:
-    """How often tests import or use a private name of the package."""
+    """Count the imports and uses of the package's private names in tests."""
     pattern = re.compile(rf"from {PACKAGE}[\w.]* import [^\n]*\b_[a-z]|\b(?!self|cls)\w+\._[a-z]\w*")
     return sum(len(pattern.findall(file.read_text())) for file in (root / "tests").rglob("*.py"))
 

@@ -1,4 +1,4 @@
-"""What messages are made of: problems, lists that end, near names."""
+"""The parts of messages: problems, bounded lists, near names."""
 
 from __future__ import annotations
 

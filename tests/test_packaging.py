@@ -49,7 +49,7 @@ def metadata(wheel: Path) -> Message:
 
 
 def declared(requirements: list[str]) -> Iterator[Requirement]:
-    """What is installed with the wheel, without its extras, and what that needs in turn."""
+    """Return the wheel's dependencies without extras, and theirs in turn."""
     for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

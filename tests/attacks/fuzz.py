@@ -78,7 +78,7 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """What became of a target's inputs."""
+    """The outcome of a target's inputs."""
 
     target: str
     tried: int = 0
@@ -283,7 +283,7 @@ class _Job:
         self._number, self._since = first - 1, time.monotonic()
 
     def is_done(self) -> bool:
-        """Whether all inputs were tried; to be asked every second."""
+        """Return whether all inputs were tried; call it every second."""
         if select.select([self.pipe], [], [], 0)[0]:
             with os.fdopen(self.pipe) as pipe:
                 text = pipe.read()

@@ -1,4 +1,4 @@
-"""What is fuzzed: every reader of a file that others may have written, with valid inputs to begin from.
+"""The fuzzed readers: every reader of files that others may have written, with valid inputs to start from.
 
 A target's ``parse`` gets one input. It may return anything or raise a ``MilepostError``; whatever else it raises is a
 failure, and so are its asserts, which say what must hold of an accepted input.
@@ -415,7 +415,7 @@ def mutate_folder(rng, data: bytes, others: Sequence[bytes]) -> bytes:  # type: 
 
 
 def read_folder(data: bytes, scratch: Path) -> object:
-    """What the command line says of it: an exit status that is documented, and nothing a terminal would obey."""
+    """Run the command line on it: its exit status is documented, its output has no terminal control sequences."""
     said = []
     for command in (["ls", str(scratch)], ["verify", str(scratch / "step-7")], ["inspect", str(scratch / "step-7")]):
         out, err = io.StringIO(), io.StringIO()

@@ -115,7 +115,7 @@ class Run:
 
 
 class Warnings(logging.Handler):
-    """What Milepost warns of while it is listened to."""
+    """Collects Milepost's warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -265,7 +265,7 @@ def test_every_damage_is_named_and_nothing_wrong_is_loaded(sound: Path, memory_p
 
 @dataclass
 class Seen:
-    """What became of one damage, as one rank saw it."""
+    """The outcome of one damage on one rank."""
 
     what: str
     named: str

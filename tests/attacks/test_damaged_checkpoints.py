@@ -245,7 +245,7 @@ def test_missing_files_are_found(step: Path, file: str) -> None:
 
 
 def test_without_its_commit_record_it_is_external_and_still_checked(sound: Path, step: Path) -> None:
-    """What is left is what stock DCP would have written, CRC-32s of its records included."""
+    """The rest is a folder as stock DCP would have written it, with the CRC-32s of its records."""
     (step / MANIFEST_NAME).unlink()
     (step / DIGESTS_NAME).unlink()
     (step / SHARDS_NAME).unlink()

@@ -1,4 +1,4 @@
-"""What commands make of a step saved as Hugging Face files, of folders of other programs, and of a run that is live."""
+"""Commands on a step saved as Hugging Face files, on folders of other programs, and on a live run."""
 
 from __future__ import annotations
 

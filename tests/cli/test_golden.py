@@ -1,4 +1,4 @@
-"""What each command prints, to the letter, against files that a person has read."""
+"""The exact output of each command, against golden files that a person has reviewed."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_help_of_the_others_comes_as_quickly(folder: LocalStorage, name: str) ->
 
 
 def slowness() -> float:
-    """How much longer than an idle machine this one takes, at least 1."""
+    """Return the slowdown of this machine against an idle one, at least 1."""
     return max(1.0, cpu_seconds("-c", REFERENCE) / REFERENCE_CPU_S)
 
 

@@ -1,4 +1,4 @@
-"""What the crash tests let two ranks do: small runs that resume, save and end, and what must be there afterwards."""
+"""Small runs of two ranks for the crash tests: they resume, save and end; and checks of the folder they leave."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ class Save:
 
 @dataclass(frozen=True)
 class Case:
-    """What is there before a run, and the saves that it makes.
+    """The steps before a run, and the saves that it makes.
 
-    ``ends``: the last one is under way at its end. ``damaged`` are steps of which a byte has changed.
+    ``ends``: the last save is still in progress when the run ends. ``damaged``: steps with a changed byte.
     """
 
     before: Shown
@@ -101,7 +101,7 @@ class Case:
     damaged: frozenset[int] = frozenset()
 
     def stages(self) -> list[tuple[int, Shown]]:
-        """All that may ever be shown, in order, each with the number of saves that are committed by then."""
+        """Return every state that a scan may show, in order, with the number of saves committed by then."""
         shown = dict(self.before)
         found = [(0, dict(shown))]
         for number, save in enumerate(self.saves, 1):
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def everything(self) -> Shown:
-        """What would be shown if nothing were ever deleted."""
+        """The steps that a scan would show if none were ever deleted."""
         return {**self.before, **{save.step: save.value for save in self.saves}}
 
     @property
@@ -167,7 +167,7 @@ def train(
     mode: str = "disabled",
     told: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """What a run does: take the folder, sweep, resume, save, train on, let go.
+    """Run: lock the folder, sweep, resume, save, continue training, release.
 
     ``told`` is called when the user of this rank knows that so many of the case's saves are committed.
     """
@@ -225,13 +225,13 @@ def prepare(folder: Path, case: Case) -> LocalStorage:
 
 
 Known = dict[tuple[tuple[str, bytes], ...], float]
-"""Folders of steps, byte for byte, that were verified and loaded before, with the value that they hold."""
+"""The contents of step folders that were verified and loaded already, with the value that they hold."""
 
 
 def shown(storage: LocalStorage, known: Known | None = None, damaged: frozenset[int] = frozenset()) -> Shown:
-    """What a scan shows, each step verified and loaded, each byte of it checked; only once what is ``known``.
+    """Return the steps of a scan, each of them verified and loaded, unless its bytes are ``known``.
 
-    Steps that are ``damaged`` may be listed as such or as committed: nobody may have found out yet.
+    Steps that are ``damaged`` may be listed as such or as committed: the damage may not have been found yet.
     """
     known = {} if known is None else known
     found = {}
@@ -261,13 +261,13 @@ def value_of(storage: LocalStorage, path: str, step: int) -> float:
 
 
 def check_the_sweep(storage: LocalStorage, found: Shown) -> None:
-    """What a run does first takes all leftovers away that carry our marker, and no step.
+    """The sweep at the start of a run removes all leftovers with our marker, and no step.
 
-    Of names that were not synced a power cut may keep a folder and lose the owner's record in it, or keep a draft and
-    lose its bytes: nobody can tell such a one from another program's, so it stays, and is named.
+    A power cut before a sync may keep a folder but lose the owner's record in it, or keep a draft but lose its bytes.
+    Such a leftover can't be distinguished from another program's, so it stays, and is reported.
     """
     RunLock(storage, RUN, lease_s=0.0).release()
-    # Within its first moments an attempt has no owner yet; such a one is swept when it is old.
+    # An attempt that was just begun has no owner yet; one without an owner is swept only when it is old.
     sweep_leftovers(storage, RUN, now=time.time() + 2 * OWNERLESS_LIFETIME_S)
     listed = storage.list(RUN)
     unsure = [entry for entry in listed if entry.name.startswith(".milepost-") or entry.name.endswith(".part")]

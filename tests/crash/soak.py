@@ -302,7 +302,7 @@ class Run:
             self.launcher.wait()
 
     def num_starts(self) -> int:
-        """How often the ranks got as far as having a model."""
+        """Return how often the ranks started and built their model."""
         return sum(path.read_text().count(f"on {NUM_RANKS} x cpu") for path in self.folder.glob("launcher-*.log"))
 
 
@@ -312,7 +312,7 @@ _SIGNS = {
     "staged": _ATTEMPT + r"/__\d+_\d+\.distcp",
     "retention": re.escape(DELETING_PREFIX),
 }
-"""By what name in the folder a moment is known."""
+"""The name in the folder that marks each moment."""
 
 
 def children(pid: int) -> list[int]:
@@ -330,7 +330,7 @@ def _is_writer(pid: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was done to a run that came through."""
+    """The faults that a run survived."""
 
     num_steps: int
     kills: tuple[Kill, ...]

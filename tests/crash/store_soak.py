@@ -117,7 +117,7 @@ def _check_end(run: Run, undisturbed: Path, url: str) -> None:
 
 
 def victims_of(seed: int, num_faults: int, *, tier: bool) -> list[str]:
-    """What falls, in order: all of them once before any comes again."""
+    """Return the victims of the faults, in order: each of them once before any is repeated."""
     rng = random.Random(seed)
     kinds = [*VICTIMS, *(["disk"] if tier else [])]
     found: list[str] = []

@@ -94,7 +94,7 @@ CASES = {
 
 
 def act(folder: Path, storage: Storage, case: Case) -> None:
-    """What a run does: take the folder, sweep, resume, save, let go."""
+    """Run: lock the folder, sweep, resume, save, release."""
     manager, model, progress = manager_in(folder, storage, 0.0)
     manager.load()
     for parameter in model.layers:
@@ -121,7 +121,7 @@ def prepare(folder: Path, case: Case) -> LocalStorage:
 
 
 def shown(storage: LocalStorage) -> dict[int, float]:
-    """What a scan shows, and the value of all its weights, each byte of them checked."""
+    """Return the steps of a scan with the value of their weights, every byte of them verified."""
     found = {}
     for entry in catalog.scan(storage, "run"):
         assert entry.state == "committed", entry

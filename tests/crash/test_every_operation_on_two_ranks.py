@@ -46,7 +46,7 @@ NUMBERS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a process ("rank 0", "writer 1", ...) at its operation ``at``, counted from 0."""
+    """A fault of a process ("rank 0", "writer 1", ...) at its operation ``at``, counted from 0."""
 
     process: str
     at: int
@@ -70,7 +70,7 @@ def small() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one run happens, and what its processes leave there for the test to read."""
+    """The folder of one run, and the records that its processes leave there for the test."""
 
     folder: Path
 

@@ -64,7 +64,7 @@ def manager_in(folder: Path, mode: AsyncMode, *, keep_latest_k: int = 2) -> tupl
 
 
 def save(manager: CheckpointManager, model: nn.Module, step: int) -> None:
-    """What a step of training does: change the weights, and save."""
+    """Run one step of training: change the weights, and save."""
     manager.maybe_wait_for_staging()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,7 +74,7 @@ def save(manager: CheckpointManager, model: nn.Module, step: int) -> None:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process and its writer process hold."""
+    """The resources that a process and its writer process hold."""
 
     fds: int
     threads: int
@@ -125,7 +125,7 @@ def _resident(pid: int) -> int:
 
 
 def soon(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Whether it comes true: threads and processes take a moment to end."""
+    """Wait until ``holds`` is true, since threads and processes take a moment to end; return its last value."""
     deadline = time.monotonic() + timeout_s
     while not (found := holds()) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -94,7 +94,7 @@ def record(
 
 @dataclass
 class Findings:
-    """What became of the states that were tried. ``wrong`` says, for each that lost something, what and when."""
+    """The outcome of the states that were tried. ``wrong`` describes each that lost something."""
 
     tried: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -150,7 +150,7 @@ class Explorer:
         return found
 
     def _look(self, key: object, tree: FileTree) -> Shown | str:
-        """What a scan shows of a disk; or, in words, what is wrong with it."""
+        """Return the steps that a scan of a disk shows, or a description of its fault."""
         if key not in self._shown:
             there: Shown = {}
 
@@ -249,7 +249,7 @@ def operations_of(folder: Path, template: LocalStorage, case: Case, can_exchange
 
 
 def before_syncs(operations: list[Operation]) -> list[int]:
-    """Where a name has changed that was to be synced next."""
+    """Return the positions after a rename or exchange, whose sync comes next."""
     return [k for k in range(1, len(operations)) if operations[k - 1].name in ("rename", "exchange")]
 
 

@@ -59,7 +59,7 @@ class Hooked(WrappedStorage):
 
 @contextmanager
 def listening(on_line: Callable[[str], None] = lambda _: None) -> Iterator[Log]:
-    """What is logged meanwhile in this process. Everything counts as slow at once."""
+    """Collect the log lines of this process, with the thresholds for slowness set to 0.1 s."""
     lines: Log = []
 
     class Handler(logging.Handler):
@@ -299,10 +299,10 @@ def test_the_rank_that_commits_hangs(memory_path: Path, operation: str, tally: T
 
 
 class LateStorage(WrappedStorage):
-    """What other processes made shows ``DELAY_S`` after it was first looked for, at half its size; then whole.
+    """Shows other processes' files ``DELAY_S`` after the first look, at half their size first, then complete.
 
-    What was there when this process began, and what it has made itself, shows at once. A file stays the same one
-    under another name, as it does for a client of NFS.
+    Files that existed when this process began, and its own, are shown at once. A renamed file remains the same file,
+    as for a client of NFS.
     """
 
     def __init__(self, inner: LocalStorage):

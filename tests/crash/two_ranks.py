@@ -95,7 +95,7 @@ class PairComm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended: with a result, with an error of Milepost's, or by itself or its partner being killed."""
+    """The end of a rank: a result, an error of Milepost's, or the death of the rank or its partner."""
 
     result: Any = None
     error: MilepostError | None = None
@@ -183,7 +183,7 @@ def through(wrap: StorageOf) -> Iterator[None]:
 
 
 class ForkedWriter:
-    """What ``subprocess.Popen`` gives for a writer process, which is forked instead of started anew."""
+    """The interface of ``subprocess.Popen`` for a writer process that is forked instead of spawned."""
 
     def __init__(self, name: str, life: int, command: Sequence[str], *, pass_fds: Sequence[int], **_: object):
         self._status: int | None = None

@@ -1,4 +1,4 @@
-"""What the ranks agree on before a save: all ranks' empty mappings, one gloo group, one report of a failure."""
+"""The ranks' agreement before a save: all ranks' empty mappings, one gloo group, one report of a failure."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Injected(Exception):
 
 @dataclass(frozen=True)
 class Heard:
-    """What one rank was told of one error. ``rank`` is the one that the error names."""
+    """One error as raised on one rank. ``rank`` is the rank that the error names."""
 
     place: str
     bad: int

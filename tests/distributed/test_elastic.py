@@ -57,7 +57,7 @@ def flags(folder: Path, **more: Any) -> list[str]:
 
 @dataclass
 class Segment:
-    """What one rank saw of a run between two starts."""
+    """One rank's results of a run between two starts."""
 
     dp_rank: int
     samples: dict[int, int] = field(default_factory=dict)

@@ -80,7 +80,7 @@ def manager_of(folder: Path, model: nn.Module | None = None, **config: Any) -> t
 
 
 def outcome(act: Callable[[], object]) -> Outcome:
-    """What ``act`` raises. It must raise, and something of Milepost's."""
+    """Return the error that ``act`` raises, which must be one of Milepost's."""
     with pytest.raises(MilepostError) as caught:
         act()
     return type(caught.value).__name__, caught.value.message
@@ -308,7 +308,7 @@ def test_failed_write_names_rank_and_file_on_every_rank(tmp_path: Path, bad: int
 
 
 def failing_rank_0(folder: Path) -> list[Outcome]:
-    """What only rank 0 does: scanning, opening the attempt, publishing, marking."""
+    """Failures of what only rank 0 does: scanning, opening the attempt, publishing, marking."""
     storage = BreaksOn(LocalStorage(folder), NO_FAULT)
     with storage_of_this_rank(lambda _: storage):
         manager, _ = manager_of(folder / "run")
@@ -442,7 +442,7 @@ RNG = frozenset(f"rng.rank{rank}.torch" for rank in range(4))
 
 
 def cached_plans(folder: Path) -> list[bool]:
-    """Whether each of a row of saves reused the plan; one rank's structure changes in between."""
+    """Return for each of several saves if it reused the plan; one rank's structure changes in between."""
     rank, size = dist.get_rank(), dist.get_world_size()
     saver = Saver(LocalStorage(folder), default_comm())
     reused = []

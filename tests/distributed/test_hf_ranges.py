@@ -95,7 +95,7 @@ def wrong_leaves(leaves: dict[str, TensorLeaf], ours: dict[str, torch.Tensor]) -
 
 
 def save_as_hf(folder: Path, target: str, layout: Layout, leaves: dict[str, TensorLeaf], assets: str) -> None:
-    """What a save does: one plan for all, every rank its ranges, and one rank the frame and the commit."""
+    """Save like ``HfForm``: one plan for all, each rank writes its ranges, one rank the frame and the commit."""
     specs: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(specs, flatten_layout(leaves))
     plans = plan_save(specs)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw of a run."""
+    """The results of a run on one rank."""
 
     losses: list[float]
     norms: list[float]

@@ -1,4 +1,4 @@
-"""How often a save asks the file system, counted in real worlds: exactly as often as docs/scale.md says."""
+"""The file system operations of a save, counted in real worlds: exactly the numbers in docs/scale.md."""
 
 from __future__ import annotations
 

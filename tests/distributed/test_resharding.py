@@ -54,7 +54,7 @@ State = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Saved:
-    """What one rank had when it saved: of its pipeline stages, every tensor, gathered whole by torch."""
+    """One rank's state when it saved: every tensor of its pipeline stages, as full tensors gathered by torch."""
 
     state: State
     train_state: TrainState
@@ -63,7 +63,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one rank found after a load."""
+    """One rank's state after a load."""
 
     held: set[str]
     wrong: list[str]
@@ -187,7 +187,7 @@ def places_of(parameter: Tensor) -> Tensor:
 
 
 def differs(tensor: Tensor, places: Tensor, saved: np.ndarray) -> bool:
-    """Whether this rank's part of a tensor is not, bit for bit, that of what was saved."""
+    """Return whether this rank's part of a tensor differs in any bit from the saved one."""
     local, expected = tensor.detach(), torch.from_numpy(saved)
     if isinstance(local, DTensor):
         local, expected = local.to_local(), expected.flatten()[places]
@@ -265,7 +265,7 @@ def test_state_saved_under_one_layout_comes_back_under_another(
 
 @pytest.mark.parametrize("family", [DENSE, EXPERTS], ids=["dense", "experts"])
 def test_saved_states_are_those_of_one_training_run(family: list[Layout], saved: dict[Layout, list[Saved]]) -> None:
-    """What the matrix compares is worth it: every key there is, equal in all layouts up to rounding."""
+    """The states that the matrix compares have every key, and are equal on all degrees up to rounding."""
     one, *others = [merged([rank.state for rank in saved[layout]]) for layout in family]
     for other in others:
         assert other.keys() == one.keys()

@@ -30,7 +30,7 @@ GLOBAL_BATCH = 4
 
 @dataclass
 class Record:
-    """What a rank saw of a run."""
+    """The results of a run on one rank."""
 
     losses: dict[int, float] = field(default_factory=dict)
     samples: dict[int, int] = field(default_factory=dict)

@@ -62,8 +62,11 @@ def place(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def is_run_here(words: list[str]) -> bool:
-    """What names a bucket is not: tests/cli/test_urls.py runs every command on a real store. Nor is what never ends:
-    tests/cli/test_watch.py watches, and ends it as a reader would."""
+    """Return whether a command is run by this test.
+
+    Not those on a bucket (tests/cli/test_urls.py runs every command on a real store), nor ``--watch``, which never
+    ends (see tests/cli/test_watch.py).
+    """
     is_out_of_reach = any(word.startswith("s3://") or word == "--watch" for word in words)
     return not any(name in words for name in NOT_RUN_HERE) and not is_out_of_reach
 

@@ -80,7 +80,7 @@ def messages() -> str:
 
 
 def test_every_symptom_that_the_page_of_errors_quotes_is_a_message() -> None:
-    """What stands between ``...``, numbers and names that are filled in."""
+    """The parts between ``...``, numbers and placeholders are compared."""
     known = messages()
     rows = re.findall(r"^\| (`(?!\w+Error`).*?) \|", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)
     quoted = [quote for row in rows for quote in re.findall("`([^`]+)`", row)]

@@ -474,7 +474,7 @@ def test_momentum_that_this_runs_schedule_sets(memory_path: Path) -> None:
 
 
 def test_the_generators_are_restored_where_training_continues(memory_path: Path) -> None:
-    """What draws from them between ``load()`` and the first step, as ``iter(loader)`` does, changes nothing."""
+    """Draws between ``load()`` and the first step, such as those of ``iter(loader)``, have no effect."""
     torch.manual_seed(3)
     first = saved(memory_path)
     expected = torch.rand(4)  # what the undisturbed run draws next

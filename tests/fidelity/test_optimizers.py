@@ -327,7 +327,7 @@ def test_options_of_any_kind(memory_path: Path) -> None:
 
 
 class AsIf:
-    """What wraps an optimizer without being one."""
+    """A wrapper of an optimizer that is not an ``Optimizer`` itself."""
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
@@ -339,7 +339,7 @@ class AsIf:
 
 
 class AsOne(Optimizer):
-    """What wraps an optimizer, and is one by its class alone, as accelerate's is."""
+    """A wrapper of an optimizer that subclasses ``Optimizer`` without using it, like accelerate's."""
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer

@@ -261,7 +261,7 @@ def test_rows_of_one_are_read_at_other_degrees(memory_path: Path) -> None:
 def test_shards_of_different_kinds_come_back_on_the_same_degrees(
     memory_path: Path, rows: int, width: int, plain_on: int
 ) -> None:
-    """Where blocks don't end with a rank's rows, or an optimizer has left a small shard as it is."""
+    """Quantization blocks cross the boundary between ranks, or an optimizer leaves a small shard unquantized."""
     run_world(save_sharded, 2, memory_path, rows, width, plain_on, timeout_s=60)
     run_world(load_sharded, 2, memory_path, rows, width, plain_on, timeout_s=60)
     with pytest.raises(

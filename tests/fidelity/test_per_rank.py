@@ -98,7 +98,7 @@ def test_each_rank_gets_its_own_loader_state_back(memory_path: Path, mode: str) 
 
 
 def unlike_loaders(folder: str) -> list[Any]:
-    """What ranks have in common is equal, and one has more of it, or another kind: a buffer, a key, a shape."""
+    """Per-rank states that agree in what they share, while one rank has more or other values: a buffer, key, shape."""
     rank, found = dist.get_rank(), []
     kinds: list[dict[str, Any]] = [
         {"buffer": [torch.ones(1)] * rank},
@@ -179,7 +179,7 @@ def test_at_another_number_of_ranks_the_loader_reshards_or_the_load_is_refused(m
 
 
 def differing(folder: str) -> dict[str, str]:
-    """What must not be stored for one rank alone: every rank hears the same, and nothing is there afterwards."""
+    """State that must not differ by rank is refused with the same error on every rank, and nothing is saved."""
     rank = dist.get_rank()
     found = {}
 

@@ -251,7 +251,7 @@ def containers(children: Any) -> Any:
 
 
 def has_distinct_keys(value: Any, path: str = "", seen: set[str] | None = None) -> bool:
-    """Whether no two values would be stored under one key, which is refused."""
+    """Return whether all values would be stored under distinct keys; others are refused."""
     seen = set() if seen is None else seen
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -297,7 +297,7 @@ def test_nested_states_of_all_types(memory_path: Path, state: dict[str, Any], mo
     ids=["ints", "dicts", "lists", "tensors"],
 )
 def test_large_plain_values_are_copied_at_once_and_encoded_later(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is what was there at the save, in a form that stock torch reads too."""
+    """The values written are those at the time of the save, in a form that stock torch reads."""
     monkeypatch.setattr("milepost.tensors.snapshot.FROM_PARTS", 1000)
     monkeypatch.setattr("milepost.tensors.snapshot._AT_ONCE", 300)
     copied = snapshot(value)
@@ -435,7 +435,7 @@ def test_a_class_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_of_a_checkpoint_of_an_older_version() -> None:
-    """What ``torch.save`` made of values before these forms is read for ever."""
+    """Values stored with ``torch.save``, as versions before these forms did, are still read."""
     for value in (
         (torch.arange(3), torch.ones(2)),
         torch.Size([2]),

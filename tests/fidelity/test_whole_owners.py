@@ -67,7 +67,7 @@ def test_averages_of_sharded_weights_come_back_sharded(memory_path: Path, at_onc
 
 
 class Whole:
-    """What many write: objects with a state inside of one, whole or their state dicts."""
+    """A common pattern: an object whose state holds other stateful objects, or their state dicts."""
 
     def __init__(self, seed: int, as_objects: bool):
         torch.manual_seed(seed)

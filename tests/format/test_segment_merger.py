@@ -38,7 +38,7 @@ def boxes_of(rng: random.Random, shape: tuple[int, ...]) -> list[Box]:
 
 
 def world(rng: random.Random) -> list[Segment]:
-    """What some ranks would have written: each box by any of them."""
+    """Return the segments of some ranks, each box written by any of them."""
     num_ranks = rng.randint(1, 6)
     held: list[list[tuple[str, tuple[int, ...], Box]]] = [[] for _ in range(num_ranks)]
     for number in range(rng.randint(0, 10)):

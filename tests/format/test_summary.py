@@ -1,4 +1,4 @@
-"""What a listing says of a checkpoint: how a tensor was cut, told from the boxes that are stored."""
+"""Summaries of a checkpoint for listings: how tensors were sharded, derived from the stored boxes."""
 
 from __future__ import annotations
 

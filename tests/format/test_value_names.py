@@ -26,7 +26,7 @@ from milepost.verification.verify import verify
 
 
 class Runs:
-    """What a malicious pickle is made of."""
+    """A value whose pickle runs code when it is loaded."""
 
     def __init__(self, function: Any, *args: Any):
         self.call = function, args

@@ -139,7 +139,7 @@ def make_trainer(folder: str, *, stock: bool, steps: int, tp: int = 1, **checkpo
 
 
 def steps_of(state: dict[str, Any]) -> set[float]:
-    """How many steps the optimizer has counted, of all parameters."""
+    """Return the optimizer's step counts of all parameters."""
     return {float(value) for key, value in state.items() if key.startswith("state.") and key.endswith(".step")}
 
 

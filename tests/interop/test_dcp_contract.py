@@ -1,4 +1,4 @@
-"""What users of stock DCP rely on, held by our writer and reader, by stock's, and by each with the other's.
+"""The contract of stock DCP: our writer and reader against stock's, in all combinations.
 
 The cases are our own, after the behaviour that PyTorch's tests of ``torch.distributed.checkpoint`` pin down.
 """

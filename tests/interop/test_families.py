@@ -238,7 +238,7 @@ def test_layers_that_predict_further_tokens_are_left_out_and_noted(memory_path: 
 
 
 def test_a_model_that_fits_half_gets_one_report(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Which keys match, which don't, which family is nearest, and what to do."""
+    """The report names the keys that match, those that don't, the nearest family, and what to do."""
     model = saved("mistral", memory_path / "source")
     state = {key: value.clone() for key, value in model.state_dict().items()}
     state["model.layers.0.self_attn.sinks"] = torch.ones(4)

@@ -1,4 +1,4 @@
-"""Which model a source is of: from its config or its record, with the settings that its weights were trained with."""
+"""The identity of a source's model: from its config or its record, with the settings of its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is saved beside or less than a step when ranks hold shards or stages: HF folders, and what is trained alone."""
+"""Saves other than full steps by ranks with shards or stages: HF folders, and trainable parameters only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found at a path, and that damage in it is noticed."""
+"""Opening weights of every format, and detection of damage in them."""
 
 from __future__ import annotations
 

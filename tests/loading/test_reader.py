@@ -1,4 +1,4 @@
-"""What a load takes from the storage: the blocks that it needs, each once, and nothing else."""
+"""A load reads the blocks that it needs, each of them once, and nothing else."""
 
 from __future__ import annotations
 

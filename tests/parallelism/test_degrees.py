@@ -1,4 +1,4 @@
-"""How the degrees of parallelism fill a world."""
+"""The degrees of parallelism that fill a world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which degrees are refused before anything starts, and in what words."""
+"""Degrees that are refused before anything starts, and the messages."""
 
 from __future__ import annotations
 

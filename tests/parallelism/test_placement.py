@@ -1,4 +1,4 @@
-"""Which box each rank holds, by the torch-free rules: against DTensor's arithmetic, and each element exactly once.
+"""The box of each rank by the torch-free rules: the same as DTensor's, covering each element exactly once.
 
 ``tests/distributed/test_layouts.py`` compares the same rules with the trainer's own DTensors, layout by layout.
 """

@@ -37,7 +37,7 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
 
 
 def counts(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray:
-    """How often each element is covered."""
+    """Return the number of times that each element is covered."""
     total = np.zeros(shape, dtype=int)
     for box in boxes:
         total[tuple(slice(o, stop) for o, stop in zip(box.offsets, box.stops, strict=True))] += 1

@@ -52,7 +52,7 @@ class Sharding:
     column_major: bool
 
     def leaf(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], rank: int) -> TensorLeaf:
-        """What ``rank`` holds, not filled yet."""
+        """Return the part that ``rank`` holds, not filled yet."""
         coordinate = list(itertools.product(*map(range, self.mesh_shape)))[rank]
         pieces = shard_pieces(shape, self.mesh_shape, coordinate, self.placements)
         if math.prod(shape) == 0:  # every rank brings it, as `tensor_leaf` says
@@ -218,7 +218,7 @@ def test_any_sharding_onto_any_other(
     task_nbytes: int,
     alone: bool,
 ) -> None:
-    """Whether each rank has planned alone, or one for all."""
+    """``alone``: each rank plans by itself, instead of one rank for all."""
     (num_saving, num_loading), cases = case
     generator = torch.Generator().manual_seed(seed)
     wholes = [random_tensor(tensor.dtype, tensor.shape, generator) for tensor in cases]

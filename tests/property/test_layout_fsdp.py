@@ -1,4 +1,4 @@
-"""What ``fully_shard`` cuts of a tensor-parallel weight, on any mesh and of any size, is what is saved and drawn of it.
+"""The shards that ``fully_shard`` makes of tensor-parallel weights, on any mesh: saved and shown as they are.
 
 On fake process groups: each rank of the mesh in turn, in this process.
 """

@@ -61,7 +61,7 @@ WRAPPERS: Mapping[str, Callable[[Storage], Storage]] = {"exchange": lambda stora
 
 
 def value_at(storage: Storage, folder: str, step: int) -> int | None:
-    """Which save a scan shows for a step, verified to the last byte; None for none."""
+    """Return the save that a scan shows for a step, every byte verified; None if there is none."""
     entry = next((entry for entry in catalog.scan(storage, folder) if entry.step == step), None)
     if entry is None:
         return None

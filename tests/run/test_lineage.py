@@ -558,7 +558,7 @@ class AnyHistory(RuleBasedStateMachine):
         return self.at.get(self.nodes[node].step) == node
 
     def expected(self) -> int | None:
-        """Where a run goes on: the newest of the line of what was written last that can be resumed from."""
+        """Return the node to resume from: the newest resumable one of the branch that was written last."""
         line = self.line(len(self.nodes) - 1 if self.nodes else None)
         return next((n for n in line if self.there(n) and self.loadable(self.nodes[n].step)), None)
 

@@ -74,7 +74,7 @@ def seen_by_milepost(storage: ObjectStorage) -> str:
 
 
 def seen_by_stock(storage: ObjectStorage) -> str:
-    """What a program sees that finds everything through ``.metadata``."""
+    """Return the checkpoint as found through ``.metadata``, like stock DCP does."""
     try:
         data = storage.read(f"{TARGET}/{METADATA_NAME}")
     except StorageError:
@@ -103,7 +103,7 @@ def begin_with(client: object, before: str, folder: Path) -> None:
 
 
 def finish(store: object) -> None:
-    """What the next run does, when those that died are known to be dead and those that read have read."""
+    """Sweep like the next run, once dead runs are known to be dead and readers have finished."""
     storage = store if isinstance(store, ObjectStorage) else storage_on(store)
     with (
         patch.object(object_sweep, "READERS_S", -60.0),
@@ -115,7 +115,7 @@ def finish(store: object) -> None:
 
 
 def leftovers(store: object) -> list[str]:
-    """What is in the store that no checkpoint has."""
+    """Return the objects in the store that belong to no checkpoint."""
     storage = store if isinstance(store, ObjectStorage) else storage_on(store)
     manifest = checkpoint_record.read_manifest(storage, TARGET) if storage.stat(f"{TARGET}/{MANIFEST_NAME}") else None
     known = {*manifest.files, *aliases(manifest), MANIFEST_NAME} if manifest else {METADATA_NAME}

@@ -55,7 +55,7 @@ def sample(rank: int = 0, num_tensors: int = 3) -> SignOff:
 
 
 def same(one: SignOff, other: SignOff) -> bool:
-    """Whether two sign-offs say the same, to the byte."""
+    """Return whether two sign-offs are equal, byte for byte."""
     return dump_sign_off(one) == dump_sign_off(other)
 
 

@@ -59,7 +59,7 @@ def names(storage: Storage, folder: str = "run") -> set[str]:
 
 
 def test_folders_of_other_programs_stay_and_are_named(memory_path: Path) -> None:
-    """What merely has such a name: short ids, our prefix without our marker, our marker under another name."""
+    """Folders that only look like ours: short ids, our prefix without our marker, our marker under another name."""
     storage = LocalStorage(memory_path)
     others = [
         ".deleting-2024",

@@ -1,4 +1,4 @@
-"""How far it is from ``manager.save()`` to the system call: own frames on the stack, counted where the bytes move."""
+"""The number of own stack frames from ``manager.save()`` to the system call that moves the bytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_few_frames_to_the_disk(tmp_path: Path, mode: str) -> None:
 
 
 def test_few_frames_to_the_disk_in_the_writer_process(tmp_path: Path) -> None:
-    """What it runs is ``serve``; here by a thread of this process, at the other end of the same pipe."""
+    """The process runs ``serve``; here a thread of this process does, at the other end of the same pipe."""
     import threading
     from multiprocessing.connection import Connection
 

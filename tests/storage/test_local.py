@@ -107,7 +107,7 @@ def test_large_files_that_go_past_the_cache_ask_for_pages_and_small_ones_for_not
 
 
 def resident_share(path: Path) -> float:
-    """How much of a file is in the page cache, by ``mincore``."""
+    """Return the share of a file's pages in the page cache, by ``mincore``."""
     nbytes = path.stat().st_size
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), nbytes) as mapped:
         pages = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()

@@ -192,7 +192,7 @@ def test_uploads_of_the_dead_are_aborted_and_those_of_the_living_kept() -> None:
 
 
 def test_memory_stays_bounded_whatever_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What comes too early waits in a temporary file; that one is gone at the end."""
+    """Data that arrives out of order waits in a temporary file, which is removed at the end."""
     monkeypatch.setattr(object_writer, "MAX_HELD_NBYTES", MIB)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage = ObjectStorage("memory://root", store=obstore.store.MemoryStore())

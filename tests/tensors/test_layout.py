@@ -1,4 +1,4 @@
-"""What a rank says it holds of a tensor is what it holds: checked against the tensors that torch itself cuts."""
+"""The boxes computed for a rank are those that it holds: checked against tensors sharded by torch itself."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_replicas_are_written_once_and_balanced_by_bytes() -> None:
 
 
 def test_ranks_with_much_of_their_own_are_spared() -> None:
-    """What only one rank holds counts when shared tensors are dealt out."""
+    """Tensors that only one rank holds count towards its share when replicated tensors are dealt out."""
     shared = [spec(f"s{n}", (10,), Box.whole((10,))) for n in range(6)]
     plans = plan_save(ranks([spec("own", (1000,), Box.whole((1000,))), *shared], shared))
     assert [item.key for item in plans[0].items] == ["own"]

@@ -22,7 +22,7 @@ from milepost.tensors.sharing import FromRank0, Group, Sharing, groups_in_common
 
 
 def spread_spec(key: str, shape: tuple[int, ...], mesh: Mesh, placements: Sequence[Placement], rank: int) -> TensorSpec:
-    """What a rank holds of a DTensor."""
+    """Return the spec of a rank's part of a DTensor."""
     boxes: tuple[Box, ...] = ()
     if rank in mesh.ranks:
         coordinate = list(itertools.product(*map(range, mesh.shape)))[mesh.ranks.index(rank)]
@@ -35,7 +35,7 @@ def plain_spec(key: str, shape: tuple[int, ...], *boxes: Box) -> TensorSpec:
 
 
 def sorted_out(layouts: Sequence[LocalLayout]) -> tuple[Sharing, list[frozenset[str]]]:
-    """What rank 0 finds out, told as little as it is told; and the keys that each rank has described by itself."""
+    """Return rank 0's result from the descriptions that it asks for, and the keys that each rank described alone."""
     roster = Roster()
     structures = [
         structure_of(layout, Nesting({key: tuple(key.split(".")) for key in keys_of(layout)}, (), {"": b""}), rank)
@@ -53,7 +53,7 @@ def keys_of(layout: LocalLayout) -> list[str]:
 def plan_together(
     layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None
 ) -> tuple[list[WritePlan], list[tuple[Group, ...]], Sharing]:
-    """The plans and the groups of all ranks, each made from no more than what the rank is told."""
+    """Return the plans and the groups of all ranks, each made only from data that the rank receives."""
     sharing, own = sorted_out(layouts)
     placed = [only(layout, sharing.placed) for layout in layouts]
     dealt, groups = deal(placed, nodes), groups_in_common(placed)

@@ -1,4 +1,4 @@
-"""How values were nested is read off what a checkpoint records, and nothing is put in another's place."""
+"""The nesting of values is rebuilt from the checkpoint's record, each value in its own place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself, also across a resume."""
+"""The metrics that a run logs, also across a resume."""
 
 from __future__ import annotations
 

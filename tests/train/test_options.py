@@ -1,4 +1,4 @@
-"""What a user gets for a configuration: the options it stands for, or every mistake in it at once."""
+"""Options from a configuration file and flags, or one report of all mistakes in them."""
 
 from __future__ import annotations
 

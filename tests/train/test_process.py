@@ -1,4 +1,4 @@
-"""How a rank ends: one message from the one that speaks, and a status that says why."""
+"""The end of a rank: one message from one rank, and an exit status that says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does after each commit: functions and command lines, beside the training."""
+"""Hooks after each commit, functions and command lines, run while training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does when saves fail: stop at once, or warn and go on for a while."""
+"""``on_save_error``: stop at the first failed save, or warn and stop after several in a row."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Target:
         return node
 
     def names_below(self, path: Sequence[Any]) -> dict[str, Node]:
-        """What stands below ``path``, by name, as in a module's state dict; at the top the model's own."""
+        """Return the nodes below ``path`` by name, as in a module's state dict; at the top only the model's."""
         root = self._stored.tree.root if self._stored is not None else None
         found = root if not path else self.at(path)
         named: dict[str, Node] = {}

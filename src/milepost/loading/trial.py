@@ -22,16 +22,16 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a module's ``load_state_dict()`` does with values of these names."""
+    """The effect of a module's ``load_state_dict()`` on values of given names."""
 
     places: Mapping[str, str]
     """Names whose value is copied as it is, and the one parameter or buffer that it is copied to."""
     filled: frozenset[str]
     """Parameters and buffers that anything is copied to."""
     missing: frozenset[str]
-    """Names of the module for which it found no value, and made none."""
+    """Names of the module without a value, given or made by it."""
     unexpected: frozenset[str]
-    """Names that it has no place for."""
+    """Names that the module does not have."""
     refusal: str = ""
     """The text of the error, if it raised one."""
 

@@ -44,14 +44,14 @@ class Arena:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether a GPU can copy into the memory by itself."""
+        """True if the memory is page-locked, so that a GPU can copy into it directly."""
         return self._unpin is not None
 
     def prepare(self, nbytes: int) -> None:
         """Begin to allocate ``nbytes`` in a thread, before the first :meth:`fit`, which waits for its end.
 
-        The pages of new memory are given, zeroed and pinned when they are touched first, which takes several times as
-        long as to copy the state into them. If this fails, :meth:`fit` does it again and raises what went wrong.
+        New pages are zeroed and pinned when they are first touched, which takes several times as long as copying the
+        state into them. If it fails, :meth:`fit` tries again and raises the error.
         """
         if self.nbytes or self._preparation is not None or nbytes <= 0:
             return

@@ -1,4 +1,4 @@
-"""How much memory this rank's saves will be staged in, before the first of them is planned."""
+"""Estimate the memory in which this rank's saves are staged, before the first save is planned."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from milepost.tensors.layout import dtype_name
 from milepost.tensors.plan import LARGE_ALIGNMENT, LARGE_RECORD_NBYTES, SMALL_ALIGNMENT, align
 
 _OTHER_NBYTES = 1 << 20
-"""For random generators, counters and whatever else a training state has of small tensors."""
+"""Allowance for random generators, counters and other small tensors of a training state."""
 _UNEVEN = 1.02
-"""Ranks that share replicas write about as much as each other, but not exactly."""
+"""Allowance for replicas that are not dealt out evenly among their ranks."""
 
 
 def staging_nbytes(
