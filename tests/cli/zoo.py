@@ -99,7 +99,7 @@ def save_model(storage: LocalStorage, path: str, name: str = "llama3", flavor: s
 
 
 def steps(storage: LocalStorage) -> dict[int, StepEntry]:
-    """What the catalogue finds in the run."""
+    """The steps that the catalog finds in the run."""
     return {entry.step: entry for entry in catalog.scan(storage, "run")}
 
 

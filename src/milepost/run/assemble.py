@@ -35,7 +35,7 @@ class SaveInfo:
 
 
 def check_fits(info: SaveInfo, *, num_shards: int, world_size: int) -> None:
-    """Refuse a save of which the record could not be read again, before anything is written.
+    """Refuse a save whose commit record would exceed the limits of a reader, before anything is written.
 
     Raises:
         SaveError: names what is too large, and by how much.
@@ -66,14 +66,15 @@ def assemble(
     """The manifest of a save, and the block CRCs of its shards in the manifest's order.
 
     ``signed`` holds the sign-offs of all ranks, none of them a failure; their segments, unless ``merger`` has these.
-    Shards are ordered by box. The files of the commit itself are not in it yet. ``world_size`` is given where not each
-    rank has signed by itself; of one node's part of a step the shards need not cover the tensors (``must_cover``).
+    Shards are ordered by box. The files of the commit itself are not in it yet. ``world_size`` is given
+    if sign-offs are fewer than ranks. ``must_cover`` is false for one node's part of a step, whose shards need not
+    cover the tensors.
 
     Raises:
         SaveError: two ranks stored the same file or object, or one tensor with two dtypes or shapes.
         PlanError: the boxes of a tensor leave a gap or overlap, or records overlap in a file.
     """
-    # With numpy, 100 ms that deleting old steps can do without.
+    # Imported here: numpy takes 100 ms, which deleting old steps should not cost.
     from milepost.format.columns import with_table
     from milepost.format.columns_check import table_faults
     from milepost.format.segment_merger import SegmentMerger

@@ -1,7 +1,7 @@
 """Save attempts: the fresh place that a save writes to, which no reader takes for a checkpoint.
 
 Each save has its own id and attempt, beside its target (see ``commit``). An attempt carries its owner's record from the
-start, so that a sweep can tell a save under way from a stale attempt.
+start, so that a sweep can distinguish a save in progress from a stale attempt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def new_save_id() -> str:
 def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
     """Create a new attempt at saving ``target``, beside it, and return its path. Called by one rank.
 
-    Removes stale attempts of dead processes first: with ``save()`` no manager does it.
+    Removes stale attempts of dead processes first, since for ``save()`` there is no manager to do so.
 
     Raises:
         ConfigError: ``target`` exists and is not a checkpoint, so it must not be replaced.
@@ -57,7 +57,7 @@ def begin_attempt(storage: Storage, target: str, save_id: str) -> str:
             object_commit.note_target(storage, attempt, target)
         adopt_attempt(storage, attempt)
         if storage.can_rename and storage.stat(target) is not None:
-            storage.keep_access(target, place)  # before it holds any data
+            storage.keep_access(target, place)  # durable before there is any data
     except BaseException:  # Ctrl-C too
         discard_quietly(storage, attempt)  # without its owner's record it would stay for an hour
         raise
@@ -95,7 +95,7 @@ def abort_attempt(storage: Storage, attempt: str) -> None:
 
 
 def remove_records(storage: Storage, place: Place) -> None:
-    """Remove the records that a continued attempt has left: they are written again."""
+    """Remove the records of an attempt that is continued: they are written again."""
     for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME):
         if name != MANIFEST_NAME or storage.can_rename:  # else that is the committed one's
             storage.remove(place.path(name))

@@ -24,14 +24,14 @@ def names_beside(storage: Storage, path: str) -> list[str]:
         own = {*read_record(storage, path).manifest.files}
     except (CheckpointNotFoundError, FormatError):
         own = set()
-    # Never mix the weights of a checkpoint that has lost its record with those of another.
+    # Otherwise a checkpoint that lost its commit record would have its weights mixed with another's.
     return [name for name in names if name not in own and (own or not is_hf_folder([name]))]
 
 
 def keep_beside(storage: Storage, path: str) -> str | None:
-    """Move them to a folder beside the step, which is about to be deleted; return its path, or None without any.
+    """Move them out of a step that is about to be deleted; return the new folder beside it, or None if there are none.
 
-    The storage can rename. Its name is no step's, so nothing deletes it.
+    The storage must be able to rename. The new folder does not have the name of a step, so nothing deletes it.
 
     Raises:
         StorageError: they could not be moved. Those that were are in the new folder; nothing is lost.

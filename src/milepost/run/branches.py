@@ -1,12 +1,12 @@
 """Branches: the descent of steps, and the parent of the next save. Pure functions of a scan.
 
 A run continues from its newest step, save after save: that is a branch. When it returns to an older step, by
-``load_step`` or because the newest is damaged, another branch begins there, and the steps after it are abandoned. What
-was written last decides which branch is the current one; neither a step's number nor a clock does.
+``load_step`` or because the newest is damaged, another branch begins there, and the steps after it are abandoned. The
+current branch is the one that was written last, by the order of commits, not by step numbers or a clock.
 
 Steps without a lineage (of other programs, of ``milepost.save``, of older versions) are one branch, in the order of
-their numbers. Such a step is later than all that have a lineage if it was not there when these were committed and its
-number is the highest: another program has gone on in this folder.
+their numbers. Such a step is later than all steps with a lineage if it did not exist when these were committed and its
+number is the highest: another program has continued the run in this folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNDATED = ""
 MAX_TRAIL = 64
 """A longer trail is reduced to the branches that have steps in the folder."""
 MAX_TORN_LEAD = 64
-"""A torn record whose order is this far above all others is not believed."""
+"""A damaged record whose order exceeds all others by this much is ignored."""
 
 
 def new_id() -> str:
@@ -90,7 +90,7 @@ class History:
         return self.last.lineage.start if self.last is not None and self.last.lineage is not None else None
 
     def since_start(self) -> list[StepEntry]:
-        """The steps of the current branch from the one on that a user named for it to begin at."""
+        """The steps of the current branch, from the step at which a user began it."""
         start = self.start
         if start is None:
             return []
@@ -99,13 +99,13 @@ class History:
         return [*named, *since]
 
     def ends(self) -> dict[int, int]:
-        """For each abandoned step the last one of its branch that is there, by number."""
+        """For each abandoned step, by number, the last existing step of its branch."""
         last = {_place(entry)[0]: entry.step for entry in self.abandoned}
         return {entry.step: last[_place(entry)[0]] for entry in self.abandoned}
 
 
 def _parted(entries: Iterable[StepEntry], lineage: Lineage) -> tuple[list[StepEntry], list[StepEntry]]:
-    """Those that the step of ``lineage`` is or descends from, as they descend, and the others, as committed."""
+    """Split into the step of ``lineage`` with its ancestors, by descent, and the others, by commit."""
     line, aside = [], []
     for entry in sorted(entries, key=commit_order):
         back = generation(entry, lineage)
@@ -188,7 +188,7 @@ def descend(entries: Sequence[StepEntry], parent: StepEntry, *, start: BranchSta
     if parent.lineage is None:
         older = [(UNDATED, parent.step)]
         last = _last_dated(entries)
-        if last is not None and last.lineage is not None and parent is history.last:  # another program has gone on
+        if last is not None and last.lineage is not None and parent is history.last:  # by another program
             older += [(last.lineage.branch, last.lineage.order), *last.lineage.trail]
         run = last.lineage.run if last is not None and last.lineage is not None else new_id()
         trail = _cut(tuple(dict(reversed(older)).items())[::-1], entries)
@@ -203,15 +203,15 @@ def descend(entries: Sequence[StepEntry], parent: StepEntry, *, start: BranchSta
 
 
 def _is_end(parent: StepEntry, lineage: Lineage, entries: Sequence[StepEntry], *, is_named: bool) -> bool:
-    """Return whether a run resumed from ``parent`` goes back behind no other step of its branch.
+    """Return whether no step of its branch is abandoned by a run that resumed from ``parent``.
 
-    Going on by itself behind the weights of a last step (those alone can't be resumed from) is no going back.
+    A model-only last step does not count: a run cannot resume from it.
     """
     behind = []
     for entry in entries:
         if entry.lineage is None:
             if not entry.kind and entry.state in ("damaged", "newer") and entry.step > parent.step:
-                return False  # it may have been of this branch
+                return False  # it may have belonged to this branch
         elif entry.lineage.branch == lineage.branch and entry.lineage.order > lineage.order:
             behind.append(entry)
     return not any(is_named or entry.kind != "model" for entry in behind)

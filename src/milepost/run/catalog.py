@@ -41,12 +41,11 @@ from milepost.run.step_names import PINNED_PREFIX, damage_mark, list_run, step_n
 from milepost.storage.base import Entry, Storage, join, split
 
 State = Literal["committed", "part", "incomplete", "damaged", "external", "newer", "unreadable"]
-"""``part``: what one node holds of a step whose nodes have a folder each. ``newer``: apparently committed, by a
-Milepost whose format this one does not know. ``unreadable``: the storage refused, so nothing is known; only a listing
-continues after that."""
+"""``part``: one node's part of a step, where each node has its own folder. ``newer``: apparently committed, in a newer
+format than this version reads. ``unreadable``: the storage refused, so nothing is known; only listings tolerate it."""
 
 _STATES: Mapping[str, State] = {MANIFEST_NAME: "committed", PART_NAME: "part", METADATA_NAME: "external"}
-"""The state of a folder with this commit record, if nothing is wrong with it."""
+"""The state of a folder with this commit record, unless there is a fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,7 @@ class CheckpointInfo:
     ``reason`` says why it is not simply committed. ``kind`` and ``layout`` are the manifest's, empty when unknown;
     ``dtype`` is the one that most of the model has. ``record_id`` identifies the commit record, so that a mark of
     damage is not taken for one of a later save at the same place. ``lineage`` is also given for a step whose record is
-    damaged in another place. ``has_training_state``: the optimizer's state or the train state is there. ``part`` is
+    damaged elsewhere. ``has_training_state``: it holds optimizer state or train state. ``part`` is
     given for one node's part of a step.
     """
 
@@ -107,10 +106,10 @@ class StepEntry(CheckpointInfo):
 def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[StepEntry]:
     """List the steps in a run's folder, oldest first; empty if there is no such folder.
 
-    ``keep_going``: list a step that the storage refuses to read as ``unreadable``, for those who only show the list.
+    ``keep_going``: list a step that the storage refuses to read as ``unreadable``, for callers that only show the list.
 
     Raises:
-        StorageError: the storage can't be read. What is merely broken is listed as damaged.
+        StorageError: the storage can't be read. Malformed steps are listed as damaged.
     """
     names, inside = list_run(storage, folder)
     steps = sorted(steps_in(names).items())
@@ -124,11 +123,11 @@ def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[Ste
                 raise
             return CheckpointInfo(path=path, state="unreadable", reason=error.message)
 
-    # Where each look is a request, several at a time.
+    # Concurrently where each step costs a request.
     infos = map_in_threads(look, steps, storage.num_streams if inside else 1, name="milepost-scan")
     entries = []
     for (step, name), info in zip(steps, infos, strict=True):
-        if info is not None:  # deleted meanwhile
+        if info is not None:  # not deleted meanwhile
             entries.append(
                 StepEntry(
                     **{field: getattr(info, field) for field in CheckpointInfo.__slots__},
@@ -149,13 +148,13 @@ def examine(
 ) -> CheckpointInfo | None:
     """Determine what the folder at ``path`` holds; None if there is no folder.
 
-    ``marks`` are the names beside it, and ``files`` what is in it, if they are known already.
+    ``marks`` are the names beside it, and ``files`` the entries in it, if the caller has listed them already.
     """
     info = _look(storage, path, files_in(storage, path) if files is None else files)
     if info is not None and info.state == "damaged":
         info = _look(
             storage, path, files_in(storage, path)
-        )  # it may have been replaced by a new save between two of our reads
+        )  # a new save may have replaced it between two of our reads
     if info is None or not (info.is_usable or info.state == "part"):
         return info
     if marks is not None and split(damage_mark(path))[1] not in marks:
@@ -167,8 +166,8 @@ def examine(
 def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> None:
     """Mark the checkpoint at ``path`` as damaged, beside it, so that scans list it as damaged.
 
-    The mark applies to the save that is there now, not to a later one at the same path. ``now`` is in seconds since
-    the epoch. Does nothing when the checkpoint is gone.
+    The mark applies to the present save, not to a later one at the same path. ``now`` is in seconds since the epoch.
+    Does nothing if the checkpoint is gone.
     """
     info = _look(storage, path, files_in(storage, path))
     if info is None or not info.record_id:
@@ -177,7 +176,7 @@ def mark_damaged(storage: Storage, path: str, reason: str, *, now: float) -> Non
 
 
 def steps_that_share(storage: Storage, path: str, file: str) -> list[str]:
-    """The other steps beside the checkpoint at ``path`` that have its file ``file`` too, by a second name of it."""
+    """The other steps in the folder that share the file ``file`` of the checkpoint at ``path`` by a hard link."""
     found = storage.stat(join(path, file)) if file else None
     if found is None or not found.link_id:
         return []
@@ -195,7 +194,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         if not files and storage.stat(path) is None:
             return None
         if files and all(map(tag_of, files)):
-            return None  # of a save under way, or what is left of one, where saves have no folder of their own
+            return None  # of a save in progress or a stale one, on a storage where attempts have no folder of their own
         reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
         return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
     record_id, data, note = "", b"", ""
@@ -217,7 +216,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
             path=path, state="newer", reason=error.message.removeprefix(f"{path}/"), nbytes=nbytes, record_id=record_id
         )
     except FormatError as error:
-        reason = error.message.removeprefix(f"{path}/")  # the step is named where this is shown
+        reason = error.message.removeprefix(f"{path}/")  # the caller's message names the step
         return CheckpointInfo(
             path=path,
             state="damaged",
@@ -228,7 +227,7 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
         )
     except StorageError as error:
         if error.errno not in UNFIT:
-            raise  # a server that is down, too many open files: nothing is known about the step then
+            raise  # for instance a server that is down or too many open files: nothing is known about the step
         return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
     faults += misnamed(manifest, path)
     nbytes = sum(entry.nbytes for file, entry in files.items() if tag_of(file) in ("", manifest.save_id))
@@ -256,9 +255,9 @@ def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> Checkpoint
 
 
 def _fitting_head(storage: Storage, path: str, files: Mapping[str, Entry]) -> Head | None:
-    """The head of a manifest if it says just what files are there; else the rest must be read to know more.
+    """The head of a manifest, if the existing files are exactly those it lists; otherwise the caller reads the rest.
 
-    This is all that a scan reads of a step: one request, whatever the step holds.
+    This is all that a scan reads of a step: one request, whatever the step's size.
     """
     where, nbytes = join(path, MANIFEST_NAME), files[MANIFEST_NAME].nbytes
     if nbytes <= MAX_HEAD_NBYTES:
@@ -271,8 +270,8 @@ def _fitting_head(storage: Storage, path: str, files: Mapping[str, Entry]) -> He
         head = parse_head(bytes(beginning))
     if head is None:
         return None
-    # Where saves share a folder, all files of one carry its id: the others are of another save, or copies for other
-    # programs. Elsewhere none does.
+    # Where saves share a folder, the names of a save's files carry its id; other files belong to another save or are
+    # copies for other programs. Elsewhere no name carries one.
     others = [file for file in files.values() if file.name != MANIFEST_NAME]
     own = [file for file in others if tag_of(file.name) == head.manifest.save_id]
     found = listing_of((file.name, file.nbytes) for file in own or others if not file.is_link)

@@ -36,7 +36,7 @@ from milepost.run.step_names import find_run, step_name, step_of, steps_in
 from milepost.storage.base import Entry, Storage, join, split
 
 UNFIT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG}
-"""Errors that say something of the file: gone, a link, no regular file, absurdly large. Others are the storage's."""
+"""Errors that are about the file: gone, a link, not a regular file, too large. All others are about the storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class CommitRecord:
 
 
 def is_checkpoint(storage: Storage, path: str) -> bool:
-    """Return whether the folder at ``path`` is a checkpoint itself, of whatever state."""
+    """Return whether the folder at ``path`` is itself a checkpoint, in any state."""
     return any(storage.stat(join(path, name)) is not None for name in (MANIFEST_NAME, METADATA_NAME))
 
 
@@ -75,7 +75,7 @@ def read_record(storage: Storage, path: str) -> CommitRecord:
 
     Raises:
         CheckpointNotFoundError: there is no commit record.
-        FormatError: it is malformed, or no plain file; or external, and files that it names are missing or too short.
+        FormatError: it is malformed or not a regular file, or external and lists files that are missing or too short.
     """
     files = files_in(storage, path)
     name = record_name(files)
@@ -161,7 +161,7 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
         pass  # see `examine`: look once more, then raise
     except StorageError as error:
         if error.errno != errno.ENOENT:
-            raise  # otherwise it was deleted or replaced just now
+            raise  # otherwise it was just deleted or replaced
     record = read_record(storage, path)
     if record.faults:
         raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {'; '.join(listed(record.faults))}", path=path)
@@ -169,7 +169,7 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
 
 
 def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests | None:
-    """The block digests of the checkpoint in ``folder``; None for one of another program, which has none.
+    """The block digests of the checkpoint in ``folder``; None for an external one, which has none.
 
     Raises:
         FormatError: they are damaged, or of another save.
@@ -180,7 +180,7 @@ def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDige
 
 
 def read_digests_file(storage: Storage, folder: str, manifest: Manifest) -> bytes | None:
-    """The bytes of that file, as they are there; None if stock DCP wrote the checkpoint, which keeps none."""
+    """The unparsed bytes of the file of digests; None for an external checkpoint, which has none."""
     file = manifest.file_named(DIGESTS_NAME)
     return None if file is None else storage.read(join(folder, file))
 
@@ -199,7 +199,7 @@ def id_of_record(data: bytes) -> str:
 
 
 def id_by_head(head: Head, nbytes: int) -> str:
-    """The same as of the whole commit record of ``nbytes`` bytes."""
+    """The same value as for the commit record of ``nbytes`` bytes as a whole."""
     return f"{nbytes}-{head.crc32:08x}"
 
 
@@ -210,14 +210,14 @@ def parse_record(
     files: Mapping[str, Entry],
     read_shards: Callable[[str, FileEntry], bytes] | None = None,
 ) -> tuple[Manifest, list[Problem]]:
-    """The manifest, and which of its files are missing, no plain files, or of another size than it says."""
+    """The manifest, and faults for files that are missing, not regular files, or of another size than it records."""
     where = join(path, name)
     if name in (MANIFEST_NAME, PART_NAME):
         manifest = from_json(data, where, read_shards, must_cover=name == MANIFEST_NAME)
         return manifest, _file_faults({name: entry.nbytes for name, entry in manifest.files.items()}, files)
     metadata = dcp_metadata.parse_metadata(data, where)
     places = {place.path for place in metadata.storage.values()}
-    # DCP writes neither shards nor digests: with those of its save it is one of ours, which has lost its manifest.
+    # DCP writes neither shards nor digests: a folder with those of the same save is one of ours without its manifest.
     tags = {"", *map(tag_of, places)}
     records = (tagged(name, tag) for name in (SHARDS_NAME, DIGESTS_NAME) for tag in tags)
     own = next((found for found in records if found in files), None)
@@ -238,8 +238,8 @@ def saved_over(
 ) -> tuple[bytes, Manifest, str] | None:
     """Detect that another program saved over a checkpoint of ours; return its ``.metadata``, the manifest and a note.
 
-    Ours is then left behind as it was, and says other sizes. None if it is not so. Stock DCP's writer records its path
-    and a save id of its own; what is ours has the manifest's.
+    Our manifest then still exists, with other sizes; None if it is not so. ``.metadata`` by stock DCP's writer records
+    its path and a save id of its own; ours records the manifest's.
     """
     if not any(fault.file == METADATA_NAME for fault in faults) or METADATA_NAME not in files:
         return None
@@ -257,7 +257,7 @@ def saved_over(
 
 
 def misnamed(manifest: Manifest, path: str) -> list[Problem]:
-    """The fault of a step's folder that holds another step; no fault of one that is no step, or doesn't say."""
+    """Yield a fault if a step's folder holds another step; not for other folders, or manifests without a step."""
     step = step_of(split(path)[1])
     if step is None or manifest.step is None or manifest.step == step:
         return []

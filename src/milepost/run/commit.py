@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from milepost.format.segment_merger import SegmentMerger
 
 VISIBILITY_S = 60.0
-"""Files of another machine, and their sizes, may become visible this many seconds late: NFS caches both."""
+"""Seconds by which another machine's files and their sizes may appear late, since NFS caches both."""
 SMALL_NBYTES = 32 << 20
 """A ``.metadata`` up to this size is written together with the other records, which costs one wait for the device."""
 
@@ -70,11 +70,10 @@ def publish(
 ) -> Manifest:
     """Publish the attempt as the checkpoint at ``target``, atomically and durably. Called by one rank.
 
-    ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``), ``merger`` has their segments if they no longer
-    do, ``now`` is in seconds since the epoch. What
-    was at ``target`` before is complete and in place until the new checkpoint is. Files that do not show yet with
-    their recorded sizes are waited for, up to ``visibility_s`` seconds. ``world_size`` is given where not each rank has
-    signed by itself.
+    ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``); ``merger`` has their segments if they were
+    moved there; ``now`` is in seconds since the epoch. A previous checkpoint at ``target`` stays complete and in place
+    until the new one replaces it. Files that are not yet visible with their recorded sizes are waited for, up to
+    ``visibility_s`` seconds. ``world_size`` is given if sign-offs are fewer than ranks.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
@@ -83,7 +82,7 @@ def publish(
     """
     manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size)
     place = Place.of(storage, attempt, target, manifest.save_id)
-    # An object store is consistent: what it has accepted is visible at once.
+    # An object store is consistent: an accepted object is visible at once.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
     manifest, records = _records(storage, place, manifest, crcs.data)
     _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
@@ -160,7 +159,7 @@ def _put_in_place_and_sweep(
     records: Mapping[str, Content],
     name: str = MANIFEST_NAME,
 ) -> None:
-    """Write the records, the manifest among them, and let the save take its place."""
+    """Write the records and the manifest, then move the save to its place."""
     if not storage.can_rename:
         storage.write_all(records)
         object_commit.put_manifest(storage, attempt, target, manifest, to_json(manifest))
@@ -172,7 +171,7 @@ def _put_in_place_and_sweep(
     aside = _put_in_place(storage, place.folder, target, manifest.save_id)
     # The save is committed. A failure to clean up must not fail it: a later sweep removes the rest.
     if not discard_quietly(storage, attempt):
-        with contextlib.suppress(StorageError):  # the waiting ranks would otherwise see the attempt stay, and time out
+        with contextlib.suppress(StorageError):  # else the waiting ranks would see the attempt persist, and time out
             storage.write(f"{attempt}/{COMMITTED_NAME}", b"")
     if aside is not None:
         discard_quietly(storage, aside)
@@ -221,13 +220,13 @@ def _check_sizes(storage: Storage, place: Place, manifest: Manifest, visibility_
 def _records(
     storage: Storage, place: Place, manifest: Manifest, crcs: Sequence[int], *, for_others: bool = True
 ) -> tuple[Manifest, dict[str, Content]]:
-    """The manifest with the files that are recorded beside it, and those that are yet to be written: the places of all
-    shards, their digests and, ``for_others``, ``.metadata``.
+    """The manifest with the files recorded in it, and those still to be written.
 
-    None of them is in memory as a whole: the first two are views of columns; the third, of which the CRC-32 is known
-    only once it was made, is written on the way if it is large.
+    These are the table of shards, its digests and, ``for_others``, ``.metadata``. None is in memory as a whole: the
+    first two are views of columns; ``.metadata`` is written while it is built if it is large, since its CRC-32 is known
+    only at the end.
     """
-    from milepost.format.columns import table_of  # with numpy, 100 ms that deleting old steps can do without
+    from milepost.format.columns import table_of  # numpy takes 100 ms, which deletions should not cost
     from milepost.format.dcp_writer import metadata_pieces
     from milepost.format.shards_file import shards_pieces
 
@@ -252,7 +251,7 @@ def _records(
 
 
 class _Counted:
-    """Pieces of a file as they pass, and what the manifest says of it in the end."""
+    """Counts and digests the pieces of a file as they pass, for its entry in the manifest."""
 
     def __init__(self, pieces: Iterable[Bytes]) -> None:
         self._pieces = pieces
@@ -280,7 +279,7 @@ def _take(pieces: Iterator[Bytes], nbytes: int) -> list[Bytes]:
 
 
 def finish(storage: Storage, target: str) -> None:
-    """Complete what a process that died right after the commit of ``target`` may have left undone."""
+    """Finish the cleanup after the commit of ``target``, for a process that may have died right after it."""
     if not storage.can_rename:
         object_commit.settle_aliases(storage, target)
 

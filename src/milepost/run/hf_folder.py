@@ -68,7 +68,7 @@ def is_hf_step(manifest: Manifest) -> bool:
 def read_hf_folder(
     storage: Storage, folder: str, names: Collection[str], open_file: OpenFile | None = None
 ) -> HfFolder:
-    """Read the headers of the weights among the files ``names`` of a folder. What is wrong is listed, not raised.
+    """Read the headers of the weights among the files ``names`` of a folder. Faults are listed, not raised.
 
     ``open_file`` opens those files; by default also through links, unchecked.
 
@@ -101,7 +101,7 @@ def read_hf_folder(
 
 
 def plain_or_tagged(name: str, names: Collection[str]) -> str | None:
-    """Find the file ``name`` among ``names``, where it may carry a save id; None if it is not there."""
+    """Find the file ``name`` among ``names``, which may carry a save id; None if it is missing."""
     return name if name in names else next((found for found in sorted(names) if untagged(found) == name), None)
 
 
@@ -136,7 +136,7 @@ def read_headers(storage: Storage, folder: str, names: Sequence[str], open_file:
 
 
 class HeaderTensors(Mapping[str, TensorEntry]):
-    """The tensors of safetensors files by key, each described when it is asked for: a header may hold a million."""
+    """The tensors of safetensors files by key, each described only on access: a header may list a million."""
 
     def __init__(self, headers: Mapping[str, Mapping[str, StoredTensor]]):
         self._headers = headers
@@ -189,7 +189,7 @@ def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
 
 
 def described(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
-    """The manifest of a step with the tensors of its Hugging Face files, if it was saved so; any other as it is.
+    """The manifest of a step with the tensors of its Hugging Face files, if it was saved as such; others unchanged.
 
     Raises:
         FormatError: files are missing or malformed.
@@ -210,7 +210,7 @@ def manifest_of_file(storage: Storage, path: str) -> Manifest:
     folder, name = split(path)
     if name.endswith(".safetensors"):
         found = read_headers(storage, folder, [name])
-        if found.problems:  # they name the file
+        if found.problems:  # these errors name the file
             problems = "\n".join(listed([problem.message for problem in found.problems]))
             raise FormatError(problems, path=f"{storage.root}/{path}")
         return _manifest("model", found, 0.0)

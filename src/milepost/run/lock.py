@@ -1,8 +1,9 @@
 """The lock of a run's folder: it names its holder, and a dead holder loses it.
 
-The lock is a small file that names its owner. On the same machine a holder is dead when its process is gone. From
-another machine that can't be seen, so a holder adds a byte to the file now and then, and one who wants the lock watches
-whether it grows: no clocks are compared. (The lease by observation is that of Chubby and of borg's and restic's locks.)
+The lock is a small file that names its owner. On the same machine a holder is dead when its process is gone.
+From another machine the file is watched: a live holder appends a byte to it at intervals, so a lock that does not grow
+for a lease is dead. No clocks are compared. (Chubby, borg and restic use
+such leases by observation too.)
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Seen:
 
 
 class RunLock:
-    """Held from construction to :meth:`release`, or until this object is no longer referenced, or the process ends.
+    """A lock held from construction to :meth:`release`, or until this object is collected or the process ends.
 
     Raises:
         RunLockedError: a run that still lives holds it; the message names host, process and start.
@@ -104,7 +105,7 @@ class RunLock:
     def _break_or_refuse(self) -> None:
         seen = self._look(self._path)
         if seen is None:
-            return  # it was just released
+            return  # it was released meanwhile
         if self._is_held(self._path, seen):
             raise self._refusal((self._look(self._path) or seen).owner)
         self._break(self._path, seen)
@@ -131,8 +132,8 @@ class RunLock:
     def _break(self, path: str, seen: _Seen) -> None:
         """Remove a dead run's lock, if it is still the one that was seen.
 
-        The right to do so is a lock too, named after what was seen: so no one takes away the lock of a run that was
-        quicker. A right whose holder has died is broken likewise.
+        The right to remove it is itself a lock, named after the dead lock's content, so that the lock of a run that was
+        quicker is not removed. If the holder of that right dies, it is broken in the same way.
         """
         right = join(self._folder, _RIGHT_PREFIX + hashlib.blake2b(repr(seen).encode(), digest_size=8).hexdigest())
         if self._take(right):
@@ -201,8 +202,8 @@ def _hold(storage: Storage, path: str, record: bytes, released: threading.Event,
 def _let_go(released: threading.Event, thread: threading.Thread) -> None:
     """Have the lock's thread remove it (a forked child has no such thread, so it can't).
 
-    The garbage collector may run this in that very thread, or in one that holds what that one waits for: so it waits
-    for the removal, but not for long.
+    The garbage collector may call this in that thread, or in one that holds a lock that it needs, so this waits for the
+    removal only for a bounded time.
     """
     released.set()
     if thread is not threading.current_thread():

@@ -1,8 +1,8 @@
-"""One node's part of a step, where each node has a folder of its own: what a part says of itself.
+"""The identity of one node's part of a step, where each node has its own folder.
 
-A part is a folder like a checkpoint's, under the same protocol, with ``milepost.part.json`` in place of
-``milepost.json``: no reader takes it for a checkpoint. It holds all that the ranks of its node held, so these can be
-given it back from there. The parts of all nodes make up the step.
+A part is a folder like a checkpoint's, written under the same protocol, with ``milepost.part.json`` in place of
+``milepost.json``, so that no reader takes it for a checkpoint. It holds the whole state of its node's ranks, which can
+resume from it. The parts of all nodes make up the step.
 """
 
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
@@ -15,7 +15,7 @@ from milepost.errors import FormatError
 from milepost.format.typed_json import Count, typed
 
 PART_KEY = "part"
-"""In the ``extra`` of a part's manifest."""
+"""The name of a part's record in the ``extra`` of its manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,18 @@ class NodePart:
     """Number of the node, from 0."""
     num_nodes: Count
     ranks: tuple[Count, ...]
-    """Those of the node, ascending."""
+    """The ranks of the node, ascending."""
 
     def __str__(self) -> str:
         return f"the part of node {self.node} of {self.num_nodes} ({rank_list(self.ranks)})"
 
     def record(self) -> dict[str, Any]:
-        """Return what the manifest's ``extra`` records of it."""
+        """Return the record of this part for the manifest's ``extra``."""
         return {PART_KEY: {**asdict(self), "ranks": list(self.ranks)}}
 
 
 def part_of_manifest(extra: Mapping[str, Any], path: str) -> NodePart:
-    """Read what :meth:`NodePart.record` made. Raises FormatError if it is not there, or contradicts itself."""
+    """Parse the result of :meth:`NodePart.record`. Raises FormatError if it is missing or contradicts itself."""
     part = typed(extra.get(PART_KEY), NodePart, path, PART_KEY)
     if part.node >= part.num_nodes or not part.ranks or list(part.ranks) != sorted(set(part.ranks)):
         raise FormatError(f"{path}: it can't be the part of node {part.node} of {part.num_nodes}", path=path)
@@ -45,14 +45,14 @@ def part_of_manifest(extra: Mapping[str, Any], path: str) -> NodePart:
 
 
 MAX_NAMED = 10
-"""Runs of ranks that a message names."""
+"""Maximum number of runs of ranks that a message lists."""
 
 
 def rank_list(ranks: Sequence[int], hosts: Sequence[str] = (), member: str = "rank") -> str:
-    """Ascending ranks for people: ``rank 3``, ``ranks 0, 4-7``; ``ranks 4-7 (a), 8 (b)`` if hosts are several.
+    """Format ascending ranks: ``rank 3``, ``ranks 0, 4-7``; with several hosts ``ranks 4-7 (a), 8 (b)``.
 
-    Of more than ten runs the number of the ranks in the rest is said. ``hosts`` has that of each rank of the world.
-    ``member`` is what ranks are called.
+    After ten runs only the number of the other ranks is given. ``hosts`` has the host of each rank of the world.
+    ``member`` is the word for a rank.
     """
     where = hosts if len(set(hosts)) > 1 else ()
     found: list[list[int]] = []

@@ -1,8 +1,8 @@
-"""The steps of a run whose nodes have a folder each: which of them all nodes hold, so that each rank finds its bytes.
+"""The steps of a run with per-node folders that all nodes hold, so that each rank can read its bytes.
 
-Every node commits its part by itself, and nothing in one folder tells of the others. A step is settled once all nodes
-have theirs; each node then notes that in its own folder. So what was committed and has lost a part is told from what
-was never committed: the first is damaged, the second incomplete.
+Every node commits its part alone, and its folder holds nothing about the others. A step is settled once all nodes have
+committed; each node then records that in its own folder. This distinguishes a settled step that lost a part, which is
+damaged, from a step that was never committed, which is incomplete.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class NodeFolder:
     """The content of one node's folder."""
 
     part: NodePart
-    """The part of the run's steps that belongs here now."""
+    """The identity of this node's parts in the present run."""
     entries: tuple[StepEntry, ...]
     settled: Mapping[int, str]
-    """Steps of which all nodes had their part: the save id of each."""
+    """The save id of each settled step."""
 
 
 def look_at_node(storage: Storage, folder: str, part: NodePart) -> NodeFolder:
@@ -38,7 +38,7 @@ def look_at_node(storage: Storage, folder: str, part: NodePart) -> NodeFolder:
 
 
 def settled_steps(storage: Storage, folder: str) -> dict[int, str]:
-    """The steps that were noted as settled; empty if there is no such note, or it is not legible."""
+    """The settled steps recorded in the folder; empty if the record is missing or malformed."""
     name = join(folder, NOTE_NAME)
     if storage.stat(name) is None:
         return {}
@@ -50,7 +50,7 @@ def settled_steps(storage: Storage, folder: str) -> dict[int, str]:
 
 
 def note_settled(storage: Storage, folder: str, step: int, save_id: str) -> None:
-    """Note that all nodes hold their part of a step. Notes of steps that are gone are dropped. Durable at return."""
+    """Record durably that a step is settled. Records of deleted steps are dropped."""
     names = {entry.name for entry in storage.list(folder)}
     kept = {s: i for s, i in settled_steps(storage, folder).items() if step_name(s) in names}
     storage.replace(join(folder, NOTE_NAME), json.dumps({"settled": {**kept, step: save_id}}).encode())
@@ -58,9 +58,9 @@ def note_settled(storage: Storage, folder: str, step: int, save_id: str) -> None
 
 
 def merged(folders: Sequence[NodeFolder], world_size: int, layout: Mapping[str, int]) -> list[StepEntry]:
-    """The steps of all nodes' folders, each once: ``committed`` where each rank finds what it held when it was saved.
+    """The steps of all nodes' folders, each once: ``committed`` if each rank can read the state that it saved.
 
-    ``world_size`` and ``layout`` are this run's: ranks of another one held other things.
+    ``world_size`` and ``layout`` are this run's: with others, ranks hold other parts of the state.
     """
     steps = sorted({entry.step for folder in folders for entry in folder.entries})
     return [_merged(step, folders, world_size, layout) for step in steps]
@@ -100,7 +100,7 @@ def _faults(
         elif entry.save_id != newest.save_id:
             yield f"{where} holds another save of this step"
         elif entry.state == "committed":
-            continue  # all of it: any rank can read that
+            continue  # it holds the whole state, which any rank can read
         elif entry.part is None:
             yield f"{where}: {entry.reason}"
         elif entry.world_size != world_size or (entry.part.ranks, entry.part.num_nodes) != (part.ranks, len(folders)):
@@ -110,7 +110,7 @@ def _faults(
 
 
 def outdated(folder: NodeFolder, kept: Sequence[str], order: int) -> list[StepEntry]:
-    """The parts that may go once a step of ``order`` is settled: older ones of which the save id is not ``kept``."""
+    """The parts that may be deleted once a step of ``order`` is settled: older ones whose save id is not ``kept``."""
     return [
         entry
         for entry in folder.entries

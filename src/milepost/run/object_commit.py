@@ -2,18 +2,17 @@
 
 ::
 
-    <attempt>/target             note_target     what is to be replaced: the manifest's version, the files beside it
+    <attempt>/target             note_target     the checkpoint to replace: its manifest's version, its files
     <attempt>/owner-<id>.json    adopt_attempt
     step-<N>/__0_0.<save id>.distcp, ...         <- each rank's files, and the records of the save
     <attempt>/sign-off-<rank>    sign_off
-    step-<N>/milepost.json       put_manifest    the one act: put on the condition that it still is what was noted
+    step-<N>/milepost.json       put_manifest    the one act: put only if it still has the version noted
     step-<N>/.metadata           settle_aliases  a copy, for programs that look for it under this name
-    <attempt>/committed          put_manifest    what was replaced is to be removed, once its readers are done
+    <attempt>/committed          put_manifest    the replaced files can be removed once readers are done
 
-Every file of a save has a name of its own, so nothing that a reader of the old checkpoint may be reading is changed.
-Before the manifest all readers see the old checkpoint, whole; after it those who read manifests see the new one, whole,
-and those who read ``.metadata`` the old one, whole, until that is replaced too, by whoever comes first: the saver, or,
-if it died, the next sweep.
+File names carry the save id, so no file of the old checkpoint changes while it may be read. Before the manifest is put,
+all readers see the complete old checkpoint. After it, readers of manifests see the complete new one, and readers of
+``.metadata`` the complete old one, until the saver or, if it died, the next sweep replaces ``.metadata`` too.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ TARGET_NAME = "target"
 COMMITTED_NAME = "committed"
 _MAX_NOTE_NBYTES = 64 << 20
 _NO_ALIAS = (".distcp", ".safetensors", ".shards", ".digests")
-"""Files that are found through the manifest, ``.metadata`` or an index, by whatever name."""
+"""Files that are found through the manifest, ``.metadata`` or an index, so that their names may carry a save id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +49,16 @@ class Note:
 
 
 def note_target(storage: Storage, attempt: str, target: str, *, again: bool = False) -> None:
-    """Record in the attempt what it would replace. The first thing in it, so that a sweep knows where to look.
+    """Record in the attempt what it would replace. Written first, so that a sweep knows where to look.
 
-    ``again``: the attempt is another process's that died, and has a record already.
+    ``again``: the attempt of a dead process is continued, and has a record already.
 
     Raises:
         StorageError: the storage refused.
     """
-    manifest = storage.stat(join(target, MANIFEST_NAME))  # a listing need not tell all of a version
+    manifest = storage.stat(join(target, MANIFEST_NAME))  # a listing may lack parts of the version
     names = [entry.name for entry in storage.list(target) if not entry.is_folder and entry.name != MANIFEST_NAME]
-    # The name alone: who sweeps may have another root.
+    # Without the folder: the sweep may have another root.
     note = {"target": split(target)[1], "tag": manifest.tag if manifest is not None else None, "files": names}
     put = storage.replace if again else storage.write
     put(join(attempt, TARGET_NAME), json.dumps(note).encode())
@@ -80,10 +79,10 @@ def read_note(storage: Storage, attempt: str) -> Note | None:
 
 
 def put_manifest(storage: Storage, attempt: str, target: str, manifest: Manifest, data: bytes) -> None:
-    """Commit: put the manifest, if what is there still is what the attempt began with.
+    """Commit: put the manifest, if the target has not changed since the attempt began.
 
     Raises:
-        SaveError: another process has committed a checkpoint there meanwhile, or has taken this one for dead.
+        SaveError: another process has committed a checkpoint there meanwhile, or has swept this attempt as dead.
         StorageError: the store refused; the manifest is as it was, or is the new one.
     """
     note = read_note(storage, attempt)
@@ -103,7 +102,7 @@ def put_manifest(storage: Storage, attempt: str, target: str, manifest: Manifest
             "was given up. Do two runs write to the same folder?",
             path=target,
         ) from error
-    # The save is done: what follows is done again by the next sweep, so it can't fail the save.
+    # The save is committed. The rest can't fail it: the next sweep repeats it.
     try:
         settle_aliases(storage, target, manifest)
         if note.files:
@@ -120,9 +119,8 @@ def put_manifest(storage: Storage, attempt: str, target: str, manifest: Manifest
 def settle_aliases(storage: Storage, target: str, manifest: Manifest | None = None) -> None:
     """Make each file that other programs look for by its plain name (``.metadata``) a copy of the committed one.
 
-    ``manifest`` is the committed one, if it was read or put this moment. Several processes may do it at once: the
-    version of a file that is to be replaced is noted before it is looked what is committed, so whoever has been
-    overtaken replaces nothing.
+    ``manifest`` is the committed one, if it was just read or put. Several processes may do this at once: each reads the
+    version of the file that it will replace before it reads the manifest, so one that was overtaken replaces nothing.
     """
     manifest = current_manifest(storage, target) if manifest is None else manifest
     while manifest is not None:
@@ -136,7 +134,7 @@ def settle_aliases(storage: Storage, target: str, manifest: Manifest | None = No
 
 
 def _settle(storage: Storage, target: str, alias: str, name: str, found: tuple[bytes, str] | None) -> bool:
-    """False if another process has changed the alias since it was ``found``."""
+    """Return False if another process has changed the alias since it was ``found``."""
     data = storage.read(join(target, name))
     if found is not None and found[0] == data:
         return True

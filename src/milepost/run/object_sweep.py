@@ -1,7 +1,7 @@
 """Removal of orphaned objects in an object store: of dead saves, of checkpoints replaced or half deleted.
 
-Nothing here needs to be renamed. A file that carries a save id is of that save alone, so it can go when that save is
-neither committed nor under way.
+Nothing here needs to be renamed. A file whose name carries a save id belongs to that save alone, so it can be deleted
+when that save is neither committed nor in progress.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from milepost.storage.base import Entry, Storage, join, split
 _log = logging.getLogger(__name__)
 
 READERS_S = 600.0
-"""Seconds that replaced files are kept, for readers that have begun."""
+"""Seconds for which replaced files are kept, for readers that have begun."""
 
 _ATTEMPT_NAME = re.compile(re.escape(ATTEMPT_PREFIX) + r"[0-9a-f]{32}")
 _PLAIN = re.compile(r"__[0-9]+_[0-9]+\.distcp|milepost\.(shards|digests)")
-"""Files of a checkpoint that was not saved here, but copied here or saved by stock DCP."""
+"""Files of a checkpoint that was copied here, or saved by stock DCP."""
 
 
 def sweep(storage: Storage, folder: str, *, now: float, dead: Collection[str] = (), dry_run: bool = False) -> list[str]:
-    """Remove the attempts in a folder that nobody works on, with their files, and what attempts have replaced.
+    """Remove the stale attempts in a folder with their files, and the files that finished attempts have replaced.
 
-    The names of the attempts that were removed. ``now`` is in seconds since the epoch; ``dead`` names attempts that
-    are known to be dead. What was not made by ``commit``, as its name and what is in it show, is left alone. With
-    ``dry_run`` nothing is removed, nor is what a finished attempt has replaced looked at.
+    Returns the names of the removed attempts. ``now`` is in seconds since the epoch; ``dead`` names attempts that
+    are known to be dead. Folders that are not attempts by name and content are left alone. With ``dry_run`` nothing is
+    removed, and finished attempts are not examined.
     """
     removed = []
     for entry in storage.list(folder):
@@ -71,17 +71,17 @@ def _lives(storage: Storage, attempt: str, files: dict[str, Entry], now: float) 
 
 
 def remove_attempt(storage: Storage, attempt: str) -> None:
-    """Take away an attempt that nobody works on, with its files at the target unless they are committed.
+    """Remove a stale attempt, with its files at the target unless they are committed.
 
     Raises:
-        FormatError: the manifest at the target is damaged: whose the files are can't be said.
+        FormatError: the manifest at the target is damaged, so that the files' save is unknown.
         StorageError: the store refused.
     """
     save_id = split(attempt)[1].removeprefix(ATTEMPT_PREFIX)
     note = read_note(storage, attempt)
     if note is not None:
         names = sorted(entry.name for entry in storage.list(note.target) if tag_of(entry.name) == save_id)
-        # Read after the listing: a commit before it is seen.
+        # Read after the listing, so that a commit before the listing is seen.
         manifest = current_manifest(storage, note.target)
         if manifest is not None:
             settle_aliases(storage, note.target)
@@ -92,7 +92,7 @@ def remove_attempt(storage: Storage, attempt: str) -> None:
 
 
 def _remove_replaced(storage: Storage, attempt: str, committed: Entry, now: float) -> bool:
-    """Take away what a committed attempt has replaced, and what is left of the attempt. False: not yet."""
+    """Remove the files that a committed attempt has replaced, and the attempt. Returns False if it is too early."""
     note = read_note(storage, attempt)
     if note is None or now - committed.mtime_s < READERS_S:
         return False
@@ -100,7 +100,7 @@ def _remove_replaced(storage: Storage, attempt: str, committed: Entry, now: floa
     manifest = current_manifest(storage, note.target)
     wanted = _wanted(manifest)
     copies = {untagged(name) for name in note.files if tag_of(name)}
-    # Without a manifest of ours a plain name may be another program's by now.
+    # Without a manifest of ours, a file without a save id may be another program's by now.
     plain = [name for name in note.files if manifest is not None and (_PLAIN.fullmatch(name) or name in copies)]
     gone = {name for name in (*plain, *filter(tag_of, note.files)) if name not in wanted}
     storage.remove_files(note.target, sorted(gone))
@@ -115,8 +115,8 @@ def _wanted(manifest: Manifest | None) -> set[str]:
 def delete_files(storage: Storage, target: str) -> bool:
     """Delete the checkpoint at ``target``: the removal of its manifest is the one act. False if there is none.
 
-    Before it goes what other programs find the checkpoint by, so that none of them sees what Milepost no longer does.
-    Files of a save that is under way stay.
+    The files by which other programs find it are removed before, so that none of them sees a checkpoint that Milepost
+    does not. Files of a save in progress stay.
     """
     names = {entry.name for entry in storage.list(target) if not entry.is_folder}
     if not names:
@@ -125,7 +125,7 @@ def delete_files(storage: Storage, target: str) -> bool:
     names = {name for name in names if tag_of(name) not in attempts}
     has_plain_data = any(_PLAIN.fullmatch(name) for name in names)
     found_by = {name for name in names - {MANIFEST_NAME} if not tag_of(name) and not _PLAIN.fullmatch(name)}
-    if has_plain_data:  # a copy of a folder from elsewhere, which is damaged without its .metadata
+    if has_plain_data:  # a copied folder, which would be damaged without its .metadata
         storage.remove_files(target, [MANIFEST_NAME, *sorted(names - {MANIFEST_NAME})])
     else:
         storage.remove_files(target, [*sorted(found_by), MANIFEST_NAME, *sorted(names - found_by - {MANIFEST_NAME})])
@@ -133,9 +133,9 @@ def delete_files(storage: Storage, target: str) -> bool:
 
 
 def remove_orphans(storage: Storage, folder: str) -> list[str]:
-    """Remove from a run's folder the files of saves of which nothing else is left, and their unfinished uploads.
+    """Remove from a run's folder files and unfinished uploads of saves that are neither committed nor in progress.
 
-    The names of the files that were removed. A whole listing: for the beginning of a run, not for every save.
+    Returns the names of the removed files. It lists the whole folder, so it is called once per run, not for every save.
     """
     by_target: dict[str, list[str]] = {}
     for path in storage.list_files(folder):
@@ -143,7 +143,7 @@ def remove_orphans(storage: Storage, folder: str) -> list[str]:
         if tag_of(name) and "/" not in target:
             by_target.setdefault(target, []).append(name)
     removed = []
-    # Asked for after the listing: an attempt that began since is among them.
+    # Listed after the files, so that an attempt that began since is among them.
     attempts = _attempts(storage, folder)
     for target, names in sorted(by_target.items()):
         place = join(folder, target)
@@ -153,7 +153,7 @@ def remove_orphans(storage: Storage, folder: str) -> list[str]:
         try:
             manifest = current_manifest(storage, place)
         except FormatError:
-            continue  # it is damaged: whose the files are can't be said
+            continue  # it is damaged, so that the files' save is unknown
         orphans = [name for name in orphans if manifest is None or tag_of(name) != manifest.save_id]
         storage.remove_files(place, orphans)
         removed += [join(target, name) for name in orphans]

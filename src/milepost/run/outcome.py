@@ -18,18 +18,18 @@ from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
 from milepost.storage.base import Storage, join
 
 RANKS_PER_S = 1024
-"""Ranks that look for the outcome of a save in a second, three names each."""
+"""Number of ranks that poll the storage per second, with three names each."""
 MAX_POLL_S = 5.0
-"""Longest pause between two looks of a rank."""
+"""Maximum pause between two polls of a rank."""
 FAILED_NAME = "failed"
 _SAVE_ID = re.compile(rb'^"save_id": "([0-9a-f]+)",$', re.MULTILINE)
 _HEAD_NBYTES = 4096
 _jitter = random.Random()
-"""Not the generator of `random` itself: that one is part of the training state."""
+"""Not the global generator of ``random``, which is part of the training state."""
 
 
 def fail_attempt(storage: Storage, attempt: str, message: str, *, rank: int | None = None) -> None:
-    """Record for the ranks in ``wait_for_outcome`` that the save failed, why, and because of which rank.
+    """Record the failure, its reason and its rank for the ranks in ``wait_for_outcome``.
 
     The attempt stays, so that all ranks can read it; ``abort_attempt`` removes it. On a full disk an empty file must
     suffice.
@@ -65,9 +65,9 @@ def wait_for_outcome(
 ) -> None:
     """Return once the save is committed; for ranks that do not publish.
 
-    Looks less and less often: twice a second, but of a large ``world_size`` each rank less, and not all at once, so
-    that the storage is asked some thousand times a second at most. ``give_up`` says why to stop, or None; or raises
-    the error to end with. ``member`` is what messages call a rank.
+    Polls at growing intervals, up to half a second, and longer with a large ``world_size``, at random times, so that
+    all ranks together make some thousand requests per second at most. ``give_up`` returns a reason to stop, or None, or
+    raises the final error. ``member`` is the word for a rank in messages.
 
     Raises:
         SaveError: the save failed, or there was no outcome within ``timeout_s``.
@@ -78,7 +78,7 @@ def wait_for_outcome(
     gone_until: float | None = None
     while True:
         # Rank 0 removes the attempt after the commit, and after a failure that all ranks know of. So a missing attempt
-        # proves neither: only the save id at the target tells.
+        # proves neither: only the save id at the target does.
         names = _marks_in(storage, attempt)
         if FAILED_NAME in names:
             message, rank = recorded_failure(storage, attempt)
@@ -105,10 +105,10 @@ def wait_for_outcome(
 
 
 def recorded_failure(storage: Storage, attempt: str) -> tuple[str, int | None]:
-    """Read why the save failed, and the rank, as rank 0 has recorded them in the attempt.
+    """Read the reason and the rank of a failure, as recorded by rank 0 in the attempt.
 
     Raises:
-        StorageError: it has not recorded any.
+        StorageError: there is no record.
     """
     said = storage.read(f"{attempt}/{FAILED_NAME}", 1 << 20)
     if not said:

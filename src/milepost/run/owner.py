@@ -1,8 +1,7 @@
 """The owner of a save attempt: a process, and whether it is alive.
 
-A record names the host, its boot, the pid namespace, the process and the moment that process began, so that neither
-a reused pid nor a container with the same host name is taken for the owner. Where nothing can be known (the owner is
-on another machine), only age decides.
+A record names the host, its boot, the pid namespace, the process and its start time, so that neither a reused pid nor
+a container with the same host name is taken for the owner. For an owner on another machine only age decides.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from milepost.format.typed_json import parse_json, typed
 from milepost.storage.base import Storage, join
 
 FOREIGN_LIFETIME_S = 24 * 3600.0
-"""An attempt from another machine is taken for dead after this time: no save takes a day."""
+"""An attempt from another machine is assumed dead after this time: no save takes a day."""
 
 OWNER_PREFIX = "owner-"
 OWNERLESS_LIFETIME_S = 3600.0
-"""An attempt without an owner's record was cut short while being made, or is being made right now."""
+"""An attempt without an owner's record is just being created, or its creation was interrupted."""
 
 _MAX_TIME_S = 1e11
-"""The year 5138: later ones are beyond what calendars are made for."""
+"""The year 5138: formatting much later times fails."""
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process, named so that it can be recognised later. Empty fields are what the system would not tell."""
+    """The identity of a process, for later comparison. Fields that the system does not provide are empty."""
 
     host: _Text
     machine_id: _Text
@@ -84,7 +83,7 @@ def owners_of(storage: Storage, attempt: str) -> list[Owner]:
 
 
 def is_here(owner: Owner) -> bool:
-    """Return whether this process can tell if that one is alive: both are on one machine, in one container."""
+    """Return whether both are on one machine and in one container, so that the system knows if it is alive."""
     here = this_process(0.0)
     if (owner.host, owner.machine_id) != (here.host, here.machine_id):
         return False
@@ -113,9 +112,9 @@ def _pid_namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Start time of a process; empty if there is none, or it is dead and only waits to be reaped.
+    """Start time of a process; empty if it does not exist or is a zombie.
 
-    None if that is unknown, for want of a free file descriptor, say.
+    None if it can't be determined, for instance without a free file descriptor.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -123,7 +122,7 @@ def _started(pid: int) -> str | None:
         return ""
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    fields = stat.rpartition(")")[2].split()  # the command name before it may contain any characters
     if len(fields) < 20 or fields[0] in "ZXx":
         return ""
     return fields[19]

@@ -1,4 +1,4 @@
-"""The place of an attempt's files until it is committed, and the names that they keep."""
+"""The location and the names of an attempt's files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from milepost.storage.base import Storage, join
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder, and the save id that the names in it carry; none where the folder is this attempt's alone.
+    """A folder, and the save id that its file names carry; empty if the folder belongs to this attempt alone.
 
-    Where folders can be renamed, files go to a folder of the attempt, which becomes the checkpoint. Where they can't,
-    files are at once where they will stay, and no reader knows of them before the manifest does.
+    If the storage can rename folders, files go to the attempt's own folder, which becomes the checkpoint. Otherwise
+    they are written to their final place, where no reader looks for them before they are in the manifest.
     """
 
     folder: str

@@ -1,10 +1,9 @@
 """Retention: pure rules over the catalog's entries, each decision with its reason.
 
-Only committed steps of Milepost's own are ever deleted. The rules count on the current branch. Steps of abandoned
-branches fill what room ``keep_latest_k`` leaves, and go first; none of them goes before a newer step of the current
-branch can be resumed from. Kept in any case are: the newest committed step of the current branch and its newest that
-can be resumed from, pinned and protected steps, links, and all external, incomplete or damaged steps, whose value is
-unknown.
+Only committed steps of Milepost's own are ever deleted. The rules apply to the current branch. Steps of abandoned
+branches are kept only within the rest of ``keep_latest_k``, and deleted first, but not before a newer step of the
+current branch can be resumed from. Always kept are: the newest committed step of the current branch and its newest
+resumable one, pinned and protected steps, links, and all external, incomplete or damaged steps, whose value is unknown.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def plan(
         keep_best_k: keep the N steps with the best value of ``metric``; 0 disables.
         metric: the name under which the value was recorded; steps without one are not compared.
         mode: whether the lowest or the highest value is best.
-        weights_alone: nothing here is to be resumed from: any newer step replaces those of abandoned branches.
+        weights_alone: no step is for resuming, so any newer step replaces those of abandoned branches.
         protected: steps that the caller needs, with the reason.
         now: seconds since the epoch.
     """
@@ -123,7 +122,7 @@ def _why_untouchable(entry: StepEntry) -> str:
 def _abandoned_to_keep(
     history: History, own: Sequence[StepEntry], ends: Mapping[int, int], keep_latest_k: int, weights_alone: bool
 ) -> dict[int, str]:
-    """Steps to keep of abandoned branches: the newest that fit, and all while no newer step can be resumed from."""
+    """Steps of abandoned branches to keep: the newest within the limit, or all while no newer step is resumable."""
     abandoned = [entry for entry in history.abandoned if _is_own(entry)]
     reached = max((commit_order(entry) for entry in own if weights_alone or entry.is_resumable), default=None)
     found = {
@@ -158,23 +157,23 @@ def _best(entries: Sequence[StepEntry], count: int, metric: str, mode: MetricMod
 
 
 def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> Iterator[int]:
-    """The newest step of each of the latest ``count`` spans of time in which any of ``entries``, by age, was committed.
+    """The newest step of each of the latest ``count`` periods in which any of ``entries``, oldest first, was committed.
 
-    (As restic's and borg's rules of these names count: spans without a step do not use up the count.) The latest are
-    those of the newest steps: after a clock was set back, hours that never were would else go before all to come.
+    Periods without a step do not count, as in the rules of restic and borg. The latest periods are those of the newest
+    steps, not the latest by clock: after a clock was set back, periods in the future would displace all later steps.
     """
     newest = {int(entry.created_s // span_s): entry.step for entry in entries}
     yield from sorted(newest.values(), reverse=True)[:count]
 
 
 def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:
-    """Delete from the run's ``folder`` what is not to be kept; the names of what was deleted.
+    """Delete the steps of a run's ``folder`` that are not to be kept; return their names.
 
-    Abandoned branches go first, then what is oldest. A step that is gone already, or goes meanwhile by another's hand,
-    is no error; one that was pinned meanwhile stays.
+    Steps of abandoned branches are deleted first, then the oldest. A step that another process deletes at the same time
+    is not an error; one that was pinned meanwhile stays.
 
     Raises:
-        StorageError: a step could not be deleted. The others were tried all the same.
+        StorageError: a step could not be deleted. The others were still tried.
     """
     deleted = []
     failure: StorageError | None = None
@@ -186,7 +185,7 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
             if not delete_checkpoint(storage, path, unless=pin_mark(path)):
                 continue
         except CheckpointNotFoundError:
-            continue  # another process prunes at the same time: the trainer, `milepost prune`
+            continue  # deleted by another process that prunes: the trainer, `milepost prune`
         except StorageError as error:
             if storage.stat(path) is not None:
                 failure = failure or error
@@ -200,7 +199,7 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
 def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
     """Rename a pinned or external step that a save of another branch is about to replace.
 
-    Its new name is no step's, so that nothing deletes it; its pin goes. Any other step is replaced, as always.
+    Its new name is not that of a step, so nothing deletes it; its pin is removed. Other steps are replaced as usual.
 
     Raises:
         SaveError: the storage can't rename it.

@@ -44,7 +44,7 @@ _PREFIX = "sign-off-"
 _FAILED = ".failed"
 _THREADS = "milepost-sign-offs"
 _AT_ONCE = 8
-"""Sign-offs that are read before their segments are merged, for each stream of the storage."""
+"""Number of sign-offs read before their segments are merged, per stream of the storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class WrittenObject:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A file that one rank wrote, or shares with an earlier step. ``nbytes`` is its exact size, ``crc32`` of all bytes.
+    """A file that one rank wrote, or shares with an earlier step: ``nbytes`` is its exact size, ``crc32`` of all bytes.
 
     ``content`` and ``since`` are those of ``FileEntry``.
     """
@@ -89,7 +89,7 @@ class SignOff:
     rank: int
     save_id: str
     segment: Segment | None = None
-    """None if it failed, or wrote files in another format."""
+    """None if the rank failed, or wrote files in another format."""
     error: str | None = None
     shares: tuple[Mapping[str, Share], ...] = ()
     """This rank's part of the digests of files that several ranks write, by file name."""
@@ -134,7 +134,7 @@ _Stored = tuple[str, Box, int, WrittenTensor]
 
 
 def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
-    """The distinct ways in which keys are stored, and for each key the index of its way."""
+    """The distinct tilings of the keys, and the index of each key's tiling."""
     import numpy as np
 
     from milepost.format.columns import Tiling, coordinates
@@ -170,7 +170,7 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
     ]
     head = SignOffHead(sign_off.rank, sign_off.save_id, rows, sign_off.error, shares)
     text = json.dumps(msgspec.to_builtins(head)).encode()
-    text += b" " * (-len(text) % 8)  # so that the columns of the segment are aligned
+    text += b" " * (-len(text) % 8)  # aligns the columns of the segment
     body = _HEAD.pack(_MAGIC, len(text)) + text
     if segment is not None:
         body += dump_segment(segment, sign_off.save_id)
@@ -178,7 +178,7 @@ def dump_sign_off(sign_off: SignOff) -> bytes:
 
 
 def parse_sign_off(data: bytes, path: str) -> SignOff:
-    """Read what ``dump_sign_off`` wrote. Raises FormatError if it is truncated or damaged."""
+    """Parse the output of ``dump_sign_off``. Raises FormatError if it is truncated or damaged."""
     if len(data) < _HEAD.size + 4 or crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise FormatError(f"{path}: the sign-off is damaged; save again", path=path)
     magic, text_nbytes = _HEAD.unpack_from(data)
@@ -198,16 +198,14 @@ def parse_sign_off(data: bytes, path: str) -> SignOff:
 
 
 def sign_off(storage: Storage, attempt: str, signed: SignOff) -> None:
-    """Write this rank's sign-off into the attempt, atomically. The last thing that a rank does there.
+    """Write this rank's sign-off into the attempt, atomically, as the rank's last action there.
 
-    Rank 0 may then publish and remove the attempt at any moment, so neither the file nor the folder is synced: a
-    sign-off need not outlive a power cut, after which nobody commits what it stands for. What it stands for is durable.
-
-    A report of failure must get through even when the disk is full: if it can't be written, an empty file says at
-    least which rank failed.
+    Rank 0 may then publish and remove the attempt at any moment. Neither the file nor the folder is synced: the data is
+    durable already, and after a power cut nobody commits this attempt. A failure must be reported even when the disk is
+    full: if it can't be written, an empty file at least names the rank.
 
     Raises:
-        StorageError: the sign-off could not be left.
+        StorageError: the sign-off could not be written.
     """
     name = f"{attempt}/{_PREFIX}{signed.rank}"
     try:
@@ -236,7 +234,7 @@ def withdraw_sign_off(storage: Storage, attempt: str, rank: int) -> None:
 
 
 def ranks_in(names: Iterable[str]) -> dict[int, bool]:
-    """The ranks whose sign-off is among the files ``names`` of an attempt; False for one that only says it failed."""
+    """The ranks whose sign-off is among the files ``names`` of an attempt; False for an empty one of a failed rank."""
     found = {}
     for name in names:
         rank = name.removeprefix(_PREFIX).removesuffix(_FAILED)
@@ -263,12 +261,10 @@ def wait_for_sign_offs(
 ) -> tuple[SignOff, ...]:
     """The sign-offs of all ranks, or of ``ranks`` alone, by rank. ``hosts`` has the host of each rank, for messages.
 
-    Their segments go into ``merger``, if there is one, as they arrive, and are then no longer in the sign-offs: only a
-    few of them are in memory at a time.
-
-    Looks every ``poll_s`` at first (by default as the storage wishes), then less and less often (at least twice a
-    second), and logs every ``SLOW_S`` seconds whom it waits for. ``give_up`` says why to stop, or None; or raises the
-    error to end with. ``member`` is what messages call those who sign off.
+    If there is a ``merger``, segments are moved into it as they arrive, so that only a few of them are in memory.
+    Polls every ``poll_s`` at first (by default the storage's interval), then at growing intervals up to half a second,
+    and logs every ``SLOW_S`` seconds for which ranks it waits. ``give_up`` returns a reason to stop, or None, or raises
+    the final error. ``member`` is the word for a rank in messages.
 
     Raises:
         SaveError: a rank signed off with an error (``rank`` names it), the attempt is gone, or ranks are missing

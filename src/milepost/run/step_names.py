@@ -4,8 +4,8 @@
 ``step-<N>``                            a step; N in decimal without leading zeros
 ``.milepost-attempt-<save id>``         a save that is not committed; never a checkpoint
 ``.milepost-replaced-<save id>-<name>`` the old folder of a step while its replacement takes its name
-``.milepost-deleting-<id>``             holds what is being deleted; never a checkpoint
-``step-<N>.aside-<id>``                 what was in a step but not Milepost's to delete or replace
+``.milepost-deleting-<id>``             a step or attempt being deleted; never a checkpoint
+``step-<N>.aside-<id>``                 files in a step that were not Milepost's to delete or replace
 ``.pinned-step-<N>``                    an empty file: never prune that step
 ``.damaged-step-<N>.json``              a load found damaged bytes in that step
 ``.remote.json``, ``.node.json``        where steps are copied to; which steps every node holds (a folder per node)
@@ -28,13 +28,13 @@ REPLACED_PREFIX = ".milepost-replaced-"
 DELETING_PREFIX = ".milepost-deleting-"
 OLD_ATTEMPT_PREFIX = ".attempt-"
 OLD_PREFIXES = (OLD_ATTEMPT_PREFIX, ".replaced-", ".deleting-")
-"""Names of Milepost 0.1. Other programs use them too, so they are read, and never removed."""
+"""Names of Milepost 0.1. Other programs use them too, so they are read, but never removed."""
 PINNED_PREFIX = ".pinned-"
 DAMAGED_PREFIX = ".damaged-"
 REMOTE_NAME = ".remote.json"
 
 CHECKPOINT_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata(\.tmp)?|milepost\.((part\.)?json|shards|digests)")
-"""Files of a step that a save writes, or one that another program interrupted."""
+"""Names of the files that indicate a step, complete or interrupted, of Milepost or another program."""
 
 MAX_LISTINGS = 8
 """A folder whose content keeps changing is listed at most this many times."""
@@ -44,7 +44,7 @@ _REPLACED_NAME = re.compile(rf"(?:{re.escape(REPLACED_PREFIX)}|\.replaced-)[0-9a
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name stands for, or None: ``step-007`` and ``step-7_old`` are not steps."""
+    """The step number in a folder's name, or None: ``step-007`` and ``step-7_old`` are not steps."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -89,7 +89,7 @@ def list_run(storage: Storage, folder: str) -> tuple[dict[str, Entry], dict[str,
 
 
 def _list_steady(storage: Storage, folder: str) -> dict[str, Entry]:
-    """A listing in which no step is between two names: listing a folder is not atomic, a rename meanwhile may hide."""
+    """A listing that misses no step: listing a folder is not atomic, so a rename at the same time may hide one."""
     names = {entry.name: entry for entry in storage.list(folder)}
     for _ in range(MAX_LISTINGS):
         if not any(name.startswith((ATTEMPT_PREFIX, REPLACED_PREFIX, *OLD_PREFIXES)) for name in names):
@@ -101,7 +101,7 @@ def _list_steady(storage: Storage, folder: str) -> dict[str, Entry]:
 
 
 def steps_in(names: Mapping[str, Entry]) -> dict[int, str]:
-    """For each step, the name under which it now stands."""
+    """For each step, its present name."""
     steps = {}
     for name, entry in names.items():
         step = step_of(name)

@@ -1,8 +1,8 @@
 """Deletion from a run's folder: steps, attempts, and remains of dead processes.
 
-Nothing is removed for its name alone. A leftover is Milepost's if its name has one of the prefixes of ``catalog`` and a
-full id, and a marker lies inside: the record of an owner in an attempt, the commit record in a step that was replaced,
-``MARKER_NAME`` in what is being deleted. Whatever only looks like one stays where it is, and is named.
+Nothing is removed for its name alone. A leftover is Milepost's if its name has one of the prefixes of ``step_names``
+and a full id, and it contains a marker: an owner's record in an attempt, the commit record in a replaced step,
+``MARKER_NAME`` in a deletion. Anything that only looks like one is left alone and reported.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
 def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None) -> bool:
-    """Delete a checkpoint such that no reader ever sees half of it. Of a link only the link is deleted.
+    """Delete a checkpoint so that no reader ever sees part of it. Of a link only the link is deleted.
 
     Files in its folder that are not part of it are moved to a folder beside it first.
 
-    False, and it stays, if there is a file ``unless``: whoever makes that in time keeps the checkpoint.
+    Returns False and keeps it if a file ``unless`` (a pin) exists, even one that was created during the call.
 
     Raises:
         CheckpointNotFoundError: there is nothing at ``path``.
-        StorageError: it can't be deleted; it is whole, or it is no longer there for any reader.
+        StorageError: it can't be deleted; it is either complete or visible to no reader.
     """
     found = storage.stat(path)
     if found is None:
@@ -118,9 +118,9 @@ def _hide(storage: Storage, path: str) -> str | None:
         place = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
         try:
             storage.make_folder(place, synced=False)
-            storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())  # synced, the folder with it
+            storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())  # syncs the file and the folder
             hidden = f"{place}/{name}"
-        except BaseException as error:  # Ctrl-C too: nobody could tell that a place without its marker is not in use
+        except BaseException as error:  # Ctrl-C too: a place without its marker would count as in use
             with contextlib.suppress(StorageError):
                 storage.remove_tree(place)
             if not isinstance(error, StorageError) or error.errno not in _NO_ROOM:
@@ -133,7 +133,7 @@ def _hide(storage: Storage, path: str) -> str | None:
             storage.remove_tree(place)
             if error.errno != errno.ENOENT:
                 raise
-            continue  # another process was faster, or has swept the empty place as stale
+            continue  # another process renamed it first, or swept the empty place as stale
         return hidden
     return None
 
@@ -154,7 +154,7 @@ def _remove(storage: Storage, hidden: str) -> None:
     storage.sync_folder(place)
     storage.sync_folder(split(place)[0])
     if hidden != place:
-        storage.remove_tree(hidden)  # the marker goes last
+        storage.remove_tree(hidden)  # the marker is removed last
     storage.remove_tree(place)
 
 
@@ -173,9 +173,9 @@ def sweep_leftovers(
 ) -> Sweep:
     """Remove the remains of dead processes from a run's folder.
 
-    An attempt whose owner may still live is left alone, with all that belongs to it, unless ``dead`` names it. A
-    replacement that was cut short is undone: the old checkpoint gets its name back. ``now`` is in seconds since the
-    epoch. With ``dry_run`` nothing is changed: ``removed`` is what would be.
+    An attempt whose owner may be alive is left alone with all its files, unless ``dead`` names it. An interrupted
+    replacement is undone: the old checkpoint gets its name back. ``now`` is in seconds since the epoch. With
+    ``dry_run`` nothing is changed, and ``removed`` lists what would be removed.
     """
     entries = {
         entry.name: entry
@@ -245,7 +245,7 @@ def _is_draft(data: bytes) -> bool:
 
 
 def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
-    """Return False while another process may be about to use it: an empty place for a deletion, a new draft."""
+    """Return False while another process may be about to use it: an empty place for a deletion, or a new draft."""
     if _DELETING_NAME.fullmatch(entry.name):
         place = join(folder, entry.name)
         is_used = any(found.name != MARKER_NAME for found in storage.list(place))
@@ -331,7 +331,7 @@ def _attempt_lives(storage: Storage, folder: str, attempt: Entry, now: float) ->
     try:
         owners = owners_of(storage, join(folder, attempt.name))
     except StorageError:
-        return True  # in doubt: the owner may just be removing it
+        return True  # its owner may be removing it
     if not owners:
         return now - attempt.mtime_s < OWNERLESS_LIFETIME_S
     return any(is_alive(owner, now) for owner in owners)

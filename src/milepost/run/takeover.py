@@ -20,7 +20,7 @@ log = logging.getLogger("milepost")
 WRITERS_TIMEOUT_S = 120.0
 """Seconds that a starting run waits for the writer processes of a dead run."""
 LEASE_S = 90.0
-"""An attempt of another machine that has not changed for this long is assumed to be a dead process's."""
+"""An attempt from another machine that has not changed for this long is assumed to be dead."""
 LOOK_EVERY_S = 0.05
 
 
@@ -31,7 +31,7 @@ def take_over(storage: Storage, folder: str) -> RunLock:
         RunLockedError: a run that still lives holds the lock.
         StorageError: the storage refused.
     """
-    attempts = Attempts(storage, folder)  # watched while the lock is waited for
+    attempts = Attempts(storage, folder)  # observe the attempts during the wait for the lock
     lock = RunLock(storage, folder)
     try:
         attempts.wait(WRITERS_TIMEOUT_S)
@@ -51,8 +51,8 @@ def take_over(storage: Storage, folder: str) -> RunLock:
 class Attempts:
     """The attempts in a run's folder, watched for signs of life.
 
-    Of a process on this machine the system says whether it lives. Of one elsewhere only what it does shows: an attempt
-    in which nothing changes for a lease is dead. (As with the lock: no clocks are compared.)
+    The system knows whether a process on this machine is alive. An attempt of a process elsewhere is dead if nothing
+    changes in it for a lease. As for the lock, no clocks are compared.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Attempts:
         self._lease_s = lease_s
         self._clock = clock
         self._seen: dict[str, tuple[object, float]] = {}
-        """The content of each attempt, and the time since it has been so."""
+        """The content of each attempt, and the time of its last change."""
         self.look(now=time.time())
 
     def look(self, *, now: float) -> list[Owner]:
@@ -78,7 +78,7 @@ class Attempts:
         for entry in self._storage.list(self._folder):
             if entry.name.startswith((ATTEMPT_PREFIX, OLD_ATTEMPT_PREFIX)):
                 path = join(self._folder, entry.name)
-                with contextlib.suppress(StorageError):  # its owner is just removing it
+                with contextlib.suppress(StorageError):  # its owner is removing it
                     inside = (self._storage.list(path), files_of_attempt(self._storage, path))
                     before, since = self._seen.get(entry.name, (None, 0.0))
                     seen[entry.name] = (inside, since if before == inside else self._clock())
@@ -102,7 +102,7 @@ class Attempts:
         return any(is_here(owner) and is_alive(owner, time.time()) for owner in owners)
 
     def wait(self, timeout_s: float, *, sleep: Callable[[float], None] = time.sleep) -> list[Owner]:
-        """Return when no process may still work on an attempt, or with those that may, after ``timeout_s``."""
+        """Wait until no process may still work on an attempt; after ``timeout_s`` return those that may."""
         deadline = self._clock() + timeout_s
         has_logged = False
         while owners := self.look(now=time.time()):

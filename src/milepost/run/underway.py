@@ -1,7 +1,6 @@
 """Saves in progress, observed from outside through a run's folder: the growth of each rank's file.
 
-A ``Watch`` is given one look after another and remembers what a single look can't tell: rates, and since when a file
-has not grown.
+A ``Watch`` compares successive listings, to compute rates and the time since each file last grew.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ STUCK_S = 10.0
 """Seconds without growth after which an incomplete file is reported stuck."""
 _RANK = re.compile(r"__(\d{1,9})_\d+\.distcp")
 _RATE_SPAN_S = 3.0
-"""Rates are over about this long."""
+"""Rates are averaged over about this many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """One attempt to save at one moment."""
+    """A snapshot of one save attempt."""
 
     name: str
     sizes: Mapping[str, int]
-    """Bytes of each file of data so far."""
+    """Present size of each data file."""
     signed: frozenset[int]
     """Ranks that have signed off: their files are complete and durable."""
     owners: tuple[str, ...]
@@ -50,7 +49,7 @@ class Newest:
 
 
 def look(storage: Storage, folder: str, *, now: float) -> tuple[list[Look], Newest | None]:
-    """Return the attempts in a run's folder, and its newest step. What goes away meanwhile is left out.
+    """Return the attempts in a run's folder, and its newest step. Those that disappear meanwhile are left out.
 
     Raises:
         StorageError: the folder can't be read.
@@ -64,7 +63,7 @@ def look(storage: Storage, folder: str, *, now: float) -> tuple[list[Look], Newe
             try:
                 looks.append(_look(storage, join(folder, entry.name), entry, now))
             except (StorageError, FileNotFoundError):
-                continue  # it was just committed or removed
+                continue  # just committed or removed
     return looks, newest
 
 
@@ -74,12 +73,12 @@ def _look(storage: Storage, attempt: str, entry: Entry, now: float) -> Look:
     failed = [rank for rank, is_complete in signed.items() if not is_complete]
     failure = f"rank {min(failed)} failed; see its log" if failed else ""
     if FAILED_NAME in names:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, this very moment
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # being written
             failure, _ = recorded_failure(storage, attempt)
     return Look(
         name=entry.name,
         sizes={
-            # Space is reserved before it is written: the size of a local file says nothing.
+            # Space is reserved before data is written, so the size of a local file is not its progress.
             file.name: storage.written_nbytes(f"{attempt}/data/{file.name}") if storage.can_rename else file.nbytes
             for file in files_of_attempt(storage, attempt)
         },
@@ -140,10 +139,10 @@ class Watch:
     """Progress over successive listings of a folder."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], list[tuple[float, int]]] = {}  # what was there when, at each change
+        self._seen: dict[tuple[str, str], list[tuple[float, int]]] = {}  # (time, size) at each change
 
     def update(self, looks: Iterable[Look], now: float) -> list[SaveState]:
-        """Return the state of each save, with rates since the looks before. ``now`` is a steady clock's."""
+        """Return the state of each save, with rates since earlier calls. ``now`` is monotonic."""
         states = []
         present: set[tuple[str, str]] = set()
         for one in looks:
@@ -163,7 +162,7 @@ class Watch:
         while len(seen) > 2 and now - seen[1][0] > _RATE_SPAN_S:
             del seen[0]
         since, before = seen[0]
-        found = _RANK.fullmatch(untagged(name))  # in a store names carry the save id
+        found = _RANK.fullmatch(untagged(name))  # in an object store names carry the save id
         rank = int(found[1]) if found is not None else None
         return FileState(
             name=name,

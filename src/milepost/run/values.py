@@ -13,7 +13,7 @@ from milepost.format.record_reader import read_object
 from milepost.storage.base import Storage, join
 
 MAX_VALUE_NBYTES = 1 << 20
-"""A record that is larger is not read: it holds no value that a person would look at."""
+"""Larger records are not read: they hold no values for people."""
 NUM_THREADS = 4
 
 
@@ -32,13 +32,13 @@ def read_values(
     *,
     max_nbytes: int = MAX_VALUE_NBYTES,
 ) -> dict[str, object]:
-    """The values of ``keys``, each checked against its digest. What can't be read is an :class:`Unreadable`."""
+    """The values of ``keys``, checked against their digests. One that can't be read becomes an :class:`Unreadable`."""
     wanted = list(keys)
 
     def read(key: str) -> object:
         return _read(storage, folder, manifest.objects[key], max_nbytes)
 
-    # A store takes a while to answer, and an optimizer has hundreds of values.
+    # Concurrent, since an object store has a long latency and an optimizer hundreds of values.
     found = map_in_threads(read, wanted, NUM_THREADS, name="milepost-values")
     return dict(zip(wanted, found, strict=True))
 
