@@ -152,9 +152,7 @@ def examine(
     """
     info = _look(storage, path, files_in(storage, path) if files is None else files)
     if info is not None and info.state == "damaged":
-        info = _look(
-            storage, path, files_in(storage, path)
-        )  # a new save may have replaced it between two of our reads
+        info = _look(storage, path, files_in(storage, path))  # a new save may have replaced it between two of our reads
     if info is None or not (info.is_usable or info.state == "part"):
         return info
     if marks is not None and split(damage_mark(path))[1] not in marks:
