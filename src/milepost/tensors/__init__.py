@@ -9,7 +9,7 @@ In reading order::
     snapshot  large plain values: copied at once, encoded later
     parts   tensors composed of others, taken apart and assembled
     tree    the nesting of a checkpoint's values, recorded and rebuilt
-    layout  DTensor, FSDP and pipeline words -> global shapes and boxes; below it there are only boxes and bytes
+    layout  DTensors and other tensors -> global shapes and boxes; below it there are only boxes and bytes
     plan    who writes which box where, who reads which bytes: pure functions of frozen values (torch-free)
     sharing  the state common to ranks, and each rank's plan from it (torch-free)
 """

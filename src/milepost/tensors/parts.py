@@ -1,12 +1,11 @@
-"""Tensors that are made of others (``__tensor_flatten__``): taken apart to be stored, and put together again.
+"""Composed tensors (subclasses with ``__tensor_flatten__``): decomposed when saved, and rebuilt when loaded.
 
-Each inner tensor is stored under a key of its own below the tensor's, so that every reader finds it; the class and
-what it keeps beside tensors stand in the record of the structure, as plain data. On reading only classes that this
-program has already loaded are made, and nothing that the data names is imported or called but the class itself.
+Each inner tensor is stored under its own key below the composed tensor's, so that every reader finds it. The class and
+its other data are recorded with the structure, as plain data. A load only rebuilds classes that the program has already
+imported; it imports nothing, and calls nothing that the data names but the class itself.
 
-A DTensor around such a tensor is cut by rows where the class itself says how: what a slice of its rows holds tells
-which inner tensors go with the rows, and which are whole on every rank (lookup tables). Where it does not say, each
-shard is stored by itself.
+A DTensor of composed tensors is stored by rows if the class supports slicing: a slice shows which inner tensors follow
+the rows and which are the same on every rank (lookup tables). Otherwise each shard is stored separately.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from milepost.tensors.layout import Piece, Placed, arrived, shard_pieces
 from milepost.tensors.registry import is_named_tuple, register_reader, register_value, registered
 
 Cut = Literal["as outer", "by rows", "whole"]
-"""Placement of an inner tensor on the ranks of the outer DTensor: like it, in proportion to its rows, or replicated."""
+"""Placement of an inner tensor on the ranks of the outer DTensor: like it, proportional to its rows, or replicated."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
 _SHAPE, _DEVICE = ("the shape",), ("the device",)
@@ -42,14 +41,14 @@ class TensorForm:
     """The form of a tensor, apart from its parts."""
 
     class_name: str
-    """``module:qualified name``; empty for a DTensor whose shards are stored one by one."""
+    """``module:qualified name``; empty for a DTensor whose shards are stored separately."""
     context: Any
     """The class's data other than tensors, as plain data (see :func:`_to_plain`); or the number of shards."""
     shape: tuple[int, ...]
     """Shape of the outer tensor, over all ranks."""
     dtype: torch.dtype
     cuts: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
-    """For each attribute, where a DTensor was around; empty for one that is whole."""
+    """Placement of each attribute within a DTensor; empty without one."""
 
     @property
     def is_by_shard(self) -> bool:
@@ -75,7 +74,7 @@ class TensorParts(dict[str, Any]):
 
 
 def comes_apart(tensor: object) -> bool:
-    """Return whether a tensor is made of others, perhaps below a DTensor."""
+    """Return whether a tensor is composed of others, possibly inside a DTensor."""
     if not isinstance(tensor, torch.Tensor) or type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False
     local = local_of(tensor)
@@ -88,7 +87,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold a tensor's elements on this rank: of one that is made of others, those."""
+    """The plain tensors that hold a tensor's elements on this rank: the inner ones of a composed tensor."""
     local = local_of(tensor)
     if not comes_apart(local):
         yield local
@@ -106,7 +105,7 @@ def _is_made_of_others(tensor: torch.Tensor) -> bool:
 
 
 def take_apart(key: str, tensor: torch.Tensor, *, by_shard: bool = False) -> TensorParts:
-    """The parts of a tensor that is made of others; they share its memory. ``by_shard``: the shards of any DTensor.
+    """The parts of a composed tensor, sharing its memory. ``by_shard``: decompose any DTensor into its shards.
 
     Raises:
         SaveError: it keeps something that can't be stored as plain data.
@@ -135,7 +134,7 @@ def take_apart(key: str, tensor: torch.Tensor, *, by_shard: bool = False) -> Ten
 
 
 def take_apart_as(form: TensorForm, key: str, tensor: torch.Tensor) -> TensorParts | None:
-    """The parts of a tensor, cut by rows as those of a stored one are; None if that does not go."""
+    """The parts of a tensor, sharded by rows like those of the stored one; None if that is impossible."""
     local = local_of(tensor)
     if not _is_made_of_others(local):
         return None
@@ -172,7 +171,7 @@ def _whole(key: str, tensor: torch.Tensor) -> TensorParts:
 
 
 def leaves(parts: TensorParts, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors that parts are made of in the end, with their paths below it."""
+    """The plain tensors at the leaves of the parts, with their paths."""
     for name, part in parts.items():
         path = f"{prefix}.{name}" if prefix else name
         if isinstance(part, TensorParts):
@@ -188,7 +187,7 @@ def num_shards(tensor: DTensor) -> int:
 
 
 def shard_of(tensor: DTensor) -> str | None:
-    """The name of the shard that this rank holds; None where it is not in the mesh."""
+    """The name of the shard that this rank holds; None if the rank is not in the mesh."""
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return None
@@ -200,7 +199,7 @@ def shard_of(tensor: DTensor) -> str | None:
 
 
 def _rows_of(tensor: DTensor) -> Piece | None:
-    """The piece of a DTensor that this rank holds, if it is some of its rows, whole."""
+    """The piece of a DTensor that this rank holds, if it consists of complete rows."""
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or not tensor.ndim:
         return None
@@ -210,7 +209,7 @@ def _rows_of(tensor: DTensor) -> Piece | None:
 def rows_at(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], coordinate: Any, placements: tuple[Placement, ...]
 ) -> Piece | None:
-    """The piece at a coordinate of a mesh, if it is some of the tensor's rows, whole."""
+    """The piece at a coordinate of a mesh, if it consists of complete rows of the tensor."""
     if not all(isinstance(p, Replicate) or (isinstance(p, Shard) and p.dim == 0) for p in placements):
         return None
     pieces = shard_pieces(shape, mesh_shape, coordinate, placements)
@@ -218,7 +217,7 @@ def rows_at(
 
 
 def _cuts(key: str, whole: TensorParts, local: torch.Tensor) -> dict[str, Cut] | None:
-    """Determine how each part follows the rows of a tensor, from a slice of them; None if it can't be determined."""
+    """Determine from a slice of the rows how each part depends on them; None if that is impossible."""
     sizes = tuple(local.shape)
     if all(tuple(part.shape) == sizes for _, part in leaves(whole)):
         return {path: "as outer" for path, _ in leaves(whole)}
@@ -266,14 +265,14 @@ def _alike_but_for_rows(one: TensorParts, other: TensorParts) -> bool:
 
 
 def _cut_evenly(whole: TensorParts, cuts: Mapping[str, Cut], num_rows: int, rows: Piece) -> bool:
-    """Return whether each part begins and ends where this rank's rows do."""
+    """Return whether each part begins and ends at this rank's rows."""
     begin, count = rows.box.offsets[0], rows.box.sizes[0]
     sizes = [part.shape[0] for path, part in leaves(whole) if cuts[path] != "whole"]
     return all(begin * size % count == 0 and num_rows * size % count == 0 for size in sizes)
 
 
 def _placed(whole: TensorParts, cuts: Mapping[str, Cut], num_rows: int, rows: Piece) -> TensorParts:
-    """The parts of this rank's rows, each where it belongs in that of all rows."""
+    """The parts of this rank's rows, each placed in the part of all rows."""
     found: dict[str, Any] = {}
     for name, part in whole.items():
         if isinstance(part, TensorParts):
@@ -286,7 +285,7 @@ def _placed(whole: TensorParts, cuts: Mapping[str, Cut], num_rows: int, rows: Pi
 
 
 def place_rows(part: torch.Tensor, rows: Piece, num_rows: int) -> Placed:
-    """A rank's part, where it belongs in that of all ``num_rows`` rows of the tensor that it is a part of."""
+    """A rank's part, placed in the part of all ``num_rows`` rows of the composed tensor."""
     begin = rows.box.offsets[0] * part.shape[0] // rows.box.sizes[0]
     size = num_rows * part.shape[0] // rows.box.sizes[0]
     rest = tuple(part.shape[1:])
@@ -298,7 +297,7 @@ def place_rows(part: torch.Tensor, rows: Piece, num_rows: int) -> Placed:
 
 
 def put_together(form: TensorForm, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of the form, ``shape`` of it on this rank, made of its parts. Shares their memory.
+    """Rebuild a tensor of ``shape`` on this rank from its parts, sharing their memory.
 
     Raises:
         ConfigError: this program has not loaded the class, or the class does not take the parts.
@@ -331,7 +330,7 @@ def put_together(form: TensorForm, parts: Mapping[str, torch.Tensor], shape: tup
 
 
 def find_class(class_name: str) -> type | None:
-    """The class of tensors of that name, if this program has loaded it. Imports nothing."""
+    """The tensor class of a name, if this program has imported it. Imports nothing."""
     pending: list[type] = [torch.Tensor]
     found = None
     while pending:
@@ -344,7 +343,7 @@ def find_class(class_name: str) -> type | None:
 
 
 def has_functions(form: TensorForm) -> bool:
-    """Return whether a tensor keeps functions, which are not looked up by the names in a checkpoint."""
+    """Return whether a tensor keeps functions, which are never looked up by name from a checkpoint."""
     pending = [form.context]
     while pending:
         plain = pending.pop()
@@ -359,10 +358,10 @@ def has_functions(form: TensorForm) -> bool:
 
 
 def _to_plain(value: Any, tensor: torch.Tensor) -> Any:
-    """Tagged tuples of plain values; the tensor's own shape and device by words, since both may change.
+    """Convert to tagged tuples of plain values; the tensor's shape and device become symbols, since both may change.
 
     Raises:
-        TypeError: for what has no such form; the text names it.
+        TypeError: a value has no such form; the text names it.
     """
     kind = type(value)
     if kind is torch.Size and tuple(value) == tuple(tensor.shape):
@@ -424,7 +423,7 @@ def _from_plain(plain: Any, shape: tuple[int, ...], device: torch.device, packag
 
 
 def _loaded_class(name: object, package: str) -> type:
-    """A class of the tensor's own package, or of torch, that this program has loaded. Imports nothing."""
+    """A class of the tensor's own package or of torch that this program has imported. Imports nothing."""
     module_name, _, path = str(name).partition(":")
     found: Any = sys.modules.get(module_name) if module_name.partition(".")[0] in (package, "torch") else None
     for part in path.split("."):
@@ -469,7 +468,7 @@ def _made_of(parts: Any) -> torch.Tensor:
     _require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, "a tensor made of others")
     inner = {name: _made_of(part) if isinstance(part, TensorParts) else part for name, part in parts.items()}
     _require(all(isinstance(part, torch.Tensor) for part in inner.values()), "a tensor made of others")
-    # Small tensors of one value may come as views of one memory; a class may want each part to begin its own.
+    # Small tensors of one value may be views of one storage; a class may need each part to own its storage.
     own = {name: part.clone() if part.storage_offset() else part for name, part in inner.items()}
     return put_together(parts.form, own, parts.form.shape)
 
@@ -479,7 +478,7 @@ register_reader(_TENSOR, _made_of)
 
 
 def as_value(tensor: torch.Tensor) -> tuple[str, TensorParts]:
-    """The placeholder in a value for a tensor made of others: the name of its reader, and that one's arguments."""
+    """The form of a composed tensor within a value: the name of its reader, and the reader's arguments."""
     parts = take_apart("a tensor", tensor)
     if has_functions(parts.form):
         raise TypeError("it holds functions: give it a place of its own in the state")

@@ -1,6 +1,6 @@
 """Plans of saves and loads, for each rank: pure functions of frozen values.
 
-Independent of tensors, processes and files. A plan can be printed, compared and tested by itself.
+Independent of tensors, processes and files, so that a plan can be printed, compared and tested alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from milepost.format.box import Box, boxes_of_run, cover_faults, span
 from milepost.format.manifest import Manifest, Overlap, ShardEntry, TiledShards
 
 SMALL_ALIGNMENT = 64
-"""Every record starts at a multiple of this, and so does its raw data."""
+"""Every record, and its raw data, starts at a multiple of this."""
 LARGE_ALIGNMENT = 4096
-"""Records with much data start at a multiple of this, so that a file is written in whole disk blocks."""
+"""Large records start at a multiple of this, so that files are written in whole disk blocks."""
 LARGE_RECORD_NBYTES = 64 << 10
 MIN_FROZEN_NBYTES = 64 << 10
 MIN_FROZEN_PART = 16
-"""A rank's frozen tensors get a file of their own from this many bytes on, and from 1/16 of all that it writes:
+"""A rank's frozen tensors are stored in a separate file if they have this many bytes and 1/16 of all that it writes:
 less would not pay for opening, syncing and linking one more file at each save."""
 
 
@@ -35,7 +35,7 @@ def align(offset: int, alignment: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks of a device mesh, in its order: the last axis varies fastest. Equal if ``digest`` is."""
+    """The ranks of a device mesh in row-major order. Meshes are equal if their ``digest`` is."""
 
     digest: str
     shape: tuple[int, ...] = field(compare=False)
@@ -49,10 +49,10 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The placement of a tensor on a mesh, so that each rank of it knows which of the others hold what it holds.
+    """The placement of a tensor on a mesh, from which each rank computes which ranks hold the same boxes.
 
-    ``cuts`` has, for each axis, the dim of the tensor that it cuts and into how many parts that is split first; or
-    None, if the ranks along it are replicas.
+    ``cuts`` has for each axis the dim that it shards and the number of parts to split that into first, or None if the
+    ranks along the axis are replicas.
     """
 
     mesh: Mesh
@@ -68,25 +68,22 @@ class TensorSpec:
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     spread: Spread | None = None
-    """None if no mesh says which boxes other ranks hold."""
+    """None if the boxes of other ranks do not follow from a mesh."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalLayout:
-    """All that one rank brings to a save: its tensors' boxes and the keys of its other values."""
+    """One rank's part of a state: the boxes of its tensors and the keys of its other values."""
 
     tensors: tuple[TensorSpec, ...]
     objects: tuple[str, ...]
     buffers: frozenset[str] = frozenset()
-    """Keys of tensors that may differ between the ranks that hold them: of all of them the lowest rank's are stored."""
+    """Keys of tensors that may differ between the ranks that hold them: those of the lowest rank are stored."""
     frozen: frozenset[str] = frozenset()
-    """Keys of tensors that training does not change, as it seems: they are stored in a file of their own."""
+    """Keys of tensors that training apparently does not change: they are stored in a separate file."""
 
     def fingerprint(self, paths: Mapping[str, tuple[str | int, ...]]) -> str:
-        """Equal for two layouts (and ``paths``, where their keys stood) exactly when they are equal.
-
-        It says for what a cached plan is valid.
-        """
+        """Identify the layout and the ``paths`` of its keys: a cached plan is valid as long as this is equal."""
         digest = hashlib.blake2b(digest_size=16)
         for spec in self.tensors:
             boxes = [(box.offsets, box.sizes) for box in spec.boxes]
@@ -122,26 +119,26 @@ class WritePlan:
     objects_offset: int
     """Offset of the first object's record: a multiple of ``LARGE_ALIGNMENT``."""
     frozen: WritePlan | None = None
-    """The rank's second file, of frozen tensors alone, if it has one."""
+    """The rank's second file, only of frozen tensors, if any."""
 
     @property
     def is_empty(self) -> bool:
-        """True if this rank writes nothing: every tensor and object of its is written by another."""
+        """True if this rank writes nothing: other ranks write all of its tensors and objects."""
         return self.frozen is None and not self.has_file
 
     @property
     def has_file(self) -> bool:
-        """True if there is anything for this file, whatever is in the one of frozen tensors."""
+        """True if this file has content, apart from the file of frozen tensors."""
         return bool(self.items or self.objects)
 
     @property
     def images(self) -> tuple[tuple[WritePlan, int], ...]:
-        """The plan of each of the rank's files, with where its image begins in host memory that holds both."""
+        """The plan of each of the rank's files, with the offset of its image in the host memory of both."""
         return ((self, 0),) if self.frozen is None else ((self, 0), (self.frozen, self.objects_offset))
 
     @property
     def image_nbytes(self) -> int:
-        """Size of host memory for the images of all of the rank's files, but for the objects."""
+        """Size of the host memory for the images of the rank's files, without objects."""
         return sum(plan.objects_offset for plan, _ in self.images)
 
     @property
@@ -157,14 +154,14 @@ class WritePlan:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """One rank's part of a plan: boxes of tensors, frozen ones by themselves, and the keys of other values."""
+    """One rank's part of a plan: boxes of tensors, those of frozen tensors, and keys of other values."""
 
     moving: tuple[tuple[TensorSpec, Box], ...] = ()
     frozen: tuple[tuple[TensorSpec, Box], ...] = ()
     objects: tuple[str, ...] = ()
 
     def plan(self, rank: int) -> WritePlan:
-        """The files of ``rank``. Frozen tensors get one of their own where that pays."""
+        """Plan the files of ``rank``, with a separate one for frozen tensors if that pays."""
         moving, frozen = ([*sorted(held, key=_by_key)] for held in (self.moving, self.frozen))
         if frozen and _pays(_nbytes(frozen), _nbytes(moving)):
             return replace(lay_out_file(rank, moving, self.objects), frozen=lay_out_file(rank, frozen, (), number=1))
@@ -176,7 +173,7 @@ def _by_key(held: tuple[TensorSpec, Box]) -> tuple[str, Box]:
 
 
 def plan_save(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None) -> tuple[WritePlan, ...]:
-    """One plan for each rank such that every element of every tensor is stored exactly once.
+    """Return a plan for each rank, so that every element of every tensor is stored exactly once.
 
     Raises:
         PlanError: as :func:`deal`.
@@ -185,11 +182,11 @@ def plan_save(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | N
 
 
 def deal(layouts: Sequence[LocalLayout], nodes: Sequence[Sequence[int]] | None = None) -> list[Dealt]:
-    """Assign boxes and values to ranks such that every element of every tensor is stored exactly once.
+    """Assign boxes and values to ranks, so that every element of every tensor is stored exactly once.
 
-    A box that several ranks hold is written by the one of them that has the least to write so far; buffers and values
-    other than tensors by the lowest rank that has them. Frozen tensors are balanced by themselves. With ``nodes``, the
-    ranks of each, every node by itself stores all that its ranks hold.
+    A box that several ranks hold is written by the least loaded of them; buffers and values other than tensors by the
+    lowest rank that has them. Frozen tensors are balanced separately. Given ``nodes``, the ranks of each node, every
+    node stores everything that its ranks hold.
 
     Raises:
         PlanError: ranks disagree on a tensor's dtype or shape, or their boxes leave a gap or overlap. All faults at
@@ -305,12 +302,12 @@ def _assign(
         if box.numel == 0 and math.prod(specs[key].shape) != 0:
             continue  # an empty shard of a tensor that others hold
         nbytes = box.numel * dtypes.lookup(specs[key].dtype).itemsize
-        if len(ranks) == 1 or key in buffers:  # running mean and variance must come from the same rank
+        if len(ranks) == 1 or key in buffers:  # for instance running mean and variance must come from one rank
             assigned[ranks[0]].append((key, box))
             load[ranks[0]] += nbytes
         else:
             shared.append((nbytes, key, box, ranks))
-    # Largest first, each to the least loaded of its holders: the classic greedy balance.
+    # Greedy: largest first, each to the least loaded of its holders.
     for nbytes, key, box, ranks in sorted(shared, key=lambda item: (-item[0], item[1], item[2])):
         writer = min(ranks, key=lambda rank: (load[rank], rank))
         assigned[writer].append((key, box))
@@ -326,7 +323,7 @@ def file_name(rank: int, number: int) -> str:
 def lay_out_file(
     rank: int, boxes: Iterable[tuple[TensorSpec, Box]], objects: Iterable[str], *, number: int = 0
 ) -> WritePlan:
-    """The place of each box's record in file ``number`` of ``rank``, in the order given; sizes follow from specs."""
+    """Place each box's record in file ``number`` of ``rank``, in the given order; sizes follow from the specs."""
     items = []
     offset = 0
     for spec, box in boxes:
@@ -351,7 +348,7 @@ def lay_out_file(
 
 @dataclass(frozen=True, slots=True)
 class ReadItem:
-    """A region that a stored shard and a wanted box have in common.
+    """The intersection of a stored shard and a wanted box.
 
     ``src`` is in the coordinates of the shard's box, ``dst`` in those of box number ``piece`` of the wanted tensor.
     """
@@ -364,7 +361,7 @@ class ReadItem:
     piece: int
     dst: Box
     leaf: str
-    """Key of the tensor to fill; the same as ``key`` but where it is stored under another, or as part of another."""
+    """Key of the tensor to fill; differs from ``key`` if stored under another key, or as part of another tensor."""
     is_transposed: bool = False
     """True if the last two dims of ``dst`` are those of ``src`` swapped."""
 
@@ -416,11 +413,11 @@ def plan_load(
 ) -> tuple[ReadItem, ...]:
     """Plan the reads that fill every wanted box exactly once, in the order of files and offsets.
 
-    ``wanted`` must have been checked against the manifest for keys and shapes; dtypes may differ (the stored one is
-    in the items). ``origins`` has what a wanted tensor is made of, where it is not the stored one of the same key.
+    Keys and shapes of ``wanted`` must have been checked against the manifest; dtypes may differ (the items have the
+    stored one). ``origins`` has the stored parts of wanted tensors that are not stored under their own key.
 
     Raises:
-        PlanError: the stored shards leave a part of a wanted box out.
+        PlanError: the stored shards do not cover a wanted box.
     """
     origins = origins or {}
     items: list[ReadItem] = []
@@ -442,7 +439,7 @@ def plan_load(
 
 
 def _items(manifest: Manifest, key: str, leaf: str, piece: int, box: Box) -> Iterator[ReadItem]:
-    """The parts of the stored tensor ``key`` that lie in ``box``, for a piece that is that box."""
+    """The parts of the stored tensor ``key`` that intersect ``box``, for a piece that is this box."""
     entry = manifest.tensors[key]
     for overlap in overlaps(entry.shards, box):
         yield ReadItem(
@@ -471,13 +468,13 @@ def _items_of_origin(manifest: Manifest, leaf: str, piece: int, box: Box, origin
 
 
 def swapped(box: Box) -> Box:
-    """The box with its last two dims exchanged."""
+    """The box with its last two dims swapped."""
     offsets, sizes = ((*values[:-2], values[-1], values[-2]) for values in (box.offsets, box.sizes))
     return Box(offsets, sizes)
 
 
 def has_all(shards: Sequence[ShardEntry], spec: TensorSpec) -> bool:
-    """Return whether the shards hold all of the boxes of ``spec``."""
+    """Return whether the shards cover all boxes of ``spec``."""
     return all(sum(found.dst.numel for found in overlaps(shards, box)) == box.numel for box in spec.boxes)
 
 

@@ -1,6 +1,6 @@
 """The user's classes whose instances a checkpoint may hold, stored by name as plain values.
 
-Reading a checkpoint never imports what it names. An instance is restored only if the reading program has registered its
+Reading a checkpoint never imports the names in it: an instance is restored only if the program has registered its
 class.
 """
 
@@ -100,7 +100,7 @@ def make_registered(name: object, plain: object) -> Any:
         ) from error
 
 
-# Stock picklers name a function by where it is found: a place that stays.
+# Stock picklers store a function's module and name, so these must not change.
 make_registered.__module__ = "milepost"
 
 

@@ -1,10 +1,9 @@
 """The keys that ranks hold in common, and the plan that each rank makes alone.
 
-Ranks whose states are described alike are of one *kind*: all of them under FSDP, those of one stage under pipeline
-parallelism. A description has no boxes, but says how each tensor lies on its mesh; so whoever knows it, and which ranks
-are of that kind, knows the holders of every box, without having been sent one. What no mesh tells (a part of a tensor
-that a rank has cut by itself, a tensor that lies on several meshes) is *placed*: its boxes are exchanged, and rank 0
-deals them out.
+Ranks with equal descriptions of their states form one *kind*: all ranks under FSDP, those of one stage under pipeline
+parallelism. A description has no boxes but the placement of each tensor on its mesh, so the holders of every box follow
+from the descriptions and their ranks, without exchanging boxes. Tensors whose holders do not follow from a mesh (custom
+shards, several meshes) are *placed*: their boxes are exchanged, and rank 0 assigns them.
 """
 
 from __future__ import annotations
@@ -42,23 +41,23 @@ class Group:
     objects: tuple[str, ...]
 
     def digest(self) -> bytes:
-        """Equal for two groups exactly when they are equal."""
+        """Identify the group by its content."""
         held = [(key, box.offsets, box.sizes) for key, box in self.tensors]
         return hashlib.blake2b(repr((self.ranks, held, self.objects)).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """All that a rank has to know of the others to plan alone. The same on every rank."""
+    """All that a rank needs of the others to plan alone. The same on every rank."""
 
     kind_of: tuple[int, ...]
     """The number of each rank's kind."""
     kinds: tuple[tuple[int, ...], ...]
-    """Sets of kinds that hold something in common."""
+    """Sets of kinds that hold common keys."""
     common: Mapping[str, int]
-    """Keys that several kinds hold, with the number of these kinds in ``kinds``; none of the placed ones."""
+    """Keys that several kinds hold, each with the index of their set in ``kinds``; without the placed ones."""
     placed: frozenset[str]
-    """Keys of which each rank has to say what it holds."""
+    """Keys whose boxes every rank has to send."""
     buffers: frozenset[str]
     """Of the common keys."""
     frozen: frozenset[str]
@@ -68,7 +67,7 @@ class Sharing:
 
 
 def description(layout: LocalLayout) -> LocalLayout:
-    """Reduce a layout to what other ranks need: boxes only of tensors that are held whole, and on no mesh."""
+    """Reduce a layout to what other ranks need: boxes only of tensors that are held whole, without a mesh."""
     return replace(
         layout, tensors=tuple(spec if _is_whole(spec) else replace(spec, boxes=()) for spec in layout.tensors)
     )
@@ -89,7 +88,7 @@ def _is_whole(spec: TensorSpec) -> bool:
 
 
 def sort_out(kinds: Sequence[LocalLayout], kind_of: Sequence[int], own: Mapping[int, LocalLayout]) -> Sharing:
-    """Find what follows from the descriptions of all kinds, and of what some ranks have of their ``own``, by rank.
+    """Combine the descriptions of all kinds and, by rank, those of keys that only some ranks have (``own``).
 
     Raises:
         PlanError: descriptions disagree on the dtype or shape of a tensor, or on whether a key is one.
@@ -129,7 +128,7 @@ def sort_out(kinds: Sequence[LocalLayout], kind_of: Sequence[int], own: Mapping[
 
 
 class _Descriptions:
-    """The descriptions, each with the ranks that it is true of, by key. Numbers count descriptions."""
+    """The descriptions by key, each with its ranks. Numbers are indices of descriptions."""
 
     def __init__(self, described: Sequence[tuple[Ranks, LocalLayout]]):
         self._described = described
@@ -176,7 +175,7 @@ class _Descriptions:
         return self._is_complete(spread.mesh, numbers)
 
     def _is_complete(self, mesh: Mesh, numbers: tuple[int, ...]) -> bool:
-        """Return whether all ranks of a mesh are among those that described a tensor on it."""
+        """Return whether all ranks of a mesh have described a tensor on it."""
         known = self._complete.get((mesh, numbers))
         if known is None:
             ranks = {rank for number in numbers for rank in self._described[number][0]}
@@ -200,7 +199,7 @@ def _max_shards(spec: TensorSpec) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FromRank0:
-    """A rank's part of what rank 0 deals out, and the groups that it is in."""
+    """A rank's part of what rank 0 assigns, and the rank's groups."""
 
     dealt: Dealt = field(default_factory=Dealt)
     groups: tuple[Group, ...] = ()
@@ -215,11 +214,11 @@ def plan_alone(
     given: FromRank0 | None = None,
     node: Collection[int] | None = None,
 ) -> tuple[WritePlan, tuple[Group, ...]]:
-    """The part of ``rank``, and the groups of ranks that it is in, from its own layout and what all ranks know.
+    """Plan the part of ``rank`` and its groups, from its own layout and the common ``sharing``.
 
-    Every rank that does this, from the same ``sharing``, has the same opinion on the writer of a box: one of the ranks
-    that hold it, and the lowest of them for buffers and values. ``own`` are the keys that the rank alone has described.
-    With ``node``, the ranks of its node, these store all that any of them holds.
+    All ranks that call this with the same ``sharing`` agree on the writer of a box: one of the ranks that hold it, and
+    the lowest of them for buffers and values. ``own`` are the keys that only this rank has described. Given ``node``,
+    the ranks of its node, these store everything that any of them holds.
     """
     given = given if given is not None else FromRank0()
     holders = _Holders(rank, sharing, own)
@@ -245,7 +244,7 @@ def plan_alone(
             values.update(objects[ranks])
     dealt = Dealt(tuple(parts[False]), tuple(parts[True]), tuple(key for key in layout.objects if key in values))
     groups = [
-        # Sorted, for state dicts may be in another order on each rank.
+        # Sorted, since the order of state dicts may differ between ranks.
         Group(
             ranks, tuple(sorted((s.key, box) for s, box in tensors[ranks] if box.numel)), tuple(sorted(objects[ranks]))
         )
@@ -302,8 +301,8 @@ def _part_of(
 ) -> list[tuple[TensorSpec, Box]]:
     """Return the boxes that ``rank`` writes of those held by all ``writers``: largest first, each to the least loaded.
 
-    Running mean and variance must come from the same rank, so all buffers come from the first. Of the others, it
-    depends on what they hold who comes first: a rank that shares things with different ranks is not always it.
+    Running mean and variance must come from one rank, so all buffers are written by the first. The order of the ranks
+    for other boxes depends on their content, so that a rank in several groups is not always first.
     """
     if len(writers) == 1:
         return [*boxes]
@@ -333,7 +332,7 @@ def _nbytes(spec: TensorSpec, box: Box) -> int:
 
 
 def groups_in_common(layouts: Sequence[LocalLayout]) -> list[Group]:
-    """The groups of two or more ranks that hold something in common. A rank is in as many as it shares keys with."""
+    """The groups of two or more ranks that hold common keys. A rank may be in several."""
     holders: dict[tuple[str, Box | None], list[int]] = defaultdict(list)
     for rank, layout in enumerate(layouts):
         for spec in layout.tensors:

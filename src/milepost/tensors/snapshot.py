@@ -1,7 +1,7 @@
-"""Large plain values of a save in the background: copied while training waits, written as a pickle while it goes on.
+"""Large plain values in background saves: copied while training waits, pickled while training continues.
 
-A copy of containers of numbers and text takes a small part of the time that a pickle does. The pickle is made bit by
-bit, since CPython's pickler keeps every other thread from running for as long as one call takes.
+Copying containers of numbers and text takes a fraction of the time of pickling them. The pickle is made in small steps,
+since a call of CPython's pickler holds the GIL until it returns.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from milepost.tensors.value_types import MAX_DEPTH
 from milepost.tensors.value_writer import encode_object
 
 FROM_PARTS = 20_000
-"""Values of fewer parts are not worth it."""
+"""Minimum number of parts of a value for which a copy pays."""
 _AT_ONCE = 5_000
-"""Parts of the outermost container that one call of the pickler takes."""
+"""Number of parts of the outermost container per call of the pickler."""
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _PROTOCOL = 2
 _START: dict[type, bytes] = {list: b"\x80\x02]", dict: b"\x80\x02}"}
@@ -31,13 +31,13 @@ _START: dict[type, bytes] = {list: b"\x80\x02]", dict: b"\x80\x02}"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A value as it was, in containers of its own."""
+    """A copy of a value, in new containers."""
 
     value: Any
     has_tensors: bool
 
     def encode(self, key: str) -> bytes:
-        """The record of the value, as :func:`encode_object` would have it."""
+        """The record of the value, equal to that of :func:`encode_object`."""
         if self.has_tensors or type(self.value) not in _START:
             return encode_object(key, self.value)
         out = io.BytesIO()
@@ -48,14 +48,14 @@ class Snapshot:
         for part in _in_pieces(self.value):
             out.seek(0)
             out.truncate()
-            pickler.dump(part)  # one pickler: what it has written before it refers back to
+            pickler.dump(part)  # one pickler for all steps, so that memo references work
             joined.write(out.getbuffer()[len(start) : -1])
         joined.write(pickle.STOP)
         return record.archive(joined.getbuffer(), {})
 
 
 def snapshot(value: Any) -> Snapshot | None:
-    """A copy of a value of many parts; None where it has few, or any that is not plain."""
+    """Copy a value of many parts; None if it has few, or any that is not plain."""
     if type(value) not in (list, dict) or _num_parts(value) < FROM_PARTS:
         return None
     has_tensors: list[bool] = []
@@ -71,7 +71,7 @@ def encoded(objects: Mapping[str, bytes | Snapshot]) -> dict[str, bytes]:
 
 
 def _num_parts(value: Any) -> int:
-    """About how many parts a container has: its own, and those of the containers in it."""
+    """Estimate the number of parts of a container: its own, and those of the containers in it."""
     parts = value.values() if isinstance(value, dict) else value
     return len(value) + sum(len(part) for part in islice(parts, FROM_PARTS) if type(part) in (list, dict, tuple))
 

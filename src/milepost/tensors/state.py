@@ -1,8 +1,8 @@
-"""Between Python objects and leaves: a nested state dict is flattened to ``{key: leaf}``.
+"""Flatten a nested state dict to ``{key: leaf}``, where a leaf is a tensor or another value.
 
 Keys are those of stock DCP (path elements joined by dots; mappings are always entered, lists only when they hold
-tensors or mappings), so that it reads what we write and we read what it writes. Thousands of small values under one
-container are one leaf: a record for each would take more room and time than the values.
+tensors or mappings), so that it reads what we write and we read what it writes. Many small values in one
+container are stored as one leaf: a record for each would take more space and time than the values.
 """
 
 from __future__ import annotations
@@ -28,36 +28,35 @@ from milepost.tensors.registry import registered
 Path = tuple[str | int, ...]
 
 PER_RANK = "per_rank"
-"""Under this name the manifest's ``extra`` lists the top-level names below which each rank's state stands, as
-``rank<N>``."""
+"""The name in the manifest's ``extra`` for the parts that are stored per rank, below ``rank<N>``."""
 LOOP_PARTS = ("lr_scheduler", "dataloader", "train_state", "states")
-"""Parts that are of the loop itself: what each rank gave, it gets back, keys and order."""
+"""Parts that belong to the training loop: each rank gets back exactly what it gave, with keys in order."""
 EMPTY_MAPPINGS = "empty_mappings"
-"""Under this name the manifest's ``extra`` lists the paths of mappings without items, which have no keys."""
+"""The name in the manifest's ``extra`` for the paths of empty mappings, which have no keys."""
 LAZY = (UninitializedParameter, UninitializedBuffer)
-"""Tensors of lazy modules that have not seen a batch."""
+"""Tensors of lazy modules before their first batch."""
 PACKED = "milepost.packed"
-"""The key of the values at the top level of a state dict, where they are many and small."""
+"""The key of the values at the top level of a state dict, if they are stored as one."""
 PACK_FROM = 4096
-"""Values below one container, from which on they are stored as one."""
+"""Minimum number of values in a container to be stored as one."""
 PACK_NBYTES = 512
-"""Only if their tensors have no more bytes than this, on average."""
+"""Maximum average size of their tensors in bytes."""
 _PACK_MAX_NBYTES = 64 << 10
 
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
-"""Types of mappings that come back as they were; what ``state_dict()`` itself returns comes back as a dict."""
+"""Types of mappings that are restored as such; the result of ``state_dict()`` itself is restored as a dict."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _ATOMIC = frozenset(_ATOMS)
 _PLAIN = frozenset((*_ATOMS, tuple, set, frozenset, np.ndarray, torch.Size, torch.dtype, torch.device))
 
 
 class ByName(dict[str, Any]):
-    """A mapping whose keys are names that others look for: never stored as one value."""
+    """A mapping whose keys must be found by other programs, so that it is never stored as one value."""
 
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that training can use, also for a caller in inference mode: those of that mode can't leave it."""
+    """Create ordinary tensors, also for a caller in inference mode, whose tensors could not be used in training."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -88,7 +87,7 @@ class FlatState:
     empty: list[Path] = field(default_factory=list)
     """Paths of empty mappings. A key for them would keep stock DCP from finding the others."""
     skeleton: dict[Any, Any] = field(default_factory=dict)
-    """The containers of the state dict, of their types and in their order, with None in place of each leaf."""
+    """The containers of the state dict, with their types and order, and None in place of each leaf."""
 
     def layout(self) -> LocalLayout:
         return LocalLayout(tuple(leaf.spec for leaf in self.tensors.values()), tuple(self.objects))
@@ -108,12 +107,12 @@ def is_stateful(value: Any) -> TypeGuard[Stateful]:
 
 
 def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> FlatState:
-    """Flatten nested mappings and lists. Empty mappings get no key, only a place in ``empty``.
+    """Flatten nested mappings and lists. Empty mappings get no key but are listed in ``empty``.
 
-    Tensors that are made of others are taken apart; DTensors under the keys ``by_shard`` too, into their shards.
+    Composed tensors are decomposed, and DTensors under the keys ``by_shard`` into their shards.
 
     Raises:
-        SaveError: two values would get the same key, or a tensor of a kind that can't be stored.
+        SaveError: two values would get the same key, or there is a tensor of a kind that can't be stored.
     """
     flat = FlatState({}, {}, {}, {})
     if PACKED in state_dict:
@@ -132,7 +131,7 @@ def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> Fl
 def _enter(
     flat: FlatState, container: Any, path: Path, packed: set[int], by_shard: frozenset[str], whole: str = ""
 ) -> Any:
-    """Add what stands below a container, and return its skeleton. ``whole``: key of the tensor that it is a part of."""
+    """Add a container's content, and return its skeleton. ``whole``: key of the composed tensor around it, if any."""
     items: Iterable[tuple[Any, Any]]
     items = container.items() if isinstance(container, Mapping) else enumerate(container)
     blank: list[tuple[Any, Any]] = []
@@ -187,17 +186,17 @@ def _add(flat: FlatState, path: Path, value: Any, slot: Slot, container: Any, wh
 
 
 def has_own_record(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is stored as one, and not as a value (as are quantized and sparse tensors)."""
+    """Return whether a tensor is stored as a tensor, not as a value (like quantized and sparse tensors)."""
     return can_be_boxes(tensor) or not (tensor.is_quantized or tensor.layout != torch.strided)
 
 
 def is_lazy(tensor: object) -> TypeGuard[torch.Tensor]:
-    """Return whether a tensor is a view that is conjugated or negated whenever it is read."""
+    """Return whether a tensor is a lazily conjugated or negated view."""
     return isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and (tensor.is_conj() or tensor.is_neg())
 
 
 def is_open(value: Any) -> bool:
-    """Return whether what a container holds is stored one by one: mappings, and lists of tensors and mappings."""
+    """Return whether a container's items are stored separately: mappings, and lists with tensors or mappings."""
     if type(value) not in (*MAPPINGS, TensorParts) and registered(type(value)) is not None:
         return False
     return isinstance(value, Mapping) or (isinstance(value, list) and not is_terminal(value))
@@ -214,10 +213,7 @@ def is_terminal(values: list[Any]) -> bool:
 
 
 def alike(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    """Return a new container with another one's type and order, and new values.
-
-    A mapping of a type that is not known becomes a dict.
-    """
+    """Return a container with the type and order of another one, and new values. An unknown mapping becomes a dict."""
     kind = type(container)
     if kind is list:
         return [value for _, value in items]
@@ -238,18 +234,18 @@ def alike(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
 
 
 class _Packing:
-    """Finds the containers with many small values, the lowest ones that have enough of them."""
+    """Finds the innermost containers with enough small values."""
 
     def __init__(self) -> None:
         self._packed: set[int] = set()
 
     def packed_below(self, state_dict: Any) -> set[int]:
-        """The ids of containers that are to be stored as one value."""
+        """The ids of the containers to store as one value."""
         self._count(state_dict)
         return self._packed
 
     def _count(self, node: Any) -> tuple[int, int, bool]:
-        """Leaves below a container and bytes of their tensors, and whether all are small."""
+        """The number of leaves in a container, the bytes of their tensors, and whether all are small."""
         is_dict = type(node) is dict or isinstance(node, Mapping)
         parts = node.values() if is_dict else node
         if _ATOMIC.issuperset(map(type, parts)):

@@ -1,7 +1,7 @@
 """The nesting of a checkpoint's values: the containers that were saved, with a :class:`Ref` for each value.
 
-A tree says what ``state_dict()`` looked like without reading a value, so that an object is given back all that was
-saved for it, whatever it holds itself at that moment.
+A tree has the structure of ``state_dict()`` without its values, so that an object gets back everything saved for it,
+whatever it holds at the time of the load.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from milepost.tensors.value_writer import encode_object
 
 MAX_STRUCTURE_NBYTES = 256 << 20
 MAX_LIST = 1 << 20
-"""No list has more elements that are stored one by one."""
+"""Maximum length of a list whose elements are stored separately."""
 
 Node = Any
 """A container of nodes, or a :class:`Ref`."""
@@ -28,25 +28,25 @@ Node = Any
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands for the value that is stored under ``key``."""
+    """A reference to the value stored under ``key``."""
 
     key: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """A value that is there already: of a container that is stored as one."""
+    """A value that is read already, since its container is stored as one value."""
 
     value: Any
 
 
 ByRank = Mapping[str, Sequence[tuple[Sequence[int], bytes]]]
-"""For parts whose containers differ between ranks: the ranks of each kind, and its skeleton."""
+"""For a part whose containers differ between ranks: the ranks of each kind, and their skeleton."""
 _BY_RANK = "milepost.by_rank"
-"""Under this name the record of the structure has them."""
+"""The name of these parts in the record of the structure."""
 
 Read = Callable[[str], Any]
-"""Reads the value of a key of a checkpoint that is not a tensor."""
+"""Reads a value of a checkpoint, other than a tensor, by key."""
 
 
 class Tree:
@@ -60,12 +60,12 @@ class Tree:
 
     @classmethod
     def of(cls, manifest: Manifest, read: Read | None = None) -> Tree:
-        """The tree of a checkpoint: as it was recorded, or from the paths of its keys.
+        """Return the tree of a checkpoint, as recorded or from the paths of its keys.
 
-        ``read`` is asked for containers that are stored as one value, when something in them is looked for.
+        ``read`` is called for a container that is stored as one value when its content is needed.
 
         Raises:
-            FormatError: what is recorded is malformed, or the paths contradict each other.
+            FormatError: the record is malformed, or the paths contradict each other.
         """
         stored = {*manifest.tensors, *manifest.objects}
         root = _with_refs(skeleton_of(manifest), (), stored)
@@ -81,7 +81,7 @@ class Tree:
         return tree
 
     def narrow(self, manifest: Manifest, rank: int) -> None:
-        """Reduce parts whose containers differed between ranks to those of ``rank``, in its order."""
+        """Reduce parts whose containers differ between ranks to those of ``rank``, in its order."""
         stored = {*manifest.tensors, *manifest.objects}
         for name, part in _parts_of(manifest, rank).items():
             self.root.pop(name, None)
@@ -89,9 +89,9 @@ class Tree:
                 self.root.update(_with_refs({name: _load(part)}, (), {*stored}))
 
     def at(self, path: Sequence[Any]) -> Node | None:
-        """The node at ``path``, whose elements are compared as text; None if there is none."""
+        """The node at ``path``, with elements compared as text; None if there is none."""
         found = self._descend(path)
-        # Keys of others' checkpoints may come without paths: then every dot of a name divides.
+        # External checkpoints may lack the paths of keys: then every dot in a key separates names.
         return found if found is not None else self._descend(".".join(map(str, path)).split("."))
 
     def _descend(self, path: Sequence[Any]) -> Node | None:
@@ -109,13 +109,13 @@ class Tree:
         return self._read(key) if self._read is not None else None
 
     def _held(self, ref: Ref) -> Node:
-        """The nodes of a container that is stored as one value; nothing for any other value."""
+        """The nodes of a container that is stored as one value; none for any other value."""
         value = self._read(ref.key) if self._read is not None else None
         return as_held(value) if isinstance(value, Mapping | list) else {}
 
 
 def as_held(value: Any) -> Node:
-    """The nodes of a container that is there already."""
+    """The nodes of a container that is read already."""
     if isinstance(value, Mapping):
         return alike(value, [(key, as_held(part)) for key, part in value.items()])
     if isinstance(value, list) and not is_terminal(value):
@@ -127,25 +127,25 @@ def as_held(value: Any) -> Node:
 
 
 def dump_parts(skeleton: Mapping[Any, Any]) -> dict[str, bytes]:
-    """A rank's skeleton, part by part, so that what ranks have in common is sent as the same bytes.
+    """Encode a rank's skeleton part by part, so that common parts are the same bytes on all ranks.
 
-    Under the empty name stands the order of the parts.
+    The empty name has the order of the parts.
     """
     parts = {str(name): encode_object(str(name), part) for name, part in skeleton.items() if part is not None}
     return {"": encode_object("", list(skeleton)), **parts}
 
 
 def merge_parts(brought: Sequence[Mapping[str, bytes]], by_rank: ByRank) -> tuple[bytes, frozenset[str]]:
-    """Merge the skeletons of all ranks into the ``structure`` that a manifest records, with those that differ.
+    """Merge the skeletons of all ranks into the ``structure`` of a manifest, including those that differ.
 
-    Also the keys of tensors that ranks have taken apart in different ways, or one has and another has not.
+    Also return the keys of tensors that ranks have decomposed differently, or that only some have decomposed.
 
     Raises:
-        SaveError: under one key ranks hold lists of different lengths, or a container and something else.
+        SaveError: ranks have lists of different lengths under one key, or a container and another value.
     """
     merged: dict[Any, Any] = {}
     unlike: set[str] = set()
-    on_their_own: set[Any] = set()  # values at the top level, which have no part
+    on_their_own: set[Any] = set()  # values at the top level, outside all parts
     for order, named in dict.fromkeys((parts[""], frozenset(parts)) for parts in brought if parts):
         found = _load(order)
         on_their_own.update(key for key in found if str(key) not in named)
@@ -163,7 +163,7 @@ def merge_parts(brought: Sequence[Mapping[str, bytes]], by_rank: ByRank) -> tupl
 
 
 def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
-    """The containers of a checkpoint with None in place of each value; empty where none are recorded.
+    """The containers of a checkpoint with None in place of each value; empty if none are recorded.
 
     Raises:
         FormatError: the record is malformed.
@@ -176,7 +176,7 @@ def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
 
 
 def _parts_of(manifest: Manifest, rank: int) -> dict[str, bytes]:
-    """The skeletons of what a rank held of parts that were not the same on all, by name; empty where it held none."""
+    """One rank's skeletons of the parts that differ between ranks, by name; empty for a part that it lacks."""
     recorded = _recorded(manifest).get(_BY_RANK, {}) if manifest.structure else {}
     try:
         return {str(name): part for name, kinds in recorded.items() for ranks, part in kinds if rank in ranks}
@@ -233,7 +233,7 @@ def _unlike_on_ranks(what: str, path: Path) -> SaveError:
 
 
 def _compare_forms(one: Any, other: Any, path: Path, unlike: set[str]) -> None:
-    """Note a tensor that is made of other parts on one rank than on another. Empty parts are of no rank."""
+    """Record a tensor with different parts on two ranks. Empty parts belong to no rank."""
     forms = [part.form for part in (one, other) if isinstance(part, TensorParts) and part]
     is_leaf_elsewhere = not (isinstance(one, TensorParts) and isinstance(other, TensorParts))
     if is_leaf_elsewhere or (len(forms) == 2 and forms[0] != forms[1]):
@@ -241,7 +241,7 @@ def _compare_forms(one: Any, other: Any, path: Path, unlike: set[str]) -> None:
 
 
 def _with_refs(skeleton: Any, path: Path, stored: set[str]) -> Any:
-    """A skeleton with a :class:`Ref` for each value; their keys are taken out of ``stored``."""
+    """Fill a skeleton with a :class:`Ref` for each value, removing their keys from ``stored``."""
     blank: list[tuple[Any, Any]] = []
     for index, part in skeleton.items() if isinstance(skeleton, Mapping) else enumerate(skeleton):
         here = (*path, str(index))
@@ -252,7 +252,7 @@ def _with_refs(skeleton: Any, path: Path, stored: set[str]) -> Any:
             blank.append((index, node))
             continue
         key = ".".join(map(str, here))
-        if key in stored:  # not where a save of the model alone has left out the rest
+        if key in stored:  # not if a model-only save left out the rest
             stored.discard(key)
             blank.append((index, Ref(key)))
     return alike(skeleton, blank)
@@ -262,7 +262,7 @@ def _with_refs(skeleton: Any, path: Path, stored: set[str]) -> Any:
 
 
 def child(node: Node, element: Any) -> Node | None:
-    """The node below ``node`` at a key or an index, given as it is or as text."""
+    """The child of ``node`` at a key or an index, which may be given as text."""
     if isinstance(node, Mapping):
         if element in node:
             return node[element]
@@ -285,7 +285,7 @@ def refs(node: Node) -> Iterator[str]:
 
 
 def rebuild(node: Node, values: Mapping[str, Any]) -> Any:
-    """The nested value of a node, made of new containers and the values of its keys."""
+    """The nested value of a node: new containers with the values of its keys."""
     if isinstance(node, Ref):
         return values[node.key]
     if isinstance(node, Held):
@@ -300,7 +300,7 @@ def rebuild(node: Node, values: Mapping[str, Any]) -> Any:
 
 
 def _path_of(key: str, manifest: Manifest) -> Path:
-    """The path of a key. A path that is not the key's own would put the value in another's place."""
+    """Return the path of a key, checked to be its own: another path would place its value wrongly."""
     path = manifest.paths.get(key, tuple(key.split(".")))
     if ".".join(map(str, path)) != key:
         raise FormatError(

@@ -39,9 +39,9 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
     except OverLimitError as error:
         raise FormatError(f"{path}: the value of '{key}' is not read: {error}", path=path, key=key) from error
     except FormatError:
-        pass  # what others' versions of torch write that is not in the tables: torch's own restricted reader decides
+        pass  # written by another version of torch and not in our tables: torch's restricted reader decides
     try:
-        record_reader.check_archive(data)  # torch would unpack compressed entries, whatever they unpack to
+        record_reader.check_archive(data)  # torch would decompress entries of any decompressed size
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:
         raise FormatError(
@@ -50,7 +50,7 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
 
 
 def read_value(raw: bytes) -> Any:
-    """The value in a stream of our own or stock torch's writing.
+    """The value in a stream written by Milepost or stock torch.
 
     Raises:
         FormatError, ConfigError: as :func:`decode_object`.
@@ -71,7 +71,7 @@ def read_value(raw: bytes) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class _Elements:
-    """The elements of a stored storage, as one tensor; None for a storage of bytes."""
+    """The elements of a storage as one tensor; None for an untyped storage."""
 
     dtype: torch.dtype | None
     raw: torch.Tensor
@@ -86,7 +86,7 @@ class _StoredStorages:
         self._found: dict[str, torch.Tensor] = {}
 
     def globals(self) -> Mapping[str, Global]:
-        """All that a value with tensors may name."""
+        """The globals allowed in a value with tensors."""
         calls = {
             "_rebuild_tensor_v2": self._tensor,
             "_rebuild_tensor_v3": self._tensor,
@@ -97,7 +97,7 @@ class _StoredStorages:
         return {**_STORAGES, **{f"torch._utils.{name}": Global(name, call=call) for name, call in calls.items()}}
 
     def find(self, pid: object) -> object:
-        """The elements that a persistent id refers to."""
+        """Return the elements that a persistent id refers to."""
         _require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage", "a strange storage")
         assert isinstance(pid, tuple)
         _, class_, key, *_ = pid
@@ -145,7 +145,7 @@ class _StoredStorages:
 
 
 def _strided(raw: torch.Tensor, dtype: torch.dtype, offset: object, sizes: object, strides: object) -> torch.Tensor:
-    """A tensor of its own with the elements that the arguments point to."""
+    """Create a tensor with a copy of the elements that the arguments refer to."""
     _require(type(offset) is int and isinstance(sizes, tuple) and isinstance(strides, tuple), "a strange tensor")
     assert isinstance(offset, int)
     assert isinstance(sizes, tuple)
@@ -205,9 +205,9 @@ def _require(condition: object, problem: str) -> None:
 
 
 def _check_read(value: Any, nbytes: int) -> None:
-    """Refuse what holds itself, is nested too deep, unfolds to too much, or is not finished."""
+    """Refuse a value that contains itself, is nested too deep, expands to too many parts, or is incomplete."""
     limit = MAX_NODES + nbytes
-    sizes: dict[int, int] = {}  # id of a finished container -> number of its parts, all unfolded
+    sizes: dict[int, int] = {}  # id of a complete container -> number of its parts, fully expanded
     open_ids: set[int] = set()
 
     def measure(node: Any, depth: int) -> int:

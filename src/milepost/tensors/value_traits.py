@@ -1,4 +1,4 @@
-"""Checks of a value before it is written, and the error for one that can't be kept."""
+"""Checks of a value before it is written, and the error for one that can't be stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Traits:
 
 
 def traits_of(key: str, value: Any) -> Traits:
-    """Look a value over. Raises SaveError for one that holds itself or is nested too deep."""
+    """Examine a value. Raises SaveError if it contains itself or is nested too deep."""
     found = Traits()
     open_ids: set[int] = set()
 
@@ -57,7 +57,7 @@ def traits_of(key: str, value: Any) -> Traits:
 
 
 class Refused(Exception):
-    """A value for which there is no form."""
+    """A value without a stored form."""
 
     def __init__(self, value: Any, reason: str, *, what: str = ""):
         super().__init__(reason)
@@ -68,7 +68,7 @@ class Refused(Exception):
 
 
 def refusal(key: str, value: Any, refused: Refused) -> SaveError:
-    """The error that says which part of a value can't be kept, and what to write instead."""
+    """Return the error that names the part of a value that can't be stored, and an alternative."""
     kind = type(refused.value)
     where = f"{key}{place(value, lambda part: part is refused.value) or ''}"
     if refused.what:

@@ -1,7 +1,7 @@
-"""The types that a value of a checkpoint may have: how each is written, and the checked call that makes it again.
+"""The supported types of values: the form in which each is written, and the checked function that rebuilds it.
 
-On the left is what standard picklers name, so that stock PyTorch reads these values too; on the right is a function
-of our own, which is all that is called when Milepost reads.
+Tables map the globals that standard picklers write, so that stock PyTorch reads these values too, to our own functions,
+which are all that Milepost calls when it reads.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ QUANTIZED = {
 
 
 def _ordered(value: OrderedDict[Any, Any]) -> Reduced:
-    """With what ``module.state_dict()`` hangs on it: the versions of its modules."""
+    """With the attribute that ``module.state_dict()`` sets: the versions of its modules."""
     state = {"_metadata": value._metadata} if hasattr(value, "_metadata") else None
     return OrderedDict, (), state, None, iter(value.items())
 
@@ -69,7 +69,7 @@ def _defaultdict(value: defaultdict[Any, Any]) -> Reduced:
 def _array(value: np.ndarray[Any, Any]) -> Reduced:
     if value.dtype.hasobject:
         raise TypeError("its elements are Python objects; use a list")
-    if not value.dtype.isnative:  # numpy's own pickles lose the byte order
+    if not value.dtype.isnative:  # numpy's pickles lose the byte order
         return make_registered, (_ARRAY, (value.dtype, value.shape, value.flags.fnc, value.tobytes("A")))
     return value.__reduce__()  # type: ignore[return-value]
 
@@ -84,7 +84,7 @@ def _scalar(value: np.generic) -> Reduced:
 
 
 def dtype_form(dtype: np.dtype[Any]) -> str | dict[str, Any] | tuple[np.dtype[Any], tuple[int, ...]]:
-    """Return what ``numpy.dtype()`` rebuilds the dtype from."""
+    """Return the argument from which ``numpy.dtype()`` rebuilds the dtype."""
     if dtype.names is not None and dtype.fields is not None:
         fields = [dtype.fields[name] for name in dtype.names]
         return {
@@ -111,7 +111,7 @@ REDUCERS: dict[type, Callable[[Any], Reduced]] = {
     torch.torch_version.TorchVersion: lambda value: (torch.torch_version.TorchVersion, (str(value),)),
     torch.Size: lambda value: (torch.Size, (tuple(value),)),
 }
-"""By exact type: what the pickler writes."""
+"""By exact type: the conversion that the pickler writes."""
 
 _SCHEMES = (
     "per_tensor_affine",
@@ -126,14 +126,14 @@ NATIVE: tuple[type, ...] = (
     datetime.timezone, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
     torch.dtype, torch.device, torch.layout, torch.qscheme,
 )  # fmt: skip
-"""By exact type: what picklers write as it should be."""
+"""By exact type: types whose default pickles are accepted."""
 
 
 def reduce_value(value: Any) -> Any:
     """Reduce, for a pickler, a value that is no plain container, number or text.
 
     Raises:
-        TypeError: there is no form for it; the text says why, or is empty.
+        TypeError: there is no form for it; the text has the reason, or is empty.
     """
     kind = type(value)
     if (reducer := REDUCERS.get(kind)) is not None:
@@ -167,7 +167,7 @@ def _array_of(dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool, da
 
 
 def _ml_dtype(name: str) -> np.dtype[Any]:
-    import ml_dtypes  # 20 ms that only values of these dtypes need
+    import ml_dtypes  # takes 20 ms, and only values of these dtypes need it
 
     kind = vars(ml_dtypes).get(name)
     _require(isinstance(kind, type) and issubclass(kind, np.generic), f"{name!r:.80} is no dtype that is read")
@@ -200,10 +200,10 @@ def _require(condition: object, problem: str) -> None:
 
 
 def check_key(key: object) -> None:
-    """Refuse a dict key or member of a set that is no scalar, or takes long to hash.
+    """Refuse a dict key or set member that is mutable, or takes long to hash.
 
     Raises:
-        FormatError: it is a container that may change, or unfolds to more than a thousand parts.
+        FormatError: it is a mutable container, or expands to more than a thousand parts.
     """
     pending, count = [key], 0
     while pending:
@@ -228,7 +228,7 @@ def _make_set(kind: Any) -> Callable[..., object]:
 
 
 def _checked(kind: Callable[..., Any], *forms: tuple[type | tuple[type, ...], ...]) -> Callable[..., object]:
-    """``kind`` called with arguments of exactly one of the forms."""
+    """Return a function that calls ``kind`` with arguments of exactly one of the forms."""
 
     def make(*args: object) -> object:
         fits = any(len(args) == len(form) and all(map(isinstance, args, form)) for form in forms)
@@ -263,12 +263,12 @@ def _make_deque(*args: object) -> object:
 
 def _make_dtype(*args: object) -> object:
     form = args[0] if args else None
-    # Picklers of numpy's own add two flags, and a state that says the byte order.
+    # numpy's pickles add two flags, and a state with the byte order.
     _require(len(args) == 1 or args[1:] in ((False, True), (0, 1)), "numpy.dtype is called with unknown arguments")
     if isinstance(form, str):
         _require(_DTYPE_TEXT.fullmatch(form) is not None, f"{form!r:.80} is not a supported dtype")
         return np.dtype(form)
-    if isinstance(form, tuple):  # elements that are arrays themselves
+    if isinstance(form, tuple):  # subarray dtypes
         _require(len(form) == 2 and isinstance(form[0], np.dtype) and isinstance(form[1], tuple), "a strange dtype")
         _require(len(form[1]) <= 32 and all(type(n) is int and 0 <= n < 1 << 31 for n in form[1]), "a strange dtype")
         return np.dtype(form)
@@ -299,7 +299,7 @@ def _make_array(*args: object) -> object:
 
 
 def build(target: object, state: object) -> bool:
-    """Give an array its elements, a dtype its byte order (which it has), an ordered dict what hangs on it."""
+    """Set the state of an array (elements), a dtype (byte order, set already) or an ordered dict (attributes)."""
     if isinstance(target, np.dtype):
         _require(isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", "|", "="), "a strange dtype")
         assert isinstance(state, tuple)

@@ -1,8 +1,8 @@
 """Values that are not stored as tensors: Python objects of known types as ``torch.save`` streams.
 
-Writing is CPython's own pickler, with a rule for every type that is not built in, so that nothing is
-written which could not be read. Equal values give equal bytes, which ranks compare: sets are sorted, and a part that
-is one object with another is written twice (but in values of many parts, for their size).
+They are written by CPython's pickler, with a rule for every type that is not built in, so that everything
+written can be read. Equal values give equal bytes, which ranks compare: sets are sorted, and an object that
+occurs twice is written twice (except in values of many parts, for their size).
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from milepost.tensors.value_traits import Refused, place, refusal, traits_of
 from milepost.tensors.value_types import ATOMS, MAX_DEPTH, NATIVE, QUANTIZED, REDUCERS, reduce_value
 
 _PROTOCOL = 2
-"""Protocol of ``torch.load(weights_only=True)``. It writes bytes as text, so large ones need a later protocol."""
+"""The protocol of ``torch.load(weights_only=True)``. It writes bytes as text, so large ones need a later protocol."""
 _PROTOCOL_FOR_BYTES = 4
 _LARGE_BYTES = 64 << 10
 _REMEMBERED_FROM = 20_000
-"""Parts of a value from which on the pickler refers back to those that it has written."""
+"""Minimum number of parts of a value for which the pickler uses memo references."""
 _VERIFIED_NBYTES = 1 << 20
-"""Values of other than built-in types are read back before they are written, up to this size."""
+"""Values of types that are not built in are read back before they are written, up to this size."""
 
 
 def encode_object(key: str, value: Any) -> bytes:
     """A value as a ``torch.save`` stream, tensors in it included.
 
     Raises:
-        SaveError: it holds what can't be kept; says where, what, and what to write instead.
+        SaveError: a part can't be stored; the message has its path, its type and an alternative.
     """
     if type(value) in ATOMS:
         try:
             return record.object_record(value)
-        except TypeError:  # a very long number
+        except TypeError:  # from a very long integer
             pass
     traits = traits_of(key, value)
     given = _with_sorted_sets(key, value) if traits.has_sets else value
@@ -83,7 +83,7 @@ class _Storage:
     numel: int = 0
 
     def add(self, tensor: torch.Tensor) -> int:
-        """Take a tensor's elements in; returns where they begin."""
+        """Append a tensor's elements; return their offset."""
         offset = self.numel
         self.tensors.append(tensor)
         self.numel += tensor.numel()
@@ -94,17 +94,19 @@ class _Storage:
         if not flat:
             return memoryview(b"")
         joined = torch.cat(flat) if len(flat) > 1 else flat[0]
-        raw = torch.empty(0, dtype=torch.uint8, device="cpu")  # through the storage: not every dtype has other views
+        raw = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # by the storage, since some dtypes can't be viewed as bytes
         raw.set_(joined.untyped_storage(), joined.storage_offset() * joined.element_size(), (joined.nbytes,))  # type: ignore[call-overload]
         return memoryview(cast("Any", raw.numpy()))
 
 
 class _HasTensor(Exception):
-    """A tensor's storage needs a hook that is called for every object, which plain values can do without."""
+    """The storages of tensors need a hook that is called for every object, so plain values use a faster pickler."""
 
 
 class _Pickler(pickle.Pickler):
-    """Writes values of built-in types, and of those that the tables know."""
+    """Writes values of built-in types, and of those in the tables."""
 
     def __init__(self, protocol: int, *, is_fast: bool):
         self.out = io.BytesIO()
@@ -114,7 +116,7 @@ class _Pickler(pickle.Pickler):
         """True once a value other than a plain container, number, text or tensor was written."""
         self.no_hooks: OrderedDict[Any, Any] = OrderedDict()
         self.num_bytes = 0
-        """Bytes of arrays, which are bytes in the pickle."""
+        """Total size of arrays, whose elements are stored in the pickle."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -142,7 +144,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _TensorPickler(_Pickler):
-    """Writes tensors too. Their storages are filled on the way; how long they get must be known before."""
+    """Writes tensors too. Their storages are filled during pickling, so their sizes must be computed before."""
 
     def __init__(self, protocol: int, numels: Mapping[str, int], *, is_fast: bool):
         super().__init__(protocol, is_fast=is_fast)
@@ -200,7 +202,7 @@ class _TensorPickler(_Pickler):
         return found
 
     def counts(self) -> dict[str, int]:
-        """Elements of each storage; bytes of one that has no dtype of its own."""
+        """Number of elements of each storage; of an untyped one, its bytes."""
         return {
             name: storage.numel if storage.is_typed else storage.numel * lookup(name).itemsize
             for name, storage in self.storages.items()
@@ -239,20 +241,20 @@ def _functions() -> list[Any]:
 
 _CLASSES = {*NATIVE, *REDUCERS, set, frozenset}
 _VALUE_CLASSES = frozenset(map(id, _CLASSES))
-"""Classes that a value might hold itself, where it may only hold instances of them."""
+"""Classes whose instances a value may contain, but not the classes themselves."""
 _BUILDERS = {id(function): function for function in _functions()}
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _SortedSet:
-    """A set whose members are written in an order that no hash decides."""
+    """A set whose members are written in an order independent of hashes."""
 
     kind: type
     members: list[Any]
 
 
 def _with_sorted_sets(key: str, value: Any) -> Any:
-    """The value, its sets replaced in all plain containers."""
+    """Replace the sets in all plain containers of a value."""
     kind = type(value)
     if kind is set or kind is frozenset:
         members = [_with_sorted_sets(key, member) for member in value]
