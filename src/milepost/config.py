@@ -28,9 +28,11 @@ PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "sta
 
 def part_of(key: str) -> str:
     """Return the part to which a key of a checkpoint belongs; ``model`` for a key without a part's prefix."""
-    head = key.split(".", 1)[0]
-    return head if head in PARTS[1:] else "model"
+    head = key.partition(".")[0]
+    return head if head in _PREFIXES else "model"
 
+
+_PREFIXES = frozenset(PARTS[1:])
 
 _PART_ALIASES = {"data_loader": "dataloader", "optimizers": "optimizer", "lr_schedulers": "lr_scheduler"} | {
     f"{part}.*": part for part in PARTS[1:]

@@ -22,6 +22,7 @@ from milepost.format.columns import Ints, ShardTable, Tiling, table_of
 from milepost.format.dcp_metadata import FILESYSTEM_MODULE, METADATA_MODULE
 from milepost.format.manifest import Manifest
 from milepost.format.plain_pickle import STOP, int_opcodes
+from milepost.format.remembered import Remembered
 from milepost.storage.base import Bytes
 
 DCP_VERSION = "1.0.0"
@@ -31,6 +32,8 @@ _PROTO_4, _MEMOIZE, _NONE, _FALSE = b"\x80\x04", b"\x94", b"N", b"\x89"
 _NEW_INSTANCE, _BUILD = b")\x81", b"b"
 _BATCH_SHARDS = 1 << 16
 _Column = npt.NDArray[np.integer[Any]]
+_MAX_KEPT_KEYS = 16384
+"""Number of keys, and of shards, up to which the start of a file is kept for the next save."""
 
 
 def dump_metadata(manifest: Manifest) -> bytes:
@@ -54,14 +57,13 @@ def is_metadata_of(data: bytes, manifest: Manifest) -> bool:
 def metadata_pieces(manifest: Manifest) -> Iterator[Bytes]:
     """Yield the output of :func:`dump_metadata` in pieces, so that it need not be in memory at once."""
     table = table_of(manifest, whole=False)  # an external checkpoint can be rewritten
-    writer = _Writer(table)
-    keys = sorted([*table.keys, *table.objects.keys])
-    writer.begin(METADATA_MODULE, "Metadata")
-    writer.text("state_dict_metadata")
-    writer.index_of_keys(keys)
-    writer.text("planner_data")
-    writer.index_of_paths(keys)
-    yield _PROTO_4 + writer.take()
+    opening, begun = _last_start.of(
+        (table.keys, table.objects.keys, table.tiling.tolist(), [t.identity for t in table.tilings], dict(table.paths)),
+        lambda: _start(table),
+        keep=len(table.keys) + len(table.objects.keys) <= _MAX_KEPT_KEYS and len(table) <= _MAX_KEPT_KEYS,
+    )
+    yield opening
+    writer = begun.continued(table)
     writer.text("storage_data")
     writer.put(b"}(")
     writer.begin_places()
@@ -75,6 +77,18 @@ def metadata_pieces(manifest: Manifest) -> Iterator[Bytes]:
     writer.text(DCP_VERSION)
     writer.end()
     yield writer.take() + STOP
+
+
+def _start(table: ShardTable) -> tuple[bytes, _Writer]:
+    """Return the bytes before the shards' locations, which alone change from save to save, and the writer of them."""
+    writer = _Writer(table)
+    keys = sorted([*table.keys, *table.objects.keys])
+    writer.begin(METADATA_MODULE, "Metadata")
+    writer.text("state_dict_metadata")
+    writer.index_of_keys(keys)
+    writer.text("planner_data")
+    writer.index_of_paths(keys)
+    return _PROTO_4 + writer.take(), writer
 
 
 def _batches(table: ShardTable) -> Iterator[tuple[int, int]]:
@@ -118,6 +132,14 @@ class _Writer:
         """Of each tiling's boxes: number among the chunks, memo index of the offsets, bytes of the record."""
         self.file_texts: Ints = np.empty(0, np.int64)
         """Memo index of the name of each file; -1 if it is not there yet."""
+
+    def continued(self, table: ShardTable) -> _Writer:
+        """Return a writer for ``table``, which is equal so far, with the same memo."""
+        other = _Writer(table)
+        other.memo_count = self.memo_count
+        other.texts, other.globals, other.sizes = self.texts.copy(), self.globals.copy(), self.sizes.copy()
+        other.boxes, other.chunks, other.tensors = self.boxes.copy(), self.chunks.copy(), self.tensors.copy()
+        return other
 
     def take(self) -> bytes:
         """Return the opcodes emitted since the last call."""
@@ -404,6 +426,9 @@ class _Writer:
 def _without(columns: Sequence[_Column], rows: list[int]) -> Sequence[_Column]:
     """The columns without a few of their rows."""
     return [np.delete(column, rows) for column in columns] if rows else columns
+
+
+_last_start = Remembered[tuple[bytes, _Writer]]()
 
 
 def _unused(tiling: Tiling) -> _Chunks:

@@ -36,9 +36,8 @@ def from_bytes(data: bytes) -> Sequence[int]:
     return memoryview(data).toreadonly().cast("I")
 
 
-def crc32(data: Any, value: int = 0) -> int:
-    """Compute the CRC-32 of a bytes-like object, continuing from ``value``."""
-    return isal_zlib.crc32(data, value)
+crc32 = isal_zlib.crc32
+"""Compute the CRC-32 of a bytes-like object, continuing from a second argument, if there is one."""
 
 
 def combine(crc_a: int, crc_b: int, nbytes_b: int) -> int:

@@ -32,6 +32,7 @@ from milepost.format.manifest import (
 )
 from milepost.format.manifest_1 import manifest_of_format_1
 from milepost.format.manifest_check import head_faults, manifest_faults
+from milepost.format.remembered import Remembered
 from milepost.format.summary import totals_by_part
 from milepost.format.typed_json import MAX_COUNT, Count, Metric, Seconds, parse_json, typed
 
@@ -129,13 +130,17 @@ def record_faults(manifest: Manifest, num_shards: int) -> list[str]:
     """
     parts = [PartTotal(part, MAX_COUNT, MAX_COUNT, MAX_COUNT, MAX_COUNT, ("",) * 8, MAX_COUNT) for part in PARTS]
     rest = len(_dump(dict(manifest.producer))) + len(_dump(dict(manifest.extra)))
-    keys_nbytes = len(_dump(dict(manifest.paths)))
+    paths = dict(manifest.paths)
+    keys_nbytes = _last_paths_nbytes.of(paths, lambda: len(_dump(paths)))
     sizes = (
         (f"the head of {MANIFEST_NAME}", len(head_json(manifest, parts)) + _DTYPES_NBYTES, MAX_HEAD_NBYTES - 64),
         (MANIFEST_NAME, rest + 240 * len(manifest.files), MAX_MANIFEST_NBYTES),
         (SHARDS_NAME, _SHARD_NBYTES * num_shards + 3 * keys_nbytes + len(manifest.structure), MAX_SHARDS_NBYTES),
     )
     return [f"{name} would have {size} bytes: at most {most} can be read" for name, size, most in sizes if size > most]
+
+
+_last_paths_nbytes = Remembered[int]()
 
 
 def head_json(manifest: Manifest, parts: Iterable[PartTotal]) -> bytes:

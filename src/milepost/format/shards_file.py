@@ -22,6 +22,7 @@ from milepost.format.digest import combine, crc32
 from milepost.format.dtype import DTYPES
 from milepost.format.manifest import MAX_SHARDS_NBYTES, SHARDS_NAME
 from milepost.format.manifest_check import MAX_DIMS
+from milepost.format.remembered import Remembered
 from milepost.format.typed_json import parse_json, typed
 from milepost.storage.base import Bytes
 
@@ -36,6 +37,10 @@ _BETWEEN_KEYS = b'],"objects":['
 _MAX_REMEMBERED = 32
 _MAX_REMEMBERED_NBYTES = 1 << 20
 """Number and maximum size of cached lists of keys: each pipeline stage has one."""
+
+
+_MAX_KEPT_KEYS = 16384
+"""Number of keys up to which their JSON is kept for the next save."""
 
 
 class OtherSaveError(FormatError):
@@ -133,8 +138,10 @@ def shards_pieces(table: ShardTable, save_id: str) -> list[Bytes]:
     """
     dtypes = sorted({tiling.dtype for tiling in table.tilings})
     files = _dump({"files": table.files, "dtypes": dtypes})
-    keys = _dump({"tensors": table.keys, "objects": table.objects.keys})
-    paths = _dump([_path_json(key, table.paths.get(key)) for key in (*table.keys, *table.objects.keys)])
+    names = (table.keys, table.objects.keys)
+    keep = len(table.keys) + len(table.objects.keys) <= _MAX_KEPT_KEYS
+    keys = _last_keys.of(names, lambda: _dump({"tensors": table.keys, "objects": table.objects.keys}), keep=keep)
+    paths = _paths_json(table, keep=keep)
     tilings = table.tilings
     counts = _Counts(
         files_nbytes=len(files),
@@ -181,6 +188,18 @@ def _joined(arrays: Sequence[Any]) -> Any:
 
 def _dump(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _paths_json(table: ShardTable, *, keep: bool) -> bytes:
+    keys = (*table.keys, *table.objects.keys)
+    if not table.paths:
+        return _dump([None] * len(keys))
+    return _last_paths.of(
+        (keys, dict(table.paths)), lambda: _dump([_path_json(key, table.paths.get(key)) for key in keys]), keep=keep
+    )
+
+
+_last_keys, _last_paths = Remembered[bytes](), Remembered[bytes]()
 
 
 def _path_json(key: str, path: Path | None) -> object:

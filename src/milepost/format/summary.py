@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from milepost.config import PARTS, part_of
@@ -21,19 +21,32 @@ def totals_by_part(manifest: Manifest) -> list[PartTotal]:
     """Return the total of each existing part, the model first."""
     if manifest.parts:
         return list(manifest.parts)
-    tensors: dict[str, list[TensorEntry]] = {part: [] for part in PARTS}
-    for key, entry in manifest.tensors.items():
-        tensors[part_of(key)].append(entry)
+    tensors: dict[str, Counter[_Kind]] = {part: Counter() for part in PARTS}
+    table = getattr(manifest.tensors, "table", None)
+    if table is not None:  # columns: without an object for each tensor
+        for (part, number), count in Counter(zip(map(part_of, table.keys), table.tiling.tolist(), strict=True)).items():
+            tiling = table.tilings[number]
+            tensors[part][tiling.dtype, tiling.shape, len(tiling)] += count
+    else:
+        for key, entry in manifest.tensors.items():
+            tensors[part_of(key)][entry.dtype, entry.shape, len(entry.shards)] += 1
     num_objects = Counter(map(part_of, manifest.objects))
     return [_total(part, tensors[part], num_objects[part]) for part in PARTS if tensors[part] or num_objects[part]]
 
 
-def _total(part: str, tensors: Sequence[TensorEntry], num_objects: int) -> PartTotal:
-    nbytes = _nbytes_by_dtype(tensors)
-    num_elements = sum(math.prod(entry.shape) for entry in tensors)
+_Kind = tuple[str, tuple[int, ...], int]
+"""Dtype, shape and number of shards of tensors: layers are alike."""
+
+
+def _total(part: str, tensors: Counter[_Kind], num_objects: int) -> PartTotal:
+    nbytes: Counter[str] = Counter()
+    num_elements = num_shards = 0
+    for (dtype, shape, shards), count in tensors.items():
+        numel = math.prod(shape) * count
+        nbytes[dtype] += numel * itemsize(dtype)
+        num_elements, num_shards = num_elements + numel, num_shards + shards * count
     dtypes = tuple(dtype for dtype, _ in nbytes.most_common(_MAX_DTYPES))
-    num_shards = sum(len(entry.shards) for entry in tensors)
-    return PartTotal(part, len(tensors), num_elements, nbytes.total(), num_objects, dtypes, num_shards)
+    return PartTotal(part, tensors.total(), num_elements, nbytes.total(), num_objects, dtypes, num_shards)
 
 
 def model_total(manifest: Manifest) -> PartTotal:
@@ -99,10 +112,3 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-def _nbytes_by_dtype(tensors: Iterable[TensorEntry]) -> Counter[str]:
-    nbytes: Counter[str] = Counter()
-    for entry in tensors:
-        nbytes[entry.dtype] += math.prod(entry.shape) * itemsize(entry.dtype)
-    return nbytes

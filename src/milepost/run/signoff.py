@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from milepost.collective.progress import SLOW_S
 from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, SaveError, StorageError
-from milepost.format.box import Box
 from milepost.format.digest import crc32
 from milepost.format.file_rows import FileRow, ShareRow, SignOffHead, file_entries
-from milepost.format.manifest import FileEntry, ObjectEntry
+from milepost.format.manifest import FileEntry
+from milepost.format.remembered import Remembered
 from milepost.format.shares import Share
 from milepost.format.typed_json import parse_json, typed
 from milepost.run.node_part import rank_list
@@ -32,7 +32,7 @@ from milepost.storage.base import Storage
 from milepost.tensors.plan import WriteItem
 
 if TYPE_CHECKING:
-    from milepost.format.columns import Tiling
+    from milepost.format.columns import ShardTable, Tiling
     from milepost.format.segment_merger import SegmentMerger
     from milepost.format.segments import Segment
 
@@ -47,8 +47,7 @@ _AT_ONCE = 8
 """Number of sign-offs read before their segments are merged, per stream of the storage."""
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenTensor:
+class WrittenTensor(NamedTuple):
     """An item that was written, with its digests. ``block_crcs`` has one CRC-32 for each 4 MiB of raw data."""
 
     item: WriteItem
@@ -56,8 +55,7 @@ class WrittenTensor:
     block_crcs: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenObject:
+class WrittenObject(NamedTuple):
     """A value that was written. ``crc32`` is of the whole record."""
 
     key: str
@@ -102,38 +100,60 @@ def segment_of(files: Sequence[WrittenFile]) -> Segment:
     """
     import numpy as np  # takes 100 ms, which deleting old steps should not cost
 
-    from milepost.format.columns import ShardTable, object_columns
+    from milepost.format.columns import ObjectColumns
     from milepost.format.segments import Segment
 
-    number = {file.file: index for index, file in enumerate(files)}
-    stored = sorted(
-        ((tensor.item.key, tensor.item.box, number[file.file], tensor) for file in files for tensor in file.tensors),
-        key=lambda one: one[:2],
+    tensors = [tensor for file in files for tensor in file.tensors]
+    places = [(file.file, tuple(tensor.item for tensor in file.tensors)) for file in files]
+    order, table = _last_places.of(places, lambda: _placed(places), keep=len(tensors) <= _MAX_KEPT_TENSORS)
+    tensors = [tensors[place] for place in order]
+    numbered = [(o, number) for number, file in enumerate(files) for o in file.objects]
+    numbered.sort()
+    objects = ObjectColumns(
+        tuple(o.key for o, _ in numbered),
+        np.array([number for _, number in numbered], np.uint32),
+        np.array([o.record_offset for o, _ in numbered], np.int64),
+        np.array([o.record_nbytes for o, _ in numbered], np.int64),
+        np.array([o.crc32 for o, _ in numbered], np.uint32),
     )
-    tilings, tiling = _tilings(stored)
-    tensors = [tensor for *_, tensor in stored]
-    objects = {
-        o.key: ObjectEntry(file.file, o.record_offset, o.record_nbytes, o.crc32) for file in files for o in file.objects
-    }
+    own = replace(table, crc32=np.array([tensor.crc32 for tensor in tensors], np.uint32), objects=objects)
+    crcs = np.fromiter(chain.from_iterable(tensor.block_crcs for tensor in tensors), np.uint32)
+    return Segment(own, {f.file: FileEntry(f.nbytes, f.crc32, f.content, f.since) for f in files}, crcs)
+
+
+_Places = Sequence[tuple[str, tuple[WriteItem, ...]]]
+"""The names of a rank's files, and what is in each."""
+_last_places = Remembered[tuple[Sequence[int], "ShardTable"]]()
+_MAX_KEPT_TENSORS = 16384
+"""Number of tensors up to which their columns are kept for the next save, most often with the same plan."""
+
+
+def _placed(places: _Places) -> tuple[Sequence[int], ShardTable]:
+    """Return the order of all items by key and box, and their columns in it, but for the CRC-32s."""
+    import numpy as np
+
+    from milepost.format.columns import ShardTable
+    from milepost.format.segments import empty_table
+
+    found = [(item, number) for number, (_, items) in enumerate(places) for item in items]
+    order = sorted(range(len(found)), key=lambda place: (found[place][0].key, found[place][0].box))
+    stored = [found[place] for place in order]
+    tilings, tiling = _tilings([item for item, _ in stored])
     table = ShardTable(
-        files=tuple(number),
-        keys=tuple(dict.fromkeys(key for key, *_ in stored)),
+        files=tuple(name for name, _ in places),
+        keys=tuple(dict.fromkeys(item.key for item, _ in stored)),
         tilings=tilings,
         tiling=np.array(tiling, np.uint32),
-        file=np.array([file for _, _, file, _ in stored], np.uint32),
-        record_offset=np.array([tensor.item.record_offset for tensor in tensors], np.int64),
-        crc32=np.array([tensor.crc32 for tensor in tensors], np.uint32),
-        objects=object_columns(objects, number),
+        file=np.array([number for _, number in stored], np.uint32),
+        record_offset=np.array([item.record_offset for item, _ in stored], np.int64),
+        crc32=np.empty(0, np.uint32),
+        objects=empty_table().objects,
         paths={},
     )
-    crcs = np.fromiter(chain.from_iterable(tensor.block_crcs for tensor in tensors), np.uint32)
-    return Segment(table, {f.file: FileEntry(f.nbytes, f.crc32, f.content, f.since) for f in files}, crcs)
+    return order, table
 
 
-_Stored = tuple[str, Box, int, WrittenTensor]
-
-
-def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
+def _tilings(stored: Sequence[WriteItem]) -> tuple[list[Tiling], list[int]]:
     """The distinct tilings of the keys, and the index of each key's tiling."""
     import numpy as np
 
@@ -142,8 +162,8 @@ def _tilings(stored: Sequence[_Stored]) -> tuple[list[Tiling], list[int]]:
     known: dict[object, int] = {}
     found: list[Tiling] = []
     tiling_of = []
-    for key, group in groupby(stored, key=lambda one: one[0]):
-        items = [tensor.item for *_, tensor in group]
+    for key, group in groupby(stored, key=lambda item: item.key):
+        items = list(group)
         dtype, shape = items[0].dtype, items[0].shape
         if any((item.dtype, item.shape) != (dtype, shape) for item in items):
             raise SaveError(f"'{key}' was stored by one rank with two dtypes or shapes", key=key)

@@ -226,7 +226,8 @@ class Agreement:
     def _place(self, prepared: Prepared) -> str:
         """Return the key of the plan's validity on this rank."""
         nodes = self._nodes.groups if self._nodes is not None else ()
-        return f"{self._comm.name} {self._comm.rank} {self._comm.world_size} {nodes} {prepared.fingerprint}"
+        fingerprint = self._last.fingerprint_of(prepared.layout, prepared.nesting)
+        return f"{self._comm.name} {self._comm.rank} {self._comm.world_size} {nodes} {fingerprint}"
 
     def _described(self, prepared: Prepared) -> Structure | MilepostError:
         try:

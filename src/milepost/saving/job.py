@@ -374,8 +374,10 @@ def contents_of(manifest: Manifest) -> dict[str, str]:
 
     table = table_of(manifest)
     hashes: dict[str, hashlib.blake2b] = {}
-    for number, key in enumerate(table.keys):
-        digest = hashes.setdefault(part_of(key), hashlib.blake2b(digest_size=16))
-        digest.update(key.encode("utf-8", "surrogatepass"))
-        digest.update(table.crc32[table.first[number] : table.first[number + 1]].tobytes())
+    crcs, first, size = table.crc32.tobytes(), table.first.tolist(), table.crc32.itemsize
+    for key, start, stop in zip(table.keys, first, first[1:], strict=False):
+        part = part_of(key)
+        if part not in hashes:
+            hashes[part] = hashlib.blake2b(digest_size=16)
+        hashes[part].update(key.encode("utf-8", "surrogatepass") + crcs[start * size : stop * size])
     return {part: digest.hexdigest() for part, digest in hashes.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from milepost.saving.structure import Record, Roster
-from milepost.tensors.plan import WritePlan
+from milepost.saving.structure import Nesting, Record, Roster
+from milepost.tensors.plan import LocalLayout, WritePlan
 from milepost.tensors.sharing import Group
 
 
@@ -21,6 +21,9 @@ class LastPlan:
     token: str = ""
     fingerprint: str = ""
     """Key of this rank's state and its position among the ranks."""
+    described: tuple[LocalLayout, Nesting] | None = None
+    """This rank's state at the last save, and ``description``, its fingerprint: most saves only compare them."""
+    description: str = ""
     digests: tuple[str, str] = ("", "")
     """The digests of this rank's structure."""
     plan: WritePlan | None = None
@@ -34,3 +37,15 @@ class LastPlan:
     """On rank 0 only."""
     hosts: tuple[str, ...] = ()
     """Per rank; on rank 0 only."""
+
+    def fingerprint_of(self, layout: LocalLayout, nesting: Nesting) -> str:
+        """Return a value equal for two states if and only if they have the same structure."""
+        if self.described is None or not _are_same(self.described, (layout, nesting)):
+            self.description = f"{layout.fingerprint(nesting.paths)} {nesting.digest()}"
+            self.described = layout, nesting
+        return self.description
+
+
+def _are_same(one: tuple[LocalLayout, Nesting], other: tuple[LocalLayout, Nesting]) -> bool:
+    # Equal mappings may be in different orders, which a fingerprint tells apart.
+    return one == other and list(one[1].paths) == list(other[1].paths)

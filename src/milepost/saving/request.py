@@ -26,6 +26,7 @@ from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
 from milepost.tensors.state import ByName, FlatState, flatten, unwrap_stateful
 from milepost.tensors.tree import dump_parts
+from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
 
 
@@ -86,7 +87,6 @@ class Prepared:
     """Encoded values, except large ones that concern no other rank."""
     layout: LocalLayout
     nesting: Nesting
-    fingerprint: str
     frozen: frozenset[str] = frozenset()
     """Keys of parameters without gradient."""
     error: MilepostError | None = None
@@ -127,28 +127,35 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         flat = flatten(whole, manner.by_shard)
         if (dtype := request.dtype) is not None:
             flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
-        objects = {key: _encoded(key, value, manner) for key, value in flat.objects.items()}
+        objects = _encoded(flat.objects, manner)
         buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
         frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules])
         layout = replace(flat.layout(), buffers=buffers, frozen=frozen if _shares(request) else frozenset())
         if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
-            layout = replace(layout, tensors=tuple(replace(spec, spread=None) for spec in layout.tensors))
+            plain = (spec if spec.spread is None else replace(spec, spread=None) for spec in layout.tensors)
+            layout = replace(layout, tensors=tuple(plain))
         nesting = Nesting(flat.paths, flat.empty, dump_parts(flat.skeleton))
-        fingerprint = f"{layout.fingerprint(flat.paths)} {nesting.digest()}"
-        return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, fingerprint, frozen)
+        return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, frozen)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
 
 def _nothing(rank: int, error: MilepostError) -> Prepared:
-    return Prepared(
-        rank, {}, (), FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), Nesting({}, (), {}), "", error=error
-    )
+    return Prepared(rank, {}, (), FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), Nesting({}, (), {}), error=error)
 
 
-def _encoded(key: str, value: Any, manner: Manner) -> bytes | Snapshot:
-    copied = snapshot(value) if manner.may_defer else None
-    return copied if copied is not None else encode_object(key, value)
+def _encoded(values: Mapping[str, Any], manner: Manner) -> dict[str, bytes | Snapshot]:
+    """Encode all values; one tuple of plain numbers under many keys (``betas``) only once."""
+    found: dict[str, bytes | Snapshot] = {}
+    tuples: dict[int, bytes] = {}  # by identity: such a tuple does not change, and ``values`` keeps it alive
+    for key, value in values.items():
+        if type(value) is tuple and ATOMS.issuperset(map(type, value)):
+            known = tuples.get(id(value))
+            found[key] = known if known is not None else tuples.setdefault(id(value), encode_object(key, value))
+            continue
+        copied = snapshot(value) if manner.may_defer else None
+        found[key] = copied if copied is not None else encode_object(key, value)
+    return found
 
 
 def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:

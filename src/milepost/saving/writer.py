@@ -23,7 +23,14 @@ from milepost.format.manifest import BLOCK_NBYTES
 from milepost.run.place import Place
 from milepost.run.signoff import WrittenFile, WrittenObject, WrittenTensor
 from milepost.storage.base import Bytes, Storage, WriteHandle
-from milepost.tensors.plan import LARGE_ALIGNMENT, SMALL_ALIGNMENT, WriteItem, WritePlan, align
+from milepost.tensors.plan import (
+    LARGE_ALIGNMENT,
+    LARGE_RECORD_NBYTES,
+    SMALL_ALIGNMENT,
+    WriteItem,
+    WritePlan,
+    align,
+)
 
 GROUP_NBYTES = 16 << 20
 """Approximate size of the groups of records taken by threads."""
@@ -73,6 +80,10 @@ class _Group:
     def nbytes(self) -> int:
         return self.items[-1].record_offset + self.items[-1].record_nbytes - self.start
 
+    @property
+    def is_of_small_records(self) -> bool:
+        return self.nbytes < len(self.items) * LARGE_RECORD_NBYTES
+
 
 def write_file(
     storage: Storage,
@@ -98,7 +109,10 @@ def write_file(
         writer = _GroupWriter(handle, source, on_progress)
         threads = 1 if handle.is_sequential and not isinstance(source, FileImage) else num_threads
         batches = map_in_threads(writer.write, _groups(plan.items), threads, name="milepost-write")
-        write_stream(handle, plan.objects_offset, object_pieces(plan.objects_offset, placed, objects), writer.buffer())
+        pieces: Iterable[bytes] = object_pieces(plan.objects_offset, placed, objects)
+        if end - plan.objects_offset < GROUP_NBYTES:
+            pieces = (b"".join(pieces),)  # there may be thousands, each with zeros after it
+        write_stream(handle, plan.objects_offset, pieces, writer.buffer())
         handle.sync()
     return WrittenFile(place.name(plan.file), nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
 
@@ -177,6 +191,8 @@ class _GroupWriter:
         if isinstance(self._source, FileImage):
             stop = _complete_image(group, self._source.memory, written)
             self._handle.write(group.start, [self._source.memory[group.start : stop]], stable=True)
+        elif group.is_of_small_records and self._handle.alignment == 1:
+            self._handle.write(group.start, [_image_of(group, self._source, written)], stable=True)
         else:
             write_stream(self._handle, group.start, _record_pieces(group, self._source, written), self.buffer())
         if self._on_progress is not None:
@@ -258,22 +274,39 @@ def _record_pieces(group: _Group, source: BlockSource, written: list[WrittenTens
     yield bytes(align(position, LARGE_ALIGNMENT) - position)
 
 
-def _complete_image(group: _Group, image: memoryview, written: list[WrittenTensor]) -> int:
-    """Fill headers, footers and zeros around data in place; returns the end of the group."""
-    position = group.start
+def _image_of(group: _Group, source: BlockSource, written: list[WrittenTensor]) -> memoryview:
+    """Return the bytes of a group of small records, in one piece: four for each record would take longer to pass on."""
+    image = memoryview(bytearray(align(group.nbytes, LARGE_ALIGNMENT)))
+    for item in group.items:
+        position = item.data_offset - group.start
+        for data in source.blocks(item):
+            image[position : position + len(data)] = data
+            position += len(data)
+    _complete_image(group, image, written, group.start)
+    return image
+
+
+def _complete_image(group: _Group, image: memoryview, written: list[WrittenTensor], base: int = 0) -> int:
+    """Fill headers, footers and zeros around data in place; returns the end of the group in the file.
+
+    ``base`` is the offset in the file at which ``image`` begins.
+    """
+    position = group.start - base
     for item in group.items:
         layout = record.tensor_record(item.dtype, item.box.sizes)
-        image[position : item.record_offset] = bytes(item.record_offset - position)
-        image[item.record_offset : item.data_offset] = layout.header
-        end = item.data_offset + item.data_nbytes
+        record_start, data_start = item.record_offset - base, item.data_offset - base
+        if position < record_start:
+            image[position:record_start] = bytes(record_start - position)
+        image[record_start:data_start] = layout.header
+        end = data_start + item.data_nbytes
         crc, block_crcs = 0, []
-        for start in range(item.data_offset, end, BLOCK_NBYTES):
+        for start in range(data_start, end, BLOCK_NBYTES):
             block = image[start : min(start + BLOCK_NBYTES, end)]
             block_crcs.append(digest.crc32(block))
-            crc = digest.combine(crc, block_crcs[-1], block.nbytes) if start > item.data_offset else block_crcs[-1]
-        position = item.record_offset + item.record_nbytes
+            crc = digest.combine(crc, block_crcs[-1], block.nbytes) if start > data_start else block_crcs[-1]
+        position = record_start + item.record_nbytes
         image[end:position] = record.record_footer(layout, crc)
         written.append(WrittenTensor(item, crc, tuple(block_crcs)))
     stop = align(position, LARGE_ALIGNMENT)
     image[position:stop] = bytes(stop - position)
-    return stop
+    return base + stop

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -71,8 +72,13 @@ class TensorLeaf:
 
     @property
     def spec(self) -> TensorSpec:
-        boxes = tuple(p.box for p in self.pieces)
+        boxes = (self.pieces[0].box,) if len(self.pieces) == 1 else tuple(p.box for p in self.pieces)
         return TensorSpec(self.key, dtype_name(self.dtype), self.shape, boxes, self.spread)
+
+    def view_of(self, box: Box) -> torch.Tensor:
+        """The part of ``local`` that holds the piece with this box; shares memory."""
+        is_only = len(self.pieces) == 1 and self.pieces[0].box == box
+        return self.view(0 if is_only else [piece.box for piece in self.pieces].index(box))
 
     def view(self, piece: int) -> torch.Tensor:
         """A view of the part of ``local`` that holds a piece."""
@@ -95,6 +101,7 @@ def stored_as(leaf: TensorLeaf, dtype: torch.dtype) -> TensorLeaf:
     return replace(leaf, dtype=dtype) if leaf.dtype.is_floating_point and not leaf.is_part else leaf
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
@@ -113,8 +120,16 @@ def tensor_leaf(key: str, tensor: torch.Tensor | Placed) -> TensorLeaf:
     if isinstance(tensor, DTensor):
         return _dtensor_leaf(key, tensor)
     _check_kind(key, tensor)
-    box = Box.whole(tensor.shape)
-    return TensorLeaf(key, tensor.dtype, tuple(tensor.shape), (Piece(box, box),), tensor.detach())
+    shape, pieces = _whole(tensor.shape)
+    return TensorLeaf(key, tensor.dtype, shape, pieces, tensor.detach())
+
+
+@lru_cache(maxsize=4096)  # a model has few shapes
+def _whole(size: torch.Size) -> tuple[tuple[int, ...], tuple[Piece]]:
+    """Return the shape and the only piece of a tensor that a rank holds whole."""
+    shape = tuple(size)
+    box = Box.whole(shape)
+    return shape, (Piece(box, box),)
 
 
 def _dtensor_leaf(key: str, tensor: DTensor) -> TensorLeaf:
@@ -205,7 +220,7 @@ def problem_of(tensor: torch.Tensor) -> str:
     """Explain why a tensor can't be stored in any form, and what to write instead; empty if it can."""
     if tensor.is_nested:
         return "a nested tensor; store list(tensor.unbind())"
-    if str(tensor.layout) == "torch._mkldnn":
+    if tensor.layout != torch.strided and str(tensor.layout) == "torch._mkldnn":
         return "a tensor in the layout of MKLDNN; store tensor.to_dense()"
     if tensor.is_meta:
         return "a meta tensor without data; initialise it first"

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 """Types of mappings that are restored as such; the result of ``state_dict()`` itself is restored as a dict."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _ATOMIC = frozenset(_ATOMS)
+_TENSORS = frozenset((torch.Tensor, nn.Parameter))
+"""Types of which a tensor is stored as it is: not lazy, not the result of a collective, not made of others."""
 _PLAIN = frozenset((*_ATOMS, tuple, set, frozenset, np.ndarray, torch.Size, torch.dtype, torch.device))
 
 
@@ -64,8 +66,7 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class Slot(NamedTuple):
     """The location of a value: ``container[index]`` of the caller's own nested dict."""
 
     container: Any
@@ -129,65 +130,76 @@ def flatten(state_dict: Mapping[Any, Any], by_shard: Collection[str] = ()) -> Fl
 
 
 def _enter(
-    flat: FlatState, container: Any, path: Path, packed: set[int], by_shard: frozenset[str], whole: str = ""
+    flat: FlatState,
+    container: Any,
+    path: Path,
+    packed: set[int],
+    by_shard: frozenset[str],
+    whole: str = "",
+    prefix: str = "",
 ) -> Any:
-    """Add a container's content, and return its skeleton. ``whole``: key of the composed tensor around it, if any."""
+    """Add a container's content, and return its skeleton. ``whole``: key of the composed tensor around it, if any.
+
+    ``prefix`` begins the keys below it. Plain numbers, text and tensors take the short way: a state has thousands.
+    """
     items: Iterable[tuple[Any, Any]]
-    items = container.items() if isinstance(container, Mapping) else enumerate(container)
+    is_list = isinstance(container, list)
+    items = enumerate(container) if is_list else container.items()
     blank: list[tuple[Any, Any]] = []
     for index, value in items:
-        here: Path = (*path, index if isinstance(container, list) else str(index))
-        if type(value) not in _PLAIN and is_stateful(value):
+        kind = type(value)
+        here: Path = (*path, index if is_list else str(index))
+        key = f"{prefix}{index!s}"
+        if kind in _ATOMIC or (kind in _TENSORS and key not in by_shard):
+            _add(flat, key, here, value, Slot(container, index), whole)
+            blank.append((index, None))
+            continue
+        if kind not in _PLAIN and is_stateful(value):
             value = value.state_dict()
         if isinstance(value, LAZY):
-            key = _key(here)
             raise SaveError(f"{key} is of a lazy module and has no shape yet: run a batch through it first", key=key)
         value = arrived(value) if isinstance(value, torch.Tensor) else value
-        if comes_apart(value) or (by_shard and isinstance(value, torch.Tensor) and _key(here) in by_shard):
-            value = take_apart(_key(here), value, by_shard=_key(here) in by_shard)
+        if comes_apart(value) or (isinstance(value, torch.Tensor) and key in by_shard):
+            value = take_apart(key, value, by_shard=key in by_shard)
         if id(value) in packed or not is_open(value):
-            _add(flat, here, value, Slot(container, index), container, whole)
+            _add(flat, key, here, value, Slot(container, index), whole)
             blank.append((index, None))
             continue
         if isinstance(value, Mapping) and len(here) > 1 and type(value) not in (*MAPPINGS, TensorParts):
-            key = _key(here)
-            kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise SaveError(f"{key} is a {kind}, a type that can't be stored: store dict(...) of it", key=key)
+            name = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise SaveError(f"{key} is a {name}, a type that can't be stored: store dict(...) of it", key=key)
         if isinstance(value, list) and type(value) is not list:
-            key, kind = _key(here), f"{type(value).__module__}.{type(value).__qualname__}"
-            raise SaveError(f"{key} is a {kind}, a type that can't be stored: store list(...) of it", key=key)
+            name = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise SaveError(f"{key} is a {name}, a type that can't be stored: store list(...) of it", key=key)
         if not value and not isinstance(value, TensorParts):
             flat.empty.append(here)
-        inside = whole or _key(here) if isinstance(value, TensorParts) else ""
-        blank.append((index, _enter(flat, value, here, packed, by_shard, inside)))
+        inside = whole or key if isinstance(value, TensorParts) else ""
+        blank.append((index, _enter(flat, value, here, packed, by_shard, inside, f"{key}.")))
     return alike(container, blank)
 
 
-def _key(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
-def _add(flat: FlatState, path: Path, value: Any, slot: Slot, container: Any, whole: str) -> None:
-    key = _key(path)
+def _add(flat: FlatState, key: str, path: Path, value: Any, slot: Slot, whole: str) -> None:
     if key in flat.paths:
         one, other = (*flat.paths[key][:-1], flat.slots[key].index), (*path[:-1], slot.index)
         raise SaveError(f"two values would be stored under the key '{key}': {one} and {other}; rename one", key=key)
     flat.paths[key] = path
     flat.slots[key] = slot
-    if isinstance(value, Placed) or (isinstance(value, torch.Tensor) and has_own_record(value)):
-        leaf = tensor_leaf(key, value.resolve_conj().resolve_neg() if is_lazy(value) else value)
-        if isinstance(container, TensorParts):
-            leaf = replace(
-                leaf, is_part=True, shard_of=whole if container.form.cuts.get(str(path[-1])) == "whole" else ""
-            )
-        flat.tensors[key] = leaf
-    else:
+    if type(value) in _ATOMIC or not (
+        isinstance(value, Placed) or (isinstance(value, torch.Tensor) and has_own_record(value))
+    ):
         flat.objects[key] = value
+        return
+    leaf = tensor_leaf(key, value.resolve_conj().resolve_neg() if is_lazy(value) else value)
+    if isinstance(slot.container, TensorParts):
+        parts = slot.container
+        is_whole = parts.form.cuts.get(str(path[-1])) == "whole"
+        leaf = replace(leaf, is_part=True, shard_of=whole if is_whole else "")
+    flat.tensors[key] = leaf
 
 
 def has_own_record(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is stored as a tensor, not as a value (like quantized and sparse tensors)."""
-    return can_be_boxes(tensor) or not (tensor.is_quantized or tensor.layout != torch.strided)
+    return not (tensor.is_quantized or tensor.layout != torch.strided) or can_be_boxes(tensor)
 
 
 def is_lazy(tensor: object) -> TypeGuard[torch.Tensor]:

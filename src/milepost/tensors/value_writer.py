@@ -10,9 +10,11 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import io
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +37,8 @@ _PROTOCOL = 2
 """The protocol of ``torch.load(weights_only=True)``. It writes bytes as text, so large ones need a later protocol."""
 _PROTOCOL_FOR_BYTES = 4
 _LARGE_BYTES = 64 << 10
+_KNOWN_TEXT = 256
+"""Characters up to which the record of a text is kept for the next one."""
 _REMEMBERED_FROM = 20_000
 """Minimum number of parts of a value for which the pickler uses memo references."""
 _VERIFIED_NBYTES = 1 << 20
@@ -47,10 +51,13 @@ def encode_object(key: str, value: Any) -> bytes:
     Raises:
         SaveError: a part can't be stored; the message has its path, its type and an alternative.
     """
-    if type(value) in ATOMS:
+    kind = type(value)
+    if kind in ATOMS:
         try:
-            return record.object_record(value)
-        except TypeError:  # from a very long integer
+            if kind is float:
+                return _known_record(value, math.copysign(1.0, value))
+            return _known_record(value) if kind is not str or len(value) <= _KNOWN_TEXT else record.object_record(value)
+        except TypeError:  # from a very long integer, or a complex number
             pass
     traits = traits_of(key, value)
     given = _with_sorted_sets(key, value) if traits.has_sets else value
@@ -70,6 +77,15 @@ def encode_object(key: str, value: Any) -> bytes:
                 f"{where} holds a value that could not be loaded again: {error.message}", key=key
             ) from error
     return stream
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _known_record(value: object, sign: float = 1.0) -> bytes:
+    """Return an atom's record, kept: an optimizer has the same options for each parameter, and at each save.
+
+    Numbers of other types are other values, and so is -0.0, by its ``sign``.
+    """
+    return record.object_record(value)
 
 
 @dataclasses.dataclass(eq=False, slots=True)

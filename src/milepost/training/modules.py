@@ -20,6 +20,8 @@ _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 def fqn(root: nn.Module, name: str) -> str:
     """Return the name of a parameter or buffer of ``root`` in the unwrapped model."""
+    if "module" not in name and "_orig_mod" not in name:
+        return name  # no segment of it can be a wrapper's; most names are such
     kept = []
     module: Any = root
     for segment in name.split("."):
