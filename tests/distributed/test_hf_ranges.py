@@ -22,7 +22,7 @@ from milepost.format.shares import Share
 from milepost.interop.convert import convert
 from milepost.interop.hf.config import make_config
 from milepost.interop.hf.load import load_hf
-from milepost.interop.hf.save import HfTarget, commit_record, join_shares, plan_image, write_frame, write_part
+from milepost.interop.hf.save import HfTarget, commit_record, join_shares, plan_image, write_extras, write_part
 from milepost.interop.names.families import family_of
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import correspond
@@ -107,9 +107,11 @@ def save_as_hf(folder: Path, target: str, layout: Layout, leaves: dict[str, Tens
     attempts = [begin_attempt(storage, target, save_ids[0]) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(attempts)
     data = f"{attempts[0]}/data"
-    shares = [write_part(storage, data, image, plans[dist.get_rank()].items, TensorBlocks(leaves))]
+    rank = dist.get_rank()
+    items = plans[rank].items
+    shares = [write_part(storage, data, image, items, TensorBlocks(leaves), with_headers=rank == 0)]
     if dist.get_rank() == 0:
-        shares.append(write_frame(storage, data, image))
+        shares.append(write_extras(storage, data, image))
     of_all: list[list[dict[str, Share]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_all, shares)
     if dist.get_rank() == 0:
@@ -185,8 +187,8 @@ def test_a_save_from_an_arena_gives_the_same_files(memory_path: Path):
     )
     storage = LocalStorage(memory_path / "out")
     storage.make_folder("")
-    write_part(storage, "", image, plan.items, FileImage(memoryview(_arena(plan, ours))))
-    write_frame(storage, "", image)
+    write_part(storage, "", image, plan.items, FileImage(memoryview(_arena(plan, ours))), with_headers=True)
+    write_extras(storage, "", image)
     saved, original = hf_tensors(memory_path / "out"), hf_tensors(memory_path / "hf")
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[key], original[key]) for key in original)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from milepost.format.shares import Share
 from milepost.interop.hf.merge import merge_ranks
-from milepost.interop.hf.save import AnyHfTarget, commit_record, join_shares, plan_image, write_frame, write_part
+from milepost.interop.hf.save import AnyHfTarget, commit_record, join_shares, plan_image, write_extras, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
 from milepost.run.place import Place
@@ -46,11 +46,13 @@ class HfForm:
             file = write_file(storage, place, tensors, source, {}, num_threads=num_threads, on_progress=on_progress)
             return (file,), ()
         image = plan_image(self.target)
-        frame = (write_frame(storage, place.folder, image),) if is_first else ()
         part = write_part(
-            storage, place.folder, image, plan.items, source, num_threads=num_threads, on_progress=on_progress
+            *(storage, place.folder, image, plan.items, source),
+            with_headers=is_first,
+            num_threads=num_threads,
+            on_progress=on_progress,
         )
-        return (), (*frame, part)
+        return (), (*((write_extras(storage, place.folder, image),) if is_first else ()), part)
 
     def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
         save_id = signed[0].save_id

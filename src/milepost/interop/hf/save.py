@@ -159,23 +159,16 @@ def _foreign_tensors(found: Correspondence, target: HfTarget) -> dict[str, Tenso
     return {key: TensorInfo(next(iter(dtypes[key])), shape) for key, shape in found.theirs.items()}
 
 
-def write_frame(storage: Storage, folder: str, image: HfImage) -> dict[str, Share]:
-    """Write everything except the tensors: headers, index, config and assets. Called by one rank; returns its shares.
+def write_extras(storage: Storage, folder: str, image: HfImage) -> dict[str, Share]:
+    """Write the files beside the weights: index, config and assets. Called by one rank; returns its shares.
 
     Raises:
         StorageError: the storage refused.
     """
-    shares = {}
-    for name, layout in image.files.items():
-        with storage.open_write(join(folder, name), layout.nbytes, shared=True) as handle:
-            shares[name] = _share_of(layout.prefix, layout.nbytes)
-            handle.write(0, [layout.prefix])
-            handle.sync()
     keys = {name: tuple(layout.tensors) for name, layout in image.files.items()}
-    for name, data in image.content.extras.files(keys, image.content.tensors):
-        shares[name] = _share_of(data, len(data))
-        storage.write(join(folder, name), data)
-    return shares
+    files = dict(image.content.extras.files(keys, image.content.tensors))
+    storage.write_all({join(folder, name): data for name, data in files.items()})
+    return {name: _share_of(data, len(data)) for name, data in files.items()}
 
 
 def _share_of(beginning: bytes, file_nbytes: int) -> Share:
@@ -191,23 +184,30 @@ def write_part(
     items: Sequence[WriteItem],
     source: BlockSource | FileImage,
     *,
+    with_headers: bool = False,
     num_threads: int = 2,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Share]:
     """Write and sync this rank's boxes (``items``) into the final files; returns its shares of them.
 
-    The first rank to open a file creates it. Memory besides the source: two slabs and a buffer per thread.
+    One rank also writes the headers (``with_headers``). The first rank to open a file creates it. Memory besides the
+    source: two slabs and a buffer per thread.
 
     Raises:
         StorageError: the first failure on any thread.
     """
     names = {image.places[link.theirs_key].file for item in items for link in image.content.links[item.key]}
+    names.update(image.files if with_headers else ())
     counts = {name: ShareCount(image.files[name].nbytes) for name in names}
     with ExitStack() as stack:
         handles = {
             name: stack.enter_context(storage.open_write(join(folder, name), image.files[name].nbytes, shared=True))
             for name in sorted(names)
         }
+        for name in names if with_headers else ():
+            prefix = memoryview(image.files[name].prefix)
+            counts[name].add(0, prefix)
+            handles[name].write(0, [prefix])
         local = threading.local()
 
         def work(item: WriteItem) -> None:
@@ -275,6 +275,12 @@ def _slabs(
     rest = memoryview(b"")
     blocks = source.blocks(item)
     for slab in slabs:
+        if not len(rest):
+            rest = next(blocks)
+        if len(rest) >= slab.nbytes:  # as it is in memory
+            yield slab, np.frombuffer(rest[: slab.nbytes], np.uint8).view(dtype).reshape(slab.box.sizes)
+            rest = rest[slab.nbytes :]
+            continue
         raw, fill = np.empty(slab.nbytes, np.uint8), 0
         while fill < slab.nbytes:
             if not len(rest):

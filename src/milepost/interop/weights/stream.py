@@ -26,6 +26,8 @@ SLAB_NBYTES = 4 << 20
 TASK_NBYTES = 64 << 20
 BUFFER_NBYTES = 16 << 20
 _PAGE_NBYTES = 4096
+_DIRECT_NBYTES = 256 << 10
+"""Data from this size on is written from where it is."""
 _COPIES = 2
 """Maximum number of copies of a slab on its way into the buffer (to reorder rows or cast elements)."""
 _MAX_THREADS = 4
@@ -236,7 +238,13 @@ class ImageStream:
         return self._array[start : self._end]
 
     def put_at(self, offset: int, data: memoryview) -> None:
-        """Store ``data``, of any length, at ``offset``."""
+        """Store ``data``, of any length, at ``offset``. It may be changed afterwards."""
+        if len(data) >= _DIRECT_NBYTES and self._handle.alignment == 1:  # no need for a copy that is aligned
+            self.flush()
+            if self._on_write is not None:
+                self._on_write(offset, data)
+            self._handle.write(offset, [data])
+            return
         source = np.frombuffer(data, dtype=np.uint8)
         step = len(self._array) - 2 * _PAGE_NBYTES
         for taken in range(0, len(source), step):
