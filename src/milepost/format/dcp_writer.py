@@ -32,8 +32,8 @@ _PROTO_4, _MEMOIZE, _NONE, _FALSE = b"\x80\x04", b"\x94", b"N", b"\x89"
 _NEW_INSTANCE, _BUILD = b")\x81", b"b"
 _BATCH_SHARDS = 1 << 16
 _Column = npt.NDArray[np.integer[Any]]
-_MAX_KEPT_KEYS = 16384
-"""Number of keys, and of shards, up to which the start of a file is kept for the next save."""
+_MAX_KEPT_ITEMS = 16384
+"""Number of shards and objects up to which the start of a file is kept for the next save."""
 
 
 def dump_metadata(manifest: Manifest) -> bytes:
@@ -57,13 +57,14 @@ def is_metadata_of(data: bytes, manifest: Manifest) -> bool:
 def metadata_pieces(manifest: Manifest) -> Iterator[Bytes]:
     """Yield the output of :func:`dump_metadata` in pieces, so that it need not be in memory at once."""
     table = table_of(manifest, whole=False)  # an external checkpoint can be rewritten
-    opening, begun = _last_start.of(
-        (table.keys, table.objects.keys, table.tiling.tolist(), [t.identity for t in table.tilings], dict(table.paths)),
-        lambda: _start(table),
-        keep=len(table.keys) + len(table.objects.keys) <= _MAX_KEPT_KEYS and len(table) <= _MAX_KEPT_KEYS,
-    )
+    if len(table) + len(table.objects.keys) > _MAX_KEPT_ITEMS:
+        opening, writer = _start(table)
+    else:
+        tilings = [tiling.identity for tiling in table.tilings]
+        inputs = (table.keys, table.objects.keys, table.tiling.tolist(), tilings, dict(table.paths))
+        opening, begun = _last_start.of(inputs, lambda: _start(table))
+        writer = begun.continued(table)
     yield opening
-    writer = begun.continued(table)
     writer.text("storage_data")
     writer.put(b"}(")
     writer.begin_places()

@@ -17,11 +17,11 @@ class Remembered(Generic[T]):
     def __init__(self) -> None:
         self._last: tuple[object, T] | None = None
 
-    def of(self, inputs: object, make: Callable[[], T], *, keep: bool = True) -> T:
-        """Return what ``make`` returns for ``inputs``, which determine it. ``keep``: also for the next call."""
+    def of(self, inputs: object, make: Callable[[], T]) -> T:
+        """Return what ``make`` returns for ``inputs``, which determine it."""
         last = self._last
         if last is not None and last[0] == inputs:
             return last[1]
         value = make()
-        self._last = (inputs, value) if keep else None
+        self._last = inputs, value
         return value

@@ -138,10 +138,7 @@ def shards_pieces(table: ShardTable, save_id: str) -> list[Bytes]:
     """
     dtypes = sorted({tiling.dtype for tiling in table.tilings})
     files = _dump({"files": table.files, "dtypes": dtypes})
-    names = (table.keys, table.objects.keys)
-    keep = len(table.keys) + len(table.objects.keys) <= _MAX_KEPT_KEYS
-    keys = _last_keys.of(names, lambda: _dump({"tensors": table.keys, "objects": table.objects.keys}), keep=keep)
-    paths = _paths_json(table, keep=keep)
+    keys, paths = _keys_json(table), _paths_json(table)
     tilings = table.tilings
     counts = _Counts(
         files_nbytes=len(files),
@@ -190,13 +187,21 @@ def _dump(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _paths_json(table: ShardTable, *, keep: bool) -> bytes:
+def _keys_json(table: ShardTable) -> bytes:
+    keys = {"tensors": table.keys, "objects": table.objects.keys}
+    is_large = len(table.keys) + len(table.objects.keys) > _MAX_KEPT_KEYS
+    return _dump(keys) if is_large else _last_keys.of(keys, lambda: _dump(keys))
+
+
+def _paths_json(table: ShardTable) -> bytes:
     keys = (*table.keys, *table.objects.keys)
     if not table.paths:
         return _dump([None] * len(keys))
-    return _last_paths.of(
-        (keys, dict(table.paths)), lambda: _dump([_path_json(key, table.paths.get(key)) for key in keys]), keep=keep
-    )
+
+    def make() -> bytes:
+        return _dump([_path_json(key, table.paths.get(key)) for key in keys])
+
+    return make() if len(keys) > _MAX_KEPT_KEYS else _last_paths.of((keys, dict(table.paths)), make)
 
 
 _last_keys, _last_paths = Remembered[bytes](), Remembered[bytes]()

@@ -105,7 +105,8 @@ def segment_of(files: Sequence[WrittenFile]) -> Segment:
 
     tensors = [tensor for file in files for tensor in file.tensors]
     places = [(file.file, tuple(tensor.item for tensor in file.tensors)) for file in files]
-    order, table = _last_places.of(places, lambda: _placed(places), keep=len(tensors) <= _MAX_KEPT_TENSORS)
+    is_large = len(tensors) > _MAX_KEPT_TENSORS
+    order, table = _placed(places) if is_large else _last_places.of(places, lambda: _placed(places))
     tensors = [tensors[place] for place in order]
     numbered = [(o, number) for number, file in enumerate(files) for o in file.objects]
     numbered.sort()
@@ -132,8 +133,7 @@ def _placed(places: _Places) -> tuple[Sequence[int], ShardTable]:
     """Return the order of all items by key and box, and their columns in it, but for the CRC-32s."""
     import numpy as np
 
-    from milepost.format.columns import ShardTable
-    from milepost.format.segments import empty_table
+    from milepost.format.columns import ShardTable, object_columns
 
     found = [(item, number) for number, (_, items) in enumerate(places) for item in items]
     order = sorted(range(len(found)), key=lambda place: (found[place][0].key, found[place][0].box))
@@ -147,7 +147,7 @@ def _placed(places: _Places) -> tuple[Sequence[int], ShardTable]:
         file=np.array([number for _, number in stored], np.uint32),
         record_offset=np.array([item.record_offset for item, _ in stored], np.int64),
         crc32=np.empty(0, np.uint32),
-        objects=empty_table().objects,
+        objects=object_columns({}, {}),
         paths={},
     )
     return order, table
