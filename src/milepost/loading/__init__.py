@@ -5,14 +5,14 @@ In reading order::
     load       ``load()``: read the record, compare, plan, read, restore
     policy     globs of keys that may be missing or left out (torch-free)
     fit        keys of both sides compared
-    unwanted   stored keys that no rank has a place for
+    unwanted   stored keys that no rank wants
     names      keys of a model under the names of its wrappers
     mapped     the files of a step, mapped into memory
-    template   a nested state dict of the caller's to load into
-    target     the target of a load, and the owners of state: each is loaded by its own method
+    template   a caller's nested state dict, as the target
+    target     the target of a load, and the protocol of its objects: each is loaded by its own method
     parts      tensors composed of others; stateful: anything with ``load_state_dict()``
-    trial      what a module's own way of loading would do with what is stored
-    module     a module, with its hooks; optimizer: an optimizer, without a step of it
+    trial      the effect of a module's own ``load_state_dict()``, found without data
+    module     a module, with its hooks; optimizer: an optimizer, without stepping it
     sources    the checkpoint, or this node's local part of the same save
     values     options, scalars and other values, most of them read once for all ranks
     measured   whether sharing of blocks pays off, measured with the first ones

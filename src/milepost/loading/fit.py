@@ -1,4 +1,4 @@
-"""The comparison of a checkpoint with the state it is loaded into, key by key, and the differences that are allowed."""
+"""Compare a checkpoint with the state it is loaded into, key by key."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Fit:
     """One line each: ``key: shape [8, 4] in the checkpoint, [8, 5] here``."""
     cast: tuple[str, ...]
     num_common: int
-    """Stored keys that have a place here; 1 if there is nothing stored to have one."""
+    """Number of stored keys that exist here; 1 if nothing is stored."""
 
     def check(self, path: str, policy: Policy) -> None:
-        """Raise one StateMismatchError for all that keeps the checkpoint from being loaded."""
+        """Raise one StateMismatchError with all differences that prevent the load."""
         missing = policy.refused_missing(self.missing)
         if not missing and not self.mismatched:
             return
@@ -45,7 +45,7 @@ class Fit:
 
 
 def unexpected_error(path: str, keys: Sequence[str], policy: Policy, others: Collection[str]) -> StateMismatchError:
-    """The error for ``keys`` of a checkpoint that no rank has a place for. ``others`` are its other keys."""
+    """Return the error for ``keys`` of a checkpoint that no rank has. ``others`` are its other keys."""
     lines = [
         *_listed(f"of the checkpoint {_has(keys)} no place in this run", keys),
         policy.advice("allow_unexpected", "leave them out", keys, others),
@@ -88,8 +88,8 @@ def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = (), 
 
 
 def _numeric_kind(dtype: str) -> str:
-    """Dtypes of one kind are cast on the way; between kinds meaning would be lost."""
-    if dtype == "float4_e2m1fn_x2":  # two numbers to an element
+    """The kind of a dtype. Casts within a kind are allowed; between kinds values would lose their meaning."""
+    if dtype == "float4_e2m1fn_x2":  # two numbers per element
         return dtype
     for kind in ("float", "complex", "int", "uint"):
         if dtype.removeprefix("b").startswith(kind):

@@ -1,9 +1,8 @@
-"""Blocks that several ranks need: each is read and checked by one of them, and sent to the others.
+"""Shared reads: a block that several ranks need is read and checked by one of them, and sent to the others.
 
-Replicas want the same bytes, and so do ranks whose slices cut through the same blocks. Ranks tell each other once which
-blocks they want; who reads what follows from that alone, on every rank alike (``plan_rounds``). Then they go round by
-round: each reads a piece, all learn whether any of them has failed, and the pieces go from their readers to those that
-want them. While a round is handed on, the next one is read.
+Replicas need the same bytes, and so do ranks whose slices share blocks. Ranks exchange once which blocks they need;
+from that alone every rank computes the same schedule (``plan_rounds``). In each round every rank reads a piece, all
+ranks learn if any has failed, and the pieces are sent to the ranks that need them while the next round is read.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def runs_of(blocks: Iterable[int]) -> Runs:
 
 
 def sizes_of_blocks(manifest: Manifest, block_nbytes: int) -> npt.NDArray[np.int64]:
-    """The bytes of each block of raw data, in the order of ``milepost.digests``."""
+    """The size of each block of raw data, in the order of ``milepost.digests``."""
     table = table_of(manifest)
     nbytes = table.spread([tiling.data_nbytes for tiling in table.tilings])
     nbytes = nbytes[nbytes > 0]
@@ -74,7 +73,7 @@ def sizes_of_blocks(manifest: Manifest, block_nbytes: int) -> npt.NDArray[np.int
 
 
 def exchange_wishes(comm: Comm, runs: Runs) -> list[Wish]:
-    """Exchange what all ranks want to read; the result is the same on each. Equal wishes are sent once. Collective."""
+    """Exchange the blocks that all ranks need; the same result on each. Equal sets are sent once. Collective."""
     digests = comm.gather(hashlib.blake2b(runs.tobytes(), digest_size=16).digest())
     speakers = None
     if digests is not None:
@@ -90,10 +89,10 @@ def exchange_wishes(comm: Comm, runs: Runs) -> list[Wish]:
 
 
 def plan_rounds(wishes: Sequence[Wish], sizes: npt.NDArray[np.int64]) -> tuple[tuple[HandedPiece, ...], ...]:
-    """Rounds in each of which a rank reads at most one piece; a rank that wants one has it after its round.
+    """Schedule rounds in which each rank reads at most one piece; ranks that need a piece have it after its round.
 
-    Blocks that one rank alone wants are in none: it reads them by itself. A block goes to the one of those that want
-    it that has the least to read so far.
+    Blocks that only one rank needs are in no round: it reads them itself. A shared block is read by the least loaded of
+    the ranks that need it.
     """
     cost = np.concatenate(([0], np.cumsum(sizes + BLOCK_COST_NBYTES)))
     load: dict[int, int] = {}
@@ -112,7 +111,7 @@ def plan_rounds(wishes: Sequence[Wish], sizes: npt.NDArray[np.int64]) -> tuple[t
 
 
 def _wanted_by_several(wishes: Sequence[Wish]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Ranges of blocks, ascending, with all the ranks that want them, two at least."""
+    """Ranges of blocks, ascending, each with the ranks that need it, at least two."""
     changes: dict[int, list[tuple[int, bool]]] = {}
     for number, wish in enumerate(wishes):
         for start, stop in wish.runs.tolist():
@@ -137,7 +136,7 @@ def _wanted_by_several(wishes: Sequence[Wish]) -> list[tuple[int, int, tuple[int
 
 
 def _cut(start: int, stop: int, num_ranks: int, cost: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Parts of a range, small enough for a piece and for each of the ranks to have one."""
+    """Cut a range into parts small enough for a piece, and enough for each rank to read one."""
     limit = min(PIECE_NBYTES, max(1, int(cost[stop] - cost[start]) // num_ranks))
     parts = []
     while start < stop:
@@ -155,9 +154,9 @@ def numbers_of(rounds: Sequence[Sequence[HandedPiece]], rank: int) -> frozenset[
 
 
 ReadBlock = Callable[[int, memoryview], None]
-"""Fills the memory with the block of that number, checked."""
+"""Reads the block of a number into memory, and checks it."""
 TakeBlock = Callable[[int, memoryview], None]
-"""Puts the bytes of the block where they are wanted; the memory is used again afterwards."""
+"""Copies the bytes of a block to their targets; the memory is reused afterwards."""
 
 
 class Handing:
@@ -167,7 +166,7 @@ class Handing:
         self, comm: Comm, blocks: HandedBlocks, rounds: Sequence[Sequence[HandedPiece]], sizes: npt.NDArray[np.int64]
     ):
         self.blocks = blocks
-        """Those that this rank gets."""
+        """The blocks that this rank gets."""
         self._comm = comm
         self._rounds = rounds
         self._bounds = np.concatenate(([0], np.cumsum(sizes)))
@@ -175,7 +174,7 @@ class Handing:
 
     @classmethod
     def agreed(cls, comm: Comm, manifest: Manifest, digests: BlockDigests, items: Sequence[ReadItem]) -> Handing:
-        """Agree with the other ranks, each of which brings the regions that it is to read. Collective."""
+        """Agree on a schedule with the other ranks, given the regions that this rank needs. Collective."""
         nbytes, plain = digests.block_nbytes, HandedBlocks(digests, frozenset())
         wanted = [plain.number(item, low) for item in items if item.src.numel for low, _ in item.blocks(nbytes)]
         sizes = sizes_of_blocks(manifest, nbytes)
@@ -185,10 +184,10 @@ class Handing:
         return cls(comm, blocks, rounds, sizes)
 
     def run(self, read: ReadBlock, take: TakeBlock, num_threads: int) -> None:
-        """Read, check, hand on and take everything; ``read`` and ``take`` are called from several threads. Collective.
+        """Read, check, send and receive all pieces; ``read`` and ``take`` are called from several threads. Collective.
 
         Raises:
-            MilepostError: on every rank, if any rank could not read, check or take something: that one's error.
+            MilepostError: on every rank, the error of a rank that could not read, check or copy a block.
         """
         if not self._rounds:
             return
@@ -204,7 +203,7 @@ class Handing:
             self._raise_if_any_failed()
 
     def _begin(self, ahead: ThreadPoolExecutor, number: int, buffer: bytearray) -> Future[memoryview | None]:
-        """Have this rank's piece of a round be read; after the last round there is none."""
+        """Start reading this rank's piece of a round, if there is one."""
         pieces = self._rounds[number] if number < len(self._rounds) else ()
         mine = next((piece for piece in pieces if piece.reader == self._comm.rank), None)
         return ahead.submit(self._read_piece, mine, buffer)

@@ -110,33 +110,33 @@ def load(
 ) -> LoadReport | dict[str, Any]:
     """Load the checkpoint at ``path`` into ``into``, in place; without it, return all of it. Collective over all ranks.
 
-    ``into`` is a state dict like the one that was saved, under any layout: tensors are filled in place (each rank reads
-    only its shards), other values are replaced, objects with ``load_state_dict()`` get their state, None and empty
-    containers take the saved value in their place. Without ``into`` the full state dict is returned, with the saved
+    ``into`` is a state dict like the one that was saved, on any degrees of parallelism: tensors are filled in place
+    (each rank reads only its shards), other values are replaced, objects with ``load_state_dict()`` get their state,
+    None and empty containers are replaced by the saved values. Without ``into`` the full state dict is returned, with the saved
     containers and values and tensors on the CPU, on every rank. Every byte loaded is checked against its digest. No
     code from the checkpoint is run.
 
     Args:
         strict: whether all keys must be on both sides. ``False`` lets any be missing or left out; the report lists
             them.
-        allow_missing: globs of keys that the checkpoint may lack: they stay as they are. ``"head"`` and ``"head.*"``
+        allow_missing: globs of keys that the checkpoint may lack: they stay unchanged. ``"head"`` and ``"head.*"``
             both match all below ``head``.
-        allow_unexpected: globs of keys of the checkpoint that may have no place in ``into`` (of any rank): they are
-            left out.
+        allow_unexpected: globs of keys of the checkpoint that ``into`` may lack (on all ranks): they are left out.
         mmap: without ``into``: tensors are views of the files, loaded into memory on access; changes to them are not
         written. The step, which must be in a local folder, is verified first. Tensors stored in several pieces are read
         as usual. read: which rank reads data that several ranks need: each for itself (``"own"``), or one of them,
         which distributes it (``"shared"``); ``"auto"`` measures which is faster, see ``checkpoint.read``.
 
     Raises:
-        StateMismatchError: keys or shapes do not fit; one report of all of them, before anything is changed. Or nothing
-            in ``into`` is in the checkpoint.
-        ConfigError: ``into`` is no state dict, ``path`` no path, ``read`` none of the three, or ``mmap`` is given with
+        StateMismatchError: keys or shapes do not fit, or no key of ``into`` is in the checkpoint. One report of all
+            faults, before anything is changed.
+        ConfigError: ``into`` is not a state dict, ``path`` not a path, ``read`` unknown, or ``mmap`` is given with
             ``into`` or for a checkpoint that is not in a local folder.
         DigestMismatchError, FormatError: stored bytes are damaged. Some tensors may have been filled already.
         CheckpointNotFoundError: there is no checkpoint at ``path``.
-        MilepostError: something else went wrong, in a ``load_state_dict()`` of the caller's for instance.
-        All are raised on every rank when one rank meets them.
+        MilepostError: another failure, for instance in a ``load_state_dict()`` of the caller's.
+
+        All are raised on every rank if they occur on one.
     """
     _check_arguments(path, into, read)
     if mmap and into is not None:
@@ -215,12 +215,12 @@ def load_from(
 ) -> LoadReport:
     """Read a checkpoint in a folder of an open storage into the target that ``make_target`` returns for its manifest.
 
-    ``check`` is called when all but the target's live tensors is read, and may refuse it: nothing has been changed
-    then. ``wanted_keys`` are those of a model by its own names, where the stored ones may be a wrapper's; names of
-    another program are for ``translate``, which returns None where there is nothing to translate. Stored keys for
-    which ``must_be_wanted`` holds must have a place on some rank, or be let pass by the policy. With ``part`` the
-    folder holds, on each node, that node's part of the step. ``near`` is such a part of the same save, from which this
-    rank reads what it can. ``read``: see ``CheckpointConfig``.
+    ``check`` is called after everything but the target's live tensors is read, and may refuse the load while nothing is
+    changed yet. ``wanted_keys`` are a model's own names of its keys, if the stored ones may have wrappers' prefixes.
+    ``translate`` translates another program's names; it returns None if there is nothing to translate. Stored keys for
+    which ``must_be_wanted`` is true must exist on some rank, or be allowed by the policy. With ``part`` the folder
+    holds, on each node, that node's part of the step. ``near`` is a local part of the same save, from which this rank
+    reads as much as possible. ``read``: see ``CheckpointConfig``.
     """
     started = time.monotonic()
     path, failure = f"{storage.root}/{folder}", None
@@ -254,7 +254,7 @@ def load_from(
         )
         fit.check(path, policy)
         for key in fit.missing:
-            target.values.pop(key, None)  # nothing is read for it
+            target.values.pop(key, None)  # not read
     except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
@@ -277,7 +277,7 @@ def load_from(
         failure = failure_on(comm.rank, cause, MilepostError)
     raise_together(comm, failure)
     on_read = progress.add if comm.rank == 0 else None
-    # Of what other programs wrote there are no digests, and no rank trusts what another has read of it.
+    # External checkpoints have no digests, so ranks do not share what they read of them.
     handed_on, stats = False, ReadStats()
     if shared is not None and shared.may_hand_on and digests is not None:
         handed_on = shared.read == "shared"
@@ -286,7 +286,7 @@ def load_from(
                 everything = sources.due(lambda leaf: True)
                 handed_on, nbytes = hands_on(comm, storage, folder, recorded, digests, everything)
             stats += ReadStats(0, nbytes)
-    for live in (False, True):  # what can be refused is read first, then what is filled in place
+    for live in (False, True):  # values that may be refused are read before the tensors that are filled in place
 
         def is_due(leaf: str, live: bool = live) -> bool:
             return (leaf in target.live) is live
@@ -295,7 +295,7 @@ def load_from(
         with watched(f"rank {comm.rank} is reading {path}"), ExitStack() as closing:
             try:
                 for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
-                    if handing is not None:  # which continues with them
+                    if handing is not None:  # the run continues with them
                         closing.enter_context(reads)
                     with reads if handing is None else nullcontext(), sources.guard(reads):
                         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
@@ -334,9 +334,9 @@ class _Looked:
     """The comparison of a checkpoint with a rank's state."""
 
     unwanted: frozenset[str] | set[str] = frozenset()
-    """Stored keys that it does not have and that must not be left out."""
+    """Stored keys that the rank does not have and that must not be left out."""
     fits_something: bool = False
-    """True if any stored key has a place, or the checkpoint has no keys."""
+    """True if the rank has any stored key, or the checkpoint has no keys."""
     let_pass: tuple[LetPass, ...] = ()
 
 
@@ -352,7 +352,7 @@ def _check_looked(
 ) -> None:
     """Refuse stored keys that no rank has: a model with fewer layers would otherwise lose the rest silently.
 
-    Of a node's part of a step: that no rank of this node has a place for.
+    For a node's part of a step: keys that no rank of this node has.
     """
     node = part.node if part is not None else 0
     nowhere, fits_something = unwanted_everywhere(
@@ -376,11 +376,11 @@ class _ReadForAll:
 
     manifest: Manifest
     common: Mapping[str, bytes]
-    """Values that all ranks need: see ``values.read_common``."""
+    """Records of values that all ranks need; see ``values.read_common``."""
     may_hand_on: bool
     """True if there are several ranks, and each reads the checkpoint itself, not a nearby part."""
     read: ReadMode
-    """Rank 0's."""
+    """The read mode of rank 0."""
 
 
 def _read_for_all(
@@ -388,7 +388,7 @@ def _read_for_all(
 ) -> _ReadForAll | None:
     """On rank 0: read the commit record and the values that all ranks need. None if each has to read its own.
 
-    ``brought`` is of each rank: the path, whether it is a node's part of a step, and whether it has one nearby.
+    ``brought`` has for each rank the path, whether it is a node's part of a step, and whether a local part exists.
     """
     assert brought is not None, "rank 0 has gathered it"
     if len({path for path, *_ in brought}) > 1 or any(is_part for _, is_part, _ in brought):
@@ -410,7 +410,7 @@ def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:
 
 
 def _read_value(storage: Storage, folder: str, manifest: Manifest, common: Mapping[str, bytes], key: str) -> Any:
-    """Read the value of one key other than a tensor; None if there is none."""
+    """Read the value of a key that is not a tensor; None if there is none."""
     if key not in manifest.objects:
         return None
     return dict(read_objects(storage, folder, manifest, [key], common))[key]

@@ -1,4 +1,4 @@
-"""Tensors over the files of a step, mapped into memory: nothing is copied before it is looked at."""
+"""Tensors as views of a step's memory-mapped files: data is read on access."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from milepost.verification.verify import verify_in
 
 
 class MappedFiles:
-    """The files of a checkpoint in a local folder. Mappings are private: what is changed stays in memory.
+    """The mapped files of a checkpoint in a local folder. Mappings are private: changes stay in memory.
 
-    The whole step is verified first, since nobody checks what is mapped when it is looked at.
+    The whole step is verified first, since mapped data can't be checked on access.
 
     Raises:
         ConfigError: the checkpoint is not in a local folder.
@@ -40,7 +40,7 @@ class MappedFiles:
         self._storages: dict[str, torch.UntypedStorage] = {}
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor | None:
-        """A stored tensor where it lies; None if it is in several pieces, or not where its dtype wants to be."""
+        """A view of a stored tensor; None if it is stored in several pieces, or not aligned for its dtype."""
         dtype = getattr(torch, entry.dtype)
         if len(entry.shards) != 1 or not prod(entry.shape):
             return None

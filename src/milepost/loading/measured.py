@@ -1,9 +1,9 @@
-"""The decision of ``checkpoint.read = "auto"``: measured with the first blocks, where it makes a difference.
+"""The decision of ``checkpoint.read = "auto"``, measured with the first blocks if it matters.
 
-Some ranks read a block each, hand it on to one another, and read what they got once more, all at the same time. What is
-faster is done with the rest. A second reading is that of a page cache where ranks share a machine, and goes over the
-network where the storage is behind one, whatever the file system calls itself. Where little is to be had, or a
-measurement would read too much for it, ``auto`` is ``shared`` for a storage that is known to be remote.
+Some ranks each read a block, send the blocks to one another, and then read the received ones from the storage, all at
+the same time. The faster way is used for the rest. The second read comes from the page cache if ranks share a machine,
+and over the network if the storage is remote, whatever kind of file system it claims to be. If sharing could save
+little, or a measurement would read too much, ``auto`` means ``shared`` for storage that is known to be remote.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ log = logging.getLogger("milepost")
 MAX_PROBES = 16
 """Maximum number of ranks that measure."""
 MAX_PROBED_PART = 32
-"""To measure, all ranks together read at most one 32nd of what they want."""
+"""The measurement of all ranks together reads at most this share of what they need: one 32nd."""
 MIN_GAIN_PART = 4
-"""Ranks want too much of the same if they read a quarter more than there is."""
+"""Sharing matters if ranks together would read a quarter more than the stored bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class _Wish:
 
     blocks_nbytes: int
     stored_nbytes: int
-    """Total bytes of all tensors of which it needs a part."""
+    """Total bytes of all tensors that it needs a part of."""
     keys: bytes
-    """A digest of the names of those."""
+    """A digest of these tensors' keys."""
     block: _Block | None
-    """A large one, to measure with."""
+    """A large block to measure with."""
 
 
 def hands_on(
@@ -64,10 +64,10 @@ def hands_on(
 ) -> tuple[bool, int]:
     """Decide whether one rank reads data that several need. Collective; the result is the same on every rank.
 
-    Returns the decision, and the number of bytes that this rank has read to measure.
+    Returns the decision, and the number of bytes that this rank read to measure.
 
     Raises:
-        MilepostError: on every rank, if any rank could not read what it measured with.
+        MilepostError: on every rank, if any rank could not read its block.
     """
     wishes = comm.gather(_wish(manifest, digests.block_nbytes, items, comm))
     answer = (_probes(wishes, digests.block_nbytes), storage.is_remote) if wishes is not None else None
@@ -98,13 +98,13 @@ def _digest(keys: Sequence[str]) -> bytes:
 
 
 def _nbytes_in_blocks(item: ReadItem, block_nbytes: int) -> int:
-    """About what is read for an item: the blocks from its first byte to its last."""
+    """Estimate the bytes read for an item: the blocks from its first byte to its last."""
     start, stop = item.run
     return min(-(-stop // block_nbytes) * block_nbytes, item.shard.data_nbytes) - start // block_nbytes * block_nbytes
 
 
 def _probes(wishes: Sequence[_Wish], block_nbytes: int) -> tuple[tuple[int, _Block], ...]:
-    """The ranks that measure, with what; none where that is not worth it."""
+    """The ranks that measure, and their blocks; none if a measurement does not pay."""
     groups: dict[bytes, list[_Wish]] = {}
     for wish in wishes:
         groups.setdefault(wish.keys, []).append(wish)
@@ -145,7 +145,7 @@ def _measure(
     raise_together(comm, failure)
     handed_s = again_s = 0.0
     if source >= 0:
-        for _ in range(2):  # the first time the ranks may have to connect
+        for _ in range(2):  # the first exchange may include connecting the ranks
             started = time.perf_counter()
             comm.exchange(
                 [(follower, memoryview(own))],
@@ -153,7 +153,7 @@ def _measure(
                 lambda index, memory: np.copyto(np.frombuffer(got, np.uint8), np.frombuffer(memory, np.uint8)),
             )
             handed_s = time.perf_counter() - started
-    comm.barrier()  # all read at once, as they would
+    comm.barrier()  # all ranks read at once, as in the load
     if source >= 0:
         started = time.perf_counter()
         read(source, got)

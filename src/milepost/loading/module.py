@@ -1,8 +1,8 @@
 """Loading a module through its own ``load_state_dict()``.
 
-What ``state_dict()`` shows is not always what a module holds: hooks split fused projections, modules compute what they
-show, or keep more than tensors. So a tensor is read in place only where it is the parameter or buffer of that name;
-all others are read into new memory, and ``load_state_dict()`` does with them what the module's authors meant.
+A module's ``state_dict()`` may differ from its parameters and buffers: hooks split fused projections, and modules
+compute entries or keep other values. So a tensor is read in place only if it is the parameter or buffer of that name.
+All others are read into new memory and passed to ``load_state_dict()``, as the module's authors intended.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from milepost.tensors.state import LAZY
 from milepost.tensors.tree import Node, Ref, rebuild, refs
 
 DERIVED = ("freqs_cis", "inv_freq", "position_ids")
-"""Buffers that models compute from their sizes, and that some store: a model that has no such name needs none."""
+"""Buffers that models compute from their sizes, and some versions store: a model without them does not need them."""
 
 
 class ModuleOwner:
-    """A module to load. ``path_of`` tells where in the checkpoint the value of a name of its state dict stands."""
+    """A module to load. ``path_of`` maps a name in its state dict to the value's path in the checkpoint."""
 
     def __init__(self, module: nn.Module, path_of: Callable[[str], Sequence[str]]):
         self._module = module
         self._path_of = path_of
         self._own: Mapping[str, Any] = {}
         self._keys: dict[str, str] = {}  # of tensors
-        self._nodes: dict[str, Node] = {}  # of all else
+        self._nodes: dict[str, Node] = {}  # of other values
         self._on_meta: dict[str, torch.Tensor] = {}
         self._all_live = True
-        self._in_place = set[str]()  # names of those that are made of others, and are read where they are
+        self._in_place = set[str]()  # names of composed tensors that are read in place
         self._copies_of: dict[str, str] = {}  # names of tied tensors -> the name under which they are read
-        self._resized: list[str] = []  # names of those that are read in another shape than they have here
-        self._alike: list[tuple[str, str]] = []  # keys of tied tensors whose values must be found equal
-        self._trial: Trial | None = None  # of a way of loading that is not PyTorch's alone
-        self._made = set[str]()  # names that it fills from what is stored under others
+        self._resized: list[str] = []  # names of tensors that are read in another shape than they have here
+        self._alike: list[tuple[str, str]] = []  # keys of tied tensors, whose values must be equal
+        self._trial: Trial | None = None  # if the module has its own way of loading
+        self._made = set[str]()  # names that it fills from values stored under other names
         self.renamed: dict[str, str] = {}
-        """Keys of tensors that the module's own way of loading takes from another key: that one."""
+        """For tensors that the module's own way of loading fills from another key: that key."""
         self.replaced: dict[torch.Tensor, torch.Tensor] = {}
-        """Parameters and buffers that were on the meta device -> those that stand in their place now."""
+        """Parameters and buffers that were on the meta device -> their replacements."""
 
     def prepare(self, target: Target) -> None:
         held = dict(tensors_of(self._module))
@@ -109,7 +109,7 @@ class ModuleOwner:
         target.note("buffers of the checkpoint that this model computes itself, ignored", unused)
 
     def _try(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
-        """Find out what the module's own way of loading would do with what is stored, and want what it has moved."""
+        """Run the module's own way of loading in a trial, and request the tensors that it moves."""
         if not has_users_way(self._module):
             return
         here = {".".join(self._path_of(name)): name for name in self._own}
@@ -139,7 +139,7 @@ class ModuleOwner:
                 self._want_moved(target, name, keys[name], held)
 
     def _given(self, target: Target, key: str, node: Node) -> Any:
-        """A stand-in for a stored value: a tensor of its shape without data, any other value as it is."""
+        """A stand-in for a stored value: a meta tensor of its shape, or the value itself if it is not a tensor."""
         if isinstance(node, TensorParts):
             return torch.empty(node.form.shape, device="meta")
         entry = target.entry(key)
@@ -155,7 +155,7 @@ class ModuleOwner:
         return self._trial.places.get(name, name) != name or entry.shape != tuple(self._own[name].shape)
 
     def _want_moved(self, target: Target, name: str, key: str, held: Mapping[str, torch.Tensor]) -> None:
-        """Read what is stored under ``name``: into the tensor that it would be copied to as it is, else as stored."""
+        """Request the value of ``name``: into the tensor that it would be copied to unchanged, else as stored."""
         assert self._trial is not None, "it has told"
         self._all_live = False
         entry = target.entry(key)
@@ -175,7 +175,7 @@ class ModuleOwner:
             target.want(key, _as_stored(entry, self._neighbour(name)), live=False)
 
     def _neighbour(self, name: str) -> torch.Tensor | None:
-        """A tensor of the module near ``name``, which tells of what kind one of that name would be."""
+        """A tensor of the module near ``name``, as a model for the device and placement of a new one."""
         while True:
             name = name.rpartition(".")[0]
             start = f"{name}." if name else ""
@@ -187,7 +187,7 @@ class ModuleOwner:
     def _resizes(self, target: Target, name: str, value: Any, key: str) -> bool:
         """Return whether an entry has another shape in the checkpoint, and its module's own way of loading may take it.
 
-        Observers of quantization-aware training do. Modules of ``torch.nn`` do not.
+        Observers of quantization-aware training do so; modules of ``torch.nn`` do not.
         """
         entry = target.entry(key)
         if entry is None or not is_plain_entry(name, value) or entry.shape == tuple(value.shape):
@@ -198,7 +198,7 @@ class ModuleOwner:
         return is_plain and is_own and not kind.__module__.startswith("torch.nn.")
 
     def _holder_of(self, name: str) -> nn.Module:
-        """The module of an entry's name; an empty one for a name that a hook or an override has made up."""
+        """The module of an entry's name; an empty one for a name that only a hook or an override knows."""
         try:
             return self._module.get_submodule(name.rpartition(".")[0])
         except AttributeError:
@@ -230,7 +230,7 @@ class ModuleOwner:
         return unfit
 
     def _prepare_parts(self, target: Target, name: str, value: torch.Tensor, held: torch.Tensor | None) -> None:
-        """Read a tensor that is made of others, of the same kind as it was saved."""
+        """Read a composed tensor of the kind that was saved."""
         path = self._path_of(name)
         key, node = ".".join(path), target.at(path)
         is_held = held is not None and _share_parts(value, held)
@@ -241,7 +241,7 @@ class ModuleOwner:
             return
         self._nodes[name] = node
         if not isinstance(node, TensorParts):
-            want_node(target, node)  # what becomes of a plain tensor is for the class to say: it may quantize it
+            want_node(target, node)  # the class decides how to load a plain tensor: it may quantize it
         elif want_parts(target, node, live=value):
             self._in_place.update([name] if is_held else [])
         elif local_tensor(value).is_meta and held is not None:
@@ -250,7 +250,7 @@ class ModuleOwner:
             target.refuse(node, f"a {type(local_tensor(value)).__name__} of another form here")
 
     def _look_at_tied(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
-        """Read a tensor with several names once; data stored under the other names must be equal."""
+        """Read a tied tensor once; data stored under its other names must be equal."""
         groups: dict[int, list[str]] = {}
         for name, value in self._own.items():
             if not isinstance(value, LAZY) and is_plain_entry(name, value) and name in held:
@@ -309,7 +309,7 @@ class ModuleOwner:
             elif self._keys[name] in values:
                 state[name] = values[self._keys[name]]
         metadata = getattr(self._own, "_metadata", None)
-        if metadata is not None:  # versions of the modules' state, which some read
+        if metadata is not None:  # versions of the modules' state, which some modules read
             cast("Any", state)._metadata = metadata
         if self._on_meta:
             filled = self._trial.filled if self._trial is not None else frozenset()
@@ -324,7 +324,7 @@ class ModuleOwner:
 
 
 def _share_parts(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors that are made of others are made of the same memory."""
+    """Return whether two composed tensors share all their memory."""
     if not comes_apart(other) or local_tensor(one).is_meta:
         return False
     parts, others = ({path: _memory(part) for path, part in leaves(take_apart("", tensor))} for tensor in (one, other))
@@ -336,7 +336,7 @@ def _memory(part: torch.Tensor | Placed) -> int:
 
 
 def _wrapped(target: Target, node: TensorParts, value: torch.Tensor) -> str | None:
-    """The key of the one tensor that a stored wrapper was put around, where ``value`` could be just that."""
+    """The key of the only tensor inside a stored wrapper, if ``value`` could be that tensor."""
     found = [part.key for _, part in leaves(node) if isinstance(part, Ref)]
     entry = target.entry(found[0]) if len(found) == 1 else None
     fits = entry is not None and entry.shape == tuple(value.shape) and getattr(torch, entry.dtype) == value.dtype
@@ -344,7 +344,7 @@ def _wrapped(target: Target, node: TensorParts, value: torch.Tensor) -> str | No
 
 
 def are_equal(one: TensorEntry | None, other: TensorEntry | None) -> bool | None:
-    """Return whether two stored tensors have the same bytes, as far as their digests tell; None where they don't."""
+    """Return whether two stored tensors have the same bytes by their digests; None if that is unknown."""
     if one is None or other is None:
         return None
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -375,7 +375,7 @@ def is_plain_entry(name: str, value: object) -> bool:
 
 
 def _as_stored(entry: TensorEntry, like: torch.Tensor | None) -> torch.Tensor:
-    """A new tensor for all of a stored one, on the mesh or device of ``like``."""
+    """Create a tensor for a complete stored one, on the mesh or device of ``like``."""
     dtype = getattr(torch, entry.dtype)
     local = local_tensor(like) if like is not None else None
     made = torch.empty(entry.shape, dtype=dtype, device="cpu" if local is None or local.is_meta else local.device)
@@ -392,7 +392,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def has_own_way(module: nn.Module) -> bool:
-    """Return whether anything but copying happens when a module is loaded: hooks, overrides, an extra state."""
+    """Return whether loading a module does more than copy: hooks, overrides, extra state."""
     return any(_has_own_way(part) for part in module.modules())
 
 
@@ -408,7 +408,7 @@ def _has_own_way(module: nn.Module) -> bool:
 
 
 def materialise(module: nn.Module, values: Mapping[torch.Tensor, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
-    """Put values in the places of parameters and buffers that are on the meta device; returns what replaced what."""
+    """Replace parameters and buffers on the meta device; returns the replacements."""
     replaced: dict[torch.Tensor, torch.Tensor] = {}
     for part in module.modules():
         for name, old in part._parameters.items():

@@ -1,4 +1,4 @@
-"""Keys of a checkpoint as an unwrapped model would have them: other programs save those of its wrappers too."""
+"""Map keys with wrappers' prefixes, as other programs save them, to those of the unwrapped model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from milepost.tensors.plan import Origin
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "base_layer")
 _ADAPTED = "base_model.model."
-"""Before the keys of a model that PEFT has put adapters over."""
+"""PEFT's prefix of the keys of a model with adapters."""
 _PREFIXES = ("module.", "model.", "state_dict.", "model_state_dict.")
-"""Under what a whole model may stand in a checkpoint or a ``.pt`` file."""
+"""Names under which a checkpoint or a ``.pt`` file may hold a whole model."""
 
 
 def renames(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
-    """For each key of a model that is stored under another name, that name: one with wrappers or a prefix in it.
+    """Map each key of a model that is stored under another name, with wrappers or a prefix, to that name.
 
-    Prefixes are looked for only where no wanted key is stored under its own name: a model that has lost its prefix has
-    lost all of it. Adapters wrap too: what they are put over is stored under its name without them.
+    Prefixes are tried only if no wanted key is stored under its own name, since all keys of a model have the same
+    prefix. Adapters are wrappers too: a module that they wrap may be stored under its name without them.
     """
     direct = {key for key in wanted if key in stored}
     model = [key for key in stored if part_of(key) == "model" and key not in direct]
     bare = {without_wrappers(key): key for key in model}
-    if len(bare) < len(model):  # two would become one
+    if len(bare) < len(model):  # two keys would become one
         return {}
     ours = {without_wrappers(key): key for key in wanted if key not in direct}
     for prefix in ("",) if direct else ("", *_prefixes_of(bare)):
@@ -44,25 +44,25 @@ def _prefixes_of(keys: Collection[str]) -> list[str]:
 
 
 def without_wrappers(key: str) -> str:
-    """A key without what wrappers have put before and into it."""
+    """Remove wrappers' prefixes and infixes from a key."""
     return ".".join(part for part in key.removeprefix(_ADAPTED).split(".") if part not in _WRAPPERS)
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A checkpoint as if it were stored under the names of what it is loaded into."""
+    """A checkpoint's manifest under the target's names."""
 
     manifest: Manifest
-    """Under the names here. Shards of a tensor that is cut out of another are boxes of it, without digests."""
+    """Under the target's names. A tensor that is cut from another has boxes of it as shards, without digests."""
     origins: Mapping[str, Sequence[Origin]] = field(default_factory=dict)
     """The origins of each tensor that is not stored under its own name."""
     tied: tuple[str, str] | None = None
-    """Stored tensors of which the manifest has the first only: they must be equal."""
+    """Groups of stored tensors that must be equal: the manifest has only the first of each."""
     notes: tuple[str, ...] = ()
 
 
 def renamed(manifest: Manifest, names: Mapping[str, str]) -> Translation:
-    """The checkpoint with other keys; ``names`` maps new ones to those that are stored."""
+    """Rename a checkpoint's keys; ``names`` maps new ones to stored ones."""
     if not names:
         return Translation(manifest)
     back = {stored: new for new, stored in names.items()}
@@ -83,7 +83,7 @@ def whole(stored: str, shape: Sequence[int]) -> Origin:
 
 
 def longest_prefix(text: str, names: Collection[str]) -> str | None:
-    """The longest of ``names`` that ``text`` begins with, up to one of its dots."""
+    """The longest of ``names`` that is a prefix of ``text`` and ends at one of its dots."""
     while "." in text:
         text = text.rpartition(".")[0]
         if text in names:
