@@ -112,20 +112,20 @@ def load(
 
     ``into`` is a state dict like the one that was saved, on any degrees of parallelism: tensors are filled in place
     (each rank reads only its shards), other values are replaced, objects with ``load_state_dict()`` get their state,
-    None and empty containers are replaced by the saved values. Without ``into`` the full state dict is returned, with the saved
-    containers and values and tensors on the CPU, on every rank. Every byte loaded is checked against its digest. No
-    code from the checkpoint is run.
+    None and empty containers are replaced by the saved values. Without ``into`` the full state dict is returned on
+    every rank, with the saved containers and values, and tensors on the CPU. Every byte loaded is checked against its
+    digest. No code from the checkpoint is run.
 
     Args:
-        strict: whether all keys must be on both sides. ``False`` lets any be missing or left out; the report lists
-            them.
+        strict: require all keys on both sides. ``False`` allows any to be missing or left out; the report lists them.
         allow_missing: globs of keys that the checkpoint may lack: they stay unchanged. ``"head"`` and ``"head.*"``
             both match all below ``head``.
         allow_unexpected: globs of keys of the checkpoint that ``into`` may lack (on all ranks): they are left out.
         mmap: without ``into``: tensors are views of the files, loaded into memory on access; changes to them are not
-        written. The step, which must be in a local folder, is verified first. Tensors stored in several pieces are read
-        as usual. read: which rank reads data that several ranks need: each for itself (``"own"``), or one of them,
-        which distributes it (``"shared"``); ``"auto"`` measures which is faster, see ``checkpoint.read``.
+            written. The step, which must be in a local folder, is verified first. Tensors stored in several pieces are
+            read as usual.
+        read: which rank reads data that several ranks need: each for itself (``"own"``), or one of them, which
+            distributes it (``"shared"``); ``"auto"`` measures which is faster, see ``checkpoint.read``.
 
     Raises:
         StateMismatchError: keys or shapes do not fit, or no key of ``into`` is in the checkpoint. One report of all
