@@ -108,7 +108,11 @@ def test_ls_of_a_folder_without_steps_says_where_it_looked(
 ) -> None:
     status, out, err = output(capsys, "ls", "nowhere")
     assert (status, out) == (3, "")
-    assert err == "milepost: error: nowhere holds no step-<N> folder, and neither does nowhere/checkpoint\n"
+    assert err == "milepost: error: nowhere does not exist\n"
+    Path("empty").mkdir()
+    status, out, err = output(capsys, "ls", "empty")
+    assert (status, out) == (3, "")
+    assert err == "milepost: error: empty holds no step-<N> folder, and neither does empty/checkpoint\n"
 
 
 # ---- verify ----
@@ -175,10 +179,13 @@ def test_verify_with_no_threads_is_a_users_mistake(run: LocalStorage, capsys: py
     )
 
 
-def test_a_file_in_place_of_a_folder_is_reported_plainly(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = output(capsys, "verify", "run/step-100/milepost.json")
-    assert (status, out) == (7, "")
-    assert "not a directory" in err
+@pytest.mark.parametrize("argv", [("verify",), ("inspect",), ("plan-resume", "--world-size", "2")], ids=lambda a: a[0])
+def test_a_file_in_place_of_a_folder_is_reported_plainly(
+    run: LocalStorage, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
+) -> None:
+    status, out, err = output(capsys, *argv, "run/step-100/milepost.json")
+    assert (status, out) == (3, "")
+    assert "milepost.json is a file, n" in err
 
 
 # ---- prune ----

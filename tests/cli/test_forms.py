@@ -196,6 +196,7 @@ def test_a_step_that_a_load_has_marked_is_exported_when_it_is_named(
 
     catalog.mark_damaged(storage, "run/step-2", "bytes 0 to 9 of 'x' changed", now=1.0)
     assert step_to_export("run", None).endswith("step-1")
+    assert "warning: exporting step-1: step-2 is damaged (" in capsys.readouterr().err
     assert step_to_export("run", 2).endswith("step-2")
 
 
@@ -207,6 +208,7 @@ def test_the_keys_can_be_had_alone(storage: LocalStorage, capsys: pytest.Capture
         "w",
     ]
     assert output(capsys, "inspect", "hf", "--keys", "--tensors", "w*")[1] == "w\n"
+    assert json.loads(output(capsys, "inspect", "hf", "--keys", "--json")[1]) == ["b", "w"]
 
 
 def test_a_shell_completes_models_flavors_and_keys(

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from zoo import HOUR, NOW, make_zoo, save
 
@@ -13,6 +14,7 @@ from milepost.cli.main import main
 from milepost.run import sweep
 from milepost.run.step_names import DELETING_PREFIX, step_of
 from milepost.storage import LocalStorage
+from milepost.testing.sample import save_arrays
 
 LEFTOVER = f"{DELETING_PREFIX}{0:032x}"
 NEVER = {"step-200", "step-300", "step-400", "step-500", "step-600", "step-700", "step-800"}
@@ -103,3 +105,14 @@ def test_nothing_is_pinned_when_one_of_the_steps_is_not_there(
     assert main(["pin", "run/step-110", "run/step-111"]) == 3
     assert "step-111 does not exist; steps that do: 100, 110," in capsys.readouterr().err
     assert ".pinned-step-110" not in names(zoo)
+
+
+def test_best_by_a_metric_that_no_step_has_deletes_nothing(
+    zoo: LocalStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(zoo)
+    save_arrays(zoo, "run/step-650", {"w": np.ones(2)}, step=650, metrics={"loss": 1.0})
+    for metric, hint in (("losss", "did you mean loss?"), ("accuracy", "recorded are: loss")):
+        assert main(["prune", "run", "--keep-best", "1", "--metric", metric]) == 2
+        assert hint in capsys.readouterr().err
+    assert names(zoo) == {*before, "step-650"}

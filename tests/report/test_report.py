@@ -73,9 +73,9 @@ def run(memory_path: Path) -> Path:
     return memory_path
 
 
-def written(run: Path, *options: str) -> str:
+def written(run: Path, *options: str, status: int = 0) -> str:
     target = run / "report.html"
-    assert main(["report", str(run), "-o", str(target), *options]) == 0
+    assert main(["report", str(run), "-o", str(target), *options]) == status
     return target.read_text()
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_step_is_shown_as_such_and_hides_no_other(run: Path) -> None:
     assert checks[60] == "verified"
     assert re.search("digest|CRC", checks[40])
     assert "__0_0.distcp" in checks[20]
-    assert "1 of 3 steps" in " ".join(Page(written(run)).texts)
+    assert "1 of 3 steps" in " ".join(Page(written(run, status=5)).texts)
 
 
 def test_a_step_is_called_verified_only_if_every_byte_of_it_is(memory_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_step_that_only_seems_to_verify_is_counted(memory_path: Path, capsys: 
     milepost.save(memory_path / "checkpoint/step-1", {"w": torch.ones(64), "step": 7})
     path = memory_path / "checkpoint/step-1/.metadata"
     path.write_bytes(path.read_bytes()[:-2] + b"xx")
-    written(memory_path)
+    written(memory_path, status=5)
     assert "1 step; 1 is damaged (see the page)" in capsys.readouterr().out
 
 
@@ -237,3 +237,15 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(
             main([*command, str(memory_path / target)])
         assert ended.value.code == 2
         assert reason in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_is_refused_before_any_work(
+    run: Path, memory_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = run / "checkpoint" / "step-60" / "report.html"
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(run), "-o", str(inside)])
+    assert "is inside the checkpoint" in capsys.readouterr().err
+    assert not inside.exists()
+    assert main(["report", str(run), "-o", str(memory_path / "r.html"), "--steps", "-1"]) == 2
+    assert not (memory_path / "r.html").exists()

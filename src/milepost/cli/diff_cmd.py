@@ -183,6 +183,8 @@ def _percent(share: float) -> str:
 
 def _summary(report: DiffReport, *, quick: bool) -> str:
     same = f"the same: {report.num_same} of {report.num_common} common keys"
+    if report.num_by_digest:
+        same += f", {report.num_by_digest} of them by their recorded digests (--values reads the data, too)"
     if report.num_within:
         same += f", {report.num_within} of them within the tolerance"
     if not report.num_unknown:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from typing import Any
 
 from milepost.cli.convert_cmd import add_conversion_arguments, options_of, print_report, run_conversion, stage_bars
 from milepost.cli.paths import open_run
+from milepost.cli.render import print_line, printable
 from milepost.errors import CheckpointNotFoundError, ConfigError, ConversionError
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
 from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
+from milepost.run.catalog import StepEntry
 from milepost.run.values import Unreadable, read_values
 from milepost.storage import open_storage
 from milepost.storage.links import read_linked
@@ -62,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Find the step, convert it and print the report."""
     _check_adapter_options(args)
     step = step_to_export(args.run_folder, args.step)
+    if not args.json:
+        print_line(f"exporting {step}")
     if args.adapter or args.merge_adapter:
         return _export_adapter(args, step)
     if args.to != "hf" or args.hf_assets:
@@ -143,6 +148,16 @@ def _lay_out_files(step: str, folder: str) -> bool:
     return bool(keys)
 
 
+def _report_passed_over(history: History, chosen: StepEntry) -> None:
+    newer = history.current[history.current.index(chosen) + 1 :]
+    for entry in newer:
+        reason = f" ({entry.reason})" if entry.reason else ""
+        print(
+            f"milepost: warning: exporting {chosen.name}: {entry.name} is {entry.state}{printable(reason)}",
+            file=sys.stderr,
+        )
+
+
 def step_to_export(path: str, step: int | None) -> str:
     """Return the path of step ``step`` of the run at ``path``; None: the newest usable step of the latest branch.
 
@@ -154,8 +169,11 @@ def step_to_export(path: str, step: int | None) -> str:
     usable = [entry for entry in entries if entry.is_usable]
     # A step given by number may be damaged: every byte that is read from it is checked.
     readable = [entry for entry in entries if entry.state != "incomplete"]
-    chosen = History.of(entries).newest if step is None else next((e for e in readable if e.step == step), None)
+    history = History.of(entries)
+    chosen = history.newest if step is None else next((e for e in readable if e.step == step), None)
     if chosen is not None:
+        if step is None:
+            _report_passed_over(history, chosen)
         return f"{storage.root}/{chosen.path}"
     steps = [entry.step for entry in usable]
     wanted = f"no usable step {step}" if step is not None else "no usable step"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from milepost.cli.paths import not_a_checkpoint
+from milepost.cli.paths import is_file, not_a_checkpoint
 from milepost.cli.render import bar, console, print_json, print_line, print_table, printable
 from milepost.cli.shard_map import colours, draw_map, same_map
 from milepost.config import part_of
@@ -59,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shards", action="store_true", help="list each shard with its file and offsets, and draw maps of them"
     )
     parser.add_argument("--keys", action="store_true", help="print only the keys, one per line")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON; with --shards also the shards")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print everything as JSON; with --shards also the shards, with --keys only the keys",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     tensors = {key: manifest.tensors[key] for key in keys if key in manifest.tensors}
     objects = {key: manifest.objects[key] for key in keys if key in manifest.objects}
     if args.keys:
-        for key in sorted({*tensors, *objects}):
-            print(printable(key))
+        _print_keys(sorted({*tensors, *objects}), as_json=args.json)
         return 0
     if args.shards and shown.needs_locating:
         located = locate_manifest(shown.storage, shown.name, dataclasses.replace(manifest, tensors=tensors))
@@ -94,6 +97,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_keys(keys: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        print_json(keys)
+        return
+    for key in keys:
+        print(printable(key))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shown:
     """The checkpoint or weights to show: ``what`` is a checkpoint's state or the name of another format."""
@@ -109,8 +120,9 @@ class _Shown:
 
 def _open(path: str) -> _Shown:
     storage, name = open_storage(path)
-    found = storage.stat(name)
-    if found is not None and not found.is_folder and name.endswith(WEIGHTS_SUFFIXES):
+    if is_file(storage, name):
+        if not name.endswith(WEIGHTS_SUFFIXES):
+            raise not_a_checkpoint(storage, name, path, None)
         return _Shown(storage, name, f"{name.rpartition('.')[2]} file", "", manifest_of_file(storage, name))
     info = catalog.examine(storage, name)
     if info is not None and info.state != "incomplete":

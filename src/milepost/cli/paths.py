@@ -32,6 +32,8 @@ def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> Chec
     from milepost.verification.weights import WEIGHTS_SUFFIXES
 
     what = None
+    if found is None and not _has_files(storage, name):
+        return CheckpointNotFoundError(f"{path} does not exist", path=path)
     if found is not None and not found.is_folder:
         if not name.endswith(WEIGHTS_SUFFIXES):
             return CheckpointNotFoundError(f"{path} is a file, not the folder of a run", path=path)
@@ -45,6 +47,11 @@ def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> Chec
     if what is not None:
         return CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)
     return CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)
+
+
+def _has_files(storage: Storage, folder: str) -> bool:
+    """Return True if anything is in a folder; an object store knows folders only by what is in them."""
+    return bool(storage.list(folder))
 
 
 def run_at(storage: Storage, name: str) -> str | None:
@@ -81,8 +88,16 @@ def find_step(storage: Storage, folder: str, step: int, path: str) -> StepEntry:
     raise CheckpointNotFoundError(f"{path} does not exist{listed}", path=path, available=steps)
 
 
+def is_file(storage: Storage, name: str) -> bool:
+    """Return True if ``name`` is a file, not a folder."""
+    found = storage.stat(name)
+    return found is not None and not found.is_folder
+
+
 def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInfo | None) -> CheckpointNotFoundError:
     """Return the error for a path without a committed checkpoint; for a run it names the newest step."""
+    if is_file(storage, name):
+        return CheckpointNotFoundError(f"{path} is a file, not the folder of a checkpoint", path=path)
     folder = find_run(storage, name)
     if folder is not None:
         entries = catalog.scan(storage, folder)
@@ -101,7 +116,7 @@ def manifest_at(path: str) -> Manifest:
         CheckpointDamagedError: its metadata is damaged, or files are missing.
     """
     storage, name = open_storage(path)
-    info = catalog.examine(storage, name)
+    info = None if is_file(storage, name) else catalog.examine(storage, name)
     if info is None or info.state == "incomplete":
         raise not_a_checkpoint(storage, name, path, info)
     return checkpoint_record.read_manifest(storage, name)

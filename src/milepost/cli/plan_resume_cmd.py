@@ -12,7 +12,7 @@ from milepost.config import PARTS
 from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import SHORT_DEGREES, Degrees, degrees_text
-from milepost.storage.base import format_nbytes
+from milepost.storage.base import counted, format_nbytes
 
 if TYPE_CHECKING:
     from milepost.report.resume_plan import RankPlan, ResumePlan
@@ -103,7 +103,9 @@ def run(args: argparse.Namespace) -> int:
         print_json({"fits": plan.fits} | _json(plan))
     else:
         saved = degrees_text(manifest.layout)
-        title = f"{args.path}: {manifest.kind}, saved by {manifest.world_size} ranks" + (f" ({saved})" if saved else "")
+        title = f"{args.path}: {manifest.kind}, saved by {counted(manifest.world_size, 'rank')}" + (
+            f" ({saved})" if saved else ""
+        )
         now = degrees_text(degrees.as_dict())
         print_line(f"{title}; resumed by {degrees.world_size} ({now})")
         _print(plan)

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 
 from milepost.cli.paths import open_run
 from milepost.cli.render import console, print_json, print_table, printable
-from milepost.errors import ConfigError
+from milepost.errors import ConfigError, near
 from milepost.run import catalog, retention
+from milepost.run.catalog import StepEntry
 from milepost.run.sweep import sweep_leftovers
 from milepost.storage.base import counted, format_nbytes
 
@@ -73,8 +75,11 @@ def run(args: argparse.Namespace) -> int:
     keep_within_s = _checked(args)
     storage, folder = open_run(args.path)
     now = time.time()
+    entries = catalog.scan(storage, folder)
+    if args.metric:
+        _check_metric(args.metric, entries)
     decisions = retention.plan(
-        catalog.scan(storage, folder),
+        entries,
         keep_latest_k=args.keep_latest or 1,  # the newest is always kept
         keep_every_n=args.keep_every,
         keep_within_s=keep_within_s,
@@ -110,6 +115,15 @@ def run(args: argparse.Namespace) -> int:
         names = printable(", ".join(swept.left))
         console().print(f"not removed, because not recognised as Milepost's: {names}", markup=False)
     return 0
+
+
+def _check_metric(metric: str, entries: Sequence[StepEntry]) -> None:
+    """Raise ConfigError if no step has ``metric``: a misspelled one would keep none of the best steps."""
+    recorded = {name for entry in entries for name in entry.metrics}
+    if metric not in recorded:
+        closest = near(metric, recorded)
+        hint = f"; did you mean {closest}?" if closest else f"; recorded are: {', '.join(sorted(recorded)) or 'none'}"
+        raise ConfigError(f"--metric {metric}: no step has this metric{hint}")
 
 
 def _checked(args: argparse.Namespace) -> float:

@@ -99,13 +99,22 @@ def page_path(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text} is a folder: give the path of a file in it")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} to: create it first")
+    from milepost.run.beside import enclosing_checkpoint  # imports the readers, which --help does not need
+    from milepost.storage import open_storage
+
+    if (checkpoint := enclosing_checkpoint(text, open_storage(path.parent)[0])) is not None:
+        raise argparse.ArgumentTypeError(f"{text} is inside the checkpoint {checkpoint}: give a path outside of it")
     return text
 
 
 def write_page(path: str, document: str) -> int:
     """Write an HTML page to ``path``, escaping what UTF-8 can't encode; returns its size in bytes."""
     data = document.encode("utf-8", "backslashreplace")
-    pathlib.Path(path).write_bytes(data)
+    try:
+        pathlib.Path(path).write_bytes(data)
+    except OSError as error:
+        error.filename = path  # the system names it only if it can't be opened
+        raise
     return len(data)
 
 

@@ -7,6 +7,7 @@ import pathlib
 import webbrowser
 
 from milepost.cli.render import console, page_path, printable, progress_bar, write_page
+from milepost.errors import CheckpointDamagedError, ConfigError
 from milepost.storage.base import counted, format_nbytes
 
 
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost report outputs\n"
         "  milepost report outputs/checkpoint/step-40 -o step-40.html\n"
         "  milepost report outputs --tensorboard outputs/tb\n\n"
-        "exit status: 0, 2 wrong usage, 3 there is no checkpoint, 7 it can't be read or written\n"
+        "exit status: 0, 2 wrong usage, 3 there is no checkpoint, 5 the page is written, but a\n"
+        "step is damaged or could not be read, 7 it can't be read or written\n"
     )
     parser.add_argument("path", metavar="RUN_OR_STEP", help="the folder of a run, or one of its steps")
     parser.add_argument(
@@ -46,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Gather, draw, write."""
+    """Gather, draw, write; 5 if a step is damaged or could not be read."""
+    if args.steps < 0:
+        raise ConfigError(f"--steps must be 0 (none) or more, not {args.steps}")
     from milepost.report.gather import gather  # imports numpy and the readers, which --help does not need
     from milepost.report.page import page
 
     with progress_bar("reading") as progress:
-        view = gather(args.path, max_steps=max(args.steps, 0), weights=args.steps > 0, progress=progress)
+        view = gather(args.path, max_steps=args.steps, weights=args.steps > 0, progress=progress)
     target = pathlib.Path(args.output)
     nbytes = write_page(args.output, page(view))
     num_unread = sum(step.is_bad and not step.profiles for step in view.steps)
@@ -69,4 +73,4 @@ def run(args: argparse.Namespace) -> int:
         console().print(printable(f"wrote {counted(count, 'scalar')} to {args.tensorboard}"), markup=False)
     if args.open:
         webbrowser.open(target.resolve().as_uri())
-    return 0
+    return CheckpointDamagedError.exit_status if bad else 0

@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, kill_at: int) -> None:
     problems = []
-    if not 2 <= kill_at < args.steps:
+    if args.steps < 3:
+        problems.append(f"--steps must be at least 3 (one to save, one to be killed at, one more), not {args.steps}")
+    elif not 2 <= kill_at < args.steps:
         problems.append(f"--kill-at must be from 2 to {args.steps - 1} (--steps is {args.steps}), not {kill_at}")
     if args.tolerance < 0:
         problems.append(f"--tolerance must be 0 or more, not {args.tolerance:g}")

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from milepost.cli.paths import open_run
-from milepost.cli.render import print_json, print_line, progress_bar
+from milepost.cli.paths import is_file, open_run
+from milepost.cli.render import print_json, print_line, printable_lines, progress_bar
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
 from milepost.run import catalog
-from milepost.run.step_names import step_name, step_of
+from milepost.run.beside import enclosing_checkpoint
+from milepost.run.catalog import StepEntry
+from milepost.run.step_names import damage_mark, step_name, step_of
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
-from milepost.storage import open_storage
-from milepost.storage.base import format_nbytes, join
+from milepost.storage import join_path, open_storage
+from milepost.storage.base import format_nbytes, join, split
 from milepost.verification.verify import verify_in
 
 
@@ -21,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Copy the committed steps of a run, or one step, to another folder or to a store, newest first. Each is\n"
         "committed there like a save: readers see all of it or nothing. Steps already there are not copied again;\n"
-        "an interrupted copy continues after its complete files. Each copy is read back and verified."
+        "an interrupted copy continues after its complete files. Each copy is read back and verified. Damaged steps\n"
+        "and those of other programs are reported, and not copied. The destination must not hold steps of another run."
     )
     parser.epilog = (
         "examples:\n"
@@ -36,43 +44,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The steps to copy with their destinations, newest first; reasons why others are not, and which are damaged."""
+
+    copies: Sequence[tuple[Spot, Spot]]
+    left: Sequence[str] = ()
+    damaged: Sequence[str] = ()
+
+
 def run(args: argparse.Namespace) -> int:
-    """Copy each step, verify the copy and print the report."""
-    reports = []
-    for src, dst in _copies(args.source, args.destination):
-        with progress_bar(f"copying {src.path.rpartition('/')[2]}") as progress:
-            report = copy_step(src, dst, progress)
+    """Copy each step, verify the copy and print the report; a damaged step does not keep the others from being copied.
+
+    Raises:
+        CheckpointDamagedError: a step, or the copy of one, is damaged: lists all of them.
+    """
+    plan = _plan(args.source, args.destination)
+    reports, damaged = [], list(plan.damaged)
+    for src, dst in plan.copies:
+        try:
+            with progress_bar(f"copying {split(src.path)[1]}") as progress:
+                report = copy_step(src, dst, progress)
+        except CheckpointDamagedError as error:
+            damaged.append(error.message)
+            continue
+        except CheckpointNotFoundError:
+            if len(plan.copies) == 1:
+                raise
+            _report_left(f"{src}: deleted before it was copied")
+            continue
+        if not args.no_verify and (found := _damage_of(src, dst)):
+            damaged.append(found)
+            continue
         reports.append(report)
-        if not args.no_verify:
-            _verify(dst)
         if not args.json:
             _print(report, verified=not args.no_verify)
+    for reason in plan.left:
+        _report_left(reason)
     if args.json:
         print_json([dataclasses.asdict(report) for report in reports])
+    if damaged:
+        sys.stdout.flush()
+        raise CheckpointDamagedError("\n".join(damaged), path=args.source)
     return 0
 
 
-def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
-    """List the steps to copy with their destinations, newest first.
+def _report_left(reason: str) -> None:
+    print(printable_lines(f"not copied: {reason}"), file=sys.stderr, flush=True)
+
+
+def _plan(source: str, destination: str) -> _Plan:
+    """Decide what to copy.
 
     Raises:
         CheckpointNotFoundError: there is no committed step.
-        ConfigError: the destination names another step.
+        ConfigError: the destination is the source, a file, another step, or holds another run's steps.
     """
     storage, name = open_storage(source)
     target, folder = open_storage(destination)
-    step, wanted = step_of(name.rpartition("/")[2]), step_of(folder.rpartition("/")[2])
+    if is_file(target, folder):
+        raise ConfigError(f"{destination} is a file: give the destination folder")
+    step, wanted = step_of(split(name)[1]), step_of(split(folder)[1])
     if step is not None:
         if wanted not in (None, step):
             raise ConfigError(f"{destination} is a path for step {wanted}, not for step {step}")
-        path = folder if wanted is not None else join(folder, step_name(step))
-        return [(Spot(storage, name), Spot(target, path))]
-    if wanted is not None:
+        to = folder if wanted is None else split(folder)[0]
+        run_folder, only = split(name)[0], [step]
+    elif wanted is not None:
         raise ConfigError(
             f"{destination} is a path for one step: give the destination folder for the steps of {source}"
         )
-    storage, run_folder = open_run(source)
+    else:
+        storage, run_folder = open_run(source)
+        to, only = folder, None
+    if _is_same(Spot(storage, run_folder), Spot(target, to)):
+        raise ConfigError(f"{source} and {destination} are the same folder: give another destination")
+    inside = enclosing_checkpoint(join_path(target.root, join(to, "step")), target)
+    if inside is not None:
+        raise ConfigError(f"{destination} is inside the checkpoint {inside}: give a destination outside of it")
     found = catalog.scan(storage, run_folder)
+    _refuse_other_run(found, catalog.scan(target, to), source, destination)
+    if only is not None:
+        return _Plan([(Spot(storage, name), Spot(target, join(to, step_name(only[0]))))])
+    return _plan_of_run(Spot(storage, run_folder), found, Spot(target, to), source)
+
+
+def _plan_of_run(run: Spot, found: Sequence[StepEntry], to: Spot, source: str) -> _Plan:
     entries = [entry for entry in found if entry.state == "committed"]
     if not entries and any(entry.state == "part" for entry in found):
         raise CheckpointNotFoundError(
@@ -80,19 +137,49 @@ def _copies(source: str, destination: str) -> list[tuple[Spot, Spot]]:
             "them to checkpoint.remote_folder, where they are complete",
             path=source,
         )
+    steps = [f"{join_path(run.storage.root, entry.path)} is {entry.state}" for entry in found]
+    external = [text for text, entry in zip(steps, found, strict=True) if entry.state == "external"]
     if not entries:
-        raise CheckpointNotFoundError(f"{source} holds no committed step", path=source)
-    return [
-        (Spot(storage, entry.path), Spot(target, join(folder, step_name(entry.step)))) for entry in reversed(entries)
-    ]
+        hint = f": {'; '.join(listed(steps))}. Copy folders of other programs unchanged" if external else ""
+        raise CheckpointNotFoundError(f"{source} holds no committed step{hint}", path=source)
+    return _Plan(
+        copies=[
+            (Spot(run.storage, entry.path), Spot(to.storage, join(to.path, step_name(entry.step))))
+            for entry in reversed(entries)
+        ],
+        left=[f"{text}, written by another program: copy its folder unchanged" for text in external],
+        damaged=[
+            f"not copied: {text}: {entry.reason}"
+            for text, entry in zip(steps, found, strict=True)
+            if entry.state in ("damaged", "newer", "unreadable")
+        ],
+    )
 
 
-def _verify(copy: Spot) -> None:
-    with progress_bar(f"verifying {copy.path.rpartition('/')[2]}") as progress:
+def _is_same(a: Spot, b: Spot) -> bool:
+    """Return True if both are one folder, also through links."""
+    paths = [join_path(spot.storage.root, spot.path).rstrip("/") for spot in (a, b)]
+    return paths[0] == paths[1] or os.path.realpath(paths[0]) == os.path.realpath(paths[1])
+
+
+def _refuse_other_run(ours: Sequence[StepEntry], theirs: Sequence[StepEntry], source: str, destination: str) -> None:
+    """Refuse to mix runs: a resume or retention at the destination would take the steps of one for the other's."""
+    runs = [{e.lineage.run if e.lineage is not None else "" for e in entries if e.kind} for entries in (ours, theirs)]
+    if runs[0] and runs[1] and not runs[0] & runs[1]:
+        steps = ", ".join(listed([step_name(entry.step) for entry in theirs]))
+        raise ConfigError(f"{destination} holds steps of another run than {source} ({steps}): give a folder of its own")
+
+
+def _damage_of(src: Spot, copy: Spot) -> str:
+    """Verify the copy; mark it if it is damaged, so that no reader takes it. Returns the damage, or ''."""
+    copy.storage.remove(damage_mark(copy.path))  # of an earlier, damaged copy
+    with progress_bar(f"verifying {split(copy.path)[1]}") as progress:
         report = verify_in(copy.storage, copy.path, progress=progress)
-    if report.problems:
-        lines = "\n  ".join(listed(report.problems, total=report.num_problems))
-        raise CheckpointDamagedError(f"{copy} is damaged:\n  {lines}", path=copy.path)
+    if not report.problems:
+        return ""
+    catalog.mark_damaged(copy.storage, copy.path, f"as copied from {src}: {report.problems[0]}", now=time.time())
+    lines = "\n  ".join(listed(report.problems, total=report.num_problems))
+    return f"{copy} is damaged, and marked so; `milepost verify {src}` shows whether the source is:\n  {lines}"
 
 
 def _print(report: CopyReport, *, verified: bool) -> None:

@@ -7,7 +7,6 @@ any reader, and are removed by a later save or conversion beside it.
 from __future__ import annotations
 
 import os
-import pathlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,6 @@ from milepost.format import record
 from milepost.format.box import Box
 from milepost.format.digest import combine_blocks
 from milepost.format.huggingface import CONFIG_NAME
-from milepost.format.manifest import MANIFEST_NAME
 from milepost.format.safetensors import SafetensorsLayout, plan_layout
 from milepost.format.torch_file import plan_torch_file
 from milepost.interop.hf.extras import HfExtras, split_into_files
@@ -33,12 +31,13 @@ from milepost.interop.weights.stream import PassedBytes, PlacedTensor, SlabReade
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.attempts import abort_attempt, begin_attempt, new_save_id
+from milepost.run.beside import enclosing_checkpoint
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor, segment_of
 from milepost.run.step_names import step_of
 from milepost.saving.writer import object_pieces, place_objects
-from milepost.storage import is_url, open_storage
-from milepost.storage.base import Storage, join, split
+from milepost.storage import open_storage
+from milepost.storage.base import join, split
 from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
 
 
@@ -71,7 +70,7 @@ class Sink(ABC):
         found = self.storage.stat(self.target)
         if found is not None and not (found.is_folder and not self.storage.list(self.target)):
             raise ConversionError(f"{self.path} already exists: remove it or give another destination", path=self.path)
-        if (checkpoint := _enclosing_checkpoint(self.path, self.storage)) is not None:
+        if (checkpoint := enclosing_checkpoint(self.path, self.storage)) is not None:
             raise ConversionError(
                 f"{self.path} is inside the checkpoint {checkpoint}, which retention may delete: give a destination "
                 "outside of it",
@@ -127,14 +126,6 @@ class Sink(ABC):
         self.storage.rename(name, self.target)
         self.storage.sync_folder(folder)
         abort_attempt(self.storage, self._attempt)
-
-
-def _enclosing_checkpoint(path: str, storage: Storage) -> str | None:
-    """Return the checkpoint whose folder contains ``path``; of a store only the prefix above is checked."""
-    if is_url(path):
-        return storage.root if storage.stat(MANIFEST_NAME) is not None else None
-    parents = (str(parent) for parent in pathlib.PurePath(path).parents)
-    return next((parent for parent in parents if os.path.isfile(os.path.join(parent, MANIFEST_NAME))), None)
 
 
 # ---- DCP ----

@@ -87,6 +87,8 @@ class DiffReport:
     num_unknown: int
     """Number of keys with the same dtype and shape on both sides whose values were not compared."""
     num_same: int
+    num_by_digest: int = 0
+    """Number of these that are tensors whose recorded digests are equal: their data was not read."""
     num_within: int = 0
     """Number of these whose elements differ, by no more than the tolerance."""
     objects: tuple[ObjectChange, ...] = ()
@@ -191,7 +193,7 @@ def diff(
         else:
             sides = _models(paths, model, flavor, hf_assets, stack)
         if keys:
-            chosen = set(matching_keys(sorted(sides[0].keys | sides[1].keys), keys, f"{path_a} and {path_b}"))
+            chosen = set(matching_keys(sorted(sides[0].keys | sides[1].keys), keys, f"neither {path_a} nor {path_b}"))
             sides = [side.only(chosen) for side in sides]
         return _compare(sides[0], sides[1], values=values, trust_digests=trust_digests, progress=progress)
 
@@ -299,6 +301,7 @@ def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress:
         read = set(comparable)
         same = {key: answer for key, answer in same.items() if key not in read}
         objects = _compare_objects(a, b, same)
+    by_digest = [key for key, answer in same.items() if answer and key in a.tensors]
     other_bytes = [key for key, answer in same.items() if answer is False]
     num_unknown = sum(answer is None for answer in same.values())
     different = {*changed, *other_bytes, *(change.key for change in unlike_values)}
@@ -314,6 +317,7 @@ def _compare(a: _Side, b: _Side, *, values: bool, trust_digests: bool, progress:
         num_unknown=num_unknown,
         num_same=len(common) - len(different) - num_unknown,
         objects=tuple(objects),
+        num_by_digest=len(by_digest),
     )
 
 

@@ -1,18 +1,31 @@
-"""The user's own files in a checkpoint's folder, which are kept whatever becomes of the step."""
+"""A user's own files in a checkpoint's folder: none is to be written there, and those that were are kept."""
 
 from __future__ import annotations
 
 import logging
+import os
+import pathlib
 import uuid
 
 from milepost.errors import CheckpointNotFoundError, FormatError, listed
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME
 from milepost.format.tags import untagged
 from milepost.run.checkpoint_record import read_record
 from milepost.run.hf_folder import is_hf_folder
 from milepost.run.step_names import CHECKPOINT_FILE
+from milepost.storage import is_url
 from milepost.storage.base import Storage, join, split
 
 _log = logging.getLogger(__name__)
+
+
+def enclosing_checkpoint(path: str, storage: Storage) -> str | None:
+    """Return the checkpoint whose folder contains ``path``; of a store only the prefix above is checked."""
+    if is_url(path):
+        return storage.root if storage.stat(MANIFEST_NAME) is not None else None
+    parents = [str(parent) for parent in pathlib.PurePath(os.path.realpath(path)).parents]
+    records = (MANIFEST_NAME, METADATA_NAME)
+    return next((p for p in parents if any(os.path.isfile(os.path.join(p, name)) for name in records)), None)
 
 
 def names_beside(storage: Storage, path: str) -> list[str]:

@@ -31,7 +31,7 @@ from milepost.run.catalog import CheckpointInfo, State
 from milepost.run.checkpoint_record import CommitRecord
 from milepost.run.hf_folder import is_hf_folder
 from milepost.run.step_names import damage_mark
-from milepost.storage import open_storage
+from milepost.storage import join_path, open_storage
 from milepost.storage.base import Storage, join, split
 from milepost.verification.checkpoint import check_checkpoint, problem_of
 from milepost.verification.extent_reader import Findings, Progress
@@ -124,6 +124,10 @@ def verify_in(
     found = storage.stat(path)
     if found is not None and not found.is_folder and may_be_weights(path):
         return _verify_weights(storage, path, None, level, num_threads, progress)
+    if found is not None and not found.is_folder:
+        raise CheckpointNotFoundError(
+            f"{join_path(storage.root, path)} is a file, neither a checkpoint nor weights", path=path
+        )
     record = storage.stat(join(path, MANIFEST_NAME))
     if record is not None and record.is_link:
         names = [entry.name for entry in storage.list(path) if not entry.is_folder]
@@ -135,7 +139,7 @@ def verify_in(
         if is_hf_folder(names):
             return _verify_weights(storage, path, names, level, num_threads, progress)
         reason = info.reason if info is not None else "there is no such folder"
-        raise CheckpointNotFoundError(f"{storage.root}/{path} is not a checkpoint: {reason}", path=path)
+        raise CheckpointNotFoundError(f"{join_path(storage.root, path)} is not a checkpoint: {reason}", path=path)
     return _verify_checkpoint(storage, path, info, level, num_threads, progress)
 
 
