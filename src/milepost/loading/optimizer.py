@@ -1,9 +1,8 @@
 """Load an optimizer through its own ``load_state_dict()``, without a step, and without loss of types or precision.
 
-The state of a parameter is made from what the checkpoint holds, not from what a fresh optimizer would come to hold.
-Stock ``load_state_dict()`` casts floating-point state to the parameter's dtype and takes any iterable apart; where the
-checkpoint has the same parameters, that is undone (text, named tuples, fp32 state of bf16 parameters stay what they
-were).
+The state of a parameter is created from the checkpoint, not from the state that a fresh optimizer would create. Stock
+``load_state_dict()`` casts floating-point state to the parameter's dtype and rebuilds any iterable; that is undone, so
+that text, named tuples and fp32 state of bf16 parameters are restored exactly.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def indexed(optimizer: Optimizer) -> dict[nn.Parameter, Index]:
 
 
 def want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -> None:
-    """Read the state of a parameter: into the tensors that the optimizer holds already, where they are alike."""
+    """Request the state of a parameter, read into existing tensors of the optimizer if they fit."""
     if isinstance(node, TensorParts):
         want_parts(target, node, live=live if isinstance(live, torch.Tensor) else None, like=parameter)
         return
@@ -56,7 +55,7 @@ def want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -
 
 
 def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry) -> bool:
-    """Return whether a tensor that the optimizer holds is just what is stored."""
+    """Return whether a tensor of the optimizer has the dtype and shape of the stored one."""
     is_alike = (
         isinstance(live, torch.Tensor) and live.dtype == getattr(torch, entry.dtype) and is_place_for(live, entry)
     )
@@ -64,11 +63,11 @@ def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry) -> bool:
 
 
 def state_tensor(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    """A new tensor for a stored one of a parameter's state, on the parameter's device and sharded as it is."""
+    """Create a tensor for a stored one of a parameter's state, on the parameter's device and with its sharding."""
     dtype = getattr(torch, entry.dtype)
     if entry.shape == tuple(parameter.shape) and entry.shape:
         return fresh_like(parameter, dtype=dtype)
-    if not entry.shape:  # counters: `load_state_dict()` moves those that belong on the device
+    if not entry.shape:  # counters: `load_state_dict()` moves them to the device if necessary
         return torch.empty((), dtype=dtype, device="cpu")
     local = local_tensor(parameter)
     plain = torch.empty(entry.shape, dtype=dtype, device="cpu" if local.is_meta else local.device)
@@ -79,10 +78,10 @@ def state_tensor(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
 
 
 def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: Mapping[Index, bool]) -> None:
-    """``optimizer.load_state_dict(state_dict)`` with all its hooks, such that values keep their types.
+    """Call ``optimizer.load_state_dict(state_dict)`` with all its hooks, but keep the types of values.
 
-    ``keeps_dtype`` tells for each parameter whether its state keeps its dtype: not where the model itself is loaded
-    into another dtype than it was saved in.
+    ``keeps_dtype`` maps each parameter to whether its state keeps its dtype: not if the model is loaded into another
+    dtype than it was saved in.
     """
     parameters = {number: parameter for parameter, number in indexed(optimizer).items()}
     has_kept = False
@@ -100,7 +99,7 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
         for parameter, entry in loaded.state.items():
             loaded.state[parameter] = _release(entry)
 
-    # After the caller's own hooks that look at what is loaded, before those that look at what was.
+    # After the user's pre-hooks, before the user's post-hooks.
     hooks = []
     if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
         hooks.append(optimizer.register_load_state_dict_pre_hook(keep))
@@ -112,7 +111,7 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
     finally:
         for hook in hooks:
             hook.remove()
-    if not has_kept:  # it is a wrapper, which hands over to another
+    if not has_kept:  # a wrapper that delegates to another optimizer
         for number, parameter in parameters.items():
             loaded = optimizer.state.get(parameter, {})
             for name in loaded.keys() & given[number].keys() if number in given else ():
@@ -123,7 +122,7 @@ def hand_over(optimizer: Optimizer, state_dict: dict[str, Any], *, keeps_dtype: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kept:
-    """A value that ``load_state_dict()`` passes on as it is."""
+    """An opaque container of a value, which ``load_state_dict()`` leaves unchanged."""
 
     value: Any
 
@@ -150,7 +149,7 @@ def _put_back(loaded: Any, given: Any, parameter: torch.Tensor, keeps_dtype: boo
 
 
 def _release(container: Any) -> Any:
-    """Put the values back in place of what kept them; returns the container."""
+    """Replace the opaque containers by their values; returns the container."""
     if isinstance(container, _Kept):
         return container.value
     if isinstance(container, MutableMapping):
@@ -217,12 +216,12 @@ def _length(values: Any) -> int:
 
 
 def _number(name: Any) -> Any:
-    """Checkpoints of before types were kept have numbers as text."""
+    """Convert the keys of checkpoints by older versions, which stored numbers as text."""
     return int(name) if isinstance(name, str) and name.isdecimal() else name
 
 
 def each_parameter(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
-    """Each parameter of an optimizer and the group that it is in."""
+    """Yield each parameter of an optimizer with its group."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield group, parameter

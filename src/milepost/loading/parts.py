@@ -1,4 +1,4 @@
-"""Loading tensors that are made of others: into the parts that are there, else into a new one of the same class."""
+"""Load composed tensors: into the parts of the existing one, or else into a new one of the same class."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ LikeOf = Callable[[str], Any]
 
 
 def empty_tensor(key: str, entry: TensorEntry) -> torch.Tensor:
-    """A plain tensor on the CPU for all of a stored one."""
+    """Create a plain CPU tensor for a complete stored one."""
     return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
 
 
 def want_node(target: Target, node: Node, make: MakeTensor = empty_tensor, like_of: LikeOf = lambda key: None) -> None:
-    """Read all that stands below a node of the tree, as it was stored.
+    """Request everything below a node of the tree, as it was stored.
 
-    ``make`` gives the tensors to read into, ``like_of`` what those are to be like that are made of others.
+    ``make`` creates the tensors to read into; ``like_of`` returns a model for composed tensors.
     """
     if isinstance(node, TensorParts):
         want_parts(target, node, like=like_of(node.key))
@@ -58,10 +58,11 @@ def want_node(target: Target, node: Node, make: MakeTensor = empty_tensor, like_
 
 
 def want_parts(target: Target, node: TensorParts, *, live: Any = None, like: Any = None) -> bool:
-    """Read a tensor that was taken apart: into ``live`` where that is just so; returns whether it is.
+    """Request a composed tensor, read into ``live`` if that has the stored form; returns whether it has.
 
-    Else a new one is put together, cut and placed as ``like`` is (a parameter, for the state of it), else whole on the
-    CPU. It stands in the node's place. What keeps it from being read is noted as a mismatch.
+    Otherwise a new one is built in the node's place, sharded and placed like ``like`` (for instance the parameter of an
+    optimizer state), or complete on the CPU. If that is impossible, the parts are
+    returned as a dict, or a mismatch is recorded.
     """
     like = live if isinstance(live, torch.Tensor) else like
     if isinstance(like, torch.Tensor) and tuple(like.shape) != node.form.shape:
@@ -85,7 +86,7 @@ def want_parts(target: Target, node: TensorParts, *, live: Any = None, like: Any
 
 
 def want_into_wrapper(target: Target, key: str, live: torch.Tensor) -> bool:
-    """Read a plain stored tensor into one that merely wraps another; returns whether ``live`` is such a one."""
+    """Request a plain stored tensor, read into a ``live`` one that only wraps a tensor; returns whether it does."""
     if target.entry(key) is None or not comes_apart(live):
         return False
     found = list(leaves(take_apart(key, live)))
@@ -99,7 +100,7 @@ def want_into_wrapper(target: Target, key: str, live: torch.Tensor) -> bool:
 
 
 def _want_in_place(target: Target, node: TensorParts, live: torch.Tensor) -> bool:
-    """Read into the parts of ``live``, if these are the parts that were stored; else nothing is wanted."""
+    """Request the parts of ``live`` if they are those that were stored, otherwise nothing."""
     if local_of(live).is_meta:
         return False
     found = take_apart_as(node.form, node.key, live)
@@ -131,7 +132,7 @@ def _is_alike(part: Any, entry: TensorEntry | None) -> bool:
 
 
 def _fresh(target: Target, node: TensorParts, like: Any) -> torch.Tensor:
-    """A new tensor of the stored form, whose parts are wanted; raises ConfigError where none can be made."""
+    """Create a tensor of the stored form and request its parts; raises ConfigError if that is impossible."""
     form = node.form
     device = _device_of(like)
     if not isinstance(like, DTensor):
@@ -167,7 +168,7 @@ def _put(
     device: torch.device,
     prefix: str = "",
 ) -> torch.Tensor:
-    """Put new parts together and want them; ``rows`` of the tensor, or all."""
+    """Compose new parts and request them, for ``rows`` of the tensor or all of it."""
     parts: dict[str, torch.Tensor] = {}
     wanted: list[tuple[str, torch.Tensor | Placed]] = []
     for name, part in node.items():
@@ -193,7 +194,7 @@ def _put(
 def _empty(
     key: str, entry: TensorEntry, form: TensorForm, cut: Cut, rows: Piece | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | Placed]:
-    """A new part, and where it belongs in the stored one."""
+    """Create a part, with its place in the stored one."""
     dtype = getattr(torch, entry.dtype)
     if rows is None or cut == "whole":
         tensor = torch.empty(entry.shape, dtype=dtype, device=device)
@@ -214,12 +215,12 @@ def _empty(
 
 
 def is_by_shard(node: Node) -> bool:
-    """Return whether a node stands for a DTensor whose shards were stored one by one."""
+    """Return whether a node is a DTensor whose shards were stored separately."""
     return isinstance(node, TensorParts) and node.form.is_by_shard
 
 
 def _want_shard(target: Target, node: TensorParts, live: Any, like: Any) -> bool:
-    """Read this rank's shard of a tensor whose shards were stored one by one; returns whether where it is."""
+    """Request this rank's shard of a DTensor whose shards were stored separately; returns whether in place."""
     if like is None and live is None:
         for part in node.values():
             want_node(target, part)

@@ -1,4 +1,4 @@
-"""The keys in which a checkpoint and its target may differ: globs, and the keys that each of them matched."""
+"""Globs of the keys in which a checkpoint and its target may differ, and the keys that each of them allowed."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class LetPass:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Globs of keys that a checkpoint and what it is loaded into need not have in common.
+    """Globs of keys that may be on only one side of a load.
 
-    ``*`` matches dots too, and a pattern that names a whole element of keys matches all below it.
+    ``*`` matches dots too, and a pattern that names a complete element of a key matches all keys below it.
     """
 
     allow_missing: tuple[str, ...] = ()
-    """Keys that the checkpoint may lack: they stay as they are."""
+    """Keys that the checkpoint may lack: they stay unchanged."""
     allow_unexpected: tuple[str, ...] = ()
-    """Keys of the checkpoint that may have no place: they are left out."""
+    """Keys of the checkpoint that the target may lack: they are left out."""
     spelling: str = "give {option}=[{patterns}]"
     """Spelling of an option, for messages."""
 
     @classmethod
     def of(cls, strict: bool, allow_missing: Iterable[str], allow_unexpected: Iterable[str]) -> Policy:
-        """The policy of a caller of ``load``. Raises ConfigError for what is no list of patterns."""
+        """Return the policy of a call of ``load``. Raises ConfigError for anything but lists of patterns."""
         missing = checked_patterns("allow_missing", allow_missing)
         unexpected = checked_patterns("allow_unexpected", allow_unexpected)
         if not isinstance(strict, bool):
@@ -54,7 +54,7 @@ class Policy:
         return tuple(key for key in keys if first_match(self.allow_missing, key) is None)
 
     def refused_unexpected(self, keys: Iterable[str]) -> set[str]:
-        """Return those of ``keys`` that must have a place."""
+        """Return those of ``keys`` that must not be left out."""
         return {key for key in keys if first_match(self.allow_unexpected, key) is None}
 
     def let_pass(self, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[LetPass, ...]:
@@ -71,7 +71,7 @@ class Policy:
         return tuple(LetPass(option, pattern, tuple(keys)) for (option, pattern), keys in found.items())
 
     def advice(self, option: str, purpose: str, keys: Sequence[str], others: Collection[str]) -> str:
-        """The option that would let ``keys`` pass, for a message; it must not cover ``others``."""
+        """Return the option that would allow ``keys``, for a message; it does not cover ``others``."""
         patterns = list(dict.fromkeys(_pattern_for(key, keys, others) for key in keys))
         shown = [f'"{pattern}"' for pattern in patterns[:_MAX_ADVISED]]
         if len(patterns) > _MAX_ADVISED:
@@ -83,7 +83,7 @@ _MAX_ADVISED = 6
 
 
 def _pattern_for(key: str, keys: Sequence[str], others: Collection[str]) -> str:
-    """A glob for all keys with the first element of ``key``, if it lets nothing else pass; else the key itself."""
+    """Return a glob for all keys with the first element of ``key`` if it matches no others, else the key itself."""
     head = key.partition(".")[0]
     start = f"{head}."
     alike = sum(other.startswith(start) for other in keys)
@@ -93,7 +93,7 @@ def _pattern_for(key: str, keys: Sequence[str], others: Collection[str]) -> str:
 
 
 def checked_patterns(option: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    """``patterns`` as a tuple. Raises ConfigError for a single text, which would be taken apart, and for no text."""
+    """Return ``patterns`` as a tuple. Raises ConfigError for a single string, and for elements that are not strings."""
     if isinstance(patterns, str):
         raise ConfigError(f'{option}="{patterns}": expected a list of patterns; write {option}=["{patterns}"]')
     if not isinstance(patterns, Iterable):
@@ -106,7 +106,7 @@ def checked_patterns(option: str, patterns: Iterable[str]) -> tuple[str, ...]:
 
 
 def first_match(patterns: Iterable[str], key: str) -> str | None:
-    """The first of the globs that matches a key; one that names an element of it matches all below."""
+    """Return the first glob that matches a key; one that names an element matches all keys below it."""
     for pattern in patterns:
         if fnmatch.fnmatchcase(key, pattern) or fnmatch.fnmatchcase(key, f"{pattern}.*"):
             return pattern

@@ -1,8 +1,8 @@
 """Read stored shards into tensors: parallel ranged reads, with a digest of every byte.
 
-Data is digested in blocks of 4 MiB, and whole blocks are read. Where the wanted region is one run in the file and in
-memory, it is read straight into its place; regions that are strided, on another device or of another dtype go block
-by block through a buffer.
+Digests cover blocks of 4 MiB, and complete blocks are read. A region that is contiguous in the file and in memory is
+read directly into its place; regions that are strided, on another device or of another dtype are copied block by block
+through a buffer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shards
 
 TASK_NBYTES = 32 << 20
-"""Approximate size of the tasks for reading threads."""
+"""Approximate size of a thread's task in bytes."""
 SMALL_NBYTES = 64 << 10
 """Maximum size of shards that are read together with their neighbours."""
 GROUP_NBYTES = 1 << 20
 GAP_NBYTES = 4 << 10
-"""Maximum gap between neighbours, which is read in vain."""
+"""Maximum gap between neighbours, which is read unnecessarily."""
 
 Task = Callable[[], None]
 
@@ -59,26 +59,26 @@ class ReadStats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandedBlocks:
-    """The blocks that this rank gets by handing on, by their numbers in the order of ``milepost.digests``."""
+    """This rank's blocks in a shared read, by their numbers in the order of ``milepost.digests``."""
 
     digests: BlockDigests
     numbers: frozenset[int]
     mine: frozenset[int] = frozenset()
-    """Those that this rank reads, for itself and others."""
+    """The blocks that this rank reads, for itself and others."""
 
     def number(self, item: ReadItem, low: int) -> int:
-        """The number of the block that begins at byte ``low`` of an item's shard."""
+        """Return the number of the block that begins at byte ``low`` of an item's shard."""
         start, bounds = self.digests.starts[item.key]
         return start + bounds[item.shard_index] + low // self.digests.block_nbytes
 
     def reads(self, item: ReadItem, low: int) -> bool:
-        """Return whether that block falls to this rank."""
+        """Return whether this rank reads that block."""
         return self.number(item, low) in self.mine
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wanted:
-    """An item's part of block ``[low, high)``. ``memory`` is the target's, where a copy of bytes will do."""
+    """An item's part of block ``[low, high)``. ``memory`` is the target's, if copying bytes suffices."""
 
     item: ReadItem
     target: torch.Tensor
@@ -88,14 +88,14 @@ class _Wanted:
 
 
 class TensorReads:
-    """The reads that fill planned regions: tasks for threads, each of which checks what it reads. A context manager.
+    """The reads that fill planned regions, as tasks for threads that also check the data. A context manager.
 
-    ``digests`` is None for a checkpoint that stock DCP wrote: then a shard of which this rank reads everything is
-    checked against the CRC-32 of its zip record, where it has one, and one that is read in part is not. ``on_read`` is
-    told the bytes of each read, from any thread. The tasks raise what :func:`read_tensors` does.
+    ``digests`` is None for a checkpoint that stock DCP wrote: then a shard is
+    checked against the CRC-32 of its zip record, if any, only if this rank reads it completely. ``on_read`` is called
+    with the bytes of each read, from any thread. The tasks raise what :func:`read_tensors` does.
 
-    Blocks that are ``handed`` on are in no task: :meth:`read_block` reads one that falls to this rank, and
-    :meth:`take_block` puts the bytes of one where they are wanted. A file of which nothing is read here is not opened.
+    Shared blocks (``handed``) are in no task: :meth:`read_block` reads one that is assigned to this rank, and
+    :meth:`take_block` copies the bytes of one to their targets. Files that are not read here are not opened.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TensorReads:
     ):
         self._leaves = leaves
         self._handed = handed
-        self._wanted_at: dict[int, list[_Wanted]] = {}  # by the number of a block that is handed on
+        self._wanted_at: dict[int, list[_Wanted]] = {}  # by the number of a shared block
         self._digests = digests
         self._block_nbytes = digests.block_nbytes if digests is not None else BLOCK_NBYTES
         self._on_read = on_read
@@ -120,7 +120,7 @@ class TensorReads:
         self._readers: dict[tuple[str, int], BlockReader] = {}
         self._wanted_nbytes = sum(item.src.numel * leaves[item.leaf].local.element_size() for item in items)
         self._read_nbytes = 0
-        if digests is None:  # of another program: planned first, so that only what is read is looked into
+        if digests is None:  # external: planned first, so that only records to be read are located
             shards = locate_shards(storage, folder, [(item.key, item.dtype, item.shard) for item in items])
             items = [replace(item, shard=shard) for item, shard in zip(items, shards, strict=True)]
         with ExitStack() as closing:
@@ -155,7 +155,7 @@ class TensorReads:
         return item.is_whole and item.shard.data_nbytes <= min(SMALL_NBYTES, self._block_nbytes)
 
     def _read_neighbours(self, handle: ReadHandle, items: Sequence[ReadItem]) -> None:
-        """Read small shards that stand side by side in a file at once, and check and copy each."""
+        """Read small adjacent shards of a file at once, and check and copy each."""
         begin = items[0].shard.record_offset
         data = self._buffer()[: _end(items[-1]) - begin]
         handle.read_into(begin, [data])
@@ -167,7 +167,7 @@ class TensorReads:
             self._target_of(item).copy_(values)
 
     def _note_handed(self, items: Sequence[ReadItem], handed: HandedBlocks) -> bool:
-        """Note what is wanted of blocks that are handed on; whether this rank reads anything of the items' file."""
+        """Record the items' parts of shared blocks; return whether this rank reads anything of the items' file."""
         reads_any = False
         for item in items:
             target = self._target_of(item)
@@ -180,12 +180,12 @@ class TensorReads:
         return reads_any
 
     def read_block(self, number: int, into: memoryview) -> None:
-        """Read a block that falls to this rank, checked."""
+        """Read and check a block that is assigned to this rank."""
         wanted = self._wanted_at[number][0]
         self._readers[wanted.item.key, wanted.item.shard_index].read(wanted.low, into, self._buffer)
 
     def take_block(self, number: int, data: memoryview) -> None:
-        """Copy a block, read here or by another rank, to where it is wanted."""
+        """Copy a block, read here or by another rank, to its targets."""
         for wanted in self._wanted_at[number]:
             if wanted.memory is None:
                 _scatter(wanted.item, wanted.target, wanted.low, data)
@@ -196,12 +196,12 @@ class TensorReads:
             np.copyto(np.frombuffer(wanted.memory, np.uint8)[first - start : last - start], src)
 
     def _target_of(self, item: ReadItem) -> torch.Tensor:
-        """The memory that one region fills, its dims in the order of the stored ones."""
+        """The memory of one region, with its dims in the stored order."""
         target = self._leaves[item.leaf].view(item.piece)[item.dst.index()]
         return target.transpose(-1, -2) if item.is_transposed else target
 
     def _tasks(self, item: ReadItem, handle: ReadHandle, ranges: list[tuple[int, int]]) -> Iterator[Task]:
-        """The tasks that fill one region. The file's ranges that they read are added to ``ranges``."""
+        """Return the tasks that fill one region, and add the ranges of the file that they read to ``ranges``."""
         target, shard = self._target_of(item), item.shard
         if shard.data_offset is None:
             ranges.append((shard.record_offset, shard.record_offset + shard.record_nbytes))
@@ -226,7 +226,7 @@ class TensorReads:
                 yield partial(reader.read_through, low, high, self._buffer, partial(_scatter, item, target))
 
     def _own_blocks(self, item: ReadItem) -> Iterator[tuple[int, int]]:
-        """The blocks of an item that this rank reads for itself alone."""
+        """The blocks of an item that this rank reads only for itself."""
         for low, high in item.blocks(self._block_nbytes):
             if self._handed is None or self._handed.number(item, low) not in self._handed.numbers:
                 yield low, high
@@ -243,14 +243,14 @@ class TensorReads:
             self._on_read(nbytes)
 
     def _buffer(self) -> memoryview:
-        """This thread's memory of a block, or of a group of small ones. Kept: to touch fresh memory is slow."""
+        """This thread's buffer for a block or a group of small ones, reused because touching fresh memory is slow."""
         held: bytearray | None = getattr(self._local, "buffer", None)
         if held is None:
             held = self._local.buffer = bytearray(max(self._block_nbytes, GROUP_NBYTES))
         return memoryview(held)
 
     def _unpickle(self, item: ReadItem, handle: ReadHandle, target: torch.Tensor) -> None:
-        """Load a record of another program whose storage is not row-major, by torch's restricted unpickler."""
+        """Load an external record whose storage is not row-major with torch's restricted unpickler."""
         data = bytearray(item.shard.record_nbytes)
         handle.read_into(item.shard.record_offset, [memoryview(data)])
         self._count(len(data))
@@ -270,7 +270,7 @@ def _end(item: ReadItem) -> int:
 
 
 def _neighbours(items: Iterable[ReadItem]) -> Iterator[list[ReadItem]]:
-    """Items that are read at once: in ascending order, with little between them, and not too much together."""
+    """Group items to read at once: ascending, with small gaps and a bounded total."""
     group: list[ReadItem] = []
     for item in items:
         start = item.shard.record_offset
@@ -285,7 +285,7 @@ def _neighbours(items: Iterable[ReadItem]) -> Iterator[list[ReadItem]]:
 
 
 def _batches(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring blocks, of about ``TASK_NBYTES`` together."""
+    """Group adjacent blocks to about ``TASK_NBYTES``."""
     start = stop = 0
     for low, high in blocks:
         if low != stop or stop - start >= TASK_NBYTES:
@@ -298,7 +298,7 @@ def _batches(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _scatter(item: ReadItem, target: torch.Tensor, low: int, data: memoryview) -> None:
-    """Copy what is wanted of the shard's data from byte ``low`` on to where it belongs."""
+    """Copy the requested part of the shard's data, which begins at byte ``low``, to its place."""
     dtype = getattr(torch, item.dtype)
     start, position = low // dtype.itemsize, 0
     for box in boxes_of_run(start, start + len(data) // dtype.itemsize, item.shard.box.sizes):

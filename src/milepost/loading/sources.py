@@ -24,7 +24,7 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """A folder of this node's with its part of a save, or all of it."""
+    """A folder of this node with its part of a save, or the complete save."""
 
     storage: Storage
     path: str
@@ -35,7 +35,7 @@ class Near:
 
 
 def read_own_part(storage: Storage, path: str) -> Manifest:
-    """The manifest of the part of a step that this node has.
+    """The manifest of this node's part of a step.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -62,7 +62,7 @@ def find_near(storage: Storage, path: str, save_id: str) -> Near | None:
 
 
 def _digests_of(near: Near) -> BlockDigests | None:
-    """None if they can't be read, which is logged."""
+    """The digests; None, with a log line, if they can't be read."""
     try:
         return checkpoint_record.read_digests(near.storage, near.path, near.manifest)
     except (CheckpointDamagedError, StorageError) as error:
@@ -73,7 +73,7 @@ def _digests_of(near: Near) -> BlockDigests | None:
 class Sources:
     """The reads of one load on this rank.
 
-    What fails to be read nearby is read from the checkpoint itself, and logged.
+    If reading from the local part fails, that is logged, and the data is read from the checkpoint itself.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class Sources:
 
     @property
     def nbytes(self) -> int:
-        """About how much will be read."""
+        """Estimate the bytes to read."""
         return sum(item.shard.data_nbytes for item in (*self._items, *self._near_items))
 
     def _near_keys(self) -> set[str]:
-        """The tensors of which all that this rank wants is nearby."""
+        """The tensors whose requested data is completely in the local part."""
         if self._near is None:
             return set()
         tensors = self._near.manifest.tensors
@@ -126,10 +126,7 @@ class Sources:
         return plan_load(self._recorded, [s for key, s in self._wanted.items() if key in keys], self._origins)
 
     def read_objects(self, keys: Sequence[str]) -> None:
-        """Fill the slots of the values that are not tensors.
-
-        Raises: as ``reader.read_objects``, of the checkpoint itself.
-        """
+        """Fill the slots of values that are not tensors. Raises like ``reader.read_objects``."""
         near = self._near
         left = set(keys)
         if near is not None:
@@ -143,7 +140,7 @@ class Sources:
             self._flat.slots[key].fill(value)
 
     def due(self, is_due: Callable[[str], bool]) -> list[ReadItem]:
-        """Plan the reads of the checkpoint itself, for the tensors of which ``is_due`` holds."""
+        """Plan the reads from the checkpoint itself, for the tensors with ``is_due(key)``."""
         return [item for item in self._items if is_due(item.leaf)]
 
     def reads(
@@ -152,10 +149,11 @@ class Sources:
         on_read: Callable[[int], None] | None,
         handed: HandedBlocks | None = None,
     ) -> Iterator[TensorReads]:
-        """The reads that fill those tensors of which ``is_due`` holds, given the leaf's key.
+        """Yield the reads that fill the tensors with ``is_due(key)``, from the local part first.
 
-        The caller closes each, and does its tasks within :meth:`guard`, before it takes the next. Raises, and the tasks
-        do: as ``reader.read_tensors``, of the checkpoint itself. What is ``handed`` on of that is left to the caller.
+        The caller runs the tasks of each within :meth:`guard`, and closes it, before it takes the next. Raises, like
+        the tasks, as ``reader.read_tensors`` does for the checkpoint itself. Shared blocks (``handed``) are left to the
+        caller.
         """
         tensors = self._flat.tensors
         items = self.due(is_due)
@@ -172,12 +170,12 @@ class Sources:
         yield TensorReads(self._storage, self._folder, items, tensors, self._digests, on_read=on_read, handed=handed)
 
     def guard(self, reads: TensorReads) -> AbstractContextManager[None]:
-        """Within, what goes wrong with ``reads`` is logged if they are of this node's own folder, and raised if not."""
+        """Log failures of ``reads`` from this node's folder; raise others."""
         return self._falling_back() if reads is self._near_reads else nullcontext()
 
     @contextmanager
     def _falling_back(self) -> Iterator[None]:
-        """Within, what goes wrong with the part that is nearby is logged, and that is not used any more."""
+        """Log a failure of the local part, and stop using it."""
         near = self._near
         assert near is not None
         try:

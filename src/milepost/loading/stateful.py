@@ -1,4 +1,4 @@
-"""Load anything with ``load_state_dict()``: it is given all of its saved state."""
+"""Load anything with ``load_state_dict()``: it gets all of its saved state."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from milepost.tensors.tree import Node, rebuild, refs
 
 
 class StatefulOwner:
-    """Anything with ``load_state_dict()``, which is given all that was saved below ``path``, as it was saved.
+    """Anything with ``load_state_dict()``, which gets everything that was saved below ``path``, as it was saved.
 
-    ``own`` is what the object's ``state_dict()`` shows now, if that may be asked: where it has a tensor of the saved
-    one's shape, it says on which device and how sharded that one is to be. With ``in_place`` it is filled itself. Where
-    it has none, ``like_of`` tells by the key.
+    ``own`` is the object's present ``state_dict()``, if it may be called. A tensor in it of the saved one's shape
+    determines device and sharding of the loaded one; with ``in_place`` it is filled itself. Without one, ``like_of``
+    returns a model for the key.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StatefulOwner:
                 target.want(key, fresh_like(like, dtype=getattr(torch, entry.dtype)), live=False)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Accept anything: the object itself decides what fits."""
+        """Accept anything: the object itself decides if it fits."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is not None:
@@ -89,7 +89,7 @@ class StatefulOwner:
 
 
 def _fill_excluded(state: Any, own: Any, path: Sequence[Any], is_excluded: Callable[[str], bool]) -> None:
-    """Put what an object has itself in the places of excluded keys, so that it finds all that it looks for."""
+    """Fill in the object's own values for excluded keys, so that the state is complete."""
     if not isinstance(state, dict) or not isinstance(own, Mapping):
         return
     for name, value in own.items():

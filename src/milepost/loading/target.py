@@ -1,7 +1,7 @@
-"""The target of a load: a tensor or a place for a value for each requested key.
+"""The target of a load: a tensor, or a slot for a value, for each requested key.
 
-Tensors that live in the caller's objects are filled last, once everything else has been read and checked, so that a
-load that is refused has changed nothing.
+Live tensors, those of the caller's objects, are filled last, once everything else is read and checked, so that a
+refused load has changed nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from milepost.tensors.state import PACKED, ByName
 from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
 
 EXTRA_STATE = "_extra_state"
-"""The last element of the name under which a module's state dict has what its ``get_extra_state()`` returns."""
+"""The last element of the name of a module's extra state in its state dict."""
 
 
 class Stored:
@@ -30,7 +30,7 @@ class Stored:
 
     def __init__(self, manifest: Manifest, read: Read | None = None, is_excluded: Callable[[str], bool] | None = None):
         self.keys = frozenset((*manifest.tensors, *manifest.objects))
-        """All that are stored, those too that are excluded from the rest."""
+        """All stored tensors, including those excluded from the load."""
         self.is_excluded = is_excluded if is_excluded is not None else lambda key: False
         if is_excluded is not None:
             tensors = {key: entry for key, entry in manifest.tensors.items() if not is_excluded(key)}
@@ -48,7 +48,7 @@ class Target:
         self.is_excluded: Callable[[str], bool] = stored.is_excluded if stored is not None else lambda key: False
         """Returns True if a key is excluded from loading; the stored tree has none of these."""
         self.notes: list[str] = []
-        """Notes for the user on values that are not restored."""
+        """Notes for the user, for instance on values that are not restored."""
         self.keeps_parts = False
         """Return tensors that can't be assembled here as dicts of their parts."""
         self._stored_keys = frozenset[str]()
@@ -61,15 +61,15 @@ class Target:
         self._narrowed: dict[str, torch.dtype] = {}
         self._spread: dict[str, torch.Tensor] = {}
         self.cast: list[str] = []
-        """One line for each tensor that is read in another dtype than that of its place."""
+        """One line for each tensor whose stored dtype differs from the target's."""
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
         self.left: set[str] = set()
         """Keys of the checkpoint that are not used here."""
-        self._taken: set[str] = set()  # names at the top of a checkpoint that is stored as one value
+        self._taken: set[str] = set()  # top-level names of a checkpoint that is stored as one value
 
     def want(self, key: str, tensor: torch.Tensor | Placed, *, live: bool, path: Sequence[Any] = ()) -> None:
-        """Read ``key`` into ``tensor``; ``path`` is where it stands, should it be in a container stored as one."""
+        """Request ``key`` into ``tensor``; ``path`` locates it if its container is stored as one value."""
         if self.is_excluded(key):
             return
         node = self.at(path or (key,)) if key not in self._stored_keys else None
@@ -109,14 +109,14 @@ class Target:
         return named
 
     def take_all(self) -> None:
-        """Record that all that is stored has its place."""
+        """Record that everything stored is used."""
         if self._stored is not None:
             self._taken.update(map(str, self._stored.tree.root))
 
     def settle_packed(self) -> list[str]:
         """Count a checkpoint that is stored as one value as used if anything in it is.
 
-        Returns what stands at its top and has no place here.
+        Returns its top-level names that are not used.
         """
         if self._stored is None or not self._stored.tree.is_packed or not self._taken:
             return []
@@ -130,20 +130,20 @@ class Target:
 
     @property
     def has_order(self) -> bool:
-        """Return whether the checkpoint records in what order the values of a container stood."""
+        """Return whether the checkpoint records the order of values in containers."""
         return self._stored is not None and bool(self._stored.manifest.structure)
 
     @property
     def excluded_keys(self) -> frozenset[str]:
-        """Keys of the checkpoint whose values are to stay as they are here."""
+        """Exclude keys of the checkpoint, whose values here stay unchanged."""
         return self._stored.keys - self._stored_keys if self._stored is not None else frozenset()
 
     def has(self, key: str, path: Sequence[Any]) -> bool:
-        """Return whether the checkpoint has a value for a key, perhaps in a container that is stored as one."""
+        """Return whether the checkpoint has a value for a key, possibly in a container that is stored as one value."""
         return self._stored is None or key in self._stored_keys or self.at(path) is not None
 
     def value_of(self, node: Node) -> Any:
-        """The value of a node that is no container; None for a tensor."""
+        """The value of a node that is not a container; None for a tensor."""
         if isinstance(node, Held):
             return node.value
         return self._stored.tree.read(node.key) if self._stored is not None and isinstance(node, Ref) else None
@@ -153,7 +153,7 @@ class Target:
         return None if self._stored is None else self._stored.manifest.tensors.get(key)
 
     def _want_held(self, key: str, tensor: torch.Tensor, value: Any) -> None:
-        """A tensor that is there already, in a container that was read: it is copied with the live tensors."""
+        """Add a tensor from a container that was read already: it is copied with the live tensors."""
         if not isinstance(value, torch.Tensor):
             self.mismatched.append(f"{key}: not a tensor in the checkpoint, a tensor here")
         elif value.shape != tensor.shape:
@@ -162,20 +162,20 @@ class Target:
             self.copies.append((tensor, value))
 
     def _want_narrowed(self, key: str, tensor: torch.Tensor, stored: torch.dtype) -> None:
-        """Integers of a wider dtype: read as they are, checked, and copied with the live tensors."""
+        """Request integers of a wider dtype: read as stored, checked, and copied with the live tensors."""
         self.values[key] = wide = fresh_like(tensor, dtype=stored)
         self._narrowed[key] = tensor.dtype
         self.cast.append(f"{key}: {dtype_name(stored)} -> {dtype_name(tensor.dtype)}")
         self.copies.append((tensor, wide))
 
     def _want_spread(self, key: str, tensor: torch.Tensor) -> None:
-        """A tensor whose elements share memory: read whole, checked, and one of each copied with the live tensors."""
+        """Request a tensor with overlapping elements: read completely, checked, and copied once with the live tensors."""
         self.values[key] = whole = fresh_like(tensor)
         self._spread[key] = tensor
         self.copies.append((_once(tensor, tensor), _once(whole, tensor)))
 
     def check(self) -> None:
-        """Refuse values that their place can't hold, once everything except the live tensors is read."""
+        """Refuse values that their target can't hold, once everything except the live tensors is read."""
         unfit = [
             f"{key}: different values in the checkpoint for elements that are one here (expanded)"
             for key, tensor in self._spread.items()
@@ -196,32 +196,32 @@ class Target:
             )
 
     def copy_held(self) -> None:
-        """Fill the tensors whose values are there already."""
+        """Fill the tensors whose values were read already."""
         with torch.no_grad():
             for tensor, value in self.copies:
                 tensor.copy_(value)
 
     def refuse(self, node: TensorParts, here: str) -> None:
-        """Note that a tensor that was taken apart does not fit what is here."""
+        """Record that a composed tensor does not fit the target."""
         self.mismatched.append(f"{node.key}: a {node.form.kind} in the checkpoint, {here}")
         self.leave(node)
 
     def leave(self, node: Node) -> None:
-        """Note values that are of no use here: they count neither as wanted nor as unexpected."""
+        """Record values that are not needed here: they count neither as requested nor as unexpected."""
         self.left.update(refs(node))
 
     def note(self, what: str, keys: Sequence[str]) -> None:
-        """Note that ``keys`` are treated in some way, if there are any."""
+        """Add a note on the treatment of ``keys``, if there are any."""
         if keys:
             self.notes.append(f"{what}: {', '.join(listed(keys, 5))}")
 
     def want_missing(self, keys: Iterable[str]) -> None:
-        """Note keys that an object needs and the checkpoint lacks: they are reported, and refused when strict."""
+        """Record keys that an object needs and the checkpoint lacks: they are reported, and refused if strict."""
         self.values.update(dict.fromkeys(keys))
 
 
 def _named(name: str, node: Node) -> Iterator[tuple[str, Node]]:
-    """A node by its name, or those below it where its name was taken apart at the dots."""
+    """Yield a node by its name, or those below it if the name was split at its dots."""
     is_value = not isinstance(node, Mapping) or isinstance(node, TensorParts) or EXTRA_STATE in name
     if is_value or not node:
         yield name, node
@@ -237,7 +237,7 @@ def _is_expanded(tensor: torch.Tensor) -> bool:
 
 
 def _once(tensor: torch.Tensor, expanded: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that has each element of an expanded one once; shares memory."""
+    """A view of an expanded tensor that has each of its elements once."""
     return tensor.detach()[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in expanded.stride())]
 
 
@@ -262,19 +262,19 @@ class Restorer(Protocol):
         """Add the object's keys to ``target``. The object is not changed."""
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Refuse values that don't fit. They are read, all but the live tensors; nothing has been changed yet."""
+        """Refuse values that don't fit. Everything but the live tensors is read; nothing has been changed yet."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Pass the values to the object."""
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a DTensor that this rank holds; any other tensor as it is. Shares memory."""
+    """A view of this rank's part of a DTensor, or of any other tensor."""
     return detached_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Return whether two tensors are the same elements of the same memory, in the same order."""
+    """Return whether two tensors are the same view of the same memory."""
     if other is None or type(one.detach()) is not type(other.detach()) or one.shape != other.shape:
         return False
     if isinstance(one, DTensor) and isinstance(other, DTensor) and one._spec != other._spec:
@@ -318,7 +318,7 @@ def item(container: Any, name: Any) -> Any:
 
 
 def is_place_for(tensor: Any, entry: TensorEntry) -> bool:
-    """Return whether a value is a tensor that a stored one could be read into."""
+    """Return whether a value is a tensor that can be read into."""
     if not isinstance(tensor, torch.Tensor) or not can_be_boxes(tensor):
         return False
     return not local_tensor(tensor).is_meta and tuple(tensor.shape) == entry.shape

@@ -31,7 +31,7 @@ Path = tuple[Any, ...]
 class Whole:
     """The full content of a checkpoint as a new state dict: its containers and values, and tensors on the CPU.
 
-    Of ``mapped`` files the tensors that can be are taken as they lie there, and are not read.
+    With ``mapped`` files, tensors are views of them where possible, and not read.
     """
 
     def __init__(self, manifest: Manifest, read: Read, mapped: MappedFiles | None = None):
@@ -55,14 +55,14 @@ class Whole:
         """Accept everything."""
 
     def restore(self) -> None:
-        """Put the state dict together."""
+        """Build the state dict."""
         for note in self.target.notes:
             log.warning("%s", note)
         self.state_dict = rebuild(self._root, {**self.target.values, **self._mapped})
 
 
 def _plain_keys(node: Node) -> Iterator[str]:
-    """The keys below a node that are no parts of a tensor."""
+    """The keys below a node, without the parts of composed tensors."""
     if isinstance(node, Ref):
         yield node.key
     elif isinstance(node, Mapping | list) and not isinstance(node, TensorParts):
@@ -74,8 +74,8 @@ class Template:
     """A nested state dict to load into.
 
     Tensors are filled in place; ones on the meta device are replaced by others that hold data. Objects with
-    ``load_state_dict()`` are given what was saved for them. None and empty containers take whatever was saved in their
-    place; other values are replaced.
+    ``load_state_dict()`` get their saved state. None and empty containers are replaced by any saved value; other values are
+    replaced.
     """
 
     def __init__(self, into: Mapping[str, Any], manifest: Manifest, read: Read | None = None):
@@ -112,7 +112,7 @@ class Template:
                 self._want_value(Slot(container, index), value, here)
 
     def _want_parts(self, value: torch.Tensor, path: Path) -> None:
-        """Read into the parts of a tensor that is made of others."""
+        """Request the parts of a composed tensor."""
         key = ".".join(map(str, path))
         node = self.target.at(path)
         if self.target.is_excluded(key) or want_into_wrapper(self.target, key, value):
@@ -123,7 +123,7 @@ class Template:
             self.target.refuse(node, f"a {type(value).__name__} of another form here")
 
     def _want_in_place_of(self, slot: Slot, value: torch.Tensor, path: Path) -> None:
-        """Read a tensor that is to stand where one on the meta device is."""
+        """Request a tensor that replaces one on the meta device."""
         fresh = fresh_like(value)
         key = ".".join(map(str, path))
         self.target.want(key, fresh, live=False, path=path)
@@ -135,7 +135,7 @@ class Template:
         node = self.target.at(path)
         takes_all = value is None or isinstance(value, Mapping | list)
         if node is None and isinstance(value, Mapping) and self._is_foreign:
-            return  # stock DCP keeps no trace of a mapping without items
+            return  # stock DCP does not record empty mappings
         if isinstance(node, Held):
             self._slots.append((slot, node))
             return
@@ -145,7 +145,7 @@ class Template:
         if value is None or not isinstance(node, Ref):
             want_node(self.target, node)
         else:
-            self.target.values[key] = None  # a tensor does not go where there is another kind of value
+            self.target.values[key] = None  # a tensor can't replace another kind of value
         self._slots.append((slot, node))
 
     def check(self) -> None:
@@ -154,12 +154,12 @@ class Template:
             owner.check(self.target.values)
 
     def restore(self) -> None:
-        """Put the values into the caller's containers and objects."""
+        """Set the values in the caller's containers and objects."""
         for slot, node in self._slots:
             slot.fill(rebuild(node, self.target.values))
         copied = {id(tensor) for tensor, _ in self.target.copies}
         for key, (slot, tensor) in self._made.items():
-            if key in self.target.values or id(tensor) in copied:  # else it is not in the checkpoint
+            if key in self.target.values or id(tensor) in copied:  # otherwise it is not in the checkpoint
                 slot.fill(tensor)
         for owner in self._owners:
             owner.restore(self.target.values)

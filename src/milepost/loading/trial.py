@@ -1,8 +1,8 @@
 """A trial of a module's own ``load_state_dict()``: which stored value goes where, before any is read.
 
-Hooks and overrides rename the keys of old checkpoints, fuse, split and reshape tensors, and fill in what is new. They
-are run on a clone of the module whose tensors are on the meta device, with stored values on the meta device too: the
-clone shares the module's other attributes, and nothing of the module is changed.
+Hooks and overrides rename keys of old checkpoints, fuse, split and reshape tensors, and add new entries. They are run
+on a clone of the module with all tensors, also the stored ones, on the meta device. The clone shares the module's other
+attributes; the module is not changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Trial:
     places: Mapping[str, str]
     """Names whose value is copied as it is, and the one parameter or buffer that it is copied to."""
     filled: frozenset[str]
-    """Parameters and buffers that anything is copied to."""
+    """Parameters and buffers that are copied to."""
     missing: frozenset[str]
     """Names of the module without a value, given or made by it."""
     unexpected: frozenset[str]
@@ -37,7 +37,7 @@ class Trial:
 
 
 def has_users_way(module: nn.Module) -> bool:
-    """Return whether code that is not PyTorch's takes part when a module is loaded: before the copy of its tensors."""
+    """Return whether code other than PyTorch's runs when a module is loaded, before its tensors are copied."""
     return any(_has_users_way(part) for part in module.modules())
 
 
@@ -50,7 +50,7 @@ def _has_users_way(module: nn.Module) -> bool:
 
 
 def _function_of(hook: Any) -> Any:
-    hook = getattr(hook, "hook", hook)  # registered with the module or without
+    hook = getattr(hook, "hook", hook)  # registered with or without the module as an argument
     return getattr(hook, "func", hook)  # of a partial
 
 
@@ -68,7 +68,7 @@ def try_loading(module: nn.Module, given: Mapping[str, Any], *, metadata: Any) -
         clone = _clone(module, clones)
         held = {id(tensor): name for name, tensor in _held(clone)}
         with _Copies(held) as copies, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of values of the hooks' own that meet tensors on the meta device
+            warnings.simplefilter("ignore")  # errors of the hooks' own values combined with meta tensors
             result = clone.load_state_dict(state, strict=False)
     except Exception as error:  # noqa: BLE001 - hooks may raise anything
         return Trial({}, frozenset(), frozenset(), frozenset(), refusal=f"{type(error).__name__}: {error}")
@@ -89,12 +89,12 @@ def try_loading(module: nn.Module, given: Mapping[str, Any], *, metadata: Any) -
 
 @dataclass(frozen=True, slots=True)
 class WrapperNames:
-    """The names that modules have under wrappers, by those that they have without."""
+    """Map the names of modules without wrappers to those with wrappers."""
 
     names: Mapping[str, str]
 
     def name_of(self, bare: str) -> str:
-        """The name that something in the unwrapped module has in the wrapped one, which need not have it."""
+        """Return the name in the wrapped module of an entry of the unwrapped one, which need not exist."""
         parent, _, rest = bare.rpartition(".")
         while parent and parent not in self.names:
             parent, _, more = parent.rpartition(".")
@@ -104,15 +104,15 @@ class WrapperNames:
 
 
 def names_of_wrappers(names: Mapping[str, str]) -> WrapperNames:
-    """``names`` maps those in the unwrapped module to those of its state dict, which have wrappers' names in them."""
+    """``names`` maps names in the unwrapped module to those of its state dict, which contain wrappers' names."""
     found: dict[str, str] = {}
     for bare, name in names.items():
         one, other = bare.split("."), name.split(".")
-        for count in range(len(one)):  # as far as both begin alike
+        for count in range(len(one)):  # the common beginning
             if one[:count] != other[:count]:
                 break
             found.setdefault(".".join(one[:count]), ".".join(other[:count]))
-        for count in range(1, min(len(one), len(other)) + 1):  # as far as both end alike, which tells of wrappers
+        for count in range(1, min(len(one), len(other)) + 1):  # the common end; wrappers are in between
             if one[-count:] != other[-count:]:
                 break
             found[".".join(one[:-count])] = ".".join(other[:-count])
@@ -120,7 +120,7 @@ def names_of_wrappers(names: Mapping[str, str]) -> WrapperNames:
 
 
 class _Copies(TorchFunctionMode):
-    """Records what would be copied to some tensors, by their ids, instead of copying it."""
+    """Records copies to some tensors, by their ids, instead of doing them."""
 
     def __init__(self, names: Mapping[int, str]):
         super().__init__()
@@ -140,7 +140,7 @@ def _held(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
-    """A module of the same class and with the same attributes, tensors on the meta device, clones of its modules."""
+    """Clone a module: same class and attributes, tensors on the meta device, submodules cloned."""
     if id(module) in clones:
         return clones[id(module)]
     clone: nn.Module = object.__new__(type(module))
@@ -154,7 +154,7 @@ def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
     vars(clone).update(attributes)
     hooks = module._load_state_dict_pre_hooks.items()
     vars(clone)["_load_state_dict_pre_hooks"] = OrderedDict((key, _hook_on(hook, clones)) for key, hook in hooks)
-    vars(clone)["_load_state_dict_post_hooks"] = OrderedDict()  # they act on what is loaded
+    vars(clone)["_load_state_dict_post_hooks"] = OrderedDict()  # those that act on a load
     return clone
 
 
@@ -174,7 +174,7 @@ def _on_meta(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _hook_on(hook: Any, clones: Mapping[int, nn.Module]) -> Any:
-    """A hook that acts on a clone where it acted on the module."""
+    """Rebind a hook of the module to its clone."""
     wrapped = getattr(hook, "hook", None)
     if wrapped is None:
         return _method_on(hook, clones)

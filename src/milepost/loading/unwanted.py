@@ -1,4 +1,4 @@
-"""Finds stored keys that no rank has a place for, from a bit for each key of each rank."""
+"""Find stored keys that no rank has, from one bit per key and rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milepost.collective.comm import Comm
 
 @dataclass(frozen=True, slots=True)
 class _Brought:
-    """One rank's part: ``bits`` of the keys that all ranks know, and other ``keys``."""
+    """One rank's unwanted keys: as ``bits`` over the keys that all ranks know, and as ``keys``."""
 
     bits: bytes
     keys: frozenset[str]
@@ -32,10 +32,9 @@ def unwanted_everywhere(
 ) -> tuple[list[str], bool]:
     """Find the keys that all ranks of a ``node`` find ``unwanted``, sorted; and if any rank ``fits_something``.
 
-    They are ``stored`` ones, or parts of one. Collective. ``known`` are the same keys on every rank, or none. A rank
-    whose stored keys they are sends a bit for each, compressed to some hundred bytes where it wants most of the keys,
-    or a few: the keys themselves would be megabytes from each rank, of which thousands have values of their own.
-    Ranks with other stored keys (nodes have a folder each, names are another program's) send keys.
+    They are ``stored`` keys, or parts of composed tensors. Collective. ``known`` are the same keys on every rank, or none.
+    If they are its stored keys, a rank sends one bit per key, which compresses to some hundred bytes; the keys themselves
+    would be megabytes per rank. Ranks with other stored keys (per-node folders, names of another program) send keys.
     """
     keys = sorted(known)
     is_alike = bool(keys) and set(stored) == set(known)
@@ -64,7 +63,7 @@ def _packed(flags: Sequence[bool]) -> bytes:
 
 
 def _common(keys: Sequence[str], brought: Sequence[_Brought]) -> set[str]:
-    """The keys that all of these ranks find unwanted."""
+    """The keys that are unwanted on all of these ranks."""
     sets = [set(one.keys) for one in brought if not one.bits]
     alike = [one for one in brought if one.bits]
     if alike:

@@ -1,7 +1,7 @@
-"""The values of a checkpoint that are not tensors: records that rank 0 reads once and hands on, or that a rank reads.
+"""The values of a checkpoint that are not tensors: records that rank 0 reads for all, or that a rank reads itself.
 
-Options and scalars are the same for all ranks, and all want them. What belongs to one rank (random generators, a data
-loader's place) is read by that rank, and so is what is large.
+Options and scalars are the same for all ranks, and all need them. Values of one rank (random generators, the position of
+a data loader) and large values are read by the rank that needs them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from milepost.verification.block_reader import BlockReader
 
 MERGE_GAP_NBYTES = 64 << 10
 MERGE_NBYTES = 8 << 20
-"""Small records with gaps of at most the first between them are read at once, up to the second."""
+"""Records with smaller gaps than the first are read at once, up to the second in total."""
 MAX_COMMON_NBYTES = 256 << 10
 MAX_ALL_COMMON_NBYTES = 32 << 20
-"""Records up to the first size are handed on, up to the second together."""
+"""Records up to the first size are read by rank 0 for all, up to the second in total."""
 _OF_ONE_RANK = re.compile(r"(^|\.)rank\d+(\.|$)")
 
 
 def read_objects(
     storage: Storage, folder: str, manifest: Manifest, keys: Iterable[str], common: Mapping[str, bytes] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """The values of ``keys`` that are not tensors. Records that lie close together are read at once.
+    """Yield the values of ``keys`` that are not tensors. Adjacent records are read at once.
 
-    ``common`` are records that need not be read, by the place of each: see :func:`read_common`.
+    ``common`` are records that are read already, by location; see :func:`read_common`.
 
     Raises:
         DigestMismatchError: a record changed after it was written.
@@ -44,7 +44,7 @@ def read_objects(
         known = common.get(place_of(entry))
         if known is None:
             left.append(key)
-        else:  # a copy: what is decoded may share its memory
+        else:  # a copy, since decoded values may share its memory
             yield key, decode_object(key, bytearray(known), f"{storage.root}/{join(folder, entry.file)}")
     for handle, names, entry, raw in _records(storage, folder, manifest, left):
         _check(handle, names[0], entry, raw)
@@ -53,12 +53,12 @@ def read_objects(
 
 
 def place_of(entry: ObjectEntry) -> str:
-    """The location of a record, whatever its key."""
+    """The location of a record, independent of its key."""
     return f"{entry.file}:{entry.record_offset}"
 
 
 def read_common(storage: Storage, folder: str, manifest: Manifest) -> dict[str, bytes]:
-    """The records that all ranks are likely to want, checked, by place. One that is damaged is left out.
+    """Read and check the records that all ranks are likely to need, by location. Damaged ones are left out.
 
     Raises:
         StorageError: a file can't be read.
@@ -75,7 +75,7 @@ def read_common(storage: Storage, folder: str, manifest: Manifest) -> dict[str, 
         try:
             _check(handle, names[0], entry, raw)
         except FormatError:
-            continue  # whoever wants it reads it, and says so
+            continue  # a rank that needs it reads it itself, and reports the damage
         found[place_of(entry)] = bytes(raw)
     return found
 
@@ -86,7 +86,7 @@ _Record = tuple[ReadHandle, Sequence[str], ObjectEntry, memoryview]
 def _records(storage: Storage, folder: str, manifest: Manifest, keys: Iterable[str]) -> Iterator[_Record]:
     entries = sorted((manifest.objects[key].file, manifest.objects[key].record_offset, key) for key in keys)
     for file, group in itertools.groupby(entries, key=lambda entry: entry[0]):
-        keys_at: dict[int, list[str]] = {}  # several, where a value stands for each of them
+        keys_at: dict[int, list[str]] = {}  # several for a value of several keys
         for _, offset, key in group:
             keys_at.setdefault(offset, []).append(key)
         with storage.open_read(join(folder, file)) as handle:
