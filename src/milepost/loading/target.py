@@ -169,7 +169,7 @@ class Target:
         self.copies.append((tensor, wide))
 
     def _want_spread(self, key: str, tensor: torch.Tensor) -> None:
-        """Request a tensor with overlapping elements: read completely, checked, and copied once with the live tensors."""
+        """Request a tensor with overlapping elements: read completely, checked, copied once with the live tensors."""
         self.values[key] = whole = fresh_like(tensor)
         self._spread[key] = tensor
         self.copies.append((_once(tensor, tensor), _once(whole, tensor)))

@@ -73,9 +73,9 @@ def _plain_keys(node: Node) -> Iterator[str]:
 class Template:
     """A nested state dict to load into.
 
-    Tensors are filled in place; ones on the meta device are replaced by others that hold data. Objects with
-    ``load_state_dict()`` get their saved state. None and empty containers are replaced by any saved value; other values are
-    replaced.
+    Tensors are filled in place; those on the meta device are replaced by others with data. Objects with
+    ``load_state_dict()`` get their saved state. None and empty containers are replaced by any saved value, other values
+    by theirs.
     """
 
     def __init__(self, into: Mapping[str, Any], manifest: Manifest, read: Read | None = None):

@@ -32,9 +32,10 @@ def unwanted_everywhere(
 ) -> tuple[list[str], bool]:
     """Find the keys that all ranks of a ``node`` find ``unwanted``, sorted; and if any rank ``fits_something``.
 
-    They are ``stored`` keys, or parts of composed tensors. Collective. ``known`` are the same keys on every rank, or none.
-    If they are its stored keys, a rank sends one bit per key, which compresses to some hundred bytes; the keys themselves
-    would be megabytes per rank. Ranks with other stored keys (per-node folders, names of another program) send keys.
+    They are ``stored`` keys, or parts of composed tensors. Collective. ``known`` are the same keys on every rank, or
+    none. If they are its stored keys, a rank sends one bit per key, which compresses to some hundred bytes; the keys
+    themselves would be megabytes per rank. Ranks with other stored keys (per-node folders, names of another program)
+    send keys.
     """
     keys = sorted(known)
     is_alike = bool(keys) and set(stored) == set(known)

@@ -1,7 +1,7 @@
 """The values of a checkpoint that are not tensors: records that rank 0 reads for all, or that a rank reads itself.
 
-Options and scalars are the same for all ranks, and all need them. Values of one rank (random generators, the position of
-a data loader) and large values are read by the rank that needs them.
+Options and scalars are the same for all ranks, and all need them. Values of one rank (random generators, the position
+of a data loader) and large values are read by the rank that needs them.
 """
 
 from __future__ import annotations

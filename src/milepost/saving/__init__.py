@@ -7,7 +7,7 @@ In reading order::
     request         the request of a save, and this rank's part of it: flattened, encoded, described
     structure       the ranks' descriptions of their states, and rank 0's view of them
     agreement       the agreement before a byte is written: who writes what
-    messages        the messages between them and rank 0; last_plan: the plan kept for the next save
+    messages        the messages between rank 0 and the others; last_plan: the plan kept for the next save
     comparison      comparing replicated state, and starting the attempt
     nodes           the ranks that share a folder, with per-node folders
     replicas        state that several ranks hold under one key: equal, or stored per rank
@@ -16,8 +16,8 @@ In reading order::
     samples         sampled elements, to detect changes that torch does not count
     writer          writing one rank's file, with digests (torch-free)
     frozen          the file of frozen tensors, shared with the previous step (torch-free)
-    job             write, sign off, publish, prune: a save from its plan to its end (torch-free)
-    async_save      ``async_save()``: the same in the background
+    job             write, sign off, publish, prune: a save after its plan (torch-free)
+    async_save      ``async_save()``: a save in the background
     background      one save in the background, and its outcome (torch-free)
     writer_link     the trainer's end of the connection to a writer process
     writer_process  that process (torch-free)

@@ -1,4 +1,4 @@
-"""Host memory that saves are staged in: kept from save to save, allocated ahead of the first one, pinned for a GPU."""
+"""Host memory for staging: reused by every save, allocated ahead of the first, pinned for a GPU."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from milepost.tensors.plan import LARGE_ALIGNMENT, WritePlan
 log = logging.getLogger("milepost")
 
 _PIECE_NBYTES = 64 << 20
-"""Memory is touched in pieces of this size, so that :meth:`Arena.close` need not wait for all of it."""
+"""Memory is touched in pieces of this size, so that :meth:`Arena.close` need not wait until all is touched."""
 
 
 class Arena:
-    """Host memory in the form of one rank's files, all but the objects at their end. Grows when a plan needs more.
+    """Host memory with the layout of one rank's files, except the objects at their end. Grows if a plan needs more.
 
-    Staging is one pass of copies into it, writing a few large writes. It is a memfd: nameless shared memory that a
-    writer process can map too, and that is gone with its last user, however that ends. Every save reuses it. Where this
-    process uses CUDA the memory is pinned: a copy from a GPU then takes a fraction of the time.
+    Staging is one pass of copies into it, and writing a few large writes from it. It is a memfd: anonymous shared
+    memory that a writer process can map too, and that is freed with its last user, even a killed one. If the process
+    uses CUDA the memory is pinned, so that a copy from a GPU takes a fraction of the time.
 
     ``memory`` is valid until the next :meth:`fit` that grows it.
     """
@@ -32,7 +32,7 @@ class Arena:
         self.fd = os.memfd_create("milepost-arena", os.MFD_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         self.memory = memoryview(b"")
-        # Not of a saver: a save that still runs keeps the arena when its saver is forgotten.
+        # Finalizers of the arena, not of its saver: a running save keeps the arena after its saver is dropped.
         self._unpin: weakref.finalize[..., Arena] | None = None
         self._preparation: threading.Thread | None = None
         self._is_cut_short = False
@@ -56,18 +56,18 @@ class Arena:
         if self.nbytes or self._preparation is not None or nbytes <= 0:
             return
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        # Not a daemon: those are stopped anywhere, here with memory in hand that goes.
+        # Not a daemon: it could be stopped while it touches memory that is being freed.
         thread = threading.Thread(target=self._prepare, args=(nbytes, device), name="milepost-arena")
         try:
             thread.start()
-        except RuntimeError:  # no more threads are to be had: the first save allocates the memory
+        except RuntimeError:  # no more threads are available: the first save allocates the memory
             return
         self._preparation = thread
 
     def _prepare(self, nbytes: int, device: int | None) -> None:
         try:
             if device is not None:
-                torch.cuda.set_device(device)  # a new thread is on the first GPU, which may be another rank's
+                torch.cuda.set_device(device)  # a new thread uses the first GPU by default, which may be another rank's
             os.ftruncate(self.fd, nbytes)
             memory = memoryview(mmap.mmap(self.fd, nbytes))
             pages = torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE]
@@ -82,21 +82,21 @@ class Arena:
             log.debug("staging memory of %.1f MB was not allocated ahead: %s", nbytes / 1e6, error)
 
     def fit(self, plan: WritePlan) -> bool:
-        """Make room for the image of ``plan``; returns whether the memory was allocated anew, now or ahead."""
+        """Make room for the image of ``plan``; returns whether memory was allocated for it, now or ahead."""
         prepared = self._wait_for_preparation()
         needed = max(plan.image_nbytes, LARGE_ALIGNMENT)
         if needed <= self.nbytes:
             return prepared
-        self._unpin_memory()  # the old one
+        self._unpin_memory()  # that of the old size
         os.ftruncate(self.fd, needed)
-        # The old mapping goes when its last view does.
+        # The old mapping is freed with its last view.
         self.memory = memoryview(mmap.mmap(self.fd, needed))
         if torch.cuda.is_initialized():
             self._pin(self.memory)
         return True
 
     def close(self) -> None:
-        """Give the memory back. A writer process that still maps it keeps it until it is done."""
+        """Free the memory. A writer process that still maps it keeps it until it is done."""
         self._is_cut_short = True
         self._wait_for_preparation()
         self._unpin_memory()

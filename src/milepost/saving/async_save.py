@@ -41,7 +41,7 @@ Mode = Literal["async", "async_with_pinned_mem"]
 class AsyncSaver:
     """Saves state dicts in the background, one at a time, through one reused arena.
 
-    One that is dropped without :meth:`close` releases everything it holds at the end of the running save.
+    If dropped without :meth:`close`, it releases everything it holds at the end of the running save.
     Collective methods are :meth:`save`, :meth:`wait` and :meth:`close`; they are called on the training thread.
     """
 
@@ -76,7 +76,7 @@ class AsyncSaver:
     def prepare(self, nbytes: int) -> None:
         """Begin to allocate memory to stage ``nbytes`` in, so that the first save doesn't wait for it.
 
-        An estimate does: a save that needs more than that enlarges the memory. Not collective.
+        An estimate suffices: a save that needs more enlarges the memory. Not collective.
         """
         self._arena.prepare(nbytes)
 
@@ -218,7 +218,7 @@ _alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
 
 @atexit.register
 def _log_lost_saves() -> None:
-    """Log background failures that were never raised, because the program did not call close."""
+    """Log background failures that were never raised because the program did not call :meth:`AsyncSaver.close`."""
     for saver in list(_alive):
         if saver.current is not None and (error := saver.current.failure) is not None:
             log.error("the program is exiting, and its last save failed: %s", error)
@@ -260,7 +260,7 @@ _savers: dict[tuple[str, str], AsyncSaver] = {}
 def _saver_for(storage: Storage, comm: Comm, mode: Mode) -> AsyncSaver:
     """Return the saver of an earlier call for the same folder, ranks and mode, so that memory does not grow with calls.
 
-    Nor with folders: the least recently used saver is dropped, the same one on every rank.
+    It does not grow with folders either: the least recently used saver is dropped, the same one on every rank.
     """
     saver = _savers.pop((storage.root, mode), None)
     if saver is None or not saver.is_for(comm):

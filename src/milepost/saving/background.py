@@ -199,7 +199,7 @@ def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
 def finish_saves(grace_s: float = GRACE_S) -> None:
     """Wait for this process's background saves, if it exits without ``close()``.
 
-    Staged saves are committed if the other ranks do their part; one without progress for ``grace_s`` seconds is
+    Staged saves are committed if the other ranks finish theirs; one without progress for ``grace_s`` seconds is
     abandoned.
     """
     for save in list(_running):

@@ -97,7 +97,7 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         CheckpointNotFoundError: there is no part at ``src``.
         CheckpointDamagedError: its bytes differ from what was saved.
         SaveError: another node gave up, or did not arrive.
-        StorageError: one of the two refused. A retry does not copy again what is already copied.
+        StorageError: one of the two refused. A retry does not repeat completed copies.
     """
     started = time.monotonic()
     record = checkpoint_record.read_part(src.storage, src.path)
@@ -203,7 +203,7 @@ def _table_in(storage: Storage, path: str) -> ShardTable:
     return segment.table
 
 
-# ---- what this node brings ----
+# ---- this node's part ----
 
 
 def _bring(

@@ -1,7 +1,7 @@
 """A process that copies one step to another place and prunes there. Never imports torch.
 
-Its last argument is a request as JSON, its output lines of JSON: ``{"done": ..., "total": ...}`` now and then, at the
-end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It finishes its work even if its parent
+Its last argument is a request as JSON. Its output is lines of JSON: ``{"done": ..., "total": ...}`` at intervals, and
+at the end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It finishes even if its parent
 process has died.
 """
 

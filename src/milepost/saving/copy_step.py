@@ -78,7 +78,7 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         CheckpointDamagedError: files of it are missing or have another size.
         ConfigError: it was written by another program.
         SaveError: another process is copying, or a step at ``dst`` must not be replaced.
-        StorageError: one of the two refused. A retry does not copy again what is already copied.
+        StorageError: one of the two refused. A retry does not repeat completed copies.
     """
     started = time.monotonic()
     record = checkpoint_record.read_record(src.storage, src.path)

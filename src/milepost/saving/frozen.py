@@ -72,7 +72,7 @@ def frozen_files_of(storage: Storage, info: CheckpointInfo, run: str) -> dict[st
     try:
         manifest = from_json(storage.read(record, MAX_MANIFEST_NBYTES), record)
     except FormatError:
-        return {}  # it was complete a moment ago
+        return {}  # the step was just seen complete
     return {
         untagged(name): FrozenFile(info.path, manifest.save_id, name, entry.nbytes, entry.content, entry.since)
         for name, entry in manifest.files.items()

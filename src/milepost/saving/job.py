@@ -93,7 +93,7 @@ class SaveJob:
     order: int = 0
     """Position of the save in the order of commits, for a file of frozen tensors."""
     earlier: FrozenFile | None = None
-    """That file in the previous step, to be shared if its bytes are the same; None: always write it."""
+    """The file of frozen tensors in the previous step, shared if its bytes are equal; None: always write it."""
     part: NodePart | None = None
     """The part of the step on this rank's node, with per-node folders."""
     hosts: tuple[str, ...] = ()
@@ -231,7 +231,7 @@ def run_job(
                 )
                 files = (*files, replace(file, content=content, since=job.order if content else None))
                 written_nbytes += file.nbytes
-        # What the file holds is durable; its name is made so, with all others, by the rank that commits.
+        # The file's content is durable; the committing rank makes all names durable by syncing the folder.
         sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, segment_of(files), shares=shares))
         monitor.signed_off(files)
         wrote = time.monotonic()
@@ -312,7 +312,7 @@ def save_failure(rank: int, cause: BaseException) -> SaveError:
 
 
 def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor) -> Mapping[str, str]:
-    from milepost.format.segment_merger import SegmentMerger  # with numpy, 100 ms that an import can do without
+    from milepost.format.segment_merger import SegmentMerger  # numpy takes 100 ms, which an import should not cost
 
     ranks = job.part.ranks if job.part is not None else None
     merger = SegmentMerger() if job.form is None else None

@@ -15,7 +15,7 @@ class LastPlan:
     """The plan of the last save, reused by a save with the same structure.
 
     ``token`` identifies the plan, the same on all ranks. A rank whose structure changed, or that dropped its plan, has
-    none; then all ranks plan again. So it does no harm if ranks keep different plans.
+    none; then all ranks plan again, so it is harmless if ranks keep different plans.
     """
 
     token: str = ""
@@ -47,5 +47,5 @@ class LastPlan:
 
 
 def _are_same(one: tuple[LocalLayout, Nesting], other: tuple[LocalLayout, Nesting]) -> bool:
-    # Equal mappings may be in different orders, which a fingerprint tells apart.
+    # Equal mappings may differ in order, and so in their fingerprints.
     return one == other and list(one[1].paths) == list(other[1].paths)

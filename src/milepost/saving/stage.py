@@ -24,11 +24,11 @@ SLAB_NBYTES = 8 << 20
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """View the memory of a contiguous CPU tensor as writable bytes. Keeps the tensor alive.
 
-    Not ``view(torch.uint8)``: it does not support all dtypes and 0-d tensors. Not a tensor of bytes over the same
-    storage either: to make one takes eight times as long, which counts where there are thousands.
+    ``view(torch.uint8)`` does not support all dtypes and 0-d tensors. A byte tensor over the same storage takes eight
+    times as long to create, which matters for thousands of tensors.
     """
     nbytes = tensor.numel() * tensor.element_size()
-    raw = _bytes_type(nbytes).from_address(tensor.data_ptr() or 1)  # no bytes are at no address
+    raw = _bytes_type(nbytes).from_address(tensor.data_ptr() or 1)  # empty tensors may have a null address
     raw.storage = tensor.untyped_storage()
     return memoryview(raw).cast("B")
 
@@ -52,8 +52,8 @@ class TensorBlocks:
 def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """Yield the row-major bytes of a tensor as ``dtype``, in order.
 
-    All at once if they are so in host memory, else in copies of at most ``SLAB_NBYTES``. Each block is valid as long
-    as it is referenced.
+    In one block if host memory has them in this form, else in copies of at most ``SLAB_NBYTES``. Each block is valid as
+    long as it is referenced.
     """
     if tensor.numel() == 0:
         return
@@ -85,7 +85,7 @@ class Staging:
     ):
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._watched: list[tuple[str, torch.Tensor, int]] = []
-        # torch accepts no memory for an image of zero bytes; then nothing is planned either.
+        # torch does not accept an empty buffer; an empty plan needs no image.
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         memory = torch.frombuffer(image, dtype=torch.uint8) if plan.num_items else empty
         devices = set()

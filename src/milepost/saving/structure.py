@@ -78,8 +78,8 @@ class Structure:
 def structure_of(layout: LocalLayout, nesting: Nesting, rank: int) -> Structure:
     """Describe the state of ``rank``.
 
-    Its own are the top-level names with ``rank<N>`` below them. A wrong classification only costs more: the ranks still
-    agree in the end.
+    The rank's own are the top-level names with ``rank<N>`` below them. A wrong classification only costs time: the
+    result is the same.
     """
     number = f"rank{rank}"
     places = [*nesting.paths.values(), *nesting.empty]

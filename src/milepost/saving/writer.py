@@ -111,7 +111,7 @@ def write_file(
         batches = map_in_threads(writer.write, _groups(plan.items), threads, name="milepost-write")
         pieces: Iterable[bytes] = object_pieces(plan.objects_offset, placed, objects)
         if end - plan.objects_offset < GROUP_NBYTES:
-            pieces = (b"".join(pieces),)  # there may be thousands, each with zeros after it
+            pieces = (b"".join(pieces),)  # there may be thousands, each followed by zeros
         write_stream(handle, plan.objects_offset, pieces, writer.buffer())
         handle.sync()
     return WrittenFile(place.name(plan.file), nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
@@ -275,7 +275,7 @@ def _record_pieces(group: _Group, source: BlockSource, written: list[WrittenTens
 
 
 def _image_of(group: _Group, source: BlockSource, written: list[WrittenTensor]) -> memoryview:
-    """Return the bytes of a group of small records, in one piece: four for each record would take longer to pass on."""
+    """Return the bytes of a group of small records as one piece, since passing on four per record takes longer."""
     image = memoryview(bytearray(align(group.nbytes, LARGE_ALIGNMENT)))
     for item in group.items:
         position = item.data_offset - group.start

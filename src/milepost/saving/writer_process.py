@@ -79,7 +79,7 @@ def serve(connection: Connection, arena_fd: int) -> None:
                 plan = request.job.plan
             assert plan is not None, "the first request must include a plan"
             if storage is None or (storage.root, storage.page_cache) != (request.root, request.page_cache):
-                # Kept: for a store it is a connection.
+                # Reused: for an object store it is a connection.
                 storage = open_root(request.root, page_cache=request.page_cache)
             link.send(_run(link, storage, request, replace(request.job, plan=plan), memory))
     finally:
