@@ -2,6 +2,7 @@
 
 In reading order::
 
+    packing    Python objects as memory that collectives move
     comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
     meeting    ranks that come together for a save; one that does not is named within seconds
     interrupt  Ctrl-C held until no rank waits for this one
