@@ -175,7 +175,13 @@ def spread_of(mesh: DeviceMesh, placements: Sequence[Placement]) -> Spread:
     known = _meshes.get(mesh)
     if known is None:
         known = _meshes[mesh] = Mesh.of(tuple(mesh.shape), mesh.mesh.flatten().tolist())
-    return Spread(known, axis_cuts(placements))
+    return _spread(known, axis_cuts(placements))
+
+
+@lru_cache(maxsize=256)
+def _spread(mesh: Mesh, cuts: tuple[tuple[int, int] | None, ...]) -> Spread:
+    """Return one object for equal values: plans recognise it without comparing."""
+    return Spread(mesh, cuts)
 
 
 def axis_cuts(placements: Sequence[Placement]) -> tuple[tuple[int, int] | None, ...]:

@@ -162,10 +162,10 @@ class Dealt:
 
     def plan(self, rank: int) -> WritePlan:
         """Plan the files of ``rank``, with a separate one for frozen tensors if that pays."""
-        moving, frozen = ([*sorted(held, key=_by_key)] for held in (self.moving, self.frozen))
-        if frozen and _pays(_nbytes(frozen), _nbytes(moving)):
+        if self.frozen and _pays(_nbytes(self.frozen), _nbytes(self.moving)):
+            moving, frozen = (sorted(held, key=_by_key) for held in (self.moving, self.frozen))
             return replace(lay_out_file(rank, moving, self.objects), frozen=lay_out_file(rank, frozen, (), number=1))
-        return lay_out_file(rank, sorted([*moving, *frozen], key=_by_key), self.objects)
+        return lay_out_file(rank, sorted([*self.moving, *self.frozen], key=_by_key), self.objects)
 
 
 def _by_key(held: tuple[TensorSpec, Box]) -> tuple[str, Box]:
@@ -325,24 +325,22 @@ def lay_out_file(
 ) -> WritePlan:
     """Place each box's record in file ``number`` of ``rank``, in the given order; sizes follow from the specs."""
     items = []
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, int, int, int]] = {}  # layers repeat
     offset = 0
     for spec, box in boxes:
-        layout = record.tensor_record(spec.dtype, box.sizes)
-        large = layout.data_nbytes >= LARGE_RECORD_NBYTES
-        offset = align(offset, LARGE_ALIGNMENT if large else SMALL_ALIGNMENT)
+        kind = spec.dtype, box.sizes
+        found = known.get(kind)
+        if found is None:
+            layout = record.tensor_record(*kind)
+            alignment = LARGE_ALIGNMENT if layout.data_nbytes >= LARGE_RECORD_NBYTES else SMALL_ALIGNMENT
+            found = known[kind] = layout.nbytes, layout.data_offset, layout.data_nbytes, alignment
+        nbytes, header_nbytes, data_nbytes, alignment = found
+        offset = align(offset, alignment)
+        # By position, in the order of the fields: by name it takes half as long again.
         items.append(
-            WriteItem(
-                key=spec.key,
-                dtype=spec.dtype,
-                shape=spec.shape,
-                box=box,
-                record_offset=offset,
-                record_nbytes=layout.nbytes,
-                data_offset=offset + layout.data_offset,
-                data_nbytes=layout.data_nbytes,
-            )
+            WriteItem(spec.key, spec.dtype, spec.shape, box, offset, nbytes, offset + header_nbytes, data_nbytes)
         )
-        offset += layout.nbytes
+        offset += nbytes
     return WritePlan(rank, file_name(rank, number), tuple(items), tuple(objects), align(offset, LARGE_ALIGNMENT))
 
 

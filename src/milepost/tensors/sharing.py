@@ -226,8 +226,9 @@ def plan_alone(
     objects: dict[Ranks, list[str]] = defaultdict(list)
     for spec in layout.tensors:
         if spec.key not in sharing.placed:
-            boxes = [(spec, box) for box in dict.fromkeys(spec.boxes) if box.numel or not math.prod(spec.shape)]
-            tensors[holders.of_tensor(spec)] += boxes
+            boxes = spec.boxes if len(spec.boxes) == 1 else dict.fromkeys(spec.boxes)
+            stored = [(spec, box) for box in boxes if 0 not in box.sizes or 0 in spec.shape]
+            tensors[holders.of_tensor(spec)] += stored
     for key in layout.objects:
         if key not in sharing.placed:
             objects[holders.of_value(key)].append(key)
@@ -239,7 +240,8 @@ def plan_alone(
     for ranks in dict.fromkeys((*tensors, *objects)):
         writers = ranks if node is None else tuple(one for one in ranks if one in node)
         for is_frozen, part in parts.items():
-            part += _part_of(rank, writers, [h for h in tensors[ranks] if (h[0].key in marked) is is_frozen], buffers)
+            held = [h for h in tensors[ranks] if (h[0].key in marked) is is_frozen] if marked else tensors[ranks]
+            part += _part_of(rank, writers, held, buffers) if marked or not is_frozen else ()
         if rank == writers[0]:
             values.update(objects[ranks])
     dealt = Dealt(tuple(parts[False]), tuple(parts[True]), tuple(key for key in layout.objects if key in values))
@@ -263,15 +265,20 @@ class _Holders:
         self._own = {*own}
         self._kind = (sharing.kind_of[rank],)
         self._by_spread: dict[Spread, Ranks] = {}
+        self._last: tuple[Spread | None, Ranks] = (None, ())
         self._by_kinds: dict[tuple[int, ...], Ranks] = {}
 
     def of_tensor(self, spec: TensorSpec) -> Ranks:
         if spec.spread is None:
             return self.of_value(spec.key)
+        last, ranks = self._last
+        if spec.spread is last:  # mostly it is one object, of which the hash need not be computed again
+            return ranks
         found = self._by_spread.get(spec.spread)
         if found is None:
-            found = self._by_spread[spec.spread] = replicas_of(self._rank, spec.spread)
-        return found or (self._rank,)
+            found = self._by_spread[spec.spread] = replicas_of(self._rank, spec.spread) or (self._rank,)
+        self._last = spec.spread, found
+        return found
 
     def of_value(self, key: str) -> Ranks:
         if key in self._own:
