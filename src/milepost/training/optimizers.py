@@ -112,9 +112,10 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
 
 
 def state_dict_of(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's ``state_dict()``; of PyTorch's ZeroRedundancyOptimizer, which has one on one rank only, its part.
+    """An optimizer's ``state_dict()``; for PyTorch's ZeroRedundancyOptimizer, that of the local optimizer.
 
-    Each rank saves the state of the parameters that it steps, by their names, so it is found again on other ranks.
+    Its own ``state_dict()`` works on one rank only. Each rank saves the state of the parameters that it steps by FQN, so
+    that other ranks find it.
     """
     local = local_optimizer(optimizer)
     if local is None:
@@ -199,7 +200,7 @@ class _Saved:
     """The optimizer state of a checkpoint, by FQN: nodes of its tree."""
 
     state: dict[str, Node]
-    """Usually a mapping; for some optimizers a tensor or a list."""
+    """The state of each parameter: usually a mapping; for some optimizers a tensor or a list."""
     options: Mapping[str, Mapping[str, Node]]
     extra: Node
     keys: Mapping[str, Node]
@@ -261,7 +262,7 @@ class OptimizersOwner:
         self._excluded: dict[str, dict[str, Any]] = {}  # by parameter: state that stays as it is here
 
     def find_under(self, renamed: Mapping[str, str]) -> None:
-        """Look for the state of these parameters under other names, which the model's hooks take their weights from."""
+        """Find the state of these parameters under the names from which the model's hooks take their weights."""
         self._renamed = {name: renamed[name] for name in self._names.values() if name in renamed}
 
     def prepare(self, target: Target) -> None:
@@ -326,7 +327,7 @@ class OptimizersOwner:
             self._note("parameters that no optimizer steps any more, state ignored", name)
 
     def _keep_excluded(self, target: Target) -> None:
-        """Keep what a user has excluded of parameters' state as it is here; without it the rest would be of no use."""
+        """Keep this run's state of parameters for which the user excluded a part; the rest would be useless without it."""
         start = f"{PART}.state."
         excluded: dict[str, set[str]] = {}
         for key in target.excluded_keys:

@@ -313,7 +313,7 @@ class Loader:
         return [*notes, f"left as initialized: {', '.join(left)}"] if left else notes
 
     def _load_weights(self, choice: Choice, *, is_file: bool = False) -> LoadReport:
-        """Start from weights in another format, or from a file of any model's. Collective.
+        """Start from weights in another format, or from a single file of weights. Collective.
 
         Each rank reads only the ranges that it holds.
         """

@@ -12,7 +12,7 @@ MIN_STALL_S = 0.001
 
 
 def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str | None:
-    """Return why a checkpoint is due after ``step`` by the step count, or None. The same on every rank."""
+    """Return the reason why ``step`` is due by the step count, or None. The same on every rank."""
     if not config.enable or config.load_only:
         return None
     if config.create_seed_checkpoint:
@@ -27,7 +27,7 @@ def reason_to_save(config: CheckpointConfig, step: int, *, is_last: bool) -> str
 
 
 def reason_by_clock(config: CheckpointConfig, *, since_save_s: float, stall_s: float | None) -> str | None:
-    """Return why a checkpoint is due by wall time, or None. Clocks differ, so one rank decides for all.
+    """Return the reason why a save is due by wall time, or None. Clocks differ, so one rank decides for all.
 
     Args:
         since_save_s: seconds since the last save, or since training began.

@@ -26,8 +26,8 @@ def staging_nbytes(
     """Estimate the bytes that this rank will write of these modules' and optimizers' tensors, as they are now.
 
     Args:
-        num_replicas: ranks that hold the same tensors, where these are not DTensors, and share the work.
-        only_trainable: whether parameters that are not trained are left out.
+        num_replicas: number of ranks that share the writing of tensors that are not DTensors.
+        only_trainable: leave out frozen parameters.
     """
     total = 0.0
     for tensor in {id(tensor): tensor for tensor in _tensors(modules, optimizers, only_trainable)}.values():

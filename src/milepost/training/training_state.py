@@ -229,14 +229,14 @@ class TrainingState:
         """Return owners of schedulers: states by position; in older checkpoints all have the first one's."""
         saved = stored.tree.root.get("lr_scheduler")
         if not isinstance(saved, list):
-            if stored.manifest.structure:  # older checkpoints don't tell
+            if stored.manifest.structure:  # not recorded in older checkpoints
                 self._check_number(1)
             return [StatefulOwner(scheduler, ("lr_scheduler",)) for scheduler in self.schedulers]
         self._check_number(len(saved))
         return [StatefulOwner(scheduler, ("lr_scheduler", n)) for n, scheduler in enumerate(self.schedulers)]
 
     def _check_kinds(self, parts: Collection[str], recorded: Any) -> None:
-        """Raises StateMismatchError if the state of another optimizer or scheduler would be taken for this run's."""
+        """Raise StateMismatchError if the state belongs to another class of optimizer or scheduler."""
         recorded = recorded if isinstance(recorded, Mapping) else {}
         for part, here in self.kinds().items():
             saved = recorded.get(part) if part in parts else None
@@ -463,7 +463,7 @@ class RngOwner:
         """Any state fits."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        if self._is_left:  # a part of their state is of no use
+        if self._is_left:  # part of their state is useless
             self.note = "random generators keep this run's seeds"
         elif self._node is None:
             self.note = "it holds no random state: the generators keep this run's seeds"
