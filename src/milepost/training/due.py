@@ -23,7 +23,7 @@ class DueCheck:
         self.stall_s: float | None = None
 
     def reason(self, step: int, *, is_last: bool) -> str | None:
-        """Return the reason to save after ``step``; None if no save is due. Collective if signals or the clock are in use."""
+        """Return the reason to save after ``step``, or None. Collective if signals or the clock are in use."""
         asked = self._agreed_request()  # even if no step is due: a request must not wait for the next one
         if self._signals.stop_signal is not None:
             return asked

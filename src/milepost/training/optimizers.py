@@ -114,8 +114,8 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
 def state_dict_of(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's ``state_dict()``; for PyTorch's ZeroRedundancyOptimizer, that of the local optimizer.
 
-    Its own ``state_dict()`` works on one rank only. Each rank saves the state of the parameters that it steps by FQN, so
-    that other ranks find it.
+    Its own ``state_dict()`` works on one rank only. Each rank saves the state of the parameters that it steps by FQN,
+    so that other ranks find it.
     """
     local = local_optimizer(optimizer)
     if local is None:
@@ -327,7 +327,7 @@ class OptimizersOwner:
             self._note("parameters that no optimizer steps any more, state ignored", name)
 
     def _keep_excluded(self, target: Target) -> None:
-        """Keep this run's state of parameters for which the user excluded a part; the rest would be useless without it."""
+        """Keep this run's values of the elements of parameters' state that the user excluded from loading."""
         start = f"{PART}.state."
         excluded: dict[str, set[str]] = {}
         for key in target.excluded_keys:
