@@ -156,7 +156,7 @@ class ModuleOwner:
 
     def _want_moved(self, target: Target, name: str, key: str, held: Mapping[str, torch.Tensor]) -> None:
         """Request the value of ``name``: into the tensor that it would be copied to unchanged, else as stored."""
-        assert self._trial is not None, "it has told"
+        assert self._trial is not None, "it found the moved tensor"
         self._all_live = False
         entry = target.entry(key)
         if entry is None:

@@ -98,8 +98,8 @@ def put_manifest(storage: Storage, attempt: str, target: str, manifest: Manifest
         if error.errno != errno.EEXIST:
             raise
         raise SaveError(
-            f"another process has saved {storage.root}/{target} since this save began: its checkpoint stands, this one "
-            "was given up. Do two runs write to the same folder?",
+            f"another process has saved {storage.root}/{target} since this save began: its checkpoint was kept, this "
+            "one was abandoned. Do two runs write to the same folder?",
             path=target,
         ) from error
     # The save is committed. The rest can't fail it: the next sweep repeats it.

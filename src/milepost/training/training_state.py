@@ -246,7 +246,7 @@ class TrainingState:
             if differ:
                 raise StateMismatchError(
                     f"{part}: the checkpoint holds the state of {', '.join(dict.fromkeys(saved))}, this run has "
-                    f"{', '.join(dict.fromkeys(here))}, which would go on from it in its own way; nothing was changed. "
+                    f"{', '.join(dict.fromkeys(here))}, which would continue from it differently; nothing was changed. "
                     f"To leave it as initialized, set checkpoint.exclude_from_loading = {part}",
                     mismatched=[f"{part}: {', '.join(saved)} in the checkpoint, {', '.join(here)} here"],
                 )

@@ -37,10 +37,10 @@ def names_of_class(name: str, config: Mapping[str, Any]) -> KeptNames | None:
             command, input=json.dumps(config).encode(), env=environment, capture_output=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        log.warning("transformers did not tell the names of %s within %.0f s", name, TIMEOUT_S)
+        log.warning("transformers did not report the names of %s within %.0f s", name, TIMEOUT_S)
         return None
     try:
         return msgspec.json.decode(done.stdout.rpartition(b"\n")[2], type=KeptNames)
     except msgspec.DecodeError:
-        log.debug("transformers does not tell the names of %s: %s", name, done.stderr.decode(errors="replace")[-500:])
+        log.debug("transformers does not report the names of %s: %s", name, done.stderr.decode(errors="replace")[-500:])
         return None
