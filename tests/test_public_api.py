@@ -36,6 +36,7 @@ NAMES = [
     "DigestMismatchError",
     "FormatError",
     "NewerFormatError",
+    "PartlyLoadedError",
     "PlanError",
     "RunLockedError",
     "SaveError",

@@ -6,6 +6,7 @@
     ├── ConfigError                    2  an option, a flag or an argument is wrong; nothing was changed
     ├── CheckpointNotFoundError        3  no such step, or no checkpoint there
     ├── StateMismatchError             4  checkpoint and program differ in keys, shapes or dtypes
+    ├── PartlyLoadedError              1  a load_state_dict() of the caller's raised: the state is a mix of old and new
     ├── CheckpointDamagedError         5  stored data differs from what was written
     │   ├── DigestMismatchError           a CRC-32 differs: bytes changed
     │   └── FormatError                   a file is malformed, truncated or hostile
@@ -36,6 +37,7 @@ __all__ = [
     "FormatError",
     "MilepostError",
     "NewerFormatError",
+    "PartlyLoadedError",
     "PlanError",
     "RunLockedError",
     "SaveError",
@@ -172,6 +174,17 @@ class StateMismatchError(MilepostError):
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.mismatched = tuple(mismatched)
+
+
+class PartlyLoadedError(MilepostError):
+    """An object's own ``load_state_dict()`` raised, named ``failed``. Objects named ``loaded`` have the new state,
+    those ``not_loaded`` the old one."""
+
+    def __init__(self, message: str, *, loaded: Sequence[str], failed: str, not_loaded: Sequence[str]):
+        super().__init__(message)
+        self.loaded = tuple(loaded)
+        self.failed = failed
+        self.not_loaded = tuple(not_loaded)
 
 
 class CheckpointDamagedError(MilepostError):

@@ -172,11 +172,11 @@ def test_error_of_one_rank_is_raised_on_every_rank(tmp_path: Path, world_size: i
         "construct": "ConfigError",
         "state_dict": "SaveError",
         "value": "SaveError",
-        "load_state_dict": "MilepostError",
+        "load_state_dict": "PartlyLoadedError",
         "model": "StateMismatchError",
         "gap": "SaveError",
         "dtype": "PlanError",
-        "load function": "MilepostError",
+        "load function": "PartlyLoadedError",
         "not there": "CheckpointNotFoundError",
     }
     for name, (_, message) in results[0].items():

@@ -17,7 +17,14 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import milepost
-from milepost import CheckpointConfig, CheckpointManager, MilepostError
+from milepost import (
+    CheckpointConfig,
+    CheckpointDamagedError,
+    CheckpointManager,
+    MilepostError,
+    PartlyLoadedError,
+    SaveError,
+)
 from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 
@@ -133,3 +140,52 @@ def test_nothing_is_changed_by_load(memory_path: Path) -> None:
             milepost.load(memory_path / "step-1", into)
         assert run.digest() == before
         assert into == kept
+
+
+class Refusing(Counter):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise RuntimeError("of an older version")
+
+
+def test_a_state_that_an_object_refuses_halfway_is_named_and_never_saved(memory_path: Path) -> None:
+    saved = Run(0, steps=3)
+    with saved.manager(memory_path / "run") as manager:
+        manager.save(1)
+    run = Run(1, steps=1)
+    run.parts["dataloader"] = Refusing()
+    with run.manager(memory_path / "run") as manager:
+        with pytest.raises(
+            PartlyLoadedError, match=r"dataloader: load_state_dict.. raised RuntimeError: of an older version"
+        ) as caught:
+            manager.load()
+        assert caught.value.loaded == ("model", "optimizer", "lr_scheduler")
+        assert (caught.value.failed, caught.value.not_loaded) == ("dataloader", ("train_state", "rng"))
+        with pytest.raises(SaveError, match=r"may be a mix of two, since load.. failed in the middle"):
+            manager.save(2)
+        run.parts["dataloader"].load_state_dict = lambda state: None  # type: ignore[method-assign]
+        manager.load()
+        assert manager.save(2)
+
+
+def test_load_names_the_objects_that_are_loaded_and_those_that_are_not(memory_path: Path) -> None:
+    milepost.save(memory_path / "step-1", {"one": Counter(), "two": Counter(), "three": Counter()})
+    with pytest.raises(PartlyLoadedError) as caught:
+        milepost.load(memory_path / "step-1", {"one": Counter(), "two": Refusing(), "three": Counter()})
+    assert (caught.value.loaded, caught.value.failed, caught.value.not_loaded) == (("one",), "two", ("three",))
+
+
+def test_weights_that_are_damaged_halfway_are_never_saved(memory_path: Path) -> None:
+    saved = Run(0, steps=3)
+    with saved.manager(memory_path / "run") as manager:
+        manager.save(1)
+    manifest = checkpoint_record.read_manifest(LocalStorage(memory_path / "run"), "step-1")
+    shard = manifest.tensors["1.weight"].shards[0]
+    data = bytearray((memory_path / "run" / "step-1" / shard.file).read_bytes())
+    data[(shard.data_offset or 0) + 1] ^= 4
+    (memory_path / "run" / "step-1" / shard.file).write_bytes(data)
+    run = Run(1, steps=1)
+    with run.manager(memory_path / "run") as manager:
+        with pytest.raises(CheckpointDamagedError):
+            manager.load()
+        with pytest.raises(SaveError, match="may be a mix of two"):
+            manager.save(2)

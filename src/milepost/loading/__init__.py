@@ -13,6 +13,7 @@ In reading order::
     parts      tensors composed of others; stateful: anything with ``load_state_dict()``
     trial      the effect of a module's own ``load_state_dict()``, found without data
     module     a module, with its hooks; optimizer: an optimizer, without stepping it
+    restoring  passes the values read to their objects, and reports how far that went
     sources    the checkpoint, or this node's local part of the same save
     values     options, scalars and other values, most of them read once for all ranks
     measured   whether sharing of blocks pays off, measured with the first ones

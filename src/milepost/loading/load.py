@@ -134,7 +134,8 @@ def load(
             ``into`` or for a checkpoint that is not in a local folder.
         DigestMismatchError, FormatError: stored bytes are damaged. Some tensors may have been filled already.
         CheckpointNotFoundError: there is no checkpoint at ``path``.
-        MilepostError: another failure, for instance in a ``load_state_dict()`` of the caller's.
+        PartlyLoadedError: a ``load_state_dict()`` of the caller's raised; the error lists what is loaded by then.
+        MilepostError: another failure.
 
         All are raised on every rank if they occur on one.
     """
@@ -243,6 +244,7 @@ def load_from(
         translation = foreign if foreign is not None else renamed(recorded, renames(stored_keys, wanted_keys))
         manifest = translation.manifest
         target = make_target(manifest, partial(_read_value, storage, folder, manifest, common))
+        target.finish()
         flat = flatten(target.values)
         beside = target.settle_packed()
         fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
@@ -287,6 +289,7 @@ def load_from(
                 handed_on, nbytes = hands_on(comm, storage, folder, recorded, digests, everything)
             stats += ReadStats(0, nbytes)
     for live in (False, True):  # values that may be refused are read before the tensors that are filled in place
+        target.is_filling = live
 
         def is_due(leaf: str, live: bool = live) -> bool:
             return (leaf in target.live) is live

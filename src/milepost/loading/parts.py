@@ -33,16 +33,12 @@ MakeTensor = Callable[[str, TensorEntry], torch.Tensor]
 LikeOf = Callable[[str], Any]
 
 
-def empty_tensor(key: str, entry: TensorEntry) -> torch.Tensor:
-    """Create a plain CPU tensor for a complete stored one."""
-    return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
-
-
-def want_node(target: Target, node: Node, make: MakeTensor = empty_tensor, like_of: LikeOf = lambda key: None) -> None:
+def want_node(target: Target, node: Node, make: MakeTensor | None = None, like_of: LikeOf = lambda key: None) -> None:
     """Request everything below a node of the tree, as it was stored.
 
     ``make`` creates the tensors to read into; ``like_of`` returns a model for composed tensors.
     """
+    make = make if make is not None else target.new_tensor
     if isinstance(node, TensorParts):
         want_parts(target, node, like=like_of(node.key))
     elif isinstance(node, Mapping):

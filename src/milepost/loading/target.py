@@ -11,15 +11,18 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from milepost.config import part_of
 from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
+from milepost.tensors.aliases import join
 from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name
 from milepost.tensors.parts import TensorParts
+from milepost.tensors.placements import make_sharded
 from milepost.tensors.state import PACKED, ByName
-from milepost.tensors.tree import Held, Node, Read, Ref, Tree, refs
+from milepost.tensors.tree import Held, Node, Noted, Read, Ref, Tree, refs
 
 EXTRA_STATE = "_extra_state"
 """The last element of the name of a module's extra state in its state dict."""
@@ -64,6 +67,14 @@ class Target:
         """One line for each tensor whose stored dtype differs from the target's."""
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
+        self._noted = Noted.of(stored.manifest) if stored is not None else Noted()
+        self.meshes: Sequence[DeviceMesh] = ()
+        """Meshes of this run, on which DTensors that no object here has are made as they were."""
+        self.apart = set[str]()
+        """Keys of new tensors that are known elsewhere already."""
+        self._unplaced: list[str] = []
+        self.is_filling = False
+        """True from the moment that anything of the caller's may have been changed."""
         self.left: set[str] = set()
         """Keys of the checkpoint that are not used here."""
         self._taken: set[str] = set()  # top-level names of a checkpoint that is stored as one value
@@ -90,6 +101,22 @@ class Target:
         self.values[key] = tensor
         if live:
             self.live.add(key)
+
+    def new_tensor(self, key: str, entry: TensorEntry) -> torch.Tensor:
+        """A new tensor for a stored one: placed as it was, else on the CPU and whole."""
+        dtype = getattr(torch, entry.dtype)
+        if (text := self._noted.sharded.get(key)) is not None and self.meshes:
+            made = make_sharded(text, self.meshes, entry.shape, dtype)
+            if made is not None:
+                return made
+            self._unplaced.append(key)
+        return torch.empty(entry.shape, dtype=dtype, device="cpu")
+
+    def finish(self) -> None:
+        """Let new tensors share memory as they did; called once all is wanted."""
+        for group in self._noted.aliases.values():
+            join(group, self.values, {*self.live, *self.apart, *self._narrowed, *self._spread})
+        self.note("sharded over a mesh that this run does not have, so restored whole on each rank", self._unplaced)
 
     def at(self, path: Sequence[Any]) -> Node | None:
         """The node of the checkpoint's tree at ``path``."""

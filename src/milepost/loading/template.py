@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,20 @@ from milepost.loading.mapped import MappedFiles
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
+from milepost.loading.restoring import restore_each
 from milepost.loading.stateful import StatefulOwner
 from milepost.loading.target import Restorer, Stored, Target, fresh_like, local_tensor
 from milepost.tensors.layout import can_be_boxes
 from milepost.tensors.parts import TensorParts, comes_apart
+from milepost.tensors.placements import meshes_of
 from milepost.tensors.state import Slot, is_stateful, is_terminal
 from milepost.tensors.tree import Held, Node, Read, Ref, rebuild
 
 log = logging.getLogger("milepost")
 
 Path = tuple[Any, ...]
+
+_ADVICE = "Don't use it as it is: mend what raised and load again, or start the program anew"
 
 
 class Whole:
@@ -61,6 +66,17 @@ class Whole:
         self.state_dict = rebuild(self._root, {**self.target.values, **self._mapped})
 
 
+def _tensors_in(container: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a caller's state dict, and in its modules."""
+    for value in container.values() if isinstance(container, Mapping) else container:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, Mapping) or (isinstance(value, list) and not is_terminal(value)):
+            yield from _tensors_in(value)
+
+
 def _plain_keys(node: Node) -> Iterator[str]:
     """The keys below a node, without the parts of composed tensors."""
     if isinstance(node, Ref):
@@ -80,12 +96,13 @@ class Template:
 
     def __init__(self, into: Mapping[str, Any], manifest: Manifest, read: Read | None = None):
         self.target = Target(Stored(manifest, read))
-        self._owners: list[Restorer] = []
+        self._owners: list[tuple[str, Restorer]] = []
         self._slots: list[tuple[Slot, Node]] = []
         self._made: dict[str, tuple[Slot, torch.Tensor]] = {}  # in place of tensors on the meta device
         self._is_foreign = manifest.file_named(DIGESTS_NAME) is None
+        self.target.meshes = meshes_of(_tensors_in(into)) if torch.distributed.is_initialized() else ()
         self._walk(into, ())
-        for owner in self._owners:
+        for _, owner in self._owners:
             owner.prepare(self.target)
 
     def _walk(self, container: Any, path: Path) -> None:
@@ -101,15 +118,18 @@ class Template:
                     continue
                 self.target.want(".".join(map(str, here)), value, live=True, path=here)
             elif isinstance(value, nn.Module):
-                self._owners.append(ModuleOwner(value, lambda name, here=here: (*here, name)))  # type: ignore[misc]
+                self._own(here, ModuleOwner(value, lambda name, here=here: (*here, name)))  # type: ignore[misc]
             elif isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict:
-                self._owners.append(OptimizerOwner(value, here))
+                self._own(here, OptimizerOwner(value, here))
             elif is_stateful(value):
-                self._owners.append(StatefulOwner(value, here, own=value.state_dict(), in_place=True))
+                self._own(here, StatefulOwner(value, here, own=value.state_dict(), in_place=True))
             elif (isinstance(value, Mapping) and value) or (isinstance(value, list) and not is_terminal(value)):
                 self._walk(value, here)
             else:
                 self._want_value(Slot(container, index), value, here)
+
+    def _own(self, path: Path, owner: Restorer) -> None:
+        self._owners.append((".".join(map(str, path)), owner))
 
     def _want_parts(self, value: torch.Tensor, path: Path) -> None:
         """Request the parts of a composed tensor."""
@@ -127,6 +147,7 @@ class Template:
         fresh = fresh_like(value)
         key = ".".join(map(str, path))
         self.target.want(key, fresh, live=False, path=path)
+        self.target.apart.add(key)
         is_parameter = isinstance(value, nn.Parameter)
         self._made[key] = slot, nn.Parameter(fresh, value.requires_grad) if is_parameter else fresh
 
@@ -150,7 +171,7 @@ class Template:
 
     def check(self) -> None:
         """Refuse a mismatch, once everything except the live tensors is read."""
-        for owner in self._owners:
+        for _, owner in self._owners:
             owner.check(self.target.values)
 
     def restore(self) -> None:
@@ -161,5 +182,5 @@ class Template:
         for key, (slot, tensor) in self._made.items():
             if key in self.target.values or id(tensor) in copied:  # otherwise it is not in the checkpoint
                 slot.fill(tensor)
-        for owner in self._owners:
-            owner.restore(self.target.values)
+        values = self.target.values
+        restore_each([(name, partial(owner.restore, values)) for name, owner in self._owners], advice=_ADVICE)

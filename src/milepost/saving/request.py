@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike, fspath
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from milepost.collective.comm import Comm, ProcessGroupComm, failure_on
 from milepost.errors import MilepostError, SaveError
@@ -20,12 +21,14 @@ from milepost.saving.job import Form, Keep
 from milepost.saving.structure import Nesting, Structure, structure_of
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
+from milepost.tensors.aliases import find_aliases
 from milepost.tensors.layout import TensorLeaf, stored_as
-from milepost.tensors.parts import plain_tensors
+from milepost.tensors.parts import TensorParts, plain_tensors
+from milepost.tensors.placements import describe
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
-from milepost.tensors.state import ByName, FlatState, flatten, unwrap_stateful
-from milepost.tensors.tree import dump_parts
+from milepost.tensors.state import LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
+from milepost.tensors.tree import Noted, dump_parts
 from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
 
@@ -134,10 +137,23 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
             plain = (spec if spec.spread is None else replace(spec, spread=None) for spec in layout.tensors)
             layout = replace(layout, tensors=tuple(plain))
-        nesting = Nesting(flat.paths, flat.empty, dump_parts(flat.skeleton))
+        noted = _noted(flat, LOOP_PARTS if isinstance(state, ByName) else None)
+        nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **noted.skeleton()}))
         return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, frozen)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
+
+
+def _noted(flat: FlatState, loop_parts: Collection[str] | None) -> Noted:
+    """What is to be recorded of tensors. Placements only of ``loop_parts``, if given: others have parameters' own."""
+    sharded = {}
+    for key in flat.tensors:
+        slot, path = flat.slots[key], flat.paths[key]
+        if (loop_parts is None or path[0] in loop_parts) and not isinstance(slot.container, TensorParts):
+            value = slot.container[slot.index]
+            text = describe(value) if isinstance(value, DTensor) else None
+            sharded.update({key: text} if text is not None else {})
+    return Noted(find_aliases(flat.tensors.values()), sharded)
 
 
 def _nothing(rank: int, error: MilepostError) -> Prepared:

@@ -6,13 +6,15 @@ whatever it holds at the time of the load.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from milepost.errors import FormatError, SaveError
 from milepost.format.manifest import Manifest
+from milepost.tensors.aliases import Aliases, Geometry
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.state import EMPTY_MAPPINGS, PACKED, Path, alike, is_terminal
 from milepost.tensors.value_reader import decode_object
@@ -44,9 +46,50 @@ ByRank = Mapping[str, Sequence[tuple[Sequence[int], bytes]]]
 """For a part whose containers differ between ranks: the ranks of each kind, and their skeleton."""
 _BY_RANK = "milepost.by_rank"
 """The name of these parts in the record of the structure."""
+_NOTED = "milepost.noted"
+"""The name of a :class:`Noted` in the record of the structure."""
 
 Read = Callable[[str], Any]
 """Reads a value of a checkpoint, other than a tensor, by key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What tensors of a state are to each other and to the ranks, which their values alone don't show."""
+
+    aliases: Mapping[str, Aliases] = field(default_factory=dict)
+    """Groups of tensors that overlap in memory, by the first key of each."""
+    sharded: Mapping[str, str] = field(default_factory=dict)
+    """Placements of DTensors, by key; see :func:`milepost.tensors.placements.describe`."""
+
+    def skeleton(self) -> dict[str, Any]:
+        """The part of a skeleton in which it is recorded. Its leaves are text, so that those of ranks merge."""
+        shared = {
+            name: {key: "" if place is None else json.dumps(place) for key, place in group.items()}
+            for name, group in self.aliases.items()
+        }
+        parts = {"shared": shared, "sharded": dict(self.sharded)}
+        return {_NOTED: {name: part for name, part in parts.items() if part}} if any(parts.values()) else {}
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Noted:
+        """What a checkpoint records. Raises FormatError: the record is malformed."""
+        found = _recorded(manifest).get(_NOTED, {}) if manifest.structure else {}
+        try:
+            shared = {
+                str(name): {str(key): _geometry(place) for key, place in group.items()}
+                for name, group in found.get("shared", {}).items()
+            }
+            return cls(shared, {str(key): str(text) for key, text in found.get("sharded", {}).items()})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise FormatError(f"what a checkpoint notes of its tensors is malformed: {error}") from error
+
+
+def _geometry(text: str) -> Geometry | None:
+    if not text:
+        return None
+    start, strides = json.loads(text)
+    return int(start), tuple(map(int, strides))
 
 
 class Tree:
@@ -172,6 +215,7 @@ def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
         return {}
     skeleton = _recorded(manifest)
     skeleton.pop(_BY_RANK, None)
+    skeleton.pop(_NOTED, None)
     return skeleton
 
 

@@ -262,6 +262,8 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no such step, or nothing at ``initial_load_path``.
             CheckpointDamagedError: the named step, or every step, is damaged.
             StateMismatchError: the checkpoint does not fit this training state; nothing was changed.
+            PartlyLoadedError: an object's own ``load_state_dict()`` raised, so the state is a mix of old and new:
+                :meth:`save` refuses it until a load has succeeded.
         """
         if not self._config.enable:
             return None
@@ -271,7 +273,8 @@ class CheckpointManager:
             except SaveError as error:
                 self._stop_or_warn(error)
             asked = [None if number is None else checked_step(number) for number in (num_steps, step)]
-            found = self._loader.load(*asked)
+            with self._loader.marking():
+                found = self._loader.load(*asked)
         report, descent = found if found is not None else (None, None)
         self._history.resumed(descent)
         self._rng = rng_state()
@@ -324,6 +327,11 @@ class CheckpointManager:
         step = checked_step(step)
         if self._is_closed:
             raise SaveError(f"step {step} was not saved: this CheckpointManager is closed; create a new one")
+        if self._loader.mixed:
+            raise SaveError(
+                f"step {step} was not saved: the state may be a mix of two, since load() failed in the middle "
+                f"({self._loader.mixed}). Load a step that loads, or start the program anew"
+            )
         if self._saver is None:
             return False
         reason = self._due.reason(step, is_last=last_step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from milepost.errors import ConfigError, SaveError, StateMismatchError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.names import longest_prefix
 from milepost.loading.optimizer import each_parameter, hand_over, indexed, state_tensor, want_state
-from milepost.loading.parts import empty_tensor, want_node
+from milepost.loading.parts import want_node
 from milepost.loading.target import Target
 from milepost.tensors.state import ByName
 from milepost.tensors.tree import Node, child, rebuild
@@ -270,7 +271,7 @@ class OptimizersOwner:
         self._saved = saved_optimizers(target.at((PART,)), names, has_order=target.has_order).under(self._renamed)
         for number, optimizer in enumerate(self._optimizers):
             if number in self._own_form:
-                want_node(target, self._saved.keys, self._make_by_name, self._parameter_of)
+                want_node(target, self._saved.keys, partial(self._make_by_name, target), self._parameter_of)
                 continue
             for group, parameter in each_parameter(optimizer):
                 self._want(target, optimizer, group, parameter)
@@ -348,9 +349,9 @@ class OptimizersOwner:
                         f"{start}{name}.*, or take none of it out)"
                     )
 
-    def _make_by_name(self, key: str, entry: TensorEntry) -> torch.Tensor:
+    def _make_by_name(self, target: Target, key: str, entry: TensorEntry) -> torch.Tensor:
         parameter = self._parameter_of(key)
-        return empty_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
+        return target.new_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
 
     def _parameter_of(self, key: str) -> nn.Parameter | None:
         """Return the parameter whose state is under a key of the checkpoint."""

@@ -97,6 +97,11 @@ class PartsLoad:
                     + (f"; did you mean '{hint}'?" if hint else "")
                 )
 
+    @property
+    def is_filling(self) -> bool:
+        """True from the moment that anything live may have been changed."""
+        return self._load is not None and self._load.target.is_filling
+
     def check(self) -> None:
         """Refuse a mismatch, once everything except the live tensors is read."""
         if self._load is not None:

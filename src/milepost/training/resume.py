@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from milepost.collective.meeting import meeting
 from milepost.config import PARTS, CheckpointConfig, part_of
 from milepost.errors import (
     CheckpointDamagedError,
+    CheckpointNotFoundError,
     ConfigError,
     MilepostError,
     NewerFormatError,
@@ -87,6 +89,9 @@ class Loader:
         self._bad_here: set[int] = set()  # found damaged in the local folder only
         self._reading = ""  # save id of the checkpoint being loaded
         self._warned: set[int] = set()  # of these steps
+        self._is_filling = False  # anything live may have been changed by the load that is under way
+        self.mixed = ""
+        """The error of a load that failed after part of the live state was filled; empty once one has succeeded."""
 
     def look(self) -> None:
         """Gather the content of all nodes' folders, if each has its own. Call it before :meth:`scan`. Collective."""
@@ -125,6 +130,18 @@ class Loader:
         """Return the last step, if nothing is left to train up to ``num_steps``. On rank 0."""
         choice, _ = self._choose({}, num_steps)
         return choice.step if choice is not None and choice.is_finished else None
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Within, record in :attr:`mixed` how the load ends that is made there."""
+        self._is_filling = False
+        try:
+            yield
+        except BaseException as error:
+            if self._is_filling:
+                self.mixed = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise
+        self.mixed = "" if self._is_filling else self.mixed
 
     @ordinary_tensors()
     def load(self, num_steps: int | None, step: int | None = None) -> tuple[LoadReport, Descent | None] | None:
@@ -187,6 +204,8 @@ class Loader:
                         rejected[choice.step] = error.message
                 # Otherwise it was replaced while it was being read: look again.
                 continue
+            finally:
+                self._is_filling |= into.is_filling
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
             notes += [*into.left_out(), *self._left_behind(choice, report.unexpected), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
@@ -218,7 +237,12 @@ class Loader:
         """Load the parameters that trainable-only steps leave out, like a new run would. Collective."""
         config = replace(self._config, only_trainable=False, load_step=-1, restart_branch=False)
         nowhere = join(self._folder, "no-step")
-        Loader(self._storage, nowhere, config, self._comm, self._state, self._layout, self._format).load(None)
+        base = Loader(self._storage, nowhere, config, self._comm, self._state, self._layout, self._format)
+        try:
+            with base.marking():
+                base.load(None)
+        finally:
+            self._is_filling |= bool(base.mixed)
 
     def _translate(self, storage: Storage, path: str, manifest: Manifest) -> Translation | None:
         """Translate a checkpoint with another program's known names to this run's.
@@ -304,6 +328,7 @@ class Loader:
     def _restore(self, into: PartsLoad) -> list[str]:
         """Restore the live objects from the data read; returns notes. Collective."""
         failure, notes = None, []
+        self._is_filling = True
         try:
             notes = into.restore()
         except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
@@ -311,6 +336,12 @@ class Loader:
         raise_together(self._comm, failure)
         left = self._config.exclude_from_loading
         return [*notes, f"left as initialized: {', '.join(left)}"] if left else notes
+
+    def _raise_filled(self, failure: MilepostError | None) -> None:
+        """Raise on every rank if any has failed; records whether any may have filled its tensors. Collective."""
+        changed_nothing = isinstance(failure, StateMismatchError | ConfigError | CheckpointNotFoundError)
+        self._is_filling |= bool(self._comm.union(int(not changed_nothing)))
+        raise_together(self._comm, failure)
 
     def _load_weights(self, choice: Choice, *, is_file: bool = False) -> LoadReport:
         """Start from weights in another format, or from a single file of weights. Collective.
@@ -338,7 +369,7 @@ class Loader:
             load.restore()
         except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
             failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
+        self._raise_filled(failure)
         assert report is not None
         return replace(report, step=choice.step, resumed_step=choice.step, notes=(*choice.notes, *report.notes))
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from milepost.errors import ConfigError, StateMismatchError
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import LikeOf, want_node
+from milepost.loading.restoring import restore_each
 from milepost.loading.stateful import StatefulOwner
 from milepost.loading.target import Restorer, Stored, Target
+from milepost.tensors.placements import meshes_of
 from milepost.tensors.state import PER_RANK, ByName
 from milepost.tensors.tree import Node, rebuild
 from milepost.training.modules import fqn, model_state, parameter_names
@@ -34,6 +37,11 @@ from milepost.training.optimizers import (
 from milepost.training.random_state import derive_rng_state, rng_state, set_rng_state
 
 log = logging.getLogger("milepost")
+
+_ADVICE = (
+    "Don't train on: mend what raised and call load() again, leave the part out with checkpoint.exclude_from_loading, "
+    "or start the program anew. Until a load has succeeded, nothing is saved"
+)
 
 KINDS = "kinds"
 """Under this name the manifest's ``extra`` has the classes of optimizers and schedulers."""
@@ -192,13 +200,15 @@ class TrainingState:
         ):
             owners[part] = [PerRankOwner(self._owner_of(part, stored), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
-        chosen = [owner for part in PARTS if part in wanted for owner in owners[part]]
+        chosen = [(part, owner) for part in PARTS if part in wanted for owner in owners[part]]
+        target = Target(stored)
+        target.meshes = meshes_of(parameter for module in self.modules for parameter in module.parameters())
         sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
-        return StateLoad(Target(stored), chosen, self.optimizers, self.schedulers if sets_rates else ())
+        return StateLoad(target, chosen, self.optimizers, self.schedulers if sets_rates else ())
 
     def loading_weights(self) -> StateLoad:
         """Return the load of weights from another run: into the tensors of the target."""
-        return StateLoad(Target(None), [module_owner(part) for part in self.models], self.optimizers)
+        return StateLoad(Target(None), [("model", module_owner(part)) for part in self.models], self.optimizers)
 
     def _sharded_alike(self) -> LikeOf:
         """Return the model's DTensor with the name of another object's tensor, if any.
@@ -294,7 +304,8 @@ class StateLoad:
     """One load into the live objects of a run: first read everything, then restore."""
 
     target: Target
-    owners: Sequence[Restorer]
+    owners: Sequence[tuple[str, Restorer]]
+    """With the part of the training state that each belongs to."""
     optimizers: Sequence[Optimizer]
     rate_setters: Sequence[Any] = ()
     """Schedulers loaded without their optimizers, which get the schedule's current rates."""
@@ -302,7 +313,7 @@ class StateLoad:
     def prepare(self) -> Target:
         """Collect the target state of the objects, without changing them."""
         renamed: dict[str, str] = {}
-        for owner in self.owners:
+        for _, owner in self.owners:
             if isinstance(owner, OptimizersOwner):
                 owner.find_under(renamed)
             owner.prepare(self.target)
@@ -312,25 +323,29 @@ class StateLoad:
 
     def check(self) -> None:
         """Refuse what does not fit, once all but the live tensors is read."""
-        for owner in self.owners:
+        for _, owner in self.owners:
             owner.check(self.target.values)
 
     def restore(self) -> list[str]:
-        """Restore the objects from the data read. Returns remarks for the log."""
+        """Restore the objects from the data read. Returns remarks for the log.
+
+        Raises:
+            PartlyLoadedError: one of them raised.
+        """
         replaced: dict[torch.Tensor, torch.Tensor] = {}
-        notes = []
-        for owner in self.owners:
-            if isinstance(owner, OptimizersOwner):
-                owner.adopt(replaced)
-            owner.restore(self.target.values)
-            if isinstance(owner, ModuleOwner):
-                replaced.update(owner.replaced)
-            if isinstance(owner, RngOwner) and owner.note:
-                notes.append(owner.note)
+        restore_each([(part, partial(self._restore, owner, replaced)) for part, owner in self.owners], advice=_ADVICE)
+        notes = [owner.note for _, owner in self.owners if isinstance(owner, RngOwner) and owner.note]
         take_place(self.optimizers, replaced)  # even if their state is not loaded
         for scheduler in self.rate_setters:
             set_rates(scheduler)
         return notes
+
+    def _restore(self, owner: Restorer, replaced: dict[torch.Tensor, torch.Tensor]) -> None:
+        if isinstance(owner, OptimizersOwner):
+            owner.adopt(replaced)
+        owner.restore(self.target.values)
+        if isinstance(owner, ModuleOwner):
+            replaced.update(owner.replaced)
 
 
 def set_rates(scheduler: Any) -> None:

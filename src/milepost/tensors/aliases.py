@@ -1,0 +1,111 @@
+"""Tensors of a state that overlap in memory, and new ones that overlap in the same way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from milepost.tensors.layout import TensorLeaf
+
+Geometry = tuple[int, tuple[int, ...]]
+"""Where a tensor begins among the elements of the memory that it shares, and its strides."""
+MAX_SPREAD = 2
+"""Memory that new tensors share has no more elements than this many times their own."""
+Aliases = Mapping[str, Geometry | None]
+"""Keys of tensors that overlap; None for all of them where they are one and the same."""
+
+
+def find_aliases(leaves: Iterable[TensorLeaf]) -> dict[str, Aliases]:
+    """Find the tensors that overlap in memory, by the first key of each group: of one dtype, plain or all alike."""
+    by_memory: dict[tuple[torch.device, int], list[TensorLeaf]] = defaultdict(list)
+    for leaf in leaves:
+        if not leaf.is_part and (memory := _memory_of(leaf.local)):
+            by_memory[leaf.local.device, memory].append(leaf)
+    found = {}
+    for sharing in by_memory.values():
+        for group in _overlapping(sharing) if len(sharing) > 1 else ():
+            aliases = _described(group)
+            if aliases is not None:
+                found[group[0].key] = aliases
+    return found
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _overlapping(leaves: Iterable[TensorLeaf]) -> list[list[TensorLeaf]]:
+    """Groups of two and more, each in the order of the state."""
+    order = {leaf.key: number for number, leaf in enumerate(leaves)}
+    groups: list[list[TensorLeaf]] = []
+    end = 0
+    for leaf in sorted(leaves, key=lambda leaf: leaf.local.data_ptr()):
+        if not groups or leaf.local.data_ptr() >= end:
+            groups.append([])
+        groups[-1].append(leaf)
+        end = max(end, leaf.local.data_ptr() + _span(leaf.local.shape, leaf.local.stride()) * leaf.local.itemsize)
+    return [sorted(group, key=lambda leaf: order[leaf.key]) for group in groups if len(group) > 1]
+
+
+def _span(shape: Iterable[int], stride: Iterable[int]) -> int:
+    """Elements from the first to the last one of a strided tensor."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _described(group: list[TensorLeaf]) -> Aliases | None:
+    first = group[0].local
+    alike = {(leaf.local.data_ptr(), tuple(leaf.local.shape), leaf.local.stride(), leaf.spread) for leaf in group}
+    if len({leaf.local.dtype for leaf in group} | {leaf.dtype for leaf in group}) > 1:
+        return None
+    if len(alike) == 1:
+        return {leaf.key: None for leaf in group}
+    if any(leaf.spread is not None or tuple(leaf.local.shape) != leaf.shape for leaf in group):
+        return None
+    start = min(leaf.local.data_ptr() for leaf in group)
+    return {leaf.key: ((leaf.local.data_ptr() - start) // first.itemsize, leaf.local.stride()) for leaf in group}
+
+
+def join(aliases: Aliases, tensors: MutableMapping[str, object], apart: Collection[str]) -> None:
+    """Replace new, empty ones of ``tensors`` by others that overlap as it is recorded; not those of ``apart``."""
+    wanted = {key: tensors.get(key) for key in aliases if key not in apart}
+    found = {key: tensor for key, tensor in wanted.items() if isinstance(tensor, torch.Tensor)}
+    if len(found) < 2:
+        return
+    first = next(iter(found.values()))
+    if len({(type(tensor), tensor.dtype, tensor.device) for tensor in found.values()}) > 1:
+        return
+    if all(aliases[key] is None for key in found):
+        same = [tensor for tensor in found.values() if tensor.shape == first.shape and _is_placed_as(tensor, first)]
+        if len(same) == len(found):
+            tensors.update(dict.fromkeys(found, first))
+        return
+    if isinstance(first, DTensor) or not all(_fits(found[key], aliases[key]) for key in found):
+        return
+    ends = [geometry[0] + _span(found[key].shape, geometry[1]) for key in found if (geometry := aliases[key])]
+    if max(ends) > MAX_SPREAD * sum(tensor.numel() for tensor in found.values()):
+        return
+    memory = torch.empty(max(ends), dtype=first.dtype, device=first.device)
+    views: dict[object, torch.Tensor] = {}
+    for key, tensor in found.items():
+        if (geometry := aliases[key]) is not None:
+            view = memory.as_strided(tensor.shape, geometry[1], geometry[0])
+            tensors[key] = views.setdefault((tensor.shape, geometry), view)  # one object where it was one
+
+
+def _fits(tensor: torch.Tensor, geometry: Geometry | None) -> bool:
+    """Return whether a recorded geometry is one of such a tensor, and of no absurd size."""
+    if geometry is None or len(geometry[1]) != tensor.ndim or geometry[0] < 0 or not tensor.numel():
+        return False
+    return all(step > 0 or (step == 0 and size == 1) for size, step in zip(tensor.shape, geometry[1], strict=True))
+
+
+def _is_placed_as(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        return one.placements == other.placements and one.device_mesh == other.device_mesh
+    return True
