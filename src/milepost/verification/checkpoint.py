@@ -35,7 +35,7 @@ SAMPLE_NBYTES = 2 << 30
 """Size limit of a sample in bytes; it has at least one record."""
 
 
-def problem_of(error: FormatError, path: str) -> Problem:
+def unreadable_file(error: FormatError, path: str) -> Problem:
     """Return an error of reading the checkpoint at ``path`` as a problem, which names the file relative to ``path``."""
     file = (error.path or path).rpartition("/")[2]
     return Problem(error.message.removeprefix(f"{error.path}: "), file, error.key)
@@ -108,7 +108,7 @@ def _check_hf_step(
     try:
         step = read_hf_step(storage, path, [record.name, *names])
     except FormatError as error:
-        findings.add(problem_of(error, path))
+        findings.add(unreadable_file(error, path))
         return
     WeightsCheck(storage, findings, num_threads=num_threads, level=level).hf_folder(path, names, step)
 
@@ -180,7 +180,7 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
             digests = parse_digests(contents[block_digests], record.manifest)
             _check_item_digests(record.manifest, digests, findings)
     except FormatError as error:
-        findings.add(problem_of(error, path))
+        findings.add(unreadable_file(error, path))
     return digests
 
 

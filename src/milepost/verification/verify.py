@@ -33,7 +33,7 @@ from milepost.run.hf_folder import is_hf_folder
 from milepost.run.step_names import damage_mark
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import Storage, join, split
-from milepost.verification.checkpoint import check_checkpoint, problem_of
+from milepost.verification.checkpoint import check_checkpoint, unreadable_file
 from milepost.verification.extent_reader import Findings, Progress
 from milepost.verification.extents import Level
 from milepost.verification.hf_step import read_hf_step
@@ -173,7 +173,7 @@ def _verify_checkpoint(
     try:
         record = checkpoint_record.read_record(storage, path)
     except FormatError as error:
-        findings.add(problem_of(error, path))
+        findings.add(unreadable_file(error, path))
     except (CheckpointNotFoundError, StorageError):
         _check_still_there(storage, path, info.record_id)
         raise
@@ -216,7 +216,7 @@ def _verify_weights(
         try:
             check.hf_folder(path, names, read_hf_step(storage, path, names))
         except FormatError as error:
-            findings.add(problem_of(error, path))
+            findings.add(unreadable_file(error, path))
     return VerifyReport(
         path=f"{storage.root}/{path}",
         state="external",
