@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,26 @@ def test_a_rank_that_does_not_sign_off_is_named_with_its_host(memory_path: Path)
     sign_off(storage, attempt, sample(0))
     with pytest.raises(SaveError, match=r"^rank 1 \(far-away\) of 2 did not finish writing within 0 s"):
         wait_for_sign_offs(storage, attempt, 2, SAVE_ID, timeout_s=0, hosts=("here", "far-away"))
+
+
+class FarStorage(WrappedStorage):
+    """A network file system: a read of a sign-off returns once eight are under way."""
+
+    is_remote = True
+
+    def __init__(self, inner: LocalStorage) -> None:
+        super().__init__(inner)
+        self.under_way = threading.Barrier(8, timeout=30)
+
+    def read(self, path: str, limit: int = 1 << 30) -> bytes:
+        self.under_way.wait()
+        return super().read(path, limit)
+
+
+def test_over_a_network_sign_offs_are_read_many_at_a_time(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    attempt = begin_attempt(storage, "step-1", SAVE_ID)
+    for rank in range(32):
+        sign_off(storage, attempt, sample(rank))
+    found = wait_for_sign_offs(FarStorage(storage), attempt, 32, SAVE_ID, timeout_s=0)
+    assert all(same(one, sample(rank)) for rank, one in enumerate(found))

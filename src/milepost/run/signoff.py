@@ -44,7 +44,9 @@ _PREFIX = "sign-off-"
 _FAILED = ".failed"
 _THREADS = "milepost-sign-offs"
 _AT_ONCE = 8
-"""Number of sign-offs read before their segments are merged, per stream of the storage."""
+"""Number of sign-offs read before their segments are merged, per reader."""
+_REMOTE_READERS = 8
+"""Minimum number of readers over a network, where reading a small file is mostly waiting."""
 
 
 class WrittenTensor(NamedTuple):
@@ -293,6 +295,7 @@ def wait_for_sign_offs(
     started = logged = clock()
     deadline = started + timeout_s
     poll_s = storage.poll_s if poll_s is None else poll_s
+    num_readers = max(storage.num_streams, _REMOTE_READERS if storage.is_remote else 1)
     signed: dict[int, SignOff] = {}
     wanted = range(world_size) if ranks is None else ranks
     while True:
@@ -302,8 +305,8 @@ def wait_for_sign_offs(
         arrived = [rank for rank in wanted if rank not in signed and names & _names_of(rank)]
         look = partial(_look, storage, attempt, names)
         faults: list[tuple[int, str]] = []
-        for some in _batches(arrived, _AT_ONCE * storage.num_streams):
-            for rank, found in zip(some, map_in_threads(look, some, storage.num_streams, name=_THREADS), strict=True):
+        for some in _batches(arrived, _AT_ONCE * num_readers):
+            for rank, found in zip(some, map_in_threads(look, some, num_readers, name=_THREADS), strict=True):
                 fault = _fault(found, rank, save_id, member)
                 if fault:
                     faults.append((rank, fault))
