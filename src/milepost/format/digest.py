@@ -31,7 +31,7 @@ def to_bytes(crcs: Iterable[int]) -> bytes:
     return bytes(crcs) if isinstance(crcs, memoryview) else array("I", crcs).tobytes()
 
 
-def from_bytes(data: bytes) -> Sequence[int]:
+def from_bytes(data: bytes | memoryview) -> Sequence[int]:
     """Return the CRC-32s in the output of ``to_bytes``. Read-only, without an object for each."""
     return memoryview(data).toreadonly().cast("I")
 
@@ -119,8 +119,8 @@ def digest_pieces(save_id: str, crcs: Any, block_nbytes: int = BLOCK_NBYTES) -> 
     return [head, values, struct.pack("<I", crc32(values, crc32(head)))]
 
 
-def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> BlockDigests:
-    """Read ``milepost.digests`` and check that it belongs to the manifest.
+def parse_digests(data: bytes | memoryview, manifest: Manifest, path: str = DIGESTS_NAME) -> BlockDigests:
+    """Read ``milepost.digests`` and check that it belongs to the manifest. ``data`` must not change: it is not copied.
 
     Raises FormatError if it is damaged, belongs to another save, or has a different number of blocks than the
     manifest's shards.
@@ -138,17 +138,18 @@ def parse_digests(data: bytes, manifest: Manifest, path: str = DIGESTS_NAME) -> 
         raise fault("it does not begin with the expected bytes")
     if name_nbytes > _MAX_SAVE_ID_NBYTES or len(data) != _HEAD.size + name_nbytes + 4 * count + 4:
         raise fault(f"it has {len(data)} bytes, which does not match its header")
-    if crc32(memoryview(data)[:-4]) != struct.unpack_from("<I", data, len(data) - 4)[0]:
+    view = memoryview(data)
+    if crc32(view[:-4]) != struct.unpack_from("<I", data, len(data) - 4)[0]:
         raise fault("its own CRC-32 does not match")
     if not 0 < block_nbytes <= 1 << 30 or block_nbytes % MAX_ELEMENT_NBYTES:
         raise fault(f"a block size of {block_nbytes} bytes is not allowed")
-    save_id = data[_HEAD.size : _HEAD.size + name_nbytes].decode("utf-8", "replace")
+    save_id = str(view[_HEAD.size : _HEAD.size + name_nbytes], "utf-8", "replace")
     if save_id != manifest.save_id:
         raise fault(f"it belongs to save {save_id!r}, the manifest to save {manifest.save_id!r}")
     starts, total = _block_starts(manifest, block_nbytes)
     if total != count:
         raise fault(f"it holds {count} block CRCs, the manifest's shards have {total} blocks")
-    return BlockDigests(save_id, block_nbytes, from_bytes(data[_HEAD.size + name_nbytes : -4]), starts)
+    return BlockDigests(save_id, block_nbytes, from_bytes(view[_HEAD.size + name_nbytes : -4]), starts)
 
 
 def _block_starts(manifest: Manifest, block_nbytes: int) -> tuple[dict[str, tuple[int, Sequence[int]]], int]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import call
 from os import PathLike, fspath
+from pickle import PickleBuffer
 from typing import Any, get_args, overload
 
 from milepost.collective.collector import collection_paused
@@ -265,11 +266,13 @@ def load_from(
     wanted = [leaf.spec for key, leaf in flat.tensors.items() if key not in fit.missing]
     objects = [key for key in flat.objects if key not in fit.missing]
     read_digests = partial(checkpoint_record.read_digests_file, storage, folder, recorded)
-    handed_digests = on_rank_0(comm, read_digests) if shared is not None else None
+    handed = None
+    if shared is not None:  # sent from where it is, like the record's columns: it can be hundreds of megabytes
+        handed = on_rank_0(comm, lambda: None if (data := read_digests()) is None else PickleBuffer(data))
     try:
         with watched(f"rank {comm.rank} is reading the values of {path}"):
-            stored = handed_digests if shared is not None else read_digests()
-            digests = None if stored is None else parse_digests(stored, recorded, path)
+            stored = handed if shared is not None else read_digests()
+            digests = None if stored is None else parse_digests(memoryview(stored), recorded, path)
             sources = Sources(
                 *(storage, folder, recorded, translation, near, flat, wanted), digests=digests, common=common
             )
