@@ -405,3 +405,10 @@ def test_an_external_record_of_another_shape_or_form_is_refused(storage: LocalSt
     file.write_bytes(data)
     with pytest.raises(FormatError, match="'w' at byte"):
         locate_manifest(storage, "run/step-6", manifest)
+
+
+def test_a_folder_of_safetensors_in_place_of_a_checkpoint_says_which_option_reads_it(storage: LocalStorage) -> None:
+    storage.make_folder("hf")
+    storage.write("hf/model.safetensors", b"")
+    with pytest.raises(CheckpointNotFoundError, match=r"set checkpoint\.initial_load_in_hf"):
+        checkpoint_record.read_record(storage, "hf")

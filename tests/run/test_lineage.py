@@ -207,6 +207,24 @@ def test_launch_ids() -> None:
 # ---- damage ----
 
 
+def test_steps_of_another_run_are_called_so(folder: Folder) -> None:
+    """A step copied here from another run, and committed later there, is resumed: that is not kept quiet."""
+    folder.save(2, 4)
+    folder.put(9, lineage=Lineage(run="other", order=30, branch="theirs"))
+    assert steps(folder.history.other_runs()) == [2, 4]
+    choice = folder.start()
+    assert choice.step == 9
+    (note,) = choice.notes
+    assert note.startswith("steps 2, 4 are of another run than step 9")
+
+
+def test_a_branch_of_the_same_run_is_not_of_another(folder: Folder) -> None:
+    folder.save(1, 2, 3)
+    folder.start(1)
+    folder.save(5)
+    assert (steps(folder.history.abandoned), folder.history.other_runs()) == ([2, 3], [])
+
+
 def test_a_damaged_end_falls_back_to_what_it_descends_from_not_to_another_branch(folder: Folder) -> None:
     folder.save(10, 20, 30)
     folder.start(10)

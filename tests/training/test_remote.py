@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from milepost import CheckpointConfig, CheckpointManager, Commit
-from milepost.errors import StorageError
+from milepost.errors import ConfigError, StorageError
 from milepost.run import catalog, checkpoint_record
 from milepost.storage import open_storage
 from milepost.testing.seaweed import BUCKET
@@ -149,6 +149,17 @@ def test_a_copy_that_fails_is_logged_and_fails_nothing(
 def test_a_remote_folder_that_can_not_be_read_is_reported_before_training(memory_path: Path) -> None:
     with pytest.raises(StorageError, match="no such bucket"):
         CheckpointManager(memory_path / "run", config("s3://no-such-bucket/run"), model=model(0))
+
+
+@pytest.mark.parametrize("other", ["run/", "../{name}/run", "link", "run/step-3/copies"])
+def test_a_remote_folder_that_is_the_folder_itself_is_refused(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.chdir(memory_path)
+    Path("run").mkdir()
+    Path("link").symlink_to("run")
+    with pytest.raises(ConfigError, match=r"checkpoint\.remote_folder .* (the same folder|inside step-3)"):
+        CheckpointManager("run", config(other.format(name=memory_path.name)), model=model(0))
 
 
 def test_a_damaged_step_is_not_copied(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  newer       written by a newer Milepost, in a format that this one can't read: upgrade\n\n"
         "PARAMS counts the model's elements, DTYPE is the dtype of most of them. LAYOUT is the number of ranks that\n"
         "saved, and the degrees of parallelism above 1. METRICS are recorded with the step by the run. A step is\n"
-        "on an abandoned branch if the run has since resumed from an earlier step: it is loaded only if\n"
+        "on an abandoned branch if the run has since resumed from an earlier step, or of another run than the step\n"
+        "that was written last: it is loaded only if\n"
         "checkpoint.load_step names it.\n"
         "WHERE (--remote): in the folder, in checkpoint.remote_folder (remote), in both, or being copied there.\n\n"
         "examples:\n"
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     now = time.time()
     headers = ["STEP", "STATE", "HOLDS", "AGE", "SIZE", "PARAMS", "DTYPE", "LAYOUT", "METRICS", "NOTES"]
-    rows = [_row(entry, now, ends.get(entry.step)) for entry in entries]
+    others = {entry.step for entry in history.other_runs()}
+    rows = [_row(entry, now, ends.get(entry.step), is_other=entry.step in others) for entry in entries]
     if not any(entry.metrics for entry in entries):
         column = headers.index("METRICS")
         headers, rows = [*headers[:column], *headers[column + 1 :]], [(*r[:column], *r[column + 1 :]) for r in rows]
@@ -173,9 +175,10 @@ def _json(entry: StepEntry, branch_end: int | None) -> dict[str, Any]:
     return fields | {"metrics": metrics} | more
 
 
-def _row(entry: StepEntry, now: float, branch_end: int | None) -> tuple[Any, ...]:
+def _row(entry: StepEntry, now: float, branch_end: int | None, *, is_other: bool) -> tuple[Any, ...]:
     notes = [text for holds, text in ((entry.pinned, "pinned"), (entry.is_link, "link")) if holds]
-    notes += [f"abandoned branch (ended at step {branch_end})"] if branch_end is not None else []
+    if branch_end is not None:
+        notes.append(f"{'of another run' if is_other else 'abandoned branch'} (ended at step {branch_end})")
     notes += [entry.reason] if entry.reason else []
     return (
         str(entry.step),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from milepost.cli.paths import is_file, open_run
 from milepost.cli.render import print_json, print_line, printable_lines, progress_bar
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
 from milepost.run import catalog
-from milepost.run.beside import enclosing_checkpoint
+from milepost.run.beside import enclosing_checkpoint, is_same_folder
 from milepost.run.catalog import StepEntry
 from milepost.run.step_names import damage_mark, step_name, step_of
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
@@ -117,7 +116,7 @@ def _plan(source: str, destination: str) -> _Plan:
     else:
         storage, run_folder = open_run(source)
         to, only = folder, None
-    if _is_same(Spot(storage, run_folder), Spot(target, to)):
+    if is_same_folder(join_path(storage.root, run_folder), join_path(target.root, to)):
         raise ConfigError(f"{source} and {destination} are the same folder: give another destination")
     inside = enclosing_checkpoint(join_path(target.root, join(to, "step")), target)
     if inside is not None:
@@ -154,12 +153,6 @@ def _plan_of_run(run: Spot, found: Sequence[StepEntry], to: Spot, source: str) -
             if entry.state in ("damaged", "newer", "unreadable")
         ],
     )
-
-
-def _is_same(a: Spot, b: Spot) -> bool:
-    """Return True if both are one folder, also through links."""
-    paths = [join_path(spot.storage.root, spot.path).rstrip("/") for spot in (a, b)]
-    return paths[0] == paths[1] or os.path.realpath(paths[0]) == os.path.realpath(paths[1])
 
 
 def _refuse_other_run(ours: Sequence[StepEntry], theirs: Sequence[StepEntry], source: str, destination: str) -> None:

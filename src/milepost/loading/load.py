@@ -42,7 +42,7 @@ from milepost.loading.unwanted import unwanted_everywhere
 from milepost.loading.values import read_common, read_objects
 from milepost.run import checkpoint_record
 from milepost.run.node_part import NodePart
-from milepost.storage import open_storage
+from milepost.storage import join_path, open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.state import flatten, ordinary_tensors
 from milepost.tensors.tree import Read
@@ -193,8 +193,8 @@ def _check_folder(storage: Storage, folder: str) -> None:
     found = storage.stat(folder) if folder else None
     if found is not None and not found.is_folder:
         raise ConfigError(
-            f"{storage.root}/{folder} is a file, and a checkpoint is a folder. The weights in a file can be a run's "
-            "initial_load_path, or be made a checkpoint by `milepost convert`"
+            f"{join_path(storage.root, folder)} is a file, and a checkpoint is a folder. A file of weights "
+            "(.safetensors, .pt) can be a run's initial_load_path, or be made a checkpoint by `milepost convert`"
         )
 
 

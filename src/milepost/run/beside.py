@@ -12,7 +12,7 @@ from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME
 from milepost.format.tags import untagged
 from milepost.run.checkpoint_record import read_record
 from milepost.run.hf_folder import is_hf_folder
-from milepost.run.step_names import CHECKPOINT_FILE
+from milepost.run.step_names import CHECKPOINT_FILE, step_of
 from milepost.storage import is_url
 from milepost.storage.base import Storage, join, split
 
@@ -26,6 +26,28 @@ def enclosing_checkpoint(path: str, storage: Storage) -> str | None:
     parents = [str(parent) for parent in pathlib.PurePath(os.path.realpath(path)).parents]
     records = (MANIFEST_NAME, METADATA_NAME)
     return next((p for p in parents if any(os.path.isfile(os.path.join(p, name)) for name in records)), None)
+
+
+def is_same_folder(a: str, b: str) -> bool:
+    """Return True if both paths or URLs are one folder, also through links."""
+    if is_url(a) or is_url(b):
+        return a.rstrip("/") == b.rstrip("/")
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def remote_folder_problem(folder: str, remote: str) -> str | None:
+    """Return why a run in ``folder`` can't copy its steps to ``remote``; None if it can."""
+    if is_same_folder(folder, remote):
+        return (
+            f"checkpoint.remote_folder {remote} and checkpoint.folder {folder} are the same folder: give another one, "
+            "or none"
+        )
+    if is_url(folder) or is_url(remote):
+        return None
+    first = os.path.relpath(os.path.realpath(remote), os.path.realpath(folder)).split(os.sep)[0]
+    if step_of(first) is not None:
+        return f"checkpoint.remote_folder {remote} is inside {first} of checkpoint.folder {folder}: give another one"
+    return None
 
 
 def names_beside(storage: Storage, path: str) -> list[str]:

@@ -98,6 +98,13 @@ class History:
         named = [e for e in self.current if (e.step, e.save_id) == (start.step, start.save_id) and e not in since]
         return [*named, *since]
 
+    def other_runs(self) -> list[StepEntry]:
+        """The abandoned steps of other runs than the current branch's: of a run before it, or copied here by hand."""
+        if self.last is None or self.last.lineage is None:
+            return []
+        run = self.last.lineage.run
+        return [entry for entry in self.abandoned if entry.lineage is not None and entry.lineage.run != run]
+
     def ends(self) -> dict[int, int]:
         """For each abandoned step, by number, the last existing step of its branch."""
         last = {_place(entry)[0]: entry.step for entry in self.abandoned}

@@ -33,6 +33,7 @@ from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, Head, from_json, 
 from milepost.format.tags import tag_of, tagged
 from milepost.run.node_part import part_of_manifest
 from milepost.run.step_names import find_run, step_name, step_of, steps_in
+from milepost.storage import join_path
 from milepost.storage.base import Entry, Storage, join, split
 
 UNFIT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG}
@@ -119,7 +120,7 @@ def _read_record(storage: Storage, path: str, files: Mapping[str, Entry], name: 
 
 def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
     """Return the error for a place without a commit record; for a run's folder it names the steps."""
-    where = f"{storage.root}/{path}"
+    where = join_path(storage.root, path)
     found = storage.stat(path)
     if found is None:
         return CheckpointNotFoundError(f"{where} holds no checkpoint: there is no such folder", path=path)
@@ -141,8 +142,11 @@ def _no_checkpoint(storage: Storage, path: str) -> CheckpointNotFoundError:
             "checkpoint.remote_folder",
             path=path,
         )
+    hint = ""
+    if any(entry.name.endswith(".safetensors") for entry in storage.list(path)):
+        hint = "; it holds safetensors: to start a run from them, set checkpoint.initial_load_in_hf"
     return CheckpointNotFoundError(
-        f"{where} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there", path=path
+        f"{where} holds no checkpoint: neither {MANIFEST_NAME} nor {METADATA_NAME} is there{hint}", path=path
     )
 
 

@@ -16,6 +16,7 @@ from milepost.errors import ConfigError
 from milepost.interop.names.model_sizes import ModelArgs, model_args
 from milepost.parallelism.degrees import ALL_DEGREES, Degrees
 from milepost.parallelism.fit import run_problems
+from milepost.run.beside import remote_folder_problem
 from milepost.storage import is_folder, open_storage
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import BUILT_IN, SUFFIXES, find_files
@@ -122,6 +123,9 @@ def _folder_problems(config: TrainConfig) -> Iterator[str]:
     if config.checkpoint.remote_folder:
         folders["checkpoint.remote_folder"] = config.checkpoint_options().remote_folder
     problems = []
+    if config.checkpoint.remote_folder:
+        problem = remote_folder_problem(folders["checkpoint.folder"], folders["checkpoint.remote_folder"])
+        problems += [problem] if problem else []
     for option, folder in folders.items():
         if "://" in folder:
             problems += _store_problems(option, folder)

@@ -254,7 +254,14 @@ def _passed_over(entries: Sequence[StepEntry], history: History, chosen: StepEnt
             notes.append(f"step {entry.step} is newer but holds only the model: resuming from step {chosen.step}")
         else:
             notes.append(f"step {entry.step} is newer but was never committed: {entry.reason}")
-    higher = [entry for entry in entries if entry.step in ends and entry.step > chosen.step]
+    others = history.other_runs()
+    if others:
+        notes.append(
+            f"{_steps(others)} {'is' if len(others) == 1 else 'are'} of another run than step {chosen.step}, which was "
+            "written last: if this is not the run to resume, move its steps to a folder of their own"
+        )
+    other_steps = {entry.step for entry in others}
+    higher = [e for e in entries if e.step in ends and e.step > chosen.step and e.step not in other_steps]
     if higher:
         notes.append(
             f"{_steps(higher)} {'is' if len(higher) == 1 else 'are'} of an abandoned branch: "

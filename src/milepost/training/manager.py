@@ -24,6 +24,7 @@ from milepost.collective.meeting import meeting
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, SaveError
 from milepost.loading.load import LoadReport
+from milepost.run.beside import remote_folder_problem
 from milepost.run.branches import History
 from milepost.saving.agreement import SaverSettings
 from milepost.saving.arguments import checked_step
@@ -32,7 +33,7 @@ from milepost.saving.background import SaveHandle
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import SaveReport
 from milepost.saving.save import Saver
-from milepost.storage import open_storage
+from milepost.storage import join_path, open_storage
 from milepost.training.arguments import check_arguments_of_all_ranks, checked_per_rank
 from milepost.training.due import DueCheck
 from milepost.training.events import SaveEvent, SaveLog
@@ -150,7 +151,7 @@ class CheckpointManager:
             ),
         )
         hooks = CommitHooks(on_commit, self._config.on_commit)
-        remote = Spot(*open_storage(self._config.remote_folder)) if self._config.remote_folder else None
+        remote = self._open_remote(path)
         self._folder = RunFolder(Spot(self._storage, path), remote, self._config, self._comm, hooks)
         self._saver = on_every_rank(self._comm, self._make_saver)
         self._is_closed = False
@@ -186,6 +187,15 @@ class CheckpointManager:
                 except BaseException:
                     self._folder.release()
                     raise
+
+    def _open_remote(self, path: str) -> Spot | None:
+        if not self._config.remote_folder:
+            return None
+        remote = Spot(*open_storage(self._config.remote_folder))
+        folder = join_path(self._storage.root, path)
+        if problem := remote_folder_problem(folder, join_path(remote.storage.root, remote.path)):
+            raise ConfigError(problem)
+        return remote
 
     def _make_saver(self) -> Saver | AsyncSaver | None:
         config = self._config
