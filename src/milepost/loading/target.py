@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from milepost.config import part_of
 from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
-from milepost.tensors.aliases import join
+from milepost.tensors.aliases import join_aliases
 from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.placements import make_sharded
 from milepost.tensors.state import PACKED, ByName
-from milepost.tensors.tree import Held, Node, Noted, Read, Ref, Tree, refs
+from milepost.tensors.tree import Held, Node, Read, Ref, Relations, Tree, refs
 
 EXTRA_STATE = "_extra_state"
 """The last element of the name of a module's extra state in its state dict."""
@@ -67,7 +67,7 @@ class Target:
         """One line for each tensor whose stored dtype differs from the target's."""
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
-        self._noted = Noted.of(stored.manifest) if stored is not None else Noted()
+        self._noted = Relations.of(stored.manifest) if stored is not None else Relations()
         self.meshes: Sequence[DeviceMesh] = ()
         """Meshes of this run, on which DTensors that no object here has are made as they were."""
         self.apart = set[str]()
@@ -115,7 +115,7 @@ class Target:
     def finish(self) -> None:
         """Let new tensors share memory as they did; called once all is wanted."""
         for group in self._noted.aliases.values():
-            join(group, self.values, {*self.live, *self.apart, *self._narrowed, *self._spread})
+            join_aliases(group, self.values, {*self.live, *self.apart, *self._narrowed, *self._spread})
         self.note("sharded over a mesh that this run does not have, so restored whole on each rank", self._unplaced)
 
     def at(self, path: Sequence[Any]) -> Node | None:

@@ -24,11 +24,11 @@ from milepost.storage.base import Storage
 from milepost.tensors.aliases import find_aliases
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.parts import TensorParts, plain_tensors
-from milepost.tensors.placements import describe
+from milepost.tensors.placements import describe_placements
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
 from milepost.tensors.state import LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
-from milepost.tensors.tree import Noted, dump_parts
+from milepost.tensors.tree import Relations, dump_parts
 from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
 
@@ -144,16 +144,16 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
 
-def _noted(flat: FlatState, loop_parts: Collection[str] | None) -> Noted:
+def _noted(flat: FlatState, loop_parts: Collection[str] | None) -> Relations:
     """What is to be recorded of tensors. Placements only of ``loop_parts``, if given: others have parameters' own."""
     sharded = {}
     for key in flat.tensors:
         slot, path = flat.slots[key], flat.paths[key]
         if (loop_parts is None or path[0] in loop_parts) and not isinstance(slot.container, TensorParts):
             value = slot.container[slot.index]
-            text = describe(value) if isinstance(value, DTensor) else None
+            text = describe_placements(value) if isinstance(value, DTensor) else None
             sharded.update({key: text} if text is not None else {})
-    return Noted(find_aliases(flat.tensors.values()), sharded)
+    return Relations(find_aliases(flat.tensors.values()), sharded)
 
 
 def _nothing(rank: int, error: MilepostError) -> Prepared:

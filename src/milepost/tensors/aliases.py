@@ -71,8 +71,8 @@ def _described(group: list[TensorLeaf]) -> Aliases | None:
     return {leaf.key: ((leaf.local.data_ptr() - start) // first.itemsize, leaf.local.stride()) for leaf in group}
 
 
-def join(aliases: Aliases, tensors: MutableMapping[str, object], apart: Collection[str]) -> None:
-    """Replace new, empty ones of ``tensors`` by others that overlap as it is recorded; not those of ``apart``."""
+def join_aliases(aliases: Aliases, tensors: MutableMapping[str, object], apart: Collection[str]) -> None:
+    """Replace newly created ``tensors`` by others that overlap as recorded, except those of ``apart``."""
     wanted = {key: tensors.get(key) for key in aliases if key not in apart}
     found = {key: tensor for key, tensor in wanted.items() if isinstance(tensor, torch.Tensor)}
     if len(found) < 2:

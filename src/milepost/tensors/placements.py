@@ -1,4 +1,4 @@
-"""DTensors of a state as what they are: their placements recorded, and new ones made on a mesh of this run."""
+"""Record the placements of a state's DTensors, and create new ones on a mesh of this run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 _SHARD = re.compile(r"(?:S|SS(\d{1,9})x)(\d{1,3})")
 
 
-def describe(tensor: DTensor) -> str | None:
-    """Placements of a DTensor, with the names and sizes of its mesh's axes; None for kinds that are not recorded."""
+def describe_placements(tensor: DTensor) -> str | None:
+    """Return the placements of a DTensor, with its mesh's axes and sizes; None for kinds that are not recorded."""
     placed = [_described(placement) for placement in tensor.placements]
     if None in placed:
         return None
@@ -35,7 +35,7 @@ def _described(placement: Placement) -> str | None:
 def make_sharded(
     description: str, meshes: Sequence[DeviceMesh], shape: Sequence[int], dtype: torch.dtype
 ) -> DTensor | None:
-    """A new DTensor with the placements described, on the one of ``meshes`` that has such axes; None without any."""
+    """Create a DTensor with the placements described, on one of ``meshes`` with such axes; None if there is none."""
     try:
         names, sizes, placed = json.loads(description)
         placements = [_placement(str(one), len(shape)) for one in placed]

@@ -47,23 +47,23 @@ ByRank = Mapping[str, Sequence[tuple[Sequence[int], bytes]]]
 _BY_RANK = "milepost.by_rank"
 """The name of these parts in the record of the structure."""
 _NOTED = "milepost.noted"
-"""The name of a :class:`Noted` in the record of the structure."""
+"""The name of a :class:`Relations` in the record of the structure."""
 
 Read = Callable[[str], Any]
 """Reads a value of a checkpoint, other than a tensor, by key."""
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
-    """What tensors of a state are to each other and to the ranks, which their values alone don't show."""
+class Relations:
+    """Properties of a state's tensors beyond their values: shared memory, and placements on ranks."""
 
     aliases: Mapping[str, Aliases] = field(default_factory=dict)
     """Groups of tensors that overlap in memory, by the first key of each."""
     sharded: Mapping[str, str] = field(default_factory=dict)
-    """Placements of DTensors, by key; see :func:`milepost.tensors.placements.describe`."""
+    """Placements of DTensors, by key; see :func:`milepost.tensors.placements.describe_placements`."""
 
     def skeleton(self) -> dict[str, Any]:
-        """The part of a skeleton in which it is recorded. Its leaves are text, so that those of ranks merge."""
+        """The part of a skeleton that records it. Its leaves are text, so that those of ranks can be merged."""
         shared = {
             name: {key: "" if place is None else json.dumps(place) for key, place in group.items()}
             for name, group in self.aliases.items()
@@ -72,7 +72,7 @@ class Noted:
         return {_NOTED: {name: part for name, part in parts.items() if part}} if any(parts.values()) else {}
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Noted:
+    def of(cls, manifest: Manifest) -> Relations:
         """What a checkpoint records. Raises FormatError: the record is malformed."""
         found = _recorded(manifest).get(_NOTED, {}) if manifest.structure else {}
         try:
