@@ -2,11 +2,11 @@
 
 In reading order::
 
-    packing    Python objects as memory that collectives move
+    packing    Python objects as buffers for collectives
     comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
-    meeting    ranks that come together for a save; one that does not is named within seconds
-    interrupt  Ctrl-C held until no rank waits for this one
-    progress   lines in the log while work takes long: how far it is, what it waits for
+    meeting    a rendezvous of the ranks before a save; a missing one is named within seconds
+    interrupt  Ctrl-C deferred until no rank waits for this one
+    progress   log lines during long work: its progress, and the cause of a wait
     threads    work spread over threads
     collector  the garbage collector held back while plans are made
 """

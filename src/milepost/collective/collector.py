@@ -1,8 +1,8 @@
-"""Python's cyclic garbage collector, held back where plans are made.
+"""Pause Python's cyclic garbage collector while plans are made.
 
-A plan is many small objects without cycles. While they are made the collector looks through all objects of the process
-again and again, and finds nothing: of a save of 20,000 tensors that was a third of the time. (torchtitan turns it off
-for all of training, and collects every N steps.)
+A plan is many small objects without cycles. While they are created, the collector repeatedly scans all objects of the
+process and finds nothing, which took a third of the time of a save of 20,000 tensors. (torchtitan disables it during
+training, and collects every N steps.)
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Let nothing be collected within the block, but what has no more references. A program's own pause is kept.
+    """Disable cyclic collection within the block. If the program has disabled it already, it stays so.
 
-    For the training thread, while training waits: another thread must not allocate cycles for long meanwhile.
+    For the training thread while training waits, since cycles allocated by other threads are not freed meanwhile.
     """
     if not gc.isenabled():
         yield

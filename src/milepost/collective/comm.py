@@ -1,8 +1,8 @@
 """The few exchanges between ranks that a checkpoint needs, and their single-process version.
 
 Only this module calls a collective, and only on the training thread. Background writers agree through storage alone.
-Exchanges carry Python objects between trusted ranks of one job, and plain bytes. What is read from a checkpoint passes
-through only as these bytes, or in objects that Milepost has made of it: nothing that was stored is ever unpickled.
+Exchanges carry Python objects between trusted ranks of one job, and plain bytes. Data of a checkpoint is exchanged only
+as bytes, or in objects that Milepost created from it: stored data is never unpickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TAG = 0x6D69  # of such an exchange, among the messages of the group
 
 
 class Comm(Protocol):
-    """The exchanges of a group of ranks. All methods are collective but the properties and the last two."""
+    """The exchanges of a group of ranks. Methods are collective except those that may be called from any thread."""
 
     @property
     def rank(self) -> int: ...
@@ -41,20 +41,20 @@ class Comm(Protocol):
 
     @property
     def name(self) -> str:
-        """Identifies this group among others of the job."""
+        """An identifier of this group within the job."""
         ...
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value on rank 0, in rank order; None elsewhere."""
 
     def collect(self, value: T, ranks: Sequence[int]) -> list[T]:
-        """The values of ``ranks`` on rank 0, in this order, one in memory after the other; nothing elsewhere.
+        """Yield the values of ``ranks`` on rank 0, in this order, one at a time in memory; nothing elsewhere.
 
-        Unlike :meth:`gather`, where each rank's value takes the room of the largest.
+        In :meth:`gather`, by contrast, each rank's value takes the memory of the largest.
         """
 
     def scatter(self, values: Sequence[T] | None) -> T:
-        """Rank 0 gives one value for each rank; each gets its own."""
+        """Send each rank its own value from rank 0."""
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""
@@ -71,24 +71,24 @@ class Comm(Protocol):
         incoming: Sequence[tuple[int, int]],
         arrived: Callable[[int, memoryview], None],
     ) -> None:
-        """Send bytes to other ranks, and receive from others. What one rank sends another, that one receives in order.
+        """Send bytes to other ranks, and receive from others. Messages between two ranks arrive in order.
 
         ``outgoing`` has a rank and bytes, ``incoming`` a rank and a number of bytes. ``arrived`` is called with each
-        index of ``incoming``, in order, and the bytes, in memory that is used again; it must not raise. Only so much
-        is received at once as ``WINDOW_NBYTES`` says.
+        index of ``incoming``, in order, and the bytes, whose memory is reused; it must not raise. At most
+        ``WINDOW_NBYTES`` are received at once.
         """
 
     def post(self, name: str, text: str) -> None:
-        """Put ``text`` under ``name``, for any rank to find at once; from any thread. Never fails, but may get lost."""
+        """Post ``text`` under ``name`` for all ranks; from any thread. Never fails, but may get lost."""
 
     def look_up(self, name: str) -> str | None:
-        """Return what a rank has posted under ``name``, if anything. Never waits; from any thread."""
+        """Return the text posted under ``name``, if any. Never waits; from any thread."""
 
     def arrive(self, name: str) -> None:
         """Add one to the count under ``name``; from any thread."""
 
     def num_arrived(self, name: str) -> float:
-        """Return the count under ``name``; infinity where nothing can be counted. Never waits; from any thread."""
+        """Return the count under ``name``; infinity if counting is not supported. Never waits; from any thread."""
 
 
 class SingleProcess:
@@ -141,7 +141,7 @@ class SingleProcess:
 class ProcessGroupComm:
     """Ranks of a ``torch.distributed`` process group that can move CPU objects.
 
-    The group must not be used by another thread while a save or load runs: gloo would mix the two streams up.
+    No other thread may use the group while a save or load runs: gloo would mix up the two streams.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -152,9 +152,9 @@ class ProcessGroupComm:
         ranks = dist.get_process_group_ranks(group)
         self.has_job_ranks = ranks == list(range(len(ranks)))
         """True if ranks have the same number in this group as in the job, and so in device meshes."""
-        # Objects are exchanged with the rank that is 0 in this group.
+        # Objects are exchanged with rank 0 of this group.
         self._root = 0 if group is None else dist.get_global_rank(group, 0)
-        # Where the ranks of the job found each other: a server of small values, on no one's file system.
+        # The store of the job's rendezvous: a server of small values, independent of any file system.
         self._store = PrefixStore("milepost", distributed_c10d._get_default_store())
 
     def gather(self, value: T) -> list[T] | None:
@@ -222,7 +222,7 @@ class ProcessGroupComm:
         incoming: Sequence[tuple[int, int]],
         arrived: Callable[[int, memoryview], None],
     ) -> None:
-        # All sends are begun before the first receipt is waited for, so that no two ranks wait for each other.
+        # All sends are started before the first wait for a receipt, so that no two ranks wait for each other.
         sends = [
             dist.isend(torch.frombuffer(memory, dtype=torch.uint8), group=self._group, group_dst=rank, tag=_TAG)
             for rank, memory in outgoing
@@ -241,7 +241,7 @@ class ProcessGroupComm:
             _wait(send)
 
     def post(self, name: str, text: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the rank that serves the store is gone
+        with contextlib.suppress(RuntimeError):  # the rank that serves the store has exited
             self._store.set(name, text)
 
     def look_up(self, name: str) -> str | None:
@@ -261,7 +261,7 @@ class ProcessGroupComm:
 
 
 def _windows(incoming: Sequence[tuple[int, int]]) -> Iterator[range]:
-    """The indices of ``incoming`` in parts that are received at once."""
+    """Split the indices of ``incoming`` into groups to receive at once."""
     start = nbytes = 0
     for index, (_, size) in enumerate(incoming):
         if index > start and nbytes + size > WINDOW_NBYTES:
@@ -281,13 +281,13 @@ class FailureNotice:
     """Reports a failed save without its storage, for a rank whose storage refuses even a sign-off.
 
     The ranks of a save agree through storage records. A rank that has run out of open files, or has lost its mount,
-    can write none, and the others would wait for it to the time-out. So a failure is posted in the job's own store
-    too. All methods may be called from any thread, and none waits. ``for_all``: several ranks are waited for.
+    can't write one, and the others would wait until the time-out. So failures are also posted in the job's store. All
+    methods may be called from any thread, and none waits. ``for_all``: the save waits for several ranks.
     """
 
     def __init__(self, comm: Comm, save_id: str, *, for_all: bool = False):
         self._comm = comm
-        # Rank 0 waits for any of the others, and they for rank 0 alone.
+        # Rank 0 waits for all others, and they only for rank 0.
         self._ours, self._theirs = f"{save_id} rank 0", f"{save_id} others"
         if for_all:
             self._ours = self._theirs = f"{save_id} any"
@@ -295,14 +295,14 @@ class FailureNotice:
             self._ours, self._theirs = self._theirs, self._ours
 
     def post(self, error: MilepostError) -> None:
-        """Report that this rank has failed, and why: perhaps because another one has."""
+        """Report that this rank has failed, with the reason, which may be another rank's failure."""
         self._comm.post(self._ours, json.dumps([error.rank, error.message]))
 
     def check(self) -> None:
         """Return if no failure was posted.
 
         Raises:
-            SaveError: the save has failed on a rank that this one waits for, named.
+            SaveError: the save has failed on a rank that this one waits for; it names the rank.
         """
         text = self._comm.look_up(self._theirs)
         if text is not None:
@@ -315,8 +315,8 @@ class FailureNotice:
 def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
     """The ranks of ``group`` or of the default process group; one process when none is initialised.
 
-    On a default group without a CPU backend (NCCL alone) objects would travel through the GPU: a gloo group is made
-    for them, once for each default group. Making a group is collective, so call this on every rank.
+    On a default group without a CPU backend (only NCCL) objects would be sent through the GPU, so a gloo group is
+    created for them, once for each default group. That is collective, so call this on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return SingleProcess()
@@ -326,7 +326,7 @@ def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
 
 
 _gloo_groups: list[tuple[object, dist.ProcessGroup]] = []
-"""The default group that a gloo group was last made for, and that one."""
+"""The default group for which a gloo group was last created, and that gloo group."""
 
 
 def _gloo_group(default: object) -> dist.ProcessGroup:
@@ -336,9 +336,9 @@ def _gloo_group(default: object) -> dist.ProcessGroup:
 
 
 def failure_on(rank: int, error: BaseException, kind: type[MilepostError] = MilepostError) -> MilepostError:
-    """``error`` as one that can be sent to the other ranks: it names ``rank`` and pickles.
+    """Convert ``error`` to one that can be sent to the other ranks: it names ``rank`` and can be pickled.
 
-    One that is none of Milepost's own becomes one of ``kind``.
+    Errors other than Milepost's become one of ``kind``.
     """
     if not isinstance(error, MilepostError):
         sent = kind(f"{type(error).__name__}: {error}".removesuffix(": "), rank=rank)
@@ -350,20 +350,20 @@ def failure_on(rank: int, error: BaseException, kind: type[MilepostError] = Mile
 
 
 def raise_together(comm: Comm, error: MilepostError | None) -> None:
-    """Raise on every rank if any rank brings an error: the lowest rank's, saying how many more there are. Collective.
+    """Raise on every rank if any rank has an error: the lowest rank's, with the number of others. Collective.
 
-    A rank that raised alone would leave the others waiting in their next collective. One that was interrupted
-    (Ctrl-C) raises that, once the others know.
+    A rank that raised alone would leave the others waiting in their next collective. A rank that was interrupted
+    (Ctrl-C) raises KeyboardInterrupt, once the others know.
     """
     try:
-        if not comm.union(error is not None):  # one message a rank, where a gather of objects takes four
+        if not comm.union(error is not None):  # one message per rank; a gather of objects takes four
             return
         brought = comm.gather(error)
         verdict = merge_failures(brought) if brought is not None else None
         verdict = comm.broadcast(verdict)
     except RuntimeError as lost:
         if error is not None:
-            raise error from lost  # the others can't be reached, but here it is known what went wrong
+            raise error from lost  # the others can't be reached, but this rank knows its own error
         raise
     raise_interrupt(error)
     assert verdict is not None
@@ -373,7 +373,7 @@ def raise_together(comm: Comm, error: MilepostError | None) -> None:
 
 
 def raise_interrupt(error: MilepostError | None) -> None:
-    """Raise the KeyboardInterrupt or SystemExit that ``error`` stands for on the other ranks, if it does."""
+    """Raise the KeyboardInterrupt or SystemExit that ``error`` represents, if any."""
     cause = error.__cause__ if error is not None else None
     if cause is not None and not isinstance(cause, Exception):
         raise cause
@@ -410,7 +410,7 @@ def by_ranks(values: Sequence[object]) -> list[str]:
 
 
 def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
-    """Do something on rank 0 alone, and give its result, or its error, to every rank. Collective."""
+    """Call ``act`` only on rank 0, and return its result, or raise its error, on every rank. Collective."""
     result, failure = None, None
     if comm.rank == 0:
         try:
@@ -426,7 +426,7 @@ def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
 
 
 def on_every_rank(comm: Comm, act: Callable[[], T]) -> T:
-    """Do something on each rank, and return this rank's result; an error of any rank is raised on all. Collective."""
+    """Call ``act`` on each rank, and return this rank's result; an error of any rank is raised on all. Collective."""
     result, failure = None, None
     try:
         result = act()

@@ -1,4 +1,4 @@
-"""Hold back Ctrl-C while ranks communicate."""
+"""Defer Ctrl-C while ranks communicate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger("milepost")
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt at the end of the block, and not within; a second one does so at once.
+    """Defer KeyboardInterrupt on Ctrl-C to the end of the block; a second Ctrl-C raises it at once.
 
-    A rank that left between two exchanges would leave the others waiting. Only Python's own way of raising
-    KeyboardInterrupt is put off, on the main thread: a program that handles SIGINT itself is not touched. Blocks nest.
+    A rank that left between two exchanges would leave the others waiting. Only Python's default handler of SIGINT is
+    replaced, on the main thread: a program's own handler is kept. Blocks nest.
     """
     default = signal.default_int_handler
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not default:
@@ -40,4 +40,4 @@ def interrupts_held() -> Iterator[None]:
         if signal.getsignal(signal.SIGINT) is note:
             signal.signal(signal.SIGINT, default)
         if came:
-            raise KeyboardInterrupt  # it goes before an error of the block, which is then its context
+            raise KeyboardInterrupt  # takes precedence over an error of the block, which becomes its context

@@ -1,7 +1,7 @@
 """Rendezvous of all ranks before a save, so that a missing one is named within seconds.
 
-A rank that waits in a collective for one that continues training would be matched with that one's collectives, or hang
-until the group's time-out. So rank 0 first waits for the others in the job's store, which costs one request.
+A rank that waits in a collective for a rank that continues training would be matched with the collectives of training,
+or hang until the group's time-out. So rank 0 first waits for the others in the job's store, which costs one request.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ log = logging.getLogger("milepost")
 LATE_S = 5.0
 """Seconds after which a missing rank is named, and again after twice as many."""
 PATIENCE_S = 30.0
-"""After this many seconds the collective is entered nevertheless: it finds out whether a rank is dead."""
+"""After this many seconds the collective is entered nevertheless, since it detects a dead rank."""
 _MAX_PAUSE_S = 0.02
 
 _counts: Counter[str] = Counter()
-"""The meetings that this process has come to, by group. The same number on every rank, as meetings are collective."""
+"""Number of meetings of this process, by group: the same on every rank, since meetings are collective."""
 
 
 @contextmanager
 def meeting(comm: Comm, what: str) -> Iterator[None]:
     """Begin a collective block that all ranks enter for the same purpose, ``what`` for messages. Collective.
 
-    Rank 0 waits until every rank has come, but not for ever. The other ranks enter the block at once; that rank 0 is
-    missing is logged while they are in it, so the block should end with rank 0's first answer.
+    Rank 0 waits until every rank has arrived, for a bounded time. The other ranks enter the block at once; if rank 0 is
+    missing, that is logged while they are in it, so the block should end with rank 0's first answer.
     """
     if comm.world_size == 1:
         yield

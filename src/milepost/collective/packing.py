@@ -1,4 +1,4 @@
-"""Python objects as memory that collectives move: with their lengths, and large arrays apart, where they are."""
+"""Python objects as buffers for collectives: prefixed with their lengths, and with large arrays in place."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 _LARGE_NBYTES = 1 << 20
-"""Size from which an array is moved by itself."""
+"""Minimum size of an array that is sent separately."""
 _LENGTH = struct.Struct("<Q")
 
 
 def message_of(data: bytes | memoryview, nbytes: int) -> torch.Tensor:
-    """The length of ``data``, and its first ``nbytes``, with zeros after them if it is shorter."""
+    """Return the length of ``data`` and its first ``nbytes``, padded with zeros."""
     memory = bytearray(_LENGTH.size + nbytes)
     _LENGTH.pack_into(memory, 0, len(data))
     start = data[:nbytes]
@@ -25,13 +25,13 @@ def message_of(data: bytes | memoryview, nbytes: int) -> torch.Tensor:
 
 
 def length_of(message: torch.Tensor) -> int:
-    """The length of all the data that a message begins with, or is."""
+    """Return the length of the data in a message, of which the message may be only the first part."""
     length: int = _LENGTH.unpack_from(_bytes_of(message))[0]
     return length
 
 
 def data_of(message: torch.Tensor) -> memoryview:
-    """The data of a message that holds all of it."""
+    """Return the data of a complete message."""
     return _bytes_of(message)[_LENGTH.size : _LENGTH.size + length_of(message)]
 
 
@@ -42,7 +42,7 @@ def _bytes_of(message: torch.Tensor) -> memoryview:
 def without_large(value: object, large: list[memoryview]) -> bytes:
     """Pickle ``value``, except for large arrays: their memory is appended to ``large``, their sizes come first.
 
-    So what is in them is not copied here, and only once where it arrives: a record can be a gigabyte.
+    So their content is not copied here, and only once by the receiver: a record can be a gigabyte.
     """
 
     def stays(array: pickle.PickleBuffer) -> bool:
@@ -58,15 +58,15 @@ def without_large(value: object, large: list[memoryview]) -> bytes:
 
 
 def parted(data: bytes | memoryview) -> tuple[tuple[int, ...], memoryview]:
-    """The sizes of the large arrays, and the rest, of what :func:`without_large` returned."""
+    """Split the output of :func:`without_large` into the sizes of the large arrays and the rest."""
     count = _LENGTH.unpack_from(data)[0]
     return struct.unpack_from(f"<{count}Q", data, _LENGTH.size), memoryview(data)[_LENGTH.size * (count + 1) :]
 
 
 def tensor_on(memory: memoryview) -> torch.Tensor:
-    """A tensor on this memory, which must outlive it. It may be read-only: nothing is written to what is sent."""
+    """Return a tensor over this memory, which must outlive it. It may be read-only, since it is only sent."""
     flat = np.frombuffer(memory, np.uint8)
-    if memory.readonly:  # of which torch makes none without a warning
+    if memory.readonly:  # for which torch would warn
         kind = ctypes.c_uint8 * len(flat)
         flat = np.ctypeslib.as_array(kind.from_address(flat.ctypes.data))
     return torch.from_numpy(flat)

@@ -1,6 +1,6 @@
-"""Log the progress of long work, and what it waits for.
+"""Log the progress of long work, and the cause of a wait.
 
-A hanging storage can't be stopped, but it is reported.
+A hanging storage can't be interrupted, but it is reported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 log = logging.getLogger("milepost")
 
 SLOW_S = 30.0
-"""Work that takes longer than this many seconds is logged, again and again."""
+"""Work in progress is logged at this interval in seconds."""
 
 
 def writing(rank: int, where: str, part: float) -> str:
@@ -41,7 +41,7 @@ def watched(what: str | Callable[[], str]) -> Iterator[None]:
     thread = threading.Thread(target=warn, name="milepost-watch", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # no more threads are to be had: the work counts, not the log
+    except RuntimeError:  # no more threads are available: the work matters, not the log
         yield
         return
     try:
@@ -52,7 +52,7 @@ def watched(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 class ProgressLog:
-    """Logs now and then how much of ``nbytes`` is done, if it takes more than ``EVERY_S`` and unless ``is_quiet``."""
+    """Logs the progress of ``nbytes`` every ``EVERY_S`` seconds, unless ``is_quiet``."""
 
     EVERY_S = 2.0
 
@@ -66,7 +66,7 @@ class ProgressLog:
 
     @property
     def part(self) -> float:
-        """The part that is done, from 0 to 1."""
+        """The fraction that is done, from 0 to 1."""
         return min(1.0, self._done_nbytes / self._nbytes) if self._nbytes else 1.0
 
     def add(self, nbytes: int) -> None:
@@ -76,7 +76,7 @@ class ProgressLog:
             self._log()
 
     def reach(self, done_nbytes: int) -> None:
-        """Record that ``done_nbytes`` are done in all."""
+        """Record that ``done_nbytes`` are done in total."""
         with self._lock:
             self._done_nbytes = done_nbytes
             self._log()

@@ -1,6 +1,6 @@
-"""Work spread over threads, even while the interpreter shuts down: a save that runs then is finished.
+"""Work spread over threads, also during the interpreter's shutdown, when a running save is finished.
 
-(A ``ThreadPoolExecutor`` takes no work from that moment on, so what a background save needs can't be one.)
+(A ``ThreadPoolExecutor`` accepts no work from then on, so background saves can't use one.)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ R = TypeVar("R")
 def map_in_threads(work: Callable[[T], R], items: Iterable[T], num_threads: int, *, name: str) -> list[R]:
     """``[work(item) for item in items]``, by ``num_threads`` threads, of which the calling one is the first.
 
-    Items are taken one by one as threads become free, so ``items`` may be made on the way. After an error (of
-    ``items`` too, or an interrupt) no further item is begun; when all threads are done, that error is raised.
+    Items are taken one by one as threads become free, so ``items`` may be generated lazily. After an error (also one of
+    ``items``, or an interrupt) no further item is started; the error is raised when all threads are done.
     """
     results: dict[int, R] = {}
     errors: list[BaseException] = []
@@ -41,7 +41,7 @@ def map_in_threads(work: Callable[[T], R], items: Iterable[T], num_threads: int,
         helper = threading.Thread(target=run, name=f"{name}-{number}")
         try:
             helper.start()
-        except RuntimeError:  # no more threads are to be had: those that run do it all
+        except RuntimeError:  # no more threads are available: the running ones do all the work
             break
         started.append(helper)
     run()

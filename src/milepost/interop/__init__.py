@@ -8,8 +8,8 @@ In reading order::
     hf       Hugging Face: configuration, saving from ranks, loading into them
     as_stored  weights that keep their names: any model of transformers (torch-free)
     by_config  models of families without a trainer here, from their config.json (torch-free)
-    tabled   a model that there are tables for, as a source says or as it was asked for (torch-free)
-    common_names  several sources' models by common names (torch-free)
+    tabled   a model with tables, as recorded in a source or as requested (torch-free)
+    common_names  the models of several sources under common names (torch-free)
     arrays   stored tensors as numpy arrays, read on indexing (torch-free)
     sinks    targets of weights: a DCP folder, a Hugging Face folder, a ``.pt`` file (torch-free)
     any_weights  weights of any model by their own names, into a rank's tensors

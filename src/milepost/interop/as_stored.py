@@ -39,9 +39,9 @@ _NESTS = ("model.", "state_dict.", "model_state_dict.")
 OUTPUTS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _VOCABULARIES = (*EMBEDDINGS, "shared.weight", "tok_embeddings.weight", "embeddings.weight", "word_embedding.weight")
-"""Endings of the names of embeddings, which have a row for each word."""
+"""Endings of the names of embeddings, which have one row per word."""
 _MAX_REPEATED = 16
-"""More tensors that others do not have are no copies: it is another model."""
+"""With more tensors than this that the other lacks, they are not copies but another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, know
     shapes = {key: source.tensors[old].shape for key, old in held.items()}
     faults = list(_module_faults(found.ours, shapes))
     if len(faults) >= len(names.keys() ^ set(known)) > 0 or (faults and not known):
-        return None  # nor are they: the report is on the names in files
+        return None  # they are not the names in files either, so the report is about those
     if faults:
         raise ConversionError(
             f"{source.path} does not hold a {name} as --hf-assets describes it:\n  " + "\n  ".join(listed(faults)),
@@ -263,17 +263,17 @@ def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> b
 
 
 def tied_pair(keys: Collection[str]) -> tuple[str, str] | None:
-    """The names of embedding and output projection, which a model may tie to each other, if it has one of each."""
+    """The names of the embedding and the output projection, which a model may tie, if it has one of each."""
     outputs = [key for key in OUTPUTS if key in keys]
     embeddings = [key for key in keys if key.endswith(EMBEDDINGS)]
     return (embeddings[0], outputs[0]) if len(outputs) == len(embeddings) == 1 else None
 
 
 def repeated_in(tensors: Readable, known: Collection[str]) -> dict[str, str]:
-    """The tied tensors that are not ``known`` by their names: for each the known one that it is, to the last bit.
+    """Map each tied tensor that is not ``known`` by its name to the known one that is equal in every bit.
 
-    A module's state has a tied tensor under all its names, its files under one. Only tensors with a row for each word
-    count: others may be equal by chance, as zeros are.
+    A module's state has a tied tensor under all its names, its files under one. Only tensors with one row per word are
+    considered: others may be equal by chance, for instance zeros.
     """
     found = tensors.tensors
     words = {info.shape[0] for key, info in found.items() if key.endswith(_VOCABULARIES) and info.shape}

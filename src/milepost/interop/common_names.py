@@ -1,4 +1,4 @@
-"""The models of several sources by common names, so that they can be held against each other. Torch-free."""
+"""The models of several sources under common names, so that they can be compared. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from milepost.interop.weights.open import Weights
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A source, and its model's tensors by names that are common to several."""
+    """A source, and its model's tensors under common names."""
 
     source: Source
     tensors: Readable
@@ -33,11 +33,11 @@ class Named:
 def by_our_names(
     opened: Sequence[Weights], model: str | None, flavor: str | None, assets: str | os.PathLike[str]
 ) -> list[Named]:
-    """All models by Milepost's names for their parameters, those of fp8 and MXFP4 dequantized.
+    """Return all models under Milepost's names; fp8 and MXFP4 weights are dequantized.
 
     Raises:
         ConfigError: there is no such model, or its sizes are recorded nowhere.
-        ConversionError: a source is another model, or quantized in a way that can't be undone.
+        ConversionError: a source is another model, or quantized irreversibly.
     """
     known = model_as_asked(model, flavor, assets, map(model_of, opened))
     return [_by_our_names(weights, known) for weights in opened]
@@ -51,9 +51,9 @@ def _by_our_names(weights: Weights, known: Tabled) -> Named:
 
 
 def by_names_of_hub(opened: Sequence[Weights]) -> list[Named]:
-    """All models by their own names, without what programs and wrappers have put into them, and not quantized.
+    """Return all models under their own names, without the additions of programs and wrappers, dequantized.
 
-    Tied tensors are there under the names that all have.
+    Tied tensors have the names that all sources have.
     """
     plain = [plain_weights(one, None) if method_of(one.source, one.config) in METHODS else one for one in opened]
     named = [Named(one.source, Renamed(one.source, bare_names(one))) for one in plain]
@@ -66,9 +66,9 @@ def _without(tensors: Readable, left_out: Collection[str]) -> Readable:
 
 
 def tied_alike(tensors: Readable, like: Readable) -> Readable:
-    """``tensors`` with what is tied under the names that ``like`` has for it; with the same tensors where that fails.
+    """Rename the tied tensors of ``tensors`` to those of ``like``; return them unchanged if that is impossible.
 
-    What ``like`` lacks and is a copy is left out; what it has more, and is a copy there, is read from what it is of.
+    Copies that ``like`` lacks are left out; copies that only it has are read from their originals.
     """
     less = _without(tensors, repeated_in(tensors, like.tensors.keys() & tensors.tensors.keys()))
     copies = repeated_in(like, like.tensors.keys() & less.tensors.keys())
@@ -76,7 +76,7 @@ def tied_alike(tensors: Readable, like: Readable) -> Readable:
 
 
 def translated(tensors: Readable, like: Readable, models: Sequence[Tabled]) -> tuple[Readable, Tabled] | None:
-    """``tensors`` by the names, and in the order of rows, that ``like`` has, by the first of ``models`` that fits."""
+    """Return ``tensors`` with the names and the order of rows of ``like``, by the first of ``models`` that fits."""
     for known in models:
         try:
             here = match(like, known.tables, known.sizes, "")

@@ -1,4 +1,4 @@
-"""A model that has tables, with its sizes: as a source records it, or as the caller names it. Torch-free."""
+"""A model with tables and its sizes: as recorded in a source, or as named by the caller. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from milepost.interop.names.sizes import Sizes, sizes_of
 from milepost.interop.weights.open import Weights, read_config
 
 TABLED = (*MODEL_NAMES, *CONFIG_FAMILIES, *ALSO_CALLED)
-"""Names of all models that there are tables for."""
+"""Names of all models with tables."""
 _BOTH = "--model and --flavor need each other: give both, or neither to compare keys as stored"
 
 
 @dataclass(frozen=True, slots=True)
 class Tabled:
-    """A model by its name, its tables, and the sizes that fill them in."""
+    """A model: its name, its tables, and the sizes for them."""
 
     name: str
     tables: Family
@@ -51,7 +51,7 @@ class Tabled:
 
 
 def recorded_model(extra: Mapping[str, Any], config: Mapping[str, Any] | None, path: str) -> Tabled | None:
-    """The model that a manifest's ``extra`` or a ``config.json`` names, if there are tables for it.
+    """The model named by a manifest's ``extra`` or a ``config.json``, if it has tables.
 
     Raises:
         ConversionError: it is named, but sizes are missing or impossible.
@@ -69,7 +69,7 @@ def recorded_model(extra: Mapping[str, Any], config: Mapping[str, Any] | None, p
 
 
 def model_of(weights: Weights) -> Tabled | None:
-    """The model that open weights record. Raises like :func:`recorded_model`."""
+    """The model recorded in open weights. Raises like :func:`recorded_model`."""
     extra = weights.manifest.extra if weights.manifest is not None else {}
     return recorded_model(extra, weights.config, weights.source.path)
 
@@ -77,11 +77,11 @@ def model_of(weights: Weights) -> Tabled | None:
 def model_as_asked(
     model: str | None, flavor: str | None, assets: str | os.PathLike[str], recorded: Iterable[Tabled | None]
 ) -> Tabled:
-    """Return the model that ``--model``, ``--flavor`` and ``--hf-assets`` name; its sizes may come from ``recorded``.
+    """Return the model named by ``--model``, ``--flavor`` and ``--hf-assets``; its sizes may come from ``recorded``.
 
     Raises:
         ConfigError: there is no such model, or its sizes are recorded nowhere.
-        ConversionError: the config of ``assets`` is of another model, or it lacks sizes.
+        ConversionError: the config in ``assets`` describes another model, or lacks sizes.
     """
     family = config_family_named(model)
     if model is None and (flavor is not None or not assets):

@@ -3,10 +3,10 @@
 There are four levels, each of which includes the previous one:
 
 ==========  ==============================================================================================
-metadata    commit record, ``.metadata`` and digests are whole and agree with each other
-sizes       every file that is named is there and has its size
+metadata    commit record, ``.metadata`` and digests are complete and agree with each other
+sizes       every file listed exists with its size
 sample      up to 256 records, chosen at random, byte by byte
-full        every byte of every file: data against its digest, headers and footers against what they must be,
+full        every byte of every file: data against its digest, headers and footers against their expected bytes,
             padding against zero
 ==========  ==============================================================================================
 

@@ -1,7 +1,7 @@
-"""The names that a class of transformers has in its files, asked of transformers in a process of its own. Torch-free.
+"""The names of a transformers class's tensors in its files, from transformers in a separate process. Torch-free.
 
 A module may have other names than its files (transformers 5: the experts of a layer as one tensor, text models inside
-of others), and only its class knows them. Where transformers is not installed, or knows no such class, nobody tells.
+others), and only its class knows both. If transformers is not installed, or lacks the class, they are unknown.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PROGRAM = "import sys; sys.path[:0] = sys.argv[2:]; from milepost.interop.hf.hu
 
 
 def names_of_class(name: str, config: Mapping[str, Any]) -> KeptNames | None:
-    """The names of class ``name`` of transformers in the sizes of a ``config.json``; None where they can't be known.
+    """The names of the transformers class ``name`` with the sizes of a ``config.json``; None if unknown.
 
-    The module is built without memory for its tensors, and from transformers' own code alone.
+    The module is built without memory for its tensors, and only from transformers' own code.
     """
     command = [sys.executable, "-P", "-c", _PROGRAM, name, *sys.path]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
