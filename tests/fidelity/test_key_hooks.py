@@ -212,3 +212,68 @@ def test_what_torch_would_refuse_is_refused_with_its_reason(memory_path: Path) -
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     with pytest.raises(StateMismatchError, match=r"does not take the keys: KeyError: '0.kernel'"):
         milepost.load(memory_path / "step-1", {"model": nn.Sequential(Raising(4, 4))})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_hooks_of_torch_too(memory_path: Path) -> None:
+    """``weight_norm`` has become a parametrization, which takes the keys of before."""
+    old = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)))
+    new = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    with CheckpointManager(memory_path, CONFIG, model=old) as manager:
+        manager.save(1)
+    with CheckpointManager(memory_path, CONFIG, model=new) as manager:
+        manager.load()
+    assert torch.equal(new[0].weight, old[0].weight)
+
+
+class Versioned(nn.Linear):
+    """Since its second version it holds twice the weight, under the same name."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_modules_learn_the_version_that_was_saved(memory_path: Path, version: int) -> None:
+    saved = nn.Sequential(Versioned(3, 3), nn.BatchNorm1d(3))
+    saved[0]._version = version
+    expected = saved[0].weight * (2 if version == 1 else 1)
+    with CheckpointManager(memory_path / "run", CONFIG, model=saved) as manager:
+        manager.save(1)
+    milepost.save(memory_path / "step-1", {"model": saved})
+    one, other = (nn.Sequential(Versioned(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    with CheckpointManager(memory_path / "run", CONFIG, model=one) as manager:
+        manager.load()
+    milepost.load(memory_path / "step-1", {"model": other})
+    assert torch.equal(one[0].weight, expected)
+    assert torch.equal(other[0].weight, expected)
+
+
+class Lenient(nn.Linear):
+    """A hook after loading excuses what is missing."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.new = nn.Parameter(torch.ones(2))
+        self.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
+
+
+def test_a_hook_that_excuses_missing_keys(memory_path: Path) -> None:
+    saved, loaded = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(Lenient())
+    milepost.save(memory_path / "step-1", {"model": saved})
+    milepost.load(memory_path / "step-1", {"model": loaded})
+    assert torch.equal(loaded[0].weight, saved[0].weight)
+    assert torch.equal(loaded[0].new, torch.ones(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_saved_compiled", [True, False])
+def test_a_compiled_module_in_a_state_dict(memory_path: Path, is_saved_compiled: bool) -> None:
+    saved, loaded = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    compiled = torch.compile(saved if is_saved_compiled else loaded)
+    milepost.save(memory_path / "step-1", {"model": compiled if is_saved_compiled else saved})
+    milepost.load(memory_path / "step-1", {"model": loaded if is_saved_compiled else compiled})
+    assert torch.equal(loaded[0].weight, saved[0].weight)

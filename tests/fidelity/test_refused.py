@@ -167,6 +167,17 @@ def test_a_state_that_an_object_refuses_halfway_is_named_and_never_saved(memory_
         assert manager.save(2)
 
 
+def test_further_objects_are_named_one_by_one(memory_path: Path) -> None:
+    def manager(**states: Any) -> CheckpointManager:
+        return CheckpointManager(memory_path, CheckpointConfig(interval=1), model=nn.Linear(1, 1), states=states)
+
+    with manager(ema=Counter(), scaler=Counter()) as saving:
+        saving.save(1)
+    with manager(ema=Counter(), scaler=Refusing()) as loading, pytest.raises(PartlyLoadedError) as caught:
+        loading.load()
+    assert (caught.value.loaded, caught.value.failed) == (("model", "states.ema"), "states.scaler")
+
+
 def test_load_names_the_objects_that_are_loaded_and_those_that_are_not(memory_path: Path) -> None:
     milepost.save(memory_path / "step-1", {"one": Counter(), "two": Counter(), "three": Counter()})
     with pytest.raises(PartlyLoadedError) as caught:

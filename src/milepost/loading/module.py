@@ -24,7 +24,7 @@ from milepost.loading.trial import Trial, has_users_way, names_of_wrappers, try_
 from milepost.tensors.layout import Placed, can_be_boxes
 from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
 from milepost.tensors.state import LAZY
-from milepost.tensors.tree import Node, Ref, rebuild, refs
+from milepost.tensors.tree import ALL_MODULES, Node, Ref, rebuild, refs
 
 DERIVED = ("freqs_cis", "inv_freq", "position_ids")
 """Buffers that models compute from their sizes, and some versions store: a model without them does not need them."""
@@ -46,6 +46,7 @@ class ModuleOwner:
         self._resized: list[str] = []  # names of tensors that are read in another shape than they have here
         self._alike: list[tuple[str, str]] = []  # keys of tied tensors, whose values must be equal
         self._trial: Trial | None = None  # if the module has its own way of loading
+        self._metadata: Any = None
         self._made = set[str]()  # names that it fills from values stored under other names
         self.renamed: dict[str, str] = {}
         """For tensors that the module's own way of loading fills from another key: that key."""
@@ -55,6 +56,7 @@ class ModuleOwner:
     def prepare(self, target: Target) -> None:
         held = dict(tensors_of(self._module))
         self._own = self._module.state_dict()
+        self._metadata = getattr(self._own, "_metadata", None)
         self._look_at_tied(target, held)
         buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
         left_fresh = []
@@ -110,14 +112,16 @@ class ModuleOwner:
 
     def _try(self, target: Target, held: Mapping[str, torch.Tensor]) -> None:
         """Run the module's own way of loading in a trial, and request the tensors that it moves."""
-        if not has_users_way(self._module):
-            return
         here = {".".join(self._path_of(name)): name for name in self._own}
         root = self._path_of("")[:-1]
+        is_users, stored_names = has_users_way(self._module), target.names_below(root)
+        differ = {".".join((*root, name)) for name in stored_names} != here.keys()
+        if not stored_names or not (is_users or (differ and has_own_way(self._module))):
+            return
         wrappers = names_of_wrappers({key[len(".".join((*root, ""))) :]: name for key, name in here.items()})
         keys: dict[str, str] = {}
         given = {name: self._own[name] for name in self._copies_of}
-        for stored, node in target.names_below(root).items():
+        for stored, node in stored_names.items():
             key = ".".join((*root, stored))
             name = here.get(key) or wrappers.name_of(stored)
             if not is_extra_state(name) and not target.is_excluded(key):
@@ -125,10 +129,11 @@ class ModuleOwner:
                 given[name] = self._given(target, key, node)
         missing = [n for k, n in here.items() if n not in given and not is_extra_state(n)]
         given |= {name: self._own[name] for name in missing if target.is_excluded(".".join(self._path_of(name)))}
-        trial = try_loading(self._module, given, metadata=getattr(self._own, "_metadata", None))
+        self._metadata = self._saved_metadata(target, root)
+        trial = try_loading(self._module, given, metadata=self._metadata)
         others = keys.keys() - self._own.keys()
         if trial.refusal:
-            if others or not given.keys() >= set(missing):
+            if is_users and (others or not given.keys() >= set(missing)):
                 kind = type(self._module).__name__
                 target.mismatched.append(f"load_state_dict() of the {kind} does not take the keys: {trial.refusal}")
             return
@@ -137,6 +142,26 @@ class ModuleOwner:
         for name in others:
             if name not in trial.unexpected:
                 self._want_moved(target, name, keys[name], held)
+
+    def _saved_metadata(self, target: Target, root: Sequence[str]) -> Any:
+        """Return the metadata of the module's state dict, with the versions of its parts that were saved, if known."""
+        own = self._metadata
+        saved, prefix = (
+            getattr(target.at(root) if root else None, "_metadata", None),
+            len("".join(f"{n}." for n in root)),
+        )
+        versions = target.versions if not root else {}
+        if not isinstance(own, Mapping) or not (isinstance(saved, Mapping) or versions):
+            return own
+        found = OrderedDict[str, Any]()
+        for name, entry in own.items():
+            bare = ".".join(self._path_of(name))[prefix:]
+            if versions:
+                found[name] = {**entry, "version": versions.get(bare, versions.get(ALL_MODULES, 1))}
+            else:
+                there = saved.get(bare) if isinstance(saved, Mapping) else None
+                found[name] = dict(there) if isinstance(there, Mapping) else entry
+        return found
 
     def _given(self, target: Target, key: str, node: Node) -> Any:
         """A stand-in for a stored value: a meta tensor of its shape, or the value itself if it is not a tensor."""
@@ -308,9 +333,8 @@ class ModuleOwner:
                 state[name] = rebuild(self._nodes[name], values)
             elif self._keys[name] in values:
                 state[name] = values[self._keys[name]]
-        metadata = getattr(self._own, "_metadata", None)
-        if metadata is not None:  # versions of the modules' state, which some modules read
-            cast("Any", state)._metadata = metadata
+        if self._metadata is not None:  # versions of the modules' state, which some read
+            cast("Any", state)._metadata = self._metadata
         if self._on_meta:
             filled = self._trial.filled if self._trial is not None else frozenset()
             made = {t: fresh_like(t) for name, t in self._on_meta.items() if name in filled}

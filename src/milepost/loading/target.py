@@ -112,6 +112,11 @@ class Target:
             self._unplaced.append(key)
         return torch.empty(entry.shape, dtype=dtype, device="cpu")
 
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """Versions of the model's modules in the checkpoint, by FQN; empty where they are not recorded."""
+        return self._noted.versions
+
     def finish(self) -> None:
         """Let new tensors share memory as they did; called once all is wanted."""
         for group in self._noted.aliases.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from milepost.format.manifest import DIGESTS_NAME, Manifest
 from milepost.loading.mapped import MappedFiles
 from milepost.loading.module import ModuleOwner
+from milepost.loading.names import without_wrappers
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
 from milepost.loading.restoring import restore_each
@@ -118,7 +119,7 @@ class Template:
                     continue
                 self.target.want(".".join(map(str, here)), value, live=True, path=here)
             elif isinstance(value, nn.Module):
-                self._own(here, ModuleOwner(value, lambda name, here=here: (*here, name)))  # type: ignore[misc]
+                self._own(here, ModuleOwner(value, self._paths_below(here)))
             elif isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict:
                 self._own(here, OptimizerOwner(value, here))
             elif is_stateful(value):
@@ -130,6 +131,18 @@ class Template:
 
     def _own(self, path: Path, owner: Restorer) -> None:
         self._owners.append((".".join(map(str, path)), owner))
+
+    def _paths_below(self, path: Path) -> Callable[[str], Path]:
+        """Return the paths of a module's names, which may be stored under those of another wrapper or of none."""
+        stored = self.target.names_below(path)
+        bare = {without_wrappers(name): name for name in stored}
+        is_clear = len(bare) == len(stored)
+
+        def path_of(name: str) -> Path:
+            known = name in stored or not is_clear
+            return (*path, name if known else bare.get(without_wrappers(name), name))
+
+        return path_of
 
     def _want_parts(self, value: torch.Tensor, path: Path) -> None:
         """Request the parts of a composed tensor."""

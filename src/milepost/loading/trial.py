@@ -60,12 +60,20 @@ def _is_of_torch(way: Any) -> bool:
 
 
 def try_loading(module: nn.Module, given: Mapping[str, Any], *, metadata: Any) -> Trial:
-    """Load ``given`` into a clone of ``module``."""
+    """Load ``given`` into a clone of ``module``; with its post-hooks only where they may excuse missing names."""
+    trial = _try(module, given, metadata, has_post_hooks=False)
+    if not (trial.missing or trial.unexpected) or not any(m._load_state_dict_post_hooks for m in module.modules()):
+        return trial
+    second = _try(module, given, metadata, has_post_hooks=True)
+    return trial if second.refusal else second
+
+
+def _try(module: nn.Module, given: Mapping[str, Any], metadata: Any, *, has_post_hooks: bool) -> Trial:
     clones: dict[int, nn.Module] = {}
     state: OrderedDict[str, Any] = OrderedDict(given)
     state._metadata = metadata  # type: ignore[attr-defined]
     try:
-        clone = _clone(module, clones)
+        clone = _clone(module, clones, has_post_hooks=has_post_hooks)
         held = {id(tensor): name for name, tensor in _held(clone)}
         with _Copies(held) as copies, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # errors of the hooks' own values combined with meta tensors
@@ -139,7 +147,7 @@ def _held(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
+def _clone(module: nn.Module, clones: dict[int, nn.Module], *, has_post_hooks: bool) -> nn.Module:
     """Clone a module: same class and attributes, tensors on the meta device, submodules cloned."""
     if id(module) in clones:
         return clones[id(module)]
@@ -149,12 +157,14 @@ def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
     attributes["_parameters"] = {name: _on_meta(tensor) for name, tensor in module._parameters.items()}
     attributes["_buffers"] = {name: _on_meta(tensor) for name, tensor in module._buffers.items()}
     attributes["_modules"] = {
-        name: part if part is None else _clone(part, clones) for name, part in module._modules.items()
+        name: part if part is None else _clone(part, clones, has_post_hooks=has_post_hooks)
+        for name, part in module._modules.items()
     }
     vars(clone).update(attributes)
     hooks = module._load_state_dict_pre_hooks.items()
     vars(clone)["_load_state_dict_pre_hooks"] = OrderedDict((key, _hook_on(hook, clones)) for key, hook in hooks)
-    vars(clone)["_load_state_dict_post_hooks"] = OrderedDict()  # those that act on a load
+    if not has_post_hooks:
+        vars(clone)["_load_state_dict_post_hooks"] = OrderedDict()  # those that act on a load
     return clone
 
 

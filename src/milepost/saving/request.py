@@ -137,14 +137,15 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
             plain = (spec if spec.spread is None else replace(spec, spread=None) for spec in layout.tensors)
             layout = replace(layout, tensors=tuple(plain))
-        noted = _noted(flat, LOOP_PARTS if isinstance(state, ByName) else None)
+        is_run = isinstance(state, ByName)
+        noted = _noted(flat, LOOP_PARTS if is_run else None, state.versions if isinstance(state, ByName) else {})
         nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **noted.skeleton()}))
         return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, frozen)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
 
-def _noted(flat: FlatState, loop_parts: Collection[str] | None) -> Relations:
+def _noted(flat: FlatState, loop_parts: Collection[str] | None, versions: Mapping[str, int]) -> Relations:
     """What is to be recorded of tensors. Placements only of ``loop_parts``, if given: others have parameters' own."""
     sharded = {}
     for key in flat.tensors:
@@ -153,7 +154,7 @@ def _noted(flat: FlatState, loop_parts: Collection[str] | None) -> Relations:
             value = slot.container[slot.index]
             text = describe_placements(value) if isinstance(value, DTensor) else None
             sharded.update({key: text} if text is not None else {})
-    return Relations(find_aliases(flat.tensors.values()), sharded)
+    return Relations(find_aliases(flat.tensors.values()), versions, sharded)
 
 
 def _nothing(rank: int, error: MilepostError) -> Prepared:

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -55,6 +56,9 @@ _PLAIN = frozenset((*_ATOMS, tuple, set, frozenset, np.ndarray, torch.Size, torc
 class ByName(dict[str, Any]):
     """A mapping whose keys must be found by other programs, so that it is never stored as one value."""
 
+    versions: Mapping[str, int] = MappingProxyType({})
+    """Versions of the model's modules: see ``Noted``."""
+
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
@@ -97,7 +101,11 @@ class FlatState:
 def unwrap_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Replace each top-level value that has a ``state_dict()`` by its result, like stock DCP."""
     unwrapped = {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
-    return ByName(unwrapped) if isinstance(state_dict, ByName) else unwrapped
+    if not isinstance(state_dict, ByName):
+        return unwrapped
+    named = ByName(unwrapped)
+    named.versions = state_dict.versions
+    return named
 
 
 def is_stateful(value: Any) -> TypeGuard[Stateful]:

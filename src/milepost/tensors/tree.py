@@ -46,6 +46,7 @@ ByRank = Mapping[str, Sequence[tuple[Sequence[int], bytes]]]
 """For a part whose containers differ between ranks: the ranks of each kind, and their skeleton."""
 _BY_RANK = "milepost.by_rank"
 """The name of these parts in the record of the structure."""
+ALL_MODULES = "*"
 _NOTED = "milepost.noted"
 """The name of a :class:`Relations` in the record of the structure."""
 
@@ -59,6 +60,8 @@ class Relations:
 
     aliases: Mapping[str, Aliases] = field(default_factory=dict)
     """Groups of tensors that overlap in memory, by the first key of each."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """Versions of the model's modules by FQN (``nn.Module._version``), and of all others under ``ALL_MODULES``."""
     sharded: Mapping[str, str] = field(default_factory=dict)
     """Placements of DTensors, by key; see :func:`milepost.tensors.placements.describe_placements`."""
 
@@ -68,7 +71,8 @@ class Relations:
             name: {key: "" if place is None else json.dumps(place) for key, place in group.items()}
             for name, group in self.aliases.items()
         }
-        parts = {"shared": shared, "sharded": dict(self.sharded)}
+        versions = {name: str(version) for name, version in self.versions.items()}
+        parts = {"shared": shared, "sharded": dict(self.sharded), "versions": versions}
         return {_NOTED: {name: part for name, part in parts.items() if part}} if any(parts.values()) else {}
 
     @classmethod
@@ -80,7 +84,8 @@ class Relations:
                 str(name): {str(key): _geometry(place) for key, place in group.items()}
                 for name, group in found.get("shared", {}).items()
             }
-            return cls(shared, {str(key): str(text) for key, text in found.get("sharded", {}).items()})
+            versions = {str(name): int(version) for name, version in found.get("versions", {}).items()}
+            return cls(shared, versions, {str(key): str(text) for key, text in found.get("sharded", {}).items()})
         except (AttributeError, TypeError, ValueError) as error:
             raise FormatError(f"what a checkpoint notes of its tensors is malformed: {error}") from error
 

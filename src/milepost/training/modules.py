@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from milepost.errors import ConfigError, SaveError
+from milepost.tensors.tree import ALL_MODULES
 
 _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module", "_orig_mod")
 """Attribute names of the module wrapped by activation checkpointing or ``torch.compile``."""
@@ -66,6 +67,17 @@ def model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
                 raise SaveError(f"two model parts on this rank both hold '{key}'", key=key)
             state[key] = value
     return state
+
+
+def module_versions(parts: Sequence[nn.Module]) -> dict[str, int]:
+    """Return the versions of modules' states by FQN, where they are not 1, the usual one."""
+    found = {ALL_MODULES: 1}
+    for part in parts:
+        for name, module in part.named_modules():
+            version = getattr(module, "_version", 1)
+            if isinstance(version, int) and version != 1:
+                found[fqn(part, name)] = version
+    return found
 
 
 def parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:

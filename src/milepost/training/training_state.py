@@ -25,7 +25,7 @@ from milepost.loading.target import Restorer, Stored, Target
 from milepost.tensors.placements import meshes_of
 from milepost.tensors.state import PER_RANK, ByName
 from milepost.tensors.tree import Node, rebuild
-from milepost.training.modules import fqn, model_state, parameter_names
+from milepost.training.modules import fqn, model_state, module_versions, parameter_names
 from milepost.training.optimizers import (
     OptimizersOwner,
     check_parameters,
@@ -139,6 +139,7 @@ class TrainingState:
         state = ByName()
         if "model" in wanted:
             left_out = self.frozen_keys() if only_trainable else frozenset()
+            state.versions = module_versions(self.models)
             state.update({key: value for key, value in model_state(self.models).items() if key not in left_out})
         if "optimizer" in wanted:
             state["optimizer"] = optimizer_state(self.optimizers, parameter_names(self.models))
@@ -201,6 +202,8 @@ class TrainingState:
             owners[part] = [PerRankOwner(self._owner_of(part, stored), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
         chosen = [(part, owner) for part in PARTS if part in wanted for owner in owners[part]]
+        further = iter(self.states)
+        chosen = [(f"{part}.{next(further)}" if part == "states" else part, owner) for part, owner in chosen]
         target = Target(stored)
         target.meshes = meshes_of(parameter for module in self.modules for parameter in module.parameters())
         sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
