@@ -72,6 +72,20 @@ def test_ctrl_c_saves_and_a_save_request_to_the_launcher_reaches_the_ranks(tmp_p
     assert "Traceback" not in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_a_lost_connection_saves_first_and_under_nohup_changes_nothing(tmp_path: Path, ignored: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # inherited by the run
+    try:
+        run = start(tmp_path, *SMALL, "--training.steps=8", "--checkpoint.interval=100")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    out = send_at(run, ("step 2/", signal.SIGHUP))
+    assert run.returncode == (0 if ignored else 129), out
+    assert ("stopped by SIGHUP after step" in out) is not ignored
+    assert ("saved step 8 (last step" in out) is ignored
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path):
     run = start(tmp_path, *SMALL, "--checkpoint.interval=1000", NGPU="1")
     assert run.stdout is not None

@@ -111,7 +111,7 @@ def test_a_bug_shows_its_traceback(capfd: pytest.CaptureFixture[str]):
     assert "ZeroDivisionError: division by zero" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_process_with_a_line_and_its_number(number: signal.Signals, capfd: pytest.CaptureFixture[str]):
     def stopped() -> None:
         leave_on_signals()

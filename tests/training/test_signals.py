@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from milepost.training import signals
-from milepost.training.signals import INTERRUPT, SAVE, STOP, SignalFlags
+from milepost.training.signals import HANG_UP, INTERRUPT, SAVE, STOP, SignalFlags
 
 
 def kill(number: int) -> None:
@@ -21,7 +21,7 @@ def kill(number: int) -> None:
 def second() -> Iterator[list[int]]:
     """The signals that came to the handlers of before."""
     came: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
     yield came
     for number, handler in zip(numbers, before, strict=True):
@@ -51,6 +51,28 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(second: list[int]):
     kill(signal.SIGTERM)
     assert (flags.take(), second) == (STOP, [])
     flags.restore()
+
+
+@pytest.mark.parametrize("order", [(signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)])
+def test_the_end_of_a_session_is_one_request_to_stop(order: tuple[signal.Signals, ...], second: list[int]):
+    """A terminal that closes sends SIGHUP; systemd ends a session by SIGTERM and SIGHUP."""
+    flags = SignalFlags()
+    flags.listen()
+    for number in order:
+        kill(number)
+    assert (flags.take(), second) == (STOP if order[0] == signal.SIGTERM else HANG_UP, [])
+    flags.restore()
+
+
+def test_a_program_that_ignores_hangups_goes_on_ignoring_them():
+    """As ``nohup`` starts it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    flags = SignalFlags()
+    flags.listen()
+    kill(signal.SIGHUP)
+    assert flags.take() == 0
+    flags.restore()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_another_signal_to_stop_is_a_second_request(second: list[int]):

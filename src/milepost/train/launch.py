@@ -23,7 +23,7 @@ import psutil
 
 from milepost.errors import ConfigError
 from milepost.train.options import load_config
-from milepost.train.process import LAUNCHER_PID, leave_on_signals
+from milepost.train.process import LAUNCHER_PID, ignores_hangup, leave_on_signals
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that ranks have to save after SIGTERM or Ctrl-C before torchrun kills them; its default of 30 s is short."""
@@ -150,8 +150,10 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-_DEFAULTS = {"shutdown_timeout": SHUTDOWN_TIMEOUT_S, "signals_to_handle": "SIGTERM,SIGHUP,SIGQUIT"}
-"""Our replacements for torchrun's defaults, if this torch has the option; SIGINT is handled here."""
+def _defaults() -> dict[str, Any]:
+    """Return our replacements for torchrun's defaults, if this torch has the option; SIGINT is handled here."""
+    handled = "SIGTERM,SIGQUIT" if ignores_hangup() else "SIGTERM,SIGHUP,SIGQUIT"
+    return {"shutdown_timeout": SHUTDOWN_TIMEOUT_S, "signals_to_handle": handled}
 
 
 def _parsed(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -159,7 +161,7 @@ def _parsed(argv: Sequence[str], parser: argparse.ArgumentParser) -> argparse.Na
         raise ConfigError(f"torchrun does not understand its options (TORCHRUN_ARGS): {message}")
 
     parser.error = refuse  # type: ignore[assignment,method-assign]  # the original prints a page of usage
-    parser.set_defaults(**_DEFAULTS)
+    parser.set_defaults(**_defaults())
     return parser.parse_args(argv)
 
 

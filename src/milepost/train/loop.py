@@ -141,8 +141,8 @@ class Trainer:
     def run(self) -> int:
         """Train from the newest checkpoint to the last step, or only write the seed checkpoint.
 
-        Returns the exit status: 0, or 128 + the signal's number if SIGTERM or SIGINT came before the last step (the
-        state is saved then).
+        Returns the exit status: 0, or 128 + the signal's number if SIGTERM, SIGINT or SIGHUP came before the last step
+        (the state is saved then).
         """
         if self.config.checkpoint.create_seed_checkpoint:
             self._save_seed()
@@ -196,7 +196,7 @@ class Trainer:
             when = f"saving after step {self._step_at_work}, then stopping"
         else:
             when = "saving at the next step, then stopping"
-        again = "Ctrl-C again" if number == signal.SIGINT else f"a second {number.name}"
+        again = {signal.SIGINT: "Ctrl-C again", signal.SIGHUP: "SIGTERM"}.get(number, f"a second {number.name}")
         write_line(f"{number.name}: {when}; {again} stops at once")
 
     def train_step(self) -> StepFigures:

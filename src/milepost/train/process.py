@@ -6,6 +6,7 @@ after all work is done, and torchrun would report a failure.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -24,6 +25,7 @@ from milepost.saving.background import finish_saves
 LAUNCHER_PID = "MILEPOST_LAUNCHER_PID"
 """Environment variable with the process id of the launcher, for its ranks."""
 _PR_SET_PDEATHSIG = 1
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by (remote )?peer|Broken pipe|Socket closed|remote process exited", re.I
@@ -47,15 +49,25 @@ def show_log() -> None:
 
 def leave(status: int) -> NoReturn:
     """End the process with ``status``, at once."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            stream.flush()
     os._exit(status)
 
 
 def leave_on_signals() -> None:
-    """Make SIGINT and SIGTERM end the process with 128 + their number and one line, without a traceback."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave_on_signal)
+    """Make SIGINT, SIGTERM and SIGHUP end the process with 128 + their number and one line, without a traceback.
+
+    SIGHUP stays ignored if it is, as ``nohup`` requests.
+    """
+    for number in _ENDING:
+        if not ignores_hangup() or number != signal.SIGHUP:
+            signal.signal(number, _leave_on_signal)
+
+
+def ignores_hangup() -> bool:
+    """Return True if this process was started to survive the end of its terminal, by ``nohup`` for instance."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def hold_save_requests() -> None:
@@ -77,7 +89,8 @@ def _nothing_to_save(number: int, frame: FrameType | None) -> None:
 def write_line(text: str) -> None:
     """Print a line on stderr, if this rank prints; safe in a signal handler."""
     if speaks():
-        os.write(2, f"{text}\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{text}\n".encode())
 
 
 def leave_with_launcher() -> None:
@@ -100,8 +113,8 @@ def _leave_on_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM: the process is about to exit."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore SIGINT, SIGTERM and SIGHUP: the process is about to exit."""
+    for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -121,7 +134,8 @@ def leave_with(error: Exception) -> NoReturn:
     else:
         text, status, wait_s = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1, 0.0
     if speaks():
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(text, file=sys.stderr, flush=True)
     finish_saves()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(wait_s)

@@ -458,7 +458,7 @@ class CheckpointManager:
     def listen_to_signals(
         self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None
     ) -> None:
-        """Save at the next :meth:`save` when any rank gets SIGUSR1; on SIGTERM, save and ask to stop.
+        """Save at the next :meth:`save` when any rank gets SIGUSR1; on SIGTERM and SIGHUP, save and ask to stop.
 
         A file ``SAVE`` or ``STOP`` in the run's folder does the same, once: it is removed when it is handled. Call it
         on the main thread of every rank. Ranks then exchange a number in every call of :meth:`save`. A second request

@@ -25,12 +25,14 @@ FAILED = 8
 INTERRUPT = 16
 SAVE_BY_FILE = 32
 STOP_BY_FILE = 64
-"""Bits that ranks exchange: a save is due by the clock, was requested by SIGUSR1, by SIGTERM (STOP) or SIGINT
-(INTERRUPT) before stopping, or by a file; or a rank failed to decide (FAILED)."""
+HANG_UP = 128
+"""Bits that ranks exchange: a save is due by the clock, was requested by SIGUSR1, by SIGTERM (STOP), SIGINT (INTERRUPT)
+or SIGHUP (HANG_UP) before stopping, or by a file; or a rank failed to decide (FAILED)."""
 
 REASONS = {
     INTERRUPT: signal.SIGINT.name,
     STOP: signal.SIGTERM.name,
+    HANG_UP: signal.SIGHUP.name,
     STOP_BY_FILE: "file STOP",
     SAVE: signal.SIGUSR1.name,
     SAVE_BY_FILE: "file SAVE",
@@ -42,7 +44,7 @@ FILES = {"SAVE": SAVE_BY_FILE, "STOP": STOP_BY_FILE}
 LOOK_EVERY_S = 1.0
 """The folder is checked for these files at most this often."""
 
-_BITS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: INTERRUPT}
+_BITS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: INTERRUPT, signal.SIGHUP: HANG_UP}
 
 ECHO_S = 1.0
 """A scheduler signals every process of a job, and a launcher forwards signals: the same signal within this time of
@@ -50,7 +52,10 @@ the first is the same request."""
 
 
 class SignalFlags:
-    """Records SIGUSR1, SIGTERM and, on request, SIGINT. ``agreed``: all ranks' requests at the last exchange."""
+    """Records SIGUSR1, SIGTERM, SIGHUP and, on request, SIGINT.
+
+    ``agreed``: all ranks' requests at the last exchange.
+    """
 
     def __init__(self) -> None:
         self.agreed = 0
@@ -68,7 +73,9 @@ class SignalFlags:
         """The signal by which the ranks agreed to stop; None if they did not. A file STOP counts as SIGTERM."""
         if self.agreed & INTERRUPT:
             return signal.SIGINT
-        return signal.SIGTERM if self.agreed & (STOP | STOP_BY_FILE) else None
+        if self.agreed & (STOP | STOP_BY_FILE):
+            return signal.SIGTERM
+        return signal.SIGHUP if self.agreed & HANG_UP else None
 
     @property
     def reason(self) -> str | None:
@@ -78,13 +85,16 @@ class SignalFlags:
     def listen(self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None) -> None:
         """Install the handlers; on the main thread. With ``interrupt``, SIGINT is handled like SIGTERM.
 
+        SIGHUP, by which a closed terminal or a lost connection ends a program, is handled like SIGTERM unless it is
+        ignored, as ``nohup`` requests.
         A second request to stop has the signal's previous effect. ``on_stop`` is called in the handler of the first.
         """
         if self.listening:
             return
         self._on_stop = on_stop
         for number in _BITS:
-            if number != signal.SIGINT or interrupt:
+            ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not ignored and (number != signal.SIGINT or interrupt):
                 self._before[number] = signal.signal(number, self._note)
 
     def restore(self) -> None:
@@ -108,7 +118,11 @@ class SignalFlags:
             self._noted |= _BITS[signal.Signals(number)]
             if self._on_stop is not None:
                 self._on_stop(signal.Signals(number))
-        elif number != self._stop[0] or now - self._stop[1] >= ECHO_S:
+            return
+        first, when = self._stop
+        # systemd ends a session by SIGTERM and SIGHUP, in either order: together they are one request.
+        is_echo = number == signal.SIGHUP or ((number == first or first == signal.SIGHUP) and now - when < ECHO_S)
+        if not is_echo:
             signal.signal(number, self._before[number])
             os.kill(os.getpid(), number)
 
