@@ -248,7 +248,7 @@ def test_an_empty_shard_never_hides_a_full_one_that_begins_at_the_same_place(tmp
     assert [place.relative_path for place in found.storage_data.values()] == ["__0_0.distcp"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if hasattr(torch, name)])
 def test_every_dtype_goes_both_ways(dtype: str):
     raw = bytes(2 * DTYPES[dtype].itemsize)
     layout = lay_out({"w": (dtype, (2,), [StoredBox(Box((0,), (2,)), raw)])})

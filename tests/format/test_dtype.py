@@ -25,10 +25,10 @@ def test_every_dtype_that_torch_save_takes_as_plain_elements_is_in_the_table():
         except (KeyError, RuntimeError):  # sub-byte integers; quantized tensors without a quantizer
             continue
         taken.add(str(dtype).removeprefix("torch."))
-    assert taken == set(DTYPES)
+    assert taken == {name for name in DTYPES if hasattr(torch, name)}  # the others are of a newer torch
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", [name for name in DTYPES if hasattr(torch, name)])
 def test_size_and_storage_class_are_torchs(name: str):
     dtype = getattr(torch, name)
     assert itemsize(name) == dtype.itemsize

@@ -53,7 +53,7 @@ def locate(record: bytes) -> LocatedTensor:
     return locate_tensor(lambda offset, nbytes: record[offset : offset + nbytes], len(record))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if hasattr(torch, name)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_torch_loads_our_record_of_every_dtype_and_shape(dtype: str, sizes: tuple[int, ...]):
     raw = raw_of(dtype, sizes)
@@ -64,7 +64,7 @@ def test_torch_loads_our_record_of_every_dtype_and_shape(dtype: str, sizes: tupl
     assert bytes(loaded.untyped_storage()) == raw
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if hasattr(torch, name)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_our_pickle_is_byte_for_byte_that_of_torch_save(dtype: str, sizes: tuple[int, ...]):
     ours = zipfile.ZipFile(io.BytesIO(our_record(dtype, sizes, raw_of(dtype, sizes))))
@@ -81,7 +81,7 @@ def test_zip_tools_find_our_record_sound(sizes: tuple[int, ...]):
     assert all(entry.date_time[0] == 1980 for entry in archive.infolist())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if hasattr(torch, name)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_elements_are_found_in_torchs_records_and_in_ours(dtype: str, sizes: tuple[int, ...]):
     raw = raw_of(dtype, sizes)

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from milepost.errors import FormatError
+from milepost.format.dtype import DTYPES
 from milepost.format.value_names import VALUE_NAMES, check_value
 from milepost.tensors.value_reader import _STORAGES, decode_object
 from milepost.tensors.value_types import VALUE_GLOBALS
@@ -67,7 +68,8 @@ def fault(data: bytes) -> str | None:
 
 
 def test_the_names_are_those_that_the_loader_and_torch_know() -> None:
-    known = {*VALUE_GLOBALS, *_STORAGES}
+    newer = {f"torch.{name}" for name in DTYPES if not hasattr(torch, name)}
+    known = {*VALUE_GLOBALS, *_STORAGES, *newer}
     assert known <= VALUE_NAMES
     assert VALUE_NAMES - known <= {*_get_allowed_globals(), "torch._utils._rebuild_tensor_v3"}
 

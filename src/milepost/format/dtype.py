@@ -50,6 +50,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
             DType("complex64", 8, "ComplexFloatStorage", "complex64", "C64"),
             DType("complex128", 16, "ComplexDoubleStorage", "complex128"),
             DType("complex32", 4),
+            DType("bcomplex32", 4),  # since torch 2.14
             DType("uint16", 2, None, "uint16", "U16"),
             DType("uint32", 4, None, "uint32", "U32"),
             DType("uint64", 8, None, "uint64", "U64"),
@@ -68,7 +69,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
         )
     }
 )
-"""The dtypes by torch's name without the ``torch.`` prefix."""
+"""The dtypes by torch's name without the ``torch.`` prefix. An older torch may lack some."""
 
 SAFETENSORS_NAMES = {entry.safetensors_name: entry.name for entry in DTYPES.values() if entry.safetensors_name}
 _BY_STORAGE_CLASS = {entry.storage_class: entry.name for entry in DTYPES.values() if entry.storage_class}

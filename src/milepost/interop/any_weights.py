@@ -22,7 +22,7 @@ from milepost.loading.fit import unexpected_error
 from milepost.loading.load import LoadReport
 from milepost.loading.names import renames
 from milepost.loading.policy import LetPass, Policy
-from milepost.tensors.layout import TensorLeaf
+from milepost.tensors.layout import TensorLeaf, torch_dtype
 
 
 def load_any(
@@ -147,7 +147,7 @@ def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, log
             local.buffer = np.empty(slab.nbytes, np.uint8)
         values: Array = local.buffer[: slab.nbytes].view(array_dtype(stored)).reshape(slab.box.sizes)
         ours.read_into(key, slab.box.shifted(leaf.pieces[piece].box.offsets), values)
-        raw = torch.from_numpy(as_bytes(values)).view(getattr(torch, stored)).view(slab.box.sizes)
+        raw = torch.from_numpy(as_bytes(values)).view(torch_dtype(stored)).view(slab.box.sizes)
         target = leaf.view(piece)
         target[slab.box.index()].copy_(raw)
         if progress is not None:

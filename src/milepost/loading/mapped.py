@@ -13,6 +13,7 @@ from milepost.format.box import Box
 from milepost.format.manifest import TensorEntry
 from milepost.storage.base import Storage
 from milepost.storage.local import LocalStorage
+from milepost.tensors.layout import torch_dtype
 from milepost.verification.verify import verify_in
 
 
@@ -41,7 +42,7 @@ class MappedFiles:
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor | None:
         """A view of a stored tensor; None if it is stored in several pieces, or not aligned for its dtype."""
-        dtype = getattr(torch, entry.dtype)
+        dtype = torch_dtype(entry.dtype)
         if len(entry.shards) != 1 or not prod(entry.shape):
             return None
         (shard,) = entry.shards

@@ -21,7 +21,7 @@ from milepost.format.manifest import TensorEntry
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
 from milepost.loading.target import EXTRA_STATE, Target, fresh_like, local_tensor, same_memory
 from milepost.loading.trial import Trial, has_users_way, names_of_wrappers, try_loading
-from milepost.tensors.layout import Placed, can_be_boxes
+from milepost.tensors.layout import Placed, can_be_boxes, torch_dtype
 from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
 from milepost.tensors.state import LAZY
 from milepost.tensors.tree import ALL_MODULES, Node, Ref, rebuild, refs
@@ -169,7 +169,7 @@ class ModuleOwner:
             return torch.empty(node.form.shape, device="meta")
         entry = target.entry(key)
         if entry is not None:
-            return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+            return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
         return rebuild(node, {key: target.value_of(Ref(key)) for key in refs(node)})
 
     def _moves(self, target: Target, name: str, key: str) -> bool:
@@ -363,7 +363,7 @@ def _wrapped(target: Target, node: TensorParts, value: torch.Tensor) -> str | No
     """The key of the only tensor inside a stored wrapper, if ``value`` could be that tensor."""
     found = [part.key for _, part in leaves(node) if isinstance(part, Ref)]
     entry = target.entry(found[0]) if len(found) == 1 else None
-    fits = entry is not None and entry.shape == tuple(value.shape) and getattr(torch, entry.dtype) == value.dtype
+    fits = entry is not None and entry.shape == tuple(value.shape) and torch_dtype(entry.dtype) == value.dtype
     return found[0] if fits else None
 
 
@@ -400,7 +400,7 @@ def is_plain_entry(name: str, value: object) -> bool:
 
 def _as_stored(entry: TensorEntry, like: torch.Tensor | None) -> torch.Tensor:
     """Create a tensor for a complete stored one, on the mesh or device of ``like``."""
-    dtype = getattr(torch, entry.dtype)
+    dtype = torch_dtype(entry.dtype)
     local = local_tensor(like) if like is not None else None
     made = torch.empty(entry.shape, dtype=dtype, device="cpu" if local is None or local.is_meta else local.device)
     if isinstance(like, DTensor):

@@ -20,6 +20,7 @@ from milepost.errors import StateMismatchError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item, local_tensor
+from milepost.tensors.layout import torch_dtype
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.tree import Node, child, rebuild, refs
 
@@ -56,15 +57,13 @@ def want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -
 
 def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry) -> bool:
     """Return whether a tensor of the optimizer has the dtype and shape of the stored one."""
-    is_alike = (
-        isinstance(live, torch.Tensor) and live.dtype == getattr(torch, entry.dtype) and is_place_for(live, entry)
-    )
+    is_alike = isinstance(live, torch.Tensor) and live.dtype == torch_dtype(entry.dtype) and is_place_for(live, entry)
     return is_alike and (isinstance(live, DTensor) or not isinstance(parameter, DTensor) or not entry.shape)
 
 
 def state_tensor(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     """Create a tensor for a stored one of a parameter's state, on the parameter's device and with its sharding."""
-    dtype = getattr(torch, entry.dtype)
+    dtype = torch_dtype(entry.dtype)
     if entry.shape == tuple(parameter.shape) and entry.shape:
         return fresh_like(parameter, dtype=dtype)
     if not entry.shape:  # counters: `load_state_dict()` moves them to the device if necessary

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from milepost.errors import ConfigError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.target import Target
-from milepost.tensors.layout import Piece, Placed
+from milepost.tensors.layout import Piece, Placed, torch_dtype
 from milepost.tensors.parts import (
     Cut,
     TensorForm,
@@ -121,7 +121,7 @@ def _same_form(one: TensorParts, node: Node) -> bool:
 
 
 def _is_alike(part: Any, entry: TensorEntry | None) -> bool:
-    return entry is not None and part.dtype == getattr(torch, entry.dtype) and tuple(part.shape) == entry.shape
+    return entry is not None and part.dtype == torch_dtype(entry.dtype) and tuple(part.shape) == entry.shape
 
 
 # ---- new ones ----
@@ -191,7 +191,7 @@ def _empty(
     key: str, entry: TensorEntry, form: TensorForm, cut: Cut, rows: Piece | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | Placed]:
     """Create a part, with its place in the stored one."""
-    dtype = getattr(torch, entry.dtype)
+    dtype = torch_dtype(entry.dtype)
     if rows is None or cut == "whole":
         tensor = torch.empty(entry.shape, dtype=dtype, device=device)
         return tensor, tensor
@@ -245,7 +245,7 @@ def _want_shard(target: Target, node: TensorParts, live: Any, like: Any) -> bool
         is_in_place, made = True, local
     else:
         entry = target.entry(part.key)
-        dtype = getattr(torch, entry.dtype) if entry is not None else local.dtype
+        dtype = torch_dtype(entry.dtype) if entry is not None else local.dtype
         made = torch.empty(entry.shape if entry is not None else local.shape, dtype=dtype, device=_device_of(like))
         target.want(part.key, made, live=False)
     if is_in_place:

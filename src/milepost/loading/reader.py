@@ -29,7 +29,7 @@ from milepost.format.manifest import BLOCK_NBYTES
 from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
-from milepost.tensors.layout import TensorLeaf, dtype_name
+from milepost.tensors.layout import TensorLeaf, dtype_name, torch_dtype
 from milepost.tensors.plan import ReadItem
 from milepost.tensors.value_reader import decode_object
 from milepost.verification.block_reader import BlockReader, shard_reader
@@ -163,7 +163,7 @@ class TensorReads:
             shard = item.shard
             reader = shard_reader(handle, item.key, item.dtype, shard, item.shard_index, self._digests, self._count)
             stored = reader.check_record(data[shard.record_offset - begin : _end(item) - begin])
-            values = torch.frombuffer(stored, dtype=getattr(torch, item.dtype)).view(shard.box.sizes)
+            values = torch.frombuffer(stored, dtype=torch_dtype(item.dtype)).view(shard.box.sizes)
             self._target_of(item).copy_(values)
 
     def _note_handed(self, items: Sequence[ReadItem], handed: HandedBlocks) -> bool:
@@ -299,7 +299,7 @@ def _batches(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def _scatter(item: ReadItem, target: torch.Tensor, low: int, data: memoryview) -> None:
     """Copy the requested part of the shard's data, which begins at byte ``low``, to its place."""
-    dtype = getattr(torch, item.dtype)
+    dtype = torch_dtype(item.dtype)
     start, position = low // dtype.itemsize, 0
     for box in boxes_of_run(start, start + len(data) // dtype.itemsize, item.shard.box.sizes):
         common = box.intersect(item.src)

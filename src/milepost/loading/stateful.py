@@ -9,6 +9,7 @@ import torch
 
 from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item
+from milepost.tensors.layout import torch_dtype
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.tree import Node, rebuild, refs
 
@@ -75,7 +76,7 @@ class StatefulOwner:
             if like is None:
                 want_node(target, node)
             else:
-                target.want(key, fresh_like(like, dtype=getattr(torch, entry.dtype)), live=False)
+                target.want(key, fresh_like(like, dtype=torch_dtype(entry.dtype)), live=False)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Accept anything: the object itself decides if it fits."""

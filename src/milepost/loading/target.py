@@ -18,7 +18,7 @@ from milepost.config import part_of
 from milepost.errors import StateMismatchError, listed
 from milepost.format.manifest import Manifest, TensorEntry
 from milepost.tensors.aliases import join_aliases
-from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name
+from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name, torch_dtype
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.placements import make_sharded
 from milepost.tensors.state import PACKED, ByName
@@ -91,7 +91,7 @@ class Target:
             self._want_held(key, tensor, node.value)
             return
         entry = self.entry(key)
-        stored = getattr(torch, entry.dtype) if entry is not None else tensor.dtype
+        stored = torch_dtype(entry.dtype) if entry is not None else tensor.dtype
         if isinstance(tensor, torch.Tensor) and is_narrower(tensor.dtype, stored):
             self._want_narrowed(key, tensor, stored)
             return
@@ -104,7 +104,7 @@ class Target:
 
     def new_tensor(self, key: str, entry: TensorEntry) -> torch.Tensor:
         """A new tensor for a stored one: placed as it was, else on the CPU and whole."""
-        dtype = getattr(torch, entry.dtype)
+        dtype = torch_dtype(entry.dtype)
         if (text := self._noted.sharded.get(key)) is not None and self.meshes:
             made = make_sharded(text, self.meshes, entry.shape, dtype)
             if made is not None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from milepost.errors import SaveError
+from milepost.errors import FormatError, SaveError
 from milepost.format.box import Box
 from milepost.format.dtype import DTYPES
 from milepost.tensors.plan import Mesh, Spread, TensorSpec
@@ -105,6 +105,18 @@ def stored_as(leaf: TensorLeaf, dtype: torch.dtype) -> TensorLeaf:
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``bfloat16`` -> ``torch.bfloat16``.
+
+    Raises:
+        FormatError: this torch has no dtype of that name; a newer one stored the tensor.
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise FormatError(f"torch {torch.__version__} has no dtype {name}: load this checkpoint with a newer torch")
+    return found
 
 
 def tensor_leaf(key: str, tensor: torch.Tensor | Placed) -> TensorLeaf:

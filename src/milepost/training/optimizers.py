@@ -22,6 +22,7 @@ from milepost.loading.names import longest_prefix
 from milepost.loading.optimizer import each_parameter, hand_over, indexed, state_tensor, want_state
 from milepost.loading.parts import want_node
 from milepost.loading.target import Target
+from milepost.tensors.layout import torch_dtype
 from milepost.tensors.state import ByName
 from milepost.tensors.tree import Node, child, rebuild
 from milepost.tensors.value_writer import encode_object
@@ -282,7 +283,7 @@ class OptimizersOwner:
             target.note(what, list(keys))
         for parameter, name in self._names.items():
             entry = target.entry(name)
-            self._keeps_dtype[name] = entry is None or getattr(torch, entry.dtype) == parameter.dtype
+            self._keeps_dtype[name] = entry is None or torch_dtype(entry.dtype) == parameter.dtype
 
     def _want(self, target: Target, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
         name = self._names[parameter]

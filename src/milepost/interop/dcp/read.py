@@ -34,7 +34,7 @@ from milepost.run import checkpoint_record
 from milepost.storage import Storage, is_known, open_storage
 from milepost.storage.base import join
 from milepost.tensors import plan
-from milepost.tensors.layout import Piece, TensorLeaf, can_be_boxes
+from milepost.tensors.layout import Piece, TensorLeaf, can_be_boxes, torch_dtype
 
 
 class StorageReader(DcpStorageReader):
@@ -169,7 +169,7 @@ def dcp_metadata_of(manifest: Manifest, load_id: str | None = None) -> Metadata:
     """Convert a manifest to the metadata that DCP's planners expect."""
     tensors: dict[str, Any] = {
         key: TensorStorageMetadata(
-            properties=TensorProperties(dtype=getattr(torch, entry.dtype)),
+            properties=TensorProperties(dtype=torch_dtype(entry.dtype)),
             size=torch.Size(entry.shape),
             chunks=[
                 ChunkStorageMetadata(torch.Size(shard.box.offsets), torch.Size(shard.box.sizes))
