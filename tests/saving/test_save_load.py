@@ -110,9 +110,9 @@ def test_a_dtype_that_this_torch_lacks_is_named(step: Path, monkeypatch: pytest.
     state = {"w": torch.zeros(3), "b": torch.zeros(3)}
     monkeypatch.delattr(torch, "bits16")  # as in an older torch
     assert milepost.verify(step).verdict == "ok"
-    with pytest.raises(milepost.FormatError, match="has no dtype bits16.*newer torch"):
+    with pytest.raises(milepost.FormatError, match=r"has no dtype bits16.*newer torch"):
         milepost.load(step, state)
-    with pytest.raises(milepost.FormatError, match="has no dtype bits16.*newer torch"):
+    with pytest.raises(milepost.FormatError, match=r"has no dtype bits16.*newer torch"):
         milepost.load(step)
     assert not state["b"].any()
 
