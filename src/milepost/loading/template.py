@@ -31,7 +31,7 @@ log = logging.getLogger("milepost")
 
 Path = tuple[Any, ...]
 
-_ADVICE = "Don't use it as it is: mend what raised and load again, or start the program anew"
+_ADVICE = "Don't use it in this state: fix the cause and load again, or restart the program"
 
 
 class Whole:

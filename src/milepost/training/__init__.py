@@ -13,7 +13,7 @@ In reading order::
     pending         a save in progress
     history         the lineage of each save
     metrics         values measured by the loop and recorded with a save
-    training_state  the full state of a run as one state dict, and back
+    training_state  the full state of a run as one state dict, and back; owners: how each part is loaded
     modules         the model's parts, their tensors by FQN
     optimizers      optimizer state by FQN, or in the optimizer's own form
     attached        files and values that belong to a step

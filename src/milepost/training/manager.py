@@ -340,7 +340,7 @@ class CheckpointManager:
         if self._loader.mixed:
             raise SaveError(
                 f"step {step} was not saved: the state may be a mix of two, since load() failed in the middle "
-                f"({self._loader.mixed}). Load a step that loads, or start the program anew"
+                f"({self._loader.mixed}). Load a step successfully, or restart the program"
             )
         if self._saver is None:
             return False
