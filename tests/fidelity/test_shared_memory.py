@@ -127,6 +127,23 @@ def test_weights_that_are_one_are_one_in_the_whole_state_dict(memory_path: Path)
     assert found["0.weight"] is found["1.weight"]
 
 
+def test_parameters_are_parameters(memory_path: Path) -> None:
+    temperature, fixed = nn.Parameter(torch.ones(2)), nn.Parameter(torch.arange(3), requires_grad=False)
+    state = {"temperature": temperature, "again": temperature, "fixed": [fixed], "plain": temperature.detach().clone()}
+    loaded = Held()
+    config = CheckpointConfig(interval=1)
+    with CheckpointManager(memory_path / "run", config, model=nn.Linear(1, 1), train_state=Held(state)) as manager:
+        manager.save(1)
+    with CheckpointManager(memory_path / "run", config, model=nn.Linear(1, 1), train_state=loaded) as manager:
+        manager.load()
+    milepost.save(memory_path / "step-1", {"state": state})
+    for found in (loaded.state, milepost.load(memory_path / "step-1")["state"]):
+        assert_same(found, state)
+        assert found["again"] is found["temperature"]
+        assert found["temperature"].requires_grad
+        assert not found["fixed"][0].requires_grad
+
+
 def sharded(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("dp",))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -67,7 +68,7 @@ class Target:
         """One line for each tensor whose stored dtype differs from the target's."""
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
-        self._noted = Relations.of(stored.manifest) if stored is not None else Relations()
+        self._noted = stored.tree.relations if stored is not None else Relations()
         self.meshes: Sequence[DeviceMesh] = ()
         """Meshes of this run, on which DTensors that no object here has are made as they were."""
         self.apart = set[str]()
@@ -121,7 +122,17 @@ class Target:
         """Let new tensors share memory as they did; called once all is wanted."""
         for group in self._noted.aliases.values():
             join_aliases(group, self.values, {*self.live, *self.apart, *self._narrowed, *self._spread})
+        self._make_parameters()
         self.note("sharded over a mesh that this run does not have, so restored whole on each rank", self._unplaced)
+
+    def _make_parameters(self) -> None:
+        made: dict[int, nn.Parameter] = {}
+        for key, needs_grad in self._noted.parameters.items():
+            value = self.values.get(key)
+            if key in self.live or key in self.apart or not isinstance(value, torch.Tensor):
+                continue
+            if value.is_floating_point() or value.is_complex() or not needs_grad:
+                self.values[key] = made.setdefault(id(value), nn.Parameter(value, needs_grad))
 
     def at(self, path: Sequence[Any]) -> Node | None:
         """The node of the checkpoint's tree at ``path``."""

@@ -147,14 +147,16 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
 
 def _noted(flat: FlatState, loop_parts: Collection[str] | None, versions: Mapping[str, int]) -> Relations:
     """What is to be recorded of tensors. Placements only of ``loop_parts``, if given: others have parameters' own."""
-    sharded = {}
+    sharded, parameters = {}, {}
     for key in flat.tensors:
         slot, path = flat.slots[key], flat.paths[key]
         if (loop_parts is None or path[0] in loop_parts) and not isinstance(slot.container, TensorParts):
             value = slot.container[slot.index]
             text = describe_placements(value) if isinstance(value, DTensor) else None
             sharded.update({key: text} if text is not None else {})
-    return Relations(find_aliases(flat.tensors.values()), versions, sharded)
+            if type(value) is nn.Parameter:
+                parameters[key] = value.requires_grad
+    return Relations(find_aliases(flat.tensors.values()), versions, sharded, parameters)
 
 
 def _nothing(rank: int, error: MilepostError) -> Prepared:

@@ -65,6 +65,9 @@ class Relations:
     sharded: Mapping[str, str] = field(default_factory=dict)
     """Placements of DTensors, by key; see :func:`milepost.tensors.placements.describe_placements`."""
 
+    parameters: Mapping[str, bool] = field(default_factory=dict)
+    """Keys of parameters, and whether they require a gradient."""
+
     def skeleton(self) -> dict[str, Any]:
         """The part of a skeleton that records it. Its leaves are text, so that those of ranks can be merged."""
         shared = {
@@ -72,20 +75,22 @@ class Relations:
             for name, group in self.aliases.items()
         }
         versions = {name: str(version) for name, version in self.versions.items()}
-        parts = {"shared": shared, "sharded": dict(self.sharded), "versions": versions}
+        parameters = {key: str(int(needs_grad)) for key, needs_grad in self.parameters.items()}
+        parts = {"shared": shared, "sharded": dict(self.sharded), "versions": versions, "parameters": parameters}
         return {_NOTED: {name: part for name, part in parts.items() if part}} if any(parts.values()) else {}
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Relations:
+    def of(cls, found: Any) -> Relations:
         """What a checkpoint records. Raises FormatError: the record is malformed."""
-        found = _recorded(manifest).get(_NOTED, {}) if manifest.structure else {}
         try:
             shared = {
                 str(name): {str(key): _geometry(place) for key, place in group.items()}
                 for name, group in found.get("shared", {}).items()
             }
             versions = {str(name): int(version) for name, version in found.get("versions", {}).items()}
-            return cls(shared, versions, {str(key): str(text) for key, text in found.get("sharded", {}).items()})
+            sharded = {str(key): str(text) for key, text in found.get("sharded", {}).items()}
+            parameters = {str(key): text == "1" for key, text in found.get("parameters", {}).items()}
+            return cls(shared, versions, sharded, parameters)
         except (AttributeError, TypeError, ValueError) as error:
             raise FormatError(f"what a checkpoint notes of its tensors is malformed: {error}") from error
 
@@ -103,6 +108,7 @@ class Tree:
     def __init__(self, root: dict[Any, Node], read: Read | None = None):
         self.root = root
         self._read = read
+        self.relations = Relations()
         self.is_packed = False
         """True if it is stored as one value."""
 
@@ -116,13 +122,17 @@ class Tree:
             FormatError: the record is malformed, or the paths contradict each other.
         """
         stored = {*manifest.tensors, *manifest.objects}
-        root = _with_refs(skeleton_of(manifest), (), stored)
+        skeleton = _recorded(manifest) if manifest.structure else {}
+        skeleton.pop(_BY_RANK, None)
+        relations = Relations.of(skeleton.pop(_NOTED, {}))
+        root = _with_refs(skeleton, (), stored)
         for path in _empty_mappings(manifest) if not root else ():
             _put(root, path, {})
         for key in (*manifest.tensors, *manifest.objects):
             if key in stored:
                 _put(root, _path_of(key, manifest), Ref(key))
         tree = cls(root, read)
+        tree.relations = relations
         if PACKED in root and read is not None:
             root.update(tree._held(root.pop(PACKED)))
             tree.is_packed = True
@@ -208,20 +218,6 @@ def merge_parts(brought: Sequence[Mapping[str, bytes]], by_rank: ByRank) -> tupl
             unlike.add(str(name))
     recorded = {**merged, _BY_RANK: dict(by_rank)} if by_rank else merged
     return zlib.compress(encode_object("the structure", recorded), 1), frozenset(unlike)
-
-
-def skeleton_of(manifest: Manifest) -> dict[Any, Any]:
-    """The containers of a checkpoint with None in place of each value; empty if none are recorded.
-
-    Raises:
-        FormatError: the record is malformed.
-    """
-    if not manifest.structure:
-        return {}
-    skeleton = _recorded(manifest)
-    skeleton.pop(_BY_RANK, None)
-    skeleton.pop(_NOTED, None)
-    return skeleton
 
 
 def _parts_of(manifest: Manifest, rank: int) -> dict[str, bytes]:
