@@ -176,6 +176,14 @@ def test_a_step_that_can_not_be_read_does_not_hide_the_others(
     assert first.startswith("   1  unreadable  ")
     assert "permission denied" in first
     assert second.startswith("   2  committed   ")
+    status, out, _ = output(capsys, "verify", "run", "--json")
+    assert status == 7
+    reports = json.loads(out)["checkpoints"]
+    assert [(report["state"], report["verdict"]) for report in reports] == [
+        ("unreadable", "not_verified"),
+        ("committed", "ok"),
+    ]
+    assert not reports[0]["sound"]
 
 
 def test_ls_says_what_is_being_written_and_by_whom(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 import milepost
 from milepost.cli.main import main
+from milepost.cli.render import write_page
 from milepost.report.gather import gather
 from milepost.report.profile import every_nth_run
 from milepost.storage import LocalStorage
@@ -249,3 +252,13 @@ def test_a_page_that_cannot_be_is_refused_before_any_work(
     assert not inside.exists()
     assert main(["report", str(run), "-o", str(memory_path / "r.html"), "--steps", "-1"]) == 2
     assert not (memory_path / "r.html").exists()
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = memory_path / "r.html"
+    write_page(str(target), "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_page(str(target), "new")
+    assert target.read_text() == "old"
+    assert os.listdir(memory_path) == ["r.html"]

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import pathlib
 import sys
 import threading
@@ -108,13 +109,24 @@ def page_path(text: str) -> str:
 
 
 def write_page(path: str, document: str) -> int:
-    """Write an HTML page to ``path``, escaping what UTF-8 can't encode; returns its size in bytes."""
+    """Write an HTML page to ``path``, escaping what UTF-8 can't encode; returns its size in bytes.
+
+    A page that is there already is replaced once the new one is complete.
+    """
     data = document.encode("utf-8", "backslashreplace")
+    target = pathlib.Path(path).resolve()
+    is_special = target.exists() and not target.is_file()  # /dev/stdout
+    draft = target if is_special else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        pathlib.Path(path).write_bytes(data)
+        draft.write_bytes(data)
+        if draft != target:
+            draft.replace(target)
     except OSError as error:
-        error.filename = path  # the system names it only if it can't be opened
+        error.filename, error.filename2 = path, None  # the system names it only if it can't be opened
         raise
+    finally:
+        if draft != target:
+            draft.unlink(missing_ok=True)
     return len(data)
 
 

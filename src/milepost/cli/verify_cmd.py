@@ -12,7 +12,7 @@ from rich.text import Text
 from milepost.cli.main import NOT_CHECKED
 from milepost.cli.paths import run_at
 from milepost.cli.render import print_json, print_line, printable, progress_bar
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StorageError, listed
 from milepost.run.step_names import step_name
 from milepost.storage import open_storage
 from milepost.storage.base import counted, format_nbytes
@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         for report in reports:
             _print(report)
+    if worst != "damaged" and any(report.state == "unreadable" for report in reports):
+        return StorageError.exit_status
     return VERDICTS[worst][1]
 
 

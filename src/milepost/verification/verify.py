@@ -79,10 +79,13 @@ class VerifyReport:
 
     @property
     def verdict(self) -> Verdict:
-        """``damaged``: there are problems. ``not_verified``: none was found, but there are bytes without digests."""
+        """``damaged``: there are problems. ``not_verified``: none was found, but bytes lack digests, or are unreadable.
+
+        ``ok``: everything was checked.
+        """
         if self.problems:
             return "damaged"
-        return "not_verified" if self.unchecked_nbytes else "ok"
+        return "not_verified" if self.unchecked_nbytes or self.state == "unreadable" else "ok"
 
     @property
     def is_sound(self) -> bool:
@@ -242,12 +245,14 @@ def verify_run(
 ) -> list[VerifyReport]:
     """Check every committed step in a run's folder, oldest first.
 
+    A step that the storage refuses to read is reported as ``unreadable``, and does not hide the others.
+
     ``on_step`` is called with each step before it is read, and may return a progress callback.
 
     Raises:
         CheckpointNotFoundError: the folder holds no step, or none that was ever committed.
     """
-    entries = catalog.scan(storage, folder)
+    entries = catalog.scan(storage, folder, keep_going=True)
     committed = [entry for entry in entries if entry.state != "incomplete"]
     if not committed:
         what = "only steps that were never committed" if entries else "no steps"
@@ -257,8 +262,27 @@ def verify_run(
         # A live run deletes and replaces steps while we read.
         with contextlib.suppress(CheckpointNotFoundError):
             progress = on_step(entry.step)
-            reports.append(verify_in(storage, entry.path, level, num_threads=num_threads, progress=progress))
+            try:
+                reports.append(verify_in(storage, entry.path, level, num_threads=num_threads, progress=progress))
+            except StorageError as error:
+                reports.append(_unreadable(join_path(storage.root, entry.path), level, error))
     return reports
+
+
+def _unreadable(path: str, level: Level, error: StorageError) -> VerifyReport:
+    return VerifyReport(
+        path=path,
+        state="unreadable",
+        level=level,
+        problems=(),
+        num_problems=0,
+        num_items=0,
+        nbytes=0,
+        read_nbytes=0,
+        unchecked_nbytes=0,
+        seconds=0.0,
+        notes=(f"it can't be read: {error.message}",),
+    )
 
 
 def _notes(record: CommitRecord) -> tuple[str, ...]:
