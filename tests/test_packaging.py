@@ -1,4 +1,4 @@
-"""The wheel, built from the tree: it works where only what it declares is installed, and the program without torch."""
+"""The wheel, built from the tree, works with only its declared dependencies, and the command line without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public names: what they are is a promise, and looking them up costs only what is used."""
+"""The public names are stable, and looking one up imports only what it needs."""
 
 from __future__ import annotations
 

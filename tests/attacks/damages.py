@@ -1,4 +1,4 @@
-"""Ways in which a checkpoint's files come to harm: what a disk, a network, a copy that was stopped or a person does.
+"""Damage to a checkpoint's files, as by a disk, a network, an interrupted copy or a person.
 
 Each is a function of the folder; all are made from a seed. They keep away from what only an attacker does (a CRC-32
 made right again): those are in ``test_damaged_checkpoints.py``.
@@ -20,7 +20,7 @@ SECTOR = 512
 
 @dataclass(frozen=True)
 class Damage:
-    """``files`` are those that are no longer what was written."""
+    """``files`` are those that differ from what was written."""
 
     what: str
     files: tuple[str, ...]
@@ -28,7 +28,7 @@ class Damage:
 
 
 def damages(sound: Path, older: Path, seed: int, count: int) -> Iterator[Damage]:
-    """``count`` damages of a copy of ``sound``, each of which changes something; ``older`` is another save like it."""
+    """Yield ``count`` damages to copies of ``sound``, each a real change; ``older`` is another similar save."""
     rng = random.Random(seed)
     small = [name for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME) if (sound / name).exists()]
     data = sorted(path.name for path in sound.iterdir() if path.name not in small)

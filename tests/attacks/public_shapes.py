@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
-# ---- what a hostile pickle calls ----
+# ---- calls of hostile pickles ----
 
 CALLS = (
     ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("subprocess", "check_output"),

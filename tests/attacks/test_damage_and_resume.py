@@ -1,4 +1,4 @@
-"""Hundreds of damages of a run's newest step: each is named, nothing wrong is loaded, and a resume goes on from the
+"""Hundreds of damages of a run's newest step: each is reported, nothing wrong is loaded, and a resume starts from the
 newest sound step on all ranks together, or says why it can't.
 """
 
@@ -142,7 +142,7 @@ def save_run(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with sound steps, saved by two ranks."""
+    """A run's folder with undamaged steps, saved by two ranks."""
     folder = tmp_path_factory.mktemp("damage") / "sound"
     run_world(save_run, 2, folder, timeout_s=60)
     assert [entry.state for entry in scan(folder)] == ["committed"] * len(STEPS)
@@ -160,7 +160,7 @@ def scan(folder: Path) -> list[catalog.StepEntry]:
 
 
 def restore(sound: Path, folder: Path) -> None:
-    """Put a sound copy in place of the run's folder."""
+    """Replace the run's folder by an undamaged copy."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sound, folder)
 
@@ -329,7 +329,7 @@ def resume(run: Run, damage: Damage) -> tuple[int | None, list[str]]:
 
 
 def check_resumes(results: list[list[Seen]]) -> int:
-    """All ranks saw the same; what was damaged was passed over, said once, and is not good for retention."""
+    """All ranks saw the same; the damaged step was skipped, reported once, and does not count for retention."""
     fell_back = 0
     for first, *others in zip(*results, strict=True):
         for other in others:
@@ -371,7 +371,7 @@ def test_a_resume_passes_over_a_damaged_step_on_all_ranks_many_times(
 
 
 def go_on(folder: Path, sound: Path) -> None:
-    """After a fallback the run saves the damaged step anew: the mark is not held against the new one."""
+    """After a fallback the run saves the damaged step again: the mark does not apply to the new one."""
     run = Run(folder)
     if dist.get_rank() == 0:
         restore(sound, folder)
@@ -427,7 +427,7 @@ def two_of_three(folder: Path, sound: Path) -> list[list[str]]:
 
 
 def flip_data(step: Path) -> None:
-    """One bit in the largest tensor of rank 1's file, found by whoever reads it."""
+    """One flipped bit in the largest tensor of rank 1's file, detected by the rank that reads it."""
     manifest = checkpoint_record.read_manifest(LocalStorage(step.parent), step.name)
     shards = [shard for tensor in manifest.tensors.values() for shard in tensor.shards if shard.file == "__1_0.distcp"]
     largest = max(shards, key=lambda shard: shard.data_nbytes)
@@ -449,7 +449,7 @@ def test_several_damaged_steps_are_each_reported_and_none_left_is_an_error(sound
 
 
 def test_a_folder_that_was_renamed_is_not_taken_for_another_step(sound: Path, memory_path: Path) -> None:
-    """Whole and sound, but not what its name says: ``load_step = 9`` would go on from step 2."""
+    """Complete and undamaged, but another step than its name: ``load_step = 9`` would resume from step 2."""
     folder = memory_path / "run"
     shutil.copytree(sound, folder)
     step_of(folder, 2).rename(step_of(folder, 9))

@@ -306,7 +306,7 @@ def test_anything_but_a_file_is_refused_and_not_waited_for(step: Path, file: str
 
 
 def test_partial_reads_check_every_block_they_touch(memory_path: Path) -> None:
-    """Damage in a block is found by whoever reads of it, and only then; ``verify`` finds it always."""
+    """Damage in a block is detected by a read of that block, and only then; ``verify`` always detects it."""
     rows, row_nbytes = 3000, 4096
     step = memory_path / "step-1"
     milepost.save(step, {"w": torch.arange(rows * 1024.0).reshape(rows, 1024)})

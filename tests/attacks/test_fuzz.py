@@ -1,4 +1,4 @@
-"""A small run of the fuzzer; that it finds what it looks for; and inputs that grow when they are read."""
+"""A small run of the fuzzer, a check that it detects violations, and inputs that expand when read."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_entries_that_share_bytes_are_refused() -> None:
         check_archive(data[:second] + data[first : first + 4] + data[second + 4 :])
 
 
-# ---- what a run finds in its folder ----
+# ---- hostile files in a run's folder ----
 
 
 @pytest.mark.parametrize(

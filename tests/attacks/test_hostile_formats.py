@@ -167,7 +167,7 @@ def test_a_refusal_names_what_was_asked_for():
 
 
 def test_an_attack_inside_honest_metadata_is_refused():
-    """The program stands in a place that a lazy reader would never look at."""
+    """The program is in a place that a lenient reader would never examine."""
     honest = METADATA[:-1]
     for smuggled in (b"cos\nsystem\n" + text("x") + b"\x85R", b"\x82\x01"):
         with pytest.raises(FormatError):

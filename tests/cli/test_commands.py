@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, how it exits, and that it never shows a traceback."""
+"""The command line as users see it: output, exit status, and never a traceback."""
 
 from __future__ import annotations
 

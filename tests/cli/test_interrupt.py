@@ -20,8 +20,8 @@ from milepost.testing.sample import save_arrays
 from milepost.verification.verify import verify
 
 INTERRUPTED = 130
-# Where a signal meets a callback of the garbage collector, Python prints the interrupt and goes on: the command then
-# ends as if nobody had pressed the key.
+# If a signal arrives in a callback of the garbage collector, Python prints the interrupt and continues: the command
+# then ends as if there had been none.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 MOMENTS = 8

@@ -1,4 +1,4 @@
-"""``milepost resume-test``: it kills what it says, finds a resume that is not exact, and tells of runs that fail."""
+"""``milepost resume-test``: kills as documented, detects an inexact resume, and reports failing runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``milepost ls --watch``: what is being written, from the folder alone."""
+"""``milepost ls --watch``: saves in progress, from the folder alone."""
 
 from __future__ import annotations
 

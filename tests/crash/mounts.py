@@ -1,4 +1,4 @@
-"""File systems of a test's own, mounted where nobody else sees them."""
+"""File systems for one test, mounted in a private namespace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def small(kind: str, folder: Path) -> Iterator[Path]:
-    """A file system of a few MiB in a mount namespace of its own; skips the test where nothing can be mounted."""
+    """A file system of a few MiB in a private mount namespace; skips the test if mounting is not permitted."""
     folder.mkdir()
     commands = f"mount -t tmpfs -o size=12m none {folder}"
     if kind == "ext4":

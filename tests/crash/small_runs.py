@@ -281,7 +281,7 @@ NEXT = Save(9, 9.0)
 
 
 def check_the_next_run(storage: LocalStorage, found: Shown, damaged: frozenset[int] = frozenset()) -> None:
-    """It resumes from the newest sound step that is there, saves, prunes, and leaves nothing of the dead run."""
+    """Check that it resumes from the newest undamaged step, saves, prunes, and removes the remains of the dead run."""
     resumed: list[int] = []
     next_run = Case(found, (NEXT,), keep=0 if damaged else 1)
     with mock.patch.object(Progress, "load_state_dict", lambda _, state: resumed.append(state["step"])):

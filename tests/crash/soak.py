@@ -1,4 +1,4 @@
-"""A soak: a training run on two ranks whose processes are killed again and again ends as the one that nobody touched.
+"""A soak: a training run on two ranks whose processes are repeatedly killed equals the undisturbed one.
 
     python tests/crash/soak.py --kills 50 --seed 7          (make soak KILLS=50 SEED=7)
 
@@ -63,7 +63,7 @@ class SoakError(AssertionError):
     """The run did not come through."""
 
 
-# ---- what is killed, and when ----
+# ---- victims and moments of kills ----
 
 
 @dataclass(frozen=True, slots=True)

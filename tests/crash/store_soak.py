@@ -1,4 +1,4 @@
-"""A soak on an object store: ranks, launcher, store and network die, and the run ends as one that nobody touched.
+"""A soak on an object store: ranks, launcher, store and network are killed, and the run equals an undisturbed one.
 
     python tests/crash/store_soak.py --faults 20 --seed 7 [--tier]
 
@@ -52,7 +52,7 @@ def store_behind_proxy() -> Iterator[tuple[Seaweed, Proxy]]:
 def soak_on_store(
     folder: Path, victims: list[str], seed: int, *, tier: bool, tell: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Train below ``folder`` with the checkpoints on a store, while ``victims`` fall, one after the other.
+    """Train below ``folder`` with the checkpoints on a store, while ``victims`` are killed one after the other.
 
     Raises:
         SoakError: the run did not come through as it should have.

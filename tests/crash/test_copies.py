@@ -1,4 +1,4 @@
-"""A step that is copied elsewhere: at every fault it is there, or is not, or what was there before is."""
+"""Copies of a step: after every fault the destination has the copy, the previous step, or nothing."""
 
 from __future__ import annotations
 

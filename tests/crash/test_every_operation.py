@@ -76,7 +76,7 @@ def manager_in(
 
 @dataclass(frozen=True)
 class Case:
-    """Steps that are there before, with the value of their weights; the save; and what a scan may show then."""
+    """The steps before, with the value of their weights; the save; and the states that a scan may show afterwards."""
 
     before: dict[int, float]
     step: int
@@ -174,7 +174,7 @@ def quick_but_threaded() -> Iterator[None]:
 
 
 def meet_error(folder: Path, storage: FaultyStorage, case: Case, said: Path) -> None:
-    """Note the operation that failed, and what the run was told of it."""
+    """Record the operation that failed, and the error that the run got."""
     message = ""
     try:
         act(folder, storage, case)

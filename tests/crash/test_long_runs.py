@@ -149,7 +149,7 @@ def _save_often(folder: Path, mode: AsyncMode) -> tuple[Usage, Usage, Usage, Usa
 
 
 def wait_for_commit(manager: CheckpointManager) -> None:
-    """Return when the save that runs is committed, and what it used is free."""
+    """Return once the running save is committed, and its resources are free."""
     handle = getattr(manager._saver, "current", None)
     if handle is not None:
         handle.committed(60)
@@ -275,7 +275,7 @@ def test_nothing_is_left_of_a_trainer_that_is_killed_at_any_moment(
         manager, _ = manager_in(folder, "disabled")
         assert manager.load() is not None
         manager.close()
-        # Of an attempt that was killed in its first moment nobody knows yet whose it is: it is swept when it is old.
+        # An attempt killed in its first moment has no owner's record yet: it is swept when it is old.
         sweep_leftovers(LocalStorage(folder), "", now=time.time() + 2 * OWNERLESS_LIFETIME_S)
         assert all(name.startswith("step-") for name in set(os.listdir(folder)) - {"events.jsonl"})
     tally("SIGKILL of a trainer: its writer process, shared memory and attempts go", tried=NUM_KILLS, lost=0, seed=SEED)

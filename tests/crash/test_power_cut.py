@@ -1,4 +1,4 @@
-"""A power cut at every moment of a save on two ranks, and what the disk may hold then.
+"""A power cut at every moment of a save on two ranks, and the possible states of the disk afterwards.
 
 One real run is recorded, system call by system call. After each call the power may fail: several of the disks that
 this may leave are made, the two extremes always among them. Whatever was lost, torn or reordered: a scan shows the
@@ -231,7 +231,7 @@ def explore_sweeping(
             there = shown(storage)
             following = Case(there, (replace(NEXT, deletes=tuple(sorted(there)[:-1])),), keep=1)
             assert in_a_child(partial(train, SingleProcess(), storage, following, told=partial(tell, journal))) == 0
-        # What nobody synced may be undone until the next run has synced it by its own commit.
+        # Unsynced changes may be undone until the next run has synced them by its own commit.
         stages = [(0, shown) for _, shown in case.stages()]
         stages += [(1, {**shown, NEXT.step: NEXT.value}) for _, shown in case.stages()]
         stages += following.stages()
@@ -282,7 +282,7 @@ def tell(journal: Journal, count: int) -> None:
     journal.mark(str(count))
 
 
-# ---- the model finds what is wrong ----
+# ---- the model detects faults ----
 
 
 class ForgetsFolders(WrappedStorage):

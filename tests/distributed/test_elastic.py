@@ -1,4 +1,4 @@
-"""A job whose ranks die, or that comes back with other ranks, is the job that ran undisturbed."""
+"""A job whose ranks die, or that restarts with other ranks, equals the undisturbed job."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_a_rank_killed_on_another_node_is_started_again_on_both(
 def test_a_job_continues_without_a_lost_node_and_takes_in_another(
     start: Callable[..., Agent], undisturbed: Undisturbed
 ) -> None:
-    """On two nodes, on one, and on two again; shards and samples are dealt out anew each time."""
+    """On two nodes, on one, and on two again; shards and samples are redistributed each time."""
     options = meeting("1:2")
     agents = [start(1, next(options)) for _ in range(2)]
     agents[0].wait_for("step 4/")

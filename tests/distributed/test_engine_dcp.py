@@ -271,7 +271,7 @@ def objects_of(path: Path) -> set[str]:
 
 
 def failing_plugin(folder: Path) -> str:
-    """One rank fails in the middle of ``dcp.save``: all are told, nothing stays, the next save works."""
+    """One rank fails in the middle of ``dcp.save``: all ranks raise, nothing remains, the next save works."""
     warnings.simplefilter("ignore")
     rank = dist.get_rank()
     dcp.save({"w": torch.ones(3)}, storage_writer=milepost.StorageWriter(folder / "step-1"))

@@ -1,4 +1,4 @@
-"""The manager and the engine on several ranks: one rank's error is every rank's, and nobody is left waiting."""
+"""The manager and the engine on several ranks: one rank's error is raised on all, and no rank is left waiting."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def steps_in(folder: Path) -> dict[int, str]:
 
 
 def errors_of_one_rank(folder: Path, bad: int) -> dict[str, Outcome]:
-    """Provoke on rank ``bad`` alone, at every public step, an error; give what this rank is told."""
+    """Provoke an error only on rank ``bad``, at every public step; return the errors raised on this rank."""
     is_bad = dist.get_rank() == bad
     found: dict[str, Outcome] = {}
 

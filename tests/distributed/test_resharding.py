@@ -1,4 +1,4 @@
-"""Saved under any layout, the full training state comes back under every other one: to the last bit."""
+"""The full training state saved on any degrees is restored on all others bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopped and resumed, a run goes on as if nothing happened: to the last bit on the same ranks, to 1e-5 on others."""
+"""A resumed run equals the uninterrupted one: bit for bit on the same ranks, within 1e-5 on others."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_other_data_is_refused(runs: Runs):
 
 
 def test_parts_left_out_are_as_freshly_built(runs: Runs, tmp_path: Path):
-    """Without the data loader the samples begin anew; the weights go on."""
+    """Without the data loader the samples start over; the weights continue."""
     shutil.copytree(runs.killed_folder, tmp_path / "run")
     config = configure(tmp_path / "run", 1, "--checkpoint.exclude_from_loading", "data_loader,lr_scheduler")
     (record,) = run_world(train_rank, 1, config)

@@ -1,4 +1,4 @@
-"""A reader of the documentation: has a run and models where the pages say they are, and does what the pages say."""
+"""A reader of the documentation, with a run and models at the paths in the pages, who follows the pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""At the border: what is accepted in any of its forms, and first mistakes explained where they are made."""
+"""Arguments: every accepted form, and explanations of common mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going back, as users do it: a run whose last branch is killed and started again is the run that nobody touched.
+"""Returning to older steps: a run whose last branch is killed and restarted equals the undisturbed run.
 
 Each start is a process of its own, which a script might start again with the same command.
 """
@@ -92,7 +92,7 @@ class Loop:
 def start(
     folder: Path, stop: int, *, kill: bool = False, is_last: bool = True, **options: Any
 ) -> tuple[int | None, dict[str, Any]]:
-    """A process that loads, trains to ``stop`` and ends, or is killed; what it resumed from and held at its end."""
+    """Run a process that loads, trains to ``stop`` and ends or is killed; return its resumed step and final state."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -225,7 +225,7 @@ def test_a_damaged_end_falls_back_on_its_own_branch(folder: Path) -> None:
 
 
 def test_two_runs_in_turn_in_one_folder(folder: Path, opened: Callable[..., Loop]) -> None:
-    """The second one never loads: what it writes stays, and is what is resumed."""
+    """The second run never loads: its steps stay, and are resumed."""
     start(folder, 8, keep_latest_k=3)
     loop = opened(folder, keep_latest_k=3)
     loop.train(4)

@@ -1,4 +1,4 @@
-"""Ordinary changes between two runs: what needs no option and is only noted, what an option lets pass, what is refused.
+"""Ordinary changes between two runs: noted without an option, allowed by an option, or refused.
 
 Each is a recipe of docs/howto/change.md.
 """
@@ -180,7 +180,7 @@ def test_parameters_frozen_and_unfrozen(memory_path: Path) -> None:
 
 
 def test_new_parameters(memory_path: Path) -> None:
-    """Those of the model must be let in by name; what is known is restored, what is new is fresh."""
+    """New keys of the model must be allowed by name; known ones are restored, new ones stay as initialized."""
     first = saved(memory_path)
     model = Net(adapter=True)
     before = digest([*model.state_dict().values()])
@@ -470,7 +470,7 @@ def test_momentum_that_this_runs_schedule_sets(memory_path: Path) -> None:
     assert run.optimizer.param_groups[0]["betas"] == betas != (0.9, 0.999)
 
 
-# ---- random generators where training goes on ----
+# ---- random generators where training continues ----
 
 
 def test_the_generators_are_restored_where_training_continues(memory_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Modules come back through their own ``load_state_dict()``: hooks, overrides, extra state, projections that are
+"""Modules are restored through their own ``load_state_dict()``: hooks, overrides, extra state, projections that are
 shown split and held fused, copies, plain values, modules on the meta device."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SplitIntoViews(FusedQkv):
 
 
 class Normalised(nn.Linear):
-    """Keeps a cache that it makes anew whenever it is loaded."""
+    """Keeps a cache that it rebuilds at every load."""
 
     def __init__(self) -> None:
         super().__init__(4, 4)
@@ -194,7 +194,7 @@ def test_extra_state_of_any_kind_and_size(memory_path: Path, memory: Any) -> Non
 
 
 def test_modules_on_the_meta_device_are_given_memory(memory_path: Path) -> None:
-    """Also the optimizer that was made over them steps what was loaded."""
+    """The optimizer that was created over them steps the loaded parameters."""
     torch.manual_seed(0)
     saved = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.AdamW(saved.parameters(), lr=0.1)

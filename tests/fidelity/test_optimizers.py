@@ -1,4 +1,4 @@
-"""Every optimizer of torch comes back as it was, through its own ``load_state_dict()``, without one step of it."""
+"""Every optimizer of torch is restored through its own ``load_state_dict()``, without taking a step."""
 
 from __future__ import annotations
 
@@ -549,7 +549,7 @@ def test_a_refused_load_leaves_no_step_behind(memory_path: Path) -> None:
 
 
 class MadeWhenAsked(torch.optim.AdamW):
-    """Makes its state by a step when it is asked for it, in a form of its own, as torchtitan's container does."""
+    """Creates its state by a step when it is requested, in its own form, like torchtitan's container."""
 
     def state_dict(self) -> dict[str, Any]:
         if not self.state:

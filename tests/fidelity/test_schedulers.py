@@ -1,4 +1,4 @@
-"""Every scheduler class of torch comes back as it was: rates, order and types of its state, and all that follows."""
+"""Every scheduler class of torch is restored exactly: rates, order and types of its state, and its further course."""
 
 from __future__ import annotations
 

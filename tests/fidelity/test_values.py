@@ -182,7 +182,7 @@ def through_manager(folder: Path, value: Any, mode: str) -> Any:
 
 @pytest.mark.parametrize("value", CASES)
 def test_a_value_comes_back_as_it_was(memory_path: Path, value: Any) -> None:
-    """As a value of its own, in a nested state through ``save`` and ``load``, and through a manager."""
+    """As a single value, in a nested state through ``save`` and ``load``, and through a manager."""
     assert_same(decode_object("value", encode_object("value", value), "here"), value)
     milepost.save(memory_path / "step-1", {"a": {"value": value}, "list": [{"b": value}]})
     into: dict[str, Any] = {"a": {"value": None}, "list": [{"b": None}]}
@@ -417,7 +417,7 @@ def test_a_class_that_this_program_does_not_know(memory_path: Path, monkeypatch:
 
 
 def test_a_class_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New fields get their defaults; a member that is gone, or a field without a default, is told."""
+    """New fields get their defaults; a removed member, or a field without a default, is reported."""
     data = encode_object("best", Best(3, Phase.STABLE))
     phase = registry._by_name[f"{Phase.__module__}.Phase"]
     name = f"{Best.__module__}.Best"

@@ -1,4 +1,4 @@
-"""``milepost.json`` of format 1: what was written comes back, and nothing that could lead astray is accepted."""
+"""``milepost.json`` of format 1: it is read back unchanged, and anything misleading is refused."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_an_error_names_the_file_and_the_key(manifest: Manifest):
 
 
 def _set(*path: object) -> Callable[[dict[str, Any]], None]:
-    """Replace what stands at ``path[:-1]`` in the document by ``path[-1]``."""
+    """Replace the value at ``path[:-1]`` in the document by ``path[-1]``."""
 
     def edit(document: Any) -> None:
         *way, last, value = path

@@ -1,4 +1,4 @@
-"""Segments of ranks put together: the same table in whatever order they arrive, in little more memory than it has."""
+"""Merging ranks' segments: the same table in any order of arrival, with little more memory than its size."""
 
 from __future__ import annotations
 

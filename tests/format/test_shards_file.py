@@ -1,4 +1,4 @@
-"""``milepost.shards``: columns come back as they were, and no number in them is believed unproven."""
+"""``milepost.shards``: columns are read back unchanged, and every number in them is checked."""
 
 from __future__ import annotations
 

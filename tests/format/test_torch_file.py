@@ -1,4 +1,4 @@
-"""A ``.pt`` file of many tensors: what torch writes is located, what is laid out here torch loads."""
+"""A ``.pt`` file of many tensors: torch's files are located, and torch loads ours."""
 
 from __future__ import annotations
 

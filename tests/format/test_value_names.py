@@ -1,4 +1,4 @@
-"""Values of strangers, looked through without torch: just what a load would take."""
+"""Untrusted values examined without torch: exactly those are accepted that a load accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Own loops on one GPU: what is saved there resumes there, bit for bit, and moves to a CPU and back."""
+"""Custom loops on one GPU: a saved run resumes bit for bit, and moves to a CPU and back."""
 
 from __future__ import annotations
 

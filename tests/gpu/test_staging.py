@@ -1,4 +1,4 @@
-"""Staging from a GPU: what is stored is the state at the call. Skipped without CUDA."""
+"""Staging from a GPU: the stored state is that at the call. Skipped without CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages on frameworks: their code runs as it stands, and resumes."""
+"""The pages on frameworks: their code runs unchanged, and resumes."""
 
 from __future__ import annotations
 

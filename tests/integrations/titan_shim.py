@@ -1,4 +1,4 @@
-"""Lets torchtitan 0.3 train on CPUs with gloo. Nothing of what it saves, loads or computes is replaced.
+"""Lets torchtitan 0.3 train on CPUs with gloo. Nothing that it saves, loads or computes is replaced.
 
 Imported before torchtitan: it asks for a device when it is imported.
 """

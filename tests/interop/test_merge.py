@@ -1,4 +1,4 @@
-"""Merging weights: every method against plain numpy on whole tensors, sources of all kinds, and what is refused."""
+"""Merging weights: every method against plain numpy on complete tensors, sources of all kinds, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run: one page that shows what is there, whatever is there."""
+"""The report of a run: one page, for runs in any state."""
 
 from __future__ import annotations
 

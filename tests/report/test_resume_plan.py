@@ -1,4 +1,4 @@
-"""``plan_resume`` against the real thing: what a load reads."""
+"""``plan_resume`` against the reads of a real load."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_program_is_external(storage: LocalStorage) -> N
 
 @pytest.mark.parametrize("harm", ["torn", "missing", "short"])
 def test_an_external_checkpoint_that_lost_something_is_damaged(storage: LocalStorage, harm: str) -> None:
-    """It was committed once: to call it partial would let a run start afresh over it."""
+    """It was committed once: reporting it as incomplete would let a new run start over it."""
     make_external(storage, "run/step-8")
     metadata, file = Path(storage.root, "run/step-8/.metadata"), Path(storage.root, "run/step-8/__1_0.distcp")
     if harm == "torn":
@@ -189,7 +189,7 @@ def test_an_external_checkpoint_that_lost_something_is_damaged(storage: LocalSto
 
 
 def test_storage_that_cannot_be_read_is_an_error_not_damage(storage: LocalStorage) -> None:
-    """Else a server that is down for a second would make a run fall back to an old step."""
+    """Otherwise a server that is down for a second would make a run fall back to an old step."""
     save(storage, "run/step-1")
 
     class Down(WrappedStorage):

@@ -1,4 +1,4 @@
-"""Branches: what was written last is gone on from, and nothing that it needs is ever deleted."""
+"""Branches: a resume continues the branch that was written last, and its steps are never deleted too early."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_going_back_over_older_or_external_steps_abandons_those_behind(folder: F
 
 
 def test_an_external_step_that_came_later_is_the_latest(folder: Folder) -> None:
-    """torchtitan has gone on in the folder of a run, and Milepost goes on from there."""
+    """torchtitan has continued in the folder of a run, and Milepost continues from there."""
     folder.save(10, 20)
     folder.put(30, state="external")
     assert folder.start().step == 30
@@ -448,7 +448,7 @@ def test_ids_that_met_by_hand_are_distinguished_by_time(folder: Folder) -> None:
 
 
 def test_what_a_run_writes_after_going_back_stays(folder: Folder) -> None:
-    """The case of the issue: ten steps, back to the fourth, and the first save there is what is kept."""
+    """Ten steps, a return to the fourth, and the first save after it is kept."""
     folder.save(*range(1000, 11000, 1000))
     folder.start(4000)
     folder.save(4500)

@@ -1,4 +1,4 @@
-"""Retention: what goes is exactly what no rule keeps, and never what a resume may need."""
+"""Retention deletes exactly the steps that no rule keeps, and never one that a resume may need."""
 
 from __future__ import annotations
 

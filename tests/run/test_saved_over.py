@@ -1,4 +1,4 @@
-"""A save over a folder that is there: what is not ours stays, its access is kept, and others may save over ours."""
+"""A save over an existing folder: other files stay, permissions are kept, and other programs may save over ours."""
 
 from __future__ import annotations
 

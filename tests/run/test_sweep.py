@@ -1,4 +1,4 @@
-"""Sweeping and deleting: what is provably Milepost's and of no use goes; all else stays, and is named."""
+"""Sweeps and deletions remove only what is provably Milepost's and useless; everything else stays and is reported."""
 
 from __future__ import annotations
 

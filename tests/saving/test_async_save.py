@@ -1,4 +1,4 @@
-"""Saving in the background on one process: what is staged is what is stored, and no failure stays silent."""
+"""Background saves on one process: the staged state is stored, and every failure is reported."""
 
 from __future__ import annotations
 

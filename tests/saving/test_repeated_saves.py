@@ -1,4 +1,4 @@
-"""Saves that reuse what the one before has made: whatever has changed since is in the next step, and nothing else."""
+"""Saves that reuse the previous one's plan: every change since is in the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process: what is saved comes back to the last bit, and stock DCP reads and writes the same folders."""
+"""On one process: the saved state is restored bit for bit, and stock DCP reads and writes the same folders."""
 
 from __future__ import annotations
 
@@ -390,7 +390,7 @@ def test_two_values_with_one_key_are_refused(step: Path) -> None:
 
 
 def test_empty_dicts_are_remembered(step: Path) -> None:
-    """They have no key, as in stock DCP, but the manifest knows where they stood."""
+    """They have no key, as in stock DCP, but the manifest records their paths."""
     state = {"part": {"empty": {}, "n": 1}, "list": [{}, torch.ones(1)], "w": torch.ones(2)}
     milepost.save(step, state)
     into = blank(state)
@@ -416,7 +416,7 @@ def test_save_replaces_an_existing_checkpoint(step: Path) -> None:
 
 
 def test_plan_is_reused_while_the_structure_stays(tmp_path: Path) -> None:
-    """From the second save on, whatever the values are; made anew for other keys, shapes, dtypes or nesting."""
+    """From the second save on, whatever the values are; a new one for other keys, shapes, dtypes or nesting."""
     saver = Saver(LocalStorage(tmp_path), SingleProcess())
 
     def reused(state: dict[str, Any]) -> bool:

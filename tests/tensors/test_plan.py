@@ -1,4 +1,4 @@
-"""The plans: who writes what, who reads what, and what is wrong when the ranks' shards don't fit together."""
+"""Plans of writes and reads, and the faults reported if the ranks' shards don't fit together."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_rank_without_anything_has_an_empty_plan() -> None:
     assert [plan.is_empty for plan in plans] == [False, True]
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 def faults_of(*specs: Sequence[TensorSpec]) -> PlanError:

@@ -47,7 +47,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_the_order_is_the_same_in_every_version():
-    """A change here would make every run that is under way see samples twice and others never."""
+    """A change here would make every running training see some samples twice and others never."""
     order = SampleOrder(1000, 0).samples(np.arange(995, 1005, dtype=np.uint64))
     assert order.tolist() == [784, 808, 21, 522, 463, 850, 149, 86, 928, 62]
 
@@ -65,7 +65,7 @@ def test_a_billion_samples_need_no_table():
     num_samples=st.integers(1, 60),
 )
 def test_every_sample_comes_once_across_changes_of_the_data_parallel_degree(data, degrees, num_samples):
-    """The run is stopped after some steps of 12 samples and goes on with other ranks and micro-batches."""
+    """The run is stopped after some steps of 12 samples and continues with other ranks and micro-batches."""
     state, seen = None, []
     for degree in degrees:
         local = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if 12 % (n * degree) == 0]))

@@ -1,4 +1,4 @@
-"""``run_train.sh`` from outside: its exit status and what is on the screen."""
+"""``run_train.sh`` from outside: its exit status and its output."""
 
 from __future__ import annotations
 

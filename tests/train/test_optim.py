@@ -1,4 +1,4 @@
-"""The course of the learning rate, and what a resumed one goes on with."""
+"""The learning rate schedule, and its continuation after a resume."""
 
 from __future__ import annotations
 

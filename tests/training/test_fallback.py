@@ -75,7 +75,7 @@ def test_load_only_leaves_no_mark(folder: Path) -> None:
 
 
 def test_a_step_of_a_newer_milepost_is_never_passed_over_for_an_older_one(folder: Path) -> None:
-    """An older Milepost that took it for damaged would go back, and prune what it can't read."""
+    """If an older Milepost treated it as damaged, it would fall back, and prune steps that it can't read."""
     Run(folder).train(4)
     path = folder / "step-4" / "milepost.json"
     body = path.read_bytes().replace(b'"format_version": 2', b'"format_version": 3').rpartition(b'"crc32": "')[0]
@@ -124,7 +124,7 @@ def test_hostile_paths_are_refused(folder: Path) -> None:
     manifest = checkpoint_record.read_manifest(LocalStorage(folder), "step-2")
     assert manifest.paths["train_state.history.1.n"] == ("train_state", "history", 1, "n")
     paths = {**manifest.paths, "train_state.history.1.n": ("train_state", "history", 10**15, "n")}
-    # As in a checkpoint of before structures were recorded: then the paths tell what the containers were.
+    # As in checkpoints older than recorded structures: containers are then rebuilt from the paths.
     change_record(folder / "step-2", replace(manifest, paths=paths, structure=b""))
     with pytest.raises(CheckpointDamagedError, match="which belongs to another key"):
         Run(folder, load_step=2).manager.load()

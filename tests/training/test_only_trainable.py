@@ -1,4 +1,4 @@
-"""``checkpoint.only_trainable``: steps hold what is trained, and are resumed over the weights that are not."""
+"""``checkpoint.only_trainable``: steps hold the trainable parameters, and are resumed over the frozen ones."""
 
 from __future__ import annotations
 

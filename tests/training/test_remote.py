@@ -1,4 +1,4 @@
-"""A run with a second folder behind its own: what is copied, what is kept, what it resumes from."""
+"""A run with a remote folder: the steps that are copied, kept, and resumed from."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_the_first_stops_with_a_word_and_the_second_at_once(
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_request(second: list[int]):
-    """A scheduler signals every process of a job; the launcher then passes on what it got."""
+    """A scheduler signals every process of a job, and the launcher forwards its signal."""
     flags = SignalFlags()
     flags.listen()
     kill(signal.SIGTERM)

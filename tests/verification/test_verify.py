@@ -75,7 +75,7 @@ def owner_at(manifest: Manifest, name: str, offset: int) -> str | None:
     return None
 
 
-# ---- sound ones ----
+# ---- undamaged checkpoints ----
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -277,7 +277,7 @@ def test_metadata_of_another_save_is_found_though_it_is_whole(storage: LocalStor
 
 
 def test_metadata_in_other_words_is_no_fault(storage: LocalStorage) -> None:
-    """Another version, or torch itself, writes other bytes for the same: what they say is compared then."""
+    """Another version, or torch itself, writes other bytes for the same metadata: then the contents are compared."""
     manifest = save(storage)
     # Protocol 5 begins like 4, and each of its opcodes is in it.
     again = b"\x80\x05" + storage.read(f"{STEP}/.metadata")[2:]
@@ -408,7 +408,7 @@ def test_a_checkpoint_of_stock_dcp_is_verified(storage: LocalStorage) -> None:
     assert problem.key == "model.w"
 
 
-# ---- what is not there, marks, runs ----
+# ---- missing checkpoints, marks, runs ----
 
 
 def test_nothing_to_verify_is_an_error(storage: LocalStorage) -> None:

@@ -1,4 +1,4 @@
-"""``verify`` of weights outside a run: what can be told is told, and the rest is never called OK."""
+"""``verify`` of weights outside a run: everything checkable is checked, and the rest is never reported OK."""
 
 from __future__ import annotations
 
