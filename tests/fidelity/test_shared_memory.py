@@ -164,6 +164,15 @@ def keep_sharded(folder: Path, save: bool) -> None:
         manager.save(1) if save else manager.load()
     into: dict[str, Any] = {"model": model, "held": held.state if save else None}
     (milepost.save if save else milepost.load)(folder / "step-1", into)
+    optimizer = torch.optim.SGD(model.parameters())
+    if save:
+        buffer = torch.zeros_like(model[0].weight)  # type: ignore[index,arg-type]
+        optimizer.state.update({p: {"of its own": torch.ones_like(p), "of all": buffer} for p in model.parameters()})
+    with CheckpointManager(folder / "optimizer", config, model=model, optimizer=optimizer) as manager:
+        manager.save(1) if save else manager.load()
+    buffers = [entry["of all"] for entry in optimizer.state.values()]
+    assert all(buffer is buffers[0] for buffer in buffers)
+    assert buffers[0].placements == (Rows(0),)
     for found in (held.state, into["held"]):
         assert_same(found, state_of_its_own(model))
         assert found["again"] is found["columns"]

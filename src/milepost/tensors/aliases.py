@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from milepost.tensors.layout import TensorLeaf
+from milepost.tensors.layout import TensorLeaf, detached_local
 
 Geometry = tuple[int, tuple[int, ...]]
 """Where a tensor begins among the elements of the memory that it shares, and its strides."""
@@ -81,9 +82,9 @@ def join_aliases(aliases: Aliases, tensors: MutableMapping[str, object], apart: 
     if len({(type(tensor), tensor.dtype, tensor.device) for tensor in found.values()}) > 1:
         return
     if all(aliases[key] is None for key in found):
-        same = [tensor for tensor in found.values() if tensor.shape == first.shape and _is_placed_as(tensor, first)]
-        if len(same) == len(found):
-            tensors.update(dict.fromkeys(found, first))
+        if len({(tensor.shape, _mesh_of(tensor)) for tensor in found.values()}) == 1:
+            # A parameter's placements are better than those made up for state of another shape than its own.
+            tensors.update(dict.fromkeys(found, min(found.values(), key=_local_numel)))
         return
     if isinstance(first, DTensor) or not all(_fits(found[key], aliases[key]) for key in found):
         return
@@ -105,7 +106,9 @@ def _fits(tensor: torch.Tensor, geometry: Geometry | None) -> bool:
     return all(step > 0 or (step == 0 and size == 1) for size, step in zip(tensor.shape, geometry[1], strict=True))
 
 
-def _is_placed_as(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if isinstance(one, DTensor) and isinstance(other, DTensor):
-        return one.placements == other.placements and one.device_mesh == other.device_mesh
-    return True
+def _mesh_of(tensor: torch.Tensor) -> DeviceMesh | None:
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def _local_numel(tensor: torch.Tensor) -> int:
+    return (detached_local(tensor) if isinstance(tensor, DTensor) else tensor).numel()
