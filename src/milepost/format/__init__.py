@@ -16,6 +16,7 @@ In reading order::
     columns           the table of shards in columns, in memory; columns_check: its checks
     shards_file       the table as the file ``milepost.shards``
     segments          one rank's part of the table; segment_merger: all ranks' segments into one table
+    remembered        the last result of a pure function, kept for the next save
     digest            CRC-32s of items and blocks; shard_crcs: of shards, from those of their blocks
     shares            digests of files written by several ranks
     tags              file names with the id of their save
