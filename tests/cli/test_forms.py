@@ -133,6 +133,14 @@ def test_a_dtype_has_its_usual_spellings(spelling: str) -> None:
     assert parse_dtype(spelling) == "bfloat16"
 
 
+def test_show_says_which_command_prints_a_value(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = output(capsys, "show", "run/step-1", "train_state.*")
+    assert status == 2
+    assert "milepost inspect run/step-1 --tensors 'train_state.*' prints it" in err
+    assert output(capsys, "inspect", "run/step-1", "--tensors", "train_state.*")[0] == 0
+    assert output(capsys, "show", "run/step-1", "nothing")[0] == 3
+
+
 def test_values_are_shown(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = output(capsys, "inspect", "run/step-1")
     assert "train_state.loss  2.5" in out

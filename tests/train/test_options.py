@@ -312,6 +312,18 @@ def test_weights_in_hugging_face_files_need_their_folder():
     )
 
 
+def test_steps_are_kept_only_by_a_metric_that_is_recorded():
+    kept = ("--checkpoint.enable", "--checkpoint.keep_best_k", "2", "--checkpoint.metric")
+    assert load("", *kept, "loss").checkpoint.metric == "loss"
+    (problem,) = problems("", *kept, "accuracy")
+    assert "checkpoint.metric accuracy: the trainer records loss" in problem
+
+
+def test_steps_are_not_copied_onto_themselves():
+    (problem,) = problems("", "--checkpoint.enable", "--checkpoint.remote_folder", "./checkpoint/")
+    assert "are the same folder: give another one, or none" in problem
+
+
 def test_a_missing_file_is_reported_with_the_nearest_name():
     Path("debug.toml").touch()
     with pytest.raises(ConfigError) as caught:

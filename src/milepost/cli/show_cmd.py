@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from typing import Any
 
+from milepost.cli.paths import is_file
 from milepost.cli.render import print_json, print_line
-from milepost.errors import ConfigError
+from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.format.box import Box
+from milepost.run import checkpoint_record
+from milepost.storage import open_storage
 from milepost.storage.base import counted
 
 MAX_NUMEL = 1 << 24
@@ -46,7 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
     with open_all(args.path) as source:
         shown: dict[str, Any] = {}
-        keys = matching_keys(source.tensors, [args.key], args.path)
+        try:
+            keys = matching_keys(source.tensors, [args.key], args.path)
+        except CheckpointNotFoundError:
+            _refuse_value(args.path, args.key)
+            raise
         chosen = {key: parse_slice(args.slice, source.tensors[key].shape) for key in keys}
         num_elements = sum(box.numel for box, _ in chosen.values())
         if num_elements > MAX_NUMEL:
@@ -65,6 +73,18 @@ def run(args: argparse.Namespace) -> int:
             print_line(f"{key}:")
         print(np.array2string(array.astype(np.float32) if array.dtype.kind == "V" else array))
     return 0
+
+
+def _refuse_value(path: str, key: str) -> None:
+    """Raise ConfigError if ``key`` exists but is not a tensor's."""
+    from milepost.report.globs import matching_keys
+
+    storage, name = open_storage(path)
+    if is_file(storage, name):
+        return
+    with contextlib.suppress(CheckpointNotFoundError):
+        matching_keys(checkpoint_record.read_manifest(storage, name).objects, [key], path)
+        raise ConfigError(f"{key} is a value, not a tensor: milepost inspect {path} --tensors '{key}' prints it")
 
 
 def _plain(array: Any) -> Any:

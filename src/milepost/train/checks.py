@@ -85,6 +85,9 @@ _AT_LEAST: dict[str, float] = {
     "metrics.log_freq": 1,
 }
 
+RECORDED = ("loss",)
+"""The metrics that the trainer records with each step."""
+
 _FROM_0_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
 
 _FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
@@ -103,6 +106,11 @@ def _value_problems(config: TrainConfig) -> Iterator[str]:
         value = _value(config, option)
         if not 0 <= value < 1:
             yield f"{option} must be at least 0 and less than 1, not {value}"
+    if config.checkpoint.metric not in ("", *RECORDED):
+        yield (
+            f"checkpoint.metric {config.checkpoint.metric}: the trainer records {', '.join(RECORDED)} with each step; "
+            "by another metric no step would be kept as one of the best"
+        )
     if config.metrics.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "metrics.enable_tensorboard needs the package tensorboard: pip install 'milepost[train]'"
     if not config.job.dump_folder:
