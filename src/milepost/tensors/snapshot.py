@@ -50,6 +50,7 @@ class Snapshot:
             out.truncate()
             pickler.dump(part)  # one pickler for all steps, so that memo references work
             joined.write(out.getbuffer()[len(start) : -1])
+            part.clear()  # the pickler's memo keeps the container itself alive
         joined.write(pickle.STOP)
         return record.archive(joined.getbuffer(), {})
 
