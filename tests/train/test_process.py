@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,11 @@ from milepost.train.process import (
     LAUNCHER_PID,
     accept_save_requests,
     hold_save_requests,
+    leave,
     leave_on_signals,
     leave_with,
     leave_with_launcher,
+    show_log,
 )
 
 
@@ -170,3 +174,20 @@ def test_a_save_request_to_a_rank_that_is_starting_waits_until_it_can_save(
     captured = capfd.readouterr()
     assert captured.out == ("started\nasked to save\n" if handled else "started\n")
     assert ("SIGUSR1: this run does not save" in captured.err) is not handled
+
+
+def test_a_closed_output_is_said_once_and_the_run_goes_on(capfd: pytest.CaptureFixture[str]):
+    def run() -> None:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(writer)
+        os.close(reader)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        sys.stdout = os.fdopen(1, "w")
+        show_log()
+        for number in range(3):
+            logging.getLogger("milepost").info("step %d", number)
+        leave(0)
+
+    assert ended(run)[0] == 0
+    assert capfd.readouterr().err == "standard output is closed: the run goes on without it\n"

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from milepost.errors import MilepostError
 from milepost.saving.background import finish_saves
@@ -37,10 +37,23 @@ def speaks() -> bool:
     return "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] in os.environ.get("LOG_RANK", "0").split(",")
 
 
+class _Output(logging.StreamHandler[TextIO]):
+    """Standard output that may go away, with a terminal or a reader such as ``head``: the run goes on without it."""
+
+    _is_lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif not self._is_lost:
+            self._is_lost = True
+            write_line("standard output is closed: the run goes on without it")
+
+
 def show_log() -> None:
     """Print Milepost's log with the time of day, if this rank prints."""
     log = logging.getLogger("milepost")
-    handler = logging.StreamHandler(sys.stdout) if speaks() else logging.NullHandler()
+    handler = _Output(sys.stdout) if speaks() else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers = [handler]
     log.setLevel(logging.INFO)
