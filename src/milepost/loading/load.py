@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from operator import call
 from os import PathLike, fspath
-from pickle import PickleBuffer
-from typing import Any, get_args, overload
+from typing import Any, cast, get_args, overload
+
+import numpy as np
 
 from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, default_comm, failure_on, on_rank_0, raise_together
@@ -268,11 +269,11 @@ def load_from(
     read_digests = partial(checkpoint_record.read_digests_file, storage, folder, recorded)
     handed = None
     if shared is not None:  # sent from where it is, like the record's columns: it can be hundreds of megabytes
-        handed = on_rank_0(comm, lambda: None if (data := read_digests()) is None else PickleBuffer(data))
+        handed = on_rank_0(comm, lambda: None if (data := read_digests()) is None else np.frombuffer(data, np.uint8))
     try:
         with watched(f"rank {comm.rank} is reading the values of {path}"):
             stored = handed if shared is not None else read_digests()
-            digests = None if stored is None else parse_digests(memoryview(stored), recorded, path)
+            digests = None if stored is None else parse_digests(memoryview(cast(Any, stored)), recorded, path)
             sources = Sources(
                 *(storage, folder, recorded, translation, near, flat, wanted), digests=digests, common=common
             )
