@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch.utils.serialization  # noqa: F401 - torch.load imports it at its first call, and nothing may be imported then
 from fuzz_mutations import (
     Mutator,
     framed,
