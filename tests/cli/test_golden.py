@@ -96,6 +96,7 @@ MISTAKES = [
     "plan-resume run/step-600 --world-size 3 --degrees tp=2",
     "plan-resume run/step-600 --world-size 4 --degrees tp=2,tp=4,xp=1,pp=many",
     "plan-resume run/step-600 --world-size 0 --stages-per-rank 0",
+    "plan-resume run/step-600 --world-size 1000000",
     "plan-resume run/step-600 --world-size 2 --model llama4 --flavor 8B",
     "convert run/step-600 out --to hf",
     "convert run/step-600 out --to onnx",

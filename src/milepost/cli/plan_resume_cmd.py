@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_RANKS = 16
 MAX_KEYS = 20
+MAX_WORLD_SIZE = 1 << 16
+"""A bound on what is planned: about 2 ms of processor time a rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +134,8 @@ def resolve_degrees(text: str, world_size: int, stages_per_rank: int) -> Degrees
         for option, number in (("--world-size", world_size), ("--stages-per-rank", stages_per_rank))
         if number < 1
     ]
+    if world_size > MAX_WORLD_SIZE:
+        problems.append(f"--world-size must be at most {MAX_WORLD_SIZE}, not {world_size}")
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, number = part.partition("=")
         long = next((option for option, short in SHORT_DEGREES.items() if name in (option, short, _stem(option))), "")
