@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from milepost.interop.dcp.read import StorageReader
     from milepost.interop.dcp.write import StorageWriter
     from milepost.interop.hf.model import HfModel
-    from milepost.loading.load import LoadReport, load
+    from milepost.loading.load import load
+    from milepost.loading.load_from import LoadReport
     from milepost.saving.async_save import async_save
     from milepost.saving.background import SaveHandle
     from milepost.saving.job import SaveReport
@@ -48,7 +49,7 @@ _HOMES = {
     "CheckpointConfig": "milepost.config",
     "CheckpointManager": "milepost.training.manager",
     "Commit": "milepost.training.hooks",
-    "LoadReport": "milepost.loading.load",
+    "LoadReport": "milepost.loading.load_from",
     "HfModel": "milepost.interop.hf.model",
     "SaveHandle": "milepost.saving.background",
     "async_save": "milepost.saving.async_save",

@@ -199,7 +199,7 @@ def storage_of_this_rank(wrap: Callable[[Storage], Storage]) -> Iterator[None]:
         storage, name = open_storage(path)
         return wrap(storage), name
 
-    homes = ("training.manager", "saving.save", "loading.load")
+    homes = ("training.manager", "saving.request", "loading.load")
     with mock.patch.multiple("milepost.training.manager", open_storage=opened):
         patches = [mock.patch(f"milepost.{home}.open_storage", opened) for home in homes[1:]]
         for patch in patches:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from milepost import CheckpointConfig, CheckpointManager
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.run import catalog, checkpoint_record
 from milepost.storage import LocalStorage
 

@@ -7,11 +7,11 @@ as bytes, or in objects that Milepost created from it: stored data is never unpi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -241,21 +241,21 @@ class ProcessGroupComm:
             _wait(send)
 
     def post(self, name: str, text: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the rank that serves the store has exited
+        with suppress(RuntimeError):  # the rank that serves the store has exited
             self._store.set(name, text)
 
     def look_up(self, name: str) -> str | None:
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             if self._store.check([name]):
                 return self._store.get(name).decode("utf-8", "replace")
         return None
 
     def arrive(self, name: str) -> None:
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             self._store.add(name, 1)
 
     def num_arrived(self, name: str) -> float:
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             return int(self._store.add(name, 0))
         return math.inf
 
@@ -425,12 +425,18 @@ def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
     return cast("T", result)
 
 
-def on_every_rank(comm: Comm, act: Callable[[], T]) -> T:
-    """Call ``act`` on each rank, and return this rank's result; an error of any rank is raised on all. Collective."""
-    result, failure = None, None
+@contextmanager
+def errors_shared(comm: Comm) -> Iterator[None]:
+    """At the end of the block raise an error of any rank on all. Collective."""
+    failure = None
     try:
-        result = act()
+        yield
     except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the outcome
         failure = failure_on(comm.rank, cause)
     raise_together(comm, failure)
-    return cast("T", result)
+
+
+def on_every_rank(comm: Comm, act: Callable[[], T]) -> T:
+    """Call ``act`` on each rank, and return this rank's result; an error of any rank is raised on all. Collective."""
+    with errors_shared(comm):
+        return act()

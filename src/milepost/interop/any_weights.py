@@ -19,7 +19,7 @@ from milepost.interop.weights.dequantized import METHODS, method_of, method_of_k
 from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 from milepost.interop.weights.stream import SLAB_NBYTES
 from milepost.loading.fit import unexpected_error
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.loading.names import renames
 from milepost.loading.policy import LetPass, Policy
 from milepost.tensors.layout import TensorLeaf, torch_dtype

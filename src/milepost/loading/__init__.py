@@ -2,7 +2,8 @@
 
 In reading order::
 
-    load       ``load()``: read the record, compare, plan, read, restore
+    load       ``load()``: into a caller's state dict
+    load_from  the stages of every load: read the record, compare, plan, read
     policy     globs of keys that may be missing or left out (torch-free)
     fit        keys of both sides compared
     unwanted   stored keys that no rank wants

@@ -20,7 +20,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from milepost import CheckpointConfig, CheckpointManager, HfModel
 from milepost.collective.comm import default_comm, failure_on, on_rank_0, raise_together
 from milepost.errors import ConfigError, MilepostError
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.parallelism.degrees import Degrees
 from milepost.train.config import TrainConfig
 from milepost.train.corpus import Corpus, load_corpus

@@ -23,7 +23,7 @@ from milepost.collective.interrupt import interrupts_held
 from milepost.collective.meeting import meeting
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, MilepostError, SaveError
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.run.beside import remote_folder_problem
 from milepost.run.branches import History
 from milepost.saving.agreement import SaverSettings

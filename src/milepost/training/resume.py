@@ -25,7 +25,7 @@ from milepost.errors import (
 )
 from milepost.format.manifest import HF_FORMAT, Manifest
 from milepost.interop.any_weights import load_any
-from milepost.loading.load import LoadReport, load_from
+from milepost.loading.load_from import LoadReport, LoadRequest, load_from
 from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
 from milepost.loading.policy import Policy
@@ -176,13 +176,12 @@ class Loader:
                 raise _renamed(join(storage.root, path))
             model_notes: list[str] = []
             try:
-                report = load_from(
-                    storage,
-                    path,
-                    partial(self._make_target, into, join(storage.root, path), model_notes),
+                request = LoadRequest(
+                    storage=storage,
+                    folder=path,
+                    make_target=partial(self._make_target, into, join(storage.root, path), model_notes),
                     check=into.check,
                     policy=self._policy(choice),
-                    comm=self._comm,
                     must_be_wanted=into.is_complete,
                     num_threads=self._config.num_io_threads,
                     wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
@@ -191,6 +190,7 @@ class Loader:
                     near=self._near(choice),
                     read=self._config.read,
                 )
+                report = load_from(request, self._comm)
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):
                     raise

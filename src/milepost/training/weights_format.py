@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from milepost.format.manifest import Manifest
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.loading.names import Translation
 from milepost.loading.policy import Policy
 from milepost.saving.job import Form

@@ -25,7 +25,7 @@ from milepost.interop.weights.boxes import Readable, Renamed
 from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import open_weights
 from milepost.loading.fit import unexpected_error
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.loading.module import DERIVED
 from milepost.loading.names import Translation, renames
 from milepost.loading.policy import Policy

@@ -16,7 +16,7 @@ from milepost.interop.names.match import match
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import open_weights, refuse_one_of_several
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.tensors.layout import TensorLeaf
 
 

@@ -17,7 +17,7 @@ from milepost.interop.hf.save import HfTarget, plan_image
 from milepost.interop.names.identity import CUSTOM, RECORD, ModelIdentity, size_differences, with_settings
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.translate import translate
-from milepost.loading.load import LoadReport
+from milepost.loading.load_from import LoadReport
 from milepost.loading.names import Translation
 from milepost.loading.policy import Policy
 from milepost.tensors.layout import TensorLeaf
