@@ -199,7 +199,7 @@ class Run:
         ranks: tuple[int, ...] = tuple(range(RANKS)),
         make: Callable[[str], BaseException] = Injected,
     ) -> None:
-        """On each of ``ranks`` in turn let ``act`` meet an error; then a save must be committed, after a load of one."""
+        """On each of ``ranks`` in turn let ``act`` meet an error; then, after a load, a save must be committed."""
         for bad in ranks:
             is_bad = dist.get_rank() == bad
             started = time.monotonic()
