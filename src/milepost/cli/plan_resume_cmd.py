@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_RANKS = 16
 MAX_KEYS = 20
 MAX_WORLD_SIZE = 1 << 16
-"""A bound on what is planned: about 2 ms of processor time a rank."""
+"""Maximum number of ranks that are planned; more are taken for a mistake."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
