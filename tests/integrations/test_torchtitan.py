@@ -190,7 +190,7 @@ def test_our_trainer_resumes_its_run_and_it_resumes_ours_converted(assets: Path)
     run(assets, stock=True, steps=4, last_save_model_only=False)
     with pytest.raises(WorldError, match=r"another program's data loader .*exclude_from_loading dataloader"):
         run_world(train_ours, 1, str(assets), 6, "")
-    ((_, last),) = run_world(train_ours, 1, str(assets), 6, "dataloader")
+    ((_, _),) = run_world(train_ours, 1, str(assets), 6, "dataloader")  # two steps
     options = ConvertOptions(
         to="dcp", model="llama3", flavor="debugmodel", names="torchtitan-0.3", training_state=True, verify=True
     )
@@ -202,7 +202,9 @@ def test_our_trainer_resumes_its_run_and_it_resumes_ours_converted(assets: Path)
     assert again["schedule"] == {"last_epoch": 7}
     assert again["steps_of_optimizer"] == {7.0}
     assert ours["train_state"]["step"] == 6
-    assert last < 8
+    name = "tok_embeddings.weight"
+    theirs, after = milepost.load(assets / "checkpoint/step-4")[name], ours[name]
+    assert (after - theirs).norm() < 0.1 * theirs.norm(), "two steps do not lead that far from the loaded weights"
 
 
 @pytest.mark.slow
