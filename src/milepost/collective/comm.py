@@ -426,13 +426,16 @@ def on_rank_0(comm: Comm, act: Callable[[], T]) -> T:
 
 
 @contextmanager
-def errors_shared(comm: Comm) -> Iterator[None]:
-    """At the end of the block raise an error of any rank on all. Collective."""
+def errors_shared(comm: Comm, kind: type[MilepostError] = MilepostError) -> Iterator[None]:
+    """At the end of the block raise an error of any rank on all. Collective.
+
+    Errors other than Milepost's become one of ``kind``.
+    """
     failure = None
     try:
         yield
     except BaseException as cause:  # noqa: BLE001 - the other ranks wait for the outcome
-        failure = failure_on(comm.rank, cause)
+        failure = failure_on(comm.rank, cause, kind)
     raise_together(comm, failure)
 
 

@@ -146,10 +146,8 @@ class ModuleOwner:
     def _saved_metadata(self, target: Target, root: Sequence[str]) -> Any:
         """Return the metadata of the module's state dict, with the versions of its parts that were saved, if known."""
         own = self._metadata
-        saved, prefix = (
-            getattr(target.at(root) if root else None, "_metadata", None),
-            len("".join(f"{n}." for n in root)),
-        )
+        saved = getattr(target.at(root) if root else None, "_metadata", None)
+        prefix = len(".".join((*root, "")))
         versions = target.versions if not root else {}
         if not isinstance(own, Mapping) or not (isinstance(saved, Mapping) or versions):
             return own

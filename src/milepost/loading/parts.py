@@ -57,8 +57,8 @@ def want_parts(target: Target, node: TensorParts, *, live: Any = None, like: Any
     """Request a composed tensor, read into ``live`` if that has the stored form; returns whether it has.
 
     Otherwise a new one is built in the node's place, sharded and placed like ``like`` (for instance the parameter of an
-    optimizer state), or complete on the CPU. If that is impossible, the parts are
-    returned as a dict, or a mismatch is recorded.
+    optimizer state), or complete on the CPU. If that is impossible, the parts are returned as a dict, or a mismatch is
+    recorded.
     """
     like = live if isinstance(live, torch.Tensor) else like
     if isinstance(like, torch.Tensor) and tuple(like.shape) != node.form.shape:

@@ -90,9 +90,9 @@ class _Wanted:
 class TensorReads:
     """The reads that fill planned regions, as tasks for threads that also check the data. A context manager.
 
-    ``digests`` is None for a checkpoint that stock DCP wrote: then a shard is
-    checked against the CRC-32 of its zip record, if any, only if this rank reads it completely. ``on_read`` is called
-    with the bytes of each read, from any thread. The tasks raise what :func:`read_tensors` does.
+    ``digests`` is None for a checkpoint that stock DCP wrote: then a shard is checked against the CRC-32 of its zip
+    record, if any, only if this rank reads it completely. ``on_read`` is called with the bytes of each read, from any
+    thread. The tasks raise what :func:`read_tensors` does.
 
     Shared blocks (``handed``) are in no task: :meth:`read_block` reads one that is assigned to this rank, and
     :meth:`take_block` copies the bytes of one to their targets. Files that are not read here are not opened.

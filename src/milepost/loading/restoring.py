@@ -1,4 +1,4 @@
-"""Pass what was read to the objects that it belongs to, one after another, and report how far that went."""
+"""Call the ``load_state_dict()`` of objects one after another, and report which are loaded if one raises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def restore_each(objects: Sequence[Restoring], *, advice: str) -> None:
     """Call all of them in order.
 
     Raises:
-        PartlyLoadedError: one raised. What stands before it is loaded, what stands behind it is not.
+        PartlyLoadedError: one raised. Those before it are loaded, those after it are not.
     """
     for number, (name, restore) in enumerate(objects):
         try:

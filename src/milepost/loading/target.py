@@ -68,14 +68,14 @@ class Target:
         """One line for each tensor whose stored dtype differs from the target's."""
         self.mismatched: list[str] = []
         """One line for each value that is known not to fit."""
-        self._noted = stored.tree.relations if stored is not None else Relations()
+        self._relations = stored.tree.relations if stored is not None else Relations()
         self.meshes: Sequence[DeviceMesh] = ()
         """Meshes of this run, on which DTensors that no object here has are made as they were."""
         self.apart = set[str]()
         """Keys of new tensors that are known elsewhere already."""
         self._unplaced: list[str] = []
         self.is_filling = False
-        """True from the moment that anything of the caller's may have been changed."""
+        """True once any object of the caller may have been changed."""
         self.left: set[str] = set()
         """Keys of the checkpoint that are not used here."""
         self._taken: set[str] = set()  # top-level names of a checkpoint that is stored as one value
@@ -106,7 +106,7 @@ class Target:
     def new_tensor(self, key: str, entry: TensorEntry) -> torch.Tensor:
         """A new tensor for a stored one: placed as it was, else on the CPU and whole."""
         dtype = torch_dtype(entry.dtype)
-        if (text := self._noted.sharded.get(key)) is not None and self.meshes:
+        if (text := self._relations.sharded.get(key)) is not None and self.meshes:
             made = make_sharded(text, self.meshes, entry.shape, dtype)
             if made is not None:
                 return made
@@ -116,18 +116,18 @@ class Target:
     @property
     def versions(self) -> Mapping[str, int]:
         """Versions of the model's modules in the checkpoint, by FQN; empty where they are not recorded."""
-        return self._noted.versions
+        return self._relations.versions
 
     def finish(self) -> None:
         """Let new tensors share memory as they did; called once all is wanted."""
-        for group in self._noted.aliases.values():
+        for group in self._relations.aliases.values():
             join_aliases(group, self.values, {*self.live, *self.apart, *self._narrowed, *self._spread})
         self._make_parameters()
         self.note("sharded over a mesh that this run does not have, so restored whole on each rank", self._unplaced)
 
     def _make_parameters(self) -> None:
         made: dict[int, nn.Parameter] = {}
-        for key, needs_grad in self._noted.parameters.items():
+        for key, needs_grad in self._relations.parameters.items():
             value = self.values.get(key)
             if key in self.live or key in self.apart or not isinstance(value, torch.Tensor):
                 continue

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
 from milepost.collective.collector import collection_paused
-from milepost.collective.comm import Comm, by_ranks, failure_on, merge_failures, raise_interrupt, raise_together
+from milepost.collective.comm import Comm, by_ranks, errors_shared, failure_on, merge_failures, raise_interrupt
 from milepost.collective.meeting import meeting
 from milepost.collective.progress import watched
 from milepost.config import NUM_IO_THREADS
@@ -165,14 +165,11 @@ class Agreement:
 
     def _begin_on_nodes(self, request: SaveRequest, save_id: str, info: SaveInfo | None) -> str:
         """Have each node's first rank create the attempt in its own folder; returns its name. Collective."""
-        attempt, failure = None, None
-        if info is not None:
-            try:
-                attempt = begin_attempt(self._storage, request.target, save_id)
-            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
-                failure = failure_on(self._comm.rank, cause, SaveError)
+        attempt = None
         try:
-            raise_together(self._comm, failure)
+            with errors_shared(self._comm, SaveError):
+                if info is not None:
+                    attempt = begin_attempt(self._storage, request.target, save_id)
         except BaseException:
             if attempt is not None:
                 abort_attempt(self._storage, attempt)

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from milepost.collective.comm import Comm, failure_on, raise_together
+from milepost.collective.comm import Comm, errors_shared
 from milepost.errors import ConfigError, StorageError
 from milepost.run.node_part import NodePart, rank_list
 from milepost.storage.base import Storage, join
@@ -40,20 +40,12 @@ def find_nodes(storage: Storage, folder: str, comm: Comm) -> Nodes:
     """
     token = comm.broadcast(uuid.uuid4().hex)
     mine = join(folder, f"{PROBE_PREFIX}{token}-{comm.rank}")
-    failure = None
-    seen: tuple[int, ...] = ()
     try:
-        storage.make_folder(folder)
-        storage.write(mine, b"")
-    except BaseException as cause:  # noqa: BLE001 - the other ranks wait
-        failure = failure_on(comm.rank, cause)
-    try:
-        raise_together(comm, failure)  # all files are written
-        try:
+        with errors_shared(comm):  # at its end all files are written
+            storage.make_folder(folder)
+            storage.write(mine, b"")
+        with errors_shared(comm):  # at its end all ranks have looked
             seen = _seen(storage, folder, token)
-        except BaseException as cause:  # noqa: BLE001 - as above
-            failure = failure_on(comm.rank, cause)
-        raise_together(comm, failure)  # all ranks have looked
     finally:
         with contextlib.suppress(StorageError):  # the other ranks continue, and it is empty
             storage.remove(mine)

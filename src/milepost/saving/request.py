@@ -21,7 +21,7 @@ from milepost.saving.job import Form, Keep
 from milepost.saving.structure import Nesting, Structure, structure_of
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
-from milepost.tensors.aliases import find_aliases
+from milepost.tensors.aliases import find_aliases, memory_of
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.parts import TensorParts, plain_tensors
 from milepost.tensors.placements import describe_placements
@@ -137,16 +137,19 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
             plain = (spec if spec.spread is None else replace(spec, spread=None) for spec in layout.tensors)
             layout = replace(layout, tensors=tuple(plain))
-        is_run = isinstance(state, ByName)
-        noted = _noted(flat, LOOP_PARTS if is_run else None, state.versions if isinstance(state, ByName) else {})
-        nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **noted.skeleton()}))
+        versions = state.versions if isinstance(state, ByName) else {}
+        relations = _relations_of(flat, LOOP_PARTS if isinstance(state, ByName) else None, versions)
+        nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **relations.skeleton()}))
         return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, frozen)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
 
-def _noted(flat: FlatState, loop_parts: Collection[str] | None, versions: Mapping[str, int]) -> Relations:
-    """What is to be recorded of tensors. Placements only of ``loop_parts``, if given: others have parameters' own."""
+def _relations_of(flat: FlatState, loop_parts: Collection[str] | None, versions: Mapping[str, int]) -> Relations:
+    """Return the relations of tensors to record.
+
+    Placements and parameters only of ``loop_parts``, if given: those of the other parts follow from the model.
+    """
     sharded, parameters = {}, {}
     for key in flat.tensors:
         slot, path = flat.slots[key], flat.paths[key]
@@ -182,9 +185,9 @@ def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -
     memory: set[tuple[torch.device, int] | None] = set()
     for module in modules:
         for buffer in module.buffers():
-            memory.update(map(_memory_of, plain_tensors(buffer)))
+            memory.update(map(memory_of, plain_tensors(buffer)))
     memory.discard(None)
-    return frozenset(leaf.key for leaf in leaves if _memory_of(leaf.local) in memory) if memory else frozenset()
+    return frozenset(leaf.key for leaf in leaves if memory_of(leaf.local) in memory) if memory else frozenset()
 
 
 def _shares(request: SaveRequest) -> bool:
@@ -205,14 +208,5 @@ def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) ->
 
 def _start_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
     """Return the start of a tensor's elements, or None without memory. Distinguishes parts of one memory (FSDP1's)."""
-    memory = _memory_of(tensor)
+    memory = memory_of(tensor)
     return (tensor.device, tensor.data_ptr()) if memory is not None and tensor.numel() else None
-
-
-def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
-    """Return the identity of a tensor's memory; None without any (meta tensors, wrappers)."""
-    try:
-        pointer = tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return None
-    return (tensor.device, pointer) if pointer else None

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from milepost.tensors.layout import TensorLeaf, detached_local
 
 Geometry = tuple[int, tuple[int, ...]]
-"""Where a tensor begins among the elements of the memory that it shares, and its strides."""
+"""The index of a tensor's first element in the memory that it shares, and its strides."""
 MAX_SPREAD = 2
 """Memory that new tensors share has no more elements than this many times their own."""
 Aliases = Mapping[str, Geometry | None]
@@ -23,8 +23,8 @@ def find_aliases(leaves: Iterable[TensorLeaf]) -> dict[str, Aliases]:
     """Find the tensors that overlap in memory, by the first key of each group: of one dtype, plain or all alike."""
     by_memory: dict[tuple[torch.device, int], list[TensorLeaf]] = defaultdict(list)
     for leaf in leaves:
-        if not leaf.is_part and (memory := _memory_of(leaf.local)):
-            by_memory[leaf.local.device, memory].append(leaf)
+        if not leaf.is_part and leaf.local.numel() and (memory := memory_of(leaf.local)) is not None:
+            by_memory[memory].append(leaf)
     found = {}
     for sharing in by_memory.values():
         for group in _overlapping(sharing) if len(sharing) > 1 else ():
@@ -34,11 +34,13 @@ def find_aliases(leaves: Iterable[TensorLeaf]) -> dict[str, Aliases]:
     return found
 
 
-def _memory_of(tensor: torch.Tensor) -> int:
+def memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
+    """Return the identity of a tensor's memory; None without any (meta tensors, wrappers)."""
     try:
-        return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+        pointer = tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
-        return 0
+        return None
+    return (tensor.device, pointer) if pointer else None
 
 
 def _overlapping(leaves: Iterable[TensorLeaf]) -> list[list[TensorLeaf]]:

@@ -71,7 +71,10 @@ def _placement(text: str, num_dims: int) -> Placement:
 def _find_mesh(
     meshes: Iterable[DeviceMesh], names: tuple[str, ...] | None, sizes: tuple[int, ...], ndim: int
 ) -> DeviceMesh | None:
-    """The mesh of these axes: by their names, of any sizes; without names by their number, best of the same sizes."""
+    """Find the mesh with these axes: by their names, whatever the sizes.
+
+    Axes without names are matched by their number, preferably with the same sizes.
+    """
     known = list(dict.fromkeys(meshes))
     if names is None:
         alike = [mesh for mesh in known if mesh.ndim == ndim]
@@ -83,5 +86,5 @@ def _find_mesh(
 
 
 def meshes_of(tensors: Iterable[torch.Tensor]) -> list[DeviceMesh]:
-    """The meshes that tensors lie on."""
+    """Return the meshes of the DTensors among ``tensors``, each once."""
     return list(dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)))

@@ -64,7 +64,6 @@ class Relations:
     """Versions of the model's modules by FQN (``nn.Module._version``), and of all others under ``ALL_MODULES``."""
     sharded: Mapping[str, str] = field(default_factory=dict)
     """Placements of DTensors, by key; see :func:`milepost.tensors.placements.describe_placements`."""
-
     parameters: Mapping[str, bool] = field(default_factory=dict)
     """Keys of parameters, and whether they require a gradient."""
 
@@ -81,7 +80,7 @@ class Relations:
 
     @classmethod
     def of(cls, found: Any) -> Relations:
-        """What a checkpoint records. Raises FormatError: the record is malformed."""
+        """Parse the record of a checkpoint. Raises FormatError: it is malformed."""
         try:
             shared = {
                 str(name): {str(key): _geometry(place) for key, place in group.items()}
@@ -92,7 +91,7 @@ class Relations:
             parameters = {str(key): text == "1" for key, text in found.get("parameters", {}).items()}
             return cls(shared, versions, sharded, parameters)
         except (AttributeError, TypeError, ValueError) as error:
-            raise FormatError(f"what a checkpoint notes of its tensors is malformed: {error}") from error
+            raise FormatError(f"the record of shared memory, placements and versions is malformed: {error}") from error
 
 
 def _geometry(text: str) -> Geometry | None:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from milepost import CheckpointConfig, CheckpointManager, HfModel
-from milepost.collective.comm import default_comm, failure_on, on_rank_0, raise_together
-from milepost.errors import ConfigError, MilepostError
+from milepost.collective.comm import default_comm, errors_shared, on_rank_0
+from milepost.errors import ConfigError
 from milepost.loading.load_from import LoadReport
 from milepost.parallelism.degrees import Degrees
 from milepost.train.config import TrainConfig
@@ -296,27 +296,18 @@ class Trainer:
 
     def _read_provenance(self) -> Provenance:
         """Read the provenance that is saved with each step; on rank 0."""
-        found, failure = Provenance(), None
-        if dist.get_rank() == 0 and self.config.checkpoint.enable:
-            try:
-                found = Provenance.of(self.config)
-            except BaseException as error:  # noqa: BLE001 - the other ranks wait for it
-                failure = failure_on(0, error, MilepostError)
-        raise_together(default_comm(), failure)
-        return found
+        with errors_shared(default_comm()):
+            is_needed = dist.get_rank() == 0 and self.config.checkpoint.enable
+            return Provenance.of(self.config) if is_needed else Provenance()
 
     def _load_corpus(self, tokenizer: Tokenizer) -> Corpus:
         """Encode the text in one process per node; the others then load the result."""
         training = self.config.training
         cache_folder = Path(self.config.job.dump_folder) / "tokens"
         load = partial(load_corpus, training.dataset, training.dataset_path, tokenizer, cache_folder)
-        failure = None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            try:
+        with errors_shared(default_comm()):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
                 load()
-            except BaseException as error:  # noqa: BLE001 - the other ranks wait for it
-                failure = failure_on(dist.get_rank(), error, MilepostError)
-        raise_together(default_comm(), failure)
         return load()
 
     def _settle_sizes(self, tokenizer: Tokenizer) -> ModelArgs:

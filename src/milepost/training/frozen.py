@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from milepost.collective.comm import Comm, failure_on, raise_together
+from milepost.collective.comm import Comm, errors_shared
 from milepost.errors import SaveError, StateMismatchError, listed
 from milepost.format.box import Box
 from milepost.interop.weights.base_samples import NAME, Sample, differences, dump, merged_samples, parse, places
@@ -25,14 +25,9 @@ def record_of(comm: Comm, state: TrainingState) -> dict[str, bytes]:
     Raises:
         SaveError: on every rank.
     """
-    found: dict[str, Sample] = {}
-    failure = None
-    try:
+    with errors_shared(comm, SaveError):  # a state_dict() of the user's may raise anything
         frozen = state.frozen_keys()
         found = local_samples((key, value) for key, value in state.state_dict(("model",)).items() if key in frozen)
-    except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
-        failure = failure_on(comm.rank, cause, SaveError)
-    raise_together(comm, failure)
     brought = comm.gather(found)
     return {NAME: dump(merged_samples(brought))} if brought is not None else {}
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from milepost.config import PARTS, CheckpointConfig, part_of
-from milepost.errors import (
-    StateMismatchError,
-    near,
-)
+from milepost.errors import StateMismatchError, near
 from milepost.format.manifest import Manifest
 from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.loading.policy import first_match
@@ -99,7 +96,7 @@ class PartsLoad:
 
     @property
     def is_filling(self) -> bool:
-        """True from the moment that anything live may have been changed."""
+        """True once anything live may have been changed."""
         return self._load is not None and self._load.target.is_filling
 
     def check(self) -> None:

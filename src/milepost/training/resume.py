@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from milepost.collective.comm import Comm, by_ranks, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import Comm, by_ranks, errors_shared, failure_on, on_rank_0, raise_together
 from milepost.collective.meeting import meeting
 from milepost.config import PARTS, CheckpointConfig, part_of
 from milepost.errors import (
@@ -97,13 +97,10 @@ class Loader:
         """Gather the content of all nodes' folders, if each has its own. Call it before :meth:`scan`. Collective."""
         if self._nodes is None:
             return
-        found, failure = None, None
-        if self._nodes.is_first(self._comm.rank):
-            try:
+        found = None
+        with errors_shared(self._comm):
+            if self._nodes.is_first(self._comm.rank):
                 found = node_steps.look_at_node(self._storage, self._folder, self._nodes.part_of(self._comm.rank))
-            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
-                failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
         brought = self._comm.gather(found)
         self._node_folders = [folder for folder in brought if folder is not None] if brought is not None else []
 
@@ -327,13 +324,9 @@ class Loader:
 
     def _restore(self, into: PartsLoad) -> list[str]:
         """Restore the live objects from the data read; returns notes. Collective."""
-        failure, notes = None, []
         self._is_filling = True
-        try:
+        with errors_shared(self._comm):  # a load_state_dict() of the user's may raise anything
             notes = into.restore()
-        except BaseException as cause:  # noqa: BLE001 - a load_state_dict() of the user's may raise anything
-            failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
         left = self._config.exclude_from_loading
         return [*notes, f"left as initialized: {', '.join(left)}"] if left else notes
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from milepost.collective.comm import Comm, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import Comm, errors_shared, on_rank_0
 from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, RunLockedError
 from milepost.run import checkpoint_record
@@ -74,13 +74,9 @@ class RunFolder:
         if self.nodes is None:
             on_rank_0(self._comm, act)
             return
-        failure = None
-        if self.nodes.is_first(self._comm.rank):
-            try:
+        with errors_shared(self._comm):
+            if self.nodes.is_first(self._comm.rank):
                 act()
-            except BaseException as cause:  # noqa: BLE001 - the other ranks wait
-                failure = failure_on(self._comm.rank, cause)
-        raise_together(self._comm, failure)
 
     def check(self) -> None:
         """Refuse a checkpoint as the folder of a run: steps would be saved inside it. Collective."""
