@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zoo import ARRAYS, make_external, save
@@ -60,6 +61,25 @@ def test_a_damaged_step_is_copied_as_damaged_and_the_others_all_the_same(
     Path("run/step-3/__0_0.distcp").write_bytes(whole)  # restored: the next copy replaces the damaged one
     assert sync(capsys, "run/step-3", "copy")[0] == 0
     assert states("copy")[3] == "committed"
+
+
+def test_a_damaged_copy_stays_marked_until_its_replacement_is_verified(
+    storage: LocalStorage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(storage, "run", 1)
+    whole = damage("run/step-1/__0_0.distcp")
+    assert sync(capsys, "run", "copy")[0] == 5
+    Path("run/step-1/__0_0.distcp").write_bytes(whole)
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("milepost.cli.sync_cmd.verify_in", interrupted)
+        assert sync(capsys, "run", "copy")[0] == 130
+    assert states("copy") == {1: "damaged"}
+    assert sync(capsys, "run", "copy")[0] == 0
+    assert states("copy") == {1: "committed"}
 
 
 def test_steps_of_other_programs_are_named(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,14 +108,14 @@ def _plan(source: str, destination: str) -> _Plan:
         if wanted not in (None, step):
             raise ConfigError(f"{destination} is a path for step {wanted}, not for step {step}")
         to = folder if wanted is None else split(folder)[0]
-        run_folder, only = split(name)[0], [step]
+        run_folder = split(name)[0]
     elif wanted is not None:
         raise ConfigError(
             f"{destination} is a path for one step: give the destination folder for the steps of {source}"
         )
     else:
         storage, run_folder = open_run(source)
-        to, only = folder, None
+        to = folder
     if is_same_folder(join_path(storage.root, run_folder), join_path(target.root, to)):
         raise ConfigError(f"{source} and {destination} are the same folder: give another destination")
     inside = enclosing_checkpoint(join_path(target.root, join(to, "step")), target)
@@ -123,8 +123,8 @@ def _plan(source: str, destination: str) -> _Plan:
         raise ConfigError(f"{destination} is inside the checkpoint {inside}: give a destination outside of it")
     found = catalog.scan(storage, run_folder)
     _refuse_other_run(found, catalog.scan(target, to), source, destination)
-    if only is not None:
-        return _Plan([(Spot(storage, name), Spot(target, join(to, step_name(only[0]))))])
+    if step is not None:
+        return _Plan([(Spot(storage, name), Spot(target, join(to, step_name(step))))])
     return _plan_of_run(Spot(storage, run_folder), found, Spot(target, to), source)
 
 
@@ -165,10 +165,10 @@ def _refuse_other_run(ours: Sequence[StepEntry], theirs: Sequence[StepEntry], so
 
 def _damage_of(src: Spot, copy: Spot) -> str:
     """Verify the copy; mark it if it is damaged, so that no reader takes it. Returns the damage, or ''."""
-    copy.storage.remove(damage_mark(copy.path))  # of an earlier, damaged copy
     with progress_bar(f"verifying {split(copy.path)[1]}") as progress:
         report = verify_in(copy.storage, copy.path, progress=progress)
     if not report.problems:
+        copy.storage.remove(damage_mark(copy.path))  # of an earlier, damaged copy; only now is it known to be replaced
         return ""
     catalog.mark_damaged(copy.storage, copy.path, f"as copied from {src}: {report.problems[0]}", now=time.time())
     lines = "\n  ".join(listed(report.problems, total=report.num_problems))
