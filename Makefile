@@ -1,6 +1,6 @@
 # make setup   create a virtual environment in .venv with everything installed
 # make train   train the debug model on the CPU (a minute on two cores)
-# make test    run the test suite (JOBS=2)   make test-slow   run the tests that take minutes each
+# make test    run the test suite (JOBS=2)   make test-slow   run the tests that take minutes each (an hour in all)
 # make test-layouts  train, kill, resume and reshard under every combination of degrees of parallelism (JOBS=2)
 # make test-crash  test kills, errors, power cuts, restarts of jobs and hostile input, a sample of each (JOBS=2)
 # make test-integrations   test the adapters with the installed frameworks: train, kill, resume
@@ -65,7 +65,7 @@ test-crash: $(STAMP)
 		tests/distributed/test_elastic.py
 
 test-slow: $(STAMP)
-	timeout 3000 $(BIN)/python -m pytest -q -m slow
+	timeout 7200 $(BIN)/python -m pytest -q -m slow -n $(JOBS)
 
 test-browser: $(STAMP)
 	@command -v chromium >/dev/null || echo "no Chromium on the path: apt-get install chromium; its tests are skipped" >&2

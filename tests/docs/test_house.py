@@ -54,3 +54,9 @@ def test_nothing_draws_from_the_generators_that_are_part_of_the_training_state()
     }
     assert found == set()
     assert any(DRAWS.search((root / name).read_text()) for name in SETS_GENERATORS)
+
+
+def test_no_two_files_of_tests_have_the_same_name() -> None:
+    """pytest imports each by its file's name alone, and stops where a run collects two of one name."""
+    names = [path.name for path in (house.ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
