@@ -171,7 +171,7 @@ def slice_of_columns(folder: Path, num_tensors: int, figures: Figures) -> None:
     from milepost.run import checkpoint_record
     from milepost.storage import open_storage
     from milepost.tensors.layout import Piece, TensorLeaf
-    from milepost.tensors.plan import plan_load
+    from milepost.tensors.read_plan import plan_load
 
     columns = {f"layers.{i}.weight": torch.zeros(SIDE, SIDE // 8) for i in range(num_tensors)}
     storage, path = open_storage(folder / OURS)

@@ -56,7 +56,8 @@ from milepost.run.attempts import begin_attempt
 from milepost.run.signoff import SignOff, dump_sign_off, wait_for_sign_offs
 from milepost.storage import LocalStorage, open_storage
 from milepost.storage.base import Content, Entry, Storage
-from milepost.tensors.plan import TensorSpec, plan_load
+from milepost.tensors.plan import TensorSpec
+from milepost.tensors.read_plan import plan_load
 from milepost.testing.wrap import WrappedStorage
 
 SAVE_ID = "0123456789abcdef0123456789abcdef"

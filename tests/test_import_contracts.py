@@ -30,6 +30,7 @@ TORCH_FREE = [
     "milepost.testing.wrap",
     "milepost.training.schedule",
     "milepost.tensors.plan",
+    "milepost.tensors.read_plan",
     "milepost.saving.writer",
     "milepost.run.signoff",
     "milepost.run.commit",

@@ -47,7 +47,7 @@ from milepost.loading.reader import read_tensors
 from milepost.run import catalog, checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf
-from milepost.tensors.plan import plan_load
+from milepost.tensors.read_plan import plan_load
 from milepost.testing.manifests import record_files
 from milepost.testing.world import run_world
 from milepost.verification.verify import verify

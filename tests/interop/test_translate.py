@@ -30,7 +30,7 @@ from milepost.report.resume_plan import OF_TORCHTITAN, plan_resume
 from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf
-from milepost.tensors.plan import plan_load
+from milepost.tensors.read_plan import plan_load
 from milepost.testing.sample import save_arrays
 from milepost.verification.verify import verify
 

@@ -20,7 +20,7 @@ from milepost.loading.values import read_objects
 from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors.layout import Piece, TensorLeaf, tensor_leaf
-from milepost.tensors.plan import Origin, plan_load
+from milepost.tensors.read_plan import Origin, plan_load
 from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
 
 ROWS, COLUMNS = 7000, 1024

@@ -36,7 +36,8 @@ from milepost.saving.stage import TensorBlocks
 from milepost.saving.writer import write_file
 from milepost.storage import LocalStorage
 from milepost.tensors.layout import Piece, TensorLeaf, axis_cuts, shard_pieces
-from milepost.tensors.plan import LocalLayout, Mesh, Spread, WritePlan, deal, plan_load, plan_save
+from milepost.tensors.plan import LocalLayout, Mesh, Spread, WritePlan, deal, plan_save
+from milepost.tensors.read_plan import plan_load
 from milepost.tensors.sharing import FromRank0, description, only, plan_alone, sort_out
 
 DTYPES = ("float32", "bfloat16", "int64", "bool", "complex64", "float8_e5m2", "uint16", "float4_e2m1fn_x2")

@@ -17,7 +17,8 @@ from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.placement import box_of, stages_of
 from milepost.report.resume_plan import READ_BUFFER_NBYTES, parameter_of, plan_resume
 from milepost.storage import LocalStorage
-from milepost.tensors.plan import TensorSpec, plan_load
+from milepost.tensors.plan import TensorSpec
+from milepost.tensors.read_plan import plan_load
 from milepost.testing.sample import Array, save_arrays
 
 

@@ -22,9 +22,9 @@ from milepost.tensors.plan import (
     TensorSpec,
     WritePlan,
     lay_out_file,
-    plan_load,
     plan_save,
 )
+from milepost.tensors.read_plan import plan_load
 
 
 def rows(start: int, stop: int, width: int = 4) -> Box:

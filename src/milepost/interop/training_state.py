@@ -41,7 +41,7 @@ from milepost.interop.names.translate import translate
 from milepost.interop.weights.boxes import Readable
 from milepost.loading.names import longest_prefix
 from milepost.storage.base import Storage, join
-from milepost.tensors.plan import Origin
+from milepost.tensors.read_plan import Origin
 from milepost.verification.block_reader import BlockReader
 
 CARRIED = ("model", "optimizer", "lr_scheduler", "train_state")

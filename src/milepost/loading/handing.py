@@ -22,7 +22,7 @@ from milepost.format.columns import table_of
 from milepost.format.digest import BlockDigests
 from milepost.format.manifest import Manifest
 from milepost.loading.reader import HandedBlocks
-from milepost.tensors.plan import ReadItem
+from milepost.tensors.read_plan import ReadItem
 
 PIECE_NBYTES = 16 << 20
 """Approximate number of bytes that each rank reads per round."""

@@ -23,7 +23,7 @@ from milepost.format.digest import BlockDigests
 from milepost.format.dtype import itemsize
 from milepost.format.manifest import Manifest
 from milepost.storage.base import Storage, join
-from milepost.tensors.plan import ReadItem
+from milepost.tensors.read_plan import ReadItem
 from milepost.verification.block_reader import shard_reader
 
 log = logging.getLogger("milepost")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from milepost.config import part_of
 from milepost.format.box import Box
 from milepost.format.manifest import Manifest
-from milepost.tensors.plan import Origin
+from milepost.tensors.read_plan import Origin
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "base_layer")
 _ADAPTED = "base_model.model."

@@ -30,7 +30,7 @@ from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
 from milepost.tensors.layout import TensorLeaf, dtype_name, torch_dtype
-from milepost.tensors.plan import ReadItem
+from milepost.tensors.read_plan import ReadItem
 from milepost.tensors.value_reader import decode_object
 from milepost.verification.block_reader import BlockReader, shard_reader
 from milepost.verification.external import locate_shards

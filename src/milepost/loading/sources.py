@@ -16,7 +16,8 @@ from milepost.loading.reader import HandedBlocks, TensorReads
 from milepost.loading.values import read_objects
 from milepost.run import catalog, checkpoint_record
 from milepost.storage.base import Storage
-from milepost.tensors.plan import ReadItem, TensorSpec, has_all, plan_load
+from milepost.tensors.plan import TensorSpec
+from milepost.tensors.read_plan import ReadItem, has_all, plan_load
 from milepost.tensors.state import FlatState
 
 log = logging.getLogger("milepost")

@@ -1,7 +1,7 @@
 """``plan_resume``: plan the reads of a resume under given degrees, rank by rank, from metadata only.
 
 The boxes are the trainer's (``parallelism.placement``); the plan is then made as for a real load
-(``tensors.plan.plan_load``).
+(``tensors.read_plan.plan_load``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from milepost.loading.policy import Policy
 from milepost.parallelism.degrees import Degrees
 from milepost.parallelism.fit import degree_problems, stage_problems
 from milepost.parallelism.placement import Coordinates, box_of, cut_class, layer_of, stages_of
-from milepost.tensors.plan import ReadItem, TensorSpec, plan_load
+from milepost.tensors.plan import TensorSpec
+from milepost.tensors.read_plan import ReadItem, plan_load
 
 READ_BUFFER_NBYTES = NUM_IO_THREADS * BLOCK_NBYTES
 """Maximum size of the read buffers: one block per reading thread."""

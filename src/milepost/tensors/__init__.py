@@ -11,7 +11,7 @@ In reading order::
     tree    the nesting of a checkpoint's values, recorded and rebuilt
     aliases  tensors that overlap in memory; placements: DTensors on a mesh
     layout  DTensors and other tensors -> global shapes and boxes; below it there are only boxes and bytes
-    plan    who writes which box where, who reads which bytes: pure functions of frozen values (torch-free)
+    plan    who writes which box where: pure functions of frozen values; read_plan: who reads which bytes (torch-free)
     sharing  the state common to ranks, and each rank's plan from it (torch-free)
 """
 

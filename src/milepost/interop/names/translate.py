@@ -19,7 +19,7 @@ from milepost.interop.names.match import with_stored_vocabulary
 from milepost.interop.names.model_sizes import ModelArgs
 from milepost.interop.names.rules import OWN, Correspondence, Family, Op, Recipe, correspond, key_faults
 from milepost.loading.names import Translation, longest_prefix, whole
-from milepost.tensors.plan import Origin, overlaps, swapped
+from milepost.tensors.read_plan import Origin, overlaps, swapped
 
 _KINDS = ("optimizer.state.", "optimizer.param_groups.")
 
