@@ -33,7 +33,7 @@ from milepost.loading.values import read_objects
 from milepost.run import checkpoint_record
 from milepost.storage import Storage, is_known, open_storage
 from milepost.storage.base import join
-from milepost.tensors import plan
+from milepost.tensors import read_plan
 from milepost.tensors.layout import Piece, TensorLeaf, can_be_boxes, torch_dtype
 
 
@@ -126,7 +126,7 @@ class StorageReader(DcpStorageReader):
             self._manifest = checkpoint_record.read_manifest(self._storage, self._folder)
         return self._manifest
 
-    def _read_item(self, manifest: Manifest, request: ReadItem, leaf: str) -> plan.ReadItem:
+    def _read_item(self, manifest: Manifest, request: ReadItem, leaf: str) -> read_plan.ReadItem:
         index = request.storage_index
         entry = manifest.tensors[index.fqn]
         numbers = self._numbers.get(index.fqn)
@@ -136,7 +136,7 @@ class StorageReader(DcpStorageReader):
         offset = tuple(index.offset) if index.offset is not None else (0,) * len(entry.shape)
         number = numbers[offset]
         lengths = tuple(request.lengths)
-        return plan.ReadItem(
+        return read_plan.ReadItem(
             key=index.fqn,
             dtype=entry.dtype,
             shard=entry.shards[number],
