@@ -370,6 +370,35 @@ def test_a_resume_passes_over_a_damaged_step_on_all_ranks_many_times(
     tally("the newest step damaged, then resumed on 2 ranks, by number and without", tried=500, lost=0, seed=SEED + 1)
 
 
+def resume_with_a_stale_lineage(folder: Path, sound: Path) -> None:
+    run = Run(folder)
+    if dist.get_rank() == 0:
+        restore(sound, folder)
+        record = step_of(folder, NEWEST) / MANIFEST_NAME
+        newest, older = (step_of(sound, step).joinpath(MANIFEST_NAME).read_bytes() for step in (NEWEST, NEWEST - 1))
+        start, stop = newest.index(b'"lineage"'), newest.index(b"}", newest.index(b'"lineage"'))
+        older_start = older.index(b'"lineage"')
+        stale = newest[:start] + older[older_start : older_start + stop - start] + newest[stop:]
+        assert len(stale) == len(newest) and stale != newest
+        record.write_bytes(stale)
+    dist.barrier()
+    with Warnings() as lines, run.manager() as manager:
+        report = manager.load()
+        assert report is not None
+        assert report.resumed_step == NEWEST - 1
+        if dist.get_rank() == 0:
+            assert len(lines) == 1, lines
+            assert f"step-{NEWEST} is damaged" in lines[0]
+        run.become(NEWEST)
+        manager.save(NEWEST)
+    assert [entry.state for entry in scan(folder)] == ["committed"] * len(STEPS)
+
+
+def test_a_record_with_the_lineage_of_the_save_before_is_reported(sound: Path, memory_path: Path) -> None:
+    """A lost write leaves an old sector: the step then has the place of an older one in the order of commits."""
+    run_world(resume_with_a_stale_lineage, 2, memory_path / "run", sound, timeout_s=60)
+
+
 def go_on(folder: Path, sound: Path) -> None:
     """After a fallback the run saves the damaged step again: the mark does not apply to the new one."""
     run = Run(folder)

@@ -136,7 +136,21 @@ def scan(storage: Storage, folder: str, *, keep_going: bool = False) -> list[Ste
                     is_link=names[name].is_link,
                 )
             )
-    return entries
+    return _without_stale_lineages(entries)
+
+
+def _without_stale_lineages(entries: list[StepEntry]) -> list[StepEntry]:
+    """Ignore the lineage of a record that can't be read whole, if another step has that place in the order of commits.
+
+    A lost write can leave a sector of an earlier record in it: the damaged step would count as no newer than that one.
+    """
+    orders = {entry.lineage.order for entry in entries if entry.lineage is not None and entry.kind}
+    return [
+        replace(entry, lineage=None)
+        if entry.lineage is not None and not entry.kind and entry.lineage.order in orders
+        else entry
+        for entry in entries
+    ]
 
 
 def examine(
