@@ -379,7 +379,8 @@ def resume_with_a_stale_lineage(folder: Path, sound: Path) -> None:
         start, stop = newest.index(b'"lineage"'), newest.index(b"}", newest.index(b'"lineage"'))
         older_start = older.index(b'"lineage"')
         stale = newest[:start] + older[older_start : older_start + stop - start] + newest[stop:]
-        assert len(stale) == len(newest) and stale != newest
+        assert len(stale) == len(newest)
+        assert stale != newest
         record.write_bytes(stale)
     dist.barrier()
     with Warnings() as lines, run.manager() as manager:
