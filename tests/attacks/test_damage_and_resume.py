@@ -301,7 +301,7 @@ def resume_after(folder: Path, sound: Path, first: int, count: int) -> list[Seen
         resumed, warnings = resume(run, damage)
         again, warnings_again = resume(run, damage)
         entries = scan(folder)
-        decisions = retention.plan(entries, keep_latest_k=1, protected={}, now=0.0)
+        decisions = retention.plan(entries, retention.Rules(keep_latest_k=1), now=0.0)
         seen.append(
             Seen(
                 damage.what,

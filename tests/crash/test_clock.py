@@ -174,10 +174,10 @@ def test_hours_and_days_are_those_of_the_newest_steps(memory_path: Path) -> None
     for step, hour in hours.items():
         save_arrays(storage, f"run/step-{step}", {"w": np.zeros(4, "float32")}, step=step, now=hour * HOUR_S)
     entries = catalog.scan(storage, "run")
-    rules = {"keep_latest_k": 1, "protected": {}, "now": 105 * HOUR_S}
-    hourly = retention.plan(entries, keep_hourly=3, **rules)  # type: ignore[arg-type]
+    now = 105 * HOUR_S
+    hourly = retention.plan(entries, retention.Rules(keep_latest_k=1, keep_hourly=3), now=now)
     assert [decision.step for decision in hourly if decision.keep] == [5, 6, 7]
-    daily = retention.plan(entries, keep_daily=2, **rules)  # type: ignore[arg-type]
+    daily = retention.plan(entries, retention.Rules(keep_latest_k=1, keep_daily=2), now=now)
     assert [decision.step for decision in daily if decision.keep] == [4, 7]
 
 
@@ -194,8 +194,8 @@ def test_a_step_goes_only_for_newer_ones_of_its_hour_or_of_enough_others(rule: s
             fields = {"kind": "full", "created_s": now, "nbytes": 1}
             entries.append(catalog.StepEntry(step=step, path=f"run/step-{step}", state="committed", **fields))  # type: ignore[arg-type]
         count = chance.randrange(1, 6)
-        rules = {"keep_latest_k": 1, rule: count, "protected": {}, "now": now}
-        for entry, decision in zip(entries, retention.plan(entries, **rules), strict=True):  # type: ignore[arg-type]
+        rules = retention.Rules(keep_latest_k=1, **{rule: count})  # type: ignore[arg-type]
+        for entry, decision in zip(entries, retention.plan(entries, rules, now=now), strict=True):
             newer = {other.created_s // span_s for other in entries[entry.step + 1 :]}
             lost += not decision.keep and entry.created_s // span_s not in newer and len(newer) < count
     tally(f"{rule} over steps of clocks that jump", tried=tried, lost=lost, seed=seed)

@@ -20,6 +20,7 @@ from milepost.format.manifest import BranchStart, Lineage
 from milepost.run import branches, catalog, marks, retention
 from milepost.run.branches import Descent, History
 from milepost.run.catalog import StepEntry
+from milepost.run.retention import Rules
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 from milepost.training.choice import Choice, choose, launch_id
@@ -82,7 +83,7 @@ class Folder:
         self.steps[step] = StepEntry(step=step, path=name, state="damaged", reason="torn", record_id="1-2")
 
     def prune(self, k: int, **rules: object) -> list[int]:
-        decisions = retention.plan(self.entries, keep_latest_k=k, protected={}, now=NOW, **rules)  # type: ignore[arg-type]
+        decisions = retention.plan(self.entries, Rules(keep_latest_k=k, **rules), now=NOW)  # type: ignore[arg-type]
         gone = [decision.step for decision in decisions if not decision.keep]
         for step in gone:
             del self.steps[step]
@@ -364,7 +365,7 @@ def test_a_state_dict_that_belongs_to_no_run_is_not_pruned(folder: Folder) -> No
     folder.start()
     folder.save(30)
     assert folder.prune(1) == [10, 20]
-    decisions = retention.plan(folder.entries, keep_latest_k=1, protected={}, now=NOW)
+    decisions = retention.plan(folder.entries, Rules(keep_latest_k=1), now=NOW)
     assert [decision.reason for decision in decisions if decision.step == 15] == ["it belongs to no run"]
 
 
@@ -464,7 +465,7 @@ def test_abandoned_steps_go_first_and_only_for_a_newer_one_that_can_be_resumed(f
     folder.save(15, kind="model")
     assert folder.prune(1) == []
     folder.save(17)
-    plan = retention.plan(folder.entries, keep_latest_k=1, protected={}, now=NOW)
+    plan = retention.plan(folder.entries, Rules(keep_latest_k=1), now=NOW)
     assert {d.step: d.reason for d in plan} == {
         10: "no rule keeps it",
         15: "no rule keeps it",
@@ -473,7 +474,7 @@ def test_abandoned_steps_go_first_and_only_for_a_newer_one_that_can_be_resumed(f
         30: "abandoned branch (ended at step 30)",
     }
     assert [d.step for d in plan if d.is_abandoned] == [20, 30]
-    assert {d.step: d.reason for d in retention.plan(folder.entries, keep_latest_k=4, protected={}, now=NOW)}[30] == (
+    assert {d.step: d.reason for d in retention.plan(folder.entries, Rules(keep_latest_k=4), now=NOW)}[30] == (
         "it is one of the 4 newest, abandoned branch (ended at step 30)"
     )
 
@@ -495,7 +496,7 @@ def test_best_latest_every_n_and_pinned_steps_add_up(folder: Folder) -> None:
     del folder.steps[3].metrics["loss"]  # type: ignore[attr-defined]
     folder.steps[7] = replace(folder.steps[7], pinned=True)
     best: dict[str, Any] = {"keep_latest_k": 2, "keep_every_n": 5, "keep_best_k": 3, "metric": "loss"}
-    plan = retention.plan(folder.entries, **best, protected={}, now=NOW)
+    plan = retention.plan(folder.entries, Rules(**best), now=NOW)
     kept = {decision.step: decision.reason for decision in plan if decision.keep}
     assert kept == {
         1: "it is one of the 3 best by loss: 5",
@@ -507,7 +508,7 @@ def test_best_latest_every_n_and_pinned_steps_add_up(folder: Folder) -> None:
         10: "it is the newest committed step",
     }
     best |= {"keep_latest_k": 1, "keep_every_n": 0, "keep_best_k": 1, "mode": "max"}
-    highest = retention.plan(folder.entries, **best, protected={}, now=NOW)
+    highest = retention.plan(folder.entries, Rules(**best), now=NOW)
     assert [d.step for d in highest if d.keep] == [5, 7, 10]
 
 
@@ -660,7 +661,7 @@ class AnyHistory(RuleBasedStateMachine):
         protected = {} if self.resumed is None else {self.nodes[self.resumed].step: "this run resumed from it"}
         before, latest = dict(self.folder.steps), self.expected()
         decisions = retention.plan(
-            self.folder.entries, keep_latest_k=k, keep_every_n=every, protected=protected, now=NOW
+            self.folder.entries, Rules(keep_latest_k=k, keep_every_n=every, protected=protected), now=NOW
         )
         gone = {decision.step for decision in decisions if not decision.keep}
         assert all(before[step].state == "committed" and not before[step].pinned for step in gone)

@@ -16,6 +16,7 @@ from milepost.errors import StorageError
 from milepost.run import catalog, retention
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
+from milepost.run.retention import Rules
 from milepost.run.sweep import delete_checkpoint, sweep_leftovers
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
@@ -31,8 +32,8 @@ def entry(step: int, state: str = "committed", **fields: object) -> StepEntry:
 
 
 def deleted(entries: list[StepEntry], **rules: object) -> list[int]:
-    options = {"keep_latest_k": 2, "protected": {}, "now": NOW} | rules
-    return [d.step for d in retention.plan(entries, **options) if not d.keep]  # type: ignore[arg-type]
+    options = {"keep_latest_k": 2} | rules
+    return [d.step for d in retention.plan(entries, Rules(**options), now=NOW) if not d.keep]  # type: ignore[arg-type]
 
 
 def test_the_k_newest_stay() -> None:
@@ -93,7 +94,7 @@ def test_each_decision_carries_its_reason() -> None:
         entry(14, kind="model"),
     ]
     decisions = retention.plan(
-        entries, keep_latest_k=3, keep_every_n=5, keep_within_s=7200, protected={3: "needed"}, now=NOW
+        entries, Rules(keep_latest_k=3, keep_every_n=5, keep_within_s=7200, protected={3: "needed"}), now=NOW
     )
     assert {d.step: d.reason for d in decisions} == {
         1: "it was committed in the last 2 h",
@@ -109,7 +110,7 @@ def test_each_decision_carries_its_reason() -> None:
         13: "it is the newest step to resume from",
         14: "it is the newest committed step",
     }
-    (first, _) = retention.plan([entry(1), entry(2)], keep_latest_k=1, protected={}, now=NOW)
+    (first, _) = retention.plan([entry(1), entry(2)], Rules(keep_latest_k=1), now=NOW)
     assert (first.keep, first.reason) == (False, "no rule keeps it")
 
 
@@ -148,7 +149,7 @@ def test_applying_deletes_what_was_decided(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     for step in range(4):
         save_arrays(storage, f"run/step-{step}", {"w": np.zeros(3, "float32")})
-    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=2, protected={}, now=NOW)
+    decisions = retention.plan(catalog.scan(storage, "run"), Rules(keep_latest_k=2), now=NOW)
     assert retention.apply(storage, "run", decisions) == ["step-0", "step-1"]
     assert [e.name for e in storage.list("run")] == ["step-2", "step-3"]
 
@@ -164,7 +165,7 @@ def test_one_step_that_cannot_be_deleted_does_not_keep_the_others(memory_path: P
                 raise StorageError("permission denied", operation="rename", path=src, errno=errno.EACCES)
             self.inner.rename(src, dst)
 
-    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=1, protected={}, now=NOW)
+    decisions = retention.plan(catalog.scan(storage, "run"), Rules(keep_latest_k=1), now=NOW)
     with pytest.raises(StorageError, match="permission denied"):
         retention.apply(Stubborn(storage), "run", decisions)
     assert [e.name for e in storage.list("run")] == ["step-0", "step-3"]
@@ -182,7 +183,7 @@ def test_what_another_prunes_at_the_same_time_is_no_error(memory_path: Path) -> 
                 storage.remove_tree(src)
             super().rename(src, dst)
 
-    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=1, protected={}, now=0.0)
+    decisions = retention.plan(catalog.scan(storage, "run"), Rules(keep_latest_k=1), now=0.0)
     storage.remove_tree("run/step-0")
     assert retention.apply(Shared(storage), "run", decisions) == ["step-2"]
     assert [found.step for found in catalog.scan(storage, "run")] == [3]

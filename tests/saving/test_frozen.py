@@ -187,7 +187,7 @@ def test_old_steps_are_deleted_and_what_they_shared_stays(run: Run) -> None:
     assert not run.step(1).exists()
     run.check(3, model)
     storage = LocalStorage(run.path)
-    decisions = retention.plan(catalog.scan(storage, "run"), keep_latest_k=1, protected={}, now=0.0)
+    decisions = retention.plan(catalog.scan(storage, "run"), retention.Rules(keep_latest_k=1), now=0.0)
     gone = next(decision for decision in decisions if not decision.keep)
     assert gone.nbytes < 0.02 * run.frozen(2).stat().st_size  # what deleting it frees
     retention.apply(storage, "run", decisions)
@@ -321,7 +321,7 @@ def test_a_store_copies_within_itself(run: Run, store: Storage) -> None:
     assert trace.nbytes("write_at") > 1.9 * NUM_FROZEN * WIDTH * WIDTH * 4
     entries = catalog.scan(store, "run")
     assert [(entry.step, entry.state) for entry in entries] == [(1, "committed"), (2, "committed"), (3, "committed")]
-    retention.apply(store, "run", retention.plan(catalog.scan(store, "run"), keep_latest_k=1, protected={}, now=0.0))
+    retention.apply(store, "run", retention.plan(catalog.scan(store, "run"), retention.Rules(keep_latest_k=1), now=0.0))
     copy_step(Spot(store, "run/step-3"), Spot(LocalStorage(run.path), "copy/step-3"))
     loaded = milepost.load(run.path / "copy" / "step-3")
     assert torch.equal(loaded["base.3.weight"], model.base[3].weight)

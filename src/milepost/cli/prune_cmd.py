@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     entries = catalog.scan(storage, folder)
     if args.metric:
         _check_metric(args.metric, entries)
-    decisions = retention.plan(
-        entries,
+    rules = retention.Rules(
         keep_latest_k=args.keep_latest or 1,  # the newest is always kept
         keep_every_n=args.keep_every,
         keep_within_s=keep_within_s,
@@ -88,9 +87,8 @@ def run(args: argparse.Namespace) -> int:
         keep_best_k=args.keep_best,
         metric=args.metric,
         mode=args.mode,
-        protected={},
-        now=now,
     )
+    decisions = retention.plan(entries, rules, now=now)
     if not args.json:
         print_table(
             ("STEP", "SIZE", "DECISION", "REASON"),

@@ -12,9 +12,10 @@ import logging
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from milepost.config import CheckpointConfig
 from milepost.errors import CheckpointNotFoundError, SaveError, StorageError
 from milepost.format.manifest import Lineage
 from milepost.run import catalog
@@ -42,59 +43,72 @@ class Decision:
     """True if it belongs to an abandoned branch."""
 
 
-def plan(
-    entries: Sequence[StepEntry],
-    *,
-    keep_latest_k: int,
-    keep_every_n: int = 0,
-    keep_within_s: float = 0.0,
-    keep_hourly: int = 0,
-    keep_daily: int = 0,
-    keep_best_k: int = 0,
-    metric: str = "",
-    mode: MetricMode = "min",
-    weights_alone: bool = False,
-    protected: Mapping[int, str],
-    now: float,
-) -> list[Decision]:
-    """Decide on each step, in order of their numbers. Rules add up: a step is deleted only if none keeps it.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The steps to keep. Rules add up: a step is deleted only if none keeps it."""
 
-    Args:
-        entries: the result of ``catalog.scan``.
-        keep_latest_k: keep the N newest committed steps; 0 keeps all.
-        keep_every_n: keep the steps that are multiples of this; 0 disables.
-        keep_within_s: keep what was committed in the last N seconds before ``now``, of any branch; 0 disables.
-        keep_hourly: keep the newest step of each of the last N hours that have one; 0 disables.
-        keep_daily: the same for days, which begin at midnight UTC.
-        keep_best_k: keep the N steps with the best value of ``metric``; 0 disables.
-        metric: the name under which the value was recorded; steps without one are not compared.
-        mode: whether the lowest or the highest value is best.
-        weights_alone: no step is for resuming, so any newer step replaces those of abandoned branches.
-        protected: steps that the caller needs, with the reason.
-        now: seconds since the epoch.
-    """
+    keep_latest_k: int
+    """The N newest committed steps; 0 keeps all."""
+    keep_every_n: int = 0
+    """Steps that are multiples of this; 0 disables."""
+    keep_within_s: float = 0.0
+    """Steps of any branch that were committed in the last N seconds; 0 disables."""
+    keep_hourly: int = 0
+    """The newest step of each of the last N hours that have one; 0 disables."""
+    keep_daily: int = 0
+    """The same for days, which begin at midnight UTC."""
+    keep_best_k: int = 0
+    """The N steps with the best value of ``metric``; 0 disables."""
+    metric: str = ""
+    """Name under which the value was recorded. Steps without one are not compared."""
+    mode: MetricMode = "min"
+    """Whether the lowest or the highest value is best."""
+    weights_alone: bool = False
+    """No step is for resuming, so any newer step replaces those of abandoned branches."""
+    protected: Mapping[int, str] = field(default_factory=dict)
+    """Steps that the caller needs, with the reason."""
+
+    @classmethod
+    def of(cls, config: CheckpointConfig, protected: Mapping[int, str]) -> Rules:
+        """The rules of a run for its own folder."""
+        return cls(
+            config.keep_latest_k,
+            config.keep_every_n_steps,
+            keep_best_k=config.keep_best_k,
+            metric=config.metric,
+            mode=config.mode,
+            protected=protected,
+        )
+
+
+def plan(entries: Sequence[StepEntry], rules: Rules, *, now: float) -> list[Decision]:
+    """Decide on each step of ``catalog.scan``, in order of their numbers. ``now`` is in seconds since the epoch."""
     history = History.of(entries)
     own = [entry for entry in history.current if _is_own(entry)]
     ends = history.ends()
     # Later rules take precedence.
     reasons = {entry.step: "it belongs to no run" for entry in entries if entry.step not in ends}
     reasons |= dict.fromkeys((entry.step for entry in own), "")
-    reasons |= dict.fromkeys(_newest_of_each(own, 86400, keep_daily), "it is the newest of its day")
-    reasons |= dict.fromkeys(_newest_of_each(own, 3600, keep_hourly), "it is the newest of its hour")
+    reasons |= dict.fromkeys(_newest_of_each(own, 86400, rules.keep_daily), "it is the newest of its day")
+    reasons |= dict.fromkeys(_newest_of_each(own, 3600, rules.keep_hourly), "it is the newest of its hour")
     reasons |= {
-        entry.step: f"it was committed in the last {format_duration(keep_within_s)}"
+        entry.step: f"it was committed in the last {format_duration(rules.keep_within_s)}"
         for entry in entries
-        if keep_within_s and now - entry.created_s <= keep_within_s
+        if rules.keep_within_s and now - entry.created_s <= rules.keep_within_s
     }
-    for entry in _best(own, keep_best_k, metric, mode):
-        reasons[entry.step] = f"it is one of the {keep_best_k} best by {metric}: {entry.metrics[metric]:g}"
-    if keep_every_n:
-        reasons |= {e.step: f"it is a multiple of {keep_every_n}" for e in own if e.step % keep_every_n == 0}
-    reasons |= dict.fromkeys((entry.step for entry in own[-keep_latest_k:]), _latest(keep_latest_k))
+    for entry in _best(own, rules):
+        reasons[entry.step] = (
+            f"it is one of the {rules.keep_best_k} best by {rules.metric}: {entry.metrics[rules.metric]:g}"
+        )
+    if rules.keep_every_n:
+        reasons |= {
+            e.step: f"it is a multiple of {rules.keep_every_n}" for e in own if e.step % rules.keep_every_n == 0
+        }
+    reasons |= dict.fromkeys((entry.step for entry in own[-rules.keep_latest_k :]), _latest(rules.keep_latest_k))
     reasons |= {e.step: "it is the newest step to resume from" for e in [e for e in own if e.is_resumable][-1:]}
     reasons |= {entry.step: "it is the newest committed step" for entry in own[-1:]}
-    reasons |= _abandoned_to_keep(history, own, ends, keep_latest_k, weights_alone)
-    reasons |= protected
+    reasons |= _abandoned_to_keep(history, own, ends, rules)
+    reasons |= rules.protected
     reasons |= {entry.step: reason for entry in entries if (reason := _why_untouchable(entry))}
     return [
         Decision(
@@ -120,19 +134,20 @@ def _why_untouchable(entry: StepEntry) -> str:
 
 
 def _abandoned_to_keep(
-    history: History, own: Sequence[StepEntry], ends: Mapping[int, int], keep_latest_k: int, weights_alone: bool
+    history: History, own: Sequence[StepEntry], ends: Mapping[int, int], rules: Rules
 ) -> dict[int, str]:
     """Steps of abandoned branches to keep: the newest within the limit, or all while no newer step is resumable."""
     abandoned = [entry for entry in history.abandoned if _is_own(entry)]
-    reached = max((commit_order(entry) for entry in own if weights_alone or entry.is_resumable), default=None)
+    reached = max((commit_order(entry) for entry in own if rules.weights_alone or entry.is_resumable), default=None)
     found = {
         entry.step: f"{_of(ends[entry.step])}, but no newer step can be resumed from"
         for entry in abandoned
         if reached is None or commit_order(entry) > reached
     }
-    room = max(0, keep_latest_k - len(own)) if keep_latest_k else len(abandoned)
+    latest_k = rules.keep_latest_k
+    room = max(0, latest_k - len(own)) if latest_k else len(abandoned)
     for entry in abandoned[max(0, len(abandoned) - room) :]:
-        found[entry.step] = f"{_latest(keep_latest_k)}, {_of(ends[entry.step])}" if keep_latest_k else _latest(0)
+        found[entry.step] = f"{_latest(latest_k)}, {_of(ends[entry.step])}" if latest_k else _latest(0)
     return found
 
 
@@ -148,12 +163,12 @@ def _is_own(entry: StepEntry) -> bool:
     return entry.state == "committed" and not entry.is_link
 
 
-def _best(entries: Sequence[StepEntry], count: int, metric: str, mode: MetricMode) -> list[StepEntry]:
+def _best(entries: Sequence[StepEntry], rules: Rules) -> list[StepEntry]:
     """The steps with the best values; the newest of equal ones."""
-    sign = 1.0 if mode == "max" else -1.0
+    sign, metric = 1.0 if rules.mode == "max" else -1.0, rules.metric
     valued = [entry for entry in entries if math.isfinite(entry.metrics.get(metric, math.nan))]
     ranked = sorted(valued, key=lambda entry: (sign * entry.metrics[metric], commit_order(entry)))
-    return ranked[max(0, len(ranked) - count) :]
+    return ranked[max(0, len(ranked) - rules.keep_best_k) :]
 
 
 def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> Iterator[int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, MilepostError, listed
+from milepost.run.retention import Rules
 from milepost.saving.copy_part import copy_part
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
 from milepost.saving.job import Keep, prune
@@ -75,7 +76,9 @@ def main() -> int:
     given = json.loads(sys.argv[-1])
     keep = given.pop("keep")
     if keep is not None:
-        keep = Keep(**keep | {"protected": {int(step): reason for step, reason in keep["protected"].items()}})
+        rules = keep["rules"]  # JSON has made texts of the steps' numbers
+        rules["protected"] = {int(step): reason for step, reason in rules["protected"].items()}
+        keep = Keep(keep["folder"], Rules(**rules))
     request = CopyRequest(**given, keep=keep)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -33,16 +33,10 @@ log = logging.getLogger("milepost")
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """The rules for keeping a run's older steps once a save is committed; see ``retention.plan``."""
+    """The steps of ``folder`` to keep once a save is committed."""
 
     folder: str
-    latest_k: int
-    every_n: int = 0
-    protected: Mapping[int, str] = field(default_factory=dict)
-    best_k: int = 0
-    metric: str = ""
-    mode: retention.MetricMode = "min"
-    weights_alone: bool = False
+    rules: retention.Rules
 
 
 class Form(Protocol):
@@ -348,20 +342,10 @@ def prune(storage: Storage, keep: Keep) -> tuple[str, ...]:
     """
     deleted: list[str] = []
     try:
-        decisions = retention.plan(
-            catalog.scan(storage, keep.folder),
-            keep_latest_k=keep.latest_k,
-            keep_every_n=keep.every_n,
-            keep_best_k=keep.best_k,
-            metric=keep.metric,
-            mode=keep.mode,
-            weights_alone=keep.weights_alone,
-            protected=keep.protected,
-            now=time.time(),
-        )
+        decisions = retention.plan(catalog.scan(storage, keep.folder), keep.rules, now=time.time())
         reasons = {decision.name: decision.reason for decision in decisions}
         for name in retention.apply(storage, keep.folder, decisions):
-            log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.latest_k)
+            log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.rules.keep_latest_k)
             deleted.append(name)
     except StorageError as error:
         log.warning("an old step could not be deleted: %s", error)

@@ -17,6 +17,7 @@ from milepost.config import CheckpointConfig
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
 from milepost.run.lock import RunLock
+from milepost.run.retention import Rules
 from milepost.run.step_names import step_name
 from milepost.run.takeover import take_over
 from milepost.saving.async_save import AsyncSaver
@@ -87,7 +88,7 @@ class HfSaves:
                 lineage=self._history.next_lineage(step),
             ),
             dtype=getattr(torch, config.export_dtype) if config.export_dtype is not None else None,
-            keep=Keep(self._folder, config.hf_keep_latest_k, config.hf_keep_every_n_steps, weights_alone=True),
+            keep=Keep(self._folder, Rules(config.hf_keep_latest_k, config.hf_keep_every_n_steps, weights_alone=True)),
             make_form=self._format.form_of,
             modules=self._state.modules,
         )

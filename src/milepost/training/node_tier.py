@@ -215,23 +215,14 @@ class NodeTier:
 
     def _prune(self, own: _Own, remote: RemoteTier) -> list[str]:
         """Apply the rules to the settled steps on rank 0's node; returns the save ids of those kept."""
-        config = self._config
         folder = node_steps.look_at_node(self._local.storage, self._local.path, self._part)
         entries = [
             replace(entry, state="committed")
             for entry in folder.entries
             if entry.state == "part" and folder.settled.get(entry.step) == entry.save_id
         ]
-        decisions = retention.plan(
-            entries,
-            keep_latest_k=config.keep_latest_k,
-            keep_every_n=config.keep_every_n_steps,
-            keep_best_k=config.keep_best_k,
-            metric=config.metric,
-            mode=config.mode,
-            protected={**own.protected, **remote.needed()},
-            now=time.time(),
-        )
+        rules = retention.Rules.of(self._config, {**own.protected, **remote.needed()})
+        decisions = retention.plan(entries, rules, now=time.time())
         keep = {decision.step for decision in decisions if decision.keep}
         kept = [entry.save_id for entry in entries if entry.step in keep]
         self._delete(node_steps.outdated(folder, kept, own.order))

@@ -19,6 +19,7 @@ from milepost.run import catalog, marks
 from milepost.run.branches import History
 from milepost.run.lock import RunLock
 from milepost.run.object_sweep import remove_orphans
+from milepost.run.retention import Rules
 from milepost.run.step_names import step_name
 from milepost.run.sweep import name_left, sweep_leftovers
 from milepost.saving import copy_process
@@ -226,12 +227,9 @@ class RemoteTier:
 
     def _keep(self) -> Keep:
         config = self._config
-        return Keep(
-            self._remote.path,
-            config.remote_keep_latest_k,
-            config.remote_keep_every_n_steps,
-            dict(self._protected),
-            config.keep_best_k,
-            config.metric,
-            config.mode,
+        rules = replace(
+            Rules.of(config, dict(self._protected)),
+            keep_latest_k=config.remote_keep_latest_k,
+            keep_every_n=config.remote_keep_every_n_steps,
         )
+        return Keep(self._remote.path, rules)

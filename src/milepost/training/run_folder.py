@@ -13,6 +13,7 @@ from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError, RunLockedError
 from milepost.run import checkpoint_record
 from milepost.run.lock import RunLock
+from milepost.run.retention import Rules
 from milepost.run.step_names import step_of
 from milepost.run.takeover import take_over
 from milepost.saving.copy_step import Spot
@@ -136,16 +137,8 @@ class RunFolder:
         """Return the retention rules applied at a commit; None if ``NodeTier`` prunes instead."""
         if self.nodes is not None:
             return None
-        config = self._config
-        return Keep(
-            self.local.path,
-            config.keep_latest_k,
-            config.keep_every_n_steps,
-            self.protected | (self._remote_tier.needed() if self._remote_tier is not None else {}),
-            config.keep_best_k,
-            config.metric,
-            config.mode,
-        )
+        protected = self.protected | (self._remote_tier.needed() if self._remote_tier is not None else {})
+        return Keep(self.local.path, Rules.of(self._config, protected))
 
     def announce(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
         """Run the hooks and start the copy when the save is committed: now, or from the committing thread."""
