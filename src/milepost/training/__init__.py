@@ -5,12 +5,14 @@ In reading order::
     manager         ``CheckpointManager``: when to save, what to keep, where to resume from
     arguments       its arguments, checked
     run_folder      the folder it writes to, locked, and its remote folder
+    training_run    the run that it saves and resumes, as one value
     due             whether a save is due, agreed by all ranks
     schedule        when a save is due by steps or time: pure
     signals         requests to save and to stop, by signal or file
     save_request    the content of each save
     staging_memory  the memory that saves are staged in, estimated before the first is planned
     pending         a save in progress
+    save_failures   the consequence of a failed save
     history         the lineage of each save
     metrics         values measured by the loop and recorded with a save
     training_state  the full state of a run as one state dict, and back; owners: how each part is loaded

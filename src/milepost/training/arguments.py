@@ -119,6 +119,14 @@ def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_format_given(config: CheckpointConfig, weights_format: object) -> None:
+    """Raise ConfigError if an option needs weights in Hugging Face's format, and no model was given for it."""
+    if weights_format is None and (config.initial_load_in_hf or config.last_save_in_hf or config.hf_interval):
+        raise ConfigError(
+            "initial_load_in_hf, last_save_in_hf and hf_interval need the model: give CheckpointManager `hf`"
+        )
+
+
 def _model_problems(model: Any) -> Iterator[str]:
     if isinstance(model, Mapping):
         if model and all(isinstance(part, nn.Module) for part in model.values()):

@@ -7,13 +7,11 @@ written by a thread, from a copy of the model, independently of the save of a st
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 
-from milepost.collective.comm import Comm, on_every_rank, on_rank_0
-from milepost.config import CheckpointConfig
+from milepost.collective.comm import on_every_rank, on_rank_0
 from milepost.run import catalog
 from milepost.run.assemble import SaveInfo
 from milepost.run.lock import RunLock
@@ -24,10 +22,9 @@ from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle
 from milepost.saving.job import Keep
 from milepost.saving.request import SaveRequest
-from milepost.storage.base import Storage, join
+from milepost.storage.base import join
 from milepost.training.history import SaveHistory
-from milepost.training.training_state import TrainingState
-from milepost.training.weights_format import WeightsFormat
+from milepost.training.training_run import TrainingRun
 
 log = logging.getLogger("milepost")
 
@@ -38,28 +35,20 @@ FOLDER = "hf"
 class HfSaves:
     """Saves the model every ``hf_interval`` steps. Collective except :meth:`is_due` and :meth:`leave`."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        folder: str,
-        config: CheckpointConfig,
-        comm: Comm,
-        state: TrainingState,
-        weights_format: WeightsFormat,
-        layout: Mapping[str, int],
-    ):
-        self._storage = storage
-        self._folder = join(folder, FOLDER)
-        self._config = config
-        self._comm = comm
-        self._state = state
-        self._format = weights_format
-        self._layout = layout
-        self._history = SaveHistory(comm, partial(catalog.scan, storage, self._folder), lambda: None)
+    def __init__(self, run: TrainingRun):
+        assert run.weights_format is not None
+        self._storage, self._folder = run.folder.storage, join(run.folder.path, FOLDER)
+        self._config, self._comm, self._state = run.config, run.comm, run.state
+        self._format, self._layout = run.weights_format, run.degrees
+        comm = run.comm
+        self._history = SaveHistory(comm, partial(catalog.scan, self._storage, self._folder), lambda: None)
         self._begun: tuple[int, SaveHandle] | None = None
         self._lock: RunLock | None = None  # rank 0 holds it
-        self._saver = on_every_rank(comm, lambda: AsyncSaver(storage, comm, "async", num_threads=config.num_io_threads))
+        self._saver = on_every_rank(comm, self._make_saver)
         on_rank_0(comm, self._take_folder)  # last: no later failure may leave the folder locked
+
+    def _make_saver(self) -> AsyncSaver:
+        return AsyncSaver(self._storage, self._comm, "async", num_threads=self._config.num_io_threads)
 
     def _take_folder(self) -> None:
         self._storage.make_folder(self._folder)

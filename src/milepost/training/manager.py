@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
 import time
 import uuid
@@ -34,7 +33,7 @@ from milepost.saving.copy_step import Spot
 from milepost.saving.job import SaveReport
 from milepost.saving.save import Saver
 from milepost.storage import join_path, open_storage
-from milepost.training.arguments import check_arguments_of_all_ranks, checked_per_rank
+from milepost.training.arguments import check_arguments_of_all_ranks, check_format_given, checked_per_rank
 from milepost.training.due import DueCheck
 from milepost.training.events import SaveEvent, SaveLog
 from milepost.training.hf_saves import HfSaves
@@ -44,15 +43,12 @@ from milepost.training.pending import PendingSave
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.resume import Loader
 from milepost.training.run_folder import RunFolder
+from milepost.training.save_failures import SaveFailures
 from milepost.training.save_request import Attachments, RequestMaker
 from milepost.training.signals import RequestFiles, SignalFlags
+from milepost.training.training_run import TrainingRun
 from milepost.training.training_state import TrainingState
 from milepost.training.weights_format import WeightsFormat
-
-log = logging.getLogger("milepost")
-
-MAX_FAILURES = 3
-"""Number of consecutive failed saves that stop a run even with ``on_save_error = "warn"``."""
 
 
 class CheckpointManager:
@@ -115,9 +111,9 @@ class CheckpointManager:
         on_commit: Callable[[Commit], None] | None = None,
         comm: Comm | None = None,
     ):
-        self._comm = comm if comm is not None else default_comm()
+        self._comm = comm = comm if comm is not None else default_comm()
         check_arguments_of_all_ranks(
-            self._comm,
+            comm,
             folder=folder,
             config=config,
             model=model,
@@ -129,17 +125,13 @@ class CheckpointManager:
             on_commit=on_commit,
             hf=hf,
         )
-        self._config = config if config is not None else CheckpointConfig()
-        self._storage, path = open_storage(fspath(folder))
-        self._storage.page_cache = self._config.page_cache
-        degrees = dict(layout or {})
+        self._config = config = config if config is not None else CheckpointConfig()
+        check_format_given(config, hf)
         parts_per_rank = checked_per_rank(per_rank)
-        if hf is None and (self._config.initial_load_in_hf or self._config.last_save_in_hf or self._config.hf_interval):
-            raise ConfigError(
-                "initial_load_in_hf, last_save_in_hf and hf_interval need the model: give CheckpointManager `hf`"
-            )
+        self._storage, path = open_storage(fspath(folder))
+        self._storage.page_cache = config.page_cache
         state = on_every_rank(
-            self._comm,
+            comm,
             lambda: TrainingState.of(
                 model=model,
                 optimizer=optimizer,
@@ -147,46 +139,43 @@ class CheckpointManager:
                 dataloader=dataloader,
                 train_state=train_state,
                 states=states or {},
-                rank=self._comm.rank,
+                rank=comm.rank,
             ),
         )
-        hooks = CommitHooks(on_commit, self._config.on_commit)
-        remote = self._open_remote(path)
-        self._folder = RunFolder(Spot(self._storage, path), remote, self._config, self._comm, hooks)
-        self._saver = on_every_rank(self._comm, self._make_saver)
+        run = TrainingRun(Spot(self._storage, path), config, comm, state, dict(layout or {}), hf)
+        hooks = CommitHooks(on_commit, config.on_commit)
+        self._folder = RunFolder(run.folder, self._open_remote(path), config, comm, hooks)
+        self._saver = on_every_rank(comm, self._make_saver)
         self._is_closed = False
         self._is_prepared = False
         self._pending: PendingSave | None = None
-        self._log = SaveLog(self._storage, path, self._comm.world_size, degrees)
+        self._failures = SaveFailures(config, comm.rank)
+        self._log = SaveLog(self._storage, path, comm.world_size, run.degrees)
         self._signals = SignalFlags()
-        self._due = DueCheck(self._config, self._comm, self._signals, RequestFiles(self._storage, path))
+        self._due = DueCheck(config, comm, self._signals, RequestFiles(self._storage, path))
         self._rng: Mapping[str, Any] | None = None  # as restored by `load`
         self._blocked_s = 0.0
-        self._num_failures = 0  # in a row
-        self._loader = Loader(
-            *(self._storage, path, self._config, self._comm, state, degrees, hf, remote), self._folder.nodes
-        )
-        self._history = SaveHistory(self._comm, self._loader.scan, self._loader.look)
-        self._requests = RequestMaker(
-            *(self._folder, self._config, self._comm, state, self._history),
-            degrees=degrees,
-            per_rank=parts_per_rank,
-            weights_format=hf,
-        )
-        if self._config.enable:
-            self._folder.check()
+        self._loader = Loader(run, self._folder.remote, self._folder.nodes)
+        self._history = SaveHistory(comm, self._loader.scan, self._loader.look)
+        self._requests = RequestMaker(run, self._folder, self._history, parts_per_rank)
         self._hf_saves: HfSaves | None = None
+        if config.enable:
+            self._folder.check()
         if self._saver is not None:
-            self._folder.take(self._comm.broadcast(uuid.uuid4().hex))
-            if self._folder.nodes is not None:
-                self._loader.look()
-                on_rank_0(self._comm, self._offer_newest)
-            if self._config.hf_interval and hf is not None:
-                try:
-                    self._hf_saves = HfSaves(self._storage, path, self._config, self._comm, state, hf, degrees)
-                except BaseException:
-                    self._folder.release()
-                    raise
+            self._begin_to_write(run)
+
+    def _begin_to_write(self, run: TrainingRun) -> None:
+        """Lock the folder for this run, and continue what the previous one left unfinished. Collective."""
+        self._folder.take(self._comm.broadcast(uuid.uuid4().hex))
+        if self._folder.nodes is not None:
+            self._loader.look()
+            on_rank_0(self._comm, self._offer_newest)
+        if self._config.hf_interval:
+            try:
+                self._hf_saves = HfSaves(run)
+            except BaseException:
+                self._folder.release()
+                raise
 
     def _open_remote(self, path: str) -> Spot | None:
         if not self._config.remote_folder:
@@ -281,7 +270,7 @@ class CheckpointManager:
             try:
                 self._wait_for_pending()  # a step being written can then be resumed from
             except SaveError as error:
-                self._stop_or_warn(error)
+                self._failures.stop_or_warn(error)
             asked = [None if number is None else checked_step(number) for number in (num_steps, step)]
             with self._loader.marking():
                 found = self._loader.load(*asked)
@@ -353,13 +342,13 @@ class CheckpointManager:
             try:
                 self._wait_for_pending()
             except SaveError as error:
-                self._stop_or_warn(error)
+                self._failures.stop_or_warn(error)
             try:
                 request = self._requests.make(step, is_last=last_step, given=Attachments(metrics, files, extra))
                 begun = self._saver.save(request)
             except SaveError as error:
                 self._log.failed(step, reason, error.message)
-                self._stop_or_warn(error)
+                self._failures.stop_or_warn(error)
                 return False
         self._due.saved_at = time.monotonic()
         self._due.stall_s = blocked.seconds
@@ -384,7 +373,7 @@ class CheckpointManager:
             try:
                 self._hf_saves.save(step)
             except SaveError as error:
-                self._stop_or_warn(error)
+                self._failures.stop_or_warn(error)
 
     def maybe_wait_for_staging(self) -> None:
         """Return once the weights may be changed again. Call it before ``optimizer.step()``.
@@ -504,18 +493,6 @@ class CheckpointManager:
         """Return the saves committed since the last call, oldest first. On rank 0; empty elsewhere."""
         return self._log.take()
 
-    def _stop_or_warn(self, error: SaveError) -> None:
-        """Raise ``error``, or with ``on_save_error = "warn"`` log it. Failures are the same on every rank."""
-        self._num_failures += 1
-        if self._config.on_save_error == "stop":
-            raise error
-        if self._num_failures >= MAX_FAILURES:
-            raise SaveError(
-                f"{self._num_failures} consecutive saves failed; the last: {error.message}", rank=error.rank
-            ) from error
-        if self._comm.rank == 0:
-            log.warning("a save failed, training continues (checkpoint.on_save_error = warn): %s", error)
-
     def _wait_for_pending(self) -> None:
         """Wait for the running save, and log it. Its failure is raised on every rank. Collective."""
         try:
@@ -533,7 +510,7 @@ class CheckpointManager:
         if report is None:
             self._log.failed(pending.step, pending.reason, pending.failure)
             return
-        self._num_failures = 0
+        self._failures.num_in_a_row = 0
         self._history.committed(pending.step, report.save_id)
         if self._comm.rank == 0:
             self._log.record(

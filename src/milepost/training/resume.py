@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from milepost.collective.comm import Comm, by_ranks, errors_shared, failure_on, on_rank_0, raise_together
+from milepost.collective.comm import by_ranks, errors_shared, failure_on, on_rank_0, raise_together
 from milepost.collective.meeting import meeting
-from milepost.config import PARTS, CheckpointConfig, part_of
+from milepost.config import PARTS, part_of
 from milepost.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
@@ -46,8 +46,7 @@ from milepost.tensors.state import flatten, ordinary_tensors
 from milepost.tensors.tree import Read
 from milepost.training.choice import Choice, both_tiers, choose, launch_id
 from milepost.training.parts_load import PartsLoad
-from milepost.training.training_state import TrainingState
-from milepost.training.weights_format import WeightsFormat
+from milepost.training.training_run import TrainingRun
 from milepost.verification.external import locate_manifest
 
 log = logging.getLogger("milepost")
@@ -63,28 +62,14 @@ def is_weights_file(path: str) -> bool:
 class Loader:
     """Loads into a run's live objects. All methods except :meth:`scan` and :meth:`finished_step` are collective."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        folder: str,
-        config: CheckpointConfig,
-        comm: Comm,
-        state: TrainingState,
-        layout: Mapping[str, int],
-        weights_format: WeightsFormat | None,
-        remote: Spot | None = None,
-        nodes: Nodes | None = None,
-    ):
+    def __init__(self, run: TrainingRun, remote: Spot | None = None, nodes: Nodes | None = None):
+        self._run = run
+        self._storage, self._folder = run.folder.storage, run.folder.path
+        self._config, self._comm, self._state = run.config, run.comm, run.state
+        self._layout, self._format = run.degrees, run.weights_format
+        self._remote = remote
         self._nodes = nodes
         self._node_folders: list[NodeFolder] = []  # on rank 0: the content of all nodes' folders at the last look
-        self._storage = storage
-        self._folder = folder
-        self._config = config
-        self._comm = comm
-        self._state = state
-        self._layout = layout
-        self._format = weights_format
-        self._remote = remote
         self._remote_steps: frozenset[int] = frozenset()  # those of the last scan to read from the remote folder
         self._bad_here: set[int] = set()  # found damaged in the local folder only
         self._reading = ""  # save id of the checkpoint being loaded
@@ -233,8 +218,8 @@ class Loader:
     def _load_base(self) -> None:
         """Load the parameters that trainable-only steps leave out, like a new run would. Collective."""
         config = replace(self._config, only_trainable=False, load_step=-1, restart_branch=False)
-        nowhere = join(self._folder, "no-step")
-        base = Loader(self._storage, nowhere, config, self._comm, self._state, self._layout, self._format)
+        nowhere = Spot(self._storage, join(self._folder, "no-step"))
+        base = Loader(replace(self._run, folder=nowhere, config=config))
         try:
             with base.marking():
                 base.load(None)

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from milepost.collective.comm import Comm
-from milepost.config import CheckpointConfig
 from milepost.errors import ConfigError
 from milepost.interop.weights.base_samples import ONLY_TRAINABLE
 from milepost.run.assemble import SaveInfo
@@ -27,8 +25,8 @@ from milepost.training.metrics import MetricRecorder
 from milepost.training.peft import adapter_files
 from milepost.training.run_folder import RunFolder
 from milepost.training.staging_memory import staging_nbytes
-from milepost.training.training_state import KINDS, TrainingState
-from milepost.training.weights_format import WeightsFormat
+from milepost.training.training_run import TrainingRun
+from milepost.training.training_state import KINDS
 
 log = logging.getLogger("milepost")
 
@@ -45,27 +43,13 @@ class Attachments:
 class RequestMaker:
     """Creates the request of each save of a run, the same on every rank except for the state."""
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: CheckpointConfig,
-        comm: Comm,
-        state: TrainingState,
-        history: SaveHistory,
-        *,
-        degrees: Mapping[str, int],
-        per_rank: tuple[str, ...],
-        weights_format: WeightsFormat | None,
-    ):
+    def __init__(self, run: TrainingRun, folder: RunFolder, history: SaveHistory, per_rank: tuple[str, ...]):
+        self._run = run
+        self._config, self._comm, self._state = run.config, run.comm, run.state
         self._folder = folder
-        self._config = config
-        self._comm = comm
-        self._state = state
         self._history = history
-        self._degrees = degrees
         self._per_rank = per_rank
-        self._format = weights_format
-        self._metrics = MetricRecorder(config.metric)
+        self._metrics = MetricRecorder(run.config.metric)
 
     def make(self, step: int, *, is_last: bool, given: Attachments) -> SaveRequest:
         """Return the request of the save after ``step``. Collective for the first save of a new run.
@@ -76,7 +60,7 @@ class RequestMaker:
         config = self._config
         model_only = config.create_seed_checkpoint or (is_last and config.last_save_model_only)
         is_export = model_only and not config.create_seed_checkpoint
-        weights_format = self._format if is_export and config.last_save_in_hf else None
+        weights_format = self._run.weights_format if is_export and config.last_save_in_hf else None
         only_trainable = config.only_trainable and weights_format is None
         base = record_of(self._comm, self._state) if only_trainable else {}
         metrics, mistake = self._metrics.values(given.metrics or {}) if self._comm.rank == 0 else ({}, None)
@@ -92,9 +76,9 @@ class RequestMaker:
             info=SaveInfo(
                 step=step,
                 kind="model" if model_only else "full",
-                layout=self._degrees,
+                layout=self._run.degrees,
                 extra={
-                    **(self._format.record() if self._format is not None else {}),
+                    **(self._run.weights_format.record() if self._run.weights_format is not None else {}),
                     **({ONLY_TRAINABLE: True} if only_trainable else {}),
                     **({} if model_only else {KINDS: self._state.kinds()}),
                 },
@@ -111,7 +95,7 @@ class RequestMaker:
 
     def staging_nbytes(self) -> int:
         """Estimate the bytes of this rank's next full saves, from the tensors there are now; 0 if that fails."""
-        replicas = self._comm.world_size // self._degrees.get("pp", 1)
+        replicas = self._comm.world_size // self._run.degrees.get("pp", 1)
         if (nodes := self._folder.nodes) is not None:  # each node stores all that its ranks hold
             replicas = min(replicas, len(nodes.part_of(self._comm.rank).ranks))
         try:
