@@ -1,9 +1,10 @@
-"""The number of own stack frames from ``manager.save()`` to the system call that moves the bytes."""
+"""The way from ``manager.save()`` to the disk: its stack frames, its threads, and the syncs that it waits for."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,3 +114,33 @@ def test_a_group_of_tensors_is_written_by_one_call(tmp_path: Path) -> None:
     into = {key: torch.zeros(100) for key in state}
     milepost.load(tmp_path / "step-1", into)
     assert all(torch.equal(into[key], state[key]) for key in state)
+
+
+def test_a_repeated_save_that_deletes_an_older_step_syncs_once_for_each_thing_that_must_not_be_lost(
+    memory_path: Path,
+) -> None:
+    """Each sync waits for a commit of the file system's journal, as long as the data of a small model takes.
+
+    They are: owner and attempt, the data, its four records and their names, the new step's name, and before anything
+    is removed the names of the attempt and of the old step.
+    """
+    calls = {"fsync": 0, "threads": 0}
+    real_fsync, real_start = os.fsync, threading.Thread.start
+
+    def fsync(fd: int) -> None:
+        calls["fsync"] += 1
+        real_fsync(fd)
+
+    def start(thread: threading.Thread) -> None:
+        calls["threads"] += 1
+        real_start(thread)
+
+    config = CheckpointConfig(interval=1, keep_latest_k=2)
+    with CheckpointManager(memory_path / "run", config, model=nn.Linear(8, 8)) as manager:
+        for step in (1, 2, 3):
+            manager.save(step)
+        with mock.patch.object(os, "fsync", fsync), mock.patch.object(threading.Thread, "start", start):
+            manager.save(4)
+        assert {path.name for path in (memory_path / "run").glob("step-*")} == {"step-3", "step-4"}
+    assert calls["fsync"] <= 11
+    assert calls["threads"] <= 1  # the watch over all slow work, if it has ended meanwhile

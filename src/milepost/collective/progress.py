@@ -6,6 +6,7 @@ A hanging storage can't be interrupted, but it is reported.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,25 +31,87 @@ def watched(what: str | Callable[[], str]) -> Iterator[None]:
 
     ``what`` names the rank and the operation: see :func:`writing`.
     """
-    over = threading.Event()
-
-    def warn() -> None:
-        while not over.wait(SLOW_S):
-            text = what if isinstance(what, str) else what()
-            log.warning("%s: for %.0f s now; is the storage slow, or does it hang?", text, time.monotonic() - started)
-
-    started = time.monotonic()
-    thread = threading.Thread(target=warn, name="milepost-watch", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # no more threads are available: the work matters, not the log
-        yield
-        return
+    work = _Work(what)
+    _watch.add(work)
     try:
         yield
     finally:
-        over.set()
-        thread.join()
+        _watch.remove(work)
+
+
+class _Work:
+    """Work in progress: ``what``, since when, and when to log it next, in seconds of the monotonic clock."""
+
+    def __init__(self, what: str | Callable[[], str]):
+        self.what = what
+        self.started = time.monotonic()
+        self.due = self.started + SLOW_S
+
+    def log(self) -> None:
+        text, lasted_s = self.what if isinstance(self.what, str) else self.what(), time.monotonic() - self.started
+        log.warning("%s: for %.0f s now; is the storage slow, or does it hang?", text, lasted_s)
+
+
+class _Watch:
+    """One thread that watches the work of all threads, until there was nothing to watch for a while.
+
+    To start and join a thread for each operation would cost a small save more than its bytes do where cores are busy.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._works: set[_Work] = set()
+        self._wakes = 0.0
+        """When the thread looks next, unless it is notified; 0: it does not run."""
+
+    def add(self, work: _Work) -> None:
+        with self._changed:
+            self._works.add(work)
+            if not self._wakes:
+                self._wakes = work.due
+                try:
+                    threading.Thread(target=self._run, name="milepost-watch", daemon=True).start()
+                except RuntimeError:  # no more threads are available: the work matters, not the log
+                    self._wakes = 0.0
+            elif work.due < self._wakes:
+                self._changed.notify()
+
+    def remove(self, work: _Work) -> None:
+        with self._changed:
+            self._works.discard(work)
+
+    def _run(self) -> None:
+        while late := self._wait():
+            for work in late:  # without the lock: a handler of the log may take long
+                if work in self._works:
+                    work.log()
+
+    def _wait(self) -> list[_Work]:
+        """Return works that are due to be logged, at least one; empty if the thread may end."""
+        with self._changed:
+            while self._works or time.monotonic() < self._wakes:
+                self._wakes = min((work.due for work in self._works), default=self._wakes)
+                self._changed.wait(max(0.0, self._wakes - time.monotonic()))
+                now = time.monotonic()
+                late = sorted((work for work in self._works if work.due <= now), key=lambda work: work.due)
+                for work in late:
+                    work.due = now + SLOW_S
+                if late:
+                    return late
+            self._wakes = 0.0
+            return []
+
+
+_watch = _Watch()
+
+
+def _watch_anew() -> None:
+    """A forked child has no thread to watch, and may have inherited a lock that nobody releases."""
+    global _watch
+    _watch = _Watch()
+
+
+os.register_at_fork(after_in_child=_watch_anew)
 
 
 class ProgressLog:

@@ -13,6 +13,7 @@ In reading order::
     owner              the process that an attempt or a lock belongs to, and whether it is alive
     lock               one run at a time in a folder
     beside             the user's own files in a step's folder: kept whatever becomes of the step
+    deletion           hides folders from readers in one place, then removes them together
     sweep              deletes steps and stale save attempts that are provably Milepost's
     object_sweep       the same on an object store, which has no folders to rename
     takeover           locks a run's folder, once the writers of a run that died have finished

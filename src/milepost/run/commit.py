@@ -17,6 +17,7 @@ any point, a scan shows the state before the save or the state after it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,16 +40,18 @@ from milepost.format.shares import FileDigests
 from milepost.run import object_commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.beside import names_beside
+from milepost.run.deletion import Deletion
 from milepost.run.node_part import NodePart
 from milepost.run.object_commit import COMMITTED_NAME
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff
 from milepost.run.step_names import REPLACED_PREFIX
-from milepost.run.sweep import discard_quietly
 from milepost.storage.base import Bytes, Content, Storage, join, split
 
 if TYPE_CHECKING:
     from milepost.format.segment_merger import SegmentMerger
+
+log = logging.getLogger("milepost")
 
 VISIBILITY_S = 60.0
 """Seconds by which another machine's files and their sizes may appear late, since NFS caches both."""
@@ -67,13 +70,15 @@ def publish(
     merger: SegmentMerger | None = None,
     visibility_s: float = VISIBILITY_S,
     world_size: int | None = None,
+    together: Deletion | None = None,
 ) -> Manifest:
     """Publish the attempt as the checkpoint at ``target``, atomically and durably. Called by one rank.
 
     ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``); ``merger`` has their segments if they were
     moved there; ``now`` is in seconds since the epoch. A previous checkpoint at ``target`` stays complete and in place
     until the new one replaces it. Files that are not yet visible with their recorded sizes are waited for, up to
-    ``visibility_s`` seconds. ``world_size`` is given if sign-offs are fewer than ranks.
+    ``visibility_s`` seconds. ``world_size`` is given if sign-offs are fewer than ranks. What is no longer needed is
+    removed, or hidden if it is to be removed ``together`` with what the caller deletes next.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
@@ -85,7 +90,7 @@ def publish(
     # An object store is consistent: an accepted object is visible at once.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
     manifest, records = _records(storage, place, manifest, crcs.data)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, together=together)
     return manifest
 
 
@@ -100,6 +105,7 @@ def publish_part(
     now: float,
     merger: SegmentMerger | None = None,
     world_size: int,
+    together: Deletion | None = None,
 ) -> Manifest:
     """Publish one node's part of a step, see :func:`publish`: ``signed`` are the sign-offs of its ranks.
 
@@ -110,7 +116,7 @@ def publish_part(
     place = Place.of(storage, attempt, target, manifest.save_id)
     _check_sizes(storage, place, manifest, VISIBILITY_S)
     manifest, records = _records(storage, place, manifest, crcs.data, for_others=False)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, PART_NAME)
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, PART_NAME, together)
     return manifest
 
 
@@ -131,7 +137,13 @@ def publish_copy(storage: Storage, attempt: str, target: str, manifest: Manifest
 
 
 def publish_files(
-    storage: Storage, attempt: str, target: str, written: Mapping[str, FileDigests], record: Manifest
+    storage: Storage,
+    attempt: str,
+    target: str,
+    written: Mapping[str, FileDigests],
+    record: Manifest,
+    *,
+    together: Deletion | None = None,
 ) -> Manifest:
     """Publish an attempt with files of another format (Hugging Face's), without ``.metadata``; see :func:`publish`.
 
@@ -146,7 +158,8 @@ def publish_files(
     _check_sizes(storage, place, record, VISIBILITY_S if storage.can_rename else 0.0)
     crcs = dump_digests(record.save_id, [written[name].blocks for name in files_in_blocks(record)])
     record = replace(record, files={**record.files, place.name(DIGESTS_NAME): FileEntry(len(crcs), crc32(crcs))})
-    _put_in_place_and_sweep(storage, attempt, place, target, record, {place.path(DIGESTS_NAME): crcs})
+    records = {place.path(DIGESTS_NAME): crcs}
+    _put_in_place_and_sweep(storage, attempt, place, target, record, records, together=together)
     return record
 
 
@@ -158,6 +171,7 @@ def _put_in_place_and_sweep(
     manifest: Manifest,
     records: Mapping[str, Content],
     name: str = MANIFEST_NAME,
+    together: Deletion | None = None,
 ) -> None:
     """Write the records and the manifest, then move the save to its place."""
     if not storage.can_rename:
@@ -170,11 +184,18 @@ def _put_in_place_and_sweep(
     storage.sync_folder(place.folder)
     aside = _put_in_place(storage, place.folder, target, manifest.save_id)
     # The save is committed. A failure to clean up must not fail it: a later sweep removes the rest.
-    if not discard_quietly(storage, attempt):
+    deletion = Deletion(storage, split(attempt)[0]) if together is None else together
+    try:
+        deletion.begin_with(attempt)
+    except StorageError as error:
+        log.warning("%s/%s could not be removed yet: %s", storage.root, attempt, error)
         with contextlib.suppress(StorageError):  # else the waiting ranks would see the attempt persist, and time out
             storage.write(f"{attempt}/{COMMITTED_NAME}", b"")
     if aside is not None:
-        discard_quietly(storage, aside)
+        with contextlib.suppress(StorageError):
+            deletion.hide(aside)
+    if together is None:
+        deletion.finish_quietly()
 
 
 def _carry_over(storage: Storage, target: str, place: Place, manifest: Manifest) -> None:
@@ -302,5 +323,4 @@ def _put_in_place(storage: Storage, data: str, target: str, save_id: str) -> str
             storage.rename(aside, target)
             raise
     storage.sync_folder(folder)  # until then a power cut may undo the rename, so the commit is reported only after it
-    storage.sync_folder(split(data)[0])  # the old name must not come back after the new one is durable
-    return aside
+    return aside  # that the old name does not come back, `Deletion.finish` sees to before it removes anything

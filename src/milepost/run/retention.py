@@ -21,6 +21,7 @@ from milepost.format.manifest import Lineage
 from milepost.run import catalog
 from milepost.run.branches import History, commit_order
 from milepost.run.catalog import StepEntry
+from milepost.run.deletion import Deletion
 from milepost.run.step_names import pin_mark
 from milepost.run.sweep import delete_checkpoint
 from milepost.storage.base import Storage, format_duration, join, split
@@ -181,10 +182,11 @@ def _newest_of_each(entries: Sequence[StepEntry], span_s: int, count: int) -> It
     yield from sorted(newest.values(), reverse=True)[:count]
 
 
-def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[str]:
+def apply(storage: Storage, folder: str, decisions: Iterable[Decision], together: Deletion | None = None) -> list[str]:
     """Delete the steps of a run's ``folder`` that are not to be kept; return their names.
 
-    Steps of abandoned branches are deleted first, then the oldest. A step that another process deletes at the same time
+    All are hidden from readers before the first is removed: steps of abandoned branches first, then the oldest. With
+    ``together`` they are removed when that deletion is finished. A step that another process deletes at the same time
     is not an error; one that was pinned meanwhile stays.
 
     Raises:
@@ -192,12 +194,13 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
     """
     deleted = []
     failure: StorageError | None = None
+    own = Deletion(storage, folder) if together is None and storage.can_rename else None
     for decision in sorted(decisions, key=lambda decision: not decision.is_abandoned):
         if decision.keep:
             continue
         path = join(folder, decision.name)
         try:
-            if not delete_checkpoint(storage, path, unless=pin_mark(path)):
+            if not delete_checkpoint(storage, path, unless=pin_mark(path), together=own or together):
                 continue
         except CheckpointNotFoundError:
             continue  # deleted by another process that prunes: the trainer, `milepost prune`
@@ -206,6 +209,8 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision]) -> list[
                 failure = failure or error
         else:
             deleted.append(decision.name)
+    if own is not None:
+        own.finish_quietly()
     if failure is not None:
         raise failure
     return deleted

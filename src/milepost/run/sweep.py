@@ -8,11 +8,8 @@ and a full id, and it contains a marker: an owner's record in an attempt, the co
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import re
-import time
-import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -21,13 +18,13 @@ from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME
 from milepost.format.tags import tag_of
 from milepost.run import catalog, marks, object_commit, object_sweep
 from milepost.run.beside import keep_beside
+from milepost.run.deletion import MARKER_NAME, Deletion, deleting
 from milepost.run.owner import (
     OWNER_PREFIX,
     OWNERLESS_LIFETIME_S,
     is_alive,
     owners_of,
     parse_owner,
-    this_process,
 )
 from milepost.run.step_names import (
     ATTEMPT_PREFIX,
@@ -41,8 +38,6 @@ from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, 
 
 _log = logging.getLogger(__name__)
 
-MARKER_NAME = "milepost-is-deleting-this"
-
 _ID = r"[0-9a-f]{32}"
 _ATTEMPT_NAME = re.compile(re.escape(ATTEMPT_PREFIX) + _ID)
 _DELETING_NAME = re.compile(re.escape(DELETING_PREFIX) + _ID)
@@ -50,13 +45,15 @@ _DRAFT_NAME = re.compile(rf"{re.escape(DAMAGED_PREFIX)}.+\.json\.{_ID}\.part")
 _REPLACED_NAME = re.compile(rf"({re.escape(REPLACED_PREFIX)}|\.replaced-)({_ID})-(.+)")
 _OWNER_NAME = re.compile(re.escape(OWNER_PREFIX) + r"[0-9a-f]{8}\.json")
 _PREFIXES = (ATTEMPT_PREFIX, DELETING_PREFIX, REPLACED_PREFIX, *OLD_PREFIXES)
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
 
 
-def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None) -> bool:
+def delete_checkpoint(
+    storage: Storage, path: str, *, unless: str | None = None, together: Deletion | None = None
+) -> bool:
     """Delete a checkpoint so that no reader ever sees part of it. Of a link only the link is deleted.
 
-    Files in its folder that are not part of it are moved to a folder beside it first.
+    Files in its folder that are not part of it are moved to a folder beside it first. With ``together`` it is only
+    hidden: its bytes are removed when that deletion is finished.
 
     Returns False and keeps it if a file ``unless`` (a pin) exists, even one that was created during the call.
 
@@ -69,93 +66,43 @@ def delete_checkpoint(storage: Storage, path: str, *, unless: str | None = None)
         raise CheckpointNotFoundError(f"there is nothing to delete at {storage.root}/{path}", path=path)
     if unless is not None and storage.stat(unless) is not None:
         return False
+    gone = CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
+    if storage.can_rename and not found.is_link:
+        if found.is_folder:
+            keep_beside(storage, path)
+        with deleting(storage, split(path)[0], together) as deletion:
+            hidden = deletion.hide(path)
+            if hidden is None:
+                raise gone
+            if unless is not None and storage.stat(unless) is not None:  # it appeared between the check and the rename
+                deletion.show(hidden, path)
+                return False
+            deletion.remove_afterwards(damage_mark(path))
+        return True
     if found.is_link:
         storage.remove(path)
         storage.sync_folder(split(path)[0])
-    elif not storage.can_rename:
-        if not object_sweep.delete_files(storage, path):
-            raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
-    else:
-        if found.is_folder:
-            keep_beside(storage, path)
-        hidden = _hide(storage, path)
-        if hidden is None:
-            raise CheckpointNotFoundError(f"another process has deleted {storage.root}/{path}", path=path)
-        if unless is not None and storage.stat(unless) is not None:  # it appeared between the check and the rename
-            _show(storage, hidden, path)
-            return False
-        _remove(storage, hidden)
+    elif not object_sweep.delete_files(storage, path):
+        raise gone
     storage.remove(damage_mark(path))
     return True
 
 
-def discard(storage: Storage, path: str) -> bool:
-    """Hide a folder from readers by one atomic rename, then remove it. Returns False if it is gone already."""
-    hidden = _hide(storage, path)
-    if hidden is None:
-        return False
-    _remove(storage, hidden)
-    return True
-
-
 def discard_quietly(storage: Storage, path: str) -> bool:
-    """Return whether the folder is gone. A failure is logged, not raised: the next sweep tries again."""
+    """Hide a folder from readers by one atomic rename, then remove it; return whether it is gone.
+
+    A failure is logged, not raised: the next sweep tries again.
+    """
     try:
         if storage.can_rename:
-            discard(storage, path)
+            with deleting(storage, split(path)[0]) as deletion:
+                deletion.hide(path)
         else:
             object_sweep.remove_attempt(storage, path)
     except (StorageError, FormatError) as error:
         _log.warning("%s/%s could not be removed yet: %s", storage.root, path, error)
         return False
     return True
-
-
-def _hide(storage: Storage, path: str) -> str | None:
-    """Rename a folder so that no reader finds it; return its new path, or None if it is gone."""
-    folder, name = split(path)
-    while storage.stat(path) is not None:
-        place = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
-        try:
-            storage.make_folder(place, synced=False)
-            storage.write(f"{place}/{MARKER_NAME}", this_process(time.time()).dump())  # syncs the file and the folder
-            hidden = f"{place}/{name}"
-        except BaseException as error:  # Ctrl-C too: a place without its marker would count as in use
-            with contextlib.suppress(StorageError):
-                storage.remove_tree(place)
-            if not isinstance(error, StorageError) or error.errno not in _NO_ROOM:
-                raise
-            # A full disk has no space for the marker; a rename needs neither space nor a descriptor.
-            hidden = join(folder, DELETING_PREFIX + uuid.uuid4().hex)
-        try:
-            storage.rename(path, hidden)
-        except StorageError as error:
-            storage.remove_tree(place)
-            if error.errno != errno.ENOENT:
-                raise
-            continue  # another process renamed it first, or swept the empty place as stale
-        return hidden
-    return None
-
-
-def _show(storage: Storage, hidden: str, path: str) -> None:
-    """Undo what ``_hide`` did."""
-    storage.rename(hidden, path)
-    if split(hidden)[0] != split(path)[0]:
-        storage.remove_tree(split(hidden)[0])
-    storage.sync_folder(split(path)[0])
-
-
-def _remove(storage: Storage, hidden: str) -> None:
-    place, name = split(hidden)
-    if _DELETING_NAME.fullmatch(name):
-        place = hidden
-    # Otherwise it could reappear, half deleted, after a power cut.
-    storage.sync_folder(place)
-    storage.sync_folder(split(place)[0])
-    if hidden != place:
-        storage.remove_tree(hidden)  # the marker is removed last
-    storage.remove_tree(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +220,7 @@ def _take_away(storage: Storage, folder: str, entry: Entry) -> bool:
     if not _DELETING_NAME.fullmatch(entry.name):
         return discard_quietly(storage, path)
     try:
-        storage.sync_folder(folder)  # see `_remove`
+        storage.sync_folder(folder)  # see `Deletion.finish`
         for inside in storage.list(path):
             if inside.is_folder:
                 storage.remove_tree(join(path, inside.name))

@@ -19,13 +19,14 @@ from milepost.format.manifest import Manifest
 from milepost.format.shares import Share
 from milepost.run import catalog, commit, retention
 from milepost.run.assemble import SaveInfo
+from milepost.run.deletion import Deletion
 from milepost.run.node_part import NodePart
 from milepost.run.outcome import fail_attempt, wait_for_outcome
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.frozen import FrozenFile, share_unchanged
 from milepost.saving.writer import BlockSource, FileImage, parts_of, write_file
-from milepost.storage.base import Storage
+from milepost.storage.base import Storage, split
 from milepost.tensors.plan import WritePlan
 
 log = logging.getLogger("milepost")
@@ -58,8 +59,16 @@ class Form(Protocol):
         Returns the files of only this rank, and its shares of the digests of shared files.
         """
 
-    def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
-        """Check completeness and publish the checkpoint at ``target``."""
+    def publish(
+        self,
+        storage: Storage,
+        attempt: str,
+        target: str,
+        signed: Sequence[SignOff],
+        info: SaveInfo,
+        together: Deletion | None,
+    ) -> None:
+        """Check completeness and publish the checkpoint at ``target``; see ``commit.publish_files``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +239,12 @@ def run_job(
         monitor.signed_off(files)
         wrote = time.monotonic()
         if job.info is not None:
-            contents = _publish(storage, job, job.info, monitor)
+            obsolete = Deletion(storage, split(job.target)[0]) if storage.can_rename else None
+            contents = _publish(storage, job, job.info, monitor, obsolete)
             # Only now: nothing is deleted before its replacement is durable.
-            deleted = prune(storage, job.keep) if job.keep is not None else ()
+            deleted = prune(storage, job.keep, obsolete) if job.keep is not None else ()
+            if obsolete is not None:
+                obsolete.finish_quietly()
     except BaseException as error:
         report_failure(storage, job, error)
         raise
@@ -305,7 +317,9 @@ def save_failure(rank: int, cause: BaseException) -> SaveError:
     return failure
 
 
-def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor) -> Mapping[str, str]:
+def _publish(
+    storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor, together: Deletion | None
+) -> Mapping[str, str]:
     from milepost.format.segment_merger import SegmentMerger  # numpy takes 100 ms, which an import should not cost
 
     ranks = job.part.ranks if job.part is not None else None
@@ -321,7 +335,7 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
     if info.lineage is not None:
         retention.set_aside(storage, job.target, info.lineage)
     if job.form is not None:
-        job.form.publish(storage, job.attempt, job.target, signed, info)
+        job.form.publish(storage, job.attempt, job.target, signed, info, together)
         manifest = None
     elif job.part is not None:
         manifest = commit.publish_part(
@@ -329,14 +343,17 @@ def _publish(storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
             now=time.time(),
             merger=merger,
             world_size=job.world_size,
+            together=together,
         )
     else:
-        manifest = commit.publish(storage, job.attempt, job.target, signed, info, now=time.time(), merger=merger)
+        manifest = commit.publish(
+            *(storage, job.attempt, job.target, signed, info), now=time.time(), merger=merger, together=together
+        )
     return contents_of(manifest) if manifest is not None else {}
 
 
-def prune(storage: Storage, keep: Keep) -> tuple[str, ...]:
-    """Delete the steps that no rule keeps, and return their names.
+def prune(storage: Storage, keep: Keep, together: Deletion | None = None) -> tuple[str, ...]:
+    """Delete the steps that no rule keeps, ``together`` with other folders of the run, and return their names.
 
     The save is committed, so a step that can't be deleted is only logged.
     """
@@ -344,7 +361,7 @@ def prune(storage: Storage, keep: Keep) -> tuple[str, ...]:
     try:
         decisions = retention.plan(catalog.scan(storage, keep.folder), keep.rules, now=time.time())
         reasons = {decision.name: decision.reason for decision in decisions}
-        for name in retention.apply(storage, keep.folder, decisions):
+        for name in retention.apply(storage, keep.folder, decisions, together):
             log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.rules.keep_latest_k)
             deleted.append(name)
     except StorageError as error:

@@ -11,6 +11,7 @@ from milepost.interop.hf.merge import merge_ranks
 from milepost.interop.hf.save import AnyHfTarget, commit_record, join_shares, plan_image, write_extras, write_part
 from milepost.run import commit
 from milepost.run.assemble import SaveInfo
+from milepost.run.deletion import Deletion
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile
 from milepost.saving.writer import BlockSource, FileImage, write_file
@@ -54,7 +55,15 @@ class HfForm:
         )
         return (), (*((write_extras(storage, place.folder, image),) if is_first else ()), part)
 
-    def publish(self, storage: Storage, attempt: str, target: str, signed: Sequence[SignOff], info: SaveInfo) -> None:
+    def publish(
+        self,
+        storage: Storage,
+        attempt: str,
+        target: str,
+        signed: Sequence[SignOff],
+        info: SaveInfo,
+        together: Deletion | None,
+    ) -> None:
         save_id = signed[0].save_id
         record = commit_record(info, save_id=save_id, world_size=len(signed), now=time.time())
         if storage.can_share:
@@ -62,4 +71,4 @@ class HfForm:
             written = join_shares(plan_image(self.target), shares)
         else:
             written = merge_ranks(storage, Place.of(storage, attempt, target, save_id), self.target, signed, info)
-        commit.publish_files(storage, attempt, target, written, record)
+        commit.publish_files(storage, attempt, target, written, record, together=together)
