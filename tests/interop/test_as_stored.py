@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -167,4 +168,27 @@ def test_a_module_that_is_cut_in_another_way_than_its_files_is_stored_as_they_ar
     untied["lm_head.weight"] = model.state_dict()["lm_head.weight"]
     torch.save(untied, memory_path / "less.pt")
     with pytest.raises(ConversionError, match=r"missing: model\.norm\.weight"):
+        convert(memory_path / "less.pt", memory_path / "lost", options)
+
+
+def test_assets_with_the_names_of_an_earlier_version_do_not_hinder_an_export(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model of the hub whose norms are called gamma and beta: the files are those of today's class."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=32))
+    monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: kept_names(model))
+    model.save_pretrained(memory_path / "assets")
+    expected = hf_tensors(memory_path / "assets")
+    earlier = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): value for key, value in expected.items()}
+    safetensors.torch.save_file(earlier, memory_path / "assets/model.safetensors")
+    torch.save(model.state_dict(), memory_path / "in.pt")
+    options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets", verify=True)
+    report = convert(memory_path / "in.pt", memory_path / "out", options)
+    assert any("of an earlier version of transformers" in note for note in report.notes)
+    assert_equal(hf_tensors(memory_path / "out"), expected)
+    state = dict(model.state_dict())
+    del state["bert.embeddings.LayerNorm.weight"]
+    torch.save(state, memory_path / "less.pt")
+    with pytest.raises(ConversionError, match=r"missing: bert\.embeddings\.LayerNorm\.gamma"):
         convert(memory_path / "less.pt", memory_path / "lost", options)

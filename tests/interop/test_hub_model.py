@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import transformers
@@ -20,7 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, HfModel
-from milepost.errors import ConfigError, StateMismatchError
+from milepost.errors import ConfigError, ConversionError, StateMismatchError
+from milepost.interop.hf.hub_names import kept_names
 from milepost.testing.world import run_world
 
 MOE = Kind("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16})
@@ -187,3 +189,54 @@ def test_what_a_class_computes_and_never_stores_is_not_missing(memory_path: Path
     assert report.missing == ()
     assert any("encoder.embed_positions.weight is in no file of this class" in note for note in report.notes)
     assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+def dinov2() -> Any:
+    """A module that holds gate and up projection apart, which its files have as one tensor."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes, use_swiglu_ffn=True))
+
+
+def test_what_the_files_have_as_one_tensor_is_joined_and_cut_again(memory_path: Path) -> None:
+    model = dinov2()
+    model.save_pretrained(memory_path / "expected")
+    step = last_save(memory_path / "run", model)
+    assert_equal(hf_tensors(step), hf_tensors(memory_path / "expected"))
+    fresh = dinov2()
+    start(memory_path / "next", fresh, step)
+    assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+def test_parts_of_several_dtypes_are_not_joined(memory_path: Path) -> None:
+    model = dinov2()
+    names = kept_names(model)
+    joined = next(key for key in names.theirs if sum(link.theirs_key == key for link in names.links) > 1)
+    part = next(link.ours_key for link in names.links if link.theirs_key == joined)
+    model.get_parameter(part).data = model.get_parameter(part).data.bfloat16()
+    with pytest.raises(ConversionError, match=rf"{joined}: parts of bfloat16 and float32"):
+        last_save(memory_path / "run", model)
+
+
+def test_files_of_earlier_versions_of_transformers_are_loaded(memory_path: Path) -> None:
+    """As on the hub: norms with gamma and beta, and no prefix of the base model."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, vocab_size=32, max_position_embeddings=16)
+    model: Any = transformers.BertForMaskedLM(config)
+    model.save_pretrained(memory_path / "today")
+    before = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in hf_tensors(memory_path / "today").items()
+    }
+    (memory_path / "before").mkdir()
+    safetensors.torch.save_file(before, memory_path / "before/model.safetensors")
+    fresh: Any = transformers.BertForMaskedLM(config)
+    report = start(memory_path / "next", fresh, memory_path / "before")
+    assert (report.missing, report.unexpected) == ((), ())
+    assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))
+    bare: Any = transformers.BertModel(config, add_pooling_layer=False)
+    bare.load_state_dict(model.bert.state_dict())
+    bare.save_pretrained(memory_path / "bare")
+    fresh = transformers.BertForMaskedLM(config)
+    report = start(memory_path / "head", fresh, memory_path / "bare", allow_missing=["cls.*"])
+    assert {key.partition(".")[0] for key in report.missing} == {"cls"}
+    assert_equal(dict(fresh.bert.state_dict()), dict(model.bert.state_dict()))

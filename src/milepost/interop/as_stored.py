@@ -96,15 +96,15 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
         return Kept(names, None, ())
     if source.kind != "hf":
         _refuse_adapter(names, extras.weight_map, source.path)
-    known = _known_names(extras, options)
+    known = _known_names(extras, options, source.tensors)
     bare, notes = _without_tied(weights, names, extras.config)
     repeated = repeated_in(Renamed(source, bare), known)
     notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
     kept = Kept({key: old for key, old in bare.items() if key not in repeated}, extras, tuple(notes))
     if kept.names.keys() != set(known) and (known or _is_of_module(weights)):
-        kept = _by_class(weights, names, extras, known) or kept
+        kept = _by_class(weights, names, extras, known, options.dtype) or kept
     if kept.of_class is None:
-        _check_index(kept.names, extras.weight_map, source.path)
+        _check_known(kept.names, known, source.path)
     if options.max_shard_nbytes is not None:
         kept = replace(kept, extras=replace(extras, weight_map={}))
     if extras.config.get("auto_map"):
@@ -118,7 +118,9 @@ def _is_of_module(weights: Weights) -> bool:
     return weights.manifest is not None and isinstance(weights.manifest.extra.get(ARCHITECTURE), str)
 
 
-def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, known: Collection[str]) -> Kept | None:
+def _by_class(
+    weights: Weights, names: Mapping[str, str], extras: HfExtras, known: Collection[str], dtype: str | None
+) -> Kept | None:
     """Return the tensors to write if the names are those of the class's module; None if they are not.
 
     Raises:
@@ -128,12 +130,13 @@ def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, know
     said = weights.manifest.extra.get(ARCHITECTURE) if weights.manifest is not None else None
     name = said if isinstance(said, str) else architecture(extras.config)
     found = names_of_class(name, extras.config) if name is not None and source.kind != "hf" else None
-    if found is None or (known and set(known) != found.theirs.keys()):
+    if found is None:
         return None
     held = {key: old for key, old in names.items() if key not in found.copies and key not in found.ignored}
     shapes = {key: source.tensors[old].shape for key, old in held.items()}
     faults = list(_module_faults(found.ours, shapes))
-    if len(faults) >= len(names.keys() ^ set(known)) > 0 or (faults and not known):
+    is_of_today = not known or set(known) == found.theirs.keys()  # hub folders of earlier versions have other names
+    if len(faults) >= len(names.keys() ^ set(known)) > 0 or (faults and not (known and is_of_today)):
         return None  # they are not the names in files either, so the report is about those
     if faults:
         raise ConversionError(
@@ -147,7 +150,17 @@ def _by_class(weights: Weights, names: Mapping[str, str], extras: HfExtras, know
             raise ConversionError(
                 f"{source.path}: {name} ties {copy} to {original}, but {fault}: it would be lost", path=source.path
             )
+    mixed = found.mixed({key: source.tensors[old].dtype for key, old in held.items()}) if dtype is None else []
+    if mixed:
+        raise ConversionError(
+            f"{source.path} has tensors of several dtypes that are one tensor in the files: give --dtype\n  "
+            + "\n  ".join(listed(mixed)),
+            path=source.path,
+            problems=mixed,
+        )
     note = f"the names are those of the module of {name}: files have {len(found.theirs)} tensors for its {len(held)}"
+    if not is_of_today:
+        note += "; those of --hf-assets are of an earlier version of transformers, and were not kept"
     places_all = all(key in extras.weight_map for key in found.theirs)
     return Kept(held, extras if places_all else replace(extras, weight_map={}), (note,), found)
 
@@ -178,15 +191,19 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
     return extras
 
 
-def _known_names(extras: HfExtras, options: ConvertOptions) -> Collection[str]:
-    """The names in the files of ``options.hf_assets``: of its index, or of its only file."""
+def _known_names(extras: HfExtras, options: ConvertOptions, stored: Collection[str]) -> Collection[str]:
+    """Return the names in the files of ``options.hf_assets``: of its index, or of its only file.
+
+    Those of quantized files are of no use for a model that is ``stored`` without.
+    """
     if extras.weight_map or not options.hf_assets:
         return extras.weight_map
     storage, folder = open_storage(options.hf_assets)
     if storage.stat(join(folder, SINGLE_NAME)) is None:
         return ()
     with open_linked(storage, join(folder, SINGLE_NAME), anywhere=True) as handle:
-        return read_header(handle).tensors.keys()
+        names = read_header(handle).tensors.keys()
+    return names if method_of_keys(names) in (None, method_of_keys(stored)) else ()
 
 
 def _refuse_adapter(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
@@ -307,15 +324,16 @@ def _without_tied(
     return kept, [f"{output} equals {embedding}, which is stored once"]
 
 
-def _check_index(names: Mapping[str, str], index: Mapping[str, str], path: str) -> None:
-    """Refuse an index of another model."""
-    missing = [key for key in index if key not in names]
-    unexpected = [key for key in names if index and key not in index]
+def _check_known(names: Mapping[str, str], known: Collection[str], path: str) -> None:
+    """Refuse an index, or a file of weights, of another model."""
+    missing = [key for key in known if key not in names]
+    unexpected = [key for key in names if known and key not in known]
     if missing or unexpected:
         lines = list(_index_lines(missing, unexpected))
         raise ConversionError(
-            f"{path} does not hold the model of the index in --hf-assets: of its {len(index)} tensors "
-            f"{len(missing)} are missing, and {len(unexpected)} are unexpected\n  " + "\n  ".join(listed(lines)),
+            f"{path} does not hold the model of the index or weights in --hf-assets: of its {len(known)} tensors "
+            f"{len(missing)} are missing, and {len(unexpected)} are unexpected. If it is another model, give a folder "
+            "with its config.json and tokenizer only\n  " + "\n  ".join(listed(lines)),
             path=path,
             problems=lines,
         )

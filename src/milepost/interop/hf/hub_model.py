@@ -16,7 +16,7 @@ from milepost.format.huggingface import GENERATION_CONFIG_NAME
 from milepost.format.manifest import Manifest
 from milepost.interop.any_weights import check_fit, fill, weights_report
 from milepost.interop.hf.form import HfForm
-from milepost.interop.hf.hub_names import kept_names
+from milepost.interop.hf.hub_names import kept_names, names_at_load
 from milepost.interop.hf.kept import ARCHITECTURE, KeptNames, KeptTarget
 from milepost.interop.names.assembled import Assembled
 from milepost.interop.names.match import difference
@@ -101,7 +101,7 @@ class HubModel:
                 raise ConversionError(f"{opened.source.path} is a PEFT adapter, not a full model", path=path)
             weights = plain_weights(opened, "float32")  # `pretrained_in` refuses quantized models
             source = weights.source
-            view, recipes = _as_stored(source, names)
+            view, recipes = _as_stored(source, names, self._model)
             tied = {prefix + name: recipes[kept] for name, kept in names.copies.items()}
             ours = {prefix + name: recipe for name, recipe in recipes.items()} | tied
             there = Assembled(view, {key: ours[key] for key in leaves if key in ours and _is_there(ours[key], view)})
@@ -186,14 +186,32 @@ def _prefix(keys: Collection[str], names: KeptNames) -> str:
     return min(found, key=len, default="")
 
 
-def _as_stored(source: Readable, names: KeptNames) -> tuple[Readable, dict[str, Recipe]]:
-    """Return the source's names, by files or module, whichever match more, and how to read it."""
+def _as_stored(source: Readable, names: KeptNames, model: nn.Module) -> tuple[Readable, dict[str, Recipe]]:
+    """Return the source's names, by files or module, whichever match more, and how to read it.
+
+    Names that the class's files had in earlier versions of transformers are replaced by today's.
+    """
     by_files, by_module = (_without_prefix(source, {**known, **names.copies}) for known in (names.theirs, names.ours))
     in_files = sum(key in by_files.tensors for key in names.theirs) / max(len(names.theirs), 1)
     in_module = sum(key in by_module.tensors for key in names.ours) / max(len(names.ours), 1)
     if in_files >= in_module:
-        return by_files, names.into_ours()
+        return _of_today(by_files, names, model), names.into_ours()
     return by_module, {name: _itself(name, shape) for name, shape in names.ours.items()}
+
+
+def _of_today(view: Readable, names: KeptNames, model: nn.Module) -> Readable:
+    """Return ``view`` with the names of files of earlier versions replaced, where today's are absent."""
+    unknown = [key for key in view.tensors if key not in names.theirs and not _may_be_left(key, names)]
+    if not unknown or all(key in view.tensors for key in names.theirs):
+        return view
+    plain = {
+        link.ours_key: link.theirs_key
+        for link in names.links
+        if link.op is Op.SAME and link.ours.sizes == names.ours[link.ours_key] == names.theirs[link.theirs_key]
+    }
+    new = {key: plain.get(name, name) for key, name in names_at_load(model, unknown).items()}
+    moved = {name: key for key, name in new.items() if name not in view.tensors}
+    return Renamed(view, {key: key for key in view.tensors if key not in set(moved.values())} | moved)
 
 
 def _itself(name: str, shape: tuple[int, ...]) -> Recipe:

@@ -13,16 +13,16 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from milepost.format.box import Box
 from milepost.interop.hf.kept import KeptNames
+from milepost.interop.hf.traced import Tracer
 from milepost.interop.names.rules import Link, Op
 from milepost.loading.names import without_wrappers
 
@@ -78,73 +78,49 @@ def _links(
     except (ImportError, AttributeError):  # before transformers 5 a module had the names of its files
         revert = _as_they_are
     empty = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in ours.items()}
-    owners = {_memory(tensor): name for name, tensor in empty.items()}
+    tracer = Tracer(empty)
     try:
-        with _WithoutCopies():  # type: ignore[no-untyped-call]
+        with tracer:
             stored = revert(model, dict(empty))
     except Exception:  # noqa: BLE001 - any error of that library: this method does not work
         return None
     links = []
-    for key, view in stored.items():
-        owner = owners.get(_memory(view))
-        link = _link(owner, ours[owner], key, view) if owner is not None else None
-        if link is None:
+    for key, tensor in stored.items():
+        moves = tracer.moves(tensor)
+        if moves is None or sum(move.box.numel for move in moves) != tensor.numel():
             return None
-        links.append((link, tuple(view.shape)))
-    covered = dict.fromkeys(ours, 0)
+        shape = tuple(tensor.shape)
+        links += [(Link(move.key, move.original, key, move.box, move.op, move.head_dim), shape) for move in moves]
+    covered: dict[str, int] = {}
     for link, _ in links:
-        covered[link.ours_key] += link.ours.numel
-    return links if all(covered[name] == math.prod(shape) for name, shape in ours.items()) else None
+        covered[link.ours_key] = covered.get(link.ours_key, 0) + link.ours.numel
+    return links if covered == {name: math.prod(shape) for name, shape in ours.items()} else None
 
 
 def _as_they_are(_: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def names_at_load(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Return the module's names of ``keys`` of files that ``from_pretrained`` would rename, and only rename.
 
-
-class _WithoutCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replaces copies by views, so that the memory still identifies the copied elements."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.clone.default:
-            return torch.ops.aten.alias(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def _link(owner: str, shape: tuple[int, ...], key: str, view: torch.Tensor) -> Link | None:
-    """Return the box of a row-major tensor of ``shape`` shown by ``view``, perhaps with the last two dims exchanged."""
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    sizes, order = [1] * len(shape), list[int]()
-    for size, stride in zip(view.shape, view.stride(), strict=True):
-        if size == 1:
-            continue
-        dims = [d for d, own in enumerate(strides) if own == stride and shape[d] > 1 and d not in order]
-        if not dims:
-            return None
-        order.append(dims[0])
-        sizes[dims[0]] = size
-    offsets, rest = list[int](), int(view.storage_offset())
-    for stride in strides:
-        offset, rest = divmod(rest, stride)
-        offsets.append(offset)
-    op = Op.SAME
-    if order != sorted(order):
-        sizes_there = [*sizes[:-2], sizes[-1], sizes[-2]]
-        op = Op.TRANSPOSED
-    else:
-        sizes_there = sizes
-    box = Box(tuple(offsets), tuple(sizes))
-    if not box.inside(shape) or _without_leading_ones(sizes_there) != _without_leading_ones(view.shape):
-        return None
-    return Link(owner, box, key, Box.whole(tuple(view.shape)), op)
-
-
-def _without_leading_ones(sizes: Sequence[int]) -> tuple[int, ...]:
-    first = next((number for number, size in enumerate(sizes) if size != 1), len(sizes))
-    return tuple(sizes[first:])
+    Hub folders that were saved by earlier versions have other names: ``LayerNorm.gamma``, no prefix, and so on.
+    """
+    try:
+        loading = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        transforms = mapping.get_model_conversion_mapping(model)
+        renamings = [one for one in transforms if isinstance(one, loading.WeightRenaming)]
+        converters = [one for one in transforms if isinstance(one, loading.WeightConverter)]
+        held = model.state_dict()
+        ordered = sorted(keys, key=loading.dot_natural_key)
+        found = {
+            key: loading.rename_source_key(key, renamings, converters, model.base_model_prefix, held) for key in ordered
+        }
+    except Exception as error:  # noqa: BLE001 - of that library, before version 5 or of another release: the keys stay
+        log.debug("transformers does not rename keys: %s", error)
+        return {}
+    return {key: name for key, (name, converter) in found.items() if converter is None and name != key and name in held}
 
 
 def main(class_name: str) -> None:

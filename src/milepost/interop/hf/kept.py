@@ -32,18 +32,26 @@ class KeptNames:
     ignored: frozenset[str] = frozenset()
     """Names in the module's state that are not in its files."""
 
+    def mixed(self, dtypes: Mapping[str, str]) -> list[str]:
+        """Report tensors in the files whose parts, by the module's names, are of several ``dtypes``."""
+        found: dict[str, set[str]] = {}
+        for link in self.links:
+            found.setdefault(link.theirs_key, set()).add(dtypes[link.ours_key])
+        mixed = {key: sorted(several) for key, several in found.items() if len(several) > 1}
+        return [f"{key}: parts of {' and '.join(several)}" for key, several in mixed.items()]
+
     def into_ours(self) -> dict[str, Recipe]:
         """Return each tensor of the module, assembled from those in the files."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
         for link in self.links:
-            pieces[link.ours_key].append(MappedBox(link.ours, link.theirs_key, link.theirs, link.op))
+            pieces[link.ours_key].append(link.into_ours())
         return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
 
     def into_theirs(self) -> dict[str, Recipe]:
         """Return each tensor in the files, assembled from those of the module."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
         for link in self.links:
-            pieces[link.theirs_key].append(MappedBox(link.theirs, link.ours_key, link.ours, link.op.inverse))
+            pieces[link.theirs_key].append(link.into_theirs())
         return {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
 
 
@@ -67,6 +75,13 @@ class KeptTarget:
         names, prefix = self.names, self.prefix
         links = tuple(replace(link, ours_key=prefix + link.ours_key) for link in names.links)
         self._check_keys()
+        mixed = names.mixed({name: self.dtypes[prefix + name] for name in names.ours})
+        if mixed:
+            raise ConversionError(
+                "tensors of several dtypes are one tensor in the files: give them one dtype, or set "
+                "checkpoint.export_dtype\n  " + "\n  ".join(listed(mixed)),
+                problems=mixed,
+            )
         tensors = {
             key: TensorInfo(self._dtype(prefix + recipe.pieces[0].source_key), recipe.shape)
             for key, recipe in names.into_theirs().items()
@@ -89,7 +104,6 @@ class KeptTarget:
             tensors=tensors,
             links={**nowhere, **by_our_key(links)},
             recipes=recipes,
-            head_dim=0,
             extras=extras,
             max_shard_nbytes=self.max_shard_nbytes,
         )

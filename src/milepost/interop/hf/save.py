@@ -6,6 +6,7 @@ file and offset of its boxes' elements. Torch-free, because a background process
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +47,6 @@ class HfContent:
     """Our key -> destinations of its elements; none if it repeats another key."""
     recipes: Mapping[str, Recipe]
     """The same links by their keys."""
-    head_dim: int
     extras: HfExtras
     max_shard_nbytes: int
 
@@ -87,7 +87,6 @@ class HfTarget:
             tensors=tensors,
             links=by_our_key(found.links),
             recipes=found.into_theirs(),
-            head_dim=found.head_dim,
             extras=hf_extras(family.name, self.args, tensors, self.assets, None),
             max_shard_nbytes=self.max_shard_nbytes,
         )
@@ -231,15 +230,15 @@ def _write_item(
     source: BlockSource | FileImage,
     buffer: mmap.mmap,
 ) -> None:
-    links, head_dim = image.content.links[item.key], image.content.head_dim
+    links = image.content.links[item.key]
     if not links:
         return
     size = itemsize(item.dtype)
     streams: tuple[str, ImageStream] | None = None
-    for slab, values in _slabs(item, links, head_dim, source):
+    for slab, values in _slabs(item, links, source):
         box = slab.box.shifted(item.box.offsets)
         for link in links:
-            for theirs, part in _parts(link, head_dim, box, values):
+            for theirs, part in parts(link, box, values):
                 place = image.places[link.theirs_key]
                 data, position = raw_bytes(np.ascontiguousarray(part)), 0
                 for start, stop in contiguous_runs(theirs, place.shape):
@@ -255,15 +254,13 @@ def _write_item(
         streams[1].flush()
 
 
-def _slabs(
-    item: WriteItem, links: Sequence[Link], head_dim: int, source: BlockSource | FileImage
-) -> Iterator[tuple[Slab, Array]]:
+def _slabs(item: WriteItem, links: Sequence[Link], source: BlockSource | FileImage) -> Iterator[tuple[Slab, Array]]:
     """Yield the item's data as arrays, slab by slab; each is valid until the next."""
     unit = 1
     if any(link.op is Op.TRANSPOSED for link in links):
         unit = item.box.sizes[-2]
-    elif any(link.op is not Op.SAME for link in links):
-        unit = head_dim
+    else:
+        unit = math.lcm(*(link.head_dim for link in links if link.op is not Op.SAME))
     dtype = array_dtype(item.dtype)
     slabs = cut_into_slabs(item.box.sizes, itemsize(item.dtype), SLAB_NBYTES, unit)
     if isinstance(source, FileImage):
@@ -291,8 +288,8 @@ def _slabs(
         yield slab, raw.view(dtype).reshape(slab.box.sizes)
 
 
-def _parts(link: Link, head_dim: int, box: Box, values: Array) -> Iterator[tuple[Box, Array]]:
-    """Apply ``link`` to ``values`` (box ``box`` of our tensor); yield boxes of theirs."""
+def parts(link: Link, box: Box, values: Array) -> Iterator[tuple[Box, Array]]:
+    """Apply ``link`` to ``values`` (box ``box`` of our tensor); yield boxes of theirs with their values."""
     common = link.ours.intersect(box)
     if common is None:
         return
@@ -300,15 +297,36 @@ def _parts(link: Link, head_dim: int, box: Box, values: Array) -> Iterator[tuple
     part = common.relative_to(link.ours)
     # The two sides differ at most in leading dims of size 1.
     lead = len(part.sizes) - len(link.theirs.sizes)
-    offsets, sizes = part.offsets[lead:], part.sizes[lead:]
+    offsets = (0,) * -lead + part.offsets[max(lead, 0) :]
+    sizes = (1,) * -lead + part.sizes[max(lead, 0) :]
     values = values.reshape(sizes)
     if link.op is Op.SAME:
         yield Box(offsets, sizes).shifted(link.theirs.offsets), values
     elif link.op is Op.TRANSPOSED:
         yield Box(_swapped(offsets), _swapped(sizes)).shifted(link.theirs.offsets), values.swapaxes(-1, -2)
     else:
-        for first, rows in _rows_as_halves(offsets[0], values, head_dim):
-            yield Box((first, *offsets[1:]), rows.shape).shifted(link.theirs.offsets), rows
+        lead = next(dim for dim, size in enumerate(link.theirs.sizes) if size != 1)  # heads are along the first other
+        exchange = _rows_as_halves if link.op is Op.TO_PAIRS else _rows_as_pairs
+        for first, rows in exchange(offsets[lead], values.reshape(sizes[lead:]), link.head_dim):
+            part = Box((*offsets[:lead], first, *offsets[lead + 1 :]), (*sizes[:lead], *rows.shape))
+            yield part.shifted(link.theirs.offsets), rows
+
+
+def _rows_as_pairs(start: int, rows: Array, head_dim: int) -> Iterator[tuple[int, Array]]:
+    """Convert rows ``[start, start + len(rows))`` of halves to (first row, rows) of pairs.
+
+    Complete heads stay together; each row of a partial head has its own place.
+    """
+    half, position = head_dim // 2, 0
+    while position < len(rows):
+        head, row = divmod(start + position, head_dim)
+        if row == 0 and len(rows) - position >= head_dim:
+            pairs = rows[position : position + head_dim].reshape(2, half, *rows.shape[1:]).swapaxes(0, 1)
+            yield head * head_dim, pairs.reshape(head_dim, *rows.shape[1:])
+            position += head_dim
+        else:
+            yield head * head_dim + row % half * 2 + row // half, rows[position : position + 1]
+            position += 1
 
 
 def _rows_as_halves(start: int, rows: Array, head_dim: int) -> Iterator[tuple[int, Array]]:

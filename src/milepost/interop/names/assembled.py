@@ -64,11 +64,14 @@ class Assembled:
     def _read_heads(self, piece: MappedBox, offsets: tuple[int, ...], sizes: tuple[int, ...], target: Array) -> None:
         """Read the heads that contain the requested rows, and reorder the rows of each."""
         head = piece.head_dim
+        lead = next(dim for dim, size in enumerate(piece.source.sizes) if size != 1)  # heads are along the first other
+        outer, offsets, sizes = offsets[:lead], offsets[lead:], sizes[lead:]
+        target = _reshaped_view(target, sizes)
         first = offsets[0] // head * head
         stop = -(-(offsets[0] + sizes[0]) // head) * head
         raw = np.empty((stop - first, *sizes[1:]), target.dtype)
-        wanted = Box((first, *offsets[1:]), raw.shape).shifted(piece.source.offsets)
-        self._base.read_into(piece.source_key, wanted, raw)
+        wanted = Box((*outer, first, *offsets[1:]), ((1,) * lead + raw.shape)).shifted(piece.source.offsets)
+        self._base.read_into(piece.source_key, wanted, raw.reshape(wanted.sizes))
         inner = (2, head // 2) if piece.op is Op.TO_PAIRS else (head // 2, 2)
         reordered = raw.reshape(-1, *inner, *sizes[1:]).swapaxes(1, 2)  # (heads, ., ., columns)
         if sizes[0] == raw.shape[0] and target.flags.c_contiguous:

@@ -144,13 +144,25 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A box of our tensor and the box of theirs with the same elements; ``op`` converts theirs to ours."""
+    """A box of our tensor and the box of theirs with the same elements; ``op`` converts theirs to ours.
+
+    For the RoPE ops, both hold complete heads of ``head_dim`` rows.
+    """
 
     ours_key: str
     ours: Box
     theirs_key: str
     theirs: Box
     op: Op
+    head_dim: int = 0
+
+    def into_ours(self) -> MappedBox:
+        """Return the box of ours, as computed from theirs."""
+        return MappedBox(self.ours, self.theirs_key, self.theirs, self.op, self.head_dim)
+
+    def into_theirs(self) -> MappedBox:
+        """Return the box of theirs, as computed from ours."""
+        return MappedBox(self.theirs, self.ours_key, self.ours, self.op.inverse, self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +178,19 @@ class Correspondence:
     left_out: tuple[str, ...]
     tied: tuple[str, str] | None
     """(their embedding, their output projection), for a model that ties them."""
-    head_dim: int
 
     def into_ours(self) -> dict[str, Recipe]:
         """Return the recipes of our tensors from theirs."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
         for link in self.links:
-            pieces[link.ours_key].append(MappedBox(link.ours, link.theirs_key, link.theirs, link.op, self.head_dim))
+            pieces[link.ours_key].append(link.into_ours())
         return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
 
     def into_theirs(self) -> dict[str, Recipe]:
         """Return the recipes of their tensors from ours; constants are zeros."""
         pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
         for link in self.links:
-            pieces[link.theirs_key].append(
-                MappedBox(link.theirs, link.ours_key, link.ours, link.op.inverse, self.head_dim)
-            )
+            pieces[link.theirs_key].append(link.into_theirs())
         recipes = {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
         if self.tied is not None and self.scheme.writes_tied_output:
             embedding, output = self.tied
@@ -230,7 +239,7 @@ def correspond(family: Family, scheme: Scheme, args: ModelArgs | Sizes) -> Corre
     tied = None
     if sizes.tied_embeddings and scheme.tied_output is not None:
         tied = (rows["tok_embeddings.weight"].theirs, scheme.tied_output)
-    return Correspondence(scheme, ours, theirs, tuple(links), constants, ignored, left_out, tied, sizes.head_dim)
+    return Correspondence(scheme, ours, theirs, tuple(links), constants, ignored, left_out, tied)
 
 
 def _has(sizes: Sizes, parameter: Parameter) -> bool:
@@ -265,28 +274,29 @@ def _links(
     row: Row, key: str, layer: int, shape: tuple[int, ...], sizes: Sizes
 ) -> Iterator[tuple[Link, tuple[int, ...]]]:
     """Yield the links of one of our tensors, each with the shape of its external tensor."""
+    head = sizes.head_dim if row.op in (Op.TO_PAIRS, Op.TO_HALVES) else 0
     if "{expert}" in row.theirs:
         for expert in range(shape[0]):
             ours = Box((expert,) + (0,) * (len(shape) - 1), (1, *shape[1:]))
             name = row.theirs.format(layer=layer, expert=expert)
             foreign = _foreign_shape(row, shape[1:])
-            yield Link(key, ours, name, Box.whole(foreign), row.op), foreign
+            yield Link(key, ours, name, Box.whole(foreign), row.op, head), foreign
         return
     name = row.theirs.format(layer=layer)
     if isinstance(row.part, QkvGroup):
         foreign = ((sizes.n_heads + 2 * sizes.n_kv_heads) * sizes.head_dim, *shape[1:])
         for ours, theirs in _qkv_boxes(row.part, shape, sizes):
-            yield Link(key, ours, name, theirs, row.op), foreign
+            yield Link(key, ours, name, theirs, row.op, head), foreign
         return
     foreign = _foreign_shape(row, shape)
     if row.part is None:
-        yield Link(key, Box.whole(shape), name, Box.whole(foreign), row.op), foreign
+        yield Link(key, Box.whole(shape), name, Box.whole(foreign), row.op, head), foreign
         return
     slices = [sizes.named[size] for size in row.part.of]
     offsets, whole = [0] * len(foreign), list(foreign)
     offsets[row.part.dim] = sum(slices[: row.part.index])
     whole[row.part.dim] = sum(slices)
-    yield Link(key, Box.whole(shape), name, Box(tuple(offsets), foreign), row.op), tuple(whole)
+    yield Link(key, Box.whole(shape), name, Box(tuple(offsets), foreign), row.op, head), tuple(whole)
 
 
 def _foreign_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
