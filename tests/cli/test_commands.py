@@ -171,6 +171,23 @@ def test_a_hostile_key_cannot_speak_to_the_terminal(run: LocalStorage, capsys: p
     assert "run/[red]step: damaged" in out
 
 
+def test_verify_of_several_checkpoints(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell's pattern gives them: one that is missing or damaged does not hide the others."""
+    paths = ["run/step-100", "run/nothing", "run/step-200"]
+    status, out, err = output(capsys, "verify", *paths)
+    assert status == 3
+    assert [line.partition(" (")[0] for line in out.splitlines()] == [
+        f"{run.root}/run/step-{step}: OK" for step in (100, 200)
+    ]
+    assert err.startswith("milepost: error: ")
+    assert "run/nothing is not a checkpoint" in err
+    Path("run/step-200/__0_0.distcp").write_bytes(b"cut")
+    status, out, _ = output(capsys, "verify", *paths, "--json")
+    found = json.loads(out)
+    assert (status, found["verdict"], found["sound"]) == (5, "damaged", False)
+    assert [report["verdict"] for report in found["checkpoints"]] == ["ok", "damaged"]
+
+
 def test_verify_with_no_threads_is_a_users_mistake(run: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     assert output(capsys, "verify", "run", "--threads", "0") == (
         2,

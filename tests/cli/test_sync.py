@@ -114,6 +114,23 @@ def test_steps_of_two_runs_are_not_mixed(storage: LocalStorage, capsys: pytest.C
     assert sync(capsys, "a/step-1", "copy/step-1")[0] == 0
 
 
+def test_a_later_save_of_a_step_is_not_replaced(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    """The local folder of a node that missed how the run continued is copied over its backup."""
+    for folder, steps in (("run", {1: 1, 2: 2, 3: 3}), ("copy", {1: 1, 2: 4})):
+        for step, order in steps.items():
+            lineage = Lineage(run="r", order=order, branch=f"b{order // 4}")
+            save_arrays(storage, f"{folder}/step-{step}", ARRAYS, step=step, lineage=lineage)
+    before = Path("copy/step-2/milepost.json").read_bytes()
+    status, out, err = sync(capsys, "run", "copy")
+    assert status == 2
+    assert "copy/step-3" in out
+    for step in (1, 2):
+        assert f"copy/step-{step} is another save of this step, and not an earlier one: it is not replaced" in err
+    assert Path("copy/step-2/milepost.json").read_bytes() == before
+    assert sync(capsys, "copy/step-2", "run")[0] == 0  # an earlier save is replaced
+    assert Path("run/step-2/__0_0.distcp").read_bytes() == Path("copy/step-2/__0_0.distcp").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("destination", "reason"), [("file", "is a file"), ("run/step-1/sub", "inside the checkpoint")]
 )

@@ -226,6 +226,10 @@ def test_weights_that_do_not_fit_change_nothing(memory_path: Path):
         load_hf(memory_path / "hf", "llama3", replace(args, rope_theta=1.0), flatten(state).tensors)
     with pytest.raises(ConversionError, match="vocabulary of 101, the model one of 100"):
         load_hf(memory_path / "hf", "llama3", replace(args, vocab_size=100), flatten(state).tensors)
+    (memory_path / "hf/config.json").unlink(missing_ok=True)
+    with pytest.raises(ConversionError, match=r"does not hold this llama3 model\. (?s:.*)set model\.name") as other:
+        load_hf(memory_path / "hf", "llama3", replace(args, n_layers=3), flatten(state).tensors)
+    assert "--model" not in other.value.message  # an option of `milepost convert`
 
 
 def test_a_changed_byte_of_a_torch_file_is_found_by_a_rank_that_reads_a_part(memory_path: Path):

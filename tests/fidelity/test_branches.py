@@ -225,11 +225,15 @@ def test_a_damaged_end_falls_back_on_its_own_branch(folder: Path) -> None:
 
 
 def test_two_runs_in_turn_in_one_folder(folder: Path, opened: Callable[..., Loop]) -> None:
-    """The second run never loads: its steps stay, and are resumed."""
+    """The second run never loads: its steps are resumed, and those of the first are neither deleted nor replaced."""
     start(folder, 8, keep_latest_k=3)
+    first = {entry.step: entry.save_id for entry in scan(folder)}
     loop = opened(folder, keep_latest_k=3)
     loop.train(4)
-    assert steps(folder) == [2, 4, 8]
+    assert steps(folder) == [2, 4, 6, 8]
+    assert {entry.step for entry in scan(folder) if first.get(entry.step) == entry.save_id} == {6, 8}
+    (aside,) = folder.glob("step-4.aside-*")
+    assert first[4] in (aside / "milepost.json").read_text()
     loop.manager.close()
     assert start(folder, 5, keep_latest_k=3)[0] == 4
 

@@ -21,6 +21,7 @@ from milepost.run import branches, catalog, marks, retention
 from milepost.run.branches import Descent, History
 from milepost.run.catalog import StepEntry
 from milepost.run.retention import Rules
+from milepost.saving.job import Keep, prune
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
 from milepost.training.choice import Choice, choose, launch_id
@@ -537,6 +538,32 @@ def test_a_pinned_or_external_step_is_set_aside_when_another_branch_takes_its_nu
     assert len(names) == 3
     assert "pinned and about to be replaced; it is kept as step-2.aside-" in caplog.text
     assert steps(catalog.scan(storage, "run")) == [1]
+
+
+def test_a_step_of_another_run_is_never_replaced_or_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A loop that saves without load() begins a new run in the folder of an earlier one."""
+    storage = LocalStorage(tmp_path)
+    for step, run in ((1, "before"), (2, "before"), (3, "before")):
+        lineage = Lineage(run=run, order=step, branch=run)
+        save_arrays(storage, f"run/step-{step}", {"w": np.zeros(4)}, step=step, lineage=lineage)
+    for step in (1, 2):
+        lineage = Lineage(run="now", order=3 + step, branch="now")
+        retention.set_aside(storage, f"run/step-{step}", lineage)
+        save_arrays(storage, f"run/step-{step}", {"w": np.ones(4)}, step=step, lineage=lineage)
+    kept = Keep("run", Rules(keep_latest_k=1))
+    assert prune(storage, kept) == ("step-1",)
+    assert prune(storage, kept) == ()
+    names = sorted(entry.name.partition(".aside-")[0] for entry in storage.list("run"))
+    assert names == ["step-1", "step-2", "step-2", "step-3"]
+    assert caplog.text.count("run holds steps of another run, which this one never deletes: step-3.") == 1
+
+
+def test_an_unexpected_error_after_a_commit_is_only_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "scan", lambda *args: 1 / 0)
+    assert prune(LocalStorage(tmp_path), Keep("run", Rules(keep_latest_k=1))) == ()
+    assert "old steps were not deleted because of an unexpected error" in caplog.text
 
 
 # ---- any history ----

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milepost.errors import StorageError
+from milepost.format.manifest import Lineage
 from milepost.run import catalog, retention
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
@@ -65,6 +66,16 @@ def test_what_is_not_a_committed_step_of_our_own_neither_counts_nor_goes() -> No
         entry(6, is_link=True),
     ]
     assert deleted(entries, keep_latest_k=1) == [1]
+
+
+def test_steps_of_another_run_neither_count_nor_go() -> None:
+    """A step moved here from another run, or of a run that was here before: this run did not write it."""
+    others = [entry(step, lineage=Lineage(run="before", order=step, branch="b0")) for step in (1, 2, 70)]
+    own = [entry(step, lineage=Lineage(run="r", order=100 + step, branch="b1")) for step in (3, 4, 5)]
+    assert deleted([*others, *own], keep_latest_k=1) == [3, 4]
+    assert deleted([*others, *own], keep_latest_k=4) == []
+    decisions = retention.plan([*others, *own], Rules(keep_latest_k=1), now=NOW)
+    assert {d.step for d in decisions if d.reason == "it is of another run"} == {1, 2, 70}
 
 
 def test_pinned_and_protected_steps_stay_and_count_as_steps() -> None:

@@ -12,7 +12,7 @@ import milepost
 from milepost.cli.main import main
 from milepost.run import catalog
 from milepost.storage import LocalStorage
-from milepost.testing.world import run_world
+from milepost.testing.world import WorldError, run_world
 from milepost.train.config import TrainConfig
 from milepost.train.loop import Trainer
 from milepost.train.options import load_config
@@ -63,6 +63,15 @@ def test_a_file_asks_once_and_ends_the_run_well(memory_path: Path, capfd: pytest
     assert "this run is finished" in capfd.readouterr().out
     entries = catalog.scan(folder, "checkpoint")
     assert [sorted(entry.metrics) for entry in entries] == [["loss"]] * 3
+    before = sorted(memory_path.rglob("*.distcp"))
+    again = replace(
+        config,
+        checkpoint=replace(config.checkpoint, exclude_from_loading=("train_state",)),
+        training=replace(config.training, steps=12),
+    )
+    with pytest.raises(WorldError, match=r"train_state restarts at step 0, but .* holds step-4: .*dump_folder"):
+        run_world(_train, 1, again, {})
+    assert sorted(memory_path.rglob("*.distcp")) == before  # nothing was replaced
 
 
 def test_options_tokenizer_and_revision_travel_with_each_step(

@@ -112,6 +112,43 @@ def test_what_a_run_that_died_has_not_copied_is_copied_by_the_next(memory_path: 
     assert steps(remote) == [2]
 
 
+def test_a_later_save_there_is_not_replaced_by_an_older_one_from_here(memory_path: Path) -> None:
+    """A node returns with a step that it never copied, after another node has continued the run."""
+    remote = str(memory_path / "remote")
+    with CheckpointManager(memory_path / "a", config(remote), model=model(1)) as manager:
+        manager.save(1)
+    with CheckpointManager(memory_path / "a", config(""), model=model(1)) as manager:
+        manager.load()
+        manager.save(2)
+    with CheckpointManager(memory_path / "b", config(remote), model=model(1)) as manager:
+        manager.load()
+        for step in (2, 3):
+            manager.save(step)
+            wait_until(lambda step=step: Path(remote, f"step-{step}").exists())
+    continued = {entry.step: entry.save_id for entry in catalog.scan(*open_storage(remote))}
+    assert continued.keys() == {1, 2, 3}
+    with CheckpointManager(memory_path / "a", config(remote), model=model(0)) as manager:
+        report = manager.load()
+    assert report is not None
+    assert report.resumed_step == 3
+    assert {entry.step: entry.save_id for entry in catalog.scan(*open_storage(remote))} == continued
+
+
+def test_the_folder_of_another_run_is_refused(memory_path: Path, remote: str) -> None:
+    for run, step in (("a", 1), ("b", 5)):
+        with CheckpointManager(memory_path / run, config(remote if run == "a" else ""), model=model(1)) as manager:
+            manager.save(step)
+    kept = config(remote, remote_keep_latest_k=1)
+    with pytest.raises(ConfigError, match=r"remote_folder .* holds steps of another run .*step 1 there, step 5 here"):
+        CheckpointManager(memory_path / "b", kept, model=model(1))
+    with (
+        pytest.raises(ConfigError, match="another run"),
+        CheckpointManager(memory_path / "b", config(remote, load_only=True), model=model(1)) as manager,
+    ):
+        manager.load()
+    assert steps(remote) == [1]
+
+
 def test_a_step_that_is_damaged_here_is_read_there(memory_path: Path) -> None:
     remote, trained = str(memory_path / "remote"), model(7.0)
     with CheckpointManager(memory_path / "run", config(remote), model=trained) as manager:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
         "These are always kept: the newest committed step, the newest one to resume from, pinned\n"
-        "steps, links, and external, incomplete or damaged steps. Rules add up: a step is deleted only if none keeps\n"
+        "steps, links, steps of another run, and external, incomplete or damaged steps. Rules add up: a step is deleted only if none keeps\n"
         "it. Rules count the steps of the branch that was written last. If it has fewer than --keep-latest, the\n"
         "newest steps of abandoned branches make up the number; those within --keep-within are kept; the rest are\n"
         "deleted first. Hours and days without a step are not counted."

@@ -14,6 +14,7 @@ from milepost.cli.render import print_json, print_line, printable_lines, progres
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
 from milepost.run import catalog
 from milepost.run.beside import enclosing_checkpoint, is_same_folder
+from milepost.run.branches import have_no_run_in_common
 from milepost.run.catalog import StepEntry
 from milepost.run.step_names import damage_mark, step_name, step_of
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Copy the committed steps of a run, or one step, to another folder or to a store, newest first. Each is\n"
         "committed there like a save: readers see all of it or nothing. Steps already there are not copied again;\n"
         "an interrupted copy continues after its complete files. Each copy is read back and verified. Damaged steps\n"
-        "and those of other programs are reported, and not copied. The destination must not hold steps of another run."
+        "and those of other programs are reported, and not copied. A later save of a step there is not replaced. The\n"
+        "destination must not hold steps of another run."
     )
     parser.epilog = (
         "examples:\n"
@@ -53,19 +55,23 @@ class _Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy each step, verify the copy and print the report; a damaged step does not keep the others from being copied.
+    """Copy each step, verify the copy and print the report; one that can't be copied does not keep the others from it.
 
     Raises:
         CheckpointDamagedError: a step, or the copy of one, is damaged: lists all of them.
+        ConfigError: the destination holds other saves of the same steps, which are not replaced.
     """
     plan = _plan(args.source, args.destination)
-    reports, damaged = [], list(plan.damaged)
+    reports, damaged, refused = [], list(plan.damaged), []
     for src, dst in plan.copies:
         try:
             with progress_bar(f"copying {split(src.path)[1]}") as progress:
                 report = copy_step(src, dst, progress)
         except CheckpointDamagedError as error:
             damaged.append(error.message)
+            continue
+        except ConfigError as error:
+            refused.append(error.message)
             continue
         except CheckpointNotFoundError:
             if len(plan.copies) == 1:
@@ -82,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
         _report_left(reason)
     if args.json:
         print_json([dataclasses.asdict(report) for report in reports])
+    sys.stdout.flush()
     if damaged:
-        sys.stdout.flush()
-        raise CheckpointDamagedError("\n".join(damaged), path=args.source)
+        raise CheckpointDamagedError("\n".join([*damaged, *refused]), path=args.source)
+    if refused:
+        raise ConfigError("\n".join(refused))
     return 0
 
 
@@ -157,8 +165,7 @@ def _plan_of_run(run: Spot, found: Sequence[StepEntry], to: Spot, source: str) -
 
 def _refuse_other_run(ours: Sequence[StepEntry], theirs: Sequence[StepEntry], source: str, destination: str) -> None:
     """Refuse to mix runs: a resume or retention at the destination would take the steps of one for the other's."""
-    runs = [{e.lineage.run if e.lineage is not None else "" for e in entries if e.kind} for entries in (ours, theirs)]
-    if runs[0] and runs[1] and not runs[0] & runs[1]:
+    if have_no_run_in_common(ours, theirs):
         steps = ", ".join(listed([step_name(entry.step) for entry in theirs]))
         raise ConfigError(f"{destination} holds steps of another run than {source} ({steps}): give a folder of its own")
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import sys
 from typing import Any
 
 from rich.text import Text
 
 from milepost.cli.main import NOT_CHECKED
 from milepost.cli.paths import run_at
-from milepost.cli.render import print_json, print_line, printable, progress_bar
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, StorageError, listed
+from milepost.cli.render import print_json, print_line, printable, printable_lines, progress_bar
+from milepost.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    ConfigError,
+    MilepostError,
+    StorageError,
+    listed,
+)
 from milepost.run.step_names import step_name
 from milepost.storage import open_storage
 from milepost.storage.base import counted, format_nbytes
-from milepost.verification.verify import LEVELS, VerifyReport, verify_in, verify_run
+from milepost.verification.verify import LEVELS, Level, VerifyReport, verify_in, verify_run
 
 MAX_LINES = 20
 """Maximum number of problems printed per checkpoint; ``--json`` has up to 1000."""
@@ -39,12 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  milepost verify outputs/checkpoint/step-500\n"
         "  milepost verify outputs/checkpoint --level sizes\n"
+        "  milepost verify outputs/checkpoint/step-500 outputs/checkpoint/step-1000\n"
         "  milepost verify Llama-3.2-1B\n\n"
         "exit status: 0 OK, 5 damaged, 11 no problem was found but there are bytes without digests, 3 there is no\n"
         "checkpoint, 2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument(
-        "path", metavar="PATH", help="a checkpoint, the folder of a run to check all its steps, or weights"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="a checkpoint, the folder of a run to check all its steps, or weights",
     )
     parser.add_argument(
         "--level",
@@ -58,34 +70,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, print a report for each checkpoint; 5 if any is damaged, 11 if one can't be verified."""
+    """Verify, print a report for each checkpoint; 5 if any is damaged, 11 if one can't be verified.
+
+    Of several paths, one that can't be verified at all does not keep the others from being verified.
+    """
     if args.threads < 1:
         raise ConfigError(f"--threads must be at least 1, not {args.threads}")
-    storage, name = open_storage(args.path)
+    reports: list[VerifyReport] = []
+    failures: list[MilepostError] = []
+    for path in args.paths:
+        try:
+            found = _verify(path, args.level, args.threads)
+        except (CheckpointNotFoundError, ConfigError, StorageError) as error:
+            failures.append(error)
+            continue
+        reports += found
+        for report in found if not args.json else ():
+            _print(report)
+    if not reports and len(failures) == 1:
+        raise failures[0]
+    worst = max((report.verdict for report in reports), key=list(VERDICTS).index, default="not_verified")
+    if args.json:
+        summary = {"verdict": worst, "sound": worst == "ok" and not failures}
+        print_json(summary | {"checkpoints": [_json(report) for report in reports]})
+    sys.stdout.flush()
+    for failure in failures:
+        print(f"milepost: error: {printable_lines(failure.message)}", file=sys.stderr)
+    if worst == "damaged":
+        return VERDICTS[worst][1]
+    if failures:
+        return failures[0].exit_status
+    is_unreadable = any(report.state == "unreadable" for report in reports)
+    return StorageError.exit_status if is_unreadable else VERDICTS[worst][1]
+
+
+def _verify(path: str, level: Level, num_threads: int) -> list[VerifyReport]:
+    """Verify a checkpoint or weights, or all checkpoints of a run.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        ConfigError, StorageError: the path is not one, or can't be read.
+    """
+    storage, name = open_storage(path)
     folder = run_at(storage, name)
     with contextlib.ExitStack() as stack:
         if folder is None:
             progress = stack.enter_context(progress_bar(name))
-            reports = [verify_in(storage, name, args.level, num_threads=args.threads, progress=progress)]
-        else:
+            return [verify_in(storage, name, level, num_threads=num_threads, progress=progress)]
 
-            def on_step(step: int) -> Any:
-                stack.close()  # the previous step's bar
-                return stack.enter_context(progress_bar(step_name(step)))
+        def on_step(step: int) -> Any:
+            stack.close()  # the previous step's bar
+            return stack.enter_context(progress_bar(step_name(step)))
 
-            reports = verify_run(storage, folder, args.level, num_threads=args.threads, on_step=on_step)
+        reports = verify_run(storage, folder, level, num_threads=num_threads, on_step=on_step)
     if not reports:
-        raise CheckpointNotFoundError(f"{args.path}: all steps were deleted while they were being verified")
-    worst = max((report.verdict for report in reports), key=list(VERDICTS).index)
-    if args.json:
-        sound = worst == "ok"
-        print_json({"verdict": worst, "sound": sound, "checkpoints": [_json(report) for report in reports]})
-    else:
-        for report in reports:
-            _print(report)
-    if worst != "damaged" and any(report.state == "unreadable" for report in reports):
-        return StorageError.exit_status
-    return VERDICTS[worst][1]
+        raise CheckpointNotFoundError(f"{path}: all steps were deleted while they were being verified")
+    return reports
 
 
 def _json(report: VerifyReport) -> dict[str, Any]:

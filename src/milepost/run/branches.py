@@ -100,15 +100,23 @@ class History:
 
     def other_runs(self) -> list[StepEntry]:
         """The abandoned steps of other runs than the current branch's: of a run before it, or copied here by hand."""
-        if self.last is None or self.last.lineage is None:
-            return []
-        run = self.last.lineage.run
-        return [entry for entry in self.abandoned if entry.lineage is not None and entry.lineage.run != run]
+        return [entry for entry in self.abandoned if self.is_of_another_run(entry)]
+
+    def is_of_another_run(self, entry: StepEntry) -> bool:
+        """Return whether ``entry`` is of another run than the current branch, so that this run must not delete it."""
+        last = self.last.lineage if self.last is not None else None
+        return last is not None and entry.lineage is not None and entry.lineage.run != last.run
 
     def ends(self) -> dict[int, int]:
         """For each abandoned step, by number, the last existing step of its branch."""
         last = {_place(entry)[0]: entry.step for entry in self.abandoned}
         return {entry.step: last[_place(entry)[0]] for entry in self.abandoned}
+
+
+def have_no_run_in_common(ours: Iterable[StepEntry], theirs: Iterable[StepEntry]) -> bool:
+    """Return whether two folders hold steps of different runs only, so that they must not be merged."""
+    runs = [{e.lineage.run if e.lineage is not None else UNDATED for e in some if e.kind} for some in (ours, theirs)]
+    return bool(runs[0] and runs[1]) and not runs[0] & runs[1]
 
 
 def _parted(entries: Iterable[StepEntry], lineage: Lineage) -> tuple[list[StepEntry], list[StepEntry]]:

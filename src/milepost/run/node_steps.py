@@ -110,12 +110,17 @@ def _faults(
 
 
 def outdated(folder: NodeFolder, kept: Sequence[str], order: int) -> list[StepEntry]:
-    """The parts that may be deleted once a step of ``order`` is settled: older ones whose save id is not ``kept``."""
+    """The parts that may be deleted once a step of ``order`` is settled: older ones of its run that are not ``kept``.
+
+    ``kept`` are save ids.
+    """
+    run = next((e.lineage.run for e in folder.entries if e.lineage is not None and e.lineage.order == order), None)
     return [
         entry
         for entry in folder.entries
         if entry.state == "part"
         and entry.lineage is not None
+        and entry.lineage.run == run
         and entry.lineage.order < order
         and entry.save_id not in kept
         and not entry.pinned

@@ -1,9 +1,10 @@
 """Retention: pure rules over the catalog's entries, each decision with its reason.
 
-Only committed steps of Milepost's own are ever deleted. The rules apply to the current branch. Steps of abandoned
-branches are kept only within the rest of ``keep_latest_k``, and deleted first, but not before a newer step of the
-current branch can be resumed from. Always kept are: the newest committed step of the current branch and its newest
-resumable one, pinned and protected steps, links, and all external, incomplete or damaged steps, whose value is unknown.
+Only committed steps of the run that wrote last are ever deleted. The rules apply to the current branch. Steps of
+abandoned branches are kept only within the rest of ``keep_latest_k``, and deleted first, but not before a newer step of
+the current branch can be resumed from. Always kept are: the newest committed step of the current branch and its newest
+resumable one, steps of other runs, pinned and protected steps, links, and all external, incomplete or damaged steps,
+whose value is unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from milepost.errors import CheckpointNotFoundError, SaveError, StorageError
 from milepost.format.manifest import Lineage
 from milepost.run import catalog
 from milepost.run.branches import History, commit_order
-from milepost.run.catalog import StepEntry
+from milepost.run.catalog import CheckpointInfo, StepEntry
 from milepost.run.deletion import Deletion
 from milepost.run.step_names import pin_mark
 from milepost.run.sweep import delete_checkpoint
@@ -29,6 +30,7 @@ from milepost.storage.base import Storage, format_duration, join, split
 log = logging.getLogger("milepost")
 
 MetricMode = Literal["min", "max"]
+OF_ANOTHER_RUN = "it is of another run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def plan(entries: Sequence[StepEntry], rules: Rules, *, now: float) -> list[Deci
     reasons |= {e.step: "it is the newest step to resume from" for e in [e for e in own if e.is_resumable][-1:]}
     reasons |= {entry.step: "it is the newest committed step" for entry in own[-1:]}
     reasons |= _abandoned_to_keep(history, own, ends, rules)
+    reasons |= {entry.step: OF_ANOTHER_RUN for entry in entries if history.is_of_another_run(entry)}
     reasons |= rules.protected
     reasons |= {entry.step: reason for entry in entries if (reason := _why_untouchable(entry))}
     return [
@@ -138,7 +141,7 @@ def _abandoned_to_keep(
     history: History, own: Sequence[StepEntry], ends: Mapping[int, int], rules: Rules
 ) -> dict[int, str]:
     """Steps of abandoned branches to keep: the newest within the limit, or all while no newer step is resumable."""
-    abandoned = [entry for entry in history.abandoned if _is_own(entry)]
+    abandoned = [e for e in history.abandoned if _is_own(e) and not history.is_of_another_run(e)]
     reached = max((commit_order(entry) for entry in own if rules.weights_alone or entry.is_resumable), default=None)
     found = {
         entry.step: f"{_of(ends[entry.step])}, but no newer step can be resumed from"
@@ -216,8 +219,8 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision], together
     return deleted
 
 
-def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
-    """Rename a pinned or external step that a save of another branch is about to replace.
+def set_aside(storage: Storage, path: str, lineage: Lineage | None) -> None:
+    """Rename a pinned or external step, or one of another run, that a save of another branch is about to replace.
 
     Its new name is not that of a step, so nothing deletes it; its pin is removed. Other steps are replaced as usual.
 
@@ -230,15 +233,13 @@ def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
     info = catalog.examine(storage, path)
     pin = pin_mark(path)
     is_pinned = storage.stat(pin) is not None
-    if info is None or not (is_pinned or info.state == "external"):
+    why = _why_irreplaceable(info, lineage, is_pinned=is_pinned) if info is not None else None
+    if why is None:
         return
-    if info.lineage is not None and info.lineage.branch == lineage.branch:
-        return
-    why = "pinned" if is_pinned else "of another program"
     if not storage.can_rename:
         raise SaveError(
             f"{storage.root}/{path} is {why}, so it is not replaced by a save of another branch. Copy it to another "
-            "folder, then delete or unpin it",
+            "folder, then delete or unpin it; or give this run another checkpoint.folder",
             path=path,
         )
     place = f"{path}.aside-{uuid.uuid4().hex[:8]}"
@@ -247,3 +248,16 @@ def set_aside(storage: Storage, path: str, lineage: Lineage) -> None:
     if is_pinned:
         storage.remove(pin)
     log.warning("%s/%s is %s and about to be replaced; it is kept as %s", storage.root, path, why, split(place)[1])
+
+
+def _why_irreplaceable(info: CheckpointInfo, lineage: Lineage | None, *, is_pinned: bool) -> str | None:
+    """Return why a save of ``lineage`` must not replace a step; None if it may."""
+    theirs = info.lineage
+    if theirs is not None and lineage is not None and theirs.branch == lineage.branch:
+        return None
+    if is_pinned:
+        return "pinned"
+    if info.state == "external":
+        return "of another program"
+    is_others = theirs is not None and (lineage is None or theirs.run != lineage.run)
+    return "of another run" if is_others else None

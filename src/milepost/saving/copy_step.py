@@ -17,12 +17,13 @@ from milepost.collective.threads import map_in_threads
 from milepost.errors import CheckpointDamagedError, ConfigError, SaveError, listed
 from milepost.format.digest import block_crcs, files_in_blocks
 from milepost.format.huggingface import INDEX_NAME, parse_object, parse_weight_map
-from milepost.format.manifest import DIGESTS_NAME, Manifest
+from milepost.format.manifest import DIGESTS_NAME, Lineage, Manifest
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
 from milepost.run import catalog, checkpoint_record, commit, retention
 from milepost.run.attempts import adopt_attempt, begin_attempt, remove_records, resume_attempt
 from milepost.run.branches import commit_order
+from milepost.run.catalog import CheckpointInfo
 from milepost.run.checkpoint_record import CommitRecord
 from milepost.run.hf_folder import is_hf_step, read_headers
 from milepost.run.owner import is_alive, owners_of, this_process
@@ -76,8 +77,8 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     Raises:
         CheckpointNotFoundError: there is no step at ``src``.
         CheckpointDamagedError: files of it are missing or have another size.
-        ConfigError: it was written by another program.
-        SaveError: another process is copying, or a step at ``dst`` must not be replaced.
+        ConfigError: it was written by another program, or the step at ``dst`` must not be replaced by it.
+        SaveError: another process is copying.
         StorageError: one of the two refused. A retry does not repeat completed copies.
     """
     started = time.monotonic()
@@ -91,12 +92,13 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     if found is not None and found.is_usable and found.save_id == manifest.save_id:
         commit.finish(dst.storage, dst.path)
         return CopyReport(path=str(dst), nbytes=0, seconds=time.monotonic() - started, was_there=True)
+    if found is not None and (reason := why_not_replaced(found, manifest.lineage, manifest.created_s)):
+        raise ConfigError(f"{dst} {reason}")
     attempt = begin_copy(dst, manifest.save_id)
     place = Place.of(dst.storage, attempt, dst.path, manifest.save_id)
     nbytes = _copy_files(src, dst.storage, place, _data_files(manifest), _shareable(dst, manifest), progress)
     remove_records(dst.storage, place)
-    if manifest.lineage is not None:
-        retention.set_aside(dst.storage, dst.path, manifest.lineage)
+    retention.set_aside(dst.storage, dst.path, manifest.lineage)
     if is_hf_step(manifest):
         written = _copy_small_files(src, dst.storage, place, record)
         commit.publish_files(dst.storage, attempt, dst.path, written, manifest)
@@ -106,6 +108,23 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
             raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
         commit.publish_copy(dst.storage, attempt, dst.path, _renamed(manifest, place), digests)
     return CopyReport(path=str(dst), nbytes=nbytes, seconds=time.monotonic() - started, was_there=False)
+
+
+def why_not_replaced(found: CheckpointInfo, lineage: Lineage | None, created_s: float) -> str | None:
+    """Return why a copy must not replace the committed step ``found``: it is a later save, or of another run.
+
+    ``lineage`` and ``created_s`` are those of the step to copy. None if it may.
+    """
+    if not found.is_usable or found.state == "external":
+        return None
+    theirs = found.lineage
+    if (theirs.run if theirs is not None else "") != (lineage.run if lineage is not None else ""):
+        return "is of another run: give a folder of its own"
+    if theirs is not None and lineage is not None:
+        is_earlier = theirs.order < lineage.order
+    else:
+        is_earlier = found.created_s <= created_s
+    return None if is_earlier else "is another save of this step, and not an earlier one: it is not replaced"
 
 
 def begin_copy(dst: Spot, save_id: str, *, is_joint: bool = False) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from milepost.config import NUM_IO_THREADS, part_of
-from milepost.errors import MilepostError, SaveError, StorageError
+from milepost.errors import MilepostError, SaveError, StorageError, listed
 from milepost.format.manifest import Manifest
 from milepost.format.shares import Share
 from milepost.run import catalog, commit, retention
@@ -26,7 +26,7 @@ from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, segment_of, sign_off, wait_for_sign_offs
 from milepost.saving.frozen import FrozenFile, share_unchanged
 from milepost.saving.writer import BlockSource, FileImage, parts_of, write_file
-from milepost.storage.base import Storage, split
+from milepost.storage.base import Storage, join, split
 from milepost.tensors.plan import WritePlan
 
 log = logging.getLogger("milepost")
@@ -355,18 +355,35 @@ def _publish(
 def prune(storage: Storage, keep: Keep, together: Deletion | None = None) -> tuple[str, ...]:
     """Delete the steps that no rule keeps, ``together`` with other folders of the run, and return their names.
 
-    The save is committed, so a step that can't be deleted is only logged.
+    The save is committed, so no error of this may make it look failed: each is only logged.
     """
     deleted: list[str] = []
     try:
         decisions = retention.plan(catalog.scan(storage, keep.folder), keep.rules, now=time.time())
+        _name_others(join(storage.root, keep.folder), decisions)
         reasons = {decision.name: decision.reason for decision in decisions}
         for name in retention.apply(storage, keep.folder, decisions, together):
             log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.rules.keep_latest_k)
             deleted.append(name)
     except StorageError as error:
         log.warning("an old step could not be deleted: %s", error)
+    except Exception:
+        log.exception("old steps were not deleted because of an unexpected error (a bug in Milepost)")
     return tuple(deleted)
+
+
+_named: set[str] = set()
+
+
+def _name_others(folder: str, decisions: Sequence[retention.Decision]) -> None:
+    """Log the steps that are kept because they are of another run, once per folder and process."""
+    others = [decision.name for decision in decisions if decision.reason == retention.OF_ANOTHER_RUN]
+    if others and folder not in _named:
+        _named.add(folder)
+        log.warning(
+            "%s holds steps of another run, which this one never deletes: %s. Delete or move them if they are obsolete",
+            *(folder, ", ".join(listed(others))),
+        )
 
 
 def contents_of(manifest: Manifest) -> dict[str, str]:

@@ -222,6 +222,7 @@ class Trainer:
 
     def _resume(self) -> None:
         report = self.checkpoints.load()
+        self._refuse_to_count_again(report)
         self.lr_schedule.apply()  # replaces the learning rate that was loaded with the optimizer
         if report is not None:
             log.info(_what_was_loaded(report, self.state.step))
@@ -232,6 +233,19 @@ class Trainer:
                 "there is no checkpoint to start from, so every pipeline rank initialises its own stage's weights, "
                 "slowly for a large model. --checkpoint.create_seed_checkpoint does this once, for any degrees"
             )
+
+    def _refuse_to_count_again(self, report: LoadReport | None) -> None:
+        """Refuse a resume that leaves the step at 0: saves would replace the run's own steps of the same numbers."""
+        resumed = report.resumed_step if report is not None else None
+        is_left_out = "train_state" in self.config.checkpoint.exclude_from_loading
+        if report is None or not resumed or self.state.step or not is_left_out:
+            return
+        raise ConfigError(
+            f"checkpoint.exclude_from_loading = train_state restarts at step 0, but {self.checkpoint_folder} holds "
+            f"step-{resumed}: saves would replace steps of the same numbers. To start a new run from that step, set "
+            f"checkpoint.initial_load_path = {report.path}, checkpoint.initial_load_model_only = false, and another "
+            "job.dump_folder or checkpoint.folder"
+        )
 
     def _is_finished(self) -> bool:
         """Return True, with a log line, if the last step was already reached before."""

@@ -18,7 +18,7 @@ from milepost.errors import (
     StateMismatchError,
 )
 from milepost.format.manifest import BranchStart
-from milepost.run.branches import History, commit_order
+from milepost.run.branches import History, commit_order, have_no_run_in_common
 from milepost.run.catalog import StepEntry
 
 
@@ -94,13 +94,21 @@ def choose(
 
 
 def both_tiers(
-    here: Sequence[StepEntry], remote: Sequence[StepEntry], bad_here: Collection[int] = ()
+    here: Sequence[StepEntry], remote: Sequence[StepEntry], remote_folder: str, bad_here: Collection[int] = ()
 ) -> list[tuple[StepEntry, bool]]:
     """Merge the steps of a run's two folders, with whether to read each from the remote one.
 
     The local folder is preferred, unless only the remote one has the step complete, or committed it later. ``bad_here``
-    are steps found damaged in the local folder.
+    are steps found damaged in the local folder; ``remote_folder`` is for messages.
+
+    Raises:
+        ConfigError: they hold steps of different runs.
     """
+    if have_no_run_in_common(here, remote):
+        raise ConfigError(
+            f"checkpoint.remote_folder {remote_folder} holds steps of another run than checkpoint.folder "
+            f"({_steps(remote)} there, {_steps(here)} here): give each run a remote folder of its own"
+        )
     near = {entry.step: entry for entry in here}
     far = {entry.step: entry for entry in remote}
     found = []

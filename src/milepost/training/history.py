@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,8 @@ from milepost.errors import SaveError, StorageError
 from milepost.format.manifest import Lineage
 from milepost.run.branches import Descent, begin
 from milepost.run.catalog import StepEntry
+
+log = logging.getLogger("milepost")
 
 
 class SaveHistory:
@@ -20,6 +23,7 @@ class SaveHistory:
         self._look = look
         self._scan = scan
         self._next: Descent | None = None
+        self._has_warned = False
         self.committed_step: int | None = None
         """The last step known to be committed."""
 
@@ -36,8 +40,20 @@ class SaveHistory:
         if self._next is None:
             self._look()
             self._next = on_rank_0(self._comm, partial(self._begin, step))
+        self._warn_of_going_back(step, self._next.parent_step)
         lineage, self._next = self._next.lineage(), self._next.tried()
         return lineage
+
+    def _warn_of_going_back(self, step: int, parent_step: int | None) -> None:
+        """Warn once if steps are counted anew in the folder of the step that was resumed from."""
+        if parent_step is None or step >= parent_step or self._has_warned or self._comm.rank != 0:
+            return
+        self._has_warned = True
+        log.warning(
+            "step %d is saved by a run that continues from step %d: an older step of this number is replaced. To count "
+            "steps anew, give the run another checkpoint.folder, with initial_load_path",
+            *(step, parent_step),
+        )
 
     def committed(self, step: int, save_id: str) -> None:
         """Record that the last save is committed, so that the next one descends from it."""

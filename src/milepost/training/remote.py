@@ -17,6 +17,7 @@ from typing import Any
 from milepost.config import CheckpointConfig
 from milepost.run import catalog, marks
 from milepost.run.branches import History
+from milepost.run.catalog import StepEntry
 from milepost.run.lock import RunLock
 from milepost.run.object_sweep import remove_orphans
 from milepost.run.retention import Rules
@@ -27,6 +28,7 @@ from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Keep
 from milepost.storage.base import format_nbytes, join
+from milepost.training.choice import both_tiers
 from milepost.training.hooks import Commit, CommitHooks
 
 log = logging.getLogger("milepost")
@@ -73,6 +75,7 @@ class RemoteTier:
     one that can't be copied from here.
 
     Raises:
+        ConfigError: the remote folder holds steps of another run.
         RunLockedError: another run writes to the remote folder.
         StorageError: it can't be read or written.
     """
@@ -102,7 +105,8 @@ class RemoteTier:
         self._protected: Mapping[int, str] = {}
         self._ends = self._has_left = False
         self._copied_step: int | None = None
-        remote.storage.list(remote.path)  # refuse a missing bucket before anything is written
+        # Refuse a missing bucket, or another run's folder, before anything is written.
+        newest = self._newest_if_local()
         self._lock = RunLock(remote.storage, remote.path)
         # An earlier run's process may still be copying: let it finish, and keep its attempt.
         swept = sweep_leftovers(remote.storage, remote.path, now=time.time())
@@ -115,7 +119,7 @@ class RemoteTier:
         if announce is not None:
             return
         try:
-            self._offer_what_is_left()
+            self._offer_what_is_left(newest)
         except BaseException:
             self.leave()
             raise
@@ -162,17 +166,26 @@ class RemoteTier:
     def _current_step(self) -> int | None:
         return self._current.step if self._current is not None else None
 
-    def _offer_what_is_left(self) -> None:
-        """Offer the step that an earlier run committed but did not copy."""
-        newest = History.of(catalog.scan(self._local.storage, self._local.path)).newest
+    def _newest_if_local(self) -> StepEntry | None:
+        """Return the newest step of both folders, if only the local one has it and it is committed there.
+
+        An older local step is not copied: the remote folder may hold a later save of its number.
+        """
+        here = catalog.scan(self._local.storage, self._local.path)
+        there = catalog.scan(self._remote.storage, self._remote.path)
+        found = both_tiers(here, there, str(self._remote))
+        newest = History.of(entry for entry, _ in found).newest
         if newest is None or newest.state != "committed":
-            return
-        there = {entry.save_id for entry in catalog.scan(self._remote.storage, self._remote.path) if entry.is_usable}
-        if newest.save_id not in there:
+            return None
+        has_it = any(entry.is_usable and entry.save_id == newest.save_id for entry in there)
+        return newest if not has_it and any(entry is newest for entry in here) else None
+
+    def _offer_what_is_left(self, newest: StepEntry | None) -> None:
+        """Offer the step that an earlier run committed but did not copy."""
+        if newest is not None:
             path = join(self._local.storage.root, newest.path)
             contents = newest.kind or "full"
-            commit = Commit(step=newest.step, path=path, contents=contents, metrics=dict(newest.metrics))
-            self.offer(commit, {})
+            self.offer(Commit(step=newest.step, path=path, contents=contents, metrics=dict(newest.metrics)), {})
 
     def _run(self) -> None:
         num_failures = 0

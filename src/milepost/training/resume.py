@@ -97,7 +97,8 @@ class Loader:
             here = catalog.scan(self._storage, self._folder)
         if self._remote is None:
             return here
-        found = both_tiers(here, catalog.scan(self._remote.storage, self._remote.path), self._bad_here)
+        there = catalog.scan(self._remote.storage, self._remote.path)
+        found = both_tiers(here, there, str(self._remote), self._bad_here)
         self._remote_steps = frozenset(entry.step for entry, is_remote in found if is_remote)
         return [entry for entry, _ in found]
 

@@ -19,6 +19,11 @@ from milepost.interop.weights.open import open_weights, refuse_one_of_several
 from milepost.loading.load_from import LoadReport
 from milepost.tensors.layout import TensorLeaf
 
+_TO_DO = (
+    "set model.name and model.flavor (of HfModel: name and flavor) to those of these weights; a model of another "
+    "family is trained by a loop of your own, see docs/howto/own-loop.md"
+)
+
 
 def load_hf(
     path: str | PathLike[str],
@@ -47,7 +52,7 @@ def load_hf(
         family = family_of(model, args)
         if weights.config is not None:
             check_config(weights.config, family.name, args, f"{source.path}/{CONFIG_NAME}")
-        found = match(source, family, args, source.path)
+        found = match(source, family, args, source.path, to_do=_TO_DO)
         if found.args != args:
             raise ConversionError(
                 f"{source.path} has a vocabulary of {found.args.vocab_size}, the model one of {args.vocab_size}",

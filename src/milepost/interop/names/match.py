@@ -28,8 +28,10 @@ class Match(Generic[Args]):
     notes: tuple[str, ...] = ()
 
 
-def match(stored: Readable, family: Family, args: Args, path: str) -> Match[Args]:
+def match(stored: Readable, family: Family, args: Args, path: str, *, to_do: str = "") -> Match[Args]:
     """Recognise the names of ``stored``. If the vocabulary differs from the flavor's, the stored one is used.
+
+    ``to_do`` is the advice of the error, for a caller other than ``milepost convert``.
 
     Raises:
         ConversionError: they are not such a model; lists missing, unexpected and misshapen tensors in the closest
@@ -48,7 +50,7 @@ def match(stored: Readable, family: Family, args: Args, path: str) -> Match[Args
             nearest = (len(faults), faults, scheme)
     assert nearest is not None
     raise ConversionError(
-        _report(path, family, nearest[2], nearest[1], stored), path=path, problems=fault_lines(nearest[1])
+        _report(path, family, nearest[2], nearest[1], stored, to_do), path=path, problems=fault_lines(nearest[1])
     )
 
 
@@ -92,15 +94,16 @@ def fault_lines(faults: KeyFaults) -> list[str]:
     ]
 
 
-def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored: Readable) -> str:
+def _report(path: str, family: Family, scheme: Scheme, faults: KeyFaults, stored: Readable, to_do: str) -> str:
     hints = {key: near(key, faults.unexpected) for key in faults.missing[:MAX_LISTED]}
     missing = [f"missing: {key}" + (f" (found {hint})" if (hint := hints.get(key)) else "") for key in faults.missing]
     unexpected = [f"unexpected: {key}" for key in faults.unexpected]
-    lines = [*listed(missing), *listed(unexpected), *listed(faults.misshapen), *advice(stored.tensors, family.name)]
+    lines = [*listed(missing), *listed(unexpected), *listed(faults.misshapen)]
+    lines += advice(stored.tensors, family.name, to_do=to_do)
     matching = len(stored.tensors) - len(faults.unexpected) - len(faults.misshapen)
     counts = f"{len(faults.missing)} missing, {len(faults.unexpected)} unexpected, {len(faults.misshapen)} misshapen"
     return (
-        f"{path} does not hold this {family.name} model; check --model and --flavor. Of its "
+        f"{path} does not hold this {family.name} model{'' if to_do else '; check --model and --flavor'}. Of its "
         f"{len(stored.tensors)} tensors, by the names of scheme '{scheme.name}': {counts}, {matching} match\n  "
         + "\n  ".join(lines)
     )

@@ -81,10 +81,15 @@ def _without_numbers(key: str) -> str:
     return ".".join("N" if part.isdecimal() else part for part in key.split("."))
 
 
-def advice(keys: Iterable[str], asked: str | None = None) -> list[str]:
-    """Name the family that keys resemble, and how to convert a model not recognised as ``asked``."""
+def advice(keys: Iterable[str], asked: str | None = None, *, to_do: str = "") -> list[str]:
+    """Name the family that keys resemble, and what to do with a model not recognised as ``asked``.
+
+    ``to_do`` replaces the options of ``milepost convert``, for a caller other than that command.
+    """
     found = nearest(list(keys))
     lines = found.lines() if found is not None else ["nearest family: none; no key belongs to a supported model"]
+    if to_do:
+        return [*lines, f"do: {to_do}"]
     ask = [how_to_ask(name) for name in found.families if name != asked] if found is not None else []
     do = f"{' or '.join(ask)} if that is what it is; " if ask else "check what it is; "
     return [*lines, f"do: {do}--model hf to keep the names as they are"]
