@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Delete the committed steps of a run that no rule keeps, and stale save attempts.\n"
         "These are always kept: the newest committed step, the newest one to resume from, pinned\n"
-        "steps, links, steps of another run, and external, incomplete or damaged steps. Rules add up: a step is deleted only if none keeps\n"
-        "it. Rules count the steps of the branch that was written last. If it has fewer than --keep-latest, the\n"
-        "newest steps of abandoned branches make up the number; those within --keep-within are kept; the rest are\n"
-        "deleted first. Hours and days without a step are not counted."
+        "steps, links, steps of another run, and external, incomplete or damaged steps. Rules add up: a step is\n"
+        "deleted only if none keeps it. Rules count the steps of the branch that was written last. If it has fewer\n"
+        "than --keep-latest, the newest steps of abandoned branches make up the number; those within --keep-within\n"
+        "are kept; the rest are deleted first. Hours and days without a step are not counted."
     )
     parser.epilog = (
         "examples:\n"

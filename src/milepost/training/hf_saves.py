@@ -7,6 +7,7 @@ written by a thread, from a copy of the model, independently of the save of a st
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -58,8 +59,8 @@ class HfSaves:
         """Return whether a save is due after ``step``."""
         return step > 0 and step % self._config.hf_interval == 0
 
-    def save(self, step: int) -> None:
-        """Start saving the model for ``step``; returns once it is copied. Waits for the previous save.
+    def save(self, step: int, run_id: str) -> None:
+        """Start saving the model for ``step`` of a run; returns once it is copied. Waits for the previous save.
 
         Raises:
             SaveError: it could not be started, or the previous one failed in the background; on every rank.
@@ -74,7 +75,7 @@ class HfSaves:
                 kind="model",
                 layout=self._layout,
                 extra=self._format.record(),
-                lineage=self._history.next_lineage(step),
+                lineage=replace(self._history.next_lineage(step), run=run_id),
             ),
             dtype=getattr(torch, config.export_dtype) if config.export_dtype is not None else None,
             keep=Keep(self._folder, Rules(config.hf_keep_latest_k, config.hf_keep_every_n_steps, weights_alone=True)),

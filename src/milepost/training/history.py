@@ -37,12 +37,20 @@ class SaveHistory:
         Raises:
             SaveError: on every rank, if the folder can't be read.
         """
+        descent = self._descent(step)
+        self._warn_of_going_back(step, descent.parent_step)
+        self._next = descent.tried()
+        return descent.lineage()
+
+    def run_id(self, step: int) -> str:
+        """Return the id of the run that saves ``step``. Collective and raises like :meth:`next_lineage`."""
+        return self._descent(step).run
+
+    def _descent(self, step: int) -> Descent:
         if self._next is None:
             self._look()
             self._next = on_rank_0(self._comm, partial(self._begin, step))
-        self._warn_of_going_back(step, self._next.parent_step)
-        lineage, self._next = self._next.lineage(), self._next.tried()
-        return lineage
+        return self._next
 
     def _warn_of_going_back(self, step: int, parent_step: int | None) -> None:
         """Warn once if steps are counted anew in the folder of the step that was resumed from."""

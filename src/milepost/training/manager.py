@@ -371,7 +371,7 @@ class CheckpointManager:
             return
         with self._blocked():
             try:
-                self._hf_saves.save(step)
+                self._hf_saves.save(step, self._history.run_id(step))
             except SaveError as error:
                 self._failures.stop_or_warn(error)
 
