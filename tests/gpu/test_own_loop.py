@@ -57,12 +57,12 @@ class Loop:
         model: Callable[[], nn.Module] = Perceptron,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         scale: bool = False,
-        compiled: bool = False,
+        compiled: str = "",
         shape: tuple[int, ...] = (32, 64),
     ) -> None:
         torch.manual_seed(1)
         self.module = model().cuda()
-        self.forward = torch.compile(self.module) if compiled else self.module
+        self.forward = torch.compile(self.module, mode=compiled) if compiled else self.module
         self.optimizer = optimizer(self.module.parameters())
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=20)
         self.scaler = torch.amp.GradScaler("cuda", enabled=scale, init_scale=2.0**10, growth_interval=3)
@@ -118,7 +118,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"model": lambda: Perceptron(torch.bfloat16)},
     "scaled fp16": {"scale": True},
     "buffers and channels-last": {"model": Convolutions, "shape": (8, 3, 16, 16)},
-    "compiled": {"compiled": True},
+    "compiled": {"compiled": "default"},
+    "compiled with CUDA graphs": {"compiled": "reduce-overhead"},
 }
 
 

@@ -22,6 +22,7 @@ from milepost.loading.fit import unexpected_error
 from milepost.loading.load_from import LoadReport
 from milepost.loading.names import renames
 from milepost.loading.policy import LetPass, Policy
+from milepost.tensors.devices import wait_for_devices
 from milepost.tensors.layout import TensorLeaf, torch_dtype
 
 
@@ -161,6 +162,9 @@ def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, log
     ]
     nbytes = sum(slab.nbytes for _, _, slab in tasks)
     progress = ProgressLog(log_name, nbytes) if log_name is not None else None
+    live = [leaf.local for leaf in leaves.values()]
+    wait_for_devices(live)
     with torch.no_grad():
         map_in_threads(work, tasks, num_threads, name="milepost-load")
+    wait_for_devices(live)
     return nbytes

@@ -42,6 +42,7 @@ from milepost.run import checkpoint_record
 from milepost.run.node_part import NodePart
 from milepost.storage import join_path
 from milepost.storage.base import Storage
+from milepost.tensors.devices import wait_for_devices
 from milepost.tensors.plan import TensorSpec
 from milepost.tensors.state import FlatState, flatten
 from milepost.tensors.tree import Read
@@ -154,6 +155,7 @@ def load_from(request: LoadRequest, comm: Comm) -> LoadReport:
             handing = Handing.agreed(comm, fitted.recorded, digests, sources.due(is_due))
         with watched(f"rank {comm.rank} is reading {request.path}"), ExitStack() as closing:
             with errors_shared(comm):
+                fitted.wait_for_devices()  # kernels that are queued must not overwrite what is read
                 for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
                     if handing is not None:  # the exchange continues with them
                         closing.enter_context(reads)
@@ -161,12 +163,12 @@ def load_from(request: LoadRequest, comm: Comm) -> LoadReport:
                         map_in_threads(call, reads.tasks, request.num_threads, name="milepost-read")
                     stats += reads.stats
                 if handing is None:
-                    _settle(target, request.check, live=live)
+                    _settle(fitted, request.check, live=live)
             if handing is not None:
                 before = reads.stats.read_nbytes
                 handing.run(reads.read_block, reads.take_block, request.num_threads)
                 stats += ReadStats(0, reads.stats.read_nbytes - before)
-                on_every_rank(comm, partial(_settle, target, request.check, live=live))
+                on_every_rank(comm, partial(_settle, fitted, request.check, live=live))
     return LoadReport(
         path=request.path,
         step=fitted.manifest.step,
@@ -257,6 +259,10 @@ class _Fitted:
     @property
     def wanted_objects(self) -> list[str]:
         return [key for key in self.flat.objects if key not in self.fit.missing]
+
+    def wait_for_devices(self) -> None:
+        """Order what this thread has queued, or will, and the copies of the reading threads."""
+        wait_for_devices(leaf.local for leaf in self.flat.tensors.values())
 
 
 def _fit(request: LoadRequest, shared: _ReadForAll | None, rank: int) -> _Fitted:
@@ -375,10 +381,11 @@ def _choose_reader(
     return hands_on_blocks, ReadStats(0, nbytes)
 
 
-def _settle(target: Target, check: Callable[[], None], *, live: bool) -> None:
+def _settle(fitted: _Fitted, check: Callable[[], None], *, live: bool) -> None:
     """Finish the reads of live tensors, or of all others."""
+    fitted.wait_for_devices()
     if live:
-        target.copy_held()
+        fitted.target.copy_held()
     else:
-        target.check()
+        fitted.target.check()
         check()

@@ -11,6 +11,7 @@ In reading order::
     tree    the nesting of a checkpoint's values, recorded and rebuilt
     aliases  tensors that overlap in memory; placements: DTensors on a mesh
     layout  DTensors and other tensors -> global shapes and boxes; below it there are only boxes and bytes
+    devices  the order between the streams of a GPU
     plan    who writes which box where: pure functions of frozen values; read_plan: who reads which bytes (torch-free)
     sharing  the state common to ranks, and each rank's plan from it (torch-free)
 """
