@@ -25,6 +25,9 @@ NUM_IO_THREADS = 2
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "states", "rng", "attached")
 """The parts of a training state. All but ``model`` are key prefixes in a checkpoint; the model has none."""
 
+PER_RANK_PARTS = ("lr_scheduler", "dataloader", "train_state")
+"""Parts that may be stored for each rank."""
+
 
 def part_of(key: str) -> str:
     """Return the part to which a key of a checkpoint belongs; ``model`` for a key without a part's prefix."""

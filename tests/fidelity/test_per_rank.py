@@ -308,3 +308,33 @@ def test_a_replica_that_has_drifted_is_found_when_it_is_looked_for(memory_path: 
         assert "weight: rank 0 / rank 1" in message
         assert "all-reduce" in message
         assert steps == "['step-1', 'step-2', 'step-4']"
+
+
+def equal_at_first(folder: str, mode: str) -> list[Any]:
+    """Tensors of a loop that are equal at the first saves, and then differ in a few of many elements."""
+    rank, found = dist.get_rank(), []
+    config = CheckpointConfig(**CONFIG, async_mode=mode)
+    for name in ("dataloader", "train_state", "states"):
+        state = Values(seen=torch.zeros(200_000, dtype=torch.bool), total=torch.zeros(5))
+        parts: dict[str, Any] = {name: state if name != "states" else {"more": state}}
+        with CheckpointManager(f"{folder}/{name}", config, model=linear(), **parts) as manager:
+            manager.save(1)
+            manager.save(2)
+            state.values["seen"][1001 + rank] = True
+            if name == "dataloader":
+                manager.save(3)
+            else:
+                found.append(refused(lambda manager=manager: manager.save(3)))
+    fresh = Values()
+    with CheckpointManager(f"{folder}/dataloader", config, model=linear(), dataloader=fresh) as manager:
+        manager.load()
+    return [*found, fresh.values["seen"].nonzero().tolist()]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_tensors_that_begin_to_differ_in_a_few_elements(memory_path: Path, mode: str) -> None:
+    for rank, (one, other, seen) in enumerate(run_world(equal_at_first, 2, str(memory_path), mode)):
+        assert seen == [[1001 + rank]]
+        assert "train_state.seen: rank 0 / rank 1" in one
+        assert 'CheckpointManager(per_rank=("dataloader", "train_state"))' in one
+        assert "states.more.seen: rank 0 / rank 1" in other

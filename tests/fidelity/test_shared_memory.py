@@ -200,3 +200,64 @@ def test_dtensors_under_names_of_their_own_at_another_degree(memory_path: Path) 
     run_world(keep_sharded, 2, memory_path, True, timeout_s=60)
     run_world(keep_sharded, 3, memory_path, False, timeout_s=60)
     run_world(find_no_mesh, 2, memory_path, timeout_s=60)
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """Keeps plain tensors beside DTensors, as second-order methods do for whole gradients."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state, whole = self.state[parameter], parameter.grad.full_tensor()
+                if not state:
+                    factors = {dim: {"factor": torch.eye(size)} for dim, size in enumerate(whole.shape)}
+                    state.update(factors=factors, whole=torch.zeros_like(whole), sum=torch.zeros_like(parameter))
+                state["whole"] += whole
+                state["sum"] += parameter.grad
+                for dim, entry in state["factors"].items():
+                    rows = whole.transpose(0, dim).reshape(whole.shape[dim], -1)
+                    entry["factor"] += rows @ rows.T
+                parameter.sub_(state["sum"], alpha=group["lr"])
+
+
+def train_preconditioned(folder: Path, mode: Any) -> list[Any]:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+        model(torch.full((2, 6), float(number))).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def make(by_hand: bool) -> tuple[Any, Any, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+        fully_shard(model)
+        optimizer = Preconditioned(model.parameters())
+        given: Any = {"states": {"by_hand": optimizer}} if by_hand else {"optimizer": optimizer}
+        return model, optimizer, given
+
+    found = []
+    for by_hand in (False, True):
+        model, optimizer, given = make(by_hand)
+        config = CheckpointConfig(interval=2, async_mode=mode)
+        with CheckpointManager(folder / str(by_hand), config, model=model, **given) as manager:
+            for number in (1, 2):
+                step(model, optimizer, number)
+                manager.save(number)
+                manager.maybe_wait_for_staging()
+        step(model, optimizer, 3)
+        again, resumed, given = make(by_hand)
+        with CheckpointManager(folder / str(by_hand), config, model=again, **given) as manager:
+            manager.load()
+        step(again, resumed, 3)
+        assert_same(resumed.state_dict()["state"], optimizer.state_dict()["state"])
+        assert_same(again.state_dict(), model.state_dict())
+        found.append(type(next(iter(resumed.state.values()))["factors"][0]["factor"]))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async_with_pinned_mem", marks=pytest.mark.slow)])
+def test_plain_state_of_sharded_parameters(memory_path: Path, mode: Any) -> None:
+    assert run_world(train_preconditioned, 2, memory_path, mode, timeout_s=60) == [[torch.Tensor] * 2] * 2

@@ -22,6 +22,7 @@ from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item, local_tensor
 from milepost.tensors.layout import torch_dtype
 from milepost.tensors.parts import TensorParts
+from milepost.tensors.placements import PLAIN, make_sharded
 from milepost.tensors.tree import Node, child, rebuild, refs
 
 Index = int
@@ -49,29 +50,34 @@ def want_state(target: Target, parameter: torch.Tensor, live: Any, node: Node) -
         entry = target.entry(key)
         if entry is None:
             want_node(target, node)
-        elif _is_alike(live, parameter, entry):
+        elif _is_alike(live, parameter, entry, is_plain=target.placement_of(key) == PLAIN):
             target.want(key, live, live=True)
         else:
-            target.want(key, state_tensor(parameter, entry), live=False)
+            target.want(key, state_tensor(parameter, entry, target.placement_of(key)), live=False)
 
 
-def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry) -> bool:
+def _is_alike(live: Any, parameter: torch.Tensor, entry: TensorEntry, *, is_plain: bool) -> bool:
     """Return whether a tensor of the optimizer has the dtype and shape of the stored one."""
     is_alike = isinstance(live, torch.Tensor) and live.dtype == torch_dtype(entry.dtype) and is_place_for(live, entry)
-    return is_alike and (isinstance(live, DTensor) or not isinstance(parameter, DTensor) or not entry.shape)
+    return is_alike and (isinstance(live, DTensor) or not isinstance(parameter, DTensor) or is_plain or not entry.shape)
 
 
-def state_tensor(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    """Create a tensor for a stored one of a parameter's state, on the parameter's device and with its sharding."""
+def state_tensor(parameter: torch.Tensor, entry: TensorEntry, placement: str | None) -> torch.Tensor:
+    """Create a tensor for a stored one of a parameter's state, on the parameter's device and with its sharding.
+
+    ``placement`` is what the checkpoint records where the sharding does not follow from the parameter.
+    """
     dtype = torch_dtype(entry.dtype)
-    if entry.shape == tuple(parameter.shape) and entry.shape:
+    if entry.shape == tuple(parameter.shape) and entry.shape and placement != PLAIN:
         return fresh_like(parameter, dtype=dtype)
     if not entry.shape:  # counters: `load_state_dict()` moves them to the device if necessary
         return torch.empty((), dtype=dtype, device="cpu")
     local = local_tensor(parameter)
     plain = torch.empty(entry.shape, dtype=dtype, device="cpu" if local.is_meta else local.device)
-    if isinstance(parameter, DTensor):
+    if isinstance(parameter, DTensor) and placement != PLAIN:
         mesh = parameter.device_mesh
+        if placement is not None and (made := make_sharded(placement, [mesh], entry.shape, dtype)) is not None:
+            return made
         return DTensor.from_local(plain, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return plain
 

@@ -21,7 +21,7 @@ from milepost.format.manifest import Manifest, TensorEntry
 from milepost.tensors.aliases import join_aliases
 from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name, torch_dtype
 from milepost.tensors.parts import TensorParts
-from milepost.tensors.placements import make_sharded
+from milepost.tensors.placements import PLAIN, make_sharded
 from milepost.tensors.state import PACKED, ByName
 from milepost.tensors.tree import Held, Node, Read, Ref, Relations, Tree, refs
 
@@ -106,12 +106,16 @@ class Target:
     def new_tensor(self, key: str, entry: TensorEntry) -> torch.Tensor:
         """A new tensor for a stored one: placed as it was, else on the CPU and whole."""
         dtype = torch_dtype(entry.dtype)
-        if (text := self._relations.sharded.get(key)) is not None and self.meshes:
-            made = make_sharded(text, self.meshes, entry.shape, dtype)
+        if (text := self.placement_of(key)) not in (None, PLAIN) and self.meshes:
+            made = make_sharded(text or "", self.meshes, entry.shape, dtype)
             if made is not None:
                 return made
             self._unplaced.append(key)
         return torch.empty(entry.shape, dtype=dtype, device="cpu")
+
+    def placement_of(self, key: str) -> str | None:
+        """Return the recorded placements of a DTensor, or PLAIN; None if they are not recorded."""
+        return self._relations.sharded.get(key)
 
     @property
     def versions(self) -> Mapping[str, int]:

@@ -32,7 +32,8 @@ T = TypeVar("T")
 
 def held_by(prepared: Prepared, group: Group, depth: Depth) -> Digests:
     """Return this rank's digests of the state shared with the others of a group."""
-    return digests_of(group, prepared.flat.tensors, encoded(prepared.objects), depth)
+    tensors, objects = prepared.flat.tensors, encoded(prepared.objects)
+    return digests_of(group, tensors, objects, depth, always=prepared.of_loop)
 
 
 def summaries_of(prepared: Prepared, groups: Mapping[bytes, Group], depth: Depth) -> dict[bytes, Summary]:

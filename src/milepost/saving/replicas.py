@@ -1,8 +1,9 @@
 """Comparison of replicas: values that several ranks hold under one key must be equal, since they are stored once.
 
-Values are compared at every save, by a digest of their encoded bytes; tensors by a sample of their elements when the
-structure of the state is new, and completely on request. Ranks with the same keys form a group, for which each sends
-one digest; the differing keys are requested only if digests differ.
+Values are compared at every save, by a digest of their encoded bytes, and so are the tensors of a training loop, which
+may be equal at first (counters, masks of seen samples). Tensors of models and optimizers are compared by a sample of
+their elements when the structure of the state is new, and completely on request. Ranks with the same keys form a group,
+for which each sends one digest; the differing keys are requested only if digests differ.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from milepost.config import part_of
 from milepost.errors import SaveError, listed
 from milepost.format.box import Box
 from milepost.tensors.layout import TensorLeaf
-from milepost.tensors.sharing import OWN_TO_EACH, Group
+from milepost.tensors.sharing import Group, own_to_each
 
 Depth = Literal["values", "sample", "whole"]
 """Scope of a comparison: only values; also samples of tensors; also all bytes of tensors."""
 
 SAMPLE_NUMEL = 256
 """Number of sampled elements per tensor, evenly spaced."""
+MAX_WHOLE_NBYTES = 64 << 20
+"""Maximum size of a tensor on the CPU of which all elements are compared at every save; larger ones are sampled."""
+MAX_WHOLE_FLOATS_NBYTES = 4 << 20
+"""The same for floating-point tensors, which may be averages of all weights, and for tensors on a device."""
 MAX_RANKS_NAMED = 8
+_JOINED_NBYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +76,31 @@ class Brought:
     host: str
 
 
-def digests_of(group: Group, tensors: Mapping[str, TensorLeaf], objects: Mapping[str, bytes], depth: Depth) -> Digests:
+def digests_of(
+    group: Group,
+    tensors: Mapping[str, TensorLeaf],
+    objects: Mapping[str, bytes],
+    depth: Depth,
+    *,
+    always: Collection[str],
+) -> Digests:
     """Return this rank's digests of the state shared with the others of a group.
 
-    Replicas of a tensor are compared by ``depth``. A part with a copy in every shard is always compared: it may belong
-    to the shard (a scale), and be equal only by chance.
+    Replicas of a tensor are compared by ``depth``; those of ``always`` at every save. So are parts with a copy in every
+    shard: they may belong to the shard (a scale), and be equal only by chance.
     """
-    chosen = [held for held in group.tensors if depth != "values" or tensors[held[0]].shard_of]
-    digests = dict(zip(chosen, _tensor_digests(chosen, tensors, whole=depth == "whole"), strict=True))
+    chosen = [(key, box) for key, box in group.tensors if depth != "values" or key in always or tensors[key].shard_of]
+    whole = {key for key, _ in chosen if depth == "whole" or (key in always and _is_compared_whole(tensors[key]))}
+    digests = dict(zip(chosen, _tensor_digests(chosen, tensors, whole), strict=True))
     return Digests(
         tuple(digests.get(held, b"") for held in group.tensors),
         tuple(_digest(objects[key]) for key in group.objects),
     )
+
+
+def _is_compared_whole(leaf: TensorLeaf) -> bool:
+    is_large = leaf.local.is_floating_point() or leaf.local.is_complex() or leaf.local.device.type != "cpu"
+    return leaf.local.nbytes <= (MAX_WHOLE_FLOATS_NBYTES if is_large else MAX_WHOLE_NBYTES)
 
 
 def summary_of(held: Digests) -> bytes:
@@ -93,10 +112,13 @@ def _digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _tensor_digests(held: Sequence[tuple[str, Box]], tensors: Mapping[str, TensorLeaf], *, whole: bool) -> list[bytes]:
-    parts = [_elements(tensors[key], box, whole=whole) for key, box in held]
-    if not whole:  # small: one copy per device for all of them
-        parts = _moved_together(parts)
+def _tensor_digests(
+    held: Sequence[tuple[str, Box]], tensors: Mapping[str, TensorLeaf], whole: Collection[str]
+) -> list[bytes]:
+    parts = [_elements(tensors[key], box, whole=key in whole) for key, box in held]
+    small = [n for n, part in enumerate(parts) if part.numel() <= _JOINED_NBYTES]
+    for n, part in zip(small, _moved_together([parts[n] for n in small]), strict=True):  # one copy per device
+        parts[n] = part
     return [_digest(part.cpu().numpy().data) for part in parts]
 
 
@@ -195,8 +217,14 @@ def _refusal(found: Sequence[Difference], hosts: Sequence[str]) -> SaveError:
             "Tensors that should be replicas differ: two pipeline stages or models use the same names (give each its "
             "own), a gradient all-reduce is missing, or a device computes wrongly"
         )
+    if any(part_of(d.key) == "optimizer" for d in replicas):
+        causes.append(
+            "State that an optimizer keeps for each rank's shard of a parameter has to be a DTensor, so that it can be "
+            "stored by shards"
+        )
     if len(replicas) < len(found):
-        causes.append(f"One value is stored under a key: {OWN_TO_EACH}")
+        advice = own_to_each(d.key for d in found if d not in replicas)
+        causes.append(f"One value is stored under a key: {advice}")
     cause = "\n".join(causes)
     text = "\n  ".join(lines)
     return SaveError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike, fspath
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
+from torch.optim import Optimizer
 
 from milepost.collective.comm import Comm, ProcessGroupComm, failure_on
 from milepost.errors import MilepostError, SaveError
@@ -24,7 +25,7 @@ from milepost.storage.base import Storage
 from milepost.tensors.aliases import find_aliases, memory_of
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.parts import TensorParts, plain_tensors
-from milepost.tensors.placements import describe_placements
+from milepost.tensors.placements import PLAIN, describe_placements
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
 from milepost.tensors.state import LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
@@ -84,7 +85,9 @@ class Prepared:
     state: Mapping[str, Any]
     """The nested state from its owners."""
     modules: Sequence[nn.Module]
-    """Tensors in the state dict itself."""
+    """Those in the state dict itself."""
+    replicated: frozenset[str]
+    """Top-level names of models and optimizers in the state dict."""
     flat: FlatState
     objects: Mapping[str, bytes | Snapshot]
     """Encoded values, except large ones that concern no other rank."""
@@ -92,6 +95,9 @@ class Prepared:
     nesting: Nesting
     frozen: frozenset[str] = frozenset()
     """Keys of parameters without gradient."""
+    of_loop: frozenset[str] = frozenset()
+    """Keys of tensors that ranks may come to hold differently: all but those of models and optimizers, and plain
+    state of an optimizer over DTensors."""
     error: MilepostError | None = None
 
     @property
@@ -121,10 +127,11 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
     """Flatten and encode this rank's state, reusing an earlier result if given. An error is kept for the exchange."""
     try:
         if before is not None:
-            state, modules = before.state, before.modules
+            state, modules, replicated = before.state, before.modules, before.replicated
         else:
             given = request.make_state()
             state, modules = unwrap_stateful(given), [v for v in given.values() if isinstance(v, nn.Module)]
+            replicated = _replicated_parts(given)
         own = {name: {f"rank{comm.rank}": state[name]} for name in manner.per_rank if name in state}
         whole = ByName({**state, **own}) if isinstance(state, ByName) else {**state, **own}
         flat = flatten(whole, manner.by_shard)
@@ -140,7 +147,8 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         versions = state.versions if isinstance(state, ByName) else {}
         relations = _relations_of(flat, LOOP_PARTS if isinstance(state, ByName) else None, versions)
         nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **relations.skeleton()}))
-        return Prepared(comm.rank, state, modules, flat, objects, layout, nesting, frozen)
+        of_loop = _of_loop(flat, replicated) - buffers
+        return Prepared(comm.rank, state, modules, replicated, flat, objects, layout, nesting, frozen, of_loop)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
@@ -153,17 +161,71 @@ def _relations_of(flat: FlatState, loop_parts: Collection[str] | None, versions:
     sharded, parameters = {}, {}
     for key in flat.tensors:
         slot, path = flat.slots[key], flat.paths[key]
-        if (loop_parts is None or path[0] in loop_parts) and not isinstance(slot.container, TensorParts):
-            value = slot.container[slot.index]
+        if isinstance(slot.container, TensorParts):
+            continue
+        value = slot.container[slot.index]
+        if loop_parts is None or path[0] in loop_parts:
             text = describe_placements(value) if isinstance(value, DTensor) else None
             sharded.update({key: text} if text is not None else {})
             if type(value) is nn.Parameter:
                 parameters[key] = value.requires_grad
+    sharded |= _unlike_parameters(flat)
     return Relations(find_aliases(flat.tensors.values()), versions, sharded, parameters)
 
 
+def _unlike_parameters(flat: FlatState) -> dict[str, str]:
+    """Return the placements of optimizers' state that do not follow from those of its parameter."""
+    found: dict[str, str] = {}
+    for key, value, parameter in _state_of_sharded(flat):
+        if not isinstance(value, DTensor):
+            found.update({key: PLAIN} if value.ndim else {})
+        elif parameter is not None and value.shape != parameter.shape and not all(map(_is_replica, value.placements)):
+            text = describe_placements(value)
+            found.update({key: text} if text is not None else {})
+    return found
+
+
+def _state_of_sharded(flat: FlatState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Yield the keys of optimizers' state of DTensors, each tensor, and its parameter if the key tells."""
+    if all(leaf.spread is None for leaf in flat.tensors.values()):
+        return
+    for key in flat.tensors:
+        path, slot = flat.paths[key], flat.slots[key]
+        is_state = path[0] == "optimizer" or "state" in path[:-1]
+        if is_state and not isinstance(slot.container, TensorParts):
+            parameter = _parameter_of(flat, key)
+            if parameter is None or isinstance(parameter, DTensor):
+                yield key, slot.container[slot.index], parameter
+
+
+def _parameter_of(flat: FlatState, key: str) -> torch.Tensor | None:
+    """Return the parameter to which state of an optimizer belongs; None if its key does not tell."""
+    name = key.removeprefix("optimizer.state.")
+    while name and name not in flat.tensors:
+        name = name.rpartition(".")[0]
+    return flat.slots[name].container[flat.slots[name].index] if name and name != key else None
+
+
+def _is_replica(placement: Placement) -> bool:
+    return placement.is_replicate()
+
+
 def _nothing(rank: int, error: MilepostError) -> Prepared:
-    return Prepared(rank, {}, (), FlatState({}, {}, {}, {}), {}, LocalLayout((), ()), Nesting({}, (), {}), error=error)
+    flat, nesting = FlatState({}, {}, {}, {}), Nesting({}, (), {})
+    return Prepared(rank, {}, (), frozenset(), flat, {}, LocalLayout((), ()), nesting, error=error)
+
+
+def _replicated_parts(given: Mapping[str, Any]) -> frozenset[str]:
+    """Return the top-level names of models and optimizers, whose state every rank computes alike."""
+    if isinstance(given, ByName):
+        return frozenset(given.keys() - set(LOOP_PARTS))
+    return frozenset(name for name, value in given.items() if isinstance(value, nn.Module | Optimizer))
+
+
+def _of_loop(flat: FlatState, replicated: frozenset[str]) -> frozenset[str]:
+    plain = {key for key, leaf in flat.tensors.items() if leaf.spread is None and flat.paths[key][0] not in replicated}
+    beside = (key for key, value, _ in _state_of_sharded(flat) if not isinstance(value, DTensor))
+    return frozenset(plain.union(key for key in beside if not key.endswith(".step")))  # which all have
 
 
 def _encoded(values: Mapping[str, Any], manner: Manner) -> dict[str, bytes | Snapshot]:

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+PLAIN = "plain"
+"""Recorded for state of an optimizer that is no DTensor although others are."""
 _SHARD = re.compile(r"(?:S|SS(\d{1,9})x)(\d{1,3})")
 
 

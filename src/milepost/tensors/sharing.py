@@ -12,11 +12,12 @@ import hashlib
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from milepost.config import PER_RANK_PARTS, part_of
 from milepost.errors import PlanError
 from milepost.format import dtype as dtypes
 from milepost.format.box import Box
@@ -25,11 +26,15 @@ from milepost.tensors.plan import Dealt, LocalLayout, Mesh, Spread, TensorSpec, 
 Ranks = tuple[int, ...]
 """Ascending."""
 
-OWN_TO_EACH = (
-    "make it the same on all ranks, declare what belongs to each rank with "
-    'CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own'
-)
-"""Advice for values that differ between ranks."""
+
+def own_to_each(keys: Iterable[str]) -> str:
+    """Return the advice for values under ``keys`` that differ between ranks."""
+    parts = {part_of(key) for key in keys}.intersection(PER_RANK_PARTS)
+    named = ", ".join(f'"{part}"' for part in sorted({"dataloader", *parts})) if parts else '"dataloader", ...'
+    return (
+        f"make it the same on all ranks, declare what belongs to each rank with CheckpointManager(per_rank=({named})), "
+        "or give each rank a key of its own"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +159,12 @@ class _Descriptions:
                 for number, spec in found
                 if (spec.dtype, spec.shape) != (known.dtype, known.shape)
             ]
-        raise_faults(faults, advice=OWN_TO_EACH)
+        raise_faults(faults, advice=own_to_each(key for key, _ in faults))
         clash = min(self.objects.keys() & self.tensors.keys(), default=None)
         if clash is not None:
             raise PlanError(
-                f"{clash} is a tensor on one rank and another kind of value on another: {OWN_TO_EACH}", key=clash
+                f"{clash} is a tensor on one rank and another kind of value on another: {own_to_each([clash])}",
+                key=clash,
             )
 
     def follows(self, found: Sequence[tuple[int, TensorSpec]], *, num_kinds: int) -> bool:

@@ -16,6 +16,7 @@ from milepost.errors import FormatError, SaveError
 from milepost.format.manifest import Manifest
 from milepost.tensors.aliases import Aliases, Geometry
 from milepost.tensors.parts import TensorParts
+from milepost.tensors.sharing import own_to_each
 from milepost.tensors.state import EMPTY_MAPPINGS, PACKED, Path, alike, is_terminal
 from milepost.tensors.value_reader import decode_object
 from milepost.tensors.value_writer import encode_object
@@ -270,8 +271,7 @@ def _merge(one: Any, other: Any, path: Path, unlike: set[str]) -> Any:
 def _unlike_on_ranks(what: str, path: Path) -> SaveError:
     key = ".".join(map(str, path))
     return SaveError(
-        f"ranks hold {what} under the key '{key}': make them the same, declare what belongs to each rank with "
-        'CheckpointManager(per_rank=("dataloader", ...)), or give each rank a key of its own',
+        f"ranks hold {what} under the key '{key}': {own_to_each([key])}",
         key=key,
     )
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from milepost.collective.comm import Comm, by_ranks, failure_on, raise_together
 from milepost.collective.meeting import meeting
-from milepost.config import CheckpointConfig
+from milepost.config import PER_RANK_PARTS, CheckpointConfig
 from milepost.errors import ConfigError, listed
 from milepost.saving.arguments import checked_layout
 from milepost.tensors.state import LAZY
@@ -110,11 +110,10 @@ def checked_per_rank(names: Collection[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: ``names`` holds anything else.
     """
-    known = ("lr_scheduler", "dataloader", "train_state")
-    if isinstance(names, str) or not isinstance(names, Collection) or not set(names) <= set(known):
+    if isinstance(names, str) or not isinstance(names, Collection) or not set(names) <= set(PER_RANK_PARTS):
         raise ConfigError(
-            f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(known)}; the model and the "
-            "optimizer are shared by all ranks, and random generators are always saved per rank"
+            f"CheckpointManager(per_rank={names!r}): expected a collection of {', '.join(PER_RANK_PARTS)}; the model "
+            "and the optimizer are shared by all ranks, and random generators are always saved per rank"
         )
     return tuple(names)
 

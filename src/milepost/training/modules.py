@@ -64,7 +64,11 @@ def model_state(parts: Sequence[nn.Module]) -> dict[str, Any]:
         for name, value in part.state_dict().items():
             key = fqn(part, name)
             if key in state and state[key] is not value:
-                raise SaveError(f"two model parts on this rank both hold '{key}'", key=key)
+                raise SaveError(
+                    f"two model parts on this rank both hold '{key}': give several models as one, "
+                    'model=nn.ModuleDict({"generator": ..., "critic": ...}), or all but one in states={"critic": ...}',
+                    key=key,
+                )
             state[key] = value
     return state
 

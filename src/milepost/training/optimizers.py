@@ -76,7 +76,9 @@ def check_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Paramete
             if parameter not in names:
                 raise ConfigError(
                     f"{type(optimizer).__name__} steps a parameter of shape {list(parameter.shape)} that is in no "
-                    f"model part given to the CheckpointManager; its state could not be restored"
+                    f"model part given to the CheckpointManager, so that its state could not be stored by its name: "
+                    f"register it in the model, or give the optimizer as one of the states, numbered by its groups: "
+                    f'states={{"optimizer": optimizer}}, and its parameters in train_state'
                 )
 
 
@@ -352,7 +354,9 @@ class OptimizersOwner:
 
     def _make_by_name(self, target: Target, key: str, entry: TensorEntry) -> torch.Tensor:
         parameter = self._parameter_of(key)
-        return target.new_tensor(key, entry) if parameter is None else state_tensor(parameter, entry)
+        if parameter is None:
+            return target.new_tensor(key, entry)
+        return state_tensor(parameter, entry, target.placement_of(key))
 
     def _parameter_of(self, key: str) -> nn.Parameter | None:
         """Return the parameter whose state is under a key of the checkpoint."""

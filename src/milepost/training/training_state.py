@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from milepost.config import PARTS, part_of
-from milepost.errors import ConfigError, StateMismatchError
+from milepost.config import PARTS, PER_RANK_PARTS, part_of
+from milepost.errors import ConfigError, StateMismatchError, listed
 from milepost.loading.module import ModuleOwner
 from milepost.loading.parts import LikeOf
 from milepost.loading.restoring import restore_each
@@ -21,6 +21,7 @@ from milepost.loading.stateful import StatefulOwner
 from milepost.loading.target import Restorer, Stored, Target
 from milepost.tensors.placements import meshes_of
 from milepost.tensors.state import PER_RANK, ByName
+from milepost.training.given_options import given_options, replaced_options
 from milepost.training.modules import fqn, model_state, module_versions, parameter_names
 from milepost.training.optimizers import (
     OptimizersOwner,
@@ -191,9 +192,7 @@ class TrainingState:
         per_rank = saved_per_rank if isinstance(saved_per_rank, list) else []
         if "lr_scheduler" in wanted and "lr_scheduler" not in per_rank:
             owners["lr_scheduler"] = self._scheduler_owners(stored)
-        for part in (
-            part for part in ("lr_scheduler", "dataloader", "train_state") if part in per_rank and part in wanted
-        ):
+        for part in (part for part in PER_RANK_PARTS if part in per_rank and part in wanted):
             owners[part] = [PerRankOwner(self._owner_of(part, stored), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
         chosen = [(part, owner) for part in PARTS if part in wanted for owner in owners[part]]
@@ -202,7 +201,7 @@ class TrainingState:
         target = Target(stored)
         target.meshes = meshes_of(parameter for module in self.modules for parameter in module.parameters())
         sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
-        return StateLoad(target, chosen, self.optimizers, self.schedulers if sets_rates else ())
+        return StateLoad(target, chosen, self.optimizers, self.schedulers, self.schedulers if sets_rates else ())
 
     def loading_weights(self) -> StateLoad:
         """Return the load of weights from another run: into the tensors of the target."""
@@ -294,6 +293,7 @@ class StateLoad:
     owners: Sequence[tuple[str, Restorer]]
     """With the part of the training state that each belongs to."""
     optimizers: Sequence[Optimizer]
+    schedulers: Sequence[Any] = ()
     rate_setters: Sequence[Any] = ()
     """Schedulers loaded without their optimizers, which get the schedule's current rates."""
 
@@ -320,12 +320,24 @@ class StateLoad:
             PartlyLoadedError: one of them raised.
         """
         replaced: dict[torch.Tensor, torch.Tensor] = {}
+        before = self._options()
         restore_each([(part, partial(self._restore, owner, replaced)) for part, owner in self.owners], advice=_ADVICE)
         notes = [owner.note for _, owner in self.owners if isinstance(owner, RngOwner) and owner.note]
         take_place(self.optimizers, replaced)  # even if their state is not loaded
         for scheduler in self.rate_setters:
             set_rates(scheduler)
+        options = list(replaced_options(before, self._options()))
+        if options:
+            what = "options as in the checkpoint, not as this run gave them (exclude_from_loading keeps these)"
+            notes.append(f"{what}: {'; '.join(listed(options, 8))}")
         return notes
+
+    def _options(self) -> dict[str, Any]:
+        """Return this run's options of the optimizers and schedulers that are loaded."""
+        parts = {part for part, _ in self.owners}
+        return given_options(
+            self.optimizers if "optimizer" in parts else (), self.schedulers if "lr_scheduler" in parts else ()
+        )
 
     def _restore(self, owner: Restorer, replaced: dict[torch.Tensor, torch.Tensor]) -> None:
         if isinstance(owner, OptimizersOwner):
