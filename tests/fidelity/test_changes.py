@@ -14,6 +14,7 @@ import pytest
 import torch
 from same import assert_same, digest
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
 import milepost
@@ -500,3 +501,18 @@ def test_parts_that_this_run_does_not_have_are_reported(memory_path: Path, caplo
     told = "in the checkpoint but not in this run, so not restored: optimizer, lr_scheduler"
     assert told in report.notes
     assert told in caplog.text
+
+
+def test_keys_of_both_directions_are_named_at_once(memory_path: Path) -> None:
+    """Weights that were pruned, or given a parametrization, after the program started."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with Run(memory_path, model).manager as manager:
+        manager.save(1)
+    plain = Run(memory_path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    with plain.manager as manager, pytest.raises(StateMismatchError) as caught:
+        manager.load()
+    message = caught.value.message
+    assert "2 keys of the checkpoint have no place in this run:\n    0.weight_mask\n    0.weight_orig" in message
+    assert 'allow_missing = "0.weight"' in message
+    assert 'allow_unexpected = "0.weight_mask", "0.weight_orig"' in message

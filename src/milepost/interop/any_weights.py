@@ -18,7 +18,7 @@ from milepost.interop.weights.boxes import Array, Readable, Renamed, array_dtype
 from milepost.interop.weights.dequantized import METHODS, method_of, method_of_keys, plain_weights
 from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 from milepost.interop.weights.stream import SLAB_NBYTES
-from milepost.loading.fit import unexpected_error
+from milepost.loading.fit import check_unexpected
 from milepost.loading.load_from import LoadReport
 from milepost.loading.names import renames
 from milepost.loading.policy import LetPass, Policy
@@ -61,8 +61,7 @@ def load_any(
             raise StateMismatchError(
                 f"nothing was loaded: {source.path} has none of the model's keys", path=source.path, missing=missing
             )
-        if refused:
-            raise unexpected_error(source.path, refused, policy, set(view.tensors) - set(refused))
+        check_unexpected(source.path, refused, policy, view.tensors)
         cast = check_fit(view, {**found, **{key: leaves[key] for key in policy.refused_missing(missing)}}, source.path)
         nbytes = fill(view, found, num_threads, f"loading {source.path}" if logs_progress else None)
         source.check_digests()

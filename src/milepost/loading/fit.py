@@ -24,37 +24,43 @@ class Fit:
     num_common: int
     """Number of stored keys that exist here; 1 if nothing is stored."""
 
-    def check(self, path: str, policy: Policy) -> None:
-        """Raise one StateMismatchError with all differences that prevent the load."""
+    def check(self, path: str, policy: Policy, nowhere: Sequence[str], stored: Collection[str]) -> None:
+        """Raise one StateMismatchError with all differences that prevent the load.
+
+        ``nowhere`` are keys of the checkpoint that no rank has and the policy does not allow, of all ``stored`` ones.
+        """
+        if nowhere or self.is_unfit(policy):
+            raise self._error(path, policy, nowhere, stored)
+
+    def _error(self, path: str, policy: Policy, nowhere: Sequence[str], stored: Collection[str]) -> StateMismatchError:
         missing = policy.refused_missing(self.missing)
-        if not missing and not self.mismatched:
-            return
         lines = [
             *_missing_lines(missing, self.unexpected),
             *_listed(f"{_do(self.mismatched)} not fit", self.mismatched),
+            *_listed(f"of the checkpoint {_has(nowhere)} no place in this run", nowhere),
         ]
         if missing:
             lines.append(policy.advice("allow_missing", "leave them as they are", missing, ()))
-        raise StateMismatchError(
+        if nowhere:
+            others = set(stored).difference(nowhere)
+            purpose = "leave out those of the checkpoint" if missing else "leave them out"
+            lines.append(policy.advice("allow_unexpected", purpose, nowhere, others))
+        return StateMismatchError(
             f"{path} does not match its target; nothing was changed:\n" + "\n".join(lines),
             path=path,
             missing=missing,
-            unexpected=self.unexpected,
+            unexpected=self.unexpected if missing or self.mismatched else nowhere,
             mismatched=self.mismatched,
         )
 
+    def is_unfit(self, policy: Policy) -> bool:
+        """Return whether keys are missing here, or do not fit, so that the load is refused."""
+        return bool(self.mismatched or policy.refused_missing(self.missing))
 
-def unexpected_error(path: str, keys: Sequence[str], policy: Policy, others: Collection[str]) -> StateMismatchError:
-    """Return the error for ``keys`` of a checkpoint that no rank has. ``others`` are its other keys."""
-    lines = [
-        *_listed(f"of the checkpoint {_has(keys)} no place in this run", keys),
-        policy.advice("allow_unexpected", "leave them out", keys, others),
-    ]
-    return StateMismatchError(
-        f"{path} does not match its target; nothing was changed:\n" + "\n".join(lines),
-        path=path,
-        unexpected=keys,
-    )
+
+def check_unexpected(path: str, keys: Sequence[str], policy: Policy, stored: Collection[str]) -> None:
+    """Raise StateMismatchError if there are ``keys``: those of weights that this run does not have, of ``stored``."""
+    Fit((), (), (), (), num_common=1).check(path, policy, keys, stored)
 
 
 def compare(manifest: Manifest, flat: FlatState, *, left: Collection[str] = (), mismatched: Sequence[str] = ()) -> Fit:

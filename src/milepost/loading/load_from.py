@@ -28,7 +28,7 @@ from milepost.config import NUM_IO_THREADS, ReadMode
 from milepost.errors import ConfigError, StateMismatchError, listed
 from milepost.format.digest import BlockDigests, parse_digests
 from milepost.format.manifest import Manifest
-from milepost.loading.fit import Fit, compare, unexpected_error
+from milepost.loading.fit import Fit, compare
 from milepost.loading.handing import Handing
 from milepost.loading.measured import hands_on
 from milepost.loading.names import Translation, renamed, renames
@@ -269,7 +269,7 @@ def _fit(request: LoadRequest, shared: _ReadForAll | None, rank: int) -> _Fitted
     """Make this rank's target, and compare the checkpoint with it.
 
     Raises:
-        StateMismatchError: keys or shapes do not fit.
+        StateMismatchError: an object here refuses the checkpoint.
         MilepostError: the commit record can't be read.
     """
     storage, folder = request.storage, request.folder
@@ -292,7 +292,6 @@ def _fit(request: LoadRequest, shared: _ReadForAll | None, rank: int) -> _Fitted
     fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
     must = [key for key in (*fit.unexpected, *beside) if request.must_be_wanted(key)]
     unwanted, let_pass = request.policy.refused_unexpected(must), request.policy.let_pass(fit.missing, must)
-    fit.check(request.path, request.policy)
     for key in fit.missing:
         target.values.pop(key, None)  # not read
     return _Fitted(
@@ -308,15 +307,19 @@ def _fit(request: LoadRequest, shared: _ReadForAll | None, rank: int) -> _Fitted
 
 
 def _check_looked(comm: Comm, fitted: _Fitted, request: LoadRequest, *, known: Collection[str]) -> None:
-    """Refuse stored keys that no rank has: a model with fewer layers would otherwise lose the rest silently.
+    """Refuse what does not fit, and stored keys that no rank has, all at once. Collective.
 
-    For a node's part of a step: keys that no rank of this node has.
+    A model with fewer layers would otherwise lose the rest silently. For a node's part of a step: keys that no rank of
+    this node has.
     """
     stored = {*fitted.manifest.tensors, *fitted.manifest.objects}
     node = request.part.node if request.part is not None else 0
     nowhere, fits_something = unwanted_everywhere(
         comm, fitted.unwanted, stored=stored, known=known, fits_something=fitted.fit.num_common > 0, node=node
     )
+    with errors_shared(comm):
+        if fits_something or fitted.fit.is_unfit(request.policy):
+            fitted.fit.check(request.path, request.policy, nowhere, stored)
     if not fits_something:
         raise StateMismatchError(
             f"nothing was loaded: what {request.path} is loaded into is empty, or has none of its {len(stored)} keys "
@@ -325,8 +328,6 @@ def _check_looked(comm: Comm, fitted: _Fitted, request: LoadRequest, *, known: C
             path=request.path,
             unexpected=nowhere,
         )
-    if nowhere:
-        raise unexpected_error(request.path, nowhere, request.policy, stored - set(nowhere))
 
 
 # ---- reading ----

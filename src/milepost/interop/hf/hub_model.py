@@ -24,7 +24,7 @@ from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.weights.boxes import Readable, Renamed
 from milepost.interop.weights.dequantized import plain_weights
 from milepost.interop.weights.open import open_weights
-from milepost.loading.fit import unexpected_error
+from milepost.loading.fit import check_unexpected
 from milepost.loading.load_from import LoadReport
 from milepost.loading.module import DERIVED
 from milepost.loading.names import Translation, renames
@@ -133,8 +133,7 @@ class HubModel:
                 f"nothing was loaded: {path} has none of the tensors of {_class_name(self._model)}", path=path
             )
         refused = sorted(policy.refused_unexpected(unexpected))
-        if refused:
-            raise unexpected_error(path, refused, policy, set(view.tensors) - set(refused))
+        check_unexpected(path, refused, policy, view.tensors)
 
 
 def pretrained_in(model: nn.Module) -> Any:
