@@ -20,6 +20,7 @@ from milepost.interop.names.model_sizes import model_args
 from milepost.interop.options import ConvertOptions
 from milepost.saving.background import BackgroundSave, log_wait
 from milepost.saving.job import JobResult, SaveJob
+from milepost.saving.peers import Peers, PeerWatch
 from milepost.storage import LocalStorage
 from milepost.tensors.plan import TensorSpec, lay_out_file
 from milepost.tensors.state import flatten
@@ -65,7 +66,8 @@ def test_the_wait_for_a_save_in_the_background_is_reported_on_one_rank(caplog: p
     for rank in (1, 0):
         assert caplog.text == ""
         job = SaveJob("step-1", "", "id", 0, 1, FOUR_BYTES, None, None, 1.0)
-        save = BackgroundSave(LocalStorage("/run"), job, FailureNotice(SingleProcess(), "id"))
+        storage, alone = LocalStorage("/run"), SingleProcess()
+        save = BackgroundSave(storage, job, FailureNotice(alone, "id"), PeerWatch(Peers(alone), storage, job))
         save.wrote(2)
         done = JobResult(write_s=0.1, commit_s=0.1, nbytes=4, contents={})
         begin = partial(save.run, lambda _, done=done: done, plan_s=0.1, reused_plan=False)

@@ -18,6 +18,7 @@ In reading order::
     frozen          the file of frozen tensors, shared with the previous step (torch-free)
     job             write, sign off, publish, prune: a save after its plan (torch-free)
     async_save      ``async_save()``: a save in the background
+    peers           noticing the death of a rank that a save waits for (torch-free)
     background      one save in the background, and its outcome (torch-free)
     writer_link     the trainer's end of the connection to a writer process
     writer_process  that process (torch-free)

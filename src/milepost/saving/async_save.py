@@ -23,6 +23,7 @@ from milepost.saving.agreement import Agreement, SaverSettings
 from milepost.saving.arena import Arena
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
+from milepost.saving.peers import Peers, PeerWatch
 from milepost.saving.request import SaveRequest, request_of
 from milepost.saving.save import Kind
 from milepost.saving.stage import Staging
@@ -49,6 +50,7 @@ class AsyncSaver:
         self._storage = storage
         self._comm = comm
         self._mode = mode
+        self._peers = Peers(comm)
         self._agreement = Agreement(storage, comm, may_defer=True, **settings)
         self._arena = Arena()
         self._writer = WriterLink(storage, self._arena) if mode == "async_with_pinned_mem" else None
@@ -95,7 +97,8 @@ class AsyncSaver:
         agreed = self._agreement.agree(request)
         prepared, job = agreed.prepared, agreed.job
         notice = FailureNotice(self._comm, job.save_id, for_all=job.part is not None)
-        save = self._current = BackgroundSave(self._storage, job, notice)
+        peers = PeerWatch(self._peers, self._storage, job, has_writer=self._writer is not None)
+        save = self._current = BackgroundSave(self._storage, job, notice, peers)
         self._is_open = True
         # From here on an error of only this rank goes to the handle: the other ranks have already started.
         with save.failing():
@@ -130,7 +133,7 @@ class AsyncSaver:
         if not self._is_open:
             return
         failure = self.failure_of_current()
-        if not self._comm.union(int(failure is not None)):
+        if not _any_failed(self._comm, failure):
             self._is_open = False
             if self._current is not None:
                 self._agreement.committed(self._current.frozen)
@@ -211,6 +214,16 @@ def _write(
         return writer.run(save.job, encoded(objects), save)
     save.accepted()
     return run_job(storage, save.job, FileImage(arena.memory), encoded(objects), save, detached=True)
+
+
+def _any_failed(comm: Comm, failure: MilepostError | None) -> bool:
+    """Return whether the save failed on any rank. Collective; if a rank is dead, raises this rank's ``failure``."""
+    try:
+        return bool(comm.union(int(failure is not None)))
+    except RuntimeError as lost:
+        if failure is not None:
+            raise failure from lost
+        raise
 
 
 _alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()

@@ -23,6 +23,7 @@ from milepost.storage.base import Storage
 if TYPE_CHECKING:
     from milepost.collective.comm import FailureNotice
     from milepost.saving.frozen import FrozenFile
+    from milepost.saving.peers import PeerWatch
     from milepost.saving.stage import Staging
 
 log = logging.getLogger("milepost")
@@ -95,11 +96,12 @@ class BackgroundSave(SaveHandle, JobMonitor):
     in the attempt or, if that can't be written, in the job's store.
     """
 
-    def __init__(self, storage: Storage, job: SaveJob, notice: FailureNotice):
+    def __init__(self, storage: Storage, job: SaveJob, notice: FailureNotice, peers: PeerWatch):
         super().__init__(f"{storage.root}/{job.target}", job.save_id, job.data_nbytes)
         self.job = job
         self._storage = storage
         self._notice = notice
+        self._peers = peers
         self.staging: Staging | None = None
         """The copies that remain to be made."""
         self.frozen: FrozenFile | None = None
@@ -117,6 +119,7 @@ class BackgroundSave(SaveHandle, JobMonitor):
     def why_stop(self) -> None:
         """See ``JobMonitor``."""
         self._notice.check()
+        self._peers.check()
 
     def accepted(self) -> None:
         """Record that the tensors may change: the save will be committed unless the process of the job dies."""

@@ -21,6 +21,7 @@ from milepost.run.attempts import abort_attempt
 from milepost.saving.agreement import Agreement, SaverSettings
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
 from milepost.saving.last_plan import LastPlan
+from milepost.saving.peers import Peers, PeerWatch
 from milepost.saving.request import SaveRequest, request_of
 from milepost.saving.stage import TensorBlocks
 from milepost.storage.base import Storage
@@ -73,6 +74,7 @@ class Saver:
     ):
         self._storage = storage
         self._comm = comm
+        self._peers = Peers(comm)
         self._agreement = Agreement(storage, comm, last=last, **settings)
 
     @ordinary_tensors()
@@ -86,7 +88,8 @@ class Saver:
         agreed = self._agreement.agree(request)
         prepared, job = agreed.prepared, agreed.job
         planned = time.monotonic()
-        watch = _Foreground(self._comm, job, f"{self._storage.root}/{job.target}")
+        peers = PeerWatch(self._peers, self._storage, job)
+        watch = _Foreground(self._comm, job, f"{self._storage.root}/{job.target}", peers)
         failure = None
         try:
             with watched(watch.doing):
@@ -117,8 +120,9 @@ class Saver:
 class _Foreground(JobMonitor):
     """Logs the progress of a blocking save, and ends it when another rank has failed."""
 
-    def __init__(self, comm: Comm, job: SaveJob, where: str):
+    def __init__(self, comm: Comm, job: SaveJob, where: str, peers: PeerWatch):
         self.job = job
+        self._peers = peers
         self.where = where
         self.notice = FailureNotice(comm, job.save_id, for_all=job.part is not None)
         self._progress = ProgressLog(f"saving {where}", job.data_nbytes, is_quiet=job.rank != 0)
@@ -128,6 +132,7 @@ class _Foreground(JobMonitor):
 
     def why_stop(self) -> None:
         self.notice.check()
+        self._peers.check()
 
     def doing(self) -> str:
         return writing(self.job.rank, self.where, self._progress.part)
