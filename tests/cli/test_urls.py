@@ -51,6 +51,7 @@ def run(*argv: str, status: int = 0) -> None:
         ("ls URL/run", 0),
         ("ls URL/run/step-2 --json", 0),
         ("ls URL/nothing", 3),
+        ("ls URL", 3),
         ("inspect URL/run/step-2 --shards", 0),
         ("inspect URL/run", 3),
         ("show URL/run/step-2 norm.weight", 0),

@@ -344,8 +344,11 @@ def test_open_storage_roots_at_the_parent(tmp_path: Path, monkeypatch: pytest.Mo
     assert (storage.root, name) == (str(tmp_path / "outputs"), "step-5")
     storage, name = open_storage(".")
     assert (storage.root, name) == (str(tmp_path.parent), tmp_path.name)
-    storage, name = open_storage(f"file://{tmp_path}/run")
-    assert (storage.root, name) == (str(tmp_path), "run")
+    for host in ("", "localhost"):
+        storage, name = open_storage(f"file://{host}{tmp_path}/run")
+        assert (storage.root, name) == (str(tmp_path), "run")
+    (tmp_path / "s3:" / "run").mkdir(parents=True)
+    assert open_storage("s3:/run")[0].root == str(tmp_path / "s3:")  # odd, but there
 
 
 def test_open_storage_follows_a_link_at_the_path(tmp_path: Path) -> None:
@@ -356,7 +359,9 @@ def test_open_storage_follows_a_link_at_the_path(tmp_path: Path) -> None:
     assert (storage.root, name) == (str(tmp_path / "real"), "step-5")
 
 
-@pytest.mark.parametrize("path", ["hdfs://host/run", "http://host/run", "s3://", ""])
+@pytest.mark.parametrize(
+    "path", ["hdfs://host/run", "http://host/run", "s3://", "", "s3:/bucket/run", "GS:bucket", "file://outputs/run"]
+)
 def test_open_storage_refuses_what_it_does_not_know(path: str) -> None:
     with pytest.raises(ConfigError):
         open_storage(path)

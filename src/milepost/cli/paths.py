@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from milepost.errors import CheckpointNotFoundError, ConfigError
+from milepost.errors import CheckpointNotFoundError, ConfigError, listed
 from milepost.format.manifest import Manifest
 from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
 from milepost.run.catalog import CheckpointInfo, StepEntry
 from milepost.run.step_names import find_run, step_of
 from milepost.storage import join_path, open_storage
-from milepost.storage.base import Entry, Storage, split
+from milepost.storage.base import Entry, Storage, join, split
+
+MAX_LOOKED_AT = 16
+"""Number of folders in which a run is looked for, to name it in an error."""
 
 
 def open_run(path: str) -> tuple[Storage, str]:
@@ -46,7 +49,18 @@ def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> Chec
         return CheckpointNotFoundError(f"{path} is a checkpoint, not a run{hint}", path=path)
     if what is not None:
         return CheckpointNotFoundError(f"{path} is {what}, not a run: try `milepost inspect {path}`", path=path)
-    return CheckpointNotFoundError(f"{path} holds no step-<N> folder, and neither does {path}/checkpoint", path=path)
+    below = [join_path(path.rstrip("/"), run) for run in _runs_below(storage, name)]
+    hint = f"; the runs in it are {', '.join(listed(below))}" if below else ""
+    plain = path.rstrip("/") or path
+    return CheckpointNotFoundError(
+        f"{plain} holds no step-<N> folder, and neither does {plain}/checkpoint{hint}", path=path
+    )
+
+
+def _runs_below(storage: Storage, folder: str) -> list[str]:
+    """Return the folders in ``folder`` that are runs, of the first few."""
+    names = [entry.name for entry in storage.list(folder) if entry.is_folder and not entry.name.startswith(".")]
+    return [name for name in names[:MAX_LOOKED_AT] if find_run(storage, join(folder, name)) is not None]
 
 
 def _has_files(storage: Storage, folder: str) -> bool:

@@ -95,6 +95,8 @@ def print_list(title: str, lines: Sequence[str], *, limit: int) -> None:
 
 def page_path(text: str) -> str:
     """Check the path of a page to write before the work for it begins; the type of an argument of argparse."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL: give the path of a local file, and copy it there")
     path = pathlib.Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give the path of a file in it")

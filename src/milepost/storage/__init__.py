@@ -37,6 +37,7 @@ __all__ = ["LocalStorage", "Storage", "is_folder", "is_known", "is_url", "join_p
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _STORES = ("s3", "gs", "az")
+_ONE_SLASH = re.compile(r"(s3|gs|az|file):(?!//)", re.IGNORECASE)
 _KNOWN = "a path, file://, s3://, gs:// or az://"
 
 
@@ -87,13 +88,23 @@ def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     if scheme is not None:
         if scheme[1].lower() != "file":
             raise ConfigError(f"unknown scheme {scheme[1]}://: expected {_KNOWN}")
-        text = unquote(text[len(scheme[0]) :])
+        text = _file_path(text)
+    elif (found := _ONE_SLASH.match(text)) is not None and not os.path.lexists(text):
+        raise ConfigError(f"{text} is not a URL: write {found[1].lower()}://; of a path named so, ./{text}")
     if not text:
         raise ConfigError("the path of a checkpoint must not be empty")
     full = os.path.abspath(text)
     if os.path.islink(full):
         full = os.path.realpath(full)
     return LocalStorage(os.path.dirname(full)), os.path.basename(full)
+
+
+def _file_path(url: str) -> str:
+    """Return the path of a ``file://`` URL."""
+    host, slash, path = unquote(url.partition("://")[2]).partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise ConfigError(f"{url} names a host, not a path: a file:// URL has three slashes, file:///absolute/path")
+    return f"/{path}"
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
