@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -68,7 +69,7 @@ def pwritev(fd, views, offset, write=os.pwritev):
         once.acquire()
         tell()
         os._exit(0)
-    if any(np.frombuffer(view, np.uint8).any() for view in views):
+    if any(np.frombuffer(view, np.uint64 if len(view) % 8 == 0 else np.uint8).any() for view in views):
         return write(fd, views, offset)
     return sum(map(len, views))
 
@@ -158,8 +159,35 @@ def run(folder: Path, model: str, flavor: str, rounds: int, figures: Figures) ->
         )
 
 
+_SEED_CHILD = """
+import functools, sys
+import milepost.format.digest as digest
+from milepost.interop.weights import boxes, stream
+
+@functools.cache
+def of_zeros(nbytes, crc32=digest.crc32):
+    return crc32(bytes(nbytes))
+
+class Zeros(stream.PassedBytes):
+    def add(self, start, data):
+        position = 0
+        while position < len(data):
+            part = min(len(data) - position, stream.BLOCK_NBYTES - (start + position) % stream.BLOCK_NBYTES)
+            with self._lock:
+                self._parts[start + position] = part, of_zeros(part)
+            position += part
+
+boxes.Source.read_into = lambda self, key, box, out: out.fill(0)
+stream.PassedBytes = Zeros
+"""
+"""Before ``_STAND_IN_CHILD``: what is read is known to be zeros, so that a source of holes is made in little time."""
+
+
 def run_stand_in(folder: Path, model: str, flavor: str, limit_s: float) -> None:
-    """Print a row of the table for each of the two directions; for the second the first must have come to its end."""
+    """Print a row of the table for each of the two directions.
+
+    If the first was stopped by the limit, the source of the second is made without reading that of the first.
+    """
     hub, step, back = f"Llama-3.1-{flavor}", f"seed-{flavor}/step-0", f"my-{flavor}-model"
     write_random_weights(folder / hub, model, flavor, num_files=STAND_IN_FILES, sparse=True)
     (folder / step).parent.mkdir()
@@ -169,7 +197,7 @@ def run_stand_in(folder: Path, model: str, flavor: str, limit_s: float) -> None:
         ["convert", step, back, "--to", "hf", *chosen, "--hf-assets", hub],
     ):
         if not (folder / command[1]).exists():
-            break
+            stand_in(folder, ["convert", hub, step, "--to", "dcp", *chosen], math.inf, _SEED_CHILD)
         seconds, nbytes, peak_nbytes = stand_in(folder, command, limit_s)
         rate, plain = nbytes / seconds, copy_rate(folder, folder / hub, limit_s / 4)
         total = sum(path.stat().st_size for path in (folder / hub).iterdir())
@@ -183,9 +211,9 @@ def run_stand_in(folder: Path, model: str, flavor: str, limit_s: float) -> None:
         remove(made)
 
 
-def stand_in(folder: Path, command: list[str], limit_s: float) -> tuple[float, int, int]:
+def stand_in(folder: Path, command: list[str], limit_s: float, before: str = "") -> tuple[float, int, int]:
     """Seconds, bytes written and peak memory of a command of ``milepost``, run in ``folder`` with holes kept."""
-    whole = [sys.executable, "-c", _STAND_IN_CHILD, str(limit_s), *command]
+    whole = [sys.executable, "-c", before + _STAND_IN_CHILD, str(limit_s), *command]
     done = subprocess.run(whole, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -6,6 +6,7 @@ import argparse
 import collections
 import gzip
 import io
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,11 @@ def quantised() -> torch.Tensor:
     return torch.quantize_per_tensor(torch.ones(4), 0.5, 1, torch.qint8)
 
 
+def narrow(dtype: str, nbytes: int) -> bytes:
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4, 3], "data_offsets": [0, nbytes]}}).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
 KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "legacy.pt": (
         lambda: torch_bytes({"w": torch.ones(2)}, _use_new_zipfile_serialization=False),
@@ -65,6 +71,10 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "module.pt": (lambda: torch_bytes(torch.nn.Linear(2, 2)), r"a module, not its weights.*state_dict\(\)"),
     "quantised.pt": (lambda: torch_bytes({"w": quantised()}), "quantised"),
     "sparse.pt": (lambda: torch_bytes({"w": torch.eye(3).to_sparse()}), "sparse"),
+    "narrow.safetensors": (
+        lambda: narrow("F4", 6) + bytes(6),
+        r"'w' as F4: floats of 4 and 6 bits are not supported",
+    ),
     "named.pt": (lambda: safetensors.numpy.save(ARRAYS), "safetensors file"),
     "named.safetensors": (lambda: torch_bytes({"w": torch.ones(2)}), "torch.save or zip"),
 }

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from milepost.errors import FormatError
+from milepost.errors import ConversionError, FormatError
 from milepost.format import dtype as dtypes
 from milepost.storage.base import ReadHandle
 
@@ -26,6 +26,8 @@ MAX_HEADER_NBYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 _MAX_DIM = 1 << 62
 _MAX_NDIM = 64
+_NARROW = ("F4", "F6_E2M3", "F6_E3M2")
+"""Dtypes of less than a byte. Source: ``Dtype`` in safetensors' ``tensor.rs``."""
 
 
 class StoredTensor(msgspec.Struct, frozen=True, gc=False):
@@ -63,6 +65,7 @@ def read_header(handle: ReadHandle) -> SafetensorsHeader:
 
     Raises:
         FormatError: the file is truncated, has bytes outside all tensors, or its header is malformed or hostile.
+        ConversionError: it holds floats of less than 8 bits.
     """
     path = handle.path
     if handle.nbytes < 8:
@@ -85,7 +88,7 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
     """Parse and check the JSON header ``raw`` of a file of ``file_nbytes``; ``path`` is for messages.
 
     Raises:
-        FormatError: see :func:`read_header`.
+        FormatError, ConversionError: see :func:`read_header`.
     """
     base = 8 + len(raw)
     try:
@@ -97,6 +100,7 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
         metadata = _checked_metadata(header.pop(METADATA_KEY, {}))
         for name, entry in header.items():
             if not isinstance(entry, StoredTensor):
+                _refuse_narrow(name, entry, path)
                 raise ValueError(_entry_fault(name, entry))
         ordered, end = _checked_tiling(header, base)
     except (ValueError, RecursionError, FormatError) as error:
@@ -173,6 +177,16 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{METADATA_KEY} is not a map of strings")
     return metadata
+
+
+def _refuse_narrow(name: str, entry: Any, path: str) -> None:
+    """Refuse a valid dtype of less than a byte, which is not damage. Raises ConversionError."""
+    if isinstance(entry, dict) and entry.get("dtype") in _NARROW:
+        raise ConversionError(
+            f"{path} holds '{name:.200}' as {entry['dtype']}: floats of 4 and 6 bits are not supported. Give the "
+            "model's weights before they were quantized",
+            path=path,
+        )
 
 
 def _entry_fault(name: str, entry: Any) -> str:

@@ -15,7 +15,7 @@ from milepost.interop.weights.boxes import Array, Source, array_dtype
 from milepost.interop.weights.open import open_all
 
 Index: TypeAlias = "SupportsIndex | slice | Any"
-"""Selection along one dim: a number or a slice; ``...`` stands for all remaining dims."""
+"""Selection along one dim: a number or a slice; ``...`` stands for all remaining dims, None for a new one."""
 
 
 class StoredArray:
@@ -53,7 +53,7 @@ class StoredArray:
         return self.shape[0]
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Array:
-        """Return the elements selected by ``index`` (numbers, slices with any step, ``...``), like numpy.
+        """Return the elements selected by ``index`` (numbers, slices with any step, ``...``, None), like numpy.
 
         Raises:
             DigestMismatchError: bytes changed after they were written.
@@ -63,9 +63,12 @@ class StoredArray:
         """
         if self._opened.is_closed:  # its file descriptors may be another file's by now
             raise ValueError(f"{self._opened.path} was closed: index '{self._key}' before")
-        offsets, sizes, then = [], [], []
-        for dim, part in enumerate(_by_dim(index, self.ndim)):
-            start, stop, pick = _bounds(part, dim, self.shape[dim])
+        offsets, sizes, then = [], [], list[Any]()
+        for part in _by_dim(index, self.ndim):
+            if part is None:
+                then.append(None)
+                continue
+            start, stop, pick = _bounds(part, len(offsets), self.shape[len(offsets)])
             offsets.append(start)
             sizes.append(stop - start)
             then.append(pick)
@@ -87,15 +90,16 @@ class StoredArray:
 
 
 def _by_dim(index: Any, ndim: int) -> list[Any]:
-    """Expand the index to one entry per dim."""
+    """Expand the index to one entry per dim, and a None for each new one."""
     parts = list(index) if isinstance(index, tuple) else [index]
     gaps = [place for place, part in enumerate(parts) if part is Ellipsis]
     if len(gaps) > 1:
         raise IndexError("an index can only have a single ellipsis ('...')")
-    if len(parts) - len(gaps) > ndim:
-        raise IndexError(f"too many indices: the tensor has {ndim} dims, {len(parts) - len(gaps)} were indexed")
+    count = len(parts) - len(gaps) - sum(part is None for part in parts)
+    if count > ndim:
+        raise IndexError(f"too many indices: the tensor has {ndim} dims, {count} were indexed")
     place = gaps[0] if gaps else len(parts)
-    rest = [slice(None)] * (ndim - len(parts) + len(gaps))
+    rest = [slice(None)] * (ndim - count)
     return [*parts[:place], *rest, *parts[place + len(gaps) :]]
 
 
@@ -123,8 +127,8 @@ def _whole_number(part: Any) -> int:
     except TypeError:
         pass
     raise IndexError(
-        f"only integers, slices and '...' select elements of a stored tensor, not {part!r:.100}: read what holds them, "
-        "and select of the array"
+        f"only integers, slices, '...' and None select elements of a stored tensor, not {part!r:.100}: read what holds "
+        "them, and select of the array"
     )
 
 

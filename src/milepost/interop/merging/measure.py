@@ -42,7 +42,8 @@ def arcs(inputs: Sequence[Readable], share: float, advance: Advance | None) -> d
         dtype = wide_dtype(key, inputs)
         for part in cut_box(key, Box.whole(inputs[0].tensors[key].shape), inputs):
             a, b = (read_box(inputs, number, key, part, dtype).reshape(-1).astype(np.float64) for number in (0, 1))
-            sums += (np.dot(a, b), np.dot(a, a), np.dot(b, b))
+            with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are reported at the end
+                sums += (np.dot(a, b), np.dot(a, a), np.dot(b, b))
             _visited(part, advance)
         dot, square_a, square_b = map(float, sums)
         return key, arc_factors(dot, square_a, square_b, share)
