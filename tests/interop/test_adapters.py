@@ -18,7 +18,9 @@ from tiny_models import assert_equal, hf_tensors
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.cli.main import main
 from milepost.errors import ConversionError
+from milepost.interop import as_stored
 from milepost.interop.adapters import export_merged
+from milepost.interop.hf.hub_names import kept_names
 from milepost.interop.options import ConvertOptions
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -301,3 +303,24 @@ def test_an_embedding_of_another_size_than_the_bases_goes_with_the_adapter(
     )
     assert main(["export", str(save(memory_path / "prompts", prompts)), str(memory_path / "no"), "--adapter"]) == 8
     assert "its configuration says PROMPT_TUNING: use save_pretrained() of PEFT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+def test_a_step_with_its_base_is_merged_into_what_save_pretrained_writes(
+    memory_path: Path, base: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied tensors once, and the names of files, not of the module."""
+    if kind == "moe":
+        base = Kind("MixtralConfig", {"num_local_experts": 4}).model()
+        names = kept_names(base)
+        monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: names)
+        base.save_pretrained(memory_path / "base")
+    model = adapted(base, target_modules=["q_proj"])
+    run = save(memory_path / "run", model)
+    out = memory_path / "out"
+    assert main(["export", str(run), str(out), "--merge-adapter", "--hf-assets", str(memory_path / "base")]) == 0
+    model.merge_and_unload().save_pretrained(memory_path / "expected")
+    found, expected = hf_tensors(out), hf_tensors(memory_path / "expected")
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)

@@ -17,7 +17,7 @@ from milepost.errors import ConversionError, listed
 from milepost.format.box import Box
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from milepost.format.safetensors import plan_layout
-from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS
+from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS, as_in_files, known_names
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.lora import PREFIX, Adapter, LoraMerged
 from milepost.interop.names.adapter_keys import ADAPTER_KEY
@@ -128,16 +128,15 @@ def export_merged(
             merged = LoraMerged(_cast(held, None), adapter, src)
             if below is not None:
                 _check_base(weights, held, adapter)
-            places_all = options.max_shard_nbytes is None and all(key in extras.weight_map for key in merged.tensors)
-            extras = replace(
-                extras,
-                config=without_quantization(extras.config) | ({"tie_word_embeddings": False} if is_untied else {}),
-                weight_map=extras.weight_map if places_all else {},
-            )
-            content = _cast(merged, options.dtype)
+            config = without_quantization(extras.config) | ({"tie_word_embeddings": False} if is_untied else {})
+            content, note = _cast(merged, options.dtype), ""
+            if below is None:  # the step has the module's names
+                content, note = as_in_files(content, config, known_names(extras, options, merged.tensors))
+            places_all = options.max_shard_nbytes is None and all(key in extras.weight_map for key in content.tensors)
+            extras = replace(extras, config=config, weight_map=extras.weight_map if places_all else {})
             sink = HfSink(dst, extras)
             read = (weights.source,) if below is None else (weights.source, below.source)
-            notes = (*plain.notes[len((below or weights).notes) :], *merged.notes)
+            notes = (*plain.notes[len((below or weights).notes) :], *merged.notes, *filter(None, [note]))
             return _written(weights, read, content, sink, options, started, progress, f"{adapter.name} merged", notes)
         finally:
             if below is not None:

@@ -96,7 +96,7 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
         return Kept(names, None, ())
     if source.kind != "hf":
         _refuse_adapter(names, extras.weight_map, source.path)
-    known = _known_names(extras, options, source.tensors)
+    known = known_names(extras, options, source.tensors)
     bare, notes = _without_tied(weights, names, extras.config)
     repeated = repeated_in(Renamed(source, bare), known)
     notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
@@ -132,7 +132,7 @@ def _by_class(
     found = names_of_class(name, extras.config) if name is not None and source.kind != "hf" else None
     if found is None:
         return None
-    held = {key: old for key, old in names.items() if key not in found.copies and key not in found.ignored}
+    held = {key: old for key, old in names.items() if not found.leaves_out(key)}
     shapes = {key: source.tensors[old].shape for key, old in held.items()}
     faults = list(_module_faults(found.ours, shapes))
     is_of_today = not known or set(known) == found.theirs.keys()  # hub folders of earlier versions have other names
@@ -165,6 +165,29 @@ def _by_class(
     return Kept(held, extras if places_all else replace(extras, weight_map={}), (note,), found)
 
 
+def as_in_files(module: Readable, config: Mapping[str, Any], known: Collection[str]) -> tuple[Readable, str]:
+    """Return the tensors of a complete module as its class's files have them, and a note; unchanged if unknown.
+
+    ``known`` are the names in other files of the model, if there are any.
+    """
+    pair, ties = tied_pair(module.tensors), config.get("tie_word_embeddings")
+    is_tied = ties is True and pair is not None and difference(module, *pair) is None
+    left_out = set(repeated_in(module, known)) if ties is not False else set()
+    if is_tied and pair is not None:
+        left_out.add(pair[1])
+    plain = Renamed(module, {key: key for key in module.tensors if key not in left_out})
+    name = architecture(config)
+    if name is None or plain.tensors.keys() == set(known):
+        return plain, ""
+    found = names_of_class(name, config)
+    held = {key: info.shape for key, info in module.tensors.items()}
+    if found is None or any(_module_faults(found.ours, {k: s for k, s in held.items() if not found.leaves_out(k)})):
+        return plain, ""
+    if any(copy in held and difference(module, original, copy) for copy, original in found.copies.items()):
+        return plain, ""
+    return Assembled(module, found.into_theirs()), f"the names are those of {name}'s files"
+
+
 def _module_faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Report missing, misshapen and unexpected tensors of a module."""
     yield from (f"missing: {key}" for key in wanted if key not in found)
@@ -191,7 +214,7 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
     return extras
 
 
-def _known_names(extras: HfExtras, options: ConvertOptions, stored: Collection[str]) -> Collection[str]:
+def known_names(extras: HfExtras, options: ConvertOptions, stored: Collection[str]) -> Collection[str]:
     """Return the names in the files of ``options.hf_assets``: of its index, or of its only file.
 
     Those of quantized files are of no use for a model that is ``stored`` without.

@@ -32,6 +32,10 @@ class KeptNames:
     ignored: frozenset[str] = frozenset()
     """Names in the module's state that are not in its files."""
 
+    def leaves_out(self, name: str) -> bool:
+        """Return whether the files lack a tensor of the module: a tied or computed one."""
+        return name in self.copies or name in self.ignored
+
     def mixed(self, dtypes: Mapping[str, str]) -> list[str]:
         """Report tensors in the files whose parts, by the module's names, are of several ``dtypes``."""
         found: dict[str, set[str]] = {}
