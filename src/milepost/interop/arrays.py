@@ -63,7 +63,7 @@ class StoredArray:
         """
         if self._opened.is_closed:  # its file descriptors may be another file's by now
             raise ValueError(f"{self._opened.path} was closed: index '{self._key}' before")
-        offsets, sizes, then = [], [], list[Any]()
+        offsets, sizes, then = list[int](), list[int](), list[Any]()
         for part in _by_dim(index, self.ndim):
             if part is None:
                 then.append(None)
