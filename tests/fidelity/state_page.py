@@ -73,6 +73,10 @@ def text() -> str:
         "`lr_scheduler`, `dataloader`, `train_state` and `states` come back with the keys and the order that each rank "
         "gave, on the same number of ranks. Different values under one key are refused, but for the parts in "
         "`per_rank`.\n"
+        "\n## Objects that occur twice\n\n"
+        "Tensors that share memory, each under a key of its own, share it again. Any other object (a list, a dict, a "
+        "tensor inside a tuple) that occurs twice comes back as two equal ones: if one list has to be in two places, "
+        "store it once, and put it there in `load_state_dict()`.\n"
     )
 
 

@@ -516,3 +516,18 @@ def test_keys_of_both_directions_are_named_at_once(memory_path: Path) -> None:
     assert "2 keys of the checkpoint have no place in this run:\n    0.weight_mask\n    0.weight_orig" in message
     assert 'allow_missing = "0.weight"' in message
     assert 'allow_unexpected = "0.weight_mask", "0.weight_orig"' in message
+
+
+def test_a_vocabulary_of_another_size(memory_path: Path) -> None:
+    """The message names the option; optimizer state of the old shape would fail the first step."""
+    saved(memory_path)
+    model = Net(classes=5)
+    with pytest.raises(StateMismatchError, match=r'set checkpoint.exclude_from_loading = "head.weight"'):
+        Run(memory_path, model, adamw(model)).load()
+    opened.pop().close()
+    run = Run(memory_path, model, adamw(model), exclude_from_loading=["head.weight"])
+    notes = run.load()
+    assert "parameters of another shape in the checkpoint, with fresh optimizer state: head.weight" in notes
+    assert "exp_avg" in run.optimizer.state[model.body.weight]
+    assert not run.optimizer.state[model.head.weight]
+    run.train(1)

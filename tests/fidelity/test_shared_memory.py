@@ -202,6 +202,23 @@ def test_dtensors_under_names_of_their_own_at_another_degree(memory_path: Path) 
     run_world(find_no_mesh, 2, memory_path, timeout_s=60)
 
 
+def test_elements_in_another_order_in_memory(memory_path: Path) -> None:
+    """Channels-last and transposed tensors: kernels and sums depend on it to the last bit."""
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = {"image": image, "transposed": [torch.randn(3, 4).t()], "every other": torch.randn(8)[::2]}
+    held, config = Held(), CheckpointConfig(interval=1)
+    with CheckpointManager(memory_path / "run", config, model=nn.Linear(1, 1), train_state=Held(state)) as manager:
+        manager.save(1)
+    with CheckpointManager(memory_path / "run", config, model=nn.Linear(1, 1), train_state=held) as manager:
+        manager.load()
+    milepost.save(memory_path / "step-1", {"state": state, "weight": image})
+    for found in (held.state, milepost.load(memory_path / "step-1")["state"]):
+        assert_same(found, state)
+        assert found["image"].is_contiguous(memory_format=torch.channels_last)
+        assert found["transposed"][0].stride() == (1, 4)
+        assert found["every other"].is_contiguous()
+
+
 class Preconditioned(torch.optim.Optimizer):
     """Keeps plain tensors beside DTensors, as second-order methods do for whole gradients."""
 

@@ -41,6 +41,11 @@ class Fit:
         ]
         if missing:
             lines.append(policy.advice("allow_missing", "leave them as they are", missing, ()))
+        unfit = [line.partition(": ")[0] for line in self.mismatched]
+        if policy.exclude_option and unfit and all(key in stored for key in unfit):
+            lines.append(
+                policy.advice(policy.exclude_option, "keep this run's values of those that do not fit", unfit, stored)
+            )
         if nowhere:
             others = set(stored).difference(nowhere)
             purpose = "leave out those of the checkpoint" if missing else "leave them out"

@@ -39,6 +39,8 @@ class Policy:
     """Keys of the checkpoint that the target may lack: they are left out."""
     spelling: str = "give {option}=[{patterns}]"
     """Spelling of an option, for messages."""
+    exclude_option: str = ""
+    """The option by which keys keep this run's values; empty if there is none."""
 
     @classmethod
     def of(cls, strict: bool, allow_missing: Iterable[str], allow_unexpected: Iterable[str]) -> Policy:

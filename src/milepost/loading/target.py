@@ -36,7 +36,9 @@ class Stored:
         self.keys = frozenset((*manifest.tensors, *manifest.objects))
         """All stored tensors, including those excluded from the load."""
         self.is_excluded = is_excluded if is_excluded is not None else lambda key: False
+        self.excluded: Mapping[str, TensorEntry] = {}
         if is_excluded is not None:
+            self.excluded = {key: entry for key, entry in manifest.tensors.items() if is_excluded(key)}
             tensors = {key: entry for key, entry in manifest.tensors.items() if not is_excluded(key)}
             objects = {key: entry for key, entry in manifest.objects.items() if not is_excluded(key)}
             manifest = replace(manifest, tensors=tensors, objects=objects)
@@ -198,6 +200,13 @@ class Target:
     def entry(self, key: str) -> TensorEntry | None:
         """The stored tensor of a key; None if there is none, or another kind of value."""
         return None if self._stored is None else self._stored.manifest.tensors.get(key)
+
+    def stored_shape(self, key: str) -> tuple[int, ...] | None:
+        """Return the shape of a stored tensor, also of one that is excluded from the load; None if there is none."""
+        entry = self.entry(key)
+        if entry is None and self._stored is not None:
+            entry = self._stored.excluded.get(key)
+        return entry.shape if entry is not None else None
 
     def _want_held(self, key: str, tensor: torch.Tensor, value: Any) -> None:
         """Add a tensor from a container that was read already: it is copied with the live tensors."""

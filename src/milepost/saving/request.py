@@ -22,7 +22,7 @@ from milepost.saving.job import Form, Keep
 from milepost.saving.structure import Nesting, Structure, structure_of
 from milepost.storage import open_storage
 from milepost.storage.base import Storage
-from milepost.tensors.aliases import find_aliases, memory_of
+from milepost.tensors.aliases import find_aliases, find_permuted, memory_of
 from milepost.tensors.layout import TensorLeaf, stored_as
 from milepost.tensors.parts import TensorParts, plain_tensors
 from milepost.tensors.placements import PLAIN, describe_placements
@@ -170,7 +170,14 @@ def _relations_of(flat: FlatState, loop_parts: Collection[str] | None, versions:
             if type(value) is nn.Parameter:
                 parameters[key] = value.requires_grad
     sharded |= _unlike_parameters(flat)
-    return Relations(find_aliases(flat.tensors.values()), versions, sharded, parameters)
+    aliases = find_aliases(flat.tensors.values())
+    known = {key for group in aliases.values() for key in group}
+    alone = (
+        leaf
+        for key, leaf in flat.tensors.items()
+        if key not in known and (loop_parts is None or flat.paths[key][0] in loop_parts)
+    )
+    return Relations({**aliases, **find_permuted(alone)}, versions, sharded, parameters)
 
 
 def _unlike_parameters(flat: FlatState) -> dict[str, str]:

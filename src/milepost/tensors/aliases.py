@@ -1,4 +1,4 @@
-"""Tensors of a state that overlap in memory, and new ones that overlap in the same way."""
+"""Tensors of a state that overlap in memory or have strides of their own, and new ones that are like them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def find_aliases(leaves: Iterable[TensorLeaf]) -> dict[str, Aliases]:
     return found
 
 
+def find_permuted(leaves: Iterable[TensorLeaf]) -> dict[str, Aliases]:
+    """Find tensors whose elements are in another order in memory (channels-last, transposed), each as a group."""
+    found: dict[str, Aliases] = {}
+    for leaf in leaves:
+        if not leaf.is_part and _is_permuted(leaf):
+            found[leaf.key] = {leaf.key: (0, leaf.local.stride())}
+    return found
+
+
+def _is_permuted(leaf: TensorLeaf) -> bool:
+    local = leaf.local
+    is_whole = leaf.spread is None and tuple(local.shape) == leaf.shape and local.numel() > 0
+    return is_whole and not local.is_contiguous() and _span(local.shape, local.stride()) == local.numel()
+
+
 def memory_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:
     """Return the identity of a tensor's memory; None without any (meta tensors, wrappers)."""
     try:
@@ -66,7 +81,7 @@ def _described(group: list[TensorLeaf]) -> Aliases | None:
     alike = {(leaf.local.data_ptr(), tuple(leaf.local.shape), leaf.local.stride(), leaf.spread) for leaf in group}
     if len({leaf.local.dtype for leaf in group} | {leaf.dtype for leaf in group}) > 1:
         return None
-    if len(alike) == 1:
+    if len(alike) == 1 and not _is_permuted(group[0]):
         return {leaf.key: None for leaf in group}
     if any(leaf.spread is not None or tuple(leaf.local.shape) != leaf.shape for leaf in group):
         return None
@@ -78,7 +93,7 @@ def join_aliases(aliases: Aliases, tensors: MutableMapping[str, object], apart: 
     """Replace newly created ``tensors`` by others that overlap as recorded, except those of ``apart``."""
     wanted = {key: tensors.get(key) for key in aliases if key not in apart}
     found = {key: tensor for key, tensor in wanted.items() if isinstance(tensor, torch.Tensor)}
-    if len(found) < 2:
+    if not found or len(found) < min(2, len(aliases)):
         return
     first = next(iter(found.values()))
     if len({(type(tensor), tensor.dtype, tensor.device) for tensor in found.values()}) > 1:
@@ -91,7 +106,8 @@ def join_aliases(aliases: Aliases, tensors: MutableMapping[str, object], apart: 
     if isinstance(first, DTensor) or not all(_fits(found[key], aliases[key]) for key in found):
         return
     ends = [geometry[0] + _span(found[key].shape, geometry[1]) for key in found if (geometry := aliases[key])]
-    if max(ends) > MAX_SPREAD * sum(tensor.numel() for tensor in found.values()):
+    numel = sum(tensor.numel() for tensor in found.values())
+    if max(ends) > (MAX_SPREAD * numel if len(aliases) > 1 else numel):
         return
     memory = torch.empty(max(ends), dtype=first.dtype, device=first.device)
     views: dict[object, torch.Tensor] = {}

@@ -23,7 +23,7 @@ from milepost.loading.optimizer import each_parameter, hand_over, indexed, state
 from milepost.loading.parts import want_node
 from milepost.loading.target import Target
 from milepost.tensors.layout import torch_dtype
-from milepost.tensors.state import ByName
+from milepost.tensors.state import LAZY, ByName
 from milepost.tensors.tree import Node, child, rebuild
 from milepost.tensors.value_writer import encode_object
 
@@ -292,8 +292,12 @@ class OptimizersOwner:
         if self._has_any and name not in self._saved.state and name not in self._saved.options:
             self._note("parameters new to the optimizer, with fresh state", name)
             return
-        if _steps_elsewhere(optimizer, parameter):
+        shape = target.stored_shape(self._renamed.get(name, name))
+        is_resized = shape is not None and not isinstance(parameter, LAZY) and shape != tuple(parameter.shape)
+        if is_resized or _steps_elsewhere(optimizer, parameter):
             target.leave(self._saved.state.pop(name, {}))
+            if is_resized:
+                self._note("parameters of another shape in the checkpoint, with fresh optimizer state", name)
         else:
             want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
         saved = self._saved.options.get(name, {})

@@ -52,6 +52,7 @@ from milepost.verification.external import locate_manifest
 log = logging.getLogger("milepost")
 
 SPELLING = "set checkpoint.{option} = {patterns}"
+EXCLUDE = "exclude_from_loading"
 
 
 def is_weights_file(path: str) -> bool:
@@ -296,7 +297,7 @@ class Loader:
         """Return the policy for missing keys: those that a new run adds to its initial weights, as configured."""
         config = self._config
         added = ("*",) if choice.step is None else ()
-        return Policy((*config.allow_missing, *added), config.allow_unexpected, SPELLING)
+        return Policy((*config.allow_missing, *added), config.allow_unexpected, SPELLING, EXCLUDE)
 
     def _wanted(self, choice: Choice) -> tuple[str, ...]:
         parts = ("model",) if choice.model_only else self._state.present()
