@@ -324,3 +324,21 @@ def test_a_step_with_its_base_is_merged_into_what_save_pretrained_writes(
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)
+
+
+def test_an_adapter_is_merged_into_files_with_other_names_than_the_module(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base: Any = Kind("MixtralConfig", {"num_local_experts": 4}).model()
+    names = kept_names(base)
+    monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: names)
+    base.save_pretrained(memory_path / "base")
+    model = adapted(base, target_modules=["q_proj"], modules_to_save=["gate"])
+    run = save(memory_path / "run", model, only_trainable=True)
+    out = memory_path / "out"
+    assert main(["export", str(run), str(out), "--merge-adapter", "--base", str(memory_path / "base")]) == 0
+    model.merge_and_unload().save_pretrained(memory_path / "expected")
+    found, expected = hf_tensors(out), hf_tensors(memory_path / "expected")
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)

@@ -17,7 +17,7 @@ from milepost.errors import ConversionError, listed
 from milepost.format.box import Box
 from milepost.format.huggingface import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from milepost.format.safetensors import plan_layout
-from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS, as_in_files, known_names
+from milepost.interop.as_stored import EMBEDDINGS, OUTPUTS, as_in_files, as_in_module, known_names
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.lora import PREFIX, Adapter, LoraMerged
 from milepost.interop.names.adapter_keys import ADAPTER_KEY
@@ -112,26 +112,29 @@ def export_merged(
             if below is not None:
                 _check_beside(config, src, ("bias",), "merge_and_unload()")
                 _check_start(config, src)
-            plain = plain_weights(below if below is not None else weights, options.dtype)
-            if below is None:
-                _check_holds_base(weights)
-            held = plain.source if below is not None else _base_in(plain)
-            if below is not None:
-                adapter = _with_trained_beside(weights, adapter)
             lent = os.fspath(options.hf_assets) or base
             if not lent:
                 raise ConversionError(
                     "a Hugging Face folder needs a config.json: name the base model's folder with --base or --hf-assets"
                 )
             extras = lent_extras(lent, options.dtype, options.max_shard_nbytes, lends_index=bool(base))
+            plain = plain_weights(below if below is not None else weights, options.dtype)
+            if below is None:
+                _check_holds_base(weights)
+            held = plain.source if below is not None else _base_in(plain)
+            if below is not None:
+                adapter = _with_trained_beside(weights, adapter)
+                if not _changed_by(adapter) <= held.tensors.keys() | set(OUTPUTS):
+                    held = as_in_module(held, extras.config)
             held, is_untied = _untied(held, weights, adapter, extras.config)
             merged = LoraMerged(_cast(held, None), adapter, src)
             if below is not None:
                 _check_base(weights, held, adapter)
             config = without_quantization(extras.config) | ({"tie_word_embeddings": False} if is_untied else {})
             content, note = _cast(merged, options.dtype), ""
-            if below is None:  # the step has the module's names
-                content, note = as_in_files(content, config, known_names(extras, options, merged.tensors))
+            if held is not plain.source:  # it may have the module's names
+                known = below.source.tensors if below is not None else known_names(extras, options, merged.tensors)
+                content, note = as_in_files(content, config, known)
             places_all = options.max_shard_nbytes is None and all(key in extras.weight_map for key in content.tensors)
             extras = replace(extras, config=config, weight_map=extras.weight_map if places_all else {})
             sink = HfSink(dst, extras)
@@ -320,7 +323,7 @@ def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[
     if config.get("tie_word_embeddings") is False:
         return held, False
     trained = {key.removeprefix(PREFIX) for key in adapter.tensors.tensors}
-    modules = {key.partition(".lora_")[0] + ".weight" if ".lora_" in key else key for key in trained}
+    modules = _changed_by(adapter)
     embeddings = [key for key in held.tensors if key.endswith(EMBEDDINGS)]
     outputs = [key for key in OUTPUTS if key in held.tensors]
     if not any(key in modules for key in (*embeddings, *OUTPUTS)):
@@ -337,6 +340,12 @@ def _untied(held: Readable, weights: Weights, adapter: Adapter, config: Mapping[
         )
     names = {key: key for key in held.tensors} | {output[0]: embeddings[0]}
     return Renamed(held, names), True
+
+
+def _changed_by(adapter: Adapter) -> set[str]:
+    """Return the base's tensors that the adapter changes."""
+    trained = {key.removeprefix(PREFIX) for key in adapter.tensors.tensors}
+    return {key.partition(".lora_")[0] + ".weight" if ".lora_" in key else key for key in trained}
 
 
 def _trained_beside(weights: Weights) -> list[str]:

@@ -165,6 +165,15 @@ def _by_class(
     return Kept(held, extras if places_all else replace(extras, weight_map={}), (note,), found)
 
 
+def as_in_module(files: Readable, config: Mapping[str, Any]) -> Readable:
+    """Return the tensors in a class's files as its module has them; unchanged if they are not its files'."""
+    name = architecture(config)
+    found = names_of_class(name, config) if name is not None else None
+    if found is None or {key: info.shape for key, info in files.tensors.items()} != found.theirs:
+        return files
+    return Assembled(files, found.into_ours())
+
+
 def as_in_files(module: Readable, config: Mapping[str, Any], known: Collection[str]) -> tuple[Readable, str]:
     """Return the tensors of a complete module as its class's files have them, and a note; unchanged if unknown.
 
