@@ -33,6 +33,7 @@ from milepost.verification.verify import verify
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "store", "network")
 STEPS_A_FAULT = 3
+STEPS_WITHOUT_STORE = 15
 CUT_S = 3.0
 
 
@@ -59,6 +60,8 @@ def soak_on_store(
     """
     rng = random.Random(seed)
     num_steps = STEPS_A_FAULT * len(victims) + 6
+    if tier:  # training goes on while the store is away
+        num_steps += STEPS_WITHOUT_STORE * sum(victim in ("store", "network") for victim in victims)
     train_undisturbed(folder / "undisturbed", num_steps)  # before the store is used: its ranks are forks
     with store_behind_proxy() as (server, proxy):
         url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
