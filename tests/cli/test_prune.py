@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from zoo import HOUR, NOW, make_zoo, save
 
 from milepost.cli.main import main
-from milepost.run import sweep
+from milepost.run import marks, retention, sweep
 from milepost.run.step_names import DELETING_PREFIX, step_of
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
@@ -72,6 +73,24 @@ def test_the_dry_run_says_exactly_what_is_deleted(
     assert {"step-900", "step-0100", "notes", ".pinned-step-200", ".deleting-2024"} <= names(zoo)
     assert (done["swept"], done["left_alone"]) == ([LEFTOVER], [".deleting-2024"])
     assert (planned["swept"], planned["left_alone"]) == (done["swept"], done["left_alone"])
+
+
+def test_what_another_process_pins_or_deletes_meanwhile_is_not_reported_as_deleted(
+    zoo: LocalStorage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = retention.plan
+
+    def plan_slowly(*args: Any, **options: Any) -> list[retention.Decision]:
+        decisions = plan(*args, **options)
+        marks.pin(zoo, "run", 100)
+        return decisions
+
+    monkeypatch.setattr(retention, "plan", plan_slowly)
+    assert main(["prune", "run", "--keep-latest", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "deleted 4 steps of 13" in out
+    assert "not deleted, because another process deleted or pinned them meanwhile: step-100" in out
+    assert "step-100" in names(zoo)
 
 
 def test_every_step_that_stays_is_left_untouched(zoo: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:

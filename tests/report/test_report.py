@@ -17,6 +17,7 @@ import torch
 import milepost
 from milepost.cli.main import main
 from milepost.cli.render import write_page
+from milepost.errors import StorageError
 from milepost.report.gather import gather
 from milepost.report.profile import every_nth_run
 from milepost.storage import LocalStorage
@@ -258,7 +259,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(memory_path: Path, mon
     target = memory_path / "r.html"
     write_page(str(target), "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StorageError, match=r"no space while writing .*r\.html; free some space, or write elsewhere"):
         write_page(str(target), "new")
     assert target.read_text() == "old"
     assert os.listdir(memory_path) == ["r.html"]

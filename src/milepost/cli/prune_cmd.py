@@ -95,20 +95,26 @@ def run(args: argparse.Namespace) -> int:
             [(str(d.step), format_nbytes(d.nbytes), "keep" if d.keep else "delete", d.reason) for d in decisions],
             numeric=("STEP", "SIZE"),
         )
-    if not args.dry_run:
-        retention.apply(storage, folder, decisions)
-    swept = sweep_leftovers(storage, folder, now=now, dry_run=args.dry_run)
     gone = [decision for decision in decisions if not decision.keep]
+    others: list[str] = []
+    if not args.dry_run:
+        deleted = retention.apply(storage, folder, decisions)
+        others = [decision.name for decision in gone if decision.name not in deleted]
+        gone = [decision for decision in gone if decision.name in deleted]
+    swept = sweep_leftovers(storage, folder, now=now, dry_run=args.dry_run)
     freed = sum(decision.nbytes for decision in gone)
     if args.json:
         listed = [dataclasses.asdict(decision) for decision in decisions]
         steps_and_leftovers = {"steps": listed, "swept": swept.removed, "left_alone": swept.left}
+        steps_and_leftovers |= {"deleted": [decision.name for decision in gone]} if not args.dry_run else {}
         print_json({"dry_run": args.dry_run, "freed_nbytes": freed, **steps_and_leftovers})
         return 0
     verb = "would delete" if args.dry_run else "deleted"
     removes = "would remove" if args.dry_run else "removed"
     extra = f"; {removes} {counted(len(swept.removed), 'stale save attempt')}" if swept.removed else ""
     console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {format_nbytes(freed)}{extra}")
+    if others:
+        console().print(f"not deleted, because another process deleted or pinned them meanwhile: {', '.join(others)}")
     if swept.left:
         names = printable(", ".join(swept.left))
         console().print(f"not removed, because not recognised as Milepost's: {names}", markup=False)

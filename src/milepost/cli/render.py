@@ -114,7 +114,12 @@ def write_page(path: str, document: str) -> int:
     """Write an HTML page to ``path``, escaping what UTF-8 can't encode; returns its size in bytes.
 
     A page that is there already is replaced once the new one is complete.
+
+    Raises:
+        StorageError: it can't be written.
     """
+    from milepost.storage.system_errors import storage_error  # only commands that write pages need the storage
+
     data = document.encode("utf-8", "backslashreplace")
     target = pathlib.Path(path).resolve()
     is_special = target.exists() and not target.is_file()  # /dev/stdout
@@ -124,11 +129,10 @@ def write_page(path: str, document: str) -> int:
         if draft != target:
             draft.replace(target)
     except OSError as error:
-        error.filename, error.filename2 = path, None  # the system names it only if it can't be opened
-        raise
-    finally:
         if draft != target:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+        raise storage_error(error, "write", path, f"writing {path}") from error
     return len(data)
 
 
