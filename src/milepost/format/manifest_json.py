@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -157,7 +157,7 @@ def head_json(manifest: Manifest, parts: Iterable[PartTotal]) -> bytes:
         ("layout", _dump(dict(manifest.layout))),
         *([] if manifest.lineage is None else [("lineage", _dump(_lineage_json(manifest.lineage)))]),
         *([("metrics", _dump(_metrics_json(manifest.metrics)))] if manifest.metrics else []),
-        ("parts", _lines(_row(asdict(part)) for part in parts)),
+        ("parts", _lines(_row(msgspec.to_builtins(part)) for part in parts)),
         ("listing", _row(msgspec.to_builtins(listing))),
     ]
     return b"{\n" + _fields(fields)
@@ -177,7 +177,7 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _lineage_json(lineage: Lineage) -> dict[str, Any]:
-    fields = {name: value for name, value in asdict(lineage).items() if value is not None}
+    fields = {name: value for name, value in msgspec.to_builtins(lineage).items() if value is not None}
     return fields | {"trail": [list(place) for place in lineage.trail]}
 
 

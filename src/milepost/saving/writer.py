@@ -109,9 +109,9 @@ def write_file(
         writer = _GroupWriter(handle, source, on_progress)
         threads = 1 if handle.is_sequential and not isinstance(source, FileImage) else num_threads
         batches = map_in_threads(writer.write, _groups(plan.items), threads, name="milepost-write")
-        pieces: Iterable[bytes] = object_pieces(plan.objects_offset, placed, objects)
+        pieces: Iterable[Bytes] = object_pieces(plan.objects_offset, placed, objects)
         if end - plan.objects_offset < GROUP_NBYTES:
-            pieces = (b"".join(pieces),)  # there may be thousands, each followed by zeros
+            pieces = (_objects_image(plan.objects_offset, placed, objects),)
         write_stream(handle, plan.objects_offset, pieces, writer.buffer())
         handle.sync()
     return WrittenFile(place.name(plan.file), nbytes, tuple(tensor for batch in batches for tensor in batch), placed)
@@ -228,6 +228,16 @@ def object_pieces(position: int, placed: Sequence[WrittenObject], objects: Mappi
         yield objects[written.key]
         position = written.record_offset + written.record_nbytes
     yield bytes(align(position, LARGE_ALIGNMENT) - position)
+
+
+def _objects_image(position: int, placed: Sequence[WrittenObject], objects: Mapping[str, bytes]) -> bytearray:
+    """Return the ``object_pieces`` as one: there may be thousands, each followed by zeros."""
+    end = placed[-1].record_offset + placed[-1].record_nbytes if placed else position
+    image = bytearray(align(end, LARGE_ALIGNMENT) - position)
+    for written in placed:
+        start = written.record_offset - position
+        image[start : start + written.record_nbytes] = objects[written.key]
+    return image
 
 
 def _groups(items: Sequence[WriteItem]) -> list[_Group]:
