@@ -395,3 +395,11 @@ def test_a_failing_server_is_not_called_a_failing_disk(
     assert ("network file system" in error.message) == is_network
     elsewhere = storage_error(OSError(errno.EIO, "Input/output error"), "write", f"{tmp_path}-2/x", "writing x")
     assert "do not trust this disk" in elsewhere.message
+
+
+def test_mapping_pages_ahead_changes_no_byte() -> None:
+    """Whether the pages are new or not, whole or not; memory that can't be written is left alone."""
+    memory = bytearray(b"x" * (1 << 20))
+    for part in (memoryview(memory)[5:-7], memoryview(memory)[:0], memoryview(b"constant"), memoryview(bytearray(1))):
+        syscalls.map_pages(part)
+    assert memory == b"x" * (1 << 20)

@@ -156,7 +156,8 @@ def load_from(request: LoadRequest, comm: Comm) -> LoadReport:
         with watched(f"rank {comm.rank} is reading {request.path}"), ExitStack() as closing:
             with errors_shared(comm):
                 fitted.wait_for_devices()  # kernels that are queued must not overwrite what is read
-                for reads in sources.reads(is_due, on_read, handing.blocks if handing is not None else None):
+                blocks = handing.blocks if handing is not None else None
+                for reads in sources.reads(is_due, on_read, blocks, is_new=not live):
                     if handing is not None:  # the exchange continues with them
                         closing.enter_context(reads)
                     with reads if handing is None else nullcontext(), sources.guard(reads):

@@ -29,6 +29,7 @@ from milepost.format.manifest import BLOCK_NBYTES
 from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
+from milepost.storage.syscalls import map_pages
 from milepost.tensors.devices import wait_for_devices
 from milepost.tensors.layout import TensorLeaf, dtype_name, torch_dtype
 from milepost.tensors.read_plan import ReadItem
@@ -97,6 +98,7 @@ class TensorReads:
 
     Shared blocks (``handed``) are in no task: :meth:`read_block` reads one that is assigned to this rank, and
     :meth:`take_block` copies the bytes of one to their targets. Files that are not read here are not opened.
+    ``is_new`` tells that the tensors were created for this load, so that nothing was written into them yet.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class TensorReads:
         *,
         on_read: Callable[[int], None] | None = None,
         handed: HandedBlocks | None = None,
+        is_new: bool = False,
     ):
         self._leaves = leaves
+        self._is_new = is_new
         self._handed = handed
         self._wanted_at: dict[int, list[_Wanted]] = {}  # by the number of a shared block
         self._digests = digests
@@ -222,9 +226,22 @@ class TensorReads:
             first, last = max(low, start), min(high, stop)
             ranges.append(reader.file_range(low, high) if self._digests is not None else reader.file_range(first, last))
             if memory is not None:
-                yield partial(reader.read, first, memory[first - start : last - start], self._buffer)
+                read = (
+                    partial(self._read_into_new, reader) if self._is_new else partial(reader.read, spare=self._buffer)
+                )
+                yield partial(read, first, memory[first - start : last - start])
             else:
                 yield partial(reader.read_through, low, high, self._buffer, partial(_scatter, item, target))
+
+    def _read_into_new(self, reader: BlockReader, start: int, into: memoryview) -> None:
+        """Read into new memory. Its pages are mapped just before the block that they hold is read."""
+        stop, low = start + len(into), start
+        while low < stop:
+            high = min(low - low % self._block_nbytes + self._block_nbytes, stop)
+            part = into[low - start : high - start]
+            map_pages(part)
+            reader.read(low, part, self._buffer)
+            low = high
 
     def _own_blocks(self, item: ReadItem) -> Iterator[tuple[int, int]]:
         """The blocks of an item that this rank reads only for itself."""

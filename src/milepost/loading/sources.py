@@ -149,12 +149,14 @@ class Sources:
         is_due: Callable[[str], bool],
         on_read: Callable[[int], None] | None,
         handed: HandedBlocks | None = None,
+        *,
+        is_new: bool = False,
     ) -> Iterator[TensorReads]:
         """Yield the reads that fill the tensors with ``is_due(key)``, from the local part first.
 
         The caller runs the tasks of each within :meth:`guard`, and closes it, before it takes the next. Raises, like
         the tasks, as ``reader.read_tensors`` does for the checkpoint itself. Shared blocks (``handed``) are left to the
-        caller.
+        caller. ``is_new`` as for ``TensorReads``.
         """
         tensors = self._flat.tensors
         items = self.due(is_due)
@@ -162,13 +164,20 @@ class Sources:
         if self._near is not None and near_items:
             near, found = self._near, None
             with self._falling_back():
-                found = TensorReads(near.storage, near.path, near_items, tensors, self._near_digests, on_read=on_read)
+                found = TensorReads(
+                    *(near.storage, near.path, near_items, tensors, self._near_digests), on_read=on_read, is_new=is_new
+                )
             if found is not None:
                 self._near_reads = found
                 yield found
         if self._near is None:
             items += self._planned({item.leaf for item in near_items})
-        yield TensorReads(self._storage, self._folder, items, tensors, self._digests, on_read=on_read, handed=handed)
+        yield TensorReads(
+            *(self._storage, self._folder, items, tensors, self._digests),
+            on_read=on_read,
+            handed=handed,
+            is_new=is_new,
+        )
 
     def guard(self, reads: TensorReads) -> AbstractContextManager[None]:
         """Log failures of ``reads`` from this node's folder; raise others."""

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import mmap
 import os
 
 _AT_FDCWD = -100
@@ -13,6 +14,7 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE, _WAIT_AFTER = 1, 2, 4  # of linux/fs.h
 _FICLONE = 0x40049409  # of linux/fs.h
+_MADV_POPULATE_WRITE = 23  # of linux/mman.h
 _MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # TMPFS_MAGIC, RAMFS_MAGIC of linux/magic.h
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY})
 """Errors of a kernel or file system that does not support an operation."""
@@ -124,6 +126,18 @@ def lives_in_memory(fd: int) -> bool:
     """Return whether a file is on tmpfs or ramfs, where O_DIRECT is accepted but gains nothing."""
     buffer = (ctypes.c_long * 64)()  # struct statfs is 120 bytes; its first word is the type
     return _libc().fstatfs(fd, buffer) == 0 and buffer[0] in _MEMORY_FILE_SYSTEMS
+
+
+def map_pages(view: memoryview) -> None:
+    """Map the pages of new memory at once, which else are mapped one by one by the copies into it.
+
+    Only saves time, so any failure is ignored: a kernel before Linux 5.14 does not know it. Costs as much as it saves
+    where the pages are mapped already.
+    """
+    address = address_of(view) if len(view) else None
+    if address is not None:
+        start = address - address % mmap.PAGESIZE
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + len(view) - start), _MADV_POPULATE_WRITE)
 
 
 def address_of(view: memoryview) -> int | None:
