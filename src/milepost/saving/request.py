@@ -145,15 +145,25 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
             plain = (spec if spec.spread is None else replace(spec, spread=None) for spec in layout.tensors)
             layout = replace(layout, tensors=tuple(plain))
         versions = state.versions if isinstance(state, ByName) else {}
-        relations = _relations_of(flat, LOOP_PARTS if isinstance(state, ByName) else None, versions)
+        beside = list(_state_of_sharded(flat))
+        relations = _relations_of(flat, LOOP_PARTS if isinstance(state, ByName) else None, versions, beside)
         nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **relations.skeleton()}))
-        of_loop = _of_loop(flat, replicated) - buffers
+        of_loop = _of_loop(flat, replicated, beside) - buffers
         return Prepared(comm.rank, state, modules, replicated, flat, objects, layout, nesting, frozen, of_loop)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
 
-def _relations_of(flat: FlatState, loop_parts: Collection[str] | None, versions: Mapping[str, int]) -> Relations:
+StateOfSharded = tuple[str, torch.Tensor, torch.Tensor | None]
+"""A key of an optimizer's state beside DTensors, its tensor, and the parameter if the key tells it."""
+
+
+def _relations_of(
+    flat: FlatState,
+    loop_parts: Collection[str] | None,
+    versions: Mapping[str, int],
+    beside: Iterable[StateOfSharded],
+) -> Relations:
     """Return the relations of tensors to record.
 
     Placements and parameters only of ``loop_parts``, if given: those of the other parts follow from the model.
@@ -169,7 +179,7 @@ def _relations_of(flat: FlatState, loop_parts: Collection[str] | None, versions:
             sharded.update({key: text} if text is not None else {})
             if type(value) is nn.Parameter:
                 parameters[key] = value.requires_grad
-    sharded |= _unlike_parameters(flat)
+    sharded |= _unlike_parameters(beside)
     aliases = find_aliases(flat.tensors.values())
     known = {key for group in aliases.values() for key in group}
     alone = (
@@ -180,10 +190,10 @@ def _relations_of(flat: FlatState, loop_parts: Collection[str] | None, versions:
     return Relations({**aliases, **find_permuted(alone)}, versions, sharded, parameters)
 
 
-def _unlike_parameters(flat: FlatState) -> dict[str, str]:
+def _unlike_parameters(beside: Iterable[StateOfSharded]) -> dict[str, str]:
     """Return the placements of optimizers' state that do not follow from those of its parameter."""
     found: dict[str, str] = {}
-    for key, value, parameter in _state_of_sharded(flat):
+    for key, value, parameter in beside:
         if not isinstance(value, DTensor):
             found.update({key: PLAIN} if value.ndim else {})
         elif parameter is not None and value.shape != parameter.shape and not all(map(_is_replica, value.placements)):
@@ -192,8 +202,8 @@ def _unlike_parameters(flat: FlatState) -> dict[str, str]:
     return found
 
 
-def _state_of_sharded(flat: FlatState) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """Yield the keys of optimizers' state of DTensors, each tensor, and its parameter if the key tells."""
+def _state_of_sharded(flat: FlatState) -> Iterator[StateOfSharded]:
+    """Yield optimizers' state, if anything is sharded, except that of parameters that are not."""
     if all(leaf.spread is None for leaf in flat.tensors.values()):
         return
     for key in flat.tensors:
@@ -207,10 +217,10 @@ def _state_of_sharded(flat: FlatState) -> Iterator[tuple[str, torch.Tensor, torc
 
 def _parameter_of(flat: FlatState, key: str) -> torch.Tensor | None:
     """Return the parameter to which state of an optimizer belongs; None if its key does not tell."""
-    name = key.removeprefix("optimizer.state.")
+    name = key.removeprefix("optimizer.state.").rpartition(".")[0]
     while name and name not in flat.tensors:
         name = name.rpartition(".")[0]
-    return flat.slots[name].container[flat.slots[name].index] if name and name != key else None
+    return flat.slots[name].container[flat.slots[name].index] if name else None
 
 
 def _is_replica(placement: Placement) -> bool:
@@ -229,10 +239,10 @@ def _replicated_parts(given: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name for name, value in given.items() if isinstance(value, nn.Module | Optimizer))
 
 
-def _of_loop(flat: FlatState, replicated: frozenset[str]) -> frozenset[str]:
+def _of_loop(flat: FlatState, replicated: frozenset[str], beside: Iterable[StateOfSharded]) -> frozenset[str]:
     plain = {key for key, leaf in flat.tensors.items() if leaf.spread is None and flat.paths[key][0] not in replicated}
-    beside = (key for key, value, _ in _state_of_sharded(flat) if not isinstance(value, DTensor))
-    return frozenset(plain.union(key for key in beside if not key.endswith(".step")))  # which all have
+    unsharded = (key for key, value, _ in beside if not isinstance(value, DTensor))
+    return frozenset(plain.union(key for key in unsharded if not key.endswith(".step")))  # which all have
 
 
 def _encoded(values: Mapping[str, Any], manner: Manner) -> dict[str, bytes | Snapshot]:
