@@ -178,33 +178,25 @@ class CheckpointConfig:
         found = []
         if self.interval != "auto" and self.interval < 1:
             found.append(f"checkpoint.interval must be at least 1, or auto, not {self.interval}")
-        if self.interval_seconds < 0:
-            found.append(f"checkpoint.interval_seconds must be 0 (disabled) or more, not {self.interval_seconds:g}")
         if self.mtbf_hours <= 0:
             found.append(f"checkpoint.mtbf_hours must be above 0, not {self.mtbf_hours:g}")
-        if self.check_replicas < 0:
-            found.append(f"checkpoint.check_replicas must be 0 (a sample, once) or more, not {self.check_replicas}")
-        if self.num_io_threads < 1:
-            found.append(f"checkpoint.num_io_threads must be at least 1, not {self.num_io_threads}")
-        if self.full_every < 0:
-            found.append(f"checkpoint.full_every must be 0 (share what has not changed) or more, not {self.full_every}")
-        if self.keep_latest_k < 0:
-            found.append(f"checkpoint.keep_latest_k must be 0 (keep all) or more, not {self.keep_latest_k}")
-        if self.keep_every_n_steps < 0:
-            found.append(f"checkpoint.keep_every_n_steps must be 0 (disabled) or more, not {self.keep_every_n_steps}")
-        for name in (
-            *("remote_every_n_steps", "remote_keep_every_n_steps"),
-            *("hf_interval", "hf_keep_every_n_steps"),
-        ):
-            if getattr(self, name) < 0:
-                found.append(f"checkpoint.{name} must be 0 (disabled) or more, not {getattr(self, name)}")
-        for name in ("remote_keep_latest_k", "hf_keep_latest_k"):
-            if getattr(self, name) < 0:
-                found.append(f"checkpoint.{name} must be 0 (keep all) or more, not {getattr(self, name)}")
-        if self.load_step < -1:
-            found.append(f"checkpoint.load_step must be -1 (the newest) or a step, not {self.load_step}")
-        if self.keep_best_k < 0:
-            found.append(f"checkpoint.keep_best_k must be 0 (disabled) or more, not {self.keep_best_k}")
+        for name, (least, expected) in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                shown = f"{value:g}" if isinstance(value, float) else value
+                found.append(f"checkpoint.{name} must be {expected}, not {shown}")
+        for name in self.exclude_from_loading:
+            if name not in PARTS and (not name or not is_pattern(name)):
+                found.append(
+                    f"checkpoint.exclude_from_loading: there is no part '{name}'; parts are {', '.join(PARTS)}"
+                    " (of keys, write the whole key or a glob, such as head.*)"
+                )
+        if not self.folder:
+            found.append("checkpoint.folder must not be empty")
+        return found + self._contradictions()
+
+    def _contradictions(self) -> list[str]:
+        found = []
         if bool(self.keep_best_k) != bool(self.metric):
             found.append(
                 "checkpoint.keep_best_k and checkpoint.metric need each other: how many steps to keep, by which metric"
@@ -222,14 +214,6 @@ class CheckpointConfig:
                 found.append(
                     f"checkpoint.folder_per_node and checkpoint.{name} contradict each other: all ranks write those "
                     "files together. `milepost convert` makes them from a step in checkpoint.remote_folder"
-                )
-        if not self.folder:
-            found.append("checkpoint.folder must not be empty")
-        for name in self.exclude_from_loading:
-            if name not in PARTS and (not name or not is_pattern(name)):
-                found.append(
-                    f"checkpoint.exclude_from_loading: there is no part '{name}'; parts are {', '.join(PARTS)}"
-                    " (of keys, write the whole key or a glob, such as head.*)"
                 )
         if self.load_only and self.create_seed_checkpoint:
             found.append("checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other")
@@ -251,6 +235,25 @@ class CheckpointConfig:
             found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
         return found
 
+
+_DISABLED, _KEEP_ALL = (0, "0 (disabled) or more"), (0, "0 (keep all) or more")
+_LEAST: dict[str, tuple[int, str]] = {
+    "interval_seconds": _DISABLED,
+    "check_replicas": (0, "0 (a sample, once) or more"),
+    "num_io_threads": (1, "at least 1"),
+    "full_every": (0, "0 (share what has not changed) or more"),
+    "keep_latest_k": _KEEP_ALL,
+    "keep_every_n_steps": _DISABLED,
+    "keep_best_k": _DISABLED,
+    "remote_every_n_steps": _DISABLED,
+    "remote_keep_latest_k": _KEEP_ALL,
+    "remote_keep_every_n_steps": _DISABLED,
+    "hf_interval": _DISABLED,
+    "hf_keep_latest_k": _KEEP_ALL,
+    "hf_keep_every_n_steps": _DISABLED,
+    "load_step": (-1, "-1 (the newest) or a step"),
+}
+"""The least value of each numeric option, and the words for what is allowed."""
 
 # At import, not when an untrusted file is read: it compiles the annotations.
 _HINTS = typing.get_type_hints(CheckpointConfig)

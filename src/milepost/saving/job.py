@@ -204,36 +204,36 @@ def run_job(
         StorageError: an operation on the storage failed on this rank.
     """
     monitor = JobMonitor() if monitor is None else monitor
-    place, is_first = Place.of(storage, job.attempt, job.target, job.save_id), job.publishes
+    place = Place.of(storage, job.attempt, job.target, job.save_id)
     started = time.monotonic()
     contents: Mapping[str, str] = {}
     deleted: tuple[str, ...] = ()
     files: tuple[WrittenFile, ...] = ()
     shares: tuple[Mapping[str, Share], ...] = ()
-    written_nbytes = 0
     try:
         if job.form is not None:
             files, shares = job.form.write(
                 *(storage, place, job.plan, source),
-                is_first=is_first,
+                is_first=job.publishes,
                 num_threads=job.num_threads,
                 on_progress=monitor.wrote,
             )
             written_nbytes = sum(file.nbytes for file in files) or job.data_nbytes
         else:
+            written_nbytes = 0
             for plan, part in parts_of(job.plan, source):
-                content, shared = "", None
+                content, file = "", None
                 if plan is job.plan.frozen:
-                    content, shared = share_unchanged(storage, place, plan, part, job.earlier, job.num_threads)
-                if shared is not None:
+                    content, file = share_unchanged(storage, place, plan, part, job.earlier, job.num_threads)
+                if file is not None:
                     monitor.wrote(plan.data_nbytes)
-                    files = (*files, shared)
-                    continue
-                file = write_file(
-                    storage, place, plan, part, objects, num_threads=job.num_threads, on_progress=monitor.wrote
-                )
-                files = (*files, replace(file, content=content, since=job.order if content else None))
-                written_nbytes += file.nbytes
+                else:
+                    file = write_file(
+                        storage, place, plan, part, objects, num_threads=job.num_threads, on_progress=monitor.wrote
+                    )
+                    file = replace(file, content=content, since=job.order if content else None)
+                    written_nbytes += file.nbytes
+                files = (*files, file)
         # The file's content is durable; the committing rank makes all names durable by syncing the folder.
         sign_off(storage, job.attempt, SignOff(job.rank, job.save_id, segment_of(files), shares=shares))
         monitor.signed_off(files)

@@ -145,14 +145,7 @@ class Loader:
                 return self._load_weights(choice), descent
             if choice.step is None and is_weights_file(choice.path):
                 return self._load_weights(choice, is_file=True), descent
-            into = PartsLoad(
-                self._state,
-                self._wanted(choice),
-                self._comm.world_size,
-                self._layout,
-                self._config,
-                resumes=choice.step is not None,
-            )
+            into = self._parts_load(choice)
             storage, path = self._place(choice)
             if into.wants_model and self._has_other_names(storage, path):
                 if choice.model_only:
@@ -160,39 +153,52 @@ class Loader:
                 raise _renamed(join(storage.root, path))
             model_notes: list[str] = []
             try:
-                request = LoadRequest(
-                    storage=storage,
-                    folder=path,
-                    make_target=partial(self._make_target, into, join(storage.root, path), model_notes),
-                    check=into.check,
-                    policy=self._policy(choice),
-                    must_be_wanted=into.is_complete,
-                    num_threads=self._config.num_io_threads,
-                    wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
-                    translate=partial(self._translate, storage, path),
-                    part=self._part_of(choice),
-                    near=self._near(choice),
-                    read=self._config.read,
-                )
-                report = load_from(request, self._comm)
+                report = load_from(self._request(choice, storage, path, into, model_notes), self._comm)
             except CheckpointDamagedError as error:
                 if not choice.may_fall_back or choice.step is None or isinstance(error, NewerFormatError):
                     raise
-                if self._part_of(choice) is not None:
-                    self._mark_damaged_part(choice.path, choice.step, error)
-                    continue
-                if on_rank_0(self._comm, partial(self._mark_damaged, storage, choice.path, error)):
-                    if self._remote is not None and not choice.in_remote:
-                        self._bad_here.add(choice.step)  # the other folder may have it undamaged
-                    else:
-                        rejected[choice.step] = error.message
-                # Otherwise it was replaced while it was being read: look again.
+                self._reject(choice, choice.step, error, rejected)
                 continue
             finally:
                 self._is_filling |= into.is_filling
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
             notes += [*into.left_out(), *self._left_behind(choice, report.unexpected), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _parts_load(self, choice: Choice) -> PartsLoad:
+        return PartsLoad(
+            *(self._state, self._wanted(choice), self._comm.world_size, self._layout, self._config),
+            resumes=choice.step is not None,
+        )
+
+    def _request(
+        self, choice: Choice, storage: Storage, path: str, into: PartsLoad, model_notes: list[str]
+    ) -> LoadRequest:
+        return LoadRequest(
+            storage=storage,
+            folder=path,
+            make_target=partial(self._make_target, into, join(storage.root, path), model_notes),
+            check=into.check,
+            policy=self._policy(choice),
+            must_be_wanted=into.is_complete,
+            num_threads=self._config.num_io_threads,
+            wanted_keys=self._state.model_keys() if "model" in into.wanted else (),
+            translate=partial(self._translate, storage, path),
+            part=self._part_of(choice),
+            near=self._near(choice),
+            read=self._config.read,
+        )
+
+    def _reject(self, choice: Choice, step: int, error: CheckpointDamagedError, rejected: dict[int, str]) -> None:
+        """Mark a damaged step so that the next choice is another one. Collective."""
+        if self._part_of(choice) is not None:
+            self._mark_damaged_part(choice.path, step, error)
+        elif on_rank_0(self._comm, partial(self._mark_damaged, self._place(choice)[0], choice.path, error)):
+            if self._remote is not None and not choice.in_remote:
+                self._bad_here.add(step)  # the other folder may have it undamaged
+            else:
+                rejected[step] = error.message
+        # Otherwise it was replaced while it was being read, so the same step may be chosen again.
 
     def _check_asked(self, num_steps: int | None, step: int | None) -> None:
         """Raises ConfigError on every rank if ranks ask for different steps. Collective."""
