@@ -149,9 +149,30 @@ def repeated_names(known: Mapping[str, Path]) -> list[str]:
 
 
 def private_reaches(root: Path) -> int:
-    """Count the imports and uses of the package's private names in tests."""
-    pattern = re.compile(rf"from {PACKAGE}[\w.]* import [^\n]*\b_[a-z]|\b(?!self|cls)\w+\._[a-z]\w*")
-    return sum(len(pattern.findall(file.read_text())) for file in (root / "tests").rglob("*.py"))
+    """Count the imports, uses and patches of the package's private names in tests."""
+    return sum(map(private_reaches_of, (root / "tests").rglob("*.py")))
+
+
+def private_reaches_of(file: Path) -> int:
+    found, of_others = 0, set()
+    nodes = [*ast.walk(ast.parse(file.read_text()))]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            of_others |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(PACKAGE):
+            of_others |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found += sum(alias.name.startswith("_") for alias in node.names)
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            root: ast.AST = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            name = root.id if isinstance(root, ast.Name) else ""
+            found += name not in of_others and not (root is node.value and name in ("self", "cls"))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += bool(re.fullmatch(rf"{PACKAGE}(\.\w+)*\._[a-z]\w*", node.value))
+    return found
 
 
 def own_frames(root: Path) -> str:

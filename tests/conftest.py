@@ -35,7 +35,7 @@ def memory_path() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def same_log() -> Iterator[None]:
-    """The trainer prints what Milepost logs, to nobody else: the next test.s ``caplog`` wants to hear it."""
+    """The trainer stops the propagation of Milepost's log, which ``caplog`` of the next test needs."""
     log = logging.getLogger("milepost")
     before = log.handlers, log.level, log.propagate
     yield

@@ -27,24 +27,24 @@ class Damage:
     apply: Callable[[Path], None]
 
 
-def damages(sound: Path, older: Path, seed: int, count: int) -> Iterator[Damage]:
-    """Yield ``count`` damages to copies of ``sound``, each a real change; ``older`` is another similar save."""
+def damages(intact: Path, older: Path, seed: int, count: int) -> Iterator[Damage]:
+    """Yield ``count`` damages to copies of ``intact``, each a real change; ``older`` is another similar save."""
     rng = random.Random(seed)
-    small = [name for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME) if (sound / name).exists()]
-    data = sorted(path.name for path in sound.iterdir() if path.name not in small)
+    small = [name for name in (MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME) if (intact / name).exists()]
+    data = sorted(path.name for path in intact.iterdir() if path.name not in small)
     made = 0
     while made < count:
         # Every second one in a data file: there most bytes are.
         name = rng.choice(data) if made % 2 else rng.choice([*small, *data])
         kind = rng.choice([*_CONTENTS, *_CONTENTS, *_FILES])
         if kind in _CONTENTS:
-            before = (sound / name).read_bytes()
+            before = (intact / name).read_bytes()
             after = _CONTENTS[kind](rng, before, (older / name).read_bytes())
             if after == before:
                 continue
             yield Damage(f"{kind}: {name}", (name,), _writes(name, after))
         else:
-            damage = _FILES[kind](sound, older, name, data, small)
+            damage = _FILES[kind](intact, older, name, data, small)
             if damage is None:
                 continue
             yield damage
@@ -141,13 +141,13 @@ _CONTENTS: dict[str, Content] = {
 Files = Callable[[Path, Path, str, list[str], list[str]], Damage | None]
 
 
-def _deleted(sound: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
+def _deleted(intact: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
     return Damage(f"deleted: {name}", (name,), lambda step: (step / name).unlink())
 
 
-def _swapped(sound: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage | None:
+def _swapped(intact: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage | None:
     first, second = data[0], data[-1]
-    if first == second or (sound / first).read_bytes() == (sound / second).read_bytes():
+    if first == second or (intact / first).read_bytes() == (intact / second).read_bytes():
         return None
 
     def apply(step: Path) -> None:
@@ -158,8 +158,8 @@ def _swapped(sound: Path, older: Path, name: str, data: list[str], small: list[s
     return Damage(f"swapped: {first} and {second}", (first, second), apply)
 
 
-def _from_older(files: list[str], what: str, sound: Path, older: Path) -> Damage | None:
-    files = [name for name in files if (sound / name).read_bytes() != (older / name).read_bytes()]
+def _from_older(files: list[str], what: str, intact: Path, older: Path) -> Damage | None:
+    files = [name for name in files if (intact / name).read_bytes() != (older / name).read_bytes()]
     if not files:
         return None
 
@@ -170,15 +170,15 @@ def _from_older(files: list[str], what: str, sound: Path, older: Path) -> Damage
     return Damage(f"{what} of the save before: {', '.join(files)}", tuple(files), apply)
 
 
-def _linked(sound: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
+def _linked(intact: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
     def apply(step: Path) -> None:
         (step / name).unlink()
-        (step / name).symlink_to(sound / name)
+        (step / name).symlink_to(intact / name)
 
     return Damage(f"a link in place of {name}", (name,), apply)
 
 
-def _a_folder(sound: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
+def _a_folder(intact: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
     def apply(step: Path) -> None:
         (step / name).unlink()
         (step / name).mkdir()
@@ -186,10 +186,10 @@ def _a_folder(sound: Path, older: Path, name: str, data: list[str], small: list[
     return Damage(f"a folder in place of {name}", (name,), apply)
 
 
-def _touched(sound: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
-    """As long and as old as it was: nothing but its content tells."""
-    stat = (sound / name).stat()
-    content = bytearray((sound / name).read_bytes())
+def _touched(intact: Path, older: Path, name: str, data: list[str], small: list[str]) -> Damage:
+    """Same size and times: only the content differs."""
+    stat = (intact / name).stat()
+    content = bytearray((intact / name).read_bytes())
     content[len(content) // 3] ^= 0x10
 
     def apply(step: Path) -> None:
@@ -205,8 +205,8 @@ _FILES: dict[str, Files] = {
     "linked": _linked,
     "a folder": _a_folder,
     "touched": _touched,
-    "one file": lambda sound, older, name, data, small: _from_older([name], "one file", sound, older),
-    "all data": lambda sound, older, name, data, small: _from_older(data, "all data", sound, older),
-    "all but data": lambda sound, older, name, data, small: _from_older(small, "all but the data", sound, older),
-    "everything": lambda sound, older, name, data, small: _from_older([*data, *small], "everything", sound, older),
+    "one file": lambda intact, older, name, data, small: _from_older([name], "one file", intact, older),
+    "all data": lambda intact, older, name, data, small: _from_older(data, "all data", intact, older),
+    "all but data": lambda intact, older, name, data, small: _from_older(small, "all but the data", intact, older),
+    "everything": lambda intact, older, name, data, small: _from_older([*data, *small], "everything", intact, older),
 }

@@ -51,13 +51,13 @@ SILENCE_S = 90.0
 MEMORY_NBYTES = 256 << 20
 """Address space that a target may take beside what its process has at the start."""
 MAX_FAILURES = 5
-"""A target with so many failures is not tried further."""
+"""A target with this number of failures is not tried further."""
 MAX_CORPUS = 500
 _HARMLESS = {
     *("builtins.id", "array.__new__", "socket.gethostname"),
     *("os.listdir", "os.scandir", "pathlib.Path.glob", "pathlib.Path.rglob"),
 }
-"""Audit events of what changes nothing: telling who we are, looking at names."""
+"""Audit events of what changes nothing: who we are, lookups of names."""
 _PYTHON = tuple({os.path.realpath(path) + "/" for path in (sys.prefix, sys.base_prefix)})
 _IDENTITY = ("/proc/", "/etc/machine-id")
 _OWN_FAULT = 99
@@ -139,7 +139,7 @@ def _try_inputs(
     for data in seeds:
         _once(target, data, scratch)  # all imports happen here
     warnings.simplefilter("ignore")
-    faulthandler.disable()  # a crash is told by the parent, with the input
+    faulthandler.disable()  # a crash is reported by the parent, with the input
     for module in pkgutil.iter_modules(encodings.__path__, "encodings."):
         with contextlib.suppress(ImportError):  # some are for other systems
             importlib.import_module(module.name)

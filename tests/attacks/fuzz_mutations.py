@@ -290,7 +290,7 @@ def _opcodes(data: bytes) -> list[bytes]:
 
 
 def mutate_zip(change_pickle: Mutator = mutate_pickle) -> Mutator:
-    """For ``torch.save`` archives: the bytes as they are, or their pickle, the zip around it made anew."""
+    """For ``torch.save`` archives: the bytes as they are, or their pickle, the zip around it written again."""
 
     def mutate(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
         if rng.random() < 0.3:

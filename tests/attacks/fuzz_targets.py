@@ -379,14 +379,14 @@ def prepare_folder(data: bytes, scratch: Path) -> None:
         arrays = {"w": np.arange(12, dtype="float32").reshape(4, 3), "v": np.ones(5, "float16")}
         objects = {"train_state.step": 7, "x": [1, {"a": b"b"}]}
         save_arrays(storage, "step-7", arrays, objects=objects, step=7, kind="full", num_ranks=2, now=1.7e9)
-        (scratch / "sound").mkdir()
+        (scratch / "intact").mkdir()
         for file in step.iterdir():
-            (scratch / "sound" / file.name).write_bytes(file.read_bytes())
-    for file in (scratch / "sound").iterdir():
+            (scratch / "intact" / file.name).write_bytes(file.read_bytes())
+    for file in (scratch / "intact").iterdir():
         (step / file.name).write_bytes(file.read_bytes())
     name, _, content = data.partition(b"\n")
     text = name.decode("latin-1")
-    if text == "foreign":
+    if text == "external":
         (step / MANIFEST_NAME).unlink()
         (step / SHARDS_NAME).unlink()
         (step / DIGESTS_NAME).unlink()
@@ -397,9 +397,9 @@ def prepare_folder(data: bytes, scratch: Path) -> None:
 
 def folder_seeds(scratch: Path) -> list[bytes]:
     prepare_folder(b"\n", scratch)
-    sound = scratch / "sound"
-    found = [file.name.encode() + b"\n" + file.read_bytes() for file in sorted(sound.iterdir())]
-    return [*found, b"foreign\n" + (sound / METADATA_NAME).read_bytes()]
+    intact = scratch / "intact"
+    found = [file.name.encode() + b"\n" + file.read_bytes() for file in sorted(intact.iterdir())]
+    return [*found, b"external\n" + (intact / METADATA_NAME).read_bytes()]
 
 
 def mutate_folder(rng, data: bytes, others: Sequence[bytes]) -> bytes:  # type: ignore[no-untyped-def]
@@ -408,7 +408,7 @@ def mutate_folder(rng, data: bytes, others: Sequence[bytes]) -> bytes:  # type: 
         MANIFEST_NAME.encode(): MUTATE_MANIFEST_2,
         SHARDS_NAME.encode(): MUTATE_SHARDS,
         METADATA_NAME.encode(): mutate_pickle,
-        b"foreign": mutate_pickle,
+        b"external": mutate_pickle,
         DIGESTS_NAME.encode(): with_crc(mutate_bytes),
     }
     mates = [other.partition(b"\n")[2] for other in others if other.partition(b"\n")[0] == name] or [content]

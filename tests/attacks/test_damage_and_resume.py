@@ -1,5 +1,5 @@
 """Hundreds of damages of a run's newest step: each is reported, nothing wrong is loaded, and a resume starts from the
-newest sound step on all ranks together, or says why it can't.
+newest intact step on all ranks together, or says why it can't.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ def save_run(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with undamaged steps, saved by two ranks."""
-    folder = tmp_path_factory.mktemp("damage") / "sound"
+    folder = tmp_path_factory.mktemp("damage") / "intact"
     run_world(save_run, 2, folder, timeout_s=60)
     assert [entry.state for entry in scan(folder)] == ["committed"] * len(STEPS)
     sizes = [[(file.name, file.stat().st_size) for file in sorted(step_of(folder, n).glob("__*"))] for n in STEPS]
@@ -159,16 +159,16 @@ def scan(folder: Path) -> list[catalog.StepEntry]:
     return catalog.scan(LocalStorage(folder.parent), folder.name)
 
 
-def restore(sound: Path, folder: Path) -> None:
+def restore(intact: Path, folder: Path) -> None:
     """Replace the run's folder by an undamaged copy."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(sound, folder)
+    shutil.copytree(intact, folder)
 
 
 # ---- verification ----
 
 
-def check_named(damage: Damage, step: Path, sound: Path) -> VerifyReport | None:
+def check_named(damage: Damage, step: Path, intact: Path) -> VerifyReport | None:
     """``verify`` names every file that was changed, and the key where it is in a record. None: it is no checkpoint."""
     try:
         report = verify(step)
@@ -184,19 +184,19 @@ def check_named(damage: Damage, step: Path, sound: Path) -> VerifyReport | None:
     missing = set(damage.files) - named
     assert not missing, (damage.what, report.problems)
     for file in damage.files:
-        keys = changed_keys(sound, step, file)
-        told = {problem.key for problem in report.problems if problem.file == file and problem.key is not None}
-        assert told == keys, (damage.what, keys ^ told)
+        keys = changed_keys(intact, step, file)
+        reported = {problem.key for problem in report.problems if problem.file == file and problem.key is not None}
+        assert reported == keys, (damage.what, keys ^ reported)
     return report
 
 
-def changed_keys(sound: Path, step: Path, file: str) -> set[str]:
+def changed_keys(intact: Path, step: Path, file: str) -> set[str]:
     """The keys in whose records a file differs from the undamaged one; what lies beyond its end is one problem."""
-    before = (sound / file).read_bytes()
+    before = (intact / file).read_bytes()
     if not (step / file).is_file() or (step / file).is_symlink() or file == METADATA_NAME:
         return set()
     after = (step / file).read_bytes()
-    manifest = checkpoint_record.read_record(LocalStorage(sound.parent), sound.name).manifest
+    manifest = checkpoint_record.read_record(LocalStorage(intact.parent), intact.name).manifest
     return {
         key
         for key, start, stop in records(manifest, file)
@@ -232,14 +232,14 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def test_every_damage_is_named_and_nothing_wrong_is_loaded(sound: Path, memory_path: Path, tally: Tally) -> None:
-    expected = whole_state(step_of(sound, NEWEST))
+def test_every_damage_is_named_and_nothing_wrong_is_loaded(intact: Path, memory_path: Path, tally: Tally) -> None:
+    expected = whole_state(step_of(intact, NEWEST))
     step = step_of(memory_path, NEWEST)
     tried = loaded = 0
-    for damage in damages(step_of(sound, NEWEST), step_of(sound, NEWEST - 1), SEED, 300):
-        shutil.copytree(step_of(sound, NEWEST), step)
+    for damage in damages(step_of(intact, NEWEST), step_of(intact, NEWEST - 1), SEED, 300):
+        shutil.copytree(step_of(intact, NEWEST), step)
         damage.apply(step)
-        report = check_named(damage, step, step_of(sound, NEWEST))
+        report = check_named(damage, step, step_of(intact, NEWEST))
         try:
             found = whole_state(step)
         except (CheckpointDamagedError, CheckpointNotFoundError):
@@ -278,14 +278,14 @@ class Seen:
     kept: list[int]
 
 
-def resume_after(folder: Path, sound: Path, first: int, count: int) -> list[Seen]:
+def resume_after(folder: Path, intact: Path, first: int, count: int) -> list[Seen]:
     """Damage the newest step, ask for it by number, resume, resume once more: ``count`` times."""
     run = Run(folder)
     seen = []
-    chosen = list(damages(step_of(sound, NEWEST), step_of(sound, NEWEST - 1), SEED + 1, first + count))[first:]
+    chosen = list(damages(step_of(intact, NEWEST), step_of(intact, NEWEST - 1), SEED + 1, first + count))[first:]
     for damage in chosen:
         if dist.get_rank() == 0:
-            restore(sound, folder)
+            restore(intact, folder)
             damage.apply(step_of(folder, NEWEST))
         dist.barrier()
         run.become(0)
@@ -348,13 +348,13 @@ def check_resumes(results: list[list[Seen]]) -> int:
             assert f"step-{NEWEST}" in lines[0], (first.what, lines)
             assert "Falling back to an older step" in lines[0]
         assert first.states in (["committed", "committed", bad] for bad in ("damaged", "incomplete")), first.what
-        assert first.kept == [NEWEST - 1, NEWEST], f"{first.what}: the sound one must stay, the bad one not count"
+        assert first.kept == [NEWEST - 1, NEWEST], f"{first.what}: the intact one must stay, the bad one not count"
     return fell_back
 
 
-def test_a_resume_passes_over_a_damaged_step_on_all_ranks(sound: Path, memory_path: Path, tally: Tally) -> None:
+def test_a_resume_passes_over_a_damaged_step_on_all_ranks(intact: Path, memory_path: Path, tally: Tally) -> None:
     count = 60
-    results = run_world(resume_after, 2, memory_path / "run", sound, 0, count, timeout_s=200)
+    results = run_world(resume_after, 2, memory_path / "run", intact, 0, count, timeout_s=200)
     fell_back = check_resumes(results)
     assert fell_back > count / 2
     tally("the newest step damaged, then resumed on 2 ranks, by number and without", tried=count, lost=0, seed=SEED + 1)
@@ -363,19 +363,19 @@ def test_a_resume_passes_over_a_damaged_step_on_all_ranks(sound: Path, memory_pa
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_resume_passes_over_a_damaged_step_on_all_ranks_many_times(
-    sound: Path, memory_path: Path, tally: Tally
+    intact: Path, memory_path: Path, tally: Tally
 ) -> None:
-    results = run_world(resume_after, 2, memory_path / "run", sound, 60, 500, timeout_s=1100)
+    results = run_world(resume_after, 2, memory_path / "run", intact, 60, 500, timeout_s=1100)
     assert check_resumes(results) > 250
     tally("the newest step damaged, then resumed on 2 ranks, by number and without", tried=500, lost=0, seed=SEED + 1)
 
 
-def resume_with_a_stale_lineage(folder: Path, sound: Path) -> None:
+def resume_with_a_stale_lineage(folder: Path, intact: Path) -> None:
     run = Run(folder)
     if dist.get_rank() == 0:
-        restore(sound, folder)
+        restore(intact, folder)
         record = step_of(folder, NEWEST) / MANIFEST_NAME
-        newest, older = (step_of(sound, step).joinpath(MANIFEST_NAME).read_bytes() for step in (NEWEST, NEWEST - 1))
+        newest, older = (step_of(intact, step).joinpath(MANIFEST_NAME).read_bytes() for step in (NEWEST, NEWEST - 1))
         start, stop = newest.index(b'"lineage"'), newest.index(b"}", newest.index(b'"lineage"'))
         older_start = older.index(b'"lineage"')
         stale = newest[:start] + older[older_start : older_start + stop - start] + newest[stop:]
@@ -395,16 +395,16 @@ def resume_with_a_stale_lineage(folder: Path, sound: Path) -> None:
     assert [entry.state for entry in scan(folder)] == ["committed"] * len(STEPS)
 
 
-def test_a_record_with_the_lineage_of_the_save_before_is_reported(sound: Path, memory_path: Path) -> None:
+def test_a_record_with_the_lineage_of_the_save_before_is_reported(intact: Path, memory_path: Path) -> None:
     """A lost write leaves an old sector: the step then has the place of an older one in the order of commits."""
-    run_world(resume_with_a_stale_lineage, 2, memory_path / "run", sound, timeout_s=60)
+    run_world(resume_with_a_stale_lineage, 2, memory_path / "run", intact, timeout_s=60)
 
 
-def go_on(folder: Path, sound: Path) -> None:
+def go_on(folder: Path, intact: Path) -> None:
     """After a fallback the run saves the damaged step again: the mark does not apply to the new one."""
     run = Run(folder)
     if dist.get_rank() == 0:
-        restore(sound, folder)
+        restore(intact, folder)
         content = bytearray((step_of(folder, NEWEST) / "__0_0.distcp").read_bytes())
         content[len(content) // 2] ^= 1
         (step_of(folder, NEWEST) / "__0_0.distcp").write_bytes(content)
@@ -425,15 +425,15 @@ def go_on(folder: Path, sound: Path) -> None:
     assert not lines
 
 
-def test_a_step_that_is_saved_again_is_good_again(sound: Path, memory_path: Path) -> None:
-    run_world(go_on, 2, memory_path / "run", sound, timeout_s=60)
+def test_a_step_that_is_saved_again_is_good_again(intact: Path, memory_path: Path) -> None:
+    run_world(go_on, 2, memory_path / "run", intact, timeout_s=60)
 
 
-def two_of_three(folder: Path, sound: Path) -> list[list[str]]:
+def two_of_three(folder: Path, intact: Path) -> list[list[str]]:
     """The two newest steps are damaged, one as a scan sees, one as only a read does; then the last one too."""
     run = Run(folder)
     if dist.get_rank() == 0:
-        restore(sound, folder)
+        restore(intact, folder)
         (step_of(folder, 3) / "__1_0.distcp").unlink()
         flip_data(step_of(folder, 2))
     dist.barrier()
@@ -466,8 +466,8 @@ def flip_data(step: Path) -> None:
     (step / "__1_0.distcp").write_bytes(content)
 
 
-def test_several_damaged_steps_are_each_reported_and_none_left_is_an_error(sound: Path, memory_path: Path) -> None:
-    (lines, states), (others, _) = run_world(two_of_three, 2, memory_path / "run", sound, timeout_s=60)
+def test_several_damaged_steps_are_each_reported_and_none_left_is_an_error(intact: Path, memory_path: Path) -> None:
+    (lines, states), (others, _) = run_world(two_of_three, 2, memory_path / "run", intact, timeout_s=60)
     assert len(lines) == 2, lines
     assert "step-3" in lines[0]
     assert "__1_0.distcp: missing" in lines[0]
@@ -478,22 +478,22 @@ def test_several_damaged_steps_are_each_reported_and_none_left_is_an_error(sound
     assert states == ["damaged"] * 3
 
 
-def test_a_folder_that_was_renamed_is_not_taken_for_another_step(sound: Path, memory_path: Path) -> None:
+def test_a_folder_that_was_renamed_is_not_taken_for_another_step(intact: Path, memory_path: Path) -> None:
     """Complete and undamaged, but another step than its name: ``load_step = 9`` would resume from step 2."""
     folder = memory_path / "run"
-    shutil.copytree(sound, folder)
+    shutil.copytree(intact, folder)
     step_of(folder, 2).rename(step_of(folder, 9))
     entry = scan(folder)[-1]
     assert (entry.step, entry.state) == (9, "damaged")
     assert "is of step 2: the folder was renamed" in entry.reason
     assert not verify(step_of(folder, 9), "metadata").is_sound
-    assert same(whole_state(step_of(folder, 9)), whole_state(step_of(sound, 2))), "by its path it can be loaded"
+    assert same(whole_state(step_of(folder, 9)), whole_state(step_of(intact, 2))), "by its path it can be loaded"
 
 
 # ---- what stock DCP writes ----
 
 
-def foreign_state(shift: float) -> dict[str, Any]:
+def external_state(shift: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tensors = {f"w{n}": torch.rand(30 + n, 9, generator=generator) + shift for n in range(4)}
     values = {"text": f"ünï {shift}", "list": [1, shift, None], "raw": bytes(range(90)), "set": {1, 2}, "step": 7}
@@ -502,17 +502,17 @@ def foreign_state(shift: float) -> dict[str, Any]:
 
 def test_damage_in_an_external_checkpoint_is_found_or_does_not_matter(memory_path: Path, tally: Tally) -> None:
     """All that its CRC-32s cover is checked; a load gives what was saved, or an error."""
-    for name, shift in (("older", 1.0), ("sound", 2.0)):
-        dcp.save(foreign_state(shift), checkpoint_id=memory_path / name)
-    sound, step = memory_path / "sound", memory_path / "step-7"
+    for name, shift in (("older", 1.0), ("intact", 2.0)):
+        dcp.save(external_state(shift), checkpoint_id=memory_path / name)
+    intact, step = memory_path / "intact", memory_path / "step-7"
     tried = errors = 0
-    for damage in damages(sound, memory_path / "older", SEED + 2, 300):
+    for damage in damages(intact, memory_path / "older", SEED + 2, 300):
         if damage.what.startswith("everything"):
             continue
-        shutil.copytree(sound, step)
+        shutil.copytree(intact, step)
         damage.apply(step)
         into = {
-            key: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for key, v in foreign_state(0).items()
+            key: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for key, v in external_state(0).items()
         }
         try:
             milepost.load(step, into)
@@ -521,8 +521,8 @@ def test_damage_in_an_external_checkpoint_is_found_or_does_not_matter(memory_pat
             with_report = (step / METADATA_NAME).is_file()
             assert not with_report or not verify(step).is_sound or METADATA_NAME in damage.files, damage.what
         else:
-            # Whole records of another save have CRC-32s of their own, and nothing else tells them apart.
-            either = foreign_state(2.0), foreign_state(1.0) if "save before" in damage.what else foreign_state(2.0)
+            # Whole records of another save have CRC-32s of their own, and nothing else distinguishes them.
+            either = external_state(2.0), external_state(1.0) if "save before" in damage.what else external_state(2.0)
             for key, value in into.items():
                 assert any(same({key: value}, {key: state[key]}) for state in either), (damage.what, key)
         shutil.rmtree(step)
@@ -550,15 +550,15 @@ def save_hf(folder: Path, shift: float) -> None:
 
 
 def test_damage_in_a_save_in_hugging_faces_form_is_found_in_every_file_of_it(memory_path: Path, tally: Tally) -> None:
-    for name, shift in (("older", 0.25), ("sound", 0.5)):
+    for name, shift in (("older", 0.25), ("intact", 0.5)):
         (memory_path / name).mkdir()
         save_hf(memory_path / name / "step-7", shift)
-    sound, step = memory_path / "sound" / "step-7", memory_path / "step-7"
-    report = verify(sound)
+    intact, step = memory_path / "intact" / "step-7", memory_path / "step-7"
+    report = verify(intact)
     assert (report.problems, report.verdict, report.unchecked_nbytes) == ((), "ok", 0)
     tried = 0
-    for damage in damages(sound, memory_path / "older" / "step-7", SEED + 3, 100):
-        shutil.copytree(sound, step)
+    for damage in damages(intact, memory_path / "older" / "step-7", SEED + 3, 100):
+        shutil.copytree(intact, step)
         damage.apply(step)
         # Another save, whole, is undamaged; and a link to the very file is no damage, but is refused in a run.
         if not damage.what.startswith("everything"):

@@ -85,8 +85,8 @@ def save_state(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sound") / "step-5"
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("intact") / "step-5"
     run_world(save_state, 2, path, timeout_s=60)
     assert sorted(entry.name for entry in path.iterdir()) == sorted(
         [METADATA_NAME, *DATA_FILES, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME]
@@ -95,9 +95,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def step(sound: Path, memory_path: Path) -> Path:
+def step(intact: Path, memory_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(sound, memory_path / "step-5"))
+    return Path(shutil.copytree(intact, memory_path / "step-5"))
 
 
 def load_everything(step: Path) -> MilepostError | None:
@@ -147,11 +147,11 @@ def flip(path: Path, offset: int, bit: int) -> None:
 # ---- bits ----
 
 
-def test_bit_flips_in_records_are_found_by_load_and_verify_and_named(sound: Path, step: Path) -> None:
+def test_bit_flips_in_records_are_found_by_load_and_verify_and_named(intact: Path, step: Path) -> None:
     """In headers, data, footers and objects: at each end of every record, and in between."""
     rng = random.Random(5)
     count = 0
-    for start, stop, file, key in places(sound):
+    for start, stop, file, key in places(intact):
         if key is None or key == "empty":
             continue
         for offset in (start, stop - 1, *[rng.randrange(start, stop) for _ in range(6)]):
@@ -168,61 +168,61 @@ def test_bit_flips_in_records_are_found_by_load_and_verify_and_named(sound: Path
             assert report.problems[0].file == file
             if isinstance(error, DigestMismatchError):
                 assert error.byte_range[0] <= offset < error.byte_range[1]
-            shutil.copyfile(sound / file, step / file)
+            shutil.copyfile(intact / file, step / file)
             count += 1
     assert count > 90
 
 
-def test_bit_flips_where_no_load_looks_are_found_by_verify(sound: Path, step: Path) -> None:
+def test_bit_flips_where_no_load_looks_are_found_by_verify(intact: Path, step: Path) -> None:
     """Padding between records, a tensor without elements, DCP's own index."""
     rng = random.Random(6)
-    stretches = [(start, stop, file) for start, stop, file, key in places(sound) if key is None or key == "empty"]
-    stretches.append((0, (sound / METADATA_NAME).stat().st_size, METADATA_NAME))
+    stretches = [(start, stop, file) for start, stop, file, key in places(intact) if key is None or key == "empty"]
+    stretches.append((0, (intact / METADATA_NAME).stat().st_size, METADATA_NAME))
     assert len(stretches) > 4
     for start, stop, file in stretches:
         for _ in range(4):
             flip(step / file, rng.randrange(start, stop), rng.randrange(8))
             found_by_load, _ = check_found(step, file)
             assert not found_by_load
-            shutil.copyfile(sound / file, step / file)
+            shutil.copyfile(intact / file, step / file)
 
 
 @pytest.mark.parametrize("file", [MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME])
-def test_bit_flips_in_the_commit_record_are_found(sound: Path, step: Path, file: str) -> None:
+def test_bit_flips_in_the_commit_record_are_found(intact: Path, step: Path, file: str) -> None:
     rng = random.Random(7)
-    size = (sound / file).stat().st_size
+    size = (intact / file).stat().st_size
     for offset in (0, 1, size - 2, size - 1, *[rng.randrange(size) for _ in range(60)]):
         flip(step / file, offset, rng.randrange(8))
         found_by_load, _ = check_found(step, f"{file} at {offset}")
         assert found_by_load, offset
-        shutil.copyfile(sound / file, step / file)
+        shutil.copyfile(intact / file, step / file)
 
 
-def test_runs_of_garbage_are_found(sound: Path, step: Path) -> None:
+def test_runs_of_garbage_are_found(intact: Path, step: Path) -> None:
     """A lost disk block, a page of zeros, a stretch of another file."""
     rng = random.Random(8)
     for file in DATA_FILES:
-        size = (sound / file).stat().st_size
+        size = (intact / file).stat().st_size
         for kind in range(12):
             start = rng.randrange(size - 600)
             nbytes = rng.choice((64, 512))
-            garbage = (bytes(nbytes), rng.randbytes(nbytes), (sound / MANIFEST_NAME).read_bytes()[:nbytes])[kind % 3]
-            data = bytearray((sound / file).read_bytes())
+            garbage = (bytes(nbytes), rng.randbytes(nbytes), (intact / MANIFEST_NAME).read_bytes()[:nbytes])[kind % 3]
+            data = bytearray((intact / file).read_bytes())
             if data[start : start + nbytes] == garbage:
                 continue
             data[start : start + nbytes] = garbage
             (step / file).write_bytes(data)
             check_found(step, f"{file} from {start}")
-            shutil.copyfile(sound / file, step / file)
+            shutil.copyfile(intact / file, step / file)
 
 
 # ---- files ----
 
 
 @pytest.mark.parametrize("file", [*DATA_FILES, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME, MANIFEST_NAME])
-def test_truncated_and_grown_files_are_found_before_a_byte_is_loaded(sound: Path, step: Path, file: str) -> None:
+def test_truncated_and_grown_files_are_found_before_a_byte_is_loaded(intact: Path, step: Path, file: str) -> None:
     rng = random.Random(9)
-    data = (sound / file).read_bytes()
+    data = (intact / file).read_bytes()
     for cut in (0, 1, len(data) // 2, len(data) - 1, rng.randrange(len(data)), len(data) + 1):
         (step / file).write_bytes((data + b"\0")[:cut])
         error = load_everything(step)
@@ -244,26 +244,26 @@ def test_missing_files_are_found(step: Path, file: str) -> None:
     assert f"{file}: missing" in error.message
 
 
-def test_without_its_commit_record_it_is_external_and_still_checked(sound: Path, step: Path) -> None:
+def test_without_its_commit_record_it_is_external_and_still_checked(intact: Path, step: Path) -> None:
     """The rest is a folder as stock DCP would have written it, with the CRC-32s of its records."""
     (step / MANIFEST_NAME).unlink()
     (step / DIGESTS_NAME).unlink()
     (step / SHARDS_NAME).unlink()
     assert load_everything(step) is None
-    for start, stop, file, key in places(sound):
-        manifest = checkpoint_record.read_manifest(LocalStorage(sound.parent), sound.name)
+    for start, stop, file, key in places(intact):
+        manifest = checkpoint_record.read_manifest(LocalStorage(intact.parent), intact.name)
         if key in manifest.tensors and key != "empty":
             (shard,) = manifest.tensors[key].shards
             flip(step / file, (shard.data_offset or 0) + shard.data_nbytes // 2, 3)
             error = load_everything(step)
             assert isinstance(error, DigestMismatchError), key
             assert error.key == key
-            shutil.copyfile(sound / file, step / file)
+            shutil.copyfile(intact / file, step / file)
         elif key in manifest.objects:
             flip(step / file, (start + stop) // 2, 3)
             found = load_everything(step)
             assert found is None or found.key == key
-            shutil.copyfile(sound / file, step / file)
+            shutil.copyfile(intact / file, step / file)
 
 
 @pytest.mark.parametrize("file", [*DATA_FILES, SHARDS_NAME, DIGESTS_NAME, METADATA_NAME])
@@ -352,7 +352,7 @@ class Evil:
 
 
 @pytest.fixture
-def foreign(memory_path: Path) -> Path:
+def external(memory_path: Path) -> Path:
     """A checkpoint of stock DCP."""
     step = memory_path / "step-5"
     dcp.save(state(), checkpoint_id=step)
@@ -374,42 +374,42 @@ def readers(step: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def test_metadata_that_runs_code_is_refused_by_every_reader(foreign: Path, memory_path: Path) -> None:
+def test_metadata_that_runs_code_is_refused_by_every_reader(external: Path, memory_path: Path) -> None:
     proof = memory_path / "proof"
-    honest = pickle.loads((foreign / METADATA_NAME).read_bytes())
+    honest = pickle.loads((external / METADATA_NAME).read_bytes())
     for where in ("planner_data", "storage_data", "state_dict_metadata"):
         forged = dataclasses.replace(honest, **{where: {**getattr(honest, where), "evil": Evil(proof)}})
-        (foreign / METADATA_NAME).write_bytes(pickle.dumps(forged))
-        for name, read in readers(foreign).items():
+        (external / METADATA_NAME).write_bytes(pickle.dumps(forged))
+        for name, read in readers(external).items():
             with pytest.raises((FormatError, dcp.api.CheckpointException), match=r"mkdir"):
                 read()
             assert not proof.exists(), name
         info = catalog.examine(LocalStorage(memory_path), "step-5")
         assert info is not None
         assert info.state == "damaged"
-        assert not verify(foreign).is_sound
-    (foreign / METADATA_NAME).write_bytes(pickle.dumps(Evil(proof)))
+        assert not verify(external).is_sound
+    (external / METADATA_NAME).write_bytes(pickle.dumps(Evil(proof)))
     assert catalog.scan(LocalStorage(memory_path.parent), memory_path.name)[0].state == "damaged"
     assert not proof.exists()
-    pickle.loads((foreign / METADATA_NAME).read_bytes())
+    pickle.loads((external / METADATA_NAME).read_bytes())
     assert proof.exists(), "the attack itself must work, or it proves nothing"
 
 
 @pytest.mark.parametrize("key", ["loop.text", "w0"])
-def test_records_that_run_code_are_refused_by_every_reader(foreign: Path, memory_path: Path, key: str) -> None:
+def test_records_that_run_code_are_refused_by_every_reader(external: Path, memory_path: Path, key: str) -> None:
     """An object, or a tensor whose place holds another pickle."""
     proof = memory_path / "proof"
-    honest = pickle.loads((foreign / METADATA_NAME).read_bytes())
+    honest = pickle.loads((external / METADATA_NAME).read_bytes())
     (index,) = [index for index in honest.storage_data if index.fqn == key]
-    torch.save(Evil(proof), foreign / "__9_0.distcp")
-    size = (foreign / "__9_0.distcp").stat().st_size
+    torch.save(Evil(proof), external / "__9_0.distcp")
+    size = (external / "__9_0.distcp").stat().st_size
     honest.storage_data[index] = _StorageInfo("__9_0.distcp", 0, size)
-    (foreign / METADATA_NAME).write_bytes(pickle.dumps(honest))
+    (external / METADATA_NAME).write_bytes(pickle.dumps(honest))
     for name in ("load", "plugin"):
         with pytest.raises((FormatError, dcp.api.CheckpointException), match=key):
-            readers(foreign)[name]()
+            readers(external)[name]()
         assert not proof.exists(), name
-    torch.load(foreign / "__9_0.distcp", weights_only=False)
+    torch.load(external / "__9_0.distcp", weights_only=False)
     assert proof.exists()
 
 
@@ -420,9 +420,9 @@ def test_records_that_run_code_are_refused_by_every_reader(foreign: Path, memory
     "name", ["../secret", "/etc/passwd", "sub/../../secret", "a\\b", "..", "", "\0", "x" * 300, "\n"]
 )
 def test_file_names_that_leave_the_folder_are_refused(
-    sound: Path, step: Path, foreign_copy: Path, memory_path: Path, name: str
+    intact: Path, step: Path, external_copy: Path, memory_path: Path, name: str
 ) -> None:
-    shutil.copyfile(sound / DATA_FILES[0], memory_path / "secret")
+    shutil.copyfile(intact / DATA_FILES[0], memory_path / "secret")
 
     def renamed(manifest: Manifest) -> Manifest:
         def of(file: str) -> str:
@@ -441,16 +441,16 @@ def test_file_names_that_leave_the_folder_are_refused(
     forge(step, renamed)
     refused(step, "damaged")
 
-    metadata = pickle.loads((foreign_copy / METADATA_NAME).read_bytes())
+    metadata = pickle.loads((external_copy / METADATA_NAME).read_bytes())
     index = MetadataIndex("w0", torch.Size([0, 0]), 0)
     place = metadata.storage_data[index]
     metadata.storage_data[index] = _StorageInfo(name, place.offset, place.length)
-    (foreign_copy / METADATA_NAME).write_bytes(pickle.dumps(metadata))
-    refused(foreign_copy, "damaged")
+    (external_copy / METADATA_NAME).write_bytes(pickle.dumps(metadata))
+    refused(external_copy, "damaged")
 
 
 @pytest.fixture
-def foreign_copy(memory_path: Path) -> Path:
+def external_copy(memory_path: Path) -> Path:
     dcp.save(state(), checkpoint_id=memory_path / "step-6")
     return memory_path / "step-6"
 

@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def compare(name: str, text: str) -> None:
-    """Hold ``text`` against a file of ``tests/golden``, or write it there if told to."""
+    """Hold ``text`` against a file of ``tests/golden``, or write it there if the option is given."""
     golden = GOLDEN / name
     if os.environ.get("MILEPOST_WRITE_GOLDEN"):
         golden.write_text(text)

@@ -38,10 +38,10 @@ def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
     monkeypatch.setattr(render, "FIRST_LINE_S", 0.0)
     monkeypatch.setattr(render, "LINE_EVERY_S", 0.0)
     assert main(COMMANDS[name].split()) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) >= 2
-    assert all(" of " in line and "/s" in line and "\x1b" not in line for line in told)
-    assert told[-1].endswith("0 s left")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(" of " in line and "/s" in line and "\x1b" not in line for line in lines)
+    assert lines[-1].endswith("0 s left")
 
 
 def test_what_is_soon_done_is_done_in_silence(folder: None, capsys: pytest.CaptureFixture[str]) -> None:

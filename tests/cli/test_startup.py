@@ -130,7 +130,7 @@ def test_a_completion_script_knows_every_command(shell: str) -> None:
 
 
 def test_no_color_is_heeded_on_a_terminal(folder: LocalStorage) -> None:
-    """rich colours when told that it talks to a terminal; NO_COLOR takes the colours away."""
+    """rich uses colours if it is made to believe in a terminal; NO_COLOR removes them."""
     command = [sys.executable, "-m", "milepost.cli.main", "ls", "run"]
     shown = {}
     for name, more in (("coloured", {}), ("plain", {"NO_COLOR": "1"})):

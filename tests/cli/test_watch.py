@@ -114,11 +114,11 @@ def test_on_a_pipe_a_line_is_printed_for_each_change(attempt: Path, capsys: pyte
     assert watching.watch(lambda: (LocalStorage(attempt.parent), ""), every_s=1, sleep=sleep) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("watching ")
-    told = [line[9:] for line in lines[1:]]
-    assert told[0] == "newest step: 10"
-    assert told[1].startswith("save 01234567: writing; 3.0 MiB, 0 of 3 files complete by process")
-    assert told[2].startswith("save 01234567: written, to be committed; 3.0 MiB, 3 of 3 files complete")
-    assert told[3:] == ["newest step: 20", "save 01234567: committed or removed"]
+    texts = [line[9:] for line in lines[1:]]
+    assert texts[0] == "newest step: 10"
+    assert texts[1].startswith("save 01234567: writing; 3.0 MiB, 0 of 3 files complete by process")
+    assert texts[2].startswith("save 01234567: written, to be committed; 3.0 MiB, 3 of 3 files complete")
+    assert texts[3:] == ["newest step: 20", "save 01234567: committed or removed"]
 
 
 @pytest.mark.parametrize("width", [40, 120])

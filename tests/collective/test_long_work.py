@@ -54,9 +54,9 @@ def test_weights_from_hugging_face_tell_it_too(
     convert(memory_path / "step-1", memory_path / "hf", ConvertOptions(to="hf", model="llama3", sizes=args))
     caplog.clear()
     monkeypatch.setattr(ProgressLog, "EVERY_S", 0.0)
-    for tell in (False, True):
+    for logs_progress in (False, True):
         assert caplog.text == ""
-        load_hf(memory_path / "hf", "llama3", args, flatten(state).tensors, logs_progress=tell)
+        load_hf(memory_path / "hf", "llama3", args, flatten(state).tensors, logs_progress=logs_progress)
     assert f"loading {memory_path}/hf: 100 % after " in caplog.text
 
 

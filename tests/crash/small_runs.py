@@ -141,7 +141,7 @@ AFTER_DAMAGE = Case({1: 0.5, 2: DAMAGED}, (Save(4, 7.0),), damaged=frozenset({2}
 
 @contextmanager
 def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None]:
-    """Each large record is written by itself, and nobody is waited for as long as in production."""
+    """Each large record is written by itself, and waits are shorter than in production."""
     with (
         mock.patch.object(writer, "GROUP_NBYTES", 1),
         mock.patch.object(plan, "MIN_FROZEN_NBYTES", 1),
@@ -165,11 +165,11 @@ def train(
     storage: Storage,
     case: Case,
     mode: str = "disabled",
-    told: Callable[[int], None] = lambda _: None,
+    reported: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Run: lock the folder, sweep, resume, save, continue training, release.
 
-    ``told`` is called when the user of this rank knows that so many of the case's saves are committed.
+    ``reported`` is called with the number of saves that the user of this rank knows to be committed.
     """
     model, progress = Model(0.0), Progress()
     with mock.patch.object(manager_module, "open_storage", return_value=(storage, RUN)):
@@ -193,22 +193,21 @@ def train(
         progress.step = save.step
         is_last = case.ends and save is case.saves[-1]
         manager.save(save.step, last_step=is_last)
-        tell_when_committed(manager, partial(told, number + 1))
+        report_when_committed(manager, partial(reported, number + 1))
         if not is_last:
             manager.maybe_wait_for_staging()
             model.fill(-1.0)
     manager.close()
-    told(len(case.saves))
+    reported(len(case.saves))
 
 
-def tell_when_committed(manager: CheckpointManager, told: Callable[[], None]) -> None:
+def report_when_committed(manager: CheckpointManager, reported: Callable[[], None]) -> None:
     """At once if the save was written in the foreground; else as soon as this rank's handle says so."""
-    pending = manager._pending
-    if pending is None:
-        told()
+    save = manager.pending
+    if save is None:
+        reported()
     else:
-        save = pending.outcome
-        save.when_done(lambda: None if save.failure else told())
+        save.when_done(lambda: None if save.failure else reported())
 
 
 def prepare(folder: Path, case: Case) -> LocalStorage:

@@ -7,7 +7,7 @@ a rank, a writer process, the launcher, or all of it at once as when the power f
 saves, between staged and committed, and while old steps are deleted. Ranks are started again by torchrun, the launcher
 by this script, each time in the next of the modes of saving.
 
-After each kill every step that the run had told of as saved must be there. At the end the losses of all steps, however
+After each kill every step that the run had reported as saved must be there. At the end the losses of all steps, however
 often they were made, and the whole saved state must be those of the undisturbed run, to the last bit; and nothing may
 be left over: in the folder, of the processes, of shared memory.
 """
@@ -113,7 +113,7 @@ DELAYS_S = {"start": 5.0, "load": 0.5, "train": 0.2, "save": 0.05, "staged": 0.0
 
 
 def flags(folder: Path, num_steps: int, *more: str) -> list[str]:
-    """The trainer's options: small batches of the debug model, a save every other step, all figures told."""
+    """The trainer's options: small batches of the debug model, a save every other step, all figures logged."""
     options = {
         "job.dump_folder": folder,
         "training.steps": num_steps,
@@ -151,10 +151,10 @@ class Run:
     launcher: subprocess.Popen[bytes] | None = None
     num_launchers: int = 0
     old_ranks: tuple[int, ...] = ()
-    told: int = 0
+    num_read: int = 0
     """Characters of this launcher's log that had been written when the last kill came."""
     acknowledged: int = 0
-    """The newest step that the run has told of as saved."""
+    """The newest step that the run has reported as saved."""
 
     @property
     def checkpoints(self) -> Path:
@@ -167,7 +167,7 @@ class Run:
         command = [ROOT / "run_train.sh", *flags(self.folder, self.num_steps, *self.more)]
         command += [f"--checkpoint.async_mode={mode}"]
         self.num_launchers += 1
-        self.old_ranks, self.told = (), 0
+        self.old_ranks, self.num_read = (), 0
         with self.log_path.open("wb") as log:
             self.launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -193,7 +193,7 @@ class Run:
 
     def steps_seen(self) -> list[int]:
         """The steps made since the last kill."""
-        return [int(step) for step in re.findall(r"\bstep (\d+)/", self.log()[self.told :])]
+        return [int(step) for step in re.findall(r"\bstep (\d+)/", self.log()[self.num_read :])]
 
     def wait_for(self, what: str, seen: Callable[[], bool], poll_s: float = 0.02) -> None:
         """Return as soon as ``seen()``. It is an error if the launcher ends before."""
@@ -257,7 +257,7 @@ class Run:
 
     def _note_kill(self, victim: str, ranks: list[int]) -> None:
         text = self.log()
-        self.told = len(text)
+        self.num_read = len(text)
         self.acknowledged = max([self.acknowledged, *map(int, re.findall(r"\bsaved step (\d+)", text))])
         if not victim.startswith("writer"):
             self.old_ranks = tuple(ranks)
@@ -266,7 +266,7 @@ class Run:
             self.launcher.wait()
 
     def check_nothing_is_lost(self) -> None:
-        """A step that was told of as saved is there, or a newer one; and no step is there that is not whole."""
+        """A step that was reported as saved is there, or a newer one; and every step there is complete."""
         storage, name = open_storage(self.checkpoints)
         entries = catalog.scan(storage, name)
         wrong = [entry for entry in entries if entry.state != "committed"]
@@ -350,8 +350,8 @@ class Report:
         )
 
 
-def soak(folder: Path, kills: list[Kill], *more: str, tell: Callable[[str], None] = lambda text: None) -> Report:
-    """Train in ``folder``, killing; compare with the undisturbed run. ``tell`` hears of each kill.
+def soak(folder: Path, kills: list[Kill], *more: str, show: Callable[[str], None] = lambda text: None) -> Report:
+    """Train in ``folder``, killing; compare with the undisturbed run. ``show`` gets a line for each kill.
 
     Raises:
         SoakError: the run did not come through as it should have.
@@ -360,7 +360,7 @@ def soak(folder: Path, kills: list[Kill], *more: str, tell: Callable[[str], None
     segments = set(_shared_memory())
     num_steps = 3 * len(kills) + 10
     train_undisturbed(folder / "undisturbed", num_steps, *more)
-    tell(f"{num_steps} steps undisturbed took {time.monotonic() - started:.0f} s")
+    show(f"{num_steps} steps undisturbed took {time.monotonic() - started:.0f} s")
     run = Run(folder / "killed", num_steps, more)
     run.folder.mkdir()
     try:
@@ -370,7 +370,7 @@ def soak(folder: Path, kills: list[Kill], *more: str, tell: Callable[[str], None
             run.await_moment(kill)
             run.kill(kill.victim)
             run.check_nothing_is_lost()
-            tell(f"{time.monotonic() - started:5.0f} s  kill {number + 1}: {kill}, step {run.acknowledged} saved")
+            show(f"{time.monotonic() - started:5.0f} s  kill {number + 1}: {kill}, step {run.acknowledged} saved")
         if run.launcher is None or run.launcher.poll() is not None:
             run.start(kills[-1].mode)
         run.finish()
@@ -381,7 +381,7 @@ def soak(folder: Path, kills: list[Kill], *more: str, tell: Callable[[str], None
 
 
 def check_same_state(report: DiffReport) -> None:
-    """Raise SoakError if two steps hold another state; what is attached to them tells of each run's own folders."""
+    """Raise SoakError if two steps hold another state; what is attached to them names each run's own folders."""
     other = tuple(key for key in report.other_bytes if not key.startswith("attached."))
     objects = tuple(change for change in report.objects if not change.key.startswith("attached."))
     if not replace(report, other_bytes=other, objects=objects).is_same or report.num_unknown:
@@ -391,7 +391,7 @@ def check_same_state(report: DiffReport) -> None:
 def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
     expected, found = dict(losses(undisturbed)), list(losses(run.folder))
     if missing := set(range(1, run.num_steps + 1)) - {step for step, _ in found}:
-        raise SoakError(f"no loss was told of for steps {sorted(missing)}")
+        raise SoakError(f"no loss was logged for steps {sorted(missing)}")
     if wrong := [(step, loss, expected[step]) for step, loss in found if loss != expected[step]]:
         raise SoakError(f"losses differ from the undisturbed run's (step, loss, expected): {wrong}")
     last = step_name(run.num_steps)
@@ -415,7 +415,7 @@ def _cut_short(folder: Path) -> set[str]:
 
 
 def losses(folder: Path) -> Iterator[tuple[int, float]]:
-    """All (step, loss) that a run has told TensorBoard, those told again after a restart too."""
+    """All (step, loss) that a run has sent to TensorBoard, those repeated after a restart too."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for path in sorted((folder / "tb").glob("events.*")):
@@ -445,7 +445,7 @@ def main() -> None:
     again = f"make soak KILLS={args.kills} SEED={args.seed}"
     print(f"{again}   in {folder}", flush=True)
     try:
-        report = soak(folder, schedule(args.seed, args.kills), tell=lambda text: print(text, flush=True))
+        report = soak(folder, schedule(args.seed, args.kills), show=lambda text: print(text, flush=True))
     except BaseException as error:
         print(f"FAILED; the runs are in {folder}, again: {again}", file=sys.stderr)
         sys.exit(f"error: {error}") if isinstance(error, SoakError) else None

@@ -51,7 +51,7 @@ def store_behind_proxy() -> Iterator[tuple[Seaweed, Proxy]]:
 
 
 def soak_on_store(
-    folder: Path, victims: list[str], seed: int, *, tier: bool, tell: Callable[[str], None] = lambda text: None
+    folder: Path, victims: list[str], seed: int, *, tier: bool, show: Callable[[str], None] = lambda text: None
 ) -> None:
     """Train below ``folder`` with the checkpoints on a store, while ``victims`` are killed one after the other.
 
@@ -77,7 +77,7 @@ def soak_on_store(
                 run.wait_for(f"{steps} steps", lambda steps=steps: len(run.steps_seen()) >= steps)
                 time.sleep(rng.uniform(0.0, 0.4))
                 _strike(run, victim, server, proxy)
-                tell(f"{victim} fell; {run.acknowledged} was saved")
+                show(f"{victim} fell; {run.acknowledged} was saved")
             if run.launcher is None or run.launcher.poll() is not None:
                 run.start("async")
             run.finish()
@@ -91,12 +91,12 @@ def _strike(run: Run, victim: str, server: Seaweed, proxy: Proxy) -> None:
         server.stop(kill=True)
         time.sleep(0.5)
         server.start()
-        run.told = len(run.log())
+        run.num_read = len(run.log())
     elif victim == "network":
         proxy.fault = lambda request: Fault("cut" if request.number % 2 else "refuse")
         time.sleep(CUT_S)
         proxy.fault = lambda request: None
-        run.told = len(run.log())
+        run.num_read = len(run.log())
     elif victim == "disk":
         run.kill("everything")
         shutil.rmtree(run.checkpoints)
@@ -107,7 +107,7 @@ def _strike(run: Run, victim: str, server: Seaweed, proxy: Proxy) -> None:
 def _check_end(run: Run, undisturbed: Path, url: str) -> None:
     expected, found = dict(losses(undisturbed)), list(losses(run.folder))
     if missing := set(range(1, run.num_steps + 1)) - {step for step, _ in found}:
-        raise SoakError(f"no loss was told of for steps {sorted(missing)}")
+        raise SoakError(f"no loss was logged for steps {sorted(missing)}")
     if wrong := [(step, loss, expected[step]) for step, loss in found if loss != expected[step]]:
         raise SoakError(f"losses differ from the undisturbed run's (step, loss, expected): {wrong}")
     last = step_name(run.num_steps)
@@ -116,7 +116,7 @@ def _check_end(run: Run, undisturbed: Path, url: str) -> None:
     if wrong_steps := [entry for entry in catalog.scan(storage, name) if entry.state != "committed"]:
         raise SoakError(f"steps that are not whole: {wrong_steps}")
     if not verify(f"{url}/{last}").is_sound:
-        raise SoakError(f"{url}/{last} is not sound")
+        raise SoakError(f"{url}/{last} is not OK")
 
 
 def victims_of(seed: int, num_faults: int, *, tier: bool) -> list[str]:
@@ -140,7 +140,7 @@ def main() -> int:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="milepost-store-soak-"))
     print(f"seed {args.seed}: {', '.join(victims)}", flush=True)
-    soak_on_store(folder, victims, args.seed, tier=args.tier, tell=lambda text: print(text, flush=True))
+    soak_on_store(folder, victims, args.seed, tier=args.tier, show=lambda text: print(text, flush=True))
     shutil.rmtree(folder)
     print(f"{len(victims)} faults in {time.monotonic() - started:.0f} s: the same losses, the same last step")
     return 0

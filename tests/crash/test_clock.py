@@ -112,17 +112,17 @@ def test_by_wall_time_means_time_that_has_passed(memory_path: Path) -> None:
 @contextlib.contextmanager
 def another_living(do: Callable[[], object]) -> Iterator[None]:
     """A process that has done this, lives meanwhile, and then ends without a word."""
-    ready, tell = os.pipe()
+    ready, signal_ready = os.pipe()
     living, life = os.pipe()
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(BaseException):
             os.close(life)
             do()
-            os.write(tell, b"x")
+            os.write(signal_ready, b"x")
             os.read(living, 1)
         os._exit(0)
-    os.close(tell)
+    os.close(signal_ready)
     os.close(living)
     assert os.read(ready, 1) == b"x"
     try:

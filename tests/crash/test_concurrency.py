@@ -52,17 +52,17 @@ class Child:
         os.close(from_child[1])
         self._in, self._out = os.fdopen(to_child[1], "w", 1), os.fdopen(from_child[0])
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         self._in.write(line + "\n")
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         """The next line; empty when it has ended."""
         return self._out.readline().rstrip("\n")
 
     def end(self) -> int:
         """Let it come to its end; the wait status."""
         with contextlib.suppress(BrokenPipeError):
-            self.tell("end")
+            self.send("end")
             self._in.close()
         self._out.close()
         return os.waitpid(self.pid, 0)[1]
@@ -99,20 +99,20 @@ class Hesitant(WrappedStorage):
         return act()
 
 
-def contend(folder: Path, seed: int, hear: Callable[[], str], tell: Callable[[str], None]) -> None:
-    """Each time when told: take the lock of ``run``, say what came of it, and let it go when told."""
+def contend(folder: Path, seed: int, receive: Callable[[], str], send: Callable[[str], None]) -> None:
+    """On each request, take the lock of ``run``, send the outcome, and release it on request."""
     storage = Hesitant(LocalStorage(folder), seed)
-    while hear() == "take":
+    while receive() == "take":
         try:
             lock = RunLock(storage, "run", sleep=lambda _: time.sleep(0.002))
         except RunLockedError as refused:
-            tell(refused.message)
-            hear()
+            send(refused.message)
+            receive()
         else:
-            tell("won")
-            hear()
+            send("won")
+            receive()
             lock.release()
-        tell("let go")
+        send("let go")
 
 
 @pytest.fixture
@@ -123,10 +123,10 @@ def contenders(memory_path: Path) -> Iterator[list[Child]]:
 
 
 def race(children: list[Child]) -> None:
-    """All want the lock at the same moment: one gets it, and the others are told which."""
+    """All want the lock at the same moment: one gets it, and the others are sent its id."""
     for child in children:
-        child.tell("take")
-    answers = [child.hear() for child in children]
+        child.send("take")
+    answers = [child.receive() for child in children]
     winners = [child.pid for child, answer in zip(children, answers, strict=True) if answer == "won"]
     assert len(winners) == 1, answers
     refused = [answer for answer in answers if answer != "won"]
@@ -134,8 +134,8 @@ def race(children: list[Child]) -> None:
     for answer in refused:
         assert re.search(rf"process {winners[0]} on {host}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", answer), answer
     for child in children:
-        child.tell("let go")
-    assert [child.hear() for child in children] == ["let go"] * len(children)
+        child.send("let go")
+    assert [child.receive() for child in children] == ["let go"] * len(children)
 
 
 def dead_process() -> int:
@@ -169,7 +169,7 @@ def kill(_: Operation) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def take(storage: Storage, hear: Callable[[], str], tell: Callable[[str], None]) -> None:
+def take(storage: Storage, receive: Callable[[], str], send: Callable[[str], None]) -> None:
     RunLock(storage, "run", sleep=lambda _: time.sleep(0.002), lease_s=20).release()
 
 
@@ -192,8 +192,8 @@ def test_one_that_dies_while_it_breaks_a_lock_keeps_nobody_out(
 
 
 def test_a_lock_whose_process_id_belongs_to_another_process_now_is_broken(memory_path: Path) -> None:
-    idle = Child(lambda hear, tell: (tell("up"), hear())[0])
-    idle.hear()
+    idle = Child(lambda receive, send: (send("up"), receive())[0])
+    idle.receive()
     storage = LocalStorage(memory_path)
     (memory_path / "run").mkdir()
     path = memory_path / "run" / LOCK_NAME
@@ -212,7 +212,7 @@ def test_a_lock_whose_process_id_belongs_to_another_process_now_is_broken(memory
 def test_a_process_out_of_descriptors_takes_nobody_for_dead(memory_path: Path) -> None:
     owner = this_process(time.time())
 
-    def ask(hear: Callable[[], str], tell: Callable[[str], None]) -> None:
+    def ask(receive: Callable[[], str], send: Callable[[str], None]) -> None:
         here = this_process(0.0)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
         with pytest.raises(OSError, match="Too many open files"):
@@ -221,10 +221,10 @@ def test_a_process_out_of_descriptors_takes_nobody_for_dead(memory_path: Path) -
 
         module.is_here = lambda _: True  # what it compares with can't be read either
         module.this_process = lambda _: here
-        tell(str(is_alive(owner, time.time())))
+        send(str(is_alive(owner, time.time())))
 
     child = Child(ask)
-    assert child.hear() == "True"
+    assert child.receive() == "True"
     assert child.end() == 0
 
 
@@ -306,7 +306,7 @@ class State:
                 parameter.fill_(value)
 
 
-def keep_saving(folder: Path, mode: str, hear: Callable[[], str], tell: Callable[[str], None]) -> None:
+def keep_saving(folder: Path, mode: str, receive: Callable[[], str], send: Callable[[str], None]) -> None:
     """Many saves, each newest step looked at at once; now and then a step is saved again."""
     torch.set_num_threads(1)
     state = State()
@@ -321,16 +321,16 @@ def keep_saving(folder: Path, mode: str, hear: Callable[[], str], tell: Callable
         manager.save(step)
         if step == PINNED:
             if mode != "disabled":
-                manager._saver.current.committed(60)  # type: ignore[union-attr]
+                manager.pending.committed(60)  # type: ignore[union-attr]
             marks.pin(storage, "run", PINNED)
-            tell("ready")
+            send("ready")
         done = step if mode == "disabled" else step - 1
         if done >= 1 and number % 10 not in (8, 9, 0):  # not while the one after it is replaced
             found = catalog.examine(storage, f"run/step-{done}")
             assert found is not None, done
             assert found.state == "committed", found
     manager.close()
-    tell(str(step))
+    send(str(step))
 
 
 def run_command(*arguments: str) -> tuple[int, str]:
@@ -341,8 +341,8 @@ def run_command(*arguments: str) -> tuple[int, str]:
     return status, out.getvalue()
 
 
-def keep_looking(folder: Path, command: str, hear: Callable[[], str], tell: Callable[[str], None]) -> None:
-    """Run a command again and again until the file ``over`` is there; tell what came of it, by exit status."""
+def keep_looking(folder: Path, command: str, receive: Callable[[], str], send: Callable[[str], None]) -> None:
+    """Run a command again and again until the file ``over`` is there; send the outcomes, by exit status."""
     chance = random.Random(SEED)
     outcomes: dict[int, int] = {}
     run = str(folder / "run")
@@ -364,9 +364,9 @@ def keep_looking(folder: Path, command: str, hear: Callable[[], str], tell: Call
             (status == 3 and not re.search(r"was deleted|no such folder|does not exist", printed))
             or (status == 11 and set(re.findall(r"step-\d+(?=: not verified)", printed)) != {"step-0"})
         ):
-            tell(json.dumps([arguments, status, printed]))
+            send(json.dumps([arguments, status, printed]))
             return
-    tell(json.dumps(outcomes))
+    send(json.dumps(outcomes))
 
 
 ALLOWED = {"ls": {0}, "verify": {0, 3, 11}, "diff": {0, 3, 9}, "prune": {0}}
@@ -380,19 +380,19 @@ def test_commands_at_a_run_that_saves_find_no_damage_and_prune_nothing_else(
 ) -> None:
     storage = LocalStorage(memory_path)
     save_arrays(storage, "run/step-0", {"w": np.zeros(3, "float32")})
-    (memory_path / "run" / "step-0" / "milepost.json").unlink()  # as stock DCP leaves it: nobody's to delete
+    (memory_path / "run" / "step-0" / "milepost.json").unlink()  # as stock DCP leaves it: not Milepost's to delete
     (memory_path / "run" / "step-0" / "milepost.digests").unlink()
     (memory_path / "run" / "step-0" / "milepost.shards").unlink()
     saver = Child(partial(keep_saving, memory_path, mode))
-    assert saver.hear() == "ready"
+    assert saver.receive() == "ready"
     lookers = {command: Child(partial(keep_looking, memory_path, command)) for command in ALLOWED}
-    last = saver.hear()
+    last = saver.receive()
     (memory_path / "over").touch()
-    told = {command: child.hear() for command, child in lookers.items()}
+    answers = {command: child.receive() for command, child in lookers.items()}
     assert [child.end() for child in (saver, *lookers.values())] == [0] * 5
     assert last, "a save failed"
     tried = 0
-    for command, answer in told.items():
+    for command, answer in answers.items():
         outcomes = json.loads(answer)
         assert isinstance(outcomes, dict), (command, outcomes)
         tried += sum(outcomes.values())
@@ -438,18 +438,18 @@ def test_a_step_deleted_at_any_moment_of_a_verification_is_reported_as_such(
     memory_path: Path, replaced: bool, tally: Any
 ) -> None:
     storage = LocalStorage(memory_path)
-    told = 0
+    num_refused = 0
     for k in range(100):
         save_arrays(storage, "run/step-1", {"w": np.zeros((4, 6), "float32")}, num_ranks=2, now=1.0)
         watching = DeletesAt(storage, k, replace=replaced)
         try:
             report = verify_in(watching, "run/step-1", num_threads=1)
         except CheckpointNotFoundError as error:
-            told += 1 if re.search("deleted or replaced|no such folder", error.message) else -100
+            num_refused += 1 if re.search("deleted or replaced|no such folder", error.message) else -100
         else:
             assert report.is_sound, (k, report.problems)
         if watching.is_done:
             break
-    assert told >= (1 if replaced else 5)
+    assert num_refused >= (1 if replaced else 5)
     assert k > 8
     tally(f"a step {'replaced' if replaced else 'deleted'} at any read of its verification: no damage", tried=k, lost=0)

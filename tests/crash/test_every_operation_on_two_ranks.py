@@ -1,8 +1,8 @@
 """Two ranks, and their writer processes, that meet an error or are killed at any operation on their storages.
 
 An error at any operation of any process is raised on both ranks, or does no harm. Whatever is killed, one process or
-all at once: a scan shows the state before or the state after, each byte of it; what a user was told to be committed is
-there; the next run resumes from the newest step, saves, prunes and clears up. And nobody waits forever.
+all at once: a scan shows the state before or the state after, each byte of it; what was reported to a user as committed
+is there; the next run resumes from the newest step, saves, prunes and clears up. And no rank waits forever.
 
 In the suite each case meets a sample of its faults; ``make reliability`` tries all.
 """
@@ -103,7 +103,7 @@ class Counted(WrappedStorage):
 def run(place: Place, case: Case, mode: str, wrap: Callable[[str, Storage], Storage]) -> list[Outcome]:
     def act(comm: PairComm) -> None:
         storage = wrap(f"rank {comm.rank}", place.storage)
-        train(comm, storage, case, mode, lambda count: place.note("told", str(count)))
+        train(comm, storage, case, mode, lambda count: place.note("reported", str(count)))
 
     with through(wrap):
         return run_pair(act)
@@ -148,14 +148,14 @@ def attempt(folder: Path, template: Path, case: Case, mode: str, fault: Fault) -
         with impatient(timeout_s=20.0 if fault.kind == "error" else 1.5):
             outcomes = run(place, case, mode, wrap)
         struck = place.noted("struck")
-        told = max(map(int, place.noted("told")), default=0)
+        num_reported = max(map(int, place.noted("reported")), default=0)
         if fault.kind == "error" or not struck:
-            told = max(told, check_the_errors(outcomes, fault, len(case.saves)))
+            num_reported = max(num_reported, check_the_errors(outcomes, fault, len(case.saves)))
         found = shown(place.storage, damaged=case.damaged)
-        allowed = [shown for num_committed, shown in case.stages() if num_committed >= told]
+        allowed = [shown for num_committed, shown in case.stages() if num_committed >= num_reported]
         if fault.process.startswith("writer"):  # each writer may have died between its commit and its deletions
             allowed += [found for shown in allowed if shown.items() <= found.items() <= case.everything.items()]
-        assert found in allowed, (told, found)
+        assert found in allowed, (num_reported, found)
         check_the_next_run(place.storage, found, case.damaged)
     except (AssertionError, MilepostError) as error:
         return f"{fault} at {place.noted('struck')}: {type(error).__name__}: {error}"
@@ -174,7 +174,7 @@ def check_the_errors(outcomes: list[Outcome], fault: Fault, num_saves: int) -> i
 
 
 def strike_each(folder: Path, tally: Tally, name: str, mode: str, *, sample: int | None) -> None:
-    """Let a case meet all its faults, or a sample of so many of each kind."""
+    """Try all faults of a case, or a sample of this size of each kind."""
     case = {**CASES, "after damage": AFTER_DAMAGE}[name]
     template = Path(prepare(folder / "template", case).root)
     places = operations_of(folder / "rehearsal", template, case, mode)

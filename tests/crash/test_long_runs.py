@@ -38,7 +38,7 @@ def children(pid: int) -> list[int]:
 MODES = get_args(AsyncMode)
 NUM_SAVES = 200
 WARM_SAVES = 50
-"""After so many the interpreter's and the allocator's own pools have their size."""
+"""Number of saves after which the interpreter's and the allocator's own pools have their size."""
 NUM_MANAGERS = 100
 
 
@@ -292,8 +292,8 @@ def _kill_trainer(folder: Path, after_s: float) -> int:
         finally:
             os._exit(1)
     os.close(to_test)
-    with os.fdopen(from_trainer) as told:
-        writer = int(told.readline())
+    with os.fdopen(from_trainer) as pipe:
+        writer = int(pipe.readline())
     time.sleep(after_s)
     mapped = [line.split()[-2:] for line in Path(f"/proc/{writer}/maps").read_text().splitlines() if "arena" in line]
     os.kill(trainer, signal.SIGKILL)

@@ -2,7 +2,7 @@
 
 One real run is recorded, system call by system call. After each call the power may fail: several of the disks that
 this may leave are made, the two extremes always among them. Whatever was lost, torn or reordered: a scan shows the
-state before or the state after, each byte of it as it was saved; what a user was told to be committed is there; the
+state before or the state after, each byte of it as it was saved; what was reported to a user as committed is there; the
 next run resumes from the newest step, saves, prunes and clears up.
 """
 
@@ -52,14 +52,14 @@ CUTS = 4
 """So many states are made after each system call, beside the two extremes."""
 NUM_WORKERS = 2
 NEXT_RUNS = 8
-"""On so many of the states of a recording a whole run is started; on the others only its clearing up is done."""
+"""Number of states of a recording on which a whole run is started; on the others only its sweep."""
 
 
 @dataclass
 class Recording:
     """The disk as it was before, what happened then, and what may be shown: see ``Case.stages``.
 
-    Marks among the changes are numbers of saves: from there on a user knows that so many are committed.
+    Marks among the changes are numbers of saves: from there on a user knows that these are committed.
     """
 
     disk: Disk
@@ -130,23 +130,23 @@ class Explorer:
         found = Findings()
         disk = recording.disk
         self._damaged = recording.damaged
-        num_told = 0
+        num_reported = 0
         for number, change in enumerate([Marked("0"), *recording.changes]):
             disk.apply(change)
             if isinstance(change, Marked):
-                num_told = max(num_told, int(change.text))
+                num_reported = max(num_reported, int(change.text))
             if number < start or number % NUM_WORKERS != self._worker:
                 continue
-            allowed = [shown for num_committed, shown in recording.stages if num_committed >= num_told]
+            allowed = [shown for num_committed, shown in recording.stages if num_committed >= num_reported]
             trees = [disk.seen(), disk.durable(), *(disk.after_cut(self._rng) for _ in range(cuts))]
             for key, tree in {frozen(tree): tree for tree in trees}.items():
                 found.tried += 1
                 if self._look(key, tree) not in allowed:
-                    when = f"after call {number} ({type(change).__name__}), {num_told} saves told"
+                    when = f"after call {number} ({type(change).__name__}), {num_reported} saves reported"
                     found.wrong.append(f"{when}: {self._shown[key]}")
         for tree, there in self._rng.sample(self._sound, min(next_runs, len(self._sound))):
-            told = self._try(tree, lambda there=there: check_the_next_run(self._storage, there, self._damaged))
-            found.wrong += [f"the next run on {there}: {told}"] if told else []
+            wrong = self._try(tree, lambda there=there: check_the_next_run(self._storage, there, self._damaged))
+            found.wrong += [f"the next run on {there}: {wrong}"] if wrong else []
         return found
 
     def _look(self, key: object, tree: FileTree) -> Shown | str:
@@ -230,14 +230,14 @@ def explore_sweeping(
             start = len(journal.changes())
             there = shown(storage)
             following = Case(there, (replace(NEXT, deletes=tuple(sorted(there)[:-1])),), keep=1)
-            assert in_a_child(partial(train, SingleProcess(), storage, following, told=partial(tell, journal))) == 0
+            assert in_a_child(partial(train, SingleProcess(), storage, following, wrong=partial(report, journal))) == 0
         # Unsynced changes may be undone until the next run has synced them by its own commit.
         stages = [(0, shown) for _, shown in case.stages()]
         stages += [(1, {**shown, NEXT.step: NEXT.value}) for _, shown in case.stages()]
         stages += following.stages()
         found = explore(folder, Recording(disk, journal.changes(), stages), seed=SEED + k, cuts=2, start=start)
         total.tried += found.tried
-        total.wrong += [f"killed at {k}: {told}" for told in found.wrong]
+        total.wrong += [f"killed at {k}: {wrong}" for wrong in found.wrong]
     return total
 
 
@@ -278,7 +278,7 @@ def kill(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell(journal: Journal, count: int) -> None:
+def report(journal: Journal, count: int) -> None:
     journal.mark(str(count))
 
 
@@ -304,8 +304,8 @@ class DeletesFirst(WrappedStorage):
 @pytest.mark.parametrize(
     ("broken", "loss"),
     [
-        (ForgetsFolders, "1 saves told: AssertionError: StepEntry(path='outputs/run/step-4', state='incomplete'"),
-        (DeletesFirst, "0 saves told: {2: 1.0}"),
+        (ForgetsFolders, "1 saves reported: AssertionError: StepEntry(path='outputs/run/step-4', state='incomplete'"),
+        (DeletesFirst, "0 saves reported: {2: 1.0}"),
     ],
 )
 def test_a_protocol_that_loses_something_is_found_out(
@@ -313,7 +313,7 @@ def test_a_protocol_that_loses_something_is_found_out(
 ) -> None:
     recording = record(memory_path, CASES["the same step again"], "disabled", wrap=broken)
     found = explore(memory_path, recording)
-    assert any(loss in told for told in found.wrong), found.wrong[:20]
+    assert any(loss in wrong for wrong in found.wrong), found.wrong[:20]
 
 
 def test_leaving_out_any_fsync_that_a_checkpoint_needs_is_found_out(memory_path: Path) -> None:

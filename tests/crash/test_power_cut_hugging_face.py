@@ -56,7 +56,7 @@ class Constant:
         yield memoryview(np.full(item.data_nbytes // 4, self.value, np.float32)).cast("B")
 
 
-def save(folder: Path, value: float, told: Callable[[], None] = lambda: None) -> None:
+def save(folder: Path, value: float, reported: Callable[[], None] = lambda: None) -> None:
     """By two ranks, of which each has half of the rows of every tensor, as several files that both write to."""
     storage = LocalStorage(folder)
     family = family_of("llama3", ARGS)
@@ -70,7 +70,7 @@ def save(folder: Path, value: float, told: Callable[[], None] = lambda: None) ->
         info = SaveInfo(step=4, kind="model") if comm.rank == 0 else None
         job = SaveJob(STEP, begun, save_id, comm.rank, 2, plans[comm.rank], info, None, 20.0, form)
         run_job(storage, job, Constant(value), {}, detached=True)
-        told()
+        reported()
 
     assert run_pair(act) == [Outcome(), Outcome()]
 
@@ -89,7 +89,7 @@ def test_a_power_cut_leaves_the_old_files_or_the_new(memory_path: Path, tally: C
     old = frozen(disk.seen())
     journal = Journal(memory_path / "journal", can_exchange=can_exchange)
     with journal.recording():
-        save(folder, 2.0, lambda: journal.mark("told"))
+        save(folder, 2.0, lambda: journal.mark("reported"))
     new = frozen(Disk(folder).seen())
     assert len(dict(new)[STEP]) > 5  # type: ignore[arg-type]
     rng = random.Random(SEED)

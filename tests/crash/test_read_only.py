@@ -71,7 +71,7 @@ def test_remounted_read_only_under_a_run(tmp_path: Path, mode: str, tally: Tally
                 run.manager.save(step)
                 run.manager.maybe_wait_for_staging()
             if mode != "disabled":
-                run.manager._saver.current.committed(60)  # type: ignore[union-attr]
+                run.manager.pending.committed(60)  # type: ignore[union-attr]
             turn(comm, "ro")
             message = refusal(lambda: run.manager.save(3))
             assert run.load() == (2, {1.0})

@@ -92,7 +92,7 @@ def save_on_a_full_disk(folder: Path, mode: str) -> str:
     manager = manager_in(folder / "run", async_mode=mode)
     manager.save(1)
     if mode != "disabled":
-        manager._saver.current.committed(60)  # type: ignore[union-attr]
+        manager.pending.committed(60)  # type: ignore[union-attr]
     ballast = fill(folder)
     message = error_of(lambda: [manager.save(2), manager.maybe_wait_for_staging(), manager.save(3)])
     dist.barrier()

@@ -186,7 +186,7 @@ def hang_at(name: str, wake: Path) -> Callable[[Operation], None]:
     def before(operation: Operation) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while operation.name == name and not wake.exists():
-            assert time.monotonic() < deadline, "nobody has woken the storage"
+            assert time.monotonic() < deadline, "nothing has woken the storage"
             time.sleep(0.01)
 
     return before
@@ -196,7 +196,7 @@ MISSING = r"^rank 1 of 2 did not finish writing within 0\.6 s; nothing was commi
 
 
 def test_hung_storage_in_the_foreground(memory_path: Path, tally: Tally) -> None:
-    """No rank can leave the save while the hung one can't hear of it; but the log of rank 0 names that one in time."""
+    """No rank can leave the save while the hung one can't get the error; but rank 0's log names that one in time."""
     wake = memory_path / "wake"
 
     def wrap(name: str, storage: Storage) -> Storage:
@@ -255,11 +255,11 @@ def test_hung_storage_in_the_background(memory_path: Path, mode: str, operation:
         close(saver)
         return first.message, raised.message, seconds
 
-    told = run_through(memory_path, wrap, act)
-    assert re.search(MISSING, told[0][0])
-    assert TIMEOUT_S <= told[0][2] < TIMEOUT_S + 5
-    assert "rank 1 of 2 did not finish" in told[1][0]
-    assert told[0][1] == told[1][1]
+    outcomes = run_through(memory_path, wrap, act)
+    assert re.search(MISSING, outcomes[0][0])
+    assert TIMEOUT_S <= outcomes[0][2] < TIMEOUT_S + 5
+    assert "rank 1 of 2 did not finish" in outcomes[1][0]
+    assert outcomes[0][1] == outcomes[1][1]
     assert whole_steps(memory_path) == [3]
     assert {path.name for path in (memory_path / "run").iterdir()} == {"step-3"}
     tally(f"storage of rank 1 of 2 that hangs past the time-out, in {operation} ({mode})", tried=1, lost=0)
@@ -288,8 +288,8 @@ def test_the_rank_that_commits_hangs(memory_path: Path, operation: str, tally: T
         close(saver)
         return message
 
-    told = run_through(memory_path, wrap, act)
-    assert re.search(r"^rank 0 did not commit \S*step-1 within 0\.6 s: see its log", told[1])
+    outcomes = run_through(memory_path, wrap, act)
+    assert re.search(r"^rank 0 did not commit \S*step-1 within 0\.6 s: see its log", outcomes[1])
     assert whole_steps(memory_path) == [1, 3]
     assert {path.name for path in (memory_path / "run").iterdir()} == {"step-1", "step-3"}
     tally(f"storage of rank 0 of 2 that hangs past the time-out, in {operation} (async)", tried=1, lost=0)
@@ -386,8 +386,8 @@ def test_a_size_that_stays_wrong(memory_path: Path, mode: str, tally: Tally) -> 
         return failure.message, time.monotonic() - started
 
     with mock.patch.dict(commit.publish.__kwdefaults__, visibility_s=visibility_s):
-        told = run_through(memory_path, wrap, act)
-    for message, seconds in told:
+        outcomes = run_through(memory_path, wrap, act)
+    for message, seconds in outcomes:
         assert "the save is incomplete, nothing was committed" in message
         sizes = re.search(r"__1_0\.distcp: expected (\d+) bytes, as its rank recorded, found (\d+)", message)
         assert sizes is not None, message

@@ -19,7 +19,7 @@ def test_a_run_whose_processes_are_killed_ends_as_one_that_nobody_touched(
     kills = schedule(SEED, 5)
     assert {kill.victim.split()[0] for kill in kills} == {"rank", "writer", "launcher", "everything"}
     assert {kill.mode for kill in kills} == set(MODES)
-    report = soak(memory_path, kills, tell=print)
+    report = soak(memory_path, kills, show=print)
     assert report.num_launchers == 3
     tally("SIGKILL of a process of a training run on 2 ranks, which is started again", tried=5, lost=0, seed=SEED)
 

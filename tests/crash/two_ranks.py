@@ -1,6 +1,6 @@
 """A pair of ranks, forked in milliseconds and joined by a pipe; and their writer processes, forked too.
 
-Crash tests need thousands of runs, too many for processes that import torch anew. All that counts is real: processes
+Crash tests need thousands of runs, too many for processes that each import torch. All that counts is real: processes
 that live, meet errors and are killed, each with its own storage. Only the way in which the ranks exchange objects is
 a pipe instead of gloo, and a writer process is a fork that runs the same ``serve``.
 """

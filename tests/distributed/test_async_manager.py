@@ -1,4 +1,4 @@
-"""The manager's background modes on two ranks: outcomes, failures and deaths that every rank must hear of."""
+"""The manager's background modes on two ranks: outcomes, failures and deaths that every rank must report."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _fail_in_background(folder: Path, mode: str) -> list[str]:
 
 def _break_writes(manager: CheckpointManager) -> None:
     """Make this rank's next write fail: by a disk that is full, or a writer process that dies."""
-    manager._saver.current.committed(60)
+    manager.pending.committed(60)
     pid = manager._saver.writer_pid
     if pid is None:
         BROKEN.start()

@@ -1,4 +1,4 @@
-"""One rank of four raises, anywhere in a save, a load or what goes around them: all of them hear of it, none hangs.
+"""One rank of four raises, anywhere in a save, a load or the code around them: all ranks get the error, none hangs.
 
 A world walks through all the places. At each, on each rank in turn, an error is put in (or Ctrl-C); every rank must
 raise within ``LIMIT_S`` seconds an error that names that rank, and the next save must then be committed.
@@ -108,11 +108,11 @@ BEFORE_A_WRITER = {
 
 
 class Injected(Exception):
-    """Raised where nobody expects it."""
+    """An error that no code expects."""
 
 
 @dataclass(frozen=True)
-class Heard:
+class Outcome:
     """One error as raised on one rank. ``rank`` is the rank that the error names."""
 
     place: str
@@ -154,7 +154,7 @@ class Run:
         self.parts = {name: Part() for name in ("lr_scheduler", "dataloader", "train_state")}
         self.folder = folder
         self.step = 0
-        self.heard: list[Heard] = []
+        self.outcomes: list[Outcome] = []
         options = {"interval": 1, "keep_latest_k": 2, "last_save_model_only": False, **options}
         self.config = CheckpointConfig(enable=True, **options)
         self.manager = self.build(folder)
@@ -173,7 +173,7 @@ class Run:
         self.save()
 
     def save_and_hear(self) -> None:
-        """A save, and the next call, at which a failure in the background is told."""
+        """A save, and the next call, which raises a failure in the background."""
         self.save()
         self.manager.maybe_wait_for_staging()
         self.save()
@@ -204,12 +204,12 @@ class Run:
             is_bad = dist.get_rank() == bad
             started = time.monotonic()
             with self.broken(places, make("on purpose")) if is_bad else contextlib.nullcontext():
-                self.heard.append(hear(name, bad, act, started))
+                self.outcomes.append(outcome_of(name, bad, act, started))
         if act == self.manager.load:  # one that failed midway leaves a mix, which is not saved
             assert self.manager.load() is not None
         self.save()
         if self.config.async_mode != "disabled":
-            self.manager._saver.current.committed(60)  # type: ignore[union-attr]
+            self.manager.pending.committed(60)  # type: ignore[union-attr]
 
     def walk(
         self, act: Callable[[], object], anywhere: dict[str, str], on_rank_0: dict[str, str], **options: Any
@@ -219,7 +219,7 @@ class Run:
         for name, places in on_rank_0.items():
             self.inject(name, places, act, ranks=(0,), **options)
 
-    def finish(self) -> list[Heard]:
+    def finish(self) -> list[Outcome]:
         """Let go; what is left must be whole, the last save above all."""
         self.manager.close()
         dist.barrier()
@@ -228,39 +228,39 @@ class Run:
         assert max(entry.step for entry in entries) == self.step
         names = {path.name for path in self.folder.iterdir()} - {"events.jsonl"}
         assert all(name.startswith("step-") for name in names), names
-        return self.heard
+        return self.outcomes
 
 
-def hear(name: str, bad: int, act: Callable[[], object], started: float) -> Heard:
+def outcome_of(name: str, bad: int, act: Callable[[], object], started: float) -> Outcome:
     try:
         act()
     except MilepostError as error:
-        return Heard(name, bad, "MilepostError", error.rank, error.message, time.monotonic() - started)
+        return Outcome(name, bad, "MilepostError", error.rank, error.message, time.monotonic() - started)
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is looked at by `check`
-        return Heard(name, bad, type(error).__name__, None, str(error), time.monotonic() - started)
-    return Heard(name, bad, "nothing", None, "", time.monotonic() - started)
+        return Outcome(name, bad, type(error).__name__, None, str(error), time.monotonic() - started)
+    return Outcome(name, bad, "nothing", None, "", time.monotonic() - started)
 
 
-def check(results: list[list[Heard]], *, interrupted: bool = False) -> int:
-    """Every rank has heard of each error, in time, and of the same rank. Returns how many errors there were."""
-    for rank, heard in enumerate(results):
-        assert [(h.place, h.bad) for h in heard] == [(h.place, h.bad) for h in results[0]]
-        for h in heard:
-            assert h.seconds < LIMIT_S, (rank, h)
-            if interrupted and h.bad == rank:
-                assert h.kind == "KeyboardInterrupt", (rank, h)
+def check(results: list[list[Outcome]], *, interrupted: bool = False) -> int:
+    """Every rank raised each error in time, naming the same rank. Returns the number of errors."""
+    for rank, outcomes in enumerate(results):
+        assert [(one.place, one.bad) for one in outcomes] == [(one.place, one.bad) for one in results[0]]
+        for one in outcomes:
+            assert one.seconds < LIMIT_S, (rank, one)
+            if interrupted and one.bad == rank:
+                assert one.kind == "KeyboardInterrupt", (rank, one)
                 continue
-            assert h.kind == "MilepostError", (rank, h)
-            assert h.rank == h.bad, (rank, h)
-            assert "on purpose" in h.message, (rank, h)
-            assert f"rank {h.bad}" in h.message or h.bad == 0, (rank, h)
+            assert one.kind == "MilepostError", (rank, one)
+            assert one.rank == one.bad, (rank, one)
+            assert "on purpose" in one.message, (rank, one)
+            assert f"rank {one.bad}" in one.message or one.bad == 0, (rank, one)
     return len(results[0])
 
 
 # ---- the walks ----
 
 
-def walk_disabled(folder: Path) -> list[Heard]:
+def walk_disabled(folder: Path) -> list[Outcome]:
     run = Run(folder / "run")
     run.save()
     run.walk(run.save, IN_A_SAVE, IN_A_SAVE_ON_RANK_0)
@@ -276,7 +276,7 @@ def walk_disabled(folder: Path) -> list[Heard]:
     return run.finish() + by_signal.finish()
 
 
-def walk_async(folder: Path) -> list[Heard]:
+def walk_async(folder: Path) -> list[Outcome]:
     run = Run(folder / "run", async_mode="async")
     run.save()
     run.walk(run.save_and_hear, IN_THE_BACKGROUND, IN_THE_BACKGROUND_ON_RANK_0)
@@ -284,7 +284,7 @@ def walk_async(folder: Path) -> list[Heard]:
     return run.finish()
 
 
-def walk_writer_process(folder: Path) -> list[Heard]:
+def walk_writer_process(folder: Path) -> list[Outcome]:
     run = Run(folder / "run", async_mode="async_with_pinned_mem")
     run.save()
     run.walk(run.save_and_hear, BEFORE_A_WRITER, {})
@@ -305,7 +305,7 @@ def test_an_error_of_one_rank_at_any_step_is_every_ranks(memory_path: Path, walk
 # ---- interrupts ----
 
 
-def walk_interrupted(folder: Path) -> list[Heard]:
+def walk_interrupted(folder: Path) -> list[Outcome]:
     """KeyboardInterrupt on one rank: that one raises it, the others an error that names the rank."""
     how: Any = {"ranks": (0, RANKS - 1), "make": KeyboardInterrupt}
     run = Run(folder / "run")
@@ -373,7 +373,7 @@ def test_ctrl_c_waits_until_the_ranks_are_done_with_each_other(memory_path: Path
 # ---- collectives of the user's own ----
 
 
-def failed_collective(folder: Path) -> list[Heard]:
+def failed_collective(folder: Path) -> list[Outcome]:
     """A part gathers a DTensor for its state. On one rank that fails; the others wait until their group gives up."""
     run = Run(folder)
     run.save()
@@ -391,18 +391,18 @@ def failed_collective(folder: Path) -> list[Heard]:
             started = time.monotonic()
             broken = mock.patch.object(DTensor, "full_tensor", side_effect=RuntimeError("on purpose"))
             with broken if dist.get_rank() == bad else contextlib.nullcontext():
-                run.heard.append(hear("collective", bad, run.save, started))
+                run.outcomes.append(outcome_of("collective", bad, run.save, started))
         run.save()
     return run.finish()
 
 
 def test_a_failed_collective_of_a_dtensor_is_every_ranks_error(memory_path: Path) -> None:
     results = run_world(failed_collective, RANKS, memory_path / "run", timeout_s=60)
-    for heard in results:
-        assert len(heard) == 2
-        for h in heard:
-            assert h.kind == "MilepostError", h
-            assert h.seconds < LIMIT_S, h
-            # Of several ranks that fail the first is told; those that waited in vain fail too.
-            assert f"rank {h.rank}" in h.message or h.rank == 0, h
-            assert h.message == next(o.message for o in results[0] if o.bad == h.bad)
+    for outcomes in results:
+        assert len(outcomes) == 2
+        for one in outcomes:
+            assert one.kind == "MilepostError", one
+            assert one.seconds < LIMIT_S, one
+            # Of several ranks that fail the first is named; those that waited for it fail too.
+            assert f"rank {one.rank}" in one.message or one.rank == 0, one
+            assert one.message == next(o.message for o in results[0] if o.bad == one.bad)

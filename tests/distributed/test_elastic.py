@@ -117,11 +117,11 @@ def test_every_sample_comes_once_whatever_ranks_the_job_comes_back_with(
             seen |= samples
         for segment in ranks:
             assert segment.losses == pytest.approx({n: whole.losses[n] for n in segment.losses}, abs=1e-5)
-        told = (
+        is_logged = (
             "saved under other degrees of parallelism: each rank's random generators were reseeded"
             in capfd.readouterr().out
         )
-        assert told == (world_size != 2 or stop_after is None)
+        assert is_logged == (world_size != 2 or stop_after is None)
     assert seen == whole.samples
 
 
@@ -203,7 +203,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 def contents(folder: Path) -> dict[str, Any]:
     """Everything in the last checkpoint by its digests: weights, optimizer, random generators, data, loss.
 
-    What is attached to a step tells of each run's own folders and options.
+    What is attached to a step names each run's own folders and options.
     """
     manifest = read_manifest(LocalStorage(folder), f"checkpoint/step-{NUM_STEPS}")
     tensors = {key: [(s.box, s.crc32) for s in entry.shards] for key, entry in manifest.tensors.items()}
@@ -255,7 +255,7 @@ def test_load_step_begins_a_branch_once_in_a_job_that_is_started_again(
 
 
 def meeting(nodes: str) -> Iterator[str]:
-    """For each agent of a job of so many nodes, all on this machine, its options; the first hosts the rendezvous."""
+    """The options of each agent of a job of N nodes, all on this machine; the first hosts the rendezvous."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{sock.getsockname()[1]}"

@@ -278,7 +278,7 @@ def failing_plugin(folder: Path) -> str:
     bad = {"w": torch.zeros(3), f"own{rank}": milepost.StateMismatchError("no plain value") if rank == 1 else 5}
     with pytest.raises(dcp.api.CheckpointException) as caught:
         dcp.save(bad, storage_writer=milepost.StorageWriter(folder / "step-1"))
-    told = str(caught.value)
+    message = str(caught.value)
     del caught
     gc.collect()
     dist.barrier()
@@ -290,13 +290,13 @@ def failing_plugin(folder: Path) -> str:
     dcp.save({"w": torch.full((3,), 2.0)}, storage_writer=milepost.StorageWriter(folder / "step-1"))
     milepost.load(folder / "step-1", into)
     assert into["w"].tolist() == [2, 2, 2]
-    return told
+    return message
 
 
 def test_plugin_when_one_rank_fails(tmp_path: Path) -> None:
-    for told in run_world(failing_plugin, 2, tmp_path):
-        assert "own1 can't be loaded without running code" in told
-        assert "RANK 1" in told
+    for message in run_world(failing_plugin, 2, tmp_path):
+        assert "own1 can't be loaded without running code" in message
+        assert "RANK 1" in message
 
 
 # ---- who holds what ----

@@ -270,7 +270,7 @@ def failing_writes(folder: Path, bad: int) -> dict[str, Outcome]:
 
 
 def dead_storage(folder: Path) -> Outcome:
-    """Rank 1 can't even tell of its failure; rank 0 waits its time and no longer."""
+    """Rank 1 can't even record its failure; rank 0 waits until its timeout and no longer."""
     storage: Storage = LocalStorage(folder)
     if dist.get_rank() == 1:
         storage = BreaksOn(BreaksOn(storage, ("write", "", errno.EIO)), ("open_write", "", errno.EIO))

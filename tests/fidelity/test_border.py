@@ -217,7 +217,7 @@ def test_two_managers_on_one_folder(memory_path: Path) -> None:
         CheckpointManager(memory_path / "run", model=net())
     CheckpointManager(memory_path / "run", CheckpointConfig(load_only=True), model=net()).close()
     first.close()
-    CheckpointManager(memory_path / "run", model=net())  # nobody has this one any more
+    CheckpointManager(memory_path / "run", model=net())  # nothing refers to this one any more
     CheckpointManager(memory_path / "run", model=net()).close()
 
 

@@ -348,7 +348,7 @@ def test_files_ask_as_signals_do_and_are_consumed_once(
     caplog.set_level("INFO", "milepost")
     loop = opened(folder, interval=100)
     (folder / "SAVE").touch()
-    assert not loop.manager.save(1)  # nobody listens
+    assert not loop.manager.save(1)  # no signal is listened to
     loop.manager.listen_to_signals()
     assert loop.manager.save(2)
     assert not (folder / "SAVE").exists()

@@ -498,9 +498,9 @@ def test_parts_that_this_run_does_not_have_are_reported(memory_path: Path, caplo
         manager.save(1)
     with Run(memory_path, nn.Linear(2, 2)).manager as manager:
         report = manager.load()
-    told = "in the checkpoint but not in this run, so not restored: optimizer, lr_scheduler"
-    assert told in report.notes
-    assert told in caplog.text
+    note = "in the checkpoint but not in this run, so not restored: optimizer, lr_scheduler"
+    assert note in report.notes
+    assert note in caplog.text
 
 
 def test_keys_of_both_directions_are_named_at_once(memory_path: Path) -> None:

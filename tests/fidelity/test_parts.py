@@ -310,7 +310,7 @@ class OneScale(torch.Tensor):
 
 
 def save_scales_of_shards(folder: Path, at_first: bool) -> list[tuple[float, list[list[int]]]]:
-    """Scales that are alike in the first step, perhaps, and each rank's own in the second; both loaded anew."""
+    """Scales that may be equal in the first step, and differ between ranks in the second; both are loaded again."""
     rank = torch.distributed.get_rank()
     mesh = init_device_mesh("cpu", (2,))
 

@@ -40,7 +40,7 @@ def manifest() -> Manifest:
         {"train_state.step": 500, "optimizer.param_groups.0.lr": 0.1},
         paths={"optimizer.param_groups.0.lr": ("optimizer", "param_groups", 0, "lr")},
     )  # fmt: skip
-    return dataclasses.replace(laid.manifest, extra={"data": {"seed": 1, "names": ["a"]}}, structure=b"not told")
+    return dataclasses.replace(laid.manifest, extra={"data": {"seed": 1, "names": ["a"]}}, structure=b"not recorded")
 
 
 def edited(manifest: Manifest, edit: Callable[[dict[str, Any]], object]) -> bytes:
@@ -76,8 +76,8 @@ LINEAGE = Lineage(
 
 @pytest.mark.parametrize("lineage", [LINEAGE, Lineage(run="a1", order=0, branch="b1")])
 def test_lineage_and_metrics_come_back_equal(manifest: Manifest, lineage: Lineage):
-    told = dataclasses.replace(manifest, lineage=lineage, metrics={"loss": 2.5, "accuracy": 0.0})
-    assert from_json(to_json_1(told)) == told
+    recorded = dataclasses.replace(manifest, lineage=lineage, metrics={"loss": 2.5, "accuracy": 0.0})
+    assert from_json(to_json_1(recorded)) == recorded
 
 
 def test_a_metric_that_is_not_finite_comes_back_as_nan(manifest: Manifest):

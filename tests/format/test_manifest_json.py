@@ -182,7 +182,7 @@ def test_a_head_that_a_scan_could_not_read_in_one_go_is_never_written(manifest: 
 
 
 def test_a_head_does_not_say_more_than_the_rest(record: dict[str, bytes]):
-    """Lists and loads must not tell two stories."""
+    """Lists and loads must not disagree."""
     with pytest.raises(FormatError, match="its head does not match the rest"):
         read(edited(record, lambda d: d["files"][0].update(nbytes=d["files"][0]["nbytes"] + 1)), record)
     moved = json.loads(record[MANIFEST_NAME])

@@ -146,7 +146,7 @@ def test_our_loop_resumes_its_step_optimizer_and_all(tmp_path: Path, world_size:
         assert found["step"] == 4
         assert "it has the names of torchtitan-0.3: read under this run's" in found["notes"]
         after = milepost.load(tmp_path / "checkpoint/step-5")
-        for name, values in found["weights"].items():  # an optimizer begun afresh would move each of them by its rate
+        for name, values in found["weights"].items():  # a new optimizer would move each of them by its rate
             assert values == pytest.approx(after[name].tolist(), abs=2e-5), name
 
 

@@ -231,40 +231,40 @@ def test_a_named_step_is_loaded_and_no_other(tmp_path: Path) -> None:
 
 
 def train_anew(folder: Path) -> tuple[int, list[str]]:
-    told: list[str] = []
-    logging.getLogger("milepost").addFilter(lambda record: told.append(record.getMessage()) or True)
+    logged: list[str] = []
+    logging.getLogger("milepost").addFilter(lambda record: logged.append(record.getMessage()) or True)
     trainer = trainer_in(folder, max_steps=3)
     MilepostCallback(trainer)
     trainer.train()
-    return trainer.state.global_step, [text for text in told if "is a new run" in text]
+    return trainer.state.global_step, [text for text in logged if "is a new run" in text]
 
 
 def test_a_new_run_over_the_steps_of_another_is_warned_of(tmp_path: Path) -> None:
     assert run_world(train_anew, 1, tmp_path) == [(3, [])]
-    ((step, told),) = run_world(train_anew, 1, tmp_path)
+    ((step, logged),) = run_world(train_anew, 1, tmp_path)
     assert step == 3
-    assert len(told) == 1
-    assert "resume_from_checkpoint=True" in told[0]
+    assert len(logged) == 1
+    assert "resume_from_checkpoint=True" in logged[0]
 
 
 def go_on_from_theirs(folder: Path) -> tuple[int, list[str]]:
     trainer_in(folder / "theirs", max_steps=2, save_strategy="steps", save_steps=2).train()
-    told: list[str] = []
-    logging.getLogger("milepost").addFilter(lambda record: told.append(record.getMessage()) or True)
+    logged: list[str] = []
+    logging.getLogger("milepost").addFilter(lambda record: logged.append(record.getMessage()) or True)
     trainer = trainer_in(folder, max_steps=3)
     MilepostCallback(trainer)
     trainer.train(resume_from_checkpoint=folder / "theirs" / "checkpoint-2")
     return len([e for e in trainer.state.log_history if "loss" in e]), [
-        text for text in told if "holds steps up" in text
+        text for text in logged if "holds steps up" in text
     ]
 
 
 def test_a_run_that_continues_from_the_trainers_own_checkpoint_is_not_called_new(tmp_path: Path) -> None:
     run_world(train_anew, 1, tmp_path)
-    ((_, told),) = run_world(go_on_from_theirs, 1, tmp_path)
-    assert len(told) == 1
-    assert "this run resumes from the Trainer's own" in told[0]
-    assert "checkpoint-2" in told[0]
+    ((_, logged),) = run_world(go_on_from_theirs, 1, tmp_path)
+    assert len(logged) == 1
+    assert "this run resumes from the Trainer's own" in logged[0]
+    assert "checkpoint-2" in logged[0]
 
 
 def begin_with_theirs(folder: Path, steps: int) -> int:

@@ -37,7 +37,7 @@ def test_a_model_is_the_same_in_every_format_whatever_family_it_is_of(places: Pa
     if family != "qwen2":  # its module has other names than its files
         return
     assert main(["diff", own, ours, "--values", "--model", "qwen2.5"]) == 0
-    assert main(["diff", own, own, "--model", "qwen2"]) == 2, "nothing tells the sizes"
+    assert main(["diff", own, own, "--model", "qwen2"]) == 2, "nothing names the sizes"
     assert main(["diff", own, own, "--model", "qwen2", "--hf-assets", hub]) == 0
     assert main(["diff", hub, own, "--values", "--model", "hf"]) == 0, (
         "tied weights are once in one, twice in the other"

@@ -104,11 +104,11 @@ def test_an_image_holds_every_tensor_at_its_place(
 def test_a_failure_on_one_thread_is_raised_and_ends_the_others(memory_path: Path):
     tensors = {f"t{i:03}": TensorInfo("uint32", (9 << 20,)) for i in range(40)}
     content = Counted(tensors, fail_at="t003")
-    told: list[int] = []
-    reader = SlabReader(content, 256 << 20, told.append)
+    announced: list[int] = []
+    reader = SlabReader(content, 256 << 20, announced.append)
     with LocalStorage(memory_path).open_write("image", 40 * (36 << 20)) as handle, pytest.raises(StorageError):
         write_image(handle, [PlacedTensor(key, i * (36 << 20)) for i, key in enumerate(tensors)], reader)
-    assert sum(told) < 20 * (36 << 20)
+    assert sum(announced) < 20 * (36 << 20)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("milepost-convert")]
 
 

@@ -79,7 +79,7 @@ class Tensor:
 
 
 def meshes(world_size: int) -> list[tuple[int, ...]]:
-    """The shapes of up to three dims with so many ranks."""
+    """The shapes of up to three dims with this number of ranks."""
     pairs = [(n, world_size // n) for n in range(1, world_size + 1) if world_size % n == 0]
     return [(world_size,), *pairs, *[(a, b, 1) for a, b in pairs]]
 
@@ -129,7 +129,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plans_made_alone(layouts: Sequence[LocalLayout]) -> list[WritePlan]:
-    """The plan that each rank makes by itself, told what follows from a description that is true of all ranks."""
+    """The plan that each rank makes by itself, given what follows from a description common to all ranks."""
     assert len({repr(description(layout)) for layout in layouts}) == 1
     sharing = sort_out([description(layouts[0])], [0] * len(layouts), {})
     dealt = deal([only(layout, sharing.placed) for layout in layouts])

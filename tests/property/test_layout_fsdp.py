@@ -25,7 +25,7 @@ MESHES = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4))
 
 
 def numbered(shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor in which every element tells its own place."""
+    """A tensor in which the value of every element is its own place."""
     return torch.arange(math.prod(shape), dtype=torch.int64).reshape(shape)
 
 

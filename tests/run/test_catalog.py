@@ -387,9 +387,9 @@ def test_an_external_manifest_is_located_to_the_same_bytes_as_our_own(storage: L
     save(storage, "run/step-5")
     own = checkpoint_record.read_manifest(storage, "run/step-5")
     make_external(storage, "run/step-6")
-    foreign = checkpoint_record.read_manifest(storage, "run/step-6")
-    assert all(shard.data_offset is None for tensor in foreign.tensors.values() for shard in tensor.shards)
-    located = locate_manifest(storage, "run/step-6", foreign)
+    external = checkpoint_record.read_manifest(storage, "run/step-6")
+    assert all(shard.data_offset is None for tensor in external.tensors.values() for shard in tensor.shards)
+    located = locate_manifest(storage, "run/step-6", external)
     assert located.tensors == own.tensors
 
 

@@ -86,7 +86,7 @@ def test_a_lock_that_is_forgotten_is_free_but_not_by_a_fork_of_its_holder(storag
     assert not path.exists()
 
 
-def leave_foreign_lock(folder: Path) -> Path:
+def leave_lock_of_another_host(folder: Path) -> Path:
     folder.mkdir()
     owner = replace(this_process(time.time()), host="another-machine", machine_id="f" * 32)
     path = folder / LOCK_NAME
@@ -95,7 +95,7 @@ def leave_foreign_lock(folder: Path) -> Path:
 
 
 def test_a_lock_from_another_machine_holds_while_it_grows(storage, tmp_path):
-    path = leave_foreign_lock(tmp_path / "run")
+    path = leave_lock_of_another_host(tmp_path / "run")
 
     def beat(seconds: float) -> None:
         with path.open("ab") as file:
@@ -106,7 +106,7 @@ def test_a_lock_from_another_machine_holds_while_it_grows(storage, tmp_path):
 
 
 def test_a_lock_from_another_machine_that_does_not_grow_is_broken(storage, tmp_path):
-    path = leave_foreign_lock(tmp_path / "run")
+    path = leave_lock_of_another_host(tmp_path / "run")
     waited: list[float] = []
     lock = RunLock(storage, "run", lease_s=5, sleep=waited.append)
     assert sum(waited) == 5

@@ -150,7 +150,7 @@ def try_all(before: str, faults: Sequence[ClientFault], num_ranks: int, folder: 
     save(storage_on(client), NEW, num_ranks)
     count = len(client.requests)
     wrong: list[str] = []
-    logging.getLogger("milepost").setLevel(logging.ERROR)  # of retries it would tell by the hundred
+    logging.getLogger("milepost").setLevel(logging.ERROR)  # it would log hundreds of retries
     for fault, number in itertools.product(faults, range(count)):
         store = copy_of(begun)
         client = FaultyClient(store, fail_at=number, fault=fault)

@@ -108,9 +108,9 @@ def test_what_a_save_finds_beside_it_is_named_once(memory_path: Path, caplog: py
     for value in (1, 2):
         save(storage, "model", value)
     assert storage.stat(".deleting-2024/photos") is not None
-    told = [record.getMessage() for record in caplog.records if ".deleting-2024" in record.getMessage()]
-    assert len(told) == 1
-    assert "not removed, since not recognised" in told[0]
+    logged = [record.getMessage() for record in caplog.records if ".deleting-2024" in record.getMessage()]
+    assert len(logged) == 1
+    assert "not removed, since not recognised" in logged[0]
 
 
 def test_a_draft_of_a_mark_is_removed(memory_path: Path) -> None:
@@ -323,14 +323,14 @@ def test_a_replacement_that_was_cut_short_is_undone_also_of_an_older_version(mem
 def test_what_a_committed_step_has_replaced_is_removed(memory_path: Path) -> None:
     storage = LocalStorage(memory_path)
     save(storage, "run/step-5", 1)
-    aside, foreign = (f"{REPLACED_PREFIX}{full(short)}-step-5" for short in ("ab", "cd"))
+    aside, external = (f"{REPLACED_PREFIX}{full(short)}-step-5" for short in ("ab", "cd"))
     storage.rename("run/step-5", f"run/{aside}")
-    storage.make_folder(f"run/{foreign}")
-    storage.write(f"run/{foreign}/.metadata", b"of another program")
+    storage.make_folder(f"run/{external}")
+    storage.write(f"run/{external}/.metadata", b"of another program")
     save(storage, "run/step-5", 2)
     swept = sweep_leftovers(storage, "run", now=NOW)
-    assert names(storage) == {"step-5", foreign}
-    assert swept.left == (foreign,)
+    assert names(storage) == {"step-5", external}
+    assert swept.left == (external,)
 
 
 # ---- deleting ----

@@ -196,7 +196,7 @@ def test_old_steps_are_deleted_and_what_they_shared_stays(run: Run) -> None:
 
 
 def mark(run: Run) -> None:
-    catalog.mark_damaged(LocalStorage(run.path), "run/step-2", "told so", now=0.0)
+    catalog.mark_damaged(LocalStorage(run.path), "run/step-2", "marked by hand", now=0.0)
 
 
 def cut(run: Run) -> None:

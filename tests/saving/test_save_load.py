@@ -128,10 +128,10 @@ def test_every_dtype_in_every_form(step: Path) -> None:
     assert_same(stock, state)
 
     common = {dtype: forms for dtype, forms in state.items() if dtype not in STOCK_CANNOT_SAVE}
-    foreign = step.with_name("step-2")
-    dcp.save(common, checkpoint_id=foreign)
+    external = step.with_name("step-2")
+    dcp.save(common, checkpoint_id=external)
     into = blank(common)
-    milepost.load(foreign, into)
+    milepost.load(external, into)
     assert_same(into, common)
 
 
@@ -176,10 +176,10 @@ def test_nested_state_in_both_directions(step: Path) -> None:
         into = blank(NESTED)
         read(into)
         assert_same(into, NESTED)
-    foreign = step.with_name("step-2")
-    dcp.save(NESTED, checkpoint_id=foreign)
+    external = step.with_name("step-2")
+    dcp.save(NESTED, checkpoint_id=external)
     into = blank(NESTED)
-    milepost.load(foreign, into)
+    milepost.load(external, into)
     assert_same(into, NESTED)
 
 
@@ -455,10 +455,10 @@ def test_plugin_in_both_directions(step: Path) -> None:
         into = blank(state)
         read(into)
         assert_same(into, state)
-    foreign = step.with_name("step-2")
-    dcp.save(state, checkpoint_id=foreign)
+    external = step.with_name("step-2")
+    dcp.save(state, checkpoint_id=external)
     into = blank(state)
-    dcp.load(into, storage_reader=milepost.StorageReader(foreign))
+    dcp.load(into, storage_reader=milepost.StorageReader(external))
     assert_same(into, state)
 
 

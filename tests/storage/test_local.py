@@ -149,7 +149,7 @@ def test_write_back_begins_before_sync_and_what_is_in_flight_is_bounded(
 
 @pytest.mark.parametrize("call", ["begin_write_back", "finish_write_back"])
 def test_a_device_that_fails_early_fails_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """The kernel reports an error of write-back once for each descriptor: whichever call hears of it must tell."""
+    """The kernel reports an error of write-back once for each descriptor: the call that gets it must raise it."""
 
     def failed(fd: int, offset: int, nbytes: int) -> bool:
         raise OSError(errno.EIO, "Input/output error")

@@ -67,7 +67,7 @@ class TestBehindABadNetwork(StorageSuite):
 
 @pytest.fixture
 def proxy(store: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A network before the store that does as it is told."""
+    """A network before the store, controlled by the test."""
     with Proxy(store.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
@@ -276,7 +276,7 @@ def test_a_store_that_refuses_conditions_is_refused(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "expected"),
     [
         ("AWS_SECRET_ACCESS_KEY", "the-wrong-secret", "access denied (SignatureDoesNotMatch) while"),
         ("AWS_ACCESS_KEY_ID", "WRONGKEY", "access denied (InvalidAccessKeyId) while"),
@@ -284,13 +284,13 @@ def test_a_store_that_refuses_conditions_is_refused(proxy: Proxy) -> None:
     ],
 )
 def test_no_secret_is_printed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, value: str, told: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, value: str, expected: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     storage = ObjectStorage(fresh_url(), retry=QUICK)
     with caplog.at_level(logging.DEBUG), pytest.raises(StorageError) as caught:
         storage.write("x", b"1")
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     everything = str(caught.value) + caplog.text + repr(storage) + str(vars(caught.value))
     for secret in (ACCESS_KEY, SECRET_KEY, "the-wrong-secret", "WRONGKEY", "hush"):
         assert secret not in everything
@@ -394,8 +394,8 @@ def test_a_fork_of_a_process_that_used_a_store_says_so_and_does_not_hang() -> No
             os.write(writer, str(error).encode())
         os._exit(0)
     os.close(writer)
-    with os.fdopen(reader, "rb") as told:
-        assert b"forked" in told.read()
+    with os.fdopen(reader, "rb") as expected:
+        assert b"forked" in expected.read()
     assert os.waitpid(pid, 0)[1] == 0
 
 

@@ -55,12 +55,12 @@ def test_each_file_is_read_as_if_all_were_open(memory_path: Path) -> None:
 
 
 def test_what_was_announced_is_announced_again_to_a_file_that_is_opened_again(memory_path: Path) -> None:
-    told = []
+    announced = []
 
     class Told(TraceStorage):
         def open_read(self, path):  # type: ignore[no-untyped-def]
             handle = super().open_read(path)
-            handle.will_read = lambda ranges: told.append((path, ranges))  # type: ignore[method-assign]
+            handle.will_read = lambda ranges: announced.append((path, ranges))  # type: ignore[method-assign]
             return handle
 
     storage = Told(LocalStorage(memory_path))
@@ -73,7 +73,7 @@ def test_what_was_announced_is_announced_again_to_a_file_that_is_opened_again(me
         first.will_read([(2, 4)])
         assert second.read(0, 2) == b"12"
         assert first.read(2, 2) == b"34"
-    assert ("a", [(2, 4)]) in told[1:]
+    assert ("a", [(2, 4)]) in announced[1:]
 
 
 def test_a_file_that_is_missing_is_reported_before_anything_is_read(memory_path: Path) -> None:

@@ -26,7 +26,7 @@ Cut = Callable[[DeviceMesh, torch.Tensor], torch.Tensor]
 
 
 def numbered(shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor in which every element tells its own place."""
+    """A tensor in which the value of every element is its own place."""
     return torch.arange(math.prod(shape), dtype=torch.int64).reshape(shape)
 
 

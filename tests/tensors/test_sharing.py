@@ -41,8 +41,8 @@ def sorted_out(layouts: Sequence[LocalLayout]) -> tuple[Sharing, list[frozenset[
         structure_of(layout, Nesting({key: tuple(key.split(".")) for key in keys_of(layout)}, (), {"": b""}), rank)
         for rank, layout in enumerate(layouts)
     ]
-    told = [(one.shared.digest(), one.own.digest()) for one in structures]
-    roster.learn(told, [structures[rank] for rank in roster.ask(told)])
+    digests = [(one.shared.digest(), one.own.digest()) for one in structures]
+    roster.learn(digests, [structures[rank] for rank in roster.ask(digests)])
     return roster.sort_out(), [frozenset(one.own.nesting.paths) for one in structures]
 
 

@@ -16,7 +16,7 @@ SEQ_LEN = 4
 
 
 def make_loader(num_samples: int, *, dp_rank: int = 0, dp_degree: int = 1, local: int = 1, batch: int = 1, **changed):
-    # Token t is the number t: a sample's first token tells which sample it is.
+    # Token t is the number t: a sample's first token identifies it.
     corpus = Corpus(np.arange(num_samples * SEQ_LEN + 1), changed.pop("dataset", "numbers"), "digest")
     options = {"tokenizer": "none", "seq_len": SEQ_LEN, "seed": 1} | changed
     return DataLoader(

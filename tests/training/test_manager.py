@@ -214,7 +214,7 @@ def test_newest_full_step_outlives_a_model_only_last_save(folder: Path) -> None:
 
 
 def test_what_is_not_a_committed_step_is_neither_counted_nor_deleted(folder: Path) -> None:
-    """Partial, damaged, foreign, pinned and linked steps, files and folders of the user's, the step resumed from."""
+    """Partial, damaged, external, pinned and linked steps, files and folders of the user's, the step resumed from."""
     Run(folder, keep_latest_k=0, interval=1).train(6)
     damage(folder / "step-2")
     storage = LocalStorage(folder.parent)

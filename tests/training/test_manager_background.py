@@ -36,11 +36,11 @@ def steps_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("step-"))
 
 
-def disk_full(path: str, nbytes: int, **_: object) -> Any:
+def disk_full(self: LocalStorage, path: str, nbytes: int, **_: object) -> Any:
     raise StorageError(f"no space left on device: {path}", operation="open_write", path=path, errno=28)
 
 
-def refuse(path: str, **options: Any) -> Any:
+def refuse(self: LocalStorage, path: str, **options: Any) -> Any:
     raise StorageError("read-only file system", operation="make folder", path=path, errno=30)
 
 
@@ -109,7 +109,7 @@ def test_maybe_wait_for_saving_returns_when_the_save_is_committed(tmp_path: Path
 
 def test_maybe_wait_for_saving_raises_the_failure_once(tmp_path: Path) -> None:
     with manager_of(tmp_path / "run", "async") as manager:
-        with mock.patch.object(manager._storage, "open_write", disk_full):
+        with mock.patch.object(LocalStorage, "open_write", disk_full):
             manager.save(1)
             with pytest.raises(SaveError, match="no space left"):
                 manager.maybe_wait_for_saving()
@@ -212,7 +212,7 @@ def test_warn_continues_when_a_save_can_not_even_begin(
     """It counts once, and the next save is tried."""
     with manager_of(tmp_path / "run", mode, on_save_error="warn") as manager:
         assert manager.save(1)
-        with mock.patch.object(manager._storage, "make_folder", refuse):
+        with mock.patch.object(LocalStorage, "make_folder", refuse):
             assert not manager.save(2)
             assert not manager.save(3)
         assert manager.save(4)

@@ -12,6 +12,7 @@ import torch
 
 from milepost import CheckpointConfig, CheckpointManager, SaveError
 from milepost.errors import StorageError
+from milepost.storage import LocalStorage
 
 
 def manager_for(folder: Path, mode: str, on_save_error: str) -> CheckpointManager:
@@ -27,17 +28,17 @@ def save_twice(manager: CheckpointManager) -> None:
 
 def wait_for_failure(manager: CheckpointManager) -> None:
     with pytest.raises(SaveError):
-        manager._saver.current.committed(60)
+        manager.pending.committed(60)
 
 
-def disk_full(path: str, nbytes: int) -> Any:
+def disk_full(self: LocalStorage, path: str, nbytes: int) -> Any:
     raise StorageError(f"no space left on device: {path}", operation="open_write", path=path, errno=28)
 
 
 def test_stop_raises_at_once_and_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     manager = manager_for(tmp_path / "run", "disabled", "stop")
     manager.save(1)
-    monkeypatch.setattr(manager._storage, "open_write", disk_full)
+    monkeypatch.setattr(LocalStorage, "open_write", disk_full)
     with pytest.raises(SaveError, match="no space left"):
         manager.save(2)
     assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["step-1"]
@@ -52,20 +53,20 @@ def test_warn_continues_and_stops_after_three_failures_in_a_row(
     manager = manager_for(tmp_path / "run", mode, "warn")
     manager.save(1)
     if mode == "async":
-        manager._saver.current.committed(60)  # before the disk is full
+        manager.pending.committed(60)  # before the disk is full
     with monkeypatch.context() as broken:
-        broken.setattr(manager._storage, "open_write", disk_full)
+        broken.setattr(LocalStorage, "open_write", disk_full)
         manager.save(2)
-        manager.save(3)  # in the background modes: tells of step 2
+        manager.save(3)  # in the background modes: reports step 2
         if mode == "async":
             wait_for_failure(manager)
     assert "no space left" in caplog.text
     manager.save(4)
-    manager.save(5)  # both went well: the count begins anew
+    manager.save(5)  # both succeed, so the count starts again
     with monkeypatch.context() as broken:
         if mode == "async":
-            manager._saver.current.committed(60)
-        broken.setattr(manager._storage, "open_write", disk_full)
+            manager.pending.committed(60)
+        broken.setattr(LocalStorage, "open_write", disk_full)
         manager.save(6)
         manager.save(7)
         with pytest.raises(SaveError, match=r"3 consecutive saves failed; the last: .*no space left"):

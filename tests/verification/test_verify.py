@@ -209,7 +209,7 @@ def test_coarse_damage_to_a_data_file_is_found(storage: LocalStorage, harm: str)
     assert {problem.file for problem in report.problems} <= {"__0_0.distcp", "__1_0.distcp"}
     assert "__0_0.distcp" in {problem.file for problem in report.problems}
     if harm == "zeroed":
-        assert report.state == "committed"  # metadata can't tell
+        assert report.state == "committed"  # metadata does not show it
         assert verify_in(storage, STEP, "sizes").is_sound
     else:
         assert report.state == "damaged"
@@ -347,7 +347,7 @@ def test_many_problems_are_counted_but_not_all_kept(storage: LocalStorage) -> No
     assert len(report.problems) == 1000
 
 
-# ---- foreign ones ----
+# ---- external ones ----
 
 
 def test_an_external_checkpoint_is_verified_as_far_as_its_crcs_go(storage: LocalStorage) -> None:
@@ -438,14 +438,14 @@ def test_a_whole_run_is_verified_step_by_step(storage: LocalStorage) -> None:
         save(storage, f"run/step-{step}")
     storage.make_folder("run/step-20")
     flip(Path(storage.root, "run/step-10/__0_0.distcp"), 5000)
-    told: list[int] = []
-    reports = verify_run(storage, "run", on_step=told.append)  # type: ignore[arg-type]
+    seen: list[int] = []
+    reports = verify_run(storage, "run", on_step=seen.append)  # type: ignore[arg-type]
     assert [(report.path.rpartition("/")[2], report.is_sound) for report in reports] == [
         ("step-5", True),
         ("step-10", False),
         ("step-15", True),
     ]
-    assert told == [5, 10, 15]
+    assert seen == [5, 10, 15]
 
 
 def test_a_run_without_a_committed_step_is_an_error(storage: LocalStorage) -> None:

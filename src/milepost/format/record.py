@@ -64,11 +64,6 @@ class RecordLayout:
         return len(self.header)
 
     @property
-    def footer_nbytes(self) -> int:
-        """Size of the footer after the raw data, in bytes."""
-        return len(self.footer_template)
-
-    @property
     def nbytes(self) -> int:
         """Size of the record in bytes."""
         return len(self.header) + self.data_nbytes + len(self.footer_template)
@@ -102,7 +97,7 @@ def tensor_record(dtype: str, sizes: tuple[int, ...]) -> RecordLayout:
 
 
 def record_footer(layout: RecordLayout, crc32: int) -> bytes:
-    """Build the footer after raw data with the given CRC-32: exactly ``layout.footer_nbytes`` bytes."""
+    """Build the footer after raw data with the given CRC-32: as long as ``layout.footer_template``."""
     template, crc = layout.footer_template, struct.pack("<I", crc32)
     first, second = layout.crc_positions
     return b"".join((template[:first], crc, template[first + 4 : second], crc, template[second + 4 :]))
