@@ -67,6 +67,7 @@ def publish(
     info: SaveInfo,
     *,
     now: float,
+    part: NodePart | None = None,
     merger: SegmentMerger | None = None,
     visibility_s: float = VISIBILITY_S,
     world_size: int | None = None,
@@ -77,46 +78,25 @@ def publish(
     ``signed`` are the sign-offs of all ranks (``wait_for_sign_offs``); ``merger`` has their segments if they were
     moved there; ``now`` is in seconds since the epoch. A previous checkpoint at ``target`` stays complete and in place
     until the new one replaces it. Files that are not yet visible with their recorded sizes are waited for, up to
-    ``visibility_s`` seconds. ``world_size`` is given if sign-offs are fewer than ranks. What is no longer needed is
-    removed, or hidden if it is to be removed ``together`` with what the caller deletes next.
+    ``visibility_s`` seconds. ``world_size`` is given if sign-offs are fewer than ranks. With ``part`` the checkpoint is
+    one node's part of a step, and ``signed`` are the sign-offs of its ranks: other nodes hold the rest of the tensors.
+    What is no longer needed is removed, or hidden if it is to be removed ``together`` with what the caller deletes next.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
         SaveError: sign-offs contradict each other or the storage.
         StorageError: the storage refused; ``target`` is unchanged, or is the new checkpoint.
     """
-    manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size)
+    if part is not None:
+        info = replace(info, extra={**info.extra, **part.record()})
+    is_whole = part is None
+    manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size, must_cover=is_whole)
     place = Place.of(storage, attempt, target, manifest.save_id)
     # An object store is consistent: an accepted object is visible at once.
     _check_sizes(storage, place, manifest, visibility_s if storage.can_rename else 0.0)
-    manifest, records = _records(storage, place, manifest, crcs.data)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, together=together)
-    return manifest
-
-
-def publish_part(
-    storage: Storage,
-    attempt: str,
-    target: str,
-    signed: Sequence[SignOff],
-    info: SaveInfo,
-    part: NodePart,
-    *,
-    now: float,
-    merger: SegmentMerger | None = None,
-    world_size: int,
-    together: Deletion | None = None,
-) -> Manifest:
-    """Publish one node's part of a step, see :func:`publish`: ``signed`` are the sign-offs of its ranks.
-
-    Raises like :func:`publish`, except for gaps in tensors: other nodes hold the rest.
-    """
-    info = replace(info, extra={**info.extra, **part.record()})
-    manifest, crcs = assemble(signed, info, now=now, merger=merger, world_size=world_size, must_cover=False)
-    place = Place.of(storage, attempt, target, manifest.save_id)
-    _check_sizes(storage, place, manifest, VISIBILITY_S)
-    manifest, records = _records(storage, place, manifest, crcs.data, for_others=False)
-    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, PART_NAME, together)
+    manifest, records = _records(storage, place, manifest, crcs.data, for_others=is_whole)
+    name = MANIFEST_NAME if is_whole else PART_NAME
+    _put_in_place_and_sweep(storage, attempt, place, target, manifest, records, name, together)
     return manifest
 
 

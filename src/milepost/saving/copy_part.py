@@ -45,7 +45,7 @@ from milepost.run.signoff import (
     wait_for_sign_offs,
     withdraw_sign_off,
 )
-from milepost.saving.copy_step import CopyProgress, CopyReport, Spot, attempt_of, begin_copy
+from milepost.saving.copy_step import CopyProgress, CopyReport, Spot, attempt_of, begin_copy, drafted
 from milepost.saving.writer import write_stream
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.tensors.plan import LARGE_ALIGNMENT, LARGE_RECORD_NBYTES, SMALL_ALIGNMENT, WriteItem, align
@@ -57,7 +57,6 @@ WAIT_S = 6 * 3600.0
 LOOK_S = 2.0
 ORPHAN_S = 120.0
 """The same once the process that requested the copy is dead: the others' may be dead too."""
-_DRAFT = ".part"
 _OFFER_PREFIX = "part-"
 
 
@@ -77,7 +76,7 @@ class _Record:
         return isinstance(self.entry, ShardEntry) and self.entry.data_nbytes >= LARGE_RECORD_NBYTES
 
 
-def tell_failure(dst: Spot, node: int, save_id: str, reason: str) -> bool:
+def report_to_nodes(dst: Spot, node: int, save_id: str, reason: str) -> bool:
     """Report to the other nodes that this one has nothing to copy. False if the copy has not begun there yet.
 
     Raises:
@@ -275,16 +274,10 @@ def _packed(records: Sequence[_Record]) -> tuple[list[int], int]:
 
 
 def _copy_records(src: Spot, storage: Storage, place: Place, file: str, records: Sequence[_Record]) -> None:
-    final = place.path(file)
-    draft = final + _DRAFT if storage.can_rename else final
-    storage.remove(draft)  # from an interrupted copy
     offsets, nbytes = _packed(records)
-    with src.storage.open_read(join(src.path, file)) as reader, storage.open_write(draft, nbytes) as writer:
+    with src.storage.open_read(join(src.path, file)) as reader, drafted(storage, place.path(file), nbytes) as writer:
         reader.will_read([(r.entry.record_offset, r.entry.record_offset + r.entry.record_nbytes) for r in records])
         write_stream(writer, 0, _pieces(reader, records, offsets, nbytes), None)
-        writer.sync()
-    if draft != final:
-        storage.rename(draft, final)
 
 
 def _pieces(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,7 +31,7 @@ from milepost.run.owner import is_alive, owners_of, this_process
 from milepost.run.place import Place
 from milepost.run.step_names import ATTEMPT_PREFIX
 from milepost.saving.frozen import FrozenFile, frozen_files_of, share
-from milepost.storage.base import Storage, join, split
+from milepost.storage.base import Storage, WriteHandle, join, split
 from milepost.verification.hf_step import read_hf_step
 
 PIECE_NBYTES = 8 << 20
@@ -209,15 +210,10 @@ def _copy_files(
 def _copy_file(
     src: Spot, storage: Storage, place: Place, files: Mapping[str, int], count: Callable[[int], None], name: str
 ) -> None:
-    final = place.path(untagged(name))
-    # If incomplete files are visible, rename the file once it is complete.
-    draft = final + _PART if storage.can_rename else final
-    if not storage.can_rename and storage.stat(final) is not None:
-        storage.remove(final)
     buffer = memoryview(bytearray(min(PIECE_NBYTES, files[name])))
     with (
         src.storage.open_read(join(src.path, name)) as reader,
-        storage.open_write(draft, files[name]) as writer,
+        drafted(storage, place.path(untagged(name)), files[name]) as writer,
     ):
         reader.will_read([(0, files[name])])
         for start in range(0, files[name], PIECE_NBYTES):
@@ -225,9 +221,21 @@ def _copy_file(
             reader.read_into(start, [piece])
             writer.write(start, [piece])
             count(len(piece))
+
+
+@contextmanager
+def drafted(storage: Storage, path: str, nbytes: int) -> Iterator[WriteHandle]:
+    """Write and sync the file at ``path``, in place of that of an interrupted copy.
+
+    Where incomplete files are visible, it has another name until it is complete.
+    """
+    draft = path + _PART if storage.can_rename else path
+    storage.remove(draft)
+    with storage.open_write(draft, nbytes) as writer:
+        yield writer
         writer.sync()
-    if draft != final:
-        storage.rename(draft, final)
+    if draft != path:
+        storage.rename(draft, path)
 
 
 def _renamed(manifest: Manifest, place: Place) -> Manifest:

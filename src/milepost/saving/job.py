@@ -322,12 +322,11 @@ def _publish(
 ) -> Mapping[str, str]:
     from milepost.format.segment_merger import SegmentMerger  # numpy takes 100 ms, which an import should not cost
 
-    ranks = job.part.ranks if job.part is not None else None
     merger = SegmentMerger() if job.form is None else None
     signed = wait_for_sign_offs(
         *(storage, job.attempt, job.world_size, job.save_id),
         timeout_s=job.timeout_s,
-        ranks=ranks,
+        ranks=job.part.ranks if job.part is not None else None,
         hosts=job.hosts,
         give_up=monitor.why_stop,
         merger=merger,
@@ -336,20 +335,16 @@ def _publish(
         retention.set_aside(storage, job.target, info.lineage)
     if job.form is not None:
         job.form.publish(storage, job.attempt, job.target, signed, info, together)
-        manifest = None
-    elif job.part is not None:
-        manifest = commit.publish_part(
-            *(storage, job.attempt, job.target, signed, info, job.part),
-            now=time.time(),
-            merger=merger,
-            world_size=job.world_size,
-            together=together,
-        )
-    else:
-        manifest = commit.publish(
-            *(storage, job.attempt, job.target, signed, info), now=time.time(), merger=merger, together=together
-        )
-    return contents_of(manifest) if manifest is not None else {}
+        return {}
+    manifest = commit.publish(
+        *(storage, job.attempt, job.target, signed, info),
+        now=time.time(),
+        part=job.part,
+        merger=merger,
+        world_size=job.world_size,
+        together=together,
+    )
+    return contents_of(manifest)
 
 
 def prune(storage: Storage, keep: Keep, together: Deletion | None = None) -> tuple[str, ...]:

@@ -138,8 +138,11 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         if (dtype := request.dtype) is not None:
             flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
         objects = _encoded(flat.objects, manner)
-        buffers = _buffers_among(flat.tensors.values(), [*request.modules, *modules])
-        frozen = _frozen_among(flat.tensors.values(), [*request.modules, *modules])
+        owners = [*request.modules, *modules]
+        leaves = flat.tensors.values()
+        buffers = _keys_of((buffer for owner in owners for buffer in owner.buffers()), leaves, memory_of)
+        fixed = (one for owner in owners for one in owner.parameters() if not one.requires_grad)
+        frozen = _keys_of(fixed, leaves, _start_of)
         layout = replace(flat.layout(), buffers=buffers, frozen=frozen if _shares(request) else frozenset())
         if not (isinstance(comm, ProcessGroupComm) and comm.has_job_ranks):  # meshes number the ranks of the job
             plain = (spec if spec.spread is None else replace(spec, spread=None) for spec in layout.tensors)
@@ -259,30 +262,19 @@ def _encoded(values: Mapping[str, Any], manner: Manner) -> dict[str, bytes | Sna
     return found
 
 
-def _buffers_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:
-    """Return the keys of leaves that share memory with a buffer of ``modules``, under any name."""
-    memory: set[tuple[torch.device, int] | None] = set()
-    for module in modules:
-        for buffer in module.buffers():
-            memory.update(map(memory_of, plain_tensors(buffer)))
-    memory.discard(None)
-    return frozenset(leaf.key for leaf in leaves if memory_of(leaf.local) in memory) if memory else frozenset()
-
-
 def _shares(request: SaveRequest) -> bool:
     """Return whether steps share files: not without a history, in another format, or where all is written anew."""
     return request.full_every != 1 and request.make_form is None and request.info.lineage is not None
 
 
-def _frozen_among(leaves: Iterable[TensorLeaf], modules: Iterable[nn.Module]) -> frozenset[str]:
-    """The keys of leaves that are parameters of ``modules`` without gradient, whatever they are called."""
-    memory: set[tuple[torch.device, int] | None] = set()
-    for module in modules:
-        for parameter in module.parameters():
-            if not parameter.requires_grad:
-                memory.update(map(_start_of, plain_tensors(parameter)))
-    memory.discard(None)
-    return frozenset(leaf.key for leaf in leaves if _start_of(leaf.local) in memory) if memory else frozenset()
+def _keys_of(
+    tensors: Iterable[torch.Tensor],
+    leaves: Iterable[TensorLeaf],
+    place: Callable[[torch.Tensor], tuple[torch.device, int] | None],
+) -> frozenset[str]:
+    """Return the keys of leaves with the same ``place`` in memory as one of ``tensors``, whatever they are called."""
+    places = {place(plain) for tensor in tensors for plain in plain_tensors(tensor)} - {None}
+    return frozenset(leaf.key for leaf in leaves if place(leaf.local) in places) if places else frozenset()
 
 
 def _start_of(tensor: torch.Tensor) -> tuple[torch.device, int] | None:

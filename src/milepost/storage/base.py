@@ -113,10 +113,24 @@ PageCache = Literal["auto", "keep", "drop", "direct"]
 ``direct`` bypasses the cache. ``auto`` keeps files smaller than half of the free memory and drops larger ones."""
 
 
-class ReadHandle(ABC):
-    """An open file. Safe to use from several threads at once."""
+class _Handle(ABC):
+    """An open file, closed at the end of a ``with`` block."""
 
     path: str
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class ReadHandle(_Handle):
+    """An open file. Safe to use from several threads at once."""
+
     nbytes: int
 
     @abstractmethod
@@ -132,23 +146,14 @@ class ReadHandle(ABC):
         self.read_into(offset, [memoryview(data)])
         return bytes(data)
 
-    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - optional
+    def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Announce byte ranges (half-open) that will be read, each once, roughly in ascending order.
 
         A store fetches neighbours together and ahead of the reads. Unannounced reads are still correct.
         """
 
-    @abstractmethod
-    def close(self) -> None: ...
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
-class WriteHandle(ABC):
+class WriteHandle(_Handle):
     """A file being written. Safe to use from several threads at once on ranges that do not overlap.
 
     ``alignment`` of offsets, lengths and buffer addresses makes ``write`` fast; 1: no preference. Unaligned writes are
@@ -156,7 +161,6 @@ class WriteHandle(ABC):
     so one thread writes such a file.
     """
 
-    path: str
     alignment: int = 1
     is_sequential: bool = False
 
@@ -170,15 +174,6 @@ class WriteHandle(ABC):
     @abstractmethod
     def sync(self) -> None:
         """Return once everything written will survive a power cut, as far as the medium can promise."""
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
 
 class Storage(ABC):

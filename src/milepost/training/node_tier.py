@@ -29,7 +29,7 @@ from milepost.run.catalog import StepEntry, examine
 from milepost.run.node_part import NodePart
 from milepost.run.step_names import pin_mark, step_name
 from milepost.run.sweep import delete_checkpoint
-from milepost.saving.copy_part import tell_failure
+from milepost.saving.copy_part import report_to_nodes
 from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
 from milepost.storage.base import join
@@ -203,7 +203,7 @@ class NodeTier:
             return False
         with self._changed:
             self._own = [one for one in self._own if one.order > own.order]
-        self._hooks.tell(own.commit)
+        self._hooks.run(own.commit)
         self._remote.offer(own.commit, own.protected)  # before the pruning, which keeps the step to be copied
         self._last = own
         self._prune_all(own, self._remote)
@@ -309,17 +309,17 @@ class _Copies:
                 "this node's part of step %d could not be copied to %s: %s", step, self._remote, outcome.failure
             )
             if outcome.is_final:
-                self._tell_failure(step, save_id, outcome.failure)
+                self._report_failure(step, save_id, outcome.failure)
             if outcome.is_final or self._is_given_up.wait(RETRY_S):
                 return
 
-    def _tell_failure(self, step: int, save_id: str, reason: str) -> None:
+    def _report_failure(self, step: int, save_id: str, reason: str) -> None:
         """Report to the other nodes' processes that this part will not arrive, once they have begun."""
         dst = Spot(self._remote.storage, join(self._remote.path, step_name(step)))
         deadline = time.monotonic() + END_S
         while save_id and time.monotonic() < deadline:
             try:
-                if tell_failure(dst, self._node, save_id, reason):
+                if report_to_nodes(dst, self._node, save_id, reason):
                     return
             except StorageError as error:
                 log.warning("could not report to the other nodes that step %d is not copied: %s", step, error)
