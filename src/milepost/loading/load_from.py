@@ -86,7 +86,7 @@ def _check_folder(storage: Storage, folder: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """What to read, and into what."""
+    """A checkpoint to read, and its target."""
 
     storage: Storage
     folder: str
@@ -336,7 +336,7 @@ def _check_looked(comm: Comm, fitted: _Fitted, request: LoadRequest, *, known: C
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What this rank reads from, and the digests of its blocks; None for an external checkpoint, which has none."""
+    """The sources of this rank, and the digests of their blocks; None for an external checkpoint, which has none."""
 
     sources: Sources
     digests: BlockDigests | None

@@ -63,7 +63,7 @@ class CommitHooks:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def run(self, commit: Commit) -> None:
+    def committed(self, commit: Commit) -> None:
         """Record a commit, from any thread. Returns at once."""
         if self._act is None and not self._command:
             return

@@ -203,7 +203,7 @@ class NodeTier:
             return False
         with self._changed:
             self._own = [one for one in self._own if one.order > own.order]
-        self._hooks.run(own.commit)
+        self._hooks.committed(own.commit)
         self._remote.offer(own.commit, own.protected)  # before the pruning, which keeps the step to be copied
         self._last = own
         self._prune_all(own, self._remote)

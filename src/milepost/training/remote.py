@@ -235,7 +235,7 @@ class RemoteTier:
             return outcome
         size, seconds = format_nbytes(outcome.nbytes), time.monotonic() - started
         log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, size, seconds)
-        self._hooks.run(replace(commit, path=join(self._remote.storage.root, dst_path), tier="remote_folder"))
+        self._hooks.committed(replace(commit, path=join(self._remote.storage.root, dst_path), tier="remote_folder"))
         return None
 
     def _keep(self) -> Keep:

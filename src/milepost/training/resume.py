@@ -117,7 +117,7 @@ class Loader:
 
     @contextmanager
     def marking(self) -> Iterator[None]:
-        """Within, record in :attr:`mixed` how the load ends that is made there."""
+        """Record in :attr:`mixed` the outcome of the load within the block."""
         self._is_filling = False
         try:
             yield

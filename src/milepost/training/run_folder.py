@@ -159,7 +159,7 @@ class RunFolder:
                 assert lineage is not None
                 tier.offer(commit, begun.save_id, lineage.order, protected)
                 return
-            hooks.run(commit)
+            hooks.committed(commit)
             if remote is not None:
                 remote.offer(commit, protected)
 
