@@ -1,7 +1,7 @@
 """Damage to a checkpoint's files, as by a disk, a network, an interrupted copy or a person.
 
 Each is a function of the folder; all are made from a seed. They keep away from what only an attacker does (a CRC-32
-made right again): those are in ``test_damaged_checkpoints.py``.
+recomputed): those are in ``test_forged_checkpoints.py``.
 """
 
 from __future__ import annotations
