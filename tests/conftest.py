@@ -20,7 +20,7 @@ SLOW_TIMEOUT_S = 900
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a test that takes minutes more time than the others, unless it says how much it wants."""
+    """Give a test that takes minutes more time than the others, unless it sets its own limit."""
     for item in items:
         if item.get_closest_marker("slow") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))

@@ -1,4 +1,4 @@
-"""Who may import whom, and that the command line never pays for torch."""
+"""The layers of imports, and a command line that never imports torch."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ NAMES = [
 
 
 def test_public_names_are_these() -> None:
-    """Taking one away or renaming it breaks somebody's program: do so only with a major version."""
+    """Removing or renaming one breaks users' programs: only with a major version."""
     assert sorted(milepost.__all__) == sorted(NAMES)
     assert dir(milepost) == sorted([*NAMES, "__version__", "open"])
 

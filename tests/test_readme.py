@@ -41,7 +41,7 @@ def code_blocks(language: str) -> list[str]:
 
 
 def test_the_loop_of_the_readme_saves_and_resumes_as_if_nothing_had_happened(tmp_path: Path):
-    """Three runs, each in a fork of one process that has imported torch: whole, crashed at step 25, resumed."""
+    """Three runs, each in a fork of one process that has imported torch: uninterrupted, crashed at step 25, resumed."""
     (loop,) = [block for block in code_blocks("python") if "CheckpointManager" in block]
     runs = tmp_path / "runs.py"
     runs.write_text(

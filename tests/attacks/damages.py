@@ -34,7 +34,7 @@ def damages(intact: Path, older: Path, seed: int, count: int) -> Iterator[Damage
     data = sorted(path.name for path in intact.iterdir() if path.name not in small)
     made = 0
     while made < count:
-        # Every second one in a data file: there most bytes are.
+        # Every second one in a data file, which have most of the bytes.
         name = rng.choice(data) if made % 2 else rng.choice([*small, *data])
         kind = rng.choice([*_CONTENTS, *_CONTENTS, *_FILES])
         if kind in _CONTENTS:
@@ -107,7 +107,7 @@ def _misdirected(rng: random.Random, data: bytes, older: bytes) -> bytes:
 
 
 def _stale(rng: random.Random, data: bytes, older: bytes) -> bytes:
-    """A sector of the save before, as a write that was lost leaves it."""
+    """A sector of the previous save, as after a lost write."""
     start, stop = _sector(rng, data)
     return data[:start] + older[start:stop].ljust(stop - start, b"\0") + data[stop:]
 

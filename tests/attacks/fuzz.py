@@ -66,7 +66,7 @@ _SLOT = struct.Struct("<qq")  # number of the input that is being tried, its len
 
 @dataclass
 class Failure:
-    """An input that did what none may do. ``file`` is where it was saved."""
+    """An input with a forbidden effect. ``file`` is where it was saved."""
 
     target: str
     number: int
@@ -92,7 +92,7 @@ class Outcome:
 
 
 class Forbidden(BaseException):
-    """An input made a reader do something else than read."""
+    """An input made a reader do something other than read."""
 
 
 class TooSlow(BaseException):
@@ -120,7 +120,7 @@ class Guard:
 
     def _is_harmless(self, event: str, args: tuple[Any, ...]) -> bool:
         if event in _HARMLESS or (event == "import" and str(args[0]).startswith("encodings.")):
-            return True  # of the encodings all are loaded: what is imported now does not exist
+            return True  # all encodings are loaded: what is imported from now on does not exist
         path = os.fsdecode(args[0]) if args and isinstance(args[0], str | bytes | os.PathLike) else ""
         inside = path.startswith(self._scratch + "/")
         if event == "open":
@@ -199,7 +199,7 @@ def _limit(guard: Guard) -> None:
 
 
 def _attempt(target: Target, data: bytes, scratch: Path, guard: Guard) -> tuple[str, str | None, float]:
-    """A short name for what came of an input; what is wrong with that, or None; and how long it took."""
+    """A short name for the outcome of an input; the fault in it, or None; and the seconds it took."""
     if target.prepare is not None:
         target.prepare(data, scratch)
     guard.seen.clear()
@@ -223,7 +223,7 @@ def _attempt(target: Target, data: bytes, scratch: Path, guard: Guard) -> tuple[
 
 
 def _shape_of(message: str) -> str:
-    """A message without what differs from input to input."""
+    """A message without the parts that differ from input to input."""
     return re.sub(r"'[^']*'?|\"[^\"]*\"?|[0-9a-fx.,-]*\d[0-9a-fx.,-]*", "#", message[:400])[:120]
 
 
@@ -346,7 +346,7 @@ def _save(failures: Sequence[Failure], folder: Path) -> None:
 
 
 def replay(file: Path) -> int:
-    """Try one saved input again, under the same limits, and say what comes of it; 1 if it fails."""
+    """Try one saved input again, under the same limits, and print the outcome; 1 if it fails."""
     target = TARGETS[file.name.rpartition("-")[0].replace("_", " ")]
     data = file.read_bytes()
     once = replace(target, mutate=lambda *_: data)

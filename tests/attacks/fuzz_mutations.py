@@ -335,7 +335,7 @@ def zip_of(entries: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
 def framed(
     unwrap: Callable[[bytes], bytes | None], wrap: Callable[[bytes, bytes], bytes], inner: Mutator, *, raw: float = 0.2
 ) -> Mutator:
-    """Changes what ``unwrap`` takes out of an input, and lets ``wrap(changed, input)`` put a right frame around it.
+    """Changes the content that ``unwrap`` takes out of an input; ``wrap(changed, input)`` puts a valid frame around it.
 
     Inputs without a frame, and a part ``raw`` of the others, are changed as bytes.
     """
@@ -351,7 +351,7 @@ def framed(
 
 
 def with_crc(inner: Mutator) -> Mutator:
-    """For what ends with the CRC-32 of all before it."""
+    """For files that end with the CRC-32 of all before it."""
     return framed(
         lambda data: data[:-4] if len(data) >= 4 else None,
         lambda content, _: content + struct.pack("<I", crc32(content)),

@@ -169,7 +169,7 @@ TORCH_FILES = list(torch_files())
 
 
 def safetensors_files() -> Iterator[bytes]:
-    """Headers that lie about what follows, and JSON that readers take differently."""
+    """Headers that contradict the data, and JSON that readers interpret differently."""
     entry: dict[str, object] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
     def made(header: object, data: bytes = bytes(8), pad: bytes = b"") -> bytes:
@@ -225,7 +225,7 @@ CONFIGS = list(configs())
 
 
 def indexes() -> Iterator[bytes]:
-    """Indexes that name files which they must not."""
+    """Indexes that name forbidden files."""
     for name in ("../x.safetensors", "/etc/passwd", "-rf.safetensors", ".hidden.safetensors", "a\nb.safetensors",
                  "pytorch_model.bin", "a\\b.safetensors", "", "x" * 300 + ".safetensors", "config.json",
                  "con.safetensors", "model.safetensors.index.json",

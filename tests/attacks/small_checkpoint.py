@@ -41,11 +41,11 @@ def save_state(path: Path) -> None:
 
 
 def load_everything(step: Path) -> MilepostError | None:
-    """The error of loading all of it; None if there is none, and then every value must be right."""
+    """The error of loading all of it; None if there is none, and then every value must be unchanged."""
     into = blank()
     try:
         milepost.load(step, into)
     except (CheckpointDamagedError, CheckpointNotFoundError) as error:
         return error
-    assert is_unchanged(into), "something wrong was loaded"
+    assert is_unchanged(into), "a changed value was loaded"
     return None

@@ -1,5 +1,5 @@
-"""Hundreds of damages of a run's newest step: each is reported, nothing wrong is loaded, and a resume starts from the
-newest intact step on all ranks together, or says why it can't.
+"""Hundreds of damaged copies of a run's newest step: each is reported, no damaged byte is loaded, and a resume starts
+from the newest intact step on all ranks together, or reports why it can't.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_world(save_run, 2, folder, timeout_s=60)
     assert [entry.state for entry in scan(folder)] == ["committed"] * len(STEPS)
     sizes = [[(file.name, file.stat().st_size) for file in sorted(step_of(folder, n).glob("__*"))] for n in STEPS]
-    assert sizes[0] == sizes[1] == sizes[2], "files of two saves must be of one size, or swaps would show by that"
+    assert sizes[0] == sizes[1] == sizes[2], "files of two saves must have the same size, or swaps would be found by it"
     return folder
 
 
@@ -178,7 +178,7 @@ def check_named(damage: Damage, step: Path, intact: Path) -> VerifyReport | None
     assert not report.is_sound, f"{damage.what}: nothing was found"
     named = {problem.file for problem in report.problems}
     if {MANIFEST_NAME, SHARDS_NAME, DIGESTS_NAME} & set(damage.files):
-        # What the data must be is not known then.
+        # The expected data is not known then.
         assert named & {*damage.files, MANIFEST_NAME}, (damage.what, report.problems)
         return report
     missing = set(damage.files) - named
@@ -430,7 +430,7 @@ def test_a_step_that_is_saved_again_is_good_again(intact: Path, memory_path: Pat
 
 
 def two_of_three(folder: Path, intact: Path) -> list[list[str]]:
-    """The two newest steps are damaged, one as a scan sees, one as only a read does; then the last one too."""
+    """The two newest steps are damaged, one visibly to a scan, one only to a read; then the last one too."""
     run = Run(folder)
     if dist.get_rank() == 0:
         restore(intact, folder)

@@ -1,4 +1,4 @@
-"""Folders that were damaged: nothing wrong is ever loaded or overlooked.
+"""Folders that were damaged: no damaged byte is ever loaded or overlooked.
 
 Forged ones are in ``test_forged_checkpoints.py``; the parsers alone are attacked in ``test_hostile_formats.py``.
 """
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, u
 
 
 def check_found(step: Path, what: str) -> tuple[bool, bool]:
-    """Damage must be found by ``verify``, and by a load of everything unless it lies where a load has no business."""
+    """Damage must be found by ``verify``, and by a load of everything unless no load reads the place."""
     error = load_everything(step)
     try:
         report = verify(step)

@@ -1,4 +1,4 @@
-"""Folders that were forged: no code of theirs runs, no name of theirs leaves the folder, no claim is believed."""
+"""Folders that were forged: none of their code runs, no file outside is read, and no false size is believed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, u
 
 
 class Evil:
-    """A pickle of this makes a file when it is loaded carelessly."""
+    """Unpickling this without restriction creates a folder."""
 
     def __init__(self, proof: Path):
         self._proof = proof
@@ -223,7 +223,7 @@ def test_absurd_shapes_are_refused(step: Path) -> None:
 
 
 def test_place_of_another_tensor_is_refused(step: Path) -> None:
-    """Its header says what it is, and its digests are others."""
+    """Its header is valid, and its digests belong to another tensor."""
     theirs = shard_of(step, "half")
     scalar = shard_of(step, "scalar")
     assert theirs.data_offset is not None

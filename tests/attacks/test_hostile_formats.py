@@ -1,4 +1,4 @@
-"""Files made to do harm: whatever is in them, a FormatError comes out, soon, and nothing else happens."""
+"""Malicious files: whatever they hold, reading them raises FormatError, soon, and has no other effect."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_compressed_entries_are_refused():
 
 
 def test_a_directory_that_points_outside_or_elsewhere_is_refused():
-    """Each 32-bit field of the directory in turn is set to a huge value: refused, or of no consequence."""
+    """Each 32-bit field of the directory in turn is set to a huge value: refused, or without effect."""
     start = RECORD.index(b"PK\x01\x02")
     wanted = locate(RECORD)
     for position in range(start, len(RECORD) - 3):

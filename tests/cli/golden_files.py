@@ -1,6 +1,6 @@
-"""The files with what commands print, to the letter, which a person has read.
+"""The exact output of commands, reviewed by a person.
 
-After a change on purpose: ``MILEPOST_WRITE_GOLDEN=1 pytest tests/cli``, then read the difference.
+After an intended change: ``MILEPOST_WRITE_GOLDEN=1 pytest tests/cli``, then read the difference.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def compare(name: str, text: str) -> None:
-    """Hold ``text`` against a file of ``tests/golden``, or write it there if the option is given."""
+    """Compare ``text`` with a file of ``tests/golden``, or write it there if the option is given."""
     golden = GOLDEN / name
     if os.environ.get("MILEPOST_WRITE_GOLDEN"):
         golden.write_text(text)

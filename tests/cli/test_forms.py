@@ -207,7 +207,7 @@ def test_ls_says_what_is_being_written_and_by_whom(storage: LocalStorage, capsys
 def test_a_step_that_a_load_has_marked_is_exported_when_it_is_named(
     storage: LocalStorage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As recover.md says: the damage may be elsewhere, and every byte that is read is checked."""
+    """As documented in recover.md: the damage may be elsewhere, and every byte that is read is checked."""
     from milepost.cli.export_cmd import step_to_export
 
     catalog.mark_damaged(storage, "run/step-2", "bytes 0 to 9 of 'x' changed", now=1.0)

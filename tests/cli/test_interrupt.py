@@ -42,7 +42,7 @@ def interrupted(argv: list[str], after_s: float) -> int:
         status = main(argv)
         ended.set()
         thread.join()
-    except KeyboardInterrupt:  # it was done, and the key came a moment too late
+    except KeyboardInterrupt:  # it had ended before the key was pressed
         status = 0
     return status
 

@@ -1,4 +1,4 @@
-"""Long work says how far it is: a bar on a terminal, lines elsewhere, nothing when it is soon done."""
+"""Long work reports its progress: a bar on a terminal, lines elsewhere, nothing if it is short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``milepost prune`` deletes what its dry run says, and nothing that it can't judge."""
+"""``milepost prune`` deletes what its dry run lists, and nothing that it can't identify."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``milepost sync`` copies all that can be copied, reports what can't, and mixes no runs."""
+"""``milepost sync`` copies all that can be copied, reports the rest, and mixes no runs."""
 
 from __future__ import annotations
 

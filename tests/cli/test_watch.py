@@ -66,7 +66,7 @@ def test_rates_completion_and_what_is_stuck_are_reported(attempt: Path) -> None:
 
 
 def test_names_that_carry_the_id_of_the_save_are_of_a_rank_too(attempt: Path) -> None:
-    """As in a store. A rank that has only said that it failed has not signed off."""
+    """As in a store. A rank that has only reported a failure has not signed off."""
     for rank in range(3):
         name = f"__{rank}_0.distcp"
         (attempt / "data" / name).rename(attempt / "data" / tagged(name, "0123456789abcdef0123456789abcdef"))

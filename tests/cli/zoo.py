@@ -70,7 +70,7 @@ def make_branched(storage: LocalStorage) -> None:
 
 
 def make_external(storage: LocalStorage, path: str) -> None:
-    """Leave of a checkpoint what stock DCP writes."""
+    """Reduce a checkpoint to what stock DCP writes."""
     storage.remove(f"{path}/milepost.json")
     storage.remove(f"{path}/milepost.digests")
     storage.remove(f"{path}/milepost.shards")

@@ -1,4 +1,4 @@
-"""The garbage collector is held back while plans are made, and never for longer."""
+"""The garbage collector is paused while plans are made, and no longer."""
 
 from __future__ import annotations
 

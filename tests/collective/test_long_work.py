@@ -1,4 +1,4 @@
-"""A save or a load that takes long says how far it is, on one rank."""
+"""A long save or load reports its progress, on one rank."""
 
 from __future__ import annotations
 

@@ -295,5 +295,5 @@ def check_the_next_run(storage: LocalStorage, found: Shown, damaged: frozenset[i
 
 
 def quiet() -> None:
-    """Thousands of runs have thousands of warnings to give."""
+    """Thousands of runs would log thousands of warnings."""
     logging.getLogger("milepost").setLevel(logging.CRITICAL)

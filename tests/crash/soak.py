@@ -60,7 +60,7 @@ MARK = "MILEPOST_SOAK"
 
 
 class SoakError(AssertionError):
-    """The run did not come through."""
+    """The run did not survive."""
 
 
 # ---- victims and moments of kills ----
@@ -129,7 +129,7 @@ def flags(folder: Path, num_steps: int, *more: str) -> list[str]:
 
 
 def train_undisturbed(folder: Path, num_steps: int, *more: str) -> None:
-    """The run that nothing happens to, and that saves but once; its ranks are forks of this process."""
+    """The undisturbed run, which saves only once; its ranks are forks of this process."""
     argv = [f"--job.config_file={ROOT}/configs/debug_cpu.toml", *flags(folder, num_steps, *more)]
     argv += [f"--checkpoint.interval={num_steps}"]
     run_world(_train, NUM_RANKS, load_config(argv, NUM_RANKS), timeout_s=1200)
@@ -239,7 +239,7 @@ class Run:
         return 0
 
     def kill(self, victim: str) -> None:
-        """SIGKILL, and note what is there of the run."""
+        """Send SIGKILL, and record the state of the run."""
         kind, _, number = victim.partition(" ")
         ranks = sorted(children(self.pid()))
         if kind == "everything":
@@ -275,7 +275,7 @@ class Run:
             raise SoakError(f"step {self.acknowledged} was saved, there are {entries}")
 
     def finish(self) -> None:
-        """Wait for the run to end well."""
+        """Wait for the run to end with status 0."""
         assert self.launcher is not None
         try:
             status = self.launcher.wait(PATIENCE_S + self.num_steps)
@@ -294,7 +294,7 @@ class Run:
         return found
 
     def end(self) -> None:
-        """Leave no process behind, whatever has happened."""
+        """End all processes of the run, whatever has happened."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -419,7 +419,7 @@ def losses(folder: Path) -> Iterator[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for path in sorted((folder / "tb").glob("events.*")):
-        for event in LegacyEventFileLoader(str(path)).Load():  # up to where a kill has torn it
+        for event in LegacyEventFileLoader(str(path)).Load():  # up to the place where a kill cut it off
             yield from ((event.step, v.simple_value) for v in event.summary.value if v.tag == "loss")
 
 

@@ -1,6 +1,6 @@
-"""A clock that jumps by hours, back and forward, at any moment: no step is lost, nothing that lives is swept.
+"""A clock that jumps by hours, back and forward, at any moment: no step is lost, nothing of a live process is swept.
 
-Wall time is written down for people, and decides nothing but which steps of an hour or a day are kept.
+Wall time is recorded for people, and decides only which steps of an hour or a day are kept.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_saves_continue_and_keep_what_they_should(memory_path: Path, mode: str, 
 
 
 def test_by_wall_time_means_time_that_has_passed(memory_path: Path) -> None:
-    """Neither does a clock set forward make a save due, nor does one set back put it off."""
+    """A clock set forward does not make a save due, and one set back does not delay it."""
     config = CheckpointConfig(enable=True, interval=10**6, interval_seconds=0.4)
     model = Model(1.0)
     manager = CheckpointManager(memory_path / "run", config, model=model)
@@ -111,7 +111,7 @@ def test_by_wall_time_means_time_that_has_passed(memory_path: Path) -> None:
 
 @contextlib.contextmanager
 def another_living(do: Callable[[], object]) -> Iterator[None]:
-    """A process that has done this, lives meanwhile, and then ends without a word."""
+    """A process that has done this, lives for a while, and then exits without cleaning up."""
     ready, signal_ready = os.pipe()
     living, life = os.pipe()
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""Several processes at one run's folder: runs that want to write there, and commands that read and prune meanwhile."""
+"""Several processes use one run's folder: runs that write, and commands that read and prune at the same time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Child:
         return self._out.readline().rstrip("\n")
 
     def end(self) -> int:
-        """Let it come to its end; the wait status."""
+        """Let it end; return its wait status."""
         with contextlib.suppress(BrokenPipeError):
             self.send("end")
             self._in.close()
@@ -87,7 +87,7 @@ def _serve(serve: Any, reader: int, writer: int, others: tuple[int, ...]) -> NoR
 
 
 class Hesitant(WrappedStorage):
-    """Pauses before some operations, so that those of several processes meet in ever new orders."""
+    """Pauses before some operations, so that several processes interleave in many orders."""
 
     def __init__(self, inner: Storage, seed: int):
         super().__init__(inner)
@@ -235,7 +235,7 @@ def test_a_lock_that_cant_be_read_is_an_error_and_no_endless_loop(memory_path: P
 
 
 def test_a_run_whose_lock_was_taken_over_leaves_it_alone(memory_path: Path) -> None:
-    """It was stopped for longer than the lease, on another machine; then it comes to its end."""
+    """It was stopped for longer than the lease, on another machine; then it ends."""
     storage = LocalStorage(memory_path)
     lock = RunLock(storage, "run")
     path = memory_path / "run" / LOCK_NAME

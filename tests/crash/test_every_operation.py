@@ -1,4 +1,4 @@
-"""A run that dies, or meets an error, at any operation on its storage, from its start to the end of its save.
+"""A run that dies, or gets an error, at any operation on its storage, from its start to the end of its save.
 
 Whatever happens: a scan shows the state before or the state after, never a mix; the next run resumes from it, leaves
 nothing behind, and saves. (``tests/run/test_commit.py`` does the same to the commit protocol alone.)

@@ -1,4 +1,4 @@
-"""Two ranks, and their writer processes, that meet an error or are killed at any operation on their storages.
+"""Two ranks, and their writer processes, that get an error or are killed at any operation on their storages.
 
 An error at any operation of any process is raised on both ranks, or does no harm. Whatever is killed, one process or
 all at once: a scan shows the state before or the state after, each byte of it; what was reported to a user as committed
@@ -133,7 +133,7 @@ def strike(place: Place, fault: Fault, operation: Operation) -> None:
 
 
 def attempt(folder: Path, template: Path, case: Case, mode: str, fault: Fault) -> str | None:
-    """Make the run with the fault. What is wrong then; empty if all is well; None if the fault was not met."""
+    """Make the run with the fault. Returns what is wrong; empty if nothing is; None if the fault did not occur."""
     place = Place(folder)
     shutil.copytree(template, folder / "disk")
 

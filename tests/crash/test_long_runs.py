@@ -266,7 +266,7 @@ NUM_KILLS = 10
 def test_nothing_is_left_of_a_trainer_that_is_killed_at_any_moment(
     memory_path: Path, tally: Callable[..., None]
 ) -> None:
-    """Its writer process ends, and the shared memory with it: that never had a name."""
+    """Its writer process ends, and the unnamed shared memory is freed with it."""
     rng = random.Random(SEED)
     for number in range(NUM_KILLS):
         folder = memory_path / str(number)

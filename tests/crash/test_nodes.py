@@ -63,7 +63,7 @@ def steps_here(base: Path) -> list[int]:
 
 
 class Run:
-    """A few steps of training of a sharded model, a replicated one and a scheduler, as one life of a job."""
+    """A few steps of training of a sharded model, a replicated one and a scheduler, as one start of a job."""
 
     def __init__(self, base: Path, seen: list[Commit] | None = None, **options: Any):
         os.environ["NODE_DISK"] = str(home(base))
@@ -119,7 +119,7 @@ class Run:
         return found
 
     def drop(self) -> None:
-        """End as a job that is killed does: nothing more is copied."""
+        """End like a job that is killed: nothing more is copied."""
         self.manager._leave()
 
 
@@ -230,7 +230,7 @@ def killed_behind_the_remote_folder(base: Path) -> None:
     again.drop()
     dist.barrier()
 
-    # A bit of it has changed on one node: all ranks go back to the step before, and no rank keeps the newer state.
+    # A bit of it has changed on one node: all ranks load the step before, and no rank keeps the newer state.
     if dist.get_rank() == 3:
         flip_in_weights(home(base) / "run/step-3")
     dist.barrier()
@@ -242,7 +242,7 @@ def killed_behind_the_remote_folder(base: Path) -> None:
     again.drop()
     dist.barrier()
 
-    # What a node has of the step that the remote folder has too is damaged: that node reads it there.
+    # One node's part of a step is damaged, and the remote folder has the step: that node reads it there.
     if dist.get_rank() == 3:
         assert catalog.examine(*open_storage(home(base) / "run/step-3")).state == "damaged"
         flip_in_weights(home(base) / "run/step-2")
@@ -274,7 +274,7 @@ def lost_parts(base: Path) -> None:
         shutil.rmtree(home(base) / "run/step-2")
     dist.barrier()
 
-    # Nodes that disagree on the newest step go on from one that all have, and say so.
+    # Nodes that disagree on the newest step resume from one that all have, and log it.
     again = Run(base, remote_every_n_steps=100)
     report = again.load()
     assert report is not None
@@ -286,7 +286,7 @@ def lost_parts(base: Path) -> None:
         shutil.rmtree(home(base))
     dist.barrier()
 
-    # What was there is lost: that is no new run.
+    # The steps are lost, which must not start a new run.
     again = Run(base, remote_every_n_steps=100)
     with pytest.raises(CheckpointDamagedError, match="refusing to start a new run over existing steps"):
         again.load()
@@ -411,7 +411,7 @@ def test_copies_that_are_killed_are_made_again(memory_path: Path, monkeypatch: p
 
 
 def one_copy_killed(base: Path) -> float:
-    """Of node 1 alone: node 0's process knows nothing of it, and waits for the part."""
+    """On node 1 alone: node 0's process is not informed, and waits for the part."""
     run = Run(base)
     run.load()
     if dist.get_rank() == RANKS_A_NODE:

@@ -94,7 +94,7 @@ def record(
 
 @dataclass
 class Findings:
-    """The outcome of the states that were tried. ``wrong`` describes each that lost something."""
+    """The outcome of the states that were tried. ``wrong`` describes each that lost data."""
 
     tried: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -261,7 +261,7 @@ ON_SWEEPING = [("the same step again", True), ("the same step again", False), ("
 def test_a_power_cut_while_the_next_run_clears_up(
     memory_path: Path, tally: Tally, name: str, can_exchange: bool
 ) -> None:
-    """It builds on what it sees of a killed run, which had no time to sync it."""
+    """It relies on what a killed run left, which had no time to sync it."""
     case = replace(CASES[name], saves=CASES[name].saves[:1])
     note(explore_sweeping(memory_path, case, before_syncs, can_exchange), tally, LATER)
 

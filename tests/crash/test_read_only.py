@@ -1,4 +1,4 @@
-"""A file system that is mounted read-only, before or under a run: saves fail with the reason, all that reads works."""
+"""A file system that is mounted read-only, before or under a run: saves fail with the reason, reads succeed."""
 
 from __future__ import annotations
 
@@ -134,6 +134,6 @@ def test_what_works_on_a_read_only_file_system(
             file.seek(6000)
             file.write(b"damage")
         remount(folder, "ro")
-        assert on_both(read) == [(1, {1.0})] * 2  # no mark can be left, none is needed
+        assert on_both(read) == [(1, {1.0})] * 2  # no mark can be written, and none is needed
         assert main(["verify", str(run_folder)]) == 5
     tally("reading, listing, verifying on a file system that is mounted read-only", tried=4, lost=0)

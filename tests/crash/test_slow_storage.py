@@ -1,4 +1,4 @@
-"""Storage that is slow, hangs, or shows late what others wrote, as a network file system may, on two ranks.
+"""Storage that is slow, hangs, or shows files of other processes late, as a network file system may, on two ranks.
 
 A save on it takes longer or fails on all ranks, with a log that names the rank and what it does; and no half
 checkpoint is ever shown, whoever wakes up when.
@@ -246,7 +246,7 @@ def test_hung_storage_in_the_background(memory_path: Path, mode: str, operation:
         seconds = time.monotonic() - started
         assert whole_steps(memory_path) == []
         if comm.rank == 0:
-            assert not wake.exists()  # rank 1 hangs still
+            assert not wake.exists()  # rank 1 still hangs
             wake.touch()
         assert first.rank == 1
         raised = failure_of(lambda: save(saver, 2))  # of the save before, on every rank
@@ -267,7 +267,7 @@ def test_hung_storage_in_the_background(memory_path: Path, mode: str, operation:
 
 @pytest.mark.parametrize("operation", ["write_at", "rename"])
 def test_the_rank_that_commits_hangs(memory_path: Path, operation: str, tally: Tally) -> None:
-    """The other one names it in time; what it commits when it wakes up is whole."""
+    """The other one names it in time; a step that it commits after it wakes up is complete."""
     wake = memory_path / "wake"
 
     def wrap(name: str, storage: Storage) -> Storage:

@@ -1,4 +1,4 @@
-"""Training on a store that ends bit for bit as an undisturbed run; ``store_soak`` says how."""
+"""Training on a store that ends bit for bit as an undisturbed run; see ``store_soak``."""
 
 from __future__ import annotations
 

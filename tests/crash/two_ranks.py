@@ -81,7 +81,7 @@ class PairComm:
         raise NotImplementedError("two ranks of one machine read for themselves")
 
     def post(self, name: str, text: str) -> None:
-        """Lost, as it may be: storage records alone must do."""
+        """Dropped, which is allowed: records in storage must suffice."""
 
     def look_up(self, name: str) -> str | None:
         return None
@@ -104,7 +104,7 @@ class Outcome:
 
 
 def run_pair(act: Callable[[PairComm], Any], *, timeout_s: float = 60.0) -> list[Outcome]:
-    """``act(comm)`` on two forked ranks, and what came of it, once all processes that they started have ended.
+    """``act(comm)`` on two forked ranks, and the outcomes, once all processes that they started have ended.
 
     Anything but an error of Milepost's or the loss of the other rank fails the test, as does a process that still runs
     after ``timeout_s``. All processes of the pair are one process group.

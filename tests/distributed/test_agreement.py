@@ -143,7 +143,7 @@ def save_a_mixture(folder: Path) -> list[list[int]]:
 def test_ranks_plan_alone_whatever_they_hold_and_whichever_of_them_has_forgotten(tmp_path: Path) -> None:
     whole = torch.arange(40.0).reshape(10, 4)
     for asked in run_world(save_a_mixture, 4, tmp_path):
-        # One of each stage; if rank 0 has forgotten, all, for their own state; and one that has become different.
+        # One of each stage; if rank 0 has forgotten, all, for their own state; and one whose structure has changed.
         assert [num for num, _ in asked] == [2, 0, 0, 4, 1, 0]
     for number in range(6):
         read = milepost.load(tmp_path / f"step-{number}")

@@ -155,7 +155,7 @@ def _die_after_staging(folder: Path) -> None:
 def test_a_killed_run_is_committed_by_its_writers_and_the_next_run_waits_for_them(tmp_path: Path):
     with pytest.raises(WorldError, match="died with exit status -9"):
         run_world(_die_after_staging, 2, tmp_path)
-    # Started at once, while the writers may still be at it.
+    # Started at once, while the writers may still be running.
     losses = run_world(_train, 2, tmp_path, "async", 4)
     assert [len(found) for found in losses] == [2, 2], "steps 1 and 2 were not trained again"
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".attempt")]

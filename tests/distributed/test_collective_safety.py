@@ -168,7 +168,7 @@ class Run:
         assert self.manager.save(self.step, last_step=self.config.interval != 1)
 
     def save_another_structure(self) -> None:
-        """Then the plan of the save before is of no use."""
+        """Drop the plan of the previous save."""
         self.parts["train_state"].more = {f"new{self.step}": 1}
         self.save()
 
@@ -199,7 +199,7 @@ class Run:
         ranks: tuple[int, ...] = tuple(range(RANKS)),
         make: Callable[[str], BaseException] = Injected,
     ) -> None:
-        """On each of ``ranks`` in turn let ``act`` meet an error; then, after a load, a save must be committed."""
+        """On each of ``ranks`` in turn make ``act`` fail; then, after a load, a save must be committed."""
         for bad in ranks:
             is_bad = dist.get_rank() == bad
             started = time.monotonic()
@@ -220,7 +220,7 @@ class Run:
             self.inject(name, places, act, ranks=(0,), **options)
 
     def finish(self) -> list[Outcome]:
-        """Let go; what is left must be whole, the last save above all."""
+        """Close; every step left must be complete, the last save above all."""
         self.manager.close()
         dist.barrier()
         entries = catalog.scan(LocalStorage(self.folder.parent), self.folder.name)
@@ -316,7 +316,7 @@ def walk_interrupted(folder: Path) -> list[Outcome]:
     background.save()
 
     def save_and_hear() -> None:
-        """The rank that is interrupted while it stages must take part in the next call all the same."""
+        """The rank that is interrupted while it stages must still take part in the next call."""
         interrupt = None
         try:
             background.save()

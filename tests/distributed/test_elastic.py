@@ -113,7 +113,7 @@ def test_every_sample_comes_once_whatever_ranks_the_job_comes_back_with(
         readers = {segment.dp_rank: segment.samples for segment in ranks}
         assert all(readers[segment.dp_rank] == segment.samples for segment in ranks)
         for samples in readers.values():
-            assert seen.keys().isdisjoint(samples), "a sample came twice"
+            assert seen.keys().isdisjoint(samples), "a sample was used twice"
             seen |= samples
         for segment in ranks:
             assert segment.losses == pytest.approx({n: whole.losses[n] for n in segment.losses}, abs=1e-5)
@@ -141,7 +141,7 @@ class Agent:
         return sorted(int(pid) for thread in threads for pid in (thread / "children").read_text().split())
 
     def kill(self) -> None:
-        """End it and its ranks at once, as a machine that loses power would."""
+        """Kill it and its ranks at once, like a power cut of the machine."""
         if self.process.poll() is None:
             for pid in [self.process.pid, *self.ranks()]:
                 os.kill(pid, signal.SIGKILL)
@@ -156,7 +156,7 @@ class Agent:
             time.sleep(0.005)
 
     def finish(self, timeout_s: float = 100.0) -> str:
-        """All the output of an agent that ends well."""
+        """All output of an agent, which must exit with status 0."""
         try:
             status = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -186,7 +186,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """The run on two ranks that nothing happens to."""
+    """The undisturbed run on two ranks."""
 
     folder: Path
     losses: dict[int, float]

@@ -193,7 +193,7 @@ def test_error_of_one_rank_is_raised_on_every_rank(tmp_path: Path, world_size: i
 
 @contextmanager
 def storage_of_this_rank(wrap: Callable[[Storage], Storage]) -> Iterator[None]:
-    """Whatever opens a storage meanwhile gets it wrapped."""
+    """Every storage opened within the block is wrapped."""
 
     def opened(path: str) -> tuple[Storage, str]:
         storage, name = open_storage(path)
@@ -339,7 +339,7 @@ def test_failure_of_what_only_rank_0_does(tmp_path: Path) -> None:
 
 
 def fall_back(folder: Path) -> tuple[int | None, int, list[Outcome], tuple[str, ...]]:
-    """Only the last rank reads the damaged bytes; all go back to the older step together."""
+    """Only the last rank reads the damaged bytes; all fall back to the older step together."""
     manager, progress = manager_of(folder)
     last = dist.get_world_size() - 1
     for step in (1, 2, 3):

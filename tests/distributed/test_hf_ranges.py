@@ -126,7 +126,7 @@ def flatten_layout(leaves: dict[str, TensorLeaf]) -> LocalLayout:
 
 
 def walk(folder: Path) -> list[tuple[str, list[str], int]]:
-    """For each layout: what was wrong on this rank after the load, and how many bytes it read."""
+    """For each layout: the differences on this rank after the load, and the bytes it read."""
     results = []
     for index, layout in enumerate(LAYOUTS):
         work = folder / layout.model

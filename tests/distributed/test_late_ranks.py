@@ -26,7 +26,7 @@ LATE_S = 12.0
 
 
 def save_late(folder: Path, late: list[int]) -> tuple[str, int | None, str]:
-    """Save once with some late ranks, then once more; what the first raised, and what is there in the end."""
+    """Save once with some late ranks, then once more; the error of the first, and the steps at the end."""
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     state = {"w": DTensor.from_local(torch.full((2, 4), float(rank)), mesh, [Shard(0)])}

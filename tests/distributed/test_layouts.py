@@ -103,7 +103,7 @@ def test_layout_trains_as_one_process(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts], ids=str)
 def test_the_boxes_of_plan_resume_are_those_of_the_trainers_tensors(layout: Layout) -> None:
-    """One set of rules, so that a plan can't drift from what the trainer does."""
+    """One set of rules, so that a plan can't drift from the trainer."""
     _, args = MODELS[layout.model]
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in MODELS[layout.model][0](args, SEQ_LEN).state_dict().items()}

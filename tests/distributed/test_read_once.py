@@ -155,7 +155,7 @@ def test_a_bad_digest_fails_every_rank(memory_path: Path) -> None:
 
 
 class FailsToRead(FaultyStorage):
-    """Its second read of data fails, as of a disk that is gone."""
+    """Its second read of data fails, as if the disk were gone."""
 
     def around(self, operation: Operation, act: Callable[[], Any], half: Callable[[], None] | None = None) -> Any:
         if operation.name == "read_into" and operation.nbytes > 1 << 20:
@@ -234,7 +234,7 @@ def test_by_default_a_local_disk_is_read_by_each_and_a_network_once(memory_path:
 
 
 class SlowToRead(WrappedStorage):
-    """Each rank reads 20 MB/s, as of a server that gives each of its clients so much."""
+    """Each rank reads 20 MB/s, as from a server that limits each client to that rate."""
 
     def around(self, operation: Operation, act: Callable[[], Any], half: Callable[[], None] | None = None) -> Any:
         if operation.name == "read_into":
@@ -271,7 +271,7 @@ def read_as_is_faster(folder: Path) -> list[int]:
         ):
             report = milepost.load(folder / "step-1", whole)
         found.append(trace.nbytes("read_into"))
-        assert 0.99 * found[-1] <= report.read_nbytes <= found[-1]  # but for options and the like
+        assert 0.99 * found[-1] <= report.read_nbytes <= found[-1]  # apart from options and similar values
     return found
 
 

@@ -123,7 +123,7 @@ class Run:
                     yield name, f"{name}/{kind}", value
 
     def forget(self) -> None:
-        """Overwrite everything, so that nothing is right because it was left as it was."""
+        """Overwrite everything, so that a value left unchanged is noticed."""
         with torch.no_grad():
             for _, _, tensor in self.tensors():
                 tensor.fill_(math.nan)
@@ -265,7 +265,7 @@ def test_state_saved_under_one_layout_comes_back_under_another(
 
 @pytest.mark.parametrize("family", [DENSE, EXPERTS], ids=["dense", "experts"])
 def test_saved_states_are_those_of_one_training_run(family: list[Layout], saved: dict[Layout, list[Saved]]) -> None:
-    """The states that the matrix compares have every key, and are equal on all degrees up to rounding."""
+    """The compared states have every key, and are equal on all degrees up to rounding."""
     one, *others = [merged([rank.state for rank in saved[layout]]) for layout in family]
     for other in others:
         assert other.keys() == one.keys()

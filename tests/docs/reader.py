@@ -43,7 +43,7 @@ class Counted:
 
 
 def settle(folder: Path) -> None:
-    """Make in ``folder`` what the pages speak of: the steps of a run, and folders of Hugging Face models."""
+    """Create in ``folder`` what the pages mention: the steps of a run, and folders of Hugging Face models."""
     model = build_model("llama3", "debugmodel", vocab_size=256, seq_len=32)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
@@ -147,7 +147,7 @@ def run(words: list[str]) -> int:
 
 
 def prepare(words: list[str]) -> None:
-    """Do what an example that stands alone takes to have been done."""
+    """Do what a self-contained example assumes to have been done."""
     for needed, line in MADE_BEFORE.items():
         if needed == words[1] or (needed in words and words[1] == "diff"):
             assert main(line.split()) == 0

@@ -144,7 +144,7 @@ def test_what_is_not_run_is_still_checked() -> None:
 
 @pytest.mark.timeout(300)
 def test_the_first_training_of_the_quickstart_runs_and_is_looked_at(place: Path) -> None:
-    """Its command with a smaller batch and fewer steps; then what the page says to look at it with."""
+    """Its command with a smaller batch and fewer steps; then the commands with which the page inspects it."""
     (line, *_) = [words for words in shell_commands(ROOT / "docs/quickstart.md") if "./run_train.sh" in words]
     shown = subprocess.list2cmdline(line).replace("./", f"{ROOT}/")
     cheap = "--training.steps=2 --training.seq_len=32 --training.local_batch_size=1 --checkpoint.interval=1"

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: generated pages are current, and commands and options exist."""
+"""The documentation agrees with the code: generated pages are current, and commands and options exist."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def other_step(folder: Path) -> str:
 
 
 def one_comes_late(folder: Path) -> list[str]:
-    """Rank 1, or rank 0, comes seconds later: the one that waits says for whom."""
+    """Rank 1, or rank 0, comes seconds later: the one that waits logs for which rank."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

@@ -445,7 +445,7 @@ def test_any_key_or_glob_can_be_left_as_it_is(memory_path: Path) -> None:
 
 
 def test_an_exclusion_that_leaves_a_part_incomplete(memory_path: Path) -> None:
-    """Some of a parameter's state is of no use; where the run has the rest, it is kept. Generators are left whole."""
+    """Parts of a parameter's state may be excluded; the run's own values are kept. Generators are left unchanged."""
     scheduled(memory_path)
     fresh = scheduled(memory_path, cosine, 0, exclude_from_loading=["optimizer.state.*.step"])
     with pytest.raises(StateMismatchError, match=r"head.weight: step excluded, and this run has none yet"):

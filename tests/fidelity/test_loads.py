@@ -1,5 +1,5 @@
 """``milepost.load``: fresh objects and empty containers are filled, all of a checkpoint can be had without a template,
-and nothing is left out or left unfilled without a word."""
+and nothing is left out or left unfilled silently."""
 
 from __future__ import annotations
 

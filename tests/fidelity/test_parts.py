@@ -335,7 +335,7 @@ def save_scales_of_shards(folder: Path, at_first: bool) -> list[tuple[float, lis
 
 @pytest.mark.parametrize("at_first", [False, True])
 def test_a_scale_of_each_shards_own_is_kept_for_each(memory_path: Path, at_first: bool) -> None:
-    """A part that all shards have may be a table of them all, or each one's own that is alike by chance."""
+    """A part that all shards have may be a table of them all, or each one's own that is equal by chance."""
     for rank, found in enumerate(run_world(save_scales_of_shards, 2, memory_path, at_first, timeout_s=60)):
         codes = [[rank + 1] * 4] * 2
         assert found == [(float(rank + 1) if at_first else 1.0, codes), (10.0 * (rank + 1), codes)]

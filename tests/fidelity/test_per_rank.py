@@ -283,7 +283,7 @@ def test_buffers_under_data_parallelism_are_all_of_one_rank(memory_path: Path) -
 
 
 def drifting(folder: str) -> tuple[str, str]:
-    """One element of a large replica is off: a sample may miss it, a look at all of it does not."""
+    """One element of a large replica is off: a sample may miss it, a comparison of all elements does not."""
     model = nn.Linear(512, 512)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The page on what a state may hold says what the tests find."""
+"""The page on the supported state agrees with the tests."""
 
 from __future__ import annotations
 

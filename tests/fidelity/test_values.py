@@ -407,7 +407,7 @@ def test_two_keys_that_look_alike_are_refused(memory_path: Path) -> None:
 
 
 def test_a_class_that_this_program_does_not_know(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named, with what to do; the step counts as good, and nothing is changed."""
+    """Named, with what to do; the step counts as undamaged, and nothing is changed."""
     milepost.save(memory_path / "step-1", {"phase": Phase.STABLE, "w": torch.ones(2)})
     monkeypatch.setattr(registry, "_by_name", {})
     into = {"phase": None, "w": torch.zeros(2)}

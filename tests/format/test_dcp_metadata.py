@@ -1,4 +1,4 @@
-"""``.metadata``: stock DCP's is read without pickle, ours is read by stock DCP, and both say the same."""
+"""``.metadata``: stock DCP's is read without pickle, ours is read by stock DCP, and both hold the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_ours(value: metadata.Metadata) -> DcpMetadata:
-    """Torch's own reading of ``.metadata`` in our words."""
+    """Torch's own reading of ``.metadata``, as our types."""
     tensors = {
         key: DcpTensor(
             str(entry.properties.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""``milepost.json`` of format 2: its head alone lists a step, and nothing that could lead astray is accepted."""
+"""``milepost.json`` of format 2: its head alone lists a step, and nothing misleading is accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: what we write, torch and zipfile read; what any torch writes, we find."""
+"""Records: torch and zipfile read ours, and we find those of any torch."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_finding_a_tensor_takes_few_small_reads_whatever_its_size():
 
 
 def test_any_flipped_byte_of_the_structure_is_refused_or_leaves_the_place_as_it_was():
-    """A flip may change what is not used (dates, padding), but never lead elsewhere silently."""
+    """A flip may change what is not used (dates, padding), but never make a reader return other data silently."""
     raw = raw_of("float32", (6,))
     record = our_record("float32", (6,), raw)
     wanted = locate(record)
@@ -270,7 +270,7 @@ def test_a_damaged_object_is_refused():
 
 
 def test_records_are_cheap_to_make():
-    """Guards against a slip into milliseconds per item, not a benchmark."""
+    """A guard against milliseconds per item, not a benchmark."""
     started = time.process_time()
     for number in range(1000):
         object_record(number * 0.1)

@@ -1,4 +1,4 @@
-"""The safetensors file against the reference implementation, and against files made to do harm."""
+"""The safetensors file against the reference implementation, and against malicious files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONE = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
 
 def write(folder: Path, header: Any, data_nbytes: int, *, length: int | None = None) -> Path:
-    """A file whose header is ``header`` (JSON text, or a value) and whose length field may lie."""
+    """A file whose header is ``header`` (JSON text, or a value) and whose length field may be wrong."""
     raw = header.encode() if isinstance(header, str) else json.dumps(header).encode()
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(data_nbytes))

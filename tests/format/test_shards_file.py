@@ -154,7 +154,7 @@ def test_a_huge_number_in_the_header_allocates_nothing(data: bytes, number: int,
 
 
 def test_no_resealed_byte_leads_out_of_the_files(manifest: Manifest, data: bytes):
-    """Each byte in turn is changed in several ways: refused, or what is left lies inside of the files, once."""
+    """Each byte in turn is changed in several ways: refused, or every record is still within the files, once."""
     rng = random.Random(0)
     for position in range(104, len(data)):
         changed = bytearray(data)

@@ -37,7 +37,7 @@ def code_of(page: str) -> list[str]:
 
 
 def run_in(folder: Path, page: str, make: Any, result: Any, first: int = 0, last: int | None = None) -> Any:
-    """Run a page's blocks in a process of their own, with the names that ``make`` gives; what ``result`` finds."""
+    """Run a page's blocks in a process of their own, with the names from ``make``; returns the value of ``result``."""
     (found,) = run_world(_run, 1, folder, code_of(page)[first:last], make, result)
     return found
 

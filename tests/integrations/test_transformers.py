@@ -121,7 +121,7 @@ def train(
 
 
 class Begun(TrainerCallback):
-    """Keeps what a run begins with."""
+    """Records the state that a run begins with."""
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
@@ -173,7 +173,7 @@ def test_a_killed_run_under_fsdp2_resumes_to_the_last_bit_and_on_other_numbers_o
     undisturbed = run_world(train, 2, tmp_path / "whole", 0, "async", True)
     run_world(train, 2, tmp_path / "killed", 8, "async", True, allow_death=True)
     saved = {name: undisturbed[0][name] for name in ("model", "optimizer", "scheduler", "step")}
-    for world_size in (1, 4):  # a step is of other samples there: what is loaded is what was saved
+    for world_size in (1, 4):  # a step has other samples there: the loaded state is the saved one
         folder = shutil.copytree(tmp_path / "whole", tmp_path / f"on-{world_size}")
         assert run_world(loaded_when_sharded, world_size, folder) == [saved] * world_size
     assert run_world(train, 2, tmp_path / "killed", 0, "async", True) == undisturbed
@@ -284,7 +284,7 @@ def test_where_there_is_no_step_the_newest_of_the_trainers_own_is_resumed_from(t
     run_world(train_without, 1, tmp_path)
     assert run_world(begin_with_theirs, 1, tmp_path, 3) == [2], "not from scratch"
     assert sorted(steps_in(tmp_path)) == [3]
-    assert run_world(begin_with_theirs, 1, tmp_path, 4) == [3], "from ours, now that there is one"
+    assert run_world(begin_with_theirs, 1, tmp_path, 4) == [3], "from ours, now that one exists"
 
 
 def test_arguments_that_can_not_be_honoured_are_named(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_module_that_is_cut_in_another_way_than_its_files_is_stored_as_they_ar
 ) -> None:
     """The experts of a layer are one tensor of the module, and several in the files."""
     model: Any = MIXTRAL.model()
-    if asked == "here":  # what a process with transformers would say
+    if asked == "here":  # the answer of a process with transformers
         monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: kept_names(model))
     model.save_pretrained(memory_path / "assets", max_shard_size="60KB")
     with CheckpointManager(memory_path / "run", CheckpointConfig(interval=1), model=model) as manager:

@@ -1,4 +1,4 @@
-"""``--hf-assets`` of a stranger: nothing outside the folder is read, nothing odd is written, memory is bounded."""
+"""Untrusted ``--hf-assets``: nothing outside the folder is read, no unknown file is written, memory is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The family of a ``config.json``: by its own word, by transformers' classes, by a class's name."""
+"""The family of a ``config.json``: by its ``model_type``, by transformers' classes, by a class's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions end to end: the same bytes there and back, and nothing at all when something is wrong."""
+"""Conversions end to end: the same bytes after a round trip, and no output if there is an error."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_an_interrupt_leaves_nothing(memory_path: Path, hf_folders: Callable[[st
 def test_verification_finds_a_wrong_value_and_publishes_nothing(
     memory_path: Path, hf_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """One that was written as it is, so that its digest is right."""
+    """One that was written with this content, so that its digest is valid."""
     write = DcpSink.write
 
     def spoil_and_write(self: DcpSink, reader: SlabReader, *args: object) -> None:

@@ -208,7 +208,7 @@ class Renamed(DefaultSavePlanner):
 
 
 class Half(DefaultSavePlanner):
-    """Casts, and says so in its plan, as PyTorch's documentation shows it."""
+    """Casts, and changes its plan accordingly, as PyTorch's documentation shows it."""
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
@@ -440,7 +440,7 @@ class Fails(DefaultSavePlanner):
 
 
 def on_two_ranks(folder: Path) -> list[str]:
-    """Every case with every writer and reader in one world; returns what was wrong."""
+    """Every case with every writer and reader in one world; returns the differences."""
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.arange(35.0).reshape(7, 5)

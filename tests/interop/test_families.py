@@ -98,7 +98,7 @@ def test_a_table_has_the_keys_and_shapes_of_the_class_in_its_published_size(name
 
 
 def test_sizes_of_a_checkpoint_that_records_none_come_from_the_assets(memory_path: Path) -> None:
-    """Such as one that another trainer has written, with an embedding that was made larger."""
+    """Such as one from another trainer, with an enlarged embedding."""
     source, stock = memory_path / "source", memory_path / "stock"
     saved("mistral", source)
     convert(source, memory_path / "ours", ConvertOptions(to="dcp", model="mistral"))

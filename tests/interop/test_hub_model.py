@@ -79,7 +79,7 @@ def test_a_cast_is_in_the_config_too(memory_path: Path) -> None:
 
 
 class Wrapper(nn.Module):
-    """A module of one's own around a model, as trainers have it."""
+    """A module around a model, as in trainers."""
 
     def __init__(self, model: nn.Module, head: bool = False):
         super().__init__()

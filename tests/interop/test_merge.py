@@ -179,7 +179,7 @@ def test_sources_of_every_kind_are_merged_under_the_names_of_the_first(
     assert all(
         np.array_equal(value, read(memory_path / "ours")[key]) for key, value in read(memory_path / "out").items()
     )
-    convert(memory_path / "out", memory_path / "back", kind.options("hf"))  # it still says which model it is
+    convert(memory_path / "out", memory_path / "back", kind.options("hf"))  # it still records its model
     assert_equal(hf_tensors(memory_path / "back"), hf_tensors(folder))
 
     state = {f"module.{key}": torch.from_numpy(value.copy()) for key, value in arrays(1).items()}
@@ -248,7 +248,7 @@ def test_what_can_not_be_averaged_is_reported(memory_path: Path) -> None:
     (memory_path / "hf" / "config.json").write_text(json.dumps(config))
     save_arrays(storage, "c", {"w": np.ones(4, np.complex64)}, step=1, now=1e9)
     codes = {"w": np.ones((4, 4), np.int8), "w.SCB": np.ones(4, np.float32)}
-    save_file(codes, memory_path / "int8.safetensors")  # without a config that says so
+    save_file(codes, memory_path / "int8.safetensors")  # without a config that records it
     with pytest.raises(ConversionError, match="quantized") as caught:
         merge([memory_path / name for name in ("hf", "c", "int8.safetensors")], memory_path / "x", MergeOptions())
     assert any("dtype complex64" in problem for problem in caught.value.problems)
@@ -336,7 +336,7 @@ def test_a_family_that_is_not_trained_here_is_merged_whatever_names_it_has(memor
     assert any("has other names than" in note and "both are mistral" in note for note in report.notes)
     assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "hub"))
     merge([memory_path / "ours", memory_path / "hub"], memory_path / "averaged", MergeOptions())
-    convert(memory_path / "averaged", memory_path / "back", ConvertOptions(to="hf"))  # it still says what it is
+    convert(memory_path / "averaged", memory_path / "back", ConvertOptions(to="hf"))  # it still records its model
     assert_equal(hf_tensors(memory_path / "back"), hf_tensors(memory_path / "hub"))
 
 

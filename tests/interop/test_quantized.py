@@ -48,7 +48,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str
 
 
 def to_fp8(weight: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-wise, as DeepSeek publishes: weights and the factors that lead back."""
+    """Block-wise, as DeepSeek publishes: weights and their inverse scales."""
     rows, columns = (-(-n // block) for n in weight.shape)
     padded = torch.zeros(rows * block, columns * block)
     padded[: weight.shape[0], : weight.shape[1]] = weight

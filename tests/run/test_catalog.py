@@ -275,7 +275,7 @@ def test_a_step_that_is_deleted_while_we_look_is_left_out(storage: LocalStorage)
 
 
 def test_a_valid_mark_of_damage_is_never_gone_for_a_moment(storage: LocalStorage) -> None:
-    """Not while another one takes its place, either."""
+    """Nor while another one replaces it."""
     save(storage, "run/step-5")
     catalog.mark_damaged(storage, "run/step-5", "bits flipped", now=1.0)
 

@@ -1,4 +1,4 @@
-"""The commit protocol: old or new, never neither, never a mix; and nothing of a dead run stays."""
+"""The commit protocol: old or new, never neither, never a mix; and nothing of a dead run is left."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def kill(_: Operation) -> None:
 
 
 def in_a_child(act: Callable[[], None]) -> int:
-    """Run ``act`` in a forked process; its wait status. 0 when it ended well."""
+    """Run ``act`` in a forked process; its wait status, 0 on success."""
     pid = os.fork()
     if pid == 0:
         status = 1

@@ -142,7 +142,7 @@ def test_launch_ids() -> None:
 
 
 def test_steps_of_another_run_are_called_so(folder: Folder) -> None:
-    """A step copied here from another run, and committed later there, is resumed: that is not kept quiet."""
+    """A step copied here from another run, and committed later there, is resumed, with a warning."""
     folder.save(2, 4)
     folder.put(9, lineage=Lineage(run="other", order=30, branch="theirs"))
     assert steps(folder.history.other_runs()) == [2, 4]
@@ -199,7 +199,7 @@ def test_the_named_command_falls_back_no_further_than_the_named_step(folder: Fol
 
 
 def test_a_torn_record_does_not_hide_that_its_step_was_written_last(tmp_path: Path) -> None:
-    """The first step of a new branch is damaged beyond reading: still no other branch is resumed."""
+    """The first step of a new branch is unreadable: still no other branch is resumed."""
     storage = LocalStorage(tmp_path)
 
     def save(step: int, descent: Descent) -> Descent:

@@ -1,4 +1,4 @@
-"""One run at a time writes to a folder, and a dead one never keeps the next out."""
+"""One run at a time writes to a folder, and a dead one never blocks the next."""
 
 from __future__ import annotations
 

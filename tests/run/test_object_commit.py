@@ -61,7 +61,7 @@ def contents(storage: ObjectStorage, manifest: Manifest) -> dict[str, npt.NDArra
 
 
 def seen_by_milepost(storage: ObjectStorage) -> str:
-    """``old``, ``new``, ``nothing``, or what else is there."""
+    """``old``, ``new``, ``nothing``, or a description of the content."""
     steps = catalog.scan(storage, "run")
     if not steps:
         return "nothing"
@@ -92,7 +92,7 @@ def which(found: Arrays) -> str:
 
 
 def begin_with(client: object, before: str, folder: Path) -> None:
-    """Put into an empty store what a save finds there: nothing, a step of ours, or one that stock DCP has written."""
+    """Fill an empty store before a save: nothing, a step of ours, or one that stock DCP has written."""
     if before == "own":
         save(storage_on(client), OLD)
     elif before == "external":
@@ -128,7 +128,7 @@ BEFORE = pytest.mark.parametrize("before", ["nothing", "own", "external"])
 
 @BEFORE
 def test_a_fault_at_any_request_leaves_the_old_step_or_the_new_one(before: str, tmp_path: Path) -> None:
-    """The faults that leave most behind, on one rank."""
+    """The faults that leave the most objects, on one rank."""
     try_all(before, ("lost", "killed", "killed after"), 1, tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_every_fault_at_every_request_leaves_the_old_step_or_the_new_one(
 
 
 def try_all(before: str, faults: Sequence[ClientFault], num_ranks: int, folder: Path) -> int:
-    """Save with each fault at each request and look what is there, before and after the next run; how often."""
+    """Save with each fault at each request and check the store, before and after the next run; returns their number."""
     start = "nothing" if before == "nothing" else "old"
     begun = obstore.store.MemoryStore()
     begin_with(begun, before, folder)

@@ -183,7 +183,7 @@ def test_one_step_that_cannot_be_deleted_does_not_keep_the_others(memory_path: P
 
 
 def test_what_another_prunes_at_the_same_time_is_no_error(memory_path: Path) -> None:
-    """The trainer after a save, and somebody's ``milepost prune``: before ours begins, and between its steps."""
+    """The trainer after a save, and another process's ``milepost prune``: before ours begins, and between its steps."""
     storage = LocalStorage(memory_path)
     for step in range(4):
         save_arrays(storage, f"run/step-{step}", {"w": np.zeros(4, "float32")}, step=step)

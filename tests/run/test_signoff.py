@@ -1,4 +1,4 @@
-"""Sign-offs: every rank's word reaches rank 0 whole, or rank 0 says whose is missing."""
+"""Sign-offs: every rank's record reaches rank 0 complete, or rank 0 names the ranks that are missing."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_full_disk_still_lets_a_rank_report_that_it_failed(memory_path: Path) 
     sign_off(Full(storage), attempt, SignOff(1, SAVE_ID, error="no space left on device"))
     with pytest.raises(SaveError, match="rank 1: it failed and could not record the reason"):
         wait_for_sign_offs(storage, attempt, 2, SAVE_ID, timeout_s=1e9)
-    with pytest.raises(StorageError):  # but a rank that did its work must not pass for one that failed
+    with pytest.raises(StorageError):  # but a rank that succeeded must not be taken for one that failed
         sign_off(Full(storage), attempt, sample(0))
 
 

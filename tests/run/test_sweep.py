@@ -1,4 +1,4 @@
-"""Sweeps and deletions remove only what is provably Milepost's and useless; everything else stays and is reported."""
+"""Sweeps and deletions remove only files proven to be Milepost's and useless; the rest stays and is reported."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_ctrl_c_before_the_marker_leaves_no_place_behind(memory_path: Path) -> N
 
 
 def test_an_attempt_lives_while_any_of_its_owners_does(memory_path: Path) -> None:
-    """The training process died; its writer process has adopted the attempt and is still at work."""
+    """The training process died; its writer process has adopted the attempt and is still writing."""
     storage = LocalStorage(memory_path)
     name = attempt_of(storage, "ab", pid=2**22 + 1)
     adopt_attempt(storage, f"run/{name}")
@@ -238,7 +238,7 @@ def test_a_leftover_that_cannot_be_removed_is_no_error(memory_path: Path, caplog
 
 
 class Clock:
-    """A clock that is moved by whoever sleeps."""
+    """A clock that each sleep advances."""
 
     now = 0.0
 

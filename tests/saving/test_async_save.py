@@ -142,7 +142,7 @@ def test_a_change_during_staging_fails_the_save_at_the_next_call_and_the_one_aft
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
 def test_changes_that_torch_does_not_count_are_noticed_in_the_copies(dtype: torch.dtype) -> None:
-    """Those through ``.data`` and shared memory; a change after the copy does no harm and is none."""
+    """Those through ``.data`` and shared memory; a change after the copy is allowed."""
     live = {
         name: torch.ones(shape).to(dtype) for name, shape in {"a": (64, 32), "b": (), "c": (5, 0), "t": (8, 4)}.items()
     }

@@ -1,4 +1,4 @@
-"""A step copied to another place: whole there or not at all, whatever happens, and not copied twice."""
+"""A step copied to another place: complete there or absent, whatever happens, and not copied twice."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Adapted(nn.Module):
 
 @dataclass
 class Run:
-    """A run in a folder; ``storage`` is what it works through, for tests that look at what is asked of it."""
+    """A run in a folder; ``storage`` is what it works through, for tests that look at its operations."""
 
     path: Path
     storage: Storage | None = None
@@ -100,7 +100,7 @@ def test_from_the_second_save_on_only_what_is_trained_is_written(run: Run, mode:
     run.save(model, 1, mode=mode)
     first = nbytes_of(run.step(1))
     assert first > NUM_FROZEN * WIDTH * WIDTH * 4
-    run.save(model, 2, 3, mode=mode)  # another process, as it were: it resumes first
+    run.save(model, 2, 3, mode=mode)  # stands for another process: it resumes first
     for step in (2, 3):
         assert run.shares(1, step)
         assert nbytes_of(run.step(step)) <= 0.02 * first
@@ -239,7 +239,7 @@ def test_a_run_shares_with_the_step_that_it_goes_back_to_and_with_no_other_run(r
     run.save(model, 1, 2)
     with run.manager(model) as manager:
         nn.init.normal_(model.base[0].weight)
-        manager.save(3)  # nothing was loaded: it goes on, and is not what was there
+        manager.save(3)  # nothing was loaded: the run continues with other values
     assert not run.shares(2, 3)
     with run.manager(model) as manager:
         manager.load(step=2)

@@ -29,7 +29,7 @@ from milepost.storage import LocalStorage
 from milepost.tensors.state import flatten
 
 pytestmark = [
-    # Said by stock DCP whenever it works in one process.
+    # Logged by stock DCP whenever it runs in one process.
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
 ]
@@ -490,7 +490,7 @@ def test_one_writer_object_saves_again_and_elsewhere(step: Path) -> None:
 
 
 def test_thousands_of_small_tensors_load_in_place_and_as_a_whole(memory_path: Path) -> None:
-    """They are stored as one value, which must not be taken for nothing in common."""
+    """Thousands of keys at once; an empty target, and one missing key, are refused."""
     state = {f"layers.{n}.scale": torch.full((2,), float(n)) for n in range(5000)}
     milepost.save(memory_path / "step-1", state)
     assert all(map(torch.equal, milepost.load(memory_path / "step-1").values(), state.values()))

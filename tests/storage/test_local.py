@@ -1,4 +1,4 @@
-"""``LocalStorage``: the common suite on a disk and in memory, and what only a file system can do wrong."""
+"""``LocalStorage``: the common suite on a disk and in memory, and the errors that only a file system has."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TestWithoutEarlyWriteBack(StorageSuite):
 
 
 class TestWithShortCalls(StorageSuite):
-    """A system that moves only a part of what it is asked to: both loops must go on."""
+    """A system that moves only a part of each request: both loops must continue."""
 
     @pytest.fixture
     def storage(self, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:

@@ -53,7 +53,7 @@ class TestOnSeaweed(StorageSuite):
 
 
 class TestBehindABadNetwork(StorageSuite):
-    """Every fifth request meets a fault, one kind after the other: all the same must hold, after a retry or two."""
+    """Every fifth request fails, in each way in turn: the same must hold, after a retry or two."""
 
     KINDS: tuple[FaultKind, ...] = ("refuse", "cut", "status", "drop_answer", "truncate", "twice")
 
@@ -75,7 +75,7 @@ def proxy(store: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.mark.parametrize("kind", ["refuse", "cut", "status", "drop_answer", "twice"])
 def test_a_file_is_created_once_whatever_happens_to_the_request(proxy: Proxy, kind: FaultKind) -> None:
-    """A lost answer to a put that succeeded is no failure, and another's file is never taken for ours."""
+    """A lost answer to a put that succeeded is no failure, and another process's file is never taken for ours."""
     storage = ObjectStorage(fresh_url(), retry=QUICK)
     storage.write("before", b"1")
     proxy.forget()
@@ -250,7 +250,7 @@ def test_neighbouring_ranges_are_read_in_one_request(proxy: Proxy) -> None:
 
 
 class Careless:
-    """A store from before conditional puts: it overlooks the condition."""
+    """A store from before conditional puts: it ignores the condition."""
 
     def __init__(self) -> None:
         self._inner = obstore.store.MemoryStore()

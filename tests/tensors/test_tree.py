@@ -27,6 +27,6 @@ def test_keys_stand_where_their_paths_say_or_where_their_dots_divide() -> None:
 
 @pytest.mark.parametrize("path", [("a", "c"), ("d",), ("a", "b", "c"), ()])
 def test_a_path_that_is_another_keys_is_damage(path: tuple[str, ...]) -> None:
-    """Else the value of the other key would be gone, and what it is loaded into left as it was."""
+    """Otherwise the value of the other key would be lost, and its target left unchanged."""
     with pytest.raises(FormatError, match=r"the key 'a\.b' the path .*belongs to another key"):
         Tree.of(manifest({"a.b": path}))

@@ -47,7 +47,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_the_order_is_the_same_in_every_version():
-    """A change here would make every running training see some samples twice and others never."""
+    """A change here would make runs in progress see some samples twice and others never."""
     order = SampleOrder(1000, 0).samples(np.arange(995, 1005, dtype=np.uint64))
     assert order.tolist() == [784, 808, 21, 522, 463, 850, 149, 86, 928, 62]
 

@@ -53,9 +53,9 @@ def send_at(run: subprocess.Popen[str], *signals: tuple[str, signal.Signals]) ->
 
 
 def test_ctrl_c_saves_and_a_save_request_to_the_launcher_reaches_the_ranks(tmp_path: Path):
-    """SIGUSR1, Ctrl-C, the same command again, then what a cluster sends before it takes the machine."""
+    """SIGUSR1, Ctrl-C, the same command again, then the signal that a cluster sends before it reclaims the machine."""
     run = start(tmp_path, *SMALL)
-    # The first one comes long before it can be obeyed.
+    # The first one is sent long before it can be handled.
     out = send_at(run, ("data: ", signal.SIGUSR1), ("saved step 1 (SIGUSR1, full)", signal.SIGINT))
     assert run.returncode == 130, out
     (stopped,) = re.findall(r"stopped by SIGINT after step (\d+); the same command resumes from there", out)

@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
 def _filled(model: Decoder) -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Larger than at the start of a training, so that every part has a say in the result.
+            # Larger than at the start of a training, so that every part affects the result.
             parameter.copy_(initial_weight(name, parameter.shape, model.args.n_layers, seed=0) * 5)
     return model
 

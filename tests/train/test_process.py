@@ -1,4 +1,4 @@
-"""The end of a rank: one message from one rank, and an exit status that says why."""
+"""The end of a rank: one message from one rank, and an exit status that identifies the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and values that travel with a step: stored, checked, shown, and a tokenizer laid beside exported weights."""
+"""Files and values stored with a step: stored, checked, shown, and a tokenizer laid beside exported weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are damaged, hostile, or of another version: marked and passed over, or refused."""
+"""Steps that are damaged, hostile, or of another version: marked and skipped, or refused."""
 
 from __future__ import annotations
 

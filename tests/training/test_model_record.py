@@ -1,4 +1,4 @@
-"""A step knows which model it is of: another one is refused in one sentence, other settings are a note."""
+"""A step records its model: another model is refused in one sentence, other settings are noted."""
 
 from __future__ import annotations
 

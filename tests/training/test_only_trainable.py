@@ -107,7 +107,7 @@ def test_over_other_weights_a_step_is_not_resumed(memory_path: Path) -> None:
         train(memory_path, larger, 0)
     assert train(memory_path, model_of(0.75), 0, exclude_from_loading=["0.*"]) is not None, "as was asked for"
     begun = train(memory_path / "new", model_of(0.75), 0, initial_load_path=str(memory_path / "step-1"))
-    assert begun is not None, "a new run takes the trained part over what base it likes"
+    assert begun is not None, "a new run loads the trained part over any base"
 
 
 def test_what_was_frozen_on_the_way_is_not_lost(memory_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_nested_optimizer_state_comes_back(folder: Path) -> None:
 
 
 class PartlyUsed(nn.Module):
-    """Half of it gets no gradients, as an expert that no token is sent to."""
+    """Half of it gets no gradients, like an expert without tokens."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Signals that ask for a save or a stop: noted once, and a second request to stop is obeyed at once."""
+"""Signals that ask for a save or a stop: handled once, and a second request to stop takes effect immediately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def kill(number: int) -> None:
 
 @pytest.fixture
 def second() -> Iterator[list[int]]:
-    """The signals that came to the handlers of before."""
+    """The signals received by the previous handlers."""
     came: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]

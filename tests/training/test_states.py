@@ -49,7 +49,7 @@ def test_objects_of_every_kind_resume(memory_path: Path) -> None:
 
 
 def test_a_step_is_loaded_by_number_each_time(memory_path: Path) -> None:
-    for _ in range(2):  # unlike `load_step`, which goes on with the branch that it has begun
+    for _ in range(2):  # unlike `load_step`, which continues the branch that it has started
         trained(memory_path, 3, load={"step": None})
     assert trained(memory_path, 1, load={"step": 2}) == trained(memory_path, 1, load={"step": 2})
     with pytest.raises(CheckpointNotFoundError, match="step 99 does not exist"):

@@ -1,4 +1,4 @@
-"""``verify``: every changed byte of every file is found, and named."""
+"""``verify``: every changed byte of every file is found, and located."""
 
 from __future__ import annotations
 

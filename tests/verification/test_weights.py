@@ -1,4 +1,4 @@
-"""``verify`` of weights outside a run: everything checkable is checked, and the rest is never reported OK."""
+"""``verify`` of weights outside a run: everything that can be checked is, and the rest is never reported OK."""
 
 from __future__ import annotations
 
