@@ -11,15 +11,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milepost.cli.main import NOT_CHECKED
-from milepost.cli.render import console, page_path, print_json, print_list, print_table, progress_bar, write_page
+from milepost.cli.render import (
+    DIFFERENT,
+    console,
+    page_path,
+    print_json,
+    print_list,
+    print_table,
+    progress_bar,
+    write_page,
+)
 from milepost.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from milepost.report.diff import DiffReport, Unmatched
     from milepost.report.differences import ValueChange
 
-DIFFERENT = 9
-"""Exit status if the two differ."""
 MAX_LINES = 50
 MAX_CHANGES = 20
 

@@ -29,6 +29,8 @@ from milepost.storage.base import format_duration, format_nbytes
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+DIFFERENT = 9
+"""Exit status if the two differ."""
 BAR_AFTER_S = 0.5
 """Work that finishes sooner shows no bar."""
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0

@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milepost.cli.diff_cmd import DIFFERENT
-from milepost.cli.render import console, print_json, print_table
+from milepost.cli.render import DIFFERENT, console, print_json, print_table
 from milepost.errors import ConfigError
 
 if TYPE_CHECKING:

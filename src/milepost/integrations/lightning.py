@@ -32,7 +32,7 @@ from milepost.run import catalog, checkpoint_record
 from milepost.run.sweep import delete_checkpoint
 from milepost.saving.async_save import Mode
 from milepost.saving.background import SaveHandle, finish_saves
-from milepost.saving.save import Kind
+from milepost.saving.request import Kind
 from milepost.storage import open_storage
 from milepost.tensors.tree import Tree
 from milepost.training.random_state import rng_state, set_rng_state

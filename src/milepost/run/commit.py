@@ -43,7 +43,7 @@ from milepost.run.beside import names_beside
 from milepost.run.deletion import Deletion
 from milepost.run.node_part import NodePart
 from milepost.run.object_commit import COMMITTED_NAME
-from milepost.run.place import Place
+from milepost.run.place import VISIBILITY_S, Place
 from milepost.run.signoff import SignOff
 from milepost.run.step_names import REPLACED_PREFIX
 from milepost.storage.base import Bytes, Content, Storage, join, split
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("milepost")
 
-VISIBILITY_S = 60.0
-"""Seconds by which another machine's files and their sizes may appear late, since NFS caches both."""
 SMALL_NBYTES = 32 << 20
 """A ``.metadata`` up to this size is written together with the other records, which costs one wait for the device."""
 

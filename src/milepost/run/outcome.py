@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from milepost.errors import SaveError, StorageError
 from milepost.format.manifest import MANIFEST_NAME, PART_NAME
-from milepost.run.commit import VISIBILITY_S
 from milepost.run.object_commit import COMMITTED_NAME, TARGET_NAME
+from milepost.run.place import VISIBILITY_S
 from milepost.storage.base import Storage, join
 
 RANKS_PER_S = 1024

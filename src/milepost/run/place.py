@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from milepost.format.tags import tag_of, tagged
 from milepost.storage.base import Storage, join
 
+VISIBILITY_S = 60.0
+"""Seconds by which another machine's files and their sizes may appear late, since NFS caches both."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -24,8 +24,7 @@ from milepost.saving.arena import Arena
 from milepost.saving.background import BackgroundSave, SaveHandle, finish_saves, log_wait
 from milepost.saving.job import JobResult, run_job, save_failure
 from milepost.saving.peers import Peers, PeerWatch
-from milepost.saving.request import SaveRequest, request_of
-from milepost.saving.save import Kind
+from milepost.saving.request import Kind, SaveRequest, request_of
 from milepost.saving.stage import Staging
 from milepost.saving.writer import FileImage
 from milepost.saving.writer_link import WriterLink

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from milepost.tensors.state import LOOP_PARTS, ByName, FlatState, flatten, unwra
 from milepost.tensors.tree import Relations, dump_parts
 from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
+
+Kind = Literal["state", "full", "model"]
+"""``full``: everything needed to resume a run; ``model``: only weights; ``state``: any other state dict."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, FailureNotice, default_comm, raise_together
@@ -22,13 +22,11 @@ from milepost.saving.agreement import Agreement, SaverSettings
 from milepost.saving.job import JobMonitor, SaveJob, SaveReport, run_job, save_failure
 from milepost.saving.last_plan import LastPlan
 from milepost.saving.peers import Peers, PeerWatch
-from milepost.saving.request import SaveRequest, request_of
+from milepost.saving.request import Kind, SaveRequest, request_of
 from milepost.saving.stage import TensorBlocks
 from milepost.storage.base import Storage
 from milepost.tensors.snapshot import encoded
 from milepost.tensors.state import ordinary_tensors
-
-Kind = Literal["state", "full", "model"]
 
 
 @interrupts_held()
