@@ -78,7 +78,7 @@ def publish(
     until the new one replaces it. Files that are not yet visible with their recorded sizes are waited for, up to
     ``visibility_s`` seconds. ``world_size`` is given if sign-offs are fewer than ranks. With ``part`` the checkpoint is
     one node's part of a step, and ``signed`` are the sign-offs of its ranks: other nodes hold the rest of the tensors.
-    What is no longer needed is removed, or hidden if it is to be removed ``together`` with what the caller deletes next.
+    Files no longer needed are removed, or hidden if the caller removes them ``together`` with its next deletions.
 
     Raises:
         PlanError: the stored boxes leave a gap or overlap.
