@@ -230,7 +230,9 @@ def explore_sweeping(
             start = len(journal.changes())
             there = shown(storage)
             following = Case(there, (replace(NEXT, deletes=tuple(sorted(there)[:-1])),), keep=1)
-            assert in_a_child(partial(train, SingleProcess(), storage, following, reported=partial(report, journal))) == 0
+            assert (
+                in_a_child(partial(train, SingleProcess(), storage, following, reported=partial(report, journal))) == 0
+            )
         # Unsynced changes may be undone until the next run has synced them by its own commit.
         stages = [(0, shown) for _, shown in case.stages()]
         stages += [(1, {**shown, NEXT.step: NEXT.value}) for _, shown in case.stages()]
