@@ -208,6 +208,14 @@ def test_a_link_to_a_checkpoint_is_a_step(storage: LocalStorage) -> None:
     assert (entry.state, entry.is_link) == ("committed", True)
 
 
+def test_a_link_that_leads_nowhere_hides_no_other_step(storage: LocalStorage) -> None:
+    save_arrays(storage, "run/step-1", {"w": np.zeros(3, "float32")}, step=1)
+    Path(storage.root, "run/step-2").symlink_to("step-2")
+    Path(storage.root, "run/step-3").symlink_to("/nowhere/at/all")
+    states = {entry.step: (entry.state, entry.is_link) for entry in catalog.scan(storage, "run")}
+    assert states == {1: ("committed", False), 2: ("incomplete", True), 3: ("incomplete", True)}
+
+
 # ---- while others write ----
 
 

@@ -190,7 +190,13 @@ def read_digests_file(storage: Storage, folder: str, manifest: Manifest) -> byte
 
 
 def files_in(storage: Storage, path: str) -> dict[str, Entry]:
-    return {entry.name: entry for entry in storage.list(path) if not entry.is_folder}
+    """Return the files in a folder; none if it is a link that leads to itself, so that it hides no other step."""
+    try:
+        return {entry.name: entry for entry in storage.list(path) if not entry.is_folder}
+    except StorageError as error:
+        if error.errno == errno.ELOOP:
+            return {}
+        raise
 
 
 def record_name(files: Collection[str]) -> str | None:

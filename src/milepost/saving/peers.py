@@ -35,7 +35,9 @@ class Peers:
         self.rank, self.world_size = comm.rank, comm.world_size
         self._comm = comm
         self._known: dict[int, Owner] = {}
-        comm.post(self._name(comm.rank), this_process(time.time()).dump().decode())
+        me = this_process(time.time())
+        self.boot_id = me.boot_id
+        comm.post(self._name(comm.rank), me.dump().decode())
 
     def _name(self, rank: int) -> str:
         return f"{self._comm.name} process of rank {rank}"
@@ -83,13 +85,15 @@ class PeerWatch:
             SaveError: a rank has died before it finished its part; it names the rank.
         """
         now = self._clock()
+        boot_id = self._peers.boot_id
         with self._lock:
             if now - self._looked < LOOK_S:
                 return
             self._looked = now
         for rank in self._ranks:
             owner = self._peers.find(rank)
-            if owner is None or not is_here(owner) or is_alive(owner, now):
+            # Of one boot: two machines may have one name and one id, as clones of an image have.
+            if owner is None or owner.boot_id != boot_id or not is_here(owner) or is_alive(owner, now):
                 continue
             if now - self._dead.setdefault(rank, now) < self._grace_s:
                 continue
