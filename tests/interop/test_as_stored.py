@@ -192,3 +192,16 @@ def test_assets_with_the_names_of_an_earlier_version_do_not_hinder_an_export(
     torch.save(state, memory_path / "less.pt")
     with pytest.raises(ConversionError, match=r"missing: bert\.embeddings\.LayerNorm\.gamma"):
         convert(memory_path / "less.pt", memory_path / "lost", options)
+
+
+def test_names_in_files_are_the_models_own(memory_path: Path) -> None:
+    """Also those that look like a wrapper's, as of Levit."""
+    (memory_path / "source").mkdir()
+    tensors = {"blocks.0.module.weight": torch.ones(2), "head.weight": torch.ones(3)}
+    safetensors.torch.save_file(tensors, memory_path / "source/model.safetensors")
+    config = {"architectures": ["LevitForImageClassification"], "model_type": "levit"}
+    (memory_path / "source/config.json").write_text(json.dumps(config))
+    convert(memory_path / "source", memory_path / "middle", ConvertOptions(to="dcp"))
+    options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "source", verify=True)
+    convert(memory_path / "middle", memory_path / "back", options)
+    assert_equal(hf_tensors(memory_path / "back"), tensors)

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, HfModel
 from milepost.errors import ConfigError, ConversionError, StateMismatchError
-from milepost.interop.hf.hub_names import kept_names
+from milepost.interop.hf.hub_names import config_of, kept_names
 from milepost.testing.world import run_world
 
 MOE = Kind("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16})
@@ -240,3 +240,8 @@ def test_files_of_earlier_versions_of_transformers_are_loaded(memory_path: Path)
     report = start(memory_path / "head", fresh, memory_path / "bare", allow_missing=["cls.*"])
     assert {key.partition(".")[0] for key in report.missing} == {"cls"}
     assert_equal(dict(fresh.bert.state_dict()), dict(model.bert.state_dict()))
+
+
+def test_the_config_of_a_folder_is_read_as_from_pretrained_reads_it() -> None:
+    config = transformers.GraniteMoeHybridConfig(time_step_limit=(0.5, float("inf")))
+    assert tuple(config_of(config.to_json_string()).time_step_limit) == tuple(config.time_step_limit)

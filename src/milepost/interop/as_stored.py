@@ -91,12 +91,15 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     if not source.tensors:
         raise ConversionError(f"{source.path} holds no model tensors", path=source.path)
     extras = _extras(weights, options) if options.to == "hf" else None
-    names = _without_wrappers(_bare_of_nest(weights), extras.weight_map if extras is not None else {})
+    known = known_names(extras, options, source.tensors) if extras is not None else ()
+    index = known
+    if source.kind == "hf" and not known and not all(key.startswith(_WRAPPERS) for key in source.tensors):
+        index = source.tensors.keys()  # a class may have a `module` of its own within
+    names = _without_wrappers(_bare_of_nest(weights), index)
     if extras is None:
         return Kept(names, None, ())
     if source.kind != "hf":
         _refuse_adapter(names, extras.weight_map, source.path)
-    known = known_names(extras, options, source.tensors)
     bare, notes = _without_tied(weights, names, extras.config)
     repeated = repeated_in(Renamed(source, bare), known)
     notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
@@ -269,7 +272,7 @@ def bare_names(weights: Weights) -> dict[str, str]:
     """
     if weights.source.kind == "hf":
         return {key: key for key in weights.source.tensors}
-    return _without_wrappers(_bare_of_nest(weights), {})
+    return _without_wrappers(_bare_of_nest(weights), ())
 
 
 def _bare_of_nest(weights: Weights) -> dict[str, str]:
@@ -286,7 +289,7 @@ def _bare_of_nest(weights: Weights) -> dict[str, str]:
     return {key: key for key in keys}
 
 
-def _without_wrappers(names: dict[str, str], index: Mapping[str, str]) -> dict[str, str]:
+def _without_wrappers(names: dict[str, str], index: Collection[str]) -> dict[str, str]:
     """Return name without wrappers' components -> name in the source."""
     for wrapper in _WRAPPERS:
         shorter = {key.replace(wrapper, ""): old for key, old in names.items()}
@@ -303,7 +306,7 @@ def _parts_have(key: str, wrapper: str) -> bool:
     return key.startswith(wrapper) or f".{wrapper}" in key
 
 
-def _is_nest(nest: str, names: Mapping[str, str], index: Mapping[str, str]) -> bool:
+def _is_nest(nest: str, names: Mapping[str, str], index: Collection[str]) -> bool:
     """Return whether a prefix common to all names is not the model's own. Without an index its repetition shows it."""
     if index:
         return sum(key.removeprefix(nest) in index for key in names) > sum(key in index for key in names)

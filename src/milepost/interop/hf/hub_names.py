@@ -123,14 +123,26 @@ def names_at_load(model: Any, keys: Iterable[str]) -> dict[str, str]:
     return {key: name for key, (name, converter) in found.items() if converter is None and name != key and name in held}
 
 
+def config_of(text: str) -> Any:
+    """Return the configuration in the text of a ``config.json``, as ``from_pretrained`` reads it."""
+    import transformers
+
+    content = json.loads(text, object_hook=_or_float)
+    return transformers.CONFIG_MAPPING[content["model_type"]].from_dict(content)
+
+
+def _or_float(value: dict[str, Any]) -> Any:
+    """Return the float that transformers spells as an object, as JSON has no infinity."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def main(class_name: str) -> None:
     """Print the names of a class in the sizes of the config on standard input, as the last line."""
     import transformers
 
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_DATA, (_MAX_NBYTES, _MAX_NBYTES))
-    config = transformers.AutoConfig.for_model(**json.load(sys.stdin))
     with torch.device("meta"):
-        model = getattr(transformers, class_name)(config)
+        model = getattr(transformers, class_name)(config_of(sys.stdin.read()))
     print(flush=True)
     sys.stdout.buffer.write(msgspec.json.encode(kept_names(model)))
