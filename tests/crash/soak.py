@@ -410,8 +410,9 @@ def _check_end(run: Run, undisturbed: Path, segments: set[str]) -> None:
 
 
 def _cut_short(folder: Path) -> set[str]:
-    """Attempts killed in their first moment: empty, and without a record of whose they are. Swept when an hour old."""
-    return {path.name for path in folder.glob(f"{ATTEMPT_PREFIX}*") if not any(map(Path.is_file, path.rglob("*")))}
+    """Attempts and deletions killed in their first or last moment: without any file, so that only their age tells."""
+    found = [path for prefix in (ATTEMPT_PREFIX, DELETING_PREFIX) for path in folder.glob(f"{prefix}*")]
+    return {path.name for path in found if not any(map(Path.is_file, path.rglob("*")))}
 
 
 def losses(folder: Path) -> Iterator[tuple[int, float]]:

@@ -201,6 +201,17 @@ def test_ctrl_c_before_the_marker_leaves_no_place_behind(memory_path: Path) -> N
     assert names(storage) == {"step-5"}
 
 
+def test_an_empty_place_of_a_deletion_goes_after_a_minute(memory_path: Path) -> None:
+    """Its process was killed before it wrote the marker, or at the end, between the marker and the folder itself."""
+    storage = LocalStorage(memory_path)
+    place = DELETING_PREFIX + full("ab")
+    storage.make_folder(f"run/{place}")
+    now = time.time()
+    assert sweep_leftovers(storage, "run", now=now + 30) == NOTHING
+    assert sweep_leftovers(storage, "run", now=now + 90).removed == (place,)
+    assert names(storage) == set()
+
+
 def test_an_attempt_lives_while_any_of_its_owners_does(memory_path: Path) -> None:
     """The training process died; its writer process has adopted the attempt and is still writing."""
     storage = LocalStorage(memory_path)

@@ -38,6 +38,10 @@ from milepost.storage.base import Entry, Storage, counted, format_nbytes, join, 
 
 _log = logging.getLogger(__name__)
 
+EMPTY_LIFETIME_S = 60.0
+"""An empty place for deletions is about to get its marker, or a process was killed just then or just before its end. If
+the process is only slow, its deletion fails, and is repeated."""
+
 _ID = r"[0-9a-f]{32}"
 _ATTEMPT_NAME = re.compile(re.escape(ATTEMPT_PREFIX) + _ID)
 _DELETING_NAME = re.compile(re.escape(DELETING_PREFIX) + _ID)
@@ -195,8 +199,10 @@ def _may_go(storage: Storage, folder: str, entry: Entry, now: float) -> bool:
     """Return False while another process may be about to use it: an empty place for a deletion, or a new draft."""
     if _DELETING_NAME.fullmatch(entry.name):
         place = join(folder, entry.name)
-        is_used = any(found.name != MARKER_NAME for found in storage.list(place))
-        return is_used or now - entry.mtime_s >= OWNERLESS_LIFETIME_S or _has_died(storage, place, now)
+        inside = {found.name for found in storage.list(place)}
+        if not inside:
+            return now - entry.mtime_s >= EMPTY_LIFETIME_S
+        return inside != {MARKER_NAME} or now - entry.mtime_s >= OWNERLESS_LIFETIME_S or _has_died(storage, place, now)
     replaced = _REPLACED_NAME.fullmatch(entry.name)
     if replaced is None:
         return True
