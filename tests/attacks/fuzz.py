@@ -143,6 +143,8 @@ def _try_inputs(
     for module in pkgutil.iter_modules(encodings.__path__, "encodings."):
         with contextlib.suppress(ImportError):  # some are for other systems
             importlib.import_module(module.name)
+    importlib.import_module("torch.nested._internal.ops")  # torch does it when it first compares a nested tensor
+    importlib.import_module("torch._subclasses.schema_check_mode")  # and this one when it first prints a tensor
     guard = Guard(scratch, target.may)
     _limit(guard)
     outcome = Outcome(target.name)
