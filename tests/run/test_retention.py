@@ -18,6 +18,7 @@ from milepost.run import catalog, retention
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
 from milepost.run.retention import Rules
+from milepost.run.step_names import DELETING_PREFIX
 from milepost.run.sweep import delete_checkpoint, sweep_leftovers
 from milepost.storage import LocalStorage
 from milepost.testing.sample import save_arrays
@@ -163,6 +164,27 @@ def test_applying_deletes_what_was_decided(memory_path: Path) -> None:
     decisions = retention.plan(catalog.scan(storage, "run"), Rules(keep_latest_k=2), now=NOW)
     assert retention.apply(storage, "run", decisions) == ["step-0", "step-1"]
     assert [e.name for e in storage.list("run")] == ["step-2", "step-3"]
+
+
+def test_bytes_that_cannot_be_removed_are_an_error_and_those_of_the_others_go(memory_path: Path) -> None:
+    """They are hidden, and a later sweep removes them; but the space that was to become free is not."""
+
+    class Held(WrappedStorage):
+        def remove_tree(self, path: str) -> None:
+            if path.endswith("/step-0"):
+                raise StorageError("a file in it is busy", operation="remove", path=path, errno=errno.EBUSY)
+            self.inner.remove_tree(path)
+
+    storage = LocalStorage(memory_path)
+    for step in range(4):
+        save_arrays(storage, f"run/step-{step}", {"w": np.zeros(1, np.float32)}, step=step)
+    decisions = retention.plan(catalog.scan(storage, "run"), Rules(keep_latest_k=1), now=NOW)
+    with pytest.raises(StorageError, match="busy"):
+        retention.apply(Held(storage), "run", decisions)
+    assert [entry.step for entry in catalog.scan(storage, "run")] == [3]
+    (place,) = (one.name for one in storage.list("run") if one.name.startswith(DELETING_PREFIX))
+    assert [one.name for one in storage.list(f"run/{place}") if one.is_folder] == ["step-0"]
+    assert sweep_leftovers(storage, "run", now=NOW).removed == (place,)
 
 
 def test_one_step_that_cannot_be_deleted_does_not_keep_the_others(memory_path: Path) -> None:

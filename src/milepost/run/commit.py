@@ -170,8 +170,10 @@ def _put_in_place_and_sweep(
         with contextlib.suppress(StorageError):  # else the waiting ranks would see the attempt persist, and time out
             storage.write(f"{attempt}/{COMMITTED_NAME}", b"")
     if aside is not None:
-        with contextlib.suppress(StorageError):
+        try:
             deletion.hide(aside)
+        except StorageError as error:
+            log.warning("%s/%s could not be removed yet: %s", storage.root, aside, error)
     if together is None:
         deletion.finish_quietly()
 

@@ -12,7 +12,7 @@ import errno
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from milepost.errors import StorageError
 from milepost.run.owner import OWNER_PREFIX, this_process
@@ -90,7 +90,7 @@ class Deletion:
         self._afterwards.append(path)
 
     def finish(self) -> None:
-        """Remove all that was hidden.
+        """Remove all that was hidden, each also if another can't be removed.
 
         Raises StorageError: something was not removed. It is visible to no reader, and a later sweep removes it.
         """
@@ -98,13 +98,21 @@ class Deletion:
             # Otherwise a folder could reappear, half deleted, after a power cut.
             for folder in (*self._places, self._folder):
                 self._sync(folder)
-        for path in self._afterwards:
-            self._storage.remove(path)
-        for hidden in self._hidden:
-            if hidden not in self._places:
-                self._storage.remove_tree(hidden)
-        for place in self._places:
-            self._remove_place(place)
+        failures = [
+            *self._failures(self._storage.remove, self._afterwards),
+            *self._failures(self._storage.remove_tree, [path for path in self._hidden if path not in self._places]),
+            *self._failures(self._remove_place, self._places),
+        ]
+        if failures:
+            raise failures[0]
+
+    @staticmethod
+    def _failures(remove: Callable[[str], None], paths: Iterable[str]) -> Iterator[StorageError]:
+        for path in paths:
+            try:
+                remove(path)
+            except StorageError as error:
+                yield error
 
     def finish_quietly(self) -> None:
         """:meth:`finish`, but a failure is logged, not raised: the next sweep tries again."""

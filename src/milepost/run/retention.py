@@ -193,7 +193,7 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision], together
     is not an error; one that was pinned meanwhile stays.
 
     Raises:
-        StorageError: a step could not be deleted. The others were still tried.
+        StorageError: a step could not be deleted, or its bytes not be removed. The others were still tried.
     """
     deleted = []
     failure: StorageError | None = None
@@ -213,7 +213,10 @@ def apply(storage: Storage, folder: str, decisions: Iterable[Decision], together
         else:
             deleted.append(decision.name)
     if own is not None:
-        own.finish_quietly()
+        try:
+            own.finish()
+        except StorageError as error:
+            failure = failure or error
     if failure is not None:
         raise failure
     return deleted
