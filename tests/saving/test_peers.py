@@ -32,20 +32,25 @@ class Two(SingleProcess):
     def __init__(self, other: Owner | None):
         self._posted = {" process of rank 1": other.dump().decode()} if other is not None else {}
 
+        self.num_looked_up = 0
+
     def look_up(self, name: str) -> str | None:
+        self.num_looked_up += 1
         return self._posted.get(name)
 
 
 class Waiting:
     """Rank 0 waits for ``other``."""
 
-    def __init__(self, folder: Path, other: Owner | None):
+    def __init__(self, folder: Path, other: Owner | None, hosts: tuple[str, ...] = ()):
         self.storage = LocalStorage(folder)
         self.save_id = new_save_id()
         self.attempt = begin_attempt(self.storage, "run/step-1", self.save_id)
         job = SaveJob("run/step-1", self.attempt, self.save_id, 0, 2, PLAN, SaveInfo(step=1, kind="full"), None, 1.0)
+        job = replace(job, hosts=hosts)
+        self.comm = Two(other)
         self.now_s = 0.0
-        self.watch = PeerWatch(Peers(Two(other)), self.storage, job, clock=lambda: self.now_s)
+        self.watch = PeerWatch(Peers(self.comm), self.storage, job, clock=lambda: self.now_s)
 
     def go_on(self) -> None:
         """Look for long enough to be sure."""
@@ -76,6 +81,16 @@ def test_others_are_waited_for(memory_path: Path, dead: Owner) -> None:
     """One that lives, that is unknown, or on another machine, even if that is a clone of this one."""
     for other in (this_process(0.0), None, replace(dead, host="other"), replace(dead, boot_id="of a clone")):
         Waiting(memory_path, other).go_on()
+
+
+def test_ranks_of_other_machines_are_not_looked_up(memory_path: Path, dead: Owner) -> None:
+    here = this_process(0.0).host
+    waiting = Waiting(memory_path, dead, hosts=(here, "elsewhere"))
+    waiting.go_on()
+    assert waiting.comm.num_looked_up == 0
+    for hosts in ((here, here), (here, "")):  # the second: not known
+        with pytest.raises(SaveError, match="rank 1"):
+            Waiting(memory_path, dead, hosts=hosts).go_on()
 
 
 def test_one_that_has_done_its_part_may_end(memory_path: Path, dead: Owner) -> None:

@@ -22,7 +22,7 @@ from milepost.loading.fit import check_unexpected
 from milepost.loading.load_from import LoadReport
 from milepost.loading.names import renames
 from milepost.loading.policy import LetPass, Policy
-from milepost.tensors.devices import wait_for_devices
+from milepost.tensors.devices import devices_of, wait_for_devices
 from milepost.tensors.layout import TensorLeaf, torch_dtype
 
 
@@ -161,9 +161,9 @@ def fill(ours: Readable, leaves: Mapping[str, TensorLeaf], num_threads: int, log
     ]
     nbytes = sum(slab.nbytes for _, _, slab in tasks)
     progress = ProgressLog(log_name, nbytes) if log_name is not None else None
-    live = [leaf.local for leaf in leaves.values()]
-    wait_for_devices(live)
+    devices = devices_of(leaf.local for leaf in leaves.values())
+    wait_for_devices(devices)
     with torch.no_grad():
         map_in_threads(work, tasks, num_threads, name="milepost-load")
-    wait_for_devices(live)
+    wait_for_devices(devices)
     return nbytes

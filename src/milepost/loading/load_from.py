@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from milepost.collective.collector import collection_paused
 from milepost.collective.comm import Comm, errors_shared, on_every_rank, on_rank_0
@@ -42,7 +43,7 @@ from milepost.run import checkpoint_record
 from milepost.run.node_part import NodePart
 from milepost.storage import join_path
 from milepost.storage.base import Storage
-from milepost.tensors.devices import wait_for_devices
+from milepost.tensors.devices import devices_of, wait_for_devices
 from milepost.tensors.plan import TensorSpec
 from milepost.tensors.state import FlatState, flatten
 from milepost.tensors.tree import Read
@@ -143,6 +144,7 @@ def load_from(request: LoadRequest, comm: Comm) -> LoadReport:
         opened.sources.read_objects(fitted.wanted_objects)
     hands_on_blocks, stats = _choose_reader(request, fitted, opened, shared, comm)
     target, sources, digests = fitted.target, opened.sources, opened.digests
+    devices = devices_of(leaf.local for leaf in fitted.flat.tensors.values())
     on_read = opened.progress.add if comm.rank == 0 else None
     for live in (False, True):  # values that may be refused are read before the tensors that are filled in place
         target.is_filling = live
@@ -155,7 +157,7 @@ def load_from(request: LoadRequest, comm: Comm) -> LoadReport:
             handing = Handing.agreed(comm, fitted.recorded, digests, sources.due(is_due))
         with watched(f"rank {comm.rank} is reading {request.path}"), ExitStack() as closing:
             with errors_shared(comm):
-                fitted.wait_for_devices()  # kernels that are queued must not overwrite what is read
+                wait_for_devices(devices)  # kernels that are queued must not overwrite what is read
                 blocks = handing.blocks if handing is not None else None
                 for reads in sources.reads(is_due, on_read, blocks, is_new=not live):
                     if handing is not None:  # the exchange continues with them
@@ -164,12 +166,12 @@ def load_from(request: LoadRequest, comm: Comm) -> LoadReport:
                         map_in_threads(call, reads.tasks, request.num_threads, name="milepost-read")
                     stats += reads.stats
                 if handing is None:
-                    _settle(fitted, request.check, live=live)
+                    _settle(target, request.check, devices, live=live)
             if handing is not None:
                 before = reads.stats.read_nbytes
                 handing.run(reads.read_block, reads.take_block, request.num_threads)
                 stats += ReadStats(0, reads.stats.read_nbytes - before)
-                on_every_rank(comm, partial(_settle, fitted, request.check, live=live))
+                on_every_rank(comm, partial(_settle, target, request.check, devices, live=live))
     return LoadReport(
         path=request.path,
         step=fitted.manifest.step,
@@ -260,10 +262,6 @@ class _Fitted:
     @property
     def wanted_objects(self) -> list[str]:
         return [key for key in self.flat.objects if key not in self.fit.missing]
-
-    def wait_for_devices(self) -> None:
-        """Order what this thread has queued, or will, and the copies of the reading threads."""
-        wait_for_devices(leaf.local for leaf in self.flat.tensors.values())
 
 
 def _fit(request: LoadRequest, shared: _ReadForAll | None, rank: int) -> _Fitted:
@@ -383,11 +381,11 @@ def _choose_reader(
     return hands_on_blocks, ReadStats(0, nbytes)
 
 
-def _settle(fitted: _Fitted, check: Callable[[], None], *, live: bool) -> None:
-    """Finish the reads of live tensors, or of all others."""
-    fitted.wait_for_devices()
+def _settle(target: Target, check: Callable[[], None], devices: Collection[torch.device], *, live: bool) -> None:
+    """Finish the reads of live tensors, or of all others, which are complete on ``devices`` from here on."""
+    wait_for_devices(devices)
     if live:
-        fitted.target.copy_held()
+        target.copy_held()
     else:
-        fitted.target.check()
+        target.check()
         check()

@@ -30,7 +30,7 @@ from milepost.saving.stage import tensor_bytes
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.open_files import OpenFiles
 from milepost.storage.syscalls import map_pages
-from milepost.tensors.devices import wait_for_devices
+from milepost.tensors.devices import devices_of, wait_for_devices
 from milepost.tensors.layout import TensorLeaf, dtype_name, torch_dtype
 from milepost.tensors.read_plan import ReadItem
 from milepost.tensors.value_reader import decode_object
@@ -347,9 +347,9 @@ def read_tensors(
         FormatError: a record's header or footer is not what its manifest entry implies.
         StorageError: a read failed or was short.
     """
-    targets = [leaf.local for leaf in leaves.values()]
-    wait_for_devices(targets)
+    devices = devices_of(leaf.local for leaf in leaves.values())
+    wait_for_devices(devices)
     with TensorReads(storage, folder, items, leaves, digests) as reads:
         map_in_threads(call, reads.tasks, num_threads, name="milepost-read")
-    wait_for_devices(targets)
+    wait_for_devices(devices)
     return reads.stats

@@ -108,8 +108,9 @@ class Target:
     def new_tensor(self, key: str, entry: TensorEntry) -> torch.Tensor:
         """A new tensor for a stored one: placed as it was, else on the CPU and whole."""
         dtype = torch_dtype(entry.dtype)
-        if (text := self.placement_of(key)) not in (None, PLAIN) and self.meshes:
-            made = make_sharded(text or "", self.meshes, entry.shape, dtype)
+        text = self.placement_of(key)
+        if text is not None and text != PLAIN and self.meshes:
+            made = make_sharded(text, self.meshes, entry.shape, dtype)
             if made is not None:
                 return made
             self._unplaced.append(key)

@@ -100,7 +100,7 @@ class SaveJob:
     part: NodePart | None = None
     """The part of the step on this rank's node, with per-node folders."""
     hosts: tuple[str, ...] = ()
-    """On rank 0: the host of each rank, for messages."""
+    """On rank 0: the host of each rank; empty for one that is not known."""
 
     @property
     def publishes(self) -> bool:

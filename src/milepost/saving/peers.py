@@ -15,6 +15,7 @@ from milepost.errors import FormatError, SaveError
 from milepost.run.owner import Owner, is_alive, is_here, parse_owner, this_process
 from milepost.run.signoff import has_signed_off
 from milepost.saving.job import SaveJob
+from milepost.saving.replicas import host_name
 from milepost.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Peers:
 
 
 class PeerWatch:
-    """Watches the ranks that a save on this rank waits for: all, on the rank that commits; else only that one."""
+    """Watches the ranks of this machine that a save waits for: all, on the rank that commits; else only that one."""
 
     def __init__(
         self,
@@ -74,8 +75,11 @@ class PeerWatch:
         self._dead: dict[int, float] = {}
         """Ranks found dead, with the time."""
         own = job.part.ranks if job.part is not None else range(job.world_size)
-        self._ranks = [rank for rank in own if rank != job.rank] if job.publishes else [own[0]]
-        if not job.publishes:
+        if job.publishes:  # thousands of ranks on other machines are not worth a look at each
+            near = ("", host_name())
+            self._ranks = [r for r in own if r != job.rank and (not job.hosts or job.hosts[r] in near)]
+        else:
+            self._ranks = [own[0]]
             peers.find(own[0])  # now: it may serve the store in which it is looked up
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from milepost.collective.comm import Comm, ProcessGroupComm, failure_on
@@ -202,7 +202,7 @@ def _unlike_parameters(beside: Iterable[StateOfSharded]) -> dict[str, str]:
     for key, value, parameter in beside:
         if not isinstance(value, DTensor):
             found.update({key: PLAIN} if value.ndim else {})
-        elif parameter is not None and value.shape != parameter.shape and not all(map(_is_replica, value.placements)):
+        elif parameter is not None and value.shape != parameter.shape and not _is_replicated(value):
             text = describe_placements(value)
             found.update({key: text} if text is not None else {})
     return found
@@ -229,8 +229,8 @@ def _parameter_of(flat: FlatState, key: str) -> torch.Tensor | None:
     return flat.slots[name].container[flat.slots[name].index] if name else None
 
 
-def _is_replica(placement: Placement) -> bool:
-    return placement.is_replicate()
+def _is_replicated(tensor: DTensor) -> bool:
+    return all(placement.is_replicate() for placement in tensor.placements)
 
 
 def _nothing(rank: int, error: MilepostError) -> Prepared:

@@ -14,7 +14,7 @@ from milepost.config import NUM_IO_THREADS
 from milepost.errors import SaveError
 from milepost.format.box import cut_into_slabs
 from milepost.saving.samples import Samples
-from milepost.tensors.devices import wait_for_devices
+from milepost.tensors.devices import devices_of, wait_for_devices
 from milepost.tensors.layout import TensorLeaf
 from milepost.tensors.plan import WriteItem, WritePlan
 
@@ -44,7 +44,7 @@ class TensorBlocks:
 
     def __init__(self, leaves: Mapping[str, TensorLeaf]):
         self._leaves = leaves
-        wait_for_devices(leaf.local for leaf in leaves.values())  # the blocks are copied by other threads
+        wait_for_devices(devices_of(leaf.local for leaf in leaves.values()))  # the blocks are copied by other threads
 
     def blocks(self, item: WriteItem) -> Iterator[memoryview]:
         leaf = self._leaves[item.key]

@@ -33,7 +33,7 @@ from milepost.saving.job import JobMonitor, SaveJob, run_job
 from milepost.saving.stage import tensor_blocks
 from milepost.storage import Storage, is_known, open_storage
 from milepost.tensors import plan
-from milepost.tensors.devices import wait_for_devices
+from milepost.tensors.devices import devices_of, wait_for_devices
 from milepost.tensors.layout import can_be_boxes, dtype_name
 from milepost.tensors.value_reader import decode_object
 
@@ -127,7 +127,7 @@ class StorageWriter(DcpStorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         attempt: _Attempt = plan.storage_data
         state_dict = getattr(planner, "state_dict", None)
-        wait_for_devices(state_dict.values() if isinstance(state_dict, Mapping) else ())
+        wait_for_devices(devices_of(state_dict.values() if isinstance(state_dict, Mapping) else ()))
         resolved = {_item_key(item): item for item in plan.items if item.type != WriteItemType.BYTE_IO}
         objects = {
             item.index.fqn: _checked_object(item, planner) for item in plan.items if item.type == WriteItemType.BYTE_IO
