@@ -102,20 +102,21 @@ def save_and_load(
         if name == OURS and work in memory:
             memory[work] = max(memory[work], peak.grown_nbytes)
 
-    for _ in range(rounds):
-        for name, peer in contenders().items():
-            path = folder / "".join(filter(str.isalnum, name))
-            shutil.rmtree(path, ignore_errors=True)
+    peers_by_name = contenders()
+    names = list(peers_by_name)
+    for number in range(rounds):
+        # Another is first in each round, and each begins a second after the last: what was removed is discarded by the
+        # device in the background.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            peer, path = peers_by_name[name], folder / "".join(filter(str.isalnum, name))
             os.sync()
+            time.sleep(1.0)
             timed("save", name, lambda peer=peer, path=path: peer.save(path, state))
-            if name not in works["load again"]:
-                shutil.rmtree(path)
-                continue
-            for work in ("load after the save", "load again"):
+            for work in ("load after the save", "load again") if name in works["load again"] else ():
                 into["layers.0.weight"].zero_()
                 timed(work, name, lambda peer=peer, path=path: peer.load(path, into))
                 assert torch.equal(into["layers.0.weight"], state["layers.0.weight"]), name
-            if name != OURS:
+            if name != OURS or number < rounds - 1:
                 shutil.rmtree(path)
     nbytes = sum(tensor.nbytes for tensor in state.values())
     for work, times in works.items():

@@ -11,7 +11,7 @@ MAX_GAP_NBYTES = 512 << 10
 MAX_SPAN_NBYTES = 16 << 20
 """Maximum size of a request."""
 MAX_OVERREAD = 0.25
-"""Maximum fraction of a request that is not requested by a reader."""
+"""Maximum fraction of merged ranges that is not requested by a reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,19 @@ def merge_ranges(
     max_span_nbytes: int = MAX_SPAN_NBYTES,
     max_overread: float = MAX_OVERREAD,
 ) -> list[Span]:
-    """Merge ``ranges`` (half-open, in any order, may touch and overlap) into ascending, disjoint spans."""
+    """Merge ``ranges`` (half-open, in any order, may touch and overlap) into ascending, disjoint spans.
+
+    Neighbours are merged without regard to the size of a request, and then cut into requests of equal size: a tensor
+    with its header is a little larger than a power of two, and should not cost a request for its last bytes.
+    """
     wanted = sorted((start, stop) for start, stop in ranges if start < stop)
     runs: list[Span] = []
     for start, stop in wanted:
         last = runs[-1] if runs else None
-        if last is None or not _fits(last, start, stop, max_gap_nbytes, max_span_nbytes, max_overread):
+        if last is None or not _fits(last, start, stop, max_gap_nbytes, max_overread):
             runs.append(Span(start, stop, stop - start))
         else:
-            runs[-1] = Span(last.start, max(last.stop, stop), last.wanted_nbytes + stop - start)
+            runs[-1] = Span(last.start, max(last.stop, stop), last.wanted_nbytes + _beyond(last, start, stop))
     cuts = [piece for run in runs for piece in _pieces(run.start, run.stop, max_span_nbytes)]
     counts = [0] * len(cuts)
     starts = [start for start, _ in cuts]
@@ -50,14 +54,20 @@ def merge_ranges(
     return [Span(start, stop, count) for (start, stop), count in zip(cuts, counts, strict=True)]
 
 
-def _fits(last: Span, start: int, stop: int, max_gap: int, max_span: int, max_overread: float) -> bool:
+def _fits(last: Span, start: int, stop: int, max_gap: int, max_overread: float) -> bool:
     if start < last.stop:
         return True  # otherwise a byte would be in two spans
     reach = stop - last.start
-    unwanted = max(0, reach - last.wanted_nbytes - (stop - start))
-    return start - last.stop <= max_gap and reach <= max_span and unwanted <= max_overread * reach
+    unwanted = reach - last.wanted_nbytes - (stop - start)
+    return start - last.stop <= max_gap and unwanted <= max_overread * reach
+
+
+def _beyond(last: Span, start: int, stop: int) -> int:
+    """Return the number of bytes of ``[start, stop)`` that are not in ``last``."""
+    return max(0, stop - max(start, last.stop))
 
 
 def _pieces(start: int, stop: int, max_nbytes: int) -> Iterator[tuple[int, int]]:
-    for begin in range(start, stop, max_nbytes):
-        yield begin, min(begin + max_nbytes, stop)
+    step = -(-(stop - start) // -(-(stop - start) // max_nbytes))
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
