@@ -31,7 +31,8 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 import milepost
 from figures import Figures
 from milepost.storage import open_storage
-from milepost.storage.object_writer import MIN_PART_NBYTES, NUM_STREAMS
+from milepost.storage.object_writer import MIN_PART_NBYTES
+from milepost.storage.store_requests import NUM_STREAMS
 from milepost.testing.proxy import Proxy
 from milepost.testing.seaweed import BUCKET, Seaweed, seaweed
 from milepost.testing.world import run_world

@@ -122,7 +122,7 @@ def test_no_credential_is_shown(
 ) -> None:
     for name, value in change.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("milepost.storage.objectstore.Retry", partial(Retry, num_tries=2, first_wait_s=0.0))
+    monkeypatch.setattr("milepost.storage.store_requests.Retry", partial(Retry, num_tries=2, first_wait_s=0.0))
     for url in (f"s3://{BUCKET}/nothing", "s3://no-such-bucket/run", "s3://user:a-secret@bucket/run"):
         for command in (["ls", url], ["verify", f"{url}/step-1"], ["convert", url, f"{url}-2", "--to", "hf"]):
             assert main(command) != 0

@@ -2,24 +2,25 @@
 
 In reading order::
 
-base           the interface: ``Storage``, its handles and capabilities
-syscalls       the Linux calls that Python lacks
-write_back     early and bounded write-back of pages
-system_errors  the operating system's errors, with advice
-local_files    open files of a POSIX file system
-local_tree     its files and folders by name
-mounts         folders that a rename cannot replace
-local          a folder of it
-open_files     many files, a bounded number of them open at a time
-links          files behind links, as in the Hugging Face hub's cache
-ranges         plans of requests for many byte ranges
-retry          bounded retries
-store_errors   classification of a store's errors
-store_urls     from a URL and the environment to a client
-unfinished     aborting abandoned uploads
-object_writer  bytes to an object
-object_reader  bytes from an object
-objectstore    a prefix of a bucket
+base            the interface: ``Storage``, its handles and capabilities
+syscalls        the Linux calls that Python lacks
+write_back      early and bounded write-back of pages
+system_errors   the operating system's errors, with advice
+local_files     open files of a POSIX file system
+local_tree      its files and folders by name
+mounts          folders that a rename cannot replace
+local           a folder of it
+open_files      many files, a bounded number of them open at a time
+links           files behind links, as in the Hugging Face hub's cache
+ranges          plans of requests for many byte ranges
+retry           bounded retries
+store_errors    classification of a store's errors
+store_urls      from a URL and the environment to a client
+unfinished      aborting abandoned uploads
+store_requests  the requests to a store, with retries
+object_writer   bytes to an object
+object_reader   bytes from an object
+objectstore     a prefix of a bucket
 """
 
 from __future__ import annotations

@@ -6,25 +6,23 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from milepost.errors import StorageError
 from milepost.storage.base import ReadHandle, byte_views
 from milepost.storage.ranges import MAX_SPAN_NBYTES, Span, merge_ranges
-
-if TYPE_CHECKING:
-    from milepost.storage.objectstore import ObjectStorage
+from milepost.storage.store_requests import StoreRequests
 
 
 class ObjectReader(ReadHandle):
     """An object open for reading. Every request is for the version that existed when it was opened."""
 
-    def __init__(self, storage: ObjectStorage, name: str, nbytes: int, tag: str | None):
-        self.path = storage.describe(name)
+    def __init__(self, requests: StoreRequests, name: str, nbytes: int, tag: str | None):
+        self.path = requests.describe(name)
         self.nbytes = nbytes
-        self._storage = storage
+        self._requests = requests
         self._name = name
         self._tag = tag
         self._ahead: _ReadAhead | None = None
@@ -32,7 +30,7 @@ class ObjectReader(ReadHandle):
     def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
         """See ``ReadHandle``. Neighbouring ranges are fetched together, and ahead of the reads."""
         self._drop_ahead()
-        self._ahead = _ReadAhead(merge_ranges(ranges), self._fetch, self._storage)
+        self._ahead = _ReadAhead(merge_ranges(ranges), self._fetch, self._requests)
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         views = byte_views(buffers)
@@ -59,7 +57,7 @@ class ObjectReader(ReadHandle):
         for view in views:
             for begin in range(0, len(view), MAX_SPAN_NBYTES):
                 piece = view[begin : begin + MAX_SPAN_NBYTES]
-                jobs.append(self._storage.pool().submit(self._land, offset + begin, piece))
+                jobs.append(self._requests.pool().submit(self._land, offset + begin, piece))
             offset += len(view)
         try:
             for job in jobs:
@@ -75,7 +73,7 @@ class ObjectReader(ReadHandle):
         _scatter(self._fetch(offset, offset + len(view)), [view])
 
     def _fetch(self, start: int, stop: int) -> Any:
-        return self._storage.get_range(self._name, start, stop, self._tag)
+        return self._requests.get_range(self._name, start, stop, self._tag)
 
     def _drop_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
@@ -95,35 +93,16 @@ def _scatter(data: Any, views: Sequence[memoryview]) -> None:
         position += len(view)
 
 
-class Budget:
-    """Limit on bytes fetched ahead of the reads, shared by all objects of one store."""
-
-    def __init__(self, nbytes: int):
-        self._left = nbytes
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> bool:
-        """Reserve ``nbytes`` if available, until the caller returns them; returns whether they were."""
-        with self._lock:
-            fits = nbytes <= self._left
-            self._left -= nbytes if fits else 0
-        return fits
-
-    def give_back(self, nbytes: int) -> None:
-        with self._lock:
-            self._left += nbytes
-
-
 class _ReadAhead:
     """Merged spans of an object, fetched in order, some ahead of the reads, and dropped once fully read."""
 
-    def __init__(self, spans: Sequence[Span], fetch: Callable[[int, int], Any], storage: ObjectStorage):
+    def __init__(self, spans: Sequence[Span], fetch: Callable[[int, int], Any], requests: StoreRequests):
         self._spans = spans
         self._starts = [span.start for span in spans]
         self._left = [span.wanted_nbytes for span in spans]
         self._fetch = fetch
-        self._pool = storage.pool()
-        self._budget = storage.ahead
+        self._pool = requests.pool()
+        self._budget = requests.ahead
         self._jobs: dict[int, Future[Any]] = {}
         self._borrowed: set[int] = set()
         self._begun = 0  # spans before this one were requested or fully read

@@ -10,14 +10,12 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from milepost.errors import StorageError
 from milepost.storage.base import Bytes, WriteHandle, byte_views
+from milepost.storage.store_requests import Aborted, StoreRequests
 from milepost.storage.system_errors import storage_error
-
-if TYPE_CHECKING:
-    from milepost.storage.objectstore import ObjectStorage
 
 log = logging.getLogger("milepost")
 
@@ -25,16 +23,10 @@ MIN_PART_NBYTES = 16 << 20
 """Minimum size of an upload's parts; smaller objects are sent in one request."""
 MAX_PARTS = 9_000
 """S3 accepts 10,000 parts; a file may be slightly larger than announced."""
-NUM_STREAMS = 8
-"""Number of parts of one object sent concurrently."""
 MAX_HELD_NBYTES = 4 * MIN_PART_NBYTES
 """Limit on bytes held in memory until they are sent; beyond it, copied early bytes go to an unnamed file."""
 SILENCE_S = 20.0
 """An upload that made no progress for this long is logged."""
-
-
-class Aborted(Exception):
-    """Raised inside an abandoned upload, so that obstore aborts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +47,9 @@ class ObjectWriter(WriteHandle):
 
     is_sequential = True
 
-    def __init__(self, storage: ObjectStorage, name: str, nbytes: int):
-        self.path = storage.describe(name)
-        self._storage = storage
+    def __init__(self, requests: StoreRequests, name: str, nbytes: int):
+        self.path = requests.describe(name)
+        self._requests = requests
         self._name = name
         self._part_nbytes = max(MIN_PART_NBYTES, -(-nbytes // MAX_PARTS))
         self._changed = threading.Condition()
@@ -117,7 +109,7 @@ class ObjectWriter(WriteHandle):
 
     def _run(self) -> None:
         try:
-            self._storage.put_parts(self._name, self._pieces(), self._part_nbytes, NUM_STREAMS)
+            self._requests.put_parts(self._name, self._pieces(), self._part_nbytes)
         except BaseException as error:  # noqa: BLE001 - the top of a thread: re-raised where the handle is used
             with self._changed:
                 self._failure = error
@@ -168,7 +160,7 @@ class ObjectWriter(WriteHandle):
             if self._upload is None and self._end > MIN_PART_NBYTES:
                 self._start()
         if self._upload is None:
-            self._storage.create(self._name, b"".join(self._pieces()))
+            self._requests.create(self._name, b"".join(self._pieces()))
         else:
             self._await(self._upload)
         self._is_stored = True
