@@ -7,7 +7,7 @@ In reading order::
     value_traits  checks of a value before it is written, and the errors
     value_writer  values as records; value_reader: values of records
     snapshot  large plain values: copied at once, encoded later
-    parts   tensors composed of others, taken apart and assembled
+    parts   tensors composed of others, taken apart and assembled; part_context: what their classes keep besides
     tree    the nesting of a checkpoint's values, recorded and rebuilt
     aliases  tensors that overlap in memory; placements: DTensors on a mesh
     layout  DTensors and other tensors -> global shapes and boxes; below it there are only boxes and bytes

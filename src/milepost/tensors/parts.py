@@ -11,10 +11,7 @@ the rows and which are the same on every rank (lookup tables). Otherwise each sh
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
-import sys
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -27,13 +24,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from milepost.errors import ConfigError, FormatError, SaveError
 from milepost.format.box import Box
 from milepost.tensors.layout import Piece, Placed, arrived, shard_pieces
-from milepost.tensors.registry import is_named_tuple, register_reader, register_value, registered
+from milepost.tensors.part_context import from_plain, has_functions, to_plain
+from milepost.tensors.registry import register_reader, register_value
+from milepost.tensors.value_types import require
 
 Cut = Literal["as outer", "by rows", "whole"]
 """Placement of an inner tensor on the ranks of the outer DTensor: like it, proportional to its rows, or replicated."""
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
-_SHAPE, _DEVICE = ("the shape",), ("the device",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +39,7 @@ class TensorForm:
     class_name: str
     """``module:qualified name``; empty for a DTensor whose shards are stored separately."""
     context: Any
-    """The class's data other than tensors, as plain data (see :func:`_to_plain`); or the number of shards."""
+    """The class's data other than tensors, as plain data (see :func:`to_plain`); or the number of shards."""
     shape: tuple[int, ...]
     """Shape of the outer tensor, over all ranks."""
     dtype: torch.dtype
@@ -152,7 +148,7 @@ def _whole(key: str, tensor: torch.Tensor) -> TensorParts:
     names, context = cast("Any", tensor).__tensor_flatten__()
     kind = type(tensor)
     try:
-        plain = _to_plain(context, tensor)
+        plain = to_plain(context, tensor)
     except TypeError as error:
         raise SaveError(
             f"{key} is a {kind.__qualname__} that keeps {error}; milepost.register_value() its class with encode and "
@@ -312,7 +308,7 @@ def put_together(form: TensorForm, parts: Mapping[str, torch.Tensor], shape: tup
     device = next((part.device for part in parts.values()), torch.device("cpu"))
     package = form.class_name.partition(".")[0].partition(":")[0]
     try:
-        context = _from_plain(form.context, shape, device, package)
+        context = from_plain(form.context, shape, device, package)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise FormatError(
             f"what a tensor of class {form.kind} stores beside its parts is malformed: {error}"
@@ -342,108 +338,10 @@ def find_class(class_name: str) -> type | None:
     return found
 
 
-def has_functions(form: TensorForm) -> bool:
-    """Return whether a tensor keeps functions, which are never looked up by name from a checkpoint."""
-    pending = [form.context]
-    while pending:
-        plain = pending.pop()
-        if isinstance(plain, tuple) and plain and plain[0] == "function":
-            return True
-        if isinstance(plain, tuple | list):
-            pending.extend(plain)
-    return False
-
-
-# ---- what a class keeps beside tensors ----
-
-
-def _to_plain(value: Any, tensor: torch.Tensor) -> Any:
-    """Convert to tagged tuples of plain values; the tensor's shape and device become symbols, since both may change.
-
-    Raises:
-        TypeError: a value has no such form; the text names it.
-    """
-    kind = type(value)
-    if kind is torch.Size and tuple(value) == tuple(tensor.shape):
-        return _SHAPE
-    if kind is torch.device and value == tensor.device:
-        return _DEVICE
-    if kind in _PLAIN or registered(kind) is not None:
-        return ("value", value)
-    if kind in (list, tuple):
-        return (kind.__name__, [_to_plain(part, tensor) for part in value])
-    if isinstance(value, Mapping):
-        return ("dict", [(_to_plain(name, tensor), _to_plain(part, tensor)) for name, part in value.items()])
-    name = f"{kind.__module__}:{kind.__qualname__}"
-    if isinstance(value, enum.Enum):
-        return ("enum", name, value.name)
-    if is_named_tuple(kind):
-        return ("named tuple", name, [_to_plain(part, tensor) for part in value])
-    if dataclasses.is_dataclass(kind):
-        fields = [field.name for field in dataclasses.fields(kind)]
-        return ("dataclass", name, [(field, _to_plain(getattr(value, field), tensor)) for field in fields])
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
-        return ("function", f"{value.__module__}:{value.__qualname__}")
-    raise TypeError(f"a {kind.__module__}.{kind.__qualname__}")
-
-
-def _from_plain(plain: Any, shape: tuple[int, ...], device: torch.device, package: str) -> Any:
-    def made(part: Any) -> Any:
-        return _from_plain(part, shape, device, package)
-
-    if plain == _SHAPE:
-        return torch.Size(shape)
-    if plain == _DEVICE:
-        return device
-    _require(isinstance(plain, tuple) and len(plain) in (2, 3), "what a tensor stores beside its parts")
-    tag, first, *rest = plain
-    if tag == "value":
-        return first
-    if tag in ("list", "tuple"):
-        return (list if tag == "list" else tuple)(made(part) for part in first)
-    if tag == "dict":
-        return {made(name): made(part) for name, part in first}
-    if tag == "function":
-        raise ConfigError(
-            f"a tensor of the checkpoint keeps the function {first!r:.200}, and no function is taken by a name in a "
-            "checkpoint: prepare the model in the same way (quantize it) and load into it"
-        )
-    kind = _loaded_class(first, package)
-    if tag == "enum" and issubclass(kind, enum.Enum) and rest[0] in kind.__members__:
-        return kind[rest[0]]
-    if tag == "named tuple" and is_named_tuple(kind):
-        return tuple.__new__(kind, [made(part) for part in rest[0]])
-    _require(tag == "dataclass" and dataclasses.is_dataclass(kind), f"a {first!r:.200} of a tensor")
-    value: Any = object.__new__(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    for name, part in rest[0]:
-        _require(name in names, f"a {first!r:.200} of a tensor")
-        object.__setattr__(value, name, made(part))
-    return value
-
-
-def _loaded_class(name: object, package: str) -> type:
-    """A class of the tensor's own package or of torch that this program has imported. Imports nothing."""
-    module_name, _, path = str(name).partition(":")
-    found: Any = sys.modules.get(module_name) if module_name.partition(".")[0] in (package, "torch") else None
-    for part in path.split("."):
-        found = vars(found).get(part) if found is not None and hasattr(found, "__dict__") else None
-    if not isinstance(found, type):
-        raise ConfigError(
-            f"a tensor of the checkpoint keeps a value of class {name!r:.200}, which this program has not loaded: "
-            f"import {module_name:.200} before it is loaded"
-        )
-    return found
-
-
-def _require(condition: object, what: str) -> None:
-    if not condition:
-        raise FormatError(f"{what} is malformed")
-
-
 # ---- as values ----
 
 _TENSOR = "milepost.tensor"
+_MALFORMED = "a composed tensor is malformed"
 
 
 def _to_record(parts: TensorParts) -> Any:
@@ -452,22 +350,20 @@ def _to_record(parts: TensorParts) -> Any:
 
 
 def _from_record(plain: Any) -> TensorParts:
-    _require(isinstance(plain, tuple) and len(plain) == 2 and type(plain[1]) is dict, "a tensor made of others")
-    _require(isinstance(plain[0], tuple) and len(plain[0]) == 5, "a tensor made of others")
+    require(isinstance(plain, tuple) and len(plain) == 2 and type(plain[1]) is dict, _MALFORMED)
+    require(isinstance(plain[0], tuple) and len(plain[0]) == 5, _MALFORMED)
     (class_name, context, shape, dtype, cuts), parts = plain
-    _require(
-        type(class_name) is str and isinstance(dtype, torch.dtype) and type(cuts) is dict, "a tensor made of others"
-    )
-    _require(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "a tensor made of others")
-    _require(all(type(name) is str for name in (*parts, *cuts)), "a tensor made of others")
-    _require(class_name or (type(context) is int and context > 0), "a tensor made of others")
+    require(type(class_name) is str and isinstance(dtype, torch.dtype) and type(cuts) is dict, _MALFORMED)
+    require(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), _MALFORMED)
+    require(all(type(name) is str for name in (*parts, *cuts)), _MALFORMED)
+    require(class_name or (type(context) is int and context > 0), _MALFORMED)
     return TensorParts(TensorForm(class_name, context, shape, dtype, cuts), parts)
 
 
 def _made_of(parts: Any) -> torch.Tensor:
-    _require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, "a tensor made of others")
+    require(isinstance(parts, TensorParts) and not parts.form.is_by_shard, _MALFORMED)
     inner = {name: _made_of(part) if isinstance(part, TensorParts) else part for name, part in parts.items()}
-    _require(all(isinstance(part, torch.Tensor) for part in inner.values()), "a tensor made of others")
+    require(all(isinstance(part, torch.Tensor) for part in inner.values()), _MALFORMED)
     # Small tensors of one value may be views of one storage; a class may need each part to own its storage.
     own = {name: part.clone() if part.storage_offset() else part for name, part in inner.items()}
     return put_together(parts.form, own, parts.form.shape)
@@ -480,6 +376,6 @@ register_reader(_TENSOR, _made_of)
 def as_value(tensor: torch.Tensor) -> tuple[str, TensorParts]:
     """The form of a composed tensor within a value: the name of its reader, and the reader's arguments."""
     parts = take_apart("a tensor", tensor)
-    if has_functions(parts.form):
+    if has_functions(parts.form.context):
         raise TypeError("it holds functions: give it a place of its own in the state")
     return _TENSOR, parts

@@ -22,7 +22,7 @@ from milepost.format.dtype import DTYPES, from_storage_class
 from milepost.format.pickle_reader import Global, Instance, OverLimitError, read_pickle
 from milepost.format.plain_pickle import MAX_NODES
 from milepost.format.zip_directory import ZipDirectory
-from milepost.tensors.value_types import ATOMS, CONTAINERS, DIALECT, MAX_DEPTH, QUANTIZED, VALUE_GLOBALS
+from milepost.tensors.value_types import ATOMS, CONTAINERS, DIALECT, MAX_DEPTH, QUANTIZED, VALUE_GLOBALS, require
 
 MAX_VALUE_NBYTES = 64 << 30
 
@@ -37,7 +37,7 @@ def decode_object(key: str, data: bytes | bytearray | memoryview, path: str) -> 
     try:
         return read_value(bytes(data))
     except OverLimitError as error:
-        raise FormatError(f"{path}: the value of '{key}' is not read: {error}", path=path, key=key) from error
+        raise FormatError(f"{path}: the value of '{key}' can't be read: {error}", path=path, key=key) from error
     except FormatError:
         pass  # written by another version of torch and not in our tables: torch's restricted reader decides
     try:
@@ -98,47 +98,47 @@ class _StoredStorages:
 
     def find(self, pid: object) -> object:
         """Return the elements that a persistent id refers to."""
-        _require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage", "a strange storage")
+        require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage", "an invalid storage")
         assert isinstance(pid, tuple)
         _, class_, key, *_ = pid
-        _require(isinstance(class_, Global) and class_.name in _STORAGES and type(key) is str, "a strange storage")
+        require(isinstance(class_, Global) and class_.name in _STORAGES and type(key) is str, "an invalid storage")
         if key not in self._found:
             entry = self._archive.entries.get(f"{self._prefix}/data/{key}")
-            _require(entry is not None, f"storage {key!r:.20} is missing")
+            require(entry is not None, f"storage {key!r:.20} is missing")
             assert entry is not None
             content = self._archive.content(entry, MAX_VALUE_NBYTES)
-            _require(entry.crc32 in (0, crc32(content)), f"storage {key!r:.20} does not match its CRC-32")
+            require(entry.crc32 in (0, crc32(content)), f"storage {key!r:.20} does not match its CRC-32")
             self._found[key] = torch.frombuffer(bytearray(content) or bytearray(1), dtype=torch.uint8)[: len(content)]
         return _Elements(class_.value, self._found[key])
 
     def _tensor(self, *args: object) -> torch.Tensor:
-        _require(len(args) >= 6 and isinstance(args[0], _Elements), "a tensor with unknown arguments")
+        require(len(args) >= 6 and isinstance(args[0], _Elements), "a tensor with unknown arguments")
         elements, offset, sizes, strides, requires_grad, _, *rest = args
         assert isinstance(elements, _Elements)
         dtype = elements.dtype if elements.dtype is not None else next(iter(rest), None)
-        _require(isinstance(dtype, torch.dtype) and not any(rest[1:]), "a tensor with unknown arguments")
+        require(isinstance(dtype, torch.dtype) and not any(rest[1:]), "a tensor with unknown arguments")
         assert isinstance(dtype, torch.dtype)
         tensor = _strided(elements.raw, dtype, offset, sizes, strides)
         return tensor.requires_grad_() if requires_grad is True and tensor.is_floating_point() else tensor
 
     def _quantized(self, *args: object) -> torch.Tensor:
-        _require(len(args) == 7 and isinstance(args[0], _Elements), "a quantized tensor with unknown arguments")
+        require(len(args) == 7 and isinstance(args[0], _Elements), "a quantized tensor with unknown arguments")
         elements, offset, sizes, strides, parameters, *_ = args
         assert isinstance(elements, _Elements)
         dtype = elements.dtype
-        _require(dtype in QUANTIZED and isinstance(parameters, tuple) and len(parameters) in (3, 4), "a strange tensor")
+        require(dtype in QUANTIZED and isinstance(parameters, tuple) and len(parameters) in (3, 4), "an invalid tensor")
         assert dtype is not None
         assert isinstance(parameters, tuple)
         integers = _strided(elements.raw, QUANTIZED[dtype][1], offset, sizes, strides)
         scheme, *rest = parameters
         if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            _require(
+            require(
                 isinstance(rest[0], float) and isinstance(rest[1], int), "a quantized tensor with unknown arguments"
             )
             return torch._make_per_tensor_quantized_tensor(integers, rest[0], rest[1])
-        _require(len(rest) == 3 and all(isinstance(part, torch.Tensor) for part in rest[:2]), "a strange tensor")
-        _require(isinstance(rest[2], int) and 0 <= rest[2] < integers.dim(), "a quantized tensor with an invalid axis")
-        _require(
+        require(len(rest) == 3 and all(isinstance(part, torch.Tensor) for part in rest[:2]), "an invalid tensor")
+        require(isinstance(rest[2], int) and 0 <= rest[2] < integers.dim(), "a quantized tensor with an invalid axis")
+        require(
             all(part.numel() == integers.shape[rest[2]] for part in rest[:2]), "a quantized tensor with invalid scales"
         )
         return torch._make_per_channel_quantized_tensor(integers, rest[0], rest[1], rest[2])
@@ -146,33 +146,33 @@ class _StoredStorages:
 
 def _strided(raw: torch.Tensor, dtype: torch.dtype, offset: object, sizes: object, strides: object) -> torch.Tensor:
     """Create a tensor with a copy of the elements that the arguments refer to."""
-    _require(type(offset) is int and isinstance(sizes, tuple) and isinstance(strides, tuple), "a strange tensor")
+    require(type(offset) is int and isinstance(sizes, tuple) and isinstance(strides, tuple), "an invalid tensor")
     assert isinstance(offset, int)
     assert isinstance(sizes, tuple)
     assert isinstance(strides, tuple)
     numbers = (offset, *sizes, *strides)
-    _require(all(type(n) is int and 0 <= n <= record.MAX_NBYTES for n in numbers), "a tensor with invalid sizes")
-    _require(len(sizes) == len(strides) <= record.MAX_DIMS, "a tensor with invalid sizes")
+    require(all(type(n) is int and 0 <= n <= record.MAX_NBYTES for n in numbers), "a tensor with invalid sizes")
+    require(len(sizes) == len(strides) <= record.MAX_DIMS, "a tensor with invalid sizes")
     count = math.prod(sizes)
     span = offset + 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) if count else 0
-    _require(span * dtype.itemsize <= raw.numel(), "a tensor extends beyond its storage")
-    _require(count * dtype.itemsize <= raw.numel(), "a tensor has more elements than its storage")
+    require(span * dtype.itemsize <= raw.numel(), "a tensor extends beyond its storage")
+    require(count * dtype.itemsize <= raw.numel(), "a tensor has more elements than its storage")
     elements = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype) if raw.numel() else raw.view(dtype)
     return elements.as_strided(sizes, strides, offset if count else 0).clone(memory_format=torch.contiguous_format)
 
 
 def _parameter(*args: object) -> torch.Tensor:
-    _require(len(args) == 3 and isinstance(args[0], torch.Tensor), "a parameter with unknown arguments")
+    require(len(args) == 3 and isinstance(args[0], torch.Tensor), "a parameter with unknown arguments")
     return nn.Parameter(args[0], requires_grad=args[1] is True)  # type: ignore[arg-type]
 
 
 def _sparse(*args: object) -> torch.Tensor:
     layout, parts = args if len(args) == 2 else (None, None)
-    _require(isinstance(layout, torch.layout) and isinstance(parts, tuple), "a sparse tensor with unknown arguments")
+    require(isinstance(layout, torch.layout) and isinstance(parts, tuple), "a sparse tensor with unknown arguments")
     assert isinstance(layout, torch.layout)
     assert isinstance(parts, tuple)
     tensors = parts[:2] if layout == torch.sparse_coo else parts[:3]
-    _require(
+    require(
         len(parts) in (3, 4) and all(isinstance(part, torch.Tensor) for part in tensors), "an invalid sparse tensor"
     )
     try:
@@ -197,11 +197,6 @@ def _storage_table() -> dict[str, Global]:
 
 
 _STORAGES: Mapping[str, Global] = _storage_table()
-
-
-def _require(condition: object, problem: str) -> None:
-    if not condition:
-        raise FormatError(problem)
 
 
 def _check_read(value: Any, nbytes: int) -> None:

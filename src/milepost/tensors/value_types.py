@@ -162,7 +162,7 @@ for simple, encode, decode in (
 
 
 def _array_of(dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool, data: bytes) -> Any:
-    _require(isinstance(dtype, np.dtype) and not dtype.hasobject and isinstance(data, bytes), "an invalid numpy array")
+    require(isinstance(dtype, np.dtype) and not dtype.hasobject and isinstance(data, bytes), "an invalid numpy array")
     return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
@@ -170,7 +170,7 @@ def _ml_dtype(name: str) -> np.dtype[Any]:
     import ml_dtypes  # takes 20 ms, and only values of these dtypes need it
 
     kind = vars(ml_dtypes).get(name)
-    _require(isinstance(kind, type) and issubclass(kind, np.generic), f"{name!r:.80} is no dtype that is read")
+    require(isinstance(kind, type) and issubclass(kind, np.generic), f"{name!r:.80} is not a supported dtype")
     return np.dtype(kind)
 
 
@@ -186,7 +186,7 @@ def _stream(content: bytes, position: int) -> io.BytesIO:
 
 def _memory_format(name: str) -> torch.memory_format:
     names = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
-    _require(name in names, f"{name!r:.80} is not a memory format")
+    require(name in names, f"{name!r:.80} is not a memory format")
     found: torch.memory_format = getattr(torch, name)
     return found
 
@@ -194,7 +194,8 @@ def _memory_format(name: str) -> torch.memory_format:
 # ---- reading ----
 
 
-def _require(condition: object, problem: str) -> None:
+def require(condition: object, problem: str) -> None:
+    """Raise FormatError with the problem if a condition does not hold."""
     if not condition:
         raise FormatError(problem)
 
@@ -209,17 +210,17 @@ def check_key(key: object) -> None:
     while pending:
         part = pending.pop()
         count += 1
-        _require(count <= _MAX_KEY_PARTS, "a dict key expands to too many parts")
+        require(count <= _MAX_KEY_PARTS, "a dict key expands to too many parts")
         if isinstance(part, tuple | frozenset):
             pending.extend(part)
         elif isinstance(part, int):
-            _require(part.bit_length() <= 1 << 16, "a dict key is a huge number")
-        _require(type(part).__hash__ is not None and not isinstance(part, Global), "a dict key can't be hashed")
+            require(part.bit_length() <= 1 << 16, "a dict key is a huge number")
+        require(type(part).__hash__ is not None and not isinstance(part, Global), "a dict key can't be hashed")
 
 
 def _make_set(kind: Any) -> Callable[..., object]:
     def make(*args: object) -> object:
-        _require(len(args) == 1 and type(args[0]) is list, f"{kind.__name__} is called with unknown arguments")
+        require(len(args) == 1 and type(args[0]) is list, f"{kind.__name__} is called with unknown arguments")
         for member in args[0]:  # type: ignore[attr-defined]
             check_key(member)
         return kind(args[0])
@@ -232,7 +233,7 @@ def _checked(kind: Callable[..., Any], *forms: tuple[type | tuple[type, ...], ..
 
     def make(*args: object) -> object:
         fits = any(len(args) == len(form) and all(map(isinstance, args, form)) for form in forms)
-        _require(fits, f"{getattr(kind, '__name__', kind)} is called with unknown arguments")
+        require(fits, f"{getattr(kind, '__name__', kind)} is called with unknown arguments")
         try:
             return kind(*args)
         except (ValueError, TypeError, OverflowError, ArithmeticError, KeyError, OSError, RuntimeError) as error:
@@ -245,39 +246,39 @@ _NONE = type(None)
 
 
 def _make_defaultdict(*args: object) -> object:
-    _require(1 <= len(args) <= 2, "defaultdict is called with unknown arguments")
+    require(1 <= len(args) <= 2, "defaultdict is called with unknown arguments")
     factory = args[0].value if isinstance(args[0], Global) else args[0]
-    _require(factory is None or factory in FACTORIES, "defaultdict is called with an unknown factory")
+    require(factory is None or factory in FACTORIES, "defaultdict is called with an unknown factory")
     items = args[1] if len(args) == 2 else {}
-    _require(type(items) is dict, "defaultdict is called with unknown arguments")
+    require(type(items) is dict, "defaultdict is called with unknown arguments")
     return defaultdict(factory, items)  # type: ignore[call-overload]
 
 
 def _make_deque(*args: object) -> object:
     items = args[0] if args else []
     limit: Any = args[1] if len(args) == 2 else None
-    _require(type(items) in (list, tuple) and len(args) <= 2, "deque is called with unknown arguments")
-    _require(limit is None or (type(limit) is int and limit >= 0), "deque is called with an unknown limit")
+    require(type(items) in (list, tuple) and len(args) <= 2, "deque is called with unknown arguments")
+    require(limit is None or (type(limit) is int and limit >= 0), "deque is called with an unknown limit")
     return deque(cast("list[object]", items), limit)
 
 
 def _make_dtype(*args: object) -> object:
     form = args[0] if args else None
     # numpy's pickles add two flags, and a state with the byte order.
-    _require(len(args) == 1 or args[1:] in ((False, True), (0, 1)), "numpy.dtype is called with unknown arguments")
+    require(len(args) == 1 or args[1:] in ((False, True), (0, 1)), "numpy.dtype is called with unknown arguments")
     if isinstance(form, str):
-        _require(_DTYPE_TEXT.fullmatch(form) is not None, f"{form!r:.80} is not a supported dtype")
+        require(_DTYPE_TEXT.fullmatch(form) is not None, f"{form!r:.80} is not a supported dtype")
         return np.dtype(form)
     if isinstance(form, tuple):  # subarray dtypes
-        _require(len(form) == 2 and isinstance(form[0], np.dtype) and isinstance(form[1], tuple), "a strange dtype")
-        _require(len(form[1]) <= 32 and all(type(n) is int and 0 <= n < 1 << 31 for n in form[1]), "a strange dtype")
+        require(len(form) == 2 and isinstance(form[0], np.dtype) and isinstance(form[1], tuple), "an invalid dtype")
+        require(len(form[1]) <= 32 and all(type(n) is int and 0 <= n < 1 << 31 for n in form[1]), "an invalid dtype")
         return np.dtype(form)
-    _require(isinstance(form, dict) and set(form) == {"names", "formats", "offsets", "itemsize"}, "a strange dtype")
+    require(isinstance(form, dict) and set(form) == {"names", "formats", "offsets", "itemsize"}, "an invalid dtype")
     assert isinstance(form, dict)
-    _require(
-        all(isinstance(value, list) for value in (form["names"], form["formats"], form["offsets"])), "a strange dtype"
+    require(
+        all(isinstance(value, list) for value in (form["names"], form["formats"], form["offsets"])), "an invalid dtype"
     )
-    _require(all(isinstance(field, np.dtype) for field in form["formats"]), "a strange dtype")
+    require(all(isinstance(field, np.dtype) for field in form["formats"]), "an invalid dtype")
     try:
         return np.dtype(form)  # type: ignore[call-overload]
     except (ValueError, TypeError) as error:
@@ -286,49 +287,49 @@ def _make_dtype(*args: object) -> object:
 
 def _make_scalar(*args: object) -> object:
     dtype, data = args if len(args) == 2 else (None, None)
-    _require(isinstance(dtype, np.dtype) and isinstance(data, bytes), "a numpy scalar with unknown arguments")
+    require(isinstance(dtype, np.dtype) and isinstance(data, bytes), "a numpy scalar with unknown arguments")
     assert isinstance(dtype, np.dtype)
     assert isinstance(data, bytes)
-    _require(not dtype.hasobject and len(data) == dtype.itemsize, "a numpy scalar of the wrong size")
+    require(not dtype.hasobject and len(data) == dtype.itemsize, "a numpy scalar of the wrong size")
     return np.frombuffer(data, dtype)[0] if data else dtype.type()
 
 
 def _make_array(*args: object) -> object:
-    _require(len(args) == 3 and args[1:] == ((0,), b"b"), "a numpy array with unknown arguments")
+    require(len(args) == 3 and args[1:] == ((0,), b"b"), "a numpy array with unknown arguments")
     return np.empty(0, np.uint8)
 
 
 def build(target: object, state: object) -> bool:
     """Set the state of an array (elements), a dtype (byte order, set already) or an ordered dict (attributes)."""
     if isinstance(target, np.dtype):
-        _require(isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", "|", "="), "a strange dtype")
+        require(isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", "|", "="), "an invalid dtype")
         assert isinstance(state, tuple)
-        _require(state[2:5] == (None, None, None), "a strange dtype")
+        require(state[2:5] == (None, None, None), "an invalid dtype")
         return True
     if type(target) is OrderedDict and isinstance(state, Mapping) and set(state) == {"_metadata"}:
         target._metadata = state["_metadata"]  # type: ignore[attr-defined]
         return True
     if type(target) is io.BytesIO:
-        _require(isinstance(state, tuple) and len(state) == 3, "a byte stream with an invalid state")
+        require(isinstance(state, tuple) and len(state) == 3, "a byte stream with an invalid state")
         assert isinstance(state, tuple)
         content, position, _ = state
-        _require(type(content) is bytes and type(position) is int and not state[2], "an invalid byte stream")
-        _require(0 <= position <= len(content), "a byte stream at an invalid position")
+        require(type(content) is bytes and type(position) is int and not state[2], "an invalid byte stream")
+        require(0 <= position <= len(content), "a byte stream at an invalid position")
         target.write(content)
         target.seek(position)
         return True
     if type(target) is not np.ndarray:
         return False
-    _require(isinstance(state, tuple) and len(state) == 5, "a numpy array with an invalid state")
+    require(isinstance(state, tuple) and len(state) == 5, "a numpy array with an invalid state")
     assert isinstance(state, tuple)
     version, shape, dtype, is_fortran, data = state
-    _require(version == 1 and isinstance(shape, tuple) and isinstance(dtype, np.dtype), "an invalid numpy array")
-    _require(all(type(size) is int and 0 <= size < 1 << 62 for size in shape) and len(shape) <= 32, "a strange shape")
-    _require(not dtype.hasobject and isinstance(data, bytes) and isinstance(is_fortran, bool), "an invalid numpy array")
+    require(version == 1 and isinstance(shape, tuple) and isinstance(dtype, np.dtype), "an invalid numpy array")
+    require(all(type(size) is int and 0 <= size < 1 << 62 for size in shape) and len(shape) <= 32, "an invalid shape")
+    require(not dtype.hasobject and isinstance(data, bytes) and isinstance(is_fortran, bool), "an invalid numpy array")
     count = 1
     for size in shape:
         count *= size
-    _require(count * dtype.itemsize == len(data), f"a numpy array of {shape} has {len(data)} bytes")
+    require(count * dtype.itemsize == len(data), f"a numpy array of {shape} has {len(data)} bytes")
     target.__setstate__((1, shape, dtype, is_fortran, data))
     return True
 
@@ -336,13 +337,13 @@ def build(target: object, state: object) -> bool:
 def _layout(*args: object) -> object:
     names = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
     known = {f"torch.{name}": getattr(torch, name) for name in names}
-    _require(len(args) == 1 and args[0] in known, "an unknown tensor layout")
+    require(len(args) == 1 and args[0] in known, "an unknown tensor layout")
     return known[args[0]]  # type: ignore[index]
 
 
 def _path(kind: Any) -> Callable[..., object]:
     def make(*args: object) -> object:
-        _require(all(isinstance(part, str) for part in args), "a path that is not text")
+        require(all(isinstance(part, str) for part in args), "a path that is not text")
         return kind(*args)
 
     return make
