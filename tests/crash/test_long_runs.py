@@ -150,9 +150,8 @@ def _save_often(folder: Path, mode: AsyncMode) -> tuple[Usage, Usage, Usage, Usa
 
 def wait_for_commit(manager: CheckpointManager) -> None:
     """Return once the running save is committed, and its resources are free."""
-    handle = getattr(manager._saver, "current", None)
-    if handle is not None:
-        handle.committed(60)
+    if manager.pending is not None:
+        manager.pending.committed(60)
     gc.collect()
 
 

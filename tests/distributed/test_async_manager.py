@@ -111,7 +111,7 @@ def _fail_in_background(folder: Path, mode: str) -> list[str]:
 def _break_writes(manager: CheckpointManager) -> None:
     """Make this rank's next write fail: by a disk that is full, or a writer process that dies."""
     manager.pending.committed(60)
-    pid = manager._saver.writer_pid
+    pid = manager._saves.saver.writer_pid
     if pid is None:
         BROKEN.start()
         return
@@ -192,7 +192,7 @@ def _by_the_clock(folder: Path) -> list[int]:
     saved = []
     for step in range(1, 12):
         if dist.get_rank() == 1:
-            run.manager._due.saved_at = -1e9  # this rank's clock says that a save is long overdue
+            run.manager._saves.due.saved_at = -1e9  # this rank's clock says that a save is long overdue
         if run.manager.save(step):
             saved.append(step)
         time.sleep(0.1)

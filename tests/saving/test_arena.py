@@ -120,7 +120,8 @@ def test_a_manager_s_first_save_finds_its_memory_there_and_no_more_of_it(
         with CheckpointManager(tmp_path, config, model=module, optimizer=optimizer) as manager:
             report = manager.load()
             step = 0 if report is None else report.resumed_step or 0
-            assert manager._saver is not None
+            saver = manager._saves.saver  # type: ignore[union-attr]
+            assert isinstance(saver, AsyncSaver)
             found: list[int] = []
             while step < until:
                 module.norm(module.trained(torch.randn(4, 512))).sum().backward()
@@ -128,10 +129,10 @@ def test_a_manager_s_first_save_finds_its_memory_there_and_no_more_of_it(
                 optimizer.step()
                 step += 1
                 if manager.save(step):
-                    found.append(manager._saver.arena_nbytes)  # type: ignore[union-attr]
+                    found.append(saver.arena_nbytes)
                 else:
-                    manager._saver._arena._wait_for_preparation()  # type: ignore[union-attr]
-                    found.append(manager._saver.arena_nbytes)  # type: ignore[union-attr]
+                    saver._arena._wait_for_preparation()
+                    found.append(saver.arena_nbytes)
             saved = sum(p.nbytes for p in module.parameters() if p.requires_grad or not only_trainable)
             saved += sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
             assert len(set(found)) == 1, found

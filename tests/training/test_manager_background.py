@@ -165,7 +165,7 @@ def test_live_workers_of_a_data_loader_do_not_hold_up_the_end(tmp_path: Path) ->
         batches = iter(data)
         next(batches)
         manager.save(1)
-        pid = manager._saver.writer_pid  # type: ignore[union-attr]
+        pid = manager._saves.saver.writer_pid  # type: ignore[union-attr]
         started = time.monotonic()
     assert time.monotonic() - started < 15
     assert not Path(f"/proc/{pid}").exists()

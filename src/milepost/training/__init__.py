@@ -6,6 +6,7 @@ In reading order::
     arguments       its arguments, checked
     run_folder      the folder it writes to, locked, and its remote folder
     training_run    the run that it saves and resumes, as one value
+    run_saves       the saves of a run: begun when due, followed to their end
     due             whether a save is due, agreed by all ranks
     schedule        when a save is due by steps or time: pure
     signals         requests to save and to stop, by signal or file

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
@@ -21,31 +17,23 @@ from milepost.collective.comm import Comm, default_comm, on_every_rank, on_rank_
 from milepost.collective.interrupt import interrupts_held
 from milepost.collective.meeting import meeting
 from milepost.config import CheckpointConfig
-from milepost.errors import ConfigError, MilepostError, SaveError
+from milepost.errors import ConfigError, SaveError
 from milepost.loading.load_from import LoadReport
 from milepost.run.beside import remote_folder_problem
 from milepost.run.branches import History
-from milepost.saving.agreement import SaverSettings
 from milepost.saving.arguments import checked_step
-from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle
 from milepost.saving.copy_step import Spot
-from milepost.saving.job import SaveReport
-from milepost.saving.save import Saver
 from milepost.storage import join_path, open_storage
 from milepost.training.arguments import check_arguments_of_all_ranks, check_format_given, checked_per_rank
-from milepost.training.due import DueCheck
-from milepost.training.events import SaveEvent, SaveLog
-from milepost.training.hf_saves import HfSaves
-from milepost.training.history import SaveHistory
+from milepost.training.events import SaveEvent
 from milepost.training.hooks import Commit, CommitHooks
-from milepost.training.pending import PendingSave
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.resume import Loader
 from milepost.training.run_folder import RunFolder
-from milepost.training.save_failures import SaveFailures
-from milepost.training.save_request import Attachments, RequestMaker
-from milepost.training.signals import RequestFiles, SignalFlags
+from milepost.training.run_saves import BlockedTime, RunSaves
+from milepost.training.save_request import Attachments
+from milepost.training.signals import SignalFlags
 from milepost.training.training_run import TrainingRun
 from milepost.training.training_state import TrainingState
 from milepost.training.weights_format import WeightsFormat
@@ -145,37 +133,16 @@ class CheckpointManager:
         run = TrainingRun(Spot(self._storage, path), config, comm, state, dict(layout or {}), hf)
         hooks = CommitHooks(on_commit, config.on_commit)
         self._folder = RunFolder(run.folder, self._open_remote(path), config, comm, hooks)
-        self._saver = on_every_rank(comm, self._make_saver)
         self._is_closed = False
-        self._is_prepared = False
-        self._pending: PendingSave | None = None
-        self._failures = SaveFailures(config, comm.rank)
-        self._log = SaveLog(self._storage, path, comm.world_size, run.degrees)
         self._signals = SignalFlags()
-        self._due = DueCheck(config, comm, self._signals, RequestFiles(self._storage, path))
         self._rng: Mapping[str, Any] | None = None  # as restored by `load`
-        self._blocked_s = 0.0
+        self._blocked = BlockedTime()
         self._loader = Loader(run, self._folder.remote, self._folder.nodes)
-        self._history = SaveHistory(comm, self._loader.scan, self._loader.look)
-        self._requests = RequestMaker(run, self._folder, self._history, parts_per_rank)
-        self._hf_saves: HfSaves | None = None
         if config.enable:
             self._folder.check()
-        if self._saver is not None:
-            self._begin_to_write(run)
-
-    def _begin_to_write(self, run: TrainingRun) -> None:
-        """Lock the folder for this run, and continue what the previous one left unfinished. Collective."""
-        self._folder.take(self._comm.broadcast(uuid.uuid4().hex))
-        if self._folder.nodes is not None:
-            self._loader.look()
-            on_rank_0(self._comm, self._offer_newest)
-        if self._config.hf_interval:
-            try:
-                self._hf_saves = HfSaves(run)
-            except BaseException:
-                self._folder.release()
-                raise
+        self._saves: RunSaves | None = None
+        if config.enable and not config.load_only:
+            self._saves = RunSaves(run, self._folder, self._loader, self._signals, self._blocked, parts_per_rank)
 
     def _open_remote(self, path: str) -> Spot | None:
         if not self._config.remote_folder:
@@ -185,23 +152,6 @@ class CheckpointManager:
         if problem := remote_folder_problem(folder, join_path(remote.storage.root, remote.path)):
             raise ConfigError(problem)
         return remote
-
-    def _make_saver(self) -> Saver | AsyncSaver | None:
-        config = self._config
-        if not config.enable or config.load_only:
-            return None
-        settings = SaverSettings(
-            num_threads=config.num_io_threads, check_replicas=config.check_replicas, nodes=self._folder.nodes
-        )
-        if config.async_mode == "disabled":
-            return Saver(self._storage, self._comm, **settings)
-        return AsyncSaver(self._storage, self._comm, config.async_mode, **settings)
-
-    def _offer_newest(self) -> None:
-        """Copy the newest step that all nodes hold to the remote folder, if the previous run did not. On rank 0."""
-        newest = History.of(self._loader.scan()).newest
-        if newest is not None and not self._loader.is_remote(newest):
-            self._folder.offer_newest(newest)
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +165,7 @@ class CheckpointManager:
     @property
     def blocked_s(self) -> float:
         """Seconds spent by the training thread in this manager's methods."""
-        return self._blocked_s
+        return self._blocked.total_s
 
     @property
     def folder(self) -> str:
@@ -266,21 +216,16 @@ class CheckpointManager:
         """
         if not self._config.enable:
             return None
-        with self._blocked():
-            try:
-                self._wait_for_pending()  # a step being written can then be resumed from
-            except SaveError as error:
-                self._failures.stop_or_warn(error)
+        with self._blocked.measured():
+            if self._saves is not None:
+                self._saves.wait_or_warn()  # a step being written can then be resumed from
             asked = [None if number is None else checked_step(number) for number in (num_steps, step)]
             with self._loader.marking():
                 found = self._loader.load(*asked)
         report, descent = found if found is not None else (None, None)
-        self._history.resumed(descent)
         self._rng = rng_state()
-        if report is not None and report.resumed_step is not None:
-            self._folder.protected[report.resumed_step] = "this run resumed from it"
-            self._log.resumed(report.resumed_step, report.path)
-            self._prepare_staging()
+        if self._saves is not None:
+            self._saves.resumed(report, descent)
         return report
 
     def restore_rng(self) -> None:
@@ -331,49 +276,9 @@ class CheckpointManager:
                 f"step {step} was not saved: the state may be a mix of two, since load() failed in the middle "
                 f"({self._loader.mixed}). Load a step successfully, or restart the program"
             )
-        if self._saver is None:
+        if self._saves is None:
             return False
-        reason = self._due.reason(step, is_last=last_step)
-        if reason is None:
-            self._prepare_staging()
-            self._save_in_hf(step)
-            return False
-        with self._blocked() as blocked:
-            try:
-                self._wait_for_pending()
-            except SaveError as error:
-                self._failures.stop_or_warn(error)
-            try:
-                request = self._requests.make(step, is_last=last_step, given=Attachments(metrics, files, extra))
-                begun = self._saver.save(request)
-            except SaveError as error:
-                self._log.failed(step, reason, error.message)
-                self._failures.stop_or_warn(error)
-                return False
-        self._due.saved_at = time.monotonic()
-        self._due.stall_s = blocked.seconds
-        self._pending = PendingSave(step, reason, request.info.kind, begun, stall_s=blocked.seconds)
-        self._folder.announce(begun, request)
-        if isinstance(begun, SaveReport) or self.stop_requested:
-            self._record_pending()
-        self._save_in_hf(step)
-        return True
-
-    def _prepare_staging(self) -> None:
-        """Allocate the memory of background saves, once the state is whole: after a resume, or the first step."""
-        if not self._is_prepared and isinstance(self._saver, AsyncSaver):
-            self._is_prepared = True
-            self._saver.prepare(self._requests.staging_nbytes())
-
-    def _save_in_hf(self, step: int) -> None:
-        """Start the periodic save in Hugging Face's format, if due: after the step, which a resume needs."""
-        if self._hf_saves is None or not self._hf_saves.is_due(step) or self.stop_requested:
-            return
-        with self._blocked():
-            try:
-                self._hf_saves.save(step, self._history.run_id(step))
-            except SaveError as error:
-                self._failures.stop_or_warn(error)
+        return self._saves.save(step, is_last=last_step, given=Attachments(metrics, files, extra))
 
     def maybe_wait_for_staging(self) -> None:
         """Return once the weights may be changed again. Call it before ``optimizer.step()``.
@@ -381,14 +286,8 @@ class CheckpointManager:
         If staging failed, the save is lost and its error is raised, on every rank, by the next :meth:`save` or
         :meth:`close`.
         """
-        pending = self._pending
-        if pending is None or isinstance(pending.outcome, SaveReport) or pending.is_staged:
-            return
-        with self._blocked() as blocked, contextlib.suppress(MilepostError):
-            pending.outcome.staged()
-        pending.is_staged = True
-        pending.stall_s += blocked.seconds
-        self._due.stall_s = pending.stall_s
+        if self._saves is not None:
+            self._saves.wait_for_staging()
 
     @interrupts_held()
     def maybe_wait_for_saving(self) -> None:
@@ -397,12 +296,9 @@ class CheckpointManager:
         Raises:
             SaveError: it failed; on every rank, and only here.
         """
-        with self._blocked():
-            try:
-                self._wait_for_pending()
-            finally:
-                if self._hf_saves is not None:
-                    self._hf_saves.wait()
+        if self._saves is not None:
+            with self._blocked.measured():
+                self._saves.wait()
 
     @interrupts_held()
     def close(self) -> None:
@@ -412,37 +308,14 @@ class CheckpointManager:
             SaveError: on every rank, if that save failed and was not raised before.
         """
         self._is_closed = True
-        if self._saver is None:
-            return
-        saver, self._saver = self._saver, None
-        try:
-            with self._blocked():
-                try:
-                    if isinstance(saver, AsyncSaver):
-                        saver.close()
-                finally:
-                    if self._hf_saves is not None:
-                        self._hf_saves.close()
-        finally:
-            # Not earlier: Ctrl-C while the last save is being written must not lose it.
-            self._signals.restore()
-            self._record_pending()
-            if self._comm.rank == 0:
-                self._log.close()
-            self._folder.close()
+        if self._saves is not None:
+            self._saves.close()
 
     def _leave(self) -> None:
         """Close after an error of this rank, without collectives, since the other ranks may not close."""
         self._is_closed = True
-        saver, self._saver = self._saver, None
-        try:
-            if isinstance(saver, AsyncSaver):
-                saver.leave()
-            if self._hf_saves is not None:
-                self._hf_saves.leave()
-        finally:
-            self._signals.restore()
-            self._folder.leave()
+        if self._saves is not None:
+            self._saves.leave()
 
     def listen_to_signals(
         self, *, interrupt: bool = False, on_stop: Callable[[signal.Signals], None] | None = None
@@ -457,7 +330,7 @@ class CheckpointManager:
             interrupt: handle SIGINT (Ctrl-C) like SIGTERM.
             on_stop: called with the signal, in its handler, when the first request to stop arrives on this rank.
         """
-        if self._saver is not None:
+        if self._saves is not None and not self._is_closed:
             self._signals.listen(interrupt=interrupt, on_stop=on_stop)
 
     @property
@@ -481,52 +354,13 @@ class CheckpointManager:
     @property
     def committed_step(self) -> int | None:
         """The last step known to be committed by this manager; None before the first."""
-        return self._history.committed_step
+        return self._saves.history.committed_step if self._saves is not None else None
 
     @property
     def pending(self) -> SaveHandle | None:
         """The last save, if it is written in the background and has not been waited for."""
-        outcome = self._pending.outcome if self._pending is not None else None
-        return outcome if isinstance(outcome, SaveHandle) else None
+        return self._saves.pending if self._saves is not None else None
 
     def take_events(self) -> list[SaveEvent]:
         """Return the saves committed since the last call, oldest first. On rank 0; empty elsewhere."""
-        return self._log.take()
-
-    def _wait_for_pending(self) -> None:
-        """Wait for the running save, and log it. Its failure is raised on every rank. Collective."""
-        try:
-            if isinstance(self._saver, AsyncSaver):
-                self._saver.wait()
-        finally:
-            self._record_pending()
-
-    def _record_pending(self) -> None:
-        """Wait for the pending save, and log it on rank 0. The saver raises its error."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        report = pending.report(self._comm.rank)
-        if report is None:
-            self._log.failed(pending.step, pending.reason, pending.failure)
-            return
-        self._failures.num_in_a_row = 0
-        self._history.committed(pending.step, report.save_id)
-        if self._comm.rank == 0:
-            self._log.record(
-                report, step=pending.step, reason=pending.reason, kind=pending.kind, stall_s=pending.stall_s
-            )
-
-    @contextmanager
-    def _blocked(self) -> Iterator[_Stopwatch]:
-        watch = _Stopwatch()
-        started = time.monotonic()
-        try:
-            yield watch
-        finally:
-            watch.seconds = time.monotonic() - started
-            self._blocked_s += watch.seconds
-
-
-class _Stopwatch:
-    seconds = 0.0
+        return self._saves.log.take() if self._saves is not None else []
