@@ -23,14 +23,8 @@ from milepost.tensors.placements import meshes_of
 from milepost.tensors.state import PER_RANK, ByName
 from milepost.training.given_options import given_options, replaced_options
 from milepost.training.modules import fqn, model_state, module_versions, parameter_names
-from milepost.training.optimizers import (
-    OptimizersOwner,
-    check_parameters,
-    of_own_form,
-    optimizer_state,
-    take_place,
-    unfold,
-)
+from milepost.training.optimizers import check_parameters, of_own_form, optimizer_state, unfold
+from milepost.training.optimizers_owner import OptimizersOwner, take_place
 from milepost.training.owners import PerRankOwner, RngOwner, SeveralSchedulers, module_owner, state_owner
 from milepost.training.random_state import rng_state
 
