@@ -12,27 +12,19 @@ Modelled on zarr-python's ``zarr.testing.store``: one suite, a few lines for eac
 
 from __future__ import annotations
 
-import array
 import errno
-import itertools
-import mmap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from milepost.errors import StorageError
 from milepost.storage.base import Storage
-
-_MIB = 1 << 20
-
-
-def _pattern(nbytes: int) -> bytes:
-    """Return bytes in which a wrong offset shows."""
-    return array.array("I", range(nbytes // 4 + 1)).tobytes()[:nbytes]
+from milepost.testing.handle_suite import HandleSuite, pattern
 
 
-class StorageSuite:
+class StorageSuite(HandleSuite):
     """Inherit, and override ``storage`` with a fixture that gives a fresh, empty storage."""
 
     @pytest.fixture
@@ -54,10 +46,10 @@ class StorageSuite:
 
     def test_several_small_files_are_made_at_once(self, storage: Storage) -> None:
         storage.make_folder("a")
-        storage.write_all({"a/one": b"first", "a/none": b"", "a/large": _pattern(300_000)})
+        storage.write_all({"a/one": b"first", "a/none": b"", "a/large": pattern(300_000)})
         storage.leave("a/left", b"for now")
         found = {entry.name: storage.read(f"a/{entry.name}") for entry in storage.list("a")}
-        assert found == {"one": b"first", "none": b"", "large": _pattern(300_000), "left": b"for now"}
+        assert found == {"one": b"first", "none": b"", "large": pattern(300_000), "left": b"for now"}
         with pytest.raises(StorageError) as caught:
             storage.write_all({"a/new": b"n", "a/one": b"other"})
         assert caught.value.errno == errno.EEXIST
@@ -65,7 +57,7 @@ class StorageSuite:
 
     def test_a_file_is_made_of_pieces_that_come_one_by_one(self, storage: Storage) -> None:
         storage.make_folder("a")
-        whole = _pattern(20 << 20)
+        whole = pattern(20 << 20)
         pieces = (whole[start : start + (3 << 20)] for start in range(0, len(whole), 3 << 20))
         storage.write_all({"a/made": pieces, "a/list": [b"one", b"", memoryview(whole)[:100]], "a/none": []})
         assert storage.read("a/made") == whole
@@ -82,7 +74,7 @@ class StorageSuite:
     def test_a_shared_file_stays_when_the_other_goes(self, storage: Storage) -> None:
         storage.make_folder("a")
         storage.make_folder("b")
-        storage.write("a/data", _pattern(100_000))
+        storage.write("a/data", pattern(100_000))
         assert not storage.share("a/none", "b/data")
         if not storage.share("a/data", "b/data"):
             assert storage.stat("b/data") is None
@@ -92,7 +84,7 @@ class StorageSuite:
         assert other is not None
         assert one.link_id == other.link_id
         storage.remove_tree("a")
-        assert storage.read("b/data") == _pattern(100_000)
+        assert storage.read("b/data") == pattern(100_000)
         found = storage.stat("b/data")
         assert found is not None
         assert found.link_id == ""
@@ -198,24 +190,19 @@ class StorageSuite:
         storage.make_folder("")
         storage.write("warm-up", b"")
         start = threading.Barrier(6)
-        won: list[int] = []
-        lost: list[int] = []
 
-        def write(number: int) -> None:
-            nonlocal lost
+        def write(number: int) -> bool:
             start.wait(30)
             try:
                 storage.write("note", str(number).encode())
-                won.append(number)
             except StorageError as error:
-                lost += [number] if error.errno == errno.EEXIST else []
+                assert error.errno == errno.EEXIST
+                return False
+            return True
 
-        threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert (len(won), len(lost)) == (1, 5)
+        with ThreadPoolExecutor(6) as pool:
+            won = [number for number, has_won in enumerate(pool.map(write, range(6))) if has_won]
+        assert len(won) == 1
         assert storage.read("note") == str(won[0]).encode()
 
     def test_make_folder_may_be_repeated(self, storage: Storage) -> None:
@@ -234,206 +221,6 @@ class StorageSuite:
             storage.write(name, b"x")
         with pytest.raises(StorageError):
             storage.open_write(name, 1)
-
-    def test_writes_at_any_offset_and_in_any_order(self, storage: Storage) -> None:
-        storage.make_folder("")
-        data = _pattern(9 * _MIB + 123)
-        cuts = [0, 1, 4096, 4096 * 3, _MIB + 7, 5 * _MIB, len(data)]
-        with storage.open_write("big", len(data)) as handle:
-            for start, stop in reversed(list(itertools.pairwise(cuts))):
-                middle = (start + stop) // 2
-                handle.write(start, [data[start:middle], b"", memoryview(data)[middle:stop]])
-            handle.sync()
-        assert storage.read("big") == data
-
-    def test_aligned_writes_from_aligned_memory(self, storage: Storage) -> None:
-        """The fast path of the engine: page-aligned memory, whole pages, and an unaligned tail."""
-        storage.make_folder("")
-        data = _pattern(8 * _MIB + 5000)
-        with mmap.mmap(-1, len(data)) as arena:
-            arena[:] = data
-            with memoryview(arena) as view, storage.open_write("big", len(data)) as handle:
-                half = 4 * _MIB
-                handle.write(half, [view[half:]])
-                handle.write(0, [view[:4096], view[4096:half]])
-                handle.sync()
-        assert storage.read("big") == data
-
-    def test_the_buffer_of_a_write_may_be_reused_at_once(self, storage: Storage) -> None:
-        storage.make_folder("")
-        buffer = bytearray(b"first")
-        with storage.open_write("note", 10) as handle:
-            handle.write(0, [buffer])
-            buffer[:] = b"other"
-            handle.write(5, [buffer])
-            handle.sync()
-        assert storage.read("note") == b"firstother"
-
-    def test_a_file_ends_where_its_last_write_did(self, storage: Storage) -> None:
-        """``nbytes`` of ``open_write`` is a reservation, not the length."""
-        storage.make_folder("")
-        with storage.open_write("short", 5 * _MIB) as handle:
-            handle.write(0, [b"abc"])
-            handle.sync()
-        assert storage.read("short") == b"abc"
-
-    def test_stable_memory_is_written_with_its_content_at_the_sync(self, storage: Storage) -> None:
-        """More than a part of an upload, in pieces that do not fit parts, from memory that is not copied."""
-        storage.make_folder("")
-        data = _pattern(17 * _MIB + 321)
-        with mmap.mmap(-1, len(data)) as arena:
-            arena[:] = data
-            with memoryview(arena) as view:
-                with storage.open_write("big", len(data)) as handle:
-                    for start in range(0, len(data), 3 * _MIB + 5):
-                        handle.write(start, [view[start : start + 3 * _MIB + 5]], stable=True)
-                    handle.sync()
-                del handle
-        assert storage.read("big") == data
-
-    def test_a_hole_is_zeros(self, storage: Storage) -> None:
-        storage.make_folder("")
-        with storage.open_write("holes", 100) as handle:
-            handle.write(90, [b"end"])
-            handle.write(10, [b"middle"])
-            handle.sync()
-        assert storage.read("holes") == bytes(10) + b"middle" + bytes(74) + b"end"
-
-    def test_a_file_without_a_sync_is_not_complete(self, storage: Storage) -> None:
-        """An abandoned file is absent, or left for the caller to remove; writing it again then works."""
-        storage.make_folder("")
-        for nbytes in (10, 17 * _MIB):
-            with storage.open_write("given-up", nbytes) as handle:
-                handle.write(0, [bytes(nbytes)])
-            storage.remove("given-up")
-            storage.write("given-up", b"whole")
-            assert storage.read("given-up") == b"whole"
-            storage.remove("given-up")
-
-    def test_a_shared_file_takes_ranges_from_several_handles(self, storage: Storage) -> None:
-        storage.make_folder("")
-        if not storage.can_share:
-            with pytest.raises(StorageError, match="can't be written by two processes"):
-                storage.open_write("shared", 10, shared=True)
-            return
-        nbytes = 5 * _MIB + 3
-        data = _pattern(nbytes)
-        cut = 2 * _MIB + 17
-        with (
-            storage.open_write("shared", nbytes, shared=True) as one,
-            storage.open_write("shared", nbytes, shared=True) as other,
-        ):
-            other.write(cut, [data[cut:]])
-            other.sync()
-            one.write(0, [data[:cut]])
-            one.sync()
-        assert storage.read("shared") == data
-        with storage.open_write("sparse", nbytes, shared=True) as handle:
-            handle.write(0, [b"abc"])
-            handle.sync()
-        assert storage.read("sparse") == b"abc" + bytes(nbytes - 3)
-
-    def test_threads_may_write_and_read_one_file(self, storage: Storage) -> None:
-        storage.make_folder("")
-        piece = 300_001
-        data = _pattern(8 * piece)
-        faults: list[Exception] = []
-
-        def run(work: object, *args: object) -> None:
-            try:
-                work(*args)  # type: ignore[operator]
-            except Exception as error:  # noqa: BLE001 - re-raised in the asserting thread
-                faults.append(error)
-
-        def in_threads(work: object) -> None:
-            threads = [threading.Thread(target=run, args=(work, index * piece)) for index in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-        with storage.open_write("big", len(data)) as writer:
-            in_threads(lambda start: writer.write(start, [data[start : start + piece]]))
-            writer.sync()
-        result = bytearray(len(data))
-        with storage.open_read("big") as reader:
-            in_threads(lambda start: reader.read_into(start, [memoryview(result)[start : start + piece]]))
-        assert not faults
-        assert result == data
-
-    def test_a_read_is_scattered_into_its_buffers(self, storage: Storage) -> None:
-        storage.make_folder("")
-        storage.write("note", b"0123456789")
-        one, none, two = bytearray(3), bytearray(0), bytearray(4)
-        with storage.open_read("note") as handle:
-            assert handle.nbytes == 10
-            handle.read_into(2, [memoryview(one), memoryview(none), memoryview(two)])
-        assert bytes(one + two) == b"2345678"
-
-    def test_thousands_of_small_buffers(self, storage: Storage) -> None:
-        """More buffers than the system accepts in one call."""
-        storage.make_folder("")
-        data = _pattern(1500 * 5)
-        pieces = [data[i : i + 5] for i in range(0, len(data), 5)]
-        with storage.open_write("many", len(data)) as writer:
-            writer.write(0, pieces)
-            writer.sync()
-        parts = [bytearray(5) for _ in pieces]
-        with storage.open_read("many") as reader:
-            reader.read_into(0, [memoryview(part) for part in parts])
-        assert b"".join(parts) == data
-
-    def test_announced_and_unannounced_reads_are_the_same(self, storage: Storage) -> None:
-        """Neighbours, far ones, one over many requests, one inside another; read in and out of order, and again."""
-        storage.make_folder("")
-        data = _pattern(21 * _MIB)
-        with storage.open_write("big", len(data)) as writer:
-            writer.write(0, [data])
-            writer.sync()
-        ranges = [(start, start + 5000) for start in range(100, 3 * _MIB, 300_000)]
-        ranges += [
-            (4 * _MIB, 20 * _MIB + 1),
-            (6 * _MIB, 6 * _MIB + 10),
-            (20 * _MIB, 20 * _MIB),
-            (20 * _MIB + 1, 21 * _MIB),
-        ]
-        for order in (ranges, ranges[::-1]):
-            with storage.open_read("big") as reader:
-                reader.will_read(ranges)
-                for start, stop in [*order, ranges[0], (7, 99)]:
-                    middle = (2 * start + stop) // 3
-                    result = memoryview(bytearray(stop - start))
-                    reader.read_into(start, [result[: middle - start], result[middle - start :]])
-                    assert result == data[start:stop]
-
-    def test_announced_reads_from_several_threads(self, storage: Storage) -> None:
-        storage.make_folder("")
-        data = _pattern(6 * _MIB)
-        with storage.open_write("big", len(data)) as writer:
-            writer.write(0, [data])
-            writer.sync()
-        piece = 170_001
-        ranges = [(start, min(start + piece, len(data))) for start in range(0, len(data), piece)]
-        result = memoryview(bytearray(len(data)))
-        with storage.open_read("big") as reader:
-            reader.will_read(ranges)
-
-            def read(number: int) -> None:
-                for start, stop in ranges[number::4]:
-                    reader.read_into(start, [result[start:stop]])
-
-            threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        assert result == data
-
-    def test_a_read_beyond_the_end_is_an_error(self, storage: Storage) -> None:
-        storage.make_folder("")
-        storage.write("note", b"0123456789")
-        with storage.open_read("note") as handle, pytest.raises(StorageError, match="10"):
-            handle.read_into(8, [memoryview(bytearray(3))])
 
     def test_rename_moves_folders_and_never_replaces(self, storage: Storage) -> None:
         if not storage.can_rename:
