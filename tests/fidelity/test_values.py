@@ -145,7 +145,7 @@ KINDS: dict[str, list[Any]] = {
         torch.quantize_per_channel(torch.ones(2, 3), torch.ones(2), torch.zeros(2), 0, torch.quint8),
     ],
     "sparse tensor": [torch.sparse_coo_tensor([[0, 1], [1, 0]], [1.0, 2.0], (2, 2)).coalesce()],
-    "tensor made of others, inside": [(TwoTensor(torch.ones(2), torch.zeros(2)),)],
+    "composed tensor, inside": [(TwoTensor(torch.ones(2), torch.zeros(2)),)],
     "many small values": [[*range(4200)], [{"a": n} for n in range(4200)], {n: torch.tensor([n]) for n in range(4200)}],
 }  # fmt: skip
 """Every kind of value that a checkpoint keeps, with samples. ``docs/reference/state.md`` is made of it."""
