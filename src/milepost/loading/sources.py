@@ -43,9 +43,7 @@ def read_own_part(storage: Storage, path: str) -> Manifest:
         CheckpointDamagedError: files of it are missing or of another size.
     """
     record = checkpoint_record.read_part(storage, path)
-    if record.faults:
-        faults = "; ".join(map(str, record.faults))
-        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults}", path=path)
+    record.require_undamaged(storage, path)
     return record.manifest
 
 

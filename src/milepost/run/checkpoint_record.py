@@ -65,6 +65,12 @@ class CommitRecord:
         """True if Milepost wrote it, so that there are digests."""
         return self.name == MANIFEST_NAME
 
+    def require_undamaged(self, storage: Storage, path: str) -> None:
+        """Raise CheckpointDamagedError for the checkpoint at ``path``, with all faults, if it has any."""
+        if self.faults:
+            faults = "; ".join(listed(self.faults))
+            raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {faults}", path=path)
+
 
 def is_checkpoint(storage: Storage, path: str) -> bool:
     """Return whether the folder at ``path`` is itself a checkpoint, in any state."""
@@ -167,8 +173,7 @@ def read_manifest(storage: Storage, path: str) -> Manifest:
         if error.errno != errno.ENOENT:
             raise  # otherwise it was just deleted or replaced
     record = read_record(storage, path)
-    if record.faults:
-        raise CheckpointDamagedError(f"{storage.root}/{path} is damaged: {'; '.join(listed(record.faults))}", path=path)
+    record.require_undamaged(storage, path)
     return record.manifest
 
 
@@ -181,6 +186,15 @@ def read_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDige
     data = read_digests_file(storage, folder, manifest)
     name = join(folder, manifest.file_named(DIGESTS_NAME) or "")
     return None if data is None else parse_digests(data, manifest, name)
+
+
+def read_own_digests(storage: Storage, folder: str, manifest: Manifest) -> BlockDigests:
+    """The block digests of a checkpoint that Milepost wrote. Raises CheckpointDamagedError if there are none."""
+    digests = read_digests(storage, folder, manifest)
+    if digests is None:
+        what = f"{storage.root}/{folder} is damaged: {DIGESTS_NAME} is not in its manifest"
+        raise CheckpointDamagedError(what, path=folder)
+    return digests
 
 
 def read_digests_file(storage: Storage, folder: str, manifest: Manifest) -> bytes | None:

@@ -295,7 +295,6 @@ def wait_for_sign_offs(
     started = logged = clock()
     deadline = started + timeout_s
     poll_s = storage.poll_s if poll_s is None else poll_s
-    num_readers = max(storage.num_streams, _REMOTE_READERS if storage.is_remote else 1)
     signed: dict[int, SignOff] = {}
     wanted = range(world_size) if ranks is None else ranks
     while True:
@@ -303,43 +302,58 @@ def wait_for_sign_offs(
         if not names:
             raise SaveError(f"the save's folder {attempt} is gone: was it deleted by another program?", path=attempt)
         arrived = [rank for rank in wanted if rank not in signed and names & _names_of(rank)]
-        look = partial(_look, storage, attempt, names)
-        faults: list[tuple[int, str]] = []
-        for some in _batches(arrived, _AT_ONCE * num_readers):
-            for rank, found in zip(some, map_in_threads(look, some, num_readers, name=_THREADS), strict=True):
-                fault = _fault(found, rank, save_id, member)
-                if fault:
-                    faults.append((rank, fault))
-                elif merger is not None and found.segment is not None:
-                    merger.add(rank, found.segment)
-                    found = replace(found, segment=None)
-                signed[rank] = found
-        _raise_faults(faults, attempt, member)
+        signed |= _read_arrived(storage, attempt, save_id, names, arrived, member, merger)
         if len(signed) == len(wanted):
             return tuple(signed[rank] for rank in wanted)
         reason = give_up()
         missing = [rank for rank in wanted if rank not in signed]
+        late = f"{rank_list(missing, hosts, member)} of {world_size}"
         if clock() - logged >= SLOW_S:
             logged = clock()
-            _log.warning(
-                "%s %d has waited %.0f s for %s of %d to finish writing %s",
-                member,
-                wanted[0],
-                logged - started,
-                rank_list(missing, hosts, member),
-                world_size,
-                attempt,
-            )
+            waited = f"{member} {wanted[0]} has waited {logged - started:.0f} s"
+            _log.warning("%s for %s to finish writing %s", waited, late, attempt)
         if reason is not None or clock() >= deadline:
             raise SaveError(
-                f"{rank_list(missing, hosts, member)} of {world_size} did not finish writing "
-                f"{reason or f'within {timeout_s:g} s'}; nothing was "
-                f"committed. Check their logs: the usual causes are a dead {member} or storage that hangs",
+                f"{late} did not finish writing {reason or f'within {timeout_s:g} s'}; nothing was committed. Check "
+                f"their logs: the usual causes are a dead {member} or storage that hangs",
                 path=attempt,
                 rank=missing[0],
             )
         sleep(poll_s)
         poll_s = min(poll_s * 1.5, 0.5)
+
+
+def _read_arrived(
+    storage: Storage,
+    attempt: str,
+    save_id: str,
+    names: set[str],
+    arrived: Sequence[int],
+    member: str,
+    merger: SegmentMerger | None,
+) -> dict[int, SignOff]:
+    """Read the sign-offs of some ranks, and move their segments into the ``merger``.
+
+    Raises:
+        SaveError: some prevent the commit; with all of these.
+    """
+    num_readers = max(storage.num_streams, _REMOTE_READERS if storage.is_remote else 1)
+    look = partial(_look, storage, attempt, names)
+    signed: dict[int, SignOff] = {}
+    faults: dict[int, str] = {}
+    for some in _batches(arrived, _AT_ONCE * num_readers):
+        for rank, found in zip(some, map_in_threads(look, some, num_readers, name=_THREADS), strict=True):
+            fault = _fault(found, rank, save_id, member)
+            if fault:
+                faults[rank] = fault
+            elif merger is not None and found.segment is not None:
+                merger.add(rank, found.segment)
+                found = replace(found, segment=None)
+            signed[rank] = found
+    if faults:
+        lines = [f"{member} {rank}: {fault}" for rank, fault in faults.items()]
+        raise SaveError("the save failed on " + "\n  ".join(lines), path=attempt, rank=next(iter(faults)))
+    return signed
 
 
 def _names_of(rank: int) -> set[str]:
@@ -361,12 +375,6 @@ def _fault(found: SignOff, rank: int, save_id: str, member: str) -> str:
         other = f"found one of {member} {found.rank} in save {found.save_id}"
         return f"expected its sign-off of save {save_id}, {other}"
     return ""
-
-
-def _raise_faults(faults: Sequence[tuple[int, str]], attempt: str, member: str) -> None:
-    if faults:
-        lines = [f"{member} {rank}: {text}" for rank, text in faults]
-        raise SaveError("the save failed on " + "\n  ".join(lines), path=attempt, rank=faults[0][0])
 
 
 def _batches(ranks: Sequence[int], count: int) -> Iterator[Sequence[int]]:

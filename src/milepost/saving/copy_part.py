@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from milepost.errors import CheckpointDamagedError, SaveError, StorageError, listed
+from milepost.errors import CheckpointDamagedError, SaveError, StorageError
 from milepost.format.box import Box
 from milepost.format.columns import Objects, ShardTable, Tensors, table_of
 from milepost.format.digest import BlockDigests, crc32
-from milepost.format.manifest import DIGESTS_NAME, Manifest, ObjectEntry, ShardEntry
+from milepost.format.manifest import Manifest, ObjectEntry, ShardEntry
 from milepost.format.record import record_footer, tensor_record
 from milepost.format.segments import Segment
 from milepost.run import catalog, checkpoint_record, commit, retention
@@ -108,11 +108,8 @@ def copy_part(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     waiting = _Patience()
     attempt = _enter(dst, part, manifest.save_id, waiting)
     try:  # from here on an error is recorded in the attempt, where the other nodes wait
-        if record.faults:
-            raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
-        digests = checkpoint_record.read_digests(src.storage, src.path, manifest)
-        if digests is None:
-            raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
+        record.require_undamaged(src.storage, src.path)
+        digests = checkpoint_record.read_own_digests(src.storage, src.path, manifest)
         offers = _offered(dst.storage, attempt, part, manifest, digests, waiting)
         nbytes = _bring(src, dst, attempt, part, manifest, digests, offers, progress)
         _finish(dst, attempt, part, manifest, offers, waiting)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from milepost.collective.threads import map_in_threads
-from milepost.errors import CheckpointDamagedError, ConfigError, SaveError, listed
+from milepost.errors import ConfigError, SaveError
 from milepost.format.digest import block_crcs, files_in_blocks
 from milepost.format.huggingface import INDEX_NAME, parse_object, parse_weight_map
 from milepost.format.manifest import DIGESTS_NAME, Lineage, Manifest
@@ -86,8 +86,7 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
     record = checkpoint_record.read_record(src.storage, src.path)
     if not record.is_own:
         raise ConfigError(f"{src} was written by another program: copy its folder unchanged")
-    if record.faults:
-        raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(record.faults))}", path=src.path)
+    record.require_undamaged(src.storage, src.path)
     manifest = record.manifest
     found = catalog.examine(dst.storage, dst.path)
     if found is not None and found.is_usable and found.save_id == manifest.save_id:
@@ -104,9 +103,7 @@ def copy_step(src: Spot, dst: Spot, progress: CopyProgress | None = None) -> Cop
         written = _copy_small_files(src, dst.storage, place, record)
         commit.publish_files(dst.storage, attempt, dst.path, written, manifest)
     else:
-        digests = checkpoint_record.read_digests(src.storage, src.path, manifest)
-        if digests is None:
-            raise CheckpointDamagedError(f"{src} is damaged: {DIGESTS_NAME} is not in its manifest", path=src.path)
+        digests = checkpoint_record.read_own_digests(src.storage, src.path, manifest)
         commit.publish_copy(dst.storage, attempt, dst.path, _renamed(manifest, place), digests)
     return CopyReport(path=str(dst), nbytes=nbytes, seconds=time.monotonic() - started, was_there=False)
 

@@ -239,12 +239,7 @@ def run_job(
         monitor.signed_off(files)
         wrote = time.monotonic()
         if job.info is not None:
-            obsolete = Deletion(storage, split(job.target)[0]) if storage.can_rename else None
-            contents = _publish(storage, job, job.info, monitor, obsolete)
-            # Only now: nothing is deleted before its replacement is durable.
-            deleted = prune(storage, job.keep, obsolete) if job.keep is not None else ()
-            if obsolete is not None:
-                obsolete.finish_quietly()
+            contents, deleted = _commit(storage, job, job.info, monitor)
     except BaseException as error:
         report_failure(storage, job, error)
         raise
@@ -315,6 +310,19 @@ def save_failure(rank: int, cause: BaseException) -> SaveError:
     if failure.rank is None:
         failure.rank = rank
     return failure
+
+
+def _commit(
+    storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
+) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """Publish the checkpoint and prune. Returns the digest of each part of the state, and the names of deleted steps."""
+    obsolete = Deletion(storage, split(job.target)[0]) if storage.can_rename else None
+    contents = _publish(storage, job, info, monitor, obsolete)
+    # Only now: nothing is deleted before its replacement is durable.
+    deleted = prune(storage, job.keep, obsolete) if job.keep is not None else ()
+    if obsolete is not None:
+        obsolete.finish_quietly()
+    return contents, deleted
 
 
 def _publish(

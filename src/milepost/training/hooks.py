@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Literal
 
+from milepost.run.catalog import StepEntry
+from milepost.storage.base import join
+
 log = logging.getLogger("milepost")
 
 CLOSE_TIMEOUT_S = 600.0
@@ -48,6 +51,16 @@ class Commit:
             "MILEPOST_METRICS": json.dumps(dict(self.metrics)),
             "MILEPOST_TIER": self.tier,
         }
+
+
+def commit_of(entry: StepEntry, root: str) -> Commit:
+    """Describe a step that an earlier run committed in the folder of a storage with this root."""
+    return Commit(
+        step=entry.step,
+        path=join(root, entry.path),
+        contents=entry.kind or "full",
+        metrics=dict(entry.metrics),
+    )
 
 
 class CommitHooks:

@@ -33,7 +33,7 @@ from milepost.saving.copy_part import report_to_nodes
 from milepost.saving.copy_process import CopyRequest
 from milepost.saving.copy_step import Spot
 from milepost.storage.base import join
-from milepost.training.hooks import Commit, CommitHooks
+from milepost.training.hooks import Commit, CommitHooks, commit_of
 from milepost.training.remote import RETRY_S, RemoteTier, run_copy
 
 log = logging.getLogger("milepost")
@@ -99,9 +99,7 @@ class NodeTier:
     def offer_what_is_left(self, entry: StepEntry) -> None:
         """Offer the step that an earlier run committed on all nodes but did not copy. On rank 0."""
         assert self._remote is not None
-        path = join(self._local.storage.root, entry.path)
-        metrics = dict(entry.metrics)
-        self._remote.offer(Commit(step=entry.step, path=path, contents=entry.kind or "full", metrics=metrics), {})
+        self._remote.offer(commit_of(entry, self._local.storage.root), {})
 
     def close(self) -> None:
         """Return once all saves are settled and the newest is copied. Call it after the last save."""

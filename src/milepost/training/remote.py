@@ -29,7 +29,7 @@ from milepost.saving.copy_step import Spot
 from milepost.saving.job import Keep
 from milepost.storage.base import format_nbytes, join
 from milepost.training.choice import both_tiers
-from milepost.training.hooks import Commit, CommitHooks
+from milepost.training.hooks import Commit, CommitHooks, commit_of
 
 log = logging.getLogger("milepost")
 
@@ -183,9 +183,7 @@ class RemoteTier:
     def _offer_what_is_left(self, newest: StepEntry | None) -> None:
         """Offer the step that an earlier run committed but did not copy."""
         if newest is not None:
-            path = join(self._local.storage.root, newest.path)
-            contents = newest.kind or "full"
-            self.offer(Commit(step=newest.step, path=path, contents=contents, metrics=dict(newest.metrics)), {})
+            self.offer(commit_of(newest, self._local.storage.root), {})
 
     def _run(self) -> None:
         num_failures = 0
