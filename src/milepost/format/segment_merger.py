@@ -1,10 +1,9 @@
-"""The table of a whole checkpoint from the segments of its ranks, put together one by one as they arrive.
+"""The table of a whole checkpoint, merged from the segments of its ranks one at a time, as they arrive.
 
-Of each segment only numbers are kept: sixteen bytes for a shard and four for a block, in columns that grow. What ranks
-have in common (keys, and which tensors are cut alike) is kept once. The columns of the table are then filled one after
-the other, each source being given up before the next: at no time is more than one column there twice. So the memory
-that a commit takes is that of the table and eight bytes more for each shard. Python runs by the key, by the rank and by
-the tiling, never by the shard.
+Only numbers are kept of each segment: sixteen bytes per shard and four per block, in growing columns. What ranks have
+in common (keys, and which tensors are cut alike) is kept once. The table's columns are then filled one after another,
+and each source is released before the next: at most one column exists twice at any time. So a commit needs the memory
+of the table and eight more bytes per shard. Python's time grows with keys, ranks and tilings, never with shards.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ class _Form:
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """One rank's segment: where its rows and blocks begin in the columns, and what is its own."""
+    """One rank's segment: the start of its rows and blocks in the columns, and what only this rank has."""
 
     rank: int
     form: _Form
-    parts: UInts  # (tilings,) number of the part that each is
+    parts: UInts  # (tilings,) the number of each one's part
     files: tuple[str, ...]
     file: UInts | int  # of each shard; or of all
     row: int
@@ -68,7 +67,7 @@ class _Parts:
         return self.kinds.setdefault((tiling.dtype, tiling.shape), len(self.kinds))
 
     def number_of(self, tiling: Tiling) -> int:
-        """The number of a part, which is taken in if it is new."""
+        """The number of a part; a new one is added."""
         columns = {name: getattr(tiling, name).astype(np.int64, copy=False).tobytes() for name in self._columns}
         kind = self.kind_of(tiling)
         number = self._known.setdefault((kind, b"".join(columns.values())), len(self._kind))
@@ -106,7 +105,7 @@ class _Parts:
 class _Cut:
     """The cuts of all tensors: tilings, each key's tiling, and each key's first row and block.
 
-    Keys that all ranks cut alike are one *group*: what holds for one of its keys holds for all.
+    Keys that all ranks cut alike form a *group*: what holds for one of its keys holds for all.
     """
 
     tilings: Sequence[Tiling]
@@ -140,7 +139,7 @@ class _Cut:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """The rows that each segment of one form has: boxes of the groups of its keys, taken again for each key."""
+    """The rows of each segment of one form: the boxes of its keys' groups, repeated for each key."""
 
     key: Ints  # (rows,)
     box: Ints  # (rows,) index into the boxes of all groups
@@ -159,7 +158,7 @@ class _Rows:
         return cls(key, box, groups, num_boxes)
 
     def boxes(self, start: Ints) -> Ints:
-        """The boxes of all groups, of which each one's begin at ``start``."""
+        """The boxes of all groups, where ``start`` has the first box of each."""
         if (self.num_boxes == 1).all():
             return start
         before = np.cumsum(self.num_boxes) - self.num_boxes
@@ -167,7 +166,7 @@ class _Rows:
 
 
 class SegmentMerger:
-    """Collects the segments of a save, and makes its table of them. Made for one save, and spent by ``merge``."""
+    """Collects the segments of one save and merges them into its table. ``merge`` consumes them."""
 
     def __init__(self) -> None:
         self.files: dict[str, FileEntry] = {}
@@ -188,7 +187,7 @@ class SegmentMerger:
         return merger
 
     def add(self, rank: int, segment: Segment) -> None:
-        """Take in the segment of ``rank``, which is not needed any more. Ranks may come in any order."""
+        """Add the segment of ``rank``, which the caller need not keep. Ranks may come in any order."""
         table = segment.table
         self._claim(rank, [f"file {name}" for name in segment.files])
         self._claim(rank, [f"'{key}'" for key in table.objects.keys])
@@ -223,9 +222,7 @@ class SegmentMerger:
         return form
 
     def merge(self, paths: Mapping[str, Path]) -> tuple[ShardTable, UInts]:
-        """The table of all segments, and the block CRCs of its shards in its order. Shards are ordered by box.
-
-        ``paths`` become the table's.
+        """The table of all segments, with these ``paths``, and the block CRCs in its order. Shards are ordered by box.
 
         Raises:
             SaveError: two ranks stored the same file or object, or one tensor with two dtypes or shapes.
@@ -255,7 +252,7 @@ class SegmentMerger:
         return table, self._block_column(cut)
 
     def _kinds(self, keys: Sequence[str]) -> tuple[list[_Kind], list[str]]:
-        """The dtype and shape of each key; and faults, where two ranks say different ones."""
+        """The dtype and shape of each key, and faults where two ranks disagree."""
         kinds = list(self._parts.kinds)
         kind_of = np.full(len(keys), -1, np.int64)
         clashes: dict[int, set[int]] = {}
@@ -324,15 +321,15 @@ class SegmentMerger:
     # ---- columns ----
 
     def _placed(self, cut: _Cut, starts: Ints) -> Iterator[tuple[_Member, Ints, Ints, Ints, Ints]]:
-        """For each member, of each of its rows: the key's entry of ``starts``, and the box's index in what follows.
+        """Yield each member with, for each of its rows, the key's entry of ``starts`` and the index of the row's box.
 
-        That is, of each of its boxes: the place among those of the tiling, and the index in what ``cut`` has by place.
+        The last two are, for each of its boxes, the place in the tiling and the index in ``cut``'s arrays by place.
         """
         following = np.zeros(len(cut.tiling), np.int64)  # boxes of each group that came before
         pool = cut.pool[cut.tiling]
         form, rows, start = None, None, starts
         for member in self._members:
-            if member.form is not form or rows is None:  # one after the other, they are mostly alike
+            if member.form is not form or rows is None:  # consecutive members are mostly alike
                 form, rows = member.form, _Rows.of(member.form, cut.group)
                 start = starts[rows.key]
             begin = pool[rows.groups]
@@ -383,12 +380,12 @@ class SegmentMerger:
 
 
 def _alike(file: UInts) -> UInts | int:
-    """The one number that all of ``file`` are; else a copy."""
+    """Return the number that all entries of ``file`` equal, or a copy of it."""
     return int(file[0]) if len(file) and (file == file[0]).all() else file.copy()
 
 
 def _copied(objects: ObjectColumns) -> ObjectColumns:
-    """Free of the message that the columns are views of."""
+    """Copy the columns, which are views of the whole sign-off."""
     columns = (objects.file, objects.record_offset, objects.record_nbytes, objects.crc32)
     return ObjectColumns(objects.keys, *(column.copy() for column in columns))  # type: ignore[arg-type]
 

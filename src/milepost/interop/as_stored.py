@@ -76,8 +76,7 @@ def is_of_the_hub(weights: Weights, options: ConvertOptions) -> bool:
     """
     if options.model is not None:
         return options.model == HUB
-    recorded = weights.manifest is not None and isinstance(weights.manifest.extra.get(ARCHITECTURE), str)
-    return recorded or architecture(weights.config) is not None or options.to == "pt"
+    return bool(_recorded_class(weights) or architecture(weights.config)) or options.to == "pt"
 
 
 def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
@@ -104,7 +103,7 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     repeated = repeated_in(Renamed(source, bare), known)
     notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
     kept = Kept({key: old for key, old in bare.items() if key not in repeated}, extras, tuple(notes))
-    if kept.names.keys() != set(known) and (known or _is_of_module(weights)):
+    if kept.names.keys() != set(known) and (known or _recorded_class(weights)):
         kept = _by_class(weights, names, extras, known, options.dtype) or kept
     if kept.of_class is None:
         _check_known(kept.names, known, source.path)
@@ -116,9 +115,10 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     return kept
 
 
-def _is_of_module(weights: Weights) -> bool:
-    """Return whether the names are those of a module of transformers, as the step records."""
-    return weights.manifest is not None and isinstance(weights.manifest.extra.get(ARCHITECTURE), str)
+def _recorded_class(weights: Weights) -> str | None:
+    """Return the class of transformers whose module has these names, as the step records; None if it records none."""
+    said = weights.manifest.extra.get(ARCHITECTURE) if weights.manifest is not None else None
+    return said if isinstance(said, str) and said else None
 
 
 def _by_class(
@@ -130,8 +130,7 @@ def _by_class(
         ConversionError: tensors that the class ties differ.
     """
     source = weights.source
-    said = weights.manifest.extra.get(ARCHITECTURE) if weights.manifest is not None else None
-    name = said if isinstance(said, str) else architecture(extras.config)
+    name = _recorded_class(weights) or architecture(extras.config)
     found = names_of_class(name, extras.config) if name is not None and source.kind != "hf" else None
     if found is None:
         return None
