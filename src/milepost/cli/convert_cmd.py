@@ -76,7 +76,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="DIR",
         help="with --to hf: a Hugging Face folder to take the config, tokenizer files and split into files from; of "
-        "models without --flavor it tells the sizes",
+        "models without --flavor it gives the sizes",
     )
     parser.add_argument(
         "--max-shard-size",

@@ -228,7 +228,7 @@ def _extras(weights: Weights, options: ConvertOptions) -> HfExtras:
 def known_names(extras: HfExtras, options: ConvertOptions, stored: Collection[str]) -> Collection[str]:
     """Return the names in the files of ``options.hf_assets``: of its index, or of its only file.
 
-    Those of quantized files are of no use for a model that is ``stored`` without.
+    Those of quantized files are ignored if the model is ``stored`` unquantized.
     """
     if extras.weight_map or not options.hf_assets:
         return extras.weight_map

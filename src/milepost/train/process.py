@@ -38,7 +38,7 @@ def speaks() -> bool:
 
 
 class _Output(logging.StreamHandler[TextIO]):
-    """Standard output that may go away, with a terminal or a reader such as ``head``: the run goes on without it."""
+    """Standard output that may go away, with a terminal or a reader such as ``head``: the run continues without it."""
 
     _is_lost = False
 
@@ -47,7 +47,7 @@ class _Output(logging.StreamHandler[TextIO]):
             super().handleError(record)
         elif not self._is_lost:
             self._is_lost = True
-            write_line("standard output is closed: the run goes on without it")
+            write_line("standard output is closed: the run continues without it")
 
 
 def show_log() -> None:
