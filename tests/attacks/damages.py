@@ -12,6 +12,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME
 
@@ -210,3 +213,11 @@ _FILES: dict[str, Files] = {
     "all but data": lambda intact, older, name, data, small: _from_older(small, "all but the data", intact, older),
     "everything": lambda intact, older, name, data, small: _from_older([*data, *small], "everything", intact, older),
 }
+
+
+def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two states have the same keys and values."""
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        for key, value in one.items()
+    )

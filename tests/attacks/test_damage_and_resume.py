@@ -16,11 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from damages import Damage, damages
+from damages import Damage, damages, same_state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,15 +27,9 @@ from torch.distributed.tensor import DTensor
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
 from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError, StorageError
-from milepost.format.box import Box
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
-from milepost.interop.hf.save import commit_record
-from milepost.interop.weights.open import open_weights
 from milepost.run import catalog, checkpoint_record, commit, retention
-from milepost.run.assemble import SaveInfo
-from milepost.run.attempts import begin_attempt, new_save_id
 from milepost.storage import LocalStorage
-from milepost.testing.sample import file_digests
 from milepost.testing.world import run_world
 from milepost.verification.verify import VerifyReport, verify
 
@@ -225,13 +217,6 @@ def whole_state(path: Path) -> dict[str, Any]:
     return into
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
-        for key, value in one.items()
-    )
-
-
 def test_every_damage_is_named_and_nothing_wrong_is_loaded(intact: Path, memory_path: Path, tally: Tally) -> None:
     expected = whole_state(step_of(intact, NEWEST))
     step = step_of(memory_path, NEWEST)
@@ -248,7 +233,7 @@ def test_every_damage_is_named_and_nothing_wrong_is_loaded(intact: Path, memory_
             loaded += 1
             # Padding, DCP's own index: nothing that a load looks at. Or all of another step, in a folder of its own.
             is_other = report is not None and "is of step 2" in report.problems[0].message
-            assert is_other or same(found, expected), f"{damage.what}: something wrong was loaded"
+            assert is_other or same_state(found, expected), f"{damage.what}: something wrong was loaded"
         shutil.rmtree(step)
         tried += 1
     assert 0 < loaded < tried / 3
@@ -487,124 +472,4 @@ def test_a_folder_that_was_renamed_is_not_taken_for_another_step(intact: Path, m
     assert (entry.step, entry.state) == (9, "damaged")
     assert "is of step 2: the folder was renamed" in entry.reason
     assert not verify(step_of(folder, 9), "metadata").is_sound
-    assert same(whole_state(step_of(folder, 9)), whole_state(step_of(intact, 2))), "by its path it can be loaded"
-
-
-# ---- what stock DCP writes ----
-
-
-def external_state(shift: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(3)
-    tensors = {f"w{n}": torch.rand(30 + n, 9, generator=generator) + shift for n in range(4)}
-    values = {"text": f"ünï {shift}", "list": [1, shift, None], "raw": bytes(range(90)), "set": {1, 2}, "step": 7}
-    return {**tensors, "half": (torch.rand(50, generator=generator) + shift).bfloat16(), **values}
-
-
-def test_damage_in_an_external_checkpoint_is_found_or_does_not_matter(memory_path: Path, tally: Tally) -> None:
-    """All that its CRC-32s cover is checked; a load gives what was saved, or an error."""
-    for name, shift in (("older", 1.0), ("intact", 2.0)):
-        dcp.save(external_state(shift), checkpoint_id=memory_path / name)
-    intact, step = memory_path / "intact", memory_path / "step-7"
-    tried = errors = 0
-    for damage in damages(intact, memory_path / "older", SEED + 2, 300):
-        if damage.what.startswith("everything"):
-            continue
-        shutil.copytree(intact, step)
-        damage.apply(step)
-        into = {
-            key: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for key, v in external_state(0).items()
-        }
-        try:
-            milepost.load(step, into)
-        except MilepostError:
-            errors += 1
-            with_report = (step / METADATA_NAME).is_file()
-            assert not with_report or not verify(step).is_sound or METADATA_NAME in damage.files, damage.what
-        else:
-            # Whole records of another save have CRC-32s of their own, and nothing else distinguishes them.
-            either = external_state(2.0), external_state(1.0) if "save before" in damage.what else external_state(2.0)
-            for key, value in into.items():
-                assert any(same({key: value}, {key: state[key]}) for state in either), (damage.what, key)
-        shutil.rmtree(step)
-        tried += 1
-    assert tried / 3 < errors < tried
-    tally("a file of a stock DCP checkpoint damaged: verify and load", tried=tried, lost=0, seed=SEED + 2)
-
-
-# ---- a save in Hugging Face's form ----
-
-
-def save_hf(folder: Path, shift: float) -> None:
-    """As the last save of a run in that form is committed: weights, index and config beside a manifest."""
-    storage = LocalStorage(folder.parent)
-    save_id = new_save_id()
-    attempt = begin_attempt(storage, folder.name, save_id)
-    data = folder.parent / attempt / "data"
-    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    for name in names:
-        tensors = {f"{name[:11]}.{n}": torch.full((40, 9), n + shift) for n in range(3)}
-        safetensors.torch.save_file(tensors, data / name, metadata={"format": "pt"})
-    (data / "config.json").write_text(f'{{"model_type": "llama", "rms_norm_eps": {shift}}}')
-    record = commit_record(SaveInfo(step=7, kind="model"), save_id=save_id, world_size=1, now=1.0)
-    commit.publish_files(storage, attempt, folder.name, file_digests(data), record)
-
-
-def test_damage_in_a_save_in_hugging_faces_form_is_found_in_every_file_of_it(memory_path: Path, tally: Tally) -> None:
-    for name, shift in (("older", 0.25), ("intact", 0.5)):
-        (memory_path / name).mkdir()
-        save_hf(memory_path / name / "step-7", shift)
-    intact, step = memory_path / "intact" / "step-7", memory_path / "step-7"
-    report = verify(intact)
-    assert (report.problems, report.verdict, report.unchecked_nbytes) == ((), "ok", 0)
-    tried = 0
-    for damage in damages(intact, memory_path / "older" / "step-7", SEED + 3, 100):
-        shutil.copytree(intact, step)
-        damage.apply(step)
-        # Another save, whole, is undamaged; and a link to the very file is no damage, but is refused in a run.
-        if not damage.what.startswith("everything"):
-            named = {problem.file for problem in verify(step).problems}
-            has_record = not {MANIFEST_NAME, DIGESTS_NAME} & {*damage.files}
-            assert named & {*damage.files} if has_record else named, (damage.what, named)
-            if not damage.what.startswith("a link"):
-                with pytest.raises((CheckpointDamagedError, StorageError)):
-                    read_all(step)
-        shutil.rmtree(step)
-        tried += 1
-    tally("a file of a save in Hugging Face's form damaged: verify and read", tried=tried, lost=0, seed=SEED + 3)
-
-
-def test_a_flipped_bit_in_any_file_of_a_save_in_hugging_faces_form_is_found(memory_path: Path) -> None:
-    save_hf(memory_path / "step-7", 0.5)
-    step, rng = memory_path / "step-7", random.Random(SEED)
-    for path in sorted(step.iterdir()):
-        data = path.read_bytes()
-        for bit in {0, 8 * len(data) - 1, *(rng.randrange(8 * len(data)) for _ in range(12))}:
-            changed = bytearray(data)
-            changed[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(changed)
-            report = verify(step)
-            assert report.verdict == "damaged", (path.name, bit)
-            with pytest.raises(CheckpointDamagedError):
-                read_all(step)
-        path.write_bytes(data)
-    assert verify(step).verdict == "ok"
-    read_all(step)
-
-
-def test_a_changed_tensor_of_a_save_in_hugging_faces_form_is_named(memory_path: Path) -> None:
-    save_hf(memory_path / "step-7", 0.5)
-    path = memory_path / "step-7" / "model-00002-of-00002.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    (problem,) = verify(path.parent).problems
-    assert "model-00002.2" in str(problem)
-    assert problem.file == path.name
-
-
-def read_all(step: Path) -> None:
-    """All that a load or a conversion reads of a step."""
-    with open_weights(step).source as source:
-        for key, info in source.tensors.items():
-            source.read_into(key, Box.whole(info.shape), np.empty(info.shape, np.float32))
-        source.check_digests()
+    assert same_state(whole_state(step_of(folder, 9)), whole_state(step_of(intact, 2))), "by its path it can be loaded"
