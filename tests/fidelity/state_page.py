@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import test_optimizers
 import test_schedulers
 import test_values
+import torch_optimizers
 
 from milepost.tensors.value_reader import decode_object
 from milepost.tensors.value_writer import encode_object
@@ -64,7 +64,7 @@ def text() -> str:
         "\n## Modules, optimizers, schedulers\n\n"
         "Each is saved and loaded by its own `state_dict()` and `load_state_dict()`, with its hooks. A resumed run "
         "equals an uninterrupted one bit for bit with each of torch's classes:\n\n"
-        f"- optimizers: {_names(test_optimizers.CLASSES)}\n"
+        f"- optimizers: {_names(torch_optimizers.CLASSES)}\n"
         f"- schedulers: {_names(test_schedulers.CLASSES)}\n\n"
         "The state of a parameter may have any form (a mapping, a tensor, a list, a number) and dtype, and so may the "
         "options of a group. PyTorch's `ZeroRedundancyOptimizer` needs no consolidation: each rank saves its part, "
