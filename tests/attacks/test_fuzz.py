@@ -17,7 +17,8 @@ import pytest
 import torch
 from fuzz import MEMORY_NBYTES, Outcome, fuzz, replay
 from fuzz_mutations import mutate_bytes, zip_of
-from fuzz_targets import RECORDS, TARGETS, Target
+from fuzz_inputs import RECORDS
+from fuzz_targets import TARGETS, Target
 
 from milepost.errors import FormatError, MilepostError, StorageError
 from milepost.format.record_reader import check_archive
