@@ -180,12 +180,12 @@ class Target:
 
     @property
     def has_order(self) -> bool:
-        """Return whether the checkpoint records the order of values in containers."""
+        """True if the checkpoint records the order of values in containers."""
         return self._stored is not None and bool(self._stored.manifest.structure)
 
     @property
     def excluded_keys(self) -> frozenset[str]:
-        """Exclude keys of the checkpoint, whose values here stay unchanged."""
+        """Keys of the checkpoint that are excluded from loading: their values here stay unchanged."""
         return self._stored.keys - self._stored_keys if self._stored is not None else frozenset()
 
     def has(self, key: str, path: Sequence[Any]) -> bool:
