@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,18 @@ from milepost.format.manifest import Manifest, ObjectEntry, Overlap, ShardEntry,
 Ints = npt.NDArray[np.int64]
 UInts = npt.NDArray[np.uint32]
 Path = tuple[str | int, ...]
+
+
+def starts_of(counts: Ints) -> Ints:
+    """Return the start of each of several consecutive stretches, and the end of the last one."""
+    found = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=found[1:])
+    return found
+
+
+def concatenated(arrays: Sequence[npt.NDArray[Any]], kind: type[Any] = np.int64) -> Any:
+    """Concatenate arrays; without any, return an empty one of this kind."""
+    return np.concatenate(arrays) if arrays else np.empty(0, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +154,7 @@ class ShardTable:
     @cached_property
     def first(self) -> Ints:
         """The row of each tensor's first shard; one more entry than tensors."""
-        first = np.zeros(len(self.keys) + 1, np.int64)
-        if len(self.keys):
-            np.cumsum(self.num_boxes[self.tiling], out=first[1:])
-        return first
+        return starts_of(self.num_boxes[self.tiling])
 
     @cached_property
     def index(self) -> Mapping[str, int]:
@@ -169,10 +178,7 @@ class ShardTable:
     def first_blocks(self, block_nbytes: int) -> Ints:
         """The index of each tensor's first block in ``milepost.digests``; one more entry than tensors."""
         per_tiling = [int(tiling.num_blocks(block_nbytes).sum()) for tiling in self.tilings]
-        first = np.zeros(len(self.keys) + 1, np.int64)
-        if len(self.keys):
-            np.cumsum(np.array(per_tiling, np.int64)[self.tiling], out=first[1:])
-        return first
+        return starts_of(np.array(per_tiling, np.int64)[self.tiling])
 
 
 class Shards(TiledShards):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from milepost.errors import SaveError, listed
-from milepost.format.columns import Ints, ObjectColumns, Path, ShardTable, Tiling, UInts
+from milepost.format.columns import Ints, ObjectColumns, Path, ShardTable, Tiling, UInts, concatenated, starts_of
 from milepost.format.manifest import BLOCK_NBYTES, FileEntry
 from milepost.format.segments import Segment
 
@@ -128,12 +128,12 @@ class _Cut:
             tilings=tilings,
             tiling=tiling,
             group=group,
-            first_row=_starts(num_boxes[tiling[group]]),
-            first_block=_starts(total_blocks[tiling[group]]),
+            first_row=starts_of(num_boxes[tiling[group]]),
+            first_block=starts_of(total_blocks[tiling[group]]),
             pool=np.cumsum(num_boxes) - num_boxes,
-            place=_joined([place for _, place in joined]),
-            block=_joined([np.cumsum(count) - count for count in counts]),
-            num_blocks=_joined(counts),
+            place=concatenated([place for _, place in joined]),
+            block=concatenated([np.cumsum(count) - count for count in counts]),
+            num_blocks=concatenated(counts),
         )
 
 
@@ -284,7 +284,7 @@ class SegmentMerger:
                 at = np.flatnonzero(number[form.number] >= 0)
                 chosen[id(form)] = number[form.number[at]], form.tiling[at]
             num_parts[chosen[id(form)][0]] += 1
-        first = _starts(num_parts)
+        first = starts_of(num_parts)
         parts, following = np.empty(int(first[-1]), np.uint32), first[:-1].copy()
         for member in self._members:
             groups, tiling_of = chosen[id(member.form)]
@@ -368,14 +368,14 @@ class SegmentMerger:
         parts = [member.objects for member in self._members]
         keys = [key for part in parts for key in part.keys]
         bases = np.cumsum([0, *(len(member.files) for member in self._members)]).tolist()
-        file = _joined([part.file + np.uint32(base) for part, base in zip(parts, bases, strict=False)], np.uint32)
+        file = concatenated([part.file + np.uint32(base) for part, base in zip(parts, bases, strict=False)], np.uint32)
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
         return ObjectColumns(
             tuple(keys[place] for place in order.tolist()),
             file[order],
-            _joined([part.record_offset for part in parts])[order],
-            _joined([part.record_nbytes for part in parts])[order],
-            _joined([part.crc32 for part in parts], np.uint32)[order],
+            concatenated([part.record_offset for part in parts])[order],
+            concatenated([part.record_nbytes for part in parts])[order],
+            concatenated([part.crc32 for part in parts], np.uint32)[order],
         )
 
 
@@ -388,14 +388,3 @@ def _copied(objects: ObjectColumns) -> ObjectColumns:
     """Copy the columns, which are views of the whole sign-off."""
     columns = (objects.file, objects.record_offset, objects.record_nbytes, objects.crc32)
     return ObjectColumns(objects.keys, *(column.copy() for column in columns))  # type: ignore[arg-type]
-
-
-def _starts(counts: Ints) -> Ints:
-    """Return the start of each of several consecutive stretches, and the end of the last one."""
-    starts = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
-    return starts
-
-
-def _joined(arrays: Sequence[Any], kind: type[Any] = np.int64) -> Any:
-    return np.concatenate(arrays) if arrays else np.empty(0, kind)

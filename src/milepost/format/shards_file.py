@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from milepost.errors import FormatError, NewerFormatError
-from milepost.format.columns import ObjectColumns, Path, ShardTable, Tiling
+from milepost.format.columns import ObjectColumns, Path, ShardTable, Tiling, concatenated
 from milepost.format.digest import combine, crc32
 from milepost.format.dtype import DTYPES
 from milepost.format.manifest import MAX_SHARDS_NBYTES, SHARDS_NAME
@@ -164,10 +164,10 @@ def shards_pieces(table: ShardTable, save_id: str) -> list[Bytes]:
         [len(tiling.shape) for tiling in tilings],
         [len(tiling) for tiling in tilings],
         [size for tiling in tilings for size in tiling.shape],
-        _joined([tiling.offsets.reshape(-1) for tiling in tilings]),
-        _joined([tiling.sizes.reshape(-1) for tiling in tilings]),
-        _joined([tiling.header_nbytes for tiling in tilings]),
-        _joined([tiling.record_nbytes for tiling in tilings]),
+        concatenated([tiling.offsets.reshape(-1) for tiling in tilings]),
+        concatenated([tiling.sizes.reshape(-1) for tiling in tilings]),
+        concatenated([tiling.header_nbytes for tiling in tilings]),
+        concatenated([tiling.record_nbytes for tiling in tilings]),
         *(table.tiling, table.file, table.record_offset, table.crc32),
         *(table.objects.file, table.objects.record_offset, table.objects.record_nbytes, table.objects.crc32),
     ]
@@ -177,10 +177,6 @@ def shards_pieces(table: ShardTable, save_id: str) -> list[Bytes]:
         pieces += [data, bytes(-len(data) % _ALIGNMENT)]
     own_crc = reduce(lambda crc, piece: crc32(piece, crc), pieces, 0)
     return [_HEADER.pack(MAGIC, len(name), own_crc, *counts), *pieces[1:]]
-
-
-def _joined(arrays: Sequence[Any]) -> Any:
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
 
 def _dump(value: object) -> bytes:
