@@ -13,7 +13,7 @@ from typing import Literal
 
 from milepost.collective.threads import map_in_threads
 from milepost.errors import FormatError, NewerFormatError, Problem, StorageError, listed
-from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME, Lineage
+from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, PART_NAME, Lineage, Manifest
 from milepost.format.manifest_json import (
     MAX_HEAD_NBYTES,
     MAX_MANIFEST_NBYTES,
@@ -200,70 +200,96 @@ def steps_that_share(storage: Storage, path: str, file: str) -> list[str]:
 
 
 def _look(storage: Storage, path: str, files: Mapping[str, Entry]) -> CheckpointInfo | None:
-    nbytes = sum(entry.nbytes for entry in files.values())
     name = record_name(files) or (PART_NAME if PART_NAME in files else None)
     if name is None:
-        if not files and storage.stat(path) is None:
-            return None
-        if files and all(map(tag_of, files)):
-            return None  # of a save in progress or a stale one, on a storage where attempts have no folder of their own
-        reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
-        return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
-    record_id, data, note = "", b"", ""
-    faults: list[Problem] = []
+        return _without_record(storage, path, files)
+    found = _Record(name)
+    record_id, lineage = "", None
     try:
-        head = _fitting_head(storage, path, files) if name == MANIFEST_NAME else None
-        if head is not None:
-            manifest, record_id = head.manifest, id_by_head(head, files[name].nbytes)
-        else:
-            data = storage.read(join(path, name), MAX_MANIFEST_NBYTES)
-            record_id = id_of_record(data)
-            manifest, faults = parse_record(data, name, path, files)
-            other = saved_over(storage, path, files, manifest, faults)
-            if other is not None:
-                name, data, manifest, note = METADATA_NAME, *other
-                record_id, faults = id_of_record(data), []
-    except NewerFormatError as error:
-        return CheckpointInfo(
-            path=path, state="newer", reason=error.message.removeprefix(f"{path}/"), nbytes=nbytes, record_id=record_id
-        )
+        found.read(storage, path, files)
+        return found.describe(path, files)
     except FormatError as error:
+        state: State = "newer" if isinstance(error, NewerFormatError) else "damaged"
         reason = error.message.removeprefix(f"{path}/")  # the caller's message names the step
-        return CheckpointInfo(
-            path=path,
-            state="damaged",
-            reason=reason,
-            nbytes=nbytes,
-            record_id=record_id,
-            lineage=lineage_of_torn(data) if name == MANIFEST_NAME else None,
-        )
+        record_id = found.record_id
+        if state == "damaged" and found.name == MANIFEST_NAME:
+            lineage = lineage_of_torn(found.data)
     except StorageError as error:
         if error.errno not in UNFIT:
             raise  # for instance a server that is down or too many open files: nothing is known about the step
-        return CheckpointInfo(path=path, state="damaged", reason=error.message, nbytes=nbytes)
-    faults += misnamed(manifest, path)
-    nbytes = sum(entry.nbytes for file, entry in files.items() if tag_of(file) in ("", manifest.save_id))
-    part = part_of_manifest(manifest.extra, path) if name == PART_NAME and not faults else None
-    model = model_total(manifest)
-    return CheckpointInfo(
-        path=path,
-        state="damaged" if faults else _STATES[name],
-        reason="; ".join(listed(faults)) or (str(part) if part is not None else note),
-        kind=manifest.kind,
-        nbytes=nbytes,
-        created_s=manifest.created_s,
-        save_id=manifest.save_id,
-        world_size=manifest.world_size,
-        record_id=record_id,
-        dtype=model.dtypes[0] if model.dtypes else "",
-        num_parameters=model.num_elements,
-        layout=manifest.layout,
-        lineage=manifest.lineage,
-        metrics=manifest.metrics,
-        shared_nbytes=sum(entry.nbytes for entry in files.values() if entry.link_id),
-        has_training_state=any(total.part in ("optimizer", "train_state") for total in totals_by_part(manifest)),
-        part=part,
-    )
+        state, reason = "damaged", error.message
+    nbytes = sum(entry.nbytes for entry in files.values())
+    return CheckpointInfo(path=path, state=state, reason=reason, nbytes=nbytes, record_id=record_id, lineage=lineage)
+
+
+def _without_record(storage: Storage, path: str, files: Mapping[str, Entry]) -> CheckpointInfo | None:
+    """Describe a folder without a commit record; None if there is no folder, or only a save in progress in it."""
+    if not files and storage.stat(path) is None:
+        return None
+    if files and all(map(tag_of, files)):
+        return None  # of a save in progress or a stale one, on a storage where attempts have no folder of their own
+    reason = f"it was never committed: neither {MANIFEST_NAME} nor {METADATA_NAME} is there"
+    nbytes = sum(entry.nbytes for entry in files.values())
+    return CheckpointInfo(path=path, state="incomplete", reason=reason, nbytes=nbytes)
+
+
+class _Record:
+    """The commit record of a folder: after an error of :meth:`read`, as far as it was read."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.record_id = ""
+        self.data = b""
+        """The record's bytes; empty if its head was enough."""
+        self._manifest: Manifest | None = None
+        self._faults: list[Problem] = []
+        self._note = ""
+
+    def read(self, storage: Storage, path: str, files: Mapping[str, Entry]) -> None:
+        """Read the record, and compare the existing files with it.
+
+        Raises:
+            FormatError: it is malformed or incomplete, or was written by a newer version (``NewerFormatError``).
+        """
+        head = _fitting_head(storage, path, files) if self.name == MANIFEST_NAME else None
+        if head is not None:
+            self._manifest, self.record_id = head.manifest, id_by_head(head, files[self.name].nbytes)
+            return
+        self.data = storage.read(join(path, self.name), MAX_MANIFEST_NBYTES)
+        self.record_id = id_of_record(self.data)
+        self._manifest, self._faults = parse_record(self.data, self.name, path, files)
+        other = saved_over(storage, path, files, self._manifest, self._faults)
+        if other is not None:
+            self.name, self._faults = METADATA_NAME, []
+            self.data, self._manifest, self._note = other
+            self.record_id = id_of_record(self.data)
+
+    def describe(self, path: str, files: Mapping[str, Entry]) -> CheckpointInfo:
+        """Describe the folder by the record. Raises FormatError if it is an invalid one of a node's part."""
+        manifest = self._manifest
+        assert manifest is not None
+        faults = [*self._faults, *misnamed(manifest, path)]
+        part = part_of_manifest(manifest.extra, path) if self.name == PART_NAME and not faults else None
+        model = model_total(manifest)
+        return CheckpointInfo(
+            path=path,
+            state="damaged" if faults else _STATES[self.name],
+            reason="; ".join(listed(faults)) or (str(part) if part is not None else self._note),
+            kind=manifest.kind,
+            nbytes=sum(entry.nbytes for file, entry in files.items() if tag_of(file) in ("", manifest.save_id)),
+            created_s=manifest.created_s,
+            save_id=manifest.save_id,
+            world_size=manifest.world_size,
+            record_id=self.record_id,
+            dtype=model.dtypes[0] if model.dtypes else "",
+            num_parameters=model.num_elements,
+            layout=manifest.layout,
+            lineage=manifest.lineage,
+            metrics=manifest.metrics,
+            shared_nbytes=sum(entry.nbytes for entry in files.values() if entry.link_id),
+            has_training_state=any(total.part in ("optimizer", "train_state") for total in totals_by_part(manifest)),
+            part=part,
+        )
 
 
 def _fitting_head(storage: Storage, path: str, files: Mapping[str, Entry]) -> Head | None:
