@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
-
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import struct
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy as np
 import torch.utils.serialization  # noqa: F401 - torch.load imports it at its first call, and nothing may be imported then
-from fuzz_mutations import (
-    Mutator,
-    framed,
-    mutate_bytes,
-    mutate_json,
-    mutate_pickle,
-    mutate_toml,
-    mutate_zip,
-    with_crc,
-)
-from public_shapes import CONFIGS, HOSTILE_PICKLES, INDEXES, SAFETENSORS_FILES, TORCH_FILES
 
-from milepost.cli.main import main
-from milepost.errors import RunLockedError
 from milepost.format.box import Box
-from milepost.format.columns import table_of, with_table
-from milepost.format.columns_check import table_faults
-from milepost.format.dcp_metadata import METADATA_GLOBALS, manifest_from_metadata, parse_metadata
 from milepost.format.dcp_writer import dump_metadata
-from milepost.format.digest import combine_blocks, crc32, dump_digests, parse_digests
+from milepost.format.digest import crc32
 from milepost.format.dtype import itemsize
-from milepost.format.huggingface import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    MAX_CONFIG_NBYTES,
-    MAX_INDEX_NBYTES,
-    parse_object,
-    parse_weight_map,
-)
-from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
-from milepost.format.manifest_check import manifest_faults
-from milepost.format.manifest_json import from_json, parse_head, to_json
-from milepost.format.pickle_reader import read_pickle
-from milepost.format.plain_pickle import dump_plain, load_plain
+from milepost.format.plain_pickle import dump_plain
 from milepost.format.record import object_record, record_footer, tensor_record
-from milepost.format.record_reader import TENSOR_GLOBALS, locate_tensor, read_object
-from milepost.format.safetensors import plan_layout, read_header
-from milepost.format.shards_file import dump_shards, parse_shards
-from milepost.format.torch_file import locate_tensors, plan_torch_file
-from milepost.interop.hf.config import config_faults, make_config
+from milepost.format.safetensors import plan_layout
+from milepost.format.torch_file import plan_torch_file
+from milepost.interop.hf.config import make_config
 from milepost.interop.names.model_sizes import model_args
-from milepost.run import marks
-from milepost.run.assemble import SaveInfo, assemble
-from milepost.run.lock import RunLock
-from milepost.run.owner import is_alive, parse_owner, this_process
-from milepost.run.signoff import SignOff, dump_sign_off, parse_sign_off, segment_of
+from milepost.run.owner import this_process
+from milepost.run.signoff import SignOff, dump_sign_off, segment_of
 from milepost.saving.writer import WrittenFile, WrittenObject, WrittenTensor
-from milepost.storage import LocalStorage
-from milepost.storage.base import ReadHandle
-from milepost.storage.links import read_linked
 from milepost.tensors.plan import WriteItem
-from milepost.tensors.value_reader import decode_object
-from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
-from milepost.testing.sample import save_arrays
+from milepost.testing.manifests import StoredBox, lay_out, record_files
 from milepost.train.config import TrainConfig
-from milepost.train.options import load_config, to_toml
-from milepost.verification.extents import own_record, records_of
+from milepost.train.options import to_toml
+from milepost.verification.extents import records_of
 
 LAYOUT = lay_out(
     {

@@ -5,7 +5,6 @@ from the newest intact step on all ranks together, or reports why it can't.
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,9 +24,9 @@ from torch.distributed.tensor import DTensor
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError, StorageError
+from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, MilepostError
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
-from milepost.run import catalog, checkpoint_record, commit, retention
+from milepost.run import catalog, checkpoint_record, retention
 from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 from milepost.verification.verify import VerifyReport, verify

@@ -30,6 +30,8 @@ from milepost.verification.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
 
+Tally = Callable[..., None]
+
 SEED = 1_915
 
 
@@ -40,7 +42,9 @@ def external_state(shift: float) -> dict[str, Any]:
     return {**tensors, "half": (torch.rand(50, generator=generator) + shift).bfloat16(), **values}
 
 
-def test_damage_in_an_external_checkpoint_is_found_or_does_not_matter(memory_path: Path, tally: Callable[..., None]) -> None:
+def test_damage_in_an_external_checkpoint_is_found_or_does_not_matter(
+    memory_path: Path, tally: Callable[..., None]
+) -> None:
     """All that its CRC-32s cover is checked; a load gives what was saved, or an error."""
     for name, shift in (("older", 1.0), ("intact", 2.0)):
         dcp.save(external_state(shift), checkpoint_id=memory_path / name)
@@ -89,7 +93,9 @@ def save_hf(folder: Path, shift: float) -> None:
     commit.publish_files(storage, attempt, folder.name, file_digests(data), record)
 
 
-def test_damage_in_a_save_in_hugging_faces_form_is_found_in_every_file_of_it(memory_path: Path, tally: Callable[..., None]) -> None:
+def test_damage_in_a_save_in_hugging_faces_form_is_found_in_every_file_of_it(
+    memory_path: Path, tally: Callable[..., None]
+) -> None:
     for name, shift in (("older", 0.25), ("intact", 0.5)):
         (memory_path / name).mkdir()
         save_hf(memory_path / name / "step-7", shift)

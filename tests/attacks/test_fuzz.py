@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz import MEMORY_NBYTES, Outcome, fuzz, replay
-from fuzz_mutations import mutate_bytes, zip_of
 from fuzz_inputs import RECORDS
+from fuzz_mutations import mutate_bytes, zip_of
 from fuzz_targets import TARGETS, Target
 
 from milepost.errors import FormatError, MilepostError, StorageError

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from milepost import CheckpointConfig, CheckpointManager
 
+Optimizer = torch.optim.Optimizer
 
 
 class Net(nn.Module):
@@ -82,3 +84,20 @@ def saved(folder: Path, **options: Any) -> Run:
     torch.manual_seed(0)
     model = Net(**options)
     return Run(folder, model, adamw(model)).train(2)
+
+
+def cosine(optimizer: Optimizer) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+
+def step_lr(optimizer: Optimizer) -> Any:
+    return lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+
+
+def scheduled(folder: Path, make: Any = cosine, steps: int = 2, **config: Any) -> Run:
+    """A run with a schedule: of these steps, or not trained if that is 0."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = adamw(model)
+    run = Run(folder, model, optimizer, make(optimizer) if make else None, **config)
+    return run.train(steps) if steps else run

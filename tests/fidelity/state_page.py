@@ -33,8 +33,8 @@ NOTES = {
 HEAD = """<!-- Written by tests/fidelity/state_page.py from the samples that the tests save and load. -->
 # What a state may hold
 
-Keys and values keep their types and order, and reading them runs no code. A value that can't be stored is refused by the
-save, which names its key and what to store instead.
+Keys and values keep their types and order, and reading them runs no code. A value that can't be stored is refused by
+the save, which names its key and what to store instead.
 
 | kind of value | types tested | restored as | since |
 |---|---|---|---|

@@ -6,13 +6,24 @@ Each is a recipe of docs/howto/change.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from changed_runs import Net, Optimizer, Run, adamw, close_managers, opened, saved  # noqa: F401 - one is a fixture
+from changed_runs import (  # noqa: F401 - one is a fixture
+    Net,
+    Optimizer,
+    Run,
+    adamw,
+    close_managers,
+    cosine,
+    opened,
+    saved,
+    scheduled,
+    step_lr,
+)
 from same import assert_same, digest
 from torch import nn
 from torch.nn.utils import prune

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from changed_runs import Net, Optimizer, Run, adamw, close_managers, opened, saved  # noqa: F401 - one is a fixture
-from same import assert_same, digest
-from torch import nn
-from torch.nn.utils import prune
+from changed_runs import Net, Run, close_managers, cosine, opened, scheduled, step_lr  # noqa: F401 - one is a fixture
+from same import assert_same
 from torch.optim import lr_scheduler
 
-import milepost
-from milepost import CheckpointConfig, CheckpointManager, ConfigError, StateMismatchError
-
-
-def cosine(optimizer: Optimizer) -> Any:
-    return lr_scheduler.CosineAnnealingLR(optimizer, 4)
-
-
-def step_lr(optimizer: Optimizer) -> Any:
-    return lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-
-
-def scheduled(folder: Path, make: Any = cosine, steps: int = 2, **config: Any) -> Run:
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = adamw(model)
-    run = Run(folder, model, optimizer, make(optimizer) if make else None, **config)
-    return run.train(steps) if steps else run
+from milepost import StateMismatchError
 
 
 @pytest.mark.parametrize("make", [cosine, step_lr], ids=["cosine", "step"])

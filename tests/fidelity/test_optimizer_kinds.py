@@ -1,10 +1,9 @@
-"""Optimizers with state or options of other kinds, containers and wrappers of optimizers, and optimizers with state already."""
+"""Optimizers with unusual state, options or forms, containers and wrappers of them, and ones with state already."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,12 @@ import pytest
 import torch
 from same import assert_same, digest
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch_optimizers import CONFIG, build, load, makes, new_model, save, train
+from torch_optimizers import CONFIG, build, load, new_model, save, train
 
 from milepost import CheckpointConfig, CheckpointManager, SaveError, StateMismatchError
 from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
-from milepost.testing.world import run_world
 
 
 class Odd(torch.optim.SGD):

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from same import assert_same, digest
+from same import assert_same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch_optimizers import CONFIG, build, load, makes, new_model, save, train
+from torch_optimizers import build, load, makes, new_model, save, train
 
-from milepost import CheckpointConfig, CheckpointManager, SaveError, StateMismatchError
-from milepost.run import checkpoint_record
-from milepost.storage import LocalStorage
 from milepost.testing.world import run_world
 
 

@@ -315,7 +315,7 @@ def save_failure(rank: int, cause: BaseException) -> SaveError:
 def _commit(
     storage: Storage, job: SaveJob, info: SaveInfo, monitor: JobMonitor
 ) -> tuple[Mapping[str, str], tuple[str, ...]]:
-    """Publish the checkpoint and prune. Returns the digest of each part of the state, and the names of deleted steps."""
+    """Publish the checkpoint and prune. Returns a digest of each part of the state, and the names of deleted steps."""
     obsolete = Deletion(storage, split(job.target)[0]) if storage.can_rename else None
     contents = _publish(storage, job, info, monitor, obsolete)
     # Only now: nothing is deleted before its replacement is durable.

@@ -1,4 +1,4 @@
-"""``StoreRequests``: the requests for objects below one URL, through obstore, with retries and errors that name them."""
+"""``StoreRequests``: requests for objects below one URL, through obstore, with retries and errors that name them."""
 
 from __future__ import annotations
 

@@ -132,13 +132,13 @@ class HandleSuite:
         piece = 300_001
         data = pattern(8 * piece)
         starts = range(0, len(data), piece)
-        result = bytearray(len(data))
+        result = memoryview(bytearray(len(data)))
         with ThreadPoolExecutor(8) as pool:
             with storage.open_write("big", len(data)) as writer:
                 list(pool.map(lambda start: writer.write(start, [data[start : start + piece]]), starts))
                 writer.sync()
             with storage.open_read("big") as reader:
-                list(pool.map(lambda start: reader.read_into(start, [memoryview(result)[start : start + piece]]), starts))
+                list(pool.map(lambda start: reader.read_into(start, [result[start : start + piece]]), starts))
         assert result == data
 
     def test_a_read_is_scattered_into_its_buffers(self, storage: Storage) -> None:

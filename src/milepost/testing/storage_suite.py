@@ -191,19 +191,19 @@ class StorageSuite(HandleSuite):
         storage.write("warm-up", b"")
         start = threading.Barrier(6)
 
-        def write(number: int) -> bool:
+        def write(number: int) -> int | None:
             start.wait(30)
             try:
                 storage.write("note", str(number).encode())
             except StorageError as error:
-                assert error.errno == errno.EEXIST
-                return False
-            return True
+                return error.errno
+            return None
 
         with ThreadPoolExecutor(6) as pool:
-            won = [number for number, has_won in enumerate(pool.map(write, range(6))) if has_won]
-        assert len(won) == 1
-        assert storage.read("note") == str(won[0]).encode()
+            errors = list(pool.map(write, range(6)))
+        assert errors.count(None) == 1
+        assert errors.count(errno.EEXIST) == 5
+        assert storage.read("note") == str(errors.index(None)).encode()
 
     def test_make_folder_may_be_repeated(self, storage: Storage) -> None:
         storage.make_folder("run/sub")
