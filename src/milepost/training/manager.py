@@ -28,6 +28,7 @@ from milepost.storage import join_path, open_storage
 from milepost.training.arguments import check_arguments_of_all_ranks, check_format_given, checked_per_rank
 from milepost.training.events import SaveEvent
 from milepost.training.hooks import Commit, CommitHooks
+from milepost.training.pending import PendingSave
 from milepost.training.random_state import rng_state, set_rng_state
 from milepost.training.resume import Loader
 from milepost.training.run_folder import RunFolder
@@ -276,9 +277,20 @@ class CheckpointManager:
                 f"step {step} was not saved: the state may be a mix of two, since load() failed in the middle "
                 f"({self._loader.mixed}). Load a step successfully, or restart the program"
             )
-        if self._saves is None:
+        saves = self._saves
+        reason = saves.reason(step, is_last=last_step) if saves is not None else None
+        if saves is None or saves.saver is None or reason is None:
             return False
-        return self._saves.save(step, is_last=last_step, given=Attachments(metrics, files, extra))
+        with self._blocked.measured() as blocked:
+            saves.wait_or_warn()
+            try:
+                request = saves.requests.make(step, is_last=last_step, given=Attachments(metrics, files, extra))
+                outcome = saves.saver.save(request)
+            except SaveError as error:
+                saves.failed(step, reason, error)
+                return False
+        saves.began(PendingSave(step, reason, request.info.kind, outcome, stall_s=blocked.seconds), request)
+        return True
 
     def maybe_wait_for_staging(self) -> None:
         """Return once the weights may be changed again. Call it before ``optimizer.step()``.

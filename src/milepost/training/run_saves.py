@@ -1,4 +1,4 @@
-"""The saves of a run: each begun when it is due, and followed until it is committed or has failed."""
+"""The saves of a run: when one is due, and each that was begun, until it is committed or has failed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from milepost.saving.async_save import AsyncSaver
 from milepost.saving.background import SaveHandle
 from milepost.saving.job import SaveReport
 from milepost.saving.nodes import Nodes
+from milepost.saving.request import SaveRequest
 from milepost.saving.save import Saver
 from milepost.training.due import DueCheck
 from milepost.training.events import SaveLog
@@ -27,7 +28,7 @@ from milepost.training.pending import PendingSave
 from milepost.training.resume import Loader
 from milepost.training.run_folder import RunFolder
 from milepost.training.save_failures import SaveFailures
-from milepost.training.save_request import Attachments, RequestMaker
+from milepost.training.save_request import RequestMaker
 from milepost.training.signals import RequestFiles, SignalFlags
 from milepost.training.training_run import TrainingRun
 
@@ -55,9 +56,10 @@ class _Stopwatch:
 
 
 class RunSaves:
-    """Begins each save of a run that is due, and follows it. Methods are collective except where noted.
+    """Decides when a save of a run is due, and follows each that was begun. Collective except where noted.
 
-    Construction locks the run's folder, and continues what an earlier run left unfinished.
+    ``CheckpointManager.save`` begins them itself, which keeps the way to the storage short. Construction locks the
+    run's folder, and continues what an earlier run left unfinished.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class RunSaves:
         self.log = SaveLog(storage, path, self._comm.world_size, run.degrees)
         self.due = DueCheck(self._config, self._comm, signals, RequestFiles(storage, path))
         self._failures = SaveFailures(self._config, self._comm.rank)
-        self._requests = RequestMaker(run, folder, self.history, per_rank)
+        self.requests = RequestMaker(run, folder, self.history, per_rank)
         self._pending: PendingSave | None = None
         self._is_prepared = False
         self._hf_saves: HfSaves | None = None
@@ -113,38 +115,34 @@ class RunSaves:
             self.log.resumed(report.resumed_step, report.path)
             self._prepare_staging()
 
-    def save(self, step: int, *, is_last: bool, given: Attachments) -> bool:
-        """Save if a checkpoint is due after ``step``; returns whether one was begun. See ``CheckpointManager.save``."""
-        if self.saver is None:
-            return False
+    def reason(self, step: int, *, is_last: bool) -> str | None:
+        """Return the reason to save after ``step``; None if no save is due. Starts the save as Hugging Face files."""
         reason = self.due.reason(step, is_last=is_last)
         if reason is None:
             self._prepare_staging()
             self._save_in_hf(step)
-            return False
-        with self._blocked.measured() as blocked:
-            self.wait_or_warn()
-            try:
-                request = self._requests.make(step, is_last=is_last, given=given)
-                begun = self.saver.save(request)
-            except SaveError as error:
-                self.log.failed(step, reason, error.message)
-                self._failures.stop_or_warn(error)
-                return False
+        return reason
+
+    def began(self, save: PendingSave, request: SaveRequest) -> None:
+        """Follow a save that was begun, and start that as Hugging Face files."""
         self.due.saved_at = time.monotonic()
-        self.due.stall_s = blocked.seconds
-        self._pending = PendingSave(step, reason, request.info.kind, begun, stall_s=blocked.seconds)
-        self._folder.announce(begun, request)
-        if isinstance(begun, SaveReport) or self._signals.stop_signal is not None:
+        self.due.stall_s = save.stall_s
+        self._pending = save
+        self._folder.announce(save.outcome, request)
+        if isinstance(save.outcome, SaveReport) or self._signals.stop_signal is not None:
             self._record_pending()
-        self._save_in_hf(step)
-        return True
+        self._save_in_hf(save.step)
+
+    def failed(self, step: int, reason: str, error: SaveError) -> None:
+        """Record a save that could not be begun. Raises ``error``, or logs it: ``on_save_error``."""
+        self.log.failed(step, reason, error.message)
+        self._failures.stop_or_warn(error)
 
     def _prepare_staging(self) -> None:
         """Allocate the memory of background saves, once the state is whole: after a resume, or the first step."""
         if not self._is_prepared and isinstance(self.saver, AsyncSaver):
             self._is_prepared = True
-            self.saver.prepare(self._requests.staging_nbytes())
+            self.saver.prepare(self.requests.staging_nbytes())
 
     def _save_in_hf(self, step: int) -> None:
         """Start the periodic save in Hugging Face's format, if due: after the step, which a resume needs."""
