@@ -95,7 +95,7 @@ def test_a_limit_is_the_end_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(60):
         bomb = [bomb, bomb]
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
-    with pytest.raises(FormatError, match="is not read: a value expands"):
+    with pytest.raises(FormatError, match="can't be read: a value expands"):
         decode_object("key", stored(bomb), "path")
 
 
