@@ -19,7 +19,7 @@ from milepost.storage.base import Bytes, Content, Entry, ReadHandle, Storage, Wr
 from milepost.storage.object_reader import ObjectReader
 from milepost.storage.object_writer import ObjectWriter
 from milepost.storage.retry import Retry
-from milepost.storage.store_requests import NUM_STREAMS, REQUEST_TIMEOUT_S, StoreRequests, tag_of
+from milepost.storage.store_requests import NUM_STREAMS, REQUEST_TIMEOUT_S, StoreRequests, version_of
 from milepost.storage.unfinished import abort_s3_uploads
 
 _log = logging.getLogger(__name__)
@@ -221,4 +221,4 @@ def _last(key: str) -> str:
 
 
 def _entry(name: str, meta: Any) -> Entry:
-    return Entry(name, False, meta["size"], meta["last_modified"].timestamp(), tag=tag_of(meta))
+    return Entry(name, False, meta["size"], meta["last_modified"].timestamp(), tag=version_of(meta))

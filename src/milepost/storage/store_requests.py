@@ -141,7 +141,7 @@ class StoreRequests:
             data = bytes(result.bytes())
             if len(data) != nbytes:
                 raise _CutShort
-            return data, tag_of(result.meta)
+            return data, version_of(result.meta)
 
         try:
             return self.send("read", name, f"reading {self.describe(name)}", act)
@@ -331,7 +331,7 @@ class _Counted:
         self.is_spent = True
 
 
-def tag_of(meta: Any) -> str:
+def version_of(meta: Any) -> str:
     """Return a version's tag for ``put_if``: the entity tag for S3 and Azure, the generation for GCS."""
     known = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
     return json.dumps(known, sort_keys=True) if known else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,9 @@ from milepost.interop.weights.base_samples import NAME, Sample, differences, dum
 from milepost.tensors.layout import TensorLeaf, dtype_name
 from milepost.tensors.state import flatten
 from milepost.training.attached import PART as ATTACHED
-from milepost.training.training_state import TrainingState
+
+if TYPE_CHECKING:
+    from milepost.training.training_state import TrainingState
 
 KEY = f"{ATTACHED}.{NAME}"
 

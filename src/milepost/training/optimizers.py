@@ -83,13 +83,13 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
             if index in numbers:
                 _merge(merged, _by_name(f"state.{numbers[index]}", entry), optimizer)
         for group in state_dict["param_groups"]:
-            options = options_of(group)
+            options = group_options(group)
             for index in group["params"]:
                 _merge(merged, _by_name(f"param_groups.{numbers[index]}", options), optimizer)
         extra: dict[str, Any] = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
         empty = {str(n): group for n, group in enumerate(state_dict["param_groups"]) if not group["params"]}
         if empty:  # options without parameters
-            extra[EMPTY_GROUPS] = {number: options_of(group) for number, group in empty.items()}
+            extra[EMPTY_GROUPS] = {number: group_options(group) for number, group in empty.items()}
         if shared := {index: entry for index, entry in entries.items() if index not in numbers}:
             extra["state"] = shared
         if extra:
@@ -181,6 +181,6 @@ def has_numbered_parameters(state_dict: Any, optimizer: Optimizer) -> bool:
     return [len(group["params"]) for group in groups] == [len(group["params"]) for group in optimizer.param_groups]
 
 
-def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options, without its parameters and their names."""
     return {option: value for option, value in group.items() if option not in ("params", NAMES)}

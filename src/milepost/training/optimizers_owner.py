@@ -21,7 +21,7 @@ from milepost.tensors.layout import torch_dtype
 from milepost.tensors.state import LAZY
 from milepost.tensors.tree import Node, child, rebuild
 from milepost.tensors.value_writer import encode_object
-from milepost.training.optimizers import EMPTY_GROUPS, NAMES, PART, local_optimizer, options_of
+from milepost.training.optimizers import EMPTY_GROUPS, NAMES, PART, local_optimizer, group_options
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
 """Options set by a schedule."""
@@ -134,7 +134,7 @@ class OptimizersOwner:
         else:
             want_state(target, parameter, optimizer.state.get(parameter, {}), self._saved.state.get(name, {}))
         saved = self._saved.options.get(name, {})
-        for option in options_of(group):
+        for option in group_options(group):
             if option in saved and not self._is_kept(option, saved, group):
                 want_node(target, saved[option])
             elif option in saved or target.is_excluded(key := f"{PART}.param_groups.{name}.{option}"):
@@ -208,7 +208,7 @@ class OptimizersOwner:
 
     def _check_group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         names = self._known(group)
-        for option in options_of(group):
+        for option in group_options(group):
             if names and self._is_kept(option, self._saved.options[names[0]], group):
                 continue
             first: Any = None
@@ -270,14 +270,14 @@ class OptimizersOwner:
         """Return the options of a group without parameters, like :meth:`_group`."""
         found = {option: group[option] for option in group if option != "params"}
         taken = saved if saved is not None else {}
-        return found | {o: taken[o] for o in options_of(group) if o in taken and not self._is_kept(o, taken, group)}
+        return found | {o: taken[o] for o in group_options(group) if o in taken and not self._is_kept(o, taken, group)}
 
     def _group(self, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a group's options: the saved ones, and this run's where the checkpoint has none."""
         found = {option: group[option] for option in group if option != "params"}
         known = self._known(group)
         saved = self._saved.options[known[0]] if known else {}
-        for option in options_of(group):
+        for option in group_options(group):
             if option in saved and not self._is_kept(option, saved, group):
                 value = rebuild(saved[option], values)
                 here = group[option]

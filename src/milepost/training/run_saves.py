@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from milepost.collective.comm import on_every_rank, on_rank_0
 from milepost.errors import MilepostError, SaveError
@@ -25,12 +26,14 @@ from milepost.training.events import SaveLog
 from milepost.training.hf_saves import HfSaves
 from milepost.training.history import SaveHistory
 from milepost.training.pending import PendingSave
-from milepost.training.resume import Loader
 from milepost.training.run_folder import RunFolder
 from milepost.training.save_failures import SaveFailures
 from milepost.training.save_request import RequestMaker
 from milepost.training.signals import RequestFiles, SignalFlags
 from milepost.training.training_run import TrainingRun
+
+if TYPE_CHECKING:
+    from milepost.training.resume import Loader
 
 
 class BlockedTime:
