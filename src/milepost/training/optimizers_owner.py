@@ -21,7 +21,7 @@ from milepost.tensors.layout import torch_dtype
 from milepost.tensors.state import LAZY
 from milepost.tensors.tree import Node, child, rebuild
 from milepost.tensors.value_writer import encode_object
-from milepost.training.optimizers import EMPTY_GROUPS, NAMES, PART, local_optimizer, group_options
+from milepost.training.optimizers import EMPTY_GROUPS, NAMES, PART, group_options, local_optimizer
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
 """Options set by a schedule."""
