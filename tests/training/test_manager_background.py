@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
 import logging
 import os
 import signal
@@ -147,6 +150,42 @@ def test_an_error_in_the_block_is_raised_as_it_is_and_what_was_staged_is_committ
         train()
     assert steps_in(tmp_path / "run") == ["step-1"]
     manager_of(tmp_path / "run", "disabled").close()  # the lock is free
+
+
+def events_in(folder: Path) -> list[tuple[str, int]]:
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [(line.get("event", "saved"), line["step"]) for line in lines]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_last_save_is_in_the_events_however_the_loop_ends(tmp_path: Path, mode: str) -> None:
+    def run(folder: Path, end: str) -> list[tuple[str, int]]:
+        with contextlib.suppress(ZeroDivisionError):
+            if end == "error":
+                with manager_of(folder, mode) as manager:
+                    manager.save(1)
+                    raise ZeroDivisionError
+            manager = manager_of(folder, mode)
+            manager.save(1)
+            del manager
+            gc.collect()
+        deadline = time.monotonic() + 20
+        while not (folder / "events.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return events_in(folder)
+
+    assert run(tmp_path / "error", "error") == [("saved", 1)]
+    assert run(tmp_path / "dropped", "dropped") == [("saved", 1)]
+    script = f"""
+from pathlib import Path
+from torch import nn
+from milepost import CheckpointConfig, CheckpointManager
+config = CheckpointConfig(interval=1, async_mode={mode!r})
+manager = CheckpointManager({str(tmp_path / "ended")!r}, config, model=nn.Linear(64, 64))
+manager.save(1)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert events_in(tmp_path / "ended") == [("saved", 1)]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from milepost.training.due import DueCheck
 from milepost.training.events import SaveLog
 from milepost.training.hf_saves import HfSaves
 from milepost.training.history import SaveHistory
-from milepost.training.pending import PendingSave
+from milepost.training.pending import LateRecord, PendingSave
 from milepost.training.run_folder import RunFolder
 from milepost.training.save_failures import SaveFailures
 from milepost.training.save_request import RequestMaker
@@ -84,6 +85,8 @@ class RunSaves:
         """None once closed."""
         self.history = SaveHistory(self._comm, loader.scan, loader.look)
         self.log = SaveLog(storage, path, self._comm.world_size, run.degrees)
+        self._late = LateRecord(self.log, self._comm.rank)
+        weakref.finalize(self, self._late.record)  # also at the end of a program that does not close the manager
         self.due = DueCheck(self._config, self._comm, signals, RequestFiles(storage, path))
         self._failures = SaveFailures(self._config, self._comm.rank)
         self.requests = RequestMaker(run, folder, self.history, per_rank)
@@ -130,7 +133,7 @@ class RunSaves:
         """Follow a save that was begun, and start that as Hugging Face files."""
         self.due.saved_at = time.monotonic()
         self.due.stall_s = save.stall_s
-        self._pending = save
+        self._pending = self._late.pending = save
         self._folder.announce(save.outcome, request)
         if isinstance(save.outcome, SaveReport) or self._signals.stop_signal is not None:
             self._record_pending()
@@ -200,6 +203,7 @@ class RunSaves:
     def _record_pending(self) -> None:
         """Wait for the pending save, and log it on rank 0. The saver raises its error."""
         pending, self._pending = self._pending, None
+        self._late.pending = None
         if pending is None:
             return
         report = pending.report(self._comm.rank)
@@ -243,6 +247,7 @@ class RunSaves:
             if self._hf_saves is not None:
                 self._hf_saves.leave()
         finally:
+            self._late.record()
             self._signals.restore()
             self._folder.leave()
 
