@@ -140,6 +140,20 @@ def test_a_change_during_staging_fails_the_save_at_the_next_call_and_the_one_aft
     saver.close()
 
 
+def test_memory_that_is_freed_before_staging_fails_the_save_and_not_the_process(tmp_path: Path, monkeypatch) -> None:
+    saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem", timeout_s=20.0)
+    live = {"w": torch.ones(64, 64)}
+    run = Staging.run
+    monkeypatch.setattr(
+        Staging, "run", lambda self, **options: (live["w"].untyped_storage().resize_(0), run(self, **options))[1]
+    )
+    handle = saver.save(SaveRequest("freed", lambda: live, INFO))
+    with pytest.raises(SaveError, match=r"the memory of 'w' was freed.*maybe_wait_for_staging"):
+        handle.staged(60)
+    with pytest.raises(SaveError):
+        saver.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
 def test_changes_that_torch_does_not_count_are_noticed_in_the_copies(dtype: torch.dtype) -> None:
     """Those through ``.data`` and shared memory; a change after the copy is allowed."""

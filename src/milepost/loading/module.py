@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from milepost.errors import StateMismatchError
 from milepost.format.manifest import TensorEntry
 from milepost.loading.parts import is_by_shard, want_into_wrapper, want_node, want_parts
-from milepost.loading.target import EXTRA_STATE, Target, fresh_like, local_tensor, same_memory
+from milepost.loading.target import Target, fresh_like, local_tensor, same_memory
 from milepost.loading.trial import Trial, has_users_way, names_of_wrappers, try_loading
 from milepost.tensors.layout import Placed, can_be_boxes, torch_dtype
 from milepost.tensors.parts import TensorParts, comes_apart, leaves, take_apart
-from milepost.tensors.state import LAZY
+from milepost.tensors.state import EXTRA_STATE, LAZY
 from milepost.tensors.tree import ALL_MODULES, Node, Ref, rebuild, refs
 
 DERIVED = ("freqs_cis", "inv_freq", "position_ids")

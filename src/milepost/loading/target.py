@@ -22,11 +22,8 @@ from milepost.tensors.aliases import join_aliases
 from milepost.tensors.layout import Placed, can_be_boxes, detached_local, dtype_name, torch_dtype
 from milepost.tensors.parts import TensorParts
 from milepost.tensors.placements import PLAIN, make_sharded
-from milepost.tensors.state import PACKED, ByName
+from milepost.tensors.state import EXTRA_STATE, PACKED, ByName
 from milepost.tensors.tree import Held, Node, Read, Ref, Relations, Tree, refs
-
-EXTRA_STATE = "_extra_state"
-"""The last element of the name of a module's extra state in its state dict."""
 
 
 class Stored:

@@ -104,7 +104,7 @@ class AsyncSaver:
             image = self._fit_arena(job.plan)
             save.staging = Staging(
                 *(prepared.flat.tensors, job.plan, image),
-                buffers=prepared.changed_by_forward,
+                at_once=prepared.changed_early,
                 is_deferred=self._mode != "async",
             )
             plan_s = time.monotonic() - started

@@ -28,7 +28,7 @@ from milepost.tensors.parts import TensorParts, plain_tensors
 from milepost.tensors.placements import PLAIN, describe_placements
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
-from milepost.tensors.state import LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
+from milepost.tensors.state import EXTRA_STATE, LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
 from milepost.tensors.tree import Relations, dump_parts
 from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
@@ -98,15 +98,20 @@ class Prepared:
     nesting: Nesting
     frozen: frozenset[str] = frozenset()
     """Keys of parameters without gradient."""
+    at_will: frozenset[str] = frozenset()
+    """Keys of tensors that the user's code may change at any time: see ``_changed_at_will``."""
     of_loop: frozenset[str] = frozenset()
     """Keys of tensors that ranks may come to hold differently: all but those of models and optimizers, and plain
     state of an optimizer over DTensors."""
     error: MilepostError | None = None
 
     @property
-    def changed_by_forward(self) -> frozenset[str]:
-        """Keys of tensors that ``forward`` may change: buffers, and parameters without gradient (a codebook's)."""
-        return self.layout.buffers | self.frozen
+    def changed_early(self) -> frozenset[str]:
+        """Keys of tensors that may change before ``optimizer.step()``.
+
+        Those that ``forward`` changes, buffers and parameters without gradient (a codebook's), and the loop's own.
+        """
+        return self.layout.buffers | self.frozen | self.at_will
 
     @cached_property
     def structure(self) -> Structure:
@@ -155,7 +160,8 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         relations = _relations_of(flat, LOOP_PARTS if isinstance(state, ByName) else None, versions, beside)
         nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **relations.skeleton()}))
         of_loop = _of_loop(flat, replicated, beside) - buffers
-        return Prepared(comm.rank, state, modules, replicated, flat, objects, layout, nesting, frozen, of_loop)
+        at_will = _changed_at_will(flat, owners, of_run=isinstance(state, ByName))
+        return Prepared(comm.rank, state, modules, replicated, flat, objects, layout, nesting, frozen, at_will, of_loop)
     except BaseException as cause:  # noqa: BLE001 - a state_dict() of the user's may raise anything
         return _nothing(comm.rank, failure_on(comm.rank, cause, SaveError))
 
@@ -249,6 +255,24 @@ def _of_loop(flat: FlatState, replicated: frozenset[str], beside: Iterable[State
     plain = {key for key, leaf in flat.tensors.items() if leaf.spread is None and flat.paths[key][0] not in replicated}
     unsharded = (key for key, value, _ in beside if not isinstance(value, DTensor))
     return frozenset(plain.union(key for key in unsharded if not key.endswith(".step")))  # which all have
+
+
+def _changed_at_will(flat: FlatState, owners: Sequence[nn.Module], *, of_run: bool) -> frozenset[str]:
+    """Return the keys of tensors that neither ``forward`` nor an optimizer owns.
+
+    Modules' extra state, options of optimizers (a learning rate that a schedule sets), and in a run's state what
+    belongs to the loop: counters, permutations, a replay buffer. Not the averages of weights in modules of their own,
+    which follow the optimizer.
+    """
+    found = {
+        key
+        for key in flat.tensors
+        if ".param_groups." in key or EXTRA_STATE in key or (of_run and flat.paths[key][0] in LOOP_PARTS)
+    }
+    if not found:
+        return frozenset()
+    stepped = (one for owner in owners for one in owner.parameters() if one.requires_grad)
+    return frozenset(found) - _keys_of(stepped, [flat.tensors[key] for key in found], _start_of)
 
 
 def _encoded(values: Mapping[str, Any], manner: Manner) -> dict[str, bytes | Snapshot]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,13 +67,23 @@ def tensor_blocks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryvi
         yield tensor_bytes(tensor[slab.box.index()].to(device="cpu", dtype=dtype).contiguous())
 
 
+class _Copy(NamedTuple):
+    """A copy to make: from a part of the state to its place in the image."""
+
+    key: str
+    dst: torch.Tensor
+    src: torch.Tensor
+    memory_nbytes: int
+    """Size of the memory that ``src`` is a view of."""
+
+
 class Staging:
     """Copies the planned boxes of a save into its file image.
 
     Created on the training thread at the time of the save; :meth:`run` may be called from another thread. Until it
     returns, the tensors must not change: this is checked by their version counters, and by a sample of their elements
-    if :meth:`run` ``is_deferred``. Tensors changed by ``forward`` (keys in ``buffers``) are copied at once, so that
-    training may continue up to ``optimizer.step()``.
+    if :meth:`run` ``is_deferred``. Those with keys in ``at_once`` are copied at once, so that training may continue up
+    to ``optimizer.step()``.
     """
 
     def __init__(
@@ -82,10 +92,10 @@ class Staging:
         plan: WritePlan,
         image: memoryview,
         *,
-        buffers: Collection[str] = (),
+        at_once: Collection[str] = (),
         is_deferred: bool = True,
     ):
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._copies: list[_Copy] = []
         self._watched: list[tuple[str, torch.Tensor, int]] = []
         # torch does not accept an empty buffer; an empty plan needs no image.
         empty = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -99,11 +109,11 @@ class Staging:
             dst = raw.view(leaf.dtype).view(src.shape)
             if src.device.type == "cuda":
                 devices.add(src.device)
-            if item.key in buffers:
+            if item.key in at_once:
                 # On a GPU this queues the copy on the training stream, ahead of the kernels that will change it.
                 dst.copy_(src, non_blocking=True)
                 continue
-            self._copies.append((dst, src))
+            self._copies.append(_Copy(item.key, dst, src, src.untyped_storage().nbytes()))
             sampled.append((item.key, dst, src))
             if not leaf.local.is_inference():
                 self._watched.append((item.key, leaf.local, leaf.local._version))
@@ -123,10 +133,10 @@ class Staging:
         """
         if self._ready:
             self._copy_from_cuda()
-        on_cpu = [pair for pair in self._copies if pair[1].device.type != "cuda"]
+        on_cpu = [copy for copy in self._copies if copy.src.device.type != "cuda"]
         # `copy_` releases the GIL; biggest first, so that the threads end together.
-        on_cpu.sort(key=lambda pair: -pair[0].nbytes)
-        map_in_threads(lambda pair: pair[0].copy_(pair[1]), on_cpu, num_threads, name="milepost-stage")
+        on_cpu.sort(key=lambda copy: -copy.dst.nbytes)
+        map_in_threads(_copy_on_cpu, on_cpu, num_threads, name="milepost-stage")
         self._check_versions()
 
     def _copy_from_cuda(self) -> None:
@@ -135,9 +145,9 @@ class Staging:
             stream = torch.cuda.Stream(device)
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
-                for dst, src in self._copies:
-                    if src.device == device:
-                        dst.copy_(src, non_blocking=True)
+                for copy in self._copies:
+                    if copy.src.device == device:
+                        copy.dst.copy_(copy.src, non_blocking=True)
             done.append(stream.record_event())
         for event in done:
             event.synchronize()
@@ -152,3 +162,13 @@ class Staging:
                 "discarded. Call maybe_wait_for_staging() before optimizer.step()",
                 key=changed[0],
             )
+
+
+def _copy_on_cpu(copy: _Copy) -> None:
+    if copy.src.untyped_storage().nbytes() < copy.memory_nbytes:  # reading it would end this process
+        raise SaveError(
+            f"the memory of '{copy.key}' was freed during staging, so this save is lost. Call maybe_wait_for_staging() "
+            "before",
+            key=copy.key,
+        )
+    copy.dst.copy_(copy.src)

@@ -32,6 +32,8 @@ PER_RANK = "per_rank"
 """The name in the manifest's ``extra`` for the parts that are stored per rank, below ``rank<N>``."""
 LOOP_PARTS = ("lr_scheduler", "dataloader", "train_state", "states")
 """Parts that belong to the training loop: each rank gets back exactly what it gave, with keys in order."""
+EXTRA_STATE = "_extra_state"
+"""The last element of the name of a module's extra state in its state dict."""
 EMPTY_MAPPINGS = "empty_mappings"
 """The name in the manifest's ``extra`` for the paths of empty mappings, which have no keys."""
 LAZY = (UninitializedParameter, UninitializedBuffer)
