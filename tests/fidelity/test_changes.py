@@ -31,6 +31,7 @@ from torch.optim import lr_scheduler
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, ConfigError, StateMismatchError
+from milepost.testing.world import WorldError, run_world
 
 
 def moments(optimizer: Optimizer, parameter: Any) -> Any:
@@ -170,32 +171,42 @@ def test_buffers_that_are_new_or_no_longer_kept(memory_path: Path) -> None:
 # ---- tied weights ----
 
 
+def write_weights(path: Path, state: dict[str, Any]) -> None:
+    if path.suffix == ".pt":
+        torch.save(state, path)
+    else:
+        milepost.save(path, state)
+
+
+@pytest.mark.parametrize("name", ["once", "once.pt"])
 @pytest.mark.parametrize("kept", ["embedding.weight", "head.weight"])
-def test_a_tied_weight_that_is_stored_once(memory_path: Path, kept: str) -> None:
+def test_a_tied_weight_that_is_stored_once(memory_path: Path, kept: str, name: str) -> None:
     model = Net(tied=True)
     state = {key: value for key, value in model.state_dict().items() if key == kept or "weight" not in key}
     state |= {key: model.state_dict()[key] for key in ("body.weight", "norm.weight")}
-    milepost.save(memory_path / "once", state)
+    write_weights(memory_path / name, state)
     again = Net(tied=True)
-    run = Run(memory_path / "run", again, adamw(again), initial_load_path=memory_path / "once")
+    run = Run(memory_path / "run", again, adamw(again), initial_load_path=memory_path / name)
     run.load()
     assert_same(again.state_dict(), model.state_dict())
     assert again.head.weight is again.embedding.weight
 
 
-def test_untied_weights_into_a_tied_model_are_refused(memory_path: Path) -> None:
+@pytest.mark.parametrize("name", ["apart", "apart.pt"])
+def test_untied_weights_into_a_tied_model_are_refused(memory_path: Path, name: str) -> None:
     apart = Net(classes=5)
-    milepost.save(memory_path / "apart", apart.state_dict())
+    path = memory_path / name
+    write_weights(path, apart.state_dict())
     model = Net(tied=True)
     before = digest(model.state_dict())
     with pytest.raises(StateMismatchError, match=r"embedding.weight and head.weight: one tensor here \(tied\)"):
-        Run(memory_path / "run", model, adamw(model), initial_load_path=str(memory_path / "apart")).load()
+        Run(memory_path / "run", model, adamw(model), initial_load_path=str(path)).load()
     assert digest(model.state_dict()) == before
     with torch.no_grad():
         apart.head.weight.copy_(apart.embedding.weight)
-    milepost.save(memory_path / "apart", apart.state_dict())
+    write_weights(path, apart.state_dict())
     opened.pop().close()
-    Run(memory_path / "run", model, adamw(model), initial_load_path=str(memory_path / "apart")).load()
+    Run(memory_path / "run", model, adamw(model), initial_load_path=str(path)).load()
     assert_same(model.state_dict(), apart.state_dict())
 
 
@@ -222,6 +233,27 @@ def test_names_with_prefixes(memory_path: Path, prefix: str, form: str) -> None:
         torch.save({"model_state_dict": state, "epoch": 3} if "nested" in form else state, path)
     Run(memory_path / "run", again, adamw(again), initial_load_path=str(path)).load()
     assert_same(again.state_dict(), model.state_dict())
+
+
+def start_a_stage(folder: Path) -> bool:
+    """Each rank has one layer of the file."""
+    name = str(torch.distributed.get_rank())
+    stage = nn.Module()
+    stage.layers = nn.ModuleDict({name: nn.Linear(3, 3)})
+    config = CheckpointConfig(enable=True, initial_load_path=str(folder / "all.pt"))
+    with CheckpointManager(folder / "run", config, model=stage, layout={"pp": 2}) as manager:
+        manager.load()
+    return bool((stage.layers[name].weight == int(name)).all())
+
+
+def test_a_file_of_all_stages_of_a_pipeline(memory_path: Path) -> None:
+    shapes = {"weight": (3, 3), "bias": (3,)}
+    state = {f"layers.{n}.{name}": torch.full(shape, float(n)) for n in (0, 1) for name, shape in shapes.items()}
+    torch.save(state, memory_path / "all.pt")
+    assert run_world(start_a_stage, 2, memory_path, timeout_s=60) == [True, True]
+    torch.save({**state, "layers.2.weight": torch.ones(3, 3)}, memory_path / "all.pt")
+    with pytest.raises(WorldError, match=r"1 key of the checkpoint has no place in this run:\n *layers.2.weight"):
+        run_world(start_a_stage, 2, memory_path, timeout_s=60)
 
 
 def test_a_checkpoint_of_the_whole_training_as_a_start(memory_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, StateMismatchError
+from milepost.loading.load_from import LoadReport
 from milepost.testing.world import run_world
 
 CONFIG = CheckpointConfig(enable=True, interval=1, last_save_model_only=False)
@@ -245,12 +248,15 @@ def test_modules_learn_the_version_that_was_saved(memory_path: Path, version: in
     with CheckpointManager(memory_path / "run", CONFIG, model=saved) as manager:
         manager.save(1)
     milepost.save(memory_path / "step-1", {"model": saved})
-    one, other = (nn.Sequential(Versioned(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    torch.save({"state_dict": torch.compile(saved).state_dict()}, memory_path / "old.pt")
+    one, other, third = (nn.Sequential(Versioned(3, 3), nn.BatchNorm1d(3)) for _ in range(3))
     with CheckpointManager(memory_path / "run", CONFIG, model=one) as manager:
         manager.load()
     milepost.load(memory_path / "step-1", {"model": other})
     assert torch.equal(one[0].weight, expected)
     assert torch.equal(other[0].weight, expected)
+    started_from(memory_path / "old.pt", third, memory_path / "third")
+    assert torch.equal(third[0].weight, expected)
 
 
 class Lenient(nn.Linear):
@@ -277,3 +283,78 @@ def test_a_compiled_module_in_a_state_dict(memory_path: Path, is_saved_compiled:
     milepost.save(memory_path / "step-1", {"model": compiled if is_saved_compiled else saved})
     milepost.load(memory_path / "step-1", {"model": loaded if is_saved_compiled else compiled})
     assert torch.equal(loaded[0].weight, saved[0].weight)
+
+
+def started_from(path: Path, model: nn.Module, folder: Path, **options: Any) -> LoadReport:
+    """Start a new run of ``model`` from the weights at ``path``."""
+    config = CheckpointConfig(enable=True, initial_load_path=str(path), **options)
+    with CheckpointManager(folder, config, model=model) as manager:
+        report = manager.load()
+    assert report is not None
+    return report
+
+
+def write_file(path: Path, state: dict[str, torch.Tensor], prefix: str = "") -> Path:
+    named = {prefix + key: value.contiguous() for key, value in state.items()}
+    torch.save(named, path) if path.suffix == ".pt" else safetensors.torch.save_file(named, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["old.pt", "old.safetensors"])
+@pytest.mark.parametrize("case", CASES)
+def test_hooks_take_old_keys_of_a_file_of_weights(memory_path: Path, case: str, name: str) -> None:
+    make_old, make_new = CASES[case]
+    old, new, expected = make_old(), make_new(), make_new()
+    expected.load_state_dict(old.state_dict())
+    started_from(write_file(memory_path / name, old.state_dict()), new, memory_path / "run")
+    torch.testing.assert_close(dict(new.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+def test_hooks_take_old_keys_of_a_file_with_a_prefix(memory_path: Path) -> None:
+    old, new, expected = (nn.Sequential(kind(), nn.Linear(2, 2)) for kind in (OldBlock, Block, Block))
+    expected.load_state_dict(old.state_dict())
+    started_from(write_file(memory_path / "old.pt", old.state_dict(), "model."), new, memory_path / "run")
+    torch.testing.assert_close(dict(new.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+def file_on_two_ranks(folder: Path, loaded_as: str) -> None:
+    for case in list(CASES)[:3]:
+        torch.manual_seed(0)
+        old, expected = CASES[case][0](), CASES[case][1]()
+        expected.load_state_dict(old.state_dict())
+        path = folder / f"{case}.pt"
+        if dist.get_rank() == 0:
+            write_file(path, old.state_dict())
+        dist.barrier()
+        new = WRAPPERS[loaded_as](CASES[case][1]())
+        started_from(path, new, folder / case)
+        torch.testing.assert_close(whole(new), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loaded_as", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_hooks_take_old_keys_of_a_file_under_wrappers(memory_path: Path, loaded_as: str) -> None:
+    run_world(file_on_two_ranks, 2, memory_path, loaded_as, timeout_s=60)
+
+
+def test_a_file_whose_keys_no_hook_takes_is_refused_by_name(memory_path: Path) -> None:
+    path = write_file(memory_path / "old.pt", {**Block().state_dict(), "other": torch.ones(1)})
+    model = Block()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(StateMismatchError, match=r"(?s)nothing was changed.*of the checkpoint has no place.*other"):
+        started_from(path, model, memory_path / "run")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_file_into_a_module_on_the_meta_device(memory_path: Path) -> None:
+    """What it lacks is named, and not made up of unread memory."""
+    old = nn.Sequential(OldLayer(), nn.Linear(4, 4))
+    path = write_file(
+        memory_path / "old.pt", {key: value for key, value in old.state_dict().items() if key != "1.bias"}
+    )
+    with torch.device("meta"):
+        new = nn.Sequential(Layer(), nn.Linear(4, 4))
+    report = started_from(path, new, memory_path / "run")
+    assert torch.equal(new[0].fc.weight, old[0].lin.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(new[1].weight, old[1].weight)  # type: ignore[arg-type]
+    assert new[1].bias.is_meta  # type: ignore[union-attr]
+    assert "1.bias" in report.missing

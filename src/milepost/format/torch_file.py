@@ -12,12 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 from milepost.errors import ConversionError, FormatError
 from milepost.format.dtype import itemsize
 from milepost.format.kinds import kind_of_pickle, kind_of_zip, names_in_tail
 from milepost.format.pickle_reader import Dialect, Global, read_pickle
-from milepost.format.plain_pickle import PLAIN_GLOBALS, PROTO_2, STOP, str_opcodes
+from milepost.format.plain_pickle import PLAIN_GLOBALS, PROTO_2, STOP, ordered_dict, str_opcodes
 from milepost.format.record import DATA_ALIGNMENT, directory_end, small_entries, tensor_opcodes
 from milepost.format.record_reader import (
     TENSOR_GLOBALS,
@@ -57,11 +58,13 @@ def locate_tensors(
     path: str = "the file",
     *,
     values: dict[str, object] | None = None,
+    versions: dict[str, int] | None = None,
 ) -> dict[str, LocatedTensor]:
     """Locate all tensors of a file of ``nbytes``, by path in the nested state dict, joined by dots.
 
     ``read_at(offset, nbytes)`` returns bytes of the file, ``path`` is for error messages. Other values are put into
-    ``values``, an ``Inert`` for those that are not plain. No code in the file is run.
+    ``values``, an ``Inert`` for those that are not plain; versions, which ``module.state_dict()`` notes, into
+    ``versions``. No code in the file is run.
 
     Raises:
         FormatError: the file is not a ``torch.save`` zip file, is damaged, or holds anything except plain data and
@@ -83,7 +86,8 @@ def locate_tensors(
             raise ConversionError(f"{path} holds {what}", path=path) from error
         raise
     found: dict[str, LocatedTensor] = {}
-    for key, tensor in _tensors_in(state, values if values is not None else {}):
+    noted = values if values is not None else {}, versions if versions is not None else {}
+    for key, tensor in _tensors_in(state, *noted):
         if key in found:
             raise FormatError(f"two tensors of the file are both called {key!r:.200}")
         found[key] = located(archive, prefix, tensor)
@@ -118,11 +122,33 @@ def _inert(name: str) -> Global:
     return Global(name, call=lambda *args: Inert(name, list(args)), new=True)
 
 
+class _OfModule(OrderedDict[object, object]):
+    """The result of ``module.state_dict()``, with the versions of the module's parts by name."""
+
+    versions: Mapping[str, int] = MappingProxyType({})
+
+
+def _of_module(*args: object) -> _OfModule:
+    ordered_dict(*args)
+    return _OfModule()
+
+
 def _build(target: object, state: object) -> bool:
     if isinstance(target, Inert):
         target.parts.append(state)
         return True
+    if isinstance(target, _OfModule) and type(state) is dict:
+        noted = state.get("_metadata")
+        target.versions = dict(_versions_in(noted)) if isinstance(noted, dict) else {}
+        return True
     return False
+
+
+def _versions_in(noted: Mapping[object, object]) -> Iterator[tuple[str, int]]:
+    for name, entry in noted.items():
+        version = entry.get("version") if isinstance(entry, dict) else None
+        if isinstance(name, str) and type(version) is int and version.bit_length() < 32:
+            yield name, version
 
 
 _INERT = (
@@ -143,9 +169,13 @@ _GLOBALS: Mapping[str, Global] = {
     "collections.defaultdict": Global("collections.defaultdict", call=lambda *args: {}),
     **PLAIN_GLOBALS,
     **TENSOR_GLOBALS,
+    "collections.OrderedDict": Global("collections.OrderedDict", call=_of_module),
 }
 _DIALECT = Dialect(
-    check_key=lambda key: _check_key(key), lists=(list, Inert), dicts=(dict, OrderedDict, Inert), build=_build
+    check_key=lambda key: _check_key(key),
+    lists=(list, Inert),
+    dicts=(dict, OrderedDict, _OfModule, Inert),
+    build=_build,
 )
 
 
@@ -167,7 +197,7 @@ def inert_values(values: Mapping[str, object]) -> list[str]:
     return [f"{path} ({value.name.rpartition('.')[2]})" for path, value in values.items() if isinstance(value, Inert)]
 
 
-def _tensors_in(state: object, values: dict[str, object]) -> Iterator[tuple[str, Rebuild]]:
+def _tensors_in(state: object, values: dict[str, object], versions: dict[str, int]) -> Iterator[tuple[str, Rebuild]]:
     """Yield the tensors of a nested state dict with their paths, in order; other values go to ``values``."""
     pending: list[tuple[str, object, int]] = [("", state, 0)]
     hidden: set[str] = set()  # paths inside omitted values
@@ -186,6 +216,8 @@ def _tensors_in(state: object, values: dict[str, object]) -> Iterator[tuple[str,
         items: list[tuple[object, object]] = []
         if isinstance(node, dict):
             items = list(node.items())
+            if isinstance(node, _OfModule) and len(versions) < _MAX_NODES:
+                versions.update({".".join(filter(None, (path, name))): n for name, n in node.versions.items()})
         elif isinstance(node, list | tuple):
             items = list(enumerate(node))
         elif isinstance(node, Inert):

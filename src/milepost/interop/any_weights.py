@@ -1,79 +1,197 @@
-"""Load weights of any model by their own names, from any source that ``open_weights`` supports."""
+"""Load weights of any model by their own names, from any source that ``open_weights`` supports.
+
+What is wanted of them is decided as for a checkpoint, from their keys, shapes and dtypes: a module's own hooks find the
+weights that they rename, fuse and split.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from milepost.collective.comm import Comm, errors_shared
 from milepost.collective.progress import ProgressLog
 from milepost.collective.threads import map_in_threads
 from milepost.errors import StateMismatchError, listed
-from milepost.format.box import Slab, cut_into_slabs
+from milepost.format.box import Box, Slab, cut_into_slabs
 from milepost.format.dtype import itemsize
-from milepost.interop.weights.boxes import Array, Readable, Renamed, array_dtype, as_bytes
+from milepost.format.manifest import Manifest, ShardEntry, TensorEntry
+from milepost.interop.weights.boxes import Array, Readable, Renamed, Source, TensorInfo, array_dtype, as_bytes
 from milepost.interop.weights.dequantized import METHODS, method_of, method_of_keys, plain_weights
 from milepost.interop.weights.open import Weights, open_weights, refuse_one_of_several
 from milepost.interop.weights.stream import SLAB_NBYTES
-from milepost.loading.fit import check_unexpected
+from milepost.loading.fit import Fit, compare
 from milepost.loading.load_from import LoadReport
-from milepost.loading.names import renames
+from milepost.loading.names import renamed, renames
 from milepost.loading.policy import LetPass, Policy
+from milepost.loading.target import Target
+from milepost.loading.trial import names_of_wrappers
+from milepost.loading.unwanted import unwanted_everywhere
 from milepost.tensors.devices import devices_of, wait_for_devices
 from milepost.tensors.layout import TensorLeaf, torch_dtype
+from milepost.tensors.state import flatten
+from milepost.tensors.tree import Relations, dump_parts, merge_parts
 
 
-def load_any(
-    path: str,
-    leaves: Mapping[str, TensorLeaf],
-    model_keys: frozenset[str],
-    policy: Policy,
-    *,
-    must_be_wanted: Callable[[str], bool],
-    num_threads: int,
-    logs_progress: bool,
-) -> LoadReport:
-    """Fill this rank's ``leaves`` from the weights at ``path``, ignoring prefixes and wrappers in names.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRequest:
+    """Weights to read, and their target."""
 
-    ``model_keys`` are those of this rank's model: other stored keys are refused, unless ``must_be_wanted`` is false for
-    them or the policy allows them. Not collective.
+    path: str
+    make_target: Callable[[Manifest, str], Target]
+    """Returns the target for a description of the weights and their path."""
+    check: Callable[[], None]
+    """Called after everything but the target's live tensors is read; may refuse the load while nothing is changed."""
+    policy: Policy
+    must_be_wanted: Callable[[str], bool]
+    """True for a stored key that must exist on some rank, unless the policy lets it pass."""
+    model_keys: frozenset[str]
+    """Those of this rank's model: the stored ones may have prefixes and wrappers' names."""
+    num_threads: int
 
-    Raises:
+
+def load_any(request: WeightsRequest, comm: Comm) -> LoadReport:
+    """Read weights into the request's target, ignoring prefixes and wrappers in names. Collective.
+
+    Raises (on every rank):
         StateMismatchError: keys or shapes do not fit; nothing was changed.
         CheckpointDamagedError: files are missing, truncated or malformed, or bytes changed.
     """
     started = time.monotonic()
-    refuse_one_of_several(path)
-    opened = open_weights(path)
-    with opened.source:
-        source = _as_the_model_has_it(opened, model_keys).source
-        moved = renames(source.tensors, leaves)
-        names = {key: key for key in source.tensors if key not in set(moved.values())} | moved
-        view = Renamed(source, names)
-        missing = sorted(key for key in leaves if key not in view.tensors)
-        unexpected = sorted(key for key in view.tensors if key not in model_keys and must_be_wanted(key))
-        found = {key: leaf for key, leaf in leaves.items() if key in view.tensors}
-        refused = sorted(policy.refused_unexpected(unexpected))
-        if not found:
-            raise StateMismatchError(
-                f"nothing was loaded: {source.path} has none of the model's keys", path=source.path, missing=missing
-            )
-        check_unexpected(source.path, refused, policy, view.tensors)
-        cast = check_fit(view, {**found, **{key: leaves[key] for key in policy.refused_missing(missing)}}, source.path)
-        nbytes = fill(view, found, num_threads, f"loading {source.path}" if logs_progress else None)
-        source.check_digests()
-    let_pass = policy.let_pass(missing, unexpected)
+    with ExitStack() as files:
+        with errors_shared(comm):
+            fitted = _fit(request, files)
+        nowhere, fits_something = unwanted_everywhere(
+            *(comm, fitted.unwanted),
+            stored=fitted.manifest.tensors,
+            known=(),
+            fits_something=fitted.fit.num_common > 0,
+            node=0,
+        )
+        with errors_shared(comm):
+            _check(request, fitted, nowhere, fits_something=fits_something)
+        nbytes = 0
+        for live in (False, True):  # values that may be refused are read before the tensors that are filled in place
+            fitted.target.is_filling = live
+            with errors_shared(comm):
+                nbytes += _fill(request, fitted, live=live, logs_progress=comm.rank == 0)
+    let_pass = request.policy.let_pass(fitted.fit.missing, fitted.unexpected)
     return weights_report(
-        *(source.path, len(found), nbytes, started),
-        unexpected=unexpected,
-        missing=missing,
-        cast=cast,
+        *(fitted.source.path, len(fitted.leaves), nbytes, started),
+        unexpected=fitted.unexpected,
+        missing=fitted.fit.missing,
+        cast=tuple(sorted((*fitted.fit.cast, *fitted.target.cast))),
         let_pass=let_pass,
-        notes=map(str, let_pass),
+        notes=(*map(str, let_pass), *fitted.target.notes),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fitted:
+    """Open weights, this rank's target for them, and their comparison."""
+
+    source: Source
+    view: Readable
+    """Under the model's names."""
+    manifest: Manifest
+    """Under the model's names."""
+    target: Target
+    fit: Fit
+    leaves: Mapping[str, TensorLeaf]
+    """The tensors to read."""
+    unexpected: list[str]
+    unwanted: Collection[str]
+    """Unexpected keys that the policy does not allow."""
+
+
+def _fit(request: WeightsRequest, files: ExitStack) -> _Fitted:
+    """Open the weights, make this rank's target, and compare the two."""
+    refuse_one_of_several(request.path)
+    opened = open_weights(request.path)
+    files.enter_context(opened.source)
+    source = _as_the_model_has_it(opened, request.model_keys).source
+    moved = renames(source.tensors, request.model_keys)
+    ours = {key: key for key in source.tensors} | {old: new for new, old in moved.items()}
+    manifest = renamed(_described(source.tensors, _versions(opened.versions, ours)), moved).manifest
+    target = request.make_target(manifest, source.path)
+    target.finish()
+    flat = flatten(target.values)
+    fit = compare(manifest, flat, left=target.left, mismatched=target.mismatched)
+    for key in fit.missing:
+        target.values.pop(key, None)  # not read
+    unexpected = [key for key in fit.unexpected if request.must_be_wanted(key)]
+    return _Fitted(
+        source=source,
+        view=Renamed(source, {key: moved.get(key, key) for key in manifest.tensors}),
+        manifest=manifest,
+        target=target,
+        fit=fit,
+        leaves={key: leaf for key, leaf in flat.tensors.items() if key in manifest.tensors},
+        unexpected=unexpected,
+        unwanted=request.policy.refused_unexpected(unexpected),
+    )
+
+
+def _versions(noted: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
+    """Return the versions of modules under the model's names; ``names`` maps stored names of tensors to the model's."""
+    modules = names_of_wrappers(names)
+    return {modules.name_of(f"{name}._" if name else "_").rpartition(".")[0]: n for name, n in noted.items()}
+
+
+def _described(tensors: Mapping[str, TensorInfo], versions: Mapping[str, int]) -> Manifest:
+    """Describe weights like a checkpoint: each tensor whole, its place and digest unknown."""
+
+    def entry(info: TensorInfo) -> TensorEntry:
+        whole = Box.whole(info.shape)
+        shard = ShardEntry(whole, "", 0, 0, None, whole.numel * itemsize(info.dtype), None)
+        return TensorEntry(info.dtype, info.shape, (shard,))
+
+    return Manifest(
+        step=None,
+        save_id="",
+        created_s=0.0,
+        kind="model",
+        world_size=0,
+        layout={},
+        producer={},
+        tensors={key: entry(info) for key, info in tensors.items()},
+        objects={},
+        files={},
+        paths={key: (key,) for key in tensors},
+        structure=merge_parts([dump_parts(Relations(versions=versions).skeleton())], {})[0] if versions else b"",
+    )
+
+
+def _check(request: WeightsRequest, fitted: _Fitted, nowhere: list[str], *, fits_something: bool) -> None:
+    """Refuse what does not fit, and stored keys that no rank has."""
+    path, stored = fitted.source.path, fitted.manifest.tensors
+    if fits_something or fitted.fit.is_unfit(request.policy):
+        fitted.fit.check(path, request.policy, nowhere, stored)
+    if not fits_something:
+        raise StateMismatchError(
+            f"nothing was loaded: {path} has none of the model's keys", path=path, missing=fitted.fit.missing
+        )
+
+
+def _fill(request: WeightsRequest, fitted: _Fitted, *, live: bool, logs_progress: bool) -> int:
+    """Read the ``live`` tensors, or all others, which are then checked; returns the bytes read."""
+    target = fitted.target
+    leaves = {key: leaf for key, leaf in fitted.leaves.items() if (key in target.live) is live}
+    name = f"loading {fitted.source.path}" if logs_progress and leaves else None
+    nbytes = fill(fitted.view, leaves, request.num_threads, name)
+    fitted.source.check_digests()
+    if live:
+        target.copy_held()
+    else:
+        target.check()
+        request.check()
+    return nbytes
 
 
 def weights_report(

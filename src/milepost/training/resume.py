@@ -24,7 +24,7 @@ from milepost.errors import (
     listed,
 )
 from milepost.format.manifest import HF_FORMAT, Manifest
-from milepost.interop.any_weights import load_any
+from milepost.interop.any_weights import WeightsRequest, load_any
 from milepost.loading.load_from import LoadReport, LoadRequest, load_from
 from milepost.loading.module import are_equal
 from milepost.loading.names import Translation
@@ -144,7 +144,7 @@ class Loader:
             if choice.in_hf or (choice.step is None and self._config.initial_load_in_hf):
                 return self._load_weights(choice), descent
             if choice.step is None and is_weights_file(choice.path):
-                return self._load_weights(choice, is_file=True), descent
+                return self._load_file(choice), descent
             into = self._parts_load(choice)
             storage, path = self._place(choice)
             if into.wants_model and self._has_other_names(storage, path):
@@ -329,29 +329,35 @@ class Loader:
         self._is_filling |= bool(self._comm.union(int(not changed_nothing)))
         raise_together(self._comm, failure)
 
-    def _load_weights(self, choice: Choice, *, is_file: bool = False) -> LoadReport:
-        """Start from weights in another format, or from a single file of weights. Collective.
+    def _load_file(self, choice: Choice) -> LoadReport:
+        """Start from a single file of weights, through the model's own hooks like from a checkpoint. Collective."""
+        into = PartsLoad(self._state, ("model",), self._comm.world_size, self._layout, self._config)
+        request = WeightsRequest(
+            path=choice.path,
+            make_target=lambda manifest, path: into.prepare(manifest, lambda key: None, path),
+            check=into.check,
+            policy=self._policy(choice),
+            must_be_wanted=into.is_complete,
+            model_keys=self._state.model_keys(),
+            num_threads=self._config.num_io_threads,
+        )
+        try:
+            report = load_any(request, self._comm)
+        finally:
+            self._is_filling |= into.is_filling
+        return replace(report, notes=(*choice.notes, *report.notes, *self._restore(into)))
 
-        Each rank reads only the ranges that it holds.
-        """
+    def _load_weights(self, choice: Choice) -> LoadReport:
+        """Start from weights in another format. Collective. Each rank reads only the ranges that it holds."""
         report, failure = None, None
         try:
             load = self._state.loading_weights()
             into = PartsLoad(self._state, ("model",), self._comm.world_size, self._layout, self._config)
             leaves = flatten(load.prepare().values).tensors
             leaves = {key: leaf for key, leaf in leaves.items() if not into.is_excluded(key)}
-            if is_file:
-                report = load_any(
-                    choice.path,
-                    leaves,
-                    self._state.model_keys(),
-                    self._policy(choice),
-                    must_be_wanted=into.is_complete,
-                    num_threads=self._config.num_io_threads,
-                    logs_progress=self._comm.rank == 0,
-                )
-            else:
-                report = self._load_in_format(choice, leaves)
+            report = self._load_in_format(choice, leaves)
+            for key in (load.target.values.keys() - leaves.keys()) | {*report.missing}:
+                load.target.values.pop(key, None)  # not read
             load.restore()
         except BaseException as cause:  # noqa: BLE001 - any error must reach the other ranks
             failure = failure_on(self._comm.rank, cause)

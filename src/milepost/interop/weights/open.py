@@ -57,6 +57,8 @@ class Weights:
     notes: tuple[str, ...] = ()
     values: Mapping[str, object] = field(default_factory=dict)
     """Other values in a ``.pt`` file by path, from ``locate_tensors``."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """Versions of modules noted in a ``.pt`` file, by path."""
     is_adapter: bool = False
     """True for a folder that holds an adapter, not a model."""
 
@@ -119,6 +121,7 @@ def refuse_one_of_several(path: str | os.PathLike[str]) -> None:
 def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
     handle = open_linked(storage, name, anywhere=True)
     values: dict[str, object] = {}
+    versions: dict[str, int] = {}
     with ExitStack() as stack:
         stack.callback(handle.close)
         refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors" if is_safetensors else name)
@@ -126,12 +129,13 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
         if is_safetensors:
             stored = _SafetensorsFiles(HeaderTensors({name: read_header(handle).tensors}), {name: handle})
         else:
-            stored = _torch_file_tensors(handle, values)
+            stored = _torch_file_tensors(handle, values, versions)
         stack.pop_all()
     kind = "hf" if is_safetensors else "pt"
     inert = inert_values(values)
     notes = (f"values that are not tensors were skipped: {', '.join(listed(inert))}",) if inert else ()
-    return Weights(Source(join_path(storage.root, name), kind, [handle], stored), notes=notes, values=values)
+    source = Source(join_path(storage.root, name), kind, [handle], stored)
+    return Weights(source, notes=notes, values=values, versions=versions)
 
 
 # ---- Hugging Face ----
@@ -251,9 +255,11 @@ def manifest_source(storage: Storage, folder: str, manifest: Manifest, digests: 
 # ---- .pt ----
 
 
-def _torch_file_tensors(handle: ReadHandle, values: dict[str, object]) -> dict[str, TensorStretches]:
+def _torch_file_tensors(
+    handle: ReadHandle, values: dict[str, object], versions: dict[str, int]
+) -> dict[str, TensorStretches]:
     try:
-        found = locate_tensors(handle.read, handle.nbytes, handle.path, values=values)
+        found = locate_tensors(handle.read, handle.nbytes, handle.path, values=values, versions=versions)
     except FormatError as error:
         raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
     # A storage is read and checked against its CRC once, regardless of the number of tensors that are views of it.
