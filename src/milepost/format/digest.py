@@ -100,22 +100,22 @@ def files_in_blocks(manifest: Manifest) -> list[str]:
     return sorted(name for name in manifest.files if name.endswith(".safetensors"))
 
 
-def dump_digests(save_id: str, crcs: Iterable[Sequence[int]], block_nbytes: int = BLOCK_NBYTES) -> bytes:
+def dump_digests(save_id: str, crcs: Iterable[Sequence[int]]) -> bytes:
     """Return the bytes of ``milepost.digests``.
 
     ``crcs`` yields the block CRCs of each shard in the manifest's order (by key, then shard), or those of each of
     ``files_in_blocks``.
     """
-    return b"".join(digest_pieces(save_id, b"".join(map(to_bytes, crcs)), block_nbytes))
+    return b"".join(digest_pieces(save_id, b"".join(map(to_bytes, crcs))))
 
 
-def digest_pieces(save_id: str, crcs: Any, block_nbytes: int = BLOCK_NBYTES) -> list[Any]:
+def digest_pieces(save_id: str, crcs: Any) -> list[Any]:
     """:func:`dump_digests` piece by piece. ``crcs`` are all CRCs, in a buffer that is not copied."""
     name = save_id.encode()
     if len(name) > _MAX_SAVE_ID_NBYTES:
         raise ValueError(f"a save id of {len(name)} bytes: at most {_MAX_SAVE_ID_NBYTES} are allowed")
     values = memoryview(crcs).cast("B")
-    head = _HEAD.pack(MAGIC, len(name), block_nbytes, len(values) // 4) + name
+    head = _HEAD.pack(MAGIC, len(name), BLOCK_NBYTES, len(values) // 4) + name
     return [head, values, struct.pack("<I", crc32(values, crc32(head)))]
 
 

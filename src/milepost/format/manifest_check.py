@@ -33,18 +33,18 @@ RESERVED = (MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, DIGESTS_NAME)
 """Files that hold no data."""
 
 
-def manifest_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
-    """Return the first ``limit`` faults that would mislead a reader of ``manifest``; empty if there are none.
+def manifest_faults(manifest: Manifest) -> list[Problem]:
+    """Return the first faults that would mislead a reader of ``manifest``; empty if there are none.
 
     Checks names of files (plain, no folders), dtypes, numbers, that each record is inside its file and its data inside
     the record, that no two records share a byte, and that the shards cover each tensor exactly once.
     """
-    return list(islice(_faults(manifest), limit))
+    return list(islice(_faults(manifest), MAX_LISTED))
 
 
-def head_faults(manifest: Manifest, limit: int = MAX_LISTED) -> list[Problem]:
+def head_faults(manifest: Manifest) -> list[Problem]:
     """Return the faults outside tensors and objects, see :func:`manifest_faults`."""
-    return list(islice(_head_faults(manifest), limit))
+    return list(islice(_head_faults(manifest), MAX_LISTED))
 
 
 def is_plain_name(name: str) -> bool:

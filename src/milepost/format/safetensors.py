@@ -113,18 +113,16 @@ def parse_header(raw: bytes, *, file_nbytes: int, path: str) -> SafetensorsHeade
     return SafetensorsHeader(ordered, end, metadata)
 
 
-def plan_layout(
-    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
-) -> SafetensorsLayout:
+def plan_layout(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> SafetensorsLayout:
     """Plan a new file from name -> (dtype, shape).
 
     Wider dtypes come first, so that every tensor is aligned to its element size; within a dtype the given order is
-    kept. ``metadata`` defaults to ``{"format": "pt"}``, without which transformers refuses the file.
+    kept. The metadata is ``{"format": "pt"}``, without which transformers refuses the file.
 
     Raises:
         ValueError: a dtype unknown to safetensors, or a reserved name.
     """
-    entries: dict[str, Any] = {METADATA_KEY: dict(metadata) if metadata is not None else {"format": "pt"}}
+    entries: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
     relative: dict[str, StoredTensor] = {}
     offset = 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -dtypes.itemsize(item[1][0])):

@@ -93,7 +93,7 @@ def _by_layer(changes: Sequence[ValueChange]) -> str:
     rows = [(row, [found.get(grid.keys.get((row, layer), ""), math.nan) for layer in grid.layers]) for row in grid.rows]
     lead = "A dash: no change, or no such tensor."
     return section_html(
-        "movement", "Change by layer", heat_html("heat-layers", "Kinds of tensor x layers", "", heads, rows), lead
+        "movement", "Change by layer", heat_html("heat-layers", "Kinds of tensor x layers", heads, rows), lead
     )
 
 

@@ -121,9 +121,7 @@ def key_html(key: str) -> str:
     return f'<bdi class="key">{text_html(key)}</bdi>'
 
 
-def heat_html(
-    name: str, caption: str, corner: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
-) -> str:
+def heat_html(name: str, caption: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     """Return a heat map as a table: each cell holds a number, and its shade shows the share of the largest."""
     largest = max((v for _, values in rows for v in values if math.isfinite(v)), default=0.0) or 1.0
     head = "".join(f'<th scope="col" class="n"><button type="button">{attribute(h)}</button></th>' for h in heads)
@@ -139,6 +137,6 @@ def heat_html(
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{attribute(caption)}">'
         f'<table class="heat" id="{name}">'
-        f'<caption>{attribute(caption)}</caption><thead><tr><th scope="col"><button type="button">{corner or "tensor"}'
+        f'<caption>{attribute(caption)}</caption><thead><tr><th scope="col"><button type="button">tensor'
         f"</button></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )

@@ -206,8 +206,7 @@ def _metrics(view: RunView) -> str:
 def _multiple(name: str, points: Sequence[tuple[float, float]], last: str) -> str:
     label = f"{shown(name, 80)}, steps {points[0][0]:g} to {points[-1][0]:g}"
     return (
-        f"<figure><figcaption>{key_html(name)}<b>{attribute(last)}</b></figcaption>{line_chart(points, label=label)}"
-        "</figure>"
+        f"<figure><figcaption>{key_html(name)}<b>{attribute(last)}</b></figcaption>{line_chart(points, label)}</figure>"
     )
 
 
@@ -297,10 +296,10 @@ def _movement(view: RunView) -> str:
     rows = [
         (row, [changes.get(grid.keys.get((row, layer), ""), math.nan) for layer in grid.layers]) for row in grid.rows
     ]
-    body = heat_html("heat-layers", f"From step {last.since} to step {last.entry.step}, by layer", "", heads, rows)
+    body = heat_html("heat-layers", f"From step {last.since} to step {last.entry.step}, by layer", heads, rows)
     if grid.rest:
         body += heat_html(
-            "heat-rest", "Tensors outside the layers", "", ["change"], [(key, [changes[key]]) for key in grid.rest]
+            "heat-rest", "Tensors outside the layers", ["change"], [(key, [changes[key]]) for key in grid.rest]
         )
     if len(moved) > 1:
         body += _over_steps(moved, grid)
@@ -336,7 +335,7 @@ def _over_steps(moved: Sequence[StepView], grid: Grid) -> str:
 
     heads = [f"step {step.entry.step}" for step in moved]
     rows = [(f"layer {layer}", [change(step, layer) for step in moved]) for layer in grid.layers]
-    return heat_html("heat-steps", "Layers x steps", "", heads, rows)
+    return heat_html("heat-steps", "Layers x steps", heads, rows)
 
 
 def _multiples(view: RunView) -> str:

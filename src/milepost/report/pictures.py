@@ -99,8 +99,9 @@ def _mark(moment: Moment, x: float, y: float, *, is_there: bool, height: float, 
     return f'<circle class="{"saved" if is_there else "gone"}" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
 
 
-def line_chart(points: Sequence[tuple[float, float]], *, width: int = 240, height: int = 84, label: str = "") -> str:
+def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
     """Draw a line through ``(x, y)``, with the limits of both; a gap where y is not finite."""
+    width, height = 240, 84
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     head = f'<svg class="line" role="img" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
     head += f'aria-label="{attribute(label)}">'

@@ -71,7 +71,7 @@ class TensorStatistics:
 
 
 def tensor_statistics(
-    source: Readable, keys: Sequence[str], *, progress: Progress | None = None, num_threads: int = NUM_IO_THREADS
+    source: Readable, keys: Sequence[str], *, progress: Progress | None = None
 ) -> list[TensorStatistics]:
     """Compute statistics of every element of the tensors ``keys``, in that order.
 
@@ -92,7 +92,7 @@ def tensor_statistics(
                 progress(done, total)
         return found.result()
 
-    return map_in_threads(measure, keys, num_threads, name="milepost-stats")
+    return map_in_threads(measure, keys, NUM_IO_THREADS, name="milepost-stats")
 
 
 def is_countable(dtype: str) -> bool:

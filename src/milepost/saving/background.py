@@ -199,10 +199,10 @@ def log_wait(handle: SaveHandle, rank: int, *, every_s: float = 2.0) -> None:
         log.info("waited %.2f s for %s to be committed", waited, handle.path)
 
 
-def finish_saves(grace_s: float = GRACE_S) -> None:
+def finish_saves() -> None:
     """Wait for this process's background saves, if it exits without ``close()``.
 
-    Staged saves are committed if the other ranks finish theirs; one without progress for ``grace_s`` seconds is
+    Staged saves are committed if the other ranks finish theirs; one without progress for ``GRACE_S`` seconds is
     abandoned.
     """
     for save in list(_running):
@@ -210,11 +210,11 @@ def finish_saves(grace_s: float = GRACE_S) -> None:
         save.when_done(ended.set)
         if not save.done():
             log.info("finishing the staged save of %s before this process exits", save.path)
-        written, deadline = save.progress, time.monotonic() + grace_s
+        written, deadline = save.progress, time.monotonic() + GRACE_S
         while not ended.wait(0.5) and time.monotonic() < deadline:
             if save.progress != written:
-                written, deadline = save.progress, time.monotonic() + grace_s
+                written, deadline = save.progress, time.monotonic() + GRACE_S
         if save.failure is not None:
             log.error("the save of %s failed: %s", save.path, save.failure)
         elif not save.done():
-            log.error("the save of %s was not committed: no progress for %.0f s", save.path, grace_s)
+            log.error("the save of %s was not committed: no progress for %.0f s", save.path, GRACE_S)

@@ -10,7 +10,7 @@ from milepost.errors import ConversionError, listed
 from milepost.interop.hf.config import with_dtype
 from milepost.interop.hf.extras import HfExtras, lent_files, main_dtype
 from milepost.interop.hf.save import HfContent, by_our_key
-from milepost.interop.names.rules import Link, MappedBox, Recipe
+from milepost.interop.names.rules import Link, Recipe, recipes_of
 from milepost.interop.options import DEFAULT_SHARD_NBYTES
 from milepost.interop.weights.boxes import TensorInfo
 
@@ -46,17 +46,11 @@ class KeptNames:
 
     def into_ours(self) -> dict[str, Recipe]:
         """Return each tensor of the module, assembled from those in the files."""
-        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
-        for link in self.links:
-            pieces[link.ours_key].append(link.into_ours())
-        return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
+        return recipes_of(self.ours, ((link.ours_key, link.into_ours()) for link in self.links))
 
     def into_theirs(self) -> dict[str, Recipe]:
         """Return each tensor in the files, assembled from those of the module."""
-        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
-        for link in self.links:
-            pieces[link.theirs_key].append(link.into_theirs())
-        return {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
+        return recipes_of(self.theirs, ((link.theirs_key, link.into_theirs()) for link in self.links))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +80,16 @@ class KeptTarget:
                 "checkpoint.export_dtype\n  " + "\n  ".join(listed(mixed)),
                 problems=mixed,
             )
-        tensors = {
-            key: TensorInfo(self._dtype(prefix + recipe.pieces[0].source_key), recipe.shape)
-            for key, recipe in names.into_theirs().items()
-        }
+
         nowhere = dict.fromkeys((prefix + name for name in (*names.copies, *names.ignored)), ())
         recipes = {
             key: replace(
                 recipe, pieces=tuple(replace(piece, source_key=prefix + piece.source_key) for piece in recipe.pieces)
             )
             for key, recipe in names.into_theirs().items()
+        }
+        tensors = {
+            key: TensorInfo(self.dtypes[recipe.pieces[0].source_key], recipe.shape) for key, recipe in recipes.items()
         }
         extras = HfExtras(
             config=with_dtype(self.config, main_dtype(tensors)),
@@ -111,9 +105,6 @@ class KeptTarget:
             extras=extras,
             max_shard_nbytes=self.max_shard_nbytes,
         )
-
-    def _dtype(self, key: str) -> str:
-        return self.dtypes[key]
 
     def _check_keys(self) -> None:
         names = self.names

@@ -91,7 +91,6 @@ def config_family(
     variants: Mapping[str, Sequence[Line]] | None = None,
     inside: Sequence[str] = (),
     beside: Sequence[str] = (),
-    ignored: Sequence[str] = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
     others: Sequence[Scheme] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> ConfigFamily:
@@ -103,21 +102,20 @@ def config_family(
     """
     parameters = tuple(entry.parameter for entry in lines)
     rows = tuple(entry.row for entry in lines)
-    schemes = [_hf_scheme("hf", rows, ignored, beside)]
+    schemes = [_hf_scheme("hf", rows, beside)]
     for variant, changed in (variants or {}).items():
         replaced = {entry.row.ours: entry.row for entry in changed}
-        schemes.append(_hf_scheme(variant, tuple(replaced.get(row.ours, row) for row in rows), ignored, beside))
+        schemes.append(_hf_scheme(variant, tuple(replaced.get(row.ours, row) for row in rows), beside))
     for prefix in inside:
         nested = tuple(Row(row.ours, prefix + row.theirs, row.op, row.part) for row in rows)
-        schemes.append(_hf_scheme(f"hf, below {prefix}", nested, [prefix + key for key in ignored], beside, prefix))
+        schemes.append(_hf_scheme(f"hf, below {prefix}", nested, beside, prefix))
     tables = Family(name, parameters, (own_scheme(parameters, "milepost"), *schemes, *others))
     return ConfigFamily(name, tables, tuple(model_types) or (name,), architecture, read, defaults or {})
 
 
-def _hf_scheme(
-    name: str, rows: tuple[Row, ...], ignored: Sequence[str], beside: Sequence[str], prefix: str = ""
-) -> Scheme:
-    return Scheme(name, rows, ignored=tuple(ignored), left_out=tuple(beside), tied_output=f"{prefix}lm_head.weight")
+def _hf_scheme(name: str, rows: tuple[Row, ...], beside: Sequence[str], prefix: str = "") -> Scheme:
+    ignored = (f"{prefix}model.layers.{{layer}}.self_attn.rotary_emb.inv_freq",)
+    return Scheme(name, rows, ignored=ignored, left_out=tuple(beside), tied_output=f"{prefix}lm_head.weight")
 
 
 # ---- reading sizes ----
@@ -148,12 +146,10 @@ class ConfigValues:
         """Return whether the entry is present and not null, zero, false or empty."""
         return bool(self._config.get(name))
 
-    def is_true(self, name: str, default: bool = False) -> bool:
-        """Return a boolean; ``default`` if missing or null."""
+    def is_true(self, name: str) -> bool:
+        """Return a boolean; False if missing or null."""
         value = self._config.get(name)
-        if value is None:
-            value = default
-        if not isinstance(value, bool):
+        if value is not None and not isinstance(value, bool):
             self.faults.append(f"{name} is {value!r:.50}: expected true or false")
         return value is True
 

@@ -61,14 +61,12 @@ class ModelArgs:
     moe: MoEArgs | None = None
 
 
-def _llama(
-    dim: int, layers: int, heads: int, kv_heads: int, hidden_dim: int, *, factor: float = 8.0, tied: bool = False
-) -> ModelArgs:
+def _llama(dim: int, layers: int, heads: int, hidden_dim: int, *, factor: float = 8.0, tied: bool = False) -> ModelArgs:
     return ModelArgs(
         dim=dim,
         n_layers=layers,
         n_heads=heads,
-        n_kv_heads=kv_heads,
+        n_kv_heads=8,
         head_dim=dim // heads,
         hidden_dim=hidden_dim,
         vocab_size=128256,
@@ -125,11 +123,11 @@ _QWEN_DEBUG = replace(
 
 _LLAMA3 = {
     "debugmodel": _DEBUG,
-    "1B": _llama(2048, 16, 32, 8, 8192, factor=32.0, tied=True),
-    "3B": _llama(3072, 28, 24, 8, 8192, factor=32.0, tied=True),
-    "8B": _llama(4096, 32, 32, 8, 14336),
-    "70B": _llama(8192, 80, 64, 8, 28672),
-    "405B": _llama(16384, 126, 128, 8, 53248),
+    "1B": _llama(2048, 16, 32, 8192, factor=32.0, tied=True),
+    "3B": _llama(3072, 28, 24, 8192, factor=32.0, tied=True),
+    "8B": _llama(4096, 32, 32, 14336),
+    "70B": _llama(8192, 80, 64, 28672),
+    "405B": _llama(16384, 126, 128, 53248),
 }
 
 _QWEN3 = {

@@ -8,7 +8,7 @@ boxes; ``into_ours`` and ``into_theirs`` are the same links read in the two dire
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -142,6 +142,14 @@ class Recipe:
     dtype: str | None = None
 
 
+def recipes_of(shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[tuple[str, MappedBox]]) -> dict[str, Recipe]:
+    """Return the recipe of each tensor in ``shapes``, from all pieces with their tensor's key."""
+    found: dict[str, list[MappedBox]] = {key: [] for key in shapes}
+    for key, piece in pieces:
+        found[key].append(piece)
+    return {key: Recipe(shapes[key], tuple(boxes)) for key, boxes in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A box of our tensor and the box of theirs with the same elements; ``op`` converts theirs to ours.
@@ -181,17 +189,11 @@ class Correspondence:
 
     def into_ours(self) -> dict[str, Recipe]:
         """Return the recipes of our tensors from theirs."""
-        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.ours}
-        for link in self.links:
-            pieces[link.ours_key].append(link.into_ours())
-        return {key: Recipe(self.ours[key], tuple(found)) for key, found in pieces.items()}
+        return recipes_of(self.ours, ((link.ours_key, link.into_ours()) for link in self.links))
 
     def into_theirs(self) -> dict[str, Recipe]:
         """Return the recipes of their tensors from ours; constants are zeros."""
-        pieces: dict[str, list[MappedBox]] = {key: [] for key in self.theirs}
-        for link in self.links:
-            pieces[link.theirs_key].append(link.into_theirs())
-        recipes = {key: Recipe(self.theirs[key], tuple(found)) for key, found in pieces.items()}
+        recipes = recipes_of(self.theirs, ((link.theirs_key, link.into_theirs()) for link in self.links))
         if self.tied is not None and self.scheme.writes_tied_output:
             embedding, output = self.tied
             recipes[output] = recipes[embedding]
