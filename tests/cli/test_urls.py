@@ -84,6 +84,8 @@ def test_conversions_there_and_back(base: str, tmp_path: Path) -> None:
     for other in (f"{base}/dcp/step-0", str(tmp_path / "here/step-0")):
         run("diff", step, other, "--keys", "layers.*")
     run("diff", f"{base}/hf", str(tmp_path / "exported"))
+    root = f"s3://{BUCKET}" if base.startswith("s3://") else "file:///"
+    run("convert", step, root, "--to", "pt", *MODEL, status=8)
     run("stats", f"{base}/model.pt")
 
 

@@ -115,6 +115,36 @@ def test_home_and_variables_in_paths(memory_path: Path, monkeypatch: pytest.Monk
     assert sorted(os.listdir(memory_path)) == ["home", "scratch"]
 
 
+@pytest.mark.parametrize(
+    "path", ["$SCRATCH_OF_JOB/run", "runs/${SCRATCH_OF_JOB}", "s3://$SCRATCH_OF_JOB/run", "~nobody-here/run"]
+)
+def test_a_variable_that_is_not_set_is_refused_and_no_folder_gets_its_name(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.delenv("SCRATCH_OF_JOB", raising=False)
+    monkeypatch.chdir(memory_path)
+    what = "the variable SCRATCH_OF_JOB in .* is not set" if "$" in path else "there is no user nobody-here"
+    for act in (
+        lambda: CheckpointManager(path, model=net()),
+        lambda: CheckpointManager("run", CheckpointConfig(remote_folder=path), model=net()),
+        lambda: CheckpointManager("run", CheckpointConfig(initial_load_path=path), model=net()).load(),
+        lambda: milepost.save(path, {"n": 1}),
+        lambda: milepost.load(path),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            act()
+    assert [name for name in os.listdir(memory_path) if name != "run"] == []
+
+
+def test_a_folder_whose_name_has_a_dollar_is_found(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (memory_path / "a$b").mkdir()
+    monkeypatch.delenv("b", raising=False)
+    monkeypatch.chdir(memory_path / "a$b")
+    milepost.save("here", {"n": 1})
+    assert milepost.load(memory_path / "a$b/here") == {"n": 1}
+    assert milepost.load("../a$b/here") == {"n": 1}
+
+
 # ---- the default device ----
 
 

@@ -271,6 +271,14 @@ def test_what_is_there_is_never_overwritten(memory_path: Path, hf_folders: Calla
         with pytest.raises(ConversionError, match="already exists"):
             convert(hf_folders("llama"), memory_path / name, KIND.options(to))  # type: ignore[arg-type]
     assert (memory_path / "model.pt").read_text() == "mine"
+    (memory_path / "runs/a").mkdir(parents=True)
+    for to, name in (("dcp", "model"), ("hf", "model"), ("pt", "model.pt")):
+        with pytest.raises(ConversionError) as caught:
+            convert(hf_folders("llama"), memory_path / "runs", KIND.options(to))  # type: ignore[arg-type]
+        assert "remove" not in str(caught.value)
+        assert f"give another destination, such as {memory_path}/runs/{name}" in str(caught.value)
+        with pytest.raises(ConversionError, match=f"is the root of a .*: give a name in it, such as /{name}"):
+            convert(hf_folders("llama"), "/", KIND.options(to))  # type: ignore[arg-type]
     (memory_path / "empty").mkdir()
     convert(hf_folders("llama"), memory_path / "empty", KIND.options("hf"))
     assert (memory_path / "empty" / "model.safetensors").exists()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import obstore.store
 import pytest
 
-from milepost.errors import SaveError, StorageError
+from milepost.errors import CheckpointNotFoundError, SaveError, StorageError
 from milepost.format.dcp_metadata import manifest_from_metadata, parse_metadata
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.tags import tag_of
@@ -257,6 +257,84 @@ def test_a_step_is_gone_for_every_reader_at_once_when_it_is_deleted(tmp_path: Pa
         finish(store)
         assert seen_by_milepost(clean) == ours
         assert leftovers(store) == []
+
+
+def test_a_step_that_is_pinned_while_it_is_deleted_stays_or_the_pin_is_refused(tmp_path: Path) -> None:
+    """Whichever request of the deletion another process's pin comes after."""
+    begun = obstore.store.MemoryStore()
+    begin_with(begun, "own", tmp_path)
+    counting = FaultyClient(copy_of(begun))
+    sweep.delete_checkpoint(storage_on(counting), TARGET, unless="run/.pinned-step-5")
+    outcomes = set()
+    for number in range(len(counting.requests)):
+        store = copy_of(begun)
+        other = storage_on(store)
+        said: list[str] = []
+
+        def pin_now(other: ObjectStorage = other, said: list[str] = said) -> None:
+            try:
+                marks.pin(other, "run", 5)
+                said.append("pinned")
+            except CheckpointNotFoundError:
+                said.append("refused")
+
+        client = InterruptedClient(store, number, pin_now)
+        is_deleted = sweep.delete_checkpoint(storage_on(client), TARGET, unless="run/.pinned-step-5")
+        seen = seen_by_milepost(other), seen_by_stock(other)
+        assert seen == (("nothing", "nothing") if is_deleted else ("old", "old")), (client.requests, number)
+        assert said == ["refused"] or not is_deleted, (client.requests, number)
+        outcomes.add((is_deleted, *said))
+    assert outcomes >= {(True, "refused"), (False, "pinned")}
+
+
+class InterruptedClient(FaultyClient):
+    """Calls ``act`` before request ``number``."""
+
+    def __init__(self, inner: object, number: int, act: Callable[[], None]):
+        super().__init__(inner)
+        self._number, self._act = number, act
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        request = super().__getattr__(name)
+
+        def interrupted(*args: object, **options: object) -> object:
+            if len(self.requests) == self._number:
+                self._act()
+            return request(*args, **options)
+
+        return interrupted
+
+
+def test_what_the_user_has_put_into_a_step_is_not_deleted_with_it() -> None:
+    storage = storage_on(obstore.store.MemoryStore())
+    save(storage, OLD)
+    save(storage, NEW)
+    storage.write(f"{TARGET}/eval.json", b"mine")
+    storage.write(f"{TARGET}/plots/loss.png", b"mine too")
+    assert sweep.delete_checkpoint(storage, TARGET)
+    assert catalog.scan(storage, "run") == []
+    finish(storage)
+    found = storage.list_files("run")
+    assert {split(name)[1] for name in found} == {"eval.json", "loss.png"}
+    assert all(name.startswith("step-5.aside-") for name in found)
+
+
+def test_the_sweep_of_a_run_leaves_the_uploads_of_another_below_it() -> None:
+    storage = storage_on(obstore.store.MemoryStore())
+    dead, alive = "0" * 32, "1" * 32
+    storage.write(f"run/{ATTEMPT_PREFIX}{alive}/target", b"{}")
+    uploads = [
+        f"step-1/__0_0.{dead}.distcp",
+        f"step-1/__0_0.{alive}.distcp",
+        f"inner/step-1/__0_0.{dead}.distcp",
+        "a.bin",
+    ]
+    with patch.object(
+        ObjectStorage, "abort_uploads", lambda self, path, is_dead: aborted.extend(filter(is_dead, uploads))
+    ):
+        aborted: list[str] = []
+        object_sweep.remove_orphans(storage, "run")
+    assert aborted == uploads[:1]
 
 
 def test_marks_pins_and_the_lock_mean_the_same_as_on_a_disk() -> None:

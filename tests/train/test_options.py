@@ -285,6 +285,19 @@ def test_an_address_never_becomes_a_folder_of_that_name():
     assert "gopher://" in problem
 
 
+def test_a_variable_that_is_not_set_is_named_with_its_place(monkeypatch: pytest.MonkeyPatch):
+    for name in ("SCRATCH_1", "SCRATCH_2"):
+        monkeypatch.delenv(name, raising=False)
+    toml = '[job]\ndump_folder = "$SCRATCH_1/run"\n[checkpoint]\nenable = true\nremote_folder = "s3://b/$SCRATCH_2"\n'
+    advice = "is not set in the environment: set it, or write it out"
+    assert problems(toml) == (
+        f"run.toml:2: job.dump_folder: the variable SCRATCH_1 in $SCRATCH_1/run {advice}",
+        f"run.toml:5: checkpoint.remote_folder: the variable SCRATCH_2 in the URL {advice}",
+    )
+    flags = ("--job.dump_folder=out", "--checkpoint.remote_folder=copies")
+    assert load(toml, *flags).job.dump_folder == "out"  # its own place, on this machine
+
+
 def test_home_and_variables_are_expanded_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUN", "7")

@@ -15,6 +15,7 @@ import torch
 from milepost import CheckpointConfig, CheckpointManager, Commit
 from milepost.config import AsyncMode
 from milepost.format.manifest import MANIFEST_NAME
+from milepost.training.hooks import CommitHooks
 
 MODES: tuple[AsyncMode, ...] = ("disabled", "async", "async_with_pinned_mem")
 
@@ -92,3 +93,72 @@ def test_training_does_not_wait_for_it(memory_path: Path) -> None:
         assert manager.save(step)
     may_end.set()
     manager.close()
+
+
+def test_a_function_that_exits_fails_nothing_and_is_called_for_later_commits(
+    memory_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+
+    def act(commit: Commit) -> None:
+        seen.append(commit.step)
+        raise SystemExit(3)  # sys.exit(), in a script that was made a function
+
+    with CheckpointManager(
+        memory_path, CheckpointConfig(enable=True, interval=1), model=torch.nn.Linear(2, 2), on_commit=act
+    ) as manager:
+        manager.save(1)
+        manager.save(2)
+    assert seen == [1, 2]
+    assert "on_commit failed for step 1" in caplog.text
+
+
+def test_a_command_gets_json_and_is_no_rank_of_the_job(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sbatch` passes its environment on, and a program that finds RANK there waits for the other ranks."""
+    of_a_rank = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in {**of_a_rank, "OF_THE_USER": "kept"}.items():
+        monkeypatch.setenv(name, value)
+    config = CheckpointConfig(enable=True, interval=1, on_commit=f"env > {memory_path}/said")
+    with CheckpointManager(memory_path / "run", config, model=torch.nn.Linear(2, 2)) as manager:
+        manager.save(1, metrics={"loss": float("nan"), "lr": 0.5})
+    said = dict(line.partition("=")[::2] for line in (memory_path / "said").read_text().splitlines())
+    assert said["OF_THE_USER"] == "kept"
+    assert of_a_rank.keys().isdisjoint(said)
+    assert said["MILEPOST_METRICS"] == '{"loss": null, "lr": 0.5}'
+
+
+def test_a_killed_command_is_named_with_its_signal(memory_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = CheckpointConfig(enable=True, interval=1, on_commit="echo working; kill -9 $$")
+    with CheckpointManager(memory_path, config, model=torch.nn.Linear(2, 2)) as manager:
+        manager.save(1)
+    assert "checkpoint.on_commit failed for step 1 (killed by SIGKILL): working" in caplog.text
+
+
+def test_the_step_that_a_hook_is_using_is_not_deleted(memory_path: Path) -> None:
+    may_end, found = threading.Event(), []
+
+    def act(commit: Commit) -> None:
+        may_end.wait(30)
+        found.append((commit.step, Path(commit.path, MANIFEST_NAME).exists()))
+
+    config = CheckpointConfig(enable=True, interval=1, keep_latest_k=1)
+    manager = CheckpointManager(memory_path, config, model=torch.nn.Linear(2, 2), on_commit=act)
+    for step in (1, 2, 3, 4):
+        manager.save(step)
+    may_end.set()
+    manager.close()
+    assert found == [(1, True), (2, True), (3, False), (4, True)]
+
+
+def test_hooks_that_are_slower_than_the_saves_are_reported_and_so_is_what_has_not_run(
+    memory_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    may_end = threading.Event()
+    hooks = CommitHooks(lambda commit: may_end.wait(30) and None, "")
+    for step in range(1, 12):
+        hooks.committed(Commit(step=step, path="", contents="full", metrics={}))
+    with caplog.at_level(logging.INFO, "milepost"):
+        hooks.close(timeout_s=0.1)
+    may_end.set()
+    assert "on_commit is slower than the saves: 8 commits wait for it" in caplog.text
+    assert "it runs for step 1 (folder); 10 commits waiting: step 2 (folder), step 3 (folder)" in caplog.text

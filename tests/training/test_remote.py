@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
+import subprocess
+import threading
 import time
 import uuid
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from milepost import CheckpointConfig, CheckpointManager, Commit
-from milepost.errors import ConfigError, StorageError
+from milepost.cli.main import main
+from milepost.errors import ConfigError, SaveError, StorageError
 from milepost.run import catalog, checkpoint_record
+from milepost.saving import copy_process
 from milepost.storage import open_storage
-from milepost.testing.seaweed import BUCKET
+from milepost.testing.proxy import Fault, Proxy
+from milepost.testing.seaweed import BUCKET, SECRET_KEY, Seaweed
+from milepost.testing.world import run_world
 from milepost.verification.verify import verify
 
 
@@ -166,20 +175,94 @@ def test_a_step_that_is_damaged_here_is_read_there(memory_path: Path) -> None:
     assert torch.equal(resumed.weight, trained.weight)  # type: ignore[arg-type]
 
 
-def test_a_copy_that_fails_is_logged_and_fails_nothing(
+def test_a_last_step_that_can_not_be_copied_fails_the_run_and_is_copied_by_the_command_it_gives(
     memory_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("milepost.training.remote.RETRY_S", 0.05)
-    remote = memory_path / "remote"
+    remote = memory_path / "a remote"
+    manager = CheckpointManager(memory_path / "run", config(str(remote)), model=model(0))
+    manager.save(1)
+    wait_until(lambda: Path(remote, "step-1").exists())
+    (remote / "step-2").write_text("in the way")
+    with caplog.at_level(logging.INFO, "milepost"):
+        manager.save(2)
+        with pytest.raises(SaveError) as caught:
+            manager.close()
+    assert "step 2 could not be copied" in caplog.text
+    assert f"step 2 was not copied to checkpoint.remote_folder {remote}, whose newest step is 1: " in str(caught.value)
+    assert f"committed only in {memory_path}/run: before that is deleted, run `milepost sync " in str(caught.value)
+    assert steps(str(memory_path / "run")) == [1, 2]
+    (remote / "step-2").unlink()
+    command = str(caught.value).split("`")[1]
+    assert main(shlex.split(command)[1:]) == 0
+    assert steps(str(remote)) == [1, 2]
+    CheckpointManager(memory_path / "run", config(str(remote)), model=model(0)).close()  # neither is locked
+
+
+def test_a_store_that_went_away_fails_the_run_at_its_end_and_the_next_start_copies_the_step(
+    memory_path: Path, store: Seaweed, store_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milepost.training.remote.RETRY_S", 0.05)
+    remote = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    with Proxy(store.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        manager = CheckpointManager(memory_path / "run", config(remote), model=model(0))
+        assert manager.load() is None
+        proxy.fault = lambda request: Fault("status", status=403)
+        manager.save(1)
+        with pytest.raises(
+            SaveError, match=r"step 1 was not copied .*, which can't be read: access denied \(403\)"
+        ) as caught:
+            manager.close()
+        assert SECRET_KEY not in str(caught.value)
+        proxy.fault = lambda request: None
+        with CheckpointManager(memory_path / "run", config(remote), model=model(0)):
+            pass
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    assert steps(remote) == [1]
+
+
+def close_with_a_copy_that_fails(folder: Path) -> str:
+    manager = CheckpointManager(folder / "run", config(str(folder / "remote")), model=model(0))
+    if dist.get_rank() == 0:
+        (folder / "remote/step-1").write_text("in the way")
+    dist.barrier()
+    manager.save(1)
+    try:
+        manager.close()
+    except SaveError as error:
+        return error.message
+    return ""
+
+
+def test_every_rank_gets_the_error_of_the_last_copy(memory_path: Path) -> None:
+    with patch("milepost.training.remote.RETRY_S", 0.05):
+        said = run_world(close_with_a_copy_that_fails, 2, memory_path)
+    assert said[0] == said[1]
+    assert "step 1 was not copied" in said[0]
+
+
+def test_a_step_that_is_pruned_by_hand_before_it_is_copied_is_no_failure(
+    memory_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copying = threading.Event()
+    begin = copy_process.start
+
+    def start_late(request: copy_process.CopyRequest) -> subprocess.Popen[bytes]:
+        copying.wait(30)
+        return begin(request)
+
     with (
         caplog.at_level(logging.INFO, "milepost"),
-        CheckpointManager(memory_path / "run", config(str(remote)), model=model(0)) as manager,
+        patch("milepost.saving.copy_process.start", start_late),
+        CheckpointManager(memory_path / "run", config(str(memory_path / "remote")), model=model(0)) as manager,
     ):
-        (remote / "step-1").write_text("in the way")
         manager.save(1)
-    assert "step 1 could not be copied" in caplog.text
-    assert "run `milepost sync` to copy it" in caplog.text
-    assert steps(str(memory_path / "run")) == [1]
+        manager.save(2)
+        assert main(["prune", str(memory_path / "run"), "--keep-latest", "1"]) == 0
+        copying.set()
+    assert "could not be copied" not in caplog.text
+    assert steps(str(memory_path / "remote")) == [2]
 
 
 @pytest.mark.usefixtures("store_environment")
@@ -208,6 +291,7 @@ def test_a_damaged_step_is_not_copied(memory_path: Path, caplog: pytest.LogCaptu
     path.write_bytes(data)
     with (
         caplog.at_level(logging.INFO, "milepost"),
+        pytest.raises(SaveError, match=r"step 1 was not copied .*is damaged"),
         CheckpointManager(memory_path / "run", config(str(memory_path / "remote")), model=model(0)),
     ):
         wait_until(lambda: "step 1 could not be copied" in caplog.text)

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from milepost.cli.paths import is_file, open_run
 from milepost.cli.render import print_json, print_line, printable_lines, progress_bar
-from milepost.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError, listed
+from milepost.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    ConfigError,
+    MilepostError,
+    NewerFormatError,
+    SaveError,
+    StorageError,
+    listed,
+)
 from milepost.run import catalog
 from milepost.run.beside import enclosing_checkpoint, is_same_folder
 from milepost.run.branches import have_no_run_in_common
@@ -36,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  milepost sync outputs/checkpoint backup/run-7\n"
         "  milepost sync outputs/checkpoint/step-500 backup/run-7\n\n"
-        "exit status: 0, 2 wrong usage, 3 there is nothing to copy, 5 a step or its copy is damaged, 7 a place\n"
-        "can't be read or written\n"
+        "exit status: 0, 2 wrong usage, 3 there is nothing to copy, 5 a step or its copy is damaged, 6 another\n"
+        "process is copying a step, 7 a place can't be read or written\n"
     )
     parser.add_argument("source", metavar="SRC", help="the folder of a run, or of one of its steps")
     parser.add_argument("destination", metavar="DST", help="the destination folder; created if missing")
@@ -45,13 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
+_WORST_FIRST = (CheckpointDamagedError, StorageError, ConfigError, SaveError)
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The steps to copy with their destinations, newest first; reasons why others are not, and which are damaged."""
+    """The steps to copy with their destinations, newest first; reasons why others are not, and errors."""
 
     copies: Sequence[tuple[Spot, Spot]]
     left: Sequence[str] = ()
-    damaged: Sequence[str] = ()
+    failures: Sequence[MilepostError] = ()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,41 +71,50 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CheckpointDamagedError: a step, or the copy of one, is damaged: lists all of them.
+        StorageError: a step can't be read.
         ConfigError: the destination holds other saves of the same steps, which are not replaced.
+        SaveError: another process is copying a step.
     """
     plan = _plan(args.source, args.destination)
-    reports, damaged, refused = [], list(plan.damaged), []
+    reports: list[CopyReport] = []
+    failures = [*plan.failures]
     for src, dst in plan.copies:
         try:
-            with progress_bar(f"copying {split(src.path)[1]}") as progress:
-                report = copy_step(src, dst, progress)
-        except CheckpointDamagedError as error:
-            damaged.append(error.message)
-            continue
-        except ConfigError as error:
-            refused.append(error.message)
-            continue
+            reports.append(_copy(src, dst, verifies=not args.no_verify))
         except CheckpointNotFoundError:
             if len(plan.copies) == 1:
                 raise
             _report_left(f"{src}: deleted before it was copied")
-            continue
-        if not args.no_verify and (found := _damage_of(src, dst)):
-            damaged.append(found)
-            continue
-        reports.append(report)
-        if not args.json:
-            _print(report, verified=not args.no_verify)
+        except (CheckpointDamagedError, ConfigError, SaveError) as error:
+            failures.append(error)
+        else:
+            if not args.json:
+                _print(reports[-1], verified=not args.no_verify)
     for reason in plan.left:
         _report_left(reason)
     if args.json:
         print_json([dataclasses.asdict(report) for report in reports])
     sys.stdout.flush()
-    if damaged:
-        raise CheckpointDamagedError("\n".join([*damaged, *refused]), path=args.source)
-    if refused:
-        raise ConfigError("\n".join(refused))
+    if failures:
+        raise _merged(failures)
     return 0
+
+
+def _copy(src: Spot, dst: Spot, *, verifies: bool) -> CopyReport:
+    with progress_bar(f"copying {split(src.path)[1]}") as progress:
+        report = copy_step(src, dst, progress)
+    if verifies and (damage := _damage_of(src, dst)):
+        raise CheckpointDamagedError(damage, path=dst.path)
+    return report
+
+
+def _merged(failures: Sequence[MilepostError]) -> MilepostError:
+    """Return the worst of the errors, with the messages of all."""
+    rank = [next(number for number, kind in enumerate(_WORST_FIRST) if isinstance(one, kind)) for one in failures]
+    worst = failures[rank.index(min(rank))]
+    worst.message = "\n".join(failures[number].message for number in sorted(range(len(rank)), key=rank.__getitem__))
+    worst.args = (worst.message, *worst.args[1:])
+    return worst
 
 
 def _report_left(reason: str) -> None:
@@ -129,7 +150,7 @@ def _plan(source: str, destination: str) -> _Plan:
     inside = enclosing_checkpoint(join_path(target.root, join(to, "step")), target)
     if inside is not None:
         raise ConfigError(f"{destination} is inside the checkpoint {inside}: give a destination outside of it")
-    found = catalog.scan(storage, run_folder)
+    found = catalog.scan(storage, run_folder, keep_going=step is None)
     _refuse_other_run(found, catalog.scan(target, to), source, destination)
     if step is not None:
         return _Plan([(Spot(storage, name), Spot(target, join(to, step_name(step))))])
@@ -146,6 +167,10 @@ def _plan_of_run(run: Spot, found: Sequence[StepEntry], to: Spot, source: str) -
         )
     steps = [f"{join_path(run.storage.root, entry.path)} is {entry.state}" for entry in found]
     external = [text for text, entry in zip(steps, found, strict=True) if entry.state == "external"]
+
+    failures = [_failure(text, entry) for text, entry in zip(steps, found, strict=True) if entry.state in _FAILED]
+    if not entries and any(entry.state == "unreadable" for entry in found):
+        raise _merged(failures)
     if not entries:
         hint = f": {'; '.join(listed(steps))}. Copy folders of other programs unchanged" if external else ""
         raise CheckpointNotFoundError(f"{source} holds no committed step{hint}", path=source)
@@ -155,12 +180,18 @@ def _plan_of_run(run: Spot, found: Sequence[StepEntry], to: Spot, source: str) -
             for entry in reversed(entries)
         ],
         left=[f"{text}, written by another program: copy its folder unchanged" for text in external],
-        damaged=[
-            f"not copied: {text}: {entry.reason}"
-            for text, entry in zip(steps, found, strict=True)
-            if entry.state in ("damaged", "newer", "unreadable")
-        ],
+        failures=failures,
     )
+
+
+_FAILED = ("damaged", "newer", "unreadable")
+
+
+def _failure(text: str, entry: StepEntry) -> MilepostError:
+    message = f"not copied: {text}: {entry.reason}"
+    if entry.state == "unreadable":
+        return StorageError(message, operation="read", path=entry.path)
+    return (NewerFormatError if entry.state == "newer" else CheckpointDamagedError)(message, path=entry.path)
 
 
 def _refuse_other_run(ours: Sequence[StepEntry], theirs: Sequence[StepEntry], source: str, destination: str) -> None:

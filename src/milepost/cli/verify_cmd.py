@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  milepost verify outputs/checkpoint --level sizes\n"
         "  milepost verify outputs/checkpoint/step-500 outputs/checkpoint/step-1000\n"
         "  milepost verify Llama-3.2-1B\n\n"
-        "exit status: 0 OK, 5 damaged, 11 no problem was found but there are bytes without digests, 3 there is no\n"
-        "checkpoint, 2 wrong usage, 7 it can't be read\n"
+        "exit status: 0 OK, 5 damaged, 11 no problem was found but there are bytes without digests, or a newer\n"
+        "Milepost wrote it, 3 there is no checkpoint, 2 wrong usage, 7 it can't be read\n"
     )
     parser.add_argument(
         "paths",
@@ -137,7 +137,7 @@ def _print(report: VerifyReport) -> None:
     read = f"{format_nbytes(report.read_nbytes)} read in {report.seconds:.1f} s{rate}"
     count = f": {counted(report.num_problems, 'problem')}" if report.problems else ""
     items = counted(report.num_items, "item")
-    verdict = VERDICTS["not_verified" if report.state == "newer" else report.verdict][0]
+    verdict = VERDICTS[report.verdict][0]
     print_line(
         Text.assemble(f"{printable(report.path)}: ", verdict, f"{count} (level {report.level}, {items}, {read})")
     )

@@ -3,6 +3,7 @@
 In reading order::
 
     packing    Python objects as buffers for collectives
+    alone      work of one process, without the other ranks
     comm       gather, broadcast and barrier over a process group; one rank's failure raised on all
     meeting    a rendezvous of the ranks before a save; a missing one is named within seconds
     interrupt  Ctrl-C deferred until no rank waits for this one

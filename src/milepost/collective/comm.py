@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
+from milepost.collective.alone import is_alone
 from milepost.collective.packing import data_of, length_of, message_of, parted, tensor_on, without_large
 from milepost.errors import MilepostError, SaveError, listed
 
@@ -313,12 +314,12 @@ class FailureNotice:
 
 
 def default_comm(group: dist.ProcessGroup | None = None) -> Comm:
-    """The ranks of ``group`` or of the default process group; one process when none is initialised.
+    """The ranks of ``group`` or of the default process group; one process when none is initialised, or in ``alone``.
 
     On a default group without a CPU backend (only NCCL) objects would be sent through the GPU, so a gloo group is
     created for them, once for each default group. That is collective, so call this on every rank.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if is_alone() or not (dist.is_available() and dist.is_initialized()):
         return SingleProcess()
     if group is None and "gloo" not in str(dist.get_backend_config()):
         group = _gloo_group(dist.group.WORLD)

@@ -32,12 +32,13 @@ from milepost.run import commit
 from milepost.run.assemble import SaveInfo, assemble
 from milepost.run.attempts import abort_attempt, begin_attempt, new_save_id
 from milepost.run.beside import enclosing_checkpoint
+from milepost.run.checkpoint_record import is_checkpoint
 from milepost.run.place import Place
 from milepost.run.signoff import SignOff, WrittenFile, WrittenTensor, segment_of
 from milepost.run.step_names import step_of
 from milepost.saving.writer import object_pieces, place_objects
 from milepost.storage import open_storage
-from milepost.storage.base import join, split
+from milepost.storage.base import Entry, join, split
 from milepost.tensors.plan import TensorSpec, WriteItem, lay_out_file
 
 
@@ -46,7 +47,7 @@ class Sink(ABC):
 
     def __init__(self, path: str | os.PathLike[str]):
         self.storage, self.target = open_storage(path)
-        self.path = f"{self.storage.root}/{self.target}"
+        self.path = join(self.storage.root, self.target) if self.target else self.storage.root
         self.save_id = new_save_id()
         self._attempt = ""
 
@@ -67,9 +68,15 @@ class Sink(ABC):
         Raises:
             ConversionError: the target already exists, or is inside a checkpoint's folder.
         """
+        if not self.target:
+            raise ConversionError(
+                f"{self.path} is the root of a bucket or of a file system: give a name in it, such as "
+                f"{self.path.rstrip('/')}/{self.usual_name}",
+                path=self.path,
+            )
         found = self.storage.stat(self.target)
         if found is not None and not (found.is_folder and not self.storage.list(self.target)):
-            raise ConversionError(f"{self.path} already exists: remove it or give another destination", path=self.path)
+            raise ConversionError(f"{self.path} {self._why_taken(found)}", path=self.path)
         if (checkpoint := enclosing_checkpoint(self.path, self.storage)) is not None:
             raise ConversionError(
                 f"{self.path} is inside the checkpoint {checkpoint}, which retention may delete: give a destination "
@@ -77,6 +84,17 @@ class Sink(ABC):
                 path=self.path,
             )
         self._attempt = begin_attempt(self.storage, self.target, self.save_id)
+
+    def _why_taken(self, found: Entry) -> str:
+        """Say what to do about what is at the target. A checkpoint, or a folder of others, is not to be removed."""
+        if found.is_folder and is_checkpoint(self.storage, self.target):
+            return "already exists, as a checkpoint: give another destination"
+        if found.is_folder and any(entry.is_folder for entry in self.storage.list(self.target)):
+            return f"already exists: give another destination, such as {join(self.path, self.usual_name)}"
+        return "already exists: remove it or give another destination"
+
+    usual_name = "model"
+    """A name for the output, for messages."""
 
     @property
     def place(self) -> Place:
@@ -262,6 +280,8 @@ class HfSink(Sink):
 
 class TorchFileSink(Sink):
     """One file like ``torch.save``'s of a state dict."""
+
+    usual_name = "model.pt"
 
     @property
     def _file(self) -> str:

@@ -6,15 +6,17 @@ start, so that a sweep can distinguish a save in progress from a stale attempt.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
+from dataclasses import replace
 
-from milepost.errors import ConfigError, StorageError
+from milepost.errors import ConfigError, FormatError, StorageError
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME
 from milepost.format.tags import untagged
 from milepost.run import object_commit
-from milepost.run.owner import OWNER_PREFIX, this_process
+from milepost.run.owner import MAX_OWNER_NBYTES, OWNER_PREFIX, parse_owner, this_process
 from milepost.run.place import Place
 from milepost.run.step_names import ATTEMPT_PREFIX, CHECKPOINT_FILE
 from milepost.run.sweep import discard_quietly, name_left, sweep_leftovers
@@ -87,6 +89,19 @@ def adopt_attempt(storage: Storage, attempt: str) -> None:
     """
     storage.write(f"{attempt}/{OWNER_PREFIX}{uuid.uuid4().hex[:8]}.json", this_process(time.time()).dump())
     storage.sync_folder(attempt)
+
+
+def abandon_attempt(storage: Storage, attempt: str) -> None:
+    """Undo :func:`adopt_attempt` of this process: others may work on the attempt."""
+    now = time.time()
+    me = replace(this_process(now), created_s=0.0)
+    for entry in storage.list(attempt):
+        if entry.name.startswith(OWNER_PREFIX):
+            path = join(attempt, entry.name)
+            with contextlib.suppress(FormatError):
+                owner = parse_owner(storage.read(path, MAX_OWNER_NBYTES), path)
+                if replace(owner, created_s=0.0) == me:
+                    storage.remove(path)
 
 
 def abort_attempt(storage: Storage, attempt: str) -> None:

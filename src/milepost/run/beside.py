@@ -9,7 +9,7 @@ import uuid
 
 from milepost.errors import CheckpointNotFoundError, FormatError, listed
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME
-from milepost.format.tags import untagged
+from milepost.format.tags import tag_of, untagged
 from milepost.run.checkpoint_record import read_record
 from milepost.run.hf_folder import is_hf_folder
 from milepost.run.step_names import CHECKPOINT_FILE, step_of
@@ -51,12 +51,15 @@ def remote_folder_problem(folder: str, remote: str) -> str | None:
 
 
 def names_beside(storage: Storage, path: str) -> list[str]:
-    """List the files and folders in ``path`` that belong to no checkpoint."""
-    names = [entry.name for entry in storage.list(path) if not CHECKPOINT_FILE.fullmatch(untagged(entry.name))]
+    """List what is in ``path`` and belongs to no checkpoint: files and folders, or in a store all files below."""
+    found = [entry.name for entry in storage.list(path)] if storage.can_rename else [*storage.list_files(path)]
+    names = [name for name in found if not CHECKPOINT_FILE.fullmatch(untagged(name))]
+    if not storage.can_rename:
+        names = [name for name in names if not tag_of(name)]  # of a save that is being replaced or removed
     if not names:
         return []
     try:
-        own = {*read_record(storage, path).manifest.files}
+        own = {name for file in read_record(storage, path).manifest.files for name in (file, untagged(file))}
     except (CheckpointNotFoundError, FormatError):
         own = set()
     # Otherwise a checkpoint that lost its commit record would have its weights mixed with another's.
@@ -66,7 +69,7 @@ def names_beside(storage: Storage, path: str) -> list[str]:
 def keep_beside(storage: Storage, path: str) -> str | None:
     """Move them out of a step that is about to be deleted; return the new folder beside it, or None if there are none.
 
-    The storage must be able to rename. The new folder does not have the name of a step, so nothing deletes it.
+    The new folder does not have the name of a step, so nothing deletes it.
 
     Raises:
         StorageError: they could not be moved. Those that were are in the new folder; nothing is lost.
@@ -77,10 +80,19 @@ def keep_beside(storage: Storage, path: str) -> str | None:
     place = f"{path}.aside-{uuid.uuid4().hex[:8]}"
     storage.make_folder(place)
     for name in names:
-        storage.rename(join(path, name), join(place, name))
+        _move(storage, join(path, name), join(place, name))
     storage.sync_folder(place)
     _log.warning(
         "%s/%s is being deleted; what is in it but not part of the checkpoint was moved to %s: %s",
         *(storage.root, path, split(place)[1], ", ".join(listed(names))),
     )
     return place
+
+
+def _move(storage: Storage, src: str, dst: str) -> None:
+    if storage.can_rename:
+        storage.rename(src, dst)
+        return
+    if not storage.share(src, dst):
+        storage.carry(src, dst)
+    storage.remove(src)

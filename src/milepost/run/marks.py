@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from milepost.errors import CheckpointNotFoundError, FormatError, StorageError
 from milepost.format.typed_json import parse_json, typed
-from milepost.run.checkpoint_record import UNFIT
+from milepost.run.checkpoint_record import UNFIT, is_checkpoint
 from milepost.run.step_names import REMOTE_NAME, damage_mark, list_run, pin_mark, step_name, steps_in
 from milepost.storage import is_known
 from milepost.storage.base import Storage, join
@@ -61,7 +61,9 @@ def pin(storage: Storage, folder: str, step: int) -> None:
         if error.errno != errno.EEXIST:  # another process has pinned it this moment
             raise
     storage.sync_folder(folder)
-    if step not in steps_in(list_run(storage, folder)[0]):
+    # In a store the removal of its record deletes a step; its other files may be there for a moment.
+    is_there = step in steps_in(list_run(storage, folder)[0])
+    if not is_there or not (storage.can_rename or is_checkpoint(storage, path)):
         storage.remove(pin_mark(path))
         raise CheckpointNotFoundError(f"{storage.root}/{path} was deleted before it could be pinned", path=path)
 

@@ -6,6 +6,7 @@ when that save is neither committed nor in progress.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Collection
@@ -112,24 +113,41 @@ def _wanted(manifest: Manifest | None) -> set[str]:
     return set(manifest.files) | aliases(manifest).keys() if manifest is not None else set()
 
 
-def delete_files(storage: Storage, target: str) -> bool:
-    """Delete the checkpoint at ``target``: the removal of its manifest is the one act. False if there is none.
+def delete_files(storage: Storage, target: str, *, unless: str | None = None) -> bool | None:
+    """Delete the checkpoint at ``target``: the removal of its manifest is the one act. None if there is none.
 
     The files by which other programs find it are removed before, so that none of them sees a checkpoint that Milepost
-    does not. Files of a save in progress stay.
+    does not. Files of a save in progress stay. Returns False and keeps it if a file ``unless`` (a pin) exists, even one
+    that was created during the call.
     """
     names = {entry.name for entry in storage.list(target) if not entry.is_folder}
     if not names:
-        return False
+        return None
     attempts = _attempts(storage, split(target)[0])
     names = {name for name in names if tag_of(name) not in attempts}
     has_plain_data = any(_PLAIN.fullmatch(name) for name in names)
     found_by = {name for name in names - {MANIFEST_NAME} if not tag_of(name) and not _PLAIN.fullmatch(name)}
-    if has_plain_data:  # a copied folder, which would be damaged without its .metadata
-        storage.remove_files(target, [MANIFEST_NAME, *sorted(names - {MANIFEST_NAME})])
-    else:
-        storage.remove_files(target, [*sorted(found_by), MANIFEST_NAME, *sorted(names - found_by - {MANIFEST_NAME})])
+    # A copied folder would be damaged without its .metadata.
+    first = [MANIFEST_NAME] if has_plain_data else [*sorted(found_by), MANIFEST_NAME]
+    record = storage.read_tagged(join(target, MANIFEST_NAME)) if unless is not None else None
+    storage.remove_files(target, first)
+    if unless is not None and storage.stat(unless) is not None:
+        _put_back(storage, target, record)
+        return False
+    storage.remove_files(target, sorted(names.difference(first)))
     return True
+
+
+def _put_back(storage: Storage, target: str, record: tuple[bytes, str] | None) -> None:
+    """Undo the removal of a manifest, unless another save has been committed there."""
+    if record is None:
+        return
+    try:
+        storage.put_if(join(target, MANIFEST_NAME), record[0], None)
+    except StorageError as error:
+        if error.errno != errno.EEXIST:
+            raise
+    settle_aliases(storage, target)
 
 
 def remove_orphans(storage: Storage, folder: str) -> list[str]:
@@ -157,7 +175,14 @@ def remove_orphans(storage: Storage, folder: str) -> list[str]:
         orphans = [name for name in orphans if manifest is None or tag_of(name) != manifest.save_id]
         storage.remove_files(place, orphans)
         removed += [join(target, name) for name in orphans]
-    storage.abort_uploads(folder, lambda path: tag_of(split(path)[1]) not in attempts | {""})
+
+    def is_dead(path: str) -> bool:
+        target, name = split(path)
+        tag = tag_of(name)
+        # Those further below are another run's. An attempt may have begun since the listing.
+        return bool(tag) and "/" not in target and tag not in attempts and not _is_begun(storage, folder, tag)
+
+    storage.abort_uploads(folder, is_dead)
     return removed
 
 
@@ -165,4 +190,8 @@ def _attempts(storage: Storage, folder: str) -> set[str]:
     """The save ids of the attempts in a folder."""
     names = (entry.name for entry in storage.list(folder) if entry.name.startswith(ATTEMPT_PREFIX))
     found = {name.removeprefix(ATTEMPT_PREFIX) for name in names}
-    return {save_id for save_id in found if storage.stat(join(folder, f"{ATTEMPT_PREFIX}{save_id}/{TARGET_NAME}"))}
+    return {save_id for save_id in found if _is_begun(storage, folder, save_id)}
+
+
+def _is_begun(storage: Storage, folder: str, save_id: str) -> bool:
+    return storage.stat(join(folder, f"{ATTEMPT_PREFIX}{save_id}/{TARGET_NAME}")) is not None

@@ -27,6 +27,7 @@ OWNER_PREFIX = "owner-"
 OWNERLESS_LIFETIME_S = 3600.0
 """An attempt without an owner's record is just being created, or its creation was interrupted."""
 
+MAX_OWNER_NBYTES = 1 << 16
 _MAX_TIME_S = 1e11
 """The year 5138: formatting much later times fails."""
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -78,7 +79,7 @@ def owners_of(storage: Storage, attempt: str) -> list[Owner]:
     for entry in storage.list(attempt):
         if entry.name.startswith(OWNER_PREFIX):
             with contextlib.suppress(FormatError):  # torn by a crash
-                owners.append(parse_owner(storage.read(join(attempt, entry.name), 1 << 16), entry.name))
+                owners.append(parse_owner(storage.read(join(attempt, entry.name), MAX_OWNER_NBYTES), entry.name))
     return owners
 
 

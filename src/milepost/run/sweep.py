@@ -86,8 +86,13 @@ def delete_checkpoint(
     if found.is_link:
         storage.remove(path)
         storage.sync_folder(split(path)[0])
-    elif not object_sweep.delete_files(storage, path):
-        raise gone
+    else:
+        keep_beside(storage, path)
+        is_deleted = object_sweep.delete_files(storage, path, unless=unless)
+        if is_deleted is None:
+            raise gone
+        if not is_deleted:
+            return False
     storage.remove(damage_mark(path))
     return True
 

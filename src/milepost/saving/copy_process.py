@@ -1,8 +1,8 @@
 """A process that copies one step to another place and prunes there. Never imports torch.
 
-Its last argument is a request as JSON. Its output is lines of JSON: ``{"done": ..., "total": ...}`` at intervals, and
-at the end ``{"nbytes": ..., "seconds": ...}`` or ``{"error": ..., "is_final": ...}``. It finishes even if its parent
-process has died.
+Its last argument is a request as JSON. Its output is lines of JSON: ``{"done": ..., "total": ...}`` at intervals,
+``{"log": ..., "level": ...}``, and at the end ``{"nbytes": ..., "seconds": ...}`` or
+``{"error": ..., "is_final": ..., "is_gone": ...}``. It finishes even if its parent process has died.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from milepost.saving.copy_part import copy_part
 from milepost.saving.copy_step import CopyReport, Spot, copy_step
 from milepost.saving.job import Keep, prune
 from milepost.storage import open_root
+from milepost.storage.base import split
 from milepost.verification.verify import verify_in
+
+log = logging.getLogger("milepost")
 
 PROGRESS_S = 0.5
 _BOOT = "import sys; sys.path.insert(0, sys.argv[-2]); from milepost.saving.copy_process import main; sys.exit(main())"
@@ -58,17 +61,26 @@ def start(request: CopyRequest) -> subprocess.Popen[bytes]:
 
 
 def messages(process: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any]]:
-    """Yield the messages of the process as they arrive. Other lines are logged."""
+    """Yield the messages of the process as they arrive. What it has logged, and other lines, are logged here."""
     assert process.stdout is not None
     for line in process.stdout:
         try:
             said = json.loads(line)
         except ValueError:
             said = None
-        if isinstance(said, dict):
+        if isinstance(said, dict) and "log" in said:
+            log.log(said["level"], "%s", said["log"])
+        elif isinstance(said, dict):
             yield said
         elif text := line.decode(errors="replace").strip():
-            logging.getLogger("milepost").warning("%s", text)
+            log.warning("%s", text)
+
+
+class _Log(logging.Handler):
+    """Passes the log on to the parent."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say({"log": record.getMessage(), "level": record.levelno})
 
 
 def main() -> int:
@@ -80,12 +92,12 @@ def main() -> int:
         rules["protected"] = {int(step): reason for step, reason in rules["protected"].items()}
         keep = Keep(keep["folder"], Rules(**rules))
     request = CopyRequest(**given, keep=keep)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, handlers=[_Log()])
     try:
         report = _copy(request)
     except MilepostError as error:
         is_final = isinstance(error, CheckpointDamagedError | CheckpointNotFoundError | ConfigError)
-        _say({"error": error.message, "is_final": is_final})
+        _say({"error": error.message, "is_final": is_final, "is_gone": isinstance(error, CheckpointNotFoundError)})
         return 1
     except Exception as error:  # noqa: BLE001 - the top of a process: every error is reported to the parent
         _say({"error": f"unexpected error (a bug in Milepost): {type(error).__name__}: {error}", "is_final": True})
@@ -113,7 +125,7 @@ def _copy(request: CopyRequest) -> CopyReport:
             raise CheckpointDamagedError(f"{src} is damaged: {'; '.join(listed(found.problems))}", path=src.path)
         report = copy_step(src, dst, progress)
     if request.keep is not None:
-        prune(dst.storage, request.keep)
+        prune(dst.storage, request.keep, where=f" in {split(str(dst))[0]}")
     return report
 
 

@@ -22,7 +22,7 @@ from milepost.format.manifest import DIGESTS_NAME, Lineage, Manifest
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
 from milepost.run import catalog, checkpoint_record, commit, retention
-from milepost.run.attempts import adopt_attempt, begin_attempt, remove_records, resume_attempt
+from milepost.run.attempts import abandon_attempt, adopt_attempt, begin_attempt, remove_records, resume_attempt
 from milepost.run.branches import commit_order
 from milepost.run.catalog import CheckpointInfo
 from milepost.run.checkpoint_record import CommitRecord
@@ -136,15 +136,29 @@ def begin_copy(dst: Spot, save_id: str, *, is_joint: bool = False) -> str:
     """
     storage, attempt = dst.storage, attempt_of(dst.path, save_id)
     if storage.stat(attempt) is None:
-        return begin_attempt(storage, dst.path, save_id)
+        begin_attempt(storage, dst.path, save_id)
+    else:
+        if not is_joint:
+            _refuse_company(dst, attempt)
+        adopt_attempt(storage, attempt)  # before anything else: a sweep would remove it
+        resume_attempt(storage, attempt, dst.path, save_id)
+    if not is_joint:
+        try:
+            _refuse_company(dst, attempt)  # of a process that has begun at the same time
+        except SaveError:
+            abandon_attempt(storage, attempt)
+            raise
+    return attempt
+
+
+def _refuse_company(dst: Spot, attempt: str) -> None:
+    """Raise SaveError if another process works on the attempt."""
     now = time.time()
     me = replace(this_process(now), created_s=0.0)
-    alive = [one for one in owners_of(storage, attempt) if is_alive(one, now) and replace(one, created_s=0.0) != me]
-    if alive and not is_joint:
+    others = [owner for owner in owners_of(dst.storage, attempt) if replace(owner, created_s=0.0) != me]
+    alive = [owner for owner in others if is_alive(owner, now)]
+    if alive:
         raise SaveError(f"{alive[0]} is already copying to {dst}: wait for it, or stop it", path=dst.path)
-    adopt_attempt(storage, attempt)  # before anything else: a sweep would remove it
-    resume_attempt(storage, attempt, dst.path, save_id)
-    return attempt
 
 
 def _data_files(manifest: Manifest) -> dict[str, int]:

@@ -355,8 +355,10 @@ def _publish(
     return contents_of(manifest)
 
 
-def prune(storage: Storage, keep: Keep, together: Deletion | None = None) -> tuple[str, ...]:
+def prune(storage: Storage, keep: Keep, together: Deletion | None = None, *, where: str = "") -> tuple[str, ...]:
     """Delete the steps that no rule keeps, ``together`` with other folders of the run, and return their names.
+
+    ``where`` follows their names in the log, if they are not in the run's own folder.
 
     The save is committed, so no error of this may make it look failed: each is only logged.
     """
@@ -366,7 +368,7 @@ def prune(storage: Storage, keep: Keep, together: Deletion | None = None) -> tup
         _name_others(join(storage.root, keep.folder), decisions)
         reasons = {decision.name: decision.reason for decision in decisions}
         for name in retention.apply(storage, keep.folder, decisions, together):
-            log.info("deleted %s: %s (keep_latest_k = %d)", name, reasons[name], keep.rules.keep_latest_k)
+            log.info("deleted %s%s: %s (keep_latest_k = %d)", name, where, reasons[name], keep.rules.keep_latest_k)
             deleted.append(name)
     except StorageError as error:
         log.warning("an old step could not be deleted: %s", error)

@@ -34,11 +34,24 @@ from milepost.errors import ConfigError
 from milepost.storage.base import PageCache, Storage, split
 from milepost.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "is_folder", "is_known", "is_url", "join_path", "open_root", "open_storage"]
+__all__ = [
+    "LocalStorage",
+    "Storage",
+    "expanded",
+    "is_folder",
+    "is_known",
+    "is_url",
+    "join_path",
+    "open_root",
+    "open_storage",
+]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _STORES = ("s3", "gs", "az")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+"""As ``os.path.expandvars`` finds them."""
 _ONE_SLASH = re.compile(r"(s3|gs|az|file):(?!//)", re.IGNORECASE)
+_MEANT = {"gcs": "gs", "s3a": "s3", "s3n": "s3", "azure": "az", "abfs": "az", "abfss": "az", "wasbs": "az"}
 _KNOWN = "a path, file://, s3://, gs:// or az://"
 
 
@@ -64,31 +77,55 @@ def join_path(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> s
     return os.path.join(text, last)
 
 
-def _expanded(path: str | os.PathLike[str]) -> str:
-    """Expand ``~`` and ``$VARIABLE`` in a path or URL; an unset variable is left as is."""
-    return os.path.expanduser(os.path.expandvars(os.fspath(path)))
+def expanded(path: str | os.PathLike[str]) -> str:
+    """Expand ``~`` and ``$VARIABLE`` in a path or URL. What exists under its literal name is left as is.
+
+    Raises:
+        ConfigError: a variable is not set, or there is no such user: the text would become a folder's name.
+    """
+    text = os.fspath(path)
+    has_scheme = _SCHEME.match(text) is not None
+    for found in _VARIABLE.finditer(text):
+        name = found[1] or found[2]
+        if name in os.environ or (not has_scheme and _is_literal(text, found.end())):
+            continue
+        where = "the URL" if has_scheme else text  # a URL may hold a secret
+        raise ConfigError(f"the variable {name} in {where} is not set in the environment: set it, or write it out")
+    full = os.path.expanduser(os.path.expandvars(text))
+    if full.startswith("~") and not has_scheme and not _is_literal(full, 1):
+        raise ConfigError(f"{text}: there is no user {full[1:].partition('/')[0]} here; of a path named so, ./{text}")
+    return full
+
+
+def _is_literal(text: str, end: int) -> bool:
+    """Return whether the path exists up to the part with character ``end``, so that its name is meant as it is."""
+    rest = text[end:].partition("/")[0]
+    return os.path.lexists(os.path.expanduser(os.path.expandvars(text[:end] + rest)))
 
 
 def open_storage(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     """Open the storage of ``path`` (a path or a URL, ``file://`` percent-encoded); returns it and the name in it.
 
-    ``~`` and ``$VARIABLE`` are expanded.
+    ``~`` and ``$VARIABLE`` are expanded, see :func:`expanded`.
 
     The storage is rooted at the parent, so that siblings of ``path`` are accessible: a commit renames there. A link at
     ``path`` is followed. For the URL of a bucket, which is the root itself, the name is empty.
 
     Raises:
-        ConfigError: it is no path, or empty, its scheme is unknown, or obstore is not installed.
+        ConfigError: it is no path, or empty, names a variable that is not set, its scheme is unknown, or obstore is not
+            installed.
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"expected the path of a checkpoint, found a {type(path).__name__}")
-    text = _expanded(path)
+    text = expanded(path)
     scheme = _SCHEME.match(text)
     if scheme is not None and scheme[1].lower() in _STORES:
         return _open_store(text)
     if scheme is not None:
         if scheme[1].lower() != "file":
-            raise ConfigError(f"unknown scheme {scheme[1]}://: expected {_KNOWN}")
+            meant = _MEANT.get(scheme[1].lower())
+            hint = f"; did you mean {meant}://?" if meant else ""
+            raise ConfigError(f"unknown scheme {scheme[1]}://: expected {_KNOWN}{hint}")
         text = _file_path(text)
     elif (found := _ONE_SLASH.match(text)) is not None and not os.path.lexists(text):
         raise ConfigError(f"{text} is not a URL: write {found[1].lower()}://; of a path named so, ./{text}")

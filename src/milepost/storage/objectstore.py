@@ -72,13 +72,14 @@ class ObjectStorage(Storage):
         return {name: _entry(name, metas[name]) for name in sorted(metas) if name and name not in folders}
 
     def stat(self, path: str) -> Entry | None:
-        if path:
-            meta = self._requests.head(path)
-            if meta is not None:
-                return _entry(split(path)[1], meta)
-        if self._requests.has_any(path):
+        meta = self._requests.head(path) if path else None
+        if meta is not None and meta["size"]:
+            return _entry(split(path)[1], meta)
+        if self._requests.has_any(
+            path
+        ):  # also if there is an empty object of its name, by which some tools mark a folder
             return Entry(split(path)[1], True, 0, 0.0)
-        return None
+        return _entry(split(path)[1], meta) if meta is not None else None
 
     def open_read(self, path: str) -> ReadHandle:
         meta = self._requests.head(path)

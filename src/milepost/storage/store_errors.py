@@ -17,6 +17,7 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
 _HTTP_KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _SYSTEM_WORD = re.compile(r'message: "([A-Za-z ,]{1,80})"')
+_PROFILE_ERROR = re.compile(r"External AWS credential provider: (\w{1,60}):")
 _METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 _PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"})
@@ -36,7 +37,11 @@ _ADVICE = {
     "RequestTimeTooSkewed": "set this machine's clock",
     "PermanentRedirect": "set AWS_REGION to the bucket's region",
 }
-_NO_WAY = "check the endpoint in the environment (AWS_ENDPOINT_URL: http or https, host, port) and the network"
+_NO_WAY = (
+    "check the endpoint in the environment (AWS_ENDPOINT_URL: http or https, host, port; for Azure the account) and "
+    "the network"
+)
+_NO_PROFILE = "see `aws configure list`; a profile with single sign-on needs `aws sso login`"
 _NO_RIGHT = "check the credentials and what the bucket's policy allows (see docs/howto/object-stores.md)"
 
 
@@ -74,6 +79,8 @@ def cause_of(error: Exception) -> Cause:
             errno.EACCES,
             advice="set the variables or the profile that the cloud's own tools use",
         )
+    if (found := _PROFILE_ERROR.search(text)) is not None:
+        return Cause(f"the AWS profile gave no credentials ({found[1]})", errno.EACCES, advice=_NO_PROFILE)
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return Cause(f"access denied{f' ({code})' if code else ''}", errno.EACCES, advice=_ADVICE.get(code, _NO_RIGHT))
     if "BareRedirect" in text:
@@ -88,9 +95,16 @@ def _status(text: str, code: str) -> Cause | None:
     status = int(found[1])
     passes = status in _PASSING_STATUS or code in _PASSING_CODES
     name = f"{status} {code}".strip()
+    if status in (401, 403):  # of a listing, for which obstore has no error of its own
+        return Cause(f"access denied ({code or status})", errno.EACCES, advice=_ADVICE.get(code, _NO_RIGHT))
     if status == 501:
         return Cause(f"the store does not support this request ({name})", errno.ENOTSUP)
-    return Cause(f"the store answered {name}", errno.EAGAIN if passes else errno.EIO, passes, _ADVICE.get(code, ""))
+    return Cause(
+        f"the store answered {name}",
+        errno.EAGAIN if passes else errno.EIO,
+        passes,
+        _ADVICE.get(code, _NO_WAY if status == 404 else ""),
+    )
 
 
 def _broken(text: str) -> Cause | None:
@@ -98,6 +112,10 @@ def _broken(text: str) -> Cause | None:
     if found is None or found[1] not in _BROKEN:
         return None
     cause, number = _BROKEN[found[1]]
+    if "InvalidContentType" in text:
+        return Cause("the endpoint does not speak https", errno.EPROTO, advice=_NO_WAY)
+    if "dns error" in text:
+        cause = "the name of the endpoint's host can't be resolved"
     word = _SYSTEM_WORD.search(text)
     advice = _NO_WAY if found[1] == "Connect" else ""
     return Cause(f"{cause} ({word[1].lower()})" if word else cause, number, passes=True, advice=advice)

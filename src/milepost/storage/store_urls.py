@@ -17,11 +17,14 @@ from typing import Any
 from milepost.errors import ConfigError
 
 _URL = re.compile(
-    r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})(?P<path>/[^?#]*)?", re.IGNORECASE
+    r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[a-z0-9][a-z0-9._-]{1,254})(?P<path>/[^?#\x00-\x1f\x7f]*)?", re.IGNORECASE
 )
 _ENDPOINT = re.compile(r"https?://[^\s/?#]+/?[^\s?#]*", re.IGNORECASE)
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
 _AWS_CONTAINER = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+_AWS_REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
+_AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_AWS_PAIR = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _AZURE_NAMES = {"AZURE_STORAGE_ACCOUNT": "account_name", "AZURE_STORAGE_KEY": "account_key"}
 _REFRESH = datetime.timedelta(minutes=5)
 
@@ -49,8 +52,8 @@ def parse_store_url(text: str) -> StoreUrl:
         scheme = text.partition("://")[0]
         # The text may hold a secret: do not repeat it.
         raise ConfigError(
-            f"a {scheme}:// URL must be {scheme}://<bucket>/<path>, without credentials, port, '?' and '#': "
-            "credentials and endpoint come from the environment"
+            f"a {scheme}:// URL must be {scheme}://<bucket>/<path>, without credentials, port, '?', '#' and control "
+            "characters: credentials and endpoint come from the environment"
         )
     path = (found["path"] or "").strip("/")
     if path and any(part in ("", ".", "..") for part in path.split("/")):  # stores take these literally or reject them
@@ -80,6 +83,9 @@ def connect(url: StoreUrl, *, client_options: dict[str, Any], retry_config: dict
 
 
 def _why_not(url: StoreUrl, text: str) -> str:
+    missing = [name for name in _AWS_PAIR if not os.environ.get(name)]
+    if url.scheme == "s3" and len(missing) == 1:
+        return f"{url}: set {missing[0]} too, or neither of {' and '.join(_AWS_PAIR)}"
     if "Account must be specified" in text:
         return f"{url}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that the container is in"
     if "service account" in text or "OpenCredentials" in text:
@@ -95,11 +101,11 @@ def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments for S3 that obstore does not find in the environment itself."""
     profile = _AwsProfile.find()
     config: dict[str, str] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    endpoint = next(filter(None, map(os.environ.get, _AWS_ENDPOINTS)), "")
     if profile is not None:
         if not endpoint and profile.endpoint:
             endpoint = config["endpoint"] = profile.endpoint
-        if profile.region and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+        if profile.region and not any(map(os.environ.get, _AWS_REGIONS)):
             config["region"] = profile.region
     if endpoint and not _ENDPOINT.fullmatch(endpoint):
         raise ConfigError("AWS_ENDPOINT_URL must be http://<host>:<port> or https://<host>")  # it may hold a secret
@@ -114,9 +120,9 @@ def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
 class _AwsProfile:
     """Credentials of a profile in ``~/.aws`` of any kind; obstore calls it when it needs them."""
 
-    def __init__(self, session: Any):
+    def __init__(self, session: Any, *, for_credentials: bool):
         self._session = session
-        self.has_credentials = session.get_credentials() is not None
+        self.has_credentials = for_credentials and session.get_credentials() is not None
         scoped = session.get_scoped_config()
         services = session.full_config.get("services", {}).get(scoped.get("services", ""), {})
         self.region: str = scoped.get("region", "")
@@ -124,15 +130,16 @@ class _AwsProfile:
 
     @classmethod
     def find(cls) -> _AwsProfile | None:
-        """Return the profile to use; None if the environment holds credentials, or there is no profile.
+        """Return the profile to use; None if there is none, or the environment says all that it could.
+
+        Credentials of the environment come first, as in AWS's own tools; region and endpoint are still the profile's.
 
         Raises:
             ConfigError: ``AWS_PROFILE`` names a missing profile, or botocore is not installed.
         """
         named = os.environ.get("AWS_PROFILE", "")
-        if any(os.environ.get(name) for name in _AWS_KEYS):
-            return None
-        if not named and any(os.environ.get(name) for name in _AWS_CONTAINER):
+        has_own = any(os.environ.get(name) for name in (*_AWS_KEYS, *(() if named else _AWS_CONTAINER)))
+        if has_own and all(any(os.environ.get(name) for name in names) for names in (_AWS_REGIONS, _AWS_ENDPOINTS)):
             return None
         if not named and not any(path.exists() for path in _aws_files()):
             return None
@@ -140,10 +147,14 @@ class _AwsProfile:
             import botocore.exceptions
             import botocore.session
         except ImportError as error:
+            if has_own:
+                return None
             raise ConfigError("a profile in ~/.aws needs botocore: pip install 'milepost[cloud]'") from error
         try:
-            return cls(botocore.session.Session(profile=named or None))
+            return cls(botocore.session.Session(profile=named or None), for_credentials=not has_own)
         except botocore.exceptions.BotoCoreError as error:
+            if has_own and not named:
+                return None
             name = type(error).__name__
             raise ConfigError(
                 f"the AWS profile '{named or 'default'}' can't be used ({name}): see `aws configure list`"

@@ -149,9 +149,11 @@ class Trainer:
         elif not self._is_finished():
             self._resume()
             self._train()
-        self.checkpoints.close()
-        self.meter.log_saves(self.checkpoints.take_events())
-        self.meter.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            self.meter.log_saves(self.checkpoints.take_events())
+            self.meter.close()
         stop = self.checkpoints.stop_signal
         return self._stopped(stop) if stop is not None and self.state.step < self.config.training.steps else 0
 

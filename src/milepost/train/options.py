@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import tomllib
 import types
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, cast
 
 from milepost.errors import ConfigError, near
+from milepost.storage import expanded
 from milepost.train.checks import find_problems
 from milepost.train.config import TrainConfig
 
@@ -45,7 +45,7 @@ class Settings:
         """Set ``option`` to ``value`` as parsed by ``read`` (``from_flag`` or ``from_toml``), or record the problem."""
         self.origins[option] = origin
         try:
-            self.values[option] = _expanded(option, read(value, OPTIONS[option]))
+            self.values[option] = read(value, OPTIONS[option])
         except ValueError as error:
             self.refused.add(option)
             self.problems.append(f"{origin}: {option} must be {error}, not {_shown(value)}")
@@ -56,6 +56,16 @@ class Settings:
         self.origins |= other.origins
         self.problems += other.problems
         self.refused |= other.refused
+
+    def expand_paths(self) -> None:
+        """Expand ``~`` and ``$VARIABLE`` in paths, or record the problem of a variable that is not set."""
+        for option in PATHS:
+            value = self.values.get(option)
+            try:
+                self.values |= {option: expanded(value)} if isinstance(value, str) else {}
+            except ConfigError as error:
+                self.refused.add(option)
+                self.problems.append(f"{self.origins[option]}: {option}: {error}")
 
     def check_that_checkpointing_is_on(self) -> None:
         """Reject checkpointing options if ``enable`` is not set: they would silently have no effect."""
@@ -91,9 +101,11 @@ def load_config(argv: Sequence[str], world_size: int | None) -> TrainConfig:
         SystemExit: after ``--help`` was printed.
     """
     flags = read_flags([arg for arg in argv if arg not in ("-h", "--help")])
+    flags.expand_paths()
     path = flags.values.get("job.config_file")
     settings = read_toml(Path(str(path))) if path else Settings()
     settings.update(flags)
+    settings.expand_paths()  # not of a file's value that a flag overrides: its variable may be another machine's
     settings.check_that_checkpointing_is_on()
     config, problems = build_config(settings.values)
     if "-h" in argv or "--help" in argv:
@@ -216,10 +228,6 @@ PATHS = (
     "metrics.save_tb_folder",
 )
 """Options in which ``~`` and ``$VARIABLE`` are expanded: a shell does not do so in a file or after ``=``."""
-
-
-def _expanded(option: str, value: object) -> object:
-    return os.path.expanduser(os.path.expandvars(value)) if option in PATHS and isinstance(value, str) else value
 
 
 def _did_you_mean(option: str, prefix: str) -> str:

@@ -314,10 +314,12 @@ class CheckpointManager:
 
     @interrupts_held()
     def close(self) -> None:
-        """Wait until the last save is committed (rank 0 logs its progress), and release memory and processes.
+        """Wait until the last save is committed and copied (rank 0 logs progress), and release memory and processes.
 
         Raises:
-            SaveError: on every rank, if that save failed and was not raised before.
+            SaveError: on every rank, if that save failed and was not raised before; or if the newest step could not be
+                copied to ``remote_folder``: it is committed in the run's folder, and the message has the command that
+                copies it.
         """
         self._is_closed = True
         if self._saves is not None:

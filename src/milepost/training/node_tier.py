@@ -77,6 +77,7 @@ class NodeTier:
         self._own: list[_Own] = []
         self._ends = self._has_left = False
         self._last: _Own | None = None  # of those that are settled; on rank 0
+        self._not_copied = ""  # on rank 0: the reason why the newest step is not in the remote folder
         self._num_orders = 0
         self._remote: RemoteTier | None = None
         if comm.rank == 0:
@@ -101,13 +102,17 @@ class NodeTier:
         assert self._remote is not None
         self._remote.offer(commit_of(entry, self._local.storage.root), {})
 
-    def close(self) -> None:
-        """Return once all saves are settled and the newest is copied. Call it after the last save."""
+    def close(self) -> str:
+        """Return once all saves are settled and the newest is copied, or can't be. Call it after the last save.
+
+        On rank 0 returns the reason why it is not in the remote folder; else, and if it is there, nothing.
+        """
         self._comm.arrive(self._key("closing"))  # after the last offer of this node's
         with self._changed:
             self._ends = True
             self._changed.notify_all()
         self._thread.join()
+        return self._not_copied
 
     def leave(self) -> None:
         """Stop after an error: a running copy is finished by its process, if the other nodes do their part."""
@@ -158,7 +163,7 @@ class NodeTier:
             else:
                 self._copies.close()
         elif self._remote is not None and not self._has_left:
-            self._remote.close()
+            self._not_copied = self._remote.close() or self._why_not_settled()
             if self._last is not None:
                 with contextlib.suppress(StorageError):  # steps kept while they were copied
                     self._prune_all(self._last, self._remote)
@@ -169,6 +174,16 @@ class NodeTier:
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
+
+    def _why_not_settled(self) -> str:
+        with self._changed:
+            left = [own.commit.step for own in self._own]
+        if not left:
+            return ""
+        return (
+            f"step {left[-1]} was not copied to checkpoint.remote_folder: within {END_S:.0f} s not all nodes have "
+            "reported that they have recorded it. The next start of this run copies it, if they have"
+        )
 
     # ---- settling ----
 
@@ -219,7 +234,7 @@ class NodeTier:
             for entry in folder.entries
             if entry.state == "part" and folder.settled.get(entry.step) == entry.save_id
         ]
-        rules = retention.Rules.of(self._config, {**own.protected, **remote.needed()})
+        rules = retention.Rules.of(self._config, {**own.protected, **remote.needed(), **self._hooks.needed("folder")})
         decisions = retention.plan(entries, rules, now=time.time())
         keep = {decision.step for decision in decisions if decision.keep}
         kept = [entry.save_id for entry in entries if entry.step in keep]

@@ -7,6 +7,7 @@ gets fewer steps, not a queue.
 from __future__ import annotations
 
 import logging
+import shlex
 import subprocess
 import threading
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from milepost.config import CheckpointConfig
+from milepost.errors import StorageError
 from milepost.run import catalog, marks
 from milepost.run.branches import History
 from milepost.run.catalog import StepEntry
@@ -41,13 +43,21 @@ LOG_EVERY_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class CopyOutcome:
-    """The outcome of a copy. ``is_final``: it failed because of the step itself, so it is not retried."""
+    """The outcome of a copy. ``is_final``: it failed because of the step itself, so it is not retried.
+
+    ``is_gone``: the step was deleted meanwhile.
+    """
 
     failure: str = ""
     """Reason why the step could not be copied; empty if it was."""
     is_final: bool = False
+    is_gone: bool = False
     nbytes: int = 0
     """Bytes sent."""
+
+
+def _name(spot: Spot) -> str:
+    return join(spot.storage.root, spot.path) if spot.path else spot.storage.root
 
 
 def run_copy(
@@ -64,7 +74,7 @@ def run_copy(
         return CopyOutcome(f"{type(error).__name__}: {error}")
     if "seconds" not in said:
         text = said.get("error") or f"its process ended with status {process.returncode}"
-        return CopyOutcome(str(text), is_final=bool(said.get("is_final")))
+        return CopyOutcome(str(text), is_final=bool(said.get("is_final")), is_gone=bool(said.get("is_gone")))
     return CopyOutcome(nbytes=int(said["nbytes"]))
 
 
@@ -104,7 +114,8 @@ class RemoteTier:
         self._newest: Commit | None = None  # of the offered steps, even if not to be copied
         self._protected: Mapping[int, str] = {}
         self._ends = self._has_left = False
-        self._copied_step: int | None = None
+        self._copied: Commit | None = None
+        self._cause = ""  # of the last failure
         # Refuse a missing bucket, or another run's folder, before anything is written.
         newest = self._newest_if_local()
         self._lock = RunLock(remote.storage, remote.path)
@@ -142,18 +153,50 @@ class RemoteTier:
             wanted = [commit for commit in (self._current, self._waiting) if commit is not None]
         return {commit.step: "it is being copied to checkpoint.remote_folder" for commit in wanted}
 
-    def close(self) -> None:
-        """Return once the newest step is copied, or its failure is logged."""
+    def close(self) -> str:
+        """Return once the newest step is copied, or can't be: then with the reason, and what to do about it."""
         with self._changed:
-            if self._newest is not None and self._newest.step not in (self._copied_step, self._current_step()):
+            if not any(self._newest is one for one in (self._copied, self._current, None)):
                 self._waiting = self._newest
             self._ends = True
             self._changed.notify_all()
         while self._thread.is_alive():
             self._thread.join(LOG_EVERY_S)
             if self._thread.is_alive():
-                log.info("waiting for the newest step to be copied to %s", self._remote)
+                log.info("waiting for the newest step to be copied to %s", _name(self._remote))
         self._lock.release()
+        return self._why_not_copied()
+
+    def _why_not_copied(self) -> str:
+        """Say why the newest step is not in the remote folder, what is there, and how to copy it; empty if it is."""
+        newest = self._newest
+        if newest is None or newest is self._copied:
+            return ""
+        here, there = _name(self._local), _name(self._remote)
+        text = f"step {newest.step} was not copied to checkpoint.remote_folder {there}, {self._content_there()}"
+        text += f": {self._cause}" if self._cause else ""
+        try:
+            found = catalog.examine(self._local.storage, join(self._local.path, step_name(newest.step)))
+        except StorageError as error:
+            return f"{text}. It can't be read in {here} either: {error.message}"
+        if found is not None and found.state == "part":
+            return (
+                f"{text}. It is committed in the nodes' folders {here}: the next start of this run copies it from there"
+            )
+        if found is None or not found.is_usable:
+            return f"{text}. {newest.path} is {found.state if found is not None else 'gone'}"
+        command = shlex.join(["milepost", "sync", newest.path, there])
+        return (
+            f"{text}. It is committed only in {here}: before that is deleted, run `{command}`, or start this run again"
+        )
+
+    def _content_there(self) -> str:
+        try:
+            entries = [] if self._copied else catalog.scan(self._remote.storage, self._remote.path)
+        except StorageError:
+            return "which can't be read"
+        newest = self._copied or next((e for e in reversed(History.of(entries).current) if e.is_usable), None)
+        return f"whose newest step is {newest.step}" if newest is not None else "which holds no step"
 
     def leave(self) -> None:
         """Stop after an error: the running copy is finished by its process, no other is started."""
@@ -162,9 +205,6 @@ class RemoteTier:
             self._waiting = None
             self._changed.notify_all()
         self._lock.release()
-
-    def _current_step(self) -> int | None:
-        return self._current.step if self._current is not None else None
 
     def _newest_if_local(self) -> StepEntry | None:
         """Return the newest step of both folders, if only the local one has it and it is committed there.
@@ -192,17 +232,24 @@ class RemoteTier:
             with self._changed:
                 self._current = None
                 if failure is None:
-                    num_failures, self._copied_step = 0, commit.step
+                    num_failures, self._copied = 0, commit
                     continue
                 num_failures += 1
                 gives_up = failure.is_final or self._has_left or (self._ends and num_failures >= LAST_TRIES)
                 if not gives_up and self._waiting is None:
                     self._waiting = commit
-            what = "gave up: run `milepost sync` to copy it" if gives_up else "tried again"
-            log.warning("step %d could not be copied to %s (%s): %s", commit.step, self._remote, what, failure.failure)
+            self._report(commit, failure, "not tried again" if gives_up else "tried again")
             with self._changed:
                 if not gives_up:
                     self._changed.wait_for(lambda: self._has_left, self._retry_s)
+
+    def _report(self, commit: Commit, failure: CopyOutcome, what: str) -> None:
+        self._cause = failure.failure
+        there = _name(self._remote)
+        if failure.is_gone:
+            log.info("step %d was deleted before it was copied to %s", commit.step, there)
+        else:
+            log.warning("step %d could not be copied to %s (%s): %s", commit.step, there, what, failure.failure)
 
     def _next(self) -> Commit | None:
         """Return the next step to copy; None at the end."""
@@ -232,14 +279,14 @@ class RemoteTier:
                 self._abandon(commit)
             return outcome
         size, seconds = format_nbytes(outcome.nbytes), time.monotonic() - started
-        log.info("copied step %d to %s: %s in %.1f s", commit.step, self._remote, size, seconds)
+        log.info("copied step %d to %s: %s in %.1f s", commit.step, _name(self._remote), size, seconds)
         self._hooks.committed(replace(commit, path=join(self._remote.storage.root, dst_path), tier="remote_folder"))
         return None
 
     def _keep(self) -> Keep:
         config = self._config
         rules = replace(
-            Rules.of(config, dict(self._protected)),
+            Rules.of(config, {**self._protected, **self._hooks.needed("remote_folder")}),
             keep_latest_k=config.remote_keep_latest_k,
             keep_every_n=config.remote_keep_every_n_steps,
         )

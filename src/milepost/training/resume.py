@@ -71,6 +71,7 @@ class Loader:
         self._remote = remote
         self._nodes = nodes
         self._node_folders: list[NodeFolder] = []  # on rank 0: the content of all nodes' folders at the last look
+        self._there: list[StepEntry] | None = None  # on rank 0: the remote folder's steps at the last scan
         self._remote_steps: frozenset[int] = frozenset()  # those of the last scan to read from the remote folder
         self._bad_here: set[int] = set()  # found damaged in the local folder only
         self._reading = ""  # save id of the checkpoint being loaded
@@ -90,15 +91,24 @@ class Loader:
         brought = self._comm.gather(found)
         self._node_folders = [folder for folder in brought if folder is not None] if brought is not None else []
 
-    def scan(self) -> list[StepEntry]:
-        """Return the run's steps, taking those missing, older or incomplete here from the remote folder."""
+    def scan(self, *, needs_remote: bool = True) -> list[StepEntry]:
+        """Return the run's steps, taking those missing, older or incomplete here from the remote folder.
+
+        Without ``needs_remote`` a remote folder that can't be read now is taken as it was at the last scan: no other
+        run has written there since. Training goes on while the store is away.
+        """
         if self._nodes is not None:
             here = node_steps.merged(self._node_folders, self._comm.world_size, self._layout)
         else:
             here = catalog.scan(self._storage, self._folder)
         if self._remote is None:
             return here
-        there = catalog.scan(self._remote.storage, self._remote.path)
+        try:
+            self._there = there = catalog.scan(self._remote.storage, self._remote.path)
+        except StorageError:
+            if needs_remote or self._there is None:
+                raise
+            there = self._there
         found = both_tiers(here, there, str(self._remote), self._bad_here)
         self._remote_steps = frozenset(entry.step for entry, is_remote in found if is_remote)
         return [entry for entry, _ in found]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import os
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from milepost.collective.comm import Comm, errors_shared, on_rank_0
 from milepost.config import CheckpointConfig
-from milepost.errors import ConfigError, RunLockedError
+from milepost.errors import ConfigError, RunLockedError, SaveError
 from milepost.run import checkpoint_record
 from milepost.run.lock import RunLock
+from milepost.run.owner import is_alive, is_here
 from milepost.run.retention import Rules
 from milepost.run.step_names import step_of
 from milepost.run.takeover import take_over
 from milepost.saving.copy_step import Spot
 from milepost.saving.job import Keep, SaveReport
 from milepost.saving.nodes import Nodes, find_nodes
+from milepost.saving.peers import Peers
 from milepost.storage.base import join, split
-from milepost.training.hooks import Commit, CommitHooks
+from milepost.training.hooks import QUIET_S, Commit, CommitHooks
 from milepost.training.node_tier import NodeTier
 from milepost.training.remote import RemoteTier
 
@@ -28,6 +33,10 @@ if TYPE_CHECKING:
     from milepost.run.catalog import StepEntry
     from milepost.saving.background import SaveHandle
     from milepost.saving.request import SaveRequest
+
+LOOK_S = 0.1
+SEEN_S = 10.0
+"""Seconds that rank 0 waits at the end for the others to have seen that a copy failed."""
 
 _open_here: weakref.WeakValueDictionary[tuple[int, str, str], RunFolder] = weakref.WeakValueDictionary()
 """Folders in use, by process, storage root and path: two managers would confuse each other's steps."""
@@ -50,6 +59,9 @@ class RunFolder:
         self._lock: RunLock | None = None  # on the first rank of each folder
         self._remote_tier: RemoteTier | None = None  # on rank 0
         self._node_tier: NodeTier | None = None  # on the first rank of each node, with per-node folders
+        self._peers = Peers(comm) if remote is not None else None
+        self._outcome = ""
+        self._not_copied = ""  # on rank 0: the reason why the newest step is not in the remote folder
         self.nodes = self._find_nodes()
 
     @property
@@ -104,6 +116,7 @@ class RunFolder:
         Raises:
             RunLockedError: another run, or another manager of this process, writes to one of them.
         """
+        self._outcome = f"{token} copied"
         self._on_first_ranks(lambda: self._take(token))
 
     def _take(self, token: str) -> None:
@@ -137,7 +150,8 @@ class RunFolder:
         """Return the retention rules applied at a commit; None if ``NodeTier`` prunes instead."""
         if self.nodes is not None:
             return None
-        protected = self.protected | (self._remote_tier.needed() if self._remote_tier is not None else {})
+        protected = self.protected | self._hooks.needed("folder")
+        protected |= self._remote_tier.needed() if self._remote_tier is not None else {}
         return Keep(self.local.path, Rules.of(self._config, protected))
 
     def announce(self, begun: SaveReport | SaveHandle, request: SaveRequest) -> None:
@@ -174,20 +188,61 @@ class RunFolder:
         self._node_tier.offer_what_is_left(entry)
 
     def close(self) -> None:
-        """Wait for copies and hooks of committed steps, then release the folder."""
-        for tier in (self._remote_tier, self._node_tier):
-            if tier is not None:
-                tier.close()
-        self._hooks.close()
-        self.release()
+        """Wait for copies and hooks of committed steps, then release the folder. Call :meth:`check_copied` next."""
+        try:
+            for tier in (self._remote_tier, self._node_tier):
+                self._not_copied = (tier.close() if tier is not None else "") or self._not_copied
+            self._hooks.close()
+        finally:
+            self.release()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Let the other ranks hear the outcome of the copies."""
+        if self._comm.rank == 0 and self.remote is not None:
+            self._comm.post(self._outcome, json.dumps(self._not_copied))
+
+    def check_copied(self) -> None:
+        """Return if the newest step is in the remote folder, if there is one. Waits for rank 0's :meth:`close`.
+
+        Raises:
+            SaveError: on every rank: it could not be copied there.
+        """
+        if self.remote is None:
+            return
+        reason = self._not_copied if self._comm.rank == 0 else self._hear()
+        seen = f"{self._outcome} seen"
+        if self._comm.rank != 0:
+            self._comm.arrive(seen)
+        if not reason:
+            return
+        deadline = time.monotonic() + SEEN_S
+        # The store in which the others look may end with this process.
+        while self._comm.rank == 0 and self._comm.num_arrived(seen) < self._comm.world_size - 1:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_S)
+        raise SaveError(reason, rank=0)
+
+    def _hear(self) -> str:
+        """Return what rank 0 says of its copies: once it has closed, hours later perhaps. Not in a collective."""
+        rank_0 = self._peers.find(0) if self._peers is not None else None
+        while (text := self._comm.look_up(self._outcome)) is None:
+            if not math.isfinite(self._comm.num_arrived(f"{self._outcome} seen")):
+                return ""  # rank 0 has ended, or there is nothing to look it up in
+            if rank_0 is not None and is_here(rank_0) and not is_alive(rank_0, time.time()):
+                raise SaveError(f"rank 0 ({rank_0}) died before it had copied the newest step", rank=0)
+            time.sleep(LOOK_S)
+        return str(json.loads(text))
 
     def leave(self) -> None:
         """Release the folder after an error, without waiting for copies."""
-        self._hooks.close(timeout_s=0.0)  # hooks of committed steps are started, but must not delay an error
+        self._hooks.close(timeout_s=QUIET_S)  # hooks of committed steps are started, but must not delay an error
         for tier in (self._remote_tier, self._node_tier):
             if tier is not None:
                 tier.leave()
         self.release()
+        self._tell()
 
     def release(self) -> None:
         """Unlock the folder, if this rank holds its lock."""

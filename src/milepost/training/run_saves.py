@@ -83,7 +83,7 @@ class RunSaves:
         self._blocked = blocked
         self.saver: Saver | AsyncSaver | None = on_every_rank(self._comm, partial(_new_saver, run, folder.nodes))
         """None once closed."""
-        self.history = SaveHistory(self._comm, loader.scan, loader.look)
+        self.history = SaveHistory(self._comm, partial(loader.scan, needs_remote=False), loader.look)
         self.log = SaveLog(storage, path, self._comm.world_size, run.degrees)
         self._late = LateRecord(self.log, self._comm.rank)
         weakref.finalize(self, self._late.record)  # also at the end of a program that does not close the manager
@@ -218,7 +218,11 @@ class RunSaves:
             )
 
     def close(self) -> None:
-        """Wait for the last save, and release memory, processes and the folder. Raises like :meth:`wait`."""
+        """Wait for the last save and its copy, and release memory, processes and the folder. Raises like :meth:`wait`.
+
+        Raises:
+            SaveError: on every rank: the newest step could not be copied to the remote folder.
+        """
         if self.saver is None:
             return
         saver, self.saver = self.saver, None
@@ -237,6 +241,8 @@ class RunSaves:
             if self._comm.rank == 0:
                 self.log.close()
             self._folder.close()
+        with self._blocked.measured():
+            self._folder.check_copied()
 
     def leave(self) -> None:
         """Close after an error of this rank, without collectives, since the other ranks may not close."""

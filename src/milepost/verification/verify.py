@@ -79,13 +79,13 @@ class VerifyReport:
 
     @property
     def verdict(self) -> Verdict:
-        """``damaged``: there are problems. ``not_verified``: none was found, but bytes lack digests, or are unreadable.
+        """``damaged``: there are problems. ``not_verified``: none was found, but bytes lack digests, or can't be read.
 
         ``ok``: everything was checked.
         """
         if self.problems:
             return "damaged"
-        return "not_verified" if self.unchecked_nbytes or self.state == "unreadable" else "ok"
+        return "not_verified" if self.unchecked_nbytes or self.state in ("unreadable", "newer") else "ok"
 
     @property
     def is_sound(self) -> bool:
@@ -176,7 +176,10 @@ def _verify_checkpoint(
     try:
         record = checkpoint_record.read_record(storage, path)
     except FormatError as error:
-        findings.add(unreadable_file(error, path))
+        if info.state == "newer":
+            notes = (f"it can't be checked: {unreadable_file(error, path)}",)
+        else:
+            findings.add(unreadable_file(error, path))
     except (CheckpointNotFoundError, StorageError):
         _check_still_there(storage, path, info.record_id)
         raise
@@ -317,7 +320,7 @@ def _consider_mark(storage: Storage, info: CheckpointInfo, level: Level, finding
     said = marks.read_mark(storage, info.path, info.record_id)
     if said is None:
         return ()
-    if level == "full" and not findings.num_problems:
+    if level == "full" and not findings.num_problems and info.state != "newer":
         mark = f"{storage.root}/{damage_mark(info.path)}"
         return (f"a loader found it damaged ({said}), but now every byte is verified; to use it again remove {mark}",)
     findings.add(Problem(f"a loader found it damaged: {said}", info.name))
