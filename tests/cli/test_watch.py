@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from milepost.cli import watch as watching
-from milepost.cli.ls_cmd import _run_to_watch
+from milepost.cli.ls_cmd import run_to_watch
 from milepost.cli.main import main
 from milepost.format.tags import tagged
 from milepost.run.owner import this_process
@@ -151,6 +151,6 @@ def test_a_run_may_be_watched_before_its_first_save(memory_path: Path, capsys: p
         lambda: (outputs / "checkpoint" / "step-5").mkdir(),
         lambda: None,
     ]
-    found = partial(_run_to_watch, str(outputs))
+    found = partial(run_to_watch, str(outputs))
     assert watching.watch(found, every_s=1, sleep=steps_of(memory_path, *acts)) == 0
     assert "newest step: 5" in capsys.readouterr().out

@@ -18,7 +18,7 @@ import milepost
 from milepost.collective.comm import SingleProcess
 from milepost.errors import SaveError
 from milepost.run.assemble import SaveInfo
-from milepost.saving.async_save import AsyncSaver, Mode, _log_lost_saves
+from milepost.saving.async_save import AsyncSaver, Mode, log_lost_saves
 from milepost.saving.request import SaveRequest
 from milepost.saving.samples import Samples
 from milepost.saving.stage import Staging
@@ -205,10 +205,10 @@ def test_close_raises_what_nothing_else_did_and_without_it_the_end_of_the_progra
     os.kill(saver.writer_pid, signal.SIGKILL)
     with pytest.raises(SaveError, match="writer process of rank 0 died"):
         handle.committed(60)
-    _log_lost_saves()
+    log_lost_saves()
     with pytest.raises(SaveError, match="writer process of rank 0 died"):
         saver.close()
-    _log_lost_saves()
+    log_lost_saves()
     assert caplog.text.count("its last save failed: the writer process of rank 0 died") == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--watch can't be combined with --json or --remote")
         from milepost.cli.watch import watch
 
-        return watch(partial(_run_to_watch, args.path), every_s=args.watch)
+        return watch(partial(run_to_watch, args.path), every_s=args.watch)
     storage, folder, entries, history = _listed(args.path)
     remote = marks.remote_of(storage, folder)
     places: dict[int, str] = {}
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_to_watch(path: str) -> tuple[Storage, str]:
+def run_to_watch(path: str) -> tuple[Storage, str]:
     """Find the run at ``path``, or the folder that its first save will turn into one."""
     try:
         return open_run(path)

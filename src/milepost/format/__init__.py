@@ -5,7 +5,7 @@ In reading order::
     box               regions of tensors, and the check that they tile a tensor; dtype: the table of dtypes
     record            the ``torch.save`` zip record of a tensor or value, written; record_reader: read
     zip_directory     the directory of a zip archive, read
-    pickle_reader     a pickle machine that can only build data
+    pickle_dialect    what a pickle may contain; pickle_reader: a pickle machine that can only build data
     plain_pickle      plain values <-> pickle; value_names: the globals allowed in the pickle of a value
     torch_file        a ``.pt`` file of many tensors
     dcp_metadata      DCP's ``.metadata``, read; dcp_writer: written

@@ -17,7 +17,8 @@ from milepost.format.box import Box
 from milepost.format.dtype import DTYPES, itemsize
 from milepost.format.manifest import METADATA_NAME, FileEntry, Manifest, ObjectEntry, ShardEntry, TensorEntry
 from milepost.format.manifest_check import MAX_DIMS, manifest_faults
-from milepost.format.pickle_reader import Global, Instance, read_pickle
+from milepost.format.pickle_dialect import Global, Instance
+from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import PLAIN_GLOBALS
 from milepost.format.typed_json import MAX_COUNT
 

@@ -18,56 +18,19 @@ import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import cast
 
 from milepost.errors import FormatError
+from milepost.format.pickle_dialect import PLAIN, Dialect, Global, Instance, OverLimitError, Persistent
 
 MAX_PICKLE_NBYTES = 512 << 20
 _MAX_MARKS = 200
 _MAX_NAME_NBYTES = 300
-_MAX_KEY_BITS = 64
 _BASE_ALLOWANCE_NBYTES = 16 << 20
 _ALLOWANCE_PER_BYTE = 32
 """Regular metadata needs about 10 bytes of memory per byte of file."""
 
 _DICT_NBYTES, _ITEM_NBYTES, _SMALL_NBYTES = 64, 100, 56
-
-
-class OverLimitError(FormatError):
-    """A pickle exceeds a limit: no other reader should try it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Global:
-    """The meaning of a global in a pickle.
-
-    ``call`` builds the data for a ``REDUCE`` and must raise FormatError for invalid arguments; ``new`` allows
-    ``NEWOBJ`` without arguments, which creates an Instance if there is no ``call``. ``value`` is for globals that are
-    only named, such as a dtype.
-    """
-
-    name: str
-    call: Callable[..., object] | None = None
-    new: bool = False
-    value: object = None
-    is_value: bool = False
-    """Replace the global by ``value`` itself."""
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    """An object of a class that the reader does not know: its name and its pickled state.
-
-    Hashed and compared by identity, so that it can be a dict key with any content.
-    """
-
-    name: str
-    state: object = None
-
-
-Persistent = Callable[[object], object]
-"""Converts the id of a ``BINPERSID`` to its value."""
 
 
 def read_pickle(
@@ -92,20 +55,6 @@ def read_pickle(
         raise FormatError(f"a pickle is truncated or malformed near byte {machine.pos}") from None
     except UnicodeError:
         raise FormatError(f"a pickle holds invalid text near byte {machine.pos}") from None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dialect:
-    """The types allowed in a pickle besides lists and dicts with keys of text and numbers."""
-
-    check_key: Callable[[object], None]
-    """Raises FormatError for a dict key that is not allowed (or takes long to hash)."""
-    lists: tuple[type, ...] = (list,)
-    """Types that are appended to."""
-    dicts: tuple[type, ...] = (dict, OrderedDict)
-    """Types whose items are set."""
-    build: Callable[[object, object], bool] = lambda target, state: False
-    """Sets an object's state for a ``BUILD``; returns whether it did."""
 
 
 class _Machine:
@@ -416,15 +365,6 @@ class _Machine:
             raise FormatError("a pickle refers to data outside itself, which is not allowed here")
         self.stack.append(self.persistent(self.stack.pop()))
 
-
-def _check_scalar_key(key: object) -> None:
-    if type(key) is not int or key.bit_length() > _MAX_KEY_BITS:
-        raise FormatError(
-            f"a pickle has a dict key of type {type(key).__name__} (or a huge number), which is not allowed"
-        )
-
-
-PLAIN = Dialect(_check_scalar_key)
 
 _NUMBERS = {0x4B: ("B", 2), 0x4D: ("H", 3), 0x4A: ("i", 5), 0x47: ("d", 9)}
 _RUNS = {

@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from milepost.errors import FormatError
-from milepost.format.pickle_reader import Global, read_pickle
+from milepost.format.pickle_dialect import Global
+from milepost.format.pickle_reader import read_pickle
 
 MAX_DEPTH = 100
 MAX_NODES = 10_000_000

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from milepost.errors import FormatError
 from milepost.format.digest import crc32
 from milepost.format.dtype import DTYPES, from_storage_class, itemsize
-from milepost.format.pickle_reader import Global, read_pickle
+from milepost.format.pickle_dialect import Global
+from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import load_plain, ordered_dict
 from milepost.format.record import MAX_DIMS, MAX_NBYTES, strides_of
 from milepost.format.zip_directory import ZipDirectory, ZipEntry

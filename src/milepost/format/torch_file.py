@@ -17,7 +17,8 @@ from types import MappingProxyType
 from milepost.errors import ConversionError, FormatError
 from milepost.format.dtype import itemsize
 from milepost.format.kinds import kind_of_pickle, kind_of_zip, names_in_tail
-from milepost.format.pickle_reader import Dialect, Global, read_pickle
+from milepost.format.pickle_dialect import Dialect, Global
+from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import PLAIN_GLOBALS, PROTO_2, STOP, ordered_dict, str_opcodes
 from milepost.format.record import DATA_ALIGNMENT, directory_end, small_entries, tensor_opcodes
 from milepost.format.record_reader import (

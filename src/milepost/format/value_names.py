@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from milepost.format.dtype import DTYPES
-from milepost.format.pickle_reader import Dialect, Global, read_pickle
+from milepost.format.pickle_dialect import Dialect, Global
+from milepost.format.pickle_reader import read_pickle
 from milepost.format.record_reader import read_pickle_entry
 from milepost.format.zip_directory import ZipDirectory
 

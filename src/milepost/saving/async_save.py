@@ -229,7 +229,7 @@ _alive: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
 
 
 @atexit.register
-def _log_lost_saves() -> None:
+def log_lost_saves() -> None:
     """Log background failures that were never raised because the program did not call :meth:`AsyncSaver.close`."""
     for saver in list(_alive):
         if saver.current is not None and (error := saver.current.failure) is not None:

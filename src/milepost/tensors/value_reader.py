@@ -19,7 +19,8 @@ from milepost.errors import FormatError
 from milepost.format import record, record_reader
 from milepost.format.digest import crc32
 from milepost.format.dtype import DTYPES, from_storage_class
-from milepost.format.pickle_reader import Global, Instance, OverLimitError, read_pickle
+from milepost.format.pickle_dialect import Global, Instance, OverLimitError
+from milepost.format.pickle_reader import read_pickle
 from milepost.format.plain_pickle import MAX_NODES
 from milepost.format.zip_directory import ZipDirectory
 from milepost.tensors.value_types import ATOMS, CONTAINERS, DIALECT, MAX_DEPTH, QUANTIZED, VALUE_GLOBALS, require

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from milepost.errors import FormatError
-from milepost.format.pickle_reader import Dialect, Global
+from milepost.format.pickle_dialect import Dialect, Global
 from milepost.format.plain_pickle import PLAIN_GLOBALS
 from milepost.tensors.registry import make_registered, register_reader, register_value
 
