@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -206,6 +207,36 @@ def test_error_of_a_load_state_dict_is_raised(folder: Path) -> None:
 def test_keep_latest_k(folder: Path, k: int, expected: list[int]) -> None:
     Run(folder, keep_latest_k=k).train(8)
     assert steps_in(folder) == expected
+
+
+def test_the_cost_of_a_save_does_not_grow_with_the_steps_that_are_all_kept(folder: Path) -> None:
+    run = Run(folder, keep_latest_k=0, interval=1).train(4)
+    read: list[str] = []
+    open_read = LocalStorage.open_read
+
+    def noted(storage: LocalStorage, path: str) -> Any:
+        read.append(path)
+        return open_read(storage, path)
+
+    with mock.patch.object(LocalStorage, "open_read", noted):
+        run.manager.save(5)
+    assert steps_in(folder) == [1, 2, 3, 4, 5]
+    assert {path.split("/")[1] for path in read if "/step-" in path} <= {"step-4", "step-5"}
+
+
+def test_a_run_that_does_not_progress_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(folder, interval=1)
+    run.manager.save(1)
+    for step in (2, 3, 4):
+        run.manager.save(step)
+    assert caplog.text.count("is the optimizer stepping?") == 1
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1.0)
+    for step in (5, 6, 7):
+        run.manager.save(step)
+    told = [line for line in caplog.messages if "since the previous save" in line]
+    assert [line.partition(":")[0] for line in told] == ["step 2", "step 6"]
 
 
 def test_newest_full_step_outlives_a_model_only_last_save(folder: Path) -> None:

@@ -71,6 +71,11 @@ class Rules:
     protected: Mapping[int, str] = field(default_factory=dict)
     """Steps that the caller needs, with the reason."""
 
+    @property
+    def keeps_all(self) -> bool:
+        """True if no step is ever deleted."""
+        return not self.keep_latest_k
+
     @classmethod
     def of(cls, config: CheckpointConfig, protected: Mapping[int, str]) -> Rules:
         """The rules of a run for its own folder."""

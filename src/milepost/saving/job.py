@@ -363,6 +363,8 @@ def prune(storage: Storage, keep: Keep, together: Deletion | None = None, *, whe
     The save is committed, so no error of this may make it look failed: each is only logged.
     """
     deleted: list[str] = []
+    if keep.rules.keeps_all:
+        return ()  # the folder may hold thousands of steps, and looking at each would take longer than the save
     try:
         decisions = retention.plan(catalog.scan(storage, keep.folder), keep.rules, now=time.time())
         _name_others(join(storage.root, keep.folder), decisions)

@@ -92,6 +92,7 @@ class SaveLog:
         self._num_failed = 0
         self._events: list[SaveEvent] = []
         self._contents: Mapping[str, str] = {}  # of the previous save
+        self._odd: str | None = None  # the suspicion that was logged last, while it holds
 
     def record(self, report: SaveReport, *, step: int, reason: str, kind: str, stall_s: float) -> None:
         """Record a committed save, and warn if training does not seem to progress. Never fails."""
@@ -99,8 +100,9 @@ class SaveLog:
         self._events.append(event)
         log.info("%s", event)
         odd = suspicion(self._contents, report.contents)
-        if odd is not None:
+        if odd is not None and odd != self._odd:  # not again after each save of a long run
             log.warning("step %d: %s", step, odd)
+        self._odd = odd
         self._contents = report.contents
         self._waiting.append(event.line())
         self._write()
