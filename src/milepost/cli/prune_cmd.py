@@ -13,7 +13,8 @@ from milepost.cli.render import console, print_json, print_table, printable
 from milepost.errors import ConfigError, near
 from milepost.run import catalog, retention
 from milepost.run.catalog import StepEntry
-from milepost.run.sweep import sweep_leftovers
+from milepost.run.retention import Decision
+from milepost.run.sweep import Sweep, sweep_leftovers
 from milepost.storage.base import counted, format_nbytes
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d|w)")
@@ -102,23 +103,37 @@ def run(args: argparse.Namespace) -> int:
         others = [decision.name for decision in gone if decision.name not in deleted]
         gone = [decision for decision in gone if decision.name in deleted]
     swept = sweep_leftovers(storage, folder, now=now, dry_run=args.dry_run)
-    freed = sum(decision.nbytes for decision in gone)
     if args.json:
-        listed = [dataclasses.asdict(decision) for decision in decisions]
-        steps_and_leftovers = {"steps": listed, "swept": swept.removed, "left_alone": swept.left}
-        steps_and_leftovers |= {"deleted": [decision.name for decision in gone]} if not args.dry_run else {}
-        print_json({"dry_run": args.dry_run, "freed_nbytes": freed, **steps_and_leftovers})
-        return 0
-    verb = "would delete" if args.dry_run else "deleted"
-    removes = "would remove" if args.dry_run else "removed"
+        _print_json(decisions, gone, swept, dry_run=args.dry_run)
+    else:
+        _print(decisions, gone, swept, others, dry_run=args.dry_run)
+    return 0
+
+
+def _print_json(decisions: Sequence[Decision], gone: Sequence[Decision], swept: Sweep, *, dry_run: bool) -> None:
+    done = {
+        "dry_run": dry_run,
+        "freed_nbytes": sum(decision.nbytes for decision in gone),
+        "steps": [dataclasses.asdict(decision) for decision in decisions],
+        "swept": swept.removed,
+        "left_alone": swept.left,
+    }
+    print_json(done if dry_run else done | {"deleted": [decision.name for decision in gone]})
+
+
+def _print(
+    decisions: Sequence[Decision], gone: Sequence[Decision], swept: Sweep, others: Sequence[str], *, dry_run: bool
+) -> None:
+    """Print the outcome. ``others`` are steps to delete that another process deleted or pinned first."""
+    freed = format_nbytes(sum(decision.nbytes for decision in gone))
+    verb, removes = ("would delete", "would remove") if dry_run else ("deleted", "removed")
     extra = f"; {removes} {counted(len(swept.removed), 'stale save attempt')}" if swept.removed else ""
-    console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {format_nbytes(freed)}{extra}")
+    console().print(f"{verb} {counted(len(gone), 'step')} of {len(decisions)}, {freed}{extra}")
     if others:
         console().print(f"not deleted, because another process deleted or pinned them meanwhile: {', '.join(others)}")
     if swept.left:
         names = printable(", ".join(swept.left))
         console().print(f"not removed, because not recognised as Milepost's: {names}", markup=False)
-    return 0
 
 
 def _check_metric(metric: str, entries: Sequence[StepEntry]) -> None:

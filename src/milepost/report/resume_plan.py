@@ -116,13 +116,7 @@ def plan_resume(
         ConversionError: a config describes another model, or lacks sizes.
     """
     known = _model(manifest, model, flavor, sizes, hf_assets)
-    translation = None
-    if known is not None and known.args is not None:
-        translation = translate(manifest, known.name, known.args)
-    notes: list[str] = []
-    if translation is not None:
-        manifest = translation.manifest
-        notes += translation.notes
+    manifest, notes = _under_our_names(manifest, known)
     manifest = _without(manifest, excluded)
     faults = _Faults(manifest, known, excluded)
     same_degrees = manifest.world_size == degrees.world_size and dict(manifest.layout) == degrees.as_dict()
@@ -164,6 +158,14 @@ def _model(
     if model is None and flavor is None and sizes is None and not hf_assets:
         return recorded
     return model_as_asked(model, flavor, hf_assets, (recorded,))
+
+
+def _under_our_names(manifest: Manifest, known: Tabled | None) -> tuple[Manifest, list[str]]:
+    """Return the manifest under the names by which a load would find its tensors, and notes."""
+    if known is None or known.args is None:
+        return manifest, []
+    translation = translate(manifest, known.name, known.args)
+    return (translation.manifest, [*translation.notes]) if translation is not None else (manifest, [])
 
 
 def _without(manifest: Manifest, excluded: Collection[str]) -> Manifest:

@@ -154,10 +154,7 @@ class TrainingState:
         Raises:
             StateMismatchError: the checkpoint lacks a requested part.
         """
-        found = {part if part in PARTS[1:] else "model" for part in map(str, stored.tree.root)}
-        found |= {part_of(key) for key in stored.keys}
-        if not self.model_keys():
-            found.add("model")  # of which there is nothing to hold
+        found = self._parts_in(stored)
         lacking = [part for part in wanted if part not in found and part != "rng"]
         if lacking:
             raise StateMismatchError(
@@ -168,13 +165,34 @@ class TrainingState:
             )
         if self.rank == 0:  # which has recorded its own
             self._check_kinds([part for part in wanted if has_part(stored, part)], stored.manifest.extra.get(KINDS))
+        # A schedule that is left out starts with this run's rates, not at the saved position.
+        keeps_rates = "lr_scheduler" in excluded and (bool(self.schedulers) or "lr_scheduler" in found)
+        owners = self._owners(wanted, stored, same_layout=same_layout, keeps_rates=keeps_rates)
+        chosen = [(part, owner) for part in PARTS if part in wanted for owner in owners[part]]
+        further = iter(self.states)
+        chosen = [(f"{part}.{next(further)}" if part == "states" else part, owner) for part, owner in chosen]
+        target = Target(stored)
+        target.meshes = meshes_of(parameter for module in self.modules for parameter in module.parameters())
+        sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
+        return StateLoad(target, chosen, self.optimizers, self.schedulers, self.schedulers if sets_rates else ())
+
+    def _parts_in(self, stored: Stored) -> set[str]:
+        """Return the parts of a training state that a checkpoint holds."""
+        found = {part if part in PARTS[1:] else "model" for part in map(str, stored.tree.root)}
+        found |= {part_of(key) for key in stored.keys}
+        if not self.model_keys():
+            found.add("model")  # of which there is nothing to hold
+        return found
+
+    def _owners(
+        self, wanted: Collection[str], stored: Stored, *, same_layout: bool, keeps_rates: bool
+    ) -> dict[str, list[Restorer]]:
+        """Return the objects of each part to load, as those that get their state from the checkpoint."""
         owners: dict[str, list[Restorer]] = {"model": [module_owner(part) for part in self.models]}
         if "optimizer" in wanted:
             # Not called earlier: some create their state on request, by a step that a new run must not take.
             own_form = of_own_form(self.optimizers)
             names = parameter_names(self.models)
-            # A schedule that is left out starts with this run's rates, not at the saved position.
-            keeps_rates = "lr_scheduler" in excluded and (bool(self.schedulers) or "lr_scheduler" in found)
             owners["optimizer"] = [OptimizersOwner(self.optimizers, names, own_form, keeps_rates=keeps_rates)]
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         like_of = self._sharded_alike()
@@ -189,13 +207,7 @@ class TrainingState:
         for part in (part for part in PER_RANK_PARTS if part in per_rank and part in wanted):
             owners[part] = [PerRankOwner(self._owner_of(part, stored), part, self.rank, same_layout=same_layout)]
         owners["rng"] = [RngOwner(self.rank, same_layout=same_layout)]
-        chosen = [(part, owner) for part in PARTS if part in wanted for owner in owners[part]]
-        further = iter(self.states)
-        chosen = [(f"{part}.{next(further)}" if part == "states" else part, owner) for part, owner in chosen]
-        target = Target(stored)
-        target.meshes = meshes_of(parameter for module in self.modules for parameter in module.parameters())
-        sets_rates = "lr_scheduler" in wanted and "optimizer" not in wanted
-        return StateLoad(target, chosen, self.optimizers, self.schedulers, self.schedulers if sets_rates else ())
+        return owners
 
     def loading_weights(self) -> StateLoad:
         """Return the load of weights from another run: into the tensors of the target."""

@@ -67,11 +67,7 @@ def check_checkpoint(
         return
     if level == "metadata":
         return
-    for name in sorted(record.files):
-        # One with another save's id belongs to a replaced checkpoint or to a save in progress.
-        is_own = tag_of(name) in ("", record.manifest.save_id)
-        if name.endswith(".distcp") and name not in record.manifest.files and is_own and record.is_own:
-            findings.add(Problem("it is not part of this checkpoint", name))
+    _report_unlisted(record, findings)
     if level == "sizes" or (record.is_own and digests is None):
         return  # data without digests can't be checked
     if level == "sample":
@@ -98,6 +94,15 @@ def check_checkpoint(
                 tensors = {one.key for one in records if isinstance(one.entry, ShardEntry)}
                 extents = (one for one in extents if not isinstance(one, Data) or one.key not in tensors)
             reader.check(handle, name, extents)
+
+
+def _report_unlisted(record: CommitRecord, findings: Findings) -> None:
+    """Report files of data that the commit record does not list."""
+    for name in sorted(record.files):
+        # One with another save's id belongs to a replaced checkpoint or to a save in progress.
+        is_own = tag_of(name) in ("", record.manifest.save_id)
+        if name.endswith(".distcp") and name not in record.manifest.files and is_own and record.is_own:
+            findings.add(Problem("it is not part of this checkpoint", name))
 
 
 def _check_hf_step(
