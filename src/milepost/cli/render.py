@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DIFFERENT = 9
 """Exit status if the two differ."""
+MIN_RATE_S = 0.5
+"""Time after which a rate is known."""
 BAR_AFTER_S = 0.5
 """Work that finishes sooner shows no bar."""
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
@@ -245,28 +247,31 @@ def state_text(state: str) -> Text:
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback ``(done_nbytes, total_nbytes)`` that shows the progress of work that takes a while.
 
-    Prints lines of text if standard error is not a terminal. The callback is thread-safe.
+    Prints lines of text if standard error is not a terminal. The rate is that since the first call: what precedes it,
+    such as a look at all steps, moves no bytes. The callback is thread-safe.
     """
     started = time.monotonic()
+    first: tuple[int, float] | None = None
     last = started + FIRST_LINE_S - LINE_EVERY_S
     bar: Progress | None = None
     shown = Console(stderr=True)
     lock = threading.Lock()
 
     def show(done: int, total: int) -> None:
-        nonlocal bar, last
+        nonlocal bar, last, first
         now = time.monotonic()
         with lock:
+            first = first or (done, now)
+            amounts = _how_far(done, total, done - first[0], now - first[1])
             if not shown.is_terminal:
                 if now - last >= LINE_EVERY_S:
                     last = now
-                    print(f"{printable(title)}: {_how_far(done, total, now - started)}", file=sys.stderr, flush=True)
+                    print(f"{printable(title)}: {amounts}", file=sys.stderr, flush=True)
             elif bar is None and now - started >= BAR_AFTER_S:
                 bar = _new_bar(shown)
                 bar.start()
                 bar.add_task(_fitted(title), total=total, amounts="")
             if bar is not None:
-                amounts = _how_far(done, total, now - started)
                 amounts = amounts if shown.width >= MIN_WIDTH_OF_RATE else amounts.partition(",")[0]
                 bar.update(bar.task_ids[0], completed=done, total=total, amounts=amounts)
 
@@ -277,10 +282,13 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def _how_far(done: int, total: int, elapsed_s: float) -> str:
-    rate = done / max(elapsed_s, 1e-9)
-    text = f"{format_nbytes(done)} of {format_nbytes(total)}, {format_nbytes(int(rate))}/s"
-    return f"{text}, {format_duration(max(total - done, 0) / rate)} left" if done else text
+def _how_far(done: int, total: int, moved: int, elapsed_s: float) -> str:
+    """Describe progress; with the rate of the last ``moved`` bytes, once it can be known."""
+    text = f"{format_nbytes(done)} of {format_nbytes(total)}"
+    if not moved or elapsed_s < MIN_RATE_S:
+        return text
+    rate = moved / elapsed_s
+    return f"{text}, {format_nbytes(int(rate))}/s, {format_duration(max(total - done, 0) / rate)} left"
 
 
 def _fitted(title: str) -> str:
