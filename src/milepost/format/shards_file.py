@@ -7,7 +7,7 @@ a reader knows the length of the file, and of each column in it, before it alloc
 # No `from __future__ import annotations`: msgspec would have to compile the text of each annotation on first use.
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
 from operator import lt
@@ -226,28 +226,8 @@ def parse_shards(
         advice = "do all ranks run the same Milepost?" if is_segment else "the checkpoint is damaged, use another step"
         return FormatError(f"{path}: {what}; {advice}", path=path)
 
-    if len(data) < _HEADER.size:
-        raise fault(f"{len(data)} bytes are too few")
-    magic, save_id_nbytes, own_crc, *numbers = _HEADER.unpack_from(data)
-    view = memoryview(data)
-    end = _CRC_OFFSET + 4
-    rest = crc32(view[end:]), len(data) - end
-    is_intact = own_crc == combine(crc32(bytes(view[:_CRC_OFFSET]) + bytes(4)), *rest)
-    if magic[:7] == MAGIC[:7] and magic[7] > MAGIC[7] and is_intact:
-        raise NewerFormatError(
-            f"{path} was written by a newer Milepost (version {magic[7]}): upgrade Milepost", path=path
-        )
-    if magic != MAGIC:
-        raise fault("it does not begin with the expected bytes")
-    counts = _Counts(*numbers)
-    if max(counts) > MAX_SHARDS_NBYTES or max(counts[4:]) >= _MAX_COUNT or save_id_nbytes > MAX_SAVE_ID_NBYTES:
-        raise fault("a number in its header is too large")
-    placed, nbytes = _placed(counts, save_id_nbytes)
-    if len(data) != nbytes:
-        raise fault(f"it has {len(data)} bytes, its header says {nbytes}")
-    if not is_intact:
-        raise fault("its own CRC-32 does not match")
-    sections = [np.frombuffer(view, kind, count, start) for kind, count, start in placed]
+    counts, placed, crc = _read_header(data, path, fault)
+    sections = [np.frombuffer(data, kind, count, start) for kind, count, start in placed]
     said = sections[0].tobytes().decode("utf-8", "replace")
     if said != save_id:
         raise OtherSaveError(f"{path}: it belongs to save {said!r}, not to save {save_id!r}", said, path)
@@ -275,7 +255,35 @@ def parse_shards(
     )
     if int(table.first[-1]) != counts.shards:
         raise fault(f"its tensors have {int(table.first[-1])} shards, its header says {counts.shards}")
-    return table, combine(crc32(view[:end]), *rest)
+    return table, crc
+
+
+def _read_header(
+    data: bytes | bytearray | memoryview, path: str, fault: Callable[[str], FormatError]
+) -> tuple[_Counts, Sequence[tuple[Any, int, int]], int]:
+    """Check the header, the length and the CRC-32; returns the counts, the place of each section, and the CRC-32."""
+    if len(data) < _HEADER.size:
+        raise fault(f"{len(data)} bytes are too few")
+    magic, save_id_nbytes, own_crc, *numbers = _HEADER.unpack_from(data)
+    view = memoryview(data)
+    end = _CRC_OFFSET + 4
+    rest = crc32(view[end:]), len(data) - end
+    is_intact = own_crc == combine(crc32(bytes(view[:_CRC_OFFSET]) + bytes(4)), *rest)
+    if magic[:7] == MAGIC[:7] and magic[7] > MAGIC[7] and is_intact:
+        raise NewerFormatError(
+            f"{path} was written by a newer Milepost (version {magic[7]}): upgrade Milepost", path=path
+        )
+    if magic != MAGIC:
+        raise fault("it does not begin with the expected bytes")
+    counts = _Counts(*numbers)
+    if max(counts) > MAX_SHARDS_NBYTES or max(counts[4:]) >= _MAX_COUNT or save_id_nbytes > MAX_SAVE_ID_NBYTES:
+        raise fault("a number in its header is too large")
+    placed, nbytes = _placed(counts, save_id_nbytes)
+    if len(data) != nbytes:
+        raise fault(f"it has {len(data)} bytes, its header says {nbytes}")
+    if not is_intact:
+        raise fault("its own CRC-32 does not match")
+    return counts, placed, combine(crc32(view[:end]), *rest)
 
 
 def _largest(column: Any) -> int:

@@ -65,7 +65,7 @@ class Rules:
     metric: str = ""
     """Name under which the value was recorded. Steps without one are not compared."""
     mode: MetricMode = "min"
-    """Whether the lowest or the highest value is best."""
+    """The best value of ``metric``: the lowest or the highest."""
     weights_alone: bool = False
     """No step is for resuming, so any newer step replaces those of abandoned branches."""
     protected: Mapping[int, str] = field(default_factory=dict)
