@@ -6,6 +6,7 @@ import json
 import shutil
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from milepost.interop.adapters import export_merged
 from milepost.interop.convert import convert
 from milepost.interop.options import DEFAULT_BUDGET_NBYTES, ConvertOptions
 from milepost.interop.weights.boxes import array_dtype
-from milepost.interop.weights.dequantized import plain_weights
+from milepost.interop.weights.dequantized import method_of, plain_weights
 from milepost.interop.weights.open import open_weights
 from milepost.interop.weights.stream import SlabReader
 
@@ -288,6 +289,26 @@ def test_other_quantizations_are_refused_by_name_with_what_would_do(memory_path:
     with pytest.raises(ConversionError, match=rf"quantized weights \({method}\)"):
         convert(memory_path / "file.pt", memory_path / "out", ConvertOptions(to="pt", dtype="bfloat16"))
     assert not (memory_path / "out").exists()
+
+
+KINDS_OF_BITSANDBYTES: list[tuple[dict[str, Any], str, str]] = [
+    ({"load_in_4bit": True}, "a.weight.absmax", "bitsandbytes fp4"),
+    ({"quant_method": "bitsandbytes", "_load_in_4bit": True, "bnb_4bit_quant_type": None}, "a", "bitsandbytes fp4"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "a.quant_state.bitsandbytes__nf4", "bitsandbytes nf4"),
+    ({"load_in_8bit": True, "load_in_4bit": False}, "a", "bitsandbytes int8"),
+    ({"quant_method": "bitsandbytes"}, "a.SCB", "bitsandbytes int8"),
+    ({"quant_method": "bitsandbytes"}, "a", "bitsandbytes"),
+]
+
+
+@pytest.mark.parametrize(("said", "key", "method"), KINDS_OF_BITSANDBYTES)
+def test_the_kind_of_bitsandbytes_is_that_of_the_tensors_else_of_the_config(
+    memory_path: Path, said: dict[str, Any], key: str, method: str
+) -> None:
+    assert transformers.BitsAndBytesConfig(load_in_4bit=True).bnb_4bit_quant_type == "fp4", "its default"
+    torch.save({key: torch.ones(2)}, memory_path / "m.pt")
+    with open_weights(memory_path / "m.pt").source as source:
+        assert method_of(source, {"quantization_config": said}) == method
 
 
 def test_what_is_wrong_with_factors_is_all_reported(memory_path: Path) -> None:

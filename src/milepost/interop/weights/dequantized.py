@@ -33,6 +33,8 @@ _PAIRS = np.stack([_TWICE_E2M1[np.arange(256) & 15], _TWICE_E2M1[np.arange(256) 
 _HALF_POWERS = np.exp2(np.arange(256, dtype=np.float64) - 128).astype(np.float32)
 """For each E8M0 exponent: factors are halved and values doubled, because float32 does not reach 2 to the 128."""
 
+_BNB = "bitsandbytes"
+_MAX_LENGTH = 50
 METHODS = ("fp8", "mxfp4")
 """The methods supported here."""
 _ENDINGS = {
@@ -198,12 +200,25 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def method_of(source: Readable, config: Mapping[str, Any] | None) -> str | None:
     """Return the quantization method by config or names; None if not quantized."""
     said = config.get("quantization_config") if config is not None else None
+    if isinstance(said, Mapping) and (said.get("quant_method") == _BNB or _bits(said)):
+        return _bitsandbytes(said, source.tensors)
     if said is not None:
-        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else "unknown"
-        if method == "bitsandbytes" and isinstance(said, Mapping):
-            return f"bitsandbytes {'int8' if said.get('load_in_8bit') else said.get('bnb_4bit_quant_type', 'fp4')}"
-        return str(method)[:50]
+        return str(said.get("quant_method", "unknown") if isinstance(said, Mapping) else "unknown")[:_MAX_LENGTH]
     return method_of_keys(source.tensors) or _other_fp8(source.tensors)
+
+
+def _bitsandbytes(said: Mapping[str, Any], keys: Collection[str]) -> str:
+    """Return the kind of bitsandbytes' quantization: that of the tensors, else as transformers reads the config."""
+    stored = method_of_keys(keys) or ""
+    if stored.startswith(_BNB):
+        return stored
+    kinds = {8: "int8", 4: said.get("bnb_4bit_quant_type") or "fp4"}  # the default of transformers and bitsandbytes
+    return f"{_BNB} {kinds.get(_bits(said), '')}".strip()[:_MAX_LENGTH]
+
+
+def _bits(said: Mapping[str, Any]) -> int:
+    """Return the number of bits that a config asks bitsandbytes for; 0 if none."""
+    return next((bits for bits in (8, 4) for name in ("load_in", "_load_in") if said.get(f"{name}_{bits}bit")), 0)
 
 
 def method_of_keys(keys: Collection[str]) -> str | None:
